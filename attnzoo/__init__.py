@@ -1,0 +1,10 @@
+"""attnzoo: attention variants behind one interface, tested against oracles, compared with exact attention, with their cost known."""
+
+from attnzoo.attention import Attention, Spec
+from attnzoo.call import UnsupportedError
+from attnzoo.engines.engine import Cost
+
+from attnzoo.registry import build, describe, names, register
+
+__version__ = "0.1.0"
+__all__ = ["Attention", "Cost", "Spec", "UnsupportedError", "build", "describe", "names", "register"]

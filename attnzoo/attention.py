@@ -1,0 +1,194 @@
+"""The one interface: `Attention` computes `A(q, k) · v`, `Spec` says what a variant can do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.call import Call, UnsupportedError, check, clear_padding, shield_past
+from attnzoo.engines.engine import Cost, Engine, Shape
+
+Family = Literal["exact", "sparse", "low_rank", "kernel"]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a variant is and what it can do. A call outside it raises `UnsupportedError`.
+
+    equation: one line, row by row. complexity: time and memory in the sequence length n.
+    exact: A is softmax's own on its support. bidirectional: runs without is_causal. cross: query_length may differ from key_length.
+    tied_to_end: A depends on where the sequence ends, so a right-padded run may differ from the run without padding.
+    """
+
+    name: str
+    title: str
+    paper: str
+    equation: str
+    complexity: str
+    family: Family
+    exact: bool
+    causal: bool = True
+    bidirectional: bool = True
+    cross: bool = True
+    attn_mask: bool = False
+    dropout: bool = False
+    decodes: bool = True
+    needs_max_length: bool = False
+    tied_to_end: bool = False
+
+
+class Attention(nn.Module):
+    """Base of every variant: checks the call, applies the rules of masking, and lets the variant's engine multiply by A.
+
+    A subclass sets `spec`, builds `self.engine` in its constructor, and overrides `attend` only if it changes q, k or v first.
+    After a call, `last_backend` names the backend that ran.
+    """
+
+    spec: ClassVar[Spec]
+    engine: Engine
+
+    def __init__(self, heads: int, head_dim: int, engine: Engine, *, backend: str = "auto") -> None:
+        super().__init__()
+        self.heads = check_positive("heads", heads)
+        self.head_dim = check_positive("head_dim", head_dim)
+        allowed = ["auto", *engine.backend_names()]
+        if backend not in allowed:
+            raise ValueError(f"backend={backend!r} is unknown to {self.spec.name}; choose one of {allowed}")
+        self.backend = backend
+        self.engine = engine
+        self.last_backend: str | None = None
+
+    def attend(self, call: Call, backend: str) -> tuple[Tensor, str]:
+        """Return A·v and the name of the backend that ran; `call` is checked and its padded slots are zero."""
+        return self.engine(call, backend)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Attention of q to k and v.
+
+        q: (batch, heads, query_length, head_dim); k, v: (batch, kv_heads, key_length, head_dim), kv_heads divides heads.
+        key_mask: (batch, key_length) bool, True = attend. attn_mask: bool (True = attend) or additive float, broadcastable
+        to (batch, heads, query_length, key_length). is_causal: query i sees keys up to position key_length - query_length + i.
+        Returns (batch, heads, query_length, head_dim) in q's dtype; a row that sees no key is 0.
+        Raises ValueError on a malformed argument, UnsupportedError on what the spec excludes.
+        """
+        call = Call(q, k, v, key_mask, attn_mask, is_causal)
+        self.refuse(call)
+        return self._run(call, self.backend)
+
+    def weights(self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """A itself, (batch, heads, query_length, key_length): the reference run on v = identity. Memory is quadratic in the length."""
+        identity = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
+        call = Call(q, k, identity, key_mask, attn_mask, is_causal)
+        self.refuse(call)
+        return self._run(call, "reference")
+
+    def init_state(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        *,
+        kv_heads: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Any:
+        """An empty decoding state. max_length: tokens it will accept; `step` raises past it (None: no limit).
+
+        kv_heads: heads of the k and v to come (default: heads). dtype, device: theirs.
+        """
+        if not self.spec.decodes:
+            raise UnsupportedError(f"{self.spec.name} does not decode token by token; use {self._others(decodes=True)}")
+        check_positive("batch_size", batch_size)
+        if max_length is not None:
+            check_positive("max_length", max_length)
+        kv_heads = self.heads if kv_heads is None else check_positive("kv_heads", kv_heads)
+        if self.heads % kv_heads:
+            raise ValueError(f"kv_heads={kv_heads} must divide heads={self.heads}")
+        return self.engine.init_state(batch_size, kv_heads, self.head_dim, max_length, dtype or torch.get_default_dtype(), device)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, state: Any, *, key_mask: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Attend to the tokens in `state` and to the new ones, causally: rows equal those of one forward with is_causal=True.
+
+        q: (batch, heads, new_tokens, head_dim); k, v: (batch, kv_heads, new_tokens, head_dim); key_mask: (batch, new_tokens) bool.
+        Returns the new rows and the new state; `state` itself stays valid (branching costs a copy).
+        Raises ValueError when the state would pass its max_length.
+        """
+        if not self.spec.decodes:
+            raise UnsupportedError(f"{self.spec.name} does not decode token by token; use {self._others(decodes=True)}")
+        call = Call(q, k, v, key_mask, None, True)
+        check(call, self.heads, self.head_dim)
+        if q.shape[2] != k.shape[2]:
+            raise ValueError(f"step got {q.shape[2]} queries and {k.shape[2]} keys; every new token brings one of each")
+        state.check_room(call)
+        out, state, self.last_backend = self.engine.step(clear_padding(call), state, self.backend)
+        return out, state
+
+    def cost(self, batch_size: int, query_length: int, key_length: int | None = None, *, kv_heads: int | None = None, is_causal: bool = False) -> Cost:
+        """Closed-form cost of one forward at these sizes (see `Cost`). key_length defaults to query_length, kv_heads to heads."""
+        for name, value in (("batch_size", batch_size), ("query_length", query_length), ("key_length", key_length)):
+            if value is not None:
+                check_positive(name, value)
+        if is_causal and not self.spec.causal:
+            raise UnsupportedError(self._no_causal())
+        kv_heads = self.heads if kv_heads is None else kv_heads
+        return self.count(Shape(batch_size, self.heads, kv_heads, self.head_dim, query_length, key_length or query_length, is_causal))
+
+    def count(self, shape: Shape) -> Cost:
+        """The engine's cost; a variant that works outside its engine adds its own."""
+        return self.engine.cost(shape)
+
+    def refuse(self, call: Call) -> None:
+        """Raise on a malformed call, and on a feature that the spec excludes."""
+        check(call, self.heads, self.head_dim)
+        spec = self.spec
+        if call.is_causal and not spec.causal:
+            raise UnsupportedError(self._no_causal())
+        if not call.is_causal and not spec.bidirectional:
+            raise UnsupportedError(f"{spec.name} is causal only: pass is_causal=True, or use {self._others(bidirectional=True)}")
+        if call.attn_mask is not None and not spec.attn_mask:
+            raise UnsupportedError(
+                f"{spec.name} cannot apply an arbitrary attn_mask; use key_mask for padding, is_causal=True for causality, or {self._others(attn_mask=True)}"
+            )
+        if call.query_length != call.key_length and not spec.cross:
+            raise UnsupportedError(
+                f"{spec.name} needs query_length == key_length (got {call.query_length} and {call.key_length}); use {self._others(cross=True)}"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.spec.name}, heads={self.heads}, head_dim={self.head_dim}, backend={self.backend!r}"
+
+    def _run(self, call: Call, backend: str) -> Tensor:
+        if call.key_length == 0 or call.query_length == 0:
+            self.last_backend = "reference"
+            return call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
+        call, poisoned = shield_past(clear_padding(call))
+        out, self.last_backend = self.attend(call, backend)
+        return out if poisoned is None else out.masked_fill(poisoned[:, None, :, None], float("nan"))
+
+    def _no_causal(self) -> str:
+        return f"{self.spec.name} cannot be causal; use {self._others(causal=True)}"
+
+    def _others(self, **wanted: bool) -> str:
+        """Registered variants whose spec has what this one lacks, for error messages."""
+        from attnzoo.registry import names, spec_of
+
+        able = [name for name in names() if all(getattr(spec_of(name), key) == value for key, value in wanted.items())]
+        return " or ".join(able)
+
+
+def check_positive(name: str, value: Any) -> int:
+    """Return `value` if it is a whole number of at least 1, else raise a ValueError naming it."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+    return value
+
+
+def check_dropout(value: float) -> float:
+    """Return `value` if it is a probability below 1, else raise a ValueError naming it."""
+    if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+        raise ValueError(f"dropout={value!r} must be a probability in [0, 1)")
+    return float(value)

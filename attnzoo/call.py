@@ -1,0 +1,138 @@
+"""One request for attention: its tensors, the checks that guard them, and the two rules that keep bad slots from spreading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+class UnsupportedError(ValueError):
+    """A variant or backend was asked for something that its `Spec` or its `why_not` excludes."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What an engine is asked to do: `A(q, k) · v` under the given masks.
+
+    q: (batch, heads, query_length, head_dim); k: (batch, kv_heads, key_length, head_dim); v: (batch, kv_heads, key_length, value_dim).
+    key_mask: (batch, key_length) bool, True = attend. attn_mask: bool (True = attend) or additive float, broadcastable to
+    (batch, heads, query_length, key_length). Query i stands at position key_length - query_length + i.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_mask: Tensor | None = None
+    attn_mask: Tensor | None = None
+    is_causal: bool = False
+
+    @property
+    def query_length(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def key_length(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def offset(self) -> int:
+        """Position of the first query (rule 2, bottom-right): negative when there are more queries than keys."""
+        return self.key_length - self.query_length
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+
+def repeat_heads(x: Tensor, group: int) -> Tensor:
+    """(batch, kv_heads, ...) -> (batch, kv_heads * group, ...): every query head gets its own view of the shared head."""
+    return x if group == 1 else x.repeat_interleave(group, dim=1)
+
+
+def check(call: Call, heads: int, head_dim: int) -> None:
+    """Raise a ValueError that names the argument, its value and what is allowed."""
+    q, k, v = call.q, call.k, call.v
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}; give a torch tensor of shape (batch, heads, length, head_dim)")
+        if x.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must have 4 dimensions: (batch, heads, length, head_dim)")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} has dtype {x.dtype}; attention needs a floating dtype: convert it with {name}.float()")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype} and q has {q.dtype}; they must agree: convert one of them")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} and q is on {q.device}; they must be on one device")
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} has batch size {x.shape[0]} and q has {q.shape[0]}; they must agree")
+    if q.shape[1] != heads:
+        raise ValueError(f"q has {q.shape[1]} heads (shape {tuple(q.shape)}); this attention was built with heads={heads}")
+    if k.shape[1] != v.shape[1]:
+        raise ValueError(f"k has {k.shape[1]} heads and v has {v.shape[1]}; they must agree")
+    if k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(f"k and v have {k.shape[1]} heads; that must divide heads={heads} (grouped-query attention)")
+    if q.shape[3] != head_dim or k.shape[3] != head_dim:
+        raise ValueError(f"q and k have head_dim {q.shape[3]} and {k.shape[3]}; this attention was built with head_dim={head_dim}")
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f"k has length {k.shape[2]} and v has length {v.shape[2]}; they must agree")
+    _check_key_mask(call)
+    _check_attn_mask(call)
+
+
+def _check_key_mask(call: Call) -> None:
+    mask, wanted = call.key_mask, (call.k.shape[0], call.key_length)
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise ValueError(f"key_mask has dtype {mask.dtype}; it must be bool with True = attend: use key_mask.bool()")
+    if tuple(mask.shape) != wanted:
+        raise ValueError(f"key_mask has shape {tuple(mask.shape)}; it must be (batch, key_length) = {wanted}")
+    if mask.device != call.q.device:
+        raise ValueError(f"key_mask is on {mask.device} and q is on {call.q.device}; they must be on one device")
+
+
+def _check_attn_mask(call: Call) -> None:
+    mask = call.attn_mask
+    if mask is None:
+        return
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"attn_mask has dtype {mask.dtype}; it must be bool (True = attend) or floating (added to the scores)")
+    wanted = (*call.q.shape[:3], call.key_length)
+    if mask.dim() > 4 or any(m not in (1, w) for m, w in zip(mask.shape[::-1], wanted[::-1], strict=False)):
+        raise ValueError(f"attn_mask has shape {tuple(mask.shape)}; it must broadcast to (batch, heads, query_length, key_length) = {wanted}")
+    if mask.device != call.q.device:
+        raise ValueError(f"attn_mask is on {mask.device} and q is on {call.q.device}; they must be on one device")
+
+
+def clear_padding(call: Call) -> Call:
+    """Zero the padded slots of k and v, so that nothing in them (NaN included) can reach a real row, forward or backward (rules 3, 4)."""
+    if call.key_mask is None:
+        return call
+    padded = ~call.key_mask[:, None, :, None]
+    return replace(call, k=call.k.masked_fill(padded, 0.0), v=call.v.masked_fill(padded, 0.0))
+
+
+def shield_past(call: Call) -> tuple[Call, Tensor | None]:
+    """Keep a NaN or inf at slot j from the rows before j (rule 5): 0 · NaN is NaN in every matmul, whatever the mask says.
+
+    Returns the call with the bad slots zeroed, and the rows to overwrite with NaN, (batch, query_length) bool: all that
+    stand at or after a bad slot. None when there is nothing to do. Looking costs one read of k and v; where a look
+    would stall (CUDA, a compiled graph) the slots are zeroed unconditionally.
+    """
+    k, v = call.k, call.v
+    if not call.is_causal or k.is_meta:
+        return call, None
+    look = not (k.is_cuda or torch.compiler.is_compiling())
+    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    if look and bool(torch.isfinite(k.sum(dtype=wide) + v.sum(dtype=wide))):
+        return call, None
+    bad = ~torch.isfinite(k.sum(-1, dtype=wide) + v.sum(-1, dtype=wide))  # (batch, kv_heads, key_length)
+    slots = bad[..., None]
+    reached = bad.any(1).cumsum(-1) > 0
+    rows = reached.new_zeros(k.shape[0], call.query_length)
+    common = min(call.query_length, call.key_length)
+    rows[:, call.query_length - common :] = reached[:, call.key_length - common :]
+    return replace(call, k=k.masked_fill(slots, 0.0), v=v.masked_fill(slots, 0.0)), rows

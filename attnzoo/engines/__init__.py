@@ -1,0 +1,1 @@
+"""The three ways to multiply by A without forming it: softmax, sparse, linear."""

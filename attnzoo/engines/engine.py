@@ -1,0 +1,108 @@
+"""What the three engines share: a list of backends that can say why they refuse, a state for decoding, and a cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.call import Call, UnsupportedError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to multiply by A. `why_not` looks at static facts only (device, dtype, shape, grad) and returns its reason to refuse, or None."""
+
+    name: str
+    run: Callable[[Any, Call], Tensor]
+    why_not: Callable[[Any, Call], str | None]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that a cost depends on. Lengths in tokens."""
+
+    batch_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    query_length: int
+    key_length: int
+    is_causal: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one forward costs. One MAC is one multiply-accumulate; flops = 2 · macs.
+
+    macs: what the fast backend executes, counted as torch and fvcore count it (SDPA with is_causal counts in full).
+    support_macs: what A's support alone needs (a causal A of length n has n(n+1)/2 pairs).
+    state_elements: numbers that decoding carries for the whole batch after key_length tokens; 0 when the variant does not decode.
+    """
+
+    macs: int
+    support_macs: int
+    state_elements: int = 0
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.macs
+
+
+class Engine(nn.Module):
+    """Multiplies by A without the caller knowing how. `backends` is ordered by preference and ends with the reference."""
+
+    backends: ClassVar[tuple[Backend, ...]]
+
+    def backend_names(self) -> list[str]:
+        return [backend.name for backend in self.backends]
+
+    def choose(self, call: Call, requested: str) -> Backend:
+        """The first backend that does not refuse, or the requested one; a backend asked for by name never falls back."""
+        refusals = []
+        for backend in self.backends:
+            if requested in ("auto", backend.name):
+                reason = backend.why_not(self, call)
+                if reason is None:
+                    return backend
+                refusals.append(f"{backend.name}: {reason}")
+        if not refusals:
+            raise ValueError(f"backend={requested!r} is unknown here; choose 'auto' or one of {self.backend_names()}")
+        raise UnsupportedError(f"backend={requested!r} refuses this call ({'; '.join(refusals)}); use backend='auto' or change the call")
+
+    def forward(self, call: Call, backend: str = "auto") -> tuple[Tensor, str]:
+        """Return A·v, (batch, heads, query_length, value_dim) in q's dtype, and the name of the backend that ran."""
+        chosen = self.choose(call, backend)
+        return chosen.run(self, call), chosen.name
+
+    def init_state(self, batch_size: int, kv_heads: int, head_dim: int, max_length: int | None, dtype: torch.dtype, device: Any) -> Any:
+        """An empty state for decoding."""
+        raise NotImplementedError
+
+    def step(self, call: Call, state: Any, backend: str) -> tuple[Tensor, Any, str]:
+        """Attend causally to the tokens in `state` and in `call`; return the rows of `call`, the new state, and the backend that ran."""
+        raise NotImplementedError
+
+    def cost(self, shape: Shape) -> Cost:
+        raise NotImplementedError
+
+
+def never_refuses(engine: Engine, call: Call) -> str | None:
+    """`why_not` of a reference backend."""
+    return None
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums run in float32 at least (rule 10)."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def causal_pairs(query_length: int, key_length: int) -> int:
+    """Number of (query, key) pairs with key at or before query, aligned bottom-right."""
+    offset = key_length - query_length
+    first = max(0, -offset)  # rows before it see nothing
+    rows = query_length - first
+    return rows * (offset + first + 1) + rows * (rows - 1) // 2

@@ -1,0 +1,131 @@
+"""Engine 1, softmax: A = softmax(scale · q kᵀ + mask), row by row, over every key the masks allow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import einsum
+from torch import Tensor
+
+from attnzoo.attention import check_dropout
+from attnzoo.call import Call, repeat_heads
+from attnzoo.engines.cache import KeyValueCache
+from attnzoo.engines.engine import Backend, Cost, Engine, Shape, accumulation_dtype, causal_pairs, never_refuses
+
+
+class Softmax(Engine):
+    """Exact softmax attention. scale: factor of the scores (default 1/sqrt(head_dim)); dropout: probability, in training only."""
+
+    def __init__(self, scale: float | None = None, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.dropout = check_dropout(dropout)
+
+    def init_state(self, batch_size: int, kv_heads: int, head_dim: int, max_length: int | None, dtype: torch.dtype, device: Any) -> KeyValueCache:
+        return KeyValueCache.empty(batch_size, kv_heads, head_dim, max_length, None, dtype, device)
+
+    def step(self, call: Call, state: KeyValueCache, backend: str) -> tuple[Tensor, KeyValueCache, str]:
+        return attend_to_cache(self, call, state, backend)
+
+    def cost(self, shape: Shape) -> Cost:
+        pairs = shape.query_length * shape.key_length
+        support = causal_pairs(shape.query_length, shape.key_length) if shape.is_causal else pairs
+        per_pair = 2 * shape.batch_size * shape.heads * shape.head_dim
+        return Cost(pairs * per_pair, support * per_pair, 2 * shape.batch_size * shape.kv_heads * shape.head_dim * shape.key_length)
+
+
+def attend_to_cache(engine: Engine, call: Call, state: KeyValueCache, backend: str) -> tuple[Tensor, KeyValueCache, str]:
+    """Decode with any engine that reads keys and values: append, then one causal call, aligned bottom-right."""
+    state = state.append(call)
+    out, name = engine(Call(call.q, state.k, state.v, state.key_mask, None, True), backend)
+    return out, state, name
+
+
+def visible(call: Call) -> Tensor | None:
+    """The bool part of the masks, broadcastable to (batch, heads, query_length, key_length); None when every key is visible to every query."""
+    mask = None if call.key_mask is None else call.key_mask[:, None, None, :]
+    if call.is_causal:
+        mask = _and(mask, causal_mask(call.query_length, call.key_length, call.q.device))
+    if call.attn_mask is not None and call.attn_mask.dtype == torch.bool:
+        mask = _and(mask, call.attn_mask)
+    return mask
+
+
+def causal_mask(query_length: int, key_length: int, device: torch.device | None = None) -> Tensor:
+    """(query_length, key_length) bool, aligned bottom-right."""
+    ones = torch.ones(query_length, key_length, dtype=torch.bool, device=device)
+    return ones.tril(key_length - query_length)
+
+
+def _and(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a & b
+
+
+def additive(call: Call) -> Tensor | None:
+    """The float part of the masks."""
+    return call.attn_mask if call.attn_mask is not None and call.attn_mask.is_floating_point() else None
+
+
+def _reference(engine: Softmax, call: Call) -> Tensor:
+    group, dtype = call.group, accumulation_dtype(call.q.dtype)
+    q, k, v = call.q.to(dtype), repeat_heads(call.k, group).to(dtype), repeat_heads(call.v, group).to(dtype)
+    scores = einsum(q, k, "b h i d, b h j d -> b h i j") * (engine.scale or call.q.shape[3] ** -0.5)
+    bias, mask = additive(call), visible(call)
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    attention = F.dropout(masked_softmax(scores), engine.dropout, engine.training)
+    return einsum(attention, v, "b h i j, b h j d -> b h i d").to(call.q.dtype)
+
+
+def masked_softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension in which a row of -inf gives 0 and no NaN gradient."""
+    empty = (scores == float("-inf")).all(-1, keepdim=True)
+    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+
+
+def _sdpa(engine: Softmax, call: Call) -> Tensor:
+    mask, bias = _sdpa_masks(call)
+    grouped = call.group > 1
+    causal_kernel = call.is_causal and mask is None and bias is None and call.query_length > 1
+    dropout = engine.dropout if engine.training else 0.0
+    if mask is None and bias is None:
+        return F.scaled_dot_product_attention(
+            call.q, call.k, call.v, dropout_p=dropout, is_causal=causal_kernel, scale=engine.scale, enable_gqa=grouped
+        )
+    merged, empty = merge_masks(mask, bias)
+    out = F.scaled_dot_product_attention(call.q, call.k, call.v, attn_mask=merged, dropout_p=dropout, scale=engine.scale, enable_gqa=grouped)
+    return out.masked_fill(empty, 0.0)
+
+
+def _sdpa_masks(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    """Masks that SDPA must be given; its own is_causal serves a plain square call, and one last query sees everything."""
+    plain = call.key_mask is None and call.attn_mask is None
+    if plain and (call.query_length == 1 and call.key_length > 0 or call.query_length == call.key_length):
+        return None, None
+    return visible(call), additive(call)
+
+
+def merge_masks(mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One mask for SDPA, and the rows that see no key: those are let see every key (its softmax of nothing is NaN on some
+    backends, forward or backward) and must be zeroed in the output."""
+    if bias is None:
+        assert mask is not None
+        empty = ~mask.any(-1, keepdim=True)
+        return mask | empty, empty
+    if mask is not None:
+        bias = bias.masked_fill(~mask, float("-inf"))
+    empty = (bias == float("-inf")).all(-1, keepdim=True)
+    return bias.masked_fill(empty, 0.0), empty
+
+
+def _sdpa_why_not(engine: Softmax, call: Call) -> str | None:
+    if call.attn_mask is not None and call.attn_mask.is_floating_point() and call.attn_mask.dtype != call.q.dtype:
+        return f"SDPA wants an additive attn_mask of q's dtype {call.q.dtype}, got {call.attn_mask.dtype}"
+    return None
+
+
+Softmax.backends = (Backend("sdpa", _sdpa, _sdpa_why_not), Backend("reference", _reference, never_refuses))

@@ -1,0 +1,114 @@
+"""The zoo's list: `variants/` is discovered, a constructor's signature is its configuration."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar, get_type_hints
+
+from attnzoo.attention import Attention, Spec
+
+_registered: dict[str, type[Attention]] = {}
+AttentionClass = TypeVar("AttentionClass", bound=type[Attention])
+
+
+@dataclass(frozen=True)
+class Option:
+    """One constructor argument of a variant. `default` is `inspect.Parameter.empty` when it must be given."""
+
+    name: str
+    type: str
+    default: Any
+
+    @property
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+
+@dataclass(frozen=True)
+class Description:
+    """A variant in words: its spec, its options, and the docstring that explains it."""
+
+    spec: Spec
+    options: tuple[Option, ...]
+    text: str
+
+
+def register(cls: AttentionClass) -> AttentionClass:
+    """Class decorator: put an `Attention` subclass into the zoo under `cls.spec.name`. Raises ValueError if the name is taken."""
+    if not (inspect.isclass(cls) and issubclass(cls, Attention) and isinstance(getattr(cls, "spec", None), Spec)):
+        raise ValueError(f"register takes an Attention subclass with a `spec`; got {cls!r}")
+    name = cls.spec.name
+    taken = _registered.get(name)
+    if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(f"the name {name!r} is taken by {taken.__qualname__}; give the new variant another spec.name")
+    _registered[name] = cls
+    return cls
+
+
+def names() -> list[str]:
+    """Names of all variants: `standard` first, then in alphabetical order."""
+    _discover()
+    return sorted(_registered, key=lambda name: (not _registered[name].spec.exact or _registered[name].spec.family != "exact", name))
+
+
+def build(name: str, /, **options: Any) -> Attention:
+    """Build a variant by name. Raises ValueError on an unknown name (with the nearest one), an unknown option (with those that
+    exist) and a missing one."""
+    cls = find(name)
+    known = {option.name: option for option in options_of(name)}
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}{nearest(option, known)}; its options are {', '.join(known)}")
+    missing = [option.name for option in known.values() if option.required and option.name not in options]
+    if missing:
+        raise ValueError(f"{name} needs {' and '.join(missing)}: attnzoo.build({name!r}, {', '.join(f'{m}=...' for m in missing)})")
+    return cls(**options)
+
+
+def find(name: str) -> type[Attention]:
+    """The class registered under `name`. Raises ValueError, with the nearest name, when there is none."""
+    _discover()
+    if name not in _registered:
+        raise ValueError(f"unknown attention {name!r}{nearest(name, _registered)}; the zoo has {', '.join(names())}")
+    return _registered[name]
+
+
+def spec_of(name: str) -> Spec:
+    """The spec of a variant by name."""
+    return find(name).spec
+
+
+def options_of(name: str) -> tuple[Option, ...]:
+    """The constructor arguments of a variant, in order, heads and head_dim included."""
+    constructor = find(name).__init__
+    hints = get_type_hints(constructor)
+    parameters = list(inspect.signature(constructor).parameters.values())[1:]
+    return tuple(Option(p.name, _type_name(hints.get(p.name, Any)), p.default) for p in parameters)
+
+
+def describe(name: str) -> Description:
+    """Everything the zoo knows of a variant without building it."""
+    cls = find(name)
+    return Description(cls.spec, options_of(name), inspect.getdoc(cls) or "")
+
+
+def nearest(word: str, known: Any) -> str:
+    """' (did you mean ...?)' when a known word is close, else ''."""
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "").replace("collections.abc.", "")
+
+
+@cache
+def _discover() -> None:
+    package = importlib.import_module("attnzoo.variants")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"attnzoo.variants.{module.name}")

@@ -1,0 +1,34 @@
+"""Softmax attention, the exact one that all others are measured against."""
+
+from __future__ import annotations
+
+from attnzoo.attention import Attention, Spec
+from attnzoo.engines.softmax import Softmax
+from attnzoo.registry import register
+
+
+@register
+class Standard(Attention):
+    """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1, equation 1).
+
+        A_ij = exp(s_ij) / Σ_l exp(s_il),    s_ij = scale · q_i · k_j
+
+    Every query weighs every visible key: n² scores. The fast backend is torch's SDPA, which never stores them.
+
+    scale: factor of the scores, default 1/sqrt(head_dim). dropout: probability of dropping an entry of A while training.
+    """
+
+    spec = Spec(
+        name="standard",
+        title="Softmax attention",
+        paper="Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762",
+        equation="A_ij = exp(q_i·k_j/√d) / Σ_l exp(q_i·k_l/√d)",
+        complexity="O(n²) time, O(n) memory",
+        family="exact",
+        exact=True,
+        attn_mask=True,
+        dropout=True,
+    )
+
+    def __init__(self, heads: int, head_dim: int, *, scale: float | None = None, dropout: float = 0.0, backend: str = "auto") -> None:
+        super().__init__(heads, head_dim, Softmax(scale, dropout), backend=backend)
