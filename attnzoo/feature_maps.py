@@ -1,0 +1,155 @@
+"""Feature maps φ with A_ij ∝ φ(q_i) · φ(k_j): pointwise ones, and the random features of FAVOR+.
+
+A map returns φ in two parts, `features · exp(log_scale)`: features stay in floating range, log_scale (..., length) holds
+what may not (None where it is 0). No map looks at more than one token, so none can look ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Features = tuple[Tensor, Tensor | None]
+Normalizer = Literal["row", "feature", "none"]
+
+
+class FeatureMap(nn.Module):
+    """φ of queries and keys.
+
+    normalizer: how A is normalised. "row": each row by its sum. "feature": each key feature by its sum over the visible
+    keys (a softmax along the length). "none": not at all.
+    """
+
+    normalizer: Normalizer = "row"
+
+    def width(self, head_dim: int) -> int:
+        """Number of features of a vector of head_dim numbers."""
+        return head_dim
+
+    def macs(self, head_dim: int) -> int:
+        """Multiply-accumulates for the features of one vector."""
+        return 0
+
+    def query(self, q: Tensor) -> Features:
+        """(..., length, head_dim) -> features (..., length, width), log_scale (..., length) or None."""
+        raise NotImplementedError
+
+    def key(self, k: Tensor) -> Features:
+        """As `query`, for keys."""
+        return self.query(k)
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """elu(x) + 1, written as exp(x) below 0 so that small values keep their digits (rule 10)."""
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def identity(x: Tensor) -> Tensor:
+    return x
+
+
+POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {"elu": elu_plus_one, "relu": F.relu, "squared_relu": squared_relu, "identity": identity}
+
+
+class Pointwise(FeatureMap):
+    """φ(x) = function(x), any callable from (..., head_dim) to (..., width)."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], *, normalize: bool) -> None:
+        super().__init__()
+        self.function = function
+        self.normalizer = "row" if normalize else "none"
+
+    def width(self, head_dim: int) -> int:
+        return self.function(torch.zeros(1, head_dim)).shape[-1]
+
+    def query(self, q: Tensor) -> Features:
+        return self.function(q), None
+
+
+class SoftmaxFeatures(FeatureMap):
+    """Efficient Attention (Shen et al. 2018, equation 5): queries softmaxed over features, keys over the visible length."""
+
+    normalizer = "feature"
+
+    def query(self, q: Tensor) -> Features:
+        return q.softmax(-1), None
+
+    def key(self, k: Tensor) -> Features:
+        largest = k.detach().amax(-1, keepdim=True)
+        return (k - largest).exp(), largest.squeeze(-1)
+
+
+class RandomFeatures(FeatureMap):
+    """FAVOR+ (Choromanski et al. 2021): E_ω[φ(q) · φ(k)] = exp(scale · q·k) for all kinds but "relu".
+
+    projection: (num_features, head_dim), rows ω ~ N(0, I); orthogonal within blocks of head_dim rows if asked for.
+    With x scaled by scale^½ and m = num_features:
+      positive       φ(x) = exp(-|x|²/2) · exp(ωx) / √m              (Lemma 1)
+      hyperbolic     φ(x) = exp(-|x|²/2) · [exp(ωx), exp(-ωx)] / √2m  (Lemma 1, smaller variance)
+      trigonometric  φ(x) = exp(+|x|²/2) · [sin ωx, cos ωx] / √m      (random Fourier features; A may be negative)
+      relu           φ(x) = max(ωx, 0) / √m                           (Performer-ReLU; no softmax kernel)
+    """
+
+    KINDS = ("positive", "hyperbolic", "trigonometric", "relu")
+
+    def __init__(self, head_dim: int, num_features: int, kind: str, *, orthogonal: bool, seed: int, scale: float | None) -> None:
+        super().__init__()
+        if kind not in self.KINDS:
+            raise ValueError(f"features={kind!r} is unknown; choose one of {', '.join(self.KINDS)}")
+        self.kind = kind
+        self.num_features = num_features
+        self.orthogonal = orthogonal
+        self.scale = head_dim**-0.5 if scale is None else scale
+        if self.scale <= 0:
+            raise ValueError(f"scale={scale!r} must be positive")
+        self.projection: Tensor
+        self.register_buffer("projection", draw_projection(num_features, head_dim, orthogonal=orthogonal, seed=seed))
+
+    def redraw(self, seed: int) -> None:
+        """Replace ω by another draw, in place."""
+        rows, head_dim = self.projection.shape
+        self.projection.copy_(draw_projection(rows, head_dim, orthogonal=self.orthogonal, seed=seed))
+
+    def width(self, head_dim: int) -> int:
+        return self.num_features * (2 if self.kind in ("hyperbolic", "trigonometric") else 1)
+
+    def macs(self, head_dim: int) -> int:
+        return self.num_features * head_dim
+
+    def query(self, q: Tensor) -> Features:
+        x = q * self.scale**0.5
+        projected = x @ self.projection.to(x.dtype).mT
+        if self.kind == "relu":
+            return F.relu(projected) * self.num_features**-0.5, None
+        half_norm = x.square().sum(-1) / 2
+        if self.kind == "trigonometric":
+            return torch.cat([projected.sin(), projected.cos()], -1) * self.num_features**-0.5, half_norm
+        if self.kind == "hyperbolic":
+            projected = torch.cat([projected, -projected], -1)
+        # The largest exponent of the token leaves the features; what it is does not change φ, so no gradient goes through it.
+        largest = projected.detach().amax(-1, keepdim=True)
+        features = (projected - largest).exp() * self.width(q.shape[-1]) ** -0.5
+        return features, largest.squeeze(-1) - half_norm
+
+
+def draw_projection(rows: int, head_dim: int, *, orthogonal: bool, seed: int) -> Tensor:
+    """(rows, head_dim) float32 with rows ~ N(0, I); orthogonal: rows of each block of head_dim are orthogonal, norms chi-distributed."""
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(rows, head_dim, generator=generator, dtype=torch.float64)
+    if not orthogonal:
+        return gaussian.float()
+    blocks = []
+    for start in range(0, rows, head_dim):
+        square = torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64)
+        q, r = torch.linalg.qr(square)
+        # QR leaves the sign of each column to the library; diag(R) > 0 makes q uniform over the orthogonal group.
+        blocks.append((q * r.diagonal().sign())[: rows - start])
+    return (torch.cat(blocks) * gaussian.norm(dim=1, keepdim=True)).float()

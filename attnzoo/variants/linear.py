@@ -1,0 +1,56 @@
+"""Kernel attention: a feature map instead of the exponential, and the product taken in the cheap order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from attnzoo.attention import Attention, Spec
+from attnzoo.engines.linear import Linear
+from attnzoo.feature_maps import POINTWISE, FeatureMap, Pointwise, SoftmaxFeatures
+from attnzoo.registry import nearest, register
+
+
+@register
+class LinearAttention(Attention):
+    """Linear attention (Katharopoulos et al. 2020, equations 5 and 7 with φ(x) = elu(x) + 1).
+
+        A_ij = φ(q_i)·φ(k_j) / Σ_l φ(q_i)·φ(k_l)
+
+    φ(Q) (φ(K)ᵀ V) costs n·d² instead of n²·d, and the causal form is a recurrent network whose state is Σ φ(k_j) v_jᵀ.
+    What is lost is softmax's sharpness: A has rank d at most, so no row can single out one key among many.
+
+    feature_map: "elu" (elu(x) + 1), "relu", "squared_relu", "identity", a callable from (..., head_dim) to (..., width), or
+    "softmax": Efficient Attention (Shen et al. 2018, equation 5), A = softmax_features(q) · softmax_length(k)ᵀ, whose causal
+    row i is taken over the keys up to i, in float32 (a feature whose every key lies over 87 below the key's largest is lost).
+    normalize: divide each row by its sum. A map that goes negative (identity) can bring that sum to 0: use False there.
+    """
+
+    spec = Spec(
+        name="linear",
+        title="Linear attention",
+        paper="Katharopoulos et al., Transformers are RNNs, 2020, arXiv:2006.16236",
+        equation="A_ij = φ(q_i)·φ(k_j) / Σ_l φ(q_i)·φ(k_l)",
+        complexity="O(n) time and memory",
+        family="kernel",
+        exact=False,
+    )
+
+    def __init__(
+        self, heads: int, head_dim: int, *, feature_map: str | Callable[[Tensor], Tensor] = "elu", normalize: bool = True, backend: str = "auto"
+    ) -> None:
+        super().__init__(heads, head_dim, Linear(_named(feature_map, normalize)), backend=backend)
+
+
+def _named(feature_map: str | Callable[[Tensor], Tensor], normalize: bool) -> FeatureMap:
+    if feature_map == "softmax":
+        if not normalize:
+            raise ValueError("normalize=False cannot go with feature_map='softmax', which is itself a normalisation; leave it True")
+        return SoftmaxFeatures()
+    if callable(feature_map):
+        return Pointwise(feature_map, normalize=normalize)
+    if feature_map not in POINTWISE:
+        known = [*POINTWISE, "softmax"]
+        raise ValueError(f"feature_map={feature_map!r} is unknown{nearest(feature_map, known)}; choose one of {', '.join(known)}, or give a callable")
+    return Pointwise(POINTWISE[feature_map], normalize=normalize)
