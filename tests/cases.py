@@ -1,0 +1,289 @@
+"""Small configurations of every variant, the situations they are tried in, and the oracle's answer to each."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from oracles import ORACLES
+from torch import Tensor
+
+import attnzoo
+from attnzoo import Attention
+from attnzoo.registry import options_of, spec_of
+
+CPU_BACKENDS = {"sdpa", "blocks", "chunked", "reference"}
+MAX_LENGTH = 1024
+
+
+def squared_elu(x: Tensor) -> Tensor:
+    """A user's own feature map, of another width than head_dim; at module level so that it pickles."""
+    positive = torch.nn.functional.elu(x) + 1
+    return torch.cat([positive, positive**2], -1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One variant with options.
+
+    shift: added to q and k where a feature map would else leave next to nothing to normalise by: there every order of
+    operations loses float32's digits, the oracle's too.
+    """
+
+    variant: str
+    options: dict[str, Any] = field(default_factory=dict)
+    shift: float = 0.0
+
+    @property
+    def spec(self) -> attnzoo.Spec:
+        return spec_of(self.variant)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __str__(self) -> str:
+        shown = [f"{name}={getattr(value, '__name__', value)}" for name, value in self.options.items()]
+        return f"{self.variant}({', '.join(shown)})"
+
+    def build(self, heads: int = 4, head_dim: int = 8, *, dtype: torch.dtype = torch.float32, **more: Any) -> Attention:
+        """The attention, with the same learned and drawn numbers every time."""
+        options = {"max_length": MAX_LENGTH} if self.spec.needs_max_length else {}
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            return attnzoo.build(self.variant, heads=heads, head_dim=head_dim, **{**options, **self.options, **more}).to(dtype)
+
+
+CASES: dict[str, list[Case]] = {
+    "standard": [Case("standard"), Case("standard", {"scale": 0.7})],
+    "linformer": [
+        Case("linformer", {"rank": 16}),
+        Case("linformer", {"rank": 16, "sharing": "headwise"}),
+        Case("linformer", {"rank": 16, "sharing": "key_value"}),
+        Case("linformer", {"rank": 16, "sharing": "layerwise"}),
+    ],
+    "linear": [
+        Case("linear"),
+        Case("linear", {"feature_map": "relu"}, shift=0.5),
+        Case("linear", {"feature_map": "squared_relu"}, shift=1.0),
+        Case("linear", {"feature_map": "softmax"}),
+        Case("linear", {"feature_map": "identity", "normalize": False}),
+        Case("linear", {"normalize": False}),
+        Case("linear", {"feature_map": squared_elu}),
+    ],
+    "performer": [
+        Case("performer", {"num_features": 24}),
+        Case("performer", {"num_features": 24, "features": "hyperbolic"}),
+        Case("performer", {"num_features": 64, "features": "trigonometric", "scale": 0.05}),
+        Case("performer", {"num_features": 24, "features": "relu"}),
+        Case("performer", {"num_features": 24, "orthogonal": False, "seed": 5, "scale": 0.3}),
+    ],
+    "sliding_window": [
+        Case("sliding_window", {"window": 16}),
+        Case("sliding_window", {"window": 1}),
+        Case("sliding_window", {"window": 7}),
+        Case("sliding_window", {"window": 100}),
+        Case("sliding_window"),
+    ],
+    "bigbird": [
+        Case("bigbird", {"block_size": 4, "num_random_blocks": 2}),
+        Case("bigbird", {"block_size": 16, "num_random_blocks": 2, "seed": 3}),
+        Case("bigbird", {"block_size": 3, "num_random_blocks": 0, "num_window_blocks": 1, "num_global_blocks": 0}),
+        Case("bigbird", {"block_size": 5, "num_random_blocks": 3, "num_window_blocks": 5, "num_global_blocks": 3}),
+        Case("bigbird", {"block_size": 1, "num_random_blocks": 4}),
+        Case("bigbird"),
+    ],
+}
+"""The first case of each is its usual small form, and the only one that the rules run over."""
+
+
+def cases() -> list[Case]:
+    """Every case of every registered variant; one with its defaults where none is listed."""
+    return [case for name in attnzoo.names() for case in CASES.get(name, [Case(name)])]
+
+
+def usual_cases() -> list[Case]:
+    """One small form of every registered variant."""
+    return [CASES.get(name, [Case(name)])[0] for name in attnzoo.names()]
+
+
+def backends_of(case: Case) -> list[str]:
+    return case.build().engine.backend_names()
+
+
+def with_backends(some: list[Case]) -> list[tuple[Case, str]]:
+    """Every case with each of its backends; those that need a GPU are tested where there is one."""
+    return [(case, backend) for case in some for backend in backends_of(case) if backend in CPU_BACKENDS]
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Lengths, heads and padding of a call. padding: none, left, right, interior, or whole (the first sample sees nothing)."""
+
+    query_length: int
+    key_length: int
+    padding: str = "none"
+    batch: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+
+    def __str__(self) -> str:
+        return f"{self.query_length}x{self.key_length}-{self.padding}-{self.heads}/{self.kv_heads}"
+
+    def key_mask(self) -> Tensor | None:
+        return padding(self.padding, self.batch, self.key_length)
+
+
+SITUATIONS = [
+    Situation(1, 1),
+    Situation(1, 1, "whole"),
+    Situation(2, 2, "left"),
+    Situation(63, 63, kv_heads=1),
+    Situation(65, 65, "interior"),
+    Situation(65, 65, "left", kv_heads=4),
+    Situation(65, 65, "right"),
+    Situation(65, 65, "whole"),
+    Situation(1, 65, "interior"),
+    Situation(6, 65, "right"),
+    Situation(65, 17),
+    Situation(65, 18, "left"),
+    Situation(257, 257, heads=2, kv_heads=1, batch=1),
+    Situation(257, 257, "interior", heads=2, kv_heads=2, batch=1),
+    Situation(140, 257, "left", heads=2, kv_heads=1, batch=1),
+    Situation(1000, 1000, heads=1, kv_heads=1, batch=1),
+    Situation(1000, 1000, "interior", heads=1, kv_heads=1, batch=1),
+]
+FEW_SITUATIONS = [SITUATIONS[i] for i in (2, 3, 4, 7, 9, 11, 14)]
+
+
+def padding(kind: str, batch: int, length: int) -> Tensor | None:
+    """(batch, length) bool, True = attend; every sample padded differently."""
+    if kind == "none":
+        return None
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    for b in range(batch):
+        count = max(1, length // 3 - 2 * b)
+        if kind == "left":
+            mask[b, :count] = False
+        elif kind == "right":
+            mask[b, length - count :] = False
+        elif kind == "interior":
+            mask[b, 1 + b : length - 1 : 3] = False
+            mask[b, length // 4 : length // 2] = False
+        elif kind == "whole":
+            mask[b] = b > 0
+        else:
+            raise ValueError(kind)
+    return mask
+
+
+def tensors(situation: Situation, head_dim: int = 8, *, shift: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v and the gradient of the output, rounded to float32 and held in float64, so that both precisions start from the same numbers."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(heads: int, length: int) -> Tensor:
+        return torch.randn(situation.batch, heads, length, head_dim, generator=generator)
+
+    q = (draw(situation.heads, situation.query_length) + shift).double()
+    k = (draw(situation.kv_heads, situation.key_length) + shift).double()
+    return q, k, draw(situation.kv_heads, situation.key_length).double(), draw(situation.heads, situation.query_length).double()
+
+
+LEARNED: dict[str, Callable[[Attention], dict[str, Tensor]]] = {
+    "linformer": lambda attn: {"key_projection": _parameter(attn, "key_projection"), "value_projection": _parameter(attn, "value_projection")},
+}
+"""What the oracle needs of a variant's parameters, by the name of the oracle's argument."""
+
+DRAWN: dict[str, Callable[[Attention, int, int, bool], dict[str, Tensor]]] = {
+    "performer": lambda attn, *_: {"projection": attn.engine.feature_map.projection},  # type: ignore[union-attr]
+    "bigbird": lambda attn, *call: {"random_blocks": attn.random_blocks(*call)},  # type: ignore[operator]
+}
+"""What the oracle needs of a variant's random choices, given (query_length, key_length, is_causal)."""
+
+
+def _parameter(attn: Attention, name: str) -> Tensor:
+    return getattr(attn, name).weight
+
+
+def learned(attn: Attention) -> dict[str, Tensor]:
+    """The parameters that the oracle reads."""
+    return LEARNED.get(attn.spec.name, lambda _: {})(attn)
+
+
+def ask_oracle(
+    attn: Attention, q: Tensor, k: Tensor, v: Tensor, *, parameters: dict[str, Tensor] | None = None, options: dict[str, Any] | None = None, **masks: Any
+) -> tuple[Tensor, Tensor]:
+    """(out, A) of the variant's oracle. parameters: stand-ins for `learned(attn)`. options: those that attn was built with."""
+    name = attn.spec.name
+    function = ORACLES[name]
+    wanted = inspect.signature(function).parameters
+    values = {option.name: option.default for option in options_of(name)} | (options or {})
+    drawn = DRAWN[name](attn, q.shape[2], k.shape[2], masks.get("is_causal", False)) if name in DRAWN else {}
+    given = {option: value for option, value in values.items() if option in wanted}
+    return function(q, k, v, **given, **(learned(attn) if parameters is None else parameters), **drawn, **masks)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an oracle or a backend gives: the output, A where it was asked for, and the gradients by name."""
+
+    out: Tensor
+    gradients: dict[str, Tensor]
+    weights: Tensor | None = None
+
+
+def gradients_of(out: Tensor, upstream: Tensor, *inputs: Tensor) -> list[Tensor]:
+    """Gradients by input, 0 where out does not depend on it."""
+    if not out.requires_grad:
+        return [torch.zeros_like(x) for x in inputs]
+    return list(torch.autograd.grad(out, inputs, upstream.detach(), allow_unused=True, materialize_grads=True))
+
+
+@lru_cache(maxsize=4)
+def oracle_answer(case: Case, situation: Situation, is_causal: bool) -> Answer:
+    """The oracle's output, A and gradients; kept for the next backend."""
+    q, k, v, grad = tensors(situation, shift=case.shift)
+    leaves = {"q": q.requires_grad_(), "k": k.requires_grad_(), "v": v.requires_grad_()}
+    attn = case.build(situation.heads)
+    stand_ins: dict[int, Tensor] = {}
+    for parameter in learned(attn).values():  # a shared parameter gets one stand-in
+        stand_ins.setdefault(id(parameter), parameter.detach().double().requires_grad_())
+    parameters = {name: stand_ins[id(parameter)] for name, parameter in learned(attn).items()}
+    out, a = ask_oracle(attn, q, k, v, parameters=parameters, options=case.options, key_mask=situation.key_mask(), is_causal=is_causal)
+    leaves.update(parameters)
+    found = gradients_of(out, grad, *leaves.values())
+    gradients = dict(zip(leaves, found, strict=True))
+    return Answer(out.detach(), gradients, a.detach())
+
+
+def library_answer(case: Case, backend: str, situation: Situation, is_causal: bool, dtype: torch.dtype) -> Answer:
+    """What the library computes by a backend asked for by name, forward and backward."""
+    q, k, v, grad = (x.to(dtype) for x in tensors(situation, shift=case.shift))
+    leaves = {"q": q.requires_grad_(), "k": k.requires_grad_(), "v": v.requires_grad_()}
+    attn = case.build(situation.heads, dtype=dtype, backend=backend)
+    out = attn(q, k, v, key_mask=situation.key_mask(), is_causal=is_causal)
+    assert attn.last_backend == backend
+    assert out.dtype == dtype
+    leaves.update(learned(attn))
+    found = gradients_of(out, grad, *leaves.values())
+    gradients = dict(zip(leaves, found, strict=True))
+    return Answer(out.detach(), gradients)
+
+
+def can(spec: attnzoo.Spec, is_causal: bool) -> bool:
+    """Does the spec allow this kind of call?"""
+    return spec.causal if is_causal else spec.bidirectional
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    """Fail when an entry differs by more than tolerance times the largest expected one (1 at least)."""
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert bool(torch.isfinite(actual).all()), f"{what} is not finite"
+    if expected.numel() == 0:
+        return
+    error = (actual.double() - expected.double()).abs().max().item()
+    bound = tolerance * max(1.0, expected.abs().max().item())
+    assert error <= bound, f"{what}: error {error:.3g} over {bound:.3g}"

@@ -1,0 +1,273 @@
+"""What each attention is, in float64 loops written from the papers' equations. Imports nothing of the library.
+
+Every oracle takes q, k, v, the masks, and as keyword arguments the variant's options and what it learned or drew, and
+returns (out, A): out is (batch, heads, query_length, value_dim), A is (batch, heads, query_length, key_length).
+All are differentiable. Query i stands at position key_length - query_length + i; a row that sees nothing is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Oracle = Callable[..., tuple[Tensor, Tensor]]
+ORACLES: dict[str, Oracle] = {}
+_HeadMatrix = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def oracle(name: str) -> Callable[[Oracle], Oracle]:
+    """Enter a function into `ORACLES` under the name of the variant it specifies."""
+
+    def enter(function: Oracle) -> Oracle:
+        ORACLES[name] = function
+        return function
+
+    return enter
+
+
+def _by_heads(matrix: _HeadMatrix, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """Loop over samples and heads; `matrix(head, q, k, visible)` gives one head's A, (query_length, key_length)."""
+    batch, heads, query_length, _ = q.shape
+    kv_heads, key_length = k.shape[1], k.shape[2]
+    samples, outputs = [], []
+    for b in range(batch):
+        visible = _visible(query_length, key_length, None if key_mask is None else key_mask[b], is_causal)
+        real = torch.ones(key_length, dtype=torch.bool) if key_mask is None else key_mask[b]
+        matrices, rows = [], []
+        for h in range(heads):
+            shared = h // (heads // kv_heads)
+            keys = torch.where(real[:, None], k[b, shared].double(), 0.0)
+            values = torch.where(real[:, None], v[b, shared].double(), 0.0)
+            a = matrix(h, q[b, h].double(), keys, visible)
+            matrices.append(a)
+            rows.append(a @ values)
+        samples.append(torch.stack(matrices))
+        outputs.append(torch.stack(rows))
+    return torch.stack(outputs), torch.stack(samples)
+
+
+def _visible(query_length: int, key_length: int, real: Tensor | None, is_causal: bool) -> Tensor:
+    rows = []
+    for i in range(query_length):
+        position = key_length - query_length + i
+        row = torch.ones(key_length, dtype=torch.bool) if real is None else real.clone()
+        if is_causal:
+            row[max(0, position + 1) :] = False
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def _rows(visible: Tensor, weigh: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """A matrix whose row i holds weigh(i, seen) at the keys that the row sees, and 0 elsewhere."""
+    rows = []
+    for i in range(visible.shape[0]):
+        row = torch.zeros(visible.shape[1], dtype=torch.float64)
+        seen = visible[i].nonzero().squeeze(1)
+        rows.append(row if seen.numel() == 0 else row.index_copy(0, seen, weigh(i, seen)))
+    return torch.stack(rows)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """exp(s_j) / Σ_l exp(s_l); 0 where every score is -inf."""
+    if bool((scores == -math.inf).all()):
+        return torch.zeros_like(scores)
+    shifted = (scores - scores.max().detach()).exp()
+    return shifted / shifted.sum()
+
+
+def _normalised(products: Tensor) -> Tensor:
+    """p_j / Σ_l p_l; 0 where the sum is exactly 0."""
+    total = products.sum()
+    return torch.zeros_like(products) if total.item() == 0.0 else products / total
+
+
+def _softmax_over(visible: Tensor, q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None = None) -> Tensor:
+    scale = q.shape[1] ** -0.5 if scale is None else scale
+
+    def weigh(i: int, seen: Tensor) -> Tensor:
+        scores = scale * (k[seen] @ q[i])
+        return _softmax(scores if bias is None else scores + bias[i, seen])
+
+    return _rows(visible, weigh)
+
+
+@oracle("standard")
+def standard(q, k, v, *, key_mask=None, attn_mask=None, is_causal=False, scale=None) -> tuple[Tensor, Tensor]:
+    """Vaswani et al. 2017, equation 1. attn_mask: bool (True = attend) or added to the scores."""
+    allowed = torch.ones(q.shape[0], q.shape[1], q.shape[2], k.shape[2], dtype=torch.bool)
+    bias = None
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        allowed = allowed & attn_mask
+    elif attn_mask is not None:
+        bias = attn_mask.double().expand(allowed.shape)
+    samples = []
+    for b in range(q.shape[0]):
+        mask = None if key_mask is None else key_mask[b : b + 1]
+
+        def matrix(h, q_h, k_h, visible, b=b):
+            return _softmax_over(visible & allowed[b, h], q_h, k_h, scale, None if bias is None else bias[b, h])
+
+        samples.append(_by_heads(matrix, q[b : b + 1], k[b : b + 1], v[b : b + 1], mask, is_causal))
+    return torch.cat([out for out, _ in samples]), torch.cat([a for _, a in samples])
+
+
+@oracle("linformer")
+def linformer(q, k, v, *, key_projection, value_projection, key_mask=None, attn_mask=None, is_causal=False, scale=None) -> tuple[Tensor, Tensor]:
+    """Wang et al. 2020, equation 7: softmax(scale · q (Eᵀk)ᵀ) Fᵀv with E, F of shape (heads or 1, max_length, rank).
+
+    A, row by row, is softmax(scale · q_i (Eᵀk)ᵀ) Fᵀ with the columns of padded keys 0.
+    """
+    assert not is_causal and attn_mask is None
+    n = k.shape[2]
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+
+    def matrix(h: int, q_h: Tensor, k_h: Tensor, visible: Tensor) -> Tensor:
+        e = key_projection[h if key_projection.shape[0] > 1 else 0, :n].double()
+        f = value_projection[h if value_projection.shape[0] > 1 else 0, :n].double()
+        projected = sum((torch.outer(e[j], k_h[j]) for j in range(n)), torch.zeros(e.shape[1], k_h.shape[1], dtype=torch.float64))
+        rows = []
+        for i in range(q_h.shape[0]):
+            slots = _softmax(scale * (projected @ q_h[i]))
+            rows.append(torch.where(visible[i], f @ slots, 0.0))
+        return torch.stack(rows)
+
+    return _by_heads(matrix, q, k, v, key_mask, False)
+
+
+def _elu_plus_one(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu": _elu_plus_one,
+    "relu": lambda x: x.clamp(min=0),
+    "squared_relu": lambda x: x.clamp(min=0) ** 2,
+    "identity": lambda x: x,
+}
+
+
+def _kernel(phi_q: Callable[[Tensor], Tensor], phi_k: Callable[[Tensor], Tensor], normalize: bool) -> _HeadMatrix:
+    """A_ij = phi(q_i)·phi(k_j) / Σ_l phi(q_i)·phi(k_l), the sum over the keys that i sees."""
+
+    def matrix(_: int, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        queries, keys = phi_q(q), phi_k(k)
+
+        def weigh(i: int, seen: Tensor) -> Tensor:
+            products = keys[seen] @ queries[i]
+            return _normalised(products) if normalize else products
+
+        return _rows(visible, weigh)
+
+    return matrix
+
+
+def _efficient(_: int, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+    """Shen et al. 2021, equation 5: softmax over the features of a query, softmax over the keys that it sees of each feature."""
+
+    def weigh(i: int, seen: Tensor) -> Tensor:
+        weight_of_feature = q[i].softmax(0)
+        keys = k[seen]
+        share_of_key = (keys - keys.max(0).values.detach()).exp()
+        return (share_of_key / share_of_key.sum(0)) @ weight_of_feature
+
+    return _rows(visible, weigh)
+
+
+@oracle("linear")
+def linear(q, k, v, *, feature_map="elu", normalize=True, key_mask=None, attn_mask=None, is_causal=False) -> tuple[Tensor, Tensor]:
+    """Katharopoulos et al. 2020, equations 4 and 8; `softmax` is Shen et al. 2021. feature_map: a name or a callable."""
+    assert attn_mask is None
+    if feature_map == "softmax":
+        return _by_heads(_efficient, q, k, v, key_mask, is_causal)
+    phi = feature_map if callable(feature_map) else FEATURE_MAPS[feature_map]
+    return _by_heads(_kernel(phi, phi, normalize), q, k, v, key_mask, is_causal)
+
+
+def random_features(x: Tensor, projection: Tensor, features: str) -> Tensor:
+    """Choromanski et al. 2021, Lemma 1 and equation 5: features whose products estimate exp(x·y) (`relu`: another kernel).
+
+    x: (..., head_dim); projection: (num_features, head_dim), its rows the draws of omega.
+    """
+    m = projection.shape[0]
+    along = x @ projection.T
+    half_norm = (x * x).sum(-1, keepdim=True) / 2
+    if features == "positive":
+        return (along - half_norm).exp() / math.sqrt(m)
+    if features == "hyperbolic":
+        return torch.cat([(along - half_norm).exp(), (-along - half_norm).exp()], -1) / math.sqrt(2 * m)
+    if features == "trigonometric":
+        return half_norm.exp() * torch.cat([along.sin(), along.cos()], -1) / math.sqrt(m)
+    if features == "relu":
+        return along.clamp(min=0) / math.sqrt(m)
+    raise ValueError(features)
+
+
+@oracle("performer")
+def performer(
+    q, k, v, *, projection, features="positive", scale=None, key_mask=None, attn_mask=None, is_causal=False
+) -> tuple[Tensor, Tensor]:
+    """Choromanski et al. 2021: linear attention with random features of q·√scale and k·√scale."""
+    assert attn_mask is None
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    projection = projection.double()
+
+    def phi(x: Tensor) -> Tensor:
+        return random_features(x * math.sqrt(scale), projection, features)
+
+    return _by_heads(_kernel(phi, phi, True), q, k, v, key_mask, is_causal)
+
+
+@oracle("sliding_window")
+def sliding_window(q, k, v, *, window, scale=None, key_mask=None, attn_mask=None, is_causal=False) -> tuple[Tensor, Tensor]:
+    """Beltagy et al. 2020, section 3.1: softmax over the keys j with |position - j| < window."""
+    assert attn_mask is None
+
+    def matrix(_: int, q_h: Tensor, k_h: Tensor, visible: Tensor) -> Tensor:
+        near = torch.zeros_like(visible)
+        for i in range(q_h.shape[0]):
+            position = k_h.shape[0] - q_h.shape[0] + i
+            near[i, max(0, position - window + 1) : max(0, position + window)] = True
+        return _softmax_over(visible & near, q_h, k_h, scale)
+
+    return _by_heads(matrix, q, k, v, key_mask, is_causal)
+
+
+@oracle("bigbird")
+def bigbird(
+    q, k, v, *, random_blocks, block_size, num_window_blocks, num_global_blocks, scale=None, key_mask=None, attn_mask=None, is_causal=False
+) -> tuple[Tensor, Tensor]:
+    """Zaheer et al. 2020, section 2: softmax over a *set* of keys, the union of window, global and random blocks.
+
+    random_blocks: (heads, query_blocks, num_random_blocks) key blocks drawn for each query block, -1 for none; its first
+    row belongs to the block of the first query.
+    """
+    assert attn_mask is None
+    query_length, key_length = q.shape[2], k.shape[2]
+    key_blocks = -(-key_length // block_size)
+    first_block = (key_length - query_length) // block_size
+    global_blocks = bigbird_global_blocks(key_blocks, num_global_blocks, is_causal)
+
+    def matrix(h: int, q_h: Tensor, k_h: Tensor, visible: Tensor) -> Tensor:
+        chosen = torch.zeros_like(visible)
+        for i in range(query_length):
+            a = (key_length - query_length + i) // block_size
+            window = {b for b in range(key_blocks) if abs(a - b) <= (num_window_blocks - 1) // 2}
+            drawn = set(random_blocks[h, a - first_block].tolist()) - {-1}
+            blocks = set(range(key_blocks)) if a in global_blocks else window | global_blocks | drawn
+            for b in blocks:
+                chosen[i, b * block_size : (b + 1) * block_size] = True
+        return _softmax_over(visible & chosen, q_h, k_h, scale)
+
+    return _by_heads(matrix, q, k, v, key_mask, is_causal)
+
+
+def bigbird_global_blocks(key_blocks: int, num_global_blocks: int, is_causal: bool) -> set[int]:
+    """Causal: the first blocks. Otherwise half of them at each end, the odd one at the beginning."""
+    everything = list(range(key_blocks))
+    if is_causal:
+        return set(everything[:num_global_blocks])
+    at_end = num_global_blocks // 2
+    return set(everything[: num_global_blocks - at_end]) | set(everything[max(0, key_blocks - at_end) :])

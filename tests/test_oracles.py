@@ -1,0 +1,177 @@
+"""Every variant, by every backend, against the loops of `oracles.py`: outputs, A and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    FEW_SITUATIONS,
+    SITUATIONS,
+    Case,
+    Situation,
+    ask_oracle,
+    can,
+    cases,
+    close,
+    gradients_of,
+    library_answer,
+    oracle_answer,
+    tensors,
+    with_backends,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import ORACLES
+
+import attnzoo
+
+# Float64 carries 2e-16; sums of a thousand terms and quotients by small normalisers lose four digits of it, not six.
+FLOAT64_TOLERANCE = 1e-10
+# Float32's unit is 6e-8. A score of size 5 loses 5 units in exp, a sum over a thousand keys up to sqrt(1000) = 32 of them more.
+FLOAT32_TOLERANCE = 64 * 2**-24
+
+
+def situations_of(case: Case) -> list[Situation]:
+    usual = CASES.get(case.variant, [case])[0]
+    return SITUATIONS if case == usual else FEW_SITUATIONS
+
+
+EVERYTHING = [
+    pytest.param(case, situation, is_causal, backend, id=f"{case}-{situation}-{'causal' if is_causal else 'full'}-{backend}")
+    for case in cases()
+    for situation in situations_of(case)
+    for is_causal in (False, True)
+    for backend in [b for c, b in with_backends([case])]
+]
+
+
+@pytest.mark.parametrize("name", attnzoo.names())
+def test_every_registered_name_has_an_oracle(name: str) -> None:
+    assert name in ORACLES, f"{name} is registered; write its float64 loop in tests/oracles.py"
+
+
+def test_every_oracle_and_every_case_belongs_to_a_variant() -> None:
+    assert set(ORACLES) <= set(attnzoo.names())
+    assert set(CASES) <= set(attnzoo.names())
+
+
+@pytest.mark.parametrize(("case", "situation", "is_causal", "backend"), EVERYTHING)
+def test_output_and_gradients(case: Case, situation: Situation, is_causal: bool, backend: str) -> None:
+    if not can(case.spec, is_causal):
+        with pytest.raises(attnzoo.UnsupportedError, match=case.variant):
+            library_answer(case, backend, situation, is_causal, torch.float64)
+        return
+    expected = oracle_answer(case, situation, is_causal)
+    for dtype, tolerance in ((torch.float64, FLOAT64_TOLERANCE), (torch.float32, FLOAT32_TOLERANCE)):
+        actual = library_answer(case, backend, situation, is_causal, dtype)
+        close(actual.out, expected.out, tolerance, f"output in {dtype}")
+        for name, gradient in expected.gradients.items():
+            close(actual.gradients[name], gradient, tolerance, f"gradient of {name} in {dtype}")
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("situation", FEW_SITUATIONS, ids=str)
+def test_weights_are_the_oracles_matrix(case: Case, situation: Situation, is_causal: bool) -> None:
+    attn = case.build(situation.heads, dtype=torch.float64)
+    q, k, v, _ = tensors(situation, shift=case.shift)
+    masks = {"key_mask": situation.key_mask(), "is_causal": is_causal}
+    if not can(case.spec, is_causal):
+        with pytest.raises(attnzoo.UnsupportedError, match=case.variant):
+            attn.weights(q, k, **masks)
+        return
+    a = attn.weights(q, k, **masks)
+    close(a, oracle_answer(case, situation, is_causal).weights, FLOAT64_TOLERANCE, "weights")
+    shared = v.repeat_interleave(situation.heads // situation.kv_heads, 1)
+    close(a @ shared, attn(q, k, v, **masks), FLOAT64_TOLERANCE, "A times v against the fast path")
+
+
+OPTIONS: dict[str, st.SearchStrategy[dict]] = {
+    "standard": st.fixed_dictionaries({"scale": st.sampled_from([None, 0.1, 2.0])}),
+    "linformer": st.fixed_dictionaries({"rank": st.integers(1, 40), "max_length": st.integers(40, 50), "sharing": st.sampled_from(["none", "headwise", "key_value"])}),
+    "linear": st.fixed_dictionaries({"feature_map": st.sampled_from(["elu", "softmax"])}),
+    "performer": st.fixed_dictionaries(
+        {"num_features": st.integers(1, 40), "features": st.sampled_from(["positive", "hyperbolic"]), "orthogonal": st.booleans(), "seed": st.integers(0, 9)}
+    ),
+    "sliding_window": st.fixed_dictionaries({"window": st.integers(1, 50)}),
+    "bigbird": st.fixed_dictionaries(
+        {
+            "block_size": st.integers(1, 12),
+            "num_random_blocks": st.integers(0, 4),
+            "num_window_blocks": st.sampled_from([1, 3, 5]),
+            "num_global_blocks": st.integers(0, 4),
+            "seed": st.integers(0, 9),
+        }
+    ),
+}
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[Situation, torch.Tensor | None]:
+    """Any small lengths, any grouping of heads, any key_mask."""
+    kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    query_length, key_length, batch = draw(st.integers(1, 40)), draw(st.integers(1, 40)), draw(st.integers(1, 2))
+    situation = Situation(query_length, key_length, batch=batch, heads=kv_heads * group, kv_heads=kv_heads)
+    if draw(st.booleans()):
+        return situation, None
+    bits = draw(st.lists(st.booleans(), min_size=batch * key_length, max_size=batch * key_length))
+    return situation, torch.tensor(bits).view(batch, key_length)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("name", attnzoo.names())
+@settings(max_examples=40)
+@given(call=calls(), data=st.data())
+def test_any_shape_mask_and_option(name: str, is_causal: bool, call: tuple[Situation, torch.Tensor | None], data: st.DataObject) -> None:
+    situation, key_mask = call
+    case = Case(name, data.draw(OPTIONS.get(name, st.just({}))))
+    q, k, v, upstream = (x.requires_grad_() for x in tensors(situation))
+    attn = case.build(situation.heads, dtype=torch.float64)
+    masks = {"key_mask": key_mask, "is_causal": is_causal}
+    if not can(case.spec, is_causal):
+        with pytest.raises(attnzoo.UnsupportedError, match=name):
+            attn(q, k, v, **masks)
+        return
+    expected, a = ask_oracle(attn, q, k, v, options=case.options, **masks)
+    out = attn(q, k, v, **masks)
+    close(out, expected, FLOAT64_TOLERANCE, f"{case}")
+    close(attn.weights(q, k, **masks), a, FLOAT64_TOLERANCE, f"weights of {case}")
+    for what, actual, wanted in zip("qkv", gradients_of(out, upstream, q, k, v), gradients_of(expected, upstream, q, k, v), strict=True):
+        close(actual, wanted, FLOAT64_TOLERANCE, f"gradient of {what} of {case}")
+
+
+@pytest.mark.parametrize("name", [name for name in attnzoo.names() if attnzoo.describe(name).spec.attn_mask])
+@settings(max_examples=40)
+@given(call=calls(), data=st.data())
+def test_any_attn_mask(name: str, call: tuple[Situation, torch.Tensor | None], data: st.DataObject) -> None:
+    """Bool and additive masks of every broadcastable shape, alone and with the others."""
+    situation, key_mask = call
+    full = (situation.batch, situation.heads, situation.query_length, situation.key_length)
+    kept = data.draw(st.tuples(*[st.booleans()] * 4))
+    shape = [size if keep else 1 for size, keep in zip(full, kept, strict=True)][data.draw(st.integers(0, 2)) :]
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    mask = torch.rand(shape, generator=generator) < 0.7
+    if data.draw(st.booleans()):
+        mask = torch.randn(shape, generator=generator, dtype=torch.float64).masked_fill(~mask, float("-inf"))
+    masks = {"key_mask": key_mask, "attn_mask": mask, "is_causal": data.draw(st.booleans())}
+    q, k, v, _ = tensors(situation)
+    for case, backend in with_backends([Case(name)]):
+        attn = case.build(situation.heads, dtype=torch.float64, backend=backend)
+        out, a = ask_oracle(attn, q, k, v, **masks)
+        close(attn(q, k, v, **masks), out, FLOAT64_TOLERANCE, f"{case} by {backend}")
+        close(attn.weights(q, k, **masks), a, FLOAT64_TOLERANCE, f"weights of {case}")
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("feature_map", ["relu", "squared_relu"])
+def test_a_row_whose_kernel_is_zero_everywhere_is_zero(feature_map: str, is_causal: bool, backend: str) -> None:
+    """A ReLU map can give a query no feature at all: its sum is 0, and 0/0 must not become NaN, forward or backward."""
+    q, k, v, _ = (x.requires_grad_() for x in tensors(Situation(9, 9, kv_heads=4)))
+    blind = torch.where(torch.arange(9)[:, None] == 4, -q.abs(), q)
+    attn = Case("linear", {"feature_map": feature_map}).build(dtype=torch.float64, backend=backend)
+    out = attn(blind, k, v, is_causal=is_causal)
+    assert torch.equal(out[:, :, 4], torch.zeros_like(out[:, :, 4]))
+    for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert bool(torch.isfinite(gradient).all())
