@@ -214,7 +214,14 @@ def learned(attn: Attention) -> dict[str, Tensor]:
 
 
 def ask_oracle(
-    attn: Attention, q: Tensor, k: Tensor, v: Tensor, *, parameters: dict[str, Tensor] | None = None, options: dict[str, Any] | None = None, **masks: Any
+    attn: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    parameters: dict[str, Tensor] | None = None,
+    options: dict[str, Any] | None = None,
+    **masks: Any,
 ) -> tuple[Tensor, Tensor]:
     """(out, A) of the variant's oracle. parameters: stand-ins for `learned(attn)`. options: those that attn was built with."""
     name = attn.spec.name

@@ -206,9 +206,7 @@ def random_features(x: Tensor, projection: Tensor, features: str) -> Tensor:
 
 
 @oracle("performer")
-def performer(
-    q, k, v, *, projection, features="positive", scale=None, key_mask=None, attn_mask=None, is_causal=False
-) -> tuple[Tensor, Tensor]:
+def performer(q, k, v, *, projection, features="positive", scale=None, key_mask=None, attn_mask=None, is_causal=False) -> tuple[Tensor, Tensor]:
     """Choromanski et al. 2021: linear attention with random features of q·√scale and k·√scale."""
     assert attn_mask is None
     scale = q.shape[3] ** -0.5 if scale is None else scale

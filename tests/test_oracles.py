@@ -89,10 +89,17 @@ def test_weights_are_the_oracles_matrix(case: Case, situation: Situation, is_cau
 
 OPTIONS: dict[str, st.SearchStrategy[dict]] = {
     "standard": st.fixed_dictionaries({"scale": st.sampled_from([None, 0.1, 2.0])}),
-    "linformer": st.fixed_dictionaries({"rank": st.integers(1, 40), "max_length": st.integers(40, 50), "sharing": st.sampled_from(["none", "headwise", "key_value"])}),
+    "linformer": st.fixed_dictionaries(
+        {"rank": st.integers(1, 40), "max_length": st.integers(40, 50), "sharing": st.sampled_from(["none", "headwise", "key_value"])}
+    ),
     "linear": st.fixed_dictionaries({"feature_map": st.sampled_from(["elu", "softmax"])}),
     "performer": st.fixed_dictionaries(
-        {"num_features": st.integers(1, 40), "features": st.sampled_from(["positive", "hyperbolic"]), "orthogonal": st.booleans(), "seed": st.integers(0, 9)}
+        {
+            "num_features": st.integers(1, 40),
+            "features": st.sampled_from(["positive", "hyperbolic"]),
+            "orthogonal": st.booleans(),
+            "seed": st.integers(0, 9),
+        }
     ),
     "sliding_window": st.fixed_dictionaries({"window": st.integers(1, 50)}),
     "bigbird": st.fixed_dictionaries(
