@@ -1,0 +1,98 @@
+"""Time, told honestly: every contender runs in every round, and none gets a time before its result is checked."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnzoo.attention import Attention
+from attnzoo.call import UnsupportedError
+
+#: Allowed ||fast - reference||_F / ||reference||_F by dtype: some hundred roundings, far below what a wrong kernel gives.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+CHECK_LENGTH = 257
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one contender, one number a round, in the order of the rounds."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """First and third quartile (of one round: that round)."""
+        if len(self.seconds) == 1:
+            return self.seconds[0], self.seconds[0]
+        first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return first, third
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 7,
+    warmups: int = 1,
+    budget: float | None = None,
+    synchronize: Callable[[], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Timing]:
+    """Time contenders in turns, A B C A B C ..., so that a slow minute of the machine slows all of them alike.
+
+    rounds: times that each contender is timed; warmups: untimed turns before. budget: seconds after which no new round is begun
+    (at least one round is finished). synchronize: waits for the device, called before each clock reading. progress: called with
+    (rounds done, rounds) after each. Raises ValueError when rounds is not at least 1.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds} must be at least 1")
+    wait = synchronize or (lambda: None)
+    begun = time.perf_counter()
+    for _ in range(warmups):
+        for call in contenders.values():
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for done in range(1, rounds + 1):
+        for name, call in contenders.items():
+            wait()
+            start = time.perf_counter_ns()
+            call()
+            wait()
+            seconds[name].append((time.perf_counter_ns() - start) * 1e-9)
+        if progress is not None:
+            progress(done, rounds)
+        if budget is not None and time.perf_counter() - begun > budget:
+            break
+    return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
+
+
+def mistake(attention: Attention, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, length: int = CHECK_LENGTH) -> str | None:
+    """Why `attention`'s last backend must get no time, or None when it agrees with its own reference.
+
+    Call it after a forward. Both run on the first `length` tokens of the first batch entry; where the backend refuses that
+    length, on the whole entry. Agreement: a relative Frobenius error within `TOLERANCE` of the dtype.
+    """
+    fast, reference = copy.deepcopy(attention), copy.deepcopy(attention)
+    fast.backend, reference.backend = attention.last_backend or "auto", "reference"
+    for stop in (min(length, q.shape[2]), q.shape[2]):
+        part = [x[:1, :, :stop] for x in (q, k, v)]
+        try:
+            with torch.no_grad():
+                found, wanted = fast(*part, is_causal=is_causal), reference(*part, is_causal=is_causal)
+        except UnsupportedError:
+            continue
+        error = float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-300))
+        tolerance = TOLERANCE[q.dtype]
+        if error <= tolerance:
+            return None
+        return f"backend {fast.backend} is off its reference by {error:.2g} (allowed {tolerance:g} in {str(q.dtype).removeprefix('torch.')})"
+    return f"backend {fast.backend} refuses the shapes on which it could be checked"
