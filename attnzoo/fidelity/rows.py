@@ -53,8 +53,9 @@ class Row:
     output_error: ||A v - exact||_F / ||exact||_F, mean over layers, heads and draws; output_error_spread: its standard deviation.
     mean_value_error: the same error for answering the mean of the visible v (causal: the running mean), the baseline of doing nothing.
     total_variation: mean over rows of ½ Σ_j |A_ij - exact_ij|.
-    top_mass_kept: mean over rows of Σ_T min(A_ij, exact_ij) / Σ_T exact_ij, where T are the 16 keys heaviest in exact: 1 keeps all, 0 none.
-    macs: what the variant executes in one forward; exact_macs: what exact attention needs on its support.
+    top_mass_kept: mean over rows of Σ_T A_ij / Σ_T exact_ij, kept within [0, 1], where T are the row's 16 heaviest keys in exact.
+    macs: what the variant executes in one forward; exact_macs: what exact attention needs on its support, and its own `macs` too,
+    since SDPA skips the masked half.
     seconds: median of one forward over `rounds` interleaved rounds, with the first and third quartile.
     speedup: median time of exact attention (SDPA) in the same rounds, divided by `seconds`; promised_speedup: exact_macs / macs.
     peak_bytes: highest sum of allocations during one forward beyond the inputs.

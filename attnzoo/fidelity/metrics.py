@@ -1,0 +1,135 @@
+"""How far a variant's A and A·v are from exact attention's, block of rows by block of rows, in float64.
+
+Exact attention is written out here once more, away from the engines, so that a wrong engine cannot agree with itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnzoo.attention import Attention
+from attnzoo.call import repeat_heads
+
+ROWS = 256  # rows of exact A in memory at a time
+WHOLE_LENGTH = 1024  # up to here every row of A is compared
+SAMPLED_BLOCKS, SAMPLED_ROWS = 8, 64  # beyond it: rows [b - 64, b) at 8 even steps b of the length
+TOP = 16
+
+
+@dataclass(frozen=True)
+class WeightDistance:
+    """A against exact A. total_variation: mean over rows of ½ Σ_j |A_ij - exact_ij|. top_mass_kept: mean over rows of
+    Σ_T A_ij / Σ_T exact_ij within [0, 1], T the 16 keys heaviest in exact. rows: rows compared, per layer and head."""
+
+    total_variation: float
+    top_mass_kept: float
+    rows: int
+
+
+def exact_rows(q: Tensor, k: Tensor, rows: range, *, is_causal: bool) -> Tensor:
+    """Softmax's A in float64 for some query rows: (batch, heads, len(rows), key_length); q and k have one length."""
+    scores = _scores(q, k, rows)
+    if is_causal:
+        scores = scores.masked_fill(_future(rows, k), float("-inf"))
+    return scores.softmax(-1)
+
+
+def exact_output(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
+    """Exact attention in float64, (batch, heads, length, head_dim)."""
+    values = repeat_heads(v, q.shape[1] // v.shape[1]).double()
+    return torch.cat([exact_rows(q, k, rows, is_causal=is_causal) @ values for rows in _blocks(q.shape[2])], 2)
+
+
+def mean_value_output(v: Tensor, heads: int, *, is_causal: bool) -> Tensor:
+    """What answers every query with the mean of the values it may see, in float64, (batch, heads, length, head_dim): doing nothing."""
+    values = repeat_heads(v, heads // v.shape[1]).double()
+    if not is_causal:
+        return values.mean(2, keepdim=True).expand_as(values)
+    return values.cumsum(2) / torch.arange(1, v.shape[2] + 1, dtype=torch.float64, device=v.device)[:, None]
+
+
+def relative_error(found: Tensor, exact: Tensor) -> Tensor:
+    """||found - exact||_F / ||exact||_F of every layer and head, (batch, heads), float64."""
+    return (found.double() - exact).norm(dim=(2, 3)) / exact.norm(dim=(2, 3))
+
+
+def weight_distance(attention: Attention, q: Tensor, k: Tensor, *, is_causal: bool) -> WeightDistance:
+    """Compare `attention.weights` with exact A, layer by layer.
+
+    Beyond 1,024 tokens a causal variant is compared on 512 rows: rows that end at position b see b keys, and causality makes
+    them the same rows in the prefix of b tokens, which costs less than the whole of A.
+    """
+    variation, kept, count = 0.0, 0.0, 0
+    for layer in range(q.shape[0]):
+        for rows, weights in _weights(attention, q[layer : layer + 1], k[layer : layer + 1], is_causal):
+            exact = exact_rows(q[layer : layer + 1], k[layer : layer + 1, :, : weights.shape[3]], rows, is_causal=is_causal)
+            weights = weights.double()
+            variation += float((weights - exact).abs().sum() / 2)
+            kept += float(_top_mass_kept(weights, exact).sum())
+            count += exact.shape[1] * exact.shape[2]
+    return WeightDistance(variation / count, kept / count, count // (q.shape[0] * q.shape[1]))
+
+
+def score_std(q: Tensor, k: Tensor, *, is_causal: bool) -> float:
+    """Standard deviation of q·k/√head_dim over all layers, heads and visible pairs."""
+    total = squares = count = 0.0
+    for rows in _blocks(q.shape[2]):
+        scores = _scores(q, k, rows)
+        visible = ~_future(rows, k) if is_causal else torch.ones(len(rows), k.shape[2], dtype=torch.bool, device=q.device)
+        total += float((scores * visible).sum())
+        squares += float((scores.square() * visible).sum())
+        count += float(visible.sum()) * q.shape[0] * q.shape[1]
+    return max(squares / count - (total / count) ** 2, 0.0) ** 0.5
+
+
+def pooled(weights: Tensor, cells: int) -> Tensor:
+    """(query_length, key_length) -> at most (cells, cells): the mass that a cell's queries put, on average, on all its keys."""
+    queries, keys = (_membership(length, cells, weights) for length in weights.shape)
+    return (queries / queries.sum(1, keepdim=True)) @ weights @ keys.T
+
+
+def _weights(attention: Attention, q: Tensor, k: Tensor, is_causal: bool) -> Iterator[tuple[range, Tensor]]:
+    """Rows of one layer's A with their positions; a causal block comes with the keys up to its last row only."""
+    length = q.shape[2]
+    if length <= WHOLE_LENGTH or not is_causal or not attention.spec.cross:
+        whole = attention.weights(q, k, is_causal=is_causal)
+        for rows in _blocks(length):
+            yield rows, whole[:, :, rows.start : rows.stop]
+        return
+    for block in range(1, SAMPLED_BLOCKS + 1):
+        stop = length * block // SAMPLED_BLOCKS
+        rows = range(stop - SAMPLED_ROWS, stop)
+        yield rows, attention.weights(q[:, :, rows.start : stop], k[:, :, :stop], is_causal=True)
+
+
+def _top_mass_kept(weights: Tensor, exact: Tensor) -> Tensor:
+    """(batch, heads, rows)."""
+    mass, keys = exact.topk(min(TOP, exact.shape[3]), -1)
+    return (weights.gather(-1, keys).sum(-1) / mass.sum(-1)).clamp(0, 1)
+
+
+def _scores(q: Tensor, k: Tensor, rows: range) -> Tensor:
+    keys = repeat_heads(k, q.shape[1] // k.shape[1]).double()
+    return q[:, :, rows.start : rows.stop].double() @ keys.transpose(2, 3) * q.shape[3] ** -0.5
+
+
+def _future(rows: range, k: Tensor) -> Tensor:
+    """(rows, key_length) bool: True where the key comes after the query."""
+    keys = torch.arange(k.shape[2], device=k.device)
+    return keys > torch.arange(rows.start, rows.stop, device=k.device)[:, None]
+
+
+def _blocks(length: int) -> Iterator[range]:
+    for start in range(0, length, ROWS):
+        yield range(start, min(start + ROWS, length))
+
+
+def _membership(length: int, cells: int, like: Tensor) -> Tensor:
+    """(cells, length) of 0 and 1: which cell a position belongs to."""
+    cells = min(cells, length)
+    cell = torch.arange(length, device=like.device) * cells // length
+    return (cell == torch.arange(cells, device=like.device)[:, None]).to(like.dtype)
