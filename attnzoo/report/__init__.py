@@ -1,0 +1,1 @@
+"""A comparison shown: tables on the screen, figures, and one self-contained HTML page."""

@@ -1,0 +1,48 @@
+"""Logarithmic axes whose ticks can be read, whatever they span."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MARGIN = 0.08  # of the span, in decades, on either side
+NARROWEST = 0.35  # decades: points that nearly coincide still get an axis
+
+
+def log_axis(axes: Axes, which: Literal["x", "y"], values: Iterable[float | None], label: Callable[[float], str]) -> None:
+    """Make one axis logarithmic around the positive `values`, with labelled ticks: powers of ten, or finer ones on a short axis."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    logs = [math.log10(value) for value in values if value is not None and value > 0]
+    low, high = _widened(min(logs), max(logs))
+    if which == "x":
+        axes.set_xscale("log")
+        axes.set_xlim(10**low, 10**high)
+    else:
+        axes.set_yscale("log")
+        axes.set_ylim(10**low, 10**high)
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(FixedLocator(ticks(low, high)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: label(float(f"{value:.3g}"))))
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers between 10**low and 10**high: every power of ten, with 3 or with 2 and 5 when there would be too few."""
+    for leading in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+        found = [lead * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for lead in leading]
+        found = [value for value in found if low <= math.log10(value) <= high]
+        if len(found) >= 4:
+            break
+    step = -(-len(found) // 7)
+    return found[::step]
+
+
+def _widened(low: float, high: float) -> tuple[float, float]:
+    missing = max(0.0, NARROWEST - (high - low)) / 2
+    margin = MARGIN * max(high - low, NARROWEST)
+    return low - missing - margin, high + missing + margin

@@ -1,0 +1,133 @@
+"""The columns of a comparison, once for the screen and the page: a heading, what it means, and how a row's number is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from attnzoo.fidelity.rows import Row
+
+ABSENT = "-"
+EXACT_BELOW = 1e-4  # an output error below this is rounding: the row is exact attention in another order of sums
+
+
+@dataclass(frozen=True)
+class Column:
+    """heading: at most two words, so that twelve columns fit a terminal. meaning: one line for the reader. text: the cell, in ASCII."""
+
+    heading: str
+    meaning: str
+    text: Callable[[Row], str]
+    numeric: bool = True
+
+
+def lost(row: Row) -> bool:
+    """Whether the variant came no closer to exact attention than the mean of the values does."""
+    return row.output_error is not None and row.mean_value_error is not None and row.output_error >= row.mean_value_error
+
+
+def is_exact(row: Row) -> bool:
+    """Whether the row's output is exact attention's up to rounding."""
+    return row.output_error is not None and row.output_error < EXACT_BELOW
+
+
+def kept(row: Row) -> float | None:
+    """The share of the promised speed-up that was measured."""
+    return None if not row.speedup or not row.promised_speedup else row.speedup / row.promised_speedup
+
+
+def number(value: float | None) -> str:
+    """Three digits, or the order of magnitude when the value is tiny or huge."""
+    if value is None:
+        return ABSENT
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-3 or abs(value) >= 1e4:
+        return f"{value:.0e}"
+    return f"{value:.3f}" if abs(value) < 1 else f"{value:.3g}"
+
+
+def percent(value: float | None) -> str:
+    return ABSENT if value is None else f"{100 * value:.0f}%"
+
+
+def ratio(value: float | None) -> str:
+    if value is None:
+        return ABSENT
+    return f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
+
+
+def count(value: int | None) -> str:
+    """A count with its SI prefix: 1.07 G."""
+    return ABSENT if value is None else _scaled(value, 1000, ("", "k", "M", "G", "T", "P"))
+
+
+def memory(value: int | None) -> str:
+    """Bytes in binary units: 12.5 MiB."""
+    return ABSENT if value is None else _scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ABSENT
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
+def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if value < 999.5:
+            return f"{value:.3g} {unit}".rstrip()
+        value /= base
+    return f"{value:.3g} {units[-1]}"
+
+
+def _error(row: Row) -> str:
+    return number(row.output_error) + (" !" if lost(row) else "")
+
+
+def _mean_value_error(row: Row) -> str:
+    return number(row.mean_value_error)
+
+
+def _total_variation(row: Row) -> str:
+    return number(row.total_variation)
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column("variant", "the attention and the options it was given", lambda row: row.label, numeric=False),
+    Column("error", "relative output error, |A v - exact| / |exact|; ! marks a variant that lost to mean(v)", _error),
+    Column("mean(v) error", "the same error for answering the mean of the visible values: the baseline of doing nothing", _mean_value_error),
+    Column("TV", "total variation: half the summed difference between a row of A and softmax's; 0 is equal, 1 disjoint", _total_variation),
+    Column("top-16 kept", "share of the mass on softmax's 16 heaviest keys that the variant also puts there", lambda row: percent(row.top_mass_kept)),
+    Column("MACs", "multiply-accumulates of one forward, by the closed form; one MAC is two FLOPs", lambda row: count(row.macs)),
+    Column("promised", "speed-up that the MACs promise: exact attention's, divided by the variant's", lambda row: ratio(row.promised_speedup)),
+    Column("time", "median time of one forward", lambda row: duration(row.seconds)),
+    Column("measured", "speed-up measured: the time of exact attention (SDPA) in the same rounds, divided by the variant's", lambda row: ratio(row.speedup)),
+    Column("kept", "measured divided by promised: how much of the saved arithmetic became saved time", lambda row: percent(kept(row))),
+    Column("peak memory", "highest sum of allocations of one forward beyond its inputs", lambda row: memory(row.peak_bytes)),
+    Column("backend", "the implementation that ran", lambda row: row.backend or ABSENT, numeric=False),
+)
+
+
+Group = tuple[str, bool, int]
+
+
+def group_of(row: Row) -> Group:
+    """What rows must share to stand in one table: model, causality, length."""
+    return row.model, row.is_causal, row.length
+
+
+def grouped(rows: Iterable[Row]) -> dict[Group, list[Row]]:
+    """Rows by model, causality and length, each in order of appearance."""
+    groups: dict[Group, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(group_of(row), []).append(row)
+    return groups
+
+
+def group_title(group: Group) -> str:
+    model, is_causal, length = group
+    return f"{model}, {'causal' if is_causal else 'bidirectional'}, {length:,} tokens"

@@ -1,0 +1,50 @@
+"""What a comparison says, in sentences computed from its rows."""
+
+from __future__ import annotations
+
+from attnzoo.fidelity.rows import Comparison, Row
+from attnzoo.report.columns import group_title, grouped, is_exact, kept, lost, number, percent, ratio
+
+
+def headlines(comparison: Comparison) -> dict[str, list[str]]:
+    """For every model and length, by title: who lost to mean(v), who came closest at fewer MACs, who was fastest."""
+    return {group_title(group): [*_losers(rows), *_closest(rows), *_fastest(rows)] for group, rows in grouped(comparison.rows).items()}
+
+
+def _approximate(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row.output_error is not None and not is_exact(row)]
+
+
+def _losers(rows: list[Row]) -> list[str]:
+    judged = [row for row in _approximate(rows) if row.mean_value_error is not None]
+    losers = sorted((row for row in judged if lost(row)), key=lambda row: row.output_error or 0.0)
+    if not judged:
+        return []
+    if not losers:
+        return [f"All {len(judged)} approximations come closer to exact attention than the mean of the values does."]
+    told = ", ".join(f"{row.label} (error {number(row.output_error)}, mean(v) {number(row.mean_value_error)})" for row in losers)
+    return [f"{len(losers)} of {len(judged)} approximations lost to answering the mean of the values: {told}."]
+
+
+def _closest(rows: list[Row]) -> list[str]:
+    cheaper = [row for row in _approximate(rows) if row.macs is not None and row.exact_macs and row.macs < row.exact_macs]
+    if not cheaper:
+        return []
+    best = min(cheaper, key=lambda row: row.output_error or 0.0)
+    assert best.macs is not None and best.exact_macs is not None
+    verdict = ", and even it lost to mean(v)" if lost(best) else ""
+    return [
+        f"Closest to exact attention with fewer MACs: {best.label}, error {number(best.output_error)}"
+        f" with {percent(best.macs / best.exact_macs)} of the MACs{verdict}."
+    ]
+
+
+def _fastest(rows: list[Row]) -> list[str]:
+    timed = [row for row in _approximate(rows) if row.speedup is not None]
+    if not timed:
+        return []
+    best = max(timed, key=lambda row: row.speedup or 0.0)
+    promise = "" if best.promised_speedup is None else f", where its MACs promise {ratio(best.promised_speedup)} ({percent(kept(best))} kept)"
+    if best.speedup is not None and best.speedup < 1:
+        return [f"No approximation was faster than exact attention; the fastest, {best.label}, ran at {ratio(best.speedup)} of its speed{promise}."]
+    return [f"Fastest: {best.label}, {ratio(best.speedup)} the speed of exact attention{promise}."]

@@ -1,0 +1,74 @@
+"""Heat maps: A of every variant beside exact A, for one layer and head, on one colour scale."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from attnzoo.fidelity.rows import HeatMap
+from attnzoo.report.style import FAINT, folded, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAP_INCHES = 2.1
+MAPS_IN_A_ROW = 3
+LEAST, MOST = 1e-4, 1.0  # ends of the colour scale: what lies below LEAST and above zero is drawn as LEAST
+NEGATIVE = "#d1242f"
+
+MapGroup = tuple[str, bool, int, str, int]
+
+
+def heat_map_groups(maps: Iterable[HeatMap]) -> dict[MapGroup, list[HeatMap]]:
+    """Maps that belong in one figure: those of one model, length, layer and head."""
+    groups: dict[MapGroup, list[HeatMap]] = {}
+    for heat_map in maps:
+        key = (heat_map.model, heat_map.is_causal, heat_map.length, heat_map.layer, heat_map.head)
+        groups.setdefault(key, []).append(heat_map)
+    return groups
+
+
+def heat_map_name(group: MapGroup) -> str:
+    """A file name for the figure of a group."""
+    model, is_causal, length, layer, head = group
+    words = f"heat-{model}-{'causal' if is_causal else 'bidirectional'}-{length}-{layer}-head-{head}".lower()
+    return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
+
+
+def heat_map_figure(maps: list[HeatMap]) -> Figure:
+    """One square per map, in their order, and one colour bar."""
+    import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap, LogNorm
+
+    columns = min(len(maps), MAPS_IN_A_ROW)
+    rows = -(-len(maps) // columns)
+    figure = new_figure(MAP_INCHES * columns + 0.7, (MAP_INCHES + 0.1) * rows + 0.3)
+    colors = colormaps["viridis"].with_extremes(bad=FAINT)
+    image = None
+    for index, heat_map in enumerate(maps):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        weights = np.array(heat_map.weights)
+        extent = (*heat_map.key_range, *reversed(heat_map.query_range))
+        shown = np.where(weights > 0, weights.clip(LEAST, MOST), np.nan)
+        image = axes.imshow(shown, norm=LogNorm(LEAST, MOST), cmap=colors, extent=extent, aspect="auto", interpolation="nearest")
+        if (weights < 0).any():
+            axes.imshow(np.where(weights < 0, 1.0, np.nan), cmap=ListedColormap([NEGATIVE]), extent=extent, aspect="auto", interpolation="nearest")
+        axes.set_title("exact attention" if index == 0 and heat_map.label == "standard" else folded(heat_map.label, 24), fontsize=9)
+        axes.set_box_aspect(1)
+        axes.grid(False)
+        axes.set_xticks(heat_map.key_range, [f"{token:,}" for token in heat_map.key_range])
+        axes.set_yticks(heat_map.query_range, [f"{token:,}" for token in heat_map.query_range])
+        axes.tick_params(labelsize=8, length=2)
+        if index % columns:
+            axes.set_yticklabels([])
+        if index + columns < len(maps):
+            axes.set_xticklabels([])
+    figure.supxlabel("key (token)", fontsize=9.5)
+    figure.supylabel("query (token)", fontsize=9.5)
+    if image is not None:
+        bar = figure.colorbar(image, ax=figure.axes, shrink=0.7, pad=0.03)
+        bar.set_label("share of a query's mass", fontsize=9.5)
+        bar.ax.tick_params(labelsize=8)
+    return figure

@@ -1,0 +1,95 @@
+"""How figures look: one colour and marker per variant, in registry order, and ink that a page can recolour for dark mode."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from attnzoo.registry import names
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK, FAINT = "#1f2328", "#d0d7de"  # text and axes, grid: the page swaps these two in dark mode
+# After Okabe and Ito (2008), without the yellow that white paper swallows: told apart with every common colour blindness.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", "*", ">")
+LINES = ("-", "--", ":", "-.")
+
+RC: dict[str, Any] = {
+    "font.family": "DejaVu Sans",  # ships with matplotlib, so every machine draws the same
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "legend.handlelength": 2.2,
+    "legend.columnspacing": 1.4,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "svg.fonttype": "path",
+    "image.cmap": "viridis",
+}
+
+
+@dataclass(frozen=True)
+class Style:
+    """color and marker tell the variant; line and filled tell one set of its options from another."""
+
+    color: str
+    marker: str
+    line: str
+    filled: bool
+
+    def line_options(self) -> dict[str, Any]:
+        """Keyword arguments of `Axes.plot`."""
+        face = self.color if self.filled else "none"
+        return {"color": self.color, "marker": self.marker, "linestyle": self.line, "markerfacecolor": face, "markersize": 6, "linewidth": 1.6}
+
+    def point_options(self) -> dict[str, Any]:
+        """Keyword arguments of `Axes.plot` for a single point."""
+        return {**self.line_options(), "linestyle": "none", "markersize": 8, "markeredgewidth": 1.6}
+
+
+def styles(variants: Iterable[tuple[str, str]]) -> dict[str, Style]:
+    """A style for every label, from (variant, label) pairs. Exact attention, which is first in the registry, is drawn in ink."""
+    order = {name: index for index, name in enumerate(names())}
+    found: dict[str, Style] = {}
+    twins: dict[str, int] = {}
+    for variant, label in variants:
+        if label in found:
+            continue
+        twin = twins[variant] = twins.get(variant, -1) + 1
+        index = order.setdefault(variant, len(order))
+        color = INK if index == 0 else PALETTE[(index - 1) % len(PALETTE)]
+        found[label] = Style(color, MARKERS[index % len(MARKERS)], LINES[twin % len(LINES)], twin % 2 == 0)
+    return found
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, outside pyplot's global state, and so in the style in force: see `attnzoo.report.export`."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def folded(label: str, width: int) -> str:
+    """A label such as performer:num_features=64,features=relu on as many lines as `width` characters need, broken after ':' and ','."""
+    lines = [""]
+    for piece in re.split(r"(?<=[:,])", label):
+        if lines[-1] and len(lines[-1]) + len(piece) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(lines)

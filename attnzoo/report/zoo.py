@@ -1,0 +1,124 @@
+"""The zoo on the screen, in rich: the list of variants, and one variant in full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from attnzoo.attention import Attention, Spec
+from attnzoo.registry import Description, Option, build, describe, names, options_of, spec_of
+from attnzoo.report.columns import count, ratio
+from attnzoo.report.tables import plain_table
+
+HEADS, HEAD_DIM = 8, 64
+LENGTHS = (256, 1024, 4096, 16384)
+CAPABILITIES = {
+    "exact": "on the keys that a row sees, A is softmax's own",
+    "causal": "runs with is_causal=True",
+    "bidirectional": "runs without is_causal",
+    "cross": "query_length may differ from key_length",
+    "attn_mask": "takes an arbitrary attn_mask, beside key_mask and is_causal",
+    "dropout": "can drop entries of A while training",
+    "decodes": "has init_state and step: a few new tokens at a time",
+    "needs_max_length": "is built for a longest length, max_length",
+    "tied_to_end": "A depends on where the sequence ends",
+}
+LISTED = ("exact", "causal", "bidirectional", "cross", "attn_mask", "decodes")
+
+
+def zoo_table() -> Table:
+    """All variants, one a row."""
+    table = plain_table()
+    table.add_column("name", no_wrap=True)
+    for heading in ("title", "family", "complexity"):
+        table.add_column(heading)
+    for capability in LISTED:
+        table.add_column("bidir." if capability == "bidirectional" else capability.replace("_", " "), justify="center")
+    for name in names():
+        spec = spec_of(name)
+        marks = [_mark(getattr(spec, capability)) for capability in LISTED]
+        table.add_row(Text(name, style="bold"), spec.title, spec.family.replace("_", " "), spec.complexity, *marks)
+    return table
+
+
+def variant_view(name: str) -> RenderableType:
+    """One variant: equation, paper, docstring, capabilities, options, backends and cost. Raises ValueError on an unknown name."""
+    described = describe(name)
+    spec = described.spec
+    return Group(
+        Text.assemble((spec.title, "bold"), f"  ({spec.name}, {spec.family.replace('_', ' ')}, {spec.complexity})"),
+        Text(spec.paper, style="dim"),
+        Padding(Text(spec.equation, style="cyan"), (1, 0, 1, 4)),
+        Text(described.text),
+        *_section("Capabilities", _capabilities(spec)),
+        *_section("Options", _options(described)),
+        *_section("Cost of one forward", *_cost(name)),
+    )
+
+
+def _section(title: str, *content: RenderableType) -> tuple[RenderableType, ...]:
+    return Text(), Text(title, style="bold"), *content
+
+
+def _capabilities(spec: Spec) -> Table:
+    table = plain_table()
+    for heading in ("", "", "meaning"):
+        table.add_column(heading)
+    for capability, meaning in CAPABILITIES.items():
+        table.add_row(capability, _mark(getattr(spec, capability)), meaning)
+    return table
+
+
+def _options(described: Description) -> Table:
+    table = plain_table()
+    for heading in ("option", "type", "default"):
+        table.add_column(heading)
+    for option in described.options:
+        table.add_row(Text(option.name, style="bold"), Text(option.type), "required" if option.required else repr(option.default))
+    return table
+
+
+def _cost(name: str) -> Iterator[RenderableType]:
+    if unknown := _unknown_requirements(options_of(name)):
+        yield Text(f"It cannot be counted here: {' and '.join(unknown)} must be given; use attnzoo.build({name!r}, ...).cost(...)")
+        return
+    attention = _built(name, LENGTHS[-1])
+    yield Text(f"backends, in order of preference: {', '.join(attention.engine.backend_names())}")
+    yield Text(f"batch 1, {HEADS} heads of {HEAD_DIM}, other options at their defaults; saving: exact attention's MACs on its support, divided by these")
+    table = plain_table()
+    for heading in ("length", "", "MACs", "saving", "MACs on A's support", "decoding state, numbers"):
+        table.add_column(heading, justify="left" if heading == "" else "right")
+    for is_causal in _modes(attention.spec):
+        for length in LENGTHS:
+            table.add_row(*_cost_cells(name, length, is_causal))
+    yield table
+
+
+def _cost_cells(name: str, length: int, is_causal: bool) -> list[str]:
+    cost = _built(name, length).cost(1, length, is_causal=is_causal)
+    exact = _built("standard", length).cost(1, length, is_causal=is_causal)
+    state = count(cost.state_elements) if cost.state_elements else "-"
+    mode = "causal" if is_causal else "bidirectional"
+    return [f"{length:,}", mode, count(cost.macs), ratio(exact.support_macs / cost.macs), count(cost.support_macs), state]
+
+
+def _built(name: str, length: int) -> Attention:
+    options: dict[str, Any] = {"max_length": length} if spec_of(name).needs_max_length else {}
+    return build(name, heads=HEADS, head_dim=HEAD_DIM, **options)
+
+
+def _unknown_requirements(options: tuple[Option, ...]) -> list[str]:
+    return [option.name for option in options if option.required and option.name not in ("heads", "head_dim", "max_length")]
+
+
+def _modes(spec: Spec) -> list[bool]:
+    return [is_causal for is_causal, able in ((False, spec.bidirectional), (True, spec.causal)) if able]
+
+
+def _mark(able: bool) -> Text:
+    return Text("yes", style="green") if able else Text("-", style="dim")
