@@ -1,0 +1,307 @@
+"""torch.nn.MultiheadAttention with another core: same parameters, same calls, any attention of the zoo between the projections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from attnzoo.attention import Spec, check_positive
+from attnzoo.call import UnsupportedError
+from attnzoo.engines.softmax import causal_mask
+from attnzoo.registry import build, spec_of
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention` whose core, `self.attention`, is any attention of the zoo.
+
+    Constructor, parameters, initialisation under a seed, `forward` and `state_dict` are torch's; with the standard core so are
+    the numbers. It works inside torch's Transformer layers in every mode. What differs from torch:
+
+    - A query that sees no key gets 0 before `out_proj`, where torch gives NaN.
+    - `is_causal=True` needs no `attn_mask`. With L queries and S keys, query i then sees the keys up to S - L + i (bottom-right).
+    - Wrong arguments raise ValueError, what the core cannot do raises UnsupportedError; torch raises AssertionError.
+    - A core's own parameters and buffers (Linformer's projections, Performer's directions) live in `state_dict` under
+      `attention.`. A state_dict without any such key, as torch writes it, loads with strict=True and leaves them as they are.
+
+    It subclasses torch's module, since the parameters, their names and old checkpoints are torch's, and since torch's
+    layers, and code that walks a model with isinstance, ask for that type.
+
+    embed_dim, num_heads, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in torch.
+    add_bias_kv, add_zero_attn: append a key to the sequence, so only for softmax over arbitrary keys (the standard core).
+    dropout: on the entries of A while training; read here, once.
+    attention: a name in `attnzoo.names()`. attention_options: its further options, e.g. {"num_features": 128}.
+    Raises ValueError on a malformed option, UnsupportedError on one that the core excludes (dropout > 0 among them).
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        attention: str = "standard",
+        attention_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if check_positive("embed_dim", embed_dim) % check_positive("num_heads", num_heads):
+            raise ValueError(f"embed_dim={embed_dim} must be a multiple of num_heads={num_heads}")
+        options = _core_options(spec_of(attention), dropout, add_bias_kv or add_zero_attn, dict(attention_options or {}))
+        super().__init__(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
+        # After torch's own parameters, so that a seed gives those the values that it gives them in torch.
+        self.attention = build(attention, heads=num_heads, head_dim=self.head_dim, **options).to(device=device, dtype=dtype)
+
+    def _reset_parameters(self) -> None:
+        # torch's encoder layers read the packed weights and compute softmax attention themselves in eval mode, unless this flag
+        # is False. It also tells the drawing below which weights exist, so it is true for that long.
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        super()._reset_parameters()
+        self._qkv_same_embed_dim = False
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        own = f"{prefix}attention."
+        if not any(key.startswith(own) for key in state_dict):
+            state_dict.update(self.attention.state_dict(prefix=own, keep_vars=True))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Project, attend, project back. Masks are torch's: True, or -inf in a float mask, hides.
+
+        query: (L, N, embed_dim), or (N, L, embed_dim) if batch_first, or (L, embed_dim); key: the same with S and kdim; value: with
+        S and vdim. key_padding_mask: (N, S) or (S). attn_mask: (L, S) or (N · num_heads, L, S). Both bool or float (added to the scores).
+        need_weights=False spares the L x S matrix, which is what most cores are for.
+
+        A core without attn_mask (its spec says so) takes the one mask that is the causal mask, with or without the is_causal hint, and runs it
+        as is_causal; and a float key_padding_mask of 0 and -inf. Any other mask raises UnsupportedError. To tell, the values of
+        a float key_padding_mask and of any attn_mask are read (on CUDA: one wait). Where they cannot be, in a compiled graph, the
+        hint is_causal=True is required beside such a mask and a wrong one fails when the graph runs. For the other cores,
+        is_causal=True beside a square attn_mask adds causality to it; beside another shape the mask alone rules.
+
+        Returns the output in query's layout and, if need_weights, A: (N, L, S) averaged over heads or (N, num_heads, L, S), without N
+        for 2-D inputs; S counts the keys of add_bias_kv and add_zero_attn. A is the attention before dropout, where torch returns the dropped one.
+        """
+        if query.is_nested or key.is_nested or value.is_nested:
+            return self._forward_nested(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        self._check(query, key, value, key_padding_mask, attn_mask)
+        batched = query.dim() == 3
+        # The names of an input's leading axes, for einops; "1" is the batch that a 2-D input lacks.
+        axes, batch = ("l", "1") if not batched else ("b l", "b") if self.batch_first else ("l b", "b")
+        q, k, v = self._project(query, key, value, f"{axes} (p h d) -> p {batch} h l d")
+        masks = _translate(self.attention.spec, q, k, key_padding_mask, attn_mask, is_causal)
+        masks = masks.with_end_keys((self.bias_k is not None) + self.add_zero_attn, q, k)
+        k, v = self._with_end_keys(k, self.bias_k), self._with_end_keys(v, self.bias_v)
+        weights = self._weights(q, k, masks) if need_weights else None
+        out = self.attention(q, k, v, key_mask=masks.key_mask, attn_mask=masks.attn_mask, is_causal=masks.is_causal)
+        out = self.out_proj(rearrange(out, f"{batch} h l d -> {axes} (h d)"))
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        return out, weights if weights is None or batched else weights.squeeze(0)
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, pattern: str) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as views of (batch, heads, length, head_dim): one matmul for self-attention, two when key is value."""
+        size, heads, bias = self.embed_dim, self.num_heads, self.in_proj_bias
+
+        def split(x: Tensor, weight: Tensor, start: int, parts: int) -> Tensor:
+            rows = None if bias is None else bias[start * size : (start + parts) * size]
+            return rearrange(F.linear(x, weight, rows), pattern, p=parts, h=heads)
+
+        packed = self.in_proj_weight
+        if packed is not None and query is key and key is value:
+            q, k, v = split(query, packed, 0, 3).unbind(0)
+        elif packed is not None and key is value:
+            (q,), (k, v) = split(query, packed[:size], 0, 1).unbind(0), split(key, packed[size:], 1, 2).unbind(0)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if packed is None else packed.chunk(3)
+            q, k, v = (split(x, weight, i, 1)[0] for i, (x, weight) in enumerate(zip((query, key, value), weights, strict=True)))
+        return q, k, v
+
+    def _with_end_keys(self, x: Tensor, learned: Tensor | None) -> Tensor:
+        """x, (batch, heads, length, head_dim), and behind it the learned slot of add_bias_kv and the zero slot of add_zero_attn."""
+        shape = (1, self.num_heads, 1, self.head_dim)
+        ends = [] if learned is None else [learned.to(x.dtype).view(shape)]
+        if self.add_zero_attn:
+            ends.append(x.new_zeros(shape))
+        return torch.cat([x, *(end.expand(x.shape[0], -1, -1, -1) for end in ends)], 2) if ends else x
+
+    def _weights(self, q: Tensor, k: Tensor, masks: _Masks) -> Tensor:
+        """A without dropout, whatever the mode."""
+        dropping = self.dropout > 0 and self.attention.training
+        if dropping:
+            self.attention.eval()
+        try:
+            return self.attention.weights(q, k, key_mask=masks.key_mask, attn_mask=masks.attn_mask, is_causal=masks.is_causal)
+        finally:
+            if dropping:
+                self.attention.train()
+
+    def _forward_nested(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Any, need_weights: bool, attn_mask: Any, *rest: Any):
+        """What nn.TransformerEncoder hands its layers in eval mode when it was built before they got this module: sequences without padding."""
+        if not (query is key and key is value and self.batch_first) or key_padding_mask is not None or attn_mask is not None:
+            raise ValueError(
+                "a nested tensor must be query, key and value at once, batch_first, without masks; pass padded tensors and masks instead"
+            )
+        lengths = [sequence.shape[0] for sequence in query.unbind()]
+        padded = query.to_padded_tensor(0.0)
+        slots = torch.arange(padded.shape[1], device=padded.device)
+        padding = slots >= torch.tensor(lengths, device=padded.device)[:, None]
+        out, weights = self(padded, padded, padded, padding, need_weights, None, *rest)
+        rows = [sequence[:length] for sequence, length in zip(out.unbind(), lengths, strict=True)]
+        return torch.nested.as_nested_tensor(rows, layout=query.layout), weights
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:
+        weight = self.out_proj.weight
+        for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
+            if x.dim() not in (2, 3) or x.dim() != query.dim():
+                raise ValueError(f"{name} has shape {tuple(x.shape)}; query, key and value must all be batched (3-D) or all unbatched (2-D)")
+            if x.shape[-1] != width:
+                raise ValueError(f"{name} has {x.shape[-1]} features (shape {tuple(x.shape)}); this module was built for {width}")
+            if x.device != weight.device:
+                raise ValueError(f"{name} is on {x.device} and the module on {weight.device}; move one of them")
+            if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+                raise ValueError(f"{name} has dtype {x.dtype} and the module {weight.dtype}; convert one of them")
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(f"key has shape {tuple(key.shape)} and value {tuple(value.shape)}; all but the features must agree")
+        batched, length_axis = query.dim() == 3, int(query.dim() == 3 and self.batch_first)
+        if batched and query.shape[1 - length_axis] != key.shape[1 - length_axis]:
+            layout = "(batch, length, features)" if self.batch_first else "(length, batch, features), since batch_first=False"
+            raise ValueError(f"query has shape {tuple(query.shape)} and key {tuple(key.shape)}; their batch sizes must agree in {layout}")
+        lengths = (query.shape[length_axis], key.shape[length_axis])
+        sizes = (query.shape[1 - length_axis],) if batched else ()
+        _check_mask("key_padding_mask", key_padding_mask, [(*sizes, lengths[1])], weight.device)
+        _check_mask("attn_mask", attn_mask, [lengths, (self.num_heads * (sizes[0] if sizes else 1), *lengths)], weight.device)
+
+
+def _core_options(spec: Spec, dropout: float, extra_keys: bool, options: dict[str, Any]) -> dict[str, Any]:
+    """The core's options, refused where they contradict the module's or exceed the core's spec."""
+    for option, source in (("heads", "num_heads"), ("head_dim", "embed_dim // num_heads"), ("dropout", "dropout")):
+        if option in options:
+            raise ValueError(f"attention_options must not set {option!r}: it follows from {source}")
+    if dropout and not spec.dropout:
+        raise UnsupportedError(
+            f"dropout={dropout} drops entries of the attention matrix, which {spec.name} never forms; build with dropout=0.0 (dropout"
+            f" outside attention, in a Transformer layer, is separate), or use attention='standard'"
+        )
+    if extra_keys and not (spec.exact and spec.family == "exact" and spec.attn_mask):
+        raise UnsupportedError(
+            f"add_bias_kv and add_zero_attn append a key that every query sees, which {spec.name} cannot place; leave both False,"
+            " or use attention='standard'"
+        )
+    return {**options, "dropout": dropout} if spec.dropout else options
+
+
+def _check_mask(name: str, mask: Tensor | None, shapes: list[tuple[int, ...]], device: torch.device) -> None:
+    if mask is None:
+        return
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"{name} has dtype {mask.dtype}; it must be bool (True = ignore) or floating (added to the scores): use {name}.bool()")
+    if tuple(mask.shape) not in shapes:
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}; it must be {' or '.join(map(str, dict.fromkeys(shapes)))}")
+    if mask.device != device:
+        raise ValueError(f"{name} is on {mask.device} and the module on {device}; they must be on one device")
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """The masks in this library's dialect: True = attend; see `attnzoo.Attention.forward`."""
+
+    key_mask: Tensor | None
+    attn_mask: Tensor | None
+    is_causal: bool
+
+    def with_end_keys(self, count: int, q: Tensor, k: Tensor) -> _Masks:
+        """The masks once `count` keys that every query sees are appended to k; causality, which would hide them, becomes a mask."""
+        if count == 0:
+            return self
+        mask = self.attn_mask
+        if self.is_causal:
+            past = causal_mask(q.shape[2], k.shape[2], q.device)
+            mask = past if mask is None else mask & past if mask.dtype == torch.bool else mask.masked_fill(~past, float("-inf"))
+        key_mask = None if self.key_mask is None else F.pad(self.key_mask, (0, count), value=True)
+        if mask is not None:
+            mask = F.pad(mask, (0, count), value=True if mask.dtype == torch.bool else 0.0)
+        return _Masks(key_mask, mask, False)
+
+
+def _translate(spec: Spec, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> _Masks:
+    """torch's masks in this library's dialect. q, k: projected, (batch, heads, length, head_dim)."""
+    key_mask, bias = _split_padding(spec, key_padding_mask, q)
+    mask, is_causal = _split_causality(spec, attn_mask, is_causal, q, k)
+    if mask is not None:
+        mask = ~mask if mask.dtype == torch.bool else mask.to(q.dtype)
+    if bias is not None and mask is not None:
+        mask = bias + mask if mask.is_floating_point() else bias.masked_fill(~mask, float("-inf"))
+    return _Masks(key_mask, bias if mask is None else mask, is_causal)
+
+
+def _split_padding(spec: Spec, mask: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The keys to attend to, (batch, key_length) bool, and what a float mask adds to their scores, (batch, 1, 1, key_length), if anything."""
+    if mask is None:
+        return None, None
+    mask = mask if mask.dim() == 2 else mask[None]
+    if mask.dtype == torch.bool:
+        return ~mask, None
+    key_mask = mask != float("-inf")
+    bias = mask.masked_fill(~key_mask, 0.0)
+    if _readable(mask) and not mask.requires_grad and not bool(bias.any()):
+        return key_mask, None
+    if spec.attn_mask:
+        return key_mask, bias.to(q.dtype)[:, None, None, :]
+    refusal = f"{spec.name} cannot add a float key_padding_mask to its scores; give a bool one (True = ignore) or one of 0 and -inf only"
+    if _readable(mask):
+        raise UnsupportedError(refusal)
+    _assert_later(~bias.any(), refusal)
+    return key_mask, None
+
+
+def _split_causality(spec: Spec, mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> tuple[Tensor | None, bool]:
+    """The mask, in torch's dialect and 4-D, and is_causal; a mask that is the causal mask becomes is_causal."""
+    if mask is None:
+        return None, is_causal
+    query_length, key_length = q.shape[2], k.shape[2]
+    mask = mask.unflatten(0, q.shape[:2]) if mask.dim() == 3 else mask[None, None]
+    hidden = ~causal_mask(query_length, key_length, mask.device)
+    causal = hidden if mask.dtype == torch.bool else torch.zeros_like(hidden, dtype=mask.dtype).masked_fill(hidden, float("-inf"))
+    if _readable(mask) and not mask.requires_grad and bool((mask == causal).all()):
+        return None, True
+    if spec.attn_mask:
+        return mask, is_causal and query_length == key_length
+    refusal = f"{spec.name} cannot apply an attn_mask other than the causal mask; use key_padding_mask for padding, or attention='standard'"
+    if _readable(mask):
+        raise UnsupportedError(refusal)
+    if not is_causal:
+        raise UnsupportedError(f"{refusal}. The values of this one cannot be read here: if it is the causal mask, say so with is_causal=True")
+    _assert_later((mask == causal).all(), refusal)
+    return None, True
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether Python may branch on the values of x: not in a graph that is being compiled or captured."""
+    return not (x.is_meta or torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
+
+
+def _assert_later(condition: Tensor, message: str) -> None:
+    """Have the graph check itself when it runs, without a wait (RuntimeError)."""
+    if not condition.is_meta:
+        torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
