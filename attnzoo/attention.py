@@ -127,7 +127,9 @@ class Attention(nn.Module):
         out, state, self.last_backend = self.engine.step(clear_padding(call), state, self.backend)
         return out, state
 
-    def cost(self, batch_size: int, query_length: int, key_length: int | None = None, *, kv_heads: int | None = None, is_causal: bool = False) -> Cost:
+    def cost(
+        self, batch_size: int, query_length: int, key_length: int | None = None, *, kv_heads: int | None = None, is_causal: bool = False
+    ) -> Cost:
         """Closed-form cost of one forward at these sizes (see `Cost`). key_length defaults to query_length, kv_heads to heads."""
         for name, value in (("batch_size", batch_size), ("query_length", query_length), ("key_length", key_length)):
             if value is not None:
@@ -151,7 +153,8 @@ class Attention(nn.Module):
             raise UnsupportedError(f"{spec.name} is causal only: pass is_causal=True, or use {self._others(bidirectional=True)}")
         if call.attn_mask is not None and not spec.attn_mask:
             raise UnsupportedError(
-                f"{spec.name} cannot apply an arbitrary attn_mask; use key_mask for padding, is_causal=True for causality, or {self._others(attn_mask=True)}"
+                f"{spec.name} cannot apply an arbitrary attn_mask; use key_mask for padding, is_causal=True for causality, "
+                f"or {self._others(attn_mask=True)}"
             )
         if call.query_length != call.key_length and not spec.cross:
             raise UnsupportedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,9 @@ class KeyValueCache:
     reach: int | None
 
     @classmethod
-    def empty(cls, batch_size: int, kv_heads: int, head_dim: int, max_length: int | None, reach: int | None, dtype: torch.dtype, device) -> KeyValueCache:
+    def empty(
+        cls, batch_size: int, kv_heads: int, head_dim: int, max_length: int | None, reach: int | None, dtype: torch.dtype, device: Any
+    ) -> KeyValueCache:
         room = _room(0, 1, max_length, reach)
         k = torch.zeros(batch_size, kv_heads, room, head_dim, dtype=dtype, device=device)
         return cls(_Buffer(k, torch.zeros_like(k), None, 0), 0, 0, 0, max_length, reach)

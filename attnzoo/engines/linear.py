@@ -154,23 +154,23 @@ def _absorb(feature_map: FeatureMap, k: Tensor, v: Tensor, key_mask: Tensor | No
 
 def _add(feature_map: FeatureMap, state: LinearState, k_features: Tensor, log_weights: Tensor | None, v: Tensor) -> LinearState:
     """The state with one chunk more. log_weights None means that every weight is 1."""
-    count = state.seen + v.shape[2]
+    past, past_normalizer = state.sums, state.normalizer
     largest = None
     if log_weights is not None or state.log_scale is not None:
         if log_weights is None:
             log_weights = k_features.new_zeros(k_features.shape[:-1])
         largest = log_weights.detach().amax(-1)
-        if state.sums is not None:
+        if past is not None and past_normalizer is not None:
             before = torch.zeros_like(largest) if state.log_scale is None else state.log_scale
             largest = torch.maximum(largest, before)
-            shrink = (before - _finite(largest)).exp()
-            state = replace(state, sums=state.sums * shrink[..., None, None], normalizer=state.normalizer * shrink[..., None])
+            shrink = (before - _finite(largest)).exp()[..., None]
+            past, past_normalizer = past * shrink[..., None], past_normalizer * shrink
         k_features = k_features * (log_weights - _finite(largest)[..., None]).exp()[..., None]
     sums = k_features.mT @ v
     normalizer = k_features.sum(-2)
-    if state.sums is not None:
-        sums, normalizer = sums + state.sums, normalizer + state.normalizer
-    return replace(state, seen=count, sums=sums, normalizer=normalizer, log_scale=largest)
+    if past is not None and past_normalizer is not None:
+        sums, normalizer = sums + past, normalizer + past_normalizer
+    return replace(state, seen=state.seen + v.shape[2], sums=sums, normalizer=normalizer, log_scale=largest)
 
 
 def _read_all(feature_map: FeatureMap, call: Call, state: LinearState) -> Tensor:

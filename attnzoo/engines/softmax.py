@@ -68,17 +68,22 @@ def additive(call: Call) -> Tensor | None:
     return call.attn_mask if call.attn_mask is not None and call.attn_mask.is_floating_point() else None
 
 
-def _reference(engine: Softmax, call: Call) -> Tensor:
+def attend_densely(engine: Softmax, call: Call, mask: Tensor | None) -> Tensor:
+    """Form A whole under `mask` and the call's additive mask, and multiply."""
     group, dtype = call.group, accumulation_dtype(call.q.dtype)
     q, k, v = call.q.to(dtype), repeat_heads(call.k, group).to(dtype), repeat_heads(call.v, group).to(dtype)
-    scores = einsum(q, k, "b h i d, b h j d -> b h i j") * (engine.scale or call.q.shape[3] ** -0.5)
-    bias, mask = additive(call), visible(call)
+    scores = einsum(q, k, "b h i d, b h j d -> b h i j") * (call.q.shape[3] ** -0.5 if engine.scale is None else engine.scale)
+    bias = additive(call)
     if bias is not None:
         scores = scores + bias
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     attention = F.dropout(masked_softmax(scores), engine.dropout, engine.training)
     return einsum(attention, v, "b h i j, b h j d -> b h i d").to(call.q.dtype)
+
+
+def _reference(engine: Softmax, call: Call) -> Tensor:
+    return attend_densely(engine, call, visible(call))
 
 
 def masked_softmax(scores: Tensor) -> Tensor:
@@ -89,22 +94,26 @@ def masked_softmax(scores: Tensor) -> Tensor:
 
 def _sdpa(engine: Softmax, call: Call) -> Tensor:
     mask, bias = _sdpa_masks(call)
-    grouped = call.group > 1
-    causal_kernel = call.is_causal and mask is None and bias is None and call.query_length > 1
-    dropout = engine.dropout if engine.training else 0.0
+    is_causal = call.is_causal and mask is None and call.query_length > 1
+    return sdpa(engine, call.q, call.k, call.v, mask, bias, is_causal=is_causal)
+
+
+def sdpa(
+    engine: Softmax, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None, *, is_causal: bool = False
+) -> Tensor:
+    """torch's SDPA with the engine's scale and dropout; rows that see no key are 0. is_causal is torch's own (square, without masks)."""
+    dropout, grouped = engine.dropout if engine.training else 0.0, q.shape[1] != k.shape[1]
     if mask is None and bias is None:
-        return F.scaled_dot_product_attention(
-            call.q, call.k, call.v, dropout_p=dropout, is_causal=causal_kernel, scale=engine.scale, enable_gqa=grouped
-        )
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal, scale=engine.scale, enable_gqa=grouped)
     merged, empty = merge_masks(mask, bias)
-    out = F.scaled_dot_product_attention(call.q, call.k, call.v, attn_mask=merged, dropout_p=dropout, scale=engine.scale, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=merged, dropout_p=dropout, scale=engine.scale, enable_gqa=grouped)
     return out.masked_fill(empty, 0.0)
 
 
 def _sdpa_masks(call: Call) -> tuple[Tensor | None, Tensor | None]:
     """Masks that SDPA must be given; its own is_causal serves a plain square call, and one last query sees everything."""
     plain = call.key_mask is None and call.attn_mask is None
-    if plain and (call.query_length == 1 and call.key_length > 0 or call.query_length == call.key_length):
+    if plain and (not call.is_causal or call.query_length in (1, call.key_length)):
         return None, None
     return visible(call), additive(call)
 

@@ -1,0 +1,73 @@
+"""Engine 2, sparse: softmax on the support that a pattern draws, without ever laying it out over n × n."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.call import Call
+from attnzoo.engines import sparse_blocks, sparse_windows
+from attnzoo.engines.cache import KeyValueCache
+from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
+from attnzoo.engines.softmax import Softmax, attend_densely, visible
+from attnzoo.patterns import BlockPattern, Grid, Pattern, Window
+
+
+class Sparse(Softmax):
+    """Softmax attention in which query i sees only the keys that `pattern` shows it (and the masks allow)."""
+
+    def __init__(self, pattern: Pattern, scale: float | None = None, dropout: float = 0.0) -> None:
+        super().__init__(scale, dropout)
+        self.pattern = pattern
+
+    def init_state(self, batch_size: int, kv_heads: int, head_dim: int, max_length: int | None, dtype: torch.dtype, device: Any) -> KeyValueCache:
+        reach = self.pattern.reach
+        return KeyValueCache.empty(batch_size, kv_heads, head_dim, max_length, None if reach is None else reach - 1, dtype, device)
+
+    def cost(self, shape: Shape) -> Cost:
+        grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
+        if isinstance(self.pattern, Window):
+            executed, support = (shape.heads * pairs for pairs in sparse_windows.count_pairs(self.pattern, grid))
+        elif isinstance(self.pattern, BlockPattern):
+            executed, support = sparse_blocks.count_pairs(self.pattern, grid)
+        else:
+            executed = shape.heads * shape.query_length * shape.key_length
+            support = _count_pairs(self.pattern, grid)
+        per_pair = 2 * shape.batch_size * shape.head_dim
+        remembered = shape.key_length if self.pattern.reach is None else min(self.pattern.reach, shape.key_length)
+        return Cost(executed * per_pair, support * per_pair, 2 * shape.batch_size * shape.kv_heads * shape.head_dim * remembered)
+
+
+def _count_pairs(pattern: Pattern, grid: Grid) -> int:
+    """Visible (head, query, key) triples of any pattern, row block by row block."""
+    mask = pattern.mask(grid)
+    if grid.is_causal:
+        mask = mask & torch.ones(grid.query_length, grid.key_length, dtype=torch.bool).tril(grid.offset)
+    return int(mask.sum()) * (grid.heads // mask.shape[0])
+
+
+def _reference(engine: Sparse, call: Call) -> Tensor:
+    mask, pattern = visible(call), engine.pattern.mask(grid_of(call))
+    return attend_densely(engine, call, pattern if mask is None else pattern & mask)
+
+
+def grid_of(call: Call) -> Grid:
+    return Grid(call.q.shape[1], call.query_length, call.key_length, call.is_causal, call.q.device)
+
+
+def _blocks(engine: Sparse, call: Call) -> Tensor:
+    if isinstance(engine.pattern, Window):
+        return sparse_windows.attend(engine, engine.pattern, call)
+    assert isinstance(engine.pattern, BlockPattern)
+    return sparse_blocks.attend(engine, engine.pattern, call)
+
+
+def _blocks_why_not(engine: Sparse, call: Call) -> str | None:
+    if isinstance(engine.pattern, Window | BlockPattern):
+        return None
+    return f"the pattern {type(engine.pattern).__name__} has no layout in blocks"
+
+
+Sparse.backends = (Backend("blocks", _blocks, _blocks_why_not), Backend("reference", _reference, never_refuses))

@@ -1,0 +1,152 @@
+"""Block-sparse attention: the key blocks that a query block sees are gathered side by side, and a run of query blocks with
+equally many distinct key blocks is one SDPA call that needs no mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from attnzoo.call import Call
+from attnzoo.engines.softmax import Softmax, sdpa
+from attnzoo.patterns import BlockPattern, Grid, distinct
+
+Tail = Literal["absent", "last", "mixed"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive query blocks first..end (counted from the first that holds a query) that see `width` key blocks each.
+
+    sees_all: they see every key. tail: whether the last, partly filled key block is seen by none of them, by all of them
+    (then it stands last), or by some.
+    """
+
+    first: int
+    end: int
+    width: int
+    sees_all: bool
+    tail: Tail
+
+
+@torch.compiler.assume_constant_result
+def runs(pattern: BlockPattern, grid: Grid) -> tuple[Run, ...]:
+    """Split the query blocks into runs. A compiled graph takes the answer as a constant: it depends on sizes and seed only."""
+    grid = replace(grid, device="cpu")
+    blocks = sorted_key_blocks(pattern, grid)
+    last = grid.num_key_blocks(pattern.block_size) - 1
+    ragged = grid.key_length % pattern.block_size > 0 and not grid.is_causal  # when causal, only the diagonal block meets the ragged end
+    widths = (blocks <= last).sum(-1)[0].tolist()
+    tails = (blocks == last).any(-1)
+    all_tail, any_tail = tails.all(0).tolist(), tails.any(0).tolist()
+    sees_all = pattern.sees_all(grid).tolist()
+    found: list[Run] = []
+    for row, width in enumerate(widths):
+        tail: Tail = "absent" if not (ragged and any_tail[row]) else "last" if all_tail[row] else "mixed"
+        full = sees_all[row] and not grid.is_causal
+        run = Run(row, row + 1, last + 1 if full else width, full, tail)
+        before = found[-1] if found else None
+        if before is not None and (before.width, before.sees_all, before.tail) == (run.width, run.sees_all, run.tail):
+            found[-1] = replace(before, end=row + 1)
+        else:
+            found.append(run)
+    return tuple(found)
+
+
+def sorted_key_blocks(pattern: BlockPattern, grid: Grid) -> Tensor:
+    """Distinct key blocks of each query block in ascending order, (heads or 1, query_blocks, width); what is over is past every block."""
+    limit = torch.full_like(grid.query_blocks(pattern.block_size), grid.num_key_blocks(pattern.block_size))
+    if grid.is_causal:
+        limit = limit.minimum((grid.query_blocks(pattern.block_size) + 1).clamp(min=0))
+    return distinct(pattern.key_blocks(grid), limit)
+
+
+def count_pairs(pattern: BlockPattern, grid: Grid) -> tuple[int, int]:
+    """(head, query, key) triples: those computed, and those visible."""
+    size, last = pattern.block_size, grid.num_key_blocks(pattern.block_size) - 1
+    tail = grid.key_length - last * size
+    computed = 0
+    for run in runs(pattern, grid):
+        keys = grid.key_length if run.sees_all else run.width * size - (size - tail if run.tail == "last" else 0)
+        computed += grid.heads * (run.end - run.first) * size * keys
+    blocks = sorted_key_blocks(pattern, grid)
+    keys = ((blocks < last) * size + (blocks == last) * tail).sum(-1)  # (heads or 1, query_blocks)
+    rows = grid.query_blocks(size)
+    first = (rows * size).clamp(min=grid.offset)
+    end = (rows * size + size).clamp(max=grid.key_length)
+    if grid.is_causal:
+        own = (end - rows * size).clamp(min=0)  # keys of the diagonal block that the block's last query sees
+        behind = keys - torch.where(rows == last, tail, size) * (rows >= 0)
+        count = (end - first) * behind + (own * (own + 1) - (first - rows * size) * (first - rows * size + 1)) // 2 * (rows >= 0)
+    else:
+        count = (end - first) * torch.where(pattern.sees_all(grid), grid.key_length, keys)
+    return computed, int(count.sum()) * (grid.heads // blocks.shape[0])
+
+
+def attend(engine: Softmax, pattern: BlockPattern, call: Call) -> Tensor:
+    """A·v for a block pattern."""
+    size = pattern.block_size
+    grid = Grid(call.q.shape[1], call.query_length, call.key_length, call.is_causal, call.q.device)
+    ahead = call.offset % size  # empty rows before the first query of its block
+    q = _pad(call.q, ahead, -call.key_length % size).unflatten(2, (-1, size))
+    k, v = (_pad(x, 0, -call.key_length % size).unflatten(2, (-1, size)) for x in (call.k, call.v))
+    blocks = sorted_key_blocks(pattern, grid)
+    pieces = [
+        _attend_to_all(engine, q[:, :, run.first : run.end], call) if run.sees_all else _gathered(engine, run, q, k, v, blocks, call, size)
+        for run in runs(pattern, replace(grid, device=None))
+    ]
+    out = (torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0]).flatten(2, 3)
+    return out[:, :, ahead : ahead + call.query_length]
+
+
+def _pad(x: Tensor, before: int, after: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 0, before, after)) if before or after else x
+
+
+def _attend_to_all(engine: Softmax, q: Tensor, call: Call) -> Tensor:
+    """Query blocks (batch, heads, blocks, block_size, head_dim) that see every key."""
+    mask = None if call.key_mask is None else call.key_mask[:, None, None, :]
+    return sdpa(engine, q.flatten(2, 3), call.k, call.v, mask).unflatten(2, q.shape[2:4])
+
+
+def _gathered(engine: Softmax, run: Run, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, call: Call, size: int) -> Tensor:
+    """One run, one head at a time, so that the gathered keys of a head are still in cache when they are read."""
+    q = q[:, :, run.first : run.end]
+    if run.width == 0:
+        return q.new_zeros(*q.shape[:4], v.shape[4])
+    group = q.shape[1] // k.shape[1]
+    rows = []
+    for head in range(q.shape[1]):
+        chosen = blocks[head % blocks.shape[0], run.first : run.end, : run.width]
+        keys, values = (_gather(x[:, head // group], chosen) for x in (k, v))
+        mask = _mask(run, chosen, call, size)
+        if run.tail == "last":
+            used = keys.shape[2] - (-call.key_length % size)
+            keys, values = keys[:, :, :used], values[:, :, :used]
+            mask = None if mask is None else mask[..., :used]
+        rows.append(sdpa(engine, q[:, head], keys, values, mask))
+    return torch.stack(rows, 1)
+
+
+def _gather(x: Tensor, chosen: Tensor) -> Tensor:
+    """(batch, key_blocks, block_size, d) and (rows, width) -> (batch, rows, width · block_size, d)."""
+    return x.index_select(1, chosen.flatten()).unflatten(1, chosen.shape).flatten(2, 3)
+
+
+def _mask(run: Run, chosen: Tensor, call: Call, size: int) -> Tensor | None:
+    """What the blocks alone do not settle: padding, causality inside the last (diagonal) block, a ragged end."""
+    mask = None
+    if call.is_causal:
+        mask = torch.ones(size, run.width * size, dtype=torch.bool, device=chosen.device)
+        mask[:, -size:] = mask[:, -size:].tril()
+        mask = mask[None, None]
+    padded = call.key_mask
+    if padded is None and run.tail == "mixed":
+        padded = torch.ones(call.q.shape[0], call.key_length, dtype=torch.bool, device=chosen.device)
+    if padded is not None:
+        padded = torch.nn.functional.pad(padded, (0, -call.key_length % size)).unflatten(1, (-1, size))
+        padded = padded[:, chosen].flatten(2, 3)[:, :, None, :]
+        mask = padded if mask is None else mask & padded
+    return mask

@@ -1,0 +1,287 @@
+"""Which keys a query may see: the support of a sparse A, as small patterns joined by `|` and `&`.
+
+Query i stands at position key_length - query_length + i. Causality is not a pattern: the engine intersects with it, and a
+pattern is told of it only because some (global blocks, random draws) choose differently then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnzoo.attention import check_positive
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The sizes that a pattern is laid over."""
+
+    heads: int
+    query_length: int
+    key_length: int
+    is_causal: bool
+    device: torch.device | str | None = None
+
+    @property
+    def offset(self) -> int:
+        return self.key_length - self.query_length
+
+    def query_positions(self) -> Tensor:
+        """(query_length, 1)."""
+        return torch.arange(self.offset, self.key_length, device=self.device)[:, None]
+
+    def key_positions(self) -> Tensor:
+        """(1, key_length)."""
+        return torch.arange(self.key_length, device=self.device)[None, :]
+
+    def query_blocks(self, block_size: int) -> Tensor:
+        """Blocks of positions that hold a query, (query_blocks,); negative where there are more queries than keys."""
+        return torch.arange(self.offset // block_size, (self.key_length - 1) // block_size + 1, device=self.device)
+
+    def num_key_blocks(self, block_size: int) -> int:
+        return -(-self.key_length // block_size)
+
+
+class Pattern:
+    """A set of keys for every query. reach: how many keys back a causal query can see, itself included (None: to the first)."""
+
+    reach: int | None = None
+
+    def mask(self, grid: Grid) -> Tensor:
+        """(heads or 1, query_length, key_length) bool, True = visible, causality left out."""
+        raise NotImplementedError
+
+    def __or__(self, other: Pattern) -> Pattern:
+        return Union(self, other)
+
+    def __and__(self, other: Pattern) -> Pattern:
+        return Intersection(self, other)
+
+
+@dataclass(frozen=True)
+class Union(Pattern):
+    """Keys that either pattern shows."""
+
+    left: Pattern
+    right: Pattern
+
+    @property
+    def reach(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        reaches = (self.left.reach, self.right.reach)
+        return None if None in reaches else max(r for r in reaches if r is not None)
+
+    def mask(self, grid: Grid) -> Tensor:
+        return self.left.mask(grid) | self.right.mask(grid)
+
+
+@dataclass(frozen=True)
+class Intersection(Pattern):
+    """Keys that both patterns show."""
+
+    left: Pattern
+    right: Pattern
+
+    @property
+    def reach(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return min((r for r in (self.left.reach, self.right.reach) if r is not None), default=None)
+
+    def mask(self, grid: Grid) -> Tensor:
+        return self.left.mask(grid) & self.right.mask(grid)
+
+
+@dataclass(frozen=True)
+class Window(Pattern):
+    """Keys closer than `window` tokens: |i - j| < window. Causal, that is `window` keys, the query's own included."""
+
+    window: int
+
+    def __post_init__(self) -> None:
+        check_positive("window", self.window)
+
+    @property
+    def reach(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.window
+
+    def mask(self, grid: Grid) -> Tensor:
+        return ((grid.query_positions() - grid.key_positions()).abs() < self.window)[None]
+
+
+class BlockPattern(Pattern):
+    """A pattern in whole blocks of `block_size` positions, so that the engine can fetch keys block by block."""
+
+    block_size: int
+
+    def key_blocks(self, grid: Grid) -> Tensor:
+        """Key blocks that each query block sees, (heads or 1, query_blocks, width), -1 for none; repetitions are allowed.
+        A query block that sees everything (`sees_all`) may list any part."""
+        raise NotImplementedError
+
+    def sees_all(self, grid: Grid) -> Tensor:
+        """Query blocks that see every key, (query_blocks,) bool."""
+        return torch.zeros_like(grid.query_blocks(self.block_size), dtype=torch.bool)
+
+    def mask(self, grid: Grid) -> Tensor:
+        blocks = self.key_blocks(grid)
+        count = grid.num_key_blocks(self.block_size)
+        seen = blocks.new_zeros(*blocks.shape[:2], count + 1, dtype=torch.bool)
+        seen.scatter_(2, blocks % (count + 1), torch.ones_like(blocks, dtype=torch.bool))  # -1 lands in the extra column
+        seen = seen[..., :count] | self.sees_all(grid)[:, None]
+        rows = grid.query_positions()[:, 0] // self.block_size - grid.offset // self.block_size
+        return seen[:, rows][:, :, grid.key_positions()[0] // self.block_size]
+
+    def __or__(self, other: Pattern) -> Pattern:
+        if isinstance(other, BlockPattern) and other.block_size == self.block_size:
+            return BlockUnion(self, other)
+        return Union(self, other)
+
+
+@dataclass(frozen=True)
+class BlockUnion(BlockPattern):
+    """Blocks that either pattern shows."""
+
+    left: BlockPattern
+    right: BlockPattern
+
+    @property
+    def block_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.left.block_size
+
+    def key_blocks(self, grid: Grid) -> Tensor:
+        left, right = self.left.key_blocks(grid), self.right.key_blocks(grid)
+        heads = max(left.shape[0], right.shape[0])
+        return torch.cat([left.expand(heads, -1, -1), right.expand(heads, -1, -1)], 2)
+
+    def sees_all(self, grid: Grid) -> Tensor:
+        return self.left.sees_all(grid) | self.right.sees_all(grid)
+
+
+@dataclass(frozen=True)
+class WindowBlocks(BlockPattern):
+    """The query's own block and (num_blocks - 1) / 2 blocks on each side; num_blocks is odd."""
+
+    num_blocks: int
+    block_size: int
+
+    def __post_init__(self) -> None:
+        check_positive("block_size", self.block_size)
+        if check_positive("num_window_blocks", self.num_blocks) % 2 == 0:
+            raise ValueError(f"num_window_blocks={self.num_blocks} must be odd: the query's own block and as many on each side")
+
+    def key_blocks(self, grid: Grid) -> Tensor:
+        side = (self.num_blocks - 1) // 2
+        blocks = grid.query_blocks(self.block_size)[:, None] + torch.arange(-side, side + 1, device=grid.device)
+        inside = (blocks >= 0) & (blocks < grid.num_key_blocks(self.block_size))
+        return blocks.where(inside, -1)[None]
+
+
+@dataclass(frozen=True)
+class GlobalBlocks(BlockPattern):
+    """Blocks that everyone sees and that see everyone: the first and last ones in turn, or the first ones only when causal."""
+
+    num_blocks: int
+    block_size: int
+
+    def __post_init__(self) -> None:
+        check_positive("block_size", self.block_size)
+        check_count("num_global_blocks", self.num_blocks)
+
+    def _blocks(self, grid: Grid) -> Tensor:
+        count = grid.num_key_blocks(self.block_size)
+        first = self.num_blocks if grid.is_causal else -(-self.num_blocks // 2)
+        last = self.num_blocks - first
+        if first + last >= count:
+            return torch.arange(count, device=grid.device)
+        return torch.cat([torch.arange(first, device=grid.device), torch.arange(count - last, count, device=grid.device)])
+
+    def key_blocks(self, grid: Grid) -> Tensor:
+        rows = len(grid.query_blocks(self.block_size))
+        return self._blocks(grid).expand(1, rows, -1)
+
+    def sees_all(self, grid: Grid) -> Tensor:
+        return (grid.query_blocks(self.block_size)[:, None] == self._blocks(grid)).any(1)
+
+
+@dataclass(frozen=True)
+class RandomBlocks(BlockPattern):
+    """num_blocks distinct blocks per query block and head, drawn from those that `outside` does not show; fewer where there are fewer.
+
+    When causal, from earlier blocks only. The draw is a hash of (seed, head, query block, index), so it is the same on every
+    device and, when causal, does not change as the sequence grows.
+    """
+
+    num_blocks: int
+    block_size: int
+    seed: int
+    outside: BlockPattern
+
+    def __post_init__(self) -> None:
+        check_count("num_random_blocks", self.num_blocks)
+
+    def key_blocks(self, grid: Grid) -> Tensor:
+        rows = grid.query_blocks(self.block_size)
+        limit = torch.full_like(rows, grid.num_key_blocks(self.block_size))
+        if grid.is_causal:
+            limit = limit.minimum((rows + 1).clamp(min=0))
+        taken = distinct(self.outside.key_blocks(grid), limit)
+        free = (limit - (taken < limit[:, None]).sum(-1))[..., None]  # (1, query_blocks, 1)
+        index = torch.arange(self.num_blocks, device=grid.device)
+        heads = torch.arange(grid.heads, device=grid.device)[:, None, None]
+        uniform = hashed_uniform(self.seed, heads, rows[:, None], index)
+        left = (free - index).clamp(min=0)
+        drawn = (uniform * left).long()  # draw t picks one of the free - t that draws 0..t-1 have left
+        return _skip(_skip_each_other(drawn), taken).where(left > 0, -1)
+
+
+def check_count(name: str, value: int) -> int:
+    """Return `value` if it is a whole number of at least 0, else raise a ValueError naming it."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 0")
+    return value
+
+
+def distinct(blocks: Tensor, limit: Tensor | int) -> Tensor:
+    """Sort the last dimension ascending; -1, repetitions and blocks at or past `limit` become a number past every block."""
+    nowhere = torch.iinfo(torch.int64).max
+    blocks = blocks.where((blocks >= 0) & (blocks < torch.as_tensor(limit, device=blocks.device)[..., None]), nowhere).sort(-1).values
+    repeated = torch.zeros_like(blocks, dtype=torch.bool)
+    repeated[..., 1:] = blocks[..., 1:] == blocks[..., :-1]
+    return blocks.masked_fill(repeated, nowhere).sort(-1).values
+
+
+def _skip_each_other(drawn: Tensor) -> Tensor:
+    """Turn draws without replacement, where draw t counts only what is left, into distinct ranks."""
+    ranks: list[Tensor] = []
+    for t in range(drawn.shape[-1]):
+        rank = drawn[..., t]
+        for other in torch.stack(ranks, -1).sort(-1).values.unbind(-1) if ranks else ():
+            rank = rank + (rank >= other)
+        ranks.append(rank)
+    return torch.stack(ranks, -1) if ranks else drawn
+
+
+def _skip(ranks: Tensor, taken: Tensor) -> Tensor:
+    """The rank-th block that is not among the sorted `taken`."""
+    for other in taken.unbind(-1):
+        ranks = ranks + (ranks >= other[..., None])
+    return ranks
+
+
+def hashed_uniform(seed: int, *indices: Tensor) -> Tensor:
+    """A number in [0, 1), float64, for each combination of broadcast integer indices: splitmix64 (Steele et al. 2014) over them in turn."""
+    value = torch.full((), seed, dtype=torch.int64, device=indices[0].device)
+    for index in indices:
+        value = _mix(value + (index + 1) * -7046029254386353131)  # 0x9E3779B97F4A7C15
+    return _shifted(value, 11).double() * 2.0**-53
+
+
+def _mix(value: Tensor) -> Tensor:
+    value = (value ^ _shifted(value, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    value = (value ^ _shifted(value, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return value ^ _shifted(value, 31)
+
+
+def _shifted(value: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right: torch's >> keeps the sign."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,71 @@
+"""BigBird: a window, a few global blocks, and a few random ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attnzoo.attention import Attention, Spec
+from attnzoo.engines.sparse import Sparse
+from attnzoo.patterns import BlockUnion, GlobalBlocks, Grid, RandomBlocks, WindowBlocks
+from attnzoo.registry import register
+
+
+@register
+class BigBird(Attention):
+    """BigBird, internal transformer construction (Zaheer et al. 2020, section 2 and appendix D).
+
+        A_ij = exp(s_ij) / Σ_{l ∈ S(i)} exp(s_il)   if j ∈ S(i), else 0,    S = window ∪ global ∪ random
+
+    In blocks of block_size positions: a query block sees the window of num_window_blocks around it, the global blocks, and
+    num_random_blocks others of its own per head; global blocks also see everything, so any two tokens are two steps apart.
+    S is a set: a block counts once. Bidirectional globals are the first and last blocks in turn (first ⌈g/2⌉, last ⌊g/2⌋).
+    Causal form (ours): globals are the first blocks, random ones are drawn from earlier blocks, so rows stay as the sequence grows.
+    On inputs of few blocks a row sees everything.
+
+    seed: of the random blocks, kept in state_dict; give each layer its own. scale, dropout: as in standard.
+    """
+
+    spec = Spec(
+        name="bigbird",
+        title="BigBird",
+        paper="Zaheer et al., Big Bird: Transformers for Longer Sequences, 2020, arXiv:2007.14062",
+        equation="A_ij = exp(q_i·k_j/√d) / Σ_{l∈S(i)} exp(q_i·k_l/√d) where j ∈ S(i) = window ∪ global ∪ random, else 0",
+        complexity="O(n·(w+g+r)) time, O(n) memory",
+        family="sparse",
+        exact=True,
+        dropout=True,
+        tied_to_end=True,
+    )
+    engine: Sparse
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        *,
+        block_size: int = 64,
+        num_random_blocks: int = 3,
+        num_window_blocks: int = 3,
+        num_global_blocks: int = 2,
+        seed: int = 0,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        near = BlockUnion(WindowBlocks(num_window_blocks, block_size), GlobalBlocks(num_global_blocks, block_size))
+        self.random = RandomBlocks(num_random_blocks, block_size, seed, near)
+        super().__init__(heads, head_dim, Sparse(near | self.random, scale, dropout), backend=backend)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.random.seed)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.random = replace(self.random, seed=int(state))
+        self.engine.pattern = self.random.outside | self.random
+
+    def random_blocks(self, query_length: int, key_length: int, is_causal: bool) -> Tensor:
+        """The random key blocks of every query block, (heads, query_blocks, num_random_blocks), -1 where there are no more."""
+        return self.random.key_blocks(Grid(self.heads, query_length, key_length, is_causal))

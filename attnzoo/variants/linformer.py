@@ -1,0 +1,106 @@
+"""Linformer: softmax over a fixed number of learned mixtures of the keys."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.attention import Attention, Spec, check_positive
+from attnzoo.call import Call, repeat_heads
+from attnzoo.engines.engine import Cost, Shape
+from attnzoo.engines.softmax import Softmax
+from attnzoo.registry import register
+
+SHARING = ("none", "headwise", "key_value", "layerwise")
+
+
+class LengthProjection(nn.Module):
+    """A learned projection along the length, (…, length, d) -> (…, rank, d) for any length up to max_length.
+
+    weight: (heads or 1, max_length, rank), N(0, 1/rank) at first (theorem 1); a shorter input uses the first rows.
+    """
+
+    def __init__(self, heads: int, max_length: int, rank: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(heads, max_length, rank) * rank**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight[:, : x.shape[2]].to(x.dtype).mT @ x
+
+
+@register
+class Linformer(Attention):
+    """Linformer (Wang et al. 2020, section 4, equation 7).
+
+        A = softmax(scale · Q (Eᵀ K)ᵀ) Fᵀ,    E, F: length × rank, learned
+
+    Queries weigh `rank` mixtures of the keys instead of the keys: n·rank scores. The paper's argument is that softmax's A is
+    of low rank; what is lost is any weight on a single key, order (a mixture is tied to positions), and causality, since a
+    mixture holds the future. Without training E and F are random and the output is noise: it is meant to be trained.
+
+    max_length: longest key sequence. rank: the paper's k. sharing: "none" (E, F per head), "headwise" (E, F for all heads),
+    "key_value" (E = F for all heads), "layerwise" (as key_value, and one projection for all layers: build the first layer,
+    give its `key_projection` to the others as `projection`). scale, dropout: as in standard.
+    """
+
+    spec = Spec(
+        name="linformer",
+        title="Linformer",
+        paper="Wang et al., Linformer: Self-Attention with Linear Complexity, 2020, arXiv:2006.04768",
+        equation="A = softmax(Q (EᵀK)ᵀ/√d) Fᵀ with learned E, F: n × rank",
+        complexity="O(n·r) time, O(n) memory",
+        family="low_rank",
+        exact=False,
+        causal=False,
+        dropout=True,
+        decodes=False,
+        needs_max_length=True,
+    )
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        *,
+        max_length: int,
+        rank: int = 256,
+        sharing: str = "headwise",
+        projection: LengthProjection | None = None,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(heads, head_dim, Softmax(scale, dropout), backend=backend)
+        self.max_length, self.rank = check_positive("max_length", max_length), check_positive("rank", rank)
+        if sharing not in SHARING:
+            raise ValueError(f"sharing={sharing!r} is unknown; choose one of {', '.join(SHARING)}")
+        wanted = (heads if sharing == "none" else 1, max_length, rank)
+        if projection is not None and (sharing != "layerwise" or tuple(projection.weight.shape) != wanted):
+            shape = tuple(projection.weight.shape)
+            raise ValueError(f"projection goes with sharing='layerwise' and a weight of shape {wanted}; got sharing={sharing!r} and {shape}")
+        self.sharing = sharing
+        self.key_projection = projection or LengthProjection(*wanted)
+        self.value_projection = self.key_projection if sharing in ("key_value", "layerwise") else LengthProjection(*wanted)
+
+    def refuse(self, call: Call) -> None:
+        super().refuse(call)
+        if call.key_length > self.max_length:
+            raise ValueError(f"key_length={call.key_length} is longer than max_length={self.max_length}; build linformer with a larger max_length")
+
+    def attend(self, call: Call, backend: str) -> tuple[Tensor, str]:
+        k, v = (repeat_heads(x, call.group) if self.sharing == "none" else x for x in (call.k, call.v))
+        out, name = self.engine(replace(call, k=self.key_projection(k), v=self.value_projection(v), key_mask=None), backend)
+        if call.key_mask is not None:
+            out = out.masked_fill(~call.key_mask.any(1)[:, None, None, None], 0.0)
+        return out, name
+
+    def count(self, shape: Shape) -> Cost:
+        kv_heads = shape.heads if self.sharing == "none" else shape.kv_heads
+        projecting = 2 * shape.batch_size * kv_heads * shape.key_length * self.rank * shape.head_dim
+        attending = self.engine.cost(replace(shape, key_length=self.rank)).macs
+        return Cost(macs=projecting + attending, support_macs=projecting + attending)
+
+    def _no_causal(self) -> str:
+        return f"linformer cannot be causal: every projected key mixes the whole length, the future included; use {self._others(causal=True)}"
