@@ -28,7 +28,9 @@ def _cpu_peak(call: Callable[[], object]) -> int:
         result = call()
     del result
     assert profile.kineto_results is not None
-    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]" and event.device_type() == torch.profiler.DeviceType.CPU]
+    events = [
+        event for event in profile.kineto_results.events() if event.name() == "[memory]" and event.device_type() == torch.profiler.DeviceType.CPU
+    ]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.attention import Attention
@@ -31,17 +32,18 @@ class WeightDistance:
 
 
 def exact_rows(q: Tensor, k: Tensor, rows: range, *, is_causal: bool) -> Tensor:
-    """Softmax's A in float64 for some query rows: (batch, heads, len(rows), key_length); q and k have one length."""
-    scores = _scores(q, k, rows)
+    """Softmax's A in float64 for some query rows: (batch, heads, len(rows), keys), where a causal block stops at its last row's key."""
+    scores = _scores(q.double(), k.double(), rows, is_causal)
     if is_causal:
-        scores = scores.masked_fill(_future(rows, k), float("-inf"))
+        scores.masked_fill_(_future(rows, k.device), float("-inf"))
     return scores.softmax(-1)
 
 
 def exact_output(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
     """Exact attention in float64, (batch, heads, length, head_dim)."""
     values = repeat_heads(v, q.shape[1] // v.shape[1]).double()
-    return torch.cat([exact_rows(q, k, rows, is_causal=is_causal) @ values for rows in _blocks(q.shape[2])], 2)
+    weights = (exact_rows(q, k, rows, is_causal=is_causal) for rows in _blocks(q.shape[2]))
+    return torch.cat([block @ values[:, :, : block.shape[3]] for block in weights], 2)
 
 
 def mean_value_output(v: Tensor, heads: int, *, is_causal: bool) -> Tensor:
@@ -66,7 +68,8 @@ def weight_distance(attention: Attention, q: Tensor, k: Tensor, *, is_causal: bo
     variation, kept, count = 0.0, 0.0, 0
     for layer in range(q.shape[0]):
         for rows, weights in _weights(attention, q[layer : layer + 1], k[layer : layer + 1], is_causal):
-            exact = exact_rows(q[layer : layer + 1], k[layer : layer + 1, :, : weights.shape[3]], rows, is_causal=is_causal)
+            exact = exact_rows(q[layer : layer + 1], k[layer : layer + 1], rows, is_causal=is_causal)
+            exact = F.pad(exact, (0, weights.shape[3] - exact.shape[3]))  # a causal A is 0 there
             weights = weights.double()
             variation += float((weights - exact).abs().sum() / 2)
             kept += float(_top_mass_kept(weights, exact).sum())
@@ -78,11 +81,14 @@ def score_std(q: Tensor, k: Tensor, *, is_causal: bool) -> float:
     """Standard deviation of q·k/√head_dim over all layers, heads and visible pairs."""
     total = squares = count = 0.0
     for rows in _blocks(q.shape[2]):
-        scores = _scores(q, k, rows)
-        visible = ~_future(rows, k) if is_causal else torch.ones(len(rows), k.shape[2], dtype=torch.bool, device=q.device)
-        total += float((scores * visible).sum())
-        squares += float((scores.square() * visible).sum())
-        count += float(visible.sum()) * q.shape[0] * q.shape[1]
+        scores = _scores(q, k, rows, is_causal)
+        if is_causal:
+            future = _future(rows, k.device)
+            scores.masked_fill_(future, 0.0)
+            count -= int(future.sum()) * q.shape[0] * q.shape[1]
+        count += scores.numel()
+        total += float(scores.sum(dtype=torch.float64))
+        squares += float(scores.square_().sum(dtype=torch.float64))
     return max(squares / count - (total / count) ** 2, 0.0) ** 0.5
 
 
@@ -93,7 +99,7 @@ def pooled(weights: Tensor, cells: int) -> Tensor:
 
 
 def _weights(attention: Attention, q: Tensor, k: Tensor, is_causal: bool) -> Iterator[tuple[range, Tensor]]:
-    """Rows of one layer's A with their positions; a causal block comes with the keys up to its last row only."""
+    """Rows of one layer's A, with their positions."""
     length = q.shape[2]
     if length <= WHOLE_LENGTH or not is_causal or not attention.spec.cross:
         whole = attention.weights(q, k, is_causal=is_causal)
@@ -112,15 +118,16 @@ def _top_mass_kept(weights: Tensor, exact: Tensor) -> Tensor:
     return (weights.gather(-1, keys).sum(-1) / mass.sum(-1)).clamp(0, 1)
 
 
-def _scores(q: Tensor, k: Tensor, rows: range) -> Tensor:
-    keys = repeat_heads(k, q.shape[1] // k.shape[1]).double()
-    return q[:, :, rows.start : rows.stop].double() @ keys.transpose(2, 3) * q.shape[3] ** -0.5
+def _scores(q: Tensor, k: Tensor, rows: range, is_causal: bool) -> Tensor:
+    """(batch, heads, rows, keys) in q's dtype; no causal row sees a key after the block's last row, so those are left out."""
+    keys = repeat_heads(k[:, :, : rows.stop] if is_causal else k, q.shape[1] // k.shape[1])
+    return q[:, :, rows.start : rows.stop] @ keys.transpose(2, 3) * q.shape[3] ** -0.5
 
 
-def _future(rows: range, k: Tensor) -> Tensor:
-    """(rows, key_length) bool: True where the key comes after the query."""
-    keys = torch.arange(k.shape[2], device=k.device)
-    return keys > torch.arange(rows.start, rows.stop, device=k.device)[:, None]
+def _future(rows: range, device: torch.device) -> Tensor:
+    """(rows, rows.stop) bool: True where the key comes after the query."""
+    keys = torch.arange(rows.stop, device=device)
+    return keys > keys[rows.start :, None]
 
 
 def _blocks(length: int) -> Iterator[range]:

@@ -66,14 +66,19 @@ class Pretrained:
         return ids
 
 
+def find_source(name: str) -> Source:
+    """The source of a model by name. Raises ValueError, with the nearest name, when there is none."""
+    if name not in SOURCES:
+        raise ValueError(f"unknown model {name!r}{nearest(name, SOURCES)}; there are {', '.join(SOURCES)}")
+    return SOURCES[name]
+
+
 def load(name: str) -> Pretrained:
     """Load a model of `SOURCES` from its installed package, in float32 on the CPU; no network is used.
 
     Raises ValueError on an unknown name, MissingPackageError when its package or transformers is not installed.
     """
-    if name not in SOURCES:
-        raise ValueError(f"unknown model {name!r}{nearest(name, SOURCES)}; there are {', '.join(SOURCES)}")
-    source = SOURCES[name]
+    source = find_source(name)
     folder = package_folder(source.module, distribution=source.distribution, what=name) / source.folder
     try:
         from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer

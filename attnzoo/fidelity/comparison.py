@@ -1,0 +1,211 @@
+"""Every variant against exact attention, on every sample: errors, costs, times and pictures of A."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from attnzoo.bench.timing import interleave, mistake
+from attnzoo.fidelity.candidate import BASELINE, Candidate, Subject, measure
+from attnzoo.fidelity.environment import environment
+from attnzoo.fidelity.metrics import pooled
+from attnzoo.fidelity.rows import Comparison, HeatMap, Row, Sample
+from attnzoo.fidelity.samples import LENGTHS, Progress
+from attnzoo.registry import names
+
+HEAT_MAP_LENGTH, HEAT_MAP_CELLS = 512, 64
+ROUNDS, TIME_BUDGET = 7, 20.0
+
+Step = tuple[str, Callable[[], None]]
+
+
+def compare(
+    samples: Sequence[Sample],
+    variants: Iterable[tuple[str, dict[str, Any]]] | None = None,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    rounds: int = ROUNDS,
+    time_budget: float = TIME_BUDGET,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare variants with exact attention on queries, keys and values.
+
+    samples: the longest sample of each model gets a row per variant with everything measured. variants: (name, options) pairs
+    (default: the whole zoo). lengths: where the output error alone is measured too, up to the longest sample: on prefixes of a
+    causal one, on the shorter samples given of a bidirectional one. seed: of every random choice. rounds: interleaved timing rounds;
+    time_budget: seconds a sample after which none is begun. progress: called with (what is being done, steps done, steps).
+
+    What a variant cannot do becomes a row with a note. Ctrl-C returns what is finished, and `environment["interrupted"]` says so.
+    Raises ValueError, before any work, on an unknown variant or option, a device that is not there and a dtype that is not floating.
+    """
+    if not samples:
+        raise ValueError("samples is empty; give at least one, such as those of load_samples()")
+    target, candidates = _check_device(device, dtype), _candidates(variants)
+    for candidate in candidates:
+        candidate.build(samples[0], samples[0].length, seed)
+    subjects = [Subject(_moved(sample, target, dtype)) for sample in samples]
+    work = _Work(candidates, seed, rounds, time_budget)
+    steps = list(work.steps(subjects, lengths))
+    facts = environment(seed=seed, device=target, dtype=dtype)
+    stage, done = "", 0
+    try:
+        for done, (stage, step) in enumerate(steps):
+            if progress is not None:
+                progress(stage, done, len(steps))
+            step()
+        if progress is not None:
+            progress("done", len(steps), len(steps))
+    except KeyboardInterrupt:
+        facts["interrupted"] = f"after {done} of {len(steps)} steps, at: {stage}"
+    return Comparison(
+        rows=tuple(work.rows.values()),
+        heat_maps=tuple(work.heat_maps),
+        by_length=tuple(work.by_length),
+        environment=facts,
+        samples=tuple(sample.summary() for sample in samples),
+    )
+
+
+class _Work:
+    """Steps that each add to the results, so that an interrupted comparison keeps what was finished."""
+
+    def __init__(self, candidates: list[Candidate], seed: int, rounds: int, time_budget: float) -> None:
+        self.candidates = candidates
+        self.seed = seed
+        self.rounds = rounds
+        self.time_budget = time_budget
+        self.rows: dict[tuple[int, int], Row] = {}
+        self.by_length: list[Row] = []
+        self.heat_maps: list[HeatMap] = []
+
+    def steps(self, subjects: list[Subject], lengths: Sequence[int]) -> Iterator[Step]:
+        """What is to be done, in an order that gives the headline numbers first."""
+        longest = _longest(subjects)
+        for place, subject in enumerate(longest):
+            where = f"{subject.sample.model} at {subject.sample.length:,}"
+            for number, candidate in enumerate(self.candidates):
+                yield f"{where}: {candidate.label}", lambda p=place, n=number, s=subject: self._measure(p, n, s)
+            yield f"{where}: timing {len(self.candidates)} variants", lambda p=place, s=subject: self._time(p, s)
+        for subject in longest:
+            yield f"{subject.sample.model}: pictures of A", lambda s=subject: self._draw(s)
+        for subject in longest:
+            for shorter in _by_length(subject, subjects, lengths):
+                yield f"{shorter.sample.model} at {shorter.sample.length:,}: errors", lambda s=shorter: self._errors(s)
+
+    def _measure(self, place: int, number: int, subject: Subject) -> None:
+        self.rows[place, number] = measure(self.candidates[number], subject, seed=self.seed, thorough=True)
+
+    def _errors(self, subject: Subject) -> None:
+        self.by_length += [measure(candidate, subject, seed=self.seed, thorough=False) for candidate in self.candidates]
+
+    @torch.no_grad()
+    def _time(self, place: int, subject: Subject) -> None:
+        sample = subject.sample
+        contenders = {BASELINE.label: self._forward(BASELINE, sample)}
+        for number, candidate in enumerate(self.candidates):
+            row = self.rows[place, number]
+            if row.output_error is None:
+                continue
+            attention = candidate.build(sample, sample.length, self.seed)
+            attention(sample.q, sample.k, sample.v, is_causal=sample.is_causal)
+            wrong = mistake(attention, sample.q, sample.k, sample.v, is_causal=sample.is_causal)
+            if wrong is None:
+                contenders[candidate.label] = self._forward(candidate, sample)
+            else:
+                self.rows[place, number] = replace(row, note="; ".join(filter(None, [row.note, f"not timed: {wrong}"])))
+        synchronize = torch.cuda.synchronize if sample.q.is_cuda else None
+        timings = interleave(contenders, rounds=self.rounds, budget=self.time_budget, synchronize=synchronize)
+        exact = timings[BASELINE.label].median
+        for number, candidate in enumerate(self.candidates):
+            timing = timings.get(candidate.label)
+            if timing is not None and self.rows[place, number].output_error is not None:
+                self.rows[place, number] = replace(
+                    self.rows[place, number],
+                    seconds=timing.median,
+                    seconds_quartiles=timing.quartiles,
+                    rounds=len(timing.seconds),
+                    speedup=exact / timing.median,
+                )
+
+    def _forward(self, candidate: Candidate, sample: Sample) -> Callable[[], object]:
+        attention = candidate.build(sample, sample.length, self.seed)
+        return lambda: attention(sample.q, sample.k, sample.v, is_causal=sample.is_causal)
+
+    @torch.no_grad()
+    def _draw(self, subject: Subject) -> None:
+        """Heat maps of the middle layer's first head over the first tokens, exact attention first."""
+        sample = subject.sample
+        length, layer = min(sample.length, HEAT_MAP_LENGTH), sample.q.shape[0] // 2
+        q, k = (x[layer : layer + 1, :, :length] for x in (sample.q, sample.k))
+        for candidate in dict.fromkeys([BASELINE.label, *(candidate.label for candidate in self.candidates)]):
+            chosen = next(c for c in [BASELINE, *self.candidates] if c.label == candidate)
+            try:
+                weights = chosen.build(sample, length, self.seed).weights(q, k, is_causal=sample.is_causal)[0, 0]
+            except ValueError:
+                continue  # its row says why
+            cells = pooled(weights.float(), HEAT_MAP_CELLS)
+            if bool(torch.isfinite(cells).all()):
+                self.heat_maps.append(
+                    HeatMap(
+                        label=chosen.label,
+                        model=sample.model,
+                        is_causal=sample.is_causal,
+                        length=length,
+                        layer=sample.layers[layer],
+                        head=sample.heads[0],
+                        query_range=(0, length),
+                        key_range=(0, length),
+                        weights=tuple(tuple(round(x, 7) for x in row) for row in cells.tolist()),
+                    )
+                )
+
+
+def _candidates(variants: Iterable[tuple[str, dict[str, Any]]] | None) -> list[Candidate]:
+    pairs = [(name, {}) for name in names()] if variants is None else list(variants)
+    if not pairs:
+        raise ValueError(f"variants is empty; give at least one of {', '.join(names())}")
+    distinct = {candidate.label: candidate for candidate in (Candidate(name, dict(options)) for name, options in pairs)}
+    return list(distinct.values())
+
+
+def _check_device(device: torch.device | str, dtype: torch.dtype) -> torch.device:
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device={device!r} is unknown; use 'cpu' or 'cuda'") from None
+    if target.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={str(target)!r} cannot be measured; use 'cpu' or 'cuda'")
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={str(target)!r}: torch sees no CUDA GPU here; use device='cpu'")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} is not floating; use torch.float32, torch.bfloat16 or torch.float16")
+    return target
+
+
+def _moved(sample: Sample, device: torch.device, dtype: torch.dtype) -> Sample:
+    return replace(sample, q=sample.q.to(device, dtype), k=sample.k.to(device, dtype), v=sample.v.to(device, dtype))
+
+
+def _longest(subjects: list[Subject]) -> list[Subject]:
+    """The longest subject of every model, in the order in which the models came."""
+    longest: dict[tuple[str, bool], Subject] = {}
+    for subject in subjects:
+        key = (subject.sample.model, subject.sample.is_causal)
+        if key not in longest or subject.sample.length > longest[key].sample.length:
+            longest[key] = subject
+    return list(longest.values())
+
+
+def _by_length(longest: Subject, subjects: list[Subject], lengths: Sequence[int]) -> list[Subject]:
+    """Subjects of one model from short to long, the longest included."""
+    sample = longest.sample
+    if sample.is_causal:
+        return [longest.prefix(length) for length in sorted(set(lengths)) if length < sample.length] + [longest]
+    same = [subject for subject in subjects if (subject.sample.model, subject.sample.is_causal) == (sample.model, False)]
+    return sorted(same, key=lambda subject: subject.sample.length)
