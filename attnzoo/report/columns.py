@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ def number(value: float | None) -> str:
         return "0"
     if abs(value) < 1e-3 or abs(value) >= 1e4:
         return f"{value:.0e}"
-    return f"{value:.3f}" if abs(value) < 1 else f"{value:.3g}"
+    return _three_digits(value)
 
 
 def percent(value: float | None) -> str:
@@ -52,12 +53,10 @@ def percent(value: float | None) -> str:
 
 
 def ratio(value: float | None) -> str:
-    if value is None:
-        return ABSENT
-    return f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
+    return ABSENT if value is None else f"{_three_digits(value)}x"
 
 
-def count(value: int | None) -> str:
+def count(value: float | None) -> str:
     """A count with its SI prefix: 1.07 G."""
     return ABSENT if value is None else _scaled(value, 1000, ("", "k", "M", "G", "T", "P"))
 
@@ -68,20 +67,22 @@ def memory(value: int | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ABSENT
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} us"
+    return ABSENT if seconds is None else _scaled(seconds * 1e6, 1000, ("us", "ms", "s"))
 
 
 def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
-    for unit in units[:-1]:
-        if value < 999.5:
-            return f"{value:.3g} {unit}".rstrip()
-        value /= base
-    return f"{value:.3g} {units[-1]}"
+    index = 0
+    while value >= 999.5 and index < len(units) - 1:
+        value, index = value / base, index + 1
+    whole = index == 0 and float(value).is_integer()
+    return f"{int(value) if whole else _three_digits(value)} {units[index]}".rstrip()
+
+
+def _three_digits(value: float) -> str:
+    """0.123, 1.23, 12.3, 123."""
+    size = abs(value)
+    decimals = 3 if size < 0.9995 else 2 if size < 9.995 else 1 if size < 99.95 else 0
+    return f"{value:.{decimals}f}"
 
 
 def _error(row: Row) -> str:
@@ -105,7 +106,11 @@ COLUMNS: tuple[Column, ...] = (
     Column("MACs", "multiply-accumulates of one forward, by the closed form; one MAC is two FLOPs", lambda row: count(row.macs)),
     Column("promised", "speed-up that the MACs promise: exact attention's, divided by the variant's", lambda row: ratio(row.promised_speedup)),
     Column("time", "median time of one forward", lambda row: duration(row.seconds)),
-    Column("measured", "speed-up measured: the time of exact attention (SDPA) in the same rounds, divided by the variant's", lambda row: ratio(row.speedup)),
+    Column(
+        "measured",
+        "speed-up measured: the time of exact attention (SDPA) in the same rounds, divided by the variant's",
+        lambda row: ratio(row.speedup),
+    ),
     Column("kept", "measured divided by promised: how much of the saved arithmetic became saved time", lambda row: percent(kept(row))),
     Column("peak memory", "highest sum of allocations of one forward beyond its inputs", lambda row: memory(row.peak_bytes)),
     Column("backend", "the implementation that ran", lambda row: row.backend or ABSENT, numeric=False),
@@ -131,3 +136,13 @@ def grouped(rows: Iterable[Row]) -> dict[Group, list[Row]]:
 def group_title(group: Group) -> str:
     model, is_causal, length = group
     return f"{model}, {'causal' if is_causal else 'bidirectional'}, {length:,} tokens"
+
+
+def folded(label: str, width: int) -> str:
+    """A label such as performer:num_features=64,features=relu on as many lines as `width` characters need, broken after ':' and ','."""
+    lines = [""]
+    for piece in re.split(r"(?<=[:,])", label):
+        if lines[-1] and len(lines[-1]) + len(piece) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(lines)

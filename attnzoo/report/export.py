@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DOTS_PER_INCH = 160
+ENLARGED = 1.33  # how much larger than its natural size a page may draw a figure
 NO_SVG_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
@@ -52,9 +53,9 @@ def inline_svg(draw: Callable[[], Figure], name: str, title: str) -> str:
 
 
 def _scaled(svg: str, title: str) -> str:
-    """Drop the fixed size and keep the viewBox; the natural width stays as an upper limit."""
+    """Drop the fixed size and keep the viewBox; the page may draw it a third larger than a printer would."""
     head, body = svg.split(">", 1)
     width = re.search(r'\bwidth="([\d.]+)pt"', head)
     head = re.sub(r'\s(width|height|xmlns|xmlns:xlink|version)="[^"]*"', "", head).replace("xlink:", "")
-    limit = f' style="max-width:{float(width[1]) * 4 / 3:.0f}px"' if width else ""
+    limit = f' style="max-width:{float(width[1]) * 4 / 3 * ENLARGED:.0f}px"' if width else ""
     return f'{head} role="img" aria-label="{title}"{limit}>{body}'.strip()

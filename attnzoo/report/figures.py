@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from attnzoo.fidelity.rows import Comparison, Row
 from attnzoo.report.axes import log_axis
-from attnzoo.report.columns import count, group_title, grouped, is_exact
+from attnzoo.report.columns import count, folded, group_title, grouped, is_exact
 from attnzoo.report.heatmaps import heat_map_figure, heat_map_groups, heat_map_name
-from attnzoo.report.style import INK, Style, folded, new_figure, styles
+from attnzoo.report.style import INK, Style, new_figure, styles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 PANEL_INCHES = (4.3, 3.2)
 COLUMNS_OF_PANELS = 2
-LEGEND_CHARACTERS = 32  # a longer label is folded
+LEGEND_CHARACTERS = 19  # a longer label is folded: two columns of them stand under one panel
 LEGEND_INCHES_PER_CHARACTER = 0.078  # at 9 points
 
 Look = Mapping[str, Style]
@@ -46,8 +47,8 @@ def drawings(comparison: Comparison) -> list[Drawing]:
         _chart(
             "error-macs",
             "Error against multiply-accumulates",
-            "Lower left is better. The grey line is the Pareto front: a variant on it is beaten by no other in both. Above the dashed line a variant lost "
-            "to answering the mean of the values; the dotted line is what exact attention costs.",
+            "Lower left is better. The grey line is the Pareto front: no other variant beats one on it in both. Above the dashed line a variant "
+            "lost to answering the mean of the values; the dotted line is what exact attention costs.",
             {title: rows for title, rows in results.items() if _approximate(rows)},
             look,
             _error_against_macs,
@@ -114,7 +115,7 @@ def _add_legend(figure: Figure, labels: list[str], handles: dict[str, Any]) -> N
     texts = [folded(label, LEGEND_CHARACTERS) for label in labels]
     width, height = figure.get_size_inches()
     widest = max(len(line) for text in texts for line in text.split("\n"))
-    columns = max(1, int(width / (LEGEND_INCHES_PER_CHARACTER * widest + 0.6)))
+    columns = max(1, int(width / (LEGEND_INCHES_PER_CHARACTER * widest + 0.55)))
     lines = -(-len(texts) // columns) * max(text.count("\n") + 1 for text in texts)
     figure.set_size_inches(width, height + 0.2 * lines)
     figure.legend([handles[label] for label in labels], texts, loc="outside lower center", ncols=columns)
@@ -123,15 +124,15 @@ def _add_legend(figure: Figure, labels: list[str], handles: dict[str, Any]) -> N
 def _error_against_macs(axes: Axes, rows: list[Row], look: Look) -> None:
     points = _approximate(rows)
     front = pareto_front(points)
-    axes.plot([macs for macs, _ in front], [error for _, error in front], color=INK, alpha=0.35, linewidth=3, drawstyle="steps-post", zorder=1)
+    _plot(axes, front, color=INK, alpha=0.35, linewidth=3, drawstyle="steps-post", zorder=1)
     for row in points:
-        axes.plot([row.macs], [row.output_error], label=row.label, zorder=3, **look[row.label].point_options())
+        _plot(axes, [(row.macs, row.output_error)], label=row.label, zorder=3, **look[row.label].point_options())
     exact = next((row.exact_macs for row in rows if row.exact_macs), None)
     if exact is not None:
-        axes.axvline(exact, color=INK, linestyle=":", linewidth=1.2, label="exact attention (error 0)")
+        axes.axvline(exact, color=INK, linestyle=":", linewidth=1.2, label="exact attention")
     _draw_mean_value(axes, rows)
-    log_axis(axes, "x", [row.macs for row in points] + [exact], count)
-    log_axis(axes, "y", [row.output_error for row in points] + [_mean_value_error(rows)], _plain)
+    log_axis(axes, "x", [*(row.macs for row in points), exact], _count_tick)
+    log_axis(axes, "y", [*(row.output_error for row in points), _mean_value_error(rows)], _plain)
     axes.set_xlabel("multiply-accumulates of one forward")
     axes.set_ylabel("relative output error")
 
@@ -152,14 +153,13 @@ def _error_against_length(axes: Axes, rows: list[Row], look: Look) -> None:
         if row.output_error and not is_exact(row):
             curves.setdefault(row.label, []).append(row)
     for label, curve in curves.items():
-        axes.plot([row.length for row in curve], [row.output_error for row in curve], label=label, **look[label].line_options())
+        _plot(axes, [(row.length, row.output_error) for row in curve], label=label, **look[label].line_options())
     baseline = {row.length: row.mean_value_error for row in rows if row.mean_value_error}
-    at = sorted(baseline)
-    axes.plot(at, [baseline[length] for length in at], color=INK, linestyle="--", linewidth=1.2, label="mean(v)", zorder=1)
+    _plot(axes, sorted(baseline.items()), color=INK, linestyle="--", linewidth=1.2, label="mean(v)", zorder=1)
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
-    log_axis(axes, "y", [row.output_error for curve in curves.values() for row in curve] + list(baseline.values()), _plain)
+    log_axis(axes, "y", [*(row.output_error for curve in curves.values() for row in curve), *baseline.values()], _plain)
     axes.set_xlabel("length (tokens)")
     axes.set_ylabel("relative output error")
 
@@ -167,18 +167,28 @@ def _error_against_length(axes: Axes, rows: list[Row], look: Look) -> None:
 def _measured_against_promised(axes: Axes, rows: list[Row], look: Look) -> None:
     points = [row for row in rows if row.speedup and row.promised_speedup]
     for row in points:
-        axes.plot([row.promised_speedup], [row.speedup], label=row.label, zorder=3, **look[row.label].point_options())
+        _plot(axes, [(row.promised_speedup, row.speedup)], label=row.label, zorder=3, **look[row.label].point_options())
     axes.axline((1, 1), (10, 10), color=INK, alpha=0.35, linewidth=3, zorder=1)
-    axes.axhline(1, color=INK, linestyle="--", linewidth=1.2, label="as fast as exact attention", zorder=1)
-    log_axis(axes, "x", [row.promised_speedup for row in points] + [1.0], ratio_tick)
-    log_axis(axes, "y", [row.speedup for row in points] + [1.0], ratio_tick)
+    axes.axhline(1, color=INK, linestyle="--", linewidth=1.2, label="as fast as SDPA", zorder=1)
+    log_axis(axes, "x", [*(row.promised_speedup for row in points), 1.0], _ratio_tick)
+    log_axis(axes, "y", [*(row.speedup for row in points), 1.0], _ratio_tick)
     axes.set_xlabel("speed-up that the MACs promise")
     axes.set_ylabel("speed-up measured over SDPA")
 
 
-def ratio_tick(value: float) -> str:
+def _plot(axes: Axes, points: Sequence[tuple[float | None, float | None]], **options: Any) -> None:
+    known = [(x, y) for x, y in points if x is not None and y is not None]
+    axes.plot([x for x, _ in known], [y for _, y in known], **options)
+
+
+def _ratio_tick(value: float) -> str:
     """2 -> "2×", 0.5 -> "0.5×"."""
     return f"{value:g}×"
+
+
+def _count_tick(value: float) -> str:
+    """3e9 -> "3 G"."""
+    return re.sub(r"\.0*(?= |$)", "", count(value))
 
 
 def _plain(value: float) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from attnzoo.fidelity.rows import HeatMap
-from attnzoo.report.style import FAINT, folded, new_figure
+from attnzoo.report.columns import folded
+from attnzoo.report.style import FAINT, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +51,8 @@ def heat_map_figure(maps: list[HeatMap]) -> Figure:
     for index, heat_map in enumerate(maps):
         axes = figure.add_subplot(rows, columns, index + 1)
         weights = np.array(heat_map.weights)
-        extent = (*heat_map.key_range, *reversed(heat_map.query_range))
+        (left, right), (top, bottom) = heat_map.key_range, heat_map.query_range
+        extent = (left, right, bottom, top)
         shown = np.where(weights > 0, weights.clip(LEAST, MOST), np.nan)
         image = axes.imshow(shown, norm=LogNorm(LEAST, MOST), cmap=colors, extent=extent, aspect="auto", interpolation="nearest")
         if (weights < 0).any():

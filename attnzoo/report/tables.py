@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from rich import box
-from rich.console import Group, RenderableType
-from rich.markup import escape
-from rich.padding import Padding
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from attnzoo.fidelity.rows import Comparison, Row
-from attnzoo.report.columns import COLUMNS, Column, group_title, grouped, lost
+from attnzoo.report.columns import COLUMNS, Column, folded, group_of, group_title, grouped, lost
 from attnzoo.report.headlines import headlines
+
+LEGEND = (
+    "error: relative output error; mean(v) error: the same for answering the mean of the values; ! marks who lost to it. TV: total variation of "
+    "A's rows from softmax's. promised, measured: speed-up over exact attention by MACs and by the clock; kept: measured / promised."
+)
+QUALITY = ("error", "mean(v) error", "TV", "top-16 kept")
 
 
 def comparison_view(comparison: Comparison) -> RenderableType:
@@ -20,25 +27,51 @@ def comparison_view(comparison: Comparison) -> RenderableType:
     parts: list[RenderableType] = []
     for group, rows in grouped(comparison.rows).items():
         title = group_title(group)
-        parts += [Text(title, style="bold"), _samples_line(comparison, rows[0]), rows_table(rows), *_notes(rows)]
-        parts += [Text(f"- {sentence}") for sentence in said[title]]
+        parts += [Text(title, style="bold"), _sample_line(comparison, rows[0]), Text(), RowsTable(rows), Text(), *_notes(rows)]
+        parts += [_bullet(Text(sentence)) for sentence in said[title]]
         parts.append(Text())
-    return Group(*parts, *_meanings(), Text(), environment_line(comparison))
+    return Group(*parts, Text(LEGEND, style="dim"), Text(), environment_line(comparison))
 
 
-def rows_table(rows: list[Row]) -> Table:
-    """The rows of one model and length."""
-    table = plain_table()
-    for column in COLUMNS:
-        table.add_column(column.heading, justify="right" if column.numeric else "left", overflow="fold", no_wrap=column.numeric)
-    for row in rows:
-        table.add_row(*(_cell(column, row) for column in COLUMNS))
-    return table
+@dataclass(frozen=True)
+class RowsTable:
+    """The rows of one model and length, as one table where the terminal is wide enough for all numbers, else as two."""
+
+    rows: list[Row]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for gap in (3, 2, 1):
+            if self._label_room(COLUMNS, options.max_width, gap) >= self._least_label():
+                yield self._table(COLUMNS, options.max_width, gap)
+                return
+        for quality in (True, False):
+            chosen = tuple(column for column in COLUMNS[1:] if (column.heading in QUALITY) == quality)
+            yield self._table((COLUMNS[0], *chosen), options.max_width, 1)
+            if quality:
+                yield Text()
+
+    def _table(self, columns: tuple[Column, ...], width: int, gap: int) -> Table:
+        table = plain_table(gap)
+        room = self._label_room(columns, width, gap)
+        for column in columns:
+            table.add_column(_heading(column), justify="right" if column.numeric else "left", no_wrap=True)
+        for row in self.rows:
+            table.add_row(Text(folded(row.label, room), style="bold"), *(_cell(column, row) for column in columns[1:]))
+        return table
+
+    def _least_label(self) -> int:
+        """The longest part of a label that cannot be folded."""
+        return max(len(line) for row in self.rows for line in folded(row.label, 0).split("\n"))
+
+    def _label_room(self, columns: tuple[Column, ...], width: int, gap: int) -> int:
+        """Characters left for the first column."""
+        headed = [[*_heading(column).split("\n"), *(column.text(row) for row in self.rows)] for column in columns[1:]]
+        return width - sum(max(map(len, texts)) + gap for texts in headed)
 
 
-def plain_table() -> Table:
-    """A table of this library: rules above and below the headings only, nothing that needs colour or a wide font."""
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold", safe_box=True)
+def plain_table(gap: int = 2) -> Table:
+    """A table of this library: a rule below the headings and nothing else, `gap` spaces between columns."""
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0), header_style="bold", safe_box=True)
 
 
 def environment_line(comparison: Comparison) -> Text:
@@ -47,28 +80,41 @@ def environment_line(comparison: Comparison) -> Text:
 
 
 def _cell(column: Column, row: Row) -> Text:
-    text = column.text(row)
-    if column.heading == "error" and row.output_error is not None:
-        return Text(text, style="bold red" if lost(row) else "green")
-    return Text(text, style="bold" if column.heading == "variant" else "")
+    judged = column.heading == "error" and row.output_error is not None
+    return Text(column.text(row), style=("bold red" if lost(row) else "green") if judged else "")
 
 
-def _samples_line(comparison: Comparison, row: Row) -> Text:
+def _heading(column: Column) -> str:
+    return column.heading.replace(" ", "\n")
+
+
+def _sample_line(comparison: Comparison, row: Row) -> Text:
+    sample = sample_of(comparison, row)
+    return Text("" if sample is None else describe_sample(sample), style="dim")
+
+
+def sample_of(comparison: Comparison, row: Row) -> dict[str, Any] | None:
+    """The summary of the sample that a row was measured on."""
     for sample in comparison.samples:
-        if (sample["model"], sample["is_causal"], sample["length"]) == (row.model, row.is_causal, row.length):
-            return Text(describe_sample(sample), style="dim")
-    return Text()
+        if (sample["model"], sample["is_causal"], sample["length"]) == group_of(row):
+            return sample
+    return None
 
 
-def describe_sample(sample: dict) -> str:
+def describe_sample(sample: dict[str, Any]) -> str:
     """Which queries and keys a table is about: "layers 3, 12; heads 0, 4; score std 2.31; text ..."."""
     text = f"; {sample['text']}" if sample.get("text") else ""
     return f"{', '.join(sample['layers'])}; heads {', '.join(map(str, sample['heads']))}; score standard deviation {sample['score_std']:.2f}{text}"
 
 
 def _notes(rows: list[Row]) -> list[RenderableType]:
-    return [Padding(Text.from_markup(f"[bold]{escape(row.label)}[/]: {escape(row.note)}"), (0, 0, 0, 2)) for row in rows if row.note]
+    return [_bullet(Text.assemble((row.label, "bold"), ": ", row.note)) for row in rows if row.note]
 
 
-def _meanings() -> list[Text]:
-    return [Text.assemble((column.heading, "bold"), ": ", column.meaning, style="dim") for column in COLUMNS[1:]]
+def _bullet(text: Text) -> Table:
+    """A list item whose second line starts under its first word."""
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid.add_column(width=1)
+    grid.add_column()
+    grid.add_row("-", text)
+    return grid

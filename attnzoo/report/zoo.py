@@ -89,7 +89,9 @@ def _cost(name: str) -> Iterator[RenderableType]:
         return
     attention = _built(name, LENGTHS[-1])
     yield Text(f"backends, in order of preference: {', '.join(attention.engine.backend_names())}")
-    yield Text(f"batch 1, {HEADS} heads of {HEAD_DIM}, other options at their defaults; saving: exact attention's MACs on its support, divided by these")
+    yield Text(
+        f"batch 1, {HEADS} heads of {HEAD_DIM}, other options at their defaults; saving: exact attention's MACs on its support, divided by these"
+    )
     table = plain_table()
     for heading in ("length", "", "MACs", "saving", "MACs on A's support", "decoding state, numbers"):
         table.add_column(heading, justify="left" if heading == "" else "right")
