@@ -60,7 +60,7 @@ class Case:
 CASES: dict[str, list[Case]] = {
     "standard": [Case("standard"), Case("standard", {"scale": 0.7})],
     "linformer": [
-        Case("linformer", {"rank": 16}),
+        Case("linformer", {"rank": 16, "sharing": "none"}),
         Case("linformer", {"rank": 16, "sharing": "headwise"}),
         Case("linformer", {"rank": 16, "sharing": "key_value"}),
         Case("linformer", {"rank": 16, "sharing": "layerwise"}),
