@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -24,13 +25,11 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
 
 def _cpu_peak(call: Callable[[], object]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would announce its start and stop on stderr
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+    profiler: Any = torch.autograd.profiler.profile(profile_memory=True)
+    with profiler:
         result = call()
     del result
-    assert profile.kineto_results is not None
-    events = [
-        event for event in profile.kineto_results.events() if event.name() == "[memory]" and event.device_type() == torch.profiler.DeviceType.CPU
-    ]
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()

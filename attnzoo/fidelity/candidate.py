@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -138,8 +138,10 @@ def _distances(attention: Attention, subject: Subject, thorough: bool) -> tuple[
 def _draws(attention: Attention, seed: int) -> Iterator[Attention]:
     """The attention as built, then drawn anew if it can."""
     yield attention
-    redraw = getattr(attention, "redraw", None)
-    for draw in range(1, DRAWS if redraw else 1):
+    redraw: Callable[[], None] | None = getattr(attention, "redraw", None)
+    if redraw is None:
+        return
+    for draw in range(1, DRAWS):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + draw)
             redraw()

@@ -143,17 +143,16 @@ class _Work:
         sample = subject.sample
         length, layer = min(sample.length, HEAT_MAP_LENGTH), sample.q.shape[0] // 2
         q, k = (x[layer : layer + 1, :, :length] for x in (sample.q, sample.k))
-        for candidate in dict.fromkeys([BASELINE.label, *(candidate.label for candidate in self.candidates)]):
-            chosen = next(c for c in [BASELINE, *self.candidates] if c.label == candidate)
+        for candidate in {candidate.label: candidate for candidate in [BASELINE, *self.candidates]}.values():
             try:
-                weights = chosen.build(sample, length, self.seed).weights(q, k, is_causal=sample.is_causal)[0, 0]
+                weights = candidate.build(sample, length, self.seed).weights(q, k, is_causal=sample.is_causal)[0, 0]
             except ValueError:
                 continue  # its row says why
             cells = pooled(weights.float(), HEAT_MAP_CELLS)
             if bool(torch.isfinite(cells).all()):
                 self.heat_maps.append(
                     HeatMap(
-                        label=chosen.label,
+                        label=candidate.label,
                         model=sample.model,
                         is_causal=sample.is_causal,
                         length=length,
@@ -161,7 +160,7 @@ class _Work:
                         head=sample.heads[0],
                         query_range=(0, length),
                         key_range=(0, length),
-                        weights=tuple(tuple(round(x, 7) for x in row) for row in cells.tolist()),
+                        weights=tuple(tuple(round(x, 6) for x in row) for row in cells.tolist()),
                     )
                 )
 

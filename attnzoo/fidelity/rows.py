@@ -118,7 +118,7 @@ class Comparison:
 
     def to_json(self) -> str:
         """The comparison as JSON text that `from_json` reads back to an equal comparison."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False, ensure_ascii=False)
+        return json.dumps({"format": FORMAT, **asdict(self)}, allow_nan=False, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str, source: str = "the text") -> Comparison:
@@ -127,7 +127,7 @@ class Comparison:
             found = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{source} is not a whole JSON file ({error.msg} at line {error.lineno}, column {error.colno}); run `attnzoo compare` again to write it"
+                f"{source} is not a whole JSON file ({error.msg}, line {error.lineno}, column {error.colno}); run `attnzoo compare` again to write it"
             ) from None
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             said = found.get("format") if isinstance(found, dict) else type(found).__name__
