@@ -1,0 +1,225 @@
+"""Decoding is one more row of A: however the tokens arrive, `step` gives the rows of one forward with is_causal=True."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from cases import Case, Situation, cases, close, gradients_of, padding, tensors, usual_cases, with_backends
+from torch import Tensor
+
+import attnzoo
+from attnzoo import Attention
+
+DECODERS = [case for case in cases() if case.spec.decodes]
+ALL = pytest.mark.parametrize("case", DECODERS, ids=str)
+USUAL = pytest.mark.parametrize("case", [case for case in usual_cases() if case.spec.decodes], ids=str)
+TOLERANCE = 1e-10
+N = 150  # more than one chunk of the causal scan
+
+
+def chunks(lengths: list[int], *some: Tensor | None) -> list[list[Tensor | None]]:
+    """The tensors cut along the length (dimension 2, or 1 of a key_mask)."""
+    columns = [[None] * len(lengths) if x is None else x.split(lengths, 2 if x.dim() == 4 else 1) for x in some]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def decode(attn: Attention, lengths: list[int], q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, state=None) -> tuple[Tensor, object]:
+    """All rows, the tokens given in pieces of these lengths."""
+    if state is None:
+        state = attn.init_state(q.shape[0], kv_heads=k.shape[1], dtype=q.dtype)
+    rows = []
+    for piece_q, piece_k, piece_v, mask in chunks(lengths, q, k, v, key_mask):
+        out, state = attn.step(piece_q, piece_k, piece_v, state, key_mask=mask)
+        rows.append(out)
+    return torch.cat(rows, 2), state
+
+
+def random_lengths(total: int, seed: int) -> list[int]:
+    generator = random.Random(seed)
+    lengths = []
+    while total:
+        lengths.append(min(total, generator.choice([1, 1, 2, 3, 5, 17, 40])))
+        total -= lengths[-1]
+    return lengths
+
+
+@ALL
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_token_by_token(case: Case, kv_heads: int) -> None:
+    attn = case.build(dtype=torch.float64)
+    q, k, v, _ = tensors(Situation(N, N, kv_heads=kv_heads), shift=case.shift)
+    rows, state = decode(attn, [1] * N, q, k, v)
+    close(rows, attn(q, k, v, is_causal=True), TOLERANCE, "rows one by one")
+    assert state.elements() > 0
+
+
+@ALL
+@pytest.mark.parametrize("kind", ["none", "left", "interior", "whole"])
+def test_random_pieces_with_padding(case: Case, kind: str) -> None:
+    """Any cut into pieces; padding, left padding of a prefill above all, is told once and remembered."""
+    attn = case.build(dtype=torch.float64)
+    q, k, v, _ = tensors(Situation(N, N), shift=case.shift)
+    mask = padding(kind, 2, N)
+    expected = attn(q, k, v, key_mask=mask, is_causal=True)
+    for seed in range(3):
+        rows, _ = decode(attn, random_lengths(N, seed), q, k, v, mask)
+        close(rows, expected, TOLERANCE, f"rows in pieces {seed}")
+
+
+@ALL
+def test_left_padded_prefill_then_tokens_without_a_mask(case: Case) -> None:
+    attn = case.build(dtype=torch.float64)
+    q, k, v, _ = tensors(Situation(60, 60), shift=case.shift)
+    prompt = padding("left", 2, 40)
+    assert prompt is not None
+    mask = torch.cat([prompt, torch.ones(2, 20, dtype=torch.bool)], 1)
+    first, state = attn.step(q[:, :, :40], k[:, :, :40], v[:, :, :40], attn.init_state(2, kv_heads=2, dtype=q.dtype), key_mask=prompt)
+    rest, _ = decode(attn, [1] * 20, q[:, :, 40:], k[:, :, 40:], v[:, :, 40:], state=state)
+    close(torch.cat([first, rest], 2), attn(q, k, v, key_mask=mask, is_causal=True), TOLERANCE, "rows behind a left-padded prompt")
+
+
+@pytest.mark.parametrize(("case", "backend"), [pytest.param(c, b, id=f"{c}-{b}") for c, b in with_backends(usual_cases()) if c.spec.decodes])
+def test_every_backend_decodes(case: Case, backend: str) -> None:
+    attn = case.build(dtype=torch.float64, backend=backend)
+    q, k, v, _ = tensors(Situation(70, 70), shift=case.shift)
+    rows, _ = decode(attn, [30, 1, 1, 38], q, k, v)
+    close(rows, attn(q, k, v, is_causal=True), TOLERANCE, "rows in pieces")
+
+
+@USUAL
+def test_split_and_resume_on_a_copy_of_the_module(case: Case) -> None:
+    """The state holds everything: another module with the same state_dict takes it over."""
+    first, second = case.build(dtype=torch.float64), case.build(dtype=torch.float64)
+    second.load_state_dict(first.state_dict())
+    q, k, v, _ = tensors(Situation(N, N), shift=case.shift)
+    half, state = decode(first, [N - 50], q[:, :, :-50], k[:, :, :-50], v[:, :, :-50])
+    rest, _ = decode(second, [20, 30], q[:, :, -50:], k[:, :, -50:], v[:, :, -50:], state=state)
+    close(torch.cat([half, rest], 2), first(q, k, v, is_causal=True), TOLERANCE, "rows of a resumed state")
+
+
+@USUAL
+@pytest.mark.parametrize("room", [None, 64])
+def test_two_continuations_of_one_state(case: Case, room: int | None) -> None:
+    """A state is a value: going on from it twice, in turns, disturbs neither, and it can be gone on from again."""
+    attn = case.build(dtype=torch.float64)
+    q, k, v, _ = tensors(Situation(30, 30, kv_heads=4), shift=case.shift)
+    tails = [[x[:, :, :24] for x in tensors(Situation(24, 24, kv_heads=4), seed=seed, shift=case.shift)[:3]] for seed in (1, 2)]
+    wholes = [attn(*(torch.cat([a, b], 2) for a, b in zip((q, k, v), tail, strict=True)), is_causal=True)[:, :, 30:] for tail in tails]
+    with torch.no_grad():
+        _, root = attn.step(q, k, v, attn.init_state(2, room, dtype=q.dtype))
+        states, rows = [root, root], [[], []]
+        for i in range(24):
+            for branch in (0, 1):
+                out, states[branch] = attn.step(*(x[:, :, i : i + 1] for x in tails[branch]), states[branch])
+                rows[branch].append(out)
+        for branch in (0, 1):
+            close(torch.cat(rows[branch], 2), wholes[branch], TOLERANCE, f"branch {branch}")
+        again, _ = attn.step(*tails[1], root)
+        close(again, wholes[1], TOLERANCE, "the root, gone on from once more")
+
+
+@USUAL
+@pytest.mark.parametrize("trained", ["qkv", "q"])
+def test_gradients_flow_through_steps(case: Case, trained: str) -> None:
+    """Backpropagation through decoding equals that through one causal forward."""
+    attn = case.build(dtype=torch.float64)
+    q, k, v, upstream = tensors(Situation(20, 20), shift=case.shift)
+    inputs = [x.requires_grad_() for name, x in zip("qkv", (q, k, v), strict=True) if name in trained]
+    rows, _ = decode(attn, [9, 1, 1, 9], q, k, v)
+    stepped = gradients_of(rows, upstream, *inputs)
+    for name, actual, expected in zip(trained, stepped, gradients_of(attn(q, k, v, is_causal=True), upstream, *inputs), strict=True):
+        close(actual, expected, TOLERANCE, f"gradient of {name}")
+
+
+@USUAL
+def test_a_bad_token_does_not_reach_earlier_rows_of_its_piece(case: Case) -> None:
+    attn = case.build(dtype=torch.float64)
+    q, k, v, _ = tensors(Situation(30, 30), shift=case.shift)
+    expected = attn(q, k, v, is_causal=True)
+    for bad in (float("nan"), float("inf")):
+        k_bad, v_bad = k.clone(), v.clone()
+        k_bad[:, :, 25], v_bad[:, :, 25] = bad, bad
+        rows, _ = decode(attn, [10, 20], q, k_bad, v_bad)
+        close(rows[:, :, :25], expected[:, :, :25], TOLERANCE, f"rows before a key that is {bad}")
+
+
+@USUAL
+def test_past_max_length_is_an_error(case: Case) -> None:
+    attn = case.build()
+    q, k, v, _ = (x.float() for x in tensors(Situation(5, 5, kv_heads=4), shift=case.shift))
+    _, state = attn.step(q, k, v, attn.init_state(2, 7))
+    with pytest.raises(ValueError, match=r"taken 5 tokens.*5 more.*max_length=7"):
+        attn.step(q, k, v, state)
+    _, state = attn.step(q[:, :, :2], k[:, :, :2], v[:, :, :2], state)
+    with pytest.raises(ValueError, match=r"7 tokens.*max_length=7"):
+        attn.step(q[:, :, :1], k[:, :, :1], v[:, :, :1], state)
+
+
+@USUAL
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_half_precision_decoding_keeps_its_sums_in_float32(case: Case, dtype: torch.dtype) -> None:
+    n = 600
+    q, k, v, _ = (x.to(dtype) for x in tensors(Situation(n, n, heads=1, kv_heads=1, batch=1), shift=case.shift))
+    exact = case.build(1).double()(q.double(), k.double(), v.double(), is_causal=True)
+    reference = case.build(1, dtype=dtype, backend="reference")(q, k, v, is_causal=True)
+    rows, _ = decode(case.build(1, dtype=dtype), [1] * n, q, k, v)
+    assert rows.dtype == dtype
+    error, allowed = (rows.double() - exact).norm(), (reference.double() - exact).norm()
+    assert error <= 2 * allowed, f"error {error:.3g}, the reference's is {allowed:.3g}"
+
+
+@USUAL
+def test_values_may_be_wider_than_keys(case: Case) -> None:
+    attn = case.build(dtype=torch.float64)
+    q, k, v, _ = tensors(Situation(12, 12), shift=case.shift)
+    wide = torch.cat([v, 2 * v, v[..., :1]], -1)
+    rows, _ = decode(attn, [5, 7], q, k, wide)
+    close(rows, attn(q, k, wide, is_causal=True), TOLERANCE, "rows with wide values")
+
+
+@torch.no_grad()
+def sizes(attn: Attention, steps: int) -> list[int]:
+    q, k, v, _ = tensors(Situation(1, 1, heads=attn.heads, kv_heads=attn.heads, batch=1))
+    state, found = attn.init_state(1, dtype=q.dtype), []
+    for _ in range(steps):
+        _, state = attn.step(q, k, v, state)
+        found.append(state.elements())
+    return found
+
+
+@pytest.mark.parametrize("window", [1, 8, 50])
+def test_a_window_keeps_no_more_than_the_window(window: int) -> None:
+    """Nor does the storage behind it grow, however long it runs."""
+    attn = Case("sliding_window", {"window": window}).build(2, dtype=torch.float64)
+    assert max(sizes(attn, 400)) <= window * 2 * 2 * 8
+    q, k, v, _ = tensors(Situation(1, 1, heads=2, kv_heads=2, batch=1))
+    state, storage = attn.init_state(1, dtype=q.dtype), []
+    with torch.no_grad():
+        for _ in range(400):
+            _, state = attn.step(q, k, v, state)
+            storage.append(state.buffer.k.shape[2])
+    assert max(storage) <= 2 * window + 64
+
+
+@pytest.mark.parametrize("case", [case for case in DECODERS if case.spec.family == "kernel"], ids=str)
+def test_a_kernel_keeps_a_constant_state(case: Case) -> None:
+    assert len(set(sizes(case.build(2, dtype=torch.float64), 50))) == 1
+
+
+@USUAL
+def test_the_cost_names_the_state_that_decoding_carries(case: Case) -> None:
+    attn = case.build(2, dtype=torch.float64)
+    for steps in (1, 40):
+        assert sizes(attn, steps)[-1] == attn.cost(1, steps, is_causal=True).state_elements
+
+
+@pytest.mark.parametrize("case", [case for case in usual_cases() if not case.spec.decodes], ids=str)
+def test_what_does_not_decode_says_so(case: Case) -> None:
+    attn = case.build()
+    with pytest.raises(attnzoo.UnsupportedError, match=f"{case.variant} does not decode.*standard"):
+        attn.init_state(1)
+    q, k, v, _ = (x.float() for x in tensors(Situation(1, 1)))
+    with pytest.raises(attnzoo.UnsupportedError, match=f"{case.variant} does not decode.*standard"):
+        attn.step(q, k, v, None)
