@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -138,11 +137,21 @@ def group_title(group: Group) -> str:
     return f"{model}, {'causal' if is_causal else 'bidirectional'}, {length:,} tokens"
 
 
+def notes(rows: Iterable[Row]) -> dict[str, str]:
+    """Every remark of the rows' notes, with the labels it is about."""
+    about: dict[str, list[str]] = {}
+    for row in rows:
+        for remark in filter(None, row.note.split("; ")):
+            about.setdefault(remark, []).append(row.label)
+    return {remark: ", ".join(labels) for remark, labels in about.items()}
+
+
 def folded(label: str, width: int) -> str:
-    """A label such as performer:num_features=64,features=relu on as many lines as `width` characters need, broken after ':' and ','."""
-    lines = [""]
-    for piece in re.split(r"(?<=[:,])", label):
-        if lines[-1] and len(lines[-1]) + len(piece) > width:
-            lines.append("")
-        lines[-1] += piece
+    """A label such as "performer num_features=64 features=relu" on as many lines as `width` characters need, broken at its spaces."""
+    lines: list[str] = []
+    for word in label.split(" "):
+        if lines and len(lines[-1]) + 1 + len(word) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from attnzoo.report.style import FAINT, INK, RC
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PREFIX = "compare-"  # of the files' names
 DOTS_PER_INCH = 160
 ENLARGED = 1.33  # how much larger than its natural size a page may draw a figure
 NO_SVG_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
@@ -29,7 +30,7 @@ def write_figures(comparison: Comparison, folder: Path) -> list[Path]:
         with rc_context({**RC, "svg.hashsalt": drawing.name}):
             figure = drawing.whole()
             for ending, metadata in (("png", {"Software": None}), ("svg", NO_SVG_METADATA)):
-                path = folder / f"{drawing.name}.{ending}"
+                path = folder / f"{PREFIX}{drawing.name}.{ending}"
                 figure.savefig(path, dpi=DOTS_PER_INCH, facecolor="white", metadata=metadata)
                 written.append(path)
     return written

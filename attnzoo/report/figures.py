@@ -116,9 +116,17 @@ def _add_legend(figure: Figure, labels: list[str], handles: dict[str, Any]) -> N
     width, height = figure.get_size_inches()
     widest = max(len(line) for text in texts for line in text.split("\n"))
     columns = max(1, int(width / (LEGEND_INCHES_PER_CHARACTER * widest + 0.55)))
-    lines = -(-len(texts) // columns) * max(text.count("\n") + 1 for text in texts)
-    figure.set_size_inches(width, height + 0.2 * lines)
+    figure.set_size_inches(width, height + _legend_inches(texts, columns))
     figure.legend([handles[label] for label in labels], texts, loc="outside lower center", ncols=columns)
+
+
+def _legend_inches(texts: list[str], columns: int) -> float:
+    """Height of a legend that fills its columns from above, at 9 points: so the panels above it keep one height."""
+    entries = [0.15 * (text.count("\n") + 1) + 0.065 for text in texts]
+    tallest, more = divmod(len(entries), columns)
+    sizes = [tallest + (column < more) for column in range(columns)]
+    stops = [sum(sizes[: column + 1]) for column in range(columns)]
+    return 0.15 + max(sum(entries[stop - size : stop]) for size, stop in zip(sizes, stops, strict=True))
 
 
 def _error_against_macs(axes: Axes, rows: list[Row], look: Look) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from html import escape
 
 from attnzoo.fidelity.rows import Comparison, Row
-from attnzoo.report.columns import COLUMNS, Column, group_title, grouped, lost
+from attnzoo.report.columns import COLUMNS, Column, group_title, grouped, lost, notes
 from attnzoo.report.export import inline_svg
 from attnzoo.report.figures import Drawing, drawings
 from attnzoo.report.headlines import headlines
@@ -31,13 +31,13 @@ body { margin: 0 auto; max-width: 76rem; padding: 1.5rem clamp(0.9rem, 3vw, 2.5r
 h1 { font-size: clamp(1.5rem, 4vw, 2.1rem); line-height: 1.2; margin: 0.5rem 0; text-wrap: balance; }
 h2 { font-size: 1.3rem; margin: 2.5rem 0 0.6rem; padding-top: 1rem; border-top: 1px solid var(--faint); }
 h3 { font-size: 1.05rem; margin: 1.6rem 0 0.3rem; }
-p, li, figcaption { max-width: 46rem; }
+p, li, figcaption { max-width: 46rem; overflow-wrap: anywhere; }
 ul { padding-left: 1.2rem; }
 .soft, figcaption, .notes { color: var(--soft); font-size: 0.9rem; }
 .scroll { overflow-x: auto; margin: 0.8rem 0; border: 1px solid var(--faint); border-radius: 6px; }
 table { border-collapse: collapse; width: 100%; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.4rem 0.65rem; text-align: right; vertical-align: baseline; white-space: nowrap; border-bottom: 1px solid var(--faint); }
-thead th { background: var(--raised); color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; }
+thead th { background: var(--raised); color: var(--soft); font-weight: 600; vertical-align: bottom; }
 tbody tr:last-child > * { border-bottom: 0; }
 th.text, td.text { text-align: left; }
 tbody th { position: sticky; left: 0; background: var(--paper); font-weight: 600; white-space: normal; min-width: 5.5rem; max-width: 15rem; }
@@ -45,7 +45,7 @@ thead th:first-child { position: sticky; left: 0; }
 .bad { color: var(--bad); font-weight: 600; }
 .good { color: var(--good); font-weight: 600; }
 figure { margin: 0; }
-.panels { display: flex; flex-wrap: wrap; gap: 1rem 2rem; margin-top: 0.6rem; }
+.panels { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 1rem 2rem; margin-top: 0.6rem; }
 .panels svg { flex: 1 1 20rem; min-width: 0; width: 100%; height: auto; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.25rem 1.2rem; font-size: 0.92rem; }
 dt { font-weight: 600; }
@@ -77,7 +77,7 @@ def _results(comparison: Comparison) -> Iterator[str]:
 
 
 def _table(rows: list[Row]) -> str:
-    head = "".join(f'<th scope="col"{_aligned(column)}>{escape(column.heading)}</th>' for column in COLUMNS)
+    head = "".join(f'<th scope="col"{_aligned(column)}>{escape(column.heading).replace(" ", "<br>")}</th>' for column in COLUMNS)
     body = "\n".join("<tr>" + "".join(_cell(column, row) for column in COLUMNS) + "</tr>" for row in rows)
     return f'<div class="scroll" tabindex="0">\n<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n</div>'
 
@@ -93,7 +93,7 @@ def _cell(column: Column, row: Row) -> str:
 
 def _breakable(label: str) -> str:
     """A label that a narrow screen may break after its punctuation only."""
-    return re.sub(r"([,:=_])", r"\1<wbr>", label)
+    return re.sub(r"([=_])", r"\1<wbr>", label)
 
 
 def _aligned(column: Column) -> str:
@@ -108,7 +108,7 @@ def _typeset(text: str) -> str:
 
 
 def _notes(rows: list[Row]) -> Iterator[str]:
-    noted = [f"<li><strong>{escape(row.label)}</strong>: {escape(row.note)}</li>" for row in rows if row.note]
+    noted = [f"<li><strong>{escape(labels)}</strong>: {escape(note)}</li>" for note, labels in notes(rows).items()]
     if noted:
         yield f'<ul class="notes">{"".join(noted)}</ul>'
 

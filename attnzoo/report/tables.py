@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnzoo.fidelity.rows import Comparison, Row
-from attnzoo.report.columns import COLUMNS, Column, folded, group_of, group_title, grouped, lost
+from attnzoo.report.columns import COLUMNS, Column, folded, group_of, group_title, grouped, lost, notes
 from attnzoo.report.headlines import headlines
 
 LEGEND = (
@@ -108,7 +108,7 @@ def describe_sample(sample: dict[str, Any]) -> str:
 
 
 def _notes(rows: list[Row]) -> list[RenderableType]:
-    return [_bullet(Text.assemble((row.label, "bold"), ": ", row.note)) for row in rows if row.note]
+    return [_bullet(Text.assemble((labels, "bold"), ": ", note)) for note, labels in notes(rows).items()]
 
 
 def _bullet(text: Text) -> Table:

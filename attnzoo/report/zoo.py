@@ -28,6 +28,7 @@ CAPABILITIES = {
     "needs_max_length": "is built for a longest length, max_length",
     "tied_to_end": "A depends on where the sequence ends",
 }
+HEADINGS = {"bidirectional": "bi-\ndirectional", "attn_mask": "attn\nmask"}
 LISTED = ("exact", "causal", "bidirectional", "cross", "attn_mask", "decodes")
 
 
@@ -38,7 +39,7 @@ def zoo_table() -> Table:
     for heading in ("title", "family", "complexity"):
         table.add_column(heading)
     for capability in LISTED:
-        table.add_column("bidir." if capability == "bidirectional" else capability.replace("_", " "), justify="center")
+        table.add_column(HEADINGS.get(capability, capability), justify="center")
     for name in names():
         spec = spec_of(name)
         marks = [_mark(getattr(spec, capability)) for capability in LISTED]
@@ -54,11 +55,19 @@ def variant_view(name: str) -> RenderableType:
         Text.assemble((spec.title, "bold"), f"  ({spec.name}, {spec.family.replace('_', ' ')}, {spec.complexity})"),
         Text(spec.paper, style="dim"),
         Padding(Text(spec.equation, style="cyan"), (1, 0, 1, 4)),
-        Text(described.text),
+        *_paragraphs(described.text),
         *_section("Capabilities", _capabilities(spec)),
         *_section("Options", _options(described)),
         *_section("Cost of one forward", *_cost(name)),
     )
+
+
+def _paragraphs(docstring: str) -> Iterator[RenderableType]:
+    """A docstring filled to the terminal's width; indented paragraphs, the equations, stay as they are."""
+    for number, paragraph in enumerate(docstring.split("\n\n")):
+        if number:
+            yield Text()
+        yield Text(paragraph if paragraph.startswith(" ") else " ".join(paragraph.split()))
 
 
 def _section(title: str, *content: RenderableType) -> tuple[RenderableType, ...]:

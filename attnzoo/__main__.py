@@ -1,0 +1,8 @@
+"""python -m attnzoo: the same as the command attnzoo."""
+
+import sys
+
+from attnzoo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

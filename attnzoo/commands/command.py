@@ -1,0 +1,100 @@
+"""What all commands share: how one is declared, a parser that raises sentences, configuration files, and consoles."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from rich.console import Console
+
+from attnzoo.registry import nearest
+
+PIPED_WIDTH = 120  # columns, when the output is no terminal and COLUMNS does not say
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command. add_arguments: declares them, and imports nothing heavy. run: does the work and returns the exit code."""
+
+    name: str
+    help: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], int]
+
+
+class Parser(ArgumentParser):
+    """A parser whose complaints are ValueErrors of one sentence."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        options = [option for action in self._actions for option in action.option_strings]
+        raise ValueError(f"{_plain(message, options)}; see {self.prog.replace(' [options]', '')} --help")
+
+
+def _plain(message: str, options: list[str]) -> str:
+    """jsonargparse's complaint in the reader's words, with the nearest of what is allowed."""
+    message = " ".join(message.split())
+    if match := re.fullmatch(r"unrecognized arguments: (\S+)(.*)", message):
+        return f"unknown argument {match[1]!r}{nearest(match[1], options)}"
+    if match := re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message):
+        allowed = re.findall(r"[\w-]+", match[3])
+        return f"{match[1]} {match[2]!r} is unknown{nearest(match[2], allowed)}; choose one of {', '.join(allowed)}"
+    message = re.sub(r'Parser key "([^"]+)"(?: element \d+)?: ', r"\1: ", message)
+    return re.sub(r"Expected an? <class '(\w+)'>\. Got value: (.*)", lambda m: f"{m[2]} is not a {_KINDS.get(m[1], m[1])}", message)
+
+
+_KINDS = {"int": "whole number", "float": "number", "str": "text", "bool": "truth value"}
+
+
+class ConfigFile(ActionConfigFile):
+    """--config FILE: checks the file first, so that a mistake in it is named with the file and the key."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        check_config(values, {action.dest: action for action in parser._actions if action.dest not in ("help", "config", "print_config")})
+        super().__call__(parser, cfg, values, option_string)
+
+
+def check_config(path: str, known: dict[str, Any]) -> None:
+    """Raise a ValueError, one sentence, when the file cannot be read, is no YAML mapping, has an unknown key or an empty one."""
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"--config {path} is not a text file; give a YAML file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"--config {path} is not valid YAML{where} ({getattr(error, 'problem', None) or error}); is it half-written?") from None
+    if not isinstance(found, dict):
+        what = "empty" if found is None else f"a {type(found).__name__}"
+        raise ValueError(f"--config {path} is {what}; it must hold lines of the form `key: value` with {', '.join(known)}")
+    for key, value in found.items():
+        if key not in known:
+            raise ValueError(f"--config {path} has the unknown key {key!r}{nearest(key, known)}; the keys are {', '.join(known)}")
+        if value is None:
+            raise ValueError(f"--config {path}: {key} has no value; give one or remove the line")
+        if known[key].nargs == "+" and (not isinstance(value, list) or not value):
+            raise ValueError(f"--config {path}: {key} must be a list that is not empty, such as [{value if value else '...'}]")
+
+
+def screen() -> Console:
+    """Standard output: plain text without any ANSI code when it is not a terminal or NO_COLOR is set."""
+    return _console(sys.stdout)
+
+
+def messages() -> Console:
+    """Standard error, for progress and remarks."""
+    return _console(sys.stderr)
+
+
+def _console(stream: Any) -> Console:
+    plain = not stream.isatty() or bool(os.environ.get("NO_COLOR"))
+    width = PIPED_WIDTH if not stream.isatty() and not os.environ.get("COLUMNS") else None
+    return Console(file=stream, color_system=None if plain else "auto", width=width, highlight=False, soft_wrap=False, emoji=False, markup=False)

@@ -1,0 +1,187 @@
+"""attnzoo compare: every variant against exact attention, on the screen, as JSON, as figures and as one HTML page."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser, Namespace
+
+from attnzoo.attention import check_positive
+from attnzoo.commands.command import Command, ConfigFile, messages, screen
+from attnzoo.commands.output import check_folder, write_text
+from attnzoo.commands.variants import parse_variant
+from attnzoo.registry import nearest
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from attnzoo.fidelity import Comparison, Sample
+
+INTERRUPTED = 130
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+SYNTHETIC = "synthetic"
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as the command line names it. title: its name in `attnzoo.fidelity`. max_length: tokens that it has positions for."""
+
+    title: str
+    max_length: int
+
+
+MODELS = {"smollm2": Model("SmolLM2-135M", 8192), "minilm": Model("MiniLM-L6", 512)}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    from attnzoo.fidelity.samples import LENGTHS
+
+    parser.add_argument("--config", action=ConfigFile, help="a YAML file with any of the settings below, such as configs/compare.yaml")
+    parser.add_argument(
+        "--variants", nargs="+", type=str, metavar="NAME[:OPTION=VALUE,...]", help="such as performer:num_features=64 (default: the whole zoo)"
+    )
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=list(LENGTHS), metavar="TOKENS", help="the longest in full, the others for their error"
+    )
+    parser.add_argument("--models", nargs="+", type=str, default=list(MODELS), metavar="MODEL", help=f"of {', '.join(MODELS)}, {SYNTHETIC}")
+    parser.add_argument("--layers", nargs="+", type=int, metavar="INDEX", help="layers of the models, from 0 (default: first, middle, last)")
+    parser.add_argument("--heads", nargs="+", type=int, metavar="INDEX", help="query heads, from 0 (default: first, middle, last)")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda or cuda:INDEX")
+    parser.add_argument("--dtype", type=str, default="float32", metavar="DTYPE", help=f"one of {', '.join(DTYPES)}")
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice")
+    parser.add_argument("--output", type=str, default="report", metavar="FOLDER", help="gets compare.html, compare.json and the figures")
+
+
+def run(settings: Namespace) -> int:
+    """Check everything, then load, compare, print and write."""
+    import matplotlib  # noqa: F401  (missing, it must be missed before the work, not after)
+
+    import attnzoo.fidelity as fidelity
+    from attnzoo.report.tables import comparison_view
+
+    started = time.monotonic()
+    device, dtype = check_device(settings.device), check_dtype(settings.dtype)
+    variants = None if settings.variants is None else [parse_variant(text) for text in settings.variants]
+    lengths = check_lengths(settings.lengths, settings.models)
+    folder = check_folder(settings.output)
+    console = messages()
+    with _progress(console) as progress:
+        samples = _samples(settings, lengths, progress)
+    _say_stand_ins(console, settings.models, samples)
+    with _progress(console) as progress:
+        comparison = fidelity.compare(samples, variants, lengths=lengths, seed=settings.seed, device=device, dtype=dtype, progress=progress)
+    interrupted = comparison.environment.get("interrupted")
+    if interrupted and not comparison.rows:
+        raise KeyboardInterrupt
+    screen().print(comparison_view(comparison))
+    for path in write_results(comparison, folder):
+        screen().print(f"wrote {path}", soft_wrap=True)
+    if interrupted:
+        console.print(f"attnzoo: interrupted {interrupted}; what was finished is written")
+        return INTERRUPTED
+    console.print(f"finished in {time.monotonic() - started:.0f} s")
+    return 0
+
+
+COMPARE = Command("compare", "Compare variants with exact attention on queries, keys and values of real models.", add_arguments, run)
+
+
+def write_results(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write compare.json, compare.html and the figures; return the paths."""
+    from attnzoo.report.export import write_figures
+    from attnzoo.report.page import page
+
+    written = [write_text(folder / "compare.json", comparison.to_json() + "\n"), write_text(folder / "compare.html", page(comparison))]
+    return written + write_figures(comparison, folder)
+
+
+def check_lengths(lengths: Sequence[int], models: Sequence[str]) -> list[int]:
+    """The lengths in order. Raises ValueError on an unknown model, a length below 1, and one that no chosen model can read."""
+    choices = [*MODELS, SYNTHETIC]
+    for model in models:
+        if model not in choices:
+            raise ValueError(f"unknown model {model!r}{nearest(model, choices)}; choose of {', '.join(choices)}")
+    for length in lengths:
+        check_positive("length", length)
+    longest = max(lengths)
+    if SYNTHETIC not in models and longest > max(MODELS[model].max_length for model in models):
+        limits = " and ".join(f"{MODELS[model].title} reads at most {MODELS[model].max_length:,} tokens" for model in models)
+        raise ValueError(f"length={longest} is too long: {limits}; give --lengths up to that, or --models {SYNTHETIC}")
+    return sorted(set(lengths))
+
+
+def check_device(text: str) -> torch.device:
+    """The device. Raises ValueError when it is unknown or not there."""
+    import torch
+
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={text!r} is unknown{nearest(text, ['cpu', 'cuda'])}; use cpu, cuda or cuda:INDEX")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device={text!r} is not there: torch {torch.__version__} sees {count} CUDA devices; use --device cpu")
+    return device
+
+
+def check_dtype(text: str) -> torch.dtype:
+    """The dtype. Raises ValueError when it is none of `DTYPES`."""
+    import torch
+
+    if text not in DTYPES:
+        raise ValueError(f"dtype={text!r} is unknown{nearest(text, DTYPES)}; use one of {', '.join(DTYPES)}")
+    return getattr(torch, text)
+
+
+def _samples(settings: Namespace, lengths: list[int], progress: Progress) -> list[Sample]:
+    from attnzoo.fidelity import load_samples, synthetic_sample
+    from attnzoo.fidelity.samples import STAND_IN_LENGTH, SYNTHETIC_SPREADS
+
+    real = [MODELS[model].title for model in settings.models if model != SYNTHETIC]
+    samples: list[Sample] = []
+    if real:
+        samples += load_samples(lengths, models=real, layers=settings.layers, heads=settings.heads, seed=settings.seed, progress=progress)
+    if SYNTHETIC in settings.models:
+        short = sorted({min(length, STAND_IN_LENGTH) for length in lengths})
+        for spread in SYNTHETIC_SPREADS:
+            samples.append(synthetic_sample(lengths[-1], is_causal=True, spread=spread, seed=settings.seed))
+            samples += [synthetic_sample(length, is_causal=False, spread=spread, seed=settings.seed) for length in short]
+    return samples
+
+
+def _say_stand_ins(console: Console, models: Sequence[str], samples: Sequence[Sample]) -> None:
+    """Say which samples replace a model that is not installed, why, and how far their scores spread."""
+    asked = {MODELS[model].title for model in models if model != SYNTHETIC}
+    if SYNTHETIC in models or asked >= {sample.model for sample in samples}:
+        return
+    for text in dict.fromkeys(f"{sample.text}; measured {sample.score_std:.2f}" for sample in samples if sample.model not in asked):
+        console.print(f"attnzoo: using {text}")
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    """A bar on a terminal, a line per step elsewhere. It is drawn between steps only: a drawing thread would disturb the timings."""
+    if not sys.stderr.isatty():
+        yield lambda stage, done, total: console.print(f"[{done}/{total}] {stage}", soft_wrap=True)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def report(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=stage, completed=done, total=total, refresh=True)
+
+        yield report

@@ -1,0 +1,52 @@
+"""Variants as they are written on a command line: performer:num_features=64,features=hyperbolic."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from jsonargparse import get_loader
+
+from attnzoo.registry import build, find, nearest, options_of
+
+HEADS, HEAD_DIM, LENGTH = 2, 64, 64  # of the trial build that finds bad values before any work
+KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "None": (type(None),)}
+
+
+def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of NAME[:OPTION=VALUE,...], values read as YAML scalars.
+
+    The variant is built once, so that everything wrong with it is found before any work. Raises ValueError on an unknown name or
+    option (with the nearest), a value of another type than the option's, one that the constructor refuses, and a malformed text.
+    """
+    name, _, rest = text.strip().partition(":")
+    find(name)
+    options = dict(_option(text, name, part) for part in rest.split(",")) if rest else {}
+    types = {option.name: option.type for option in options_of(name)}
+    for option, value in options.items():
+        _check(name, option, value, types)
+    trial: dict[str, Any] = {"heads": HEADS, "head_dim": HEAD_DIM, **({"max_length": LENGTH} if "max_length" in types else {})}
+    try:
+        build(name, **{**trial, **options})
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{text}: {name} cannot be built with these options ({str(error).splitlines()[0]})") from None
+    return name, options
+
+
+def _option(text: str, name: str, part: str) -> tuple[str, Any]:
+    option, equals, value = part.partition("=")
+    if not (option.strip() and equals):
+        raise ValueError(f"{text}: {part!r} is not of the form option=value; write {name}:option=value,option=value")
+    return option.strip(), get_loader("yaml")(value)
+
+
+def _check(name: str, option: str, value: Any, types: dict[str, str]) -> None:
+    allowed = [known for known in types if known not in ("heads", "head_dim")]
+    if option in ("heads", "head_dim"):
+        raise ValueError(f"{name}: {option} comes from the model that is compared on; leave it out (the options are {', '.join(allowed)})")
+    if option not in types:
+        raise ValueError(f"{name} has no option {option!r}{nearest(option, allowed)}; its options are {', '.join(allowed)}")
+    kinds = [kind for part in re.split(r"\s*\|\s*", types[option]) for kind in KINDS.get(part, ())]
+    fits = not kinds or (isinstance(value, tuple(kinds)) and (not isinstance(value, bool) or bool in kinds))
+    if not fits:
+        raise ValueError(f"{name}: {option}={value!r} must be {types[option].replace(' | ', ' or ')}")
