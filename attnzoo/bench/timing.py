@@ -17,6 +17,7 @@ from attnzoo.call import UnsupportedError
 #: Allowed ||fast - reference||_F / ||reference||_F by dtype: some hundred roundings, far below what a wrong kernel gives.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 CHECK_LENGTH = 257
+MINIMUM_ROUNDS = 3  # a median of fewer says nothing
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,17 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time contenders in turns, A B C A B C ..., so that a slow minute of the machine slows all of them alike.
 
-    rounds: times that each contender is timed; warmups: untimed turns before. budget: seconds after which no new round is begun
-    (at least one round is finished). synchronize: waits for the device, called before each clock reading. progress: called with
+    rounds: times that each contender is timed; warmups: untimed turns before. budget: seconds of timing after which no new round is
+    begun, once there are 3 (or `rounds`, if fewer). synchronize: waits for the device, called before each clock reading. progress: called with
     (rounds done, rounds) after each. Raises ValueError when rounds is not at least 1.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds} must be at least 1")
     wait = synchronize or (lambda: None)
-    begun = time.perf_counter()
     for _ in range(warmups):
         for call in contenders.values():
             call()
+    begun = time.perf_counter()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for done in range(1, rounds + 1):
         for name, call in contenders.items():
@@ -70,7 +71,7 @@ def interleave(
             seconds[name].append((time.perf_counter_ns() - start) * 1e-9)
         if progress is not None:
             progress(done, rounds)
-        if budget is not None and time.perf_counter() - begun > budget:
+        if budget is not None and done >= MINIMUM_ROUNDS and time.perf_counter() - begun > budget:
             break
     return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
 

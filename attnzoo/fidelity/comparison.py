@@ -66,7 +66,7 @@ def compare(
     return Comparison(
         rows=tuple(work.rows.values()),
         heat_maps=tuple(work.heat_maps),
-        by_length=tuple(work.by_length),
+        by_length=tuple(sorted(work.by_length, key=lambda row: row.length)),
         environment=facts,
         samples=tuple(sample.summary() for sample in samples),
     )
@@ -95,11 +95,13 @@ class _Work:
         for subject in longest:
             yield f"{subject.sample.model}: pictures of A", lambda s=subject: self._draw(s)
         for subject in longest:
-            for shorter in _by_length(subject, subjects, lengths):
+            for shorter in _shorter(subject, subjects, lengths):
                 yield f"{shorter.sample.model} at {shorter.sample.length:,}: errors", lambda s=shorter: self._errors(s)
 
     def _measure(self, place: int, number: int, subject: Subject) -> None:
-        self.rows[place, number] = measure(self.candidates[number], subject, seed=self.seed, thorough=True)
+        row = measure(self.candidates[number], subject, seed=self.seed, thorough=True)
+        self.rows[place, number] = row
+        self.by_length.append(row)
 
     def _errors(self, subject: Subject) -> None:
         self.by_length += [measure(candidate, subject, seed=self.seed, thorough=False) for candidate in self.candidates]
@@ -201,10 +203,10 @@ def _longest(subjects: list[Subject]) -> list[Subject]:
     return list(longest.values())
 
 
-def _by_length(longest: Subject, subjects: list[Subject], lengths: Sequence[int]) -> list[Subject]:
-    """Subjects of one model from short to long, the longest included."""
+def _shorter(longest: Subject, subjects: list[Subject], lengths: Sequence[int]) -> list[Subject]:
+    """Subjects of the same model that are shorter, from short to long."""
     sample = longest.sample
     if sample.is_causal:
-        return [longest.prefix(length) for length in sorted(set(lengths)) if length < sample.length] + [longest]
+        return [longest.prefix(length) for length in sorted(set(lengths)) if length < sample.length]
     same = [subject for subject in subjects if (subject.sample.model, subject.sample.is_causal) == (sample.model, False)]
-    return sorted(same, key=lambda subject: subject.sample.length)
+    return sorted((subject for subject in same if subject is not longest), key=lambda subject: subject.sample.length)

@@ -105,7 +105,8 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything `compare` found. rows: one per variant and sample; by_length: errors alone, over shorter lengths.
+    """Everything `compare` found. rows: one per variant and sample; by_length: the same without times, from short lengths to the
+    longest; below the longest, output errors and costs alone.
 
     environment: date, seed, versions, machine. samples: `Sample.summary()` of each sample.
     """
