@@ -148,7 +148,7 @@ def layer_breakdown(lengths: Iterable[int] = LAYER_LENGTHS, d: int = 768, ffn_fa
 
 
 def variant_complexity(n: int = 16384, d: int = 768, window: int = 256) -> Table:
-    """The leading term of four kinds of attention. The zoo's own counts, which are not leading terms, are in `attnzoo.cost.zoo`."""
+    """The leading term of four kinds of attention. The zoo's own counts, which are not leading terms, are in `attnzoo.cost.variant_tables`."""
     (n,) = checked([n])
     root = math.isqrt(n)
     exact = matrix_macs(n, d)
