@@ -124,8 +124,13 @@ class Attention(nn.Module):
         if q.shape[2] != k.shape[2]:
             raise ValueError(f"step got {q.shape[2]} queries and {k.shape[2]} keys; every new token brings one of each")
         state.check_room(call)
-        out, state, self.last_backend = self.engine.step(clear_padding(call), state, self.backend)
-        return out, state
+        call = clear_padding(call)
+        shielded, poisoned = shield_past(call, may_stall=True) if q.shape[2] > 1 else (call, None)
+        out, after, self.last_backend = self.engine.step(shielded, state, self.backend)
+        if poisoned is None:
+            return out, after
+        # The rows came from a past without the bad token; the tokens to come must meet it.
+        return _poison(out, poisoned), self.engine.step(call, state, self.backend)[1]
 
     def cost(
         self, batch_size: int, query_length: int, key_length: int | None = None, *, kv_heads: int | None = None, is_causal: bool = False
@@ -170,7 +175,7 @@ class Attention(nn.Module):
             return call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
         call, poisoned = shield_past(clear_padding(call))
         out, self.last_backend = self.attend(call, backend)
-        return out if poisoned is None else out.masked_fill(poisoned[:, None, :, None], float("nan"))
+        return out if poisoned is None else _poison(out, poisoned)
 
     def _no_causal(self) -> str:
         return f"{self.spec.name} cannot be causal; use {self._others(causal=True)}"
@@ -181,6 +186,10 @@ class Attention(nn.Module):
 
         able = [name for name in names() if all(getattr(spec_of(name), key) == value for key, value in wanted.items())]
         return " or ".join(able)
+
+
+def _poison(out: Tensor, rows: Tensor) -> Tensor:
+    return out.masked_fill(rows[:, None, :, None], float("nan"))
 
 
 def check_positive(name: str, value: Any) -> int:

@@ -115,17 +115,17 @@ def clear_padding(call: Call) -> Call:
     return replace(call, k=call.k.masked_fill(padded, 0.0), v=call.v.masked_fill(padded, 0.0))
 
 
-def shield_past(call: Call) -> tuple[Call, Tensor | None]:
+def shield_past(call: Call, *, may_stall: bool = False) -> tuple[Call, Tensor | None]:
     """Keep a NaN or inf at slot j from the rows before j (rule 5): 0 · NaN is NaN in every matmul, whatever the mask says.
 
     Returns the call with the bad slots zeroed, and the rows to overwrite with NaN, (batch, query_length) bool: all that
     stand at or after a bad slot. None when there is nothing to do. Looking costs one read of k and v; where a look
-    would stall (CUDA, a compiled graph) the slots are zeroed unconditionally.
+    would stall (CUDA, unless it may_stall, and a compiled graph) the slots are zeroed unconditionally.
     """
     k, v = call.k, call.v
     if not call.is_causal or k.is_meta:
         return call, None
-    look = not (k.is_cuda or torch.compiler.is_compiling())
+    look = not torch.compiler.is_compiling() and (may_stall or not k.is_cuda)
     wide = torch.float64 if k.dtype == torch.float64 else torch.float32
     if look and bool(torch.isfinite(k.sum(dtype=wide) + v.sum(dtype=wide))):
         return call, None

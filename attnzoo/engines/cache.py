@@ -68,7 +68,7 @@ class KeyValueCache:
         """The cache with the call's keys and values behind it."""
         new = call.k.shape[2]
         state = self._without_unreachable()
-        if torch.is_grad_enabled() and (call.k.requires_grad or call.v.requires_grad or self.buffer.k.requires_grad):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v, self.buffer.k, self.buffer.v)):
             return state._joined(call)
         if state._must_move(call):
             state = state._moved(_room(state.end - state.start, new, state.max_length, state.reach), call)

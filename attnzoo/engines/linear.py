@@ -119,8 +119,9 @@ def _log_weights(log_scale: Tensor | None, key_mask: Tensor | None, k_features: 
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, and 0 where the denominator is 0: a row with nothing to see."""
-    empty = denominator == 0
+    """numerator / denominator, and 0 where the denominator is 0 (a row with nothing to see) or so small that it is what
+    underflow left of a sum and that its reciprocal would overflow in the backward pass."""
+    empty = denominator.abs() < torch.finfo(denominator.dtype).tiny ** 0.8
     return (numerator / denominator.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
 
 

@@ -3,7 +3,8 @@ equally many distinct key blocks is one SDPA call that needs no mask."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -31,10 +32,19 @@ class Run:
     tail: Tail
 
 
+def runs(pattern: BlockPattern, grid: Grid) -> list[Run]:
+    """Split the query blocks into runs."""
+    return [Run(*fields) for fields in _constant_runs(pattern, grid.heads, grid.query_length, grid.key_length, grid.is_causal)]
+
+
 @torch.compiler.assume_constant_result
-def runs(pattern: BlockPattern, grid: Grid) -> tuple[Run, ...]:
-    """Split the query blocks into runs. A compiled graph takes the answer as a constant: it depends on sizes and seed only."""
-    grid = replace(grid, device="cpu")
+def _constant_runs(pattern: BlockPattern, heads: int, query_length: int, key_length: int, is_causal: bool) -> tuple[tuple, ...]:
+    """Fields of each run. A compiled graph takes the answer as a constant: it depends on sizes and the seed only."""
+    return _fields_of_runs(pattern, Grid(heads, query_length, key_length, is_causal, "cpu"))
+
+
+@lru_cache(maxsize=256)
+def _fields_of_runs(pattern: BlockPattern, grid: Grid) -> tuple[tuple, ...]:
     blocks = sorted_key_blocks(pattern, grid)
     last = grid.num_key_blocks(pattern.block_size) - 1
     ragged = grid.key_length % pattern.block_size > 0 and not grid.is_causal  # when causal, only the diagonal block meets the ragged end
@@ -52,7 +62,7 @@ def runs(pattern: BlockPattern, grid: Grid) -> tuple[Run, ...]:
             found[-1] = replace(before, end=row + 1)
         else:
             found.append(run)
-    return tuple(found)
+    return tuple(astuple(run) for run in found)
 
 
 def sorted_key_blocks(pattern: BlockPattern, grid: Grid) -> Tensor:
@@ -95,7 +105,7 @@ def attend(engine: Softmax, pattern: BlockPattern, call: Call) -> Tensor:
     blocks = sorted_key_blocks(pattern, grid)
     pieces = [
         _attend_to_all(engine, q[:, :, run.first : run.end], call) if run.sees_all else _gathered(engine, run, q, k, v, blocks, call, size)
-        for run in runs(pattern, replace(grid, device=None))
+        for run in runs(pattern, grid)
     ]
     out = (torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0]).flatten(2, 3)
     return out[:, :, ahead : ahead + call.query_length]
@@ -139,9 +149,8 @@ def _mask(run: Run, chosen: Tensor, call: Call, size: int) -> Tensor | None:
     """What the blocks alone do not settle: padding, causality inside the last (diagonal) block, a ragged end."""
     mask = None
     if call.is_causal:
-        mask = torch.ones(size, run.width * size, dtype=torch.bool, device=chosen.device)
-        mask[:, -size:] = mask[:, -size:].tril()
-        mask = mask[None, None]
+        column = torch.arange(run.width * size, device=chosen.device) - (run.width - 1) * size
+        mask = (column <= torch.arange(size, device=chosen.device)[:, None])[None, None]
     padded = call.key_mask
     if padded is None and run.tail == "mixed":
         padded = torch.ones(call.q.shape[0], call.key_length, dtype=torch.bool, device=chosen.device)
