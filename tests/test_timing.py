@@ -1,0 +1,108 @@
+"""Timing takes turns and refuses a wrong backend; memory is what the allocator handed out."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import pytest
+import torch
+from toys import Uniform, Wrong
+
+import attnzoo
+from attnzoo.bench import Timing, interleave, mistake, peak_bytes
+from attnzoo.bench.timing import MINIMUM_ROUNDS
+
+
+def test_contenders_take_turns_after_the_warm_up() -> None:
+    order: list[str] = []
+    timings = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warmups=1)
+    assert order == ["a", "b"] * 4
+    assert {name: len(timing.seconds) for name, timing in timings.items()} == {"a": 3, "b": 3}
+
+
+def test_time_is_in_seconds() -> None:
+    timing = interleave({"sleep": lambda: time.sleep(0.02)}, rounds=3)["sleep"]
+    assert 0.02 <= timing.median < 0.2
+
+
+def test_a_spent_budget_ends_the_rounds_but_not_before_the_third() -> None:
+    seen: list[tuple[int, int]] = []
+    timings = interleave({"sleep": lambda: time.sleep(0.005)}, rounds=50, budget=0.0, progress=lambda done, rounds: seen.append((done, rounds)))
+    assert len(timings["sleep"].seconds) == MINIMUM_ROUNDS
+    assert seen == [(1, 50), (2, 50), (3, 50)]
+
+
+def test_the_device_is_waited_for_around_every_call() -> None:
+    order: list[str] = []
+    interleave({"a": lambda: order.append("a")}, rounds=2, warmups=0, synchronize=lambda: order.append("wait"))
+    assert order == ["wait", "a", "wait"] * 2
+
+
+def test_median_and_quartiles() -> None:
+    assert Timing((4.0, 1.0, 2.0, 3.0, 5.0)).median == 3.0
+    assert Timing((4.0, 1.0, 2.0, 3.0, 5.0)).quartiles == (2.0, 4.0)
+    assert Timing((4.0,)).quartiles == (4.0, 4.0)
+
+
+def test_no_rounds_is_refused() -> None:
+    with pytest.raises(ValueError, match="rounds=0 must be at least 1"):
+        interleave({}, rounds=0)
+
+
+@pytest.mark.parametrize("name", attnzoo.names())
+def test_every_variant_agrees_with_its_own_reference(name: str) -> None:
+    options = {"max_length": 300} if attnzoo.describe(name).spec.needs_max_length else {}
+    attention = attnzoo.build(name, heads=4, head_dim=16, **options).eval()
+    q, k, v = torch.randn(2, 4, 300, 16), torch.randn(2, 2, 300, 16), torch.randn(2, 2, 300, 16)
+    attention(q, k, v)
+    assert mistake(attention, q, k, v, is_causal=False) is None
+
+
+def test_a_wrong_backend_is_found_out() -> None:
+    q, k, v = torch.randn(3, 1, 2, 40, 8)
+    for toy, wrong in ((Uniform(2, 8), False), (Wrong(2, 8), True)):
+        toy(q, k, v)
+        found = mistake(toy, q, k, v, is_causal=True)
+        assert found == ("backend fast is off its reference by 1 (allowed 0.0001 in float32)" if wrong else None)
+
+
+def test_a_backend_that_gives_nan_is_found_out() -> None:
+    attention = attnzoo.build("standard", heads=2, head_dim=8)
+    q, k, v = torch.randn(3, 1, 2, 40, 8)
+    attention(q, k, v)
+    assert mistake(attention, q * float("nan"), k, v, is_causal=False) is not None
+
+
+def test_peak_is_the_highest_sum_of_what_is_held_at_once() -> None:
+    x = torch.randn(1000, 1000)  # 4,000,000 bytes
+
+    def two_at_once() -> torch.Tensor:
+        first = x + 1
+        second = first + 1
+        del first
+        third = second + 1
+        return third
+
+    two_at_once()
+    assert 8_000_000 <= peak_bytes(two_at_once) < 8_010_000
+
+
+def test_what_lay_there_before_does_not_count() -> None:
+    x = torch.randn(1000, 1000)
+    assert peak_bytes(lambda: x.add_(1)) < 10_000
+
+
+def test_exact_attention_peaks_at_its_scores_and_sdpa_does_not() -> None:
+    q = torch.randn(1, 1, 1024, 16)
+    scores = 1024 * 1024 * 4
+    peaks = {}
+    for name in ("sdpa", "reference"):
+        attention = attnzoo.build("standard", heads=1, head_dim=16, backend=name)
+        peaks[name] = peak_bytes(partial(attention, q, q, q))
+    assert peaks["sdpa"] < scores / 2 < scores < peaks["reference"]
+
+
+def test_memory_of_another_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="tracked on 'cpu' and 'cuda' only"):
+        peak_bytes(lambda: None, "meta")
