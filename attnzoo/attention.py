@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from attnzoo.arguments import check_kv_heads, check_positive
 from attnzoo.call import Call, UnsupportedError, check, clear_padding, shield_past
 from attnzoo.engines.engine import Cost, Engine, Shape
 
@@ -105,9 +106,7 @@ class Attention(nn.Module):
         check_positive("batch_size", batch_size)
         if max_length is not None:
             check_positive("max_length", max_length)
-        kv_heads = self.heads if kv_heads is None else check_positive("kv_heads", kv_heads)
-        if self.heads % kv_heads:
-            raise ValueError(f"kv_heads={kv_heads} must divide heads={self.heads}")
+        kv_heads = check_kv_heads(kv_heads, self.heads)
         return self.engine.init_state(batch_size, kv_heads, self.head_dim, max_length, dtype or torch.get_default_dtype(), device)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, state: Any, *, key_mask: Tensor | None = None) -> tuple[Tensor, Any]:
@@ -141,7 +140,7 @@ class Attention(nn.Module):
                 check_positive(name, value)
         if is_causal and not self.spec.causal:
             raise UnsupportedError(self._no_causal())
-        kv_heads = self.heads if kv_heads is None else kv_heads
+        kv_heads = check_kv_heads(kv_heads, self.heads)
         return self.count(Shape(batch_size, self.heads, kv_heads, self.head_dim, query_length, key_length or query_length, is_causal))
 
     def count(self, shape: Shape) -> Cost:
@@ -190,17 +189,3 @@ class Attention(nn.Module):
 
 def _poison(out: Tensor, rows: Tensor) -> Tensor:
     return out.masked_fill(rows[:, None, :, None], float("nan"))
-
-
-def check_positive(name: str, value: Any) -> int:
-    """Return `value` if it is a whole number of at least 1, else raise a ValueError naming it."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
-    return value
-
-
-def check_dropout(value: float) -> float:
-    """Return `value` if it is a probability below 1, else raise a ValueError naming it."""
-    if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
-        raise ValueError(f"dropout={value!r} must be a probability in [0, 1)")
-    return float(value)

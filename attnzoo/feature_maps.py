@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnzoo.arguments import check_scale, check_seed
+
 Features = tuple[Tensor, Tensor | None]
 Normalizer = Literal["row", "feature", "none"]
 
@@ -107,9 +109,7 @@ class RandomFeatures(FeatureMap):
         self.kind = kind
         self.num_features = num_features
         self.orthogonal = orthogonal
-        self.scale = head_dim**-0.5 if scale is None else scale
-        if self.scale <= 0:
-            raise ValueError(f"scale={scale!r} must be positive")
+        self.scale = check_scale(scale) or head_dim**-0.5
         self.projection: Tensor
         self.register_buffer("projection", draw_projection(num_features, head_dim, orthogonal=orthogonal, seed=seed))
 
@@ -142,7 +142,7 @@ class RandomFeatures(FeatureMap):
 
 def draw_projection(rows: int, head_dim: int, *, orthogonal: bool, seed: int) -> Tensor:
     """(rows, head_dim) float32 with rows ~ N(0, I); orthogonal: rows of each block of head_dim are orthogonal, norms chi-distributed."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed(seed))
     gaussian = torch.randn(rows, head_dim, generator=generator, dtype=torch.float64)
     if not orthogonal:
         return gaussian.float()

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.attention import Spec, check_positive
+from attnzoo.arguments import check_positive
+from attnzoo.attention import Spec
 from attnzoo.call import UnsupportedError
 from attnzoo.engines.softmax import causal_mask
 from attnzoo.registry import build, spec_of

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnzoo.attention import check_positive
+from attnzoo.arguments import check_count, check_positive, check_seed
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,10 @@ class Intersection(Pattern):
 
 @dataclass(frozen=True)
 class Window(Pattern):
-    """Keys closer than `window` tokens: |i - j| < window. Causal, that is `window` keys, the query's own included."""
+    """Keys closer than `window` tokens: |i - j| < window. Causal, that is `window` keys, the query's own included.
+
+    Other libraries count otherwise; the converters speak their dialects. Hugging Face's `sliding_window` is `window` itself.
+    """
 
     window: int
 
@@ -106,6 +109,30 @@ class Window(Pattern):
 
     def mask(self, grid: Grid) -> Tensor:
         return ((grid.query_positions() - grid.key_positions()).abs() < self.window)[None]
+
+    @classmethod
+    def from_flash_attention(cls, left: int, right: int) -> Window:
+        """flash-attn's window_size=(left, right): keys i - left .. i + right. right is 0 when causal, else it must equal left."""
+        if left < 0 or right not in (0, left):
+            raise ValueError(f"window_size=({left}, {right}) has no equal here; give left >= 0 and right = 0 (with is_causal=True) or right = left")
+        return cls(left + 1)
+
+    def to_flash_attention(self, is_causal: bool) -> tuple[int, int]:
+        """As flash-attn's window_size=(left, right)."""
+        return self.window - 1, 0 if is_causal else self.window - 1
+
+    @classmethod
+    def from_longformer(cls, attention_window: int) -> Window:
+        """Longformer's attention_window: an even number of keys, half of them on each side, and the query's own."""
+        if check_positive("attention_window", attention_window) % 2:
+            raise ValueError(f"attention_window={attention_window} must be even: half on each side of the query")
+        return cls(attention_window // 2 + 1)
+
+    def to_longformer(self) -> int:
+        """As Longformer's attention_window."""
+        if self.window == 1:
+            raise ValueError("window=1 (the query's own key alone) has no equal in Longformer, whose attention_window is at least 2")
+        return 2 * (self.window - 1)
 
 
 class BlockPattern(Pattern):
@@ -218,6 +245,7 @@ class RandomBlocks(BlockPattern):
 
     def __post_init__(self) -> None:
         check_count("num_random_blocks", self.num_blocks)
+        check_seed(self.seed)
 
     def key_blocks(self, grid: Grid) -> Tensor:
         rows = grid.query_blocks(self.block_size)
@@ -232,13 +260,6 @@ class RandomBlocks(BlockPattern):
         left = (free - index).clamp(min=0)
         drawn = (uniform * left).long()  # draw t picks one of the free - t that draws 0..t-1 have left
         return _skip(_skip_each_other(drawn), taken).where(left > 0, -1)
-
-
-def check_count(name: str, value: int) -> int:
-    """Return `value` if it is a whole number of at least 0, else raise a ValueError naming it."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 0")
-    return value
 
 
 def distinct(blocks: Tensor, limit: Tensor | int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from attnzoo.attention import check_positive
+from attnzoo.arguments import check_positive
 from attnzoo.commands.command import Command, ConfigFile, messages, screen
 from attnzoo.commands.output import check_folder, write_text
 from attnzoo.commands.variants import parse_variant
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 SYNTHETIC = "synthetic"
+SEEDS = 2**32
 
 Progress = Callable[[str, int, int], None]
 
@@ -72,10 +73,13 @@ def run(settings: Namespace) -> int:
     device, dtype = check_device(settings.device), check_dtype(settings.dtype)
     variants = None if settings.variants is None else [parse_variant(text) for text in settings.variants]
     lengths = check_lengths(settings.lengths, settings.models)
+    if not 0 <= settings.seed < SEEDS:
+        raise ValueError(f"seed={settings.seed} is out of range; use 0 to {SEEDS - 1}")
     folder = check_folder(settings.output)
     console = messages()
     with _progress(console) as progress:
         samples = _samples(settings, lengths, progress)
+    _say_cuts(console, settings.models, lengths[-1])
     _say_stand_ins(console, settings.models, samples)
     with _progress(console) as progress:
         comparison = fidelity.compare(samples, variants, lengths=lengths, seed=settings.seed, device=device, dtype=dtype, progress=progress)
@@ -160,13 +164,20 @@ def _samples(settings: Namespace, lengths: list[int], progress: Progress) -> lis
     return samples
 
 
+def _say_cuts(console: Console, models: Sequence[str], longest: int) -> None:
+    """Say which models read less than was asked of all."""
+    for model in (MODELS[model] for model in models if model != SYNTHETIC):
+        if model.max_length < longest:
+            console.print(f"attnzoo: {model.title} reads at most {model.max_length:,} tokens: longer lengths are cut to that", soft_wrap=True)
+
+
 def _say_stand_ins(console: Console, models: Sequence[str], samples: Sequence[Sample]) -> None:
     """Say which samples replace a model that is not installed, why, and how far their scores spread."""
     asked = {MODELS[model].title for model in models if model != SYNTHETIC}
     if SYNTHETIC in models or asked >= {sample.model for sample in samples}:
         return
     for text in dict.fromkeys(f"{sample.text}; measured {sample.score_std:.2f}" for sample in samples if sample.model not in asked):
-        console.print(f"attnzoo: using {text}")
+        console.print(f"attnzoo: using {text}", soft_wrap=True)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from attnzoo.attention import check_positive
+from attnzoo.arguments import check_positive
 from attnzoo.cost.hardware import GPU
 from attnzoo.cost.models import TransformerModel
 from attnzoo.cost.table import Column, Table

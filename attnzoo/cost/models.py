@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from attnzoo.attention import check_positive
+from attnzoo.arguments import check_positive
 from attnzoo.cost.presets import choose, configs_folder, read_presets
 
 
@@ -72,9 +72,10 @@ class TransformerModel:
         return self.layers * (self.projection_parameters + self.ffn_parameters) + embeddings
 
 
-def model_presets(path: Path | None = None) -> dict[str, TransformerModel]:
-    """Presets of a YAML file, by default `configs/models.yaml`."""
-    return read_presets(TransformerModel, path or configs_folder() / "models.yaml")
+def model_presets(own: Path | None = None) -> dict[str, TransformerModel]:
+    """The presets of `configs/models.yaml`, and those of a YAML file of the user's own over them."""
+    shipped = read_presets(TransformerModel, configs_folder() / "models.yaml")
+    return shipped if own is None else shipped | read_presets(TransformerModel, own)
 
 
 def find_model(text: str, presets: dict[str, TransformerModel]) -> TransformerModel:

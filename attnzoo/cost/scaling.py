@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from attnzoo.attention import check_positive
+from attnzoo.arguments import check_positive
 from attnzoo.cost import article, model_tables, variant_tables
 from attnzoo.cost.article import Contradiction, contradictions
 from attnzoo.cost.counted import CountedVariant, whole_zoo

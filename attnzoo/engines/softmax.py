@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor
 
-from attnzoo.attention import check_dropout
+from attnzoo.arguments import check_dropout, check_scale
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.cache import KeyValueCache
 from attnzoo.engines.engine import Backend, Cost, Engine, Shape, accumulation_dtype, causal_pairs, never_refuses
@@ -20,7 +20,7 @@ class Softmax(Engine):
 
     def __init__(self, scale: float | None = None, dropout: float = 0.0) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale = check_scale(scale)
         self.dropout = check_dropout(dropout)
 
     def init_state(self, batch_size: int, kv_heads: int, head_dim: int, max_length: int | None, dtype: torch.dtype, device: Any) -> KeyValueCache:
@@ -75,7 +75,7 @@ def attend_densely(engine: Softmax, call: Call, mask: Tensor | None) -> Tensor:
     scores = einsum(q, k, "b h i d, b h j d -> b h i j") * (call.q.shape[3] ** -0.5 if engine.scale is None else engine.scale)
     bias = additive(call)
     if bias is not None:
-        scores = scores + bias
+        scores = scores + bias.to(dtype)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     attention = F.dropout(masked_softmax(scores), engine.dropout, engine.training)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from attnzoo.attention import check_positive
+from attnzoo.arguments import check_positive
 from attnzoo.fidelity.models import SOURCES, capture, find_source, load
 from attnzoo.fidelity.packages import MissingPackageError
 from attnzoo.fidelity.rows import Sample

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from attnzoo.attention import Attention, Spec, check_positive
+from attnzoo.arguments import check_positive
+from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Cost, Shape
 from attnzoo.engines.softmax import Softmax

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from attnzoo.attention import Attention, Spec, check_positive
+from attnzoo.arguments import check_positive
+from attnzoo.attention import Attention, Spec
 from attnzoo.engines.linear import Linear
 from attnzoo.feature_maps import RandomFeatures
 from attnzoo.registry import register
@@ -48,9 +49,9 @@ class Performer(Attention):
         scale: float | None = None,
         backend: str = "auto",
     ) -> None:
-        rows = check_positive("num_features", num_features)
-        self_map = RandomFeatures(check_positive("head_dim", head_dim), rows, features, orthogonal=orthogonal, seed=seed, scale=scale)
-        super().__init__(heads, head_dim, Linear(self_map), backend=backend)
+        rows, width = check_positive("num_features", num_features), check_positive("head_dim", head_dim)
+        feature_map = RandomFeatures(width, rows, features, orthogonal=orthogonal, seed=seed, scale=scale)
+        super().__init__(heads, head_dim, Linear(feature_map), backend=backend)
 
     def redraw(self, seed: int | None = None) -> None:
         """Draw new directions, in place. seed=None takes one from torch's global generator, so torch.manual_seed repeats it."""

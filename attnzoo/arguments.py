@@ -1,0 +1,52 @@
+"""Checks of constructor arguments: each returns the value or raises a ValueError that names the argument, the value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def check_positive(name: str, value: Any) -> int:
+    """A whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+    return value
+
+
+def check_count(name: str, value: Any) -> int:
+    """A whole number of at least 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 0")
+    return value
+
+
+def check_kv_heads(value: Any, heads: int) -> int:
+    """A number of key-value heads that divides heads; None means as many as heads."""
+    if value is None:
+        return heads
+    if heads % check_positive("kv_heads", value):
+        raise ValueError(f"kv_heads={value} must divide heads={heads} (grouped-query attention)")
+    return value
+
+
+def check_seed(value: Any) -> int:
+    """A whole number that fits 63 bits, not negative."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise ValueError(f"seed={value!r} must be a whole number in [0, 2**63)")
+    return value
+
+
+def check_dropout(value: Any) -> float:
+    """A probability below 1."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0.0 <= value < 1.0:
+        raise ValueError(f"dropout={value!r} must be a probability in [0, 1)")
+    return float(value)
+
+
+def check_scale(value: Any) -> float | None:
+    """A positive finite factor of the scores; None means 1/sqrt(head_dim)."""
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"scale={value!r} must be a positive finite number, or None for 1/sqrt(head_dim)")
+    return float(value)
