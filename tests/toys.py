@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from attnzoo.attention import Attention
+from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Backend, Cost, Engine, Shape, never_refuses
 from attnzoo.engines.softmax import visible
@@ -58,35 +59,48 @@ class DrawnEngine(UniformEngine):
         self.factor = 1.0
 
 
-def _toy(name: str, engine: type[Engine]) -> type[Attention]:
-    class Toy(Attention):
-        spec = replace(spec_of("standard"), name=name, family="kernel", exact=False, attn_mask=False, dropout=False, decodes=False)
-
-        def __init__(self, heads: int, head_dim: int, *, backend: str = "auto") -> None:
-            super().__init__(heads, head_dim, engine(), backend=backend)
-
-    return Toy
+def _spec(name: str) -> Spec:
+    return replace(spec_of("standard"), name=name, family="kernel", exact=False, attn_mask=False, dropout=False, decodes=False)
 
 
-Uniform = _toy("uniform", RightEngine)
-Wrong = _toy("wrong", WrongEngine)
-NotANumber = _toy("not_a_number", NaNEngine)
+class Uniform(Attention):
+    """Right, and the base of those that are not."""
+
+    spec = _spec("uniform")
+    make_engine: ClassVar[type[Engine]] = RightEngine
+
+    def __init__(self, heads: int, head_dim: int, *, backend: str = "auto") -> None:
+        super().__init__(heads, head_dim, self.make_engine(), backend=backend)
 
 
-class Untrained(_toy("untrained", RightEngine)):
+class Wrong(Uniform):
+    spec = _spec("wrong")
+    make_engine = WrongEngine
+
+
+class NotANumber(Uniform):
+    spec = _spec("not_a_number")
+    make_engine = NaNEngine
+
+
+class Untrained(Uniform):
     """Uniform, with 5 parameters that nothing has trained."""
+
+    spec = _spec("untrained")
 
     def __init__(self, heads: int, head_dim: int, *, backend: str = "auto") -> None:
         super().__init__(heads, head_dim, backend=backend)
         self.mixture = nn.Parameter(torch.randn(5))
 
 
-class Drawn(_toy("drawn", DrawnEngine)):
+class Drawn(Uniform):
     """Each draw answers another multiple of mean(v)."""
 
-    engine: DrawnEngine
+    spec = _spec("drawn")
+    make_engine = DrawnEngine
 
     def redraw(self) -> None:
+        assert isinstance(self.engine, DrawnEngine)
         self.engine.factor = 1.0 + float(torch.rand(()))
 
 
