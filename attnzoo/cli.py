@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import attnzoo
 
 if TYPE_CHECKING:
-    from attnzoo.commands.command import Command
+    from attnzoo.commands.command import Command, Parser
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 EXTRA = ("jsonargparse", "rich", "matplotlib", "yaml")  # what attnzoo[cli] installs
@@ -21,9 +21,9 @@ EXTRA = ("jsonargparse", "rich", "matplotlib", "yaml")  # what attnzoo[cli] inst
 
 def commands() -> tuple[Command, ...]:
     """All commands, in the order of the help."""
-    from attnzoo.commands import compare, zoo
+    from attnzoo.commands import compare, scaling, zoo
 
-    return (zoo.LIST, zoo.SHOW, compare.COMPARE)
+    return (zoo.LIST, zoo.SHOW, compare.COMPARE, scaling.SCALING)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,20 +52,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(arguments: list[str]) -> int:
     """Parse the arguments and run the command they name. Raises what the command raises."""
-    from attnzoo.commands.command import Parser
-
-    parser = Parser(prog="attnzoo", description=attnzoo.__doc__, version=attnzoo.__version__)
-    subcommands = parser.add_subcommands(dest="command", required=False)
-    table = {command.name: command for command in commands()}
-    for command in table.values():
-        subparser = Parser(description=command.help)
-        command.add_arguments(subparser)
-        subcommands.add_subcommand(command.name, subparser, help=command.help)
+    parser = make_parser()
     settings = parser.parse_args(arguments)
     if settings.command is None:
         parser.print_help()
         return REFUSED
-    return table[settings.command].run(settings[settings.command])
+    command = next(command for command in commands() if command.name == settings.command)
+    return command.run(settings[command.name])
+
+
+def make_parser() -> Parser:
+    """The parser of the whole command line, a subparser per command."""
+    from attnzoo.commands.command import Parser
+
+    parser = Parser(prog="attnzoo", description=attnzoo.__doc__, version=attnzoo.__version__)
+    subcommands = parser.add_subcommands(dest="command", required=False)
+    for command in commands():
+        subparser = Parser(description=command.help)
+        command.add_arguments(subparser)
+        subcommands.add_subcommand(command.name, subparser, help=command.help)
+    return parser
 
 
 def _sentence(error: Exception) -> str:

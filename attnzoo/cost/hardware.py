@@ -57,9 +57,10 @@ def roofline(macs: int, moved_bytes: int, gpu: GPU) -> Roofline:
     return Roofline(2 * macs / (gpu.tflops * 1e12), moved_bytes / (gpu.bandwidth_gb * 1e9))
 
 
-def gpu_presets(path: Path | None = None) -> dict[str, GPU]:
-    """Presets of a YAML file, by default `configs/gpus.yaml`."""
-    return read_presets(GPU, path or configs_folder() / "gpus.yaml")
+def gpu_presets(own: Path | None = None) -> dict[str, GPU]:
+    """The presets of `configs/gpus.yaml`, and those of a YAML file of the user's own over them."""
+    shipped = read_presets(GPU, configs_folder() / "gpus.yaml")
+    return shipped if own is None else shipped | read_presets(GPU, own)
 
 
 def find_gpu(text: str, presets: dict[str, GPU]) -> GPU:

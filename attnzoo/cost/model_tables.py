@@ -83,7 +83,7 @@ def model_time(settings: Settings) -> Table:
         Column("decoding_tokens_per_s", "tokens/s written", count),
     )
     notes = (
-        f"A roofline is the least time, max(FLOPs / {gpu.tflops:g} TFLOP/s, bytes / {gpu.bandwidth_gb:,g} GB/s) by the datasheet: a bound, no forecast.",
+        f"A roofline is the least time, max(FLOPs / {gpu.tflops:g} TFLOP/s, bytes / {gpu.bandwidth_gb:,g} GB/s) by datasheet: a bound, no forecast.",
         "Attention is exact and never writes its matrices, as FlashAttention does not. The whole model reads n tokens at once.",
         "Written: one token at a time after n, for one sample; all weights and the whole cache are read for each.",
     )
