@@ -157,7 +157,17 @@ class MultiheadAttention(nn.MultiheadAttention):
             if dropping:
                 self.attention.train()
 
-    def _forward_nested(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Any, need_weights: bool, attn_mask: Any, *rest: Any):
+    def _forward_nested(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Any,
+        need_weights: bool,
+        attn_mask: Any,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         """What nn.TransformerEncoder hands its layers in eval mode when it was built before they got this module: sequences without padding."""
         if not (query is key and key is value and self.batch_first) or key_padding_mask is not None or attn_mask is not None:
             raise ValueError(
@@ -167,7 +177,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         padded = query.to_padded_tensor(0.0)
         slots = torch.arange(padded.shape[1], device=padded.device)
         padding = slots >= torch.tensor(lengths, device=padded.device)[:, None]
-        out, weights = self(padded, padded, padded, padding, need_weights, None, *rest)
+        out, weights = self(padded, padded, padded, padding, need_weights, None, average_attn_weights, is_causal)
         rows = [sequence[:length] for sequence, length in zip(out.unbind(), lengths, strict=True)]
         return torch.nested.as_nested_tensor(rows, layout=query.layout), weights
 
@@ -287,7 +297,7 @@ def _split_causality(spec: Spec, mask: Tensor | None, is_causal: bool, q: Tensor
     if _readable(mask) and not mask.requires_grad and bool((mask == causal).all()):
         return None, True
     if spec.attn_mask:
-        return mask, is_causal and query_length == key_length
+        return mask, bool(is_causal and query_length == key_length)
     refusal = f"{spec.name} cannot apply an attn_mask other than the causal mask; use key_padding_mask for padding, or attention='standard'"
     if _readable(mask):
         raise UnsupportedError(refusal)

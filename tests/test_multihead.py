@@ -45,7 +45,7 @@ def masks(queries: int, keys: int) -> Iterator[tuple[Tensor | None, Tensor | Non
     flat[:, 0] = each[..., 0] = False
     bias = torch.randn(queries, keys, dtype=torch.float64).masked_fill(flat, float("-inf"))
     yield from itertools.product((None, padding), (None, flat, each))
-    yield from itertools.product((None, as_float(padding), torch.randn(BATCH, keys, dtype=torch.float64)), (bias, as_float(each)))
+    yield from itertools.product((None, as_float(padding), torch.randn(BATCH, keys, dtype=torch.float64)), (None, bias, as_float(each)))
 
 
 FLAGS = ("bias", "add_bias_kv", "add_zero_attn", "batch_first")
@@ -155,6 +155,15 @@ def test_the_hint_adds_causality_to_another_square_mask() -> None:
     bias = torch.randn(KEYS, KEYS, dtype=torch.float64)
     expected = ours(x, x, x, attn_mask=bias.masked_fill(causal_bool(KEYS), float("-inf")))
     torch.testing.assert_close(ours(x, x, x, attn_mask=bias, is_causal=True), expected, **DOUBLE)
+
+
+@pytest.mark.parametrize("lengths", [(QUERIES, KEYS), (KEYS, QUERIES)], ids=str)
+def test_beside_the_hint_a_mask_that_is_not_square_rules_alone(lengths: tuple[int, int]) -> None:
+    """torch's masks for cross-attention start their diagonal at the first key, which is not where is_causal has it."""
+    theirs, ours = pair(batch_first=True)
+    inputs = [torch.randn(BATCH, n, SIZE, dtype=torch.float64, requires_grad=True) for n in (*lengths, lengths[1])]
+    hidden = torch.ones(lengths, dtype=torch.bool).triu(1)
+    assert_same(theirs, ours, inputs, DOUBLE, attn_mask=hidden, is_causal=True)
 
 
 def test_a_learned_mask_gets_its_gradient_at_zero() -> None:

@@ -206,6 +206,7 @@ def test_autocast_with_float_masks_and_appended_keys_is_torchs() -> None:
         expected, _ = theirs(x, x, x, attn_mask=bias, need_weights=False)
         found, _ = ours(x, x, x, attn_mask=bias, need_weights=False)
     assert found.dtype == expected.dtype
+    assert ours.attention.last_backend == "sdpa", "the mask follows autocast, or the fast backend refuses it"
     torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
 
 
