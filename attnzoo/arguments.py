@@ -30,9 +30,9 @@ def check_kv_heads(value: Any, heads: int) -> int:
 
 
 def check_seed(value: Any) -> int:
-    """A whole number that fits 63 bits, not negative."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
-        raise ValueError(f"seed={value!r} must be a whole number in [0, 2**63)")
+    """A whole number of 64 bits."""
+    if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
+        raise ValueError(f"seed={value!r} must be a whole number in [-2**63, 2**63)")
     return value
 
 
@@ -44,9 +44,9 @@ def check_dropout(value: Any) -> float:
 
 
 def check_scale(value: Any) -> float | None:
-    """A positive finite factor of the scores; None means 1/sqrt(head_dim)."""
+    """A finite factor of the scores; None means 1/sqrt(head_dim)."""
     if value is None:
         return None
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"scale={value!r} must be a positive finite number, or None for 1/sqrt(head_dim)")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"scale={value!r} must be a finite number, or None for 1/sqrt(head_dim)")
     return float(value)

@@ -56,7 +56,7 @@ def check(call: Call, heads: int, head_dim: int) -> None:
     """Raise a ValueError that names the argument, its value and what is allowed."""
     q, k, v = call.q, call.k, call.v
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, x)
+        _check_tensor(name, x, "(batch, heads, length, head_dim)")
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; it must have 4 dimensions: (batch, heads, length, head_dim)")
         if not x.is_floating_point():
@@ -85,7 +85,7 @@ def _check_key_mask(call: Call) -> None:
     mask, wanted = call.key_mask, (call.k.shape[0], call.key_length)
     if mask is None:
         return
-    _check_tensor("key_mask", mask)
+    _check_tensor("key_mask", mask, "(batch, key_length)")
     if mask.dtype != torch.bool:
         raise ValueError(f"key_mask has dtype {mask.dtype}; it must be bool with True = attend: use key_mask.bool()")
     if tuple(mask.shape) != wanted:
@@ -98,7 +98,7 @@ def _check_attn_mask(call: Call) -> None:
     mask = call.attn_mask
     if mask is None:
         return
-    _check_tensor("attn_mask", mask)
+    _check_tensor("attn_mask", mask, "(batch, heads, query_length, key_length), or one that broadcasts to it")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"attn_mask has dtype {mask.dtype}; it must be bool (True = attend) or floating (added to the scores)")
     wanted = (*call.q.shape[:3], call.key_length)
@@ -108,9 +108,9 @@ def _check_attn_mask(call: Call) -> None:
         raise ValueError(f"attn_mask is on {mask.device} and q is on {call.q.device}; they must be on one device")
 
 
-def _check_tensor(name: str, value: object) -> None:
+def _check_tensor(name: str, value: object, shape: str) -> None:
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name} is a {type(value).__name__}; give a torch tensor")
+        raise ValueError(f"{name} is a {type(value).__name__}; give a torch tensor of shape {shape}")
 
 
 def clear_padding(call: Call) -> Call:

@@ -37,10 +37,13 @@ def runs(pattern: BlockPattern, grid: Grid) -> list[Run]:
     return [Run(*fields) for fields in _constant_runs(pattern, grid.heads, grid.query_length, grid.key_length, grid.is_causal)]
 
 
-@torch.compiler.assume_constant_result
 def _constant_runs(pattern: BlockPattern, heads: int, query_length: int, key_length: int, is_causal: bool) -> tuple[tuple, ...]:
     """Fields of each run. A compiled graph takes the answer as a constant: it depends on sizes and the seed only."""
     return _fields_of_runs(pattern, Grid(heads, query_length, key_length, is_causal, "cpu"))
+
+
+# What torch.compiler.assume_constant_result sets; calling it here would import the compiler, a second, for everyone.
+_constant_runs._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @lru_cache(maxsize=256)

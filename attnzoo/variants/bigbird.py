@@ -19,13 +19,14 @@ class BigBird(Attention):
 
         A_ij = exp(s_ij) / Σ_{l ∈ S(i)} exp(s_il)   if j ∈ S(i), else 0,    S = window ∪ global ∪ random
 
-    In blocks of block_size positions: a query block sees the window of num_window_blocks around it, the global blocks, and
-    num_random_blocks others of its own per head; global blocks also see everything, so any two tokens are two steps apart.
-    S is a set: a block counts once. Bidirectional globals are the first and last blocks in turn (first ⌈g/2⌉, last ⌊g/2⌋).
-    Causal form (ours): globals are the first blocks, random ones are drawn from earlier blocks, so rows stay as the sequence grows.
-    On inputs of few blocks a row sees everything.
+    A query block sees its window, the global blocks, and random blocks of its own, per head; global blocks see everything, so
+    any two tokens are two steps apart. Cost n·(w + g + r) instead of n², softmax exact on S; what lies outside S is lost in one
+    layer. S is a set: a block counts once, and on a short input a row simply sees everything. Causal form (ours): globals are
+    the first blocks and random ones are earlier ones, so that no row changes as the sequence grows.
 
-    seed: of the random blocks, kept in state_dict; give each layer its own. scale, dropout: as in standard.
+    block_size: positions in a block. num_window_blocks: odd, the query's own block and half of the others on each side.
+    num_global_blocks: the first ⌈g/2⌉ and last ⌊g/2⌋ blocks; causal, the first g. num_random_blocks: others per query block and
+    head. seed: of their draw, kept in state_dict; give each layer its own. scale, dropout: as in standard.
     """
 
     spec = Spec(
