@@ -225,3 +225,60 @@ def test_a_pattern_of_ones_own(kind: str, is_causal: bool) -> None:
     close(out, expected, 1e-12, "output")
     with pytest.raises(attnzoo.UnsupportedError, match=r"blocks: the pattern Union"):
         engine(call, "blocks")
+
+
+WINDOWS = pytest.mark.parametrize("window", [1, 2, 5, 16])
+SQUARE = Grid(heads=1, query_length=40, key_length=40, is_causal=False)
+
+
+@WINDOWS
+def test_windows_in_flash_attentions_words(window: int) -> None:
+    """window_size=(left, right) sees the keys i - left .. i + right; xformers' local mask takes the same two numbers."""
+    masks = pytest.importorskip(
+        "xformers.ops.fmha.attn_bias", reason="xformers (extra `test`, Linux) is the oracle of this test", exc_type=ImportError
+    )
+    pattern = Window(window)
+    for is_causal in (False, True):
+        left, right = pattern.to_flash_attention(is_causal)
+        expected = masks.LocalAttentionFromBottomRightMask(window_left=left, window_right=right).materialize((40, 40)) == 0
+        mask = pattern.mask(SQUARE)[0]
+        assert torch.equal(mask.tril() if is_causal else mask, expected)
+        assert Window.from_flash_attention(left, right) == pattern
+    for left, right in ((-1, -1), (3, 2), (-1, 0), (0, 3)):
+        with pytest.raises(ValueError, match=rf"window_size=\({left}, {right}\).*is_causal=True"):
+            Window.from_flash_attention(left, right)
+
+
+@WINDOWS
+def test_windows_in_hugging_faces_words(window: int) -> None:
+    """`sliding_window` of Mistral and its kin is `window` itself."""
+    masks = pytest.importorskip("transformers.masking_utils", reason="transformers (extra `models`) is the oracle of this test", exc_type=ImportError)
+    sees = masks.sliding_window_causal_mask_function(window)
+    i, j = torch.meshgrid(torch.arange(40), torch.arange(40), indexing="ij")
+    expected = sees(torch.tensor(0), torch.tensor(0), i, j)
+    assert torch.equal(Window(window).mask(SQUARE)[0].tril(), expected)
+
+
+@pytest.mark.parametrize("attention_window", [4, 8])
+def test_windows_in_longformers_words(attention_window: int) -> None:
+    """attention_window=2w is w keys on each side and the query's own: which queries of a real Longformer layer feel a change of one key."""
+    longformer = pytest.importorskip(
+        "transformers.models.longformer.modeling_longformer", reason="transformers (extra `models`)", exc_type=ImportError
+    )
+    config = longformer.LongformerConfig(hidden_size=8, num_attention_heads=1, attention_window=[attention_window], attention_probs_dropout_prob=0.0)
+    layer = longformer.LongformerSelfAttention(config, layer_id=0).eval()
+    hidden, nothing = torch.randn(1, 40, 8), torch.zeros(1, 40)
+    changed = hidden.clone()
+    changed[:, 20] += 1
+
+    def run(x: Tensor) -> Tensor:
+        return layer(x, attention_mask=nothing, is_index_masked=nothing.bool(), is_index_global_attn=nothing.bool(), is_global_attn=False)[0]
+
+    felt = (run(hidden) - run(changed)).abs().amax(-1)[0] > 1e-6
+    pattern = Window.from_longformer(attention_window)
+    assert torch.equal(felt, pattern.mask(SQUARE)[0, :, 20])
+    assert pattern.to_longformer() == attention_window
+    with pytest.raises(ValueError, match=f"attention_window={attention_window + 1} must be even"):
+        Window.from_longformer(attention_window + 1)
+    with pytest.raises(ValueError, match="window=1"):
+        Window(1).to_longformer()

@@ -1,0 +1,83 @@
+"""Every variant goes through torch.compile(fullgraph=True), forward and backward, and says the same as without it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, Situation, can, close, gradients_of, padding, tensors, usual_cases
+
+import attnzoo
+
+RUNS = [(case, is_causal) for case in usual_cases() for is_causal in (False, True) if can(case.spec, is_causal)]
+KINDS = pytest.mark.parametrize(("case", "is_causal"), [pytest.param(c, i, id=f"{c}-{'causal' if i else 'full'}") for c, i in RUNS])
+
+
+def compare(case: Case, is_causal: bool, compiler: str, situations: list[Situation]) -> None:
+    """Compiled against eager over several lengths, so that a dynamic graph is compiled as well."""
+    torch._dynamo.reset()
+    attn = case.build()
+    compiled = torch.compile(attn, fullgraph=True, backend=compiler)
+    for situation in situations:
+        q, k, v, upstream = (x.float() for x in tensors(situation, shift=case.shift))
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        masks = {"key_mask": situation.key_mask(), "is_causal": is_causal}
+        expected, out = attn(*inputs, **masks), compiled(*inputs, **masks)
+        close(out, expected, 1e-5, "output")
+        parameters = list(attn.parameters())
+        wanted = gradients_of(expected, upstream, *inputs, *parameters)
+        for i, (actual, gradient) in enumerate(zip(gradients_of(out, upstream, *inputs, *parameters), wanted, strict=True)):
+            close(actual, gradient, 1e-5, f"gradient {i}")
+
+
+@KINDS
+def test_compiles_whole(case: Case, is_causal: bool) -> None:
+    """Traced by dynamo and differentiated by AOTAutograd, run op by op: no graph break, padding and grouped heads included."""
+    compare(case, is_causal, "aot_eager", [Situation(150, 150, "interior"), Situation(170, 170, "left")])
+
+
+@KINDS
+def test_a_compiled_causal_graph_shields_the_past(case: Case, is_causal: bool) -> None:
+    """A graph cannot look for NaN before it decides; rule 5 must hold in it all the same."""
+    if not is_causal:
+        return
+    torch._dynamo.reset()
+    attn = case.build()
+    q, k, v, _ = (x.float() for x in tensors(Situation(40, 40), shift=case.shift))
+    expected = attn(q, k, v, is_causal=True)
+    k[:, :, 30], v[:, :, 30] = float("nan"), float("inf")
+    out = torch.compile(attn, fullgraph=True, backend="eager")(q, k, v, is_causal=True)
+    close(out[:, :, :30], expected[:, :, :30], 1e-5, "rows before the bad token")
+
+
+@pytest.mark.slow
+@KINDS
+def test_inductor_compiles_whole(case: Case, is_causal: bool) -> None:
+    compare(case, is_causal, "inductor", [Situation(150, 150, "interior"), Situation(170, 170, "left"), Situation(9, 170)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", attnzoo.names())
+def test_inductor_trains_inside_a_layer(name: str) -> None:
+    """Projections and attention in one graph: the loss falls as it does without compiling."""
+    is_causal = not attnzoo.describe(name).spec.bidirectional
+    losses = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        attn, project = Case(name).build(2, 8), torch.nn.Linear(16, 48)
+
+        def loss(x: torch.Tensor, mask: torch.Tensor | None, attn=attn, project=project) -> torch.Tensor:
+            q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in project(x).chunk(3, -1))
+            return (attn(q, k, v, key_mask=mask, is_causal=is_causal).transpose(1, 2).flatten(2) - x).square().mean()
+
+        step = torch.compile(loss, fullgraph=True) if compiled else loss
+        optimizer = torch.optim.Adam([*attn.parameters(), *project.parameters()], lr=1e-2)
+        x, mask = torch.randn(2, 100, 16), padding("right", 2, 100)
+        for _ in range(20):
+            optimizer.zero_grad()
+            value = step(x, mask)
+            value.backward()
+            optimizer.step()
+        losses.append(value.item())
+    assert abs(losses[0] - losses[1]) < 1e-3 * losses[0]
+    assert losses[0] < 1.0
