@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # pyright: ignore[reportPrivateImportUsage]
 from rich.console import Console
 
 from attnzoo.registry import nearest
@@ -45,6 +45,8 @@ def _plain(message: str, options: list[str]) -> str:
     if match := re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message):
         allowed = re.findall(r"[\w-]+", match[3])
         return f"{match[1]} {match[2]!r} is unknown{nearest(match[2], allowed)}; choose one of {', '.join(allowed)}"
+    if match := re.fullmatch(r"the following arguments are required: (?:\w+\.)?(\w+)", message):
+        return f"{match[1]} is missing"
     message = re.sub(r'Parser key "([^"]+)"(?: element \d+)?: ', r"\1: ", message)
     return re.sub(r"Expected an? <class '(\w+)'>\. Got value: (.*)", lambda m: f"{m[2]} is not a {_KINDS.get(m[1], m[1])}", message)
 

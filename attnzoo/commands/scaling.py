@@ -85,8 +85,10 @@ def scaling_view(found: Scaling) -> RenderableType:
     from rich.text import Text
 
     from attnzoo.cost.scaling import CONVENTION
+    from attnzoo.cost.scaling_headlines import headlines
 
     parts: list[RenderableType] = [Text(CONVENTION), Text()]
+    said = [Text(f"- {sentence}") for sentence in headlines(found)]
     for table in found.tables:
         parts += [
             Text(table.title, style="bold"),
@@ -97,8 +99,8 @@ def scaling_view(found: Scaling) -> RenderableType:
         ]
     parts.append(Text("Where the article's prose and its tables part, the tables are right", style="bold"))
     parts += [Text(f'- "{contradiction.prose}": {contradiction.table}') for contradiction in found.contradictions]
-    parts += [Text(remark) for remark in found.remarks]
-    return Group(*parts, Text())
+    title = f"What it says of {found.settings.model.title} on {found.settings.gpu.title}"
+    return Group(*parts, *(Text(remark) for remark in found.remarks), Text(), Text(title, style="bold"), *said, Text())
 
 
 def _rich(table: Table) -> RenderableType:
@@ -106,7 +108,7 @@ def _rich(table: Table) -> RenderableType:
 
     drawn = plain_table()
     for column in table.columns:
-        drawn.add_column(column.heading, justify="left" if table.is_text(column) else "right", overflow="fold")
+        drawn.add_column(column.heading, justify="left" if column.words else "right", overflow="fold")
     for cells in table.cells():
         drawn.add_row(*cells)
     return drawn

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MARGIN = 0.08  # of the span, in decades, on either side
+CLOSEST = 0.13  # of the span, between two labels
+LEADING = (1, 3, 2, 5, 1.5, 7, 4, 1.2)
 NARROWEST = 0.35  # decades: points that nearly coincide still get an axis
 
 
@@ -32,14 +34,14 @@ def log_axis(axes: Axes, which: Literal["x", "y"], values: Iterable[float | None
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers between 10**low and 10**high: every power of ten, with 3 or with 2 and 5 when there would be too few."""
-    for leading in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
-        found = [lead * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for lead in leading]
-        found = [value for value in found if low <= math.log10(value) <= high]
-        if len(found) >= 4:
-            break
-    step = -(-len(found) // 7)
-    return found[::step]
+    """Round numbers between 10**low and 10**high, none closer to another than `CLOSEST`: powers of ten first, then the roundest that fit."""
+    chosen: list[float] = []
+    for leading in LEADING:
+        for power in range(math.floor(low), math.ceil(high) + 1):
+            place = math.log10(leading) + power
+            if low <= place <= high and all(abs(place - other) >= CLOSEST * (high - low) for other in chosen):
+                chosen.append(place)
+    return [float(f"{10**place:.3g}") for place in sorted(chosen)]
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:

@@ -100,7 +100,11 @@ COLUMNS: tuple[Column, ...] = (
     Column("variant", "the attention and the options it was given", lambda row: row.label, numeric=False),
     Column("error", "relative output error, |A v - exact| / |exact|; ! marks a variant that lost to mean(v)", _error),
     Column("mean(v) error", "the same error for answering the mean of the visible values: the baseline of doing nothing", _mean_value_error),
-    Column("TV", "total variation: half the summed difference between a row of A and softmax's; 0 is equal, 1 disjoint", _total_variation),
+    Column(
+        "TV",
+        "total variation: half the summed difference between a row of A and softmax's; 0: equal, 1: disjoint, above 1: not a distribution",
+        _total_variation,
+    ),
     Column("top-16 kept", "share of the mass on softmax's 16 heaviest keys that the variant also puts there", lambda row: percent(row.top_mass_kept)),
     Column("MACs", "multiply-accumulates of one forward, by the closed form; one MAC is two FLOPs", lambda row: count(row.macs)),
     Column("promised", "speed-up that the MACs promise: exact attention's, divided by the variant's", lambda row: ratio(row.promised_speedup)),
@@ -138,12 +142,12 @@ def group_title(group: Group) -> str:
 
 
 def notes(rows: Iterable[Row]) -> dict[str, str]:
-    """Every remark of the rows' notes, with the labels it is about."""
+    """Every note of the rows, with the labels it is about."""
     about: dict[str, list[str]] = {}
     for row in rows:
-        for remark in filter(None, row.note.split("; ")):
-            about.setdefault(remark, []).append(row.label)
-    return {remark: ", ".join(labels) for remark, labels in about.items()}
+        if row.note:
+            about.setdefault(row.note, []).append(row.label)
+    return {note: ", ".join(labels) for note, labels in about.items()}
 
 
 def folded(label: str, width: int) -> str:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from attnzoo.fidelity.rows import Comparison, Row
+from attnzoo.registry import names, spec_of
 from attnzoo.report.columns import group_title, grouped, is_exact, kept, lost, number, percent, ratio
 
 
 def headlines(comparison: Comparison) -> dict[str, list[str]]:
     """For every model and length, by title: who lost to mean(v), who came closest at fewer MACs, who was fastest."""
-    return {group_title(group): [*_losers(rows), *_closest(rows), *_fastest(rows)] for group, rows in grouped(comparison.rows).items()}
+    return {
+        group_title(group): [*_indistinct(rows), *_losers(rows), *_closest(rows), *_fastest(rows)] for group, rows in grouped(comparison.rows).items()
+    }
 
 
 def _approximate(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row.output_error is not None and not is_exact(row)]
+
+
+def _indistinct(rows: list[Row]) -> list[str]:
+    """Variants that are approximations in general and exact here, such as a window as long as the text."""
+    exact = [name for name in names() if spec_of(name).family == "exact"]
+    labels = [row.label for row in rows if is_exact(row) and row.variant not in exact]
+    return [f"Exact at this length, where nothing is left out: {', '.join(labels)}."] if labels else []
 
 
 def _losers(rows: list[Row]) -> list[str]:
@@ -46,5 +56,5 @@ def _fastest(rows: list[Row]) -> list[str]:
     best = max(timed, key=lambda row: row.speedup or 0.0)
     promise = "" if best.promised_speedup is None else f", where its MACs promise {ratio(best.promised_speedup)} ({percent(kept(best))} kept)"
     if best.speedup is not None and best.speedup < 1:
-        return [f"No approximation was faster than exact attention; the fastest, {best.label}, ran at {ratio(best.speedup)} of its speed{promise}."]
+        return [f"No approximation was faster than exact attention; the fastest, {best.label}, ran at {ratio(best.speedup)} its speed{promise}."]
     return [f"Fastest: {best.label}, {ratio(best.speedup)} the speed of exact attention{promise}."]
