@@ -58,7 +58,7 @@ def attention_memory(models: Sequence[TransformerModel], lengths: Iterable[int] 
         for n in lengths:
             elements = model.layers * (3 * n * model.d + model.heads * n * n + n * model.d)
             rows.append({"model": model.title, "n": n, "gib": elements * element_bytes / GIB})
-    columns = (Column("model", "model"), Column("n", "n"), Column("gib", "GiB", ",.2f"))
+    columns = (Column("model", "model", words=True), Column("n", "n"), Column("gib", "GiB", ",.2f"))
     formula = "layers · (3·n·d + heads·n² + n·d) · bytes / 1024³"
     notes = ("As an attention that stores its matrices keeps them for the backward pass; FlashAttention does not store them.",)
     return Table("attention_memory", "Memory of attention, all layers", formula, columns, tuple(rows), {"element_bytes": element_bytes}, notes)
@@ -108,7 +108,7 @@ def max_length(model: TransformerModel, gpus: Sequence[GPU], share: float = SHAR
         {"gpu": gpu.title, "memory_gb": gpu.memory_gb, "n": longest_matrices(model, gpu.memory_bytes, share, element_bytes, batch_size)}
         for gpu in gpus
     ]
-    columns = (Column("gpu", "GPU"), Column("memory_gb", "memory, GB", ",g"), Column("n", "longest n"))
+    columns = (Column("gpu", "GPU", words=True), Column("memory_gb", "memory, GB", ",g"), Column("n", "longest n"))
     formula = "floor(√(memory · share / (heads · bytes · layers · batch)))"
     parameters = {"model": model.title, "share": share, "element_bytes": element_bytes, "batch_size": batch_size}
     return Table("max_length", "Longest sequence whose attention matrices fit", formula, columns, tuple(rows), parameters)
@@ -160,8 +160,8 @@ def variant_complexity(n: int = 16384, d: int = 768, window: int = 256) -> Table
     )
     rows = tuple({"variant": variant, "formula": formula, "flops": macs, "speedup": exact / macs} for variant, formula, macs in terms)
     columns = (
-        Column("variant", "variant"),
-        Column("formula", "leading term"),
+        Column("variant", "variant", words=True),
+        Column("formula", "leading term", words=True),
         Column("flops", "MACs"),
         Column("speedup", "ratio to standard", ",.1f"),
     )

@@ -83,7 +83,8 @@ class CountedVariant:
     def kept_bytes(self, n: int, is_causal: bool) -> float | None:
         """What one layer's forward keeps for its backward pass, by the fast pure-torch backend; None when the variant cannot run so.
 
-        Measured through autograd up to 2,048 tokens. Beyond, it grows by the token as it does from 2,048 to 4,096.
+        Measured through autograd up to 2,048 tokens. Beyond, it grows by the token as it does from 2,048 to 4,096:
+        lengths that are no whole number of blocks keep a padded copy more in some backends, which is left out there.
         """
         if not self.runs(is_causal):
             return None

@@ -64,34 +64,34 @@ ACCOUNTS = (
     ),
     Account(
         "stored",
-        "matrices, q, k, v, out",
+        "+ q, k, v, out",
         "all that an attention which stores its matrices keeps, all layers (the article's memory table)",
         lambda m, n: m.layers * (attention_bytes(m, n) + matrix_bytes(m, n)),
     ),
     Account(
         "stored_checkpointed",
-        "same, checkpointed",
+        "+ checkpointing",
         "gradient checkpointing (Chen et al. 2016): the input of every layer, and one layer's tensors at a time",
         lambda m, n: m.layers * input_bytes(m, n) + attention_bytes(m, n) + matrix_bytes(m, n),
     ),
-    Account("flash", "FlashAttention", "q, k, v, the output and one statistic a query, all layers", lambda m, n: m.layers * flash_bytes(m, n)),
+    Account("flash", "Flash", "FlashAttention: q, k, v, the output and one statistic a query, all layers", lambda m, n: m.layers * flash_bytes(m, n)),
     Account(
         "flash_checkpointed",
-        "Flash, checkpointed",
+        "Flash + checkpointing",
         "FlashAttention with gradient checkpointing",
         lambda m, n: m.layers * input_bytes(m, n) + flash_bytes(m, n),
     ),
     Account(
         "training",
-        "training, whole model",
-        "16 bytes a parameter (bf16 weight and gradient, fp32 weight, two Adam moments), layer inputs, and one whole layer with FlashAttention at a "
-        "time; the loss is taken in slices, so that no logits are kept",
+        "training",
+        "the whole model: 16 bytes a parameter (bf16 weight and gradient, fp32 weight, two Adam moments), layer inputs, and one whole layer with "
+        "FlashAttention at a time; the loss is taken in slices, so that no logits are kept",
         lambda m, n: TRAINING_BYTES * m.parameters + m.layers * input_bytes(m, n) + layer_bytes(m, n),
     ),
     Account(
         "inference",
-        "inference, KV cache",
-        "bf16 weights and the keys and values of all layers; the prompt is read in slices",
+        "inference",
+        "the whole model: bf16 weights and the keys and values of all layers; the prompt is read in slices",
         lambda m, n: ELEMENT_BYTES * m.parameters + cache_bytes(m, n),
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +22,16 @@ TIME_LENGTHS = tuple(2**power for power in range(9, 18, 2))
 def limits_by_gpu(settings: Settings, gpus: Sequence[GPU]) -> Table:
     """Longest sequence of the settings' model on every GPU, under every account of memory."""
     rows = [{"gpu": gpu.title, "memory_gb": gpu.memory_gb, **_limits(settings.model, gpu, settings.share)} for gpu in gpus]
-    first = (Column("gpu", "GPU"), Column("memory_gb", "memory, GB", ",g"))
+    first = (Column("gpu", "GPU", words=True), Column("memory_gb", "memory, GB", ",g"))
     return _limits_table("limits_by_gpu", f"Longest sequence of {settings.model.title}, by GPU", first, rows, settings)
 
 
 def limits_by_model(settings: Settings, models: Sequence[TransformerModel]) -> Table:
     """Longest sequence of every model on the settings' GPU, under every account of memory."""
     rows = [{"model": model.title, "parameters": model.parameters, **_limits(model, settings.gpu, settings.share)} for model in models]
-    first = (Column("model", "model"), Column("parameters", "parameters", count))
-    return _limits_table("limits_by_model", f"Longest sequence on {settings.gpu.title}, by model", first, rows, settings)
+    first = (Column("model", "model", words=True), Column("parameters", "parameters", count))
+    table = _limits_table("limits_by_model", f"Longest sequence on {settings.gpu.title}, by model", first, rows, settings)
+    return replace(table, notes=("The columns are those of the table by GPU; none: not even one token fits beside the weights.",))
 
 
 def _limits(model: TransformerModel, gpu: GPU, share: float) -> dict[str, int | None]:
@@ -38,7 +40,7 @@ def _limits(model: TransformerModel, gpu: GPU, share: float) -> dict[str, int | 
 
 def _limits_table(name: str, title: str, first: tuple[Column, ...], rows: list[dict[str, Any]], settings: Settings) -> Table:
     columns = first + tuple(Column(account.name, account.heading, fitting) for account in ACCOUNTS)
-    notes = (*(f"{account.heading}: {account.meaning}." for account in ACCOUNTS), "none: not even one token fits beside the weights.")
+    notes = tuple(f"{account.heading}: {account.meaning}." for account in ACCOUNTS)
     formula = f"largest n whose bytes fit {settings.share:.0%} of the memory; one sample, 2 bytes an element"
     return Table(name, title, formula, columns, tuple(rows), {"share": settings.share}, notes)
 
@@ -72,20 +74,20 @@ def model_time(settings: Settings) -> Table:
         )
     columns = (
         Column("n", "n"),
-        Column("attention_macs", "attention, MACs", count),
-        Column("attention_flops", "attention, FLOPs", count),
-        Column("at_rate_s", f"at {settings.tflops:g} TFLOP/s", duration),
-        Column("attention_s", "attention, roofline", duration),
-        Column("attention_bound", "bound by"),
-        Column("model_s", "whole model", duration),
-        Column("model_bound", "bound by"),
-        Column("model_tokens_per_s", "tokens/s read", count),
-        Column("decoding_tokens_per_s", "tokens/s written", count),
+        Column("attention_macs", "MACs", count),
+        Column("attention_flops", "FLOPs", count),
+        Column("at_rate_s", f"at {settings.tflops:,g} TFLOP/s", duration),
+        Column("attention_s", "roofline", duration),
+        Column("attention_bound", "bound", words=True),
+        Column("model_s", "model", duration),
+        Column("model_bound", "bound", words=True),
+        Column("model_tokens_per_s", "read, tokens/s", count),
+        Column("decoding_tokens_per_s", "written, tokens/s", count),
     )
     notes = (
-        f"A roofline is the least time, max(FLOPs / {gpu.tflops:g} TFLOP/s, bytes / {gpu.bandwidth_gb:,g} GB/s) by datasheet: a bound, no forecast.",
-        "Attention is exact and never writes its matrices, as FlashAttention does not. The whole model reads n tokens at once.",
-        "Written: one token at a time after n, for one sample; all weights and the whole cache are read for each.",
+        f"A roofline is the least time, max(FLOPs / {gpu.tflops:,g} TFLOP/s, bytes / {gpu.bandwidth_gb:,g} GB/s) by datasheet: a bound, no forecast.",
+        "MACs to roofline: attention alone, all layers, its matrices never written to memory. model, read: the whole model over n tokens at once.",
+        "written: one token at a time after n, for one sample; all weights and the whole cache are read for each.",
     )
     title = f"Time of {model.title} on {gpu.title}, {causality(settings)}"
     return Table("model_time", title, "roofline = max(2·MACs / peak, bytes / bandwidth)", columns, tuple(rows), {}, notes)

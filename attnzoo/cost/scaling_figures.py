@@ -125,7 +125,7 @@ def _contours(scaling: Scaling, axes: Axes) -> None:
     levels = [10.0**power for power in range(6, 16)]
     shades = LinearSegmentedColormap.from_list("shades", ["#f7fbff", "#6baed6"])  # light enough for black labels throughout
     axes.contourf(lengths, widths, macs, levels=levels, norm=LogNorm(levels[0], levels[-1]), cmap=shades)
-    lines = axes.contour(lengths, widths, macs, levels=levels[1:-1], colors=ON_LIGHT, linewidths=0.8)
+    lines = axes.contour(lengths, widths, macs, levels=levels[1:-2], colors=ON_LIGHT, linewidths=0.8)
     axes.clabel(lines, fmt=_rounded, fontsize=8, colors=ON_LIGHT)
     known = {model.d: model.title for model in reversed(scaling.models) if widths[0] <= model.d <= widths[-1]}
     for d in known:
@@ -205,7 +205,7 @@ def _time(scaling: Scaling, axes: Axes) -> None:
             "marker": MARKERS[(index + 1) % len(MARKERS)],
             "linestyle": LINES[(index + 1) % len(LINES)],
         }
-        axes.plot(lengths, seconds, markersize=5, label=f"{label}: {gpu.tflops:g} TFLOP/s", **look)
+        axes.plot(lengths, seconds, markersize=5, label=f"{label}: {gpu.tflops:,g} TFLOP/s", **look)
         drawn += seconds
     _power_axis(axes, "x", lengths)
     log_axis(axes, "y", drawn, partial(_rounded, write=duration))
@@ -229,7 +229,7 @@ def _shares(axes: Axes) -> None:
     stacks = axes.stackplot(table.values("n"), *(table.values(part) for part in parts), colors=("#56b4e9", "#e69f00", PALETTE[0]), alpha=0.9)
     for part, label in zip(stacks, ("feed-forward", "projections", "attention"), strict=True):
         part.set_label(label)
-    _power_axis(axes, "x", table.values("n"))
+    _power_axis(axes, "x", table.values("n")[::4])
     axes.set(
         xlim=(table.values("n")[0], table.values("n")[-1]), ylim=(0, 100), xlabel="sequence length n, tokens", ylabel="share of a layer's MACs, %"
     )

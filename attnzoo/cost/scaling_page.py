@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from html import escape
 
 from attnzoo.cost.scaling import CONVENTION, Scaling
 from attnzoo.cost.scaling_figures import drawings
+from attnzoo.cost.scaling_headlines import headlines
 from attnzoo.cost.table import Column, Table
 from attnzoo.report.export import inline_svg
 from attnzoo.report.figures import Drawing
@@ -30,6 +32,7 @@ def page(scaling: Scaling) -> str:
 
 def _extension(scaling: Scaling) -> Iterator[str]:
     yield "<section>\n<h2>A model, a GPU, and every variant</h2>"
+    yield f"<ul>{_items(headlines(scaling))}</ul>"
     if scaling.remarks:
         yield f'<ul class="notes">{_items(scaling.remarks)}</ul>'
     for drawing in drawings(scaling):
@@ -80,19 +83,19 @@ def _table(table: Table) -> str:
 def _first(table: Table) -> Iterator[str]:
     """The kind of each column's cells: a row's heading first, then text or numbers."""
     for index, column in enumerate(table.columns):
-        yield "heading" if index == 0 else "text" if table.is_text(column) else "number"
+        yield "heading" if index == 0 else "text" if column.words else "number"
 
 
 def _cell(column: Column, text: str, kind: str) -> str:
-    text = "–" if text == "-" else escape(text.replace(" us", " µs"))
+    text = "–" if text == "-" else escape(re.sub(r"(?<=\d)x$", "×", text.replace(" us", " µs")))
     if kind == "heading":
         return f'<th scope="row" class="text">{text}</th>'
     return f'<td class="text">{text}</td>' if kind == "text" else f"<td>{text}</td>"
 
 
 def _aligned(table: Table, column: Column) -> str:
-    return ' class="text"' if column is table.columns[0] or table.is_text(column) else ""
+    return ' class="text"' if column is table.columns[0] or column.words else ""
 
 
-def _items(texts: Iterator[str] | tuple[str, ...]) -> str:
+def _items(texts: Iterable[str]) -> str:
     return "".join(f"<li>{escape(text)}</li>" for text in texts)

@@ -11,11 +11,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Column:
-    """One column: `heading` names the quantity and its unit; `format` writes its numbers, by a format specification or a function."""
+    """One column: `heading` names the quantity and its unit; `format` writes its numbers, by a format specification or a function;
+    `words` says that it is read, not compared, and so aligned left."""
 
     key: str
     heading: str
     format: str | Callable[[Any], str] = ","
+    words: bool = False
 
     def text(self, value: Any) -> str:
         """The value as a reader sees it; None is a dash."""
@@ -41,10 +43,6 @@ class Table:
     def cells(self) -> list[list[str]]:
         """Every row as the strings a reader sees, in the order of the columns."""
         return [[column.text(row[column.key]) for column in self.columns] for row in self.rows]
-
-    def is_text(self, column: Column) -> bool:
-        """Whether a column holds words: such a column is aligned left."""
-        return any(isinstance(row[column.key], str) for row in self.rows) and not any(isinstance(row[column.key], int | float) for row in self.rows)
 
     def values(self, key: str) -> list[Any]:
         """One column's exact values."""

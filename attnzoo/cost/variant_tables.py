@@ -44,14 +44,14 @@ def variant_costs(settings: Settings, variants: Sequence[CountedVariant], baseli
             }
         rows.append(row)
     columns = (
-        Column("variant", "variant"),
+        Column("variant", "variant", words=True),
         Column("macs", "MACs", count),
         Column("gain", "fewer MACs", ratio),
         Column("support_macs", "MACs of A's support", count),
         Column("kept_per_token", "kept a token", memory),
         Column("state_bytes", "decoding state", memory),
         Column("seconds", "roofline", duration),
-        Column("bound", "bound by"),
+        Column("bound", "bound by", words=True),
         Column("tokens_per_s", "tokens/s", count),
     )
     notes = (
@@ -83,7 +83,7 @@ def variant_limits(settings: Settings, variants: Sequence[CountedVariant]) -> Ta
             row["decoding"] = _found(longest(lambda n, carried=carried: weights + carried(n), budget, VARIANT_LIMIT), _grows(variant))
         rows.append(row)
     columns = (
-        Column("variant", "variant"),
+        Column("variant", "variant", words=True),
         Column("training", "training", fitting),
         Column("checkpointed", "training, checkpointed", fitting),
         Column("decoding", "decoding", fitting),
@@ -122,8 +122,8 @@ def crossovers(settings: Settings, variants: Sequence[CountedVariant], baseline:
                 }
             )
     columns = (
-        Column("variant", "variant"),
-        Column("causal", "causal"),
+        Column("variant", "variant", words=True),
+        Column("causal", "causal", words=True),
         Column("macs", "MACs"),
         Column("stored", "kept bytes, stored matrices"),
         Column("flash", "kept bytes, FlashAttention"),
@@ -156,7 +156,7 @@ def paths(settings: Settings, variants: Sequence[CountedVariant], baseline: Coun
         rows.append(row)
     rows.append({"variant": "a recurrent layer", "searched": SEARCHED_LENGTH - 1, "path": n - 1, "cost": n * settings.model.d**2 / exact})
     columns = (
-        Column("variant", "variant"),
+        Column("variant", "variant", words=True),
         Column("density", f"pairs seen at {SEARCHED_LENGTH}, %", ",.1f"),
         Column("searched", f"longest path at {SEARCHED_LENGTH}"),
         Column("path", f"longest path at {n:,}"),
