@@ -82,11 +82,19 @@ class Attention(nn.Module):
         return self._run(call, self.backend)
 
     def weights(self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """A itself, (batch, heads, query_length, key_length): the reference run on v = identity. Memory is quadratic in the length."""
+        """A itself, without dropout, (batch, heads, query_length, key_length): the reference run on v = identity.
+
+        Memory is quadratic in the length. Arguments and errors are those of `forward`.
+        """
         identity = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
         call = Call(q, k, identity, key_mask, attn_mask, is_causal)
         self.refuse(call)
-        return self._run(call, "reference")
+        training = self.engine.training
+        self.engine.eval()
+        try:
+            return self._run(call, "reference")
+        finally:
+            self.engine.train(training)
 
     def init_state(
         self,

@@ -109,8 +109,9 @@ class RandomFeatures(FeatureMap):
         self.kind = kind
         self.num_features = num_features
         self.orthogonal = orthogonal
-        self.scale = head_dim**-0.5 if scale is None else check_scale(scale)
-        if self.scale is None or self.scale <= 0:
+        given = check_scale(scale)
+        self.scale = head_dim**-0.5 if given is None else given
+        if self.scale <= 0:
             raise ValueError(f"scale={scale!r} must be positive: the features take its square root")
         self.projection: Tensor
         self.register_buffer("projection", draw_projection(num_features, head_dim, orthogonal=orthogonal, seed=seed))

@@ -195,6 +195,7 @@ def test_paths_that_are_known_by_heart():
 def test_model_written_out():
     model = find_model("d=4096,heads=32,kv_heads=8,layers=32", MODELS)
     assert (model.d, model.heads, model.kv_heads, model.layers, model.head_dim, model.ffn) == (4096, 32, 8, 32, 128, 16384)
+    assert find_model("13B", MODELS) is MODELS["13b"]
     assert find_gpu(" memory_gb=48, tflops=150 ,bandwidth_gb=700", GPUS).memory_bytes == 48e9
 
 
@@ -270,7 +271,7 @@ def test_refuses_settings(bad: dict[str, Any]):
 
 
 def test_refuses_options_that_come_from_the_model():
-    with pytest.raises(ValueError, match="heads come from the model"):
+    with pytest.raises(ValueError, match="leave out heads, which the model"):
         CountedVariant("linear", TINY, {"heads": 2})
 
 

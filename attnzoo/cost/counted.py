@@ -32,7 +32,7 @@ class CountedVariant:
     def __post_init__(self) -> None:
         taken = [option for option in FROM_THE_MODEL if option in self.options]
         if taken:
-            raise ValueError(f"{self.name}: {' and '.join(taken)} come from the model and the length; leave them out of the options")
+            raise ValueError(f"{self.name}: leave out {' and '.join(taken)}, which the model and the length decide")
         self.attention(1)
 
     @property

@@ -46,14 +46,15 @@ def read_presets(cls: type[Preset], path: Path) -> dict[str, Preset]:
 
 
 def choose(cls: type[Preset], text: str, presets: Mapping[str, Preset], kind: str) -> Preset:
-    """A preset by name, or one written out as `key=value,key=value`. Raises ValueError, with the nearest name, when it is neither."""
+    """A preset by name, in any case, or one written out as `key=value,key=value`. Raises ValueError, with the nearest name, when it is neither."""
     text = text.strip()
     if "=" in text:
         return make(cls, dict(_pairs(text, kind, cls)), f"{kind} {text!r}", default_name=text)
-    if text not in presets:
+    by_folded = {name.casefold(): preset for name, preset in presets.items()}
+    if text.casefold() not in by_folded:
         known = ", ".join(presets)
-        raise ValueError(f"unknown {kind} {text!r}{nearest(text, presets)}; known are {known}, or write one out: {_example(cls).replace(': ', '=')}")
-    return presets[text]
+        raise ValueError(f"unknown {kind} {text!r}{nearest(text.casefold(), presets)}; known are {known}, or write one out: {_written(cls)}")
+    return by_folded[text.casefold()]
 
 
 def make(cls: type[Preset], values: dict[str, Any], where: str, default_name: str) -> Preset:
@@ -97,7 +98,7 @@ def _pairs(text: str, kind: str, cls: type) -> list[tuple[str, str]]:
     for part in text.split(","):
         key, equals, value = part.partition("=")
         if not equals or not key.strip() or not value.strip():
-            raise ValueError(f"{kind} {text!r}: {part!r} is not key=value; write for example {_example(cls).replace(': ', '=')}")
+            raise ValueError(f"{kind} {text!r}: {part!r} is not key=value; write for example {_written(cls)}")
         if key.strip() in dict(pairs):
             raise ValueError(f"{kind} {text!r} gives {key.strip()} twice")
         pairs.append((key.strip(), value.strip()))
@@ -106,3 +107,8 @@ def _pairs(text: str, kind: str, cls: type) -> list[tuple[str, str]]:
 
 def _example(cls: type) -> str:
     return getattr(cls, "EXAMPLE", "")
+
+
+def _written(cls: type) -> str:
+    """The example as a command line takes it."""
+    return _example(cls).replace(": ", "=").replace(", ", ",")

@@ -102,7 +102,7 @@ def sdpa(
     engine: Softmax, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None, *, is_causal: bool = False
 ) -> Tensor:
     """torch's SDPA with the engine's scale and dropout; rows that see no key are 0. is_causal is torch's own (square, without masks)."""
-    dropout, grouped = engine.dropout if engine.training else 0.0, q.shape[1] != k.shape[1]
+    dropout, grouped = engine.dropout if engine.training else 0.0, bool(q.shape[1] != k.shape[1])
     if mask is None and bias is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal, scale=engine.scale, enable_gqa=grouped)
     merged, empty = merge_masks(mask, bias)

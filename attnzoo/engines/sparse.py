@@ -54,14 +54,15 @@ def _reference(engine: Sparse, call: Call) -> Tensor:
 
 
 def grid_of(call: Call) -> Grid:
-    return Grid(call.q.shape[1], call.query_length, call.key_length, call.is_causal, call.q.device)
+    """int() makes a compiled graph take the lengths as constants: layouts are made for one length."""
+    return Grid(call.q.shape[1], int(call.query_length), int(call.key_length), call.is_causal, call.q.device)
 
 
 def _blocks(engine: Sparse, call: Call) -> Tensor:
     if isinstance(engine.pattern, Window):
-        return sparse_windows.attend(engine, engine.pattern, call)
+        return sparse_windows.attend(engine, engine.pattern, call, grid_of(call))
     assert isinstance(engine.pattern, BlockPattern)
-    return sparse_blocks.attend(engine, engine.pattern, call)
+    return sparse_blocks.attend(engine, engine.pattern, call, grid_of(call))
 
 
 def _blocks_why_not(engine: Sparse, call: Call) -> str | None:

@@ -98,20 +98,19 @@ def count_pairs(pattern: BlockPattern, grid: Grid) -> tuple[int, int]:
     return computed, int(count.sum()) * (grid.heads // blocks.shape[0])
 
 
-def attend(engine: Softmax, pattern: BlockPattern, call: Call) -> Tensor:
+def attend(engine: Softmax, pattern: BlockPattern, call: Call, grid: Grid) -> Tensor:
     """A·v for a block pattern."""
     size = pattern.block_size
-    grid = Grid(call.q.shape[1], call.query_length, call.key_length, call.is_causal, call.q.device)
-    ahead = call.offset % size  # empty rows before the first query of its block
-    q = _pad(call.q, ahead, -call.key_length % size).unflatten(2, (-1, size))
-    k, v = (_pad(x, 0, -call.key_length % size).unflatten(2, (-1, size)) for x in (call.k, call.v))
+    ahead = grid.offset % size  # empty rows before the first query of its block
+    q = _pad(call.q, ahead, -grid.key_length % size).unflatten(2, (-1, size))
+    k, v = (_pad(x, 0, -grid.key_length % size).unflatten(2, (-1, size)) for x in (call.k, call.v))
     blocks = sorted_key_blocks(pattern, grid)
     pieces = [
-        _attend_to_all(engine, q[:, :, run.first : run.end], call) if run.sees_all else _gathered(engine, run, q, k, v, blocks, call, size)
+        _attend_to_all(engine, q[:, :, run.first : run.end], call) if run.sees_all else _gathered(engine, run, q, k, v, blocks, call)
         for run in runs(pattern, grid)
     ]
     out = (torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0]).flatten(2, 3)
-    return out[:, :, ahead : ahead + call.query_length]
+    return out[:, :, ahead : ahead + grid.query_length]
 
 
 def _pad(x: Tensor, before: int, after: int) -> Tensor:
@@ -124,19 +123,20 @@ def _attend_to_all(engine: Softmax, q: Tensor, call: Call) -> Tensor:
     return sdpa(engine, q.flatten(2, 3), call.k, call.v, mask).unflatten(2, q.shape[2:4])
 
 
-def _gathered(engine: Softmax, run: Run, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, call: Call, size: int) -> Tensor:
+def _gathered(engine: Softmax, run: Run, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, call: Call) -> Tensor:
     """One run, one head at a time, so that the gathered keys of a head are still in cache when they are read."""
     q = q[:, :, run.first : run.end]
     if run.width == 0:
         return q.new_zeros(*q.shape[:4], v.shape[4])
-    group = q.shape[1] // k.shape[1]
+    group, size = q.shape[1] // k.shape[1], q.shape[3]
+    spare = k.shape[2] * size - int(call.key_length)  # empty slots of the last key block
     rows = []
     for head in range(q.shape[1]):
         chosen = blocks[head % blocks.shape[0], run.first : run.end, : run.width]
         keys, values = (_gather(x[:, head // group], chosen) for x in (k, v))
-        mask = _mask(run, chosen, call, size)
+        mask = _mask(run, chosen, call, size, spare)
         if run.tail == "last":
-            used = keys.shape[2] - (-call.key_length % size)
+            used = keys.shape[2] - spare
             keys, values = keys[:, :, :used], values[:, :, :used]
             mask = None if mask is None else mask[..., :used]
         rows.append(sdpa(engine, q[:, head], keys, values, mask))
@@ -148,7 +148,7 @@ def _gather(x: Tensor, chosen: Tensor) -> Tensor:
     return x.index_select(1, chosen.flatten()).unflatten(1, chosen.shape).flatten(2, 3)
 
 
-def _mask(run: Run, chosen: Tensor, call: Call, size: int) -> Tensor | None:
+def _mask(run: Run, chosen: Tensor, call: Call, size: int, spare: int) -> Tensor | None:
     """What the blocks alone do not settle: padding, causality inside the last (diagonal) block, a ragged end."""
     mask = None
     if call.is_causal:
@@ -158,7 +158,7 @@ def _mask(run: Run, chosen: Tensor, call: Call, size: int) -> Tensor | None:
     if padded is None and run.tail == "mixed":
         padded = torch.ones(call.q.shape[0], call.key_length, dtype=torch.bool, device=chosen.device)
     if padded is not None:
-        padded = torch.nn.functional.pad(padded, (0, -call.key_length % size)).unflatten(1, (-1, size))
+        padded = torch.nn.functional.pad(padded, (0, spare)).unflatten(1, (-1, size))
         padded = padded[:, chosen].flatten(2, 3)[:, :, None, :]
         mask = padded if mask is None else mask & padded
     return mask

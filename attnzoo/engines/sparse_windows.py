@@ -63,9 +63,8 @@ def count_pairs(pattern: Window, grid: Grid) -> tuple[int, int]:
     return computed, inside
 
 
-def attend(engine: Softmax, pattern: Window, call: Call) -> Tensor:
+def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid) -> Tensor:
     """A·v for a window pattern."""
-    grid = Grid(call.q.shape[1], call.query_length, call.key_length, call.is_causal, call.q.device)
     found = plan(pattern, grid)
     pieces = [_edge(engine, pattern, call, grid, *piece) for piece in edges(pattern, grid)]
     if found.blocks:

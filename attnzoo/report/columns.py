@@ -55,7 +55,7 @@ def ratio(value: float | None) -> str:
     return ABSENT if value is None else f"{_three_digits(value)}x"
 
 
-def count(value: float | None) -> str:
+def count(value: int | None) -> str:
     """A count with its SI prefix: 1.07 G."""
     return ABSENT if value is None else _scaled(value, 1000, ("", "k", "M", "G", "T", "P"))
 
@@ -73,8 +73,7 @@ def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
     index = 0
     while value >= 999.5 and index < len(units) - 1:
         value, index = value / base, index + 1
-    whole = index == 0 and float(value).is_integer()
-    return f"{int(value) if whole else _three_digits(value)} {units[index]}".rstrip()
+    return f"{value if isinstance(value, int) else _three_digits(value)} {units[index]}".rstrip()
 
 
 def _three_digits(value: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,7 @@ def inline_svg(draw: Callable[[], Figure], name: str, title: str) -> str:
         draw().savefig(buffer, format="svg", metadata=NO_SVG_METADATA)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>\s*|<!--.*?-->\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = svg.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)")
@@ -59,4 +60,4 @@ def _scaled(svg: str, title: str) -> str:
     width = re.search(r'\bwidth="([\d.]+)pt"', head)
     head = re.sub(r'\s(width|height|xmlns|xmlns:xlink|version)="[^"]*"', "", head).replace("xlink:", "")
     limit = f' style="max-width:{float(width[1]) * 4 / 3 * ENLARGED:.0f}px"' if width else ""
-    return f'{head} role="img" aria-label="{title}"{limit}>{body}'.strip()
+    return f'{head} role="img" aria-label="{escape(title)}"{limit}>{body}'.strip()

@@ -196,7 +196,7 @@ def _ratio_tick(value: float) -> str:
 
 def _count_tick(value: float) -> str:
     """3e9 -> "3 G"."""
-    return re.sub(r"\.0*(?= |$)", "", count(value))
+    return re.sub(r"\.0*(?= |$)", "", count(int(value)))
 
 
 def _plain(value: float) -> str:

@@ -31,7 +31,8 @@ def _losers(rows: list[Row]) -> list[str]:
     if not judged:
         return []
     if not losers:
-        return [f"All {len(judged)} approximations come closer to exact attention than the mean of the values does."]
+        who = f"All {len(judged)} approximations come" if len(judged) > 1 else "The one approximation comes"
+        return [f"{who} closer to exact attention than the mean of the values does."]
     told = ", ".join(f"{row.label} (error {number(row.output_error)}, mean(v) {number(row.mean_value_error)})" for row in losers)
     return [f"{len(losers)} of {len(judged)} approximations lost to answering the mean of the values: {told}."]
 

@@ -35,22 +35,31 @@ def comparison_view(comparison: Comparison) -> RenderableType:
 
 @dataclass(frozen=True)
 class RowsTable:
-    """The rows of one model and length, as one table where the terminal is wide enough for all numbers, else as two."""
+    """The rows of one model and length, as one table where the terminal is wide enough for all numbers, else as several."""
 
     rows: list[Row]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for gap in (3, 2, 1):
-            if self._label_room(COLUMNS, options.max_width, gap) >= self._least_label():
-                yield self._table(COLUMNS, options.max_width, gap)
-                return
-        for quality in (True, False):
-            chosen = tuple(column for column in COLUMNS[1:] if (column.heading in QUALITY) == quality)
-            yield self._table((COLUMNS[0], *chosen), options.max_width, 1)
-            if quality:
+        for number, columns in enumerate(self._parts(COLUMNS[1:], options.max_width)):
+            if number:
                 yield Text()
+            yield self._table((COLUMNS[0], *columns), options.max_width)
 
-    def _table(self, columns: tuple[Column, ...], width: int, gap: int) -> Table:
+    def _parts(self, columns: tuple[Column, ...], width: int) -> list[tuple[Column, ...]]:
+        """The columns, parted where quality ends and cost begins, then in halves, until every part fits."""
+        if len(columns) == 1 or self._gap((COLUMNS[0], *columns), width):
+            return [columns]
+        quality = sum(column.heading in QUALITY for column in columns)
+        cut = quality if 0 < quality < len(columns) else len(columns) // 2
+        return self._parts(columns[:cut], width) + self._parts(columns[cut:], width)
+
+    def _gap(self, columns: tuple[Column, ...], width: int) -> int:
+        """The most spaces between columns, up to 3, that leave room for the longest unbreakable part of a label; 0 when there is no room."""
+        least = max(len(line) for row in self.rows for line in folded(row.label, 0).split("\n"))
+        return next((gap for gap in (3, 2, 1) if self._label_room(columns, width, gap) >= least), 0)
+
+    def _table(self, columns: tuple[Column, ...], width: int) -> Table:
+        gap = self._gap(columns, width) or 1
         table = plain_table(gap)
         room = self._label_room(columns, width, gap)
         for column in columns:
@@ -58,10 +67,6 @@ class RowsTable:
         for row in self.rows:
             table.add_row(Text(folded(row.label, room), style="bold"), *(_cell(column, row) for column in columns[1:]))
         return table
-
-    def _least_label(self) -> int:
-        """The longest part of a label that cannot be folded."""
-        return max(len(line) for row in self.rows for line in folded(row.label, 0).split("\n"))
 
     def _label_room(self, columns: tuple[Column, ...], width: int, gap: int) -> int:
         """Characters left for the first column."""
