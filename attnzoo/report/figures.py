@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from attnzoo.fidelity.rows import Comparison, Row
 from attnzoo.report.axes import log_axis
 from attnzoo.report.columns import count, folded, group_title, grouped, is_exact
-from attnzoo.report.heatmaps import heat_map_figure, heat_map_groups, heat_map_name
+from attnzoo.report.heatmaps import heat_map_figure, heat_map_groups, heat_map_names
 from attnzoo.report.style import INK, Style, new_figure, styles
 
 if TYPE_CHECKING:
@@ -82,15 +82,17 @@ def _chart(name: str, title: str, caption: str, panels: Panels, look: Look, pain
 
 def _heat_map_drawings(comparison: Comparison) -> list[Drawing]:
     found = []
-    for group, maps in heat_map_groups(comparison.heat_maps).items():
+    groups = heat_map_groups(comparison.heat_maps)
+    file_names = heat_map_names(groups)
+    for group, maps in groups.items():
         draw = partial(heat_map_figure, maps)
         first = maps[0]
-        title = f"A beside exact A: {first.model}, {first.layer}, head {first.head}, {first.length:,} tokens"
+        title = f"A beside exact A: {first.model}, {first.layer}, head {first.head}, the first {first.length:,} tokens"
         caption = (
             "Rows are queries, columns are keys. A cell is the mass that its queries put, on average, on all its keys, on a logarithmic scale; "
             "the lightest grey is zero and red is negative."
         )
-        found.append(Drawing(heat_map_name(group), title, caption, draw, (draw,)))
+        found.append(Drawing(file_names[group], title, caption, draw, (draw,)))
     return found
 
 

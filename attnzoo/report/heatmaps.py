@@ -30,11 +30,14 @@ def heat_map_groups(maps: Iterable[HeatMap]) -> dict[MapGroup, list[HeatMap]]:
     return groups
 
 
-def heat_map_name(group: MapGroup) -> str:
-    """A file name for the figure of a group."""
-    model, is_causal, length, layer, head = group
-    words = f"heat-{model}-{'causal' if is_causal else 'bidirectional'}-{length}-{layer}-head-{head}".lower()
-    return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
+def heat_map_names(groups: Iterable[MapGroup]) -> dict[MapGroup, str]:
+    """A file name for the figure of each group: its model and causality, numbered from the second of a kind on."""
+    found: dict[MapGroup, str] = {}
+    for model, is_causal, *rest in groups:
+        stem = re.sub(r"[^a-z0-9]+", "-", f"heat-{model}-{'causal' if is_causal else 'bidirectional'}".lower()).strip("-")
+        twins = sum(name == stem or name.startswith(f"{stem}-") for name in found.values())
+        found[model, is_causal, *rest] = f"{stem}-{twins + 1}" if twins else stem
+    return found
 
 
 def heat_map_figure(maps: list[HeatMap]) -> Figure:

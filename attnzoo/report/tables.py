@@ -107,9 +107,13 @@ def sample_of(comparison: Comparison, row: Row) -> dict[str, Any] | None:
 
 
 def describe_sample(sample: dict[str, Any]) -> str:
-    """Which queries and keys a table is about: "layers 3, 12; heads 0, 4; score std 2.31; text ..."."""
+    """Which queries and keys a table is about: "layers 3, 12; heads 0, 4; score standard deviation 2.31; text"."""
+    layers = ", ".join(sample["layers"])
+    if all(layer.startswith("layer ") for layer in sample["layers"]):
+        layers = f"layers {layers.replace('layer ', '')}"
+    heads = ", ".join(map(str, sample["heads"]))
     text = f"; {sample['text']}" if sample.get("text") else ""
-    return f"{', '.join(sample['layers'])}; heads {', '.join(map(str, sample['heads']))}; score standard deviation {sample['score_std']:.2f}{text}"
+    return f"{layers}; heads {heads}; score standard deviation {sample['score_std']:.2f}{text}"
 
 
 def _notes(rows: list[Row]) -> list[RenderableType]:
