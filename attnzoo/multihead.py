@@ -113,7 +113,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         masks = _translate(self.attention.spec, q, k, key_padding_mask, attn_mask, is_causal)
         masks = masks.with_end_keys((self.bias_k is not None) + self.add_zero_attn, q, k)
         k, v = self._with_end_keys(k, self.bias_k), self._with_end_keys(v, self.bias_v)
-        weights = self._weights(q, k, masks) if need_weights else None
+        weights = (
+            self.attention.weights(q, k, key_mask=masks.key_mask, attn_mask=masks.attn_mask, is_causal=masks.is_causal) if need_weights else None
+        )
         out = self.attention(q, k, v, key_mask=masks.key_mask, attn_mask=masks.attn_mask, is_causal=masks.is_causal)
         out = self.out_proj(rearrange(out, f"{batch} h l d -> {axes} (h d)"))
         if weights is not None and average_attn_weights:
@@ -145,17 +147,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.add_zero_attn:
             ends.append(x.new_zeros(shape))
         return torch.cat([x, *(end.expand(x.shape[0], -1, -1, -1) for end in ends)], 2) if ends else x
-
-    def _weights(self, q: Tensor, k: Tensor, masks: _Masks) -> Tensor:
-        """A without dropout, whatever the mode."""
-        dropping = self.dropout > 0 and self.attention.training
-        if dropping:
-            self.attention.eval()
-        try:
-            return self.attention.weights(q, k, key_mask=masks.key_mask, attn_mask=masks.attn_mask, is_causal=masks.is_causal)
-        finally:
-            if dropping:
-                self.attention.train()
 
     def _forward_nested(
         self,
