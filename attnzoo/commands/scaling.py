@@ -54,10 +54,10 @@ def run(settings: Namespace) -> int:
     chosen = Settings(model, gpu, settings.length, settings.causal, settings.share, settings.tflops)
     variants = None if settings.variants is None else [parse_variant(text) for text in settings.variants]
     folder = check_folder(settings.output)
-    with _progress() as progress:
+    with _one_thread(), _progress() as progress:
         found = scaling(chosen, models, gpus, variants, progress)
     screen().print(scaling_view(found))
-    with _progress() as progress:
+    with _one_thread(), _progress() as progress:
         progress("figures and page")
         written = write_results(found, folder)
     for path in written:
@@ -116,6 +116,19 @@ def _rich(table: Table) -> RenderableType:
 
 def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The tensors here are small: waking a second thread for each costs more than it brings."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

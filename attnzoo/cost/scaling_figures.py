@@ -269,7 +269,7 @@ def _variant_lines(scaling: Scaling, axes: Axes, value: Callable) -> list[float]
     return drawn
 
 
-def _rounded(value: float, write: Callable[[float], str] = count) -> str:
+def _rounded(value: float, write: Callable[[Any], str] = count) -> str:
     """A tick's number: 10 G, not 10.0 G."""
     return re.sub(r"\.0+(?= )", "", write(value)).replace("us", "µs")
 
