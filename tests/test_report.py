@@ -164,7 +164,7 @@ def test_notes_are_printed_once_for_all_that_share_them(comparison):
     printed = rendered(comparison, 160)
     assert "linear, performer num_features=64 features=hyperbolic: lost to mean(v)" in printed
     assert "linformer: linformer cannot be causal; use <another>" in printed
-    assert "layers 3; heads 0, 4; score standard deviation 2.35; Hamlet & co" in printed and "torch 2.13.0" in printed
+    assert "layer 3; heads 0, 4; score standard deviation 2.35; Hamlet & co" in printed and "torch 2.13.0" in printed
 
 
 def test_labels_fold_at_spaces():

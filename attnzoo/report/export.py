@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PREFIX = "compare-"  # of the files' names
 DOTS_PER_INCH = 160
-ENLARGED = 1.33  # how much larger than its natural size a page may draw a figure
+LARGEST, SMALLEST = 1.33, 0.75  # how much larger and smaller than its natural size a page may draw a figure
 NO_SVG_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
@@ -55,9 +55,10 @@ def inline_svg(draw: Callable[[], Figure], name: str, title: str) -> str:
 
 
 def _scaled(svg: str, title: str) -> str:
-    """Drop the fixed size and keep the viewBox; the page may draw it a third larger than a printer would."""
+    """Drop the fixed size and keep the viewBox; the natural width sets limits, so that text stays readable."""
     head, body = svg.split(">", 1)
     width = re.search(r'\bwidth="([\d.]+)pt"', head)
-    head = re.sub(r'\s(width|height|xmlns|xmlns:xlink|version)="[^"]*"', "", head).replace("xlink:", "")
-    limit = f' style="max-width:{float(width[1]) * 4 / 3 * ENLARGED:.0f}px"' if width else ""
-    return f'{head} role="img" aria-label="{escape(title)}"{limit}>{body}'.strip()
+    head = re.sub(r'\s(width|height|xmlns|xmlns:xlink|version)="[^"]*"', "", head)
+    pixels = float(width[1]) * 4 / 3 if width else 0.0
+    limits = f' style="max-width:{pixels * LARGEST:.0f}px;min-width:{pixels * SMALLEST:.0f}px"' if width else ""
+    return f'{head} role="img" aria-label="{escape(title)}"{limits}>{body}'.strip()

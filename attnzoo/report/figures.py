@@ -56,7 +56,8 @@ def drawings(comparison: Comparison) -> list[Drawing]:
         _chart(
             "error-length",
             "Error against length",
-            "The same text, read to shorter lengths. The dashed line is the error of answering the mean of the values.",
+            "The same text, read to shorter lengths. The dashed line is the error of answering the mean of the values. "
+            "Where a variant sees all that softmax sees it is exact, and has no point.",
             {title: rows for title, rows in _by_model(comparison.by_length).items() if len({row.length for row in rows}) > 1},
             look,
             _error_against_length,
@@ -90,7 +91,7 @@ def _heat_map_drawings(comparison: Comparison) -> list[Drawing]:
         title = f"A beside exact A: {first.model}, {first.layer}, head {first.head}, the first {first.length:,} tokens"
         caption = (
             "Rows are queries, columns are keys. A cell is the mass that its queries put, on average, on all its keys, on a logarithmic scale; "
-            "the lightest grey is zero and red is negative."
+            "grey is nothing and red is negative."
         )
         found.append(Drawing(file_names[group], title, caption, draw, (draw,)))
     return found
@@ -165,7 +166,7 @@ def _error_against_length(axes: Axes, rows: list[Row], look: Look) -> None:
     for label, curve in curves.items():
         _plot(axes, [(row.length, row.output_error) for row in curve], label=label, **look[label].line_options())
     baseline = {row.length: row.mean_value_error for row in rows if row.mean_value_error}
-    _plot(axes, sorted(baseline.items()), color=INK, linestyle="--", linewidth=1.2, label="mean(v)", zorder=1)
+    _plot(axes, sorted(baseline.items()), color=INK, linestyle="--", linewidth=1.2, label="mean(v)", zorder=4)
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()

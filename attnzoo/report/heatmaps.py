@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from attnzoo.fidelity.rows import HeatMap
 from attnzoo.report.columns import folded
-from attnzoo.report.style import FAINT, new_figure
+from attnzoo.report.style import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,6 +17,7 @@ MAP_INCHES = 2.1
 MAPS_IN_A_ROW = 3
 LEAST, MOST = 1e-4, 1.0  # ends of the colour scale: what lies below LEAST and above zero is drawn as LEAST
 NEGATIVE = "#d1242f"
+NOTHING = "#9ba4ae"  # grey: no colour of the scale, and seen on white and on black
 
 MapGroup = tuple[str, bool, int, str, int]
 
@@ -33,10 +34,11 @@ def heat_map_groups(maps: Iterable[HeatMap]) -> dict[MapGroup, list[HeatMap]]:
 def heat_map_names(groups: Iterable[MapGroup]) -> dict[MapGroup, str]:
     """A file name for the figure of each group: its model and causality, numbered from the second of a kind on."""
     found: dict[MapGroup, str] = {}
-    for model, is_causal, *rest in groups:
+    for group in groups:
+        model, is_causal = group[:2]
         stem = re.sub(r"[^a-z0-9]+", "-", f"heat-{model}-{'causal' if is_causal else 'bidirectional'}".lower()).strip("-")
         twins = sum(name == stem or name.startswith(f"{stem}-") for name in found.values())
-        found[model, is_causal, *rest] = f"{stem}-{twins + 1}" if twins else stem
+        found[group] = f"{stem}-{twins + 1}" if twins else stem
     return found
 
 
@@ -49,7 +51,7 @@ def heat_map_figure(maps: list[HeatMap]) -> Figure:
     columns = min(len(maps), MAPS_IN_A_ROW)
     rows = -(-len(maps) // columns)
     figure = new_figure(MAP_INCHES * columns + 0.7, (MAP_INCHES + 0.1) * rows + 0.3)
-    colors = colormaps["viridis"].with_extremes(bad=FAINT)
+    colors = colormaps["viridis"].with_extremes(bad=NOTHING)
     image = None
     for index, heat_map in enumerate(maps):
         axes = figure.add_subplot(rows, columns, index + 1)

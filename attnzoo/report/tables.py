@@ -110,7 +110,7 @@ def describe_sample(sample: dict[str, Any]) -> str:
     """Which queries and keys a table is about: "layers 3, 12; heads 0, 4; score standard deviation 2.31; text"."""
     layers = ", ".join(sample["layers"])
     if all(layer.startswith("layer ") for layer in sample["layers"]):
-        layers = f"layers {layers.replace('layer ', '')}"
+        layers = f"{'layer' if len(sample['layers']) == 1 else 'layers'} {layers.replace('layer ', '')}"
     heads = ", ".join(map(str, sample["heads"]))
     text = f"; {sample['text']}" if sample.get("text") else ""
     return f"{layers}; heads {heads}; score standard deviation {sample['score_std']:.2f}{text}"
