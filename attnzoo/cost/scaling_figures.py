@@ -160,9 +160,8 @@ def _memory(scaling: Scaling, axes: Axes) -> None:
 
     lengths = tuple(2**power for power in range(9, 18, 2))
     models = scaling.models
-    table = article.attention_memory(models, lengths)
-    gib = [table.values("gib")[row * len(lengths) : (row + 1) * len(lengths)] for row in range(len(models))]
-    norm = LogNorm(0.1, max(table.values("gib")))
+    gib = [[model.layers * (attention_bytes(model, n) + matrix_bytes(model, n)) / article.GIB for n in lengths] for model in models]
+    norm = LogNorm(0.1, max(map(max, gib)))
     mesh = axes.pcolormesh(gib, cmap="cividis", norm=norm, edgecolors="white", linewidth=1)
     for row, values in enumerate(gib):
         for column, value in enumerate(values):

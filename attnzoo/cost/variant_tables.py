@@ -131,7 +131,7 @@ def crossovers(settings: Settings, variants: Sequence[CountedVariant], baseline:
         Column("seconds", f"roofline, {settings.gpu.title}"),
     )
     notes = (
-        "The smallest n from which on the variant needs less than standard attention: -, that it does not decode.",
+        "The smallest n from which on the variant needs less than standard attention; -: it does not decode.",
         "kept bytes: beside a standard attention that stores its matrices, and beside FlashAttention.",
         f"Searched down the powers of two from {CROSSOVER_LIMIT:,} and halved to the token; never: not less at {CROSSOVER_LIMIT:,}.",
     )
