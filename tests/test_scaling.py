@@ -110,7 +110,6 @@ def test_roofline_by_hand():
     slow = roofline(macs=10**12, moved_bytes=10**9, gpu=gpu)
     assert (slow.compute_seconds, slow.memory_seconds, slow.seconds, slow.bound) == (1.0, 0.1, 1.0, "compute")
     assert roofline(macs=10**9, moved_bytes=10**9, gpu=gpu).bound == "bandwidth"
-    assert gpu.ridge == 200
 
 
 def test_decoding_reads_all_weights_and_the_cache():

@@ -30,11 +30,6 @@ class GPU:
     def memory_bytes(self) -> float:
         return self.memory_gb * 1e9
 
-    @property
-    def ridge(self) -> float:
-        """FLOPs a byte at which the roofline turns: work with fewer is bound by bandwidth."""
-        return self.tflops * 1e12 / (self.bandwidth_gb * 1e9)
-
 
 @dataclass(frozen=True)
 class Roofline:
