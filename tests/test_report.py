@@ -137,6 +137,12 @@ def test_headlines_when_nothing_lost_and_nothing_was_faster():
     assert "No approximation was faster than exact attention" in said
 
 
+def test_exact_attention_in_half_precision_is_no_approximation():
+    rows = (row("standard", 4e-3), row("linear", 0.5))
+    comparison = Comparison(rows, (), (), {}, ())
+    assert "The one approximation" in headlines(comparison)["Model <A>, causal, 4,096 tokens"][0]
+
+
 def rendered(comparison: Comparison, width: int) -> str:
     console = Console(width=width, color_system=None, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(comparison_view(comparison))

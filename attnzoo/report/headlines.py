@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from attnzoo.fidelity.rows import Comparison, Row
-from attnzoo.registry import names, spec_of
-from attnzoo.report.columns import group_title, grouped, is_exact, kept, lost, number, percent, ratio
+from attnzoo.report.columns import group_title, grouped, is_exact, is_reference, kept, lost, number, percent, ratio
 
 
 def headlines(comparison: Comparison) -> dict[str, list[str]]:
@@ -20,8 +19,7 @@ def _approximate(rows: list[Row]) -> list[Row]:
 
 def _indistinct(rows: list[Row]) -> list[str]:
     """Variants that are approximations in general and exact here, such as a window as long as the text."""
-    exact = [name for name in names() if spec_of(name).family == "exact"]
-    labels = [row.label for row in rows if is_exact(row) and row.variant not in exact]
+    labels = [row.label for row in rows if is_exact(row) and not is_reference(row)]
     return [f"Exact at this length, where nothing is left out: {', '.join(labels)}."] if labels else []
 
 
