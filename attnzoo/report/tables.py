@@ -54,9 +54,10 @@ class RowsTable:
         return self._parts(columns[:cut], width) + self._parts(columns[cut:], width)
 
     def _gap(self, columns: tuple[Column, ...], width: int) -> int:
-        """The most spaces between columns, up to 3, that leave room for the longest unbreakable part of a label; 0 when there is no room."""
-        least = max(len(line) for row in self.rows for line in folded(row.label, 0).split("\n"))
-        return next((gap for gap in (3, 2, 1) if self._label_room(columns, width, gap) >= least), 0)
+        """The most spaces between columns, up to 3, that leave room for whole labels, or else for folded ones; 0 when there is no room."""
+        whole = max(len(row.label) for row in self.rows)
+        folds = max(len(line) for row in self.rows for line in folded(row.label, 0).split("\n"))
+        return next((gap for least in (whole, folds) for gap in (3, 2, 1) if self._label_room(columns, width, gap) >= least), 0)
 
     def _table(self, columns: tuple[Column, ...], width: int) -> Table:
         gap = self._gap(columns, width) or 1
