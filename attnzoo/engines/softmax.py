@@ -99,15 +99,27 @@ def _sdpa(engine: Softmax, call: Call) -> Tensor:
 
 
 def sdpa(
-    engine: Softmax, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None, *, is_causal: bool = False
+    engine: Softmax,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    every_row_sees: bool = False,
 ) -> Tensor:
-    """torch's SDPA with the engine's scale and dropout; rows that see no key are 0. is_causal is torch's own (square, without masks)."""
+    """torch's SDPA with the engine's scale and dropout; rows that see no key are 0.
+
+    is_causal is torch's own (square, without masks). every_row_sees: the caller knows that no row of `mask` is empty, which
+    spares a pass over the output.
+    """
     dropout, grouped = engine.dropout if engine.training else 0.0, bool(q.shape[1] != k.shape[1])
-    if mask is None and bias is None:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal, scale=engine.scale, enable_gqa=grouped)
-    merged, empty = merge_masks(mask, bias)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=merged, dropout_p=dropout, scale=engine.scale, enable_gqa=grouped)
-    return out.masked_fill(empty, 0.0)
+    empty = None
+    if not every_row_sees and not (mask is None and bias is None):
+        mask, empty = merge_masks(mask, bias)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=engine.scale, enable_gqa=grouped)
+    return out if empty is None else out.masked_fill(empty, 0.0)
 
 
 def _sdpa_masks(call: Call) -> tuple[Tensor | None, Tensor | None]:

@@ -139,7 +139,7 @@ def _gathered(engine: Softmax, run: Run, q: Tensor, k: Tensor, v: Tensor, blocks
             used = keys.shape[2] - spare
             keys, values = keys[:, :, :used], values[:, :, :used]
             mask = None if mask is None else mask[..., :used]
-        rows.append(sdpa(engine, q[:, head], keys, values, mask))
+        rows.append(sdpa(engine, q[:, head], keys, values, mask, every_row_sees=call.key_mask is None))
     return torch.stack(rows, 1)
 
 

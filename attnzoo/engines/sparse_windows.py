@@ -57,10 +57,10 @@ def count_pairs(pattern: Window, grid: Grid) -> tuple[int, int]:
     """(query, key) pairs of one head: those computed, and those inside the window."""
     found = plan(pattern, grid)
     computed = found.blocks * BLOCK * found.slice_length + sum((end - first) * (high - low) for first, end, low, high in edges(pattern, grid))
-    positions = range(grid.offset, grid.key_length)
+    positions = torch.arange(grid.offset, grid.key_length)
     ahead = 1 if grid.is_causal else pattern.window
-    inside = sum(max(0, min(grid.key_length, p + ahead) - max(0, p - pattern.window + 1)) for p in positions)
-    return computed, inside
+    inside = (positions + ahead).clamp(max=grid.key_length) - (positions - pattern.window + 1).clamp(min=0)
+    return computed, int(inside.clamp(min=0).sum())
 
 
 def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid) -> Tensor:
@@ -102,18 +102,18 @@ def _middle(engine: Softmax, pattern: Window, call: Call, grid: Grid, found: Pla
     band = _band(pattern, grid, torch.arange(BLOCK, device=q.device) + found.before, torch.arange(found.slice_length, device=q.device))
     band = band.repeat(call.group, 1)[None, None]
     if call.key_mask is None:
-        return _slices(engine, q, k, v, band, found)
+        return _slices(engine, q, k, v, band, found, padded=False)
     masks = call.key_mask[:, keys].unfold(1, found.slice_length, BLOCK)[:, None, :, None, :]  # (batch, 1, blocks, 1, slice)
     samples = zip(q.split(1), k.split(1), v.split(1), masks, strict=True)
-    return torch.cat([_slices(engine, q1, k1, v1, band & mask, found) for q1, k1, v1, mask in samples])
+    return torch.cat([_slices(engine, q1, k1, v1, band & mask, found, padded=True) for q1, k1, v1, mask in samples])
 
 
-def _slices(engine: Softmax, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, found: Plan) -> Tensor:
+def _slices(engine: Softmax, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, found: Plan, *, padded: bool) -> Tensor:
     batch, heads, rows, head_dim = q.shape
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     q = q.reshape(batch * kv_heads, group, found.blocks, BLOCK, head_dim).transpose(1, 2).flatten(2, 3)
     k_slices, v_slices = (_Slices.apply(x.flatten(0, 1), found.slice_length) for x in (k, v))
-    out = sdpa(engine, q, k_slices, v_slices, mask)
+    out = sdpa(engine, q, k_slices, v_slices, mask, every_row_sees=not padded)
     return out.unflatten(2, (group, BLOCK)).transpose(1, 2).reshape(batch, heads, rows, v.shape[3])
 
 

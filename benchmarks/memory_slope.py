@@ -1,0 +1,88 @@
+"""Peak memory against length: does every sub-quadratic variant stay linear, forward and backward?
+
+    python benchmarks/memory_slope.py [--output benchmarks/results/memory_slope.jsonl]
+
+One head of 64, float32, CPU; peaks are sums of the allocator's events beyond the inputs. The slope is the exponent p of
+peak ∝ n^p between the two longest lengths: 1 is linear, 2 is quadratic. The reference backend stands beside the fast one
+(up to the length where its n × n matrices fit), so that the measure is seen to tell them apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import attnzoo
+from attnzoo.bench.memory import peak_bytes
+from attnzoo.fidelity.environment import environment
+from attnzoo.registry import options_of, spec_of
+
+LENGTHS = (4096, 16384, 65536)
+REFERENCE_LENGTHS = (1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Peaks in bytes, one for each length."""
+
+    variant: str
+    backend: str
+    is_causal: bool
+    backward: bool
+    lengths: tuple[int, ...]
+    bytes: tuple[int, ...]
+
+    @property
+    def slope(self) -> float:
+        """Exponent of growth between the two longest lengths."""
+        return math.log(self.bytes[-1] / self.bytes[-2]) / math.log(self.lengths[-1] / self.lengths[-2])
+
+
+def measure(variant: str, backend: str, is_causal: bool, backward: bool) -> Peak:
+    lengths = REFERENCE_LENGTHS if backend == "reference" else LENGTHS
+    peaks = []
+    for length in lengths:
+        options = {"max_length": length} if any(option.name == "max_length" for option in options_of(variant)) else {}
+        attention = attnzoo.build(variant, heads=1, head_dim=64, backend=backend, **options)
+        q, k, v = (torch.randn(1, 1, length, 64, requires_grad=backward) for _ in range(3))
+
+        def run(attention=attention, q=q, k=k, v=v) -> None:
+            out = attention(q, k, v, is_causal=is_causal)
+            if backward:
+                out.sum().backward()
+
+        with torch.set_grad_enabled(backward):
+            peaks.append(peak_bytes(run))
+    return Peak(variant, backend, is_causal, backward, lengths, tuple(peaks))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Peak memory of every variant against length.")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/memory_slope.jsonl"))
+    output: Path = parser.parse_args().output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    where = environment(seed=0, device=torch.device("cpu"), dtype=torch.float32)
+    print(f"{'variant':16}{'backend':11}{'form':15}{'pass':18}{'MiB at the longest length':>28}{'slope':>8}")
+    with output.open("w") as file:
+        for variant in attnzoo.names():
+            for is_causal in (False, True):
+                if is_causal and not spec_of(variant).causal:
+                    continue
+                for backward in (False, True):
+                    for backend in ("auto", "reference"):
+                        torch.manual_seed(0)
+                        peak = measure(variant, backend, is_causal, backward)
+                        file.write(json.dumps({**asdict(peak), "slope": round(peak.slope, 3), "environment": where}) + "\n")
+                        file.flush()
+                        form, which = "causal" if is_causal else "bidirectional", "forward+backward" if backward else "forward"
+                        reached = f"{peak.bytes[-1] / 2**20:,.0f} at {peak.lengths[-1]:,}"
+                        print(f"{variant:16}{backend:11}{form:15}{which:18}{reached:>28}{peak.slope:8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
