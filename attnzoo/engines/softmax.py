@@ -94,7 +94,7 @@ def masked_softmax(scores: Tensor) -> Tensor:
 
 def _sdpa(engine: Softmax, call: Call) -> Tensor:
     mask, bias = _sdpa_masks(call)
-    is_causal = call.is_causal and mask is None and call.query_length > 1
+    is_causal = bool(call.is_causal and mask is None and call.query_length > 1)
     return sdpa(engine, call.q, call.k, call.v, mask, bias, is_causal=is_causal)
 
 
