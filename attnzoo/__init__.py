@@ -2,9 +2,22 @@
 
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import UnsupportedError
+from attnzoo.cost.counting import FlopReport, count_flops
 from attnzoo.engines.engine import Cost
 from attnzoo.multihead import MultiheadAttention
 from attnzoo.registry import build, describe, names, register
 
 __version__ = "0.1.0"
-__all__ = ["Attention", "Cost", "MultiheadAttention", "Spec", "UnsupportedError", "build", "describe", "names", "register"]
+__all__ = [
+    "Attention",
+    "Cost",
+    "FlopReport",
+    "MultiheadAttention",
+    "Spec",
+    "UnsupportedError",
+    "build",
+    "count_flops",
+    "describe",
+    "names",
+    "register",
+]

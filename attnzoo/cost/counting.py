@@ -1,0 +1,125 @@
+"""Counting the operations of any module by tracing it once, through fvcore."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from attnzoo.call import UnsupportedError
+from attnzoo.cost.handles import ELEMENTWISE, all_handles
+
+
+@dataclass(frozen=True)
+class FlopReport:
+    """Operations of one forward.
+
+    macs: multiply-accumulates of all products; flops = 2 · macs. elementwise: what softmax, exponentials, divisions and
+    normalisations take, apart from the macs (3 operations for a softmax's score). by_operator, by_module: the macs by
+    operator and by module, "" being the whole; elementwise_by_...: the same of elementwise. A submodule whose weights its
+    parent reads without calling it, such as the out_proj of torch.nn.MultiheadAttention, is counted at the parent.
+    """
+
+    macs: int
+    elementwise: int
+    by_module: dict[str, int]
+    by_operator: dict[str, int]
+    elementwise_by_module: dict[str, int]
+    elementwise_by_operator: dict[str, int]
+
+    @property
+    def flops(self) -> int:
+        """One MAC is two FLOPs: a multiplication and an addition."""
+        return 2 * self.macs
+
+
+def count_flops(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> FlopReport:
+    """Count one forward `module(*inputs, **kwargs)`.
+
+    The module runs once, without gradients, under torch.jit.trace; with module and inputs on the meta device nothing is
+    computed and no memory is taken. What is counted is what is executed: a causal scaled_dot_product_attention counts all
+    its scores, the masked half too, as torch's own counter does. What no output depends on is not counted.
+
+    Raises UnsupportedError on a module that cannot be traced and on an operator that nobody counts, which it names;
+    ImportError when fvcore is not installed.
+    """
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"count_flops takes a torch.nn.Module; got {type(module).__name__}: wrap a function in a module")
+    call = _TensorsOnly(module, inputs, kwargs)
+    analysis = _flop_count_analysis()(call, tuple(call.tensors(inputs, kwargs)))
+    analysis.set_op_handle(**all_handles()).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    try:
+        with torch.no_grad(), _plain_operators():
+            analysis.total()
+    except ValueError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedError(f"{type(module).__name__} cannot be traced with these inputs: {reason}") from error
+    unknown = analysis.unsupported_ops()
+    if unknown:
+        named = ", ".join(f"{name} ({times} times)" for name, times in sorted(unknown.items()))
+        raise UnsupportedError(f"{type(module).__name__} runs operators that nobody counts: {named}; the count would be too small")
+    return _report(analysis.by_module_and_operator())
+
+
+class _TensorsOnly(nn.Module):
+    """The call as the tracer wants it: tensors in, a tuple of tensors out, all other arguments fixed."""
+
+    def __init__(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.module = module
+        leaves, self.structure = tree_flatten((inputs, kwargs))
+        self.fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    @staticmethod
+    def tensors(inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        return [leaf for leaf in tree_flatten((inputs, kwargs))[0] if isinstance(leaf, Tensor)]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = list(self.fixed)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = tensor
+        inputs, kwargs = tree_unflatten(leaves, self.structure)
+        return tuple(leaf for leaf in tree_flatten(self.module(*inputs, **kwargs))[0] if isinstance(leaf, Tensor))
+
+
+@contextmanager
+def _plain_operators() -> Iterator[None]:
+    """torch's fused encoder layer hides a whole layer in one operator."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _flop_count_analysis() -> type:
+    try:
+        from fvcore.nn import FlopCountAnalysis
+    except ImportError:
+        raise ImportError("count_flops needs fvcore; install it with: pip install 'attnzoo[cost]'", name="fvcore") from None
+    return FlopCountAnalysis
+
+
+def _report(counts: dict[str, Counter[str]]) -> FlopReport:
+    """The two columns apart, and the modules under their own names."""
+    inside = {"" if name == "module" else name.removeprefix("module."): found for name, found in counts.items() if name}
+    macs = {name: {op: int(n) for op, n in found.items() if op not in ELEMENTWISE} for name, found in inside.items()}
+    elementwise = {name: {op: int(n) for op, n in found.items() if op in ELEMENTWISE} for name, found in inside.items()}
+    return FlopReport(
+        macs=sum(macs[""].values()),
+        elementwise=sum(elementwise[""].values()),
+        by_module={name: sum(found.values()) for name, found in macs.items()},
+        by_operator=macs[""],
+        elementwise_by_module={name: sum(found.values()) for name, found in elementwise.items()},
+        elementwise_by_operator=elementwise[""],
+    )

@@ -1,0 +1,234 @@
+"""count_flops against the closed forms, torch's own counter and integers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, can, cases, usual_cases
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import attnzoo
+from attnzoo import UnsupportedError, count_flops
+from attnzoo.cost.handles import einsum_macs
+
+pytest.importorskip("fvcore")
+HEADS, HEAD_DIM = 4, 8
+LENGTHS = [(1, 1), (63, 63), (257, 257), (600, 600), (1, 65), (140, 257), (65, 18)]
+
+
+def empty(*shape: int) -> Tensor:
+    return torch.empty(*shape, device="meta")
+
+
+def torch_macs(module: nn.Module, *inputs: Any, **kwargs: Any) -> int:
+    """torch counts 2 FLOPs a MAC; on the meta device, where it sees into every product."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(*inputs, **kwargs)
+    return counter.get_total_flops() // 2
+
+
+def agree(case: Case, is_causal: bool, query_length: int, key_length: int, kv_heads: int = 2, batch: int = 2) -> None:
+    attn = case.build(HEADS, HEAD_DIM).to("meta")
+    q, k = empty(batch, HEADS, query_length, HEAD_DIM), empty(batch, kv_heads, key_length, HEAD_DIM)
+    counted = count_flops(attn, q, k, k, is_causal=is_causal)
+    closed = attn.cost(batch, query_length, key_length, kv_heads=kv_heads, is_causal=is_causal)
+    assert counted.macs == closed.macs == torch_macs(attn, q, k, k, is_causal=is_causal) > 0
+    assert counted.flops == closed.flops == 2 * counted.macs
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("case", usual_cases(), ids=str)
+def test_count_closed_form_and_torch_agree(case: Case, is_causal: bool):
+    if not can(case.spec, is_causal):
+        pytest.skip(f"{case.variant} cannot run so")
+    for query_length, key_length in LENGTHS:
+        if query_length == key_length or case.spec.cross:
+            agree(case, is_causal, query_length, key_length)
+    agree(case, is_causal, 130, 130, kv_heads=1)
+    agree(case, is_causal, 130, 130, kv_heads=4, batch=1)
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if case not in usual_cases()], ids=str)
+def test_every_option_agrees(case: Case):
+    for is_causal in (False, True):
+        if can(case.spec, is_causal):
+            agree(case, is_causal, 197, 197)
+
+
+@pytest.mark.parametrize("case", usual_cases(), ids=str)
+def test_padding_changes_no_count(case: Case):
+    """A key mask is traced as an input; the products keep their sizes."""
+    attn = case.build(HEADS, HEAD_DIM).to("meta")
+    q = empty(2, HEADS, 150, HEAD_DIM)
+    mask = torch.ones(2, 150, dtype=torch.bool, device="meta")
+    assert count_flops(attn, q, q, q, key_mask=mask).macs == torch_macs(attn, q, q, q, key_mask=mask) == attn.cost(2, 150).macs
+
+
+@pytest.mark.parametrize("case", usual_cases(), ids=str)
+def test_multihead_is_its_core_and_four_projections(case: Case):
+    options = {"max_length": 64} if case.spec.needs_max_length else {}
+    width, n, batch = HEADS * HEAD_DIM, 40, 3
+    mha = attnzoo.MultiheadAttention(width, HEADS, batch_first=True, attention=case.variant, attention_options={**options, **case.options})
+    x = empty(batch, n, width)
+    counted = count_flops(mha.to("meta"), x, x, x, need_weights=False)
+    core = case.build(HEADS, HEAD_DIM).cost(batch, n).macs
+    assert counted.macs == 4 * batch * n * width**2 + core == torch_macs(mha, x, x, x, need_weights=False)
+
+
+def test_encoder_layer_in_both_modes():
+    """Evaluation would hide the layer in one fused operator."""
+    n, width, inner = 20, 32, 64
+    layer = nn.TransformerEncoderLayer(width, 4, inner, batch_first=True, device="meta")
+    expected = 4 * n * width**2 + 2 * n * n * width + 2 * n * width * inner
+    x = empty(1, n, width)
+    for mode in (layer.train(), layer.eval()):
+        counted = count_flops(mode, x)
+        assert counted.macs == expected
+        assert counted.by_module["linear1"] == counted.by_module["linear2"] == n * width * inner
+        assert counted.by_module["self_attn"] == 4 * n * width**2 + 2 * n * n * width
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_tables_add_up_and_softmax_has_its_own_column():
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4), nn.Softmax(-1))
+    counted = count_flops(model, torch.zeros(3, 8))
+    assert counted.by_module == {"": 576, "0": 384, "1": 0, "2": 192, "3": 0}
+    assert counted.by_operator == {"linear": 576} and counted.macs == 576 and counted.flops == 1152
+    assert counted.elementwise_by_operator == {"gelu": 48, "softmax": 36} and counted.elementwise == 84
+    assert counted.elementwise_by_module["3"] == 36
+
+
+def test_in_place_operators_count_as_their_plain_forms():
+    counted = count_flops(Run(lambda x: (x + 1).exp_().div_(2)), torch.zeros(3, 4))
+    assert counted.elementwise_by_operator == {"exp": 12, "div": 12} and counted.macs == 0
+
+
+def test_softmax_takes_three_operations_a_score():
+    """As the article counts it; a causal call counts every score."""
+    attn = attnzoo.build("standard", heads=4, head_dim=8)
+    q = torch.zeros(2, 4, 50, 8)
+    for is_causal in (False, True):
+        assert count_flops(attn, q, q, q, is_causal=is_causal).elementwise == 3 * 2 * 4 * 50 * 50
+    reference = attnzoo.build("standard", heads=4, head_dim=8, backend="reference")
+    assert count_flops(reference, q, q, q).elementwise == 3 * 2 * 4 * 50 * 50
+    assert count_flops(reference, q, q, q).by_operator == {"einsum": 2 * 2 * 4 * 50 * 50 * 8}
+
+
+class Run(nn.Module):
+    """A function of tensors as a module."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "macs"),
+    [
+        ((3, 5), (5, 7), 3 * 5 * 7),
+        ((4, 3, 5), (5, 7), 4 * 3 * 5 * 7),
+        ((3, 5), (4, 5, 7), 4 * 3 * 5 * 7),
+        ((1, 3, 5), (4, 5, 7), 4 * 3 * 5 * 7),
+        ((2, 1, 3, 5), (1, 6, 5, 7), 2 * 6 * 3 * 5 * 7),
+        ((5,), (5, 7), 5 * 7),
+        ((3, 5), (5,), 3 * 5),
+        ((5,), (5,), 5),
+        ((4, 3, 5), (5,), 4 * 3 * 5),
+    ],
+    ids=str,
+)
+def test_matmul_broadcasts(left: tuple[int, ...], right: tuple[int, ...], macs: int):
+    assert count_flops(Run(torch.matmul), torch.zeros(left), torch.zeros(right)).macs == macs
+
+
+def test_products_with_an_addend():
+    bias, batched = torch.zeros(7), (torch.zeros(2, 3, 5), torch.zeros(2, 5, 7))
+    assert count_flops(Run(torch.addmm), bias, torch.zeros(3, 5), torch.zeros(5, 7)).macs == 105
+    assert count_flops(Run(torch.baddbmm), bias, *batched).macs == 210
+    assert count_flops(Run(torch.bmm), *batched).macs == 210
+    assert count_flops(Run(torch.addmv), torch.zeros(3), torch.zeros(3, 5), torch.zeros(5)).macs == 15
+
+
+EINSUMS = [
+    ("b h i d, b h j d -> b h i j", [(2, 3, 5, 7), (2, 3, 11, 7)], 2 * 3 * 5 * 11 * 7),
+    ("bhid,bhjd", [(2, 3, 5, 7), (2, 3, 11, 7)], 2 * 3 * 5 * 11 * 7),
+    ("...id,...jd->...ij", [(2, 3, 5, 7), (1, 3, 11, 7)], 2 * 3 * 5 * 11 * 7),
+    ("...id,jd->...ij", [(2, 3, 5, 7), (11, 7)], 2 * 3 * 5 * 11 * 7),
+    ("ij,jk->ik", [(12345, 6789), (6789, 101)], 12345 * 6789 * 101),
+    ("i,j->ij", [(5,), (7,)], 0),
+    ("ij,ij->ij", [(5, 7), (5, 7)], 0),
+    ("ij,ij->", [(5, 7), (5, 7)], 35),
+    ("ij,jk->i", [(5, 7), (7, 11)], 35),
+    ("ij,jk->ik", [(5, 1), (7, 11)], 0),
+    ("ab,bc,cd,de->ae", [(2, 3), (3, 5), (5, 7), (7, 11)], 30 + 70 + 154),
+    ("ii->i", [(5, 5)], 0),
+]
+
+
+@pytest.mark.parametrize(("equation", "shapes", "macs"), EINSUMS, ids=[equation for equation, *_ in EINSUMS])
+def test_einsum_in_exact_integers(equation: str, shapes: list[tuple[int, ...]], macs: int):
+    tensors = [empty(*shape) for shape in shapes]
+    module = Run(lambda *operands: torch.einsum(equation, *operands))
+    assert count_flops(module, *tensors).macs == macs == torch_macs(module, *tensors)
+
+
+def test_einsum_follows_a_path():
+    shapes = [(2, 3), (3, 5), (5, 7), (7, 11)]
+    assert einsum_macs("ab,bc,cd,de->ae", shapes, [2, 3, 1, 2, 0, 1]) == 5 * 7 * 11 + 3 * 5 * 11 + 2 * 3 * 11
+    assert einsum_macs("ab,bc,cd,de->ae", shapes, [0, 1, 0, 1, 0, 1]) == 2 * 3 * 5 + 5 * 7 * 11 + 2 * 5 * 11
+
+
+def test_an_operator_that_nobody_counts_is_named():
+    with pytest.raises(UnsupportedError, match=r"Run runs operators that nobody counts: aten::linalg_inv \(1 times\)"):
+        count_flops(Run(torch.linalg.inv), torch.eye(3))
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x @ x @ x
+
+
+def test_an_autograd_function_that_nobody_counts_is_named():
+    with pytest.raises(UnsupportedError, match=r"prim::PythonOp\.Cube"):
+        count_flops(Run(Cube.apply), torch.eye(3))
+
+
+def test_bad_input_gets_one_sentence():
+    with pytest.raises(ValueError, match="takes a torch"):
+        count_flops(torch.relu, torch.zeros(3))  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="Linear cannot be traced with these inputs"):
+        count_flops(nn.Linear(3, 4), torch.zeros(5))
+    attn = attnzoo.build("standard", heads=4, head_dim=8)
+    with pytest.raises(ValueError, match="q has 3 heads"):
+        count_flops(attn, *[torch.zeros(1, 3, 5, 8)] * 3)
+
+
+def test_a_missing_fvcore_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "fvcore.nn", None)
+    with pytest.raises(ImportError, match=r"pip install 'attnzoo\[cost\]'"):
+        count_flops(nn.Linear(3, 4), torch.zeros(5, 3))
+
+
+def test_import_leaves_fvcore_alone():
+    subprocess.run([sys.executable, "-c", "import attnzoo, sys; assert 'fvcore' not in sys.modules"], check=True)
+
+
+@pytest.mark.parametrize("variant", ["standard", "sliding_window", "linformer"])
+def test_a_million_tokens_take_no_memory(variant: str):
+    n = 2**20
+    with torch.device("meta"):
+        attn = attnzoo.build(variant, heads=8, head_dim=64, **({"max_length": n} if variant == "linformer" else {}))
+    q = empty(1, 8, n, 64)
+    counted = count_flops(attn, q, q, q)
+    assert counted.macs == attn.cost(1, n).macs
+    assert math.log2(counted.macs) > 30
