@@ -54,8 +54,12 @@ def _reference(engine: Sparse, call: Call) -> Tensor:
 
 
 def grid_of(call: Call) -> Grid:
-    """int() makes a compiled graph take the lengths as constants: layouts are made for one length."""
-    return Grid(call.q.shape[1], int(call.query_length), int(call.key_length), call.is_causal, call.q.device)
+    return Grid(call.q.shape[1], _constant(call.query_length), _constant(call.key_length), call.is_causal, call.q.device)
+
+
+def _constant(length: int) -> int:
+    """The same number, which a compiled graph then takes as a constant: a layout is made for one length. int() would stay symbolic."""
+    return len(range(int(length)))
 
 
 def _blocks(engine: Sparse, call: Call) -> Tensor:

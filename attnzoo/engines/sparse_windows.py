@@ -104,8 +104,8 @@ def _middle(engine: Softmax, pattern: Window, call: Call, grid: Grid, found: Pla
     if call.key_mask is None:
         return _slices(engine, q, k, v, band, found, padded=False)
     masks = call.key_mask[:, keys].unfold(1, found.slice_length, BLOCK)[:, None, :, None, :]  # (batch, 1, blocks, 1, slice)
-    samples = zip(q.split(1), k.split(1), v.split(1), masks, strict=True)
-    return torch.cat([_slices(engine, q1, k1, v1, band & mask, found, padded=True) for q1, k1, v1, mask in samples])
+    samples = [slice(sample, sample + 1) for sample in range(q.shape[0])]
+    return torch.cat([_slices(engine, q[one], k[one], v[one], band & masks[one][0], found, padded=True) for one in samples])
 
 
 def _slices(engine: Softmax, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, found: Plan, *, padded: bool) -> Tensor:
