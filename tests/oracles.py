@@ -85,10 +85,10 @@ def _normalised(products: Tensor) -> Tensor:
 
 
 def _softmax_over(visible: Tensor, q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None = None) -> Tensor:
-    scale = q.shape[1] ** -0.5 if scale is None else scale
+    factor = q.shape[1] ** -0.5 if scale is None else scale
 
     def weigh(i: int, seen: Tensor) -> Tensor:
-        scores = scale * (k[seen] @ q[i])
+        scores = factor * (k[seen] @ q[i])
         return _softmax(scores if bias is None else scores + bias[i, seen])
 
     return _rows(visible, weigh)

@@ -38,7 +38,7 @@ BAD_CALLS: dict[str, tuple[Change, list[str]]] = {
     "v of rank 5": (lambda q, k, v: {"v": v[None]}, [r"\bv\b.*\(1, 2, 2, 6, 8\)", "4 dimensions"]),
     "integer q": (lambda q, k, v: {"q": q.long()}, [r"\bq\b.*torch\.int64", "floating", r"q\.float\(\)"]),
     "integer k": (lambda q, k, v: {"k": k.int()}, [r"\bk\b.*torch\.int32", "floating", r"k\.float\(\)"]),
-    "complex v": (lambda q, k, v: {"v": v.cfloat()}, [r"\bv\b.*torch\.complex64", "floating"]),
+    "complex v": (lambda q, k, v: {"v": v.to(torch.complex64)}, [r"\bv\b.*torch\.complex64", "floating"]),
     "k of another dtype": (lambda q, k, v: {"k": k.double()}, [r"\bk\b.*torch\.float64.*\bq\b.*torch\.float32", "agree", "convert"]),
     "v of another dtype": (lambda q, k, v: {"v": v.half()}, [r"\bv\b.*torch\.float16.*\bq\b.*torch\.float32", "agree", "convert"]),
     "k on another device": (lambda q, k, v: {"k": k.to("meta")}, [r"\bk\b.*meta.*\bq\b.*cpu", "one device"]),
@@ -115,7 +115,7 @@ def test_what_the_spec_excludes(case: Case) -> None:
         says(error, *fragments)
         del arguments["v"]
         with pytest.raises(UnsupportedError):
-            attn.weights(**arguments)
+            attn.weights(**arguments)  # pyright: ignore[reportArgumentType]
     assert issubclass(UnsupportedError, ValueError)
 
 
@@ -224,7 +224,7 @@ def test_bad_states(case: Case) -> None:
         ({"batch_size": 2, "kv_heads": 0}, ["kv_heads=0", "at least 1"]),
     ):
         with pytest.raises(ValueError) as error:  # noqa: PT011
-            attn.init_state(**arguments)
+            attn.init_state(**arguments)  # pyright: ignore[reportArgumentType]
         says(error, *fragments)
     state = attn.init_state(2, kv_heads=2)
     with pytest.raises(ValueError) as error:  # noqa: PT011
@@ -248,7 +248,7 @@ def test_bad_costs(case: Case) -> None:
         ((1, 6.5), [r"query_length=6\.5"]),
     ):
         with pytest.raises(ValueError) as error:  # noqa: PT011
-            attn.cost(*arguments)
+            attn.cost(*arguments)  # pyright: ignore[reportArgumentType]
         says(error, *fragments, "whole number of at least 1")
     for kv_heads, fragment in ((3, "divide heads=4"), (0, "kv_heads=0")):
         with pytest.raises(ValueError) as error:  # noqa: PT011

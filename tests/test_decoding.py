@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +20,13 @@ TOLERANCE = 1e-10
 N = 150  # more than one chunk of the causal scan
 
 
-def chunks(lengths: list[int], *some: Tensor | None) -> list[list[Tensor | None]]:
+def chunks(lengths: list[int], *some: Tensor | None) -> list[list[Any]]:
     """The tensors cut along the length (dimension 2, or 1 of a key_mask)."""
     columns = [[None] * len(lengths) if x is None else x.split(lengths, 2 if x.dim() == 4 else 1) for x in some]
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def decode(attn: Attention, lengths: list[int], q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, state=None) -> tuple[Tensor, object]:
+def decode(attn: Attention, lengths: list[int], q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, state=None) -> tuple[Tensor, Any]:
     """All rows, the tokens given in pieces of these lengths."""
     if state is None:
         state = attn.init_state(q.shape[0], kv_heads=k.shape[1], dtype=q.dtype)
@@ -109,14 +110,16 @@ def test_two_continuations_of_one_state(case: Case, room: int | None) -> None:
     wholes = [attn(*(torch.cat([a, b], 2) for a, b in zip((q, k, v), tail, strict=True)), is_causal=True)[:, :, 30:] for tail in tails]
     with torch.no_grad():
         _, root = attn.step(q, k, v, attn.init_state(2, room, dtype=q.dtype))
-        states, rows = [root, root], [[], []]
+        states, rows = [root, root], ([], [])
         for i in range(24):
             for branch in (0, 1):
-                out, states[branch] = attn.step(*(x[:, :, i : i + 1] for x in tails[branch]), states[branch])
+                q1, k1, v1 = (x[:, :, i : i + 1] for x in tails[branch])
+                out, states[branch] = attn.step(q1, k1, v1, states[branch])
                 rows[branch].append(out)
         for branch in (0, 1):
             close(torch.cat(rows[branch], 2), wholes[branch], TOLERANCE, f"branch {branch}")
-        again, _ = attn.step(*tails[1], root)
+        q1, k1, v1 = tails[1]
+        again, _ = attn.step(q1, k1, v1, root)
         close(again, wholes[1], TOLERANCE, "the root, gone on from once more")
 
 

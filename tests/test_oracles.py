@@ -82,7 +82,9 @@ def test_weights_are_the_oracles_matrix(case: Case, situation: Situation, is_cau
             attn.weights(q, k, **masks)
         return
     a = attn.weights(q, k, **masks)
-    close(a, oracle_answer(case, situation, is_causal).weights, FLOAT64_TOLERANCE, "weights")
+    expected = oracle_answer(case, situation, is_causal).weights
+    assert expected is not None
+    close(a, expected, FLOAT64_TOLERANCE, "weights")
     shared = v.repeat_interleave(situation.heads // situation.kv_heads, 1)
     close(a @ shared, attn(q, k, v, **masks), FLOAT64_TOLERANCE, "A times v against the fast path")
 

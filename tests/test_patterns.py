@@ -13,7 +13,7 @@ from torch import Tensor
 import attnzoo
 from attnzoo.call import Call
 from attnzoo.engines.sparse import Sparse
-from attnzoo.patterns import GlobalBlocks, Grid, Pattern, RandomBlocks, Window, WindowBlocks
+from attnzoo.patterns import BlockUnion, GlobalBlocks, Grid, Pattern, RandomBlocks, Window, WindowBlocks
 
 LENGTHS = [(1, 1), (65, 65), (5, 70), (1, 70), (70, 64), (200, 200)]
 
@@ -190,7 +190,7 @@ def support(pattern: Pattern, grid: Grid) -> Tensor:
 def test_patterns_join_as_sets(lengths: tuple[int, int], is_causal: bool) -> None:
     grid = Grid(4, *lengths, is_causal)
     window, near, far = Window(5), WindowBlocks(3, 4), GlobalBlocks(2, 4)
-    random = RandomBlocks(2, 4, 0, near | far)
+    random = RandomBlocks(2, 4, 0, BlockUnion(near, far))
     for left in (window, near, far, random):
         for right in (window, near, far, random, GlobalBlocks(1, 3)):
             assert torch.equal(support(left | right, grid), support(left, grid) | support(right, grid))
