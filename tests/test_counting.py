@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 from typing import Any
@@ -15,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attnzoo
 from attnzoo import UnsupportedError, count_flops
+from attnzoo.cost import folding
 from attnzoo.cost.handles import einsum_macs
+from attnzoo.engines.linear import CHUNK
 
 pytest.importorskip("fvcore")
 HEADS, HEAD_DIM = 4, 8
@@ -223,12 +224,39 @@ def test_import_leaves_fvcore_alone():
     subprocess.run([sys.executable, "-c", "import attnzoo, sys; assert 'fvcore' not in sys.modules"], check=True)
 
 
-@pytest.mark.parametrize("variant", ["standard", "sliding_window", "linformer"])
-def test_a_million_tokens_take_no_memory(variant: str):
+LINEAR = [case for case in cases() if case.variant in ("linear", "performer")]
+
+
+@pytest.mark.parametrize("case", LINEAR, ids=str)
+def test_a_folded_loop_counts_as_the_unrolled_one(case: Case, monkeypatch: pytest.MonkeyPatch):
+    """Every table of the report, with a remainder, without one, and under a key mask."""
+    attn = case.build(HEADS, HEAD_DIM).to("meta")
+    for n, padded, is_causal in ((4 * CHUNK + 77, True, False), (3 * CHUNK, False, False), (3 * CHUNK + 1, True, True), (2 * CHUNK, False, True)):
+        q, k = empty(2, HEADS, n, HEAD_DIM), empty(2, 2, n, HEAD_DIM)
+        masks = {"key_mask": torch.ones(2, n, dtype=torch.bool, device="meta")} if padded else {}
+        monkeypatch.setattr(folding, "FOLDED_FROM", n + 1)
+        unrolled = count_flops(attn, q, k, k, is_causal=is_causal, **masks)
+        monkeypatch.setattr(folding, "FOLDED_FROM", n)
+        folded = count_flops(attn, q, k, k, is_causal=is_causal, **masks)
+        assert folded == unrolled
+        assert folded.macs == attn.cost(2, n, kv_heads=2, is_causal=is_causal).macs
+
+
+@pytest.mark.parametrize("case", [Case(name) for name in attnzoo.names()], ids=str)
+def test_a_million_tokens(case: Case):
     n = 2**20
+    sized: dict[str, Any] = {"max_length": n} if case.spec.needs_max_length else {}
     with torch.device("meta"):
-        attn = attnzoo.build(variant, heads=8, head_dim=64, **({"max_length": n} if variant == "linformer" else {}))
-    q = empty(1, 8, n, 64)
-    counted = count_flops(attn, q, q, q)
-    assert counted.macs == attn.cost(1, n).macs
-    assert math.log2(counted.macs) > 30
+        attn = case.build(heads=8, head_dim=64, **sized)
+    q, k = empty(1, 8, n, 64), empty(1, 2, n, 64)
+    for is_causal in (False, True):
+        if can(case.spec, is_causal):
+            assert count_flops(attn, q, k, k, is_causal=is_causal).macs == attn.cost(1, n, kv_heads=2, is_causal=is_causal).macs
+
+
+def test_modules_are_left_as_they_were():
+    attn = attnzoo.build("linear", heads=4, head_dim=8)
+    q = torch.zeros(1, 4, 6 * CHUNK, 8)
+    count_flops(attn, q, q, q)
+    assert "forward" not in vars(attn.engine)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in attn.modules())

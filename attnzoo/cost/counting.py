@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from attnzoo.call import UnsupportedError
-from attnzoo.cost.handles import ELEMENTWISE, all_handles
+from attnzoo.cost.folding import folded_loops
+from attnzoo.cost.handles import ELEMENTWISE, Handle, all_handles
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,19 @@ def count_flops(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> FlopReport
     """
     if not isinstance(module, nn.Module):
         raise ValueError(f"count_flops takes a torch.nn.Module; got {type(module).__name__}: wrap a function in a module")
+    with folded_loops(module, _count_by_operator) as handle:
+        return _report(_trace(module, inputs, kwargs, **{"prim::PythonOp.FoldedLoop": handle}))
+
+
+def _count_by_operator(module: nn.Module, *inputs: Tensor) -> Counter[str]:
+    return _trace(module, inputs, {})["module"]
+
+
+def _trace(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], **handles: Handle) -> dict[str, Counter[str]]:
+    """fvcore's counts by module (the whole is called "module") and operator."""
     call = _TensorsOnly(module, inputs, kwargs)
     analysis = _flop_count_analysis()(call, tuple(call.tensors(inputs, kwargs)))
-    analysis.set_op_handle(**all_handles()).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    analysis.set_op_handle(**all_handles(), **handles).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     try:
         with torch.no_grad(), _plain_operators():
             analysis.total()
@@ -66,7 +77,7 @@ def count_flops(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> FlopReport
     if unknown:
         named = ", ".join(f"{name} ({times} times)" for name, times in sorted(unknown.items()))
         raise UnsupportedError(f"{type(module).__name__} runs operators that nobody counts: {named}; the count would be too small")
-    return _report(analysis.by_module_and_operator())
+    return analysis.by_module_and_operator()
 
 
 class _TensorsOnly(nn.Module):

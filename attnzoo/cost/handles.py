@@ -28,16 +28,15 @@ ELEMENTWISE: dict[str, int] = {
 """Operations for each number that comes out, by operator: exponentials and other functions, divisions, normalisations."""
 
 # Sums, comparisons, masks, copies, indices and shapes, beside those that fvcore ignores by itself.
-IGNORED = tuple(
-    """
-    Bool Float FloatImplicit IntImplicit __lshift__ __or__ __rshift__ __xor__ abs add add_ alias all amax amin any argmax argsort as_strided avg_pool2d
-    bernoulli bitwise_and bitwise_or bool broadcast_tensors broadcast_to ceil clamp_max clamp_min clone cummax cumsum diagonal dim dropout_ embedding
-    empty_like expand_as eye feature_dropout fill_ flip float hardtanh im2col index_select isfinite isinf isnan item le leaky_relu lift_fresh logical_and
-    logical_not logical_or lt mT masked_fill_ matrix_H max_pool2d maximum mean meshgrid min minimum movedim mul mul_ ne neg new_ones norm numel numpy_T
-    one_hot ones_like pad pow rand rand_like randn randn_like repeat repeat_interleave resolve_conj round rsub scalar_tensor scatter scatter_ sign sort
-    square sub sub_ sum take_along_dim tensor_split tile topk tril triu type unflatten unfold view_as where zero_
-    """.split()
-)
+_IGNORED = """
+Bool Float FloatImplicit IntImplicit __lshift__ __or__ __rshift__ __xor__ abs add add_ alias all amax amin any argmax argsort as_strided
+avg_pool2d bernoulli bitwise_and bitwise_or bool broadcast_tensors broadcast_to ceil clamp_max clamp_min clone cummax cumsum diagonal diff
+dim dropout_ embedding empty_like expand_as eye feature_dropout fill_ flip float hardtanh im2col index_select isfinite isinf isnan item le
+leaky_relu lift_fresh logical_and logical_not logical_or lt mT masked_fill_ matrix_H max_pool2d maximum mean meshgrid min minimum movedim
+mul mul_ ne neg new_ones norm numel numpy_T one_hot ones_like pad pow rand rand_like randn randn_like repeat repeat_interleave resolve_conj
+round rsub scalar_tensor scatter scatter_ sign sort square sub sub_ sum take_along_dim tensor_split tile topk tril triu type unflatten
+unfold view_as where zero_
+"""
 
 # The zoo's own autograd functions whose forward is a view.
 VIEWS = ("_Slices",)
@@ -128,4 +127,4 @@ def all_handles() -> dict[str, Handle | None]:
     }
     elementwise = {f"aten::{name}{in_place}": _per_output(name, rate) for name, rate in ELEMENTWISE.items() for in_place in ("", "_")}
     views = {f"prim::PythonOp.{name}": _nothing for name in VIEWS}  # fvcore cannot ignore a Python function by its name
-    return {**dict.fromkeys(f"aten::{name}" for name in IGNORED), **products, **elementwise, **views}
+    return {**dict.fromkeys(f"aten::{name}" for name in _IGNORED.split()), **products, **elementwise, **views}

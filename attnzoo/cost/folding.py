@@ -1,0 +1,104 @@
+"""Long token loops counted without being unrolled.
+
+The linear engine walks over the tokens in chunks. The first chunk has no past and the last may be short or need not be
+remembered; every chunk between runs the same operators on the same shapes. So with the remainder held fixed the cost of a forward
+is affine in the number of chunks, from two full ones on, and two short forwards give the cost of any long one exactly.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.call import Call
+from attnzoo.engines.linear import CAUSAL_CHUNK, CHUNK, Linear
+
+FOLDED_FROM = 6 * CHUNK  # tokens; below, the whole loop is traced
+Count = Callable[..., Counter[str]]
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """One forward of an engine, by its sizes."""
+
+    engine: Linear
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+    v: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    padded: bool
+    is_causal: bool
+    backend: str
+
+    def counted(self, count: Count) -> Counter[str]:
+        """Operations by operator. count: of one call of a module."""
+        length, chunk = self.q[2], CAUSAL_CHUNK if self.is_causal else CHUNK
+        first = length % chunk + 2 * chunk
+        at_first, at_next = (count(_OneForward(self), *self._inputs(n)) for n in (first, first + chunk))
+        chunks = (length - first) // chunk
+        return Counter({name: at_first[name] + chunks * (at_next[name] - at_first[name]) for name in at_next})
+
+    def _inputs(self, length: int) -> list[Tensor]:
+        tensors = [torch.zeros(*shape[:2], length, shape[3], dtype=self.dtype, device=self.device) for shape in (self.q, self.k, self.v)]
+        return [*tensors, torch.ones(self.k[0], length, dtype=torch.bool, device=self.device)] if self.padded else tensors
+
+
+class _OneForward(nn.Module):
+    def __init__(self, forward: _Forward) -> None:
+        super().__init__()
+        self.engine, self.is_causal, self.backend = forward.engine, forward.is_causal, forward.backend
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        # Past the folding that stands in the engine's place.
+        return type(self.engine).forward(self.engine, Call(q, k, v, key_mask, None, self.is_causal), self.backend)[0]
+
+
+class FoldedLoop(torch.autograd.Function):
+    """Stands in the graph for one long forward; `place` says which."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, place: int) -> Tensor:
+        return q.new_zeros(*q.shape[:3], v.shape[3])
+
+
+def _sizes(x: Tensor) -> tuple[int, ...]:
+    """As plain integers; while tracing they are tensors."""
+    return tuple(int(size) for size in x.shape)
+
+
+@contextmanager
+def folded_loops(module: nn.Module, count: Count) -> Iterator[Callable[[list[Any], list[Any]], Counter[str]]]:
+    """Inside, long forwards of linear engines become one operator, `prim::PythonOp.FoldedLoop`, whose handle is given."""
+    found: list[_Forward] = []
+
+    def folding(engine: Linear) -> Callable[..., tuple[Tensor, str]]:
+        def forward(call: Call, backend: str = "auto") -> tuple[Tensor, str]:
+            q, k, v = call.q, call.k, call.v
+            chosen = engine.choose(call, backend).name
+            if chosen != "chunked" or int(q.shape[2]) != int(k.shape[2]) or int(q.shape[2]) < FOLDED_FROM:
+                return type(engine).forward(engine, call, backend)
+            padded = call.key_mask is not None
+            found.append(_Forward(engine, _sizes(q), _sizes(k), _sizes(v), q.dtype, q.device, padded, bool(call.is_causal), chosen))
+            return FoldedLoop.apply(q, k, v, len(found) - 1), chosen
+
+        return forward
+
+    def handle(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+        (place,) = outputs[0].node().scalar_args()
+        return found[place].counted(count)
+
+    engines = [engine for engine in module.modules() if isinstance(engine, Linear)]
+    for engine in engines:
+        engine.forward = folding(engine)
+    try:
+        yield handle
+    finally:
+        for engine in engines:
+            del engine.forward
