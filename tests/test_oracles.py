@@ -89,10 +89,16 @@ def test_weights_are_the_oracles_matrix(case: Case, situation: Situation, is_cau
     close(a @ shared, attn(q, k, v, **masks), FLOAT64_TOLERANCE, "A times v against the fast path")
 
 
+SCALE = st.sampled_from([None, 0.1, 1.0])
 OPTIONS: dict[str, st.SearchStrategy[dict]] = {
-    "standard": st.fixed_dictionaries({"scale": st.sampled_from([None, 0.1, 2.0])}),
+    "standard": st.fixed_dictionaries({"scale": SCALE}),
     "linformer": st.fixed_dictionaries(
-        {"rank": st.integers(1, 40), "max_length": st.integers(40, 50), "sharing": st.sampled_from(["none", "headwise", "key_value"])}
+        {
+            "rank": st.integers(1, 40),
+            "max_length": st.integers(40, 50),
+            "sharing": st.sampled_from(["none", "headwise", "key_value", "layerwise"]),
+            "scale": SCALE,
+        }
     ),
     "linear": st.fixed_dictionaries({"feature_map": st.sampled_from(["elu", "softmax"])}),
     "performer": st.fixed_dictionaries(
@@ -101,9 +107,10 @@ OPTIONS: dict[str, st.SearchStrategy[dict]] = {
             "features": st.sampled_from(["positive", "hyperbolic"]),
             "orthogonal": st.booleans(),
             "seed": st.integers(0, 9),
+            "scale": SCALE,
         }
     ),
-    "sliding_window": st.fixed_dictionaries({"window": st.integers(1, 50)}),
+    "sliding_window": st.fixed_dictionaries({"window": st.integers(1, 50), "scale": SCALE}),
     "bigbird": st.fixed_dictionaries(
         {
             "block_size": st.integers(1, 12),
@@ -111,6 +118,7 @@ OPTIONS: dict[str, st.SearchStrategy[dict]] = {
             "num_window_blocks": st.sampled_from([1, 3, 5]),
             "num_global_blocks": st.integers(0, 4),
             "seed": st.integers(0, 9),
+            "scale": SCALE,
         }
     ),
 }
