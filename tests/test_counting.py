@@ -96,6 +96,31 @@ def test_encoder_layer_in_both_modes():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_encoder_of_layers():
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, device="meta")
+    encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    x, padded = empty(2, 20, 32), torch.zeros(2, 20, dtype=torch.bool, device="meta")
+    assert count_flops(encoder, x).macs == 3 * count_flops(layer, x).macs == torch_macs(encoder.train(), x)
+    assert count_flops(encoder, x, src_key_padding_mask=padded).macs == count_flops(encoder, x).macs
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_hugging_face_model(family: str, attention: str):
+    transformers = pytest.importorskip("transformers")
+    batch, n = 2, 33
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 100}
+    per_token, pooler = 4 * 64**2 + 2 * 64 * 128, 64**2
+    if family == "llama":
+        per_token, pooler = 2 * 64**2 + 2 * 64 * 32 + 3 * 64 * 128, 0
+        sizes |= {"num_key_value_heads": 2, "use_cache": False}
+    config = transformers.AutoConfig.for_model(family, **sizes)
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config, attn_implementation=attention).eval()
+    tokens = torch.zeros(batch, n, dtype=torch.long, device="meta")
+    assert count_flops(model, input_ids=tokens).macs == batch * (2 * (n * per_token + 2 * n * n * 64) + pooler)
+
+
 def test_tables_add_up_and_softmax_has_its_own_column():
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4), nn.Softmax(-1))
     counted = count_flops(model, torch.zeros(3, 8))
