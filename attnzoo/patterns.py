@@ -290,19 +290,21 @@ def _skip(ranks: Tensor, taken: Tensor) -> Tensor:
 
 
 def hashed_uniform(seed: int, *indices: Tensor) -> Tensor:
-    """A number in [0, 1), float64, for each combination of broadcast integer indices: splitmix64 (Steele et al. 2014) over them in turn."""
-    value = torch.full((), seed, dtype=torch.int64, device=indices[0].device)
+    """A number in [0, 1), float64, for each combination of broadcast integer indices below 2**31: a 32-bit hash of them in turn.
+
+    No product here reaches 2**63: compilers that treat index arithmetic as whole numbers do not wrap as torch does.
+    """
+    value = _mix(torch.full((), seed & _MASK, dtype=torch.int64, device=indices[0].device))
+    value = _mix(value ^ ((seed >> 32) & _MASK))
     for index in indices:
-        value = _mix(value + (index + 1) * -7046029254386353131)  # 0x9E3779B97F4A7C15
-    return _shifted(value, 11).double() * 2.0**-53
+        value = _mix(value ^ (((index + 1) * 0x9E3779B1) & _MASK))
+    return value.double() * 2.0**-32
+
+
+_MASK = 2**32 - 1
 
 
 def _mix(value: Tensor) -> Tensor:
-    value = (value ^ _shifted(value, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-    value = (value ^ _shifted(value, 27)) * -7723592293110705685  # 0x94D049BB133111EB
-    return value ^ _shifted(value, 31)
-
-
-def _shifted(value: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right: torch's >> keeps the sign."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
+    for _ in range(2):
+        value = ((value ^ (value >> 16)) * 0x45D9F3B) & _MASK
+    return value ^ (value >> 16)
