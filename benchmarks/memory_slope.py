@@ -22,7 +22,7 @@ from attnzoo.bench.memory import peak_bytes
 from attnzoo.fidelity.environment import environment
 from attnzoo.registry import options_of, spec_of
 
-LENGTHS = (4096, 16384, 65536)
+LENGTHS = (4096, 8192, 32768)
 REFERENCE_LENGTHS = (1024, 2048, 4096)
 
 
