@@ -282,3 +282,33 @@ def test_windows_in_longformers_words(attention_window: int) -> None:
         Window.from_longformer(attention_window + 1)
     with pytest.raises(ValueError, match="window=1"):
         Window(1).to_longformer()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_windows_in_the_dialects_of_other_libraries(is_causal: bool) -> None:
+    """flash-attn's (left, right) are the keys before and after; Longformer's attention_window is both sides together."""
+    i, j = torch.arange(40)[:, None], torch.arange(40)
+    for left in (0, 1, 7):
+        right = 0 if is_causal else left
+        window = Window.from_flash_attention(left, right)
+        shown = window.mask(Grid(1, 40, 40, is_causal))[0]
+        assert torch.equal(shown & (j <= i) if is_causal else shown, (j >= i - left) & (j <= i + right))
+        assert window.to_flash_attention(is_causal) == (left, right)
+    for attention_window in (2, 8):
+        window = Window.from_longformer(attention_window)
+        assert torch.equal(window.mask(Grid(1, 40, 40, False))[0], (i - j).abs() <= attention_window // 2)
+        assert window.to_longformer() == attention_window
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Window.from_flash_attention(-1, 0), r"\(-1, 0\)"),
+        (lambda: Window.from_flash_attention(3, 2), r"\(3, 2\)"),
+        (lambda: Window.from_longformer(7), "attention_window=7"),
+        (lambda: Window(1).to_longformer(), "window=1"),
+    ],
+)
+def test_windows_that_another_dialect_cannot_say(make, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make()

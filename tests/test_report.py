@@ -203,7 +203,7 @@ def test_figures_are_written_twice_alike(comparison, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         folder.mkdir()
-        written = write_figures(comparison, folder)
+        written = write_figures(drawings(comparison), folder, "compare-")
         assert {path.suffix for path in written} == {".png", ".svg"} and len(written) == 8
     assert all(path.read_bytes() == (second / path.name).read_bytes() for path in first.iterdir())
 
@@ -269,4 +269,4 @@ def test_rows_without_numbers_make_no_empty_figure():
 
 def test_a_variant_that_is_no_longer_registered_is_still_drawn(tmp_path):
     old = Comparison((row("removed", 0.4), row("linear", 0.5)), (), (), {}, ())
-    assert write_figures(old, tmp_path)
+    assert write_figures(drawings(old), tmp_path, "compare-")

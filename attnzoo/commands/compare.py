@@ -102,10 +102,11 @@ COMPARE = Command("compare", "Compare variants with exact attention on queries, 
 def write_results(comparison: Comparison, folder: Path) -> list[Path]:
     """Write compare.json, compare.html and the figures; return the paths."""
     from attnzoo.report.export import write_figures
+    from attnzoo.report.figures import drawings
     from attnzoo.report.page import page
 
     written = [write_text(folder / "compare.json", comparison.to_json() + "\n"), write_text(folder / "compare.html", page(comparison))]
-    return written + write_figures(comparison, folder)
+    return written + write_figures(drawings(comparison), folder, "compare-")
 
 
 def check_lengths(lengths: Sequence[int], models: Sequence[str]) -> list[int]:

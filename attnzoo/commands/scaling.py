@@ -71,12 +71,13 @@ SCALING = Command("scaling", "What attention costs: MACs, memory, time, paths an
 
 def write_results(found: Scaling, folder: Path) -> list[Path]:
     """Write scaling.json, scaling.html, one CSV a table and the figures; return the paths."""
-    from attnzoo.cost.scaling_figures import PREFIX, write_figures
+    from attnzoo.cost.scaling_figures import drawings
     from attnzoo.cost.scaling_page import page
+    from attnzoo.report.export import write_figures
 
     written = [write_text(folder / "scaling.json", found.to_json() + "\n"), write_text(folder / "scaling.html", page(found))]
-    written += [write_text(folder / f"{PREFIX}{table.name}.csv", table.to_csv()) for table in found.tables]
-    return written + write_figures(found, folder)
+    written += [write_text(folder / f"scaling-{table.name}.csv", table.to_csv()) for table in found.tables]
+    return written + write_figures(drawings(found), folder, "scaling-")
 
 
 def scaling_view(found: Scaling) -> RenderableType:

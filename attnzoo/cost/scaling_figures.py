@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnzoo.cost import article
@@ -15,15 +14,13 @@ from attnzoo.cost.model_tables import causality
 from attnzoo.cost.scaling import Scaling
 from attnzoo.report.axes import log_axis
 from attnzoo.report.columns import count, duration
-from attnzoo.report.export import DOTS_PER_INCH, NO_SVG_METADATA
 from attnzoo.report.figures import Drawing
-from attnzoo.report.style import INK, LINES, MARKERS, PALETTE, RC, new_figure, styles
+from attnzoo.report.style import INK, LINES, MARKERS, PALETTE, new_figure, styles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PREFIX = "scaling-"  # of the files' names
 PAIR_LENGTHS = (8, 16, 32)
 VARIANT_LENGTHS = tuple(2**power for power in range(7, 17))
 FLOPS_LENGTHS = tuple(2**power for power in range(6, 15))
@@ -73,21 +70,6 @@ def drawings(scaling: Scaling) -> list[Drawing]:
             legend="below",
         ),
     ]
-
-
-def write_figures(scaling: Scaling, folder: Path) -> list[Path]:
-    """Write every figure into `folder` as PNG and SVG, on white; return the paths. Equal input, equal bytes."""
-    from matplotlib import rc_context
-
-    written = []
-    for drawing in drawings(scaling):
-        with rc_context({**RC, "svg.hashsalt": drawing.name}):
-            figure = drawing.whole()
-            for ending, metadata in (("png", {"Software": None}), ("svg", NO_SVG_METADATA)):
-                path = folder / f"{PREFIX}{drawing.name}.{ending}"
-                figure.savefig(path, dpi=DOTS_PER_INCH, facecolor="white", metadata=metadata)
-                written.append(path)
-    return written
 
 
 def _drawing(name: str, title: str, caption: str, *paints: Paint, size: tuple[float, float] = (5.0, 3.6), legend: str = "inside") -> Drawing:

@@ -54,10 +54,12 @@ def number(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
+    """A share in whole percent: 67%."""
     return ABSENT if value is None else f"{100 * value:.0f}%"
 
 
 def ratio(value: float | None) -> str:
+    """A speed-up in three digits: 4.36x."""
     return ABSENT if value is None else f"{_three_digits(value)}x"
 
 
@@ -72,6 +74,7 @@ def memory(value: int | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
+    """Seconds in the unit that fits: 34.5 ms."""
     return ABSENT if seconds is None else _scaled(seconds * 1e6, 1000, ("us", "ms", "s"))
 
 

@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnzoo.fidelity.rows import Comparison
-from attnzoo.report.figures import drawings
+from attnzoo.report.figures import Drawing
 from attnzoo.report.style import FAINT, INK, RC
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PREFIX = "compare-"  # of the files' names
 DOTS_PER_INCH = 160
 LARGEST, SMALLEST = 1.33, 0.75  # how much larger and smaller than its natural size a page may draw a figure
 NO_SVG_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
-def write_figures(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write every figure of the comparison into `folder` as PNG and SVG, on white; return the paths. Equal input, equal bytes."""
+def write_figures(drawings: Iterable[Drawing], folder: Path, prefix: str) -> list[Path]:
+    """Write every figure into `folder` as PNG and SVG, on white, its name behind `prefix`; return the paths. Equal input, equal bytes."""
     from matplotlib import rc_context
 
     written = []
-    for drawing in drawings(comparison):
+    for drawing in drawings:
         with rc_context({**RC, "svg.hashsalt": drawing.name}):
             figure = drawing.whole()
             for ending, metadata in (("png", {"Software": None}), ("svg", NO_SVG_METADATA)):
-                path = folder / f"{PREFIX}{drawing.name}.{ending}"
+                path = folder / f"{prefix}{drawing.name}.{ending}"
                 figure.savefig(path, dpi=DOTS_PER_INCH, facecolor="white", metadata=metadata)
                 written.append(path)
     return written
