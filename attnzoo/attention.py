@@ -74,7 +74,8 @@ class Attention(nn.Module):
         q: (batch, heads, query_length, head_dim); k, v: (batch, kv_heads, key_length, head_dim), kv_heads divides heads.
         key_mask: (batch, key_length) bool, True = attend. attn_mask: bool (True = attend) or additive float, broadcastable
         to (batch, heads, query_length, key_length). is_causal: query i sees keys up to position key_length - query_length + i.
-        Returns (batch, heads, query_length, head_dim) in q's dtype; a row that sees no key is 0.
+        Returns (batch, heads, query_length, head_dim) in q's dtype; a row that sees no key is 0. What stands in a padded slot
+        reaches nothing. With is_causal, a NaN or inf in k or v makes every later row NaN and no earlier one.
         Raises ValueError on a malformed argument, UnsupportedError on what the spec excludes.
         """
         call = Call(q, k, v, key_mask, attn_mask, is_causal)

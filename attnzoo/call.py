@@ -48,7 +48,7 @@ class Call:
 
 
 def repeat_heads(x: Tensor, group: int) -> Tensor:
-    """(batch, kv_heads, ...) -> (batch, kv_heads * group, ...): every query head gets its own view of the shared head."""
+    """(batch, kv_heads, ...) -> (batch, kv_heads * group, ...): every query head gets its own copy of the shared head."""
     return x if group == 1 else x.repeat_interleave(group, dim=1)
 
 

@@ -51,9 +51,9 @@ def register(cls: AttentionClass) -> AttentionClass:
 
 
 def names() -> list[str]:
-    """Names of all variants: `standard` first, then in alphabetical order."""
+    """Names of all variants: exact attention first, then in alphabetical order."""
     _discover()
-    return sorted(_registered, key=lambda name: (not _registered[name].spec.exact or _registered[name].spec.family != "exact", name))
+    return sorted(_registered, key=lambda name: (_registered[name].spec.family != "exact", name))
 
 
 def build(name: str, /, **options: Any) -> Attention:

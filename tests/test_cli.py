@@ -166,7 +166,8 @@ def test_a_request_that_cannot_be_met_gets_one_sentence(capsys, arguments, words
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
 def test_a_device_that_is_not_there(capsys):
-    assert "--device cpu" in refused(capsys, "compare", "--device", "cuda")
+    said = refused(capsys, "compare", "--device", "cuda")
+    assert "device='cuda' is not there" in said and "use cpu" in said
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_run(capsys):

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # pyright: ignore[reportPrivateImportUsage]
 from rich.console import Console
 
+from attnzoo.configuration import read_yaml
 from attnzoo.registry import nearest
 
 PIPED_WIDTH = 120  # columns, when the output is no terminal and COLUMNS does not say
@@ -64,16 +64,7 @@ class ConfigFile(ActionConfigFile):
 
 def check_config(path: str, known: dict[str, Any]) -> None:
     """Raise a ValueError, one sentence, when the file cannot be read, is no YAML mapping, has an unknown key or an empty one."""
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--config {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"--config {path} is not a text file; give a YAML file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(f"--config {path} is not valid YAML{where} ({getattr(error, 'problem', None) or error}); is it half-written?") from None
+    found = read_yaml(Path(path), f"--config {path}")
     if not isinstance(found, dict):
         what = "empty" if found is None else f"a {type(found).__name__}"
         raise ValueError(f"--config {path} is {what}; it must hold lines of the form `key: value` with {', '.join(known)}")

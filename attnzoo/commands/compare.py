@@ -44,6 +44,7 @@ MODELS = {"smollm2": Model("SmolLM2-135M", 8192), "minilm": Model("MiniLM-L6", 5
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    """The settings of a comparison, from the command line or a YAML file."""
     from attnzoo.fidelity.samples import LENGTHS
 
     parser.add_argument("--config", action=ConfigFile, help="a YAML file with any of the settings below, such as configs/compare.yaml")
@@ -70,7 +71,7 @@ def run(settings: Namespace) -> int:
     from attnzoo.report.tables import comparison_view
 
     started = time.monotonic()
-    device, dtype = check_device(settings.device), check_dtype(settings.dtype)
+    device, dtype = fidelity.check_device(settings.device), check_dtype(settings.dtype)
     variants = None if settings.variants is None else [parse_variant(text) for text in settings.variants]
     lengths = check_lengths(settings.lengths, settings.models)
     if not 0 <= settings.seed < SEEDS:
@@ -122,22 +123,6 @@ def check_lengths(lengths: Sequence[int], models: Sequence[str]) -> list[int]:
         limits = " and ".join(f"{MODELS[model].title} reads at most {MODELS[model].max_length:,} tokens" for model in models)
         raise ValueError(f"length={longest} is too long: {limits}; give --lengths up to that, or --models {SYNTHETIC}")
     return sorted(set(lengths))
-
-
-def check_device(text: str) -> torch.device:
-    """The device. Raises ValueError when it is unknown or not there."""
-    import torch
-
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={text!r} is unknown{nearest(text, ['cpu', 'cuda'])}; use cpu, cuda or cuda:INDEX")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"device={text!r} is not there: torch {torch.__version__} sees {count} CUDA devices; use --device cpu")
-    return device
 
 
 def check_dtype(text: str) -> torch.dtype:

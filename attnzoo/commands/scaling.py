@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    """The model, the GPU and the variants whose cost is asked for."""
     parser.add_argument("--config", action=ConfigFile, help="a YAML file with any of the settings below")
     parser.add_argument("--model", type=str, default="gpt2", help="a preset of configs/models.yaml, or d=4096,heads=32,kv_heads=8,layers=32")
     parser.add_argument("--gpu", type=str, default="h100", help="a preset of configs/gpus.yaml, or memory_gb=48,tflops=150,bandwidth_gb=700")

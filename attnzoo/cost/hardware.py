@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from attnzoo.cost.presets import choose, configs_folder, read_presets
+from attnzoo.configuration import configs_folder
+from attnzoo.cost.presets import choose, read_presets
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from attnzoo.arguments import check_positive
-from attnzoo.cost.presets import choose, configs_folder, read_presets
+from attnzoo.configuration import configs_folder
+from attnzoo.cost.presets import choose, read_presets
 
 
 @dataclass(frozen=True)

@@ -7,34 +7,15 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from attnzoo.configuration import read_yaml
 from attnzoo.registry import nearest
 
 Preset = TypeVar("Preset")
 
 
-def configs_folder() -> Path:
-    """The folder of shipped YAML files: beside the package in a checkout, inside it when installed."""
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
-
-
 def read_presets(cls: type[Preset], path: Path) -> dict[str, Preset]:
     """All presets of a YAML file that maps a name to the fields of `cls`. Raises ValueError, in one sentence, on any defect of the file."""
-    try:
-        import yaml
-    except ImportError:
-        raise ImportError("reading presets needs PyYAML; install it with: pip install 'attnzoo[cli]'") from None
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"the preset file {path} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"the preset file {path} is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark is not None else ""
-        raise ValueError(f"the preset file {path} is not valid YAML{where}: {getattr(error, 'problem', None) or 'it cannot be parsed'}") from None
+    content = read_yaml(path, f"the preset file {path}")
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"the preset file {path} must map names to sizes, such as 'mine: {{{_example(cls)}}}'")
     presets = {}

@@ -53,8 +53,9 @@ class Linear(Engine):
         return LinearState(batch_size, kv_heads, max_length)
 
     def step(self, call: Call, state: LinearState, backend: str) -> tuple[Tensor, LinearState, str]:
-        out, state = _scan(self.feature_map, call, state)
-        return out, state, "chunked"
+        name = self.choose(call, backend).name
+        out, state = (_recur if name == "reference" else _scan)(self.feature_map, call, state)
+        return out, state, name
 
     def cost(self, shape: Shape) -> Cost:
         width, d = self.feature_map.width(shape.head_dim), shape.head_dim
@@ -119,8 +120,8 @@ def _log_weights(log_scale: Tensor | None, key_mask: Tensor | None, k_features: 
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, and 0 where the denominator is 0 (a row with nothing to see) or so small that it is what
-    underflow left of a sum and that its reciprocal would overflow in the backward pass."""
+    """numerator / denominator; 0 where the denominator is 0 (a row with nothing to see), or so small that only underflow can
+    have left it, since its reciprocal would overflow in the backward pass."""
     empty = denominator.abs() < torch.finfo(denominator.dtype).tiny ** 0.8
     return (numerator / denominator.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
 
@@ -226,6 +227,17 @@ def _scan(feature_map: FeatureMap, call: Call, state: LinearState, *, last_state
         rows.append(_chunk_rows(feature_map, q_features, k_features, log_weights, v, state).flatten(1, 2).to(call.q.dtype))
         if last_state or start + CAUSAL_CHUNK < call.key_length:
             state = _add(feature_map, state, k_features, log_weights, v)
+    return torch.cat(rows, 2), state
+
+
+def _recur(feature_map: FeatureMap, call: Call, state: LinearState) -> tuple[Tensor, LinearState]:
+    """As `_scan`, the plain recurrence: each token is added to the state, then its query reads the state."""
+    rows = []
+    for token in range(call.key_length):
+        one = slice(token, token + 1)
+        mask = None if call.key_mask is None else call.key_mask[:, one]
+        state = _absorb(feature_map, call.k[:, :, one], call.v[:, :, one], mask, state)
+        rows.append(_read_all(feature_map, replace(call, q=call.q[:, :, one]), state))
     return torch.cat(rows, 2), state
 
 

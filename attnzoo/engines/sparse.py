@@ -41,7 +41,7 @@ class Sparse(Softmax):
 
 
 def _count_pairs(pattern: Pattern, grid: Grid) -> int:
-    """Visible (head, query, key) triples of any pattern, row block by row block."""
+    """Visible (head, query, key) triples of a pattern without a layout in blocks: over its whole mask, as its only backend does."""
     mask = pattern.mask(grid)
     if grid.is_causal:
         mask = mask & torch.ones(grid.query_length, grid.key_length, dtype=torch.bool).tril(grid.offset)

@@ -159,8 +159,6 @@ def _notes(attention: Attention, row: Row) -> Iterator[str]:
         yield f"untrained: {untrained:,} random parameters"
     if row.output_error is None:
         yield "NaN or inf in the output"
-    elif row.mean_value_error is not None and row.output_error >= row.mean_value_error:
-        yield "lost to mean(v)"
 
 
 def _mean(values: list[float]) -> float:

@@ -46,7 +46,9 @@ def compare(
     """
     if not samples:
         raise ValueError("samples is empty; give at least one, such as those of load_samples()")
-    target, candidates = _check_device(device, dtype), _candidates(variants)
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} is not floating; use torch.float32, torch.bfloat16 or torch.float16")
+    target, candidates = check_device(device), _candidates(variants)
     for candidate in candidates:
         candidate.build(samples[0], samples[0].length, seed)
     subjects = [Subject(_moved(sample, target, dtype)) for sample in samples]
@@ -175,17 +177,17 @@ def _candidates(variants: Iterable[tuple[str, dict[str, Any]]] | None) -> list[C
     return list(distinct.values())
 
 
-def _check_device(device: torch.device | str, dtype: torch.dtype) -> torch.device:
+def check_device(device: torch.device | str) -> torch.device:
+    """The device that is asked for. Raises ValueError when it is unknown, cannot be measured, or is not there."""
     try:
         target = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device={device!r} is unknown; use 'cpu' or 'cuda'") from None
+        raise ValueError(f"device={device!r} is unknown; use cpu, cuda or cuda:INDEX") from None
     if target.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={str(target)!r} cannot be measured; use 'cpu' or 'cuda'")
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={str(target)!r}: torch sees no CUDA GPU here; use device='cpu'")
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype} is not floating; use torch.float32, torch.bfloat16 or torch.float16")
+        raise ValueError(f"device={str(target)!r} cannot be measured; use cpu, cuda or cuda:INDEX")
+    count = torch.cuda.device_count()
+    if target.type == "cuda" and (target.index or 0) >= count:
+        raise ValueError(f"device={str(target)!r} is not there: torch {torch.__version__} sees {count} CUDA devices; use cpu")
     return target
 
 

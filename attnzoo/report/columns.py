@@ -145,6 +145,7 @@ def grouped(rows: Iterable[Row]) -> dict[Group, list[Row]]:
 
 
 def group_title(group: Group) -> str:
+    """Model, form and length: "SmolLM2-135M, causal, 4,096 tokens"."""
     model, is_causal, length = group
     return f"{model}, {'causal' if is_causal else 'bidirectional'}, {length:,} tokens"
 

@@ -81,6 +81,7 @@ def plain_table(gap: int = 2) -> Table:
 
 
 def environment_line(comparison: Comparison) -> Text:
+    """Seed, versions and machine in one line."""
     told = "; ".join(f"{key} {value}" for key, value in comparison.environment.items())
     return Text(told, style="dim")
 
