@@ -11,7 +11,7 @@ from attnzoo.call import Call
 from attnzoo.engines import sparse_blocks, sparse_windows
 from attnzoo.engines.cache import KeyValueCache
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
-from attnzoo.engines.softmax import Softmax, attend_densely, visible
+from attnzoo.engines.softmax import Softmax, attend_densely, softmax_cost, visible
 from attnzoo.patterns import BlockPattern, Grid, Pattern, Window
 
 
@@ -35,9 +35,7 @@ class Sparse(Softmax):
         else:
             executed = shape.heads * shape.query_length * shape.key_length
             support = _count_pairs(self.pattern, grid)
-        per_pair = 2 * shape.batch_size * shape.head_dim
-        remembered = shape.key_length if self.pattern.reach is None else min(self.pattern.reach, shape.key_length)
-        return Cost(executed * per_pair, support * per_pair, 2 * shape.batch_size * shape.kv_heads * shape.head_dim * remembered)
+        return softmax_cost(shape, executed, support, self.pattern.reach)
 
 
 def _count_pairs(pattern: Pattern, grid: Grid) -> int:

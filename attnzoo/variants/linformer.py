@@ -100,8 +100,15 @@ class Linformer(Attention):
     def count(self, shape: Shape) -> Cost:
         kv_heads = shape.heads if self.sharing == "none" else shape.kv_heads
         projecting = 2 * shape.batch_size * kv_heads * shape.key_length * self.rank * shape.head_dim
-        attending = self.engine.cost(replace(shape, key_length=self.rank)).macs
-        return Cost(macs=projecting + attending, support_macs=projecting + attending)
+        attending = self.engine.cost(replace(shape, key_length=self.rank))
+        projections = 1 if self.value_projection is self.key_projection else 2
+        rows_read = projections * self.key_projection.weight.shape[0] * shape.key_length
+        return Cost(
+            macs=projecting + attending.macs,
+            support_macs=projecting + attending.macs,
+            elementwise=attending.elementwise,
+            moved_bytes=shape.input_bytes + shape.query_bytes + rows_read * self.rank * self.key_projection.weight.itemsize,
+        )
 
     def _no_causal(self) -> str:
         return f"linformer cannot be causal: every projected key mixes the whole length, the future included; use {self._others(causal=True)}"
