@@ -63,7 +63,9 @@ class Cost:
     support_macs: what A's support alone needs (a causal A of length n has n(n+1)/2 pairs).
     elementwise: operations of softmax (3 a score), exponentials and divisions that the fast backend executes, as `count_flops` counts them.
     parameters: learned numbers; buffers, such as Performer's directions, are not among them.
-    moved_bytes: the least that must move: q, k, v and what multiplies them (parameters, directions) read once, the output written once.
+    moved_bytes: the least that must move: q, k, v, the parameters used (in the inputs' dtype) and directions read once, the output written once.
+    kept_bytes: what autograd holds after the forward by the fast pure-torch backend on the CPU, to the byte: q, k, v and the output where it
+        holds them, and all between; parameters (taken to be of the inputs' dtype) and buffers left out. None: no closed form is known.
     state_elements: numbers that decoding carries for the whole batch after key_length tokens; 0 when the variant does not decode.
     state_bytes: their size; the sums of a linear state are float32 at least. What a buffer holds in reserve is not counted.
     state_growth: bytes by which one token more makes the state grow; 0 once it is bounded.
@@ -74,6 +76,7 @@ class Cost:
     elementwise: int = 0
     parameters: int = 0
     moved_bytes: int = 0
+    kept_bytes: int | None = None
     state_elements: int = 0
     state_bytes: int = 0
     state_growth: int = 0
