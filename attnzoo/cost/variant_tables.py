@@ -57,7 +57,7 @@ def variant_costs(settings: Settings, variants: Sequence[CountedVariant], baseli
     notes = (
         "MACs: what the fast backend executes; for exact attention, what a kernel that skips masked scores executes.",
         "MACs of A's support: those of the pairs where A is not 0, if each were computed by itself.",
-        "kept a token: bytes that the forward of the pure-torch backend keeps for its backward pass; kernels with features, measured through autograd.",
+        "kept a token: bytes that the pure-torch backend keeps for the backward pass; for kernels with features measured through autograd.",
         "decoding state: what decoding carries after n tokens; a state of sums is in fp32.",
         "The roofline moves q, k, v, the output and the parameters used once, and nothing in between.",
         *_skipped(variants, is_causal),
