@@ -228,11 +228,13 @@ def _scan(feature_map: FeatureMap, call: Call, state: LinearState, *, last_state
             v = values.to(dtype)
             mask = None if call.key_mask is None else call.key_mask[:, start : start + CAUSAL_CHUNK]
             log_weights = None if log_scale is None and mask is None else _log_weights(log_scale, mask, k_features)
-            yield _chunk_rows(feature_map, q_features, k_features, log_weights, v, state).flatten(1, 2).to(call.q.dtype)
+            before = state
             if last_state or start + CAUSAL_CHUNK < call.key_length:
                 state = _add(feature_map, state, k_features, log_weights, v)
+            yield _chunk_rows(feature_map, q_features, k_features, log_weights, v, before).flatten(1, 2).to(call.q.dtype)
 
-    return join(rows(), call.key_length, 2), state
+    out = join(rows(), call.key_length, 2)
+    return out, state
 
 
 def _recur(feature_map: FeatureMap, call: Call, state: LinearState) -> tuple[Tensor, LinearState]:

@@ -8,6 +8,14 @@ import torch
 from torch import Tensor
 
 
+def at_a_time(parts: int, numbers: int, limit: int, like: Tensor) -> int:
+    """How many of `parts` equal parts to compute together, each of `numbers` numbers: on a CPU, at most `limit` numbers; all parts
+    elsewhere and in a compiled graph, which a loop would only make longer."""
+    if like.device.type != "cpu" or torch.compiler.is_compiling():
+        return parts
+    return max(1, min(parts, limit // numbers))
+
+
 def join(pieces: Iterable[Tensor], length: int, dim: int) -> Tensor:
     """As torch.cat of pieces that fill `length` along `dim`. Where no gradient will be asked for, each is written to its place as
     it comes, so that no second copy of the result is held: fresh memory costs as much as the attention itself."""

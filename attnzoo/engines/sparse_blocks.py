@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines.pieces import join
+from attnzoo.engines.pieces import at_a_time, join
 from attnzoo.engines.softmax import Softmax, sdpa
 from attnzoo.patterns import BlockPattern, Grid, distinct
 
@@ -144,7 +144,7 @@ def _gathered(engine: Softmax, run: Run, q: Tensor, k: Tensor, v: Tensor, blocks
     size = q.shape[2]
     spare = k.shape[1] * size - int(call.key_length)  # empty slots of the last key block
     rows = run.end - run.first
-    together = rows if torch.is_grad_enabled() or q.is_meta else max(1, GATHERED // (run.width * size * k.shape[3]))
+    together = rows if torch.is_grad_enabled() else at_a_time(rows, run.width * size * k.shape[3], GATHERED, q)
     for start in range(0, rows, together):
         chosen = blocks[run.first + start : min(run.first + start + together, run.end), : run.width]
         keys, values, mask = _gather(k, chosen), _gather(v, chosen), _mask(run, chosen, call, size, spare)
