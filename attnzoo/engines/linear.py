@@ -78,11 +78,37 @@ class Linear(Engine):
         per_head += queries * features + reading * width * (d + 1 if self.feature_map.normalizer == "row" else d)
         per_kv_head += keys * features + writing * width * d
         pairs = causal_pairs(shape.query_length, keys) if shape.is_causal else shape.query_length * keys
+        state = shape.batch_size * shape.kv_heads * width * (d + 1)
         return Cost(
             macs=shape.batch_size * (shape.heads * per_head + shape.kv_heads * per_kv_head),
             support_macs=2 * shape.batch_size * shape.heads * d * pairs,
-            state_elements=shape.batch_size * shape.kv_heads * width * (d + 1),
+            elementwise=shape.batch_size * _elementwise(self.feature_map, shape),
+            moved_bytes=shape.input_bytes + shape.query_bytes + sum(buffer.nbytes for buffer in self.feature_map.buffers()),
+            state_elements=state,
+            state_bytes=state * shape.sum_bytes,
         )
+
+
+def _elementwise(feature_map: FeatureMap, shape: Shape) -> int:
+    """Exponentials and divisions of the chunked backend for one sample."""
+    d, width = shape.head_dim, feature_map.width(shape.head_dim)
+    keys = shape.key_length
+    queries = min(shape.query_length, keys) if shape.is_causal else shape.query_length
+    divisions = {"row": d, "feature": width, "none": 0}[feature_map.normalizer]
+    per_head = queries * (feature_map.query_elementwise(d) + divisions)
+    per_kv_head = keys * feature_map.key_elementwise(d)
+    if feature_map.scales_keys:
+        early = keys - queries if shape.is_causal else keys  # keys that are summed before any query of a chunk of its own
+        chunks = -(-early // CHUNK)
+        per_kv_head += early + max(0, chunks - 1)  # one weight a key, and one factor for what is summed already
+        if shape.is_causal:
+            scanned = -(-queries // CAUSAL_CHUNK)
+            last = queries - (scanned - 1) * CAUSAL_CHUNK
+            per_kv_head += (scanned - 1) * CAUSAL_CHUNK**2 + last**2  # weights between the tokens of a chunk
+            behind = queries if early else queries - min(queries, CAUSAL_CHUNK)
+            per_kv_head += behind  # what the state is worth to a query
+            per_kv_head += queries - last + (scanned - 1 if early else max(0, scanned - 2))  # and the sums, all but the last chunk's
+    return shape.heads * per_head + shape.kv_heads * per_kv_head
 
 
 def _reference(engine: Linear, call: Call) -> Tensor:
