@@ -10,7 +10,7 @@ import torch
 
 from attnzoo.bench.timing import interleave, mistake
 from attnzoo.fidelity.candidate import BASELINE, Candidate, Subject, measure
-from attnzoo.fidelity.environment import environment
+from attnzoo.environment import environment
 from attnzoo.fidelity.metrics import pooled
 from attnzoo.fidelity.rows import Comparison, HeatMap, Row, Sample
 from attnzoo.fidelity.samples import LENGTHS, Progress
