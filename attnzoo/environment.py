@@ -13,7 +13,6 @@ import torch
 
 import attnzoo
 
-
 MACHINE = ("machine", "cpu", "cores", "threads", "device", "driver")  # times from two machines cannot be compared
 
 
