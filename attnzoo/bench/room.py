@@ -12,8 +12,11 @@ HEADROOM = 0.9  # of the memory that is free, for everything allocated from now 
 
 
 @contextmanager
-def bounded_memory() -> Iterator[None]:
-    """On Linux, have allocations beyond what is free fail, where the system would end the process; elsewhere do nothing."""
+def bounded_memory(device: torch.device) -> Iterator[None]:
+    """On a CPU under Linux, have allocations beyond what is free fail, where the system would end the process; elsewhere do nothing."""
+    if device.type != "cpu":
+        yield
+        return
     try:
         import resource
 

@@ -15,6 +15,7 @@ FORMAT = "attnzoo.bench/1"
 SDPA = "sdpa"  # the variant of the rows that call torch's SDPA directly
 
 Key = tuple[Any, ...]
+Environment = dict[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,9 @@ class ResultFile:
             return None
         with self.path.open("r+b") as file:
             file.truncate(len(whole) + len(newline))
-        return f"{self.path} was cut in the middle of its last line: that half line is dropped, the {content.count(newline or b'?')} whole ones are kept"
+        return (
+            f"{self.path} was cut in the middle of its last line: that half line is dropped, the {content.count(newline or b'?')} whole ones are kept"
+        )
 
     def rows(self) -> list[Row]:
         """All rows; of two with one key, the later. Raises ValueError, one sentence, on a file that is no result file."""
@@ -175,17 +178,15 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
-def check_one_machine(rows: Iterable[Row], others: Iterable[Row], what: str, against: str) -> None:
-    """Raise ValueError, one sentence, when rows come from two machines. what, against: the two sources in words."""
-    for row in rows:
-        for other in others:
-            here, there = row.environment or {}, other.environment or {}
-            for name in MACHINE:
-                if here.get(name) != there.get(name):
-                    raise ValueError(
-                        f"{what} and {against} are from different machines ({name}: {here.get(name)} and {there.get(name)}), and times of two "
-                        "machines cannot be compared"
-                    )
+def check_one_machine(some: Iterable[Environment], others: Iterable[Environment], what: str, against: str) -> None:
+    """Raise ValueError when environments of rows are of two machines. what, against: where the two lots are from, in words."""
+    here, there = ({tuple((facts or {}).get(name) for name in MACHINE) for facts in lot} for lot in (some, others))
+    for one in here:
+        for other in there - {one}:
+            name, mine, theirs = next(found for found in zip(MACHINE, one, other, strict=True) if found[1] != found[2])
+            raise ValueError(
+                f"{what} and {against} are from different machines ({name}: {mine} and {theirs}), and times of two machines cannot be compared"
+            )
 
 
 def _row(found: dict[str, Any]) -> Row:

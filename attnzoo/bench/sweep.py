@@ -53,7 +53,9 @@ def run_plan(plan: Plan, parse: ParseVariant, device: torch.device, finished: se
 def blank_row(contender: Contender | None, cell: Cell) -> Row:
     """The row of a contender (None: SDPA called directly) before anything is measured."""
     shape = cell.shape
-    name, options, label = (SDPA, {}, SDPA) if contender is None else (contender.candidate.name, contender.candidate.options, contender.candidate.label)
+    name, options, label = (
+        (SDPA, {}, SDPA) if contender is None else (contender.candidate.name, contender.candidate.options, contender.candidate.label)
+    )
     backend = "auto" if contender is None else contender.backend
     return Row(
         cell.level,
