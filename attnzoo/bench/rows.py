@@ -138,9 +138,8 @@ class ResultFile:
             return None
         with self.path.open("r+b") as file:
             file.truncate(len(whole) + len(newline))
-        return (
-            f"{self.path} was cut in the middle of its last line: that half line is dropped, the {content.count(newline or b'?')} whole ones are kept"
-        )
+        kept = whole.count(b"\n") + bool(newline)
+        return f"{self.path} was cut in the middle of its last line: that half line is dropped, the {kept} whole ones are kept"
 
     def rows(self) -> list[Row]:
         """All rows; of two with one key, the later. Raises ValueError, one sentence, on a file that is no result file."""
