@@ -245,6 +245,8 @@ def test_rows_round_trip_and_a_cut_file_is_repaired(tmp_path) -> None:
     assert file.path.read_bytes() == whole
     file.path.write_bytes(whole[:-1])  # only the newline is missing: nothing is lost
     assert file.repair() is None and file.path.read_bytes() == whole
+    file.path.write_bytes(whole[:30])  # a first line that was cut
+    assert file.rows() == [] and "the 0 whole ones" in (file.repair() or "") and file.path.read_bytes() == b""
 
 
 def test_an_interrupted_sweep_resumes(monkeypatch, capsys) -> None:

@@ -16,7 +16,7 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Crossover:
-    """length: in tokens, interpolated; None when it lies outside the measured lengths, `shortest` to `longest`, and then `wins` says on which side."""
+    """length: in tokens, interpolated; None outside the measured lengths, `shortest` to `longest`, where `wins` says on which side."""
 
     length: float | None
     wins: bool

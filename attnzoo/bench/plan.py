@@ -12,7 +12,7 @@ from attnzoo.arguments import check_positive, check_seed
 from attnzoo.bench.timing import TOLERANCE
 from attnzoo.configuration import read_yaml
 from attnzoo.fidelity.candidate import Candidate
-from attnzoo.registry import names, nearest
+from attnzoo.registry import build, names, nearest, spec_of
 
 LEVELS = ("core", "multihead", "layer")
 PHASES = ("forward", "forward+backward", "decode")
@@ -100,8 +100,12 @@ class Sweep:
                 yield Cell(level, phase, is_causal, length, dtype, shape)
 
     def contenders(self, parse: ParseVariant) -> list[Contender]:
-        """Every variant with every backend."""
+        """Every variant with every backend. Raises ValueError on a wrong variant, and on a backend that none of them has."""
         candidates = [Candidate(*parse(text)) for text in self.variants or names()]
+        known = ["auto", *dict.fromkeys(backend for candidate in candidates for backend in _backends(candidate))]
+        for backend in self.backends:
+            if backend not in known:
+                raise ValueError(f"backends: none of the variants has {backend!r}{nearest(backend, known)}; choose of {', '.join(known)}")
         return [Contender(candidate, backend) for candidate in candidates for backend in self.backends]
 
 
@@ -137,6 +141,11 @@ def read_plan(path: Path) -> Plan:
         return Plan(sweeps=sweeps, **{key: found[key] for key in ("device", "seed") if key in found})
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
+
+
+def _backends(candidate: Candidate) -> list[str]:
+    fixed = {"heads": 1, "head_dim": 8, **({"max_length": 8} if spec_of(candidate.name).needs_max_length else {})}
+    return build(candidate.name, **{**fixed, **candidate.options}).engine.backend_names()
 
 
 def _sweep(found: dict[str, Any]) -> Sweep:

@@ -12,6 +12,7 @@ from typing import Any
 from attnzoo.environment import MACHINE
 
 FORMAT = "attnzoo.bench/1"
+START = f'{{"format": "{FORMAT}"'  # of every line
 SDPA = "sdpa"  # the variant of the rows that call torch's SDPA directly
 
 Key = tuple[Any, ...]
@@ -169,7 +170,7 @@ def read_rows(path: str | Path) -> list[Row]:
         try:
             rows.append(_row(json.loads(line)))
         except json.JSONDecodeError:
-            if number == len(lines) and rows:
+            if number == len(lines) and line.startswith(START[: len(line)]):
                 continue
             raise ValueError(f"{path}, line {number} is no JSON; give a file that `attnzoo bench` wrote, or remove that line") from None
         except (KeyError, TypeError, ValueError) as error:

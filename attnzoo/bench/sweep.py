@@ -20,8 +20,8 @@ from attnzoo.bench.plan import Cell, Contender, ParseVariant, Plan
 from attnzoo.bench.room import out_of_memory
 from attnzoo.bench.rows import SDPA, Key, Row
 from attnzoo.bench.timing import CHECK_LENGTH, MINIMUM_ROUNDS, Timing, disagreement, interleave, mistake
-from attnzoo.call import UnsupportedError
 from attnzoo.environment import environment
+from attnzoo.fidelity.candidate import Candidate
 from attnzoo.registry import build
 
 INPUT_SETS = {"cpu": 1, "cuda": 4}  # on CUDA several, so that no run finds its inputs in a cache
@@ -53,17 +53,15 @@ def run_plan(plan: Plan, parse: ParseVariant, device: torch.device, finished: se
 def blank_row(contender: Contender | None, cell: Cell) -> Row:
     """The row of a contender (None: SDPA called directly) before anything is measured."""
     shape = cell.shape
-    name, options, label = (
-        (SDPA, {}, SDPA) if contender is None else (contender.candidate.name, contender.candidate.options, contender.candidate.label)
-    )
+    candidate = Candidate(SDPA) if contender is None else contender.candidate
     backend = "auto" if contender is None else contender.backend
     return Row(
         cell.level,
         cell.phase,
         cell.is_causal,
-        name,
-        dict(options),
-        label,
+        candidate.name,
+        dict(candidate.options),
+        candidate.label,
         backend,
         cell.length,
         cell.dtype,
@@ -133,7 +131,7 @@ class Bench:
             if seconds > room:
                 return self._late(row, f"a pass takes {seconds:.2g} s", room)
             return _Entry(replace(row, peak_bytes=peak_bytes(work.run, self.device)), work.run, seconds)
-        except UnsupportedError as error:
+        except ValueError as error:  # what the variant or the backend cannot do
             return replace(row, reason=str(error))
         except (RuntimeError, MemoryError, ImportError) as error:
             return replace(row, reason=_failure(error))

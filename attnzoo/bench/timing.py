@@ -120,4 +120,4 @@ def _answers(attention: Attention, part: Sequence[Tensor], is_causal: bool, back
         out = attention(*leaves, is_causal=is_causal)
         generator = torch.Generator().manual_seed(0)
         direction = torch.randn(out.shape, generator=generator).to(out)
-        return [out.detach(), *(torch.autograd.grad(out, leaves, direction) if backward else ())]
+        return [out.detach(), *(torch.autograd.grad(out, leaves, direction, materialize_grads=True) if backward else ())]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from attnzoo.bench.rows import ResultFile, Row
 
 GOT_SLOWER, INTERRUPTED = 1, 130
+PAGE_ONLY = ("quartiles", "rounds")  # columns that a terminal has no room for
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -30,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str,
         default="report/bench.jsonl",
         metavar="FILE",
-        help="gets a row as soon as it is measured; what it already holds is skipped",
+        help="gets each row as soon as it is measured; what it holds is skipped",
     )
     parser.add_argument("--against", type=str, metavar="FILE", help="an older result file: print what got slower beyond the noise and exit with 1")
 
@@ -108,7 +110,7 @@ def _print(rows: list[Row]) -> None:
 
     for table in (*setting_tables(rows), crossover_table(rows)):
         screen().print(table.title, style="bold")
-        screen().print(rich_table(table))
+        screen().print(rich_table(replace(table, columns=tuple(column for column in table.columns if column.key not in PAGE_ONLY))))
         for note in table.notes:
             screen().print(note, style="dim")
         screen().print()

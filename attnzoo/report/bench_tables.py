@@ -51,7 +51,7 @@ def _numbers(row: Row) -> dict[str, object]:
     flops, moved = row.flops_per_second, row.bytes_per_second
     quartiles = None if row.seconds_quartiles is None else " to ".join(map(duration, row.seconds_quartiles))
     return {
-        "contender": "SDPA, called directly" if row.variant == SDPA else row.contender,
+        "contender": "SDPA (direct)" if row.variant == SDPA else row.contender,
         "length": row.length,
         "seconds": row.seconds,
         "quartiles": quartiles,
