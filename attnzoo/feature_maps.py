@@ -6,6 +6,7 @@ what may not (None where it is 0). No map looks at more than one token, so none 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -57,8 +58,8 @@ class FeatureMap(nn.Module):
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    """elu(x) + 1, written as exp(x) below 0 so that small values keep their digits (rule 10)."""
-    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    """elu(x) + 1, written as exp(min(x, 0)) + max(x, 0) so that small values keep their digits (rule 10)."""
+    return x.clamp(max=0).exp() + F.relu(x)
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -169,7 +170,7 @@ class RandomFeatures(FeatureMap):
             projected = torch.cat([projected, -projected], -1)
         # The largest exponent of the token leaves the features; what it is does not change φ, so no gradient goes through it.
         largest = projected.detach().amax(-1, keepdim=True)
-        features = (projected - largest).exp() * self.width(q.shape[-1]) ** -0.5
+        features = projected.sub_(largest + math.log(self.width(q.shape[-1])) / 2).exp_()  # in place: these are the widest tensors
         return features, largest.squeeze(-1) - half_norm
 
 
