@@ -57,6 +57,15 @@ def test_kept_bytes_are_what_autograd_holds(case: Case, is_causal: bool):
                 assert closed == held_bytes(attn, batch, lengths, kv_heads, is_causal, dtype), (lengths, batch, kv_heads, dtype)
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("name", ["standard", "sliding_window", "bigbird"])
+def test_kept_bytes_of_a_long_sequence(name: str, is_causal: bool):
+    """So long that a window computes its blocks in several groups, each with a mask of its own."""
+    attn = attnzoo.build(name, heads=2, head_dim=64)
+    closed = attn.cost(1, 4999, kv_heads=1, is_causal=is_causal).kept_bytes
+    assert closed == held_bytes(attn, 1, (4999, 4999), 1, is_causal, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", [case for case in usual_cases() if case.spec.decodes], ids=str)
 def test_state_bytes_and_growth_are_what_decoding_carries(case: Case, dtype: torch.dtype):

@@ -79,8 +79,9 @@ class CountedVariant:
     def kept_bytes(self, n: int, is_causal: bool) -> float | None:
         """What one layer's forward keeps for its backward pass, by the fast pure-torch backend; None when the variant cannot run so.
 
-        `Cost.kept_bytes` up to 2,048 tokens, or where that is not known measured through autograd. Beyond, it grows by the token as it does from 2,048 to 4,096:
-        lengths that are no whole number of blocks keep a padded copy more in some backends, which is left out there.
+        `Cost.kept_bytes` up to 2,048 tokens, or where that is not known measured through autograd. Beyond, it grows by the token
+        as it does from 2,048 to 4,096: lengths that are no whole number of blocks keep a padded copy more in some backends, which
+        is left out there.
         """
         if not self.runs(is_causal):
             return None

@@ -22,7 +22,10 @@ def windows(pattern: Window, shape: Shape) -> int:
             kept += (end - first) * ((high - low) * size + 1)
     if found.blocks:
         rows = found.blocks * sparse_windows.BLOCK
-        kept += fused(shape, shape.heads * rows) + group * sparse_windows.BLOCK * found.slice_length * size
+        sliced = shape.batch_size * shape.kv_heads * found.slice_length * shape.head_dim
+        together = max(1, min(found.blocks, sparse_windows.SLICED // sliced))
+        bands = -(-found.blocks // together)  # one mask for all blocks that are computed together
+        kept += fused(shape, shape.heads * rows) + bands * group * sparse_windows.BLOCK * found.slice_length * size
         if group > 1:
             kept += shape.batch_size * shape.heads * rows * shape.head_dim * size
     return kept
