@@ -19,7 +19,7 @@ import torch
 import attnzoo
 from attnzoo import Attention
 from attnzoo.bench.memory import peak_bytes
-from attnzoo.fidelity.environment import environment
+from attnzoo.environment import environment
 from attnzoo.registry import spec_of
 
 LENGTHS = (1024, 4096, 16384, 65536)
