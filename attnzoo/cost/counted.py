@@ -16,6 +16,7 @@ from attnzoo.registry import build, names, options_of, spec_of
 FROM_THE_MODEL = ("heads", "head_dim", "max_length")
 DTYPE = torch.bfloat16
 MEASURED_LENGTHS = (2048, 4096)  # past every variant's edge effects, where what it keeps grows by the token
+CLOSED_LENGTHS = (2**16, 2**17)  # the same where a closed form is evaluated, which costs milliseconds
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,12 @@ class CountedVariant:
     def kept_bytes(self, n: int, is_causal: bool) -> float | None:
         """What one layer's forward keeps for its backward pass, by the fast pure-torch backend; None when the variant cannot run so.
 
-        `Cost.kept_bytes` up to 2,048 tokens, or where that is not known measured through autograd. Beyond, it grows by the token
-        as it does from 2,048 to 4,096: lengths that are no whole number of blocks keep a padded copy more in some backends, which
-        is left out there.
+        `Cost.kept_bytes` up to 65,536 tokens; where that is not known, measured through autograd up to 2,048. Beyond, it grows by
+        the token as it does from there to twice the length.
         """
         if not self.runs(is_causal):
             return None
-        low, high = MEASURED_LENGTHS
+        low, high = self._lengths(is_causal)
         if n <= low:
             return self._measured(n, is_causal)
         at_low, at_high = self._measured(low, is_causal), self._measured(high, is_causal)
@@ -93,10 +93,14 @@ class CountedVariant:
 
     def kept_bytes_per_token(self, is_causal: bool) -> float | None:
         """How `kept_bytes` grows in the end."""
-        low, high = MEASURED_LENGTHS
         if not self.runs(is_causal):
             return None
+        low, high = self._lengths(is_causal)
         return (self._measured(high, is_causal) - self._measured(low, is_causal)) / (high - low)
+
+    def _lengths(self, is_causal: bool) -> tuple[int, int]:
+        """Two lengths between which what is kept grows as it does beyond."""
+        return MEASURED_LENGTHS if self.cost(1, is_causal).kept_bytes is None else CLOSED_LENGTHS
 
     def _measured(self, n: int, is_causal: bool) -> int:
         if (n, is_causal) not in self._saved:
