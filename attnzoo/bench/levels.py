@@ -184,5 +184,5 @@ def _decode_directly(q: Tensor, k: Tensor, v: Tensor) -> Pass:
 
 
 def _normal(shape: tuple[int, ...], number: int, dtype: str, device: torch.device, seed: int) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    return tuple(torch.randn(shape, generator=generator).to(device, getattr(torch, dtype)) for _ in range(number))
+    generator = torch.Generator(device).manual_seed(seed % 2**63)
+    return tuple(torch.randn(shape, generator=generator, device=device).to(getattr(torch, dtype)) for _ in range(number))
