@@ -161,7 +161,7 @@ def _decode(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Pass:
             if state is None:
                 state = attention.init_state(q.shape[0], length + DECODE_ROOM, dtype=q.dtype, device=q.device)
                 state = attention.step(q, k, v, state)[1]
-            out, state = attention.step(*one, state)
+            out, state = attention.step(one[0], one[1], one[2], state)
             return out
 
     return step
