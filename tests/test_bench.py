@@ -135,7 +135,9 @@ def test_decoding_goes_on_from_the_state_it_left() -> None:
         run = prepare(contender, here, [(q, k, v)], 0).run
         found = [run() for _ in range(3)][-1]
         longer = [torch.cat([x, x[:, :, -1:].expand(-1, -1, 3, -1)], 2) for x in (q, k, v)]
-        torch.testing.assert_close(found, torch.nn.functional.scaled_dot_product_attention(*longer, is_causal=True)[:, :, -1:])
+        torch.testing.assert_close(
+            found, torch.nn.functional.scaled_dot_product_attention(longer[0], longer[1], longer[2], is_causal=True)[:, :, -1:]
+        )
 
 
 @pytest.mark.parametrize("phase", PHASES[:2])

@@ -161,7 +161,7 @@ def _decode(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Pass:
             if state is None:
                 state = attention.init_state(q.shape[0], length + DECODE_ROOM, dtype=q.dtype, device=q.device)
                 state = attention.step(q, k, v, state)[1]
-            out, state = attention.step(*one, state)
+            out, state = attention.step(one[0], one[1], one[2], state)
             return out
 
     return step
@@ -184,5 +184,5 @@ def _decode_directly(q: Tensor, k: Tensor, v: Tensor) -> Pass:
 
 
 def _normal(shape: tuple[int, ...], number: int, dtype: str, device: torch.device, seed: int) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    return tuple(torch.randn(shape, generator=generator).to(device, getattr(torch, dtype)) for _ in range(number))
+    generator = torch.Generator(device).manual_seed(seed % 2**63)
+    return tuple(torch.randn(shape, generator=generator, device=device).to(getattr(torch, dtype)) for _ in range(number))

@@ -57,7 +57,7 @@ def run(settings: Namespace) -> int:
     facts = environment(seed=plan.seed, device=device)
     check_one_machine([facts], [row.environment for row in held], "this run", str(results.path))
     if old is not None:
-        check_one_machine([facts], [row.environment for row in old], "this run", settings.against)
+        check_one_machine([facts], [row.environment for row in old], "this run", str(settings.against))
     if held:
         commits = sorted({(row.environment or {}).get("commit", "") for row in held} - {facts.get("commit", ""), ""})
         console.print(f"attnzoo: {results.path} holds {len(held)} rows, which are kept" + (f", from commit {', '.join(commits)}" if commits else ""))
@@ -76,7 +76,7 @@ def run(settings: Namespace) -> int:
     _print(rows)
     screen().print(f"wrote {fresh} rows to {results.path}; figures: attnzoo report {results.path}", soft_wrap=True)
     console.print(f"finished in {time.monotonic() - started:.0f} s")
-    return 0 if old is None else _compare(old, rows, settings.against, str(results.path))
+    return 0 if old is None else _compare(old, rows, str(settings.against), str(results.path))
 
 
 BENCH = Command("bench", "Measure time and memory of attentions beside exact SDPA, from a YAML file of sweeps.", add_arguments, run)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
 from attnzoo.bench.rows import SDPA, Row
 from attnzoo.report.axes import log_axis
-from attnzoo.report.columns import duration, memory
+from attnzoo.report.columns import count, duration
 from attnzoo.report.figures import Drawing, Look, chart, plot, ratio_tick
 from attnzoo.report.style import INK, styles
 
@@ -26,12 +27,13 @@ def drawings(rows: Iterable[Row]) -> list[Drawing]:
         _against_length(
             "time",
             "Time against length",
-            "Median of one pass; bars: quartiles. Dashed: exact SDPA, called directly, in the same rounds.",
+            "Median of one pass; bars: quartiles. Dashed: exact SDPA, called directly, in the same rounds. "
+            "Over each panel: dtype, and batch × heads × head_dim.",
             rows,
             look,
             lambda row: row.seconds,
             "time of one pass",
-            lambda value: duration(value).replace(" us", " µs"),
+            _time_tick,
         ),
         _against_length(
             "memory",
@@ -41,7 +43,7 @@ def drawings(rows: Iterable[Row]) -> list[Drawing]:
             look,
             lambda row: row.peak_bytes,
             "peak memory of one pass",
-            lambda value: memory(int(value)),
+            _memory_tick,
         ),
         _against_length(
             "kept",
@@ -56,7 +58,8 @@ def drawings(rows: Iterable[Row]) -> list[Drawing]:
         _against_length(
             "limit",
             "Fraction of the limit against length",
-            "Least time by the measured rate of matrix products and the measured bandwidth, divided by the time taken. Dashed: exact SDPA.",
+            "Least time by the measured rate of matrix products and the measured bandwidth, divided by the time taken. "
+            "Above 1 the data stayed in a cache, which is faster than the memory. Dashed: exact SDPA.",
             rows,
             look,
             lambda row: row.limit_share,
@@ -68,9 +71,9 @@ def drawings(rows: Iterable[Row]) -> list[Drawing]:
 
 
 def panel_title(row: Row) -> str:
-    """A setting in words: "core forward, causal, float32, 1×8×64"."""
+    """A setting in words, on two lines: "core forward, causal", "float32, 1×8×64" (batch × heads × head_dim)."""
     causality = "causal" if row.is_causal else "not causal"
-    return f"{row.level} {row.phase}, {causality}\n{row.dtype}, {row.batch_size}×{row.heads}×{row.head_dim} (batch × heads × head_dim)"
+    return f"{row.level} {row.phase}, {causality}\n{row.dtype}, {row.batch_size}×{row.heads}×{row.head_dim}"
 
 
 def panels(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -97,14 +100,33 @@ def _paint(axes: Axes, rows: list[Row], look: Look, *, number: Number, label: st
             continue
         plot(axes, [(row.length, number(row)) for row in curve], label=name, **look[name].line_options())
         for row in curve:
-            if row.seconds_quartiles and number(row) == row.seconds:
-                axes.vlines(row.length, *row.seconds_quartiles, color=look[name].color, linewidth=1.6)
+            if bar := _bar(row, number):
+                axes.vlines(row.length, bar[0], bar[1], color=look[name].color, linewidth=1.6)
     lengths = sorted({row.length for row in shown})
-    log_axis(axes, "y", [number(row) for row in shown], tick)
+    log_axis(axes, "y", [*(number(row) for row in shown), *(edge for row in shown for edge in _bar(row, number))], tick)
     log_axis(axes, "x", lengths, lambda value: f"{value:,.0f}")
     axes.set_xticks(_spread(lengths), [f"{length:,}" for length in _spread(lengths)])
     axes.set_xlabel("length n (tokens)")
     axes.set_ylabel(label)
+
+
+def _bar(row: Row, number: Number) -> tuple[float, ...]:
+    """The quartiles, where the figure is one of time."""
+    return row.seconds_quartiles if row.seconds_quartiles and number(row) == row.seconds else ()
+
+
+def _time_tick(value: float) -> str:
+    return _without_zeros(duration(value).replace(" us", " µs"))
+
+
+def _memory_tick(value: float) -> str:
+    """In powers of ten, as the axis is: 30 MB."""
+    return _without_zeros(count(int(value))) + "B"
+
+
+def _without_zeros(text: str) -> str:
+    """30.0 ms -> 30 ms."""
+    return re.sub(r"\.0+(?= )", "", text)
 
 
 def _spread(lengths: list[int]) -> list[int]:

@@ -10,7 +10,10 @@ from attnzoo.cost.table import Column, Table
 from attnzoo.report.bench_figures import panel_title, panels
 from attnzoo.report.columns import count, duration, memory, percent, ratio
 
-FORMULA = "kept = (t of SDPA / t) / (MACs of SDPA / MACs); limit = least time by measured GEMM rate and copy bandwidth / t"
+FORMULA = (
+    "kept = (t of SDPA / t) / (MACs of SDPA / MACs); limit = least time by measured GEMM rate and copy bandwidth / t, "
+    "above 100% where data stays in a cache; shapes are batch × heads × head_dim"
+)
 COLUMNS = (
     Column("contender", "attention", words=True),
     Column("length", "n"),
