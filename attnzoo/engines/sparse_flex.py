@@ -60,12 +60,13 @@ def block_mask(pattern: Pattern, call: Call, grid: Grid) -> BlockMask:
     """What FlexAttention needs to know of the support: tables of blocks, and `mask_mod` inside those that are not whole."""
     mask = copy(_tables(pattern, grid, call.key_mask is not None))
     first = torch.full((), grid.offset - rows_ahead(pattern, grid), device=call.q.device)
-    mask.mask_mod = _mask_mod(first, pattern.window if isinstance(pattern, Window) else None, call.key_mask, is_causal=grid.is_causal)
+    window = torch.full((), pattern.window, device=call.q.device) if isinstance(pattern, Window) else None
+    mask.mask_mod = _mask_mod(first, window, call.key_mask, is_causal=grid.is_causal)
     return mask
 
 
-def _mask_mod(first: Tensor, window: int | None, key_mask: Tensor | None, *, is_causal: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """first: position of row 0, a tensor because a graph is compiled anew for every number."""
+def _mask_mod(first: Tensor, window: Tensor | None, key_mask: Tensor | None, *, is_causal: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """first: position of row 0. Numbers are tensors: a graph would be compiled anew for each, or meet them as symbols that not all kernels take."""
 
     def visible(sample: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         distance = row + first - key
@@ -73,7 +74,7 @@ def _mask_mod(first: Tensor, window: int | None, key_mask: Tensor | None, *, is_
         if is_causal:
             seen = seen & (distance >= 0)
         if window is not None:
-            seen = seen & (distance < window) & (distance > -window)
+            seen = seen & (distance.abs() < window)
         if key_mask is not None:
             seen = seen & key_mask[sample, key]
         return seen
