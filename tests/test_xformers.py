@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from attnzoo.call import Call
-from attnzoo.engines.softmax import causal_mask
+from attnzoo.engines.softmax import Softmax, causal_mask
 from attnzoo.engines.softmax_xformers import choose_bias, why_not
-from attnzoo.engines.softmax import Softmax
 
 
 def call_of(query_length: int, key_length: int, *, is_causal: bool) -> Call:

@@ -65,8 +65,10 @@ def block_mask(pattern: Pattern, call: Call, grid: Grid) -> BlockMask:
     return mask
 
 
-def _mask_mod(first: Tensor, window: Tensor | None, key_mask: Tensor | None, *, is_causal: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """first: position of row 0. Numbers are tensors: a graph would be compiled anew for each, or meet them as symbols that not all kernels take."""
+def _mask_mod(
+    first: Tensor, window: Tensor | None, key_mask: Tensor | None, *, is_causal: bool
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """first: position of row 0. Numbers are tensors, since a graph would be compiled anew for each."""
 
     def visible(sample: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         distance = row + first - key
