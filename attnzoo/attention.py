@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -141,16 +141,29 @@ class Attention(nn.Module):
         return _poison(out, poisoned), self.engine.step(call, state, self.backend)[1]
 
     def cost(
-        self, batch_size: int, query_length: int, key_length: int | None = None, *, kv_heads: int | None = None, is_causal: bool = False
+        self,
+        batch_size: int,
+        query_length: int,
+        key_length: int | None = None,
+        *,
+        kv_heads: int | None = None,
+        is_causal: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> Cost:
-        """Closed-form cost of one forward at these sizes (see `Cost`). key_length defaults to query_length, kv_heads to heads."""
+        """Closed-form cost of one forward at these sizes (see `Cost`). key_length defaults to query_length, kv_heads to heads.
+
+        dtype: of q, k and v. Raises ValueError on a size below 1 and on a dtype that is not floating.
+        """
         for name, value in (("batch_size", batch_size), ("query_length", query_length), ("key_length", key_length)):
             if value is not None:
                 check_positive(name, value)
         if is_causal and not self.spec.causal:
             raise UnsupportedError(self._no_causal())
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype!r} is not a floating dtype; give one such as torch.bfloat16")
         kv_heads = check_kv_heads(kv_heads, self.heads)
-        return self.count(Shape(batch_size, self.heads, kv_heads, self.head_dim, query_length, key_length or query_length, is_causal))
+        shape = Shape(batch_size, self.heads, kv_heads, self.head_dim, query_length, key_length or query_length, is_causal, dtype)
+        return replace(self.count(shape), parameters=sum(parameter.numel() for parameter in self.parameters()))
 
     def count(self, shape: Shape) -> Cost:
         """The engine's cost; a variant that works outside its engine adds its own."""

@@ -6,6 +6,7 @@ what may not (None where it is 0). No map looks at more than one token, so none 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -24,9 +25,12 @@ class FeatureMap(nn.Module):
 
     normalizer: how A is normalised. "row": each row by its sum. "feature": each key feature by its sum over the visible
     keys (a softmax along the length). "none": not at all.
+
+    scales_keys: whether `key` gives a log_scale.
     """
 
     normalizer: Normalizer = "row"
+    scales_keys: bool = False
 
     def width(self, head_dim: int) -> int:
         """Number of features of a vector of head_dim numbers."""
@@ -35,6 +39,14 @@ class FeatureMap(nn.Module):
     def macs(self, head_dim: int) -> int:
         """Multiply-accumulates for the features of one vector."""
         return 0
+
+    def query_elementwise(self, head_dim: int) -> int:
+        """Exponentials and divisions for the features of one query, its log_scale left out."""
+        return 0
+
+    def key_elementwise(self, head_dim: int) -> int:
+        """As `query_elementwise`, for a key and its log_scale."""
+        return self.query_elementwise(head_dim)
 
     def query(self, q: Tensor) -> Features:
         """(..., length, head_dim) -> features (..., length, width), log_scale (..., length) or None."""
@@ -46,8 +58,8 @@ class FeatureMap(nn.Module):
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    """elu(x) + 1, written as exp(x) below 0 so that small values keep their digits (rule 10)."""
-    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    """elu(x) + 1, written as exp(min(x, 0)) + max(x, 0) so that small values keep their digits (rule 10)."""
+    return x.clamp(max=0).exp() + F.relu(x)
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -64,7 +76,7 @@ POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {"elu": elu_plus_one, "relu":
 
 
 class Pointwise(FeatureMap):
-    """φ(x) = function(x), any callable from (..., head_dim) to (..., width)."""
+    """φ(x) = function(x), any callable from (..., head_dim) to (..., width). What a callable of the user's own computes is not counted."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], *, normalize: bool) -> None:
         super().__init__()
@@ -74,6 +86,9 @@ class Pointwise(FeatureMap):
     def width(self, head_dim: int) -> int:
         return self.function(torch.zeros(1, head_dim)).shape[-1]
 
+    def query_elementwise(self, head_dim: int) -> int:
+        return head_dim if self.function is elu_plus_one else 0
+
     def query(self, q: Tensor) -> Features:
         return self.function(q), None
 
@@ -82,6 +97,13 @@ class SoftmaxFeatures(FeatureMap):
     """Efficient Attention (Shen et al. 2018, equation 5): queries softmaxed over features, keys over the visible length."""
 
     normalizer = "feature"
+    scales_keys = True
+
+    def query_elementwise(self, head_dim: int) -> int:
+        return 3 * head_dim  # a softmax: exponential, sum, division
+
+    def key_elementwise(self, head_dim: int) -> int:
+        return head_dim
 
     def query(self, q: Tensor) -> Features:
         return q.softmax(-1), None
@@ -110,6 +132,7 @@ class RandomFeatures(FeatureMap):
             raise ValueError(f"features={kind!r} is unknown; choose one of {', '.join(self.KINDS)}")
         self.kind = kind
         self.num_features = num_features
+        self.scales_keys = kind != "relu"
         self.orthogonal = orthogonal
         given = check_scale(scale)
         self.scale = head_dim**-0.5 if given is None else given
@@ -129,6 +152,12 @@ class RandomFeatures(FeatureMap):
     def macs(self, head_dim: int) -> int:
         return self.num_features * head_dim
 
+    def query_elementwise(self, head_dim: int) -> int:
+        return 0 if self.kind == "relu" else self.width(head_dim)
+
+    def key_elementwise(self, head_dim: int) -> int:
+        return 0 if self.kind == "relu" else self.width(head_dim) + 1  # and half of |x|²
+
     def query(self, q: Tensor) -> Features:
         x = q * self.scale**0.5
         projected = x @ self.projection.to(x.dtype).mT
@@ -141,7 +170,7 @@ class RandomFeatures(FeatureMap):
             projected = torch.cat([projected, -projected], -1)
         # The largest exponent of the token leaves the features; what it is does not change φ, so no gradient goes through it.
         largest = projected.detach().amax(-1, keepdim=True)
-        features = (projected - largest).exp() * self.width(q.shape[-1]) ** -0.5
+        features = projected.sub_(largest + math.log(self.width(q.shape[-1])) / 2).exp_()  # in place: these are the widest tensors
         return features, largest.squeeze(-1) - half_norm
 
 

@@ -19,7 +19,7 @@ import torch
 
 import attnzoo
 from attnzoo.bench.memory import peak_bytes
-from attnzoo.fidelity.environment import environment
+from attnzoo.environment import environment
 from attnzoo.registry import options_of, spec_of
 
 LENGTHS = (4096, 8192, 32768)

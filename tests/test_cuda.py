@@ -31,9 +31,7 @@ def difference(actual: Tensor, exact: Tensor) -> float:
     return ((actual.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
-def answer(
-    case: Case, backend: str, situation: Situation, is_causal: bool, dtype: torch.dtype, inputs: list[Tensor], upstream: Tensor
-) -> list[Tensor]:
+def answer(case: Case, backend: str, situation: Situation, is_causal: bool, dtype: torch.dtype, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
     """The output and the gradients of q, k and v by one backend in one dtype."""
     q, k, v = (x.to(dtype).requires_grad_() for x in inputs)
     mask = situation.key_mask()

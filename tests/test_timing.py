@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -33,10 +34,14 @@ def test_a_spent_budget_ends_the_rounds_but_not_before_the_third() -> None:
     assert seen == [(1, 50), (2, 50), (3, 50)]
 
 
-def test_the_device_is_waited_for_around_every_call() -> None:
-    order: list[str] = []
-    interleave({"a": lambda: order.append("a")}, rounds=2, warmups=0, synchronize=lambda: order.append("wait"))
-    assert order == ["wait", "a", "wait"] * 2
+def test_another_stopwatch_takes_the_times() -> None:
+    runs: list[str] = []
+
+    def stopwatch(call: Callable[[], object]) -> float:
+        call()
+        return float(len(runs))
+
+    assert interleave({"a": lambda: runs.append("a")}, rounds=3, warmups=1, stopwatch=stopwatch)["a"].seconds == (2.0, 3.0, 4.0)
 
 
 def test_median_and_quartiles() -> None:

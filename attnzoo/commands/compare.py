@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 from attnzoo.arguments import check_positive
 from attnzoo.commands.command import Command, ConfigFile, messages, screen
 from attnzoo.commands.output import check_folder, write_text
+from attnzoo.commands.progress import Progress, progress_on
 from attnzoo.commands.variants import parse_variant
 from attnzoo.registry import nearest
 
@@ -28,8 +27,6 @@ INTERRUPTED = 130
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 SYNTHETIC = "synthetic"
 SEEDS = 2**32
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -78,11 +75,11 @@ def run(settings: Namespace) -> int:
         raise ValueError(f"seed={settings.seed} is out of range; use 0 to {SEEDS - 1}")
     folder = check_folder(settings.output)
     console = messages()
-    with _progress(console) as progress:
+    with progress_on(console) as progress:
         samples = _samples(settings, lengths, progress)
     _say_cuts(console, settings.models, lengths[-1])
     _say_stand_ins(console, settings.models, samples)
-    with _progress(console) as progress:
+    with progress_on(console) as progress:
         comparison = fidelity.compare(samples, variants, lengths=lengths, seed=settings.seed, device=device, dtype=dtype, progress=progress)
     interrupted = comparison.environment.get("interrupted")
     if interrupted and not comparison.rows:
@@ -164,21 +161,3 @@ def _say_stand_ins(console: Console, models: Sequence[str], samples: Sequence[Sa
         return
     for text in dict.fromkeys(f"{sample.text}; measured {sample.score_std:.2f}" for sample in samples if sample.model not in asked):
         console.print(f"attnzoo: using {text}", soft_wrap=True)
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
-    """A bar on a terminal, a line per step elsewhere. It is drawn between steps only: a drawing thread would disturb the timings."""
-    if not sys.stderr.isatty():
-        yield lambda stage, done, total: console.print(f"[{done}/{total}] {stage}", soft_wrap=True)
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def report(stage: str, done: int, total: int) -> None:
-            bar.update(task, description=stage, completed=done, total=total, refresh=True)
-
-        yield report

@@ -14,7 +14,7 @@ from attnzoo.engines.engine import Cost
 from attnzoo.registry import build, names, options_of, spec_of
 
 FROM_THE_MODEL = ("heads", "head_dim", "max_length")
-ELEMENT_BYTES = 2  # bf16
+DTYPE = torch.bfloat16
 MEASURED_LENGTHS = (2048, 4096)  # past every variant's edge effects, where what it keeps grows by the token
 
 
@@ -60,7 +60,7 @@ class CountedVariant:
     def cost(self, n: int, is_causal: bool) -> Cost:
         """`Attention.cost` at n tokens. A variant sized by the length is built without storage, so that any n costs nothing."""
         if (n, is_causal) not in self._costs:
-            self._costs[n, is_causal] = self._without_storage(n).cost(1, n, kv_heads=self.model.kv_heads, is_causal=is_causal)
+            self._costs[n, is_causal] = self._without_storage(n).cost(1, n, kv_heads=self.model.kv_heads, is_causal=is_causal, dtype=DTYPE)
         return self._costs[n, is_causal]
 
     def macs(self, n: int, is_causal: bool) -> int:
@@ -69,21 +69,17 @@ class CountedVariant:
         return cost.support_macs if self.spec.family == "exact" else cost.macs
 
     def moved_bytes(self, n: int) -> int:
-        """The least that one forward moves: queries, keys and values read once, the output written once, parameters read once."""
-        return n * (2 * self.model.query_width + 2 * self.model.key_width) * ELEMENT_BYTES + self.parameters(n) * ELEMENT_BYTES
-
-    def parameters(self, n: int) -> int:
-        """Learned numbers of one layer, when built for n tokens."""
-        return sum(parameter.numel() for parameter in self._without_storage(n).parameters())
+        """The least that one forward moves (`Cost.moved_bytes`)."""
+        return self.cost(n, is_causal=not self.spec.bidirectional).moved_bytes
 
     def state_bytes(self, n: int) -> int | None:
-        """What one layer carries to decode token n + 1, in bf16; None when the variant does not decode."""
-        return self.cost(n, is_causal=True).state_elements * ELEMENT_BYTES if self.spec.decodes else None
+        """What one layer carries to decode token n + 1; None when the variant does not decode."""
+        return self.cost(n, is_causal=True).state_bytes if self.spec.decodes else None
 
     def kept_bytes(self, n: int, is_causal: bool) -> float | None:
         """What one layer's forward keeps for its backward pass, by the fast pure-torch backend; None when the variant cannot run so.
 
-        Measured through autograd up to 2,048 tokens. Beyond, it grows by the token as it does from 2,048 to 4,096:
+        `Cost.kept_bytes` up to 2,048 tokens, or where that is not known measured through autograd. Beyond, it grows by the token as it does from 2,048 to 4,096:
         lengths that are no whole number of blocks keep a padded copy more in some backends, which is left out there.
         """
         if not self.runs(is_causal):
@@ -103,7 +99,8 @@ class CountedVariant:
 
     def _measured(self, n: int, is_causal: bool) -> int:
         if (n, is_causal) not in self._saved:
-            self._saved[n, is_causal] = self._saved_bytes(n, is_causal)
+            known = self.cost(n, is_causal).kept_bytes
+            self._saved[n, is_causal] = self._saved_bytes(n, is_causal) if known is None else known
         return self._saved[n, is_causal]
 
     def _saved_bytes(self, n: int, is_causal: bool) -> int:
@@ -112,8 +109,8 @@ class CountedVariant:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             attention = self.attention(n, heads=group)
-            q = torch.randn(1, group, n, self.model.head_dim, dtype=torch.bfloat16, requires_grad=True)
-            k, v = (torch.randn(1, 1, n, self.model.head_dim, dtype=torch.bfloat16, requires_grad=True) for _ in "kv")
+            q = torch.randn(1, group, n, self.model.head_dim, dtype=DTYPE, requires_grad=True)
+            k, v = (torch.randn(1, 1, n, self.model.head_dim, dtype=DTYPE, requires_grad=True) for _ in "kv")
         own = {tensor.untyped_storage().data_ptr() for tensor in (*attention.parameters(), *attention.buffers())}
         held: dict[int, torch.UntypedStorage] = {}
 

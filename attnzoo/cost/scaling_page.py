@@ -32,14 +32,14 @@ def page(scaling: Scaling) -> str:
 
 def _extension(scaling: Scaling) -> Iterator[str]:
     yield "<section>\n<h2>A model, a GPU, and every variant</h2>"
-    yield f"<ul>{_items(headlines(scaling))}</ul>"
+    yield f"<ul>{html_items(headlines(scaling))}</ul>"
     if scaling.remarks:
-        yield f'<ul class="notes">{_items(scaling.remarks)}</ul>'
+        yield f'<ul class="notes">{html_items(scaling.remarks)}</ul>'
     for drawing in drawings(scaling):
         if drawing.name not in ARTICLE_FIGURES:
-            yield _figure(drawing)
+            yield html_figure(drawing)
     for table in scaling.extension:
-        yield _table(table)
+        yield html_table(table)
     yield "</section>"
 
 
@@ -47,16 +47,17 @@ def _article(scaling: Scaling) -> Iterator[str]:
     yield "<section>\n<h2>The article, exact</h2>"
     yield f'<p>The tables of M. Brenndoerfer, <a href="{SOURCE}">Attention Complexity</a> (2025), each computed from its formula.</p>'
     yield "<h3>Where its prose and its tables part, the tables are right</h3>"
-    yield f"<ul>{_items(f'“{found.prose}”: {found.table}' for found in scaling.contradictions)}</ul>"
+    yield f"<ul>{html_items(f'“{found.prose}”: {found.table}' for found in scaling.contradictions)}</ul>"
     for drawing in drawings(scaling):
         if drawing.name in ARTICLE_FIGURES:
-            yield _figure(drawing)
+            yield html_figure(drawing)
     for table in scaling.article:
-        yield _table(table)
+        yield html_table(table)
     yield "</section>"
 
 
-def _figure(drawing: Drawing) -> str:
+def html_figure(drawing: Drawing) -> str:
+    """A figure's heading, caption and panels."""
     several = len(drawing.parts) > 1
     panels = "\n".join(
         inline_svg(part, f"{drawing.name}-{index}", f"{drawing.title}, panel {index}" if several else drawing.title)
@@ -66,14 +67,15 @@ def _figure(drawing: Drawing) -> str:
     return f'<figure>\n{heading}\n<div class="panels">{panels}</div>\n</figure>'
 
 
-def _table(table: Table) -> str:
+def html_table(table: Table) -> str:
+    """A table's heading, formula, numbers and notes."""
     parameters = "; ".join(
         f"{name} = {value:,g}" if isinstance(value, int | float) else f"{name} = {value}" for name, value in table.parameters.items()
     )
     formula = escape(table.formula + (f"; {parameters}" if parameters else ""))
     head = "".join(f'<th scope="col"{_aligned(table, column)}>{escape(column.heading)}</th>' for column in table.columns)
     body = "\n".join("<tr>" + "".join(map(_cell, table.columns, row, _first(table))) + "</tr>" for row in table.cells())
-    notes = f'\n<ul class="notes">{_items(table.notes)}</ul>' if table.notes else ""
+    notes = f'\n<ul class="notes">{html_items(table.notes)}</ul>' if table.notes else ""
     return (
         f'<h3>{escape(table.title)}</h3>\n<p class="soft">{formula}</p>\n<div class="scroll" tabindex="0">\n<table>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n</div>{notes}"
@@ -97,5 +99,6 @@ def _aligned(table: Table, column: Column) -> str:
     return ' class="text"' if column is table.columns[0] or column.words else ""
 
 
-def _items(texts: Iterable[str]) -> str:
+def html_items(texts: Iterable[str]) -> str:
+    """The items of a list, escaped."""
     return "".join(f"<li>{escape(text)}</li>" for text in texts)

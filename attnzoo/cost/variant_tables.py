@@ -57,9 +57,9 @@ def variant_costs(settings: Settings, variants: Sequence[CountedVariant], baseli
     notes = (
         "MACs: what the fast backend executes; for exact attention, what a kernel that skips masked scores executes.",
         "MACs of A's support: those of the pairs where A is not 0, if each were computed by itself.",
-        "kept a token: bytes that the forward keeps for its backward pass, measured through autograd on the pure-torch backend.",
-        "decoding state: what decoding carries after n tokens, at 2 bytes a number; a state that accumulates in fp32 takes twice that.",
-        "The roofline moves q, k, v, the output and the parameters once, and nothing in between.",
+        "kept a token: bytes that the forward of the pure-torch backend keeps for its backward pass; kernels with features, measured through autograd.",
+        "decoding state: what decoding carries after n tokens; a state of sums is in fp32.",
+        "The roofline moves q, k, v, the output and the parameters used once, and nothing in between.",
         *_skipped(variants, is_causal),
     )
     title = f"Every variant at n = {n:,}: {model.title}, all layers, on {settings.gpu.title}, {causality(settings)}"

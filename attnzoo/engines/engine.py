@@ -32,20 +32,54 @@ class Shape:
     query_length: int
     key_length: int
     is_causal: bool = False
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def sum_bytes(self) -> int:
+        """Bytes of a number that sums accumulate in."""
+        return accumulation_dtype(self.dtype).itemsize
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of q, and of the output."""
+        return self.batch_size * self.heads * self.query_length * self.head_dim * self.dtype.itemsize
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of k, and of v."""
+        return self.batch_size * self.kv_heads * self.key_length * self.head_dim * self.dtype.itemsize
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of q, k and v."""
+        return self.query_bytes + 2 * self.key_bytes
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one forward costs. One MAC is one multiply-accumulate; flops = 2 · macs.
+    """What one forward costs, without key_mask and attn_mask. One MAC is one multiply-accumulate; flops = 2 · macs.
 
     macs: what the fast backend executes, counted as torch and fvcore count it (SDPA with is_causal counts in full).
     support_macs: what A's support alone needs (a causal A of length n has n(n+1)/2 pairs).
+    elementwise: operations of softmax (3 a score), exponentials and divisions that the fast backend executes, as `count_flops` counts them.
+    parameters: learned numbers; buffers, such as Performer's directions, are not among them.
+    moved_bytes: the least that must move: q, k, v, the parameters used (in the inputs' dtype) and directions read once, the output written once.
+    kept_bytes: what autograd holds after the forward by the fast pure-torch backend on the CPU, to the byte: q, k, v and the output where it
+        holds them, and all between; parameters (taken to be of the inputs' dtype) and buffers left out. None: no closed form is known.
     state_elements: numbers that decoding carries for the whole batch after key_length tokens; 0 when the variant does not decode.
+    state_bytes: their size; the sums of a linear state are float32 at least. What a buffer holds in reserve is not counted.
+    state_growth: bytes by which one token more makes the state grow; 0 once it is bounded.
     """
 
     macs: int
     support_macs: int
+    elementwise: int = 0
+    parameters: int = 0
+    moved_bytes: int = 0
+    kept_bytes: int | None = None
     state_elements: int = 0
+    state_bytes: int = 0
+    state_growth: int = 0
 
     @property
     def flops(self) -> int:
@@ -98,6 +132,9 @@ def never_refuses(engine: Engine, call: Call) -> str | None:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums run in float32 at least (rule 10)."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+SOFTMAX_OPERATIONS = 3  # a score: exponential, sum, division
 
 
 def causal_pairs(query_length: int, key_length: int) -> int:

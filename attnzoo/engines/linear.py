@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +13,12 @@ from attnzoo.call import Call, UnsupportedError, repeat_heads
 from attnzoo.engines import linear_fla
 from attnzoo.engines.cache import check_state
 from attnzoo.engines.engine import Backend, Cost, Engine, Shape, accumulation_dtype, causal_pairs, never_refuses
+from attnzoo.engines.pieces import join
 from attnzoo.engines.softmax import causal_mask
 from attnzoo.feature_maps import FeatureMap
 
 CAUSAL_CHUNK = 128  # tokens that see each other through a small score matrix
-CHUNK = 512  # tokens whose features are held at a time where nobody sees anybody
+CHUNK = 256  # tokens whose features are held at a time where nobody sees anybody
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,37 @@ class Linear(Engine):
         per_head += queries * features + reading * width * (d + 1 if self.feature_map.normalizer == "row" else d)
         per_kv_head += keys * features + writing * width * d
         pairs = causal_pairs(shape.query_length, keys) if shape.is_causal else shape.query_length * keys
+        state = shape.batch_size * shape.kv_heads * width * (d + 1)
         return Cost(
             macs=shape.batch_size * (shape.heads * per_head + shape.kv_heads * per_kv_head),
             support_macs=2 * shape.batch_size * shape.heads * d * pairs,
-            state_elements=shape.batch_size * shape.kv_heads * width * (d + 1),
+            elementwise=shape.batch_size * _elementwise(self.feature_map, shape),
+            moved_bytes=shape.input_bytes + shape.query_bytes + sum(buffer.nbytes for buffer in self.feature_map.buffers()),
+            state_elements=state,
+            state_bytes=state * shape.sum_bytes,
         )
+
+
+def _elementwise(feature_map: FeatureMap, shape: Shape) -> int:
+    """Exponentials and divisions of the chunked backend for one sample."""
+    d, width = shape.head_dim, feature_map.width(shape.head_dim)
+    keys = shape.key_length
+    queries = min(shape.query_length, keys) if shape.is_causal else shape.query_length
+    divisions = {"row": d, "feature": width, "none": 0}[feature_map.normalizer]
+    per_head = queries * (feature_map.query_elementwise(d) + divisions)
+    per_kv_head = keys * feature_map.key_elementwise(d)
+    if feature_map.scales_keys:
+        early = keys - queries if shape.is_causal else keys  # keys that are summed before any query of a chunk of its own
+        chunks = -(-early // CHUNK)
+        per_kv_head += early + max(0, chunks - 1)  # one weight a key, and one factor for what is summed already
+        if shape.is_causal:
+            scanned = -(-queries // CAUSAL_CHUNK)
+            last = queries - (scanned - 1) * CAUSAL_CHUNK
+            per_kv_head += (scanned - 1) * CAUSAL_CHUNK**2 + last**2  # weights between the tokens of a chunk
+            behind = queries if early else queries - min(queries, CAUSAL_CHUNK)
+            per_kv_head += behind  # what the state is worth to a query
+            per_kv_head += queries - last + (scanned - 1 if early else max(0, scanned - 2))  # and the sums, all but the last chunk's
+    return shape.heads * per_head + shape.kv_heads * per_kv_head
 
 
 def _reference(engine: Linear, call: Call) -> Tensor:
@@ -147,13 +175,12 @@ def _chunked(engine: Linear, call: Call) -> Tensor:
 
 def _absorb(feature_map: FeatureMap, k: Tensor, v: Tensor, key_mask: Tensor | None, state: LinearState) -> LinearState:
     """Add keys and values to the state, chunk by chunk, under a running maximum of their log_scale."""
-    for start in range(0, k.shape[2], CHUNK):
-        piece = slice(start, start + CHUNK)
-        dtype = accumulation_dtype(k.dtype)
-        k_features, log_scale = feature_map.key(k[:, :, piece].to(dtype))
-        mask = None if key_mask is None else key_mask[:, piece]
+    dtype = accumulation_dtype(k.dtype)
+    for start, keys, values in zip(range(0, k.shape[2], CHUNK), k.split(CHUNK, 2), v.split(CHUNK, 2), strict=True):
+        k_features, log_scale = feature_map.key(keys.to(dtype))
+        mask = None if key_mask is None else key_mask[:, start : start + CHUNK]
         log_weights = None if log_scale is None and mask is None else _log_weights(log_scale, mask, k_features)
-        state = _add(feature_map, state, k_features, log_weights, v[:, :, piece].to(dtype))
+        state = _add(feature_map, state, k_features, log_weights, values.to(dtype))
     return state
 
 
@@ -180,18 +207,18 @@ def _add(feature_map: FeatureMap, state: LinearState, k_features: Tensor, log_we
 
 def _read_all(feature_map: FeatureMap, call: Call, state: LinearState) -> Tensor:
     """Every query reads the whole state."""
-    rows = []
-    for start in range(0, call.query_length, CHUNK):
-        q_features = _query_features(feature_map, call, slice(start, start + CHUNK))
-        numerator, denominator = _read(feature_map, q_features, state)
-        rows.append(_normalize(numerator, denominator).flatten(1, 2).to(call.q.dtype))
-    return torch.cat(rows, 2)
+
+    def rows() -> Iterator[Tensor]:
+        for queries in call.q.split(CHUNK, 2):
+            numerator, denominator = _read(feature_map, _query_features(feature_map, queries, call.group), state)
+            yield _normalize(numerator, denominator).flatten(1, 2).to(call.q.dtype)
+
+    return join(rows(), call.query_length, 2)
 
 
-def _query_features(feature_map: FeatureMap, call: Call, piece: slice) -> Tensor:
+def _query_features(feature_map: FeatureMap, q: Tensor, group: int) -> Tensor:
     """(batch, kv_heads, group, length, width)."""
-    q = call.q[:, :, piece].to(accumulation_dtype(call.q.dtype)).unflatten(1, (call.k.shape[1], call.group))
-    return feature_map.query(q)[0]
+    return feature_map.query(q.to(accumulation_dtype(q.dtype)).unflatten(1, (-1, group)))[0]
 
 
 def _read(feature_map: FeatureMap, q_features: Tensor, state: LinearState) -> tuple[Tensor, Tensor | None]:
@@ -219,18 +246,24 @@ def _scan(feature_map: FeatureMap, call: Call, state: LinearState, *, last_state
     large, can push an earlier row out of range (rule 5).
     """
     dtype = accumulation_dtype(call.q.dtype)
-    rows = []
-    for start in range(0, call.key_length, CAUSAL_CHUNK):
-        piece = slice(start, start + CAUSAL_CHUNK)
-        q_features = _query_features(feature_map, call, piece)
-        k_features, log_scale = feature_map.key(call.k[:, :, piece].to(dtype))
-        v = call.v[:, :, piece].to(dtype)
-        mask = None if call.key_mask is None else call.key_mask[:, piece]
-        log_weights = None if log_scale is None and mask is None else _log_weights(log_scale, mask, k_features)
-        rows.append(_chunk_rows(feature_map, q_features, k_features, log_weights, v, state).flatten(1, 2).to(call.q.dtype))
-        if last_state or start + CAUSAL_CHUNK < call.key_length:
-            state = _add(feature_map, state, k_features, log_weights, v)
-    return torch.cat(rows, 2), state
+
+    def rows() -> Iterator[Tensor]:
+        nonlocal state
+        starts = range(0, call.key_length, CAUSAL_CHUNK)
+        # split, not slices: the gradient of a slice is as long as the sequence, and there would be one for every chunk.
+        for start, queries, keys, values in zip(starts, *(x.split(CAUSAL_CHUNK, 2) for x in (call.q, call.k, call.v)), strict=True):
+            q_features = _query_features(feature_map, queries, call.group)
+            k_features, log_scale = feature_map.key(keys.to(dtype))
+            v = values.to(dtype)
+            mask = None if call.key_mask is None else call.key_mask[:, start : start + CAUSAL_CHUNK]
+            log_weights = None if log_scale is None and mask is None else _log_weights(log_scale, mask, k_features)
+            before = state
+            if last_state or start + CAUSAL_CHUNK < call.key_length:
+                state = _add(feature_map, state, k_features, log_weights, v)
+            yield _chunk_rows(feature_map, q_features, k_features, log_weights, v, before).flatten(1, 2).to(call.q.dtype)
+
+    out = join(rows(), call.key_length, 2)
+    return out, state
 
 
 def _recur(feature_map: FeatureMap, call: Call, state: LinearState) -> tuple[Tensor, LinearState]:

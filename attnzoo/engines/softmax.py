@@ -11,9 +11,9 @@ from torch import Tensor
 
 from attnzoo.arguments import check_dropout, check_scale
 from attnzoo.call import Call, repeat_heads
-from attnzoo.engines import softmax_xformers
+from attnzoo.engines import memory, softmax_xformers
 from attnzoo.engines.cache import KeyValueCache
-from attnzoo.engines.engine import Backend, Cost, Engine, Shape, accumulation_dtype, causal_pairs, never_refuses
+from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Engine, Shape, accumulation_dtype, causal_pairs, never_refuses
 
 
 class Softmax(Engine):
@@ -33,8 +33,24 @@ class Softmax(Engine):
     def cost(self, shape: Shape) -> Cost:
         pairs = shape.query_length * shape.key_length
         support = causal_pairs(shape.query_length, shape.key_length) if shape.is_causal else pairs
-        per_pair = 2 * shape.batch_size * shape.heads * shape.head_dim
-        return Cost(pairs * per_pair, support * per_pair, 2 * shape.batch_size * shape.kv_heads * shape.head_dim * shape.key_length)
+        return softmax_cost(shape, shape.heads * pairs, shape.heads * support, None, memory.full(shape))
+
+
+def softmax_cost(shape: Shape, pairs: int, support: int, reach: int | None, kept_bytes: int | None) -> Cost:
+    """Cost of a softmax over so many (head, query, key) scores of one sample: those computed, and those visible. reach: as a pattern's."""
+    per_pair = 2 * shape.batch_size * shape.head_dim
+    remembered = shape.key_length if reach is None else min(reach, shape.key_length)
+    a_token = 2 * shape.batch_size * shape.kv_heads * shape.head_dim  # numbers of its key and value
+    return Cost(
+        macs=pairs * per_pair,
+        support_macs=support * per_pair,
+        elementwise=SOFTMAX_OPERATIONS * shape.batch_size * pairs,
+        moved_bytes=shape.input_bytes + shape.query_bytes,
+        kept_bytes=kept_bytes,
+        state_elements=a_token * remembered,
+        state_bytes=a_token * remembered * shape.dtype.itemsize,
+        state_growth=0 if reach is not None and shape.key_length >= reach else a_token * shape.dtype.itemsize,
+    )
 
 
 def attend_to_cache(engine: Engine, call: Call, state: KeyValueCache, backend: str) -> tuple[Tensor, KeyValueCache, str]:

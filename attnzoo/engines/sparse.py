@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines import sparse_blocks, sparse_flex, sparse_windows
+from attnzoo.engines import sparse_blocks, sparse_flex, sparse_memory, sparse_windows
 from attnzoo.engines.cache import KeyValueCache
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
-from attnzoo.engines.softmax import Softmax, attend_densely, visible
+from attnzoo.engines.softmax import Softmax, attend_densely, softmax_cost, visible
 from attnzoo.patterns import BlockPattern, Grid, Pattern, Window
 
 
@@ -30,14 +30,14 @@ class Sparse(Softmax):
         grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
         if isinstance(self.pattern, Window):
             executed, support = (shape.heads * pairs for pairs in sparse_windows.count_pairs(self.pattern, grid))
+            kept = sparse_memory.windows(self.pattern, shape)
         elif isinstance(self.pattern, BlockPattern):
             executed, support = sparse_blocks.count_pairs(self.pattern, grid)
+            kept = sparse_memory.blocks(self.pattern, shape)
         else:
             executed = shape.heads * shape.query_length * shape.key_length
-            support = _count_pairs(self.pattern, grid)
-        per_pair = 2 * shape.batch_size * shape.head_dim
-        remembered = shape.key_length if self.pattern.reach is None else min(self.pattern.reach, shape.key_length)
-        return Cost(executed * per_pair, support * per_pair, 2 * shape.batch_size * shape.kv_heads * shape.head_dim * remembered)
+            support, kept = _count_pairs(self.pattern, grid), None
+        return softmax_cost(shape, executed, support, self.pattern.reach, kept)
 
 
 def _count_pairs(pattern: Pattern, grid: Grid) -> int:

@@ -3,6 +3,7 @@ equally many distinct key blocks is one SDPA call that needs no mask."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
+from attnzoo.engines.pieces import at_a_time, join
 from attnzoo.engines.softmax import Softmax, sdpa
 from attnzoo.patterns import BlockPattern, Grid, distinct
 
 Tail = Literal["absent", "last", "mixed"]
+GATHERED = 2**18  # numbers of k that are gathered at a time: with as many of v they stay in cache
 
 
 @dataclass(frozen=True)
@@ -99,17 +102,25 @@ def count_pairs(pattern: BlockPattern, grid: Grid) -> tuple[int, int]:
 
 
 def attend(engine: Softmax, pattern: BlockPattern, call: Call, grid: Grid) -> Tensor:
-    """A·v for a block pattern."""
+    """A·v for a block pattern: head by head, and in a head run by run."""
     size = pattern.block_size
     ahead = grid.offset % size  # empty rows before the first query of its block
     q = _pad(call.q, ahead, -grid.key_length % size).unflatten(2, (-1, size))
     k, v = (_pad(x, 0, -grid.key_length % size).unflatten(2, (-1, size)) for x in (call.k, call.v))
-    blocks = sorted_key_blocks(pattern, grid)
-    pieces = [
-        _attend_to_all(engine, q[:, :, run.first : run.end], call) if run.sees_all else _gathered(engine, run, q, k, v, blocks, call)
-        for run in runs(pattern, grid)
-    ]
-    out = (torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0]).flatten(2, 3)
+    blocks, found = sorted_key_blocks(pattern, grid), runs(pattern, grid)
+
+    def rows() -> Iterator[Tensor]:
+        keys, values = k.unbind(1), v.unbind(1)  # not k[:, head]: the gradient of that is as large as k, once for every head
+        for head, queries in enumerate(q.unbind(1)):
+            kv_head = head // call.group
+            for run, part in zip(found, queries.split([run.end - run.first for run in found], 1), strict=True):
+                if run.sees_all:
+                    yield _attend_to_all(engine, part, call, kv_head)
+                else:
+                    yield from _gathered(engine, run, part, keys[kv_head], values[kv_head], blocks[head % blocks.shape[0]], call)
+
+    heads, query_blocks = q.shape[1:3]
+    out = join(rows(), heads * query_blocks, 1).unflatten(1, (heads, query_blocks)).flatten(2, 3)
     return out[:, :, ahead : ahead + grid.query_length]
 
 
@@ -117,30 +128,31 @@ def _pad(x: Tensor, before: int, after: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, before, after)) if before or after else x
 
 
-def _attend_to_all(engine: Softmax, q: Tensor, call: Call) -> Tensor:
-    """Query blocks (batch, heads, blocks, block_size, head_dim) that see every key."""
+def _attend_to_all(engine: Softmax, q: Tensor, call: Call, kv_head: int) -> Tensor:
+    """Query blocks of one head, (batch, blocks, block_size, head_dim), that see every key."""
     mask = None if call.key_mask is None else call.key_mask[:, None, None, :]
-    return sdpa(engine, q.flatten(2, 3), call.k, call.v, mask).unflatten(2, q.shape[2:4])
+    one = slice(kv_head, kv_head + 1)
+    return sdpa(engine, q.flatten(1, 2)[:, None], call.k[:, one], call.v[:, one], mask)[:, 0].unflatten(1, q.shape[1:3])
 
 
-def _gathered(engine: Softmax, run: Run, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, call: Call) -> Tensor:
-    """One run, one head at a time, so that the gathered keys of a head are still in cache when they are read."""
-    q = q[:, :, run.first : run.end]
+def _gathered(engine: Softmax, run: Run, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, call: Call) -> Iterator[Tensor]:
+    """One run of one head, (batch, blocks, block_size, head_dim) each; a few query blocks at a time where no gradient will be
+    asked for, so that their keys are still in cache when they are read."""
     if run.width == 0:
-        return q.new_zeros(*q.shape[:4], v.shape[4])
-    group, size = q.shape[1] // k.shape[1], q.shape[3]
-    spare = k.shape[2] * size - int(call.key_length)  # empty slots of the last key block
-    rows = []
-    for head in range(q.shape[1]):
-        chosen = blocks[head % blocks.shape[0], run.first : run.end, : run.width]
-        keys, values = (_gather(x[:, head // group], chosen) for x in (k, v))
-        mask = _mask(run, chosen, call, size, spare)
+        yield q.new_zeros(*q.shape[:3], v.shape[3])
+        return
+    size = q.shape[2]
+    spare = k.shape[1] * size - int(call.key_length)  # empty slots of the last key block
+    rows = run.end - run.first
+    together = rows if torch.is_grad_enabled() else at_a_time(rows, run.width * size * k.shape[3], GATHERED, q)
+    for start in range(0, rows, together):
+        chosen = blocks[run.first + start : min(run.first + start + together, run.end), : run.width]
+        keys, values, mask = _gather(k, chosen), _gather(v, chosen), _mask(run, chosen, call, size, spare)
         if run.tail == "last":
             used = keys.shape[2] - spare
             keys, values = keys[:, :, :used], values[:, :, :used]
             mask = None if mask is None else mask[..., :used]
-        rows.append(sdpa(engine, q[:, head], keys, values, mask, every_row_sees=call.key_mask is None))
-    return torch.stack(rows, 1)
+        yield sdpa(engine, q[:, start : start + together], keys, values, mask, every_row_sees=call.key_mask is None)
 
 
 def _gather(x: Tensor, chosen: Tensor) -> Tensor:

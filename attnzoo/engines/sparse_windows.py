@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
+from attnzoo.engines.pieces import at_a_time, join
 from attnzoo.engines.softmax import Softmax, sdpa
 from attnzoo.patterns import Grid, Window
 
 BLOCK = 64  # queries that share a slice: larger wastes scores outside the window, smaller starves the matmuls
+SLICED = 2**21  # numbers in the gradient of the slices that are held at a time
 
 
 @dataclass(frozen=True)
@@ -64,17 +67,37 @@ def count_pairs(pattern: Window, grid: Grid) -> tuple[int, int]:
 
 
 def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid) -> Tensor:
-    """A·v for a window pattern."""
-    found = plan(pattern, grid)
-    pieces = [_edge(engine, pattern, call, grid, *piece) for piece in edges(pattern, grid)]
+    """A·v for a window pattern: the first edge, the whole blocks, the last edge."""
+    found, pieces = plan(pattern, grid), edges(pattern, grid)
     if found.blocks:
-        pieces.insert(1 if found.start else 0, _middle(engine, pattern, call, grid, found))
-    return torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0]
+        before = 1 if found.start else 0
+        pieces[before:before] = _middles(found, grid, call)
+    queries = call.q.split([end - first for first, end, _, _ in pieces], 2)
+    spans = tuple((low, high) for _, _, low, high in pieces)
+    keys, values = _spans(call.k, spans), _spans(call.v, spans)
+
+    def rows() -> Iterator[Tensor]:
+        for piece, q, k, v in zip(pieces, queries, keys, values, strict=True):
+            middle = found.blocks > 0 and found.start <= piece[0] < found.stop
+            yield _middle(engine, pattern, q, k, v, call, grid, piece[2]) if middle else _edge(engine, pattern, q, k, v, call, grid, piece)
+
+    return join(rows(), call.query_length, 2)
 
 
-def _edge(engine: Softmax, pattern: Window, call: Call, grid: Grid, first: int, end: int, low: int, high: int) -> Tensor:
+def _middles(found: Plan, grid: Grid, call: Call) -> list[tuple[int, int, int, int]]:
+    """The whole blocks, some at a time: the gradients of their slices are several times longer than the keys."""
+    sliced = call.k.shape[0] * call.k.shape[1] * found.slice_length * call.k.shape[3]
+    together = at_a_time(found.blocks, sliced, SLICED, call.k) if torch.is_grad_enabled() else found.blocks
+    pieces = []
+    for first in range(found.start, found.stop, together * BLOCK):
+        end, low = min(first + together * BLOCK, found.stop), grid.offset + first - found.before
+        pieces.append((first, end, low, low + end - first - BLOCK + found.slice_length))
+    return pieces
+
+
+def _edge(engine: Softmax, pattern: Window, q: Tensor, k: Tensor, v: Tensor, call: Call, grid: Grid, piece: tuple[int, int, int, int]) -> Tensor:
     """Rows first..end over keys low..high, densely."""
-    q, k, v = call.q[:, :, first:end], call.k[:, :, low:high], call.v[:, :, low:high]
+    first, end, low, high = piece
     if low == high:
         return q.new_zeros(*q.shape[:3], v.shape[3])
     key_mask = None if call.key_mask is None else call.key_mask[:, None, None, low:high]
@@ -94,27 +117,51 @@ def _band(pattern: Window, grid: Grid, query_positions: Tensor, key_positions: T
     return (distance.abs() < pattern.window) & (distance >= 0) if grid.is_causal else distance.abs() < pattern.window
 
 
-def _middle(engine: Softmax, pattern: Window, call: Call, grid: Grid, found: Plan) -> Tensor:
-    """Whole blocks, one SDPA call: batch × kv_heads, blocks, (group × block) rows against one slice each."""
-    first_key = grid.offset + found.start - found.before
-    keys = slice(first_key, first_key + (found.blocks - 1) * BLOCK + found.slice_length)
-    q, k, v = call.q[:, :, found.start : found.stop], call.k[:, :, keys], call.v[:, :, keys]
+def _middle(engine: Softmax, pattern: Window, q: Tensor, k: Tensor, v: Tensor, call: Call, grid: Grid, low: int) -> Tensor:
+    """Whole blocks, one SDPA call: batch × kv_heads, blocks, (group × block) rows against one slice each of the keys from `low` on."""
+    found = plan(pattern, grid)
     band = _band(pattern, grid, torch.arange(BLOCK, device=q.device) + found.before, torch.arange(found.slice_length, device=q.device))
     band = band.repeat(call.group, 1)[None, None]
     if call.key_mask is None:
-        return _slices(engine, q, k, v, band, found, padded=False)
-    masks = call.key_mask[:, keys].unfold(1, found.slice_length, BLOCK)[:, None, :, None, :]  # (batch, 1, blocks, 1, slice)
+        return _slices(engine, q, k, v, band, found.slice_length, padded=False)
+    masks = call.key_mask[:, low : low + k.shape[2]].unfold(1, found.slice_length, BLOCK)[:, None, :, None, :]  # (batch, 1, blocks, 1, slice)
     samples = [slice(sample, sample + 1) for sample in range(q.shape[0])]
-    return torch.cat([_slices(engine, q[one], k[one], v[one], band & masks[one][0], found, padded=True) for one in samples])
+    return torch.cat([_slices(engine, q[one], k[one], v[one], band & masks[one][0], found.slice_length, padded=True) for one in samples])
 
 
-def _slices(engine: Softmax, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, found: Plan, *, padded: bool) -> Tensor:
+def _slices(engine: Softmax, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, slice_length: int, *, padded: bool) -> Tensor:
     batch, heads, rows, head_dim = q.shape
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    q = q.reshape(batch * kv_heads, group, found.blocks, BLOCK, head_dim).transpose(1, 2).flatten(2, 3)
-    k_slices, v_slices = (_Slices.apply(x.flatten(0, 1), found.slice_length) for x in (k, v))
+    q = q.reshape(batch * kv_heads, group, -1, BLOCK, head_dim).transpose(1, 2).flatten(2, 3)
+    k_slices, v_slices = (_Slices.apply(x.flatten(0, 1), slice_length) for x in (k, v))
     out = sdpa(engine, q, k_slices, v_slices, mask, every_row_sees=not padded)
     return out.unflatten(2, (group, BLOCK)).transpose(1, 2).reshape(batch, heads, rows, v.shape[3])
+
+
+def _spans(x: Tensor, spans: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
+    """x[:, :, low:high] for each span."""
+    if len(spans) > 1 and x.requires_grad and torch.is_grad_enabled():
+        return _Spans.apply(x, spans)
+    return tuple(x[:, :, low:high] for low, high in spans)
+
+
+class _Spans(torch.autograd.Function):
+    """Overlapping spans of the length as views. autograd's own backward makes a gradient as long as the sequence for every span."""
+
+    @staticmethod
+    def forward(x: Tensor, spans: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
+        return tuple(x[:, :, low:high] for low, high in spans)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, tuple[tuple[int, int], ...]], output: tuple[Tensor, ...]) -> None:
+        ctx.shape, ctx.spans = inputs[0].shape, inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].new_zeros(ctx.shape)
+        for (low, high), gradient in zip(ctx.spans, gradients, strict=True):
+            total[:, :, low:high] += gradient
+        return total, None
 
 
 class _Slices(torch.autograd.Function):

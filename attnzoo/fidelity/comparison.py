@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from attnzoo.bench.cuda import stopwatch_of
 from attnzoo.bench.timing import interleave, mistake
+from attnzoo.environment import environment
 from attnzoo.fidelity.candidate import BASELINE, Candidate, Subject, measure
-from attnzoo.fidelity.environment import environment
 from attnzoo.fidelity.metrics import pooled
 from attnzoo.fidelity.rows import Comparison, HeatMap, Row, Sample
 from attnzoo.fidelity.samples import LENGTHS, Progress
@@ -123,8 +124,7 @@ class _Work:
                 contenders[candidate.label] = self._forward(candidate, sample)
             else:
                 self.rows[place, number] = replace(row, note="; ".join(filter(None, [row.note, f"not timed: {wrong}"])))
-        synchronize = torch.cuda.synchronize if sample.q.is_cuda else None
-        timings = interleave(contenders, rounds=self.rounds, budget=self.time_budget, synchronize=synchronize)
+        timings = interleave(contenders, rounds=self.rounds, budget=self.time_budget, stopwatch=stopwatch_of(sample.q.device))
         exact = timings[BASELINE.label].median
         for number, candidate in enumerate(self.candidates):
             timing = timings.get(candidate.label)

@@ -24,8 +24,8 @@ LEGEND_CHARACTERS = 19  # a longer label is folded: two columns of them stand un
 LEGEND_INCHES_PER_CHARACTER = 0.078  # at 9 points
 
 Look = Mapping[str, Style]
-Paint = Callable[["Axes", list[Row], Look], None]
-Panels = Mapping[str, list[Row]]
+Paint = Callable[["Axes", list[Any], Look], None]
+Panels = Mapping[str, list[Any]]  # rows, of a comparison or of a benchmark, by the panel's heading
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def drawings(comparison: Comparison) -> list[Drawing]:
     look = styles((row.variant, row.label) for row in (*comparison.rows, *comparison.by_length))
     results = {group_title(group): rows for group, rows in grouped(comparison.rows).items()}
     charts = [
-        _chart(
+        chart(
             "error-macs",
             "Error against multiply-accumulates",
             "Lower left is better. The grey line is the Pareto front: no other variant beats one on it in both. Above the dashed line a variant "
@@ -53,7 +53,7 @@ def drawings(comparison: Comparison) -> list[Drawing]:
             look,
             _error_against_macs,
         ),
-        _chart(
+        chart(
             "error-length",
             "Error against length",
             "The same text, read to shorter lengths. The dashed line is the error of answering the mean of the values. "
@@ -62,7 +62,7 @@ def drawings(comparison: Comparison) -> list[Drawing]:
             look,
             _error_against_length,
         ),
-        _chart(
+        chart(
             "speed-up",
             "Speed-up, measured against promised",
             "On the diagonal, saved arithmetic is saved time. Below the dashed line a variant is slower than exact attention.",
@@ -71,10 +71,11 @@ def drawings(comparison: Comparison) -> list[Drawing]:
             _measured_against_promised,
         ),
     ]
-    return [chart for chart in charts if chart is not None] + _heat_map_drawings(comparison)
+    return [drawn for drawn in charts if drawn is not None] + _heat_map_drawings(comparison)
 
 
-def _chart(name: str, title: str, caption: str, panels: Panels, look: Look, paint: Paint) -> Drawing | None:
+def chart(name: str, title: str, caption: str, panels: Panels, look: Look, paint: Paint) -> Drawing | None:
+    """A figure of one panel a heading, each filled by `paint`; None without panels."""
     if not panels:
         return None
     parts = tuple(partial(_figure, {heading: rows}, look, paint) for heading, rows in panels.items())
@@ -135,9 +136,9 @@ def _legend_inches(texts: list[str], columns: int) -> float:
 def _error_against_macs(axes: Axes, rows: list[Row], look: Look) -> None:
     points = _approximate(rows)
     front = pareto_front(points)
-    _plot(axes, front, color=INK, alpha=0.35, linewidth=3, drawstyle="steps-post", zorder=1)
+    plot(axes, front, color=INK, alpha=0.35, linewidth=3, drawstyle="steps-post", zorder=1)
     for row in points:
-        _plot(axes, [(row.macs, row.output_error)], label=row.label, zorder=3, **look[row.label].point_options())
+        plot(axes, [(row.macs, row.output_error)], label=row.label, zorder=3, **look[row.label].point_options())
     exact = next((row.exact_macs for row in rows if row.exact_macs), None)
     if exact is not None:
         axes.axvline(exact, color=INK, linestyle=":", linewidth=1.2, label="exact attention")
@@ -164,9 +165,9 @@ def _error_against_length(axes: Axes, rows: list[Row], look: Look) -> None:
         if row.output_error and not is_exact(row):
             curves.setdefault(row.label, []).append(row)
     for label, curve in curves.items():
-        _plot(axes, [(row.length, row.output_error) for row in curve], label=label, **look[label].line_options())
+        plot(axes, [(row.length, row.output_error) for row in curve], label=label, **look[label].line_options())
     baseline = {row.length: row.mean_value_error for row in rows if row.mean_value_error}
-    _plot(axes, sorted(baseline.items()), color=INK, linestyle="--", linewidth=1.2, label="mean(v)", zorder=4)
+    plot(axes, sorted(baseline.items()), color=INK, linestyle="--", linewidth=1.2, label="mean(v)", zorder=4)
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
@@ -178,21 +179,21 @@ def _error_against_length(axes: Axes, rows: list[Row], look: Look) -> None:
 def _measured_against_promised(axes: Axes, rows: list[Row], look: Look) -> None:
     points = [row for row in rows if row.speedup and row.promised_speedup]
     for row in points:
-        _plot(axes, [(row.promised_speedup, row.speedup)], label=row.label, zorder=3, **look[row.label].point_options())
+        plot(axes, [(row.promised_speedup, row.speedup)], label=row.label, zorder=3, **look[row.label].point_options())
     axes.axline((1, 1), (10, 10), color=INK, alpha=0.35, linewidth=3, zorder=1)
     axes.axhline(1, color=INK, linestyle="--", linewidth=1.2, label="as fast as SDPA", zorder=1)
-    log_axis(axes, "x", [*(row.promised_speedup for row in points), 1.0], _ratio_tick)
-    log_axis(axes, "y", [*(row.speedup for row in points), 1.0], _ratio_tick)
+    log_axis(axes, "x", [*(row.promised_speedup for row in points), 1.0], ratio_tick)
+    log_axis(axes, "y", [*(row.speedup for row in points), 1.0], ratio_tick)
     axes.set_xlabel("speed-up that the MACs promise")
     axes.set_ylabel("speed-up measured over SDPA")
 
 
-def _plot(axes: Axes, points: Sequence[tuple[float | None, float | None]], **options: Any) -> None:
+def plot(axes: Axes, points: Sequence[tuple[float | None, float | None]], **options: Any) -> None:
     known = [(x, y) for x, y in points if x is not None and y is not None]
     axes.plot([x for x, _ in known], [y for _, y in known], **options)
 
 
-def _ratio_tick(value: float) -> str:
+def ratio_tick(value: float) -> str:
     """2 -> "2×", 0.5 -> "0.5×"."""
     return f"{value:g}×"
 

@@ -10,6 +10,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
+from attnzoo.cost.table import Table as NumberTable
 from attnzoo.fidelity.rows import Comparison, Row
 from attnzoo.report.columns import COLUMNS, Column, folded, group_of, group_title, grouped, lost, notes
 from attnzoo.report.headlines import headlines
@@ -78,6 +79,16 @@ class RowsTable:
 def plain_table(gap: int = 2) -> Table:
     """A table of this library: a rule below the headings and nothing else, `gap` spaces between columns."""
     return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0), header_style="bold", safe_box=True)
+
+
+def rich_table(table: NumberTable) -> Table:
+    """A table of numbers that knows how to print itself, on the screen."""
+    drawn = plain_table()
+    for column in table.columns:
+        drawn.add_column(column.heading, justify="left" if column.words else "right", overflow="fold")
+    for cells in table.cells():
+        drawn.add_row(*cells)
+    return drawn
 
 
 def environment_line(comparison: Comparison) -> Text:

@@ -12,40 +12,39 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import attnzoo
+from attnzoo.bench.amounts import least_bytes, macs
+from attnzoo.bench.plan import Cell, Shape
 from attnzoo.cost.hardware import GPU, find_gpu, gpu_presets, roofline
 
-BATCH_SIZE, HEADS, HEAD_DIM, ELEMENT_BYTES = 8, 16, 64, 2  # bf16
+SHAPE, DTYPE = Shape(batch_size=8, heads=16, head_dim=64), "bfloat16"
 LENGTHS = [1024 * 2**i for i in range(8)]
-TENSORS = {"forward": 4, "forward+backward": 12}  # q, k, v, out; backward reads them and out's gradient, and writes three gradients
-PASSES = {"forward": 1, "forward+backward": 3}  # every product has two gradients, and nothing is computed again
+PHASES = ("forward", "forward+backward")
 
 
 def rows(gpu: GPU) -> Iterator[dict[str, Any]]:
-    """Every variant that has a closed form, forward and forward+backward, causal and not where the variant allows."""
+    """Every variant, forward and forward+backward, causal and not where the variant allows; counted as the benchmark counts."""
     for name in attnzoo.names():
         spec = attnzoo.describe(name).spec
         for is_causal in (False, True):
             if spec.causal if is_causal else spec.bidirectional:
-                for phase in PASSES:
+                for phase in PHASES:
                     for n in LENGTHS:
-                        yield row(name, n, phase, gpu, is_causal=is_causal)
+                        yield row(name, Cell("core", phase, is_causal, n, DTYPE, SHAPE), gpu)
 
 
-def row(name: str, n: int, phase: str, gpu: GPU, *, is_causal: bool) -> dict[str, Any]:
-    """macs: what A's support needs where A is exact on it, else what the algorithm executes. bytes: every tensor once."""
-    spec = attnzoo.describe(name).spec
-    attn = attnzoo.build(name, heads=HEADS, head_dim=HEAD_DIM, **({"max_length": n} if spec.needs_max_length else {}))
-    cost = attn.cost(BATCH_SIZE, n, is_causal=is_causal)
-    macs = (cost.support_macs if spec.exact else cost.macs) * PASSES[phase]
-    weights = sum(parameter.numel() for parameter in attn.parameters()) * PASSES[phase]
-    moved = (TENSORS[phase] * BATCH_SIZE * HEADS * HEAD_DIM * n + weights) * ELEMENT_BYTES
-    limit = roofline(macs, moved, gpu)
-    sizes = {"batch_size": BATCH_SIZE, "heads": HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"}
-    least = {"gpu": gpu.title, "macs": macs, "bytes": moved, "limit_seconds": limit.seconds, "bound": limit.bound}
-    return {"variant": name, "length": n, "phase": phase, "is_causal": is_causal, **sizes, **least}
+def row(name: str, cell: Cell, gpu: GPU) -> dict[str, Any]:
+    """One line. limit_seconds: all FLOPs at the peak rate or all bytes at the full bandwidth, whichever takes longer (`bound`)."""
+    needs_length = attnzoo.describe(name).spec.needs_max_length
+    attn = attnzoo.build(name, heads=SHAPE.heads, head_dim=SHAPE.head_dim, **({"max_length": cell.length} if needs_length else {}))
+    products, moved = macs(attn, cell), least_bytes(attn, cell)
+    assert products is not None  # only decoding has none
+    limit = roofline(products, moved, gpu)
+    setting = {"variant": name, "length": cell.length, "phase": cell.phase, "is_causal": cell.is_causal, "dtype": DTYPE, **asdict(SHAPE)}
+    return {**setting, "gpu": gpu.title, "macs": products, "bytes": moved, "limit_seconds": limit.seconds, "bound": limit.bound}
 
 
 def main() -> None:

@@ -19,6 +19,6 @@ python3 -c 'import torch, triton; print("torch", torch.__version__, "triton", tr
 python3 benchmarks/cuda/limits.py --gpu "${GPU:-h100}" > "$out/limits.jsonl"
 
 # The sweep puts its most telling rows first, checks each against the reference and appends it as it finishes: cut short, it is still of use.
-timeout $((end - SECONDS - 150)) python3 -m attnzoo bench --config configs/bench/cuda.yaml --out "$out/bench.jsonl" || echo "the sweep ended with $?"
+timeout $((end - SECONDS - 150)) python3 -m attnzoo bench --config configs/bench/cuda.yaml --output "$out/bench.jsonl" || echo "the sweep ended with $?"
 timeout $((end - SECONDS)) python3 -m pytest -q -m cuda tests/test_cuda.py > "$out/tests.txt" 2>&1 || echo "the tests ended with $?"
 tail -n 20 "$out/tests.txt"

@@ -13,9 +13,11 @@ import torch
 
 import attnzoo
 
+MACHINE = ("machine", "cpu", "cores", "threads", "device", "driver")  # times from two machines cannot be compared
 
-def environment(*, seed: int, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Date, seed, versions, machine, processor, threads, device and dtype, each as text; no host name."""
+
+def environment(*, seed: int, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str]:
+    """Date, seed, versions, machine, processor, threads, device (and its driver) and dtype, each as text; no host name."""
     found = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": str(seed),
@@ -28,8 +30,10 @@ def environment(*, seed: int, device: torch.device, dtype: torch.dtype) -> dict[
         "cpu": _cpu(),
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
+        "binding": os.environ.get("OMP_PROC_BIND", ""),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "driver": _driver(device),
+        "dtype": "" if dtype is None else str(dtype).removeprefix("torch."),
     }
     return {name: value for name, value in found.items() if value}
 
@@ -38,6 +42,17 @@ def _version(distribution: str) -> str:
     try:
         return version(distribution)
     except PackageNotFoundError:
+        return ""
+
+
+def _driver(device: torch.device) -> str:
+    """The NVIDIA driver's version; "" on a CPU or where nvidia-smi is not."""
+    if device.type != "cuda":
+        return ""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.SubprocessError, IndexError):
         return ""
 
 

@@ -1,0 +1,188 @@
+"""What is timed: an attention alone, with its projections, or in a whole layer; and torch's SDPA, called directly, in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnzoo.attention import Attention
+from attnzoo.bench.plan import Cell, Contender
+from attnzoo.multihead import MultiheadAttention
+from attnzoo.registry import build, options_of
+
+FEED_FORWARD = 4  # inner width of the feed-forward network, in widths of the model
+DECODE_ROOM = 4096  # tokens that a decoding state has room for beyond the length
+
+Pass = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One contender, ready to run. attention: its core; None for SDPA called directly."""
+
+    run: Pass
+    attention: Attention | None
+
+
+class DirectAttention(nn.Module):
+    """The projections of multi-head self-attention around one call of torch's SDPA: the least that the zoo's module could do."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj, self.out_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, is_causal: bool) -> Tensor:
+        q, k, v = self.in_proj(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class SelfAttention(nn.Module):
+    """`attnzoo.MultiheadAttention` as self-attention without weights."""
+
+    def __init__(self, width: int, heads: int, attention: str, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.multihead = MultiheadAttention(width, heads, batch_first=True, attention=attention, attention_options=options)
+
+    def forward(self, x: Tensor, is_causal: bool) -> Tensor:
+        return self.multihead(x, x, x, need_weights=False, is_causal=is_causal)[0]
+
+
+class Layer(nn.Module):
+    """A pre-norm Transformer layer, as torch's with norm_first=True and GELU: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, width: int, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.feed_forward = nn.Sequential(nn.Linear(width, FEED_FORWARD * width), nn.GELU(), nn.Linear(FEED_FORWARD * width, width))
+
+    def forward(self, x: Tensor, is_causal: bool) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), is_causal)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+def options_for(contender: Contender, cell: Cell, seed: int) -> dict[str, Any]:
+    """A variant's options beside heads and head_dim: the user's, the backend, and seed and max_length where it takes them."""
+    offered = {"seed": seed, "max_length": cell.length}
+    taken = {option.name for option in options_of(contender.candidate.name)}
+    supplied = {name: value for name, value in offered.items() if name in taken}
+    return {**supplied, **contender.candidate.options, "backend": contender.backend}
+
+
+def core_inputs(cell: Cell, sets: int, device: torch.device, seed: int) -> list[tuple[Tensor, ...]]:
+    """Sets of normal q, k and v, each (batch, heads, length, head_dim)."""
+    shape = (cell.shape.batch_size, cell.shape.heads, cell.length, cell.shape.head_dim)
+    return [_normal(shape, 3, cell.dtype, device, seed + number) for number in range(sets)]
+
+
+def layer_inputs(cell: Cell, sets: int, device: torch.device, seed: int) -> list[tuple[Tensor, ...]]:
+    """Sets of one normal x, (batch, length, heads · head_dim)."""
+    shape = (cell.shape.batch_size, cell.length, cell.shape.heads * cell.shape.head_dim)
+    return [_normal(shape, 1, cell.dtype, device, seed + number) for number in range(sets)]
+
+
+def prepare(contender: Contender | None, cell: Cell, inputs: Sequence[tuple[Tensor, ...]], seed: int) -> Work:
+    """A contender (None: SDPA called directly) on inputs of `core_inputs` at level core and of `layer_inputs` at the others.
+
+    Raises ValueError on an option that the variant does not take.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if cell.level == "core":
+            return _core(contender, cell, inputs, seed)
+        return _module(contender, cell, inputs, seed)
+
+
+def _core(contender: Contender | None, cell: Cell, inputs: Sequence[tuple[Tensor, ...]], seed: int) -> Work:
+    if contender is None:
+        if cell.phase == "decode":
+            return Work(_decode_directly(*inputs[0]), None)
+        return Work(_passes(cell, inputs, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=cell.is_causal), ()), None)
+    options = options_for(contender, cell, seed)
+    attention = build(contender.candidate.name, heads=cell.shape.heads, head_dim=cell.shape.head_dim, **options)
+    attention = attention.eval().to(inputs[0][0].device, inputs[0][0].dtype)
+    if cell.phase == "decode":
+        return Work(_decode(attention, *inputs[0]), attention)
+    run = _passes(cell, inputs, lambda q, k, v: attention(q, k, v, is_causal=cell.is_causal), tuple(attention.parameters()))
+    return Work(run, attention)
+
+
+def _module(contender: Contender | None, cell: Cell, inputs: Sequence[tuple[Tensor, ...]], seed: int) -> Work:
+    width, heads = cell.shape.heads * cell.shape.head_dim, cell.shape.heads
+    attention = None
+    if contender is None:
+        module: nn.Module = DirectAttention(width, heads)
+    else:
+        module = SelfAttention(width, heads, contender.candidate.name, options_for(contender, cell, seed))
+        attention = module.multihead.attention
+    if cell.level == "layer":
+        module = Layer(width, module)
+    module = module.eval().to(inputs[0][0].device, inputs[0][0].dtype)
+    return Work(_passes(cell, inputs, lambda x: module(x, cell.is_causal), tuple(module.parameters())), attention)
+
+
+def _passes(cell: Cell, inputs: Sequence[tuple[Tensor, ...]], forward: Callable[..., Tensor], parameters: tuple[Tensor, ...]) -> Pass:
+    """Forward, or forward and backward to all inputs and parameters, on one set of inputs after another."""
+    sets = cycle(inputs)
+    if cell.phase == "forward":
+
+        def infer() -> Tensor:
+            with torch.no_grad():
+                return forward(*next(sets))
+
+        return infer
+
+    def train() -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in next(sets)]
+            out = forward(*leaves)
+            return torch.autograd.grad(out, [*leaves, *parameters], torch.ones_like(out), allow_unused=True)
+
+    return train
+
+
+def _decode(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Pass:
+    """One token after q.shape[2] others. Each run takes the state that the last one left, so that none copies it."""
+    length = q.shape[2]
+    one = [x[:, :, -1:].clone() for x in (q, k, v)]
+    state: Any = None
+
+    def step() -> Tensor:
+        nonlocal state
+        with torch.no_grad():
+            if state is None:
+                state = attention.init_state(q.shape[0], length + DECODE_ROOM, dtype=q.dtype, device=q.device)
+                state = attention.step(q, k, v, state)[1]
+            out, state = attention.step(*one, state)
+            return out
+
+    return step
+
+
+def _decode_directly(q: Tensor, k: Tensor, v: Tensor) -> Pass:
+    """One token written behind the others and one call of SDPA over all of them."""
+    taken = q.shape[2]
+    keys, values = (F.pad(x, (0, 0, 0, DECODE_ROOM)) for x in (k, v))
+    one = [x[:, :, -1:].clone() for x in (q, k, v)]
+
+    def step() -> Tensor:
+        nonlocal taken
+        with torch.no_grad():
+            keys[:, :, taken : taken + 1], values[:, :, taken : taken + 1] = one[1], one[2]
+            taken += 1
+            return F.scaled_dot_product_attention(one[0], keys[:, :, :taken], values[:, :, :taken])
+
+    return step
+
+
+def _normal(shape: tuple[int, ...], number: int, dtype: str, device: torch.device, seed: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    return tuple(torch.randn(shape, generator=generator).to(device, getattr(torch, dtype)) for _ in range(number))

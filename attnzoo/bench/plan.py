@@ -1,0 +1,181 @@
+"""What a benchmark is asked to measure: sweeps over settings, read from YAML, each setting with all its contenders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from attnzoo.arguments import check_positive, check_seed
+from attnzoo.bench.timing import TOLERANCE
+from attnzoo.configuration import read_yaml
+from attnzoo.fidelity.candidate import Candidate
+from attnzoo.registry import build, names, nearest, spec_of
+
+LEVELS = ("core", "multihead", "layer")
+PHASES = ("forward", "forward+backward", "decode")
+DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in TOLERANCE)
+
+ParseVariant = Callable[[str], tuple[str, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes beside the length."""
+
+    batch_size: int = 1
+    heads: int = 8
+    head_dim: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "heads", "head_dim"):
+            check_positive(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting, in which all contenders run in turns. See `attnzoo.bench.rows.Row` for the words."""
+
+    level: str
+    phase: str
+    is_causal: bool
+    length: int
+    dtype: str
+    shape: Shape
+
+    def title(self) -> str:
+        """Such as "core forward, causal, n = 4,096, float32, 1×8×64"."""
+        shape = f"{self.shape.batch_size}×{self.shape.heads}×{self.shape.head_dim}"
+        return f"{self.level} {self.phase}, {'causal' if self.is_causal else 'not causal'}, n = {self.length:,}, {self.dtype}, {shape}"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An attention with its options and the backend asked for."""
+
+    candidate: Candidate
+    backend: str
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Every combination of these. variants: as on the command line, NAME[:OPTION=VALUE,...]; empty means the whole zoo.
+
+    budget: seconds a setting after which no new round is begun; a contender that three rounds have no room for gets no time.
+    """
+
+    levels: tuple[str, ...] = ("core",)
+    phases: tuple[str, ...] = ("forward",)
+    causal: tuple[bool, ...] = (False,)
+    variants: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ("auto",)
+    lengths: tuple[int, ...] = (1024,)
+    dtypes: tuple[str, ...] = ("float32",)
+    shapes: tuple[Shape, ...] = (Shape(),)
+    rounds: int = 7
+    budget: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("levels", LEVELS), ("phases", PHASES), ("dtypes", DTYPES)):
+            for value in getattr(self, name):
+                if value not in allowed:
+                    raise ValueError(f"{name}: {value!r} is unknown{nearest(value, allowed)}; choose of {', '.join(allowed)}")
+        for value in self.causal:
+            if not isinstance(value, bool):
+                raise ValueError(f"causal: {value!r} must be true or false")
+        for length in self.lengths:
+            check_positive("lengths", length)
+        check_positive("rounds", self.rounds)
+        if not isinstance(self.budget, int | float) or isinstance(self.budget, bool) or not 0 < self.budget < float("inf"):
+            raise ValueError(f"budget={self.budget!r} must be a number of seconds above 0")
+        if "decode" in self.phases and self.levels != ("core",):
+            raise ValueError("phases: decode is a matter of the core; give it a sweep of its own with levels: [core]")
+
+    def cells(self) -> Iterator[Cell]:
+        """All settings, short lengths first. Decoding is causal whatever `causal` says."""
+        for length, shape, dtype, level, phase in product(sorted(self.lengths), self.shapes, self.dtypes, self.levels, self.phases):
+            for is_causal in (True,) if phase == "decode" else self.causal:
+                yield Cell(level, phase, is_causal, length, dtype, shape)
+
+    def contenders(self, parse: ParseVariant) -> list[Contender]:
+        """Every variant with every backend. Raises ValueError on a wrong variant, and on a backend that none of them has."""
+        candidates = [Candidate(*parse(text)) for text in self.variants or names()]
+        known = ["auto", *dict.fromkeys(backend for candidate in candidates for backend in _backends(candidate))]
+        for backend in self.backends:
+            if backend not in known:
+                raise ValueError(f"backends: none of the variants has {backend!r}{nearest(backend, known)}; choose of {', '.join(known)}")
+        return [Contender(candidate, backend) for candidate in candidates for backend in self.backends]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole benchmark. device: cpu, cuda or cuda:INDEX. seed: of inputs and of every random choice."""
+
+    device: str = "cpu"
+    seed: int = 0
+    sweeps: tuple[Sweep, ...] = field(default_factory=lambda: (Sweep(),))
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a YAML file: device, seed, the settings of `Sweep`, and optionally `sweeps`, a list of mappings that each override them.
+
+    Raises ValueError, one sentence that names the file, on whatever it cannot mean.
+    """
+    what = f"config {path}"
+    found = read_yaml(path, what)
+    common = {name.name for name in fields(Sweep)}
+    _check_mapping(what, found, common | {"device", "seed", "sweeps"})
+    shared = {key: value for key, value in found.items() if key in common}
+    overrides = found.get("sweeps", [{}])
+    if not isinstance(overrides, list) or not overrides:
+        raise ValueError(f"{what}: sweeps must be a list of mappings that is not empty")
+    for override in overrides:
+        _check_mapping(f"{what}, a sweep", override, common, may_be_empty="sweeps" not in found)
+    try:
+        sweeps = tuple(_sweep({**shared, **override}) for override in overrides)
+        return Plan(sweeps=sweeps, **{key: found[key] for key in ("device", "seed") if key in found})
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def _backends(candidate: Candidate) -> list[str]:
+    fixed = {"heads": 1, "head_dim": 8, **({"max_length": 8} if spec_of(candidate.name).needs_max_length else {})}
+    return build(candidate.name, **{**fixed, **candidate.options}).engine.backend_names()
+
+
+def _sweep(found: dict[str, Any]) -> Sweep:
+    read: dict[str, Any] = {}
+    for key, value in found.items():
+        if key in ("rounds", "budget"):
+            read[key] = value
+            continue
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"{key} must be a list that is not empty, such as [{value if value else '...'}]")
+        read[key] = tuple(_shape(item) if key == "shapes" else item for item in value)
+    for key in ("variants", "backends", "levels", "phases", "dtypes"):
+        for item in read.get(key, ()):
+            if not isinstance(item, str):
+                raise ValueError(f"{key}: {item!r} must be text")
+    return Sweep(**read)
+
+
+def _shape(found: Any) -> Shape:
+    _check_mapping("shapes", found, {name.name for name in fields(Shape)})
+    return Shape(**found)
+
+
+def _check_mapping(what: str, found: Any, known: set[str], *, may_be_empty: bool = False) -> None:
+    keys = ", ".join(sorted(known))
+    if not isinstance(found, dict) or not (found or may_be_empty):
+        said = "empty" if not found else f"a {type(found).__name__}"
+        raise ValueError(f"{what} is {said}; it must hold `key: value` with the keys {keys}")
+    for key, value in found.items():
+        if key not in known:
+            raise ValueError(f"{what} has the unknown key {key!r}{nearest(str(key), known)}; the keys are {keys}")
+        if value is None:
+            raise ValueError(f"{what}: {key} has no value; give one or remove the line")

@@ -1,0 +1,42 @@
+"""Running out of memory as an error that can be caught, and not as the end of the process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+HEADROOM = 0.9  # of the memory that is free, for everything allocated from now on
+
+
+@contextmanager
+def bounded_memory(device: torch.device) -> Iterator[None]:
+    """On a CPU under Linux, have allocations beyond what is free fail, where the system would end the process; elsewhere do nothing."""
+    if device.type != "cpu":
+        yield
+        return
+    try:
+        import resource
+
+        free = _kilobytes(Path("/proc/meminfo"), "MemAvailable:") * 1024
+        held = _kilobytes(Path("/proc/self/status"), "VmSize:") * 1024
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (held + int(HEADROOM * free), before[1]))
+    except (ImportError, OSError, ValueError, StopIteration):
+        yield
+        return
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that there is no memory, on any device."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error) or "std::bad_alloc" in str(error)
+
+
+def _kilobytes(path: Path, name: str) -> int:
+    return int(next(line for line in path.read_text().splitlines() if line.startswith(name)).split()[1])

@@ -1,0 +1,205 @@
+"""One line of a result file, and the file itself: appended to row by row, read back, repaired when it was cut."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from attnzoo.environment import MACHINE
+
+FORMAT = "attnzoo.bench/1"
+START = f'{{"format": "{FORMAT}"'  # of every line
+SDPA = "sdpa"  # the variant of the rows that call torch's SDPA directly
+
+Key = tuple[Any, ...]
+Environment = dict[str, str] | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attention in one setting. None where there is no number; `reason` then says why.
+
+    level: core (attention alone), multihead (with its projections) or layer (a whole pre-norm layer). phase: forward,
+    forward+backward, or decode (one new token after `length`, always causal). backend: as asked for; ran: the one that ran.
+    seconds: median of one pass over `rounds` interleaved rounds, with its quartiles. graph_seconds: the same pass replayed as a CUDA graph.
+    sdpa_seconds: median of exact SDPA, called directly, in the same rounds. peak_bytes: highest sum of allocations during one pass
+    beyond its inputs; sdpa_peak_bytes: the same for SDPA.
+    macs: what one pass executes (exact attention: its support, since SDPA skips the masked half; forward+backward: three forwards);
+    None when decoding. least_bytes: inputs, outputs, weights and state, each moved once.
+    peak_flops (FLOPs a second), bandwidth (bytes a second): measured on this machine in the same run.
+    """
+
+    level: str
+    phase: str
+    is_causal: bool
+    variant: str
+    options: dict[str, Any]
+    label: str
+    backend: str
+    length: int
+    dtype: str
+    batch_size: int
+    heads: int
+    head_dim: int
+    ran: str | None = None
+    seconds: float | None = None
+    seconds_quartiles: tuple[float, float] | None = None
+    rounds: int = 0
+    graph_seconds: float | None = None
+    sdpa_seconds: float | None = None
+    peak_bytes: int | None = None
+    sdpa_peak_bytes: int | None = None
+    macs: int | None = None
+    sdpa_macs: int | None = None
+    least_bytes: int | None = None
+    peak_flops: float | None = None
+    bandwidth: float | None = None
+    reason: str = ""
+    environment: dict[str, str] | None = None
+
+    @property
+    def key(self) -> Key:
+        """What a row is about: two rows with one key measure the same."""
+        return (*self.setting, self.length, self.label, self.backend)
+
+    @property
+    def setting(self) -> Key:
+        """What the rows of one curve and of its rivals share: everything but the length and the attention."""
+        return (self.level, self.phase, self.is_causal, self.dtype, self.batch_size, self.heads, self.head_dim)
+
+    @property
+    def contender(self) -> str:
+        """The attention in words, with the backend when one was asked for by name."""
+        return self.label if self.backend == "auto" else f"{self.label} [{self.backend}]"
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        tokens = self.batch_size * (1 if self.phase == "decode" else self.length)
+        return None if not self.seconds else tokens / self.seconds
+
+    @property
+    def flops_per_second(self) -> float | None:
+        return None if not self.seconds or self.macs is None else 2 * self.macs / self.seconds
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """Bytes that must move at least, a second."""
+        return None if not self.seconds or self.least_bytes is None else self.least_bytes / self.seconds
+
+    @property
+    def speedup(self) -> float | None:
+        return None if not self.seconds or not self.sdpa_seconds else self.sdpa_seconds / self.seconds
+
+    @property
+    def kept_speedup(self) -> float | None:
+        """(t_sdpa / t) / (macs_sdpa / macs): the share of the promised speed-up that was measured."""
+        speedup = self.speedup
+        return None if speedup is None or not self.macs or not self.sdpa_macs else speedup / (self.sdpa_macs / self.macs)
+
+    @property
+    def limit_seconds(self) -> float | None:
+        """The least time: all FLOPs at the measured peak, or all bytes at the measured bandwidth, whichever takes longer."""
+        if not self.peak_flops or not self.bandwidth or self.least_bytes is None:
+            return None
+        return max(2 * (self.macs or 0) / self.peak_flops, self.least_bytes / self.bandwidth)
+
+    @property
+    def limit_share(self) -> float | None:
+        """The fraction of the limit that was reached, 1 being as fast as the machine can."""
+        limit = self.limit_seconds
+        return None if limit is None or not self.seconds else limit / self.seconds
+
+    def to_json(self) -> str:
+        """One line, with the derived numbers beside the measured ones for readers of the file."""
+        derived = ("tokens_per_second", "flops_per_second", "bytes_per_second", "kept_speedup", "limit_seconds", "limit_share")
+        return json.dumps({"format": FORMAT, **asdict(self), **{name: getattr(self, name) for name in derived}}, allow_nan=False)
+
+
+class ResultFile:
+    """A JSONL file of rows. Opening it for appending drops a half last line, which an interrupted write leaves."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def repair(self) -> str | None:
+        """Drop a half last line, and say so; None when there is none."""
+        if not self.path.exists():
+            return None
+        content = self.path.read_bytes()
+        whole, newline, rest = content.rpartition(b"\n")
+        if not rest:
+            return None
+        if _parses(rest):  # the row is whole, only its newline is missing
+            with self.path.open("ab") as file:
+                file.write(b"\n")
+            return None
+        with self.path.open("r+b") as file:
+            file.truncate(len(whole) + len(newline))
+        kept = whole.count(b"\n") + bool(newline)
+        return f"{self.path} was cut in the middle of its last line: that half line is dropped, the {kept} whole ones are kept"
+
+    def rows(self) -> list[Row]:
+        """All rows; of two with one key, the later. Raises ValueError, one sentence, on a file that is no result file."""
+        found: dict[Key, Row] = {}
+        for row in read_rows(self.path) if self.path.exists() else []:
+            found[row.key] = row
+        return list(found.values())
+
+    def append(self, row: Row) -> None:
+        """Write one row so that it survives whatever happens next."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(row.to_json() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The rows of a result file in order; a half last line is passed over. Raises ValueError, one sentence, on another file."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as benchmark results: {getattr(error, 'strerror', None) or error}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(_row(json.loads(line)))
+        except json.JSONDecodeError:
+            if number == len(lines) and line.startswith(START[: len(line)]):
+                continue
+            raise ValueError(f"{path}, line {number} is no JSON; give a file that `attnzoo bench` wrote, or remove that line") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number} is no row of this version of `attnzoo bench` ({error})") from None
+    return rows
+
+
+def check_one_machine(some: Iterable[Environment], others: Iterable[Environment], what: str, against: str) -> None:
+    """Raise ValueError when environments of rows are of two machines. what, against: where the two lots are from, in words."""
+    here, there = ({tuple((facts or {}).get(name) for name in MACHINE) for facts in lot} for lot in (some, others))
+    for one in here:
+        for other in there - {one}:
+            name, mine, theirs = next(found for found in zip(MACHINE, one, other, strict=True) if found[1] != found[2])
+            raise ValueError(
+                f"{what} and {against} are from different machines ({name}: {mine} and {theirs}), and times of two machines cannot be compared"
+            )
+
+
+def _row(found: dict[str, Any]) -> Row:
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError(f"its format is {found.get('format') if isinstance(found, dict) else type(found).__name__!r}, wanted {FORMAT!r}")
+    known = {field.name: found[field.name] for field in fields(Row)}
+    quartiles = known["seconds_quartiles"]
+    return Row(**{**known, "seconds_quartiles": None if quartiles is None else (float(quartiles[0]), float(quartiles[1]))})
+
+
+def _parses(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True

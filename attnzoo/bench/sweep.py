@@ -1,0 +1,245 @@
+"""Running a plan: each setting checks its contenders, times them in turns with SDPA, and yields one row a contender."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from attnzoo.attention import Attention
+from attnzoo.bench import amounts
+from attnzoo.bench.cuda import captured, stopwatch_of
+from attnzoo.bench.levels import Pass, core_inputs, layer_inputs, options_for, prepare
+from attnzoo.bench.limits import Limits, measure_limits
+from attnzoo.bench.memory import peak_bytes
+from attnzoo.bench.plan import Cell, Contender, ParseVariant, Plan
+from attnzoo.bench.room import out_of_memory
+from attnzoo.bench.rows import SDPA, Key, Row
+from attnzoo.bench.timing import CHECK_LENGTH, MINIMUM_ROUNDS, Timing, disagreement, interleave, mistake
+from attnzoo.environment import environment
+from attnzoo.fidelity.candidate import Candidate
+from attnzoo.registry import build
+
+INPUT_SETS = {"cpu": 1, "cuda": 4}  # on CUDA several, so that no run finds its inputs in a cache
+SHORTEST_TURN = 2e-3  # seconds: a shorter pass is repeated within its turn
+MOST_REPEATS = 64
+MOST_TOKENS = 8  # decoded in a turn: the state grows by them
+
+Progress = Callable[[str, int, int], None]
+
+
+def run_plan(plan: Plan, parse: ParseVariant, device: torch.device, finished: set[Key], progress: Progress) -> Iterator[Row]:
+    """The rows of a plan as they finish, without those whose key is `finished`. progress: called with (what comes, settings done, settings)."""
+    work = [(sweep, cell) for sweep in plan.sweeps for cell in sweep.cells()]
+    contenders = {id(sweep): sweep.contenders(parse) for sweep in plan.sweeps}
+    bench = Bench(device, plan.seed)
+    done = set(finished)
+    for number, (sweep, cell) in enumerate(work):
+        progress(cell.title(), number, len(work))
+        missing = [contender for contender in contenders[id(sweep)] if blank_row(contender, cell).key not in done]
+        if not missing and blank_row(None, cell).key in done:
+            continue
+        for row in bench.measure(cell, missing, sweep.rounds, sweep.budget):
+            if row.key not in done:
+                done.add(row.key)
+                yield row
+    progress("done", len(work), len(work))
+
+
+def blank_row(contender: Contender | None, cell: Cell) -> Row:
+    """The row of a contender (None: SDPA called directly) before anything is measured."""
+    shape = cell.shape
+    candidate = Candidate(SDPA) if contender is None else contender.candidate
+    backend = "auto" if contender is None else contender.backend
+    return Row(
+        cell.level,
+        cell.phase,
+        cell.is_causal,
+        candidate.name,
+        dict(candidate.options),
+        candidate.label,
+        backend,
+        cell.length,
+        cell.dtype,
+        shape.batch_size,
+        shape.heads,
+        shape.head_dim,
+    )
+
+
+@dataclass
+class _Entry:
+    """A contender that passed: its row so far, what runs, and how often a turn repeats it."""
+
+    row: Row
+    run: Pass
+    seconds: float
+
+    def repeats(self) -> int:
+        most = MOST_TOKENS if self.row.phase == "decode" else MOST_REPEATS
+        return max(1, min(most, math.ceil(SHORTEST_TURN / max(self.seconds, 1e-9))))
+
+
+class Bench:
+    """One device, with the limits measured so far and how long each contender took at shorter lengths."""
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self.device, self.seed = device, seed
+        self.stopwatch = stopwatch_of(device)
+        self.facts = environment(seed=seed, device=device)
+        self.limits: dict[str, Limits] = {}
+        self.seen: dict[Key, tuple[int, float]] = {}  # of a curve: least work and seconds at its last length
+
+    def measure(self, cell: Cell, contenders: list[Contender], rounds: int, budget: float) -> Iterator[Row]:
+        """Rows of one setting: those without a time as soon as that is known, the timed ones together at the end."""
+        entries: list[_Entry] = []
+        room = budget / MINIMUM_ROUNDS  # seconds for one round of all contenders
+        for contender in [None, *contenders]:
+            found = self._admit(contender, cell, room - sum(entry.seconds for entry in entries))
+            if isinstance(found, Row):
+                yield found
+            else:
+                entries.append(found)
+        if not entries:
+            return
+        try:
+            yield from self._time(entries, rounds, budget)
+        except (RuntimeError, MemoryError) as error:
+            yield from (replace(entry.row, reason=_failure(error)) for entry in entries)
+
+    def _admit(self, contender: Contender | None, cell: Cell, room: float) -> Row | _Entry:
+        """Build, run once, check and weigh one contender: an entry for the rounds, or a row with the reason why there is none."""
+        row = replace(blank_row(contender, cell), environment=self.facts)
+        try:
+            row = self._with_amounts(row, contender, cell)
+            expected = self._expected_seconds(row)
+            if expected > room:
+                return self._late(row, f"a pass would take about {expected:.2g} s by its work and its time at a shorter length", room)
+            work = prepare(contender, cell, self._inputs(cell), self.seed)
+            work.run()
+            if work.attention is not None:
+                row = replace(row, ran=work.attention.last_backend)
+                wrong = self._mistake(work.attention, cell)
+                if wrong is not None:
+                    return replace(row, reason=wrong)
+            seconds = self.stopwatch(work.run)
+            self.seen[self._curve(row)] = (_work(row), seconds)
+            if seconds > room:
+                return self._late(row, f"a pass takes {seconds:.2g} s", room)
+            return _Entry(replace(row, peak_bytes=peak_bytes(work.run, self.device)), work.run, seconds)
+        except ValueError as error:  # what the variant or the backend cannot do
+            return replace(row, reason=str(error))
+        except (RuntimeError, MemoryError, ImportError) as error:
+            return replace(row, reason=_failure(error))
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _time(self, entries: list[_Entry], rounds: int, budget: float) -> Iterator[Row]:
+        repeats = {number: entry.repeats() for number, entry in enumerate(entries)}
+        calls: dict[str, Pass] = {str(number): partial(_repeat, entry.run, repeats[number]) for number, entry in enumerate(entries)}
+        timings = interleave(calls, rounds=rounds, budget=budget, stopwatch=self.stopwatch)
+        graphs = self._time_graphs(entries, rounds, budget) if self.device.type == "cuda" else {}
+        sdpa = next((number for number, entry in enumerate(entries) if entry.row.variant == SDPA), None)
+        for number, entry in enumerate(entries):
+            timing = _divided(timings[str(number)], repeats[number])
+            row = replace(
+                entry.row,
+                seconds=timing.median,
+                seconds_quartiles=timing.quartiles,
+                rounds=len(timing.seconds),
+                graph_seconds=graphs.get(str(number)),
+            )
+            if sdpa is not None:
+                row = replace(row, sdpa_seconds=timings[str(sdpa)].median / repeats[sdpa], sdpa_peak_bytes=entries[sdpa].row.peak_bytes)
+            yield row
+
+    def _time_graphs(self, entries: list[_Entry], rounds: int, budget: float) -> dict[str, float]:
+        """Medians of the passes replayed as CUDA graphs; decoding changes its state in Python and is left out."""
+        graphs = {str(number): captured(entry.run, self.device) for number, entry in enumerate(entries) if entry.row.phase != "decode"}
+        replays = {name: replay for name, replay in graphs.items() if replay is not None}
+        return {name: timing.median for name, timing in interleave(replays, rounds=rounds, budget=budget, stopwatch=self.stopwatch).items()}
+
+    def _with_amounts(self, row: Row, contender: Contender | None, cell: Cell) -> Row:
+        exact = amounts.exact(cell)
+        attention = exact if contender is None else _for_costs(contender, cell, self.seed)
+        limits = self._limits(cell.dtype)
+        return replace(
+            row,
+            macs=amounts.macs(attention, cell),
+            sdpa_macs=amounts.macs(exact, cell),
+            least_bytes=amounts.least_bytes(attention, cell),
+            peak_flops=limits.peak_flops,
+            bandwidth=limits.bandwidth,
+        )
+
+    def _limits(self, dtype: str) -> Limits:
+        if dtype not in self.limits:
+            self.limits[dtype] = measure_limits(self.device, getattr(torch, dtype), self.stopwatch)
+        return self.limits[dtype]
+
+    def _inputs(self, cell: Cell) -> list[tuple[Tensor, ...]]:
+        make = core_inputs if cell.level == "core" else layer_inputs
+        return make(cell, INPUT_SETS[self.device.type], self.device, self.seed)
+
+    def _mistake(self, attention: Attention, cell: Cell) -> str | None:
+        q, k, v = core_inputs(cell, 1, self.device, self.seed)[0]
+        if cell.phase == "decode":
+            return decoding_mistake(attention, q, k, v)
+        return mistake(attention, q, k, v, is_causal=cell.is_causal, backward=cell.phase == "forward+backward")
+
+    def _late(self, row: Row, why: str, room: float) -> Row:
+        return replace(row, reason=f"over the time budget: {why}, and {MINIMUM_ROUNDS} rounds leave {max(room, 0.0):.2g} s for one")
+
+    def _expected_seconds(self, row: Row) -> float:
+        seen = self.seen.get(self._curve(row))
+        return 0.0 if seen is None else seen[1] * _work(row) / seen[0]
+
+    def _curve(self, row: Row) -> Key:
+        return (*row.setting, row.label, row.backend)
+
+
+def decoding_mistake(attention: Attention, q: Tensor, k: Tensor, v: Tensor, length: int = CHECK_LENGTH) -> str | None:
+    """Why `attention` must get no time for decoding, or None: its last row after `step` by `step` against the reference, run at once."""
+    q, k, v = (x[:1, :, :length] for x in (q, k, v))
+    last = q.shape[2] - 1
+    with torch.no_grad():
+        state = attention.init_state(1, last + 1, dtype=q.dtype, device=q.device)
+        if last:
+            state = attention.step(q[:, :, :last], k[:, :, :last], v[:, :, :last], state)[1]
+        found = attention.step(q[:, :, last:], k[:, :, last:], v[:, :, last:], state)[0]
+        asked, attention.backend = attention.backend, "reference"
+        try:
+            wanted = attention(q, k, v, is_causal=True)[:, :, last:]
+        finally:
+            attention.backend = asked
+    wrong = disagreement(found, wanted)
+    return None if wrong is None else f"a decoded row is off the reference by {wrong}"
+
+
+def _for_costs(contender: Contender, cell: Cell, seed: int) -> Attention:
+    """The variant at the cell's sizes."""
+    options = options_for(contender, cell, seed)
+    return build(contender.candidate.name, heads=cell.shape.heads, head_dim=cell.shape.head_dim, **options)
+
+
+def _work(row: Row) -> int:
+    return row.macs or row.least_bytes or 1
+
+
+def _repeat(run: Pass, times: int) -> None:
+    for _ in range(times):
+        run()
+
+
+def _divided(timing: Timing, times: int) -> Timing:
+    return Timing(tuple(seconds / times for seconds in timing.seconds))
+
+
+def _failure(error: BaseException) -> str:
+    said = " ".join(str(error).split())[:300]
+    return f"out of memory: {said}" if out_of_memory(error) else f"failed with {type(error).__name__}: {said}"

@@ -1,0 +1,126 @@
+"""attnzoo bench: time and memory of attentions beside exact SDPA, row by row into a result file."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser, Namespace
+
+from attnzoo.commands.command import Command, messages, screen
+from attnzoo.commands.output import check_folder
+from attnzoo.commands.progress import progress_on
+from attnzoo.commands.variants import parse_variant
+
+if TYPE_CHECKING:
+    from attnzoo.bench.rows import ResultFile, Row
+
+GOT_SLOWER, INTERRUPTED = 1, 130
+PAGE_ONLY = ("quartiles", "rounds")  # columns that a terminal has no room for
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """What to measure, where the rows go, and what to compare them with."""
+    parser.add_argument(
+        "--config", type=str, default="quick", metavar="FILE", help="a YAML file of sweeps, or quick, cpu or cuda of the shipped configs/bench"
+    )
+    parser.add_argument(
+        "--output",
+        type=str,
+        default="report/bench.jsonl",
+        metavar="FILE",
+        help="gets each row as soon as it is measured; what it holds is skipped",
+    )
+    parser.add_argument("--against", type=str, metavar="FILE", help="an older result file: print what got slower beyond the noise and exit with 1")
+
+
+def run(settings: Namespace) -> int:
+    """Check everything, measure what is missing, print, and compare."""
+    from attnzoo.bench.plan import read_plan
+    from attnzoo.bench.room import bounded_memory
+    from attnzoo.bench.rows import check_one_machine, read_rows
+    from attnzoo.bench.sweep import run_plan
+    from attnzoo.environment import environment
+    from attnzoo.fidelity import check_device
+
+    started, console = time.monotonic(), messages()
+    plan = read_plan(config_path(settings.config))
+    device = check_device(plan.device)
+    for sweep in plan.sweeps:
+        sweep.contenders(parse_variant)  # whatever is wrong with one is said before any work
+    old = None if settings.against is None else read_rows(settings.against)
+    results = _open(settings.output)
+    held = results.rows()
+    facts = environment(seed=plan.seed, device=device)
+    check_one_machine([facts], [row.environment for row in held], "this run", str(results.path))
+    if old is not None:
+        check_one_machine([facts], [row.environment for row in old], "this run", settings.against)
+    if held:
+        commits = sorted({(row.environment or {}).get("commit", "") for row in held} - {facts.get("commit", ""), ""})
+        console.print(f"attnzoo: {results.path} holds {len(held)} rows, which are kept" + (f", from commit {', '.join(commits)}" if commits else ""))
+    if device.type == "cpu" and "OMP_PROC_BIND" not in os.environ:
+        console.print("attnzoo: for steadier times set OMP_PROC_BIND=true before the run", soft_wrap=True)
+    fresh = 0
+    try:
+        with bounded_memory(device), progress_on(console) as progress:
+            for row in run_plan(plan, parse_variant, device, {row.key for row in held}, progress):
+                results.append(row)
+                fresh += 1
+    except KeyboardInterrupt:
+        console.print(f"attnzoo: interrupted; {fresh} new rows are in {results.path}, and the same command goes on from there", soft_wrap=True)
+        return INTERRUPTED
+    rows = results.rows()
+    _print(rows)
+    screen().print(f"wrote {fresh} rows to {results.path}; figures: attnzoo report {results.path}", soft_wrap=True)
+    console.print(f"finished in {time.monotonic() - started:.0f} s")
+    return 0 if old is None else _compare(old, rows, settings.against, str(results.path))
+
+
+BENCH = Command("bench", "Measure time and memory of attentions beside exact SDPA, from a YAML file of sweeps.", add_arguments, run)
+
+
+def config_path(text: str) -> Path:
+    """A file, or one of the shipped configurations by its name."""
+    from attnzoo.configuration import configs_folder
+
+    shipped = configs_folder() / "bench" / f"{text}.yaml"
+    return shipped if shipped.is_file() and not Path(text).is_file() else Path(text)
+
+
+def _open(path: str) -> ResultFile:
+    from attnzoo.bench.rows import ResultFile
+
+    if Path(path).is_dir():
+        raise ValueError(f"output={path!r} is a folder; give a file such as {path}/bench.jsonl with --output")
+    check_folder(Path(path).parent)
+    results = ResultFile(path)
+    results.rows()  # another kind of file is refused before it is touched
+    said = results.repair()
+    if said is not None:
+        messages().print(f"attnzoo: {said}", soft_wrap=True)
+    return results
+
+
+def _print(rows: list[Row]) -> None:
+    from attnzoo.report.bench_tables import crossover_table, setting_tables
+    from attnzoo.report.tables import rich_table
+
+    for table in (*setting_tables(rows), crossover_table(rows)):
+        screen().print(table.title, style="bold")
+        screen().print(rich_table(replace(table, columns=tuple(column for column in table.columns if column.key not in PAGE_ONLY))))
+        for note in table.notes:
+            screen().print(note, style="dim")
+        screen().print()
+
+
+def _compare(old: list[Row], new: list[Row], against: str, output: str) -> int:
+    from attnzoo.bench.against import RULE, compare_runs
+
+    slowdowns, compared = compare_runs(old, new, what=output, against=against)
+    screen().print(f"{len(slowdowns)} of {compared} rows got slower than in {against} ({RULE})", soft_wrap=True)
+    for slowdown in slowdowns:
+        screen().print(f"- {slowdown.sentence()}", soft_wrap=True)
+    return GOT_SLOWER if slowdowns else 0

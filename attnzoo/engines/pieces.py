@@ -1,0 +1,36 @@
+"""Results that are computed piece by piece, laid side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def at_a_time(parts: int, numbers: int, limit: int, like: Tensor) -> int:
+    """How many of `parts` equal parts to compute together, each of `numbers` numbers: on a CPU, at most `limit` numbers; all parts
+    elsewhere and in a compiled graph, which a loop would only make longer."""
+    if like.device.type != "cpu" or torch.compiler.is_compiling():
+        return parts
+    return max(1, min(parts, limit // numbers))
+
+
+def join(pieces: Iterable[Tensor], length: int, dim: int) -> Tensor:
+    """As torch.cat of pieces that fill `length` along `dim`. Where no gradient will be asked for, each is written to its place as
+    it comes, so that no second copy of the result is held: fresh memory costs as much as the attention itself."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        found = list(pieces)
+        return torch.cat(found, dim) if len(found) > 1 else found[0]
+    out, start = None, 0
+    for piece in pieces:
+        if piece.shape[dim] == length:
+            return piece
+        if out is None:
+            sizes = list(piece.shape)
+            sizes[dim] = length
+            out = piece.new_empty(sizes)
+        out.narrow(dim, start, piece.shape[dim]).copy_(piece)
+        start += piece.shape[dim]
+    assert out is not None and start == length
+    return out

@@ -1,0 +1,70 @@
+"""What autograd keeps of a sparse softmax for the backward pass, in bytes, by the backend `blocks`; as in `memory`."""
+
+from __future__ import annotations
+
+from attnzoo.engines import sparse_blocks, sparse_windows
+from attnzoo.engines.engine import Shape
+from attnzoo.engines.memory import fused
+from attnzoo.patterns import BlockPattern, Grid, Window
+
+INDEX_BYTES = 8  # of an int64
+
+
+def windows(pattern: Window, shape: Shape) -> int:
+    """Edges and blocks hold views of q, k and v; grouped heads cost the blocks a copy of their queries."""
+    grid, group, size = _grid(shape), shape.heads // shape.kv_heads, shape.dtype.itemsize
+    found = sparse_windows.plan(pattern, grid)
+    edges = [edge for edge in sparse_windows.edges(pattern, grid) if edge[2] < edge[3]]
+    kept = 2 * shape.key_bytes + (shape.query_bytes if edges or group == 1 else 0)
+    for first, end, low, high in edges:
+        kept += fused(shape, shape.heads * (end - first))
+        if _edge_is_masked(pattern, grid, first, end, low, high):
+            kept += (end - first) * ((high - low) * size + 1)
+    if found.blocks:
+        rows = found.blocks * sparse_windows.BLOCK
+        kept += fused(shape, shape.heads * rows) + group * sparse_windows.BLOCK * found.slice_length * size
+        if group > 1:
+            kept += shape.batch_size * shape.heads * rows * shape.head_dim * size
+    return kept
+
+
+def _edge_is_masked(pattern: Window, grid: Grid, first: int, end: int, low: int, high: int) -> bool:
+    seen_by_first = grid.offset + first + (1 if grid.is_causal else pattern.window) >= high
+    seen_by_last = grid.offset + end - 1 - pattern.window < low
+    square = grid.offset + first == low and end - first == high - low
+    return not (seen_by_last and (seen_by_first or (grid.is_causal and square)))
+
+
+def blocks(pattern: BlockPattern, shape: Shape) -> int:
+    """Every head keeps its gathered keys and values; q itself, or its padded copy; where the blocks were fetched from."""
+    grid, size, element = _grid(shape), pattern.block_size, shape.dtype.itemsize
+    ahead, spare = grid.offset % size, -grid.key_length % size
+    positions = ahead + shape.query_length + spare
+    chosen = sparse_blocks.sorted_key_blocks(pattern, grid)
+    per_number = shape.batch_size * shape.head_dim * element
+    kept = shape.heads * positions * per_number
+    whole_index = False
+    found = [run for run in sparse_blocks.runs(pattern, grid) if run.width or run.sees_all]
+    if any(run.sees_all for run in found):
+        kept += 2 * shape.key_bytes
+    for run in found:
+        rows = run.end - run.first
+        kept += fused(shape, shape.heads * rows * size)
+        if run.sees_all:
+            continue
+        slots = run.width * size
+        kept += 2 * shape.heads * rows * slots * per_number
+        if rows == 1 or run.width == chosen.shape[2]:
+            whole_index = True  # a view of the list of blocks
+        else:
+            kept += 2 * shape.heads * rows * run.width * INDEX_BYTES
+        used = slots - (spare if run.tail == "last" else 0)
+        if shape.is_causal:
+            kept += shape.heads * size * used * element
+        elif run.tail == "mixed":
+            kept += shape.heads * shape.batch_size * rows * used * element
+    return kept + (chosen.nbytes if whole_index else 0)
+
+
+def _grid(shape: Shape) -> Grid:
+    return Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)

@@ -1,0 +1,395 @@
+"""The benchmark harness: rows, the rule against wrong backends, resuming, repairing, regressions and bad input. Never how fast anything is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from toys import Uniform, Wrong
+
+pytest.importorskip("jsonargparse")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+import attnzoo
+from attnzoo import cli
+from attnzoo.bench import amounts, sweep
+from attnzoo.bench.against import compare_runs
+from attnzoo.bench.crossover import crossover
+from attnzoo.bench.levels import core_inputs, layer_inputs, prepare
+from attnzoo.bench.limits import Limits
+from attnzoo.bench.plan import LEVELS, PHASES, Cell, Contender, Plan, Shape, Sweep, read_plan
+from attnzoo.bench.room import bounded_memory, out_of_memory
+from attnzoo.bench.rows import ResultFile, Row, read_rows
+from attnzoo.bench.sweep import Bench, decoding_mistake, run_plan
+from attnzoo.commands.variants import parse_variant
+from attnzoo.fidelity.candidate import Candidate
+from attnzoo.registry import _registered
+
+CPU = torch.device("cpu")
+SMALL = Shape(1, 2, 8)
+CONFIG = "lengths: [8, 16]\nrounds: 1\nvariants: [standard, 'sliding_window:window=4']\nshapes: [{heads: 2, head_dim: 8}]\n"
+ENVIRONMENT = {"machine": "Linux", "cpu": "a", "cores": "2", "threads": "2", "device": "cpu"}
+ROW = Row("core", "forward", True, "linear", {}, "linear", "auto", 64, "float32", 1, 2, 8, environment=ENVIRONMENT)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder_with_given_limits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "measure_limits", lambda *_: Limits(1e11, 1e10))
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """Registers a toy attention for one test."""
+
+    def registered(cls):
+        monkeypatch.setitem(_registered, cls.spec.name, cls)
+        return Contender(Candidate(cls.spec.name), "auto")
+
+    attnzoo.names()
+    return registered
+
+
+def timed(seconds: float, spread: float = 0.01, **changes) -> Row:
+    return replace(ROW, seconds=seconds, seconds_quartiles=(seconds * (1 - spread), seconds * (1 + spread)), rounds=5, **changes)
+
+
+def rows_of(plan: Plan, finished=frozenset()) -> list[Row]:
+    return list(run_plan(plan, parse_variant, CPU, set(finished), lambda *_: None))
+
+
+def cell(level: str = "core", phase: str = "forward", is_causal: bool = True, length: int = 12) -> Cell:
+    return Cell(level, phase, is_causal, length, "float32", SMALL)
+
+
+def bench(*arguments: str) -> int:
+    return cli.main(["bench", *arguments])
+
+
+def refused(capsys, *arguments: str) -> str:
+    code = cli.main(list(arguments))
+    captured = capsys.readouterr()
+    assert code == 2 and captured.out == "" and len(captured.err.strip().splitlines()) == 1, captured
+    return captured.err
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("phase", PHASES[:2])
+def test_every_level_and_phase_gives_a_timed_row_beside_sdpa(level: str, phase: str) -> None:
+    rows = rows_of(Plan(sweeps=(Sweep((level,), (phase,), (False, True), ("standard", "linear"), lengths=(9,), shapes=(SMALL,), rounds=3),)))
+    assert [(row.is_causal, row.label) for row in rows] == [(c, name) for c in (False, True) for name in ("sdpa", "standard", "linear")]
+    for row in rows:
+        assert row.reason == "" and row.rounds == 3 and row.seconds and row.sdpa_seconds and row.peak_bytes and row.environment
+        assert row.seconds_quartiles and row.seconds_quartiles[0] <= row.seconds <= row.seconds_quartiles[1]
+        assert row.kept_speedup == pytest.approx(row.sdpa_seconds / row.seconds * row.macs / row.sdpa_macs)  # pyright: ignore
+
+
+def test_the_derived_numbers_by_hand() -> None:
+    row = timed(0.5, macs=10**9, sdpa_macs=4 * 10**9, sdpa_seconds=1.0, least_bytes=10**9, peak_flops=8e9, bandwidth=1e10, batch_size=3)
+    assert row.tokens_per_second == 3 * 64 / 0.5
+    assert (row.flops_per_second, row.bytes_per_second) == (4e9, 2e9)
+    assert (row.speedup, row.kept_speedup) == (2.0, 0.5)
+    assert (row.limit_seconds, row.limit_share) == (0.25, 0.5)
+    assert replace(row, peak_flops=1e12).limit_seconds == 0.1  # then the bytes take longer
+    assert replace(row, phase="decode", macs=None).tokens_per_second == 6
+
+
+def test_decoding_is_timed_and_causal_and_what_cannot_decode_has_a_reason() -> None:
+    rows = rows_of(Plan(sweeps=(Sweep(("core",), ("decode",), (False,), ("standard", "linear", "linformer"), lengths=(9,), shapes=(SMALL,)),)))
+    found = {row.label: row for row in rows}
+    assert all(row.is_causal for row in rows)
+    assert found["linear"].seconds and found["standard"].seconds and found["linear"].macs is None
+    assert found["linformer"].seconds is None and "cannot be causal" in found["linformer"].reason
+
+
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_sdpa_in_the_place_of_the_module_computes_the_same(level: str) -> None:
+    """With the parameters of the zoo's module, the direct baseline gives its output: so both do the same work."""
+    from attnzoo.bench.levels import DirectAttention, Layer, SelfAttention
+
+    ours, direct = SelfAttention(16, 2, "standard", {}), DirectAttention(16, 2)
+    direct.in_proj.weight, direct.in_proj.bias = ours.multihead.in_proj_weight, ours.multihead.in_proj_bias
+    direct.out_proj = ours.multihead.out_proj
+    if level == "layer":
+        ours, direct = Layer(16, ours), Layer(16, direct)
+        direct.feed_forward = ours.feed_forward
+    x = torch.randn(2, 7, 16)
+    torch.testing.assert_close(direct(x, True), ours(x, True))
+
+
+def test_a_training_pass_gives_the_gradients_of_inputs_and_parameters() -> None:
+    here = cell("layer", "forward+backward")
+    gradients = prepare(Contender(Candidate("linear"), "auto"), here, layer_inputs(here, 1, CPU, 0), 0).run()
+    assert isinstance(gradients, tuple) and len(gradients) == 1 + 12 and all(gradient is not None for gradient in gradients)
+
+
+def test_decoding_goes_on_from_the_state_it_left() -> None:
+    """Each run is one more token of the same sequence: the third equals the last row of one forward over length + 3 tokens."""
+    here = cell(phase="decode")
+    q, k, v = core_inputs(here, 1, CPU, 0)[0]
+    for contender in (Contender(Candidate("standard"), "auto"), None):
+        run = prepare(contender, here, [(q, k, v)], 0).run
+        found = [run() for _ in range(3)][-1]
+        longer = [torch.cat([x, x[:, :, -1:].expand(-1, -1, 3, -1)], 2) for x in (q, k, v)]
+        torch.testing.assert_close(found, torch.nn.functional.scaled_dot_product_attention(*longer, is_causal=True)[:, :, -1:])
+
+
+@pytest.mark.parametrize("phase", PHASES[:2])
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_wrong_backend_gets_a_row_with_its_reason_and_no_time(level: str, phase: str, toy) -> None:
+    found = {row.label: row for row in Bench(CPU, 0).measure(cell(level, phase), [toy(Wrong), toy(Uniform)], 2, 9.0)}
+    assert found["wrong"].seconds is None and "off its reference" in found["wrong"].reason and found["wrong"].ran == "fast"
+    assert found[Uniform.spec.name].seconds is not None and found["sdpa"].seconds is not None
+
+
+def test_a_wrong_gradient_is_found_out_only_where_it_is_timed(toy, monkeypatch) -> None:
+    from attnzoo.bench.timing import mistake
+
+    class Lying(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            return 2 * gradients[0]
+
+    attention = attnzoo.build("standard", heads=2, head_dim=8)
+    backends = type(attention.engine).backends
+    q, k, v = core_inputs(cell(), 1, CPU, 0)[0]
+    attention(q, k, v)
+    lying = replace(backends[0], run=lambda engine, call: backends[0].run(engine, replace(call, k=Lying.apply(call.k))))
+    monkeypatch.setattr(type(attention.engine), "backends", (lying, *backends[1:]))
+    assert mistake(attention, q, k, v, is_causal=True) is None
+    assert "gradient of k" in (mistake(attention, q, k, v, is_causal=True, backward=True) or "")
+
+
+def test_a_wrong_decoding_step_is_found_out(monkeypatch) -> None:
+    attention = attnzoo.build("linear", heads=2, head_dim=8)
+    q, k, v = core_inputs(cell(), 1, CPU, 0)[0]
+    assert decoding_mistake(attention, q, k, v) is None
+    step = attention.step
+
+    def wrong_step(*arguments, **options):
+        out, state = step(*arguments, **options)
+        return 1.01 * out, state
+
+    monkeypatch.setattr(attention, "step", wrong_step)
+    assert "0.01" in (decoding_mistake(attention, q, k, v) or "")
+
+
+def test_running_out_of_memory_is_a_row_and_the_sweep_goes_on(monkeypatch) -> None:
+    real = sweep.prepare
+
+    def hungry(contender, *arguments):
+        if contender is not None and contender.candidate.name == "linear":
+            torch.empty(2**60)
+        return real(contender, *arguments)
+
+    monkeypatch.setattr(sweep, "prepare", hungry)
+    rows = rows_of(Plan(sweeps=(Sweep(variants=("linear", "standard"), lengths=(8,), shapes=(SMALL,)),)))
+    found = {row.label: row for row in rows}
+    assert found["linear"].seconds is None and found["linear"].reason.startswith("out of memory: ")
+    assert found["standard"].seconds is not None
+
+
+def test_memory_beyond_what_is_free_is_refused_while_bounded() -> None:
+    with bounded_memory(CPU), pytest.raises((RuntimeError, MemoryError)) as caught:
+        torch.empty(2**46, dtype=torch.int8)
+    assert out_of_memory(caught.value)
+
+
+def test_the_time_budget_is_a_row_and_longer_lengths_are_not_even_tried(monkeypatch) -> None:
+    tried: list[int] = []
+    real = sweep.prepare
+
+    def counted(contender, here, *arguments):
+        tried.append(here.length)
+        return real(contender, here, *arguments)
+
+    monkeypatch.setattr(sweep, "prepare", counted)
+    rows = rows_of(Plan(sweeps=(Sweep(variants=("standard",), lengths=(8, 64), shapes=(SMALL,), budget=1e-9),)))
+    assert [(row.label, row.length) for row in rows] == [("sdpa", 8), ("standard", 8), ("sdpa", 64), ("standard", 64)]
+    assert all(row.seconds is None and row.reason.startswith("over the time budget: ") for row in rows)
+    assert tried == [8, 8]
+
+
+def test_macs_and_bytes_of_the_levels_by_hand() -> None:
+    exact = amounts.exact(cell())
+    core, width, n = 2 * 16 * 12 * 13 // 2, 16, 12
+    assert amounts.macs(exact, cell()) == core
+    assert amounts.macs(exact, cell("multihead")) == core + 4 * n * width**2
+    assert amounts.macs(exact, cell("layer", "forward+backward")) == 3 * (core + 12 * n * width**2)
+    assert amounts.macs(exact, cell(phase="decode")) is None
+    assert amounts.least_bytes(exact, cell()) == 4 * n * width * 4
+    assert amounts.least_bytes(exact, cell("multihead")) == (2 * n * width + 4 * width**2) * 4
+    assert amounts.least_bytes(exact, cell(phase="decode")) == (2 * n + 4) * width * 4
+
+
+def test_rows_round_trip_and_a_cut_file_is_repaired(tmp_path) -> None:
+    file = ResultFile(tmp_path / "rows.jsonl")
+    rows = [timed(0.1), timed(0.2, length=128)]
+    for row in rows:
+        file.append(row)
+    assert file.rows() == rows and file.repair() is None
+    whole = file.path.read_bytes()
+    file.path.write_bytes(whole[:-20])
+    assert file.rows() == rows[:1]
+    said = file.repair()
+    assert said is not None and "half line is dropped, the 1 whole ones are kept" in said
+    file.append(rows[1])
+    assert file.path.read_bytes() == whole
+    file.path.write_bytes(whole[:-1])  # only the newline is missing: nothing is lost
+    assert file.repair() is None and file.path.read_bytes() == whole
+    file.path.write_bytes(whole[:30])  # a first line that was cut
+    assert file.rows() == [] and "the 0 whole ones" in (file.repair() or "") and file.path.read_bytes() == b""
+
+
+def test_an_interrupted_sweep_resumes(monkeypatch, capsys) -> None:
+    Path("c.yaml").write_text(CONFIG)
+    real = Bench.measure
+
+    def interrupted(self, here, *arguments):
+        if here.length == 16:
+            raise KeyboardInterrupt
+        return real(self, here, *arguments)
+
+    monkeypatch.setattr(Bench, "measure", interrupted)
+    assert bench("--config", "c.yaml", "--output", "r/b.jsonl") == 130
+    assert "interrupted; 3 new rows are in r/b.jsonl" in capsys.readouterr().err
+    first = Path("r/b.jsonl").read_text()
+    with Path("r/b.jsonl").open("a") as file:
+        file.write('{"format": "attnzoo.be')
+    monkeypatch.setattr(Bench, "measure", real)
+    assert bench("--config", "c.yaml", "--output", "r/b.jsonl") == 0
+    captured = capsys.readouterr()
+    assert "cut in the middle" in captured.err and "holds 3 rows, which are kept" in captured.err and "wrote 3 rows" in captured.out
+    assert Path("r/b.jsonl").read_text().startswith(first)
+    assert [(row.label, row.length) for row in read_rows("r/b.jsonl")] == [
+        (label, length) for length in (8, 16) for label in ("sdpa", "standard", "sliding_window window=4")
+    ]
+    assert bench("--config", "c.yaml", "--output", "r/b.jsonl") == 0
+    assert "wrote 0 rows" in capsys.readouterr().out
+
+
+def test_slower_is_what_grew_by_a_twentieth_beyond_the_quartiles() -> None:
+    old = [timed(1.0, length=length) for length in (1, 2, 3, 4, 5)]
+    new = [
+        timed(1.04, 0.001, length=1),  # beyond the quartiles, but within 5%
+        timed(1.5, 0.4, length=2),  # 50% more, but the quartiles overlap
+        timed(1.2, length=3),
+        timed(0.5, length=4),
+        replace(ROW, length=5, reason="off its reference"),
+        timed(9.0, length=6),  # nothing to compare with
+    ]
+    slowdowns, compared = compare_runs(old, new, what="new", against="old")
+    assert compared == 5 and [slowdown.new.length for slowdown in slowdowns] == [3, 5]
+    assert "1000 ms -> 1200 ms (+20%)" in slowdowns[0].sentence() and "no longer timed (off its reference)" in slowdowns[1].sentence()
+
+
+def test_against_an_older_file_exits_with_1_when_something_got_slower(capsys) -> None:
+    Path("c.yaml").write_text(CONFIG)
+    assert bench("--config", "c.yaml", "--output", "new.jsonl") == 0
+    rows = read_rows("new.jsonl")
+    for name, factor in (("faster.jsonl", 0.01), ("slower.jsonl", 100.0)):
+        file = ResultFile(name)
+        for row in rows:
+            assert row.seconds and row.seconds_quartiles
+            low, high = row.seconds_quartiles
+            file.append(replace(row, seconds=row.seconds * factor, seconds_quartiles=(low * factor, high * factor)))
+    assert bench("--config", "c.yaml", "--output", "new.jsonl", "--against", "faster.jsonl") == 1
+    assert "6 of 6 rows got slower than in faster.jsonl (slower: the median grew by more than 5%" in capsys.readouterr().out
+    assert bench("--config", "c.yaml", "--output", "new.jsonl", "--against", "slower.jsonl") == 0
+    assert "0 of 6 rows got slower" in capsys.readouterr().out
+
+
+def test_files_of_two_machines_are_refused(capsys) -> None:
+    for name, processor in (("a.jsonl", "one"), ("b.jsonl", "another")):
+        ResultFile(name).append(timed(1.0, environment={**ENVIRONMENT, "cpu": processor}))
+    Path("c.yaml").write_text(CONFIG)
+    for arguments in (["bench", "--config", "c.yaml", "--against", "a.jsonl"], ["bench", "--config", "c.yaml", "--output", "a.jsonl"]):
+        assert "different machines" in refused(capsys, *arguments)
+    assert "a.jsonl and b.jsonl are from different machines (cpu: one and another)" in refused(capsys, "report", "a.jsonl", "b.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("points", "text"),
+    [
+        ([(100, 0.5), (400, 2.0)], "200"),
+        ([(100, 2.0), (200, 0.5), (400, 0.5), (1600, 2.0)], "800"),
+        ([(100, 2.0), (400, 3.0)], "≤ 100"),
+        ([(100, 2.0), (400, 0.9)], "> 400"),
+    ],
+)
+def test_the_crossover_is_interpolated_on_logarithmic_scales(points, text: str) -> None:
+    found = crossover(points)
+    assert found is not None and found.text() == text
+
+
+def test_report_writes_figures_and_one_page(capsys) -> None:
+    Path("c.yaml").write_text(CONFIG)
+    assert bench("--config", "c.yaml", "--output", "b.jsonl") == 0
+    assert cli.main(["report", "b.jsonl", "--output", "out"]) == 0
+    page = Path("out/bench.html").read_text()
+    assert page.count("<svg") == 4 and "sliding_window window=4" in page and "length n (tokens)" not in page  # text is drawn as paths
+    assert not any(part in page for part in ("<script", "http-equiv", "src="))
+    assert {path.name for path in Path("out").iterdir()} == {"bench.html"} | {
+        f"bench-{name}.{ending}" for name in ("time", "memory", "kept", "limit") for ending in ("png", "svg")
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("lenghts: [8]", "unknown key 'lenghts' (did you mean 'lengths'?)"),
+        ("sweeps: [{phase: [forward]}]", "unknown key 'phase' (did you mean 'phases'?)"),
+        ("shapes: [{batch: 2}]", "unknown key 'batch'"),
+        ("lengths: 8", "lengths must be a list that is not empty, such as [8]"),
+        ("lengths: [0]", "lengths=0 must be a whole number of at least 1"),
+        ("phases: [backward]", "phases: 'backward' is unknown"),
+        ("levels: [layer]\nphases: [decode]", "decode is a matter of the core"),
+        ("dtypes: [float23]", "dtypes: 'float23' is unknown (did you mean 'float32'?)"),
+        ("causal: [maybe]", "causal: 'maybe' must be true or false"),
+        ("budget: -1", "budget=-1 must be a number of seconds above 0"),
+        ("variants: [performr]", "unknown attention 'performr' (did you mean 'performer'?)"),
+        ("variants: ['performer:features_num=3']", "performer has no option 'features_num'"),
+        ("backends: [warp]", "'warp'"),
+        ("device: cuda:99", "device='cuda:99' is not there"),
+        ("", "is empty"),
+        ("- a", "is a list"),
+    ],
+)
+def test_a_config_that_cannot_be_meant_is_one_sentence(config: str, said: str, capsys) -> None:
+    Path("bad.yaml").write_text(config)
+    assert said in refused(capsys, "bench", "--config", "bad.yaml")
+    assert not Path("report/bench.jsonl").exists()
+
+
+def test_bad_files_and_options_are_one_sentence_and_lose_nothing(capsys) -> None:
+    Path("other.jsonl").write_text('{"a": 1}\n')
+    Path("c.yaml").write_text(CONFIG)
+    assert "line 1 is no row" in refused(capsys, "bench", "--config", "c.yaml", "--output", "other.jsonl")
+    assert Path("other.jsonl").read_text() == '{"a": 1}\n'
+    assert "cannot be read" in refused(capsys, "report", "missing.jsonl")
+    assert "cannot be read" in refused(capsys, "bench", "--config", "c.yaml", "--against", "missing.jsonl")
+    assert "did you mean '--against'" in refused(capsys, "bench", "--agianst", "x")
+    assert "config missing.yaml cannot be read" in refused(capsys, "bench", "--config", "missing.yaml")
+
+
+@pytest.mark.parametrize("name", ["quick", "cpu", "cuda"])
+def test_the_shipped_configurations_can_be_read(name: str) -> None:
+    from attnzoo.commands.bench import config_path
+
+    plan = read_plan(config_path(name))
+    assert all(sweep.contenders(parse_variant) and list(sweep.cells()) for sweep in plan.sweeps)
+    assert plan.device == ("cuda" if name == "cuda" else "cpu")
+
+
+def test_a_file_holds_the_derived_numbers_too(tmp_path) -> None:
+    file = ResultFile(tmp_path / "rows.jsonl")
+    file.append(timed(0.5, macs=100, sdpa_macs=400, sdpa_seconds=1.0))
+    assert json.loads(file.path.read_text())["kept_speedup"] == 0.5

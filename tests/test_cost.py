@@ -1,0 +1,88 @@
+"""Closed forms of memory, against autograd itself and against states that were decoded."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from cases import Case, can, cases, usual_cases
+
+import attnzoo
+from attnzoo import Attention
+
+SIZES = [(1, 1), (63, 63), (257, 257), (600, 600), (640, 640), (1, 65), (140, 257), (65, 18)]
+
+
+class Held:
+    """What autograd holds in a tensor's place, alive for as long as it holds it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def held_bytes(attn: Attention, batch: int, lengths: tuple[int, int], kv_heads: int, is_causal: bool, dtype: torch.dtype) -> int:
+    """Storage behind one output, without the parameters and buffers."""
+    heads, head_dim = attn.heads, attn.head_dim
+    q = torch.randn(batch, heads, lengths[0], head_dim, dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(batch, kv_heads, lengths[1], head_dim, dtype=dtype, requires_grad=True) for _ in "kv")
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*attn.parameters(), *attn.buffers())}
+    held: weakref.WeakSet[Held] = weakref.WeakSet()
+
+    def pack(tensor: torch.Tensor) -> Held:
+        place = Held(tensor)
+        held.add(place)
+        return place
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda place: place.tensor):
+        out = attn(q, k, v, is_causal=is_causal)
+    storages = {place.tensor.untyped_storage().data_ptr(): place.tensor.untyped_storage().nbytes() for place in held}
+    assert out.requires_grad
+    return sum(size for pointer, size in storages.items() if pointer not in own)
+
+
+SOFTMAX = [case for case in cases() if case.spec.family != "kernel"]
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("case", SOFTMAX, ids=str)
+def test_kept_bytes_are_what_autograd_holds(case: Case, is_causal: bool):
+    if not can(case.spec, is_causal):
+        pytest.skip(f"{case.variant} cannot run so")
+    for lengths in SIZES:
+        for batch, kv_heads in ((2, 2), (1, 4), (3, 1)):
+            for dtype in (torch.float32, torch.bfloat16):
+                attn = case.build(dtype=dtype)
+                closed = attn.cost(batch, *lengths, kv_heads=kv_heads, is_causal=is_causal, dtype=dtype).kept_bytes
+                assert closed == held_bytes(attn, batch, lengths, kv_heads, is_causal, dtype), (lengths, batch, kv_heads, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [case for case in usual_cases() if case.spec.decodes], ids=str)
+def test_state_bytes_and_growth_are_what_decoding_carries(case: Case, dtype: torch.dtype):
+    """Past the window of 16 a window's state stops growing; until then it grows by the token. A linear state never grows."""
+    attn = case.build(dtype=dtype)
+    state = attn.init_state(2, kv_heads=2, dtype=dtype)
+    for n in range(1, 20):
+        q, k = torch.randn(2, 4, 1, 8, dtype=dtype), torch.randn(2, 2, 1, 8, dtype=dtype)
+        _, state = attn.step(q, k, k, state)
+        tensors = (state.sums, state.normalizer) if case.spec.family == "kernel" else (state.k, state.v)
+        now, after = (attn.cost(2, length, kv_heads=2, is_causal=True, dtype=dtype) for length in (n, n + 1))
+        assert sum(tensor.nbytes for tensor in tensors) == now.state_bytes
+        assert after.state_bytes - now.state_bytes == now.state_growth
+
+
+@pytest.mark.parametrize("name", attnzoo.names())
+def test_moved_bytes_and_parameters_by_hand(name: str):
+    """q and out of 4 heads, k and v of 2; Linformer reads the used rows of E and F of 4 heads, rank 16; Performer 24 directions in float32."""
+    case = next(case for case in usual_cases() if case.variant == name)
+    attn, n = case.build(), 100
+    more = {"linformer": 2 * 4 * n * 16 * 2, "performer": 24 * 8 * 4}.get(name, 0)
+    cost = attn.cost(3, n, kv_heads=2, dtype=torch.bfloat16)
+    assert cost.moved_bytes == 3 * (2 * 4 + 2 * 2) * n * 8 * 2 + more
+    assert cost.parameters == (2 * 4 * 1024 * 16 if name == "linformer" else 0)
+
+
+def test_refuses_a_dtype_without_fractions():
+    with pytest.raises(ValueError, match=r"dtype=torch.int64 is not a floating dtype"):
+        attnzoo.build("standard", heads=1, head_dim=4).cost(1, 4, dtype=torch.int64)
