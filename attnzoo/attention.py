@@ -173,10 +173,7 @@ class Attention(nn.Module):
         """Raise on a malformed call, and on a feature that the spec excludes."""
         check(call, self.heads, self.head_dim)
         spec = self.spec
-        if call.is_causal and not spec.causal:
-            raise UnsupportedError(self._no_causal())
-        if not call.is_causal and not spec.bidirectional:
-            raise UnsupportedError(f"{spec.name} is causal only: pass is_causal=True, or use {self._others(bidirectional=True)}")
+        self.check_causality(call.is_causal)
         if call.attn_mask is not None and not spec.attn_mask:
             raise UnsupportedError(
                 f"{spec.name} cannot apply an arbitrary attn_mask; use key_mask for padding, is_causal=True for causality, "
@@ -186,6 +183,17 @@ class Attention(nn.Module):
             raise UnsupportedError(
                 f"{spec.name} needs query_length == key_length (got {call.query_length} and {call.key_length}); use {self._others(cross=True)}"
             )
+
+    def check_causality(self, is_causal: bool) -> None:
+        """Raise UnsupportedError when the spec excludes such a call."""
+        if is_causal and not self.spec.causal:
+            raise UnsupportedError(self._no_causal())
+        if not is_causal and not self.spec.bidirectional:
+            raise UnsupportedError(f"{self.spec.name} is causal only: pass is_causal=True, or use {self._others(bidirectional=True)}")
+
+    def shared_options(self) -> dict[str, Any]:
+        """Options that make another layer's attention share what this one learns; none unless the variant shares across layers."""
+        return {}
 
     def extra_repr(self) -> str:
         return f"{self.spec.name}, heads={self.heads}, head_dim={self.head_dim}, backend={self.backend!r}"

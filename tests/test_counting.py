@@ -256,19 +256,34 @@ def test_import_leaves_fvcore_alone():
 LINEAR = [case for case in cases() if case.variant in ("linear", "performer")]
 
 
+FOLDED = [  # query_length, key_length, padded, is_causal
+    (4 * CHUNK + 77, 4 * CHUNK + 77, True, False),
+    (3 * CHUNK, 3 * CHUNK, False, False),
+    (3 * CHUNK + 1, 3 * CHUNK + 1, True, True),
+    (2 * CHUNK, 2 * CHUNK, False, True),
+    (5, 4 * CHUNK + 77, True, False),
+    (4 * CHUNK + 77, 5, False, False),
+    (4 * CHUNK + 1, 3 * CHUNK, False, False),
+    (5, 4 * CHUNK + 77, False, True),
+    (CHUNK + 3, 5 * CHUNK + 80, True, True),
+    (3 * CHUNK, 2 * CHUNK + 9, False, True),
+    (4 * CHUNK, 5, False, True),
+]
+
+
 @pytest.mark.parametrize("case", LINEAR, ids=str)
 def test_a_folded_loop_counts_as_the_unrolled_one(case: Case, monkeypatch: pytest.MonkeyPatch):
-    """Every table of the report, with a remainder, without one, and under a key mask."""
+    """Every table of the report, with a remainder, without one, under a key mask, and with other queries than keys."""
     attn = case.build(HEADS, HEAD_DIM).to("meta")
-    for n, padded, is_causal in ((4 * CHUNK + 77, True, False), (3 * CHUNK, False, False), (3 * CHUNK + 1, True, True), (2 * CHUNK, False, True)):
-        q, k = empty(2, HEADS, n, HEAD_DIM), empty(2, 2, n, HEAD_DIM)
-        masks = {"key_mask": torch.ones(2, n, dtype=torch.bool, device="meta")} if padded else {}
-        monkeypatch.setattr(folding, "FOLDED_FROM", n + 1)
+    for queries, keys, padded, is_causal in FOLDED:
+        q, k = empty(2, HEADS, queries, HEAD_DIM), empty(2, 2, keys, HEAD_DIM)
+        masks = {"key_mask": torch.ones(2, keys, dtype=torch.bool, device="meta")} if padded else {}
+        monkeypatch.setattr(folding, "FOLDED_FROM", max(queries, keys) + 1)
         unrolled = count_flops(attn, q, k, k, is_causal=is_causal, **masks)
-        monkeypatch.setattr(folding, "FOLDED_FROM", n)
+        monkeypatch.setattr(folding, "FOLDED_FROM", max(queries, keys))
         folded = count_flops(attn, q, k, k, is_causal=is_causal, **masks)
         assert folded == unrolled
-        closed = attn.cost(2, n, kv_heads=2, is_causal=is_causal)
+        closed = attn.cost(2, queries, keys, kv_heads=2, is_causal=is_causal)
         assert folded.macs == closed.macs
         if not padded and case.options.get("feature_map") is not squared_elu:
             assert folded.elementwise == closed.elementwise

@@ -1,8 +1,9 @@
 """Long token loops counted without being unrolled.
 
-The linear engine walks over the tokens in chunks. The first chunk has no past and the last may be short or need not be
-remembered; every chunk between runs the same operators on the same shapes. So with the remainder held fixed the cost of a forward
-is affine in the number of chunks, from two full ones on, and two short forwards give the cost of any long one exactly.
+The linear engine walks over the tokens in chunks: over the keys and then over the queries, or causally over the keys that every
+query sees and then over both at once. The first chunk of a walk has no past and the last may be short or need not be remembered; every chunk
+between runs the same operators on the same shapes. So with the remainders held fixed the cost of a forward is affine in the
+number of chunks of each walk, from two full ones on, and three short forwards give the cost of any long one exactly.
 """
 
 from __future__ import annotations
@@ -39,15 +40,34 @@ class _Forward:
 
     def counted(self, count: Count) -> Counter[str]:
         """Operations by operator. count: of one call of a module."""
-        length, chunk = self.q[2], CAUSAL_CHUNK if self.is_causal else CHUNK
-        first = length % chunk + 2 * chunk
-        at_first, at_next = (count(_OneForward(self), *self._inputs(n)) for n in (first, first + chunk))
-        chunks = (length - first) // chunk
-        return Counter({name: at_first[name] + chunks * (at_next[name] - at_first[name]) for name in at_next})
+        walks = self._walks()
+        short = [length if length < 3 * chunk else length % chunk + 2 * chunk for length, chunk in walks]
+        at_short = count(_OneForward(self), *self._inputs(*short))
+        counted = Counter(at_short)
+        for place, (length, chunk) in enumerate(walks):
+            if left_out := (length - short[place]) // chunk:
+                longer = [*short[:place], short[place] + chunk, *short[place + 1 :]]
+                at_next = count(_OneForward(self), *self._inputs(*longer))
+                counted.update({name: left_out * (at_next[name] - at_short[name]) for name in at_next})
+        return counted
 
-    def _inputs(self, length: int) -> list[Tensor]:
-        tensors = [torch.zeros(*shape[:2], length, shape[3], dtype=self.dtype, device=self.device) for shape in (self.q, self.k, self.v)]
-        return [*tensors, torch.ones(self.k[0], length, dtype=torch.bool, device=self.device)] if self.padded else tensors
+    def _walks(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Tokens and chunk of both walks: queries and keys, or causally the tokens seen side by side and the keys before them."""
+        queries, keys = self.q[2], self.k[2]
+        if self.is_causal:
+            return (min(queries, keys), CAUSAL_CHUNK), (max(0, keys - queries), CHUNK)
+        return (queries, CHUNK), (keys, CHUNK)
+
+    def _inputs(self, first: int, second: int) -> list[Tensor]:
+        """Tensors whose walks have these lengths."""
+        queries, keys = first, second
+        if self.is_causal:
+            blind = max(0, self.q[2] - self.k[2])  # queries before the first key, which nobody computes
+            queries, keys = first + blind, first + second
+        lengths = (queries, keys, keys)
+        shapes = zip((self.q, self.k, self.v), lengths, strict=True)
+        tensors = [torch.zeros(*shape[:2], length, shape[3], dtype=self.dtype, device=self.device) for shape, length in shapes]
+        return [*tensors, torch.ones(self.k[0], keys, dtype=torch.bool, device=self.device)] if self.padded else tensors
 
 
 class _OneForward(nn.Module):
@@ -82,7 +102,7 @@ def folded_loops(module: nn.Module, count: Count) -> Iterator[Callable[[list[Any
         def forward(call: Call, backend: str = "auto") -> tuple[Tensor, str]:
             q, k, v = call.q, call.k, call.v
             chosen = engine.choose(call, backend).name
-            if chosen != "chunked" or int(q.shape[2]) != int(k.shape[2]) or int(q.shape[2]) < FOLDED_FROM:
+            if chosen != "chunked" or max(int(q.shape[2]), int(k.shape[2])) < FOLDED_FROM:
                 return type(engine).forward(engine, call, backend)
             padded = call.key_mask is not None
             found.append(_Forward(engine, _sizes(q), _sizes(k), _sizes(v), q.dtype, q.device, padded, bool(call.is_causal), chosen))

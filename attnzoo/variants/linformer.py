@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,9 @@ class Linformer(Attention):
         self.sharing = sharing
         self.key_projection = projection or LengthProjection(*wanted)
         self.value_projection = self.key_projection if sharing in ("key_value", "layerwise") else LengthProjection(*wanted)
+
+    def shared_options(self) -> dict[str, Any]:
+        return {"projection": self.key_projection} if self.sharing == "layerwise" else {}
 
     def refuse(self, call: Call) -> None:
         super().refuse(call)

@@ -1,0 +1,1 @@
+"""The zoo inside models that exist: Hugging Face transformers, torch.nn, timm."""

@@ -1,0 +1,142 @@
+"""Which layer gets which attention: the places found in a model, the choice for each, and the attentions built for them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnzoo.attention import Attention
+from attnzoo.call import UnsupportedError
+from attnzoo.registry import build, options_of
+
+#: name of an attention, or (name, options), for a range of layers: {"0-3": "sliding_window", 4: ("performer", {"num_features": 64})}.
+Mix = Mapping[Any, Any]
+Layers = int | str | Iterable[int]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One self-attention of a model.
+
+    path: of `module` in the model. is_causal: None where only the call tells. window: keys its own sliding window shows, itself
+    included (None: all).
+    """
+
+    path: str
+    module: nn.Module
+    heads: int
+    head_dim: int
+    is_causal: bool | None = None
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An attention by name, with its options."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def choose(name: str | Mix, layers: Layers | None, options: dict[str, Any], count: int) -> dict[int, Choice]:
+    """The choice for each layer of a model with `count` attention layers; a layer that is not named keeps its own attention.
+
+    Raises ValueError on a layer that the model does not have, one named twice, and a malformed mapping.
+    """
+    if isinstance(name, str):
+        chosen = range(count) if layers is None else _parse("layers", layers, count)
+        return {layer: Choice(name, dict(options)) for layer in chosen}
+    if not isinstance(name, Mapping) or not name:
+        raise ValueError(f"name={name!r} must be the name of an attention, or a mapping such as {{'0-3': 'sliding_window', '4': 'standard'}}")
+    if layers is not None:
+        raise ValueError("layers goes with one name; a mapping names its layers itself")
+    choices: dict[int, Choice] = {}
+    for key, value in name.items():
+        for layer in _parse("a key of the mapping", key, count):
+            if layer in choices:
+                raise ValueError(f"layer {layer} is named twice in {dict(name)!r}; name it once")
+            choices[layer] = _choice(value, options)
+    return dict(sorted(choices.items()))
+
+
+def build_attentions(sites: list[Site], choices: dict[int, Choice]) -> tuple[dict[int, Attention], dict[int, Choice]]:
+    """An attention for each chosen layer, and the choices with the options that were settled here (the seeds).
+
+    An attention with a `seed` gets seed + layer, so that layers draw differently. Raises what `build` raises, and
+    UnsupportedError when the attention cannot do what the layer does.
+    """
+    attentions: dict[int, Attention] = {}
+    settled: dict[int, Choice] = {}
+    shared: dict[str, dict[str, Any]] = {}
+    for layer, choice in choices.items():
+        site = sites[layer]
+        options = _options(choice, layer)
+        more = shared.get(repr(choice), {})
+        try:
+            attention = build(choice.name, heads=site.heads, head_dim=site.head_dim, **options, **more)
+            _check_fits(attention, site)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"layer {layer} ({site.path}): {error}") from None
+        shared[repr(choice)] = more or attention.shared_options()
+        attentions[layer] = attention.to(*_place(site.module)).train(site.module.training)
+        settled[layer] = Choice(choice.name, options)
+    return attentions, settled
+
+
+def _options(choice: Choice, layer: int) -> dict[str, Any]:
+    for option in ("heads", "head_dim", "scale", "dropout"):
+        if option in choice.options:
+            raise ValueError(f"swap does not take {option!r}: it follows from the model")
+    options = dict(choice.options)
+    for option in options_of(choice.name):
+        if option.name == "seed":
+            seed = options.get("seed", option.default)
+            options["seed"] = seed + layer if isinstance(seed, int) else seed
+    return options
+
+
+def _check_fits(attention: Attention, site: Site) -> None:
+    if site.is_causal is not None:
+        attention.check_causality(site.is_causal)
+    reach = getattr(getattr(attention.engine, "pattern", None), "reach", None)
+    if site.window is not None and (reach is None or reach > site.window):
+        raise UnsupportedError(
+            f"the model attends within its own sliding window of {site.window}, which {attention.spec.name} would drop; use sliding_window with "
+            f"window={site.window} or less, or switch the model's window off first"
+        )
+
+
+def _place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    weight = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
+    return weight.device, weight.dtype
+
+
+def _choice(value: Any, options: dict[str, Any]) -> Choice:
+    if isinstance(value, str):
+        return Choice(value, dict(options))
+    if isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], Mapping):
+        return Choice(value[0], {**options, **value[1]})
+    raise ValueError(f"{value!r} must be the name of an attention or a pair of its name and its options")
+
+
+def _parse(what: str, layers: Any, count: int) -> list[int]:
+    """Layer indices, in order, from 3, [0, 2], "4", "0-3" or "0-3,6"."""
+    if isinstance(layers, str):
+        found = [re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part) for part in layers.split(",")]
+        if not all(found):
+            raise ValueError(f"{what}={layers!r} must be layers such as '4', '0-3' or '0-3,6'")
+        ends = [(int(match[1]), int(match[2] or match[1])) for match in found if match]
+        indices = [layer for first, last in ends for layer in range(first, min(last, count) + 1)]
+        backwards = any(first > last for first, last in ends)
+    else:
+        indices = [layers] if isinstance(layers, int) else list(layers)
+        backwards = False
+    whole = all(isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer < count for layer in indices)
+    if not indices or not whole or backwards or len(set(indices)) < len(indices):
+        raise ValueError(f"{what}={layers!r} must be distinct layers of the model, which has {count} attention layers, 0 to {count - 1}")
+    return sorted(indices)

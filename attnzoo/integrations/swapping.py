@@ -1,0 +1,89 @@
+"""`swap` and `unswap`: another attention inside a model that exists."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeVar
+
+from torch import nn
+
+from attnzoo.attention import Attention
+from attnzoo.integrations import huggingface
+from attnzoo.integrations.plan import Choice, Layers, Mix, Site, build_attentions, choose
+
+Model = TypeVar("Model", bound=nn.Module)
+RECORD = "_attnzoo_swap"
+
+
+class Undo(Protocol):
+    """What an integration needs to take its attentions out again."""
+
+    def __call__(self, model: nn.Module) -> None: ...
+
+
+class Record:
+    """What `swap` did to a model: kept on it, so that it can be undone, saved and shown.
+
+    integration: the module that did it. sites: every attention layer found, as (path, heads, head_dim). choices: by layer, with settled
+    options. attentions: the modules by layer.
+    """
+
+    def __init__(
+        self, integration: str, sites: list[Site], choices: dict[int, Choice], attentions: dict[int, Attention], undo: Undo
+    ) -> None:
+        self.integration = integration
+        self.sites = [(site.path, site.heads, site.head_dim) for site in sites]
+        self.choices = choices
+        self.attentions = attentions
+        self.undo = undo
+
+
+INTEGRATIONS = (huggingface,)
+
+
+def swap(model: Model, name: str | Mix, *, layers: Layers | None = None, **options: Any) -> Model:
+    """Give a model another attention, in place, keeping its weights. Returns the model.
+
+    model: a Hugging Face transformers model whose attention goes through `AttentionInterface`. Only self-attention is swapped.
+    name: a name in `attnzoo.names()`, or a mapping from layers to a name or a pair (name, options): {"0-3": "sliding_window",
+    "4": ("performer", {"num_features": 64})}. layers: which attention layers, counted from 0 in the order in which they run: 2,
+    "0-3,6", [0, 2]; default: all. options: of the attention, for every layer; an option `seed` is the first layer's, later layers count
+    up from it. Layers that are not named keep exact attention.
+
+    What the attention learns or draws lives in a submodule of each layer: it follows `.to()`, trains, and is in `state_dict`. Sequences
+    packed into one row with a mask of ones cannot be told from a single sequence.
+
+    Raises UnsupportedError when the swap would be ignored or would drop part of the model's attention (a relative position bias,
+    soft-capping, sinks, packed sequences, a window of its own), or when the attention cannot do what the model needs; ValueError on a
+    model without attention, on one swapped already, and on layers outside it. The model is then as it was.
+    """
+    if hasattr(model, RECORD):
+        raise ValueError(f"this {type(model).__name__} is swapped already; call attnzoo.unswap(model) first")
+    for integration in INTEGRATIONS:
+        if integration.handles(model):
+            break
+    else:
+        raise ValueError(f"{type(model).__name__} has no attention that attnzoo can swap; give a Hugging Face transformers model")
+    sites = integration.find_sites(model)
+    choices = choose(name, layers, options, len(sites))
+    attentions, choices = build_attentions(sites, choices)
+    undo = integration.insert(model, sites, attentions)
+    setattr(model, RECORD, Record(integration.__name__.rpartition(".")[2], sites, choices, attentions, undo))
+    return model
+
+
+def unswap(model: Model) -> Model:
+    """Undo `swap`, in place: the model is what it was, with the weights it has now. Returns the model.
+
+    Raises ValueError when the model is not swapped.
+    """
+    record_of(model).undo(model)
+    delattr(model, RECORD)
+    return model
+
+
+def record_of(model: nn.Module) -> Record:
+    """What `swap` did to the model. Raises ValueError when it is not swapped."""
+    record = getattr(model, RECORD, None)
+    if record is None:
+        raise ValueError(f"this {type(model).__name__} is not swapped; call attnzoo.swap(model, name) first")
+    return record
