@@ -15,9 +15,9 @@ from attnzoo.call import Call, clear_padding
 from attnzoo.engines import sparse_flex
 from attnzoo.engines.softmax import visible
 from attnzoo.engines.sparse import Sparse, grid_of
-from attnzoo.patterns import GlobalBlocks, Pattern, RandomBlocks, Window, WindowBlocks
+from attnzoo.patterns import BlockUnion, GlobalBlocks, Pattern, RandomBlocks, Window, WindowBlocks
 
-BIGBIRD = WindowBlocks(3, 4) | GlobalBlocks(2, 4)
+BIGBIRD = BlockUnion(WindowBlocks(3, 4), GlobalBlocks(2, 4))
 PATTERNS: list[Pattern] = [
     Window(1),
     Window(7),

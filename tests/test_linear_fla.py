@@ -37,8 +37,9 @@ def test_the_mathematics_is_ours(case: Case, kind: str, size: float) -> None:
     if engine.feature_map.normalizer == "feature":
         return
     q, k, v, upstream = (x.float() for x in tensors(Situation(40, 40), shift=case.shift))
-    inputs = [q.requires_grad_(), (k * size).requires_grad_(), v.requires_grad_()]
-    calls = [clear_padding(Call(*inputs, padding(kind, 2, 40), None, True)) for _ in range(2)]
+    k = k * size
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    calls = [clear_padding(Call(q, k, v, padding(kind, 2, 40), None, True)) for _ in range(2)]
     out, (expected, _) = linear_fla.attend(engine.feature_map, calls[0], gated_recurrence), engine(calls[1], "reference")
     close(out, expected, 2e-5, "output")
     assert not out[expected.abs().sum(-1) == 0].any(), "an empty row is not 0"
