@@ -3,7 +3,7 @@
 Its gated operator has the same mathematics as ours: a key enters the state weighed by exp(log_scale_j - m_j), and the gate
 exp(m_{i-1} - m_i) takes the state from one running maximum m to the next, so that row i weighs key j by exp(log_scale_j - m_i).
 A column of ones beside v gives the normaliser in the same pass; fla's own adds an epsilon and cumulates keys in the input's
-dtype. Has not run on a GPU yet; its Triton kernels have, under Triton's interpreter.
+dtype. Has not run on a GPU yet, only under Triton's interpreter.
 """
 
 from __future__ import annotations
