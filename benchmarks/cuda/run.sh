@@ -8,6 +8,7 @@ out=${2:-benchmarks/results/cuda}
 mkdir -p "$out"
 end=$((SECONDS + 530)) # 10 seconds kept for what follows the last step
 
+python3 -c 'import importlib.util as u, sys; u.find_spec("torch") or sys.exit("error: python3 has no torch here; run this on a GPU box")'
 python3 -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: torch sees no CUDA device here; run this on a GPU box")'
 
 # Beside the box's own packages and not over them: torch, triton and transformers stay what they are.
