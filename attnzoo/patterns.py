@@ -149,12 +149,16 @@ class BlockPattern(Pattern):
         """Query blocks that see every key, (query_blocks,) bool."""
         return torch.zeros_like(grid.query_blocks(self.block_size), dtype=torch.bool)
 
-    def mask(self, grid: Grid) -> Tensor:
+    def seen_blocks(self, grid: Grid) -> Tensor:
+        """`key_blocks` and `sees_all` as a table, (heads or 1, query_blocks, key_blocks) bool, causality left out."""
         blocks = self.key_blocks(grid)
         count = grid.num_key_blocks(self.block_size)
         seen = blocks.new_zeros(*blocks.shape[:2], count + 1, dtype=torch.bool)
         seen.scatter_(2, blocks % (count + 1), torch.ones_like(blocks, dtype=torch.bool))  # -1 lands in the extra column
-        seen = seen[..., :count] | self.sees_all(grid)[:, None]
+        return seen[..., :count] | self.sees_all(grid)[:, None]
+
+    def mask(self, grid: Grid) -> Tensor:
+        seen = self.seen_blocks(grid)
         rows = grid.query_positions()[:, 0] // self.block_size - grid.offset // self.block_size
         return seen[:, rows][:, :, grid.key_positions()[0] // self.block_size]
 

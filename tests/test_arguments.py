@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CPU_BACKENDS, Case, Situation, tensors, usual_cases
+from cases import CPU_BACKENDS, Case, Situation, tensors, usual_cases, with_backends
 from torch import Tensor
 
 import attnzoo
@@ -187,7 +187,7 @@ def test_a_scale_of_zero_means_zero(variant: str) -> None:
     """Every visible key weighs the same; 0 must not be taken for "not given"."""
     q, k, v = inputs()
     scores_off = Case(variant, {"scale": 0.0}).build()
-    for backend in scores_off.engine.backend_names():
+    for _, backend in with_backends([Case(variant)]):
         scores_off.backend = backend
         torch.testing.assert_close(scores_off(q, k, v), scores_off(torch.zeros_like(q), k, v))
 
@@ -288,7 +288,7 @@ def test_dropout_is_for_training_only(name: str) -> None:
     """In eval it does nothing; in training the output is unbiased and differs from call to call."""
     plain, attn = Case(name).build(dtype=torch.float64), Case(name, {"dropout": 0.3}).build(dtype=torch.float64)
     q, k, v, _ = tensors(Situation(20, 20))
-    for backend in attn.engine.backend_names():
+    for _, backend in with_backends([Case(name)]):
         attn.backend = backend
         assert torch.equal(attn.eval()(q, k, v), Case(name).build(dtype=torch.float64, backend=backend)(q, k, v))
         draws = torch.stack([attn.train()(q, k, v) for _ in range(400)])

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.call import Call, repeat_heads
+from attnzoo.call import Call, UnsupportedError, repeat_heads
+from attnzoo.engines import linear_fla
 from attnzoo.engines.cache import check_state
 from attnzoo.engines.engine import Backend, Cost, Engine, Shape, accumulation_dtype, causal_pairs, never_refuses
 from attnzoo.engines.pieces import join
@@ -55,7 +56,9 @@ class Linear(Engine):
         return LinearState(batch_size, kv_heads, max_length)
 
     def step(self, call: Call, state: LinearState, backend: str) -> tuple[Tensor, LinearState, str]:
-        name = self.choose(call, backend).name
+        if backend == "fla":
+            raise UnsupportedError("backend='fla' does not decode token by token; use backend='auto'")
+        name = self.choose(call, "chunked" if backend == "auto" else backend).name
         out, state = (_recur if name == "reference" else _scan)(self.feature_map, call, state)
         return out, state, name
 
@@ -314,4 +317,8 @@ def _chunk_weights(log_weights: Tensor | None, state: LinearState, length: int, 
     return rows.exp(), carry
 
 
-Linear.backends = (Backend("chunked", _chunked, never_refuses), Backend("reference", _reference, never_refuses))
+Linear.backends = (
+    Backend("fla", linear_fla.run, linear_fla.why_not),
+    Backend("chunked", _chunked, never_refuses),
+    Backend("reference", _reference, never_refuses),
+)

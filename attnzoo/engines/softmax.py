@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnzoo.arguments import check_dropout, check_scale
 from attnzoo.call import Call, repeat_heads
-from attnzoo.engines import memory
+from attnzoo.engines import memory, softmax_xformers
 from attnzoo.engines.cache import KeyValueCache
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Engine, Shape, accumulation_dtype, causal_pairs, never_refuses
 
@@ -166,4 +166,8 @@ def _sdpa_why_not(engine: Softmax, call: Call) -> str | None:
     return None
 
 
-Softmax.backends = (Backend("sdpa", _sdpa, _sdpa_why_not), Backend("reference", _reference, never_refuses))
+Softmax.backends = (
+    Backend("sdpa", _sdpa, _sdpa_why_not),
+    Backend("xformers", softmax_xformers.attend, softmax_xformers.why_not),
+    Backend("reference", _reference, never_refuses),
+)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines import sparse_blocks, sparse_memory, sparse_windows
+from attnzoo.engines import sparse_blocks, sparse_flex, sparse_memory, sparse_windows
 from attnzoo.engines.cache import KeyValueCache
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
 from attnzoo.engines.softmax import Softmax, attend_densely, softmax_cost, visible
@@ -76,4 +76,8 @@ def _blocks_why_not(engine: Sparse, call: Call) -> str | None:
     return f"the pattern {type(engine.pattern).__name__} has no layout in blocks"
 
 
-Sparse.backends = (Backend("blocks", _blocks, _blocks_why_not), Backend("reference", _reference, never_refuses))
+Sparse.backends = (
+    Backend("flex", sparse_flex.run, sparse_flex.why_not),
+    Backend("blocks", _blocks, _blocks_why_not),
+    Backend("reference", _reference, never_refuses),
+)
