@@ -40,12 +40,12 @@ class TimmAttention(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x: (batch, length, features) -> the same. attn_mask: as in `Attention.forward`."""
         q, k, v = rearrange(self.qkv(x), "b l (p h d) -> p b h l d", p=3, h=self.num_heads).unbind(0)
-        q, k = self._apply("q_norm", q), self._apply("k_norm", k)
+        q, k = self._through("q_norm", q), self._through("k_norm", k)
         q = q if self.factor == 1.0 else q * self.factor
         out = rearrange(self.attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal), "b h l d -> b l (h d)")
-        return self._apply("proj_drop", self.proj(self._apply("norm", out)))
+        return self._through("proj_drop", self.proj(self._through("norm", out)))
 
-    def _apply(self, part: str, x: Tensor) -> Tensor:
+    def _through(self, part: str, x: Tensor) -> Tensor:
         return self._modules[part](x) if self._modules.get(part) is not None else x  # pyright: ignore[reportOptionalCall]
 
 
