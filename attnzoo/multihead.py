@@ -72,7 +72,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         """
         extra_keys = module.bias_k is not None or module.add_zero_attn
         if "dropout" in _core_options(attention.spec, module.dropout, extra_keys, {}):
-            attention.engine.dropout = module.dropout
+            engine: Any = attention.engine
+            engine.dropout = module.dropout
         widths = (module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None)
         ends = (module.bias_k is not None, module.add_zero_attn, module.kdim, module.vdim)
         swapped = cls(*widths, *ends, batch_first=module.batch_first, device="meta")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import attnzoo
 from attnzoo import UnsupportedError
 
-ROUNDING = {"rtol": 0.0, "atol": 5e-6}
+ROUNDING: Any = {"rtol": 0.0, "atol": 5e-6}
 
 
 def encoder(dropout: float = 0.0) -> nn.TransformerEncoder:
@@ -50,7 +51,7 @@ def vision() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("make", [encoder, vision])
-def test_standard_is_the_models_own(make) -> None:
+def test_standard_is_the_models_own(make: Any) -> None:
     model, x = make(), torch.randn(2, 10, 32)
     keys, exact = list(model.state_dict()), model(x)
     attnzoo.swap(model, "standard")
@@ -60,7 +61,7 @@ def test_standard_is_the_models_own(make) -> None:
 
 
 @pytest.mark.parametrize("make", [encoder, vision])
-def test_unswap_is_bit_for_bit_and_keeps_training(make) -> None:
+def test_unswap_is_bit_for_bit_and_keeps_training(make: Any) -> None:
     model, x = make(), torch.randn(2, 10, 32)
     exact, keys, kinds = model(x), list(model.state_dict()), [type(module) for module in model.modules()]
     attnzoo.swap(model, "performer", num_features=16)
@@ -94,7 +95,7 @@ def test_padding_in_an_encoder_that_would_nest() -> None:
 
 def test_a_decoder_keeps_its_cross_attention() -> None:
     torch.manual_seed(0)
-    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(32, 4, 48, 0.0, batch_first=True), 2).eval()
+    model: Any = nn.TransformerDecoder(nn.TransformerDecoderLayer(32, 4, 48, 0.0, batch_first=True), 2).eval()
     x, memory, mask = torch.randn(2, 10, 32), torch.randn(2, 7, 32), nn.Transformer.generate_square_subsequent_mask(10)
     exact = model(x, memory, tgt_mask=mask, tgt_is_causal=True)
     attnzoo.swap(model, "sliding_window", window=10)
@@ -114,7 +115,7 @@ def test_a_module_in_two_places_is_swapped_in_both() -> None:
 
 
 def test_what_would_be_dropped_is_refused() -> None:
-    model = encoder(dropout=0.1)
+    model: Any = encoder(dropout=0.1)
     with pytest.raises(UnsupportedError, match=r"layer 0 \(layers\.0\.self_attn\): dropout=0\.1"):
         attnzoo.swap(model, "performer")
     assert type(model.layers[0].self_attn) is nn.MultiheadAttention and model.use_nested_tensor
@@ -127,5 +128,5 @@ def test_what_would_be_dropped_is_refused() -> None:
 
 
 def test_an_encoder_of_two_kinds() -> None:
-    model = attnzoo.swap(encoder(), {0: ("sliding_window", {"window": 2}), 1: "linear"})
+    model: Any = attnzoo.swap(encoder(), {0: ("sliding_window", {"window": 2}), 1: "linear"})
     assert [layer.self_attn.attention.spec.name for layer in model.layers] == ["sliding_window", "linear"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-safetensors = pytest.importorskip("safetensors.torch")
+import safetensors.torch
 from swap_models import answer, make, tokens
 
 import attnzoo
@@ -36,7 +36,7 @@ def rewrite(path: Path, change: Any) -> None:
     with safetensors.safe_open(str(path), framework="pt") as file:
         recipe, tensors = json.loads(file.metadata()["attnzoo"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     change(recipe, tensors)
-    safetensors.save_file(tensors, str(path), metadata={"attnzoo": json.dumps(recipe)})
+    safetensors.torch.save_file(tensors, str(path), metadata={"attnzoo": json.dumps(recipe)})
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=str)
@@ -47,8 +47,8 @@ def test_what_was_saved_comes_back(mix: Any, tmp_path: Path) -> None:
             if isinstance(module, attnzoo.Attention):
                 for parameter in module.parameters():
                     parameter.add_(0.5)  # learned meanwhile
-                if hasattr(module, "redraw"):
-                    module.redraw(77)
+                redraw: Any = getattr(module, "redraw", lambda seed: None)
+                redraw(77)
     attnzoo.save(model, path)
     other = attnzoo.load(make("bert"), path)
     assert torch.equal(answer(other, tokens()), answer(model, tokens()))
@@ -81,9 +81,9 @@ def test_files_of_another_kind(saved: Path, tmp_path: Path) -> None:
     refused(saved, "not a whole safetensors file")
     torch.save({"a": torch.ones(2)}, saved)
     refused(saved, "not a whole safetensors file")
-    safetensors.save_file({"a": torch.ones(2)}, str(saved))
+    safetensors.torch.save_file({"a": torch.ones(2)}, str(saved))
     refused(saved, "was not written by attnzoo.save")
-    safetensors.save_file({"a": torch.ones(2)}, str(saved), metadata={"attnzoo": "{"})
+    safetensors.torch.save_file({"a": torch.ones(2)}, str(saved), metadata={"attnzoo": "{"})
     refused(saved, "not JSON")
     refused(tmp_path / "missing", "cannot be read")
     assert not (tmp_path / "ran").exists()

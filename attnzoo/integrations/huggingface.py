@@ -113,7 +113,7 @@ def _configs(model: Any) -> list[tuple[Any, Any]]:
     """Every config in the model, with its attention implementation."""
     from transformers import PreTrainedModel
 
-    waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    waiting: list[Any] = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     found: dict[int, Any] = {}
     while waiting:
         config = waiting.pop()
@@ -312,15 +312,18 @@ def _is_causal(module: Any, given: bool | None) -> bool:
 def _refuse_other_attention(module: Any, kwargs: dict[str, Any]) -> None:
     extra = [name for name in CHANGES_WEIGHTS if kwargs.get(name) is not None]
     if extra:
-        raise UnsupportedError(f"{type(module).__name__} uses {' and '.join(extra)}, which a swapped attention would drop; this model cannot be swapped")
+        raise UnsupportedError(
+            f"{type(module).__name__} uses {' and '.join(extra)}, which a swapped attention would drop; this model cannot be swapped"
+        )
     if kwargs.get("output_attentions"):
         raise UnsupportedError("output_attentions=True: a swapped attention does not return its weights; use attnzoo's Attention.weights on q and k")
 
 
 def _set_dropout(module: Any, attention: Attention, dropout: float) -> None:
+    engine: Any = attention.engine
     if attention.spec.dropout:
-        if attention.training and attention.engine.dropout != dropout:
-            attention.engine.dropout = dropout
+        if engine.training and engine.dropout != dropout:
+            engine.dropout = dropout
     elif dropout:
         raise UnsupportedError(
             f"{type(module).__name__} drops entries of A with probability {dropout} while training, which {attention.spec.name} never forms; "

@@ -126,7 +126,9 @@ def _choice(value: Any, options: dict[str, Any]) -> Choice:
 
 def _parse(what: str, layers: Any, count: int) -> list[int]:
     """Layer indices, in order, from 3, [0, 2], "4", "0-3" or "0-3,6"."""
-    refusal = f"{what}={layers!r} must be distinct layers of the model, such as 4, '0-3' or '0-3,6'; it has {count} attention layers, 0 to {count - 1}"
+    refusal = (
+        f"{what}={layers!r} must be distinct layers of the model, such as 4, '0-3' or '0-3,6'; it has {count} attention layers, 0 to {count - 1}"
+    )
     if isinstance(layers, str):
         found = [re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part) for part in layers.split(",")]
         ends = [(int(match[1]), int(match[2] or match[1])) for match in found if match]

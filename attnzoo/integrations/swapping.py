@@ -27,9 +27,7 @@ class Record:
     options. attentions: the modules by layer.
     """
 
-    def __init__(
-        self, integration: str, sites: list[Site], choices: dict[int, Choice], attentions: dict[int, Attention], undo: Undo
-    ) -> None:
+    def __init__(self, integration: str, sites: list[Site], choices: dict[int, Choice], attentions: dict[int, Attention], undo: Undo) -> None:
         self.integration = integration
         self.sites = [(site.path, site.heads, site.head_dim) for site in sites]
         self.choices = choices
@@ -64,7 +62,10 @@ def swap(model: Model, name: str | Mix, *, layers: Layers | None = None, **optio
         if integration.handles(model):
             break
     else:
-        raise ValueError(f"{type(model).__name__} has no attention that attnzoo can swap; give a transformers model, or one made of nn.MultiheadAttention or of timm's Attention")
+        raise ValueError(
+            f"{type(model).__name__} has no attention that attnzoo can swap; give a transformers model, or one made of nn.MultiheadAttention"
+            " or of timm's Attention"
+        )
     sites = integration.find_sites(model)
     choices = choose(name, layers, options, len(sites))
     attentions, choices = build_attentions(sites, choices)

@@ -21,14 +21,20 @@ ARGUMENTS = ("x", "attn_mask", "is_causal")
 class TimmAttention(nn.Module):
     """timm's Attention with `core` between its projections; the projections are the module's own, under their own names."""
 
+    qkv: nn.Module
+    proj: nn.Module
+
     def __init__(self, module: Any, core: Attention) -> None:
         super().__init__()
         _refuse_other_attention(module)
         dropout = float(getattr(getattr(module, "attn_drop", None), "p", 0.0))
         if core.spec.dropout:
-            core.engine.dropout = dropout  # pyright: ignore[reportAttributeAccessIssue]
+            engine: Any = core.engine
+            engine.dropout = dropout
         elif dropout:
-            raise UnsupportedError(f"attn_drop={dropout} drops entries of A, which {core.spec.name} never forms; build the model with attn_drop_rate=0")
+            raise UnsupportedError(
+                f"attn_drop={dropout} drops entries of A, which {core.spec.name} never forms; build the model with attn_drop_rate=0"
+            )
         self.num_heads = module.num_heads
         self.head_dim = core.head_dim
         self.factor = float(getattr(module, "scale", core.head_dim**-0.5)) * core.head_dim**0.5
@@ -46,7 +52,8 @@ class TimmAttention(nn.Module):
         return self._through("proj_drop", self.proj(self._through("norm", out)))
 
     def _through(self, part: str, x: Tensor) -> Tensor:
-        return self._modules[part](x) if self._modules.get(part) is not None else x  # pyright: ignore[reportOptionalCall]
+        module = self._modules.get(part)
+        return x if module is None else module(x)
 
 
 def handles(model: nn.Module) -> bool:
@@ -75,5 +82,6 @@ def _refuse_other_attention(module: Any) -> None:
         raise UnsupportedError(f"{type(module).__name__} has {', '.join(extra)}, which a swapped attention would drop; this model cannot be swapped")
     if module.qkv.out_features != 3 * module.proj.in_features:
         raise UnsupportedError(
-            f"{type(module).__name__} makes {module.qkv.out_features} features of which {module.proj.in_features} go on; attnzoo expects q, k and v alike"
+            f"{type(module).__name__} makes {module.qkv.out_features} features of which {module.proj.in_features} go on;"
+            " attnzoo expects q, k and v alike"
         )
