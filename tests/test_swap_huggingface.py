@@ -290,3 +290,42 @@ def test_counted_costs_are_the_closed_form() -> None:
     core = cores(model)[0].cost(1, length).macs
     per_token = 4 * 32 * 32 + 2 * 32 * 48
     assert attnzoo.count_flops(model, ids).macs == 3 * (length * per_token + core) + 32 * 32
+
+
+def test_counted_costs_of_a_decoder_are_the_closed_form() -> None:
+    """Llama: q and o of d², k and v of half that, three products of the inner width, and the head over 50 words."""
+    pytest.importorskip("fvcore")
+    model, length = attnzoo.swap(make("llama"), "sliding_window", window=4), 24
+    core = cores(model)[0].cost(1, length, kv_heads=2, is_causal=True).macs
+    per_token = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
+    mask = torch.ones(1, length, dtype=torch.long)
+    counted = attnzoo.count_flops(model, tokens(length, 1), attention_mask=mask, use_cache=False)
+    assert counted.macs == 3 * (length * per_token + core) + length * 32 * 50
+
+
+def test_a_layer_left_alone_keeps_its_own_window() -> None:
+    model, ids, mask = make("mistral", sliding_window=6), tokens(), padded("left")
+    exact = answer(model, ids, attention_mask=mask)
+    attnzoo.swap(model, "sliding_window", window=6, layers=1)
+    torch.testing.assert_close(answer(model, ids, attention_mask=mask)[mask.bool()], exact[mask.bool()], **ROUNDING)
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    model, mask = attnzoo.swap(make("llama"), "performer", num_features=16).train(), padded("left")
+
+    def gradients() -> list[Any]:
+        model.zero_grad()
+        answer(model, tokens(), attention_mask=mask, use_cache=False)[mask.bool()].square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    plain = gradients()
+    model.gradient_checkpointing_enable()
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), plain, strict=True))
+
+
+@pytest.mark.parametrize("name", ["standard", "bigbird"])
+def test_a_swapped_encoder_compiles_in_one_graph(name: str) -> None:
+    model, mask = attnzoo.swap(make("bert"), name), padded("right")
+    expected = answer(model, tokens(), attention_mask=mask)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(answer(compiled, tokens(), attention_mask=mask)[mask.bool()], expected[mask.bool()], **ROUNDING)

@@ -264,14 +264,17 @@ def _is_causal_mask(mask_function: Callable[..., Any] | None) -> bool:
     """Whether a mask function is causal; a mask that is more than causality and a window raises UnsupportedError."""
     from transformers import masking_utils
 
+    if mask_function in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function):
+        return mask_function is masking_utils.causal_mask_function  # the two that a compiled graph can tell
     causal = False
     for part in _parts(mask_function):
-        causal |= part is masking_utils.causal_mask_function
-        plain = part in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function)
-        if not plain and not getattr(part, "__qualname__", "").startswith(("sliding_window_overlay.", "sliding_window_bidirectional_overlay.")):
+        if part in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function):
+            causal |= part is masking_utils.causal_mask_function
+        elif not getattr(part, "__qualname__", "").startswith(("sliding_window_overlay.", "sliding_window_bidirectional_overlay.")):
             raise UnsupportedError(
                 "the model asks for a mask that is more than causality, padding and a window (packed sequences: position_ids that start "
-                "again; chunks; blocks that see each other); attnzoo would drop it: give one sequence per row, and pad with attention_mask"
+                "again; chunks; blocks that see each other); attnzoo would drop it: give one sequence per row, and pad with attention_mask. "
+                "A traced or compiled causal model always asks so unless it is given an attention_mask"
             )
     return causal
 
