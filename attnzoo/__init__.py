@@ -4,6 +4,7 @@ from attnzoo.attention import Attention, Spec
 from attnzoo.call import UnsupportedError
 from attnzoo.cost.counting import FlopReport, count_flops
 from attnzoo.engines.engine import Cost
+from attnzoo.integrations.sidecar import load, save
 from attnzoo.integrations.swapping import swap, unswap
 from attnzoo.multihead import MultiheadAttention
 from attnzoo.registry import build, describe, names, register
@@ -19,8 +20,10 @@ __all__ = [
     "build",
     "count_flops",
     "describe",
+    "load",
     "names",
     "register",
+    "save",
     "swap",
     "unswap",
 ]

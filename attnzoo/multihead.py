@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.arguments import check_positive
-from attnzoo.attention import Spec
+from attnzoo.attention import Attention, Spec
 from attnzoo.call import UnsupportedError
 from attnzoo.engines.softmax import causal_mask
 from attnzoo.registry import build, spec_of
@@ -63,6 +63,24 @@ class MultiheadAttention(nn.MultiheadAttention):
         super().__init__(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
         # After torch's own parameters, so that a seed gives those the values that it gives them in torch.
         self.attention = build(attention, heads=num_heads, head_dim=self.head_dim, **options).to(device=device, dtype=dtype)
+
+    @classmethod
+    def around(cls, module: nn.MultiheadAttention, attention: Attention) -> MultiheadAttention:
+        """torch's module with `attention` as its core: the parameters and `out_proj` are the module's own, not copies.
+
+        Raises UnsupportedError where the module has what the core excludes (dropout, appended keys), as the constructor does.
+        """
+        extra_keys = module.bias_k is not None or module.add_zero_attn
+        if "dropout" in _core_options(attention.spec, module.dropout, extra_keys, {}):
+            engine: Any = attention.engine
+            engine.dropout = module.dropout
+        widths = (module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None)
+        ends = (module.bias_k is not None, module.add_zero_attn, module.kdim, module.vdim)
+        swapped = cls(*widths, *ends, batch_first=module.batch_first, device="meta")
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(swapped, name, parameter)
+        swapped.out_proj, swapped.attention = module.out_proj, attention
+        return swapped.train(module.training)
 
     def _reset_parameters(self) -> None:
         # torch's encoder layers read the packed weights and compute softmax attention themselves in eval mode, unless this flag

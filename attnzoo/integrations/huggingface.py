@@ -113,7 +113,7 @@ def _configs(model: Any) -> list[tuple[Any, Any]]:
     """Every config in the model, with its attention implementation."""
     from transformers import PreTrainedModel
 
-    waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    waiting: list[Any] = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     found: dict[int, Any] = {}
     while waiting:
         config = waiting.pop()
@@ -264,14 +264,17 @@ def _is_causal_mask(mask_function: Callable[..., Any] | None) -> bool:
     """Whether a mask function is causal; a mask that is more than causality and a window raises UnsupportedError."""
     from transformers import masking_utils
 
+    if mask_function in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function):
+        return mask_function is masking_utils.causal_mask_function  # the two that a compiled graph can tell
     causal = False
     for part in _parts(mask_function):
-        causal |= part is masking_utils.causal_mask_function
-        plain = part in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function)
-        if not plain and not getattr(part, "__qualname__", "").startswith(("sliding_window_overlay.", "sliding_window_bidirectional_overlay.")):
+        if part in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function):
+            causal |= part is masking_utils.causal_mask_function
+        elif not getattr(part, "__qualname__", "").startswith(("sliding_window_overlay.", "sliding_window_bidirectional_overlay.")):
             raise UnsupportedError(
                 "the model asks for a mask that is more than causality, padding and a window (packed sequences: position_ids that start "
-                "again; chunks; blocks that see each other); attnzoo would drop it: give one sequence per row, and pad with attention_mask"
+                "again; chunks; blocks that see each other); attnzoo would drop it: give one sequence per row, and pad with attention_mask. "
+                "A traced or compiled causal model always asks so unless it is given an attention_mask"
             )
     return causal
 
@@ -312,15 +315,18 @@ def _is_causal(module: Any, given: bool | None) -> bool:
 def _refuse_other_attention(module: Any, kwargs: dict[str, Any]) -> None:
     extra = [name for name in CHANGES_WEIGHTS if kwargs.get(name) is not None]
     if extra:
-        raise UnsupportedError(f"{type(module).__name__} uses {' and '.join(extra)}, which a swapped attention would drop; this model cannot be swapped")
+        raise UnsupportedError(
+            f"{type(module).__name__} uses {' and '.join(extra)}, which a swapped attention would drop; this model cannot be swapped"
+        )
     if kwargs.get("output_attentions"):
         raise UnsupportedError("output_attentions=True: a swapped attention does not return its weights; use attnzoo's Attention.weights on q and k")
 
 
 def _set_dropout(module: Any, attention: Attention, dropout: float) -> None:
+    engine: Any = attention.engine
     if attention.spec.dropout:
-        if attention.training and attention.engine.dropout != dropout:
-            attention.engine.dropout = dropout
+        if engine.training and engine.dropout != dropout:
+            engine.dropout = dropout
     elif dropout:
         raise UnsupportedError(
             f"{type(module).__name__} drops entries of A with probability {dropout} while training, which {attention.spec.name} never forms; "

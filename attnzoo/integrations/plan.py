@@ -126,17 +126,18 @@ def _choice(value: Any, options: dict[str, Any]) -> Choice:
 
 def _parse(what: str, layers: Any, count: int) -> list[int]:
     """Layer indices, in order, from 3, [0, 2], "4", "0-3" or "0-3,6"."""
+    refusal = (
+        f"{what}={layers!r} must be distinct layers of the model, such as 4, '0-3' or '0-3,6'; it has {count} attention layers, 0 to {count - 1}"
+    )
     if isinstance(layers, str):
         found = [re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part) for part in layers.split(",")]
-        if not all(found):
-            raise ValueError(f"{what}={layers!r} must be layers such as '4', '0-3' or '0-3,6'")
         ends = [(int(match[1]), int(match[2] or match[1])) for match in found if match]
-        indices = [layer for first, last in ends for layer in range(first, min(last, count) + 1)]
-        backwards = any(first > last for first, last in ends)
+        if len(ends) < len(found) or any(first > last or last >= count for first, last in ends):
+            raise ValueError(refusal)
+        indices = [layer for first, last in ends for layer in range(first, last + 1)]
     else:
-        indices = [layers] if isinstance(layers, int) else list(layers)
-        backwards = False
+        indices = list(layers) if isinstance(layers, Iterable) else [layers]
     whole = all(isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer < count for layer in indices)
-    if not indices or not whole or backwards or len(set(indices)) < len(indices):
-        raise ValueError(f"{what}={layers!r} must be distinct layers of the model, which has {count} attention layers, 0 to {count - 1}")
+    if not indices or not whole or len(set(indices)) < len(indices):
+        raise ValueError(refusal)
     return sorted(indices)

@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 from torch import nn
 
 from attnzoo.attention import Attention
-from attnzoo.integrations import huggingface
+from attnzoo.integrations import huggingface, timm, torch_nn
 from attnzoo.integrations.plan import Choice, Layers, Mix, Site, build_attentions, choose
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,9 +27,7 @@ class Record:
     options. attentions: the modules by layer.
     """
 
-    def __init__(
-        self, integration: str, sites: list[Site], choices: dict[int, Choice], attentions: dict[int, Attention], undo: Undo
-    ) -> None:
+    def __init__(self, integration: str, sites: list[Site], choices: dict[int, Choice], attentions: dict[int, Attention], undo: Undo) -> None:
         self.integration = integration
         self.sites = [(site.path, site.heads, site.head_dim) for site in sites]
         self.choices = choices
@@ -37,13 +35,15 @@ class Record:
         self.undo = undo
 
 
-INTEGRATIONS = (huggingface,)
+INTEGRATIONS = (huggingface, torch_nn, timm)
 
 
 def swap(model: Model, name: str | Mix, *, layers: Layers | None = None, **options: Any) -> Model:
     """Give a model another attention, in place, keeping its weights. Returns the model.
 
-    model: a Hugging Face transformers model whose attention goes through `AttentionInterface`. Only self-attention is swapped.
+    model: a Hugging Face transformers model whose attention goes through `AttentionInterface`; one made of nn.MultiheadAttention, in
+    torch's Transformer layers or alone (where `attnzoo.MultiheadAttention` takes its place: a core that cannot be causal then refuses the
+    causal call); or one made of timm's Attention. Only self-attention is swapped: torch's decoder layers keep their `multihead_attn`.
     name: a name in `attnzoo.names()`, or a mapping from layers to a name or a pair (name, options): {"0-3": "sliding_window",
     "4": ("performer", {"num_features": 64})}. layers: which attention layers, counted from 0 in the order in which they run: 2,
     "0-3,6", [0, 2]; default: all. options: of the attention, for every layer; an option `seed` is the first layer's, later layers count
@@ -62,7 +62,10 @@ def swap(model: Model, name: str | Mix, *, layers: Layers | None = None, **optio
         if integration.handles(model):
             break
     else:
-        raise ValueError(f"{type(model).__name__} has no attention that attnzoo can swap; give a Hugging Face transformers model")
+        raise ValueError(
+            f"{type(model).__name__} has no attention that attnzoo can swap; give a transformers model, or one made of nn.MultiheadAttention"
+            " or of timm's Attention"
+        )
     sites = integration.find_sites(model)
     choices = choose(name, layers, options, len(sites))
     attentions, choices = build_attentions(sites, choices)

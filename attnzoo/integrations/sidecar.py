@@ -1,0 +1,137 @@
+"""`save` and `load`: what a swap added to a model, in a safetensors file beside the model's own weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.integrations.swapping import Record, record_of, swap, unswap
+
+Model = TypeVar("Model", bound=nn.Module)
+#: The key of the recipe in the file's metadata, and the version of its form.
+METADATA, FORMAT = "attnzoo", 1
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write a swapped model's recipe (names, options, layers, versions) and what its attentions learned or drew.
+
+    The model's own weights are not in the file. Raises ValueError when the model is not swapped, or when an option is not plain data
+    (a callable feature map, a shared module); OSError when the file cannot be written.
+    """
+    safetensors = _safetensors()
+    record = record_of(model)
+    try:
+        recipe = json.dumps(_recipe(record))
+    except TypeError as error:
+        raise ValueError(f"an option of this swap is not plain data ({error}), so a file cannot hold it; give options as numbers and names") from None
+    safetensors.save_file(_extras(record), str(path), metadata={METADATA: recipe})
+
+
+def load(model: Model, path: str | Path) -> Model:
+    """Swap a model as a file of `save` says, and give its attentions what they had learned. Returns the model.
+
+    model: one that is not swapped, of the architecture that the file was saved from. The file is read as data only. Raises ValueError on a
+    file that cannot be read or does not fit the model, naming the place; the model is then as it was.
+    """
+    recipe, extras = _read(path)
+    choices = _choices(recipe, path)
+    try:
+        swap(model, choices)
+    except ValueError as error:
+        raise type(error)(f"{path} does not fit this {type(model).__name__}: {error}") from None
+    try:
+        _fit(record_of(model), recipe, extras, path)
+    except BaseException:
+        unswap(model)
+        raise
+    return model
+
+
+def _recipe(record: Record) -> dict[str, Any]:
+    from attnzoo import __version__
+
+    layers = {str(layer): {"name": choice.name, "options": choice.options} for layer, choice in record.choices.items()}
+    versions = {"attnzoo": __version__, "torch": torch.__version__}
+    return {"format": FORMAT, "versions": versions, "integration": record.integration, "sites": record.sites, "layers": layers}
+
+
+def _extras(record: Record) -> dict[str, Tensor]:
+    """The attentions' state, by layer and name; copied, since layers may share and the format does not."""
+    tensors = {f"{layer}.{key}": value for layer, attention in record.attentions.items() for key, value in attention.state_dict().items()}
+    return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+
+
+def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    _safetensors()
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # the file is not iterable
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); write it again with attnzoo.save") from None
+    if METADATA not in metadata:
+        raise ValueError(f"{path} was not written by attnzoo.save: its metadata has no {METADATA!r}")
+    try:
+        recipe = json.loads(metadata[METADATA])
+    except (json.JSONDecodeError, RecursionError):
+        raise ValueError(f"{path} has a recipe that is not JSON; write it again with attnzoo.save") from None
+    if not isinstance(recipe, dict) or recipe.get("format") != FORMAT:
+        found = recipe.get("format") if isinstance(recipe, dict) else recipe
+        raise ValueError(f"{path} has a recipe of format {found!r}; this attnzoo reads format {FORMAT}")
+    return recipe, tensors
+
+
+def _choices(recipe: dict[str, Any], path: str | Path) -> dict[str, tuple[str, dict[str, Any]]]:
+    layers = recipe.get("layers")
+    if not isinstance(layers, dict) or not layers:
+        raise ValueError(f"{path} has a recipe without layers; write it again with attnzoo.save")
+    for layer, choice in layers.items():
+        if not isinstance(choice, dict) or not isinstance(choice.get("name"), str) or not isinstance(choice.get("options"), dict):
+            raise ValueError(f"{path}, layer {layer}: {choice!r} is not a name and its options; write it again with attnzoo.save")
+    # The saved seeds are those of each layer; swap adds the layer's number to what it is given.
+    return {layer: (choice["name"], _first_seed(choice["options"], layer)) for layer, choice in layers.items()}
+
+
+def _first_seed(options: dict[str, Any], layer: str) -> dict[str, Any]:
+    seed = options.get("seed")
+    return {**options, "seed": seed - int(layer)} if isinstance(seed, int) and layer.isdigit() else options
+
+
+def _fit(record: Record, recipe: dict[str, Any], extras: dict[str, Tensor], path: str | Path) -> None:
+    if recipe.get("integration") != record.integration:
+        raise ValueError(f"{path} is for a model of kind {recipe.get('integration')!r}; this one is {record.integration!r}")
+    sites = recipe.get("sites")
+    if not isinstance(sites, list):
+        raise ValueError(f"{path} has a recipe without sites; write it again with attnzoo.save")
+    saved = [tuple(site) if isinstance(site, list) else site for site in sites]
+    if len(saved) != len(record.sites):
+        raise ValueError(f"{path} is for a model of {len(saved)} attention layers; this one has {len(record.sites)}")
+    for layer, (site, wanted) in enumerate(zip(saved, record.sites, strict=True)):
+        if site != wanted:
+            raise ValueError(f"{path}, layer {layer}: the file has (path, heads, head_dim) = {site}, this model {wanted}")
+    wanted = _extras(record)
+    for key in sorted(wanted.keys() | extras.keys()):
+        layer, _, name = key.partition(".")
+        if key not in extras or key not in wanted:
+            raise ValueError(f"{path}, layer {layer}: {name!r} is {'missing from the file' if key in wanted else 'not part of this attention'}")
+        if extras[key].shape != wanted[key].shape:
+            raise ValueError(f"{path}, layer {layer}: {name!r} has shape {tuple(extras[key].shape)}; it must be {tuple(wanted[key].shape)}")
+    for layer, attention in record.attentions.items():
+        prefix = f"{layer}."
+        attention.load_state_dict({key.removeprefix(prefix): value for key, value in extras.items() if key.startswith(prefix)})
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError("saving and loading a swap needs safetensors; install it with: pip install 'attnzoo[models]'") from None
+    return safetensors.torch

@@ -1,0 +1,87 @@
+"""timm's vision transformers, known by the structure of their `Attention`; timm is not imported."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from attnzoo.attention import Attention
+from attnzoo.call import UnsupportedError
+from attnzoo.integrations.plan import Site
+from attnzoo.integrations.replacing import PutBack, replace_modules
+
+#: The parts of an Attention that TimmAttention runs. Another one (a relative position bias, a rotary embedding) would be dropped.
+PARTS = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop")
+ARGUMENTS = ("x", "attn_mask", "is_causal")
+
+
+class TimmAttention(nn.Module):
+    """timm's Attention with `core` between its projections; the projections are the module's own, under their own names."""
+
+    qkv: nn.Module
+    proj: nn.Module
+
+    def __init__(self, module: Any, core: Attention) -> None:
+        super().__init__()
+        _refuse_other_attention(module)
+        dropout = float(getattr(getattr(module, "attn_drop", None), "p", 0.0))
+        if core.spec.dropout:
+            engine: Any = core.engine
+            engine.dropout = dropout
+        elif dropout:
+            raise UnsupportedError(
+                f"attn_drop={dropout} drops entries of A, which {core.spec.name} never forms; build the model with attn_drop_rate=0"
+            )
+        self.num_heads = module.num_heads
+        self.head_dim = core.head_dim
+        self.factor = float(getattr(module, "scale", core.head_dim**-0.5)) * core.head_dim**0.5
+        for name, part in module.named_children():
+            self.add_module(name, part)
+        self.attention = core
+        self.train(module.training)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x: (batch, length, features) -> the same. attn_mask: as in `Attention.forward`."""
+        q, k, v = rearrange(self.qkv(x), "b l (p h d) -> p b h l d", p=3, h=self.num_heads).unbind(0)
+        q, k = self._through("q_norm", q), self._through("k_norm", k)
+        q = q if self.factor == 1.0 else q * self.factor
+        out = rearrange(self.attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal), "b h l d -> b l (h d)")
+        return self._through("proj_drop", self.proj(self._through("norm", out)))
+
+    def _through(self, part: str, x: Tensor) -> Tensor:
+        module = self._modules.get(part)
+        return x if module is None else module(x)
+
+
+def handles(model: nn.Module) -> bool:
+    return any(_looks_like_attention(module) for path, module in model.named_modules() if path)
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    found: list[tuple[str, Any]] = [(path, module) for path, module in model.named_modules() if path and _looks_like_attention(module)]
+    return [Site(path, module, module.num_heads, module.qkv.out_features // 3 // module.num_heads) for path, module in found]
+
+
+def insert(model: nn.Module, sites: list[Site], attentions: dict[int, Attention]) -> PutBack:
+    return replace_modules(model, sites, attentions, TimmAttention)
+
+
+def _looks_like_attention(module: Any) -> bool:
+    linear = all(isinstance(getattr(module, name, None), nn.Linear) for name in ("qkv", "proj"))
+    return linear and isinstance(getattr(module, "num_heads", None), int) and not isinstance(module, TimmAttention)
+
+
+def _refuse_other_attention(module: Any) -> None:
+    arguments = [name for name in inspect.signature(module.forward).parameters if name not in ARGUMENTS]
+    own = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+    extra = [name for name, _ in module.named_children() if name not in PARTS] + own + arguments
+    if extra:
+        raise UnsupportedError(f"{type(module).__name__} has {', '.join(extra)}, which a swapped attention would drop; this model cannot be swapped")
+    if module.qkv.out_features != 3 * module.proj.in_features:
+        raise UnsupportedError(
+            f"{type(module).__name__} makes {module.qkv.out_features} features of which {module.proj.in_features} go on;"
+            " attnzoo expects q, k and v alike"
+        )

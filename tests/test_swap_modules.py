@@ -1,0 +1,132 @@
+"""attnzoo.swap on models of nn.MultiheadAttention and of timm's Attention."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attnzoo
+from attnzoo import UnsupportedError
+
+ROUNDING: Any = {"rtol": 0.0, "atol": 5e-6}
+
+
+def encoder(dropout: float = 0.0) -> nn.TransformerEncoder:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 48, dropout, batch_first=True)
+    return nn.TransformerEncoder(layer, 2).eval()
+
+
+class TimmAttentionLike(nn.Module):
+    """The parts and the arithmetic of timm's Attention, written from its documentation of shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.scale = 4, 8, 8**-0.5
+        self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.q_norm, self.k_norm = nn.LayerNorm(8), nn.Identity()
+        self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        scores = self.q_norm(q) @ self.k_norm(k).mT * self.scale
+        out = self.attn_drop(scores.softmax(-1)) @ v
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, length, 32)))
+
+
+class Biased(TimmAttentionLike):
+    def __init__(self) -> None:
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(9, 4))
+
+
+def vision() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(TimmAttentionLike(), nn.LayerNorm(32), TimmAttentionLike()).eval()
+
+
+@pytest.mark.parametrize("make", [encoder, vision])
+def test_standard_is_the_models_own(make: Any) -> None:
+    model, x = make(), torch.randn(2, 10, 32)
+    keys, exact = list(model.state_dict()), model(x)
+    attnzoo.swap(model, "standard")
+    cores = [module for module in model.modules() if isinstance(module, attnzoo.Attention)]
+    torch.testing.assert_close(model(x), exact, **ROUNDING)
+    assert [core.last_backend for core in cores] == ["sdpa", "sdpa"] and list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("make", [encoder, vision])
+def test_unswap_is_bit_for_bit_and_keeps_training(make: Any) -> None:
+    model, x = make(), torch.randn(2, 10, 32)
+    exact, keys, kinds = model(x), list(model.state_dict()), [type(module) for module in model.modules()]
+    attnzoo.swap(model, "performer", num_features=16)
+    assert not torch.allclose(model(x), exact, atol=1e-3)
+    copied = attnzoo.unswap(copy.deepcopy(model))
+    assert torch.equal(copied(x), exact) and not torch.allclose(model(x), exact, atol=1e-3)
+    attnzoo.unswap(model)
+    assert torch.equal(model(x), exact) and list(model.state_dict()) == keys and [type(module) for module in model.modules()] == kinds
+    attnzoo.swap(model, "linear").train()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model(x).square().mean().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    attnzoo.unswap(model.double())
+    changed = [name for name, parameter in model.named_parameters() if not torch.equal(parameter.float(), before[name])]
+    assert any("in_proj_weight" in name or "qkv.weight" in name for name in changed)
+    assert model(x.double()).dtype == torch.float64 and model.training
+
+
+def test_padding_in_an_encoder_that_would_nest() -> None:
+    model, x = encoder(), torch.randn(2, 10, 32)
+    ignore = torch.zeros(2, 10, dtype=torch.bool)
+    ignore[1, 6:] = True
+    with torch.no_grad():
+        exact = model(x, src_key_padding_mask=ignore)
+        attnzoo.swap(model, "standard")
+        assert not model.use_nested_tensor
+        torch.testing.assert_close(model(x, src_key_padding_mask=ignore)[~ignore], exact[~ignore], **ROUNDING)
+        attnzoo.unswap(model)
+        assert model.use_nested_tensor and torch.equal(model(x, src_key_padding_mask=ignore), exact)
+
+
+def test_a_decoder_keeps_its_cross_attention() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.TransformerDecoder(nn.TransformerDecoderLayer(32, 4, 48, 0.0, batch_first=True), 2).eval()
+    x, memory, mask = torch.randn(2, 10, 32), torch.randn(2, 7, 32), nn.Transformer.generate_square_subsequent_mask(10)
+    exact = model(x, memory, tgt_mask=mask, tgt_is_causal=True)
+    attnzoo.swap(model, "sliding_window", window=10)
+    assert [type(layer.multihead_attn) for layer in model.layers] == [nn.MultiheadAttention] * 2
+    torch.testing.assert_close(model(x, memory, tgt_mask=mask, tgt_is_causal=True), exact, **ROUNDING)
+    attnzoo.swap(attnzoo.unswap(model), "linformer", max_length=16, rank=4)
+    with pytest.raises(UnsupportedError, match="cannot"):
+        model(x, memory, tgt_mask=mask, tgt_is_causal=True)
+
+
+def test_a_module_in_two_places_is_swapped_in_both() -> None:
+    shared = TimmAttentionLike()
+    model = nn.Sequential(shared, shared)
+    attnzoo.swap(model, "linear")
+    assert model[0] is model[1] and model[0] is not shared
+    assert attnzoo.unswap(model)[0] is shared and model[1] is shared
+
+
+def test_what_would_be_dropped_is_refused() -> None:
+    model: Any = encoder(dropout=0.1)
+    with pytest.raises(UnsupportedError, match=r"layer 0 \(layers\.0\.self_attn\): dropout=0\.1"):
+        attnzoo.swap(model, "performer")
+    assert type(model.layers[0].self_attn) is nn.MultiheadAttention and model.use_nested_tensor
+    with pytest.raises(UnsupportedError, match=r"layer 0 \(0\): Biased has relative_position_bias_table"):
+        attnzoo.swap(nn.Sequential(Biased()), "standard")
+    with pytest.raises(ValueError, match="cannot be swapped in place"):
+        attnzoo.swap(nn.MultiheadAttention(32, 4), "standard")
+    with pytest.raises(ValueError, match="2 attention layers, 0 to 1"):
+        attnzoo.swap(encoder(), "standard", layers=2)
+
+
+def test_an_encoder_of_two_kinds() -> None:
+    model: Any = attnzoo.swap(encoder(), {0: ("sliding_window", {"window": 2}), 1: "linear"})
+    assert [layer.self_attn.attention.spec.name for layer in model.layers] == ["sliding_window", "linear"]
