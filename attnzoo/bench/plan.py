@@ -100,13 +100,13 @@ class Sweep:
                 yield Cell(level, phase, is_causal, length, dtype, shape)
 
     def contenders(self, parse: ParseVariant) -> list[Contender]:
-        """Every variant with every backend. Raises ValueError on a wrong variant, and on a backend that none of them has."""
+        """Every variant with every backend that it has. Raises ValueError on a wrong variant, and on a backend that none of them has."""
         candidates = [Candidate(*parse(text)) for text in self.variants or names()]
         known = ["auto", *dict.fromkeys(backend for candidate in candidates for backend in _backends(candidate))]
         for backend in self.backends:
             if backend not in known:
                 raise ValueError(f"backends: none of the variants has {backend!r}{nearest(backend, known)}; choose of {', '.join(known)}")
-        return [Contender(candidate, backend) for candidate in candidates for backend in self.backends]
+        return [Contender(candidate, backend) for candidate in candidates for backend in self.backends if backend in ("auto", *_backends(candidate))]
 
 
 @dataclass(frozen=True)

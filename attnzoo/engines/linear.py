@@ -318,7 +318,7 @@ def _chunk_weights(log_weights: Tensor | None, state: LinearState, length: int, 
 
 
 Linear.backends = (
-    Backend("fla", linear_fla.run, linear_fla.why_not),
     Backend("chunked", _chunked, never_refuses),
+    Backend("fla", linear_fla.run, linear_fla.why_not),  # by name only, until it has run on a GPU
     Backend("reference", _reference, never_refuses),
 )

@@ -77,7 +77,7 @@ def _blocks_why_not(engine: Sparse, call: Call) -> str | None:
 
 
 Sparse.backends = (
-    Backend("flex", sparse_flex.run, sparse_flex.why_not),
     Backend("blocks", _blocks, _blocks_why_not),
+    Backend("flex", sparse_flex.run, sparse_flex.why_not),  # by name only, until it has run on a GPU
     Backend("reference", _reference, never_refuses),
 )
