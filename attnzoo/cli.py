@@ -21,9 +21,9 @@ EXTRA = ("jsonargparse", "rich", "matplotlib", "yaml")  # what attnzoo[cli] inst
 
 def commands() -> tuple[Command, ...]:
     """All commands, in the order of the help."""
-    from attnzoo.commands import compare, scaling, zoo
+    from attnzoo.commands import compare, flops, scaling, zoo
 
-    return (zoo.LIST, zoo.SHOW, compare.COMPARE, scaling.SCALING)
+    return (zoo.LIST, zoo.SHOW, compare.COMPARE, flops.FLOPS, scaling.SCALING)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
