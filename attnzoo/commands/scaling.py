@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from attnzoo.cost.scaling import Progress, Scaling
-    from attnzoo.cost.table import Table
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -88,6 +87,7 @@ def scaling_view(found: Scaling) -> RenderableType:
 
     from attnzoo.cost.scaling import CONVENTION
     from attnzoo.cost.scaling_headlines import headlines
+    from attnzoo.report.tables import drawn_table
 
     parts: list[RenderableType] = [Text(CONVENTION), Text()]
     said = [Text(f"- {sentence}") for sentence in headlines(found)]
@@ -95,7 +95,7 @@ def scaling_view(found: Scaling) -> RenderableType:
         parts += [
             Text(table.title, style="bold"),
             Text(table.formula, style="dim"),
-            _rich(table),
+            drawn_table(table),
             *(Text(note, style="dim") for note in table.notes),
             Text(),
         ]
@@ -103,17 +103,6 @@ def scaling_view(found: Scaling) -> RenderableType:
     parts += [Text(f'- "{contradiction.prose}": {contradiction.table}') for contradiction in found.contradictions]
     title = f"What it says of {found.settings.model.title} on {found.settings.gpu.title}"
     return Group(*parts, *(Text(remark) for remark in found.remarks), Text(), Text(title, style="bold"), *said, Text())
-
-
-def _rich(table: Table) -> RenderableType:
-    from attnzoo.report.tables import plain_table
-
-    drawn = plain_table()
-    for column in table.columns:
-        drawn.add_column(column.heading, justify="left" if column.words else "right", overflow="fold")
-    for cells in table.cells():
-        drawn.add_row(*cells)
-    return drawn
 
 
 def _path(text: str | None) -> Path | None:

@@ -312,7 +312,9 @@ def _is_causal(module: Any, given: bool | None) -> bool:
 def _refuse_other_attention(module: Any, kwargs: dict[str, Any]) -> None:
     extra = [name for name in CHANGES_WEIGHTS if kwargs.get(name) is not None]
     if extra:
-        raise UnsupportedError(f"{type(module).__name__} uses {' and '.join(extra)}, which a swapped attention would drop; this model cannot be swapped")
+        raise UnsupportedError(
+            f"{type(module).__name__} uses {' and '.join(extra)}, which a swapped attention would drop; this model cannot be swapped"
+        )
     if kwargs.get("output_attentions"):
         raise UnsupportedError("output_attentions=True: a swapped attention does not return its weights; use attnzoo's Attention.weights on q and k")
 

@@ -27,9 +27,7 @@ class Record:
     options. attentions: the modules by layer.
     """
 
-    def __init__(
-        self, integration: str, sites: list[Site], choices: dict[int, Choice], attentions: dict[int, Attention], undo: Undo
-    ) -> None:
+    def __init__(self, integration: str, sites: list[Site], choices: dict[int, Choice], attentions: dict[int, Attention], undo: Undo) -> None:
         self.integration = integration
         self.sites = [(site.path, site.heads, site.head_dim) for site in sites]
         self.choices = choices

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -13,6 +13,9 @@ from rich.text import Text
 from attnzoo.fidelity.rows import Comparison, Row
 from attnzoo.report.columns import COLUMNS, Column, folded, group_of, group_title, grouped, lost, notes
 from attnzoo.report.headlines import headlines
+
+if TYPE_CHECKING:
+    from attnzoo.cost.table import Table as NumberTable
 
 LEGEND = (
     "error: relative output error; mean(v) error: the same for answering the mean of the values; ! marks who lost to it. TV: total variation of "
@@ -78,6 +81,16 @@ class RowsTable:
 def plain_table(gap: int = 2) -> Table:
     """A table of this library: a rule below the headings and nothing else, `gap` spaces between columns."""
     return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0), header_style="bold", safe_box=True)
+
+
+def drawn_table(table: NumberTable) -> Table:
+    """A table of numbers, words to the left and numbers to the right."""
+    drawn = plain_table()
+    for column in table.columns:
+        drawn.add_column(column.heading, justify="left" if column.words else "right", overflow="fold")
+    for cells in table.cells():
+        drawn.add_row(*cells)
+    return drawn
 
 
 def environment_line(comparison: Comparison) -> Text:
