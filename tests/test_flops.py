@@ -75,6 +75,7 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     rows = json.loads((tmp_path / "flops.json").read_text())["components"]["rows"]
     exact = {row["component"]: row["exact_macs"] for row in rows if row["n"] == 2048}
     assert exact == {
+        OTHER: 0,
         CORE: 2 * 2048**2 * 768,
         PROJECTIONS: 4 * 2048 * 768**2,
         FEED_FORWARD: 8 * 2048 * 768**2,
@@ -99,10 +100,10 @@ MISTAKES = [
     (["performer:num_features=x"], "num_features='x' must be int"),
     (["linformer", "--causal"], "linformer cannot be causal"),
     (["layer:d=50,heads=4,layers=1"], "d=50 is not divisible by heads=4"),
-    (["layer:gtp2"], "unknown model 'gtp2'; did you mean 'gpt2'"),
-    (["bret"], "unknown model 'bret'; did you mean"),
+    (["layer:gtp2"], "unknown model 'gtp2' (did you mean 'gpt2'"),
+    (["bret"], "unknown model 'bret' (did you mean 'bert'"),
     (["bert:hidden_size=100,num_attention_heads=12"], "hidden_size=100 is not divisible by num_attention_heads=12"),
-    (["bert:hiden_size=100"], "no configuration entry 'hiden_size'; did you mean 'hidden_size'"),
+    (["bert:hiden_size=100"], "no configuration entry 'hiden_size' (did you mean 'hidden_size'"),
     (["bert", "--lengths", "513"], "length=513 is past the 512 positions"),
     (["bert", "--causal"], "--causal goes with one attention or one layer"),
     (["t5"], "does not read one sequence of tokens"),

@@ -32,7 +32,7 @@ def saved_table(subject: Subject, counts: Counts) -> Table:
     for side, label in zip(("exact", "other"), _labels(counts), strict=False):
         columns += [Column(f"{side}_macs", f"{label}, MACs", count), Column(f"{side}_flops", "FLOPs", count)]
         columns += [Column(f"{side}_elementwise", "elementwise", count)]
-    columns += [Column("saved", "MACs saved", percent)] if len(_labels(counts)) > 1 else []
+    columns += [Column("saved", "MACs saved", _saved)] if len(_labels(counts)) > 1 else []
     return Table("components", subject.title, "", tuple(columns), tuple(rows))
 
 
@@ -62,6 +62,11 @@ def _each(name: str, title: str, what: str, counts: Counts, of: Any) -> Table:
     sides = zip(("exact", "other"), _labels(counts), strict=False)
     columns = (Column("n", "n"), Column(what, what, words=True), *(Column(side, label, count) for side, label in sides))
     return Table(name, title, "", columns, tuple(rows))
+
+
+def _saved(share: float) -> str:
+    """In whole percent; 0 has no sign."""
+    return percent(round(share, 2) + 0.0)
 
 
 def _cells(macs: list[int], elementwise: list[int]) -> dict[str, Any]:

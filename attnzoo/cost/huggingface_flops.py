@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +26,13 @@ def whole_model(text: str, values: dict[str, Any]) -> Subject:
 
     Raises ValueError on a folder without config.json, an unknown type, an unknown or unfit entry, and a model that does not read tokens.
     """
-    config = _configuration(text)
-    for key, value in values.items():
-        if not hasattr(config, key):
-            raise ValueError(f"{text} has no configuration entry {key!r}{nearest(key, list(config.to_dict()))}")
-        setattr(config, key, value)
-    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-    if isinstance(heads, int) and isinstance(width, int):
-        check_positive("num_attention_heads", heads)
-        if getattr(config, "head_dim", None) is None and width % heads:
-            raise ValueError(f"{text}: hidden_size={width} is not divisible by num_attention_heads={heads}; change one of them")
-    model = _build(config)
+    config = _configuration(text, values)
+    model = _build(text, config)
     if model.main_input_name != "input_ids" or config.is_encoder_decoder:
         raise UnsupportedError(f"{type(model).__name__} does not read one sequence of tokens; attnzoo flops counts encoders and decoders of text")
 
     def call(n: int, chosen: Chosen | None) -> Call:
-        model = _build(config)
+        model = _build(text, config)
         if chosen is not None:
             swap(model, chosen.name, **chosen.sized(n))
         # Tokenizers give a mask too; without one, transformers would look for packed sequences, which a trace cannot.
@@ -53,27 +46,46 @@ def whole_model(text: str, values: dict[str, Any]) -> Subject:
     return Subject(f"{type(model).__name__} ({text})", "exact", call, longest, advice)
 
 
-def _configuration(text: str) -> Any:
+def _configuration(text: str, values: dict[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     folder = Path(text)
+    known = list(CONFIG_MAPPING.keys())
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"the folder {text!r} has no config.json; give the folder of a saved Hugging Face model")
-        try:
-            return AutoConfig.from_pretrained(folder, local_files_only=True)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"the config.json in {text!r} cannot be read: {error}") from None
-    known = list(CONFIG_MAPPING.keys())
-    if text not in known:
+        read = partial(AutoConfig.from_pretrained, folder, local_files_only=True)
+    elif text in known:
+        read = partial(AutoConfig.for_model, text)
+    else:
         raise ValueError(
             f"unknown model {text!r}{nearest(text, known)}; give a variant of `attnzoo list`, layer:PRESET of configs/models.yaml, "
             "a folder with config.json, or a model type of transformers such as bert, gpt2 or llama"
         )
-    return AutoConfig.for_model(text)
+    config = _made(text, read)
+    for key in values:
+        if not hasattr(config, key):
+            raise ValueError(f"{text} has no configuration entry {key!r}{nearest(key, list(config.to_dict()))}")
+    # Made anew, since some entries follow from others: Llama's head_dim from its hidden_size.
+    config = _made(text, partial(read, **values))
+    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    if isinstance(heads, int) and isinstance(width, int):
+        check_positive("num_attention_heads", heads)
+        if width % heads and config.to_dict().get("head_dim") in (None, width // heads):
+            raise ValueError(f"{text}: hidden_size={width} is not divisible by num_attention_heads={heads}; change one of them")
+    return config
 
 
-def _build(config: Any) -> Any:
+def _made(text: str, make: Callable[[], Any]) -> Any:
+    """What transformers makes; whatever it raises on a bad configuration becomes one ValueError."""
+    try:
+        return make()
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"transformers cannot make {text!r} with this configuration: {reason}") from None
+
+
+def _build(text: str, config: Any) -> Any:
     import transformers
     from transformers.models.auto import modeling_auto
 
@@ -87,7 +99,7 @@ def _build(config: Any) -> Any:
     else:
         make = transformers.AutoModel.from_config
     with torch.device("meta"):
-        return make(config).eval()
+        return _made(text, partial(make, config)).eval()
 
 
 def _learned_positions(model: nn.Module) -> int | None:
