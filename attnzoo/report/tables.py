@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -14,6 +14,9 @@ from attnzoo.cost.table import Table as NumberTable
 from attnzoo.fidelity.rows import Comparison, Row
 from attnzoo.report.columns import COLUMNS, Column, folded, group_of, group_title, grouped, lost, notes
 from attnzoo.report.headlines import headlines
+
+if TYPE_CHECKING:
+    from attnzoo.cost.table import Table as NumberTable
 
 LEGEND = (
     "error: relative output error; mean(v) error: the same for answering the mean of the values; ! marks who lost to it. TV: total variation of "
