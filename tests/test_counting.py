@@ -233,6 +233,15 @@ def test_an_autograd_function_that_nobody_counts_is_named():
         count_flops(Run(Cube.apply), torch.eye(3))
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_flex_attention_is_refused_by_name(device: str):
+    """torch.jit.trace does not see into it, so a count would be a silent 0."""
+    flex = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
+    q = torch.zeros(1, 2, 64, 16, device=device)
+    with pytest.raises(UnsupportedError, match="Run calls FlexAttention, which"):
+        count_flops(Run(flex), q, q, q)
+
+
 def test_bad_input_gets_one_sentence():
     with pytest.raises(ValueError, match="takes a torch"):
         count_flops(torch.relu, torch.zeros(3))  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,9 +70,14 @@ def _trace(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], *
     try:
         with torch.no_grad(), _plain_operators():
             analysis.total()
-    except ValueError:
-        raise
     except Exception as error:
+        if _ran_flex_attention(error):
+            raise UnsupportedError(
+                f"{type(module).__name__} calls FlexAttention, which torch.jit.trace cannot record; count it with another backend, "
+                "such as scaled_dot_product_attention, whose products are those of FlexAttention without a block mask"
+            ) from error
+        if isinstance(error, ValueError):
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedError(f"{type(module).__name__} cannot be traced with these inputs: {reason}") from error
     unknown = analysis.unsupported_ops()
@@ -78,6 +85,12 @@ def _trace(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], *
         named = ", ".join(f"{name} ({times} times)" for name, times in sorted(unknown.items()))
         raise UnsupportedError(f"{type(module).__name__} runs operators that nobody counts: {named}; the count would be too small")
     return analysis.by_module_and_operator()
+
+
+def _ran_flex_attention(error: Exception) -> bool:
+    """Whether the error came out of torch's flex_attention, which is never imported for this question."""
+    flex = sys.modules.get("torch.nn.attention.flex_attention")
+    return flex is not None and any(frame.f_code is flex.flex_attention.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 class _TensorsOnly(nn.Module):

@@ -110,12 +110,12 @@ def one_layer(model: TransformerModel, is_causal: bool) -> Subject:
     def call(n: int, chosen: Chosen | None) -> Call:
         with torch.device("meta"):
             layer = _Layer(model, _core(chosen, model.heads, model.head_dim, n), is_causal)
-            return Call(layer, (torch.empty(1, n, model.d),), {}, lambda name, module: _LAYER.get(name.split(".")[0], OTHER))
+            return Call(layer, (torch.empty(1, n, model.d),), {}, lambda name, module: _LAYER[name.split(".")[0]])
 
     return Subject(f"one layer of {model.title}, {_causality(is_causal)}", "standard", call)
 
 
-_LAYER = {"core": CORE, "projections": PROJECTIONS, "feed_forward": FEED_FORWARD}
+_LAYER = {"": FEED_FORWARD, "core": CORE, "projections": PROJECTIONS, "feed_forward": FEED_FORWARD}  # "": the activation
 
 
 class _Layer(nn.Module):

@@ -55,7 +55,7 @@ def _reference(engine: Sparse, call: Call) -> Tensor:
 
 def grid_of(call: Call) -> Grid:
     """The sizes of a call, for its pattern."""
-    return Grid(call.q.shape[1], _constant(call.query_length), _constant(call.key_length), call.is_causal, call.q.device)
+    return Grid(_constant(call.q.shape[1]), _constant(call.query_length), _constant(call.key_length), call.is_causal, call.q.device)
 
 
 def _constant(length: int) -> int:

@@ -4,7 +4,7 @@ equally many distinct key blocks is one SDPA call that needs no mask."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -17,6 +17,7 @@ from attnzoo.engines.softmax import Softmax, sdpa
 from attnzoo.patterns import BlockPattern, Grid, distinct
 
 Tail = Literal["absent", "last", "mixed"]
+TAILS: tuple[Tail, ...] = ("absent", "last", "mixed")
 GATHERED = 2**18  # numbers of k that are gathered at a time: with as many of v they stay in cache
 
 
@@ -54,21 +55,15 @@ def _fields_of_runs(pattern: BlockPattern, grid: Grid) -> tuple[tuple, ...]:
     blocks = sorted_key_blocks(pattern, grid)
     last = grid.num_key_blocks(pattern.block_size) - 1
     ragged = grid.key_length % pattern.block_size > 0 and not grid.is_causal  # when causal, only the diagonal block meets the ragged end
-    widths = (blocks <= last).sum(-1)[0].tolist()
+    widths = (blocks <= last).sum(-1)[0]
     tails = (blocks == last).any(-1)
-    all_tail, any_tail = tails.all(0).tolist(), tails.any(0).tolist()
-    sees_all = pattern.sees_all(grid).tolist()
-    found: list[Run] = []
-    for row, width in enumerate(widths):
-        tail: Tail = "absent" if not (ragged and any_tail[row]) else "last" if all_tail[row] else "mixed"
-        full = sees_all[row] and not grid.is_causal
-        run = Run(row, row + 1, last + 1 if full else width, full, tail)
-        before = found[-1] if found else None
-        if before is not None and (before.width, before.sees_all, before.tail) == (run.width, run.sees_all, run.tail):
-            found[-1] = replace(before, end=row + 1)
-        else:
-            found.append(run)
-    return tuple(astuple(run) for run in found)
+    sees_all = torch.zeros_like(widths, dtype=torch.bool) if grid.is_causal else pattern.sees_all(grid)
+    tail = torch.where(tails.all(0), 1, 2 * tails.any(0).long()) * int(ragged)  # an index into TAILS
+    fields = torch.stack([torch.where(sees_all, last + 1, widths), sees_all.long(), tail], 1)
+    distinct_fields, lengths = fields.unique_consecutive(dim=0, return_counts=True)
+    ends = lengths.cumsum(0)
+    rows = zip((ends - lengths).tolist(), ends.tolist(), distinct_fields.tolist(), strict=True)
+    return tuple((first, end, width, bool(full), TAILS[tail]) for first, end, (width, full, tail) in rows)
 
 
 def sorted_key_blocks(pattern: BlockPattern, grid: Grid) -> Tensor:
