@@ -115,4 +115,5 @@ def _readable(subject: Subject) -> list[int]:
 
 
 def _sides(subject: Subject, chosen: Chosen | None) -> list[tuple[str, Chosen | None]]:
-    return [(subject.exact, None)] + ([] if chosen is None else [(chosen.label, chosen)])
+    exact: list[tuple[str, Chosen | None]] = [(subject.exact, None)]
+    return exact if chosen is None else [*exact, (chosen.label, chosen)]

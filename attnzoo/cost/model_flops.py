@@ -85,7 +85,7 @@ def _by_component(by_module: dict[str, int], components: dict[str, str]) -> dict
     for name, count in by_module.items():
         if name:
             own[name.rpartition(".")[0]] -= count
-    found = dict.fromkeys(COMPONENTS, 0)
+    found: dict[str, int] = dict.fromkeys(COMPONENTS, 0)
     for name, count in own.items():
         found[components[name]] += count
     return found
