@@ -10,7 +10,7 @@ from typing import Any
 
 from attnzoo.arguments import check_positive, check_seed
 from attnzoo.bench.timing import TOLERANCE
-from attnzoo.configuration import read_yaml
+from attnzoo.configuration import check_mapping, read_yaml
 from attnzoo.fidelity.candidate import Candidate
 from attnzoo.registry import build, names, nearest, spec_of
 
@@ -129,13 +129,13 @@ def read_plan(path: Path) -> Plan:
     what = f"config {path}"
     found = read_yaml(path, what)
     common = {name.name for name in fields(Sweep)}
-    _check_mapping(what, found, common | {"device", "seed", "sweeps"})
+    check_mapping(what, found, common | {"device", "seed", "sweeps"})
     shared = {key: value for key, value in found.items() if key in common}
     overrides = found.get("sweeps", [{}])
     if not isinstance(overrides, list) or not overrides:
         raise ValueError(f"{what}: sweeps must be a list of mappings that is not empty")
     for override in overrides:
-        _check_mapping(f"{what}, a sweep", override, common, may_be_empty="sweeps" not in found)
+        check_mapping(f"{what}, a sweep", override, common, may_be_empty="sweeps" not in found)
     try:
         sweeps = tuple(_sweep({**shared, **override}) for override in overrides)
         return Plan(sweeps=sweeps, **{key: found[key] for key in ("device", "seed") if key in found})
@@ -165,17 +165,5 @@ def _sweep(found: dict[str, Any]) -> Sweep:
 
 
 def _shape(found: Any) -> Shape:
-    _check_mapping("shapes", found, {name.name for name in fields(Shape)})
+    check_mapping("shapes", found, {name.name for name in fields(Shape)})
     return Shape(**found)
-
-
-def _check_mapping(what: str, found: Any, known: set[str], *, may_be_empty: bool = False) -> None:
-    keys = ", ".join(sorted(known))
-    if not isinstance(found, dict) or not (found or may_be_empty):
-        said = "empty" if not found else f"a {type(found).__name__}"
-        raise ValueError(f"{what} is {said}; it must hold `key: value` with the keys {keys}")
-    for key, value in found.items():
-        if key not in known:
-            raise ValueError(f"{what} has the unknown key {key!r}{nearest(str(key), known)}; the keys are {keys}")
-        if value is None:
-            raise ValueError(f"{what}: {key} has no value; give one or remove the line")

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # pyright: ignore[reportPrivateImportUsage]
 from rich.console import Console
 
-from attnzoo.configuration import read_yaml
+from attnzoo.configuration import check_mapping, read_yaml
 from attnzoo.registry import nearest
 
 PIPED_WIDTH = 120  # columns, when the output is no terminal and COLUMNS does not say
@@ -65,14 +65,8 @@ class ConfigFile(ActionConfigFile):
 def check_config(path: str, known: dict[str, Any]) -> None:
     """Raise a ValueError, one sentence, when the file cannot be read, is no YAML mapping, has an unknown key or an empty one."""
     found = read_yaml(Path(path), f"--config {path}")
-    if not isinstance(found, dict):
-        what = "empty" if found is None else f"a {type(found).__name__}"
-        raise ValueError(f"--config {path} is {what}; it must hold lines of the form `key: value` with {', '.join(known)}")
+    check_mapping(f"--config {path}", found, known)
     for key, value in found.items():
-        if key not in known:
-            raise ValueError(f"--config {path} has the unknown key {key!r}{nearest(key, known)}; the keys are {', '.join(known)}")
-        if value is None:
-            raise ValueError(f"--config {path}: {key} has no value; give one or remove the line")
         if known[key].nargs == "+" and (not isinstance(value, list) or not value):
             raise ValueError(f"--config {path}: {key} must be a list that is not empty, such as [{value if value else '...'}]")
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 def run(engine: Linear, call: Call) -> Tensor:
+    """A·v by flash-linear-attention's own kernel."""
     from fla.ops.simple_gla import chunk_simple_gla  # pyright: ignore[reportMissingImports]
 
     return attend(engine.feature_map, call, chunk_simple_gla)
@@ -67,6 +68,7 @@ def _gated(k_features: Tensor, log_scale: Tensor, key_mask: Tensor | None) -> tu
 
 
 def why_not(engine: Linear, call: Call) -> str | None:
+    """Why this backend refuses the call, from static facts only; None when it takes it."""
     if call.q.device.type != "cuda":
         return f"flash-linear-attention needs tensors on a CUDA device, got {call.q.device.type}"
     if engine.feature_map.normalizer == "feature":

@@ -18,7 +18,7 @@ def at_a_time(parts: int, numbers: int, limit: int, like: Tensor) -> int:
 
 def join(pieces: Iterable[Tensor], length: int, dim: int) -> Tensor:
     """As torch.cat of pieces that fill `length` along `dim`. Where no gradient will be asked for, each is written to its place as
-    it comes, so that no second copy of the result is held: fresh memory costs as much as the attention itself."""
+    it comes, so that no second copy of the result is held. `pieces` is not asked further once the length is full."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         found = list(pieces)
         return torch.cat(found, dim) if len(found) > 1 else found[0]

@@ -38,6 +38,7 @@ def choose_bias(call: Call) -> Any:
 
 
 def why_not(engine: Softmax, call: Call) -> str | None:
+    """Why this backend refuses the call, from static facts only; None when it takes it."""
     if call.q.device.type != "cuda":
         return f"xformers needs tensors on a CUDA device, got {call.q.device.type}"
     if call.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):

@@ -43,6 +43,7 @@ def attend(engine: Softmax, pattern: Pattern, call: Call, grid: Grid, flex: Call
 
 
 def block_size_of(pattern: Pattern) -> int:
+    """Positions in a block of the table: the pattern's own, or BLOCK for a window."""
     return pattern.block_size if isinstance(pattern, BlockPattern) else BLOCK
 
 
@@ -129,6 +130,7 @@ def blocks_of_pattern(pattern: Pattern, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def run(engine: Sparse, call: Call) -> Tensor:
+    """A·v by FlexAttention, compiled."""
     from attnzoo.engines.sparse import grid_of
 
     return attend(engine, engine.pattern, call, grid_of(call), _compiled(call, block_size_of(engine.pattern)))
@@ -155,6 +157,7 @@ def compiled_flex(tuned: bool) -> Callable[..., Any]:
 
 
 def why_not(engine: Sparse, call: Call) -> str | None:
+    """Why this backend refuses the call, from static facts only; None when it takes it."""
     if call.q.device.type != "cuda":
         return f"FlexAttention needs tensors on a CUDA device, got {call.q.device.type}"
     if not isinstance(engine.pattern, Window | BlockPattern):

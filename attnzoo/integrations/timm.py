@@ -57,15 +57,18 @@ class TimmAttention(nn.Module):
 
 
 def handles(model: nn.Module) -> bool:
+    """Whether the model has a module built as timm's Attention."""
     return any(_looks_like_attention(module) for path, module in model.named_modules() if path)
 
 
 def find_sites(model: nn.Module) -> list[Site]:
+    """Every module inside the model that is built as timm's Attention."""
     found: list[tuple[str, Any]] = [(path, module) for path, module in model.named_modules() if path and _looks_like_attention(module)]
     return [Site(path, module, module.num_heads, module.qkv.out_features // 3 // module.num_heads) for path, module in found]
 
 
 def insert(model: nn.Module, sites: list[Site], attentions: dict[int, Attention]) -> PutBack:
+    """Put the attentions in place of the modules at `sites`; the answer undoes it."""
     return replace_modules(model, sites, attentions, TimmAttention)
 
 

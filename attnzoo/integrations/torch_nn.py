@@ -13,6 +13,7 @@ from attnzoo.multihead import MultiheadAttention
 
 
 def handles(model: nn.Module) -> bool:
+    """Whether the model has an nn.MultiheadAttention that can be replaced."""
     return bool(find_sites(model))
 
 
@@ -29,6 +30,7 @@ def find_sites(model: nn.Module) -> list[Site]:
 
 
 def insert(model: nn.Module, sites: list[Site], attentions: dict[int, Attention]) -> PutBack:
+    """Put the attentions in place of the modules at `sites`; the answer undoes it."""
     put_back = replace_modules(
         model, sites, attentions, lambda module, attention: MultiheadAttention.around(cast(nn.MultiheadAttention, module), attention)
     )

@@ -189,6 +189,7 @@ def _measured_against_promised(axes: Axes, rows: list[Row], look: Look) -> None:
 
 
 def plot(axes: Axes, points: Sequence[tuple[float | None, float | None]], **options: Any) -> None:
+    """A line through the points that are known."""
     known = [(x, y) for x, y in points if x is not None and y is not None]
     axes.plot([x for x, _ in known], [y for _, y in known], **options)
 
