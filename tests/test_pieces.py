@@ -25,7 +25,8 @@ def test_a_block_at_a_time(name, options, queries, keys, is_causal, recording, m
     weight = torch.randn(2, 4, queries, 8, dtype=torch.float64)
     found = []
     for backend in ("blocks", "reference"):
-        out = attnzoo.build(name, heads=4, head_dim=8, backend=backend, **options)(*inputs, is_causal=is_causal)
+        with torch.set_grad_enabled(recording):
+            out = attnzoo.build(name, heads=4, head_dim=8, backend=backend, **options)(*inputs, is_causal=is_causal)
         found.append([out, *(torch.autograd.grad((out * weight).sum(), inputs) if recording else ())])
     for fast, wanted in zip(*found, strict=True):
         torch.testing.assert_close(fast, wanted, rtol=1e-10, atol=1e-12)
