@@ -14,6 +14,9 @@ ENCODERS = ["bert", "roberta", "modernbert"]
 DECODERS = ["gpt2", "llama", "mistral", "qwen2", "qwen3"]
 
 
+COMPOSITES = ["t5_whole", "bart", "clip"]
+
+
 def make(family: str, **options: Any) -> Any:
     """A model in evaluation mode with eager attention, the same numbers every time."""
     torch.manual_seed(0)
@@ -21,6 +24,7 @@ def make(family: str, **options: Any) -> Any:
 
 
 def _build(family: str, options: dict[str, Any]) -> Any:
+    sizes: dict[str, Any]
     if family == "bert":
         return hf.BertModel(hf.BertConfig(**NO_DROPOUT, **options))
     if family == "roberta":
@@ -28,7 +32,9 @@ def _build(family: str, options: dict[str, Any]) -> Any:
     if family == "modernbert":
         return hf.ModernBertModel(hf.ModernBertConfig(local_attention=8, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, **options))
     if family == "gpt2":
-        return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=50, n_embd=32, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=None, **_own(options)))
+        return hf.GPT2LMHeadModel(
+            hf.GPT2Config(vocab_size=50, n_embd=32, n_layer=3, n_head=4, attn_pdrop=0.0, bos_token_id=1, eos_token_id=None, **_own(options))
+        )
     if family == "llama":
         return hf.LlamaForCausalLM(hf.LlamaConfig(num_key_value_heads=2, **_no_end(options)))
     if family == "mistral":
@@ -40,11 +46,37 @@ def _build(family: str, options: dict[str, Any]) -> Any:
     if family == "vit":
         return hf.ViTModel(hf.ViTConfig(image_size=16, patch_size=4, **NO_DROPOUT, **{k: v for k, v in options.items() if k != "vocab_size"}))
     if family == "wav2vec2":
-        convolutions: dict[str, Any] = {"conv_dim": (32, 32), "conv_stride": (4, 2), "conv_kernel": (8, 4), "num_feat_extract_layers": 2}
+        convolutions: dict[str, Any] = {
+            "conv_dim": (32, 32),
+            "conv_stride": (4, 2),
+            "conv_kernel": (8, 4),
+            "attention_dropout": 0.0,
+            "num_feat_extract_layers": 2,
+        }
         return hf.Wav2Vec2Model(hf.Wav2Vec2Config(**convolutions, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, **options))
-    if family == "t5":
-        return hf.T5EncoderModel(hf.T5Config(vocab_size=50, d_model=32, num_layers=2, num_heads=4, d_kv=8, d_ff=48, **_own(options)))
+    if family in ("t5", "t5_whole"):
+        sizes = {"vocab_size": 50, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 48, "dropout_rate": 0.0}
+        ends: dict[str, Any] = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": None}
+        kind = hf.T5EncoderModel if family == "t5" else hf.T5ForConditionalGeneration
+        return kind(hf.T5Config(**sizes, **ends, **_own(options)))
+    if family == "bart":
+        halves: dict[str, Any] = {f"{half}_{size}": value for half in ("encoder", "decoder") for size, value in _HALF.items()}
+        return hf.BartForConditionalGeneration(hf.BartConfig(vocab_size=50, d_model=32, dropout=0.0, init_std=0.2, **halves, **_own(options)))
+    if family == "clip":
+        layers: dict[str, Any] = {key: value for key, value in SIZES.items() if key != "vocab_size"}
+        text = {**SIZES, "max_position_embeddings": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config={**layers, "image_size": 16, "patch_size": 4}, **_own(options)))
+    if family == "gemma2":
+        # The family's own windows come in turn with whole layers; soft-capping is off unless asked for.
+        own = {"attn_logit_softcapping": None, "sliding_window": 6, "head_dim": 8, "num_key_value_heads": 2}
+        return hf.Gemma2ForCausalLM(hf.Gemma2Config(**_no_end({**own, **options})))
+    if family == "gpt_oss":
+        experts: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 2, "head_dim": 8}
+        return hf.GptOssForCausalLM(hf.GptOssConfig(**experts, **_no_end(options)))
     raise KeyError(family)
+
+
+_HALF = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
 
 
 def _own(options: dict[str, Any]) -> dict[str, Any]:
@@ -73,5 +105,28 @@ def padded(side: str, length: int = 24) -> Tensor:
 
 def answer(model: Any, ids: Tensor, **options: Any) -> Tensor:
     """The logits, or the last hidden state of a model without a head."""
-    out = model(ids, **options)
-    return out.logits if "logits" in out else out.last_hidden_state
+    return _numbers(model(ids, **options))
+
+
+def answer_of(family: str, model: Any) -> Tensor:
+    """What the model makes of the inputs of its family, padded tokens left out."""
+    inputs = _inputs(family)
+    numbers, mask = _numbers(model(**inputs)), inputs.get("attention_mask")
+    return numbers[mask.bool()] if mask is not None and mask.shape == numbers.shape[:2] else numbers
+
+
+def _inputs(family: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    pixels, samples = torch.randn(2, 3, 16, 16, generator=generator), torch.randn(2, 400, generator=generator)
+    if family == "vit":
+        return {"pixel_values": pixels}
+    if family == "wav2vec2":
+        return {"input_values": samples}
+    text = {"input_ids": tokens(), "attention_mask": padded("right")}
+    if family == "clip":
+        return {**text, "pixel_values": pixels}
+    return {**text, "decoder_input_ids": tokens(10)} if family in COMPOSITES else text
+
+
+def _numbers(out: Any) -> Tensor:
+    return next(out[key] for key in ("logits", "logits_per_image", "last_hidden_state") if key in out)

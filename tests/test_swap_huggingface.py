@@ -186,20 +186,9 @@ def test_a_deep_copy_is_a_model_of_its_own(family: str) -> None:
     assert torch.equal(answer(copied, tokens()), exact) and torch.equal(answer(model, tokens()), swapped)
 
 
-def test_what_would_be_ignored_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="position_bias"):
-        attnzoo.swap(make("t5"), "standard")
+def test_linformer_in_a_decoder_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="linformer cannot be causal"):
         attnzoo.swap(make("llama"), "linformer", max_length=64)
-    import transformers as hf
-
-    gemma = hf.Gemma2ForCausalLM(
-        hf.Gemma2Config(
-            vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48
-        )
-    )
-    with pytest.raises(UnsupportedError, match="softcap"):
-        attnzoo.swap(gemma, "standard")
 
 
 def test_a_family_that_stays_eager_is_refused() -> None:
@@ -235,8 +224,6 @@ def test_dropout_of_attention() -> None:
     model = attnzoo.swap(make("llama", attention_dropout=0.5), "standard").train()
     assert not torch.equal(answer(model, tokens()), answer(model, tokens()))
     assert torch.equal(answer(model.eval(), tokens()), answer(model, tokens()))
-    with pytest.raises(UnsupportedError, match=r"probability 0\.5 while training, which performer never forms"):
-        answer(attnzoo.swap(make("llama", attention_dropout=0.5), "performer").train(), tokens())
     with pytest.raises(ValueError, match="swap does not take 'dropout'"):
         attnzoo.swap(make("llama"), "standard", dropout=0.1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,8 @@ class Site:
     """One self-attention of a model.
 
     path: of `module` in the model. is_causal: None where only the call tells. window: keys its own sliding window shows, itself
-    included (None: all).
+    included (None: all). has_bias: it adds a bias of positions to its scores. dropout: of the entries of A while training, where the
+    attention is told of it by the call.
     """
 
     path: str
@@ -33,6 +35,8 @@ class Site:
     head_dim: int
     is_causal: bool | None = None
     window: int | None = None
+    has_bias: bool = False
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -100,9 +104,27 @@ def _options(choice: Choice, layer: int) -> dict[str, Any]:
     return options
 
 
+def no_dropout(module: str, dropout: float, name: str) -> str:
+    """Why a layer with dropout on A cannot train with the attention of that name."""
+    return (
+        f"{module} drops entries of A with probability {dropout} while training, which {name} never forms; to train it, build the model with "
+        "its attention dropout at 0 (in BERT's config attention_probs_dropout_prob, in Llama's attention_dropout)"
+    )
+
+
 def _check_fits(attention: Attention, site: Site) -> None:
     if site.is_causal is not None:
         attention.check_causality(site.is_causal)
+    if site.has_bias and not attention.spec.attn_mask:
+        raise UnsupportedError(
+            f"{type(site.module).__name__} adds a position_bias to its scores, which {attention.spec.name} would drop; use standard"
+        )
+    if site.dropout and not attention.spec.dropout:
+        refusal = no_dropout(type(site.module).__name__, site.dropout, attention.spec.name)
+        if site.module.training:
+            raise UnsupportedError(refusal)
+        if _place(site.module)[0].type != "meta":
+            warnings.warn(refusal, stacklevel=4)  # the caller of `swap`
     reach = getattr(getattr(attention.engine, "pattern", None), "reach", None)
     if site.window is not None and (reach is None or reach > site.window):
         raise UnsupportedError(

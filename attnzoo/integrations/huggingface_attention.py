@@ -1,0 +1,115 @@
+"""Hugging Face's attention function: an attention of the zoo behind the arguments that transformers gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.attention import Attention
+from attnzoo.call import UnsupportedError
+from attnzoo.integrations.huggingface_masks import mask_function_of
+from attnzoo.integrations.plan import no_dropout
+
+#: Where in a model's own attention module the zoo's attention lives.
+SUBMODULE = "attention_core"
+#: Arguments of a model's attention that change A and that no `Attention` takes.
+CHANGES_WEIGHTS = ("softcap", "s_aux", "sinks", "head_mask", "indices", "block_indices", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function: transformers' arguments, the answer as (batch, length, heads, head_dim)."""
+    refuse_other_attention(module, kwargs)
+    causal = is_causal_call(module, is_causal)
+    if attention_mask is not None and attention_mask.dim() == 2:  # a static cache has slots that are not filled yet
+        key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
+        position_bias = None if position_bias is None else position_bias[..., : attention_mask.shape[1]]
+    attention = getattr(module, SUBMODULE, None)
+    if attention is None:
+        return _attend_exactly(module, query, key, value, attention_mask, dropout, scaling, causal, sliding_window, position_bias)
+    _set_dropout(module, attention, dropout)
+    if scaling is not None and scaling != query.shape[-1] ** -0.5:
+        query = query * (scaling * query.shape[-1] ** 0.5)
+    if attention_mask is None or attention_mask.dim() == 2:
+        out = attention(query, key, value, key_mask=attention_mask, attn_mask=position_bias, is_causal=causal)
+    else:  # the caller's own, which already says what is causal
+        out = attention(query, key, value, attn_mask=_with_bias(attention_mask, position_bias))
+    return out.transpose(1, 2).contiguous(), None
+
+
+def is_causal_call(module: Any, given: bool | None) -> bool:
+    """Whether a call is causal: as it says, or else as its module says."""
+    if given is not None:
+        return given
+    return bool(getattr(module, "is_causal", True)) and getattr(module.config, "is_causal", True) is not False
+
+
+def refuse_other_attention(module: Any, kwargs: dict[str, Any]) -> None:
+    """Raise UnsupportedError on arguments that a swapped attention would drop."""
+    extra = [name for name in CHANGES_WEIGHTS if kwargs.get(name) is not None]
+    if extra:
+        raise UnsupportedError(
+            f"{type(module).__name__} uses {' and '.join(extra)}, which a swapped attention would drop; this model cannot be swapped"
+        )
+    if kwargs.get("output_attentions"):
+        raise UnsupportedError("output_attentions=True: a swapped attention does not return its weights; use attnzoo's Attention.weights on q and k")
+
+
+def _attend_exactly(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool,
+    window: int | None,
+    position_bias: Tensor | None,
+) -> tuple[Tensor, None]:
+    """transformers' own SDPA, for a layer that was not swapped in a model that was."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    queries, keys = query.shape[2], key.shape[2]
+    if mask is None or mask.dim() == 2:
+        mask = sdpa_mask(
+            batch_size=query.shape[0],
+            q_length=queries,
+            kv_length=keys,
+            q_offset=keys - queries,
+            mask_function=mask_function_of(is_causal, window),
+            attention_mask=mask,
+            allow_is_causal_skip=is_causal and window is None and queries == keys,
+            allow_is_bidirectional_skip=not is_causal and window is None,
+            device=query.device,
+        )
+    return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias)
+
+
+def _with_bias(mask: Tensor, position_bias: Tensor | None) -> Tensor:
+    if position_bias is None:
+        return mask
+    return position_bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else mask + position_bias
+
+
+def _set_dropout(module: Any, attention: Attention, dropout: float) -> None:
+    engine: Any = attention.engine
+    if attention.spec.dropout:
+        if engine.training and engine.dropout != dropout:
+            engine.dropout = dropout
+    elif dropout:
+        raise UnsupportedError(no_dropout(type(module).__name__, dropout, attention.spec.name))

@@ -1,0 +1,184 @@
+"""attnzoo.swap, family by family and variant by variant: it runs and can prove it, or it is refused in a sentence; nothing between."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from swap_models import answer_of, make
+from torch import Tensor
+
+import attnzoo
+from attnzoo import UnsupportedError
+
+ROUNDING: Any = {"rtol": 0.0, "atol": 5e-6}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "linformer": {"max_length": 64, "rank": 4},
+    "sliding_window": {"window": 4},
+    "bigbird": {"block_size": 2, "num_random_blocks": 1, "num_global_blocks": 1, "num_window_blocks": 1},
+    "performer": {"num_features": 16},
+}
+CAUSAL = "linformer cannot be causal"
+BIAS = "adds a position_bias to its scores"
+#: Of every family: the sites that a swap finds, and the refusals of the variants that cannot take its place.
+FAMILIES: dict[str, tuple[int, dict[str, str]]] = {
+    "bert": (3, {}),
+    "roberta": (3, {}),
+    "modernbert": (3, {name: r"layer 1 \(layers.1.attn\): .*window of 5" for name in attnzoo.names() if name != "sliding_window"}),
+    "gpt2": (3, {"linformer": rf"layer 0 \(transformer.h.0.attn\): {CAUSAL}"}),
+    "llama": (3, {"linformer": CAUSAL}),
+    "mistral": (3, {"linformer": CAUSAL}),
+    "qwen2": (3, {"linformer": CAUSAL}),
+    "qwen3": (3, {"linformer": CAUSAL}),
+    "gemma2": (3, {"linformer": CAUSAL, **dict.fromkeys(("standard", "bigbird", "linear", "performer"), "window of 6")}),
+    "vit": (3, {}),
+    "wav2vec2": (3, {}),
+    "t5": (2, {name: BIAS for name in attnzoo.names() if name != "standard"}),
+    "t5_whole": (4, {name: BIAS for name in attnzoo.names() if name != "standard"}),
+    "bart": (4, {"linformer": rf"layer 2 \(model.decoder.layers.0.self_attn\): {CAUSAL}"}),
+    "clip": (6, {"linformer": rf"layer 3 \(text_model.encoder.layers.0.self_attn\): {CAUSAL}"}),
+}
+
+
+def cores(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, attnzoo.Attention)]
+
+
+def moved(swapped: Tensor, exact: Tensor) -> bool:
+    """Whether more than rounding differs."""
+    return float((swapped - exact).detach().abs().max()) > 10 * ROUNDING["atol"]
+
+
+@pytest.mark.parametrize("name", attnzoo.names())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_runs_or_is_refused(family: str, name: str, tmp_path: Path) -> None:
+    sites, refusals = FAMILIES[family]
+    model, options = make(family), OPTIONS.get(name, {})
+    exact, keys, before = answer_of(family, model), list(model.state_dict()), model.config._attn_implementation
+    if name in refusals:
+        with pytest.raises(UnsupportedError, match=refusals[name]):
+            attnzoo.swap(model, name, **options)
+        assert not cores(model) and torch.equal(answer_of(family, model), exact) and model.config._attn_implementation == before
+        return
+    attnzoo.swap(model, name, **options)
+    swapped = answer_of(family, model)
+    assert len(cores(model)) == sites and all(core.last_backend for core in cores(model))
+    if name == "standard":
+        torch.testing.assert_close(swapped, exact, **ROUNDING)
+    else:
+        assert moved(swapped, exact)
+    attnzoo.save(model, tmp_path / "swap.safetensors")
+    assert torch.equal(answer_of(family, attnzoo.load(make(family), tmp_path / "swap.safetensors")), swapped)
+    attnzoo.unswap(model)
+    assert torch.equal(answer_of(family, model), exact) and list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "sentence"),
+    [
+        ("gemma2", {"attn_logit_softcapping": 50.0}, "Gemma2Attention uses softcap, which a swapped attention would drop"),
+        ("gpt_oss", {}, "GptOssAttention uses s_aux, which a swapped attention would drop"),
+    ],
+)
+def test_what_would_be_dropped_is_refused(family: str, options: dict[str, Any], sentence: str) -> None:
+    for name in attnzoo.names():
+        with pytest.raises(UnsupportedError, match=sentence):
+            attnzoo.swap(make(family, **options), name, **OPTIONS.get(name, {}))
+
+
+def test_local_and_global_layers_of_modernbert() -> None:
+    """One global layer, then two of |i - j| < 5: the global one takes any variant, the local ones a window within their own."""
+    model = make("modernbert")
+    exact = answer_of("modernbert", model)
+    attnzoo.swap(model, {0: "standard", "1-2": ("sliding_window", {"window": 5})})
+    torch.testing.assert_close(answer_of("modernbert", model), exact, **ROUNDING)
+    attnzoo.swap(attnzoo.unswap(model), "linear", layers=0)
+    assert moved(answer_of("modernbert", model), exact) and len(cores(model)) == 1
+    attnzoo.unswap(model)
+    with pytest.raises(UnsupportedError, match=r"layer 2 .*window of 5, which sliding_window would drop"):
+        attnzoo.swap(model, {1: ("sliding_window", {"window": 5}), 2: ("sliding_window", {"window": 6})})
+    assert torch.equal(answer_of("modernbert", model), exact)
+
+
+def test_layers_of_gemma2_in_turn() -> None:
+    model = make("gemma2")
+    exact = answer_of("gemma2", model)
+    attnzoo.swap(model, {"0,2": ("sliding_window", {"window": 6}), 1: "standard"})
+    torch.testing.assert_close(answer_of("gemma2", model), exact, **ROUNDING)
+    assert len(cores(model)) == 3
+
+
+@pytest.mark.parametrize(
+    ("family", "part"),
+    [("bart", "get_encoder"), ("bart", "get_decoder"), ("t5_whole", "get_encoder"), ("clip", "vision_model"), ("clip", "text_model")],
+)
+def test_a_part_of_a_composite_model(family: str, part: str) -> None:
+    model = make(family)
+    exact = answer_of(family, model)
+    found: Any = getattr(model, part)
+    piece = found() if part.startswith("get_") else found
+    attnzoo.swap(piece, "standard")
+    torch.testing.assert_close(answer_of(family, model), exact, **ROUNDING)
+    assert all(core.last_backend for core in cores(model)) and len(cores(model)) == len(cores(piece)) > 0
+    with pytest.raises(ValueError, match="has a part that is swapped already, or shares its config with one"):
+        attnzoo.swap(model, "linear")
+    attnzoo.unswap(piece)
+    assert torch.equal(answer_of(family, model), exact)
+
+
+def test_both_halves_of_bart() -> None:
+    """Linformer reads the source, a window writes; the decoder's look at its encoder stays exact."""
+    model = make("bart")
+    exact = answer_of("bart", model)
+    attnzoo.swap(model, {"0-1": ("linformer", OPTIONS["linformer"]), "2-3": ("sliding_window", {"window": 3})})
+    assert moved(answer_of("bart", model), exact) and all(core.last_backend for core in cores(model))
+    assert [core.spec.name for core in cores(model)] == ["linformer", "linformer", "sliding_window", "sliding_window"]
+    encoder = make("bart").get_encoder()
+    attnzoo.swap(encoder, "linear")
+    attnzoo.swap(attnzoo.unswap(encoder), "performer")
+
+
+@pytest.mark.parametrize("family", ["t5_whole", "bart"])
+def test_generation_of_an_encoder_decoder(family: str) -> None:
+    model = make(family)
+    settings: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    ids = torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(3))
+    exact = model.generate(ids, **settings)
+    attnzoo.swap(model, "standard")
+    for cache in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+        assert torch.equal(model.generate(ids, **settings, **cache), exact)
+
+
+def test_the_position_bias_of_t5_is_learned() -> None:
+    model = make("t5")
+    weight = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+
+    def gradient() -> Any:
+        model.zero_grad()
+        answer = answer_of("t5", model)
+        (answer * torch.randn(answer.shape, generator=torch.Generator().manual_seed(5))).sum().backward()
+        return dict(model.named_parameters())[weight].grad.clone()
+
+    exact = gradient()
+    attnzoo.swap(model, "standard")
+    torch.testing.assert_close(gradient(), exact, rtol=1e-4, atol=1e-5)
+    assert float(exact.norm()) > 0.01
+
+
+def test_dropout_that_a_variant_never_forms_is_told_of_at_the_swap() -> None:
+    sentence = "LlamaAttention drops entries of A with probability 0.5 while training, which performer never forms; to train it, build"
+    training = make("llama", attention_dropout=0.5).train()
+    with pytest.raises(UnsupportedError, match=rf"layer 0 \(model.layers.0.self_attn\): {sentence}"):
+        attnzoo.swap(training, "performer")
+    assert not cores(training)
+    evaluated = make("llama", attention_dropout=0.5)
+    with pytest.warns(UserWarning, match=sentence) as caught:
+        attnzoo.swap(evaluated, "performer")
+    assert {warning.filename for warning in caught} == {__file__}
+    answer_of("llama", evaluated)
+    with pytest.raises(UnsupportedError, match=sentence):
+        answer_of("llama", evaluated.train())
