@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         self.attention = build(attention, heads=num_heads, head_dim=self.head_dim, **options).to(device=device, dtype=dtype)
 
     @classmethod
-    def around(cls, module: nn.MultiheadAttention, attention: Attention) -> MultiheadAttention:
+    def around(cls, module: nn.MultiheadAttention, attention: Attention) -> Self:
         """torch's module with `attention` as its core: the parameters and `out_proj` are the module's own, not copies.
 
         Raises UnsupportedError where the module has what the core excludes (dropout, appended keys), as the constructor does.

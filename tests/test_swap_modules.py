@@ -45,6 +45,21 @@ class Biased(TimmAttentionLike):
         self.relative_position_bias_table = nn.Parameter(torch.zeros(9, 4))
 
 
+class Squared(TimmAttentionLike):
+    """The parts of timm's Attention, another formula."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, attn_mask).square()
+
+
+class OfImages(TimmAttentionLike):
+    """As in models whose tokens keep the shape of the image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, _ = x.shape
+        return super().forward(x.flatten(1, 2)).view(batch, height, width, 32)
+
+
 def vision() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(TimmAttentionLike(), nn.LayerNorm(32), TimmAttentionLike()).eval()
@@ -102,8 +117,10 @@ def test_a_decoder_keeps_its_cross_attention() -> None:
     assert [type(layer.multihead_attn) for layer in model.layers] == [nn.MultiheadAttention] * 2
     torch.testing.assert_close(model(x, memory, tgt_mask=mask, tgt_is_causal=True), exact, **ROUNDING)
     attnzoo.swap(attnzoo.unswap(model), "linformer", max_length=16, rank=4)
-    with pytest.raises(UnsupportedError, match="cannot"):
-        model(x, memory, tgt_mask=mask, tgt_is_causal=True)
+    for options in ({"tgt_mask": mask, "tgt_is_causal": True}, {"tgt_mask": mask}):
+        with pytest.raises(UnsupportedError, match=r"layer 0 \(layers\.0\.self_attn\): linformer cannot be causal: .*; use standard or"):
+            model(x, memory, **options)
+    assert model(x, memory).shape == x.shape  # a decoder that is not causal, as torch lets it be
 
 
 def test_a_module_in_two_places_is_swapped_in_both() -> None:
@@ -121,6 +138,10 @@ def test_what_would_be_dropped_is_refused() -> None:
     assert type(model.layers[0].self_attn) is nn.MultiheadAttention and model.use_nested_tensor
     with pytest.raises(UnsupportedError, match=r"layer 0 \(0\): Biased has relative_position_bias_table"):
         attnzoo.swap(nn.Sequential(Biased()), "standard")
+    with pytest.raises(UnsupportedError, match=r"layer 1 \(1\): Squared has the parts of softmax attention and another formula"):
+        attnzoo.swap(nn.Sequential(TimmAttentionLike(), Squared()), "standard")
+    with pytest.raises(UnsupportedError, match=r"layer 0 \(0\): OfImages does not take \(batch, length, features\) alone"):
+        attnzoo.swap(nn.Sequential(OfImages()), "linear")
     with pytest.raises(ValueError, match="cannot be swapped in place"):
         attnzoo.swap(nn.MultiheadAttention(32, 4), "standard")
     with pytest.raises(ValueError, match="2 attention layers, 0 to 1"):

@@ -1,17 +1,20 @@
-"""timm's vision transformers, known by the structure of their `Attention`; timm is not imported."""
+"""timm's vision transformers, known by the structure of their `Attention` and by trying it out; timm is not imported."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
+from attnzoo.integrations.evaluating import evaluating
 from attnzoo.integrations.plan import Site
 from attnzoo.integrations.replacing import PutBack, replace_modules
+from attnzoo.registry import build
 
 #: The parts of an Attention that TimmAttention runs. Another one (a relative position bias, a rotary embedding) would be dropped.
 PARTS = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop")
@@ -41,7 +44,7 @@ class TimmAttention(nn.Module):
         for name, part in module.named_children():
             self.add_module(name, part)
         self.attention = core
-        self.train(module.training)
+        self.training = module.training
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x: (batch, length, features) -> the same. attn_mask: as in `Attention.forward`."""
@@ -69,7 +72,13 @@ def find_sites(model: nn.Module) -> list[Site]:
 
 def insert(model: nn.Module, sites: list[Site], attentions: dict[int, Attention]) -> PutBack:
     """Put the attentions in place of the modules at `sites`; the answer undoes it."""
-    return replace_modules(model, sites, attentions, TimmAttention)
+
+    def wrap(module: nn.Module, attention: Attention) -> TimmAttention:
+        swapped = TimmAttention(module, attention)
+        _refuse_other_formula(module, attention)
+        return swapped
+
+    return replace_modules(model, sites, attentions, wrap)
 
 
 def _looks_like_attention(module: Any) -> bool:
@@ -88,3 +97,24 @@ def _refuse_other_attention(module: Any) -> None:
             f"{type(module).__name__} makes {module.qkv.out_features} features of which {module.proj.in_features} go on;"
             " attnzoo expects q, k and v alike"
         )
+
+
+def _refuse_other_formula(module: Any, core: Attention) -> None:
+    """Raise UnsupportedError unless the module is softmax attention: what has the same parts may join them otherwise, or read images."""
+    weight = module.qkv.weight
+    if weight.is_meta:
+        return
+    x = torch.randn(1, 5, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    exact = TimmAttention(module, build("standard", heads=core.heads, head_dim=core.head_dim))
+    with evaluating(module), evaluating(exact):
+        wanted = exact(x)
+        try:
+            out = module(x)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UnsupportedError(
+                f"{type(module).__name__} does not take (batch, length, features) alone ({reason}); this model cannot be swapped"
+            ) from None
+        same = out.shape == wanted.shape and float((out - wanted).abs().max()) <= 32 * torch.finfo(weight.dtype).eps * float(wanted.abs().max())
+    if not same:
+        raise UnsupportedError(f"{type(module).__name__} has the parts of softmax attention and another formula; this model cannot be swapped")

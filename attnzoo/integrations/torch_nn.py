@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from attnzoo.attention import Attention
+from attnzoo.call import UnsupportedError
 from attnzoo.integrations.plan import Site
 from attnzoo.integrations.replacing import PutBack, replace_modules
 from attnzoo.multihead import MultiheadAttention
+
+
+class SwappedAttention(MultiheadAttention):
+    """`attnzoo.MultiheadAttention` that knows its place in a model, for the errors that only a call can bring: causality, masks."""
+
+    place: str
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As `attnzoo.MultiheadAttention.forward`; what the core cannot do is an UnsupportedError that names the layer."""
+        try:
+            return super().forward(*args, **kwargs)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{self.place}: {error}") from None
 
 
 def handles(model: nn.Module) -> bool:
@@ -31,9 +45,14 @@ def find_sites(model: nn.Module) -> list[Site]:
 
 def insert(model: nn.Module, sites: list[Site], attentions: dict[int, Attention]) -> PutBack:
     """Put the attentions in place of the modules at `sites`; the answer undoes it."""
-    put_back = replace_modules(
-        model, sites, attentions, lambda module, attention: MultiheadAttention.around(cast(nn.MultiheadAttention, module), attention)
-    )
+    places = {id(attention): f"layer {layer} ({sites[layer].path})" for layer, attention in attentions.items()}
+
+    def wrap(module: nn.Module, attention: Attention) -> SwappedAttention:
+        swapped = SwappedAttention.around(cast(nn.MultiheadAttention, module), attention)
+        swapped.place = places[id(attention)]
+        return swapped
+
+    put_back = replace_modules(model, sites, attentions, wrap)
     for path, module in model.named_modules():
         if isinstance(module, nn.TransformerEncoder):  # its nested tensors are for layers that run torch's own fast path
             put_back.nested[path] = module.use_nested_tensor

@@ -1,0 +1,98 @@
+"""attnzoo.swap on timm's own models, random weights, nothing downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo import UnsupportedError
+
+try:
+    import timm
+except (ImportError, RuntimeError) as error:  # the latter: its torchvision was built for another torch
+    pytest.skip(f"timm cannot be imported ({error})", allow_module_level=True)
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "linformer": {"max_length": 64, "rank": 4},
+    "sliding_window": {"window": 3},
+    "bigbird": {"block_size": 2},
+    "performer": {"num_features": 16},
+}
+#: Plain, with a distillation token, with layer scale, with register tokens, with normalised queries and keys, with SwiGLU and no class token.
+MODELS: dict[str, dict[str, Any]] = {
+    "vit_tiny_patch16_224": {},
+    "deit_tiny_distilled_patch16_224": {},
+    "deit3_small_patch16_224": {"init_values": 0.5},
+    "vit_small_patch14_reg4_dinov2": {"img_size": 56, "init_values": 0.5},
+    "vit_small_patch16_224": {"qk_norm": True},
+    "vit_base_patch16_siglip_224": {"num_heads": 4, "embed_dim": 64},
+}
+
+
+def make(name: str, **options: Any) -> Any:
+    """Weights large enough for attention to tell keys apart."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **{"img_size": 64, "depth": 2, "num_classes": 10, **options}).eval()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if path.endswith("qkv.weight"):
+                parameter.normal_(0.0, 2 * parameter.shape[1] ** -0.5)
+    return model
+
+
+def read(model: Any) -> torch.Tensor:
+    size = model.patch_embed.img_size
+    with torch.no_grad():
+        return model(torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("name", attnzoo.names())
+@pytest.mark.parametrize("family", MODELS)
+def test_it_runs(family: str, name: str, tmp_path: Path) -> None:
+    model = make(family, **MODELS[family])
+    exact, keys = read(model), list(model.state_dict())
+    attnzoo.swap(model, name, **OPTIONS.get(name, {}))
+    cores = [module for module in model.modules() if isinstance(module, attnzoo.Attention)]
+    swapped = read(model)
+    assert len(cores) == 2 and all(core.last_backend for core in cores)
+    moved = float((swapped - exact).abs().max()) / float(exact.abs().max())
+    assert moved < 1e-6 if name == "standard" else moved > 1e-4
+    attnzoo.save(model, tmp_path / "swap.safetensors")
+    assert torch.equal(read(attnzoo.load(make(family, **MODELS[family]), tmp_path / "swap.safetensors")), swapped)
+    attnzoo.unswap(model)
+    assert torch.equal(read(model), exact) and list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "sentence"),
+    [
+        (
+            "swin_tiny_patch4_window7_224",
+            {"depths": (1, 1)},
+            r"layer 0 \(layers.0.blocks.0.attn\): WindowAttention has .*position_bias_table",
+        ),
+        ("swinv2_tiny_window8_256", {"depths": (1, 1)}, "WindowAttention has .*logit_scale"),
+        ("eva02_tiny_patch14_224", {"depth": 1}, "EvaAttention has .*rope"),
+        ("beit_base_patch16_224", {"depth": 1}, "Attention has .*relative_position_bias_table"),
+        ("vit_relpos_small_patch16_224", {"depth": 1}, "RelPosAttention has .*rel_pos"),
+        ("cait_xxs24_224", {"depth": 1}, "TalkingHeadAttn has proj_l"),
+        ("xcit_nano_12_p16_224", {"depth": 1}, "XCA has temperature"),
+        ("volo_d1_224", {}, r"Attention does not take \(batch, length, features\) alone"),
+        ("vit_tiny_patch16_224", {"depth": 1, "attn_drop_rate": 0.1}, "attn_drop=0.1 drops entries of A, which linear never forms"),
+    ],
+)
+def test_an_attention_with_more_than_softmax_is_refused(family: str, options: dict[str, Any], sentence: str) -> None:
+    model = timm.create_model(family, **options).eval()
+    with pytest.raises(UnsupportedError, match=sentence):
+        attnzoo.swap(model, "linear")
+    assert not any(isinstance(module, attnzoo.Attention) for module in model.modules())
+
+
+def test_models_without_such_an_attention() -> None:
+    for family in ("resnet18", "poolformer_s12", "vit_base_patch16_xp_224"):
+        with pytest.raises(ValueError, match="has no attention that attnzoo can swap"):
+            attnzoo.swap(timm.create_model(family), "linear")
