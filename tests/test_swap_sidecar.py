@@ -39,6 +39,10 @@ def rewrite(path: Path, change: Any) -> None:
     safetensors.torch.save_file(tensors, str(path), metadata={"attnzoo": json.dumps(recipe)})
 
 
+def integers(tensors: dict[str, Any]) -> None:
+    tensors["0.key_projection.weight"] = tensors["0.key_projection.weight"].long()
+
+
 @pytest.mark.parametrize("mix", MIXES, ids=str)
 def test_what_was_saved_comes_back(mix: Any, tmp_path: Path) -> None:
     model, path = attnzoo.swap(make("bert"), mix), tmp_path / "swap.safetensors"
@@ -64,6 +68,14 @@ def test_a_model_that_is_not_swapped_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not plain data"):
         attnzoo.save(attnzoo.swap(make("bert"), "linear", feature_map=torch.sigmoid), tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", [0, 3, 8, 30, 200])
+def test_a_file_with_a_wrong_byte_in_its_header(place: int, saved: Path) -> None:
+    data = bytearray(saved.read_bytes())
+    data[place] ^= 0xFF
+    saved.write_bytes(bytes(data))
+    refused(saved, "not a whole safetensors file")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
@@ -99,10 +111,15 @@ def test_files_of_another_kind(saved: Path, tmp_path: Path) -> None:
         (lambda recipe, tensors: recipe["layers"]["0"].update(name="linfomer"), "did you mean 'linformer'"),
         (lambda recipe, tensors: recipe["layers"]["0"]["options"].update(rank="x"), "rank='x'"),
         (lambda recipe, tensors: recipe["layers"]["0"]["options"].update(rank=5), r"layer 0: 'key_projection.weight' has shape \(1, 32, 4\)"),
+        (lambda recipe, tensors: recipe["layers"]["0"]["options"].update(projection="x"), "options that no attention can be built with"),
+        (lambda recipe, tensors: recipe["layers"]["0"]["options"].update(max_length=10**15), "can be built with .*memory"),
+        (lambda recipe, tensors: recipe["layers"]["0"]["options"].update(heads=2), "swap does not take 'heads'"),
+        (lambda recipe, tensors: recipe["layers"]["0"]["options"].update(surprise=2), "linformer has no option 'surprise'"),
         (lambda recipe, tensors: recipe["sites"].pop(), "a model of 2 attention layers; this one has 3"),
         (lambda recipe, tensors: recipe.update(sites=3), "write it again"),
         (lambda recipe, tensors: recipe["sites"][1].__setitem__(1, 8), "layer 1: the file has"),
         (lambda recipe, tensors: recipe.update(integration="timm"), "kind 'timm'"),
+        (lambda recipe, tensors: integers(tensors), "layer 0: 'key_projection.weight' has dtype torch.int64; this attention keeps torch.float32"),
         (lambda recipe, tensors: tensors.pop("2.key_projection.weight"), "layer 2: 'key_projection.weight' is missing"),
         (lambda recipe, tensors: tensors.update({"1.x": torch.ones(1)}), "layer 1: 'x' is not part"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import attnzoo
 from attnzoo import UnsupportedError
 
 try:
-    import timm
+    timm: Any = importlib.import_module("timm")
 except (ImportError, RuntimeError) as error:  # the latter: its torchvision was built for another torch
     pytest.skip(f"timm cannot be imported ({error})", allow_module_level=True)
 

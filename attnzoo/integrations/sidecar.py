@@ -43,6 +43,9 @@ def load(model: Model, path: str | Path) -> Model:
         swap(model, choices)
     except ValueError as error:
         raise type(error)(f"{path} does not fit this {type(model).__name__}: {error}") from None
+    except (TypeError, AttributeError, OverflowError, RuntimeError, MemoryError) as error:  # options of kinds and sizes that no attention has
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} has options that no attention can be built with ({reason}); write it again with attnzoo.save") from None
     try:
         _fit(record_of(model), recipe, extras, path)
     except BaseException:
@@ -124,9 +127,15 @@ def _fit(record: Record, recipe: dict[str, Any], extras: dict[str, Tensor], path
             raise ValueError(f"{path}, layer {layer}: {name!r} is {'missing from the file' if key in wanted else 'not part of this attention'}")
         if extras[key].shape != wanted[key].shape:
             raise ValueError(f"{path}, layer {layer}: {name!r} has shape {tuple(extras[key].shape)}; it must be {tuple(wanted[key].shape)}")
+        if _kind(extras[key]) != _kind(wanted[key]):
+            raise ValueError(f"{path}, layer {layer}: {name!r} has dtype {extras[key].dtype}; this attention keeps {wanted[key].dtype} there")
     for layer, attention in record.attentions.items():
         prefix = f"{layer}."
         attention.load_state_dict({key.removeprefix(prefix): value for key, value in extras.items() if key.startswith(prefix)})
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _safetensors() -> Any:
