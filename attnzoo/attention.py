@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from attnzoo.arguments import check_kv_heads, check_positive
+from attnzoo.arguments import check_count, check_kv_heads, check_positive
 from attnzoo.call import Call, UnsupportedError, check, clear_padding, shield_past
 from attnzoo.engines.engine import Cost, Engine, Shape
 
@@ -190,6 +190,16 @@ class Attention(nn.Module):
             raise UnsupportedError(self._no_causal())
         if not is_causal and not self.spec.bidirectional:
             raise UnsupportedError(f"{self.spec.name} is causal only: pass is_causal=True, or use {self._others(bidirectional=True)}")
+
+    def keep_heads(self, first: int, count: int) -> None:
+        """Become the attention of heads `first` to `first + count - 1` alone, in place: for a process that holds only these heads.
+
+        What a variant has for each head is cut, into new parameters; what its heads share stays the same object.
+        Raises ValueError on heads that this attention does not have.
+        """
+        if check_count("first", first) + check_positive("count", count) > self.heads:
+            raise ValueError(f"heads {first} to {first + count - 1} are not among the {self.heads} heads of this attention, 0 to {self.heads - 1}")
+        self.heads = count
 
     def shared_options(self) -> dict[str, Any]:
         """Options that make another layer's attention share what this one learns; none unless the variant shares across layers."""

@@ -143,6 +143,10 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor, pattern: str) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as views of (batch, heads, length, head_dim): one matmul for self-attention, two when key is value."""
         size, heads, bias = self.embed_dim, self.num_heads, self.in_proj_bias
+        separate = self._modules.get("projections")
+        if separate is not None:  # a process of several, which has the projections of its own heads
+            q, k, v = (rearrange(project(x), pattern, p=1, h=heads)[0] for project, x in zip(separate.children(), (query, key, value), strict=True))
+            return q, k, v
 
         def split(x: Tensor, weight: Tensor, start: int, parts: int) -> Tensor:
             rows = None if bias is None else bias[start * size : (start + parts) * size]

@@ -239,13 +239,14 @@ class RandomBlocks(BlockPattern):
     """num_blocks distinct blocks per query block and head, drawn from those that `outside` does not show; fewer where there are fewer.
 
     When causal, from earlier blocks only. The draw is a hash of (seed, head, query block, index), so it is the same on every
-    device and, when causal, does not change as the sequence grows.
+    device and, when causal, does not change as the sequence grows. first_head: the number of the grid's first head in that hash.
     """
 
     num_blocks: int
     block_size: int
     seed: int
     outside: BlockPattern
+    first_head: int = 0
 
     def __post_init__(self) -> None:
         check_count("num_random_blocks", self.num_blocks)
@@ -259,7 +260,7 @@ class RandomBlocks(BlockPattern):
         taken = distinct(self.outside.key_blocks(grid), limit)
         free = (limit - (taken < limit[:, None]).sum(-1))[..., None]  # (1, query_blocks, 1)
         index = torch.arange(self.num_blocks, device=grid.device)
-        heads = torch.arange(grid.heads, device=grid.device)[:, None, None]
+        heads = torch.arange(self.first_head, self.first_head + grid.heads, device=grid.device)[:, None, None]
         uniform = hashed_uniform(self.seed, heads, rows[:, None], index)
         left = (free - index).clamp(min=0)
         drawn = (uniform * left).long()  # draw t picks one of the free - t that draws 0..t-1 have left

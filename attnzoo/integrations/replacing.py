@@ -20,6 +20,10 @@ class PutBack:
 
     def __call__(self, model: nn.Module) -> None:
         for path, original in self.originals.items():
+            gone = [name for name, _ in original.named_parameters(recurse=False) if getattr(model.get_submodule(path), name, original) is None]
+            if gone:
+                raise ValueError(f"{path} has its {gone[0]} split over processes; it cannot be put back")
+        for path, original in self.originals.items():
             replacement = model.get_submodule(path)
             for name, parameter in list(original.named_parameters(recurse=False)):
                 setattr(original, name, getattr(replacement, name, parameter))

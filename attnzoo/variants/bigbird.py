@@ -64,8 +64,15 @@ class BigBird(Attention):
         return torch.tensor(self.random.seed)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.random = replace(self.random, seed=int(state))
-        self.engine.pattern = self.random.outside | self.random
+        self._draw(replace(self.random, seed=int(state)))
+
+    def keep_heads(self, first: int, count: int) -> None:
+        super().keep_heads(first, count)
+        self._draw(replace(self.random, first_head=self.random.first_head + first))
+
+    def _draw(self, random: RandomBlocks) -> None:
+        self.random = random
+        self.engine.pattern = random.outside | random
 
     def random_blocks(self, query_length: int, key_length: int, is_causal: bool) -> Tensor:
         """The random key blocks of every query block, (heads, query_blocks, num_random_blocks), -1 where there are no more."""

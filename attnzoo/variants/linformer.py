@@ -90,6 +90,12 @@ class Linformer(Attention):
     def shared_options(self) -> dict[str, Any]:
         return {"projection": self.key_projection} if self.sharing == "layerwise" else {}
 
+    def keep_heads(self, first: int, count: int) -> None:
+        super().keep_heads(first, count)
+        if self.sharing == "none":
+            for projection in (self.key_projection, self.value_projection):
+                projection.weight = nn.Parameter(projection.weight.detach()[first : first + count].clone(), projection.weight.requires_grad)
+
     def refuse(self, call: Call) -> None:
         super().refuse(call)
         if call.key_length > self.max_length:

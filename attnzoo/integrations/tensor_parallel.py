@@ -1,0 +1,110 @@
+"""Tensor parallelism: each process projects, attends and projects back for its own heads, as in Megatron-LM (Shoeybi et al. 2019, section 3)."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+from attnzoo.attention import Attention
+from attnzoo.call import UnsupportedError
+from attnzoo.integrations.swapping import record_of
+from attnzoo.multihead import MultiheadAttention
+
+
+class HeadParallel(ParallelStyle):
+    """For `parallelize_module`: the heads of an attention of the zoo are split evenly over a mesh of one dimension.
+
+    On an `attnzoo.MultiheadAttention`, as `attnzoo.swap` puts it into torch's layers, that is the whole plan: its packed projections become
+    three linear layers, `projections.q`, `.k` and `.v`, split by ColwiseParallel, and `out_proj` is split by RowwiseParallel. Inputs and
+    outputs are whole on every process; key_padding_mask and a 2-D attn_mask too. The call must say need_weights=False: a process has the
+    weights of its own heads only.
+
+    On an `attnzoo.Attention` (a swapped transformers model has one as `attention_core` in each layer) only the core is cut to its heads: give
+    the model's own projections ColwiseParallel and RowwiseParallel beside it.
+
+    What a core learns per head (Linformer with sharing="none") is cut as well; what its heads share is held by every process, and its gradient is
+    summed over them. Random blocks and directions are those of the whole attention.
+
+    Raises ValueError where the heads cannot be split evenly and on other modules, UnsupportedError on add_bias_kv and add_zero_attn.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if isinstance(module, Attention):
+            _split_core(module, device_mesh)
+        elif isinstance(module, MultiheadAttention):
+            _split_module(module, device_mesh)
+        else:
+            raise ValueError(
+                f"HeadParallel splits an attnzoo.MultiheadAttention or an attnzoo.Attention, not {type(module).__name__}; swap the model first"
+            )
+        return module
+
+
+def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
+    """The entries of a `parallelize_module` plan that a swap adds: HeadParallel for every swapped layer, by path.
+
+    A transformers model needs the styles of its own projections beside it: {**plan, "layers.*.q_proj": ColwiseParallel(), ...}.
+    Raises ValueError on a model that is not swapped, and on timm's, whose fused qkv no style can split.
+    """
+    record = record_of(model)
+    if record.integration == "timm":
+        raise ValueError("timm's fused qkv projection cannot be split by heads; use FSDP or DDP for this model")
+    swapped = {id(core) for core in record.attentions.values()}
+    places = {path: module for path, module in model.named_modules() if id(module) in swapped}
+    return {path.removesuffix(".attention") if record.integration == "torch_nn" else path: HeadParallel() for path in places}
+
+
+def _split_core(core: Attention, mesh: DeviceMesh) -> None:
+    group, processes = mesh.get_group(), mesh.size()
+    if core.heads % processes:
+        raise ValueError(f"{core.spec.name} has {core.heads} heads, which {processes} processes cannot share evenly; use a divisor of them")
+    whole = list(core.parameters())  # kept, since a parameter made meanwhile could take the id of one that is gone
+    count = core.heads // processes
+    core.keep_heads(mesh.get_local_rank() * count, count)
+    for parameter in core.parameters():
+        if any(parameter is one for one in whole) and not getattr(parameter, "sums_over_heads", False):  # layers may share one too
+            parameter.register_hook(lambda gradient: _sum(gradient, group))
+            parameter.sums_over_heads = True  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _sum(gradient: Tensor, group: Any) -> Tensor:
+    total = gradient.clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def _split_module(module: MultiheadAttention, mesh: DeviceMesh) -> None:
+    if module.bias_k is not None or module.add_zero_attn:
+        raise UnsupportedError("add_bias_kv and add_zero_attn belong to no process's heads; build the module without them")
+    _split_core(module.attention, mesh)
+    module.projections = _projections(module)
+    for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"):
+        module.register_parameter(name, None)
+    module.num_heads = module.attention.heads
+    parallelize_module(module.projections, mesh, {"*": ColwiseParallel()})
+    parallelize_module(module.out_proj, mesh, RowwiseParallel())
+    module.register_forward_pre_hook(_refuse_weights, with_kwargs=True)
+
+
+def _projections(module: MultiheadAttention) -> nn.ModuleDict:
+    packed, size = module.in_proj_weight, module.embed_dim
+    weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight) if packed is None else packed.detach().split(size)
+    biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.detach().split(size)
+    linear = nn.ModuleDict()
+    for name, weight, bias in zip("qkv", weights, biases, strict=True):
+        linear[name] = nn.Linear(weight.shape[1], size, bias is not None, device="meta")
+        linear[name].weight = nn.Parameter(weight.detach().clone())
+        if bias is not None:
+            linear[name].bias = nn.Parameter(bias.clone())
+    return linear
+
+
+def _refuse_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = inspect.signature(MultiheadAttention.forward).bind(module, *args, **kwargs)
+    if given.arguments.get("need_weights", True):
+        raise UnsupportedError("need_weights=True: this process has the weights of its own heads only; pass need_weights=False")
