@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from attnzoo.call import Call
 from attnzoo.engines.pieces import at_a_time, join
@@ -42,8 +43,9 @@ def runs(pattern: BlockPattern, grid: Grid) -> list[Run]:
 
 
 def _constant_runs(pattern: BlockPattern, heads: int, query_length: int, key_length: int, is_causal: bool) -> tuple[tuple, ...]:
-    """Fields of each run. A compiled graph takes the answer as a constant: it depends on sizes and the seed only."""
-    return _fields_of_runs(pattern, Grid(heads, query_length, key_length, is_causal, "cpu"))
+    """Fields of each run. A compiled or exported graph takes the answer as a constant: it depends on sizes and the seed only."""
+    with _disable_current_modes():  # torch.export records by one
+        return _fields_of_runs(pattern, Grid(heads, query_length, key_length, is_causal, "cpu"))
 
 
 # What torch.compiler.assume_constant_result sets; calling it here would import the compiler, a second, for everyone.

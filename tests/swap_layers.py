@@ -1,0 +1,50 @@
+"""A Transformer layer of torch's with a swapped attention, and every variant in a form that has work to do at 20 tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+import attnzoo
+
+SIZE, HEADS, LENGTH = 16, 4, 20
+OPTIONS: dict[str, dict[str, Any]] = {
+    "linformer": {"max_length": 64, "rank": 4},
+    "sliding_window": {"window": 5},
+    "bigbird": {"block_size": 4, "num_window_blocks": 1, "num_global_blocks": 1, "num_random_blocks": 1},
+    "performer": {"num_features": 16},
+}
+NAMES = attnzoo.names()
+
+
+def layer(name: str | None, **options: Any) -> nn.Module:
+    """The same numbers every time; name=None leaves torch's own attention."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.TransformerEncoderLayer(SIZE, HEADS, 24, 0.0, batch_first=True)).eval()
+    with torch.no_grad():
+        dict(model.named_parameters())["0.self_attn.in_proj_weight"].mul_(3)  # scores that tell keys apart
+    if name is not None:
+        attnzoo.swap(model, name, **OPTIONS.get(name, {}), **options)
+    return model[0]
+
+
+def gradients(model: nn.Module, inputs: tuple[torch.Tensor, ...], **masks: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The output for tokens, and the gradients of a fixed sum of it for the tokens and the parameters."""
+    x = inputs[0].clone().requires_grad_()
+    out = model(x, **masks)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    leaves = [x, *model.parameters()]
+    return out.detach(), list(torch.autograd.grad((out * upstream).sum(), leaves))
+
+
+def tokens(batch_size: int = 3, length: int = LENGTH) -> torch.Tensor:
+    return torch.randn(batch_size, length, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def padding(batch_size: int = 3, length: int = LENGTH) -> torch.Tensor:
+    """True = ignore: the last five tokens of the first row."""
+    ignore = torch.zeros(batch_size, length, dtype=torch.bool)
+    ignore[0, -5:] = True
+    return ignore
