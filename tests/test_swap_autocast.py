@@ -47,3 +47,19 @@ def test_autocast_of_a_swapped_layer(name: str) -> None:
     (error, errors), (allowed, all_allowed) = results
     assert 0 < error <= 2 * allowed
     assert sum(errors) <= 2 * sum(all_allowed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_casts_at_the_door_only(name: str) -> None:
+    """float32 under autocast is that dtype without autocast, bit for bit, as for torch's SDPA: nothing inside is rounded once more."""
+    attn = attnzoo.build(name, heads=HEADS, head_dim=4, **OPTIONS.get(name, {}))
+    q, k, v = torch.randn(3, 2, HEADS, 20, 4, generator=torch.Generator().manual_seed(3))
+    low, high = [x.bfloat16() for x in (q, k, v)], [x.double() for x in (q, k, v)]
+    wanted, weights = attn(*low), attn.weights(*low[:2])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attn(q, k, v), wanted) and torch.equal(attn.weights(q, k), weights)
+        assert torch.equal(attn(q, k=low[1], v=v), wanted)  # a model may bring both
+        assert attn(*high).dtype == torch.float64
+        if attn.spec.decodes:
+            row, _ = attn.step(q, k, v, attn.init_state(2, dtype=torch.bfloat16))
+            assert torch.equal(row, attn.step(*low, attn.init_state(2, dtype=torch.bfloat16))[0])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from swap_layers import HEADS, LENGTH, NAMES, OPTIONS, SIZE, gradients, layer, padding, tokens
 from torch import Tensor
+from torch._dynamo.exc import UserError
 from torch.export import Dim
 
 import attnzoo
@@ -67,7 +68,7 @@ def test_a_dynamic_length_is_exported_where_no_blocks_are_laid_out(name: str) ->
     model = layer(name, backend=ANY_LENGTH.get(name, "auto"))
     shapes = {"src": {0: BATCH_DIM, 1: LENGTH_DIM}}
     if name not in ANY_LENGTH:
-        with pytest.raises(torch._dynamo.exc.UserError, match="specialized it to be a constant"):
+        with pytest.raises(UserError, match="specialized it to be a constant"):
             exported(model, tokens(), dynamic_shapes=shapes)
         return
     graph = exported(model, tokens(), dynamic_shapes=shapes)

@@ -126,8 +126,38 @@ def _gathered(part: Tensor) -> list[Tensor]:
 WAYS: list[Callable[[str], list[str]]] = [data_parallel, fully_sharded, split_by_heads]
 
 
+def refusals() -> list[str]:
+    """What cannot be split by heads says so, in sentences."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from attnzoo.integrations.tensor_parallel import HeadParallel, tensor_parallel_plan
+
+    mesh, x = init_device_mesh("cpu", (PROCESSES,)), torch.randn(1, 4, 6)
+    module = attnzoo.MultiheadAttention(6, 2, batch_first=True)
+    parallelize_module(module, mesh, HeadParallel())
+    split = encoder("standard")
+    parallelize_module(split, mesh, tensor_parallel_plan(split))
+    attempts: dict[str, Callable[[], Any]] = {
+        "need_weights=True: this process has the weights of its own heads only": lambda: module(x, x, x),
+        "standard has 3 heads, which 2 processes cannot share": lambda: parallelize_module(attnzoo.MultiheadAttention(6, 3), mesh, HeadParallel()),
+        "belong to no process's heads": lambda: parallelize_module(attnzoo.MultiheadAttention(6, 2, add_zero_attn=True), mesh, HeadParallel()),
+        "not Linear; swap the model first": lambda: parallelize_module(nn.Linear(2, 2), mesh, HeadParallel()),
+        "layers.0.self_attn has its in_proj_weight split over processes": lambda: attnzoo.unswap(split),
+        "is not swapped": lambda: tensor_parallel_plan(nn.Linear(2, 2)),
+    }
+    wrong = []
+    for sentence, attempt in attempts.items():
+        try:
+            attempt()
+            wrong.append(f"not refused: {sentence}")
+        except ValueError as error:
+            wrong += [] if sentence in str(error) else [f"{error} instead of {sentence}"]
+    return wrong
+
+
 def every_way() -> list[str]:
-    return [f"{way.__name__}, {case}: {line}" for way in WAYS for case in CASES for line in way(case)]
+    return [f"{way.__name__}, {case}: {line}" for way in WAYS for case in CASES for line in way(case)] + refusals()
 
 
 def test_two_processes_say_what_one_says() -> None:

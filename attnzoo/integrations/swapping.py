@@ -43,7 +43,9 @@ def swap(model: Model, name: str | Mix, *, layers: Layers | None = None, **optio
 
     model: a Hugging Face transformers model whose attention goes through `AttentionInterface`; one made of nn.MultiheadAttention, in
     torch's Transformer layers or alone (where `attnzoo.MultiheadAttention` takes its place: a core that cannot be causal then refuses the
-    causal call); or one made of timm's Attention. Only self-attention is swapped: torch's decoder layers keep their `multihead_attn`.
+    causal call); or one made of timm's Attention. Only self-attention is swapped: torch's decoder layers keep their `multihead_attn`, and
+    so does an encoder-decoder of transformers, whose layers count on from its encoder's. A part of a composite model can be swapped alone
+    (`model.get_encoder()`, `clip.vision_model`): save, load and unswap that part then.
     name: a name in `attnzoo.names()`, or a mapping from layers to a name or a pair (name, options): {"0-3": "sliding_window",
     "4": ("performer", {"num_features": 64})}. layers: which attention layers, counted from 0 in the order in which they run: 2,
     "0-3,6", [0, 2]; default: all. options: of the attention, for every layer; an option `seed` is the first layer's, later layers count
@@ -52,8 +54,11 @@ def swap(model: Model, name: str | Mix, *, layers: Layers | None = None, **optio
     What the attention learns or draws lives in a submodule of each layer: it follows `.to()`, trains, and is in `state_dict`. Sequences
     packed into one row with a mask of ones cannot be told from a single sequence.
 
+    A transformers model that drops entries of A while training, and an attention that never forms A, go together for evaluation only: the
+    swap warns (UserWarning), and is refused while the model is in training mode.
+
     Raises UnsupportedError when the swap would be ignored or would drop part of the model's attention (a relative position bias,
-    soft-capping, sinks, packed sequences, a window of its own), or when the attention cannot do what the model needs; ValueError on a
+    where the attention takes no attn_mask; soft-capping, sinks, packed sequences, a window of its own), or when the attention cannot do what the model needs; ValueError on a
     model without attention, on one swapped already, and on layers outside it. The model is then as it was.
     """
     if hasattr(model, RECORD):

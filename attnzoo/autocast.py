@@ -1,0 +1,37 @@
+"""Autocast: it chooses the dtype of what comes in, and what is computed from there on is the attention's own affair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def once_at_the_door(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Cast floating tensors to autocast's dtype, as it does for torch's SDPA (float64 stays), and run the method without it.
+
+    Inside, autocast would turn every product into a low-precision one, also those that are to be summed in float32.
+    """
+
+    @wraps(method)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        device = next((value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if device is None or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return method(*args, **kwargs)
+        dtype = torch.get_autocast_dtype(device)
+        same: Callable[..., Result] = method
+        with torch.autocast(device, enabled=False):
+            return same(*[_cast(value, dtype) for value in args], **{name: _cast(value, dtype) for name, value in kwargs.items()})
+
+    return run
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    is_cast = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+    return value.to(dtype) if is_cast else value
