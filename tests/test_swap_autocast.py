@@ -61,5 +61,5 @@ def test_autocast_casts_at_the_door_only(name: str) -> None:
         assert torch.equal(attn(q, k=low[1], v=v), wanted)  # a model may bring both
         assert attn(*high).dtype == torch.float64
         if attn.spec.decodes:
-            row, _ = attn.step(q, k, v, attn.init_state(2, dtype=torch.bfloat16))
-            assert torch.equal(row, attn.step(*low, attn.init_state(2, dtype=torch.bfloat16))[0])
+            row, _ = attn.step(q, k, v, state=attn.init_state(2, dtype=torch.bfloat16))
+            assert torch.equal(row, attn.step(*low, state=attn.init_state(2, dtype=torch.bfloat16))[0])
