@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
-from attnzoo.integrations.huggingface_attention import SUBMODULE, attend, is_causal_call, refuse_other_attention
+from attnzoo.integrations.huggingface_attention import SUBMODULE, attend, call_is_causal, refuse_other_attention
 from attnzoo.integrations.huggingface_masks import is_causal_mask, padding_mask
 from attnzoo.integrations.huggingface_trial import read_a_little
 from attnzoo.integrations.plan import Site
@@ -140,7 +140,7 @@ def _note(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask
     refuse_other_attention(module, kwargs)
     if query.shape[2] == key.shape[2]:
         bias = kwargs.get("position_bias") is not None
-        causal, window, dropout = is_causal_call(module, kwargs.get("is_causal")), kwargs.get("sliding_window"), kwargs.get("dropout") or 0.0
+        causal, window, dropout = call_is_causal(module, kwargs.get("is_causal")), kwargs.get("sliding_window"), kwargs.get("dropout") or 0.0
         probe = _probe.get()
         site = probe.sites.get(module) or Site(probe.paths[module], module, query.shape[1], query.shape[3], causal, window, bias)
         probe.sites[module] = replace(site, dropout=dropout)

@@ -33,7 +33,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """The attention function: transformers' arguments, the answer as (batch, length, heads, head_dim)."""
     refuse_other_attention(module, kwargs)
-    causal = is_causal_call(module, is_causal)
+    causal = call_is_causal(module, is_causal)
     if attention_mask is not None and attention_mask.dim() == 2:  # a static cache has slots that are not filled yet
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
         position_bias = None if position_bias is None else position_bias[..., : attention_mask.shape[1]]
@@ -50,7 +50,7 @@ def attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-def is_causal_call(module: Any, given: bool | None) -> bool:
+def call_is_causal(module: Any, given: bool | None) -> bool:
     """Whether a call is causal: as it says, or else as its module says."""
     if given is not None:
         return given
