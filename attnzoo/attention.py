@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.arguments import check_count, check_kv_heads, check_positive
-from attnzoo.autocast import once_at_the_door
+from attnzoo.autocast import autocast_inputs_only
 from attnzoo.call import Call, UnsupportedError, check, clear_padding, shield_past
 from attnzoo.engines.engine import Cost, Engine, Shape
 
@@ -67,7 +67,7 @@ class Attention(nn.Module):
         """Return A·v and the name of the backend that ran; `call` is checked and its padded slots are zero."""
         return self.engine(call, backend)
 
-    @once_at_the_door
+    @autocast_inputs_only
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         self.refuse(call)
         return self._run(call, self.backend)
 
-    @once_at_the_door
+    @autocast_inputs_only
     def weights(self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """A itself, without dropout, (batch, heads, query_length, key_length): the reference run on v = identity.
 
@@ -121,7 +121,7 @@ class Attention(nn.Module):
         kv_heads = check_kv_heads(kv_heads, self.heads)
         return self.engine.init_state(batch_size, kv_heads, self.head_dim, max_length, dtype or torch.get_default_dtype(), device)
 
-    @once_at_the_door
+    @autocast_inputs_only
     def step(self, q: Tensor, k: Tensor, v: Tensor, state: Any, *, key_mask: Tensor | None = None) -> tuple[Tensor, Any]:
         """Attend to the tokens in `state` and to the new ones, causally: rows equal those of one forward with is_causal=True.
 

@@ -13,7 +13,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def once_at_the_door(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def autocast_inputs_only(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Cast floating tensors to autocast's dtype, as it does for torch's SDPA (float64 stays), and run the method without it.
 
     Inside, autocast would turn every product into a low-precision one, also those that are to be summed in float32.
