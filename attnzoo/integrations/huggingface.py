@@ -19,6 +19,8 @@ from attnzoo.integrations.plan import Site
 IMPLEMENTATION = "attnzoo"
 PROBE = "attnzoo_probe"
 SUBMODULE = "attention_core"
+#: Attribute of the keys that a `StateCache` hands on: its layer, which has a state to step.
+STATE_LAYER = "attnzoo_state_layer"
 #: Arguments of a model's attention that change A and that no `Attention` takes.
 CHANGES_WEIGHTS = ("position_bias", "softcap", "s_aux", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k")
 _PROBE_LENGTH = 4
@@ -179,16 +181,21 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """The attention function: transformers' arguments, the answer as (batch, length, heads, head_dim)."""
     _refuse_other_attention(module, kwargs)
-    causal = _is_causal(module, is_causal)
+    causal = call_is_causal(module, is_causal)
+    state_layer = getattr(key, STATE_LAYER, None)
     if attention_mask is not None and attention_mask.dim() == 2:  # a static cache has slots that are not filled yet
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
     attention = getattr(module, SUBMODULE, None)
+    if state_layer is not None:
+        state_layer.check_reader(attention, causal)
     if attention is None:
         return _attend_exactly(module, query, key, value, attention_mask, dropout, scaling, causal, sliding_window)
     _set_dropout(module, attention, dropout)
     if scaling is not None and scaling != query.shape[-1] ** -0.5:
         query = query * (scaling * query.shape[-1] ** 0.5)
-    if attention_mask is None or attention_mask.dim() == 2:
+    if state_layer is not None:
+        out = state_layer.step(query, key, value, attention_mask)
+    elif attention_mask is None or attention_mask.dim() == 2:
         out = attention(query, key, value, key_mask=attention_mask, is_causal=causal)
     else:  # the caller's own, which already says what is causal
         out = attention(query, key, value, attn_mask=attention_mask)
@@ -292,7 +299,7 @@ def _note(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     _refuse_other_attention(module, kwargs)
-    causal = _is_causal(module, kwargs.get("is_causal"))
+    causal = call_is_causal(module, kwargs.get("is_causal"))
     _probe.get().calls[module] = (query.shape[1], query.shape[3], causal, kwargs.get("sliding_window"))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
@@ -306,7 +313,8 @@ def _note_mask(*args: Any, mask_function: Callable[..., Any], local_size: int | 
     return sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs)
 
 
-def _is_causal(module: Any, given: bool | None) -> bool:
+def call_is_causal(module: Any, given: bool | None) -> bool:
+    """Whether a model's attention reads from left to right. given: what it was called with."""
     if given is not None:
         return given
     return bool(getattr(module, "is_causal", True)) and getattr(module.config, "is_causal", True) is not False
