@@ -63,7 +63,9 @@ class StateLayer(CacheLayerMixin):
     def step(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """The rows of the new tokens. mask: (batch, length) bool over the keys up to the new ones, the last columns being theirs."""
         if mask is not None and mask.dim() != 2:
-            raise UnsupportedError("a 4-D attention_mask cannot be applied to a state, which has no keys left to hide; give a 2-D mask of the padding")
+            raise UnsupportedError(
+                "a 4-D attention_mask cannot be applied to a state, which has no keys left to hide; give a 2-D mask of the padding"
+            )
         key_mask = None if mask is None else mask[:, mask.shape[1] - key.shape[2] :]
         out, self.state = self.attention.step(query, key, value, self.state, key_mask=key_mask)
         self.waiting = False
