@@ -55,7 +55,7 @@ class StateLayer(CacheLayerMixin):
         """Raise UnsupportedError when who attends to the keys handed on is not the attention that they were meant for."""
         if attention is not self.attention:
             raise UnsupportedError(
-                f"{type(self.module).__name__} attends to another layer's keys, whose state is of no use to it; generate with transformers' own cache"
+                f"{type(self.module).__name__} attends to another layer's keys, whose state it cannot read; generate with transformers' own cache"
             )
         if not is_causal:
             raise UnsupportedError("a state knows the tokens so far, so attention with is_causal=False cannot use it; call the model without it")
@@ -63,9 +63,7 @@ class StateLayer(CacheLayerMixin):
     def step(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """The rows of the new tokens. mask: (batch, length) bool over the keys up to the new ones, the last columns being theirs."""
         if mask is not None and mask.dim() != 2:
-            raise UnsupportedError(
-                "a 4-D attention_mask cannot be applied to a state, which has no keys left to hide; give a 2-D mask of the padding"
-            )
+            raise UnsupportedError("a 4-D attention_mask cannot hide keys that a state has summed; give a 2-D mask of the padding")
         key_mask = None if mask is None else mask[:, mask.shape[1] - key.shape[2] :]
         out, self.state = self.attention.step(query, key, value, self.state, key_mask=key_mask)
         self.waiting = False
@@ -131,9 +129,7 @@ class StateCache(Cache):
         return super().get_mask_sizes(query_length, layer_idx)
 
     def activate_past_recording(self) -> None:
-        raise UnsupportedError(
-            "assisted generation takes rejected tokens back, which a state cannot give; generate with transformers' own cache, without past_key_values"
-        )
+        raise UnsupportedError("assisted generation takes rejected tokens back, which a state cannot give; generate without past_key_values")
 
     def held_bytes(self) -> int:
         """Bytes that the cache takes now, what its buffers hold in reserve included."""
