@@ -56,7 +56,7 @@ def make_model() -> Any:
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
-    config = LlamaConfig(num_key_value_heads=3, max_position_embeddings=2 * LENGTHS[-1], rope_theta=1e5, tie_word_embeddings=True, **sizes)
+    config = LlamaConfig(num_key_value_heads=3, max_position_embeddings=2 * LENGTHS[-1], tie_word_embeddings=True, **sizes)
     return LlamaForCausalLM(config).eval()
 
 
@@ -154,7 +154,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     with matplotlib.rc_context(RC):
         figure = new_figure(8.6, 3.6)
         look = styles((CONTENDERS[label][0] or "standard", label) for label in ("standard", *CONTENDERS))
-        panels = (("milliseconds a token", lambda row: 1e3 * row["median_seconds"]), ("MiB of the past, reserve included", lambda row: row["held_bytes"] / MIB))
+        panels = (
+            ("milliseconds a token", lambda row: 1e3 * row["median_seconds"]),
+            ("MiB of the past, reserve included", lambda row: row["held_bytes"] / MIB),
+        )
         for axes, (title, value) in zip(figure.subplots(1, 2), panels, strict=True):
             for label in CONTENDERS:
                 points = sorted((row["length"], value(row)) for row in rows if row["contender"] == label)
