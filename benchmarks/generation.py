@@ -27,7 +27,8 @@ from attnzoo.bench.timing import interleave
 from attnzoo.environment import environment
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
-TOKENS, WARMUPS, CHUNK = 15, 3, 512
+TOKENS, WARMUPS, CHUNK = 15, 2, 512
+BUDGET = 60.0  # seconds of timing at one length, after which no token is begun, once there are 3 of each
 MIB = 2**20
 #: label: name and options of the attention; no name is the model as it is.
 CONTENDERS: dict[str, tuple[str | None, dict[str, Any]]] = {
@@ -116,10 +117,10 @@ class Generator:
 
 def measure(models: dict[str, Any], length: int) -> list[Generated]:
     generators = {label: Generator(model, CONTENDERS[label][0], length) for label, model in models.items()}
-    timings = interleave(generators, rounds=TOKENS, warmups=WARMUPS)
+    timings = interleave(generators, rounds=TOKENS, warmups=WARMUPS, budget=BUDGET)
     for label, generator in generators.items():
         seen = generator.cache.get_seq_length()
-        assert seen == length + WARMUPS + TOKENS, f"{label} has seen {seen} tokens"
+        assert seen == length + WARMUPS + len(timings[label].seconds), f"{label} has seen {seen} tokens"
     return [
         Generated(label, length, timings[label].median, timings[label].quartiles, generator.held_bytes, generator.needed_bytes)
         for label, generator in generators.items()
