@@ -2,7 +2,7 @@
 
     python benchmarks/checkpointing.py [--output benchmarks/results/checkpointing.jsonl] [--variants standard linear ...]
 
-A BERT of 4 layers, width 512, 8 heads of 64, inner width 2,048, with random weights, swapped; float32, batch 1, CPU, 2,048 tokens, forward and
+A BERT of 4 layers, width 512, 8 heads of 64, inner width 2,048, with random weights, swapped; float32, batch 1, CPU, 1,024 tokens, forward and
 backward of a mean of the last hidden states, with and without Hugging Face's `gradient_checkpointing_enable()`. Peaks are sums of the allocator's
 events beyond what was there before (parameters and their gradients, which exist already, are not in them). Times are medians of interleaved rounds;
 the ratio is the median of the rounds' ratios. Rows are appended variant by variant; a run that was interrupted goes on where it stopped.
@@ -25,7 +25,7 @@ from attnzoo.bench.rows import ResultFile
 from attnzoo.bench.timing import interleave
 from attnzoo.environment import environment
 
-LENGTH, ROUNDS = 2048, 3
+LENGTH, ROUNDS = 1024, 3
 OPTIONS: dict[str, dict[str, Any]] = {"linformer": {"max_length": LENGTH}}
 
 

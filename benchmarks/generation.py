@@ -6,7 +6,8 @@ A model of SmolLM2-135M's shape (30 layers, 9 heads of 64 that share 3 key-value
 on them; float32, batch 1, CPU. At each length every contender's past is filled with n random tokens, then all generate greedily in turns, one
 token each, so that a slow moment of the machine slows all alike. One layer's state is filled in chunks and lent to the other layers: a state
 is a value. "transformers" is the model as it is, SDPA with DynamicCache; the others are swapped and use `attnzoo.state_cache`.
-Rows are appended length by length, and the lengths are gone through `--repeats` times, since a machine has slow minutes; a run that was interrupted goes on where it stopped.
+Rows are appended length by length, and the lengths are gone through `--repeats` times, since a machine has slow minutes; a run that was interrupted
+goes on where it stopped.
 """
 
 from __future__ import annotations
