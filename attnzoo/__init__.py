@@ -4,6 +4,7 @@ from attnzoo.attention import Attention, Spec
 from attnzoo.call import UnsupportedError
 from attnzoo.cost.counting import FlopReport, count_flops
 from attnzoo.engines.engine import Cost
+from attnzoo.integrations.generation import state_cache
 from attnzoo.integrations.sidecar import load, save
 from attnzoo.integrations.swapping import swap, unswap
 from attnzoo.multihead import MultiheadAttention
@@ -24,6 +25,7 @@ __all__ = [
     "names",
     "register",
     "save",
+    "state_cache",
     "swap",
     "unswap",
 ]

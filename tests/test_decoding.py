@@ -226,3 +226,33 @@ def test_what_does_not_decode_says_so(case: Case) -> None:
     q, k, v, _ = (x.float() for x in tensors(Situation(1, 1)))
     with pytest.raises(attnzoo.UnsupportedError, match=f"{case.variant} does not decode.*standard"):
         attn.step(q, k, v, None)
+
+
+@USUAL
+def test_rows_of_the_batch_are_selected(case: Case) -> None:
+    """The state of some rows, in any order and more than once, goes on as theirs; the state that it came from stays what it was."""
+    attn = case.build(dtype=torch.float64)
+    q, k, v, _ = tensors(Situation(40, 40, kv_heads=4), shift=case.shift)
+    mask, rows = padding("left", 2, 40), torch.tensor([1, 1, 0])
+    assert mask is not None
+    expected = attn(q, k, v, key_mask=mask, is_causal=True)[:, :, 30:]
+    with torch.no_grad():
+        _, root = attn.step(q[:, :, :30], k[:, :, :30], v[:, :, :30], attn.init_state(2, dtype=q.dtype), key_mask=mask[:, :30])
+        chosen = root.select(rows)
+        assert chosen.batch_size == 3 and chosen.seen == 30 and chosen.elements() * 2 == root.elements() * 3
+        one_by_one, _ = decode(attn, [1] * 10, q[rows, :, 30:], k[rows, :, 30:], v[rows, :, 30:], mask[rows, 30:], state=chosen)
+        close(one_by_one, expected[rows], TOLERANCE, "rows of the selected state")
+        again, _ = decode(attn, [4, 6], q[:, :, 30:], k[:, :, 30:], v[:, :, 30:], mask[:, 30:], state=root)
+        close(again, expected, TOLERANCE, "rows of the state it came from")
+
+
+@USUAL
+def test_bytes_held_are_those_of_the_next_token_and_a_reserve(case: Case) -> None:
+    """A long prefill leaves no buffer behind that a window has no use for."""
+    attn = case.build()
+    q, k, v = (torch.randn(1, 4, 3000, 8) + case.shift for _ in range(3))
+    with torch.no_grad():
+        _, state = attn.step(q, k, v, attn.init_state(1))
+        _, state = attn.step(q[:, :, :1], k[:, :, :1], v[:, :, :1], state)
+    needed = attn.cost(1, 3001, is_causal=True).state_bytes
+    assert needed <= state.held_bytes() <= 2 * needed + 70 * 2 * 4 * 8 * 4

@@ -89,19 +89,6 @@ def test_left_padding_reaches_nothing(name: str) -> None:
     assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize(("name", "options"), [("standard", {}), ("sliding_window", {"window": 5}), ("linear", {})])
-def test_generation_with_and_without_cache(family: str, name: str, options: dict[str, Any]) -> None:
-    model, ids, mask = attnzoo.swap(make(family), name, **options), tokens(12), padded("left", 12)
-    settings: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
-    without = model.generate(ids, use_cache=False, **settings)
-    assert without.shape == (2, 22) and len(set(without[:, 12:].flatten().tolist())) > 2
-    assert torch.equal(model.generate(ids, **settings), without)
-    assert torch.equal(model.generate(ids, cache_implementation="static", **settings), without)
-    beams = [model.generate(ids, num_beams=3, use_cache=cache, **settings) for cache in (True, False)]
-    assert torch.equal(*beams)
-
-
 def test_generation_of_mistral_with_its_cropped_cache() -> None:
     """Its cache keeps the last window - 1 keys only."""
     model = make("mistral", sliding_window=6)
@@ -295,19 +282,6 @@ def test_a_layer_left_alone_keeps_its_own_window() -> None:
     exact = answer(model, ids, attention_mask=mask)
     attnzoo.swap(model, "sliding_window", window=6, layers=1)
     torch.testing.assert_close(answer(model, ids, attention_mask=mask)[mask.bool()], exact[mask.bool()], **ROUNDING)
-
-
-def test_gradient_checkpointing_changes_no_gradient() -> None:
-    model, mask = attnzoo.swap(make("llama"), "performer", num_features=16).train(), padded("left")
-
-    def gradients() -> list[Any]:
-        model.zero_grad()
-        answer(model, tokens(), attention_mask=mask, use_cache=False)[mask.bool()].square().sum().backward()
-        return [parameter.grad.clone() for parameter in model.parameters()]
-
-    plain = gradients()
-    model.gradient_checkpointing_enable()
-    assert all(torch.equal(a, b) for a, b in zip(gradients(), plain, strict=True))
 
 
 @pytest.mark.parametrize("name", ["standard", "bigbird"])

@@ -57,12 +57,27 @@ class KeyValueCache:
     def key_mask(self) -> Tensor | None:
         return None if self.buffer.mask is None else self.buffer.mask[:, self.start : self.end]
 
+    @property
+    def batch_size(self) -> int:
+        return self.buffer.k.shape[0]
+
     def elements(self) -> int:
         """Numbers that the next query can read."""
         return self.k.numel() + self.v.numel()
 
+    def held_bytes(self) -> int:
+        """Bytes of the buffer, with what it holds in reserve."""
+        held = (self.buffer.k, self.buffer.v, self.buffer.mask)
+        return sum(x.nbytes for x in held if x is not None)
+
+    def select(self, rows: Tensor) -> KeyValueCache:
+        """The cache of these rows of the batch, (new_batch,) indices; a row may be taken more than once."""
+        old = self.buffer
+        mask = None if old.mask is None else old.mask.index_select(0, rows)
+        return replace(self, buffer=_Buffer(old.k.index_select(0, rows), old.v.index_select(0, rows), mask, self.end))
+
     def check_room(self, call: Call) -> None:
-        check_state(call, self.buffer.k.shape[0], self.buffer.k.shape[1], self.seen, self.max_length)
+        check_state(call, self.batch_size, self.buffer.k.shape[1], self.seen, self.max_length)
 
     def append(self, call: Call) -> KeyValueCache:
         """The cache with the call's keys and values behind it."""
@@ -71,7 +86,7 @@ class KeyValueCache:
         if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v, self.buffer.k, self.buffer.v)):
             return state._joined(call)
         if state._must_move(call):
-            state = state._moved(_room(state.end - state.start, new, state.max_length, state.reach), call)
+            state = state._moved(state._room_with(new), call)
         buffer, stop = state.buffer, state.end + new
         buffer.k[:, :, state.end : stop] = call.k
         buffer.v[:, :, state.end : stop] = call.v
@@ -86,12 +101,16 @@ class KeyValueCache:
         return replace(self, start=max(self.start, self.end - self.reach))
 
     def _must_move(self, call: Call) -> bool:
-        buffer = self.buffer
+        buffer, new = self.buffer, call.k.shape[2]
         branched = buffer.written != self.end
-        full = self.end + call.k.shape[2] > buffer.k.shape[2]
+        full = self.end + new > buffer.k.shape[2]
+        oversized = buffer.k.shape[2] > 2 * self._room_with(new)  # a long prefill's, of which a window shows little
         first_mask = call.key_mask is not None and buffer.mask is None
         other = buffer.k.dtype != call.k.dtype or buffer.k.device != call.k.device or buffer.v.shape[3] != call.v.shape[3]
-        return branched or full or first_mask or other
+        return branched or full or oversized or first_mask or other
+
+    def _room_with(self, new: int) -> int:
+        return _room(self.end - self.start, new, self.max_length, self.reach)
 
     def _moved(self, room: int, call: Call) -> KeyValueCache:
         kept = self.end - self.start

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,34 @@ class Cost:
     @property
     def flops(self) -> int:
         return 2 * self.macs
+
+
+class State(Protocol):
+    """What a decoding state can tell and do besides being stepped. It is a value: `step` and `select` return another one."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def seen(self) -> int:
+        """Tokens taken so far."""
+        ...
+
+    def elements(self) -> int:
+        """Numbers that the next query can read."""
+        ...
+
+    def held_bytes(self) -> int:
+        """Bytes that its tensors take, reserve included."""
+        ...
+
+    def check_room(self, call: Call) -> None:
+        """Raise a ValueError when the call's tokens do not fit."""
+        ...
+
+    def select(self, rows: Tensor) -> State:
+        """The state of these rows of the batch, (new_batch,) indices; a row may be taken more than once."""
+        ...
 
 
 class Engine(nn.Module):

@@ -14,6 +14,8 @@ from attnzoo.integrations.plan import no_dropout
 
 #: Where in a model's own attention module the zoo's attention lives.
 SUBMODULE = "attention_core"
+#: Attribute of the keys that a `StateCache` hands on: its layer, which has a state to step.
+STATE_LAYER = "attnzoo_state_layer"
 #: Arguments of a model's attention that change A and that no `Attention` takes.
 CHANGES_WEIGHTS = ("softcap", "s_aux", "sinks", "head_mask", "indices", "block_indices", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
@@ -34,16 +36,21 @@ def attend(
     """The attention function: transformers' arguments, the answer as (batch, length, heads, head_dim)."""
     refuse_other_attention(module, kwargs)
     causal = call_is_causal(module, is_causal)
+    state_layer = getattr(key, STATE_LAYER, None)
     if attention_mask is not None and attention_mask.dim() == 2:  # a static cache has slots that are not filled yet
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
         position_bias = None if position_bias is None else position_bias[..., : attention_mask.shape[1]]
     attention = getattr(module, SUBMODULE, None)
+    if state_layer is not None:
+        state_layer.check_reader(attention, causal)
     if attention is None:
         return _attend_exactly(module, query, key, value, attention_mask, dropout, scaling, causal, sliding_window, position_bias)
     _set_dropout(module, attention, dropout)
     if scaling is not None and scaling != query.shape[-1] ** -0.5:
         query = query * (scaling * query.shape[-1] ** 0.5)
-    if attention_mask is None or attention_mask.dim() == 2:
+    if state_layer is not None:
+        out = state_layer.step(query, key, value, attention_mask)
+    elif attention_mask is None or attention_mask.dim() == 2:
         out = attention(query, key, value, key_mask=attention_mask, attn_mask=position_bias, is_causal=causal)
     else:  # the caller's own, which already says what is causal
         out = attention(query, key, value, attn_mask=_with_bias(attention_mask, position_bias))

@@ -1,0 +1,37 @@
+"""`state_cache`: generation that keeps the bounded state of an attention instead of all keys and values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from attnzoo.call import UnsupportedError
+from attnzoo.integrations.huggingface_attention import call_is_causal
+from attnzoo.integrations.swapping import record_of
+
+if TYPE_CHECKING:
+    from attnzoo.integrations.state_cache import StateCache
+
+
+def state_cache(model: Any) -> StateCache:
+    """An empty cache for a swapped Hugging Face model: `model.generate(ids, past_key_values=attnzoo.state_cache(model))`.
+
+    It is a `transformers.Cache` that carries, for every swapped layer, the state of `Attention.step`: linear and performer keep two sums,
+    sliding_window its last keys and values, so that memory and time per token stop growing with the length (`Cost.state_growth` is 0); the
+    others keep every key and value in a buffer that grows. Layers that were not swapped keep transformers' own. Tokens are those of
+    generation with transformers' cache, or without one. `held_bytes()` is what it takes now.
+
+    Prefill at once or in chunks (`prefill_chunk_size`), left padding, beam search, sampling, `reset()` and `copy.deepcopy` (cheap: a prompt read
+    once, gone on from many times) work. Tokens cannot be taken back: `crop` and assisted generation raise UnsupportedError.
+
+    Raises ValueError when the model is not swapped or is no transformers model, UnsupportedError when it cannot decode.
+    """
+    record = record_of(model)
+    if record.integration != "huggingface":
+        raise ValueError(f"{type(model).__name__} is no transformers model; decode with Attention.init_state and Attention.step")
+    swapped = [(model.get_submodule(record.sites[layer][0]), attention) for layer, attention in record.attentions.items()]
+    for module, attention in swapped:
+        if not call_is_causal(module, None) or not attention.spec.decodes:
+            raise UnsupportedError(f"{type(model).__name__} does not read from left to right, so there is nothing to generate")
+    from attnzoo.integrations.state_cache import StateCache
+
+    return StateCache(model.config, swapped)
