@@ -53,6 +53,24 @@ def test_only_what_asks_for_a_gradient_gets_one() -> None:
         close(again.detach(), found, 1e-11, "gradient to be differentiated again")
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("name", ["linear", "performer"])
+def test_autocast_changes_nothing(name: str, is_causal: bool) -> None:
+    """Sums stay in float32 (rule 10), whether the backward pass runs inside of autocast or outside."""
+    attn = Case(name).build()
+    q, k, v, upstream = (x.bfloat16() for x in tensors(Situation(300, 300)))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    expected = attn(*inputs, is_causal=is_causal)
+    wanted = gradients_of(expected, upstream, *inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attn(*inputs, is_causal=is_causal)
+        inside = gradients_of(out, upstream, *inputs)
+        out = attn(*inputs, is_causal=is_causal)
+    assert torch.equal(out, expected)
+    for found in (inside, gradients_of(out, upstream, *inputs)):
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("name", ["linear", "performer"])
 def test_forward_mode_and_functorch_see_into_the_chunks(name: str) -> None:
     attn = Case(name).build(dtype=torch.float64)

@@ -4,6 +4,7 @@ each span of chunks, and computes features and scores again, so that nothing as 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -34,14 +35,22 @@ from attnzoo.feature_maps import FeatureMap
 
 def attend(feature_map: FeatureMap, call: Call) -> Tensor:
     """A·v. A causal call has at most as many queries as keys."""
-    if _records(feature_map, call):
-        return _Attend.apply(call.q, call.k, call.v, call.key_mask, feature_map, call.is_causal)
-    return _plain(feature_map, call)
+    if torch.compiler.is_compiling():
+        return _plain(feature_map, call)
+    with _full_precision(call.q.device):
+        if _records(feature_map, call):
+            return _Attend.apply(call.q, call.k, call.v, call.key_mask, feature_map, call.is_causal)
+        return _plain(feature_map, call)
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast would sum in half precision (rule 10), and the backward pass may run outside of it."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def _records(feature_map: FeatureMap, call: Call) -> bool:
     """Whether autograd records this call, and nothing but autograd looks into it."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return False
     inputs = (call.q, call.k, call.v)
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
@@ -103,7 +112,8 @@ class _Attend(torch.autograd.Function):
         else:
             pasts = [None if sums is None else Past(sums, log_scale) for sums, log_scale in zip(kept[::2], kept[1::2], strict=True)]
             rows = _Rows(gradient, out, divisor)
-            found = (_backward_causal if ctx.is_causal else _backward_bidirectional)(ctx.feature_map, call, rows, pasts)
+            with _full_precision(q.device):
+                found = (_backward_causal if ctx.is_causal else _backward_bidirectional)(ctx.feature_map, call, rows, pasts)
         return *found, None, None, None
 
 
