@@ -35,12 +35,15 @@ class LinearState:
 
     def held_bytes(self) -> int:
         """Bytes of the sums, with their scale."""
-        return sum(x.nbytes for x in (self.sums, self.normalizer, self.log_scale) if x is not None)
+        tensors = () if self.past is None else (self.past.sums, self.past.log_scale)
+        return sum(x.nbytes for x in tensors if x is not None)
 
     def select(self, rows: Tensor) -> LinearState:
         """The state of these rows of the batch, (new_batch,) indices; a row may be taken more than once."""
-        sums, normalizer, log_scale = (None if x is None else x.index_select(0, rows) for x in (self.sums, self.normalizer, self.log_scale))
-        return replace(self, batch_size=rows.numel(), sums=sums, normalizer=normalizer, log_scale=log_scale)
+        past = self.past
+        if past is not None:
+            past = Past(past.sums.index_select(0, rows), None if past.log_scale is None else past.log_scale.index_select(0, rows))
+        return replace(self, batch_size=rows.numel(), past=past)
 
     def check_room(self, call: Call) -> None:
         check_state(call, self.batch_size, self.kv_heads, self.seen, self.max_length)
