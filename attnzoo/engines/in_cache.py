@@ -103,12 +103,13 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, key_cap: Tensor | None, table: Tensor | None, pieces: Pieces, scale: float) -> Tensor:
         out, memory = q.new_empty(*q.shape[:3], v.shape[3]), Memory(q)
+        some_are_empty = key_cap is not None or q.shape[2] > k.shape[2]
         for one, kv, piece in _walk(q, k, pieces(q, table)):
             rows = piece.rows(out[one])
             if not piece.shape[2]:
                 rows.zero_()
                 continue
-            weights = _weights(piece, piece.rows(q[one]), piece.keys(k[kv], "keys", memory), _of_sample(key_cap, one[0]), scale, memory)
+            weights = _weights(piece, piece.rows(q[one]), piece.keys(k[kv], "keys", memory), _of_sample(key_cap, one[0]), scale, some_are_empty, memory)
             torch.bmm(weights, piece.keys(v[kv], "values", memory), out=rows)
         return out
 
@@ -123,6 +124,7 @@ class _Attend(torch.autograd.Function):
         q, k, v, key_cap, table = ctx.saved_tensors
         gradient, memory = gradients[0].contiguous(), Memory(q)
         dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        some_are_empty = key_cap is not None or q.shape[2] > k.shape[2]
         for one, kv, piece in _walk(q, k, ctx.pieces(q, table)):
             to_rows = piece.rows(dq[one])
             if not piece.shape[2]:
@@ -130,7 +132,7 @@ class _Attend(torch.autograd.Function):
                 continue
             parts, _, count = piece.shape
             queries, keys, sent = piece.rows(q[one]), piece.keys(k[kv], "keys", memory), piece.rows(gradient[one])
-            weights = _weights(piece, queries, keys, _of_sample(key_cap, one[0]), ctx.scale, memory)
+            weights = _weights(piece, queries, keys, _of_sample(key_cap, one[0]), ctx.scale, some_are_empty, memory)
             to_values = torch.bmm(weights.mT, sent, out=memory("to_keys", parts, count, v.shape[3]))
             piece.add(to_values, dv[kv])
             slopes = memory("slopes", *piece.shape)
@@ -156,7 +158,7 @@ def _of_sample(key_cap: Tensor | None, sample: int) -> Tensor | None:
     return None if key_cap is None else key_cap[sample if key_cap.shape[0] > 1 else 0]
 
 
-def _weights(piece: Piece, q: Tensor, k: Tensor, key_cap: Tensor | None, scale: float, memory: Memory) -> Tensor:
+def _weights(piece: Piece, q: Tensor, k: Tensor, key_cap: Tensor | None, scale: float, some_are_empty: bool, memory: Memory) -> Tensor:
     """Softmax of the piece's scores, (parts, size, keys); rows that see no key are 0."""
     scores = memory("scores", *piece.shape)
     torch.baddbmm(scores, q, k.mT, beta=0, alpha=scale, out=scores)
@@ -165,7 +167,7 @@ def _weights(piece: Piece, q: Tensor, k: Tensor, key_cap: Tensor | None, scale: 
         torch.minimum(some, part.largest, out=some)
     if key_cap is not None:
         torch.minimum(scores, piece.keys(key_cap[:, None], "cap", memory).mT, out=scores)
-    empty = scores.amax(-1, keepdim=True) == -torch.inf if key_cap is not None or piece.caps else None
+    empty = scores.amax(-1, keepdim=True) == -torch.inf if some_are_empty else None
     torch.softmax(scores, -1, out=scores)
     return scores if empty is None or not empty.any() else scores.masked_fill_(empty, 0.0)
 
