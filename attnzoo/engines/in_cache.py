@@ -6,8 +6,9 @@ it is fetched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Any, Protocol
 
 import torch
@@ -104,13 +105,16 @@ class _Attend(torch.autograd.Function):
     def forward(q: Tensor, k: Tensor, v: Tensor, key_cap: Tensor | None, table: Tensor | None, pieces: Pieces, scale: float) -> Tensor:
         out, memory = q.new_empty(*q.shape[:3], v.shape[3]), Memory(q)
         some_are_empty = key_cap is not None or q.shape[2] > k.shape[2]
-        for one, kv, piece in _walk(q, k, pieces(q, table)):
-            rows = piece.rows(out[one])
-            if not piece.shape[2]:
-                rows.zero_()
-                continue
-            weights = _weights(piece, piece.rows(q[one]), piece.keys(k[kv], "keys", memory), _of_sample(key_cap, one[0]), scale, some_are_empty, memory)
-            torch.bmm(weights, piece.keys(v[kv], "values", memory), out=rows)
+        for one, kv, found in _heads(q, k, pieces(q, table)):
+            queries, keys, values, result = q[one], k[kv], v[kv], out[one]
+            sample_cap = _of_sample(key_cap, one[0])
+            for piece in found:
+                rows = piece.rows(result)
+                if not piece.shape[2]:
+                    rows.zero_()
+                    continue
+                weights = _weights(piece, piece.rows(queries), piece.keys(keys, "keys", memory), sample_cap, scale, some_are_empty, memory)
+                torch.bmm(weights, piece.keys(values, "values", memory), out=rows)
         return out
 
     @staticmethod
@@ -125,33 +129,35 @@ class _Attend(torch.autograd.Function):
         gradient, memory = gradients[0].contiguous(), Memory(q)
         dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
         some_are_empty = key_cap is not None or q.shape[2] > k.shape[2]
-        for one, kv, piece in _walk(q, k, ctx.pieces(q, table)):
-            to_rows = piece.rows(dq[one])
-            if not piece.shape[2]:
-                to_rows.zero_()
-                continue
-            parts, _, count = piece.shape
-            queries, keys, sent = piece.rows(q[one]), piece.keys(k[kv], "keys", memory), piece.rows(gradient[one])
-            weights = _weights(piece, queries, keys, _of_sample(key_cap, one[0]), ctx.scale, some_are_empty, memory)
-            to_values = torch.bmm(weights.mT, sent, out=memory("to_keys", parts, count, v.shape[3]))
-            piece.add(to_values, dv[kv])
-            slopes = memory("slopes", *piece.shape)
-            torch.bmm(sent, piece.keys(v[kv], "values", memory).mT, out=slopes)
-            torch.ops.aten._softmax_backward_data.out(slopes, weights, -1, slopes.dtype, grad_input=slopes)
-            torch.baddbmm(to_rows, slopes, keys, beta=0, alpha=ctx.scale, out=to_rows)
-            to_keys = memory("to_keys", parts, count, k.shape[3])
-            torch.baddbmm(to_keys, slopes.mT, queries, beta=0, alpha=ctx.scale, out=to_keys)
-            piece.add(to_keys, dk[kv])
+        for one, kv, found in _heads(q, k, ctx.pieces(q, table)):
+            queries, keys, values, sent, to_queries, to_keys, to_values = q[one], k[kv], v[kv], gradient[one], dq[one], dk[kv], dv[kv]
+            sample_cap = _of_sample(key_cap, one[0])
+            for piece in found:
+                to_rows = piece.rows(to_queries)
+                parts, _, count = piece.shape
+                if not count:
+                    to_rows.zero_()
+                    continue
+                rows, its_keys, sent_rows = piece.rows(queries), piece.keys(keys, "keys", memory), piece.rows(sent)
+                weights = _weights(piece, rows, its_keys, sample_cap, ctx.scale, some_are_empty, memory)
+                part = torch.bmm(weights.mT, sent_rows, out=memory("gradient", parts, count, v.shape[3]))
+                piece.add(part, to_values)
+                slopes = memory("slopes", *piece.shape)
+                torch.bmm(sent_rows, piece.keys(values, "values", memory).mT, out=slopes)
+                torch.ops.aten._softmax_backward_data.out(slopes, weights, -1, slopes.dtype, grad_input=slopes)
+                torch.baddbmm(to_rows, slopes, its_keys, beta=0, alpha=ctx.scale, out=to_rows)
+                part = memory("gradient", parts, count, k.shape[3])
+                torch.baddbmm(part, slopes.mT, rows, beta=0, alpha=ctx.scale, out=part)
+                piece.add(part, to_keys)
         return dq, dk, dv, None, None, None, None
 
 
-def _walk(q: Tensor, k: Tensor, pieces: Sequence[Sequence[Piece]]):
-    """(sample, head), (sample, kv_head) and piece, one after the other."""
+def _heads(q: Tensor, k: Tensor, pieces: Sequence[Sequence[Piece]]) -> Iterator[tuple[tuple[int, int], tuple[int, int], Sequence[Piece]]]:
+    """(sample, head), (sample, kv_head) and the head's pieces."""
     group = q.shape[1] // k.shape[1]
     for sample in range(q.shape[0]):
         for head, found in enumerate(pieces):
-            for piece in found:
-                yield (sample, head), (sample, head // group), piece
+            yield (sample, head), (sample, head // group), found
 
 
 def _of_sample(key_cap: Tensor | None, sample: int) -> Tensor | None:
@@ -163,7 +169,7 @@ def _weights(piece: Piece, q: Tensor, k: Tensor, key_cap: Tensor | None, scale: 
     scores = memory("scores", *piece.shape)
     torch.baddbmm(scores, q, k.mT, beta=0, alpha=scale, out=scores)
     for part in piece.caps:
-        some = scores[..., part.start : part.stop]
+        some = scores.narrow(2, part.start, part.stop - part.start)
         torch.minimum(some, part.largest, out=some)
     if key_cap is not None:
         torch.minimum(scores, piece.keys(key_cap[:, None], "cap", memory).mT, out=scores)
@@ -183,19 +189,20 @@ class Slices:
 
     def rows(self, x: Tensor) -> Tensor:
         parts, size, _ = self.shape
-        return x[self.first : self.first + parts * size].view(parts, size, x.shape[1])
+        return x.narrow(0, self.first, parts * size).view(parts, size, x.shape[1])
 
     def keys(self, x: Tensor, name: str, memory: Memory) -> Tensor:
-        parts, size, keys = self.shape
-        return x[self.low : self.low + (parts - 1) * size + keys].unfold(0, keys, size).mT
+        return self._span(x).unfold(0, self.shape[2], self.shape[1]).mT
 
     def add(self, gradient: Tensor, total: Tensor) -> None:
         parts, size, keys = self.shape
-        step = keys if parts == 1 else size
-        for start in range(0, keys, step):  # of each part: these overlap with no other part's
-            part = gradient[:, start : start + step]
-            low = self.low + start
-            if part.shape[1] == step:
-                total[low : low + parts * step].view(parts, step, -1).add_(part)
-            else:
-                total[low : low + (parts - 1) * step + part.shape[1]].unfold(0, part.shape[1], step).mT.add_(part)
+        if parts == 1:
+            self._span(total).add_(gradient[0])
+        else:
+            unit, width = gcd(size, keys), total.shape[1]
+            index = torch.arange(parts)[:, None] * (size // unit) + torch.arange(keys // unit)
+            self._span(total).view(-1, unit, width).index_add_(0, index.flatten(), gradient.view(-1, unit, width))
+
+    def _span(self, x: Tensor) -> Tensor:
+        parts, size, keys = self.shape
+        return x.narrow(0, self.low, (parts - 1) * size + keys)

@@ -120,7 +120,7 @@ class Gathered:
 
     def rows(self, x: Tensor) -> Tensor:
         parts, size, _ = self.shape
-        return x[self.first : self.first + parts * size].view(parts, size, x.shape[1])
+        return x.narrow(0, self.first, parts * size).view(parts, size, x.shape[1])
 
     def keys(self, x: Tensor, name: str, memory: in_cache.Memory) -> Tensor:
         parts, size, keys = self.shape
