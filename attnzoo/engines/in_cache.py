@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from attnzoo.call import Call
 from attnzoo.engines.softmax import Softmax
 
+DTYPES = (torch.float32, torch.float64)  # those in which sums run in the inputs' own precision
 SCORES = 2**17  # scores that one thread computes at a time: with their keys and values they stay in its cache
 
 
@@ -88,10 +89,10 @@ def parts_at_a_time(size: int, keys: int) -> int:
 
 
 def serves(engine: Softmax, call: Call) -> bool:
-    """Whether `attend` is the way: on a CPU, where sums run in the inputs' own precision. A graph that is recorded wants torch's SDPA."""
+    """Whether `attend` is the way: on a CPU, without dropout, and not while a graph is recorded, which wants torch's SDPA."""
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
     drops = engine.dropout > 0 and engine.training
-    return call.q.device.type == "cpu" and call.q.dtype in (torch.float32, torch.float64) and not recorded and not drops
+    return call.q.device.type == "cpu" and call.q.dtype in DTYPES and not recorded and not drops
 
 
 def attend(engine: Softmax, q: Tensor, k: Tensor, v: Tensor, key_cap: Tensor | None, table: Tensor | None, pieces: Pieces) -> Tensor:
