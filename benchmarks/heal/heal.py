@@ -208,7 +208,7 @@ def _evaluate(accelerator: Accelerator, exact: Any, model: Any, held_out: dict[s
     with accelerator.autocast(), recorded_calls(exact) as calls:
         exact.base_model(input_ids=next(iter(held_out.values()))[: recipe.batch_size].to(accelerator.device), use_cache=False)
     with accelerator.autocast():
-        layers = {call.layer: matching_loss(model, call).item() for call in calls}
+        layers = [matching_loss(model, call).item() for call in calls]
     return {"step": step, "perplexity": perplexity, "matching_loss": layers}
 
 
