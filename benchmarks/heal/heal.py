@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 import attnzoo
 from attnzoo.arguments import check_count, check_positive, check_seed
@@ -141,7 +141,7 @@ def heal(
             group["lr"] = _learning_rate(recipe, step)
         ids = _batch(train, recipe, step).to(accelerator.device)
         loss = (_match if is_matching else _distil)(accelerator, exact, model, ids)
-        norm = accelerator.clip_grad_norm_(parameters.values(), 1.0)
+        norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0).item()
         if not math.isfinite(loss) or not math.isfinite(norm):
             kept = f"the last good checkpoint is {found}" if found else "there is no checkpoint yet"
             raise FloatingPointError(f"step {step}: the loss is {loss} and its gradient's norm {norm}; lower the learning rate; {kept}")
