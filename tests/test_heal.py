@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,8 @@ from attnzoo.integrations.matching import attention_parameters, matching_loss, p
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "heal"
 
 
-def _import(name: str) -> Any:
-    spec = spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    sys.modules[name] = module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-heal_module = _import("heal")
+sys.path.insert(0, str(FOLDER))  # heal.py stands beside checkpoints.py, as in the folder that a user copies
+heal_module: Any = import_module("heal")
 SMALL: dict[str, Any] = {"length": 16, "matching_steps": 6, "distillation_steps": 4, "warmup_steps": 1, "checkpoint_every": 3, "evaluate_every": 4}
 WINDOW = heal_module.Recipe("sliding_window", {"window": 3}, **SMALL)
 TRAIN = torch.randint(3, 50, (400,), generator=torch.Generator().manual_seed(1))

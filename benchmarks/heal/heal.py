@@ -18,8 +18,6 @@ import argparse
 import copy
 import json
 import math
-import pickle
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -27,6 +25,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import checkpoints
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -40,8 +39,8 @@ from attnzoo.configuration import check_mapping, read_yaml
 from attnzoo.environment import environment
 from attnzoo.fidelity.models import load as load_pretrained
 from attnzoo.fidelity.text import play, titles
-from attnzoo.integrations.healed import load_healed, save_healed
-from attnzoo.integrations.matching import attention_parameters, matching_loss, recorded_calls
+from attnzoo.integrations.healed import load_healed
+from attnzoo.integrations.matching import Call, attention_parameters, matching_loss, recorded_calls
 from attnzoo.registry import nearest, spec_of
 
 __all__ = ["Recipe", "heal", "load_healed", "read_recipes"]
@@ -87,6 +86,14 @@ class Recipe:
     def steps(self) -> int:
         return self.matching_steps + self.distillation_steps
 
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine to 0, in each stage: a function of the step alone, so that a checkpoint need not hold it."""
+        if step < self.matching_steps:
+            highest, steps = self.matching_learning_rate, self.matching_steps
+        else:
+            highest, steps, step = self.distillation_learning_rate, self.distillation_steps, step - self.matching_steps
+        return highest * min(1.0, (step + 1) / (self.warmup_steps + 1)) * (1 + math.cos(math.pi * step / steps)) / 2
+
 
 def read_recipes(path: Path) -> dict[str, Recipe]:
     """A recipe for every variant of a YAML file. Raises ValueError, one sentence, on what it must not hold."""
@@ -98,100 +105,120 @@ def read_recipes(path: Path) -> dict[str, Recipe]:
     return {name: Recipe(variant=name, options=options, **found) for name, options in variants.items()}
 
 
-def heal(
-    model: Any, recipe: Recipe, train: Tensor, held_out: dict[str, Tensor], folder: Path, progress: Progress = lambda *_: None
-) -> dict[str, Any]:
+def heal(model: Any, recipe: Recipe, train: Tensor, held_out: dict[str, Tensor], folder: Path, progress: Progress) -> dict[str, Any]:
     """Swap the recipe's attention into the model and heal it, in place. Returns the state of the last checkpoint: recipe, curve, evaluations.
 
-    model: a transformers language model, not swapped. train: (tokens,) ids to draw sequences from. held_out: (sequences, length) ids by name
-    of the text. folder: of the checkpoints; a run of the same recipe goes on from its last one. Raises ValueError on a folder with
-    checkpoints of another recipe (they stay), FloatingPointError, naming the step, when a loss or gradient is not finite.
+    model: a transformers language model, not swapped; all but its attention is frozen. train: (tokens,) ids to draw sequences from. held_out:
+    (sequences, length) ids by name of the text. folder: of the checkpoints; a run of the same recipe goes on from its last one. Raises
+    ValueError on a folder with checkpoints of another recipe (they stay), FloatingPointError, naming the step, when a loss or a gradient is
+    not finite: the weights are then those before the step.
     """
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
-    if accelerator.num_processes > 1:
-        raise ValueError(f"num_processes={accelerator.num_processes}: this recipe trains in one process; start it without a launcher")
     if len(train) <= recipe.length:
         raise ValueError(f"the training text has {len(train)} tokens and length={recipe.length}; give a longer text or a smaller length")
-    state, found = _read_checkpoint(folder, asdict(recipe))
-    model.to(accelerator.device).eval().requires_grad_(False)
-    exact = attnzoo.swap(copy.deepcopy(model), "standard", layers=recipe.layers)
-    if found:
-        load_healed(model, found)
-    else:
-        attnzoo.swap(model, recipe.variant, layers=recipe.layers, **recipe.options)
-    parameters = {name: parameter.requires_grad_() for name, parameter in attention_parameters(model).items()}
-    optimizer = None
-
-    def evaluate() -> None:
-        state["evaluations"].append(_evaluate(accelerator, exact, model, held_out, recipe, state["step"]))
-
-    if not found:
-        state["exact"] = {name: _perplexity(accelerator, exact, ids, recipe.batch_size) for name, ids in held_out.items()}
-        state["parameters"] = sum(parameter.numel() for parameter in parameters.values())
-        evaluate()
+    state, checkpoint = checkpoints.read_state(folder, asdict(recipe))
+    healing = Healing(model, recipe, checkpoint)
+    if checkpoint is None:
+        state["exact"] = {name: healing.perplexity(healing.exact, ids) for name, ids in held_out.items()}
+        state["parameters"] = sum(parameter.numel() for parameter in healing.parameters)
+        state["evaluations"].append({"step": 0, **healing.evaluate(held_out)})
     started = time.perf_counter() - state["seconds"]
     for step in range(state["step"], recipe.steps):
-        is_matching = step < recipe.matching_steps
-        begins = step in (0, recipe.matching_steps)  # a stage, with moments of its own
-        if optimizer is None or begins:
-            optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.0)
-            if found and not begins:
-                _read_optimizer(optimizer, found)
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(recipe, step)
-        ids = _batch(train, recipe, step).to(accelerator.device)
-        loss = (_match if is_matching else _distil)(accelerator, exact, model, ids)
-        norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0).item()
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            kept = f"the last good checkpoint is {found}" if found else "there is no checkpoint yet"
-            raise FloatingPointError(f"step {step}: the loss is {loss} and its gradient's norm {norm}; lower the learning rate; {kept}")
-        optimizer.step()
-        optimizer.zero_grad()
+        if step == recipe.matching_steps:  # the second stage has moments of its own
+            healing.start_optimizer(None)
+        try:
+            loss = healing.step(step, _batch(train, recipe, step))
+        except FloatingPointError as error:
+            kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+            raise FloatingPointError(f"step {step}: {error}; lower the learning rate; {kept}") from None
         state["curve"].append(loss)
-        done = step + 1
-        state["step"] = done
-        stage = "matching" if is_matching else "distillation"
+        done = state["step"] = step + 1
+        stage = "matching" if step < recipe.matching_steps else "distillation"
         progress(f"{recipe.variant}: {stage}, loss {loss:.4f}", done, recipe.steps)
-        last = done in (recipe.matching_steps, recipe.steps)
-        if last or done % recipe.evaluate_every == 0:
-            evaluate()
-        if last or done % recipe.checkpoint_every == 0:
+        ends = done in (recipe.matching_steps, recipe.steps)
+        if ends or done % recipe.evaluate_every == 0:
+            state["evaluations"].append({"step": done, **healing.evaluate(held_out)})
+        if ends or done % recipe.checkpoint_every == 0:
             state["seconds"] = time.perf_counter() - started
-            found = _write_checkpoint(folder, model, optimizer, state)
+            checkpoint = checkpoints.write(folder, model, healing.optimizer, state)
     return state
 
 
-def _match(accelerator: Accelerator, exact: Any, model: Any, ids: Tensor) -> float:
-    """Mean matching loss of the layers, with its gradients; layer by layer, so that one layer's graph is held at a time."""
-    with torch.no_grad(), accelerator.autocast(), recorded_calls(exact) as calls:
-        exact.base_model(input_ids=ids, use_cache=False)
-    total = 0.0
-    for call in calls:
-        with accelerator.autocast():
-            loss = matching_loss(model, call) / len(calls)
-        accelerator.backward(loss)
-        total += loss.item()
-    return total
+class Healing:
+    """A swapped model beside its exact copy. checkpoint: what the swapped one starts from; None: from the exact weights."""
 
+    def __init__(self, model: Any, recipe: Recipe, checkpoint: Path | None) -> None:
+        self.accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+        if self.accelerator.num_processes > 1:
+            raise ValueError(f"num_processes={self.accelerator.num_processes}: this recipe trains in one process; start it without a launcher")
+        self.recipe = recipe
+        model.to(self.accelerator.device).eval().requires_grad_(False)
+        self.exact = attnzoo.swap(copy.deepcopy(model), "standard", layers=recipe.layers)
+        if checkpoint is None:
+            self.swapped = attnzoo.swap(model, recipe.variant, layers=recipe.layers, **recipe.options)
+        else:
+            self.swapped = load_healed(model, checkpoint)
+        self.parameters = [parameter.requires_grad_() for parameter in attention_parameters(model).values()]
+        self.start_optimizer(checkpoint)
 
-def _distil(accelerator: Accelerator, exact: Any, model: Any, ids: Tensor) -> float:
-    """Kullback-Leibler divergence of the exact model's next-token distributions from the swapped one's, in nats per token, with its gradients."""
-    with torch.no_grad(), accelerator.autocast():
-        target = exact(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-    with accelerator.autocast():
-        logits = model(input_ids=ids, use_cache=False).logits
-    loss = F.kl_div(logits.float().log_softmax(-1).flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean")
-    accelerator.backward(loss)
-    return loss.item()
+    def start_optimizer(self, checkpoint: Path | None) -> None:
+        self.optimizer = torch.optim.AdamW(self.parameters, weight_decay=0.0)
+        if checkpoint is not None:
+            checkpoints.read_optimizer(self.optimizer, checkpoint)
 
+    def step(self, step: int, ids: Tensor) -> float:
+        """Train on (batch, length) ids; returns the loss. Raises FloatingPointError, before any weight moves, when something is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate(step)
+        loss = (self.match if step < self.recipe.matching_steps else self.distil)(ids.to(self.accelerator.device))
+        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0).item()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise FloatingPointError(f"the loss is {loss} and its gradient's norm {norm}")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
 
-def _learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then a cosine to 0, in each stage: a function of the step alone, so that a checkpoint need not hold it."""
-    if step < recipe.matching_steps:
-        highest, steps = recipe.matching_learning_rate, recipe.matching_steps
-    else:
-        highest, steps, step = recipe.distillation_learning_rate, recipe.distillation_steps, step - recipe.matching_steps
-    return highest * min(1.0, (step + 1) / (recipe.warmup_steps + 1)) * (1 + math.cos(math.pi * step / steps)) / 2
+    def match(self, ids: Tensor) -> float:
+        """Mean matching loss of the layers, with its gradients; layer by layer, so that one layer's graph is held at a time."""
+        calls, total = self._exact_calls(ids), 0.0
+        for call in calls:
+            with self.accelerator.autocast():
+                loss = matching_loss(self.swapped, call) / len(calls)
+            self.accelerator.backward(loss)
+            total += loss.item()
+        return total
+
+    def distil(self, ids: Tensor) -> float:
+        """Kullback-Leibler divergence of the exact model's next tokens from the swapped one's, in nats per token, with its gradients."""
+        with torch.no_grad():
+            target = self._logits(self.exact, ids).log_softmax(-1)
+        loss = F.kl_div(self._logits(self.swapped, ids).log_softmax(-1).flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean")
+        self.accelerator.backward(loss)
+        return loss.item()
+
+    @torch.no_grad()
+    def evaluate(self, held_out: dict[str, Tensor]) -> dict[str, Any]:
+        """Perplexity on each text, and every layer's matching loss on the first sequences of the first."""
+        first = next(iter(held_out.values()))[: self.recipe.batch_size].to(self.accelerator.device)
+        with self.accelerator.autocast():
+            losses = [matching_loss(self.swapped, call).item() for call in self._exact_calls(first)]
+        return {"perplexity": {name: self.perplexity(self.swapped, ids) for name, ids in held_out.items()}, "matching_loss": losses}
+
+    @torch.no_grad()
+    def perplexity(self, model: Any, sequences: Tensor) -> float:
+        """exp of the mean cross-entropy of every token but the first of its sequence."""
+        total = 0.0
+        for ids in sequences.to(self.accelerator.device).split(self.recipe.batch_size):
+            total += F.cross_entropy(self._logits(model, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+        return math.exp(total / sequences[:, 1:].numel())
+
+    def _exact_calls(self, ids: Tensor) -> list[Call]:
+        with torch.no_grad(), self.accelerator.autocast(), recorded_calls(self.exact) as calls:
+            self.exact.base_model(input_ids=ids, use_cache=False)
+        return calls
+
+    def _logits(self, model: Any, ids: Tensor) -> Tensor:
+        with self.accelerator.autocast():
+            return model(input_ids=ids, use_cache=False).logits.float()
 
 
 def _batch(train: Tensor, recipe: Recipe, step: int) -> Tensor:
@@ -199,67 +226,6 @@ def _batch(train: Tensor, recipe: Recipe, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     starts = torch.randint(len(train) - recipe.length + 1, (recipe.batch_size,), generator=generator)
     return torch.stack([train[start : start + recipe.length] for start in starts])
-
-
-@torch.no_grad()
-def _evaluate(accelerator: Accelerator, exact: Any, model: Any, held_out: dict[str, Tensor], recipe: Recipe, step: int) -> dict[str, Any]:
-    """Perplexity on each text, and every layer's matching loss on the first sequences of the first."""
-    perplexity = {name: _perplexity(accelerator, model, ids, recipe.batch_size) for name, ids in held_out.items()}
-    with accelerator.autocast(), recorded_calls(exact) as calls:
-        exact.base_model(input_ids=next(iter(held_out.values()))[: recipe.batch_size].to(accelerator.device), use_cache=False)
-    with accelerator.autocast():
-        layers = [matching_loss(model, call).item() for call in calls]
-    return {"step": step, "perplexity": perplexity, "matching_loss": layers}
-
-
-@torch.no_grad()
-def _perplexity(accelerator: Accelerator, model: Any, sequences: Tensor, batch_size: int) -> float:
-    """exp of the mean cross-entropy of every token but the first of its sequence."""
-    total = 0.0
-    for ids in sequences.to(accelerator.device).split(batch_size):
-        with accelerator.autocast():
-            logits = model(input_ids=ids, use_cache=False).logits
-        total += F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum").item()
-    return math.exp(total / sequences[:, 1:].numel())
-
-
-def _read_checkpoint(folder: Path, recipe: dict[str, Any]) -> tuple[dict[str, Any], Path | None]:
-    """The state of the last checkpoint in the folder and where it is, or a first state and None."""
-    for path in sorted(folder.glob("step-" + "[0-9]" * 6), reverse=True):
-        try:
-            state = json.loads((path / "state.json").read_text())
-            other = {key for key in recipe.keys() | state["recipe"].keys() if recipe.get(key) != state["recipe"].get(key)}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f"{path}/state.json is missing or damaged; remove {path} to go on from the checkpoint before, or to start anew"
-            ) from None
-        if other:
-            raise ValueError(f"{folder} holds checkpoints of another recipe ({', '.join(sorted(other))} differ); give another --output or remove it")
-        return state, path
-    return {"recipe": recipe, "step": 0, "seconds": 0.0, "curve": [], "evaluations": []}, None
-
-
-def _write_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
-    """Write a checkpoint under another name first: one that has its name is whole. The one before it goes, older ones are gone."""
-    path = folder / f"step-{state['step']:06d}"
-    partial, before = folder / "partial", list(folder.glob("step-*"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_healed(model, partial)
-    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-    (partial / "state.json").write_text(json.dumps(state))
-    partial.rename(path)
-    for old in before:
-        shutil.rmtree(old)
-    return path
-
-
-def _read_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    path = checkpoint / "optimizer.pt"
-    try:
-        optimizer.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not an optimizer's state of this recipe ({str(error).splitlines()[0]}); remove {checkpoint}") from None
 
 
 def _texts(tokenizer: Any, recipe: Recipe) -> tuple[Tensor, dict[str, Tensor]]:
