@@ -22,13 +22,13 @@ def save(model: nn.Module, path: str | Path) -> None:
     The model's own weights are not in the file. Raises ValueError when the model is not swapped, or when an option is not plain data
     (a callable feature map, a shared module); OSError when the file cannot be written.
     """
-    safetensors = _safetensors()
+    _safetensors()
     record = record_of(model)
     try:
         recipe = json.dumps(_recipe(record))
     except TypeError as error:
         raise ValueError(f"an option of this swap is not plain data ({error}), so a file cannot hold it; give options as numbers and names") from None
-    safetensors.save_file(_extras(record), str(path), metadata={METADATA: recipe})
+    write_tensors(_extras(record), path, metadata={METADATA: recipe})
 
 
 def load(model: Model, path: str | Path) -> Model:
@@ -63,23 +63,32 @@ def _recipe(record: Record) -> dict[str, Any]:
 
 
 def _extras(record: Record) -> dict[str, Tensor]:
-    """The attentions' state, by layer and name; copied, since layers may share and the format does not."""
-    tensors = {f"{layer}.{key}": value for layer, attention in record.attentions.items() for key, value in attention.state_dict().items()}
-    return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    """The attentions' state, by layer and name."""
+    return {f"{layer}.{key}": value for layer, attention in record.attentions.items() for key, value in attention.state_dict().items()}
 
 
-def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write_tensors(tensors: dict[str, Tensor], path: str | Path, *, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to a safetensors file; copied, since they may share memory and the format does not."""
+    copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    _safetensors().save_file(copies, str(path), metadata=metadata)
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors, on the CPU, of a safetensors file. Raises ValueError when it is not a whole one."""
     _safetensors()
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # the file is not iterable
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # the file is not iterable
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); write it again with attnzoo.save") from None
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); write it again") from None
+
+
+def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    metadata, tensors = read_tensors(path)
     if METADATA not in metadata:
         raise ValueError(f"{path} was not written by attnzoo.save: its metadata has no {METADATA!r}")
     try:

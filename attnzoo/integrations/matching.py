@@ -1,0 +1,80 @@
+"""Imitating exact attention layer by layer: what the attention blocks of a model were given and answered, and how far a swapped one is off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.integrations.swapping import record_of
+
+
+@dataclass(frozen=True)
+class Call:
+    """One run of a layer's attention block, its projections included: the arguments it was given and the (batch, length, width) it answered."""
+
+    layer: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+
+@contextmanager
+def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
+    """Record the calls of every swapped layer's attention block, in the order in which they run, until the context ends.
+
+    model: one that `attnzoo.swap` changed. For exact attention swap in "standard": the masks that its blocks are given are then those
+    that any other attention of the zoo takes. Raises ValueError when the model is not swapped or runs with a key-value cache, which a
+    second call would fill again.
+    """
+    record, calls = record_of(model), []
+
+    def keep(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("past_key_values: a recorded model must run without a cache; call it with use_cache=False")
+        calls.append(Call(layer, args, dict(kwargs), _hidden(output).detach()))
+
+    paths = {layer: record.sites[layer][0] for layer in record.choices}
+    hooks = [model.get_submodule(path).register_forward_hook(partial(keep, layer), with_kwargs=True) for layer, path in paths.items()]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def matching_loss(model: nn.Module, call: Call) -> Tensor:
+    """How far the model's block is from a recorded answer when it is given what the recorded one was: |out - exact|² / |exact|², a scalar.
+
+    0 is the same answer, 1 what answering zeros would get. Every slot counts, padded ones too. The gradient reaches this block alone.
+    """
+    path = record_of(model).sites[call.layer][0]
+    exact = call.output.float()
+    out = _hidden(model.get_submodule(path)(*call.args, **call.kwargs)).float()
+    return (out - exact).square().sum() / exact.square().sum()
+
+
+def attention_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the swapped layers' attention blocks by name: projections, and what the attentions themselves learn.
+
+    Raises ValueError when the model is not swapped.
+    """
+    record = record_of(model)
+    blocks = {id(parameter) for layer in record.choices for parameter in model.get_submodule(record.sites[layer][0]).parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in blocks}
+
+
+def projection_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those of `attention_parameters` that are the model's own, and so are not in the file that `attnzoo.save` writes."""
+    learned = {id(parameter) for attention in record_of(model).attentions.values() for parameter in attention.parameters()}
+    return {name: parameter for name, parameter in attention_parameters(model).items() if id(parameter) not in learned}
+
+
+def _hidden(output: Any) -> Tensor:
+    """The hidden states of a block's answer, which may carry weights beside them."""
+    return output if isinstance(output, torch.Tensor) else output[0]
