@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +32,9 @@ class EncoderSubject(Subject):
         self._batches: dict[Any, list[dict[str, Tensor]]] = {}
         self._exact: dict[Any, Tensor] = {}
 
-    def sources(self) -> list[str]:
-        return ["+".join(self.texts)]
+    @classmethod
+    def sources_of(cls, texts: Iterable[str]) -> list[str]:
+        return ["+".join(texts)]
 
     def check(self, excerpt: Excerpt, length: int) -> None:
         if not 3 <= length <= self.longest:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,9 @@ class CausalSubject(Subject):
         self._tokens: dict[tuple[str, str, int], Tensor] = {}
         self._check_head()
 
-    def sources(self) -> list[str]:
-        return list(self.texts)
+    @classmethod
+    def sources_of(cls, texts: Iterable[str]) -> list[str]:
+        return list(texts)
 
     def check(self, excerpt: Excerpt, length: int) -> None:
         self.tokens(excerpt, length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -65,9 +65,10 @@ class Subject(ABC):
     def layers(self) -> int:
         return len(self.sites)
 
+    @classmethod
     @abstractmethod
-    def sources(self) -> list[str]:
-        """What is measured apart: names for `Excerpt.text`."""
+    def sources_of(cls, texts: Iterable[str]) -> list[str]:
+        """What is measured apart, of these texts: names for `Excerpt.text`."""
 
     @abstractmethod
     def check(self, excerpt: Excerpt, length: int) -> None:
