@@ -11,12 +11,12 @@ from attnzoo.fidelity.text import play
 from attnzoo.registry import nearest
 
 FINAL, CHOOSING, CHECKING = PARTS = ("final", "choosing", "checking")
-#: A tragedy for every part: plays of one kind, from their first word.
-PLAYS = {FINAL: "hamlet", CHOOSING: "macbeth", CHECKING: "king-lear"}
+#: Tragedies for every part: plays of one kind, the first from its first word.
+PLAYS = {FINAL: ("hamlet", "othello"), CHOOSING: ("macbeth", "romeo-and-juliet"), CHECKING: ("king-lear", "julius-caesar")}
 SHAKESPEARE, PROSE = "shakespeare", "prose"
 #: What each text is, for tables and pages.
 SAID = {
-    SHAKESPEARE: "Shakespeare's plays from their first word: Hamlet to report, Macbeth to choose, King Lear to check",
+    SHAKESPEARE: "Shakespeare: Hamlet (then Othello) to report on, Macbeth (then Romeo and Juliet) to choose by, King Lear (then Julius Caesar) to check",
     PROSE: "English technical prose: the paragraphs of Python's language reference that its `help()` shows, without code",
 }
 PARAGRAPH = 200  # characters, at least: shorter ones are headings and lists
@@ -28,7 +28,7 @@ def read_text(name: str) -> Mapping[str, str]:
     Raises ValueError on an unknown name and on a file that cannot be read, MissingPackageError without what the text comes from.
     """
     if name == SHAKESPEARE:
-        return {part: play(title) for part, title in PLAYS.items()}
+        return {part: "\n".join(map(play, titles)) for part, titles in PLAYS.items()}
     if name == PROSE:
         return _thirds(_language_reference())
     path = Path(name)
