@@ -45,8 +45,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     from attnzoo.fidelity.samples import LENGTHS
 
     parser.add_argument("--config", action=ConfigFile, help="a YAML file with any of the settings below, such as configs/compare.yaml")
-    parser.add_argument("--model", type=str, metavar="MODEL", help="quality of a whole model with its attention swapped: smollm2, minilm, or a folder")
-    parser.add_argument("--study", type=str, metavar="STUDY", help="with --model: quick (default), full, or a YAML file such as configs/quality/causal.yaml")
+    parser.add_argument(
+        "--model", type=str, metavar="MODEL", help="quality of a whole model with its attention swapped: smollm2, minilm, or a folder"
+    )
+    parser.add_argument(
+        "--study", type=str, metavar="STUDY", help="with --model: quick (default), full, or a YAML file such as configs/quality/causal.yaml"
+    )
     parser.add_argument(
         "--variants", nargs="+", type=str, metavar="NAME[:OPTION=VALUE,...]", help="such as performer:num_features=64 (default: the whole zoo)"
     )

@@ -38,7 +38,7 @@ class Model:
 
     def subject(self, texts: Mapping[str, Mapping[str, str]], *, device: torch.device, dtype: torch.dtype, seed: int) -> Subject:
         """Load it. Raises MissingPackageError without its package, ValueError on a folder that transformers cannot load."""
-        pretrained = load(self.name) if self.folder is None else _load_folder(self)
+        pretrained = load(self.name) if self.folder is None else _load_folder(self.name, self.kind, self.folder)
         return KINDS[self.kind](pretrained, texts, device=device, dtype=dtype, seed=seed)
 
 
@@ -67,9 +67,9 @@ def _kind_of(text: str, folder: Path) -> str:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ValueError(f"the configuration in {text!r} cannot be read: {_first_line(error)}") from None
-    classes = set(getattr(config, "architectures", None) or ())
+    classes: set[str] = set(getattr(config, "architectures", None) or ())
     if not getattr(config, "is_encoder_decoder", False):
-        if classes & set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) and not _reads_both_ways(config, classes):
+        if classes & set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) and not _reads_both_ways(config):
             return CAUSAL
         if config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             return ENCODER
@@ -77,24 +77,24 @@ def _kind_of(text: str, folder: Path) -> str:
     raise ValueError(f"{text!r} holds {said}, which is neither a causal language model nor an encoder of text; give one of these")
 
 
-def _reads_both_ways(config: Any, classes: set[str]) -> bool:
+def _reads_both_ways(config: Any) -> bool:
     """BertLMHeadModel and its like are causal only when they are told to be a decoder."""
     from transformers.models.auto import modeling_auto
 
     return config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
 
 
-def _load_folder(model: Model) -> Pretrained:
+def _load_folder(name: str, kind: str, folder: Path) -> Pretrained:
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-    kind = AutoModelForCausalLM if model.kind == CAUSAL else AutoModel
+    load_model = AutoModelForCausalLM.from_pretrained if kind == CAUSAL else AutoModel.from_pretrained
     try:
         with redirect_stderr(io.StringIO()):
-            loaded = kind.from_pretrained(model.folder, dtype=torch.float32, local_files_only=True)
-            tokenizer = AutoTokenizer.from_pretrained(model.folder, local_files_only=True)
+            model = load_model(folder, dtype=torch.float32, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise ValueError(f"the model in {str(model.folder)!r} cannot be loaded: {_first_line(error)}") from None
-    return Pretrained(model.name, model.kind == CAUSAL, loaded.eval(), tokenizer)
+        raise ValueError(f"the model in {str(folder)!r} cannot be loaded: {_first_line(error)}") from None
+    return Pretrained(name, kind == CAUSAL, model.eval(), tokenizer)
 
 
 def _first_line(error: Exception) -> str:

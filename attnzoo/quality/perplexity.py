@@ -74,7 +74,7 @@ class CausalSubject(Subject):
             targets = row[1:].to(hidden.device)
             for start in range(0, len(targets), ROWS):
                 logits = head(hidden[0, start : min(start + ROWS, len(targets))])
-                losses.append(cross_entropy(logits.float(), targets[start : start + ROWS], reduction="none"))
+                losses.append(cross_entropy(_at_least_float32(logits), targets[start : start + ROWS], reduction="none"))
         return torch.cat(losses).double().view(len(ids), -1).cpu()
 
     @torch.no_grad()
@@ -82,8 +82,14 @@ class CausalSubject(Subject):
         """The output layer alone must give the model's logits: some models scale or cap them on the way."""
         ids = torch.arange(1, 5, device=self.model.device)[None]
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if not torch.allclose(self.model(**batch).logits.float(), self.model.get_output_embeddings()(self._read(batch)).float(), atol=1e-3, rtol=1e-3):
+        if not torch.allclose(
+            self.model(**batch).logits.float(), self.model.get_output_embeddings()(self._read(batch)).float(), atol=1e-3, rtol=1e-3
+        ):
             raise ValueError(f"{type(self.model).__name__} does more to its logits than its output layer; its perplexity cannot be measured here")
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
 _DOING = {"final": "reported on", "choosing": "chosen by", "checking": "checked against"}

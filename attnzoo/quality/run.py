@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -55,14 +56,16 @@ class Run:
         return subject
 
     def run(self, progress: Progress) -> list[Row]:
-        """All rows of the study, in the order in which it asks for them. progress: called with (what comes, steps done, steps)."""
-        steps = list(self._steps())
+        """All rows of the study, in the order in which it asks for them. progress: called with (what comes, steps done, steps at most)."""
+        steps, mixes = list(self._steps()), self.study.mixes
+        searching = 0 if mixes is None else len(mixes.tolerances) * (mixes.evaluations + len(self.sources))
+        total = len(steps) + searching
         for done, (stage, step) in enumerate(steps):
-            progress(stage, done, len(steps))
+            progress(stage, done, total)
             step()
-        if self.study.layers is not None and self.study.mixes is not None:
-            self._find_mixes(progress)
-        progress("done", len(steps), len(steps))
+        if mixes is not None:
+            self._find_mixes(lambda stage, done, _: progress(stage, len(steps) + done, total))
+        progress("done", total, total)
         return list(self.rows.values())
 
     def _steps(self) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -97,21 +100,21 @@ class Run:
         return int(counts.pop() or 0) or None if len(counts) == 1 else None
 
     def _find_mixes(self, progress: Progress) -> None:
-        layers, mixes = self.study.layers, self.study.mixes
-        assert layers is not None and mixes is not None
+        """Search within each tolerance, going on from the mix of the last, and measure what was found on text that chose nothing."""
+        mixes = self.study.mixes
+        assert mixes is not None
+        steps = mixes.evaluations + len(self.sources)  # of each tolerance, at most
         waiting, mix = moves(self._trials()), {}
         for number, tolerance in enumerate(mixes.tolerances):
-            tried = 0
+            tried = itertools.count(number * steps)
 
-            def change_of(tried_mix: Mix, tolerance: float = tolerance, number: int = number) -> float:
-                nonlocal tried
-                progress(f"search within {tolerance:.0%}: {label_of(tried_mix)}", number * mixes.evaluations + tried, len(mixes.tolerances) * mixes.evaluations)
-                tried += 1
-                return self._change_of(tried_mix)
+            def change_of(mix: Mix, said: str = f"search within {tolerance:.0%}", tried: Iterator[int] = tried) -> float:
+                progress(f"{said}: {label_of(mix)}", next(tried), steps)
+                return self._change_of(mix)
 
             mix, waiting = cheapest(waiting, change_of, self.limit(tolerance), mixes.evaluations, mix)
-            for source in self.sources:
-                progress(f"{source}: the mix within {tolerance:.0%}", number + 1, len(mixes.tolerances))
+            for place, source in enumerate(self.sources):
+                progress(f"{source}: the mix within {tolerance:.0%}", number * steps + mixes.evaluations + place, steps)
                 excerpt = self._excerpt(source, FINAL)
                 self._measure("exact", {}, excerpt, mixes.lengths)
                 self._measure("mix", mix, excerpt, mixes.lengths, label=label_of(mix), tolerance=tolerance)
@@ -163,7 +166,18 @@ class Run:
         label = label or (swapped.label if isinstance(swapped, Candidate) else EXACT)
         blank = [
             Row(
-                self.model, task, excerpt.text, excerpt.part, length, excerpt.sequences, label, {}, self.dtype, self.seed, layer=layer, tolerance=tolerance
+                self.model,
+                task,
+                excerpt.text,
+                excerpt.part,
+                length,
+                excerpt.sequences,
+                label,
+                {},
+                self.dtype,
+                self.seed,
+                layer=layer,
+                tolerance=tolerance,
             )
             for length in lengths
         ]
@@ -221,5 +235,3 @@ def _with_scores(row: Row, scores: Scores, subject: Subject) -> Row:
         top1=scores.top1,
         top10=scores.top10,
     )
-
-

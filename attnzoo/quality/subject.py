@@ -51,7 +51,9 @@ class Subject(ABC):
 
     is_causal: bool
 
-    def __init__(self, pretrained: Pretrained, texts: Mapping[str, Mapping[str, str]], *, device: torch.device, dtype: torch.dtype, seed: int) -> None:
+    def __init__(
+        self, pretrained: Pretrained, texts: Mapping[str, Mapping[str, str]], *, device: torch.device, dtype: torch.dtype, seed: int
+    ) -> None:
         self.name, self.tokenizer, self.texts, self.seed = pretrained.name, pretrained.tokenizer, texts, seed
         self.longest = pretrained.max_length
         self.model: Any = pretrained.model.to(device=device, dtype=dtype)

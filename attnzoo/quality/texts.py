@@ -16,7 +16,7 @@ PLAYS = {FINAL: ("hamlet", "othello"), CHOOSING: ("macbeth", "romeo-and-juliet")
 SHAKESPEARE, PROSE = "shakespeare", "prose"
 #: What each text is, for tables and pages.
 SAID = {
-    SHAKESPEARE: "Shakespeare: Hamlet (then Othello) to report on, Macbeth (then Romeo and Juliet) to choose by, King Lear (then Julius Caesar) to check",
+    SHAKESPEARE: "Shakespeare: Hamlet, Othello to report on; Macbeth, Romeo and Juliet to choose by; King Lear, Julius Caesar to check against",
     PROSE: "English technical prose: the paragraphs of Python's language reference that its `help()` shows, without code",
 }
 PARAGRAPH = 200  # characters, at least: shorter ones are headings and lists
@@ -62,7 +62,9 @@ def _language_reference() -> list[str]:
     except ImportError:
         raise MissingPackageError(f"the text {PROSE!r} comes from Python's module pydoc_data, which this Python was installed without") from None
     found = paragraphs("\n\n".join(topics[name] for name in sorted(topics)))
-    return list(dict.fromkeys(text for text in found if len(text) >= PARAGRAPH and re.match(r"[A-Z]", text) and text.endswith(".") and "::=" not in text))
+    return list(
+        dict.fromkeys(text for text in found if len(text) >= PARAGRAPH and re.match(r"[A-Z]", text) and text.endswith(".") and "::=" not in text)
+    )
 
 
 def _thirds(found: list[str]) -> dict[str, str]:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from attnzoo.quality.rows import EXACT, Row
 from attnzoo.report.axes import log_axis
-from attnzoo.report.columns import count, folded
-from attnzoo.report.figures import Drawing, Look, chart, plot
-from attnzoo.report.quality_tables import as_share, change_in_words, embeds, sources
+from attnzoo.report.columns import folded
+from attnzoo.report.figures import Drawing, Look, chart, count_tick, plot
+from attnzoo.report.quality_tables import as_share, change_in_words, sources
 from attnzoo.report.style import INK, new_figure, styles
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _pareto(axes: Axes, rows: list[Row], look: Look, *, words: str) -> None:
             axes.annotate(f"{row.tolerance:.0%}", (x or 0, y), (6, -9), textcoords="offset points", fontsize=7.5, color=MIX_COLOR, zorder=5)
     exact = next(row.exact_attention_macs for row in rows)
     axes.axvline(exact or 0, color=INK, linestyle=":", linewidth=1.2, label="exact attention")
-    log_axis(axes, "x", [*(row.attention_macs for row in rows), exact], lambda value: count(int(value)).replace(".00", ""))
+    log_axis(axes, "x", [*(row.attention_macs for row in rows), exact], count_tick)
     log_axis(axes, "y", [*map(_drawn, rows), LEAST], _share)
     axes.set_xlabel("MACs of all attentions")
     axes.set_ylabel(words)
@@ -156,7 +156,5 @@ def _drawn(row: Row) -> float:
 
 
 def _share(value: float) -> str:
-    """0.01 -> 1%; from twice on as a factor of exact: 9 -> 10×."""
-    return f"{100 * value:g}%" if value < 1 else f"+{value:g}×"
-
-
+    """0.01 -> 1%, 10 -> 1,000%."""
+    return f"{100 * value:,g}%"

@@ -12,12 +12,6 @@ from attnzoo.report.columns import count, percent
 
 TOLERATED = 0.01  # a layer tolerates a candidate that changes the model by less
 
-MACS = (
-    Column("attention_macs", "attention MACs", count),
-    Column("attention_saved", "saved", percent),
-    Column("model_saved", "of the model", percent),
-)
-
 
 def tables(rows: Sequence[Row]) -> list[Table]:
     """The tables that the rows have numbers for."""
@@ -52,9 +46,21 @@ def saved(part: int | None, whole: int | None) -> float | None:
     return None if part is None or not whole else 1 - part / whole
 
 
+def _whole_percent(share: float) -> str:
+    """A saving, never -0%."""
+    return percent(round(share, 2) + 0.0)
+
+
 def signed(share: float) -> str:
     """0.012 -> +1.2%; large ones as a ratio: 3.2 -> 4.2x."""
     return f"{1 + share:,.3g}x" if share >= 1 else f"{share:+.1%}"
+
+
+MACS = (
+    Column("attention_macs", "attention MACs", count),
+    Column("attention_saved", "saved", _whole_percent),
+    Column("model_saved", "of the model", _whole_percent),
+)
 
 
 def _saved(row: Row) -> dict[str, object]:
@@ -120,7 +126,7 @@ def _embeddings(rows: list[Row]) -> Table:
     return Table(
         f"all-{_file(source)}",
         f"{rows[0].model} on {source}: sentence embeddings with every layer swapped",
-        f"{passages} passages at most, every sixth a query; cosine: mean, to the exact embedding; top-1 and top-10: share of the exact answers retrieved",
+        f"{passages} passages at most, every sixth a query; cosine: mean, to the exact embedding; top-1, top-10: share of what exact retrieves",
         columns,
         tuple(found),
         notes=_reasons(rows),
@@ -160,7 +166,11 @@ def _mixes(rows: Sequence[Row]) -> Iterable[Table]:
     chosen = [row for row in rows if row.task == "mix"]
     if not chosen:
         return
-    scores = (Column("top1", "top-1", percent), Column("top10", "top-10", percent)) if embeds(chosen) else (Column("perplexity", "perplexity", _perplexity),)
+    scores = (
+        (Column("top1", "top-1", percent), Column("top10", "top-10", percent))
+        if embeds(chosen)
+        else (Column("perplexity", "perplexity", _perplexity),)
+    )
     columns = (
         Column("tolerance", "within", lambda value: f"{value:.0%}"),
         Column("text", "text", words=True),
