@@ -97,7 +97,10 @@ def test_layers_before_the_swapped_one_are_not_computed_again_and_nothing_differ
     fresh = perplexity(subject, {layer: NARROW})
     perplexity(subject, {})  # keeps what every block gave
     ran = []
-    handles = [block.self_attn.register_forward_hook(lambda module, inputs, output, n=n: ran.append(n)) for n, block in enumerate(subject.blocks)]
+    handles = [
+        block.get_submodule("self_attn").register_forward_hook(lambda module, inputs, output, n=n: ran.append(n))
+        for n, block in enumerate(subject.blocks)
+    ]
     with torch.no_grad():
         list(
             subject.hidden(

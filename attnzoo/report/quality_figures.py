@@ -39,7 +39,8 @@ def drawings(rows: Sequence[Row]) -> list[Drawing]:
             "pareto",
             "What swapping every layer costs and saves",
             f"The {words} against the multiply-accumulates of all attentions on one sequence. Lower left is better; numbers are the variant's "
-            f"knob. Stars are mixes of attentions by layer. Changes under {LEAST:.1%} are drawn there. Dotted: what exact attention needs.",
+            "knob. Stars are mixes of attentions by layer, at their tolerance; the grey line is the Pareto front. "
+            f"Changes under {LEAST:.1%} are drawn there. Dotted: what exact attention needs.",
             pareto,
             look,
             partial(_pareto, words=words),
@@ -72,18 +73,30 @@ def _pareto(axes: Axes, rows: list[Row], look: Look, *, words: str) -> None:
         for row in curve:
             place = (row.attention_macs or 0, _drawn(row))
             axes.annotate(knob(row), place, (5, 4), textcoords="offset points", fontsize=7.5, color=look[name].color, zorder=4)
-    mixes = [row for row in rows if row.task == "mix" and row.label != EXACT]
+    mixes: dict[tuple[int, float], list[str]] = {}  # tolerances by the place of their mix
+    for row in rows:
+        if row.task == "mix" and row.label != EXACT:
+            mixes.setdefault((row.attention_macs or 0, _drawn(row)), []).append(f"{row.tolerance:.0%}")
     if mixes:
-        points = [(row.attention_macs, _drawn(row)) for row in mixes]
-        plot(axes, points, label="mix by layer", color=MIX_COLOR, marker="*", markersize=11, linestyle="none", zorder=5)
-        for row, (x, y) in zip(mixes, points, strict=True):
-            axes.annotate(f"{row.tolerance:.0%}", (x or 0, y), (6, -9), textcoords="offset points", fontsize=7.5, color=MIX_COLOR, zorder=5)
+        plot(axes, list(mixes), label="mix by layer", color=MIX_COLOR, marker="*", markersize=11, linestyle="none", zorder=5)
+    for place, tolerances in mixes.items():
+        axes.annotate(", ".join(tolerances), place, (6, -9), textcoords="offset points", fontsize=7.5, color=MIX_COLOR, zorder=5)
+    plot(axes, pareto_front(rows), color=INK, alpha=0.3, linewidth=3, drawstyle="steps-post", zorder=1)
     exact = next(row.exact_attention_macs for row in rows)
     axes.axvline(exact or 0, color=INK, linestyle=":", linewidth=1.2, label="exact attention")
     log_axis(axes, "x", [*(row.attention_macs for row in rows), exact], count_tick)
     log_axis(axes, "y", [*map(_drawn, rows), LEAST], _share)
     axes.set_xlabel("MACs of all attentions")
     axes.set_ylabel(words)
+
+
+def pareto_front(rows: Sequence[Row]) -> list[tuple[int, float]]:
+    """(attention MACs, change as drawn) of the rows that no other beats in both, by rising MACs."""
+    front: list[tuple[int, float]] = []
+    for macs, change in sorted((row.attention_macs or 0, _drawn(row)) for row in rows):
+        if not front or change < front[-1][1]:
+            front.append((macs, change))
+    return front
 
 
 def _lengths(axes: Axes, rows: list[Row], look: Look, *, words: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from attnzoo.quality.rows import EXACT, Row
-from attnzoo.report.quality_tables import TOLERATED, as_share, embeds, saved, signed, sources
+from attnzoo.report.quality_tables import TOLERATED, as_share, change_of, embeds, saved, sources
 
 
 def headlines(rows: Sequence[Row]) -> list[str]:
@@ -14,40 +14,43 @@ def headlines(rows: Sequence[Row]) -> list[str]:
 
 
 def _everywhere(rows: Sequence[Row]) -> Iterator[str]:
-    """The cheapest attention in every layer within each tolerance of the mixes, at the longest length."""
+    """The cheapest attention in every layer within each tolerance of the mixes, at the longest length; equal answers in one sentence."""
     swept = [row for row in rows if row.task == "all" and as_share(row) is not None]
     tolerances = sorted({row.tolerance for row in rows if row.task == "mix" and row.tolerance is not None}) or [TOLERATED]
     for source in sources(swept):
         longest = max(row.length for row in swept if row.text == source)
         own = [row for row in swept if row.text == source and row.length == longest]
+        answers: dict[str, list[float]] = {}
         for tolerance in tolerances:
-            yield f"{source}, {longest:,} tokens, {_within(tolerance, rows)}: {_cheapest(own, tolerance)}"
+            answers.setdefault(_cheapest(own, tolerance), []).append(tolerance)
+        for answer, shared in answers.items():
+            yield f"{source}, {longest:,} tokens, {_within(shared, rows)}: {answer}"
 
 
 def _cheapest(rows: list[Row], tolerance: float) -> str:
     fitting = [row for row in rows if abs(as_share(row) or 0.0) <= tolerance and (saved(row.attention_macs, row.exact_attention_macs) or 0) > 0]
     if not fitting:
         best = min(rows, key=lambda row: abs(as_share(row) or 0.0))
-        return f"no attention that saves MACs can be put into every layer; nearest is {best.label} ({signed(as_share(best) or 0.0)})"
+        return f"no attention that saves MACs can be put into every layer; nearest is {best.label} ({change_of(best)})"
     best = min(fitting, key=lambda row: row.attention_macs or 0)
-    return f"in every layer {best.label} ({signed(as_share(best) or 0.0)}) {_savings(best)}"
+    return f"in every layer {best.label} ({change_of(best)}) {_savings(best)}"
 
 
 def _layers(rows: Sequence[Row]) -> Iterator[str]:
     """For each candidate, the layers that tolerate it on every text."""
     tried = [row for row in rows if row.task == "layer" and row.layer is not None]
     for label in dict.fromkeys(row.label for row in tried):
-        worst: dict[int, float] = {}
+        worst: dict[int, tuple[float, Row]] = {}
         for row in tried:
             share = as_share(row)
-            if row.label == label and row.layer is not None and share is not None:
-                worst[row.layer] = max(worst.get(row.layer, 0.0), abs(share))
+            if row.label == label and row.layer is not None and share is not None and abs(share) >= worst.get(row.layer, (0.0, row))[0]:
+                worst[row.layer] = (abs(share), row)
         if worst:
-            least = max(worst, key=lambda layer: worst[layer])
-            tolerant = sum(share < TOLERATED for share in worst.values())
+            least = max(worst, key=lambda layer: worst[layer][0])
+            tolerant = sum(share < TOLERATED for share, _ in worst.values())
             yield (
                 f"{label} alone in one layer changes less than {TOLERATED:.0%} in {tolerant} of {len(worst)} layers, "
-                f"and most in layer {least} ({signed(worst[least])})"
+                f"and most in layer {least} ({change_of(worst[least][1])})"
             )
 
 
@@ -59,10 +62,10 @@ def _mixes(rows: Sequence[Row]) -> Iterator[str]:
         longest = max(row.length for row in own)
         found = [row for row in own if row.length == longest]
         if found[0].label == EXACT:
-            yield f"{_within(tolerance, rows)}: no mix that saves MACs was found"
+            yield f"{_within([tolerance], rows)}: no mix that saves MACs was found"
             continue
-        changes = ", ".join(f"{signed(as_share(row) or 0.0)} on {row.text}" for row in found)
-        yield f"mix chosen to stay {_within(tolerance, rows)}, at {longest:,} tokens of unseen text: {changes}; it {_savings(found[0])}"
+        changes = ", ".join(f"{change_of(row)} on {row.text}" for row in found)
+        yield f"mix chosen to stay {_within([tolerance], rows)}, at {longest:,} tokens of unseen text: {changes}; it {_savings(found[0])}"
 
 
 def _savings(row: Row) -> str:
@@ -70,5 +73,7 @@ def _savings(row: Row) -> str:
     return f"saves {attention or 0.0:.0%} of the attention's MACs and {model or 0.0:.1%} of the model's"
 
 
-def _within(tolerance: float, rows: Iterable[Row]) -> str:
-    return f"within a mean cosine of {1 - tolerance:g}" if embeds(rows) else f"within {tolerance:.0%} of exact perplexity"
+def _within(tolerances: Sequence[float], rows: Iterable[Row]) -> str:
+    if embeds(rows):
+        return f"within a mean cosine of {' or '.join(f'{1 - tolerance:g}' for tolerance in tolerances)}"
+    return f"within {' or '.join(f'{tolerance:.0%}' for tolerance in tolerances)} of exact perplexity"

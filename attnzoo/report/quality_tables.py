@@ -26,7 +26,7 @@ def embeds(rows: Iterable[Row]) -> bool:
 
 def change_in_words(rows: Sequence[Row]) -> str:
     """What `Row.change`, as a share, says."""
-    return "1 - cosine to the exact embedding" if embeds(rows) else "change of perplexity"
+    return "distance to the exact embedding (1 - cosine)" if embeds(rows) else "change of perplexity"
 
 
 def as_share(row: Row) -> float | None:
@@ -49,6 +49,12 @@ def saved(part: int | None, whole: int | None) -> float | None:
 def _whole_percent(share: float) -> str:
     """A saving, never -0%."""
     return percent(round(share, 2) + 0.0)
+
+
+def change_of(row: Row) -> str:
+    """A row's change in words: "cosine 0.977", "+2.3%"."""
+    share = as_share(row)
+    return "no number" if share is None else signed(share) if row.cosine is None else f"cosine {row.cosine:.3f}"
 
 
 def signed(share: float) -> str:
@@ -166,17 +172,15 @@ def _mixes(rows: Sequence[Row]) -> Iterable[Table]:
     chosen = [row for row in rows if row.task == "mix"]
     if not chosen:
         return
-    scores = (
-        (Column("top1", "top-1", percent), Column("top10", "top-10", percent))
-        if embeds(chosen)
-        else (Column("perplexity", "perplexity", _perplexity),)
-    )
+    if embeds(chosen):
+        scores = (Column("cosine", "cosine", ".4f"), Column("top1", "top-1", percent), Column("top10", "top-10", percent))
+    else:
+        scores = (Column("perplexity", "perplexity", _perplexity), Column("change", "change", signed))
     columns = (
         Column("tolerance", "within", lambda value: f"{value:.0%}"),
         Column("text", "text", words=True),
         Column("length", "n"),
         *scores,
-        Column("change", "change", signed),
         *MACS,
     )
     found = [
@@ -185,6 +189,7 @@ def _mixes(rows: Sequence[Row]) -> Iterable[Table]:
             "text": row.text,
             "length": row.length,
             "perplexity": row.perplexity,
+            "cosine": row.cosine,
             "top1": row.top1,
             "top10": row.top10,
             "change": as_share(row),
