@@ -99,7 +99,7 @@ def _perplexities(rows: list[Row]) -> Table:
         found.append({"label": label, **perplexities, "change": share, **_saved(last)})
     columns = (
         Column("label", "every layer", words=True),
-        *(Column(str(length), f"n = {length:,}", _perplexity) for length in lengths),
+        *(Column(str(length), f"{length:,}", _perplexity) for length in lengths),
         Column("change", "change", signed),
         *MACS,
     )
@@ -107,7 +107,7 @@ def _perplexities(rows: list[Row]) -> Table:
     return Table(
         f"all-{_file(source)}",
         f"{rows[0].model} on {source}: perplexity with every layer swapped",
-        "change, MACs and savings at the longest n; the shorter n are the beginning of the same text",
+        "a column a length in tokens, the shorter the beginning of the longest; change (from twice on as a ratio), MACs and savings at the longest",
         columns,
         tuple(found),
         notes=_reasons(swept),
