@@ -84,45 +84,41 @@ def test_one_reading_holds_the_shorter_ones(candidate):
     mix = everywhere(subject, candidate)
     together = subject.measure(mix, PLACE, [16, 48])
     ids = subject.tokens(PLACE, 48)[:, :16]
-    with subject.swapped(mix, 16), torch.no_grad():
+    with torch.no_grad():
         alone = subject._losses(mix, PLACE, ids).mean().exp().item()
     assert together[16].perplexity == pytest.approx(alone, rel=1e-6)
     assert together[16].predictions == 30 and together[48].predictions == 94
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_layers_before_the_swapped_one_are_not_computed_again_and_nothing_differs(layer):
+def test_layers_before_the_swapped_one_are_computed_once_and_nothing_differs(layer):
     subject = causal()
     assert len(subject.blocks) == subject.layers == 3
-    fresh = perplexity(subject, {layer: NARROW})
-    perplexity(subject, {})  # keeps what every block gave
-    ran = []
+    place = Excerpt("hamlet", "choosing", 2)
+    batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in subject.tokens(place, 48)]
+    with torch.no_grad(), subject.swapped({layer: NARROW}, 48):
+        wanted = [subject._read(batch) for batch in batches]
+    perplexity(subject, {2: LINEAR}, place=place)  # keeps what every block gives
+    ran: list[int] = []
     handles = [
         block.get_submodule("self_attn").register_forward_hook(lambda module, inputs, output, n=n: ran.append(n))
         for n, block in enumerate(subject.blocks)
     ]
     with torch.no_grad():
-        list(
-            subject.hidden(
-                {layer: NARROW},
-                PLACE,
-                48,
-                [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in subject.tokens(PLACE, 48)],
-            )
-        )
-    assert set(ran) == set(range(layer, 3))
+        found = list(subject.hidden({layer: NARROW}, place, 48, batches))
     for handle in handles:
         handle.remove()
-    assert perplexity(subject, {layer: NARROW}) == pytest.approx(fresh, rel=1e-12)
+    assert ran == 2 * list(range(layer, 3))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
     assert not any("forward" in vars(block) for block in subject.blocks)
 
 
 def test_what_was_kept_of_one_text_is_not_used_for_another():
     subject = causal()
-    other = Excerpt("macbeth", "final", 2)
-    fresh = perplexity(subject, {2: NARROW}, place=other)
-    perplexity(subject, {})
-    assert perplexity(subject, {2: NARROW}, place=other) == fresh
+    first, second = (Excerpt(text, "choosing", 2) for text in ("hamlet", "macbeth"))
+    fresh = perplexity(causal(), {2: NARROW}, place=second)
+    perplexity(subject, {2: NARROW}, place=first)
+    assert perplexity(subject, {2: NARROW}, place=second) == fresh
 
 
 def test_model_macs_are_attention_and_every_weight_that_each_token_meets():

@@ -71,10 +71,9 @@ class EncoderSubject(Subject):
     def _embed(self, mix: Mix, excerpt: Excerpt, length: int) -> Tensor:
         """(passages, width) in float64, of unit length."""
         batches, found = self._tokens(excerpt, length), []
-        with self.swapped(mix, length):
-            for batch, hidden in zip(batches, self.hidden(mix, excerpt, length, batches), strict=True):
-                mask = batch["attention_mask"][:, :, None].to(hidden)
-                found.append(normalize(((hidden * mask).sum(1) / mask.sum(1)).double(), dim=-1).cpu())
+        for batch, hidden in zip(batches, self.hidden(mix, excerpt, length, batches), strict=True):
+            mask = batch["attention_mask"][:, :, None].to(hidden)
+            found.append(normalize(((hidden * mask).sum(1) / mask.sum(1)).double(), dim=-1).cpu())
         return torch.cat(found)
 
     def _tokens(self, excerpt: Excerpt, length: int) -> list[dict[str, Tensor]]:

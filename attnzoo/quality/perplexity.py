@@ -57,8 +57,7 @@ class CausalSubject(Subject):
         one_reading = all(spec_of(candidate.name).decodes for candidate in mix.values())
         longest = self.tokens(excerpt, max(lengths))
         for group in [sorted(lengths)] if one_reading else [[length] for length in lengths]:
-            with self.swapped(mix, group[-1]):
-                losses = self._losses(mix, excerpt, longest[:, : group[-1]])
+            losses = self._losses(mix, excerpt, longest[:, : group[-1]])
             for length in group:
                 macs = self.macs_of_mix(mix, length)
                 mean = losses[:, : length - 1].mean().item()

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
+import torch
+
 from attnzoo.fidelity.candidate import Candidate
 from attnzoo.quality.mixes import Mix, as_json, label_of
 from attnzoo.quality.rows import EXACT, Key, Row
@@ -196,8 +198,8 @@ class Run:
         reason = ""
         try:
             scores = self.subject.measure(mix, excerpt, [row.length for row in blank])
-        except ValueError as error:
-            reason = str(error)
+        except (ValueError, torch.OutOfMemoryError) as error:
+            reason = str(error).splitlines()[0]
         for row in blank:
             found = _with_scores(row, scores[row.length], self.subject) if row.length in scores else replace(row, reason=reason)
             if row.task != "exact":

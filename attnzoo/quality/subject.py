@@ -18,6 +18,7 @@ from attnzoo.integrations.huggingface import find_sites
 from attnzoo.integrations.swapping import swap, unswap
 from attnzoo.quality.mixes import Mix, resolved, swap_plan
 from attnzoo.quality.resuming import blocks_of, recording, resumed
+from attnzoo.quality.texts import CHOOSING
 from attnzoo.registry import build
 
 PRODUCTS = ("Linear", "Conv1D")  # GPT-2's Conv1D is a linear layer
@@ -95,20 +96,25 @@ class Subject(ABC):
             unswap(self.model)
 
     def hidden(self, mix: Mix, excerpt: Excerpt, length: int, batches: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:
-        """Last hidden states of each batch, (batch, length, width). In the first layers that are exact, nothing is computed twice."""
-        first, key = min(mix, default=self.layers), (excerpt, length)
-        if not mix:
-            self.kept = (key, [])
-        for number, batch in enumerate(batches):
-            if not mix:
-                outputs: list[Any] = []
-                with recording(self.blocks, outputs):
-                    yield self._read(batch)
-                self.kept[1].append(outputs)
-            else:
+        """Last hidden states of each batch, (batch, length, width), from the model with this mix.
+
+        On the text to choose by, where one layer after the other is swapped, the exact layers before it are computed once.
+        """
+        first, key = min(mix, default=0), (excerpt, length)
+        if first and excerpt.part == CHOOSING and self.kept[0] != key:
+            self.kept = (key, [self._recorded(batch) for batch in batches])
+        with self.swapped(mix, length):
+            for number, batch in enumerate(batches):
                 with resumed(self.blocks, self.kept[1][number] if self.kept[0] == key else [], first):
                     found = self._read(batch)
                 yield found
+
+    def _recorded(self, batch: dict[str, Tensor]) -> list[Any]:
+        """What every block of the exact model gives."""
+        outputs: list[Any] = []
+        with recording(self.blocks, outputs):
+            self._read(batch)
+        return outputs
 
     def model_macs(self, attention_macs: int, length: int) -> int:
         """Attention, and every linear layer that runs for each token."""
