@@ -99,9 +99,9 @@ def test_layers_before_the_swapped_one_are_computed_once_and_nothing_differs(lay
     with torch.no_grad(), subject.swapped({layer: NARROW}, 48):
         wanted = [subject._read(batch) for batch in batches]
     perplexity(subject, {2: LINEAR}, place=place)  # keeps what every block gives
-    ran: list[int] = []
+    ran: list[int] = []  # by whole sequences: swap itself lets the model read a few tokens
     handles = [
-        block.get_submodule("self_attn").register_forward_hook(lambda module, inputs, output, n=n: ran.append(n))
+        block.get_submodule("self_attn").register_forward_hook(lambda module, inputs, output, n=n: ran.extend([n] * (output[0].shape[1] == 48)))
         for n, block in enumerate(subject.blocks)
     ]
     with torch.no_grad():
