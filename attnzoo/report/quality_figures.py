@@ -25,7 +25,7 @@ MIX_COLOR = "#8250df"  # of no variant: mixes are several
 
 def drawings(rows: Sequence[Row]) -> list[Drawing]:
     """The figures that the rows have numbers for."""
-    look = styles((row.variant, row.variant) for row in rows if row.task == "all" and row.variant)
+    look = styles((row.variant, row.variant) for row in rows if row.task == "all" and row.variant and as_share(row) is not None)
     whole = [row for row in rows if row.task in ("all", "mix") and as_share(row) is not None]
     longest = {source: max(row.length for row in whole if row.text == source) for source in sources(whole)}
     pareto = {
@@ -91,9 +91,10 @@ def _pareto(axes: Axes, rows: list[Row], look: Look, *, words: str) -> None:
 
 
 def pareto_front(rows: Sequence[Row]) -> list[tuple[int, float]]:
-    """(attention MACs, change as drawn) of the rows that no other beats in both, by rising MACs."""
+    """(attention MACs, change as drawn) of the rows, exact attention among them, that no other beats in both, by rising MACs."""
     front: list[tuple[int, float]] = []
-    for macs, change in sorted((row.attention_macs or 0, _drawn(row)) for row in rows):
+    exact = {(row.exact_attention_macs or 0, LEAST) for row in rows}
+    for macs, change in sorted(exact | {(row.attention_macs or 0, _drawn(row)) for row in rows}):
         if not front or change < front[-1][1]:
             front.append((macs, change))
     return front
