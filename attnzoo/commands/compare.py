@@ -52,10 +52,18 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--study", type=str, metavar="STUDY", help="with --model: quick (default), full, or a YAML file such as configs/quality/causal.yaml"
     )
     parser.add_argument(
-        "--variants", nargs="+", type=str, metavar="NAME[:OPTION=VALUE,...]", help="such as performer:num_features=64 (default: the whole zoo)"
+        "--variants",
+        nargs="+",
+        type=str,
+        metavar="NAME[:OPTION=VALUE,...]",
+        help="such as performer:num_features=64 (default: the whole zoo; with --model those of the study)",
     )
     parser.add_argument(
-        "--lengths", nargs="+", type=int, metavar="TOKENS", help=f"the longest in full, the others for their error (default: {_spaced(LENGTHS)})"
+        "--lengths",
+        nargs="+",
+        type=int,
+        metavar="TOKENS",
+        help=f"the longest in full, the others for their error (default: {_spaced(LENGTHS)}; with --model those of the study)",
     )
     parser.add_argument("--models", nargs="+", type=str, metavar="MODEL", help=f"of {', '.join(MODELS)}, {SYNTHETIC} (default: {_spaced(MODELS)})")
     parser.add_argument("--layers", nargs="+", type=int, metavar="INDEX", help="layers of the models, from 0 (default: first, middle, last)")
@@ -63,7 +71,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda or cuda:INDEX")
     parser.add_argument("--dtype", type=str, default="float32", metavar="DTYPE", help=f"one of {', '.join(DTYPES)}")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice")
-    parser.add_argument("--output", type=str, default="report", metavar="FOLDER", help="gets compare.html, compare.json and the figures")
+    parser.add_argument(
+        "--output",
+        type=str,
+        default="report",
+        metavar="FOLDER",
+        help="gets compare.html, compare.json and the figures; with --model quality-MODEL.html, .jsonl and its figures",
+    )
 
 
 def run(settings: Namespace) -> int:
@@ -113,7 +127,12 @@ def _compare(settings: Namespace) -> int:
     return 0
 
 
-COMPARE = Command("compare", "Compare variants with exact attention on queries, keys and values of real models.", add_arguments, run)
+COMPARE = Command(
+    "compare",
+    "Compare variants with exact attention: on queries, keys and values of real models, or with --model in a whole model.",
+    add_arguments,
+    run,
+)
 
 
 def write_results(comparison: Comparison, folder: Path) -> list[Path]:
