@@ -21,9 +21,10 @@ LEAD = (
 METHOD = (
     "Every candidate is tried in each layer alone, on text to choose by. A layer's candidates on the lower convex hull of (MACs saved, change) "
     "become moves, all put in order of change per MAC saved, the change being the mean size over the texts.",
-    "From exact attention everywhere, bisection finds how many moves from the front can be made together before the whole mix, measured on text "
-    "to check against, leaves the tolerance on any text. The move that breaks it is dropped, and the search goes on behind it until no move is "
-    "left or its evaluations are spent. The next tolerance starts from the mix of the last.",
+    "From exact attention everywhere, as many moves from the front are tried together as their changes, added, leave room for. Doubling and "
+    "bisection then find how many can be made before the whole mix, measured on text to check against, leaves the tolerance on any text. The move "
+    "that breaks it is dropped, and the search goes on behind it until no move is left or its evaluations are spent. The next tolerance starts "
+    "from the mix of the last.",
     "The numbers reported are of a third text, which chose nothing.",
 )
 
