@@ -1,18 +1,16 @@
-"""One line of a result file, and the file itself: appended to row by row, read back, repaired when it was cut."""
+"""One line of a result file of `attnzoo bench`, and the file itself."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from attnzoo import results
 from attnzoo.environment import MACHINE
 
-FORMAT = "attnzoo.bench/1"
-START = f'{{"format": "{FORMAT}"'  # of every line
 SDPA = "sdpa"  # the variant of the rows that call torch's SDPA directly
 
 Key = tuple[Any, ...]
@@ -32,6 +30,9 @@ class Row:
     None when decoding. least_bytes: inputs, outputs, weights and state, each moved once.
     peak_flops (FLOPs a second), bandwidth (bytes a second): measured on this machine in the same run.
     """
+
+    FORMAT: ClassVar[str] = "attnzoo.bench/1"
+    COMMAND: ClassVar[str] = "attnzoo bench"
 
     level: str
     phase: str
@@ -116,66 +117,26 @@ class Row:
     def to_json(self) -> str:
         """One line, with the derived numbers beside the measured ones for readers of the file."""
         derived = ("tokens_per_second", "flops_per_second", "bytes_per_second", "kept_speedup", "limit_seconds", "limit_share")
-        return json.dumps({"format": FORMAT, **asdict(self), **{name: getattr(self, name) for name in derived}}, allow_nan=False)
+        return json.dumps({"format": self.FORMAT, **asdict(self), **{name: getattr(self, name) for name in derived}}, allow_nan=False)
+
+    @classmethod
+    def from_fields(cls, found: dict[str, Any]) -> Row:
+        """The row of a parsed line, whose derived numbers are not read."""
+        known = {field.name: found[field.name] for field in fields(cls)}
+        quartiles = known["seconds_quartiles"]
+        return cls(**{**known, "seconds_quartiles": None if quartiles is None else (float(quartiles[0]), float(quartiles[1]))})
 
 
-class ResultFile:
-    """A JSONL file of rows. Opening it for appending drops a half last line, which an interrupted write leaves."""
+class ResultFile(results.ResultFile[Row]):
+    """A JSONL file of rows."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    def repair(self) -> str | None:
-        """Drop a half last line, and say so; None when there is none."""
-        if not self.path.exists():
-            return None
-        content = self.path.read_bytes()
-        whole, newline, rest = content.rpartition(b"\n")
-        if not rest:
-            return None
-        if _parses(rest):  # the row is whole, only its newline is missing
-            with self.path.open("ab") as file:
-                file.write(b"\n")
-            return None
-        with self.path.open("r+b") as file:
-            file.truncate(len(whole) + len(newline))
-        kept = whole.count(b"\n") + bool(newline)
-        return f"{self.path} was cut in the middle of its last line: that half line is dropped, the {kept} whole ones are kept"
-
-    def rows(self) -> list[Row]:
-        """All rows; of two with one key, the later. Raises ValueError, one sentence, on a file that is no result file."""
-        found: dict[Key, Row] = {}
-        for row in read_rows(self.path) if self.path.exists() else []:
-            found[row.key] = row
-        return list(found.values())
-
-    def append(self, row: Row) -> None:
-        """Write one row so that it survives whatever happens next."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(row.to_json() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        super().__init__(path, Row)
 
 
 def read_rows(path: str | Path) -> list[Row]:
     """The rows of a result file in order; a half last line is passed over. Raises ValueError, one sentence, on another file."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as benchmark results: {getattr(error, 'strerror', None) or error}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(_row(json.loads(line)))
-        except json.JSONDecodeError:
-            if number == len(lines) and line.startswith(START[: len(line)]):
-                continue
-            raise ValueError(f"{path}, line {number} is no JSON; give a file that `attnzoo bench` wrote, or remove that line") from None
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number} is no row of this version of `attnzoo bench` ({error})") from None
-    return rows
+    return results.read_rows(path, Row)
 
 
 def check_one_machine(some: Iterable[Environment], others: Iterable[Environment], what: str, against: str) -> None:
@@ -187,19 +148,3 @@ def check_one_machine(some: Iterable[Environment], others: Iterable[Environment]
             raise ValueError(
                 f"{what} and {against} are from different machines ({name}: {mine} and {theirs}), and times of two machines cannot be compared"
             )
-
-
-def _row(found: dict[str, Any]) -> Row:
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(f"its format is {found.get('format') if isinstance(found, dict) else type(found).__name__!r}, wanted {FORMAT!r}")
-    known = {field.name: found[field.name] for field in fields(Row)}
-    quartiles = known["seconds_quartiles"]
-    return Row(**{**known, "seconds_quartiles": None if quartiles is None else (float(quartiles[0]), float(quartiles[1]))})
-
-
-def _parses(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True

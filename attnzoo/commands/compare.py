@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,39 +46,72 @@ def add_arguments(parser: ArgumentParser) -> None:
 
     parser.add_argument("--config", action=ConfigFile, help="a YAML file with any of the settings below, such as configs/compare.yaml")
     parser.add_argument(
-        "--variants", nargs="+", type=str, metavar="NAME[:OPTION=VALUE,...]", help="such as performer:num_features=64 (default: the whole zoo)"
+        "--model", type=str, metavar="MODEL", help="quality of a whole model with its attention swapped: smollm2, minilm, or a folder"
     )
     parser.add_argument(
-        "--lengths", nargs="+", type=int, default=list(LENGTHS), metavar="TOKENS", help="the longest in full, the others for their error"
+        "--study", type=str, metavar="STUDY", help="with --model: quick (default), full, or a YAML file such as configs/quality/causal.yaml"
     )
-    parser.add_argument("--models", nargs="+", type=str, default=list(MODELS), metavar="MODEL", help=f"of {', '.join(MODELS)}, {SYNTHETIC}")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        type=str,
+        metavar="NAME[:OPTION=VALUE,...]",
+        help="such as performer:num_features=64 (default: the whole zoo; with --model those of the study)",
+    )
+    parser.add_argument(
+        "--lengths",
+        nargs="+",
+        type=int,
+        metavar="TOKENS",
+        help=f"the longest in full, the others for their error (default: {_spaced(LENGTHS)}; with --model those of the study)",
+    )
+    parser.add_argument("--models", nargs="+", type=str, metavar="MODEL", help=f"of {', '.join(MODELS)}, {SYNTHETIC} (default: {_spaced(MODELS)})")
     parser.add_argument("--layers", nargs="+", type=int, metavar="INDEX", help="layers of the models, from 0 (default: first, middle, last)")
     parser.add_argument("--heads", nargs="+", type=int, metavar="INDEX", help="query heads, from 0 (default: first, middle, last)")
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda or cuda:INDEX")
     parser.add_argument("--dtype", type=str, default="float32", metavar="DTYPE", help=f"one of {', '.join(DTYPES)}")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice")
-    parser.add_argument("--output", type=str, default="report", metavar="FOLDER", help="gets compare.html, compare.json and the figures")
+    parser.add_argument(
+        "--output",
+        type=str,
+        default="report",
+        metavar="FOLDER",
+        help="gets compare.html, compare.json and the figures; with --model quality-MODEL.html, .jsonl and its figures",
+    )
 
 
 def run(settings: Namespace) -> int:
+    """A comparison of attentions or, with --model, of a whole model with its attention swapped."""
+    if settings.model is not None:
+        from attnzoo.commands.quality import run_quality
+
+        return run_quality(settings)
+    if settings.study is not None:
+        raise ValueError("--study goes with --model, such as --model smollm2")
+    return _compare(settings)
+
+
+def _compare(settings: Namespace) -> int:
     """Check everything, then load, compare, print and write."""
     import matplotlib  # noqa: F401  (missing, it must be missed before the work, not after)
 
     import attnzoo.fidelity as fidelity
+    from attnzoo.fidelity.samples import LENGTHS
     from attnzoo.report.tables import comparison_view
 
     started = time.monotonic()
     device, dtype = fidelity.check_device(settings.device), check_dtype(settings.dtype)
     variants = None if settings.variants is None else [parse_variant(text) for text in settings.variants]
-    lengths = check_lengths(settings.lengths, settings.models)
+    models = list(MODELS) if settings.models is None else settings.models
+    lengths = check_lengths(LENGTHS if settings.lengths is None else settings.lengths, models)
     if not 0 <= settings.seed < SEEDS:
         raise ValueError(f"seed={settings.seed} is out of range; use 0 to {SEEDS - 1}")
     folder = check_folder(settings.output)
     console = messages()
     with progress_on(console) as progress:
-        samples = _samples(settings, lengths, progress)
-    _say_cuts(console, settings.models, lengths[-1])
-    _say_stand_ins(console, settings.models, samples)
+        samples = _samples(settings, models, lengths, progress)
+    _say_cuts(console, models, lengths[-1])
+    _say_stand_ins(console, models, samples)
     with progress_on(console) as progress:
         comparison = fidelity.compare(samples, variants, lengths=lengths, seed=settings.seed, device=device, dtype=dtype, progress=progress)
     interrupted = comparison.environment.get("interrupted")
@@ -94,7 +127,12 @@ def run(settings: Namespace) -> int:
     return 0
 
 
-COMPARE = Command("compare", "Compare variants with exact attention on queries, keys and values of real models.", add_arguments, run)
+COMPARE = Command(
+    "compare",
+    "Compare variants with exact attention: on queries, keys and values of real models, or with --model in a whole model.",
+    add_arguments,
+    run,
+)
 
 
 def write_results(comparison: Comparison, folder: Path) -> list[Path]:
@@ -131,15 +169,19 @@ def check_dtype(text: str) -> torch.dtype:
     return getattr(torch, text)
 
 
-def _samples(settings: Namespace, lengths: list[int], progress: Progress) -> list[Sample]:
+def _spaced(values: Iterable[object]) -> str:
+    return " ".join(map(str, values))
+
+
+def _samples(settings: Namespace, models: list[str], lengths: list[int], progress: Progress) -> list[Sample]:
     from attnzoo.fidelity import load_samples, synthetic_sample
     from attnzoo.fidelity.samples import STAND_IN_LENGTH, SYNTHETIC_SPREADS
 
-    real = [MODELS[model].title for model in settings.models if model != SYNTHETIC]
+    real = [MODELS[model].title for model in models if model != SYNTHETIC]
     samples: list[Sample] = []
     if real:
         samples += load_samples(lengths, models=real, layers=settings.layers, heads=settings.heads, seed=settings.seed, progress=progress)
-    if SYNTHETIC in settings.models:
+    if SYNTHETIC in models:
         short = sorted({min(length, STAND_IN_LENGTH) for length in lengths})
         for spread in SYNTHETIC_SPREADS:
             samples.append(synthetic_sample(lengths[-1], is_causal=True, spread=spread, seed=settings.seed))

@@ -22,6 +22,12 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = text.strip().partition(":")
     find(name)
     options = dict(_option(text, name, part) for part in rest.split(",")) if rest else {}
+    check_variant(name, options, text)
+    return name, options
+
+
+def check_variant(name: str, options: dict[str, Any], text: str = "") -> None:
+    """Build a known variant once. text: what the user wrote, for errors. Raises ValueError as `parse_variant` does."""
     types = {option.name: option.type for option in options_of(name)}
     for option, value in options.items():
         _check(name, option, value, types)
@@ -29,8 +35,7 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
     try:
         build(name, **{**trial, **options})
     except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{text}: {name} cannot be built with these options ({str(error).splitlines()[0]})") from None
-    return name, options
+        raise ValueError(f"{text or name}: {name} cannot be built with these options ({str(error).splitlines()[0]})") from None
 
 
 def _option(text: str, name: str, part: str) -> tuple[str, Any]:

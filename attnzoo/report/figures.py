@@ -143,7 +143,7 @@ def _error_against_macs(axes: Axes, rows: list[Row], look: Look) -> None:
     if exact is not None:
         axes.axvline(exact, color=INK, linestyle=":", linewidth=1.2, label="exact attention")
     _draw_mean_value(axes, rows)
-    log_axis(axes, "x", [*(row.macs for row in points), exact], _count_tick)
+    log_axis(axes, "x", [*(row.macs for row in points), exact], count_tick)
     log_axis(axes, "y", [*(row.output_error for row in points), _mean_value_error(rows)], _plain)
     axes.set_xlabel("multiply-accumulates of one forward")
     axes.set_ylabel("relative output error")
@@ -199,7 +199,7 @@ def ratio_tick(value: float) -> str:
     return f"{value:g}×"
 
 
-def _count_tick(value: float) -> str:
+def count_tick(value: float) -> str:
     """3e9 -> "3 G"."""
     return re.sub(r"\.0*(?= |$)", "", count(int(value)))
 

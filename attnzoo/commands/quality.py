@@ -1,0 +1,126 @@
+"""attnzoo compare --model: quality of a whole model with its attention swapped, row by row into a result file, then tables, figures, a page."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import Namespace
+
+from attnzoo.commands.command import messages, screen
+from attnzoo.commands.compare import INTERRUPTED, SEEDS, check_dtype
+from attnzoo.commands.output import check_folder, write_text
+from attnzoo.commands.progress import progress_on
+from attnzoo.commands.variants import check_variant, parse_variant
+
+if TYPE_CHECKING:
+    from attnzoo.quality.rows import Row
+    from attnzoo.quality.study import Study
+    from attnzoo.results import ResultFile
+
+SHIPPED = {"quick": "{kind}-quick.yaml", "full": "{kind}.yaml"}
+SAMPLED_ONLY = ("models", "layers", "heads")  # settings of a comparison of attentions that a whole model has no use for
+
+
+def run_quality(settings: Namespace) -> int:
+    """Check everything, measure what the result file does not hold, print and write."""
+    import matplotlib  # noqa: F401  (missing, it must be missed before the work, not after)
+
+    from attnzoo.environment import environment
+    from attnzoo.fidelity import check_device
+    from attnzoo.quality.models import find_model
+    from attnzoo.quality.run import Run
+    from attnzoo.quality.texts import read_text
+
+    started, console = time.monotonic(), messages()
+    for name in SAMPLED_ONLY:
+        if settings[name] is not None:
+            raise ValueError(f"--{name} does not go with --model, which swaps every layer, one layer at a time, and mixes of them")
+    if not 0 <= settings.seed < SEEDS:
+        raise ValueError(f"seed={settings.seed} is out of range; use 0 to {SEEDS - 1}")
+    device, dtype = check_device(settings.device), check_dtype(settings.dtype)
+    model = find_model(settings.model)
+    study = _study(settings, model.kind)
+    texts: Mapping[str, Mapping[str, str]] = {name: read_text(name) for name in study.texts}
+    folder = check_folder(settings.output)
+    results = _open(folder / f"quality-{model.name.lower()}.jsonl")
+    held = results.rows()
+    if held:
+        console.print(f"attnzoo: {results.path} holds {len(held)} rows, which are kept", soft_wrap=True)
+    work = Run(
+        study,
+        model.name,
+        model.sources(texts),
+        lambda: model.subject(texts, device=device, dtype=dtype, seed=settings.seed),
+        held,
+        results.append,
+        dtype=settings.dtype,
+        seed=settings.seed,
+        facts=environment(seed=settings.seed, device=device, dtype=dtype),
+    )
+    try:
+        with progress_on(console) as progress:
+            rows, interrupted = work.run(progress), False
+    except KeyboardInterrupt:
+        rows, interrupted = list(work.rows.values()), True
+        if not rows:
+            raise
+    _show(rows, folder)
+    if interrupted:
+        console.print(f"attnzoo: interrupted; finished rows are in {results.path}, and the same command goes on from there", soft_wrap=True)
+        return INTERRUPTED
+    console.print(f"finished in {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def _study(settings: Namespace, kind: str) -> Study:
+    """The study, with the variants and lengths of the command line in place of its own."""
+    from attnzoo.arguments import check_positive
+    from attnzoo.configuration import configs_folder
+    from attnzoo.fidelity.candidate import Candidate
+    from attnzoo.quality.study import read_study
+
+    name = settings.study or "quick"
+    path = configs_folder() / "quality" / SHIPPED[name].format(kind=kind) if name in SHIPPED and not Path(name).is_file() else Path(name)
+    study = read_study(path, check_variant)
+    if settings.lengths is not None:
+        study = replace(study, lengths=tuple(sorted({check_positive("length", length) for length in settings.lengths})))
+    if settings.variants is not None:
+        study = replace(study, variants=tuple(Candidate(*parse_variant(text)) for text in settings.variants))
+    return study
+
+
+def _open(path: Path) -> ResultFile[Row]:
+    from attnzoo.quality.rows import Row
+    from attnzoo.results import ResultFile
+
+    results = ResultFile(path, Row)
+    results.rows()  # another kind of file is refused before it is touched
+    said = results.repair()
+    if said is not None:
+        messages().print(f"attnzoo: {said}", soft_wrap=True)
+    return results
+
+
+def _show(rows: list[Row], folder: Path) -> None:
+    """Print the tables, and write the page and the figures."""
+    from rich.text import Text
+
+    from attnzoo.report.export import write_figures
+    from attnzoo.report.quality_figures import drawings
+    from attnzoo.report.quality_page import page
+    from attnzoo.report.quality_tables import tables
+    from attnzoo.report.tables import rich_table
+
+    for table in tables(rows):
+        screen().print(Text(table.title, style="bold"))
+        screen().print(rich_table(table))
+        for note in table.notes:
+            screen().print(Text(note, style="dim"))
+        screen().print()
+    name = f"quality-{rows[0].model.lower()}"
+    for path in [write_text(folder / f"{name}.html", page(rows)), *write_figures(drawings(rows), folder, f"{name}-")]:
+        screen().print(f"wrote {path}", soft_wrap=True)

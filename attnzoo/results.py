@@ -1,0 +1,108 @@
+"""Result files: one JSON row a line, appended as they finish, read back, repaired when one was cut."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+
+
+class ResultRow(Protocol):
+    """A row of a result file. FORMAT: what the "format" of its line says. COMMAND: the command that writes it, for errors."""
+
+    FORMAT: ClassVar[str]
+    COMMAND: ClassVar[str]
+
+    @property
+    def key(self) -> Hashable:
+        """What the row is about: of two rows with one key the later counts."""
+        ...
+
+    def to_json(self) -> str:
+        """One line, which starts with the format."""
+        ...
+
+    @classmethod
+    def from_fields(cls, found: dict[str, Any]) -> Self:
+        """The row of a parsed line. Raises KeyError, TypeError or ValueError when it is another thing."""
+        ...
+
+
+R = TypeVar("R", bound=ResultRow)
+
+
+class ResultFile(Generic[R]):
+    """A JSONL file of rows of one kind."""
+
+    def __init__(self, path: str | Path, kind: type[R]) -> None:
+        self.path = Path(path)
+        self.kind = kind
+
+    def repair(self) -> str | None:
+        """Drop a half last line, which an interrupted write leaves, and say so; None when there is none."""
+        if not self.path.exists():
+            return None
+        content = self.path.read_bytes()
+        whole, newline, rest = content.rpartition(b"\n")
+        if not rest:
+            return None
+        if _parses(rest):  # the row is whole, only its newline is missing
+            with self.path.open("ab") as file:
+                file.write(b"\n")
+            return None
+        with self.path.open("r+b") as file:
+            file.truncate(len(whole) + len(newline))
+        kept = whole.count(b"\n") + bool(newline)
+        return f"{self.path} was cut in the middle of its last line: that half line is dropped, the {kept} whole ones are kept"
+
+    def rows(self) -> list[R]:
+        """All rows; of two with one key, the later. Raises ValueError, one sentence, on a file that is no result file."""
+        found: dict[Hashable, R] = {}
+        for row in read_rows(self.path, self.kind) if self.path.exists() else []:
+            found[row.key] = row
+        return list(found.values())
+
+    def append(self, row: R) -> None:
+        """Write one row so that it survives whatever happens next."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(row.to_json() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_rows(path: str | Path, kind: type[R]) -> list[R]:
+    """The rows of a result file in order; a half last line is passed over. Raises ValueError, one sentence, on another file."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as results of `{kind.COMMAND}`: {getattr(error, 'strerror', None) or error}") from None
+    start = f'{{"format": "{kind.FORMAT}"'
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(_row(json.loads(line), kind))
+        except json.JSONDecodeError:
+            if number == len(lines) and line.startswith(start[: len(line)]):
+                continue
+            raise ValueError(f"{path}, line {number} is no JSON; give a file that `{kind.COMMAND}` wrote, or remove that line") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number} is no row of this version of `{kind.COMMAND}` ({error})") from None
+    return rows
+
+
+def _row(found: Any, kind: type[R]) -> R:
+    if not isinstance(found, dict) or found.get("format") != kind.FORMAT:
+        raise ValueError(f"its format is {found.get('format') if isinstance(found, dict) else type(found).__name__!r}, wanted {kind.FORMAT!r}")
+    return kind.from_fields(found)
+
+
+def _parses(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
