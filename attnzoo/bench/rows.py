@@ -7,12 +7,10 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 from attnzoo.environment import MACHINE
 
-FORMAT = "attnzoo.bench/1"
-START = f'{{"format": "{FORMAT}"'  # of every line
 SDPA = "sdpa"  # the variant of the rows that call torch's SDPA directly
 
 Key = tuple[Any, ...]
@@ -32,6 +30,9 @@ class Row:
     None when decoding. least_bytes: inputs, outputs, weights and state, each moved once.
     peak_flops (FLOPs a second), bandwidth (bytes a second): measured on this machine in the same run.
     """
+
+    FORMAT: ClassVar[str] = "attnzoo.bench/1"  # of the file's lines
+    WRITER: ClassVar[str] = "`attnzoo bench`"
 
     level: str
     phase: str
@@ -116,14 +117,17 @@ class Row:
     def to_json(self) -> str:
         """One line, with the derived numbers beside the measured ones for readers of the file."""
         derived = ("tokens_per_second", "flops_per_second", "bytes_per_second", "kept_speedup", "limit_seconds", "limit_share")
-        return json.dumps({"format": FORMAT, **asdict(self), **{name: getattr(self, name) for name in derived}}, allow_nan=False)
+        return json.dumps({"format": self.FORMAT, **asdict(self), **{name: getattr(self, name) for name in derived}}, allow_nan=False)
 
 
-class ResultFile:
-    """A JSONL file of rows. Opening it for appending drops a half last line, which an interrupted write leaves."""
+RowKind = TypeVar("RowKind", bound=Row)
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+
+class ResultFile(Generic[RowKind]):
+    """A JSONL file of rows of one kind. An interrupted write leaves a half last line, which `repair` drops."""
+
+    def __init__(self, path: str | Path, kind: type[RowKind] = Row) -> None:
+        self.path, self.kind = Path(path), kind
 
     def repair(self) -> str | None:
         """Drop a half last line, and say so; None when there is none."""
@@ -142,14 +146,14 @@ class ResultFile:
         kept = whole.count(b"\n") + bool(newline)
         return f"{self.path} was cut in the middle of its last line: that half line is dropped, the {kept} whole ones are kept"
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[RowKind]:
         """All rows; of two with one key, the later. Raises ValueError, one sentence, on a file that is no result file."""
-        found: dict[Key, Row] = {}
-        for row in read_rows(self.path) if self.path.exists() else []:
+        found: dict[Key, RowKind] = {}
+        for row in read_rows(self.path, self.kind) if self.path.exists() else []:
             found[row.key] = row
         return list(found.values())
 
-    def append(self, row: Row) -> None:
+    def append(self, row: RowKind) -> None:
         """Write one row so that it survives whatever happens next."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(row.to_json() + "\n")
@@ -157,8 +161,9 @@ class ResultFile:
             os.fsync(file.fileno())
 
 
-def read_rows(path: str | Path) -> list[Row]:
+def read_rows(path: str | Path, kind: type[RowKind] = Row) -> list[RowKind]:
     """The rows of a result file in order; a half last line is passed over. Raises ValueError, one sentence, on another file."""
+    start = f'{{"format": "{kind.FORMAT}"'  # of every line
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -168,13 +173,13 @@ def read_rows(path: str | Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            rows.append(_row(json.loads(line)))
+            rows.append(_row(json.loads(line), kind))
         except json.JSONDecodeError:
-            if number == len(lines) and line.startswith(START[: len(line)]):
+            if number == len(lines) and line.startswith(start[: len(line)]):
                 continue
-            raise ValueError(f"{path}, line {number} is no JSON; give a file that `attnzoo bench` wrote, or remove that line") from None
+            raise ValueError(f"{path}, line {number} is no JSON; give a file that {kind.WRITER} wrote, or remove that line") from None
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number} is no row of this version of `attnzoo bench` ({error})") from None
+            raise ValueError(f"{path}, line {number} is no row of this version of {kind.WRITER} ({error})") from None
     return rows
 
 
@@ -189,12 +194,12 @@ def check_one_machine(some: Iterable[Environment], others: Iterable[Environment]
             )
 
 
-def _row(found: dict[str, Any]) -> Row:
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(f"its format is {found.get('format') if isinstance(found, dict) else type(found).__name__!r}, wanted {FORMAT!r}")
-    known = {field.name: found[field.name] for field in fields(Row)}
+def _row(found: dict[str, Any], kind: type[RowKind]) -> RowKind:
+    if not isinstance(found, dict) or found.get("format") != kind.FORMAT:
+        raise ValueError(f"its format is {found.get('format') if isinstance(found, dict) else type(found).__name__!r}, wanted {kind.FORMAT!r}")
+    known = {field.name: found[field.name] for field in fields(kind)}
     quartiles = known["seconds_quartiles"]
-    return Row(**{**known, "seconds_quartiles": None if quartiles is None else (float(quartiles[0]), float(quartiles[1]))})
+    return kind(**{**known, "seconds_quartiles": None if quartiles is None else (float(quartiles[0]), float(quartiles[1]))})
 
 
 def _parses(line: bytes) -> bool:
