@@ -26,7 +26,6 @@ from attnzoo.registry import build
 
 INPUT_SETS = {"cpu": 1, "cuda": 4}  # on CUDA several, so that no run finds its inputs in a cache
 SHORT_PASS = 0.5  # seconds
-SHORTEST_TURN = 2e-3  # seconds: a shorter pass is repeated within its turn
 MOST_REPEATS = 64
 SURELY = 4  # times over the room for a pass: an expectation so far above it spares the try
 MOST_TOKENS = 8  # decoded in a turn: the state grows by them
@@ -74,7 +73,7 @@ def blank_row(contender: Contender | None, cell: Cell) -> Row:
 
 
 @dataclass
-class _Entry:
+class Entry:
     """A contender that passed: its row so far, what runs, and how often a turn repeats it."""
 
     row: Row
@@ -82,16 +81,18 @@ class _Entry:
     seconds: float
     on_cuda: bool
 
-    def repeats(self) -> int:
-        """Once on CUDA, where the cache is flushed before each turn."""
+    def repeats(self, shortest: float) -> int:
+        """Enough for a turn of `shortest` seconds; once on CUDA, where the cache is flushed before each turn."""
         if self.on_cuda:
             return 1
         most = MOST_TOKENS if self.row.phase == "decode" else MOST_REPEATS
-        return max(1, min(most, math.ceil(SHORTEST_TURN / max(self.seconds, 1e-9))))
+        return max(1, min(most, math.ceil(shortest / max(self.seconds, 1e-9))))
 
 
 class Bench:
     """One device, with the limits measured so far and how long each contender took at shorter lengths."""
+
+    shortest_turn = 2e-3  # seconds: a shorter pass is repeated within its turn
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self.device, self.seed = device, seed
@@ -103,10 +104,10 @@ class Bench:
 
     def measure(self, cell: Cell, contenders: list[Contender], rounds: int, budget: float) -> Iterator[Row]:
         """Rows of one setting: those without a time as soon as that is known, the timed ones together at the end."""
-        entries: list[_Entry] = []
+        entries: list[Entry] = []
         room = budget / MINIMUM_ROUNDS  # seconds for one round of all contenders
         for contender in [None, *contenders]:
-            found = self._admit(contender, cell, room - sum(entry.seconds for entry in entries))
+            found = self.admit(contender, cell, room - sum(entry.seconds for entry in entries))
             if isinstance(found, Row):
                 yield found
             else:
@@ -114,7 +115,7 @@ class Bench:
         if not entries:
             return
         try:
-            yield from self._time(entries, rounds, budget)
+            yield from self.time(entries, rounds, budget)
         except (RuntimeError, MemoryError, ValueError) as error:
             yield from (replace(entry.row, reason=_failure(error)) for entry in entries)
 
@@ -138,7 +139,7 @@ class Bench:
         row = replace(row, ran=work.attention.last_backend)
         return replace(row, reason=self._mistake(work.attention, cell) or "")
 
-    def _admit(self, contender: Contender | None, cell: Cell, room: float) -> Row | _Entry:
+    def admit(self, contender: Contender | None, cell: Cell, room: float) -> Row | Entry:
         """Build, run once, check and weigh one contender: an entry for the rounds, or a row with the reason why there is none."""
         row = replace(self.blank(contender, cell), environment=self.facts)
         try:
@@ -156,7 +157,7 @@ class Bench:
             self.seen[self._curve(row)] = (_work(row), seconds)
             if seconds > room:
                 return self._late(row, f"a pass takes {seconds:.2g} s", room)
-            return _Entry(replace(row, peak_bytes=peak_bytes(work.run, self.device)), work.run, seconds, self.device.type == "cuda")
+            return Entry(replace(row, peak_bytes=peak_bytes(work.run, self.device)), work.run, seconds, self.device.type == "cuda")
         except ValueError as error:  # what the variant or the backend cannot do
             return replace(row, reason=str(error))
         except (RuntimeError, MemoryError, ImportError) as error:
@@ -165,8 +166,8 @@ class Bench:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _time(self, entries: list[_Entry], rounds: int, budget: float) -> Iterator[Row]:
-        repeats = {number: entry.repeats() for number, entry in enumerate(entries)}
+    def time(self, entries: list[Entry], rounds: int, budget: float) -> Iterator[Row]:
+        repeats = {number: entry.repeats(self.shortest_turn) for number, entry in enumerate(entries)}
         calls: dict[str, Pass] = {str(number): partial(_repeat, entry.run, repeats[number]) for number, entry in enumerate(entries)}
         # Every contender has run at least twice by now.
         timings = interleave(calls, rounds=rounds, warmups=0, budget=budget, stopwatch=self.stopwatch)
@@ -185,7 +186,7 @@ class Bench:
                 row = replace(row, sdpa_seconds=timings[str(sdpa)].median / repeats[sdpa], sdpa_peak_bytes=entries[sdpa].row.peak_bytes)
             yield row
 
-    def _time_graphs(self, entries: list[_Entry], rounds: int, budget: float) -> dict[str, float]:
+    def _time_graphs(self, entries: list[Entry], rounds: int, budget: float) -> dict[str, float]:
         """Medians of the passes replayed as CUDA graphs; decoding changes its state in Python and is left out."""
         graphs = {str(number): captured(entry.run, self.device) for number, entry in enumerate(entries) if entry.row.phase != "decode"}
         replays = {name: replay for name, replay in graphs.items() if replay is not None}

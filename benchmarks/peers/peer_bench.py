@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peer_list import ALL, CORE, OUR_KEYS, OURS, PEERS, Peer, Ready
@@ -16,15 +17,15 @@ from torch import Tensor
 from attnzoo.attention import Attention
 from attnzoo.bench.levels import Work, passes
 from attnzoo.bench.plan import Cell, Contender
-from attnzoo.bench.rows import SDPA, Row
-from attnzoo.bench.sweep import Bench, blank_row
+from attnzoo.bench.rows import Row
+from attnzoo.bench.sweep import Bench, Entry, blank_row
+from attnzoo.bench.timing import MINIMUM_ROUNDS
 from attnzoo.fidelity.candidate import Candidate
 from attnzoo.registry import build, options_of, spec_of
 
 SAMPLED_ROWS = 64  # queries whose rows are compared with the formula
 WRONG = 1e-3  # relative error from which a peer's results are called wrong
 LEAK = 1e-5  # relative change of earlier rows from which a causal form is said to leak
-MORE_ROUNDS = 0.25  # of the budget: when it is spent, three rounds must do
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ class PeerWork(Work):
 
 class PeerBench(Bench):
     """A bench that knows peers."""
+
+    shortest_turn = 0.03
+    room = math.inf  # seconds for one pass of a peer
 
     def blank(self, contender: Contender | None, cell: Cell) -> Row:
         row = vars(blank_row(contender, cell))
@@ -96,6 +100,7 @@ class PeerBench(Bench):
 
     def measure(self, cell: Cell, contenders: Sequence[Contender], rounds: int, budget: float) -> Iterator[Row]:
         """As of every bench; the timed rows also say how long our variant of their group took in the same rounds."""
+        self.room = budget / MINIMUM_ROUNDS
         timed: list[PeerRow] = []
         for row in super().measure(cell, contenders, rounds, budget):
             if row.seconds is None:
@@ -105,11 +110,15 @@ class PeerBench(Bench):
         ours = {row.group: row.seconds for row in timed if row.is_ours}
         yield from (replace(row, ours_seconds=ours.get(row.group)) for row in timed)
 
-    def _time(self, entries: list[Any], rounds: int, budget: float) -> Iterator[Row]:
+    def admit(self, contender: Contender | None, cell: Cell, room: float) -> Row | Entry:
+        """SDPA and ours are let in whatever they take; a peer when its own passes fit the budget, whoever else is there."""
+        always = contender is None or cast(Entrant, contender).peer is None
+        return super().admit(contender, cell, math.inf if always else self.room)
+
+    def time(self, entries: list[Entry], rounds: int, budget: float) -> Iterator[Row]:
         """Side by side within a round stand those of one group."""
         groups = list(OURS)
-        ordered = sorted(entries, key=lambda entry: (entry.row.variant != SDPA, groups.index(entry.row.group)))
-        return super()._time(ordered, rounds, MORE_ROUNDS * budget)
+        return super().time(sorted(entries, key=lambda entry: groups.index(cast(PeerRow, entry.row).group)), rounds, budget)
 
 
 @torch.no_grad()

@@ -41,16 +41,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     parser = Parser(prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", default=list(OURS), choices=list(OURS), metavar="GROUP", help=f"of {', '.join(OURS)} (default: all)")
-    parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS), metavar="N", help="tokens, multiples of 1024 (default: 1024 to 16384)")
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=list(LENGTHS), metavar="N", help="tokens, multiples of 1024 (default: 1024 to 16384)"
+    )
     parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES, metavar="PASS", help="forward, forward+backward (default: both)")
     parser.add_argument("--form", choices=("causal", "bidirectional", "both"), default="both", help="default: both")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of each setting, if the budget allows; never fewer than 3 (default: 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each setting, if the budget allows; never fewer than 3 (default: 5)")
     parser.add_argument(
         "--budget",
         type=float,
-        default=90.0,
+        default=15.0,
         metavar="SECONDS",
-        help="for the rounds of one setting; what three rounds have no room for gets no time, only its reason (default: 90; a whole run: 15 minutes)",
+        help="after which a setting gets no new round, once there are 3; a peer whose pass takes longer than a third of it gets no time, only "
+        "the reason; ours and SDPA always get one (default: 15)",
     )
     parser.add_argument("--output", type=Path, default=Path("report/peers.jsonl"), metavar="FILE", help="result file (default: report/peers.jsonl)")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the tables of --output")
