@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -102,7 +102,7 @@ class Bench:
         self.prepared: tuple[Cell, list[tuple[Tensor, ...]]] | None = None
         self.seen: dict[Key, tuple[int, float]] = {}  # of a curve: least work and seconds at its last length
 
-    def measure(self, cell: Cell, contenders: list[Contender], rounds: int, budget: float) -> Iterator[Row]:
+    def measure(self, cell: Cell, contenders: Sequence[Contender], rounds: int, budget: float) -> Iterator[Row]:
         """Rows of one setting: those without a time as soon as that is known, the timed ones together at the end."""
         entries: list[Entry] = []
         room = budget / MINIMUM_ROUNDS  # seconds for one round of all contenders

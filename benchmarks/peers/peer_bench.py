@@ -9,9 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import cast
 
 import torch
-from peer_list import ALL, CORE, OUR_KEYS, OURS, PEERS, Peer, Ready
+from peer_list import ALL, CORE, OUR_KEYS, PEERS, Peer
 from peer_rows import OURS as OUR_PACKAGE
 from peer_rows import PeerRow
+from peer_settings import OURS, Ready
 from torch import Tensor
 
 from attnzoo.attention import Attention
@@ -98,15 +99,16 @@ class PeerBench(Bench):
         error, fault = judged(work.peer, work.ready, self.inputs(cell)[0], cell.is_causal)
         return replace(cast(PeerRow, row), error=error, fault=fault, compile_seconds=work.ready.compile_seconds)
 
-    def measure(self, cell: Cell, contenders: Sequence[Contender], rounds: int, budget: float) -> Iterator[Row]:
+    def measure(self, cell: Cell, contenders: Sequence[Contender], rounds: int, budget: float) -> Iterator[PeerRow]:
         """As of every bench; the timed rows also say how long our variant of their group took in the same rounds."""
         self.room = budget / MINIMUM_ROUNDS
         timed: list[PeerRow] = []
         for row in super().measure(cell, contenders, rounds, budget):
+            assert isinstance(row, PeerRow)
             if row.seconds is None:
                 yield row
             else:
-                timed.append(cast(PeerRow, row))
+                timed.append(row)
         ours = {row.group: row.seconds for row in timed if row.is_ours}
         yield from (replace(row, ours_seconds=ours.get(row.group)) for row in timed)
 

@@ -41,7 +41,7 @@ def kernel(query_features: FeatureMap, key_features: FeatureMap) -> Formula:
 
 
 def positive_features(directions: Tensor) -> FeatureMap:
-    """FAVOR+'s exp(ω·x - |x|²/2) with x scaled by head_dim^(-1/4), without the constant that a row's sum cancels. directions: (features, head_dim)."""
+    """FAVOR+'s exp(ω·x - |x|²/2) with x scaled by head_dim^(-1/4), without a constant that cancels. directions: (features, head_dim)."""
 
     def features(x: Tensor) -> Tensor:
         x = x * x.shape[-1] ** -0.25

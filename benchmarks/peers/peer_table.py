@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from peer_list import OURS
 from peer_rows import PeerRow
+from peer_settings import OURS
 
 from attnzoo.bench.rows import SDPA
 from attnzoo.cost.table import Column, Table

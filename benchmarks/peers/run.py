@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    from peer_list import OURS
+    from peer_settings import OURS
 
     parser = Parser(prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", default=list(OURS), choices=list(OURS), metavar="GROUP", help=f"of {', '.join(OURS)} (default: all)")
