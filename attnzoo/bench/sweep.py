@@ -19,7 +19,7 @@ from attnzoo.bench.memory import peak_bytes
 from attnzoo.bench.plan import Cell, Contender, ParseVariant, Plan
 from attnzoo.bench.room import out_of_memory
 from attnzoo.bench.rows import SDPA, Key, Row
-from attnzoo.bench.timing import CHECK_LENGTH, MINIMUM_ROUNDS, Timing, disagreement, interleave, mistake
+from attnzoo.bench.timing import MINIMUM_ROUNDS, Timing, disagreement, interleave, mistake
 from attnzoo.environment import environment
 from attnzoo.fidelity.candidate import Candidate
 from attnzoo.registry import build
@@ -235,9 +235,9 @@ class Bench:
         return (*row.setting, row.label, row.backend)
 
 
-def decoding_mistake(attention: Attention, q: Tensor, k: Tensor, v: Tensor, length: int = CHECK_LENGTH) -> str | None:
-    """Why `attention` must get no time for decoding, or None: its last row after `step` by `step` against the reference, run at once."""
-    q, k, v = (x[:1, :, :length] for x in (q, k, v))
+def decoding_mistake(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why `attention` must get no time for decoding, or None: its last row after `step` by `step` against the reference's."""
+    q, k, v = (x[:1] for x in (q, k, v))
     last = q.shape[2] - 1
     with torch.no_grad():
         state = attention.init_state(1, last + 1, dtype=q.dtype, device=q.device)
@@ -246,7 +246,7 @@ def decoding_mistake(attention: Attention, q: Tensor, k: Tensor, v: Tensor, leng
         found = attention.step(q[:, :, last:], k[:, :, last:], v[:, :, last:], state)[0]
         asked, attention.backend = attention.backend, "reference"
         try:
-            wanted = attention(q, k, v, is_causal=True)[:, :, last:]
+            wanted = attention(q[:, :, last:], k, v, is_causal=True)
         finally:
             attention.backend = asked
     wrong = disagreement(found, wanted)
