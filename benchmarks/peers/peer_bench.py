@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -26,6 +29,8 @@ from attnzoo.registry import build, options_of, spec_of
 
 SAMPLED_ROWS = 64  # queries whose rows are compared with the formula
 WRONG = 1e-3  # relative error from which a peer's results are called wrong
+BUILD_LOGS = "peers-build"  # folder in the environment for what failed builds said
+ERROR_LINE = re.compile(r"\s*(\w+Error|error|fatal error|\S+: error)\b")
 LEAK = 1e-5  # relative change of earlier rows from which a causal form is said to leak
 
 
@@ -60,6 +65,7 @@ class PeerBench(Bench):
     """A bench that knows peers."""
 
     shortest_turn = 0.03
+    surely = 1.5
     room = math.inf  # seconds for one pass of a peer
 
     def blank(self, contender: Contender | None, cell: Cell) -> Row:
@@ -87,9 +93,12 @@ class PeerBench(Bench):
         if not isinstance(contender, Entrant) or contender.peer is None:
             return super().prepare(contender, cell)
         peer = contender.peer
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            ready = peer.make(cell)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                ready = peer.make(cell)
+        except ImportError as error:
+            raise ImportError(missing(peer.package, error)) from None
         inputs = [tuple(_to_layout(x, peer) for x in lot) for lot in self.inputs(cell)]
         return PeerWork(passes(cell, inputs, ready.forward, ready.parameters), None, ready, peer)
 
@@ -162,6 +171,15 @@ def _from_layout(out: Tensor, q: Tensor) -> Tensor:
     if out.shape == q.shape:
         return out
     return out.reshape(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+
+
+def missing(distribution: str, error: ImportError) -> str:
+    """Why a package cannot be imported: what its build said when setup.sh tried, else the import itself."""
+    log = Path(sys.prefix) / BUILD_LOGS / f"{distribution}.txt"
+    if not log.is_file():
+        return f"{error}; benchmarks/peers/setup.sh installs {distribution}"
+    said = [line.strip() for line in log.read_text(errors="replace").splitlines() if ERROR_LINE.match(line)]
+    return f"{distribution} could not be built: {said[-1] if said else 'see ' + str(log)}"
 
 
 def _package(distribution: str) -> str:

@@ -62,7 +62,7 @@ PEERS: tuple[Peer, ...] = (
     ),
     Peer(
         "window",
-        "FlexAttention, window",
+        "FlexAttention window",
         "torch",
         flex("window"),
         includes="the attention alone, compiled; its block mask is made before",
@@ -70,7 +70,7 @@ PEERS: tuple[Peer, ...] = (
     ),
     Peer(
         "bigbird",
-        "FlexAttention, bigbird",
+        "FlexAttention bigbird",
         "torch",
         flex("bigbird"),
         includes="the attention alone, compiled; its block mask is made before",
@@ -123,7 +123,7 @@ PEERS: tuple[Peer, ...] = (
         known="its pseudo-inverse starts from one scale for all heads, and six steps do not bring it to the end",
     ),
     Peer("exact", "x-transformers flash=True", "x-transformers", x_transformers(True)),
-    Peer("window", "SDPA, dense window", "torch", dense_mask("window"), includes=WITHOUT_MASK, keys=OUR_WINDOW),
-    Peer("bigbird", "SDPA, dense bigbird", "torch", dense_mask("bigbird"), includes=WITHOUT_MASK, keys=BIGBIRD),
+    Peer("window", "SDPA dense window", "torch", dense_mask("window"), includes=WITHOUT_MASK, keys=OUR_WINDOW),
+    Peer("bigbird", "SDPA dense bigbird", "torch", dense_mask("bigbird"), includes=WITHOUT_MASK, keys=BIGBIRD),
     Peer("exact", "x-transformers", "x-transformers", x_transformers(False)),
 )

@@ -146,7 +146,10 @@ def show(rows: Sequence[PeerRow], full: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(parse(arguments))
-    except (ValueError, ImportError, OSError) as error:
+    except ImportError as error:
+        print(f"run.py: {error}; benchmarks/peers/README.md says how to set up", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 2
 
