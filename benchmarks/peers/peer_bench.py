@@ -30,7 +30,7 @@ from attnzoo.registry import build, options_of, spec_of
 SAMPLED_ROWS = 64  # queries whose rows are compared with the formula
 WRONG = 1e-3  # relative error from which a peer's results are called wrong
 BUILD_LOGS = "peers-build"  # folder in the environment for what failed builds said
-ERROR_LINE = re.compile(r"\s*(\w+Error|error|fatal error|\S+: error)\b")
+ERROR_LINE = re.compile(r"\s*(\w+Error: |\S+: (fatal )?error: )")
 LEAK = 1e-5  # relative change of earlier rows from which a causal form is said to leak
 
 
@@ -179,7 +179,7 @@ def missing(distribution: str, error: ImportError) -> str:
     if not log.is_file():
         return f"{error}; benchmarks/peers/setup.sh installs {distribution}"
     said = [line.strip() for line in log.read_text(errors="replace").splitlines() if ERROR_LINE.match(line)]
-    return f"{distribution} could not be built: {said[-1] if said else 'see ' + str(log)}"
+    return f"{distribution} could not be built: {said[0] if said else 'see ' + str(log)}"
 
 
 def _package(distribution: str) -> str:
