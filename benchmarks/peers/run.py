@@ -50,10 +50,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--budget",
         type=float,
-        default=15.0,
+        default=9.0,
         metavar="SECONDS",
         help="after which a setting gets no new round, once there are 3; a peer whose pass takes longer than a third of it gets no time, only "
-        "the reason; ours and SDPA always get one (default: 15)",
+        "the reason; ours and SDPA always get one (default: 9)",
     )
     parser.add_argument("--output", type=Path, default=Path("report/peers.jsonl"), metavar="FILE", help="result file (default: report/peers.jsonl)")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the tables of --output")
