@@ -13,7 +13,8 @@ import argparse
 import json
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 os.environ.setdefault("OMP_PROC_BIND", "true")  # before torch is imported: unbound, two threads may come to share one core
@@ -31,7 +32,7 @@ from attnzoo.registry import options_of, spec_of
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 SHORT = 64  # tokens where the overhead is measured
 TURN = 0.02  # seconds that a turn lasts at least
-ROUNDS, SHORT_ROUNDS, SHORT_REPEATS = 9, 25, 200
+ROUNDS, LONG_ROUNDS, SHORT_ROUNDS, SHORT_REPEATS = 15, 5, 25, 200
 TARGETS = {"standard against SDPA": 1.03, "overhead": 40e-6}
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -76,8 +77,7 @@ def hollow(variant: str) -> Attention:
     return attention
 
 
-def standard_rows(longest: int) -> list[dict[str, object]]:
-    rows = []
+def standard_rows(longest: int) -> Iterator[dict[str, object]]:
     for length in (length for length in LENGTHS if length <= longest):
         for learns in (False, True):
             for is_causal in (False, True):
@@ -87,15 +87,13 @@ def standard_rows(longest: int) -> list[dict[str, object]]:
                     lambda q, k, v, is_causal=is_causal: F.scaled_dot_product_attention(q, k, v, is_causal=is_causal),
                     length,
                     learns,
-                    ROUNDS if length < LENGTHS[-1] else 3,
+                    ROUNDS if length <= 2048 else LONG_ROUNDS,
                 )
                 ratio = statistics.median(mine / theirs for mine, theirs in zip(ours.seconds, direct.seconds, strict=True))
-                rows.append(_row("standard against SDPA", "standard", length, learns, is_causal, ours, direct, ratio))
-    return rows
+                yield _row("standard against SDPA", "standard", length, learns, is_causal, ours, direct, ratio)
 
 
-def overhead_rows() -> list[dict[str, object]]:
-    rows = []
+def overhead_rows() -> Iterator[dict[str, object]]:
     for variant in attnzoo.names():
         for learns in (False, True):
             for is_causal in (False, True) if spec_of(variant).causal else (False,):
@@ -109,8 +107,7 @@ def overhead_rows() -> list[dict[str, object]]:
 
                 taken = interleave({"turn": turn}, rounds=SHORT_ROUNDS)["turn"]
                 ours = Timing(tuple(seconds / SHORT_REPEATS for seconds in taken.seconds))
-                rows.append(_row("overhead", variant, SHORT, learns, is_causal, ours, None, ours.median))
-    return rows
+                yield _row("overhead", variant, SHORT, learns, is_causal, ours, None, ours.median)
 
 
 def _row(what: str, variant: str, length: int, learns: bool, is_causal: bool, ours: Timing, bare: Timing | None, result: float) -> dict[str, object]:
@@ -136,7 +133,7 @@ def main() -> None:
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     where = environment(seed=0, device=torch.device("cpu"), dtype=torch.float32)
     with settings.output.open("w") as file:
-        for row in [*overhead_rows(), *standard_rows(settings.longest)]:
+        for row in chain(overhead_rows(), standard_rows(settings.longest)):
             file.write(json.dumps({**row, "environment": where}) + "\n")
             form = "causal" if row["is_causal"] else "not causal"
             shown = f"{float(str(row['result'])) * 1e6:6.1f} µs" if row["what"] == "overhead" else f"{row['result']:6.3f}x"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from typing import Any
 
 import peer_formulas as formulas
@@ -27,7 +28,8 @@ def fast_transformers(cell: Cell) -> Ready:
 
 
 def fla_naive(cell: Cell) -> Ready:
-    from fla.ops.linear_attn.naive import naive_chunk_linear_attn
+    with warnings.catch_warnings(action="ignore"):  # it regrets that there is no GPU
+        from fla.ops.linear_attn.naive import naive_chunk_linear_attn
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return naive_chunk_linear_attn(F.elu(q) + 1, F.elu(k) + 1, v, scale=1.0, normalize=True)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 os.environ.setdefault("OMP_PROC_BIND", "true")  # before torch is imported: unbound, two threads may come to share one core
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compilers beside what is timed
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler warns of memory that was there before it
 
 if TYPE_CHECKING:
     from peer_rows import PeerRow
