@@ -91,7 +91,7 @@ class Entry:
 class Bench:
     """One device, with the limits measured so far and how long each contender took at shorter lengths."""
 
-    shortest_turn = 2e-3  # seconds: a shorter pass is repeated within its turn
+    shortest_turn = 0.02  # seconds: a shorter pass is repeated within its turn
     surely = 4.0  # times over the room for a pass: an expectation so far above it spares the try, a first pass the check
 
     def __init__(self, device: torch.device, seed: int) -> None:

@@ -64,7 +64,6 @@ class PeerWork(Work):
 class PeerBench(Bench):
     """A bench that knows peers."""
 
-    shortest_turn = 0.03
     surely = 1.5
     room = math.inf  # seconds for one pass of a peer
 
