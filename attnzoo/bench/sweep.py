@@ -155,7 +155,8 @@ class Bench:
             row = self.judge(row, work, cell)
             if row.reason:
                 return row
-            if seconds < SHORT_PASS or self.device.type == "cuda":  # a first pass there is made of what later ones need not do again
+            # A first pass is made of what later ones need not do again; one that is long, but not too long, may stand for them all the same.
+            if not SHORT_PASS <= seconds <= room or self.device.type == "cuda":
                 seconds = self.stopwatch(work.run)
             self.seen[self._curve(row)] = (_work(row), seconds)
             if seconds > room:
