@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -132,9 +133,9 @@ def shield_past(call: Call, *, may_stall: bool = False) -> tuple[Call, Tensor | 
     if not call.is_causal or k.is_meta:
         return call, None
     look = not torch.compiler.is_compiling() and (may_stall or not k.is_cuda)
-    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
-    if look and bool(torch.isfinite(k.sum(dtype=wide) + v.sum(dtype=wide))):
+    if look and _all_finite(k.detach(), v.detach()):
         return call, None
+    wide = _summed_in(k)
     bad = ~torch.isfinite(k.sum(-1, dtype=wide) + v.sum(-1, dtype=wide))  # (batch, kv_heads, key_length)
     slots = bad[..., None]
     reached = bad.any(1).cumsum(-1) > 0
@@ -142,3 +143,14 @@ def shield_past(call: Call, *, may_stall: bool = False) -> tuple[Call, Tensor | 
     common = min(call.query_length, call.key_length)
     rows[:, call.query_length - common :] = reached[:, call.key_length - common :]
     return replace(call, k=k.masked_fill(slots, 0.0), v=v.masked_fill(slots, 0.0)), rows
+
+
+def _all_finite(k: Tensor, v: Tensor) -> bool:
+    """False when there is a NaN or inf in k or v, and perhaps when their squares overflow."""
+    if k.shape == v.shape and k.is_contiguous() and v.is_contiguous() and k.dtype == _summed_in(k):
+        return math.isfinite(torch.dot(k.view(-1), v.view(-1)).item())  # whatever multiplies a NaN or inf, the sum is no number
+    return math.isfinite((k.sum(dtype=_summed_in(k)) + v.sum(dtype=_summed_in(k))).item())
+
+
+def _summed_in(k: Tensor) -> torch.dtype:
+    return torch.float64 if k.dtype == torch.float64 else torch.float32

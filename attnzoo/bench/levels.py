@@ -105,13 +105,13 @@ def _core(contender: Contender | None, cell: Cell, inputs: Sequence[tuple[Tensor
     if contender is None:
         if cell.phase == "decode":
             return Work(_decode_directly(*inputs[0]), None)
-        return Work(_passes(cell, inputs, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=cell.is_causal), ()), None)
+        return Work(passes(cell, inputs, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=cell.is_causal), ()), None)
     options = options_for(contender, cell, seed)
     attention = build(contender.candidate.name, heads=cell.shape.heads, head_dim=cell.shape.head_dim, **options)
     attention = attention.eval().to(inputs[0][0].device, inputs[0][0].dtype)
     if cell.phase == "decode":
         return Work(_decode(attention, *inputs[0]), attention)
-    run = _passes(cell, inputs, lambda q, k, v: attention(q, k, v, is_causal=cell.is_causal), tuple(attention.parameters()))
+    run = passes(cell, inputs, lambda q, k, v: attention(q, k, v, is_causal=cell.is_causal), tuple(attention.parameters()))
     return Work(run, attention)
 
 
@@ -126,10 +126,10 @@ def _module(contender: Contender | None, cell: Cell, inputs: Sequence[tuple[Tens
     if cell.level == "layer":
         module = Layer(width, module)
     module = module.eval().to(inputs[0][0].device, inputs[0][0].dtype)
-    return Work(_passes(cell, inputs, lambda x: module(x, cell.is_causal), tuple(module.parameters())), attention)
+    return Work(passes(cell, inputs, lambda x: module(x, cell.is_causal), tuple(module.parameters())), attention)
 
 
-def _passes(cell: Cell, inputs: Sequence[tuple[Tensor, ...]], forward: Callable[..., Tensor], parameters: tuple[Tensor, ...]) -> Pass:
+def passes(cell: Cell, inputs: Sequence[tuple[Tensor, ...]], forward: Callable[..., Tensor], parameters: tuple[Tensor, ...]) -> Pass:
     """Forward, or forward and backward to all inputs and parameters, on one set of inputs after another."""
     sets = cycle(inputs)
     if cell.phase == "forward":

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from attnzoo import results
-from attnzoo.environment import MACHINE
 
 SDPA = "sdpa"  # the variant of the rows that call torch's SDPA directly
 
@@ -120,31 +118,23 @@ class Row:
         return json.dumps({"format": self.FORMAT, **asdict(self), **{name: getattr(self, name) for name in derived}}, allow_nan=False)
 
     @classmethod
-    def from_fields(cls, found: dict[str, Any]) -> Row:
+    def from_fields(cls, found: dict[str, Any]) -> Self:
         """The row of a parsed line, whose derived numbers are not read."""
         known = {field.name: found[field.name] for field in fields(cls)}
         quartiles = known["seconds_quartiles"]
         return cls(**{**known, "seconds_quartiles": None if quartiles is None else (float(quartiles[0]), float(quartiles[1]))})
 
 
-class ResultFile(results.ResultFile[Row]):
-    """A JSONL file of rows."""
-
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(path, Row)
+RowKind = TypeVar("RowKind", bound=Row)
 
 
-def read_rows(path: str | Path) -> list[Row]:
+class ResultFile(results.ResultFile[RowKind]):
+    """A JSONL file of rows of one kind."""
+
+    def __init__(self, path: str | Path, kind: type[RowKind] = Row) -> None:
+        super().__init__(path, kind)
+
+
+def read_rows(path: str | Path, kind: type[RowKind] = Row) -> list[RowKind]:
     """The rows of a result file in order; a half last line is passed over. Raises ValueError, one sentence, on another file."""
-    return results.read_rows(path, Row)
-
-
-def check_one_machine(some: Iterable[Environment], others: Iterable[Environment], what: str, against: str) -> None:
-    """Raise ValueError when environments of rows are of two machines. what, against: where the two lots are from, in words."""
-    here, there = ({tuple((facts or {}).get(name) for name in MACHINE) for facts in lot} for lot in (some, others))
-    for one in here:
-        for other in there - {one}:
-            name, mine, theirs = next(found for found in zip(MACHINE, one, other, strict=True) if found[1] != found[2])
-            raise ValueError(
-                f"{what} and {against} are from different machines ({name}: {mine} and {theirs}), and times of two machines cannot be compared"
-            )
+    return results.read_rows(path, kind)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,21 +13,20 @@ from torch import Tensor
 from attnzoo.attention import Attention
 from attnzoo.bench import amounts
 from attnzoo.bench.cuda import captured, stopwatch_of
-from attnzoo.bench.levels import Pass, core_inputs, layer_inputs, options_for, prepare
+from attnzoo.bench.levels import Pass, Work, core_inputs, layer_inputs, options_for, prepare
 from attnzoo.bench.limits import Limits, measure_limits
 from attnzoo.bench.memory import peak_bytes
 from attnzoo.bench.plan import Cell, Contender, ParseVariant, Plan
 from attnzoo.bench.room import out_of_memory
 from attnzoo.bench.rows import SDPA, Key, Row
-from attnzoo.bench.timing import CHECK_LENGTH, MINIMUM_ROUNDS, Timing, disagreement, interleave, mistake
+from attnzoo.bench.timing import MINIMUM_ROUNDS, Timing, disagreement, interleave, mistake
 from attnzoo.environment import environment
 from attnzoo.fidelity.candidate import Candidate
 from attnzoo.registry import build
 
 INPUT_SETS = {"cpu": 1, "cuda": 4}  # on CUDA several, so that no run finds its inputs in a cache
-SHORTEST_TURN = 2e-3  # seconds: a shorter pass is repeated within its turn
+SHORT_PASS = 0.5  # seconds
 MOST_REPEATS = 64
-SURELY = 4  # times over the room for a pass: an expectation so far above it spares the try
 MOST_TOKENS = 8  # decoded in a turn: the state grows by them
 
 Progress = Callable[[str, int, int], None]
@@ -73,7 +72,7 @@ def blank_row(contender: Contender | None, cell: Cell) -> Row:
 
 
 @dataclass
-class _Entry:
+class Entry:
     """A contender that passed: its row so far, what runs, and how often a turn repeats it."""
 
     row: Row
@@ -81,16 +80,19 @@ class _Entry:
     seconds: float
     on_cuda: bool
 
-    def repeats(self) -> int:
-        """Once on CUDA, where the cache is flushed before each turn."""
+    def repeats(self, shortest: float) -> int:
+        """Enough for a turn of `shortest` seconds; once on CUDA, where the cache is flushed before each turn."""
         if self.on_cuda:
             return 1
         most = MOST_TOKENS if self.row.phase == "decode" else MOST_REPEATS
-        return max(1, min(most, math.ceil(SHORTEST_TURN / max(self.seconds, 1e-9))))
+        return max(1, min(most, math.ceil(shortest / max(self.seconds, 1e-9))))
 
 
 class Bench:
     """One device, with the limits measured so far and how long each contender took at shorter lengths."""
+
+    shortest_turn = 0.02  # seconds: a shorter pass is repeated within its turn
+    surely = 4.0  # times over the room for a pass: an expectation so far above it spares the try, a first pass the check
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self.device, self.seed = device, seed
@@ -100,12 +102,12 @@ class Bench:
         self.prepared: tuple[Cell, list[tuple[Tensor, ...]]] | None = None
         self.seen: dict[Key, tuple[int, float]] = {}  # of a curve: least work and seconds at its last length
 
-    def measure(self, cell: Cell, contenders: list[Contender], rounds: int, budget: float) -> Iterator[Row]:
+    def measure(self, cell: Cell, contenders: Sequence[Contender], rounds: int, budget: float) -> Iterator[Row]:
         """Rows of one setting: those without a time as soon as that is known, the timed ones together at the end."""
-        entries: list[_Entry] = []
+        entries: list[Entry] = []
         room = budget / MINIMUM_ROUNDS  # seconds for one round of all contenders
         for contender in [None, *contenders]:
-            found = self._admit(contender, cell, room - sum(entry.seconds for entry in entries))
+            found = self.admit(contender, cell, room - sum(entry.seconds for entry in entries))
             if isinstance(found, Row):
                 yield found
             else:
@@ -113,30 +115,53 @@ class Bench:
         if not entries:
             return
         try:
-            yield from self._time(entries, rounds, budget)
+            yield from self.time(entries, rounds, budget)
         except (RuntimeError, MemoryError, ValueError) as error:
             yield from (replace(entry.row, reason=_failure(error)) for entry in entries)
 
-    def _admit(self, contender: Contender | None, cell: Cell, room: float) -> Row | _Entry:
+    def blank(self, contender: Contender | None, cell: Cell) -> Row:
+        """The row of a contender before anything is measured."""
+        return blank_row(contender, cell)
+
+    def prepare(self, contender: Contender | None, cell: Cell) -> Work:
+        """A contender, ready to run."""
+        return prepare(contender, cell, self.inputs(cell), self.seed)
+
+    def counted(self, contender: Contender, cell: Cell) -> Attention | None:
+        """The attention whose closed form counts a contender's work, or None when there is no such form."""
+        options = options_for(contender, cell, self.seed)
+        return build(contender.candidate.name, heads=cell.shape.heads, head_dim=cell.shape.head_dim, **options)
+
+    def judge(self, row: Row, work: Work, cell: Cell) -> Row:
+        """The row after a look at what the work computes: with a reason when it must get no time."""
+        if work.attention is None:
+            return row
+        row = replace(row, ran=work.attention.last_backend)
+        return replace(row, reason=self._mistake(work.attention, cell) or "")
+
+    def admit(self, contender: Contender | None, cell: Cell, room: float) -> Row | Entry:
         """Build, run once, check and weigh one contender: an entry for the rounds, or a row with the reason why there is none."""
-        row = replace(blank_row(contender, cell), environment=self.facts)
+        row = replace(self.blank(contender, cell), environment=self.facts)
         try:
             row = self._with_amounts(row, contender, cell)
             expected = self._expected_seconds(row)
-            if expected > SURELY * room:
+            if expected > self.surely * room:
                 return self._late(row, f"a pass would take about {expected:.2g} s by its work and its time at a shorter length", room)
-            work = prepare(contender, cell, self._inputs(cell), self.seed)
-            work.run()
-            if work.attention is not None:
-                row = replace(row, ran=work.attention.last_backend)
-                wrong = self._mistake(work.attention, cell)
-                if wrong is not None:
-                    return replace(row, reason=wrong)
+            work = self.prepare(contender, cell)
             seconds = self.stopwatch(work.run)
+            if seconds > self.surely * room and self.device.type == "cpu":
+                self.seen[self._curve(row)] = (_work(row), seconds)
+                return self._late(row, f"a pass takes {seconds:.2g} s", room)
+            row = self.judge(row, work, cell)
+            if row.reason:
+                return row
+            # A first pass is made of what later ones need not do again; one that is long, but not too long, may stand for them all the same.
+            if not SHORT_PASS <= seconds <= room or self.device.type == "cuda":
+                seconds = self.stopwatch(work.run)
             self.seen[self._curve(row)] = (_work(row), seconds)
             if seconds > room:
                 return self._late(row, f"a pass takes {seconds:.2g} s", room)
-            return _Entry(replace(row, peak_bytes=peak_bytes(work.run, self.device)), work.run, seconds, self.device.type == "cuda")
+            return Entry(replace(row, peak_bytes=peak_bytes(work.run, self.device)), work.run, seconds, self.device.type == "cuda")
         except ValueError as error:  # what the variant or the backend cannot do
             return replace(row, reason=str(error))
         except (RuntimeError, MemoryError, ImportError) as error:
@@ -145,10 +170,11 @@ class Bench:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _time(self, entries: list[_Entry], rounds: int, budget: float) -> Iterator[Row]:
-        repeats = {number: entry.repeats() for number, entry in enumerate(entries)}
+    def time(self, entries: list[Entry], rounds: int, budget: float) -> Iterator[Row]:
+        repeats = {number: entry.repeats(self.shortest_turn) for number, entry in enumerate(entries)}
         calls: dict[str, Pass] = {str(number): partial(_repeat, entry.run, repeats[number]) for number, entry in enumerate(entries)}
-        timings = interleave(calls, rounds=rounds, budget=budget, stopwatch=self.stopwatch)
+        # Every contender has run at least twice by now.
+        timings = interleave(calls, rounds=rounds, warmups=0, budget=budget, stopwatch=self.stopwatch)
         graphs = self._time_graphs(entries, rounds, budget) if self.device.type == "cuda" else {}
         sdpa = next((number for number, entry in enumerate(entries) if entry.row.variant == SDPA), None)
         for number, entry in enumerate(entries):
@@ -164,7 +190,7 @@ class Bench:
                 row = replace(row, sdpa_seconds=timings[str(sdpa)].median / repeats[sdpa], sdpa_peak_bytes=entries[sdpa].row.peak_bytes)
             yield row
 
-    def _time_graphs(self, entries: list[_Entry], rounds: int, budget: float) -> dict[str, float]:
+    def _time_graphs(self, entries: list[Entry], rounds: int, budget: float) -> dict[str, float]:
         """Medians of the passes replayed as CUDA graphs; decoding changes its state in Python and is left out."""
         graphs = {str(number): captured(entry.run, self.device) for number, entry in enumerate(entries) if entry.row.phase != "decode"}
         replays = {name: replay for name, replay in graphs.items() if replay is not None}
@@ -172,13 +198,13 @@ class Bench:
 
     def _with_amounts(self, row: Row, contender: Contender | None, cell: Cell) -> Row:
         exact = amounts.exact(cell)
-        attention = exact if contender is None else _for_costs(contender, cell, self.seed)
+        attention = exact if contender is None else self.counted(contender, cell)
         limits = self._limits(cell.dtype)
         return replace(
             row,
-            macs=amounts.macs(attention, cell),
+            macs=None if attention is None else amounts.macs(attention, cell),
             sdpa_macs=amounts.macs(exact, cell),
-            least_bytes=amounts.least_bytes(attention, cell),
+            least_bytes=amounts.least_bytes(attention or exact, cell),
             peak_flops=limits.peak_flops,
             bandwidth=limits.bandwidth,
         )
@@ -188,7 +214,7 @@ class Bench:
             self.limits[dtype] = measure_limits(self.device, getattr(torch, dtype), self.stopwatch)
         return self.limits[dtype]
 
-    def _inputs(self, cell: Cell) -> list[tuple[Tensor, ...]]:
+    def inputs(self, cell: Cell) -> list[tuple[Tensor, ...]]:
         """The same sets for all contenders of a cell, made once."""
         if self.prepared is None or self.prepared[0] != cell:
             self.prepared = None  # the last cell's go before new ones come
@@ -213,9 +239,9 @@ class Bench:
         return (*row.setting, row.label, row.backend)
 
 
-def decoding_mistake(attention: Attention, q: Tensor, k: Tensor, v: Tensor, length: int = CHECK_LENGTH) -> str | None:
-    """Why `attention` must get no time for decoding, or None: its last row after `step` by `step` against the reference, run at once."""
-    q, k, v = (x[:1, :, :length] for x in (q, k, v))
+def decoding_mistake(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why `attention` must get no time for decoding, or None: its last row after `step` by `step` against the reference's."""
+    q, k, v = (x[:1] for x in (q, k, v))
     last = q.shape[2] - 1
     with torch.no_grad():
         state = attention.init_state(1, last + 1, dtype=q.dtype, device=q.device)
@@ -224,17 +250,11 @@ def decoding_mistake(attention: Attention, q: Tensor, k: Tensor, v: Tensor, leng
         found = attention.step(q[:, :, last:], k[:, :, last:], v[:, :, last:], state)[0]
         asked, attention.backend = attention.backend, "reference"
         try:
-            wanted = attention(q, k, v, is_causal=True)[:, :, last:]
+            wanted = attention(q[:, :, last:], k, v, is_causal=True)
         finally:
             attention.backend = asked
     wrong = disagreement(found, wanted)
     return None if wrong is None else f"a decoded row is off the reference by {wrong}"
-
-
-def _for_costs(contender: Contender, cell: Cell, seed: int) -> Attention:
-    """The variant at the cell's sizes."""
-    options = options_for(contender, cell, seed)
-    return build(contender.candidate.name, heads=cell.shape.heads, head_dim=cell.shape.head_dim, **options)
 
 
 def _work(row: Row) -> int:

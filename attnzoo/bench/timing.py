@@ -16,7 +16,8 @@ from attnzoo.call import UnsupportedError
 
 #: Allowed ||fast - reference||_F / ||reference||_F by dtype: some hundred roundings, far below what a wrong kernel gives.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-CHECK_LENGTH = 257
+WHOLE_LENGTH = 1024  # up to which every row is checked
+CHECK_LENGTH, SAMPLED_ROWS = 257, 64  # beyond it: every row of so many tokens, and so many rows of the full length
 MINIMUM_ROUNDS = 3  # a median of fewer says nothing
 
 
@@ -81,29 +82,52 @@ def interleave(
     return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
 
 
-def mistake(
-    attention: Attention, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, length: int = CHECK_LENGTH, backward: bool = False
-) -> str | None:
+def mistake(attention: Attention, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, backward: bool = False) -> str | None:
     """Why `attention`'s last backend must get no time, or None when it agrees with its own reference.
 
-    Call it after a forward. Both run on the first `length` tokens of the first batch entry; where the backend refuses that
-    length, on the whole entry. Agreement: a relative Frobenius error within `TOLERANCE` of the dtype. backward: the gradients of q, k and v
-    must agree too.
+    Call it after a forward. Both run on the first batch entry. Up to `WHOLE_LENGTH` tokens every row is compared; beyond, every row
+    of the first `CHECK_LENGTH` tokens (where the backend takes so few), and at the full length `SAMPLED_ROWS` last rows, causal as
+    many about the middle too: a row asks the reference for its own scores only. Agreement: a relative Frobenius error within
+    `TOLERANCE` of the dtype. backward: the gradients of q, k and v, from those rows, must agree too.
     """
     fast, reference = copy.deepcopy(attention), copy.deepcopy(attention)
     fast.backend, reference.backend = attention.last_backend or "auto", "reference"
-    for stop in (min(length, q.shape[2]), q.shape[2]):
-        part = [x[:1, :, :stop] for x in (q, k, v)]
-        try:
-            answers = zip(_answers(fast, part, is_causal, backward), _answers(reference, part, is_causal, backward), strict=True)
-        except UnsupportedError:
-            continue
-        for what, (found, wanted) in zip(("", "'s gradient of q", "'s gradient of k", "'s gradient of v"), answers, strict=False):
-            wrong = disagreement(found, wanted)
-            if wrong is not None:
-                return f"backend {fast.backend}{what} is off its reference by {wrong}"
-        return None
-    return f"backend {fast.backend} refuses the shapes on which it could be checked"
+    inputs = [x[:1] for x in (q, k, v)]
+    length = q.shape[2]
+    prefix = length if length <= WHOLE_LENGTH else CHECK_LENGTH
+    try:
+        wrong = _mistake_in(fast, reference, [x[:, :, :prefix] for x in inputs], [slice(0, prefix)], is_causal, backward)
+    except UnsupportedError as error:
+        if prefix == length:
+            raise UnsupportedError(f"backend {fast.backend} cannot be checked: {error}") from None
+        wrong = None
+    if wrong is not None or prefix == length or not attention.spec.cross:
+        return wrong
+    ends = [length, length // 2 + 1] if is_causal else [length]
+    return _mistake_in(fast, reference, inputs, [slice(end - SAMPLED_ROWS, end) for end in ends], is_causal, backward)
+
+
+def _mistake_in(
+    fast: Attention, reference: Attention, inputs: Sequence[Tensor], parts: Sequence[slice], is_causal: bool, backward: bool
+) -> str | None:
+    """What is wrong in some rows: `fast` gives all, the reference those rows alone, standing at the end of the keys that it is given."""
+    with torch.set_grad_enabled(backward):
+        leaves = [x.detach().requires_grad_(backward) for x in inputs]
+        out = fast(*leaves, is_causal=is_causal)
+        for rows in parts:
+            ours = [x.detach().requires_grad_(backward) for x in inputs]
+            wanted = reference(ours[0][:, :, rows], *(x[:, :, : rows.stop] for x in ours[1:]), is_causal=is_causal)
+            pairs = [("", out[:, :, rows].detach(), wanted.detach())]
+            if backward:
+                direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(0)).to(wanted)
+                found = torch.autograd.grad(out[:, :, rows], leaves, direction, retain_graph=True, materialize_grads=True)
+                gradients = torch.autograd.grad(wanted, ours, direction, materialize_grads=True)
+                pairs += [(f"'s gradient of {name}", *pair) for name, *pair in zip("qkv", found, gradients, strict=True)]
+            for what, one, other in pairs:
+                wrong = disagreement(one, other)
+                if wrong is not None:
+                    return f"backend {fast.backend}{what} is off its reference by {wrong}"
+    return None
 
 
 def disagreement(found: Tensor, wanted: Tensor) -> str | None:
@@ -111,13 +135,3 @@ def disagreement(found: Tensor, wanted: Tensor) -> str | None:
     error = float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-300))
     tolerance = TOLERANCE[found.dtype]
     return None if error <= tolerance else f"{error:.2g} (allowed {tolerance:g} in {str(found.dtype).removeprefix('torch.')})"
-
-
-def _answers(attention: Attention, part: Sequence[Tensor], is_causal: bool, backward: bool) -> list[Tensor]:
-    """The output, and the gradients of q, k and v when asked for."""
-    with torch.set_grad_enabled(backward):
-        leaves = [x.detach().requires_grad_(backward) for x in part]
-        out = attention(*leaves, is_causal=is_causal)
-        generator = torch.Generator().manual_seed(0)
-        direction = torch.randn(out.shape, generator=generator).to(out)
-        return [out.detach(), *(torch.autograd.grad(out, leaves, direction, materialize_grads=True) if backward else ())]

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from attnzoo.bench.crossover import NOTE, Crossover, curves, memory_crossover, time_crossover
 from attnzoo.bench.rows import SDPA, Row
 from attnzoo.cost.table import Column, Table
+from attnzoo.registry import names, spec_of
 from attnzoo.report.bench_figures import panel_title, panels
 from attnzoo.report.columns import count, duration, memory, percent, ratio
 
@@ -72,10 +73,11 @@ def _numbers(row: Row) -> dict[str, object]:
 
 
 def crossover_table(rows: Iterable[Row]) -> Table:
-    """Where every contender starts to win over exact SDPA, in time and in memory."""
+    """Where every contender but exact attention itself starts to win over SDPA, in time and in memory."""
     found = []
+    exact = {SDPA, *(name for name in names() if spec_of(name).family == "exact")}
     for curve in curves(rows).values():
-        if curve[0].variant != SDPA and time_crossover(curve) is not None:
+        if curve[0].variant not in exact and time_crossover(curve) is not None:
             setting = panel_title(curve[0]).replace("\n", "; ")
             texts = {"time": _text(time_crossover(curve)), "memory": _text(memory_crossover(curve))}
             found.append({"contender": curve[0].contender, "setting": setting, **texts})
