@@ -53,6 +53,15 @@ def test_only_what_asks_for_a_gradient_gets_one() -> None:
         close(again.detach(), found, 1e-11, "gradient to be differentiated again")
 
 
+def test_a_redraw_before_the_backward_pass_is_noticed() -> None:
+    attn = Case("performer").build()
+    q, k, v, upstream = (x.float() for x in tensors(Situation(20, 20)))
+    out = attn(q.requires_grad_(), k, v)
+    attn.redraw(1)  # type: ignore[operator]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward(upstream)
+
+
 @pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
 @pytest.mark.parametrize("name", ["linear", "performer"])
 def test_autocast_changes_nothing(name: str, is_causal: bool) -> None:

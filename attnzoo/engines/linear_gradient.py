@@ -98,8 +98,9 @@ class _Attend(torch.autograd.Function):
         out = join(rows(), call.query_length, 2)
         normalized = (out, torch.cat(divisors, 2)) if divisors else (None, None)
         kept = [x for past in pasts for x in ((None, None) if past is None else (past.sums, past.log_scale))]
-        ctx.save_for_backward(q, k, v, key_mask, *normalized, *kept)
-        ctx.feature_map, ctx.is_causal = feature_map, is_causal
+        # Buffers, so that torch notices if one is changed (a redraw) before the backward pass reads it.
+        ctx.save_for_backward(q, k, v, key_mask, *normalized, *kept, *feature_map.buffers())
+        ctx.feature_map, ctx.is_causal, ctx.kept = feature_map, is_causal, len(kept)
         return out
 
     @staticmethod
@@ -110,7 +111,8 @@ class _Attend(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated again
             found = _differentiable(ctx.feature_map, call, gradient)
         else:
-            pasts = [None if sums is None else Past(sums, log_scale) for sums, log_scale in zip(kept[::2], kept[1::2], strict=True)]
+            sums, log_scales = kept[: ctx.kept : 2], kept[1 : ctx.kept : 2]
+            pasts = [None if one is None else Past(one, log_scale) for one, log_scale in zip(sums, log_scales, strict=True)]
             rows = _Rows(gradient, out, divisor)
             with _full_precision(q.device):
                 found = (_backward_causal if ctx.is_causal else _backward_bidirectional)(ctx.feature_map, call, rows, pasts)
