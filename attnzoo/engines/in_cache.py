@@ -19,7 +19,7 @@ from attnzoo.call import Call
 from attnzoo.engines.softmax import Softmax
 
 DTYPES = (torch.float32, torch.float64)  # those in which sums run in the inputs' own precision
-SCORES = 2**17  # scores that one thread computes at a time: with their keys and values they stay in its cache
+SCORES = 3 * 2**16  # scores that one thread computes at a time: with their keys and values they stay in its cache
 
 
 class Memory:
