@@ -19,7 +19,7 @@ from attnzoo.call import Call
 from attnzoo.engines.softmax import Softmax
 
 DTYPES = (torch.float32, torch.float64)  # those in which sums run in the inputs' own precision
-SCORES = 2**17  # scores that one thread computes at a time: with their keys and values they stay in its cache
+SCORES = 3 * 2**16  # scores that one thread computes at a time: with their keys and values they stay in its cache
 
 
 class Memory:
@@ -83,9 +83,9 @@ def cap(visible: Tensor, like: Tensor) -> Tensor:
     return torch.where(visible, torch.inf, -torch.inf).to(like.dtype)
 
 
-def parts_at_a_time(size: int, keys: int) -> int:
-    """How many groups of `size` rows with `keys` keys each make a piece."""
-    return max(1, SCORES // (size * keys)) * torch.get_num_threads()
+def parts_at_a_time(size: int, keys: int, threads: int | None = None) -> int:
+    """How many groups of `size` rows with `keys` keys each make a piece. threads: those that share it, all by default."""
+    return max(1, SCORES // (size * keys)) * (threads or torch.get_num_threads())
 
 
 def serves(engine: Softmax, call: Call) -> bool:
