@@ -1,0 +1,61 @@
+"""Closed forms of peak memory, against the allocator's own events."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, can, cases
+
+from attnzoo import Attention
+from attnzoo.bench.memory import peak_bytes
+
+SIZES = [(1, 1), (63, 63), (257, 257), (800, 800), (1, 65), (140, 257), (65, 18), (300, 600)]
+
+
+def measured(attn: Attention, batch: int, lengths: tuple[int, int], kv_heads: int, is_causal: bool, dtype: torch.dtype, training: bool) -> int:
+    """Peak of a forward without gradients, or of a forward and its backward pass."""
+    q = torch.randn(batch, attn.heads, lengths[0], attn.head_dim, dtype=dtype, requires_grad=training)
+    k, v = (torch.randn(batch, kv_heads, lengths[1], attn.head_dim, dtype=dtype, requires_grad=training) for _ in "kv")
+    upstream = torch.randn_like(q)
+
+    def run() -> torch.Tensor:
+        with torch.set_grad_enabled(training):
+            out = attn(q, k, v, is_causal=is_causal)
+        if training:
+            out.backward(upstream)
+        return out
+
+    attn.zero_grad()
+    return peak_bytes(run)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_peaks_are_the_allocators(case: Case, is_causal: bool) -> None:
+    if not can(case.spec, is_causal):
+        pytest.skip(f"{case.variant} cannot run so")
+    for dtype in (torch.float32, torch.float64):
+        attn = case.build(dtype=dtype)
+        for lengths in SIZES:
+            for batch, kv_heads in ((2, 2), (1, 4), (3, 1)):
+                cost = attn.cost(batch, *lengths, kv_heads=kv_heads, is_causal=is_causal, dtype=dtype)
+                if cost.forward_bytes is None or cost.training_bytes is None:
+                    pytest.skip(f"{case.variant} has no closed form of its peaks")
+                peaks = [measured(attn, batch, lengths, kv_heads, is_causal, dtype, training) for training in (False, True)]
+                assert peaks == [cost.forward_bytes, cost.training_bytes], (lengths, batch, kv_heads, dtype)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_thread_has_working_memory(threads: int) -> None:
+    """Large enough that each kernel works on whole tiles."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        attn = Case("standard").build()
+        cost = attn.cost(1, 1000)
+        assert [measured(attn, 1, (1000, 1000), 4, False, torch.float32, training) for training in (False, True)] == [
+            cost.forward_bytes,
+            cost.training_bytes,
+        ]
+    finally:
+        torch.set_num_threads(before)
