@@ -77,8 +77,7 @@ class Linformer(Attention):
 
     def refuse(self, call: Call) -> None:
         super().refuse(call)
-        if call.key_length > self.max_length:
-            raise ValueError(f"key_length={call.key_length} is longer than max_length={self.max_length}; build linformer with a larger max_length")
+        self._check_length(call.key_length)
 
     def attend(self, call: Call, backend: str) -> tuple[Tensor, str]:
         k, v = (repeat_heads(x, call.group) if self.sharing == "none" else x for x in (call.k, call.v))
@@ -88,6 +87,7 @@ class Linformer(Attention):
         return out, name
 
     def count(self, shape: Shape) -> Cost:
+        self._check_length(shape.key_length)
         per_head = self.sharing == "none"
         projections = 1 if self.value_projection is self.key_projection else 2
         memory = ProjectedMemory(shape, self.rank, self.max_length, per_head)
@@ -103,6 +103,10 @@ class Linformer(Attention):
             forward_bytes=memory.forward(),
             training_bytes=memory.training(),
         )
+
+    def _check_length(self, key_length: int) -> None:
+        if key_length > self.max_length:
+            raise ValueError(f"key_length={key_length} is longer than max_length={self.max_length}; build linformer with a larger max_length")
 
     def _no_causal(self) -> str:
         return f"linformer cannot be causal: every projected key mixes the whole length, the future included; use {self._others(causal=True)}"
