@@ -18,7 +18,7 @@ from attnzoo.cost import counting, folding
 from attnzoo.cost.handles import einsum_macs
 from attnzoo.cost.huggingface_flops import whole_model
 from attnzoo.cost.model_flops import Chosen
-from attnzoo.engines.linear import CHUNK
+from attnzoo.engines.linear_chunks import CHUNK
 
 pytest.importorskip("fvcore")
 HEADS, HEAD_DIM = 4, 8

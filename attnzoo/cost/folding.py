@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from attnzoo.call import Call
 from attnzoo.engines import sparse_blocks
 from attnzoo.engines.engine import Engine
-from attnzoo.engines.linear import CAUSAL_CHUNK, CHUNK, Linear
+from attnzoo.engines.linear import Linear
+from attnzoo.engines.linear_chunks import CAUSAL_CHUNK, CHUNK
 from attnzoo.engines.sparse import Sparse
 from attnzoo.patterns import BlockPattern, Grid
 
