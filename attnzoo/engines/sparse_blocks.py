@@ -5,19 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from attnzoo.call import Call
+from attnzoo.engines import in_cache
 from attnzoo.engines.pieces import at_a_time, join
 from attnzoo.engines.softmax import Softmax, sdpa
 from attnzoo.patterns import BlockPattern, Grid, distinct
 
-Tail = Literal["absent", "last", "mixed"]
-TAILS: tuple[Tail, ...] = ("absent", "last", "mixed")
 GATHERED = 2**18  # numbers of k that are gathered at a time: with as many of v they stay in cache
 
 
@@ -25,15 +23,14 @@ GATHERED = 2**18  # numbers of k that are gathered at a time: with as many of v 
 class Run:
     """Consecutive query blocks first..end (counted from the first that holds a query) that see `width` key blocks each.
 
-    sees_all: they see every key. tail: whether the last, partly filled key block is seen by none of them, by all of them
-    (then it stands last), or by some.
+    sees_all: they see every key. tail: some of them see the last key block, and it is partly filled.
     """
 
     first: int
     end: int
     width: int
     sees_all: bool
-    tail: Tail
+    tail: bool
 
 
 def runs(pattern: BlockPattern, grid: Grid) -> list[Run]:
@@ -56,14 +53,13 @@ def _fields_of_runs(pattern: BlockPattern, grid: Grid) -> tuple[tuple, ...]:
     last = grid.num_key_blocks(pattern.block_size) - 1
     ragged = grid.key_length % pattern.block_size > 0 and not grid.is_causal  # when causal, only the diagonal block meets the ragged end
     widths = (blocks <= last).sum(-1)[0]
-    tails = (blocks == last).any(-1)
     sees_all = torch.zeros_like(widths, dtype=torch.bool) if grid.is_causal else pattern.sees_all(grid)
-    tail = torch.where(tails.all(0), 1, 2 * tails.any(0).long()) * int(ragged)  # an index into TAILS
-    fields = torch.stack([torch.where(sees_all, last + 1, widths), sees_all.long(), tail], 1)
+    tail = (blocks == last).any(-1).any(0) & ragged
+    fields = torch.stack([torch.where(sees_all, last + 1, widths), sees_all.long(), tail.long()], 1)
     distinct_fields, lengths = fields.unique_consecutive(dim=0, return_counts=True)
     ends = lengths.cumsum(0)
     rows = zip((ends - lengths).tolist(), ends.tolist(), distinct_fields.tolist(), strict=True)
-    return tuple((first, end, width, bool(full), TAILS[tail]) for first, end, (width, full, tail) in rows)
+    return tuple((first, end, width, bool(full), bool(tail)) for first, end, (width, full, tail) in rows)
 
 
 def sorted_key_blocks(pattern: BlockPattern, grid: Grid) -> Tensor:
@@ -80,7 +76,7 @@ def count_pairs(pattern: BlockPattern, grid: Grid) -> tuple[int, int]:
     tail = grid.key_length - last * size
     computed = 0
     for run in runs(pattern, grid):
-        keys = grid.key_length if run.sees_all else run.width * size - (size - tail if run.tail == "last" else 0)
+        keys = grid.key_length if run.sees_all else run.width * size
         computed += grid.heads * (run.end - run.first) * size * keys
     blocks = sorted_key_blocks(pattern, grid)
     keys = ((blocks < last) * size + (blocks == last) * tail).sum(-1)  # (heads or 1, query_blocks)
@@ -97,12 +93,69 @@ def count_pairs(pattern: BlockPattern, grid: Grid) -> tuple[int, int]:
 
 
 def attend(engine: Softmax, pattern: BlockPattern, call: Call, grid: Grid) -> Tensor:
-    """A·v for a block pattern: head by head, and in a head run by run."""
+    """A·v for a block pattern, over whole blocks of queries and keys."""
     size = pattern.block_size
-    ahead = grid.offset % size  # empty rows before the first query of its block
-    q = _pad(call.q, ahead, -grid.key_length % size).unflatten(2, (-1, size))
-    k, v = (_pad(x, 0, -grid.key_length % size).unflatten(2, (-1, size)) for x in (call.k, call.v))
+    ahead, spare = grid.offset % size, -grid.key_length % size  # empty rows before the first query of its block, empty slots at the end
+    q, (k, v) = _pad(call.q, ahead, spare), (_pad(x, 0, spare) for x in (call.k, call.v))
     blocks, found = sorted_key_blocks(pattern, grid), runs(pattern, grid)
+    if in_cache.serves(engine, call):
+        key_mask = call.key_mask
+        if key_mask is None and any(run.tail for run in found):
+            key_mask = torch.ones(1, grid.key_length, dtype=torch.bool)
+        key_cap = None if key_mask is None else in_cache.cap(torch.nn.functional.pad(key_mask, (0, spare)), q)
+        out = in_cache.attend(engine, q, k, v, key_cap, blocks, partial(_pieces, size, grid, found))
+    else:
+        out = _head_by_head(engine, q.unflatten(2, (-1, size)), k.unflatten(2, (-1, size)), v.unflatten(2, (-1, size)), blocks, found, call)
+    return out[:, :, ahead : ahead + grid.query_length]
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Consecutive blocks of rows, from row `first` on, with the blocks of keys that `chosen` lists for one after the other."""
+
+    first: int
+    shape: tuple[int, int, int]
+    chosen: Tensor
+    caps: tuple[in_cache.Cap, ...]
+
+    def rows(self, x: Tensor) -> Tensor:
+        parts, size, _ = self.shape
+        return x.narrow(0, self.first, parts * size).view(parts, size, x.shape[1])
+
+    def keys(self, x: Tensor, name: str, memory: in_cache.Memory) -> Tensor:
+        parts, size, keys = self.shape
+        fetched = memory(name, len(self.chosen), size, x.shape[1])
+        torch.index_select(x.view(-1, size, x.shape[1]), 0, self.chosen, out=fetched)
+        return fetched.view(parts, keys, x.shape[1])
+
+    def add(self, gradient: Tensor, total: Tensor) -> None:
+        size, width = self.shape[1], total.shape[1]
+        total.view(-1, size, width).index_add_(0, self.chosen, gradient.view(-1, size, width))
+
+
+def _pieces(size: int, grid: Grid, found: list[Run], q: Tensor, blocks: Tensor | None) -> list[list[in_cache.Piece]]:
+    """Every head's pieces; heads that draw nothing of their own share theirs."""
+    assert blocks is not None
+    diagonal = in_cache.cap(torch.ones(size, size, dtype=torch.bool).tril(), q)
+
+    def of_head(blocks: Tensor) -> Iterator[in_cache.Piece]:
+        for run in found:
+            keys = grid.key_length if run.sees_all else run.width * size
+            caps = (in_cache.Cap(keys - size, keys, diagonal),) if grid.is_causal and keys else ()
+            together = run.end - run.first if not keys else max(1, in_cache.SCORES // (size * keys)) if run.sees_all else in_cache.parts_at_a_time(size, keys)
+            for start in range(run.first, run.end, together):
+                end = min(start + together, run.end)
+                if run.sees_all or not keys:
+                    yield in_cache.Slices(start * size, (1, (end - start) * size, keys), 0)
+                else:
+                    yield Gathered(start * size, (end - start, size, keys), blocks[start:end, : run.width].flatten(), caps)
+
+    pieces = [list(of_head(own)) for own in blocks]
+    return pieces if len(pieces) == grid.heads else pieces * grid.heads
+
+
+def _head_by_head(engine: Softmax, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, found: list[Run], call: Call) -> Tensor:
+    """q, k, v: (batch, heads, blocks, block_size, head_dim)."""
 
     def rows() -> Iterator[Tensor]:
         keys, values = k.unbind(1), v.unbind(1)  # not k[:, head]: the gradient of that is as large as k, once for every head
@@ -115,8 +168,7 @@ def attend(engine: Softmax, pattern: BlockPattern, call: Call, grid: Grid) -> Te
                     yield from _gathered(engine, run, part, keys[kv_head], values[kv_head], blocks[head % blocks.shape[0]], call)
 
     heads, query_blocks = q.shape[1:3]
-    out = join(rows(), heads * query_blocks, 1).unflatten(1, (heads, query_blocks)).flatten(2, 3)
-    return out[:, :, ahead : ahead + grid.query_length]
+    return join(rows(), heads * query_blocks, 1).unflatten(1, (heads, query_blocks)).flatten(2, 3)
 
 
 def _pad(x: Tensor, before: int, after: int) -> Tensor:
@@ -143,10 +195,6 @@ def _gathered(engine: Softmax, run: Run, q: Tensor, k: Tensor, v: Tensor, blocks
     for start in range(0, rows, together):
         chosen = blocks[run.first + start : min(run.first + start + together, run.end), : run.width]
         keys, values, mask = _gather(k, chosen), _gather(v, chosen), _mask(run, chosen, call, size, spare)
-        if run.tail == "last":
-            used = keys.shape[2] - spare
-            keys, values = keys[:, :, :used], values[:, :, :used]
-            mask = None if mask is None else mask[..., :used]
         yield sdpa(engine, q[:, start : start + together], keys, values, mask, every_row_sees=call.key_mask is None)
 
 
@@ -162,7 +210,7 @@ def _mask(run: Run, chosen: Tensor, call: Call, size: int, spare: int) -> Tensor
         column = torch.arange(run.width * size, device=chosen.device) - (run.width - 1) * size
         mask = (column <= torch.arange(size, device=chosen.device)[:, None])[None, None]
     padded = call.key_mask
-    if padded is None and run.tail == "mixed":
+    if padded is None and run.tail:
         padded = torch.ones(call.q.shape[0], call.key_length, dtype=torch.bool, device=chosen.device)
     if padded is not None:
         padded = torch.nn.functional.pad(padded, (0, spare)).unflatten(1, (-1, size))

@@ -1,8 +1,11 @@
-"""What autograd keeps of a sparse softmax for the backward pass, in bytes, by the backend `blocks`; as in `memory`."""
+"""What autograd keeps of a sparse softmax for the backward pass, in bytes, by the backend `blocks`; as in `memory`.
+
+In float32 and float64 (`in_cache`) that is q, k and v. In half precision torch's SDPA does the work, piece by piece, and every piece keeps its own.
+"""
 
 from __future__ import annotations
 
-from attnzoo.engines import sparse_blocks, sparse_windows
+from attnzoo.engines import in_cache, sparse_blocks, sparse_windows
 from attnzoo.engines.engine import Shape
 from attnzoo.engines.memory import fused
 from attnzoo.patterns import BlockPattern, Grid, Window
@@ -12,6 +15,8 @@ INDEX_BYTES = 8  # of an int64
 
 def windows(pattern: Window, shape: Shape) -> int:
     """Edges and blocks hold views of q, k and v; grouped heads cost the blocks a copy of their queries."""
+    if shape.dtype in in_cache.DTYPES:
+        return shape.input_bytes
     grid, group, size = _grid(shape), shape.heads // shape.kv_heads, shape.dtype.itemsize
     found = sparse_windows.plan(pattern, grid)
     edges = [edge for edge in sparse_windows.edges(pattern, grid) if edge[2] < edge[3]]
@@ -39,13 +44,17 @@ def _edge_is_masked(pattern: Window, grid: Grid, first: int, end: int, low: int,
 
 
 def blocks(pattern: BlockPattern, shape: Shape) -> int:
-    """Every head keeps its gathered keys and values; q itself, or its padded copy; where the blocks were fetched from."""
+    """q, k and v, padded to whole blocks, and where blocks are fetched from. In half precision, every head's gathered keys and values."""
     grid, size, element = _grid(shape), pattern.block_size, shape.dtype.itemsize
     ahead, spare = grid.offset % size, -grid.key_length % size
     positions = ahead + shape.query_length + spare
     chosen = sparse_blocks.sorted_key_blocks(pattern, grid)
     per_number = shape.batch_size * shape.head_dim * element
     kept = shape.heads * positions * per_number
+    if shape.dtype in in_cache.DTYPES:
+        slots = shape.key_length + spare
+        key_cap = slots * element if any(run.tail for run in sparse_blocks.runs(pattern, grid)) else 0
+        return kept + 2 * shape.kv_heads * slots * per_number + key_cap + chosen.nbytes
     whole_index = False
     found = [run for run in sparse_blocks.runs(pattern, grid) if run.width or run.sees_all]
     if any(run.sees_all for run in found):
@@ -61,11 +70,10 @@ def blocks(pattern: BlockPattern, shape: Shape) -> int:
             whole_index = True  # a view of the list of blocks
         else:
             kept += 2 * shape.heads * rows * run.width * INDEX_BYTES
-        used = slots - (spare if run.tail == "last" else 0)
         if shape.is_causal:
-            kept += shape.heads * size * used * element
-        elif run.tail == "mixed":
-            kept += shape.heads * shape.batch_size * rows * used * element
+            kept += shape.heads * size * slots * element
+        elif run.tail:
+            kept += shape.heads * shape.batch_size * rows * slots * element
     return kept + (chosen.nbytes if whole_index else 0)
 
 

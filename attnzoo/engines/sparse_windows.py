@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnzoo.call import Call
+from attnzoo.engines import in_cache
 from attnzoo.engines.pieces import at_a_time, join
 from attnzoo.engines.softmax import Softmax, sdpa
 from attnzoo.patterns import Grid, Window
 
 BLOCK = 64  # queries that share a slice: larger wastes scores outside the window, smaller starves the matmuls
+LINE = 16  # a slice is a multiple of so many keys, for the sake of aligned scores
 SLICED = 2**21  # numbers in the gradient of the slices that are held at a time
 
 
@@ -34,8 +37,8 @@ class Plan:
 
 def plan(pattern: Window, grid: Grid) -> Plan:
     """Where every row of a block has its whole window inside the keys."""
-    before = pattern.window - 1
-    after = 0 if grid.is_causal else before
+    after = 0 if grid.is_causal else pattern.window - 1
+    before = pattern.window - 1 + -(pattern.window - 1 + BLOCK + after) % LINE
     start = min(max(0, before - grid.offset), grid.query_length)
     end = min(grid.query_length, grid.key_length - after - grid.offset)
     blocks = max(0, end - start) // BLOCK
@@ -68,6 +71,9 @@ def count_pairs(pattern: Window, grid: Grid) -> tuple[int, int]:
 
 def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid) -> Tensor:
     """A·v for a window pattern: the first edge, the whole blocks, the last edge."""
+    if in_cache.serves(engine, call):
+        key_cap = None if call.key_mask is None else in_cache.cap(call.key_mask, call.q)
+        return in_cache.attend(engine, call.q, call.k, call.v, key_cap, None, partial(_pieces, pattern, grid))
     found, pieces = plan(pattern, grid), edges(pattern, grid)
     if found.blocks:
         before = 1 if found.start else 0
@@ -82,6 +88,34 @@ def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid) -> Tensor:
             yield _middle(engine, pattern, q, k, v, call, grid, piece[2]) if middle else _edge(engine, pattern, q, k, v, call, grid, piece)
 
     return join(rows(), call.query_length, 2)
+
+
+def _pieces(pattern: Window, grid: Grid, q: Tensor, _: Tensor | None) -> list[list[in_cache.Slices]]:
+    """The same for every head."""
+    found, pieces = plan(pattern, grid), []
+    for first, end, low, high in edges(pattern, grid):
+        keys = high - low
+        size = max(BLOCK, in_cache.SCORES // max(1, keys))
+        for start in range(first, end, size):
+            stop = min(start + size, end)
+            band = _band(pattern, grid, torch.arange(grid.offset + start, grid.offset + stop), torch.arange(low, high))
+            pieces.append(in_cache.Slices(start, (1, stop - start, keys), low, (in_cache.Cap(0, keys, in_cache.cap(band, q)),)))
+    band = _band(pattern, grid, torch.arange(BLOCK) + found.before, torch.arange(found.slice_length))
+    corners = _corners(in_cache.cap(band, q))
+    together = in_cache.parts_at_a_time(BLOCK, found.slice_length)
+    for block in range(0, found.blocks, together):
+        first, blocks = found.start + block * BLOCK, min(together, found.blocks - block)
+        pieces.append(in_cache.Slices(first, (blocks, BLOCK, found.slice_length), grid.offset + first - found.before, corners))
+    return [pieces] * grid.heads
+
+
+def _corners(cap: Tensor) -> tuple[in_cache.Cap, ...]:
+    """What hides some key of a block's slice: all but the keys in the middle, which every row sees."""
+    seen = torch.cat([cap.new_full((1,), -torch.inf), cap.amin(0), cap.new_full((1,), -torch.inf)]) > 0
+    if not seen.any():
+        return (in_cache.Cap(0, cap.shape[1], cap),)
+    first, last = int(seen.long().argmax()) - 1, cap.shape[1] - (int(seen.flip(0).long().argmax()) - 1)
+    return tuple(in_cache.Cap(a, b, cap[:, a:b].contiguous()) for a, b in ((0, first), (last, cap.shape[1])) if a < b)
 
 
 def _middles(found: Plan, grid: Grid, call: Call) -> list[tuple[int, int, int, int]]:
