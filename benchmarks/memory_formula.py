@@ -2,9 +2,9 @@
 
     python benchmarks/memory_formula.py [--output benchmarks/results/memory_formula.jsonl] [--lengths 1024 4096 ...] [--device cpu]
 
-Two heads of 64, float32; peaks are beyond the inputs. forward: `Cost.forward_bytes`. recording: what autograd holds after the forward,
-`Cost.kept_bytes`, without q, k and v, which were there before, and with the output. both: `Cost.training_bytes`. The ratio is peak over
-formula. Recording has no formula of its own peak, so what an operator needs while it runs is in its ratio.
+Two heads of 64, float32; peaks are beyond the inputs, and the ratio is peak over formula. forward: `Cost.forward_bytes`. recording: the
+larger of that and of what autograd holds after the forward, `Cost.kept_bytes`, without q, k and v and with the output. both:
+`Cost.training_bytes`.
 
 On a GPU (--device cuda) the peaks are those of torch's caching allocator. The formulas are of the CPU's kernels, so the ratios say
 how far they carry; this has not run on a GPU.
@@ -48,13 +48,13 @@ def measured(attention: Attention, n: int, is_causal: bool, kind: str, device: t
 
 
 def formulas(cost: Cost, n: int, family: str) -> dict[str, int | None]:
-    """Bytes of each kind by the closed form; None where there is none."""
-    tensor = HEADS * n * HEAD_DIM * 4
-    held = None if cost.kept_bytes is None else cost.kept_bytes - 3 * tensor + (0 if family in OUTPUT_IS_KEPT else tensor)
-    return {"forward": cost.forward_bytes, "recording": held, "both": cost.training_bytes}
-
-
-OUTPUT_IS_KEPT = ("exact", "low_rank")  # families whose backward pass needs the very output that they return
+    """Bytes of each kind by the closed forms; None where there is none."""
+    recording = None
+    if cost.kept_bytes is not None and cost.forward_bytes is not None:
+        tensor = HEADS * n * HEAD_DIM * 4
+        held = cost.kept_bytes - 3 * tensor + (tensor if family == "sparse" else 0)  # the others keep the very output that they return
+        recording = max(cost.forward_bytes, held)
+    return {"forward": cost.forward_bytes, "recording": recording, "both": cost.training_bytes}
 
 
 def rows(name: str, is_causal: bool, lengths: tuple[int, ...], device: torch.device) -> list[dict[str, object]]:
@@ -75,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Allocator peaks against the closed forms.")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/memory_formula.jsonl"))
     parser.add_argument("--lengths", type=int, nargs="+", default=None)
+    parser.add_argument("--variants", nargs="+", default=None)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +84,7 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"{'variant':16}{'form':15}{'length':>8}" + "".join(f"{kind + ', MiB':>16}{'ratio':>8}" for kind in KINDS))
     with arguments.output.open("w") as file:
-        for name in attnzoo.names():
+        for name in arguments.variants or attnzoo.names():
             spec = spec_of(name)
             lengths = tuple(arguments.lengths or (QUADRATIC_LENGTHS if "n²" in spec.complexity else LENGTHS))
             for is_causal in [form for form, able in ((False, spec.bidirectional), (True, spec.causal)) if able]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import Case, can, cases
 
+import attnzoo
 from attnzoo import Attention
 from attnzoo.bench.memory import peak_bytes
 
@@ -30,7 +31,7 @@ def measured(attn: Attention, batch: int, lengths: tuple[int, int], kv_heads: in
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
-@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.parametrize("case", [case for case in cases() if case.spec.family in ("exact", "low_rank")], ids=str)
 def test_peaks_are_the_allocators(case: Case, is_causal: bool) -> None:
     if not can(case.spec, is_causal):
         pytest.skip(f"{case.variant} cannot run so")
@@ -39,8 +40,6 @@ def test_peaks_are_the_allocators(case: Case, is_causal: bool) -> None:
         for lengths in SIZES:
             for batch, kv_heads in ((2, 2), (1, 4), (3, 1)):
                 cost = attn.cost(batch, *lengths, kv_heads=kv_heads, is_causal=is_causal, dtype=dtype)
-                if cost.forward_bytes is None or cost.training_bytes is None:
-                    pytest.skip(f"{case.variant} has no closed form of its peaks")
                 peaks = [measured(attn, batch, lengths, kv_heads, is_causal, dtype, training) for training in (False, True)]
                 assert peaks == [cost.forward_bytes, cost.training_bytes], (lengths, batch, kv_heads, dtype)
 
@@ -59,3 +58,15 @@ def test_every_thread_has_working_memory(threads: int) -> None:
         ]
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("name", ["sliding_window", "bigbird", "linear", "performer"])
+def test_peaks_of_engines_in_pieces(name: str, is_causal: bool) -> None:
+    """What is small and left out of the formulas, such as indices and masks of one chunk, is within 6%; a length that needs padding."""
+    attn = attnzoo.build(name, heads=2, head_dim=64)
+    for n, kv_heads in ((4096, 2), (3000, 1)):
+        cost = attn.cost(1, n, kv_heads=kv_heads, is_causal=is_causal)
+        assert cost.forward_bytes is not None and cost.training_bytes is not None
+        peaks = [measured(attn, 1, (n, n), kv_heads, is_causal, torch.float32, training) for training in (False, True)]
+        assert peaks == [pytest.approx(cost.forward_bytes, rel=0.06), pytest.approx(cost.training_bytes, rel=0.06)], (n, kv_heads)

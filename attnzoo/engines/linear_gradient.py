@@ -73,9 +73,7 @@ def _parts(call: Call) -> tuple[Call | None, Call]:
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, feature_map: FeatureMap, is_causal: bool
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, feature_map: FeatureMap, is_causal: bool) -> Tensor:
         call = Call(q, k, v, key_mask, None, is_causal)
         divisors: list[Tensor] = []
         pasts: list[Past | None] = []
@@ -206,9 +204,7 @@ def _backward_causal(feature_map: FeatureMap, call: Call, rows: _Rows, pasts: li
     return d_q, d_k, d_v
 
 
-def _backward_block(
-    block: Block, d_rows: Tensor, d_after: Tensor | None, group: int
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+def _backward_block(block: Block, d_rows: Tensor, d_after: Tensor | None, group: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """Gradients of key features, values, log_scale, query features and of the sums before the block, from those of its rows and of
     the sums after it."""
     d_attention = (d_rows @ F.pad(block.v, (0, 1), value=1.0).mT).unflatten(3, (group, -1))

@@ -142,7 +142,13 @@ def _pieces(size: int, grid: Grid, found: list[Run], q: Tensor, blocks: Tensor |
         for run in found:
             keys = grid.key_length if run.sees_all else run.width * size
             caps = (in_cache.Cap(keys - size, keys, diagonal),) if grid.is_causal and keys else ()
-            together = run.end - run.first if not keys else max(1, in_cache.SCORES // (size * keys)) if run.sees_all else in_cache.parts_at_a_time(size, keys)
+            together = (
+                run.end - run.first
+                if not keys
+                else max(1, in_cache.SCORES // (size * keys))
+                if run.sees_all
+                else in_cache.parts_at_a_time(size, keys)
+            )
             for start in range(run.first, run.end, together):
                 end = min(start + together, run.end)
                 if run.sees_all or not keys:
