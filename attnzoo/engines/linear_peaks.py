@@ -17,10 +17,13 @@ from attnzoo.feature_maps import FeatureMap
 
 @dataclass(frozen=True)
 class _Span:
-    """Bytes of the tensors of one span. features: of queries and keys; rows: numerators; totals: numerators with their normalisers;
+    """Bytes of the tensors of one span. features: of queries and keys; query_features: of queries; regrouped: queries laid out anew where
+    several heads share keys; rows: numerators; totals: numerators with their normalisers;
     scores: of rows with their own chunk, weights: of keys in those rows, 0 where all are 1; sums: of keys, one for each chunk."""
 
     features: int
+    query_features: int
+    regrouped: int
     rows: int
     totals: int
     scores: int
@@ -32,7 +35,7 @@ def forward(feature_map: FeatureMap, shape: Shape) -> int:
     """A forward that does not record."""
     span = _widest(feature_map, shape)
     if not shape.is_causal:  # a chunk of queries, or of keys, with the sums over all keys
-        return shape.query_bytes + span.features // 2 + 3 * span.rows + span.totals + span.sums
+        return shape.query_bytes + span.query_features + 3 * span.rows + span.totals + span.sums + span.regrouped
     # Features and what they were made of, scores before and after their mask, sums of each chunk, before each chunk, and as a list
     return shape.query_bytes + 2 * span.features + 2 * span.scores + 3 * span.weights + 3 * span.sums + span.rows
 
@@ -43,7 +46,10 @@ def training(feature_map: FeatureMap, shape: Shape, kept_bytes: int) -> int:
     held = kept_bytes - shape.input_bytes + (shape.query_bytes if feature_map.normalizer != "row" else 0)  # the output is there in any case
     held += shape.input_bytes  # gradients of q, k and v
     if not shape.is_causal:  # a chunk's features, their gradient, and what the gradient is made of
-        return held + 2 * span.features + 2 * span.rows + 4 * span.totals + span.sums
+        keys = shape.kv_heads / shape.heads
+        queried = 2 * span.query_features + 2 * span.rows + 4 * span.totals
+        summed = 4 * (span.features - span.query_features) + int(keys * (2 * span.rows + 4 * span.totals))
+        return held + span.sums + max(queried, summed)
     scaled = 2 * span.totals + span.weights if span.weights else 0
     return held + 7 * span.features // 2 + 2 * span.scores + 3 * span.sums + 3 * span.rows + 3 * span.totals + scaled
 
@@ -60,6 +66,8 @@ def _widest(feature_map: FeatureMap, shape: Shape) -> _Span:
         pairs = tokens * min(CAUSAL_CHUNK, tokens)
     return _Span(
         features=size * (shape.heads + shape.kv_heads) * tokens * width,
+        query_features=size * shape.heads * tokens * width,
+        regrouped=size * shape.heads * tokens * d if shape.heads > shape.kv_heads else 0,
         rows=size * shape.heads * tokens * d,
         totals=size * shape.heads * tokens * (d + 1),
         scores=size * shape.heads * pairs,

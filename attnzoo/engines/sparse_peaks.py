@@ -77,7 +77,7 @@ def _peaks(shape: Shape, pieces: _Pieces, query_bytes: int, key_bytes: int, *, p
     """query_bytes, key_bytes: of the tensors that the pieces read, whole blocks long. padded: bytes of those that are copies."""
     held += padded + query_bytes  # the output is as long as the queries
     running = max(pieces.drawing_bytes, pieces.cap_bytes + _memory(pieces, shape, backward=False))
-    gradients = query_bytes + 2 * key_bytes + (2 * query_bytes if padded else 0)  # padded rows send nothing back: their gradient is drawn up anew
+    gradients = query_bytes + 2 * key_bytes + (query_bytes if padded else 0)  # the output's, with the rows that were cut off
     returning = max(pieces.drawing_bytes, pieces.cap_bytes + _memory(pieces, shape, backward=True))
     return held + running, max(held + running, held + gradients + returning)
 
