@@ -61,12 +61,13 @@ def test_every_thread_has_working_memory(threads: int) -> None:
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
-@pytest.mark.parametrize("name", ["sliding_window", "bigbird", "linear", "performer"])
-def test_peaks_of_engines_in_pieces(name: str, is_causal: bool) -> None:
-    """What is small and left out of the formulas, such as indices and masks of one chunk, is within 6%; a length that needs padding."""
+@pytest.mark.parametrize(("name", "left_out"), [("sliding_window", 0.01), ("bigbird", 0.01), ("linear", 0.15), ("performer", 0.15)])
+def test_peaks_of_engines_in_pieces(name: str, left_out: float, is_causal: bool) -> None:
+    """left_out: the part that is too small for the formula, such as indices, or masks and sums of one chunk. 3,000 tokens need padding."""
     attn = attnzoo.build(name, heads=2, head_dim=64)
     for n, kv_heads in ((4096, 2), (3000, 1)):
         cost = attn.cost(1, n, kv_heads=kv_heads, is_causal=is_causal)
         assert cost.forward_bytes is not None and cost.training_bytes is not None
         peaks = [measured(attn, 1, (n, n), kv_heads, is_causal, torch.float32, training) for training in (False, True)]
-        assert peaks == [pytest.approx(cost.forward_bytes, rel=0.06), pytest.approx(cost.training_bytes, rel=0.06)], (n, kv_heads)
+        expected = [pytest.approx(formula, rel=left_out) for formula in (cost.forward_bytes, cost.training_bytes)]
+        assert peaks == expected, (n, kv_heads)

@@ -67,8 +67,8 @@ class Cost:
     kept_bytes: what autograd holds after the forward by the fast pure-torch backend on the CPU, to the byte: q, k, v and the output where it
         holds them, and all between; parameters (taken to be of the inputs' dtype) and buffers left out. None: no closed form is known.
     forward_bytes: the most that a forward without gradients has allocated at any moment, by the same backend: the output counts, q, k, v do
-        not. The working memory of torch's kernel is for each of torch.get_num_threads() threads. To the byte in float32 and float64; in half
-        precision without what oneDNN packs. None: no closed form is known.
+        not. Working memory is for each of torch.get_num_threads() threads. Exact and low-rank attention: to the byte in float32 and float64,
+        in half precision without what oneDNN packs. Sparse and linear: without what is small, such as indices. None: no form is known.
     training_bytes: the same of a forward and its backward pass, the gradients of q, k, v and parameters included, the output's left out.
     state_elements: numbers that decoding carries for the whole batch after key_length tokens; 0 when the variant does not decode.
     state_bytes: their size; the sums of a linear state are float32 at least. What a buffer holds in reserve is not counted.
