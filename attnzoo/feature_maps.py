@@ -175,14 +175,16 @@ class RandomFeatures(FeatureMap):
         return 0 if self.kind == "relu" else self.width(head_dim)
 
     def query(self, q: Tensor) -> Tensor:
-        return self._features(q)[0]
+        return self._features(q)[0]  # without 1/√m too, as every factor of a query
 
     def key(self, k: Tensor) -> Features:
-        features, log_scale = self._features(k)
+        features, largest = self._features(k)
         if not self.scales_keys:
             return features, None
-        half_norm = k.square().sum(-1) * (self.scale / 2)
-        return features, half_norm if log_scale is None else log_scale - half_norm
+        norm = k.square().sum(-1)
+        if largest is None:
+            return features, norm * (self.scale / 2)
+        return features, largest.sub_(math.log(self.width(k.shape[-1])) / 2).sub_(norm, alpha=self.scale / 2)
 
     def vjp(self, x: Tensor, features: Tensor, d_features: Tensor, d_log_scale: Tensor | None) -> Tensor:
         if self.kind == "relu":
@@ -206,7 +208,7 @@ class RandomFeatures(FeatureMap):
         return self.projection.to(dtype) * self.scale**0.5
 
     def _features(self, x: Tensor) -> Features:
-        """log_scale without the half of |x|²."""
+        """And the largest exponent of each token where it has left the features."""
         projected = x @ self._directions(x.dtype).mT
         if self.kind == "relu":
             return F.relu(projected) * self.num_features**-0.5, None
@@ -216,8 +218,7 @@ class RandomFeatures(FeatureMap):
             projected = torch.cat([projected, -projected], -1)
         # The largest exponent of the token leaves the features; what it is does not change φ, so no gradient goes through it.
         largest = projected.detach().amax(-1, keepdim=True)
-        features = projected.sub_(largest + math.log(self.width(x.shape[-1])) / 2).exp_()  # in place: these are the widest tensors
-        return features, largest.squeeze(-1)
+        return projected.sub_(largest).exp_(), largest.squeeze(-1)  # in place: these are the widest tensors
 
 
 def draw_projection(rows: int, head_dim: int, *, orthogonal: bool, seed: int) -> Tensor:

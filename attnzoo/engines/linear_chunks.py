@@ -18,7 +18,7 @@ from attnzoo.engines.softmax import causal_mask
 from attnzoo.feature_maps import FeatureMap
 
 CAUSAL_CHUNK = 128  # tokens that see each other through a small score matrix
-CHUNK = 256  # tokens whose features are held at a time where nobody sees anybody
+CHUNK = 512  # tokens whose features are held at a time where nobody sees anybody
 HELD = 2**19  # numbers of features, or of scores, that causal chunks computed side by side may have: what a cache holds
 
 
@@ -98,10 +98,8 @@ def absorb(feature_map: FeatureMap, k: Tensor, v: Tensor, key_mask: Tensor | Non
 def summed(features: Tensor, weights: Tensor | None, v: Tensor) -> Tensor:
     """Σ_j weights_j φ(k_j) [v_j, 1]ᵀ over the second last dimension."""
     if weights is None:
-        weights = features.new_ones(features.shape[:-1])
-    else:
-        v = v * weights[..., None]
-    return torch.cat([features.mT @ v, (weights[..., None, :] @ features).mT], -1)
+        return torch.cat([features.mT @ v, features.sum(-2)[..., None]], -1)
+    return torch.cat([features.mT @ (v * weights[..., None]), (weights[..., None, :] @ features).mT], -1)
 
 
 def _added(sums: Tensor | None, shrink: Tensor | None, more: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ each span of chunks, and computes features and scores again, so that nothing as 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -34,14 +35,22 @@ from attnzoo.feature_maps import FeatureMap
 
 def attend(feature_map: FeatureMap, call: Call) -> Tensor:
     """A·v. A causal call has at most as many queries as keys."""
-    if _records(feature_map, call):
-        return _Attend.apply(call.q, call.k, call.v, call.key_mask, feature_map, call.is_causal)
-    return _plain(feature_map, call)
+    if torch.compiler.is_compiling():
+        return _plain(feature_map, call)
+    with _full_precision(call.q.device):
+        if _records(feature_map, call):
+            return _Attend.apply(call.q, call.k, call.v, call.key_mask, feature_map, call.is_causal)
+        return _plain(feature_map, call)
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast would sum in half precision (rule 10), and the backward pass may run outside of it."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def _records(feature_map: FeatureMap, call: Call) -> bool:
     """Whether autograd records this call, and nothing but autograd looks into it."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return False
     inputs = (call.q, call.k, call.v)
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
@@ -89,8 +98,9 @@ class _Attend(torch.autograd.Function):
         out = join(rows(), call.query_length, 2)
         normalized = (out, torch.cat(divisors, 2)) if divisors else (None, None)
         kept = [x for past in pasts for x in ((None, None) if past is None else (past.sums, past.log_scale))]
-        ctx.save_for_backward(q, k, v, key_mask, *normalized, *kept)
-        ctx.feature_map, ctx.is_causal = feature_map, is_causal
+        # Buffers, so that torch notices if one is changed (a redraw) before the backward pass reads it.
+        ctx.save_for_backward(q, k, v, key_mask, *normalized, *kept, *feature_map.buffers())
+        ctx.feature_map, ctx.is_causal, ctx.kept = feature_map, is_causal, len(kept)
         return out
 
     @staticmethod
@@ -101,9 +111,11 @@ class _Attend(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated again
             found = _differentiable(ctx.feature_map, call, gradient)
         else:
-            pasts = [None if sums is None else Past(sums, log_scale) for sums, log_scale in zip(kept[::2], kept[1::2], strict=True)]
+            sums, log_scales = kept[: ctx.kept : 2], kept[1 : ctx.kept : 2]
+            pasts = [None if one is None else Past(one, log_scale) for one, log_scale in zip(sums, log_scales, strict=True)]
             rows = _Rows(gradient, out, divisor)
-            found = (_backward_causal if ctx.is_causal else _backward_bidirectional)(ctx.feature_map, call, rows, pasts)
+            with _full_precision(q.device):
+                found = (_backward_causal if ctx.is_causal else _backward_bidirectional)(ctx.feature_map, call, rows, pasts)
         return *found, None, None, None
 
 

@@ -1,0 +1,98 @@
+"""The linear engine's own backward pass: the same numbers as autograd's through its chunks, and what it leaves to autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, Situation, cases, close, gradients_of, padding, tensors
+from torch import Tensor
+
+from attnzoo.engines import linear_chunks, linear_gradient
+
+KNOWN = [case for case in cases() if case.spec.family == "kernel" and case.build().engine.feature_map.has_vjp]  # type: ignore[union-attr]
+SITUATIONS = [Situation(1100, 1100, "interior"), Situation(1100, 1100, kv_heads=1), Situation(400, 1100, "left"), Situation(900, 300)]
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("case", KNOWN, ids=str)
+def test_own_backward_is_autograds(case: Case, is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several chunks and several spans of them."""
+    monkeypatch.setattr(linear_chunks, "HELD", 2 * 2 * 4 * 128**2)  # two chunks side by side
+    attn = case.build(dtype=torch.float64)
+    for situation in SITUATIONS:
+        *inputs, upstream = tensors(situation, shift=case.shift)
+        inputs = [x.requires_grad_() for x in inputs]
+        mask = padding(situation.padding, 2, situation.key_length)
+        out = attn(*inputs, key_mask=mask, is_causal=is_causal)
+        found = gradients_of(out, upstream, *inputs)
+        with monkeypatch.context() as patch:
+            patch.setattr(linear_gradient, "_records", lambda *_: False)
+            traced = attn(*inputs, key_mask=mask, is_causal=is_causal)
+        assert torch.equal(out, traced)
+        for name, own, wanted in zip("qkv", found, gradients_of(traced, upstream, *inputs), strict=True):
+            close(own, wanted, 1e-11, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("case", KNOWN, ids=str)
+def test_differentiates_twice(case: Case, is_causal: bool) -> None:
+    attn = case.build(2, 4, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in tensors(Situation(5, 5, heads=2, kv_heads=1), 4, shift=case.shift)[:3]]
+    assert torch.autograd.gradgradcheck(lambda q, k, v: attn(q, k, v, is_causal=is_causal), inputs, fast_mode=True)
+
+
+def test_only_what_asks_for_a_gradient_gets_one() -> None:
+    attn = Case("linear").build(dtype=torch.float64)
+    q, k, v, upstream = tensors(Situation(300, 300))
+    wanted = gradients_of(attn(*(x.requires_grad_() for x in (q, k, v))), upstream, q, k, v)
+    for place, x in enumerate((q, k, v)):
+        inputs = [y if y is x else y.detach() for y in (q, k, v)]
+        (found,) = torch.autograd.grad(attn(*inputs), x, upstream)
+        assert torch.equal(found, wanted[place])
+        (again,) = torch.autograd.grad(attn(*inputs), x, upstream, create_graph=True)
+        close(again.detach(), found, 1e-11, "gradient to be differentiated again")
+
+
+def test_a_redraw_before_the_backward_pass_is_noticed() -> None:
+    attn = Case("performer").build()
+    q, k, v, upstream = (x.float() for x in tensors(Situation(20, 20)))
+    out = attn(q.requires_grad_(), k, v)
+    attn.redraw(1)  # type: ignore[operator]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward(upstream)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("name", ["linear", "performer"])
+def test_autocast_changes_nothing(name: str, is_causal: bool) -> None:
+    """Sums stay in float32 (rule 10), whether the backward pass runs inside of autocast or outside."""
+    attn = Case(name).build()
+    q, k, v, upstream = (x.bfloat16() for x in tensors(Situation(300, 300)))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    expected = attn(*inputs, is_causal=is_causal)
+    wanted = gradients_of(expected, upstream, *inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attn(*inputs, is_causal=is_causal)
+        inside = gradients_of(out, upstream, *inputs)
+        out = attn(*inputs, is_causal=is_causal)
+    assert torch.equal(out, expected)
+    for found in (inside, gradients_of(out, upstream, *inputs)):
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", ["linear", "performer"])
+def test_forward_mode_and_functorch_see_into_the_chunks(name: str) -> None:
+    attn = Case(name).build(dtype=torch.float64)
+    q, k, v, upstream = tensors(Situation(20, 20))
+
+    def run(q: Tensor) -> Tensor:
+        return attn(q, k, v)
+
+    directional = (torch.autograd.grad(run(q.requires_grad_()), q, upstream)[0] * upstream).sum()
+    q = q.detach()
+    close(torch.func.grad(lambda q: (run(q) * upstream).sum())(q).mul(upstream).sum(), directional, 1e-11, "grad")
+    with torch.autograd.forward_ad.dual_level():
+        tangent = torch.autograd.forward_ad.unpack_dual(run(torch.autograd.forward_ad.make_dual(q.requires_grad_(), upstream))).tangent
+        assert tangent is not None
+        close((tangent * upstream).sum().detach(), directional, 1e-11, "forward mode")
+    assert torch.equal(torch.func.vmap(run)(torch.stack([q, q]))[1], run(q))
