@@ -19,7 +19,7 @@ from attnzoo.call import Call
 from attnzoo.engines.softmax import Softmax
 
 DTYPES = (torch.float32, torch.float64)  # those in which sums run in the inputs' own precision
-SCORES = 2**17  # scores that one thread computes at a time: with their keys and values they stay in its cache
+SCORES = 3 * 2**16  # scores that one thread computes at a time: with their keys and values they stay in its cache
 
 
 class Memory:
@@ -114,8 +114,8 @@ class _Attend(torch.autograd.Function):
                 if not piece.shape[2]:
                     rows.zero_()
                     continue
-                weights = _weights(piece, piece.rows(queries), piece.keys(keys, "keys", memory), sample_cap, scale, some_are_empty, memory)
-                torch.bmm(weights, piece.keys(values, "values", memory), out=rows)
+                weights = _weights(piece, piece.rows(queries), piece.keys(keys, "fetched", memory), sample_cap, scale, some_are_empty, memory)
+                torch.bmm(weights, piece.keys(values, "fetched", memory), out=rows)
         return out
 
     @staticmethod
@@ -139,12 +139,12 @@ class _Attend(torch.autograd.Function):
                 if not count:
                     to_rows.zero_()
                     continue
-                rows, its_keys, sent_rows = piece.rows(queries), piece.keys(keys, "keys", memory), piece.rows(sent)
+                rows, sent_rows, slopes = piece.rows(queries), piece.rows(sent), memory("slopes", *piece.shape)
+                torch.bmm(sent_rows, piece.keys(values, "fetched", memory).mT, out=slopes)
+                its_keys = piece.keys(keys, "fetched", memory)  # in the place of the values
                 weights = _weights(piece, rows, its_keys, sample_cap, ctx.scale, some_are_empty, memory)
                 part = torch.bmm(weights.mT, sent_rows, out=memory("gradient", parts, count, v.shape[3]))
                 piece.add(part, to_values)
-                slopes = memory("slopes", *piece.shape)
-                torch.bmm(sent_rows, piece.keys(values, "values", memory).mT, out=slopes)
                 torch.ops.aten._softmax_backward_data.out(slopes, weights, -1, slopes.dtype, grad_input=slopes)
                 torch.baddbmm(to_rows, slopes, its_keys, beta=0, alpha=ctx.scale, out=to_rows)
                 part = memory("gradient", parts, count, k.shape[3])

@@ -54,8 +54,8 @@ def _fields_of_runs(pattern: BlockPattern, grid: Grid) -> tuple[tuple, ...]:
     ragged = grid.key_length % pattern.block_size > 0 and not grid.is_causal  # when causal, only the diagonal block meets the ragged end
     widths = (blocks <= last).sum(-1)[0]
     sees_all = torch.zeros_like(widths, dtype=torch.bool) if grid.is_causal else pattern.sees_all(grid)
-    tail = (blocks == last).any(-1).any(0) & ragged
-    fields = torch.stack([torch.where(sees_all, last + 1, widths), sees_all.long(), tail.long()], 1)
+    tail = (blocks == last).any(-1).any(0).long() * int(ragged)
+    fields = torch.stack([torch.where(sees_all, last + 1, widths), sees_all.long(), tail], 1)
     distinct_fields, lengths = fields.unique_consecutive(dim=0, return_counts=True)
     ends = lengths.cumsum(0)
     rows = zip((ends - lengths).tolist(), ends.tolist(), distinct_fields.tolist(), strict=True)

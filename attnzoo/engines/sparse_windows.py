@@ -91,31 +91,29 @@ def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid) -> Tensor:
 
 
 def _pieces(pattern: Window, grid: Grid, q: Tensor, _: Tensor | None) -> list[list[in_cache.Slices]]:
-    """The same for every head."""
-    found, pieces = plan(pattern, grid), []
+    """The same for every head: the edges, some rows at a time, and the whole blocks, some blocks at a time."""
+    found, pieces, offset = plan(pattern, grid), [], grid.offset
     for first, end, low, high in edges(pattern, grid):
-        keys = high - low
-        size = max(BLOCK, in_cache.SCORES // max(1, keys))
-        for start in range(first, end, size):
-            stop = min(start + size, end)
-            band = _band(pattern, grid, torch.arange(grid.offset + start, grid.offset + stop), torch.arange(low, high))
-            pieces.append(in_cache.Slices(start, (1, stop - start, keys), low, (in_cache.Cap(0, keys, in_cache.cap(band, q)),)))
-    band = _band(pattern, grid, torch.arange(BLOCK) + found.before, torch.arange(found.slice_length))
-    corners = _corners(in_cache.cap(band, q))
+        rows = max(BLOCK, in_cache.SCORES // max(1, high - low))
+        for start in range(first, end, rows):
+            stop = min(start + rows, end)
+            caps = _caps(pattern, grid, (offset + start, offset + stop), (low, high), q)
+            pieces.append(in_cache.Slices(start, (1, stop - start, high - low), low, caps))
+    caps = _caps(pattern, grid, (found.before, found.before + BLOCK), (0, found.slice_length), q)
     together = in_cache.parts_at_a_time(BLOCK, found.slice_length)
     for block in range(0, found.blocks, together):
         first, blocks = found.start + block * BLOCK, min(together, found.blocks - block)
-        pieces.append(in_cache.Slices(first, (blocks, BLOCK, found.slice_length), grid.offset + first - found.before, corners))
+        pieces.append(in_cache.Slices(first, (blocks, BLOCK, found.slice_length), offset + first - found.before, caps))
     return [pieces] * grid.heads
 
 
-def _corners(cap: Tensor) -> tuple[in_cache.Cap, ...]:
-    """What hides some key of a block's slice: all but the keys in the middle, which every row sees."""
-    seen = torch.cat([cap.new_full((1,), -torch.inf), cap.amin(0), cap.new_full((1,), -torch.inf)]) > 0
-    if not seen.any():
-        return (in_cache.Cap(0, cap.shape[1], cap),)
-    first, last = int(seen.long().argmax()) - 1, cap.shape[1] - (int(seen.flip(0).long().argmax()) - 1)
-    return tuple(in_cache.Cap(a, b, cap[:, a:b].contiguous()) for a, b in ((0, first), (last, cap.shape[1])) if a < b)
+def _caps(pattern: Window, grid: Grid, rows: tuple[int, int], keys: tuple[int, int], like: Tensor) -> tuple[in_cache.Cap, ...]:
+    """What hides keys from rows, both given as positions from..to; the keys in the middle, which every row sees, need nothing."""
+    low, high = keys
+    seen_from, seen_to = rows[1] - pattern.window, rows[0] + (1 if grid.is_causal else pattern.window)
+    spans = [(low, min(seen_from, high)), (max(seen_to, low), high)] if seen_from < seen_to else [(low, high)]
+    bands = [(a - low, b - low, _band(pattern, grid, torch.arange(*rows), torch.arange(a, b))) for a, b in spans if a < b]
+    return tuple(in_cache.Cap(a, b, in_cache.cap(band, like)) for a, b, band in bands)
 
 
 def _middles(found: Plan, grid: Grid, call: Call) -> list[tuple[int, int, int, int]]:
