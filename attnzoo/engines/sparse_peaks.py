@@ -34,17 +34,26 @@ def windows(pattern: Window, shape: Shape) -> tuple[int, int] | None:
     grid, size = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal), shape.dtype.itemsize
     found, shapes, caps, drawing = sparse_windows.plan(pattern, grid), [], 0, 0
     for first, end, low, high in sparse_windows.edges(pattern, grid):
-        keys = high - low
-        together = max(sparse_windows.BLOCK, in_cache.SCORES // max(1, keys))
-        for rows in _split(end - first, together):
-            drawing = max(drawing, caps + rows * keys * POSITIONS)
-            caps += rows * keys * size
+        keys, start = high - low, grid.offset + first
+        for rows in _split(end - first, max(sparse_windows.BLOCK, in_cache.SCORES // max(1, keys))):
+            hidden = _hidden(pattern, grid, start, start + rows, low, high)
+            drawing = max(drawing, caps + rows * max(hidden, default=0) * POSITIONS)
+            caps += rows * sum(hidden) * size
+            start += rows
             shapes.append((1, rows, keys))
-    drawing = max(drawing, caps + sparse_windows.BLOCK * found.slice_length * POSITIONS)
-    caps += sparse_windows.BLOCK * min(2 * sparse_windows.BLOCK, found.slice_length) * size  # the two ends of a slice, or all of it
+    hidden = _hidden(pattern, grid, found.before, found.before + sparse_windows.BLOCK, 0, found.slice_length)
+    drawing = max(drawing, caps + sparse_windows.BLOCK * max(hidden, default=0) * POSITIONS)
+    caps += sparse_windows.BLOCK * sum(hidden) * size
     together = in_cache.parts_at_a_time(sparse_windows.BLOCK, found.slice_length)
     shapes += [(blocks, sparse_windows.BLOCK, found.slice_length) for blocks in _split(found.blocks, together)]
     return _peaks(shape, _Pieces(shapes, set(), caps, drawing), shape.query_bytes, shape.key_bytes, padded=0)
+
+
+def _hidden(pattern: Window, grid: Grid, first: int, end: int, low: int, high: int) -> list[int]:
+    """Lengths of the runs of keys that some row does not see, rows and keys by their positions."""
+    seen_from, seen_to = end - pattern.window, first + (1 if grid.is_causal else pattern.window)
+    ends = [(low, min(seen_from, high)), (max(seen_to, low), high)] if seen_from < seen_to else [(low, high)]
+    return [stop - start for start, stop in ends if start < stop]
 
 
 def blocks(pattern: BlockPattern, shape: Shape) -> tuple[int, int] | None:
@@ -90,9 +99,8 @@ def _memory(pieces: _Pieces, shape: Shape, *, backward: bool) -> int:
         parts, rows, keys = one
         scores, gradient = parts * rows * keys, parts * keys * shape.head_dim
         fetched = gradient if one in pieces.fetched else 0
-        wanted = [("keys", fetched), ("scores", scores)]
-        wanted += [("gradient", gradient), ("slopes", scores)] if backward else []
-        wanted += [("values", fetched)]
+        wanted = [("slopes", scores), ("fetched", fetched), ("scores", scores), ("gradient", gradient)]
+        wanted = wanted if backward else wanted[1:3]
         for name, numbers in wanted:
             if numbers > sizes.get(name, 0):
                 most = max(most, sum(sizes.values()) + numbers)
