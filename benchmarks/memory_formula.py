@@ -1,11 +1,13 @@
-"""Memory that a training forward holds against the closed form, `Cost.kept_bytes`: how far is the formula from the allocator?
+"""The allocator's peaks against the closed forms of `Attention.cost`: a forward without gradients, one that records, and both passes.
 
-    python benchmarks/memory_formula.py [--output benchmarks/results/memory_formula.jsonl] [--lengths 1024 4096 ...]
+    python benchmarks/memory_formula.py [--output benchmarks/results/memory_formula.jsonl] [--lengths 1024 4096 ...] [--device cpu]
 
-Two heads of 64, float32, CPU; peaks are sums of the allocator's events beyond the inputs. The formula says what autograd holds
-after the forward; q, k and v are taken off, since they are there before, and the output is added where autograd holds another. The
-forward's ratio is its peak over that. Forward and backward: the same, and the gradients of q, k, v and the output. A ratio above 1 is
-what operators need while they run, and in no formula.
+Two heads of 64, float32; peaks are beyond the inputs, and the ratio is peak over formula. forward: `Cost.forward_bytes`. recording: the
+larger of that and of what autograd holds after the forward, `Cost.kept_bytes`, without q, k and v and with the output. both:
+`Cost.training_bytes`.
+
+On a GPU (--device cuda) the peaks are those of torch's caching allocator. The formulas are of the CPU's kernels, so the ratios say
+how far they carry; this has not run on a GPU.
 """
 
 from __future__ import annotations
@@ -19,70 +21,78 @@ import torch
 import attnzoo
 from attnzoo import Attention
 from attnzoo.bench.memory import peak_bytes
+from attnzoo.engines.engine import Cost
 from attnzoo.environment import environment
 from attnzoo.registry import spec_of
 
 LENGTHS = (1024, 4096, 16384, 65536)
 QUADRATIC_LENGTHS = (1024, 4096, 16384)  # where the time is quadratic, so that the study ends
 HEADS, HEAD_DIM = 2, 64
+KINDS = ("forward", "recording", "both")
 
 
-def measured(attention: Attention, n: int, is_causal: bool, backward: bool) -> int:
-    """Peak bytes of a forward that records for its backward pass, or of both."""
-    q, k, v = (torch.randn(1, HEADS, n, HEAD_DIM, requires_grad=True) for _ in range(3))
-    upstream = torch.randn(1, HEADS, n, HEAD_DIM)
+def measured(attention: Attention, n: int, is_causal: bool, kind: str, device: torch.device) -> int:
+    """Peak bytes of one kind of run."""
+    q, k, v = (torch.randn(1, HEADS, n, HEAD_DIM, device=device, requires_grad=kind != "forward") for _ in range(3))
+    upstream = torch.randn(1, HEADS, n, HEAD_DIM, device=device)
 
     def run() -> object:
         out = attention(q, k, v, is_causal=is_causal)
-        return out.backward(upstream) if backward else out
+        if kind == "both":
+            out.backward(upstream)
+        return out
 
-    return peak_bytes(run)
+    attention.zero_grad()
+    with torch.set_grad_enabled(kind != "forward"):
+        return peak_bytes(run, device)
 
 
-def rows(name: str, is_causal: bool, lengths: tuple[int, ...]) -> list[dict[str, object]]:
-    """One for each length; none where the variant has no closed form."""
+def formulas(cost: Cost, n: int, family: str) -> dict[str, int | None]:
+    """Bytes of each kind by the closed forms; None where there is none."""
+    recording = None
+    if cost.kept_bytes is not None and cost.forward_bytes is not None:
+        tensor = HEADS * n * HEAD_DIM * 4
+        held = cost.kept_bytes - 3 * tensor + (tensor if family == "sparse" else 0)  # the others keep the very output that they return
+        recording = max(cost.forward_bytes, held)
+    return {"forward": cost.forward_bytes, "recording": recording, "both": cost.training_bytes}
+
+
+def rows(name: str, is_causal: bool, lengths: tuple[int, ...], device: torch.device) -> list[dict[str, object]]:
+    """One for each length."""
     found = []
     for n in lengths:
         sized = {"max_length": n} if spec_of(name).needs_max_length else {}
-        attention = attnzoo.build(name, heads=HEADS, head_dim=HEAD_DIM, **sized)
-        cost = attention.cost(1, n, is_causal=is_causal)
-        if cost.kept_bytes is None:
-            return []
-        tensor = HEADS * n * HEAD_DIM * 4
-        own_output = tensor if spec_of(name).family == "sparse" else 0  # pieces are held, and their join is the output
-        held = cost.kept_bytes - 3 * tensor + own_output
-        gradients = 3 * tensor + 4 * cost.parameters
-        peaks = {"forward": (measured(attention, n, is_causal, False), held), "both": (measured(attention, n, is_causal, True), held + gradients)}
-        row: dict[str, object] = {"variant": name, "is_causal": is_causal, "length": n, "kept_bytes": cost.kept_bytes}
-        for which, (peak, formula) in peaks.items():
-            row |= {f"{which}_peak": peak, f"{which}_formula": formula, f"{which}_ratio": round(peak / formula, 4)}
+        attention = attnzoo.build(name, heads=HEADS, head_dim=HEAD_DIM, **sized).to(device)
+        row: dict[str, object] = {"variant": name, "is_causal": is_causal, "length": n}
+        for kind, formula in formulas(attention.cost(1, n, is_causal=is_causal), n, spec_of(name).family).items():
+            peak = measured(attention, n, is_causal, kind, device)
+            row |= {f"{kind}_peak": peak, f"{kind}_formula": formula, f"{kind}_ratio": None if formula is None else round(peak / formula, 4)}
         found.append(row)
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Allocator peaks against the closed form of what is kept.")
+    parser = argparse.ArgumentParser(description="Allocator peaks against the closed forms.")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/memory_formula.jsonl"))
     parser.add_argument("--lengths", type=int, nargs="+", default=None)
+    parser.add_argument("--variants", nargs="+", default=None)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    where = environment(seed=0, device=torch.device("cpu"), dtype=torch.float32)
+    device = torch.device(arguments.device)
+    where = environment(seed=0, device=device, dtype=torch.float32)
     torch.manual_seed(0)
-    print(f"{'variant':16}{'form':15}{'length':>8}{'kept, MiB':>12}{'forward':>10}{'both':>8}")
+    print(f"{'variant':16}{'form':15}{'length':>8}" + "".join(f"{kind + ', MiB':>16}{'ratio':>8}" for kind in KINDS))
     with arguments.output.open("w") as file:
-        for name in attnzoo.names():
+        for name in arguments.variants or attnzoo.names():
             spec = spec_of(name)
             lengths = tuple(arguments.lengths or (QUADRATIC_LENGTHS if "n²" in spec.complexity else LENGTHS))
             for is_causal in [form for form, able in ((False, spec.bidirectional), (True, spec.causal)) if able]:
-                for row in rows(name, is_causal, lengths):
+                for row in rows(name, is_causal, lengths, device):
                     file.write(json.dumps({**row, "environment": where}) + "\n")
                     file.flush()
-                    form, kept = "causal" if is_causal else "bidirectional", row["kept_bytes"]
-                    assert isinstance(kept, int)
-                    print(
-                        f"{name:16}{form:15}{row['length']:>8,}{kept / 2**20:>12,.1f}{row['forward_ratio']:>10}{row['both_ratio']:>8}",
-                        flush=True,
-                    )
+                    cells = "".join(f"{row[f'{kind}_peak'] / 2**20:>16,.1f}{row[f'{kind}_ratio'] or '–':>8}" for kind in KINDS)  # type: ignore[operator]
+                    print(f"{name:16}{'causal' if is_causal else 'bidirectional':15}{row['length']:>8,}{cells}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attnzoo
 from attnzoo import UnsupportedError, count_flops
-from attnzoo.cost import folding
+from attnzoo.cost import counting, folding
 from attnzoo.cost.handles import einsum_macs
+from attnzoo.cost.huggingface_flops import whole_model
+from attnzoo.cost.model_flops import Chosen
 from attnzoo.engines.linear_chunks import CHUNK
 
 pytest.importorskip("fvcore")
@@ -153,9 +155,9 @@ def test_softmax_takes_three_operations_a_score():
 class Run(nn.Module):
     """A function of tensors as a module."""
 
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function: Any, *modules: nn.Module) -> None:
         super().__init__()
-        self.function = function
+        self.function, self.within = function, nn.ModuleList(modules)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.function(*inputs)
@@ -296,6 +298,39 @@ def test_a_folded_loop_counts_as_the_unrolled_one(case: Case, monkeypatch: pytes
         assert folded.macs == closed.macs
         if not padded and case.options.get("feature_map") is not squared_elu:
             assert folded.elementwise == closed.elementwise
+
+
+MODELS = [("bert", False, 70), ("llama", True, 100)]
+
+
+@pytest.mark.parametrize("variant", [name for name in attnzoo.names() if name != "standard"])
+@pytest.mark.parametrize(("family", "is_causal", "n"), MODELS, ids=["bert", "llama"])
+def test_engines_counted_apart_count_as_the_whole_trace(variant: str, family: str, is_causal: bool, n: int):
+    """Every table of a whole model's report, a key mask and a ragged last block included."""
+    pytest.importorskip("transformers")
+    if not can(Case(variant).spec, is_causal):
+        pytest.skip(f"{variant} cannot run so")
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 100}
+    sizes |= {"num_key_value_heads": 2} if family == "llama" else {}
+    options: dict[str, Any] = {"bigbird": {"block_size": 8}, "sliding_window": {"window": 5}}.get(variant, {})
+    call = whole_model(family, sizes).call(n, Chosen(variant, options))
+    whole = counting._report(counting._trace(call.module, (), call.keywords))
+    apart = count_flops(call.module, **call.keywords)
+    assert apart == whole
+    assert any(name.endswith("engine") and macs for name, macs in apart.by_module.items())
+
+
+def test_layers_that_compute_the_same_are_traced_once(monkeypatch: pytest.MonkeyPatch):
+    """Layers of BigBird draw different blocks, equally many; a layer of another window is another."""
+    traced = []
+    trace = counting._count_by_operator
+    monkeypatch.setattr(counting, "_count_by_operator", lambda module, *inputs: traced.append(module) or trace(module, *inputs))
+    layers = [Case("bigbird", {"block_size": 8, "seed": seed}).build(HEADS, HEAD_DIM) for seed in range(4)]
+    layers += [Case("bigbird", {"block_size": 8, "num_random_blocks": 1}).build(HEADS, HEAD_DIM)]
+    q = empty(1, HEADS, 200, HEAD_DIM)
+    counted = count_flops(Run(lambda q: sum(layer(q, q, q) for layer in layers), *layers).to("meta"), q)
+    assert len(traced) == 2
+    assert counted.macs == sum(layer.cost(1, 200).macs for layer in layers)
 
 
 @pytest.mark.parametrize("case", [Case(name) for name in attnzoo.names()], ids=str)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from attnzoo.call import UnsupportedError
-from attnzoo.cost.folding import folded_loops
+from attnzoo.cost.folding import engines_apart
 from attnzoo.cost.handles import ELEMENTWISE, Handle, all_handles
 
 
@@ -54,8 +54,8 @@ def count_flops(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> FlopReport
     """
     if not isinstance(module, nn.Module):
         raise ValueError(f"count_flops takes a torch.nn.Module; got {type(module).__name__}: wrap a function in a module")
-    with folded_loops(module, _count_by_operator) as handle:
-        return _report(_trace(module, inputs, kwargs, **{"prim::PythonOp.FoldedLoop": handle}))
+    with engines_apart(module, _count_by_operator) as handle:
+        return _report(_trace(module, inputs, kwargs, **{"prim::PythonOp.Apart": handle}))
 
 
 def _count_by_operator(module: nn.Module, *inputs: Tensor) -> Counter[str]:

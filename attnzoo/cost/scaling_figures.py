@@ -121,6 +121,7 @@ def _contours(scaling: Scaling, axes: Axes) -> None:
     _power_axis(axes, "x", (128, 512, 2048, 8192, 32768, 131072))
     _power_axis(axes, "y", (256, 512, 1024, 2048, 4096, 8192))
     axes.set(xlabel="sequence length n, tokens", ylabel="width d")
+    axes.set_title("MACs of one product, n²·d", loc="left", fontsize=9)
     axes.grid(False)
 
 
@@ -130,7 +131,9 @@ def _flops(axes: Axes) -> None:
         (("flops", "attention: 2n²d + 3n²"), ("projections", "projections: 4nd²"), ("with_projections", "together"))
     ):
         axes.plot(table.values("n"), table.values(key), color=(*PALETTE[:2], INK)[index], marker=MARKERS[index], linestyle=LINES[index], label=label)
-    axes.axvline(2 * table.parameters["d"], color=INK, linewidth=0.8, linestyle=":")
+    d = table.parameters["d"]
+    axes.axvline(2 * d, color=INK, linewidth=0.8, linestyle=":")
+    axes.annotate(f"n = 2d = {2 * d:,}", (2 * d, table.rows[0]["flops"]), xytext=(6, 0), textcoords="offset points")
     _power_axis(axes, "x", FLOPS_LENGTHS[::2])
     log_axis(axes, "y", table.values("flops") + table.values("with_projections"), _rounded)
     axes.set(xlabel="sequence length n, tokens", ylabel="operations (1 MAC = 1), one layer")
@@ -231,7 +234,9 @@ def _variant_memory(scaling: Scaling, axes: Axes) -> None:
     drawn = _variant_lines(scaling, axes, lambda variant, n: layers * (variant.kept_bytes(n, is_causal) or 0) / article.GIB)
     stored = [layers * (attention_bytes(settings.model, n) + matrix_bytes(settings.model, n)) / article.GIB for n in VARIANT_LENGTHS]
     axes.plot(VARIANT_LENGTHS, stored, color=INK, linestyle="--", label="standard, matrices stored")
-    axes.axhline(settings.share * settings.gpu.memory_bytes / article.GIB, color=INK, linewidth=0.9, linestyle=":")
+    budget = settings.share * settings.gpu.memory_bytes / article.GIB
+    axes.axhline(budget, color=INK, linewidth=0.9, linestyle=":")
+    axes.annotate(f"{settings.share:.0%} of {settings.gpu.title}", (VARIANT_LENGTHS[0], budget), xytext=(0, 4), textcoords="offset points")
     log_axis(axes, "y", drawn + stored, lambda value: f"{value:,g}")
     axes.set_ylabel("GiB kept for the backward pass, all layers")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from attnzoo.engines import linear_peaks
 from attnzoo.engines.engine import Cost, Shape, causal_pairs
 from attnzoo.engines.linear_chunks import CAUSAL_CHUNK, CHUNK, chunks_held, spans
 from attnzoo.feature_maps import FeatureMap
@@ -27,12 +28,15 @@ def cost(feature_map: FeatureMap, shape: Shape) -> Cost:
     per_kv_head += keys * features + writing * (sums if feature_map.scales_keys else width * d)  # without weights the normaliser is a plain sum
     pairs = causal_pairs(shape.query_length, keys) if shape.is_causal else shape.query_length * keys
     state = shape.batch_size * shape.kv_heads * sums
+    kept_bytes = _kept_bytes(feature_map, shape) if feature_map.has_vjp else None
     return Cost(
         macs=shape.batch_size * (shape.heads * per_head + shape.kv_heads * per_kv_head),
         support_macs=2 * shape.batch_size * shape.heads * d * pairs,
         elementwise=shape.batch_size * _elementwise(feature_map, shape),
         moved_bytes=shape.input_bytes + shape.query_bytes + sum(buffer.nbytes for buffer in feature_map.buffers()),
-        kept_bytes=_kept_bytes(feature_map, shape) if feature_map.has_vjp else None,
+        kept_bytes=kept_bytes,
+        forward_bytes=linear_peaks.forward(feature_map, shape),
+        training_bytes=None if kept_bytes is None else linear_peaks.training(feature_map, shape, kept_bytes),
         state_elements=state,
         state_bytes=state * shape.sum_bytes,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from attnzoo.arguments import check_dropout, check_scale
 from attnzoo.call import Call, repeat_heads
-from attnzoo.engines import memory, softmax_xformers
+from attnzoo.engines import memory, peaks, softmax_xformers
 from attnzoo.engines.cache import KeyValueCache
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Engine, Shape, accumulation_dtype, causal_pairs, never_refuses
 
@@ -33,7 +34,8 @@ class Softmax(Engine):
     def cost(self, shape: Shape) -> Cost:
         pairs = shape.query_length * shape.key_length
         support = causal_pairs(shape.query_length, shape.key_length) if shape.is_causal else pairs
-        return softmax_cost(shape, shape.heads * pairs, shape.heads * support, None, memory.full(shape))
+        cost = softmax_cost(shape, shape.heads * pairs, shape.heads * support, None, memory.full(shape))
+        return replace(cost, forward_bytes=peaks.forward(shape), training_bytes=peaks.training(shape))
 
 
 def softmax_cost(shape: Shape, pairs: int, support: int, reach: int | None, kept_bytes: int | None) -> Cost:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines import sparse_blocks, sparse_flex, sparse_memory, sparse_windows
+from attnzoo.engines import sparse_blocks, sparse_flex, sparse_memory, sparse_peaks, sparse_windows
 from attnzoo.engines.cache import KeyValueCache
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
 from attnzoo.engines.softmax import Softmax, attend_densely, softmax_cost, visible
@@ -30,14 +31,16 @@ class Sparse(Softmax):
         grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
         if isinstance(self.pattern, Window):
             executed, support = (shape.heads * pairs for pairs in sparse_windows.count_pairs(self.pattern, grid))
-            kept = sparse_memory.windows(self.pattern, shape)
+            kept, found = sparse_memory.windows(self.pattern, shape), sparse_peaks.windows(self.pattern, shape)
         elif isinstance(self.pattern, BlockPattern):
             executed, support = sparse_blocks.count_pairs(self.pattern, grid)
-            kept = sparse_memory.blocks(self.pattern, shape)
+            kept, found = sparse_memory.blocks(self.pattern, shape), sparse_peaks.blocks(self.pattern, shape)
         else:
             executed = shape.heads * shape.query_length * shape.key_length
-            support, kept = _count_pairs(self.pattern, grid), None
-        return softmax_cost(shape, executed, support, self.pattern.reach, kept)
+            support, kept, found = _count_pairs(self.pattern, grid), None, None
+        forward_bytes, training_bytes = found or (None, None)
+        cost = softmax_cost(shape, executed, support, self.pattern.reach, kept)
+        return replace(cost, forward_bytes=forward_bytes, training_bytes=training_bytes)
 
 
 def _count_pairs(pattern: Pattern, grid: Grid) -> int:

@@ -5,32 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnzoo.arguments import check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call, repeat_heads
-from attnzoo.engines import memory
 from attnzoo.engines.engine import Cost, Shape
 from attnzoo.engines.softmax import Softmax
+from attnzoo.length_projection import LengthProjection, ProjectedMemory
 from attnzoo.registry import register
 
 SHARING = ("none", "headwise", "key_value", "layerwise")
-
-
-class LengthProjection(nn.Module):
-    """A learned projection along the length, (…, length, d) -> (…, rank, d) for any length up to max_length.
-
-    weight: (heads or 1, max_length, rank), N(0, 1/rank) at first (theorem 1); a shorter input uses the first rows.
-    """
-
-    def __init__(self, heads: int, max_length: int, rank: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(heads, max_length, rank) * rank**-0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight[:, : x.shape[2]].to(x.dtype).mT @ x
 
 
 @register
@@ -98,8 +83,7 @@ class Linformer(Attention):
 
     def refuse(self, call: Call) -> None:
         super().refuse(call)
-        if call.key_length > self.max_length:
-            raise ValueError(f"key_length={call.key_length} is longer than max_length={self.max_length}; build linformer with a larger max_length")
+        self._check_length(call.key_length)
 
     def attend(self, call: Call, backend: str) -> tuple[Tensor, str]:
         k, v = (repeat_heads(x, call.group) if self.sharing == "none" else x for x in (call.k, call.v))
@@ -109,27 +93,26 @@ class Linformer(Attention):
         return out, name
 
     def count(self, shape: Shape) -> Cost:
-        kv_heads = shape.heads if self.sharing == "none" else shape.kv_heads
-        projecting = 2 * shape.batch_size * kv_heads * shape.key_length * self.rank * shape.head_dim
-        attending = self.engine.cost(replace(shape, key_length=self.rank))
+        self._check_length(shape.key_length)
+        per_head = self.sharing == "none"
         projections = 1 if self.value_projection is self.key_projection else 2
+        memory = ProjectedMemory(shape, self.rank, self.max_length, per_head)
+        projecting = 2 * shape.batch_size * memory.projected.kv_heads * shape.key_length * self.rank * shape.head_dim
+        attending = self.engine.cost(memory.projected)
         rows_read = projections * self.key_projection.weight.shape[0] * shape.key_length
         return Cost(
             macs=projecting + attending.macs,
             support_macs=projecting + attending.macs,
             elementwise=attending.elementwise,
             moved_bytes=shape.input_bytes + shape.query_bytes + rows_read * self.rank * shape.dtype.itemsize,
-            kept_bytes=self._kept_bytes(shape),
+            kept_bytes=memory.kept(),
+            forward_bytes=memory.forward(),
+            training_bytes=memory.training(),
         )
 
-    def _kept_bytes(self, shape: Shape) -> int:
-        """The projected keys and values as the engine keeps them, and k and v, which the gradients of E and F are made of."""
-        group = shape.heads // shape.kv_heads if self.sharing == "none" else 1
-        projected = replace(shape, kv_heads=shape.kv_heads * group, key_length=self.rank)
-        kept = memory.full(projected) + 2 * group * shape.key_bytes
-        if self.sharing == "none" and shape.heads > 1 and shape.batch_size > 1:  # a batched product copies E and F for every sample
-            kept += 2 * shape.batch_size * shape.heads * self.rank * shape.key_length * shape.dtype.itemsize
-        return kept
+    def _check_length(self, key_length: int) -> None:
+        if key_length > self.max_length:
+            raise ValueError(f"key_length={key_length} is longer than max_length={self.max_length}; build linformer with a larger max_length")
 
     def _no_causal(self) -> str:
         return f"linformer cannot be causal: every projected key mixes the whole length, the future included; use {self._others(causal=True)}"

@@ -1,0 +1,90 @@
+"""The most that torch's allocator holds in the linear engine, in bytes, by the backend `chunked`, without masks in the call.
+
+What is as long as the sequence is known to the byte. Of one span of tokens it is what stands at the busiest moment, by kinds of tensors;
+what is smaller, such as masks and numbers of one chunk, is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from attnzoo.engines.engine import Shape
+from attnzoo.engines.linear_chunks import CAUSAL_CHUNK, CHUNK, chunks_held, spans
+from attnzoo.feature_maps import FeatureMap
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Bytes of the tensors of one span. features: of queries and keys; query_features: of queries; regrouped: queries laid out anew where
+    several heads share keys; rows: numerators; totals: numerators with their normalisers;
+    scores: of rows with their own chunk, weights: of keys in those rows, 0 where all are 1; sums: of keys, one for each chunk."""
+
+    features: int
+    query_features: int
+    regrouped: int
+    rows: int
+    totals: int
+    scores: int
+    weights: int
+    sums: int
+
+    def left_over(self) -> int:
+        """Of a causal span that has been read."""
+        return self.features + self.regrouped + self.scores + self.weights + self.sums
+
+
+def forward(feature_map: FeatureMap, shape: Shape) -> int:
+    """A forward that does not record."""
+    if not shape.is_causal:  # a chunk of queries, or of keys, with the sums over all keys
+        span = _span(feature_map, shape, min(CHUNK, max(shape.query_length, shape.key_length)), 1)
+        return shape.query_bytes + span.query_features + 3 * span.rows + span.totals + span.sums + span.regrouped
+    # Scores before and after their mask; sums that each chunk adds, sums before each chunk; rows that are being put together
+    busiest = max(before.left_over() + _built(span) + span.rows for before, span in _neighbours(feature_map, shape))
+    return shape.query_bytes + busiest
+
+
+def training(feature_map: FeatureMap, shape: Shape, kept_bytes: int) -> int:
+    """A forward that records, and its backward pass. kept_bytes: `Cost.kept_bytes`."""
+    held = kept_bytes - shape.input_bytes + (shape.query_bytes if feature_map.normalizer != "row" else 0)  # the output is there in any case
+    held += shape.input_bytes  # gradients of q, k and v
+    if not shape.is_causal:  # a chunk's features, their gradient, and what the gradient is made of
+        span = _span(feature_map, shape, min(CHUNK, max(shape.query_length, shape.key_length)), 1)
+        queried = 2 * span.query_features + 2 * span.rows + 4 * span.totals
+        summed = 4 * (span.features - span.query_features) + shape.kv_heads * (2 * span.rows + 4 * span.totals) // shape.heads
+        return held + span.sums + max(queried, summed)
+    # As forward, with the gradients of features and rows: of values, of numerators, and of numerators with their normalisers
+    busiest = 0
+    for before, span in _neighbours(feature_map, shape):
+        sent = 3 * span.features // 2 + 3 * span.rows + (5 if span.weights else 3) * span.totals
+        busiest = max(busiest, before.left_over() + _built(span) - span.weights + sent)
+    return held + busiest
+
+
+def _built(span: _Span) -> int:
+    return span.features + span.regrouped + span.scores + 2 * span.weights + 2 * span.sums
+
+
+def _neighbours(feature_map: FeatureMap, shape: Shape) -> list[tuple[_Span, _Span]]:
+    """Each causal span with the one that is computed before it, which is let go only when the next stands."""
+    queries = min(shape.query_length, shape.key_length)
+    together = chunks_held(feature_map.width(shape.head_dim), shape.batch_size, shape.heads, queries, torch.empty(0))
+    found = [_span(feature_map, shape, 0, 0), *(_span(feature_map, shape, *one) for one in spans(queries, together))]
+    return list(pairwise(found))
+
+
+def _span(feature_map: FeatureMap, shape: Shape, tokens: int, chunks: int) -> _Span:
+    width, d, size = feature_map.width(shape.head_dim), shape.head_dim, shape.batch_size * shape.sum_bytes
+    pairs = tokens * min(CAUSAL_CHUNK, tokens)
+    return _Span(
+        features=size * (shape.heads + shape.kv_heads) * tokens * width,
+        query_features=size * shape.heads * tokens * width,
+        regrouped=size * shape.heads * tokens * d if shape.heads > shape.kv_heads else 0,
+        rows=size * shape.heads * tokens * d,
+        totals=size * shape.heads * tokens * (d + 1),
+        scores=size * shape.heads * pairs,
+        weights=size * shape.kv_heads * pairs if feature_map.scales_keys else 0,
+        sums=size * shape.kv_heads * chunks * width * (d + 1),
+    )

@@ -1,0 +1,112 @@
+"""The most that torch's allocator holds in the sparse engine, in bytes, by the backend `blocks` in float32 and float64 (`in_cache`),
+without masks in the call.
+
+Beside tensors as long as the sequence: the memory that pieces use in turn, taken in the order of the pieces and counted with the old place
+while it grows, and the caps of pieces. What is smaller, such as indices of blocks, is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attnzoo.engines import in_cache, sparse_blocks, sparse_windows
+from attnzoo.engines.engine import Shape
+from attnzoo.patterns import BlockPattern, Grid, Window
+
+POSITIONS = 17  # bytes a score while a band is drawn: two distances as int64, and whether they are short enough
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """What one head computes: shapes (parts, rows, keys) in order, and those among them whose keys are fetched; bytes of all caps, and the
+    most while they are drawn."""
+
+    shapes: list[tuple[int, int, int]]
+    fetched: set[tuple[int, int, int]]
+    cap_bytes: int
+    drawing_bytes: int
+
+
+def windows(pattern: Window, shape: Shape) -> tuple[int, int] | None:
+    """Peaks of a forward and of both passes; None in half precision, where torch's SDPA does the work."""
+    if shape.dtype not in in_cache.DTYPES:
+        return None
+    grid, size = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal), shape.dtype.itemsize
+    found, shapes, caps, drawing = sparse_windows.plan(pattern, grid), [], 0, 0
+    for first, end, low, high in sparse_windows.edges(pattern, grid):
+        keys, start = high - low, grid.offset + first
+        for rows in _split(end - first, max(sparse_windows.BLOCK, in_cache.SCORES // max(1, keys))):
+            hidden = _hidden(pattern, grid, start, start + rows, low, high)
+            drawing = max(drawing, caps + rows * max(hidden, default=0) * POSITIONS)
+            caps += rows * sum(hidden) * size
+            start += rows
+            shapes.append((1, rows, keys))
+    hidden = _hidden(pattern, grid, found.before, found.before + sparse_windows.BLOCK, 0, found.slice_length)
+    drawing = max(drawing, caps + sparse_windows.BLOCK * max(hidden, default=0) * POSITIONS)
+    caps += sparse_windows.BLOCK * sum(hidden) * size
+    together = in_cache.parts_at_a_time(sparse_windows.BLOCK, found.slice_length)
+    shapes += [(blocks, sparse_windows.BLOCK, found.slice_length) for blocks in _split(found.blocks, together)]
+    return _peaks(shape, _Pieces(shapes, set(), caps, drawing), shape.query_bytes, shape.key_bytes, padded=0)
+
+
+def _hidden(pattern: Window, grid: Grid, first: int, end: int, low: int, high: int) -> list[int]:
+    """Lengths of the runs of keys that some row does not see, rows and keys by their positions."""
+    seen_from, seen_to = end - pattern.window, first + (1 if grid.is_causal else pattern.window)
+    ends = [(low, min(seen_from, high)), (max(seen_to, low), high)] if seen_from < seen_to else [(low, high)]
+    return [stop - start for start, stop in ends if start < stop]
+
+
+def blocks(pattern: BlockPattern, shape: Shape) -> tuple[int, int] | None:
+    """As `windows`."""
+    if shape.dtype not in in_cache.DTYPES:
+        return None
+    grid, size, element = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal), pattern.block_size, shape.dtype.itemsize
+    ahead, spare = grid.offset % size, -grid.key_length % size
+    shapes, fetched = [], set()
+    for run in sparse_blocks.runs(pattern, grid):
+        keys = grid.key_length if run.sees_all else run.width * size
+        rows = run.end - run.first
+        if not keys:
+            continue
+        if run.sees_all:  # rows of several blocks make one part
+            shapes += [(1, count * size, keys) for count in _split(rows, max(1, in_cache.SCORES // (size * keys)))]
+            continue
+        gathered = [(count, size, keys) for count in _split(rows, in_cache.parts_at_a_time(size, keys))]
+        shapes += gathered
+        fetched.update(gathered)
+    per_position = shape.batch_size * shape.head_dim * element
+    query_bytes = shape.heads * (ahead + shape.query_length + spare) * per_position
+    key_bytes = shape.kv_heads * (shape.key_length + spare) * per_position
+    copies = (query_bytes if ahead or spare else 0) + (2 * key_bytes if spare else 0)
+    table = sparse_blocks.sorted_key_blocks(pattern, grid).nbytes
+    return _peaks(shape, _Pieces(shapes, fetched, size * size * element, 0), query_bytes, key_bytes, padded=copies, held=table)
+
+
+def _peaks(shape: Shape, pieces: _Pieces, query_bytes: int, key_bytes: int, *, padded: int, held: int = 0) -> tuple[int, int]:
+    """query_bytes, key_bytes: of the tensors that the pieces read, whole blocks long. padded: bytes of those that are copies."""
+    held += padded + query_bytes  # the output is as long as the queries
+    running = max(pieces.drawing_bytes, pieces.cap_bytes + _memory(pieces, shape, backward=False))
+    gradients = query_bytes + 2 * key_bytes + (query_bytes if padded else 0)  # the output's, with the rows that were cut off
+    returning = max(pieces.drawing_bytes, pieces.cap_bytes + _memory(pieces, shape, backward=True))
+    return held + running, max(held + running, held + gradients + returning)
+
+
+def _memory(pieces: _Pieces, shape: Shape, *, backward: bool) -> int:
+    """Most bytes of `in_cache.Memory` at any moment."""
+    sizes: dict[str, int] = {}
+    most = 0
+    for one in pieces.shapes:
+        parts, rows, keys = one
+        scores, gradient = parts * rows * keys, parts * keys * shape.head_dim
+        fetched = gradient if one in pieces.fetched else 0
+        wanted = [("slopes", scores), ("fetched", fetched), ("scores", scores), ("gradient", gradient)]
+        wanted = wanted if backward else wanted[1:3]
+        for name, numbers in wanted:
+            if numbers > sizes.get(name, 0):
+                most = max(most, sum(sizes.values()) + numbers)
+                sizes[name] = numbers
+    return max(most, sum(sizes.values())) * shape.dtype.itemsize
+
+
+def _split(count: int, together: int) -> list[int]:
+    return [min(together, count - start) for start in range(0, count, together)]

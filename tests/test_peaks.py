@@ -1,0 +1,73 @@
+"""Closed forms of peak memory, against the allocator's own events."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, can, cases
+
+import attnzoo
+from attnzoo import Attention
+from attnzoo.bench.memory import peak_bytes
+
+SIZES = [(1, 1), (63, 63), (257, 257), (800, 800), (1, 65), (140, 257), (65, 18), (300, 600)]
+
+
+def measured(attn: Attention, batch: int, lengths: tuple[int, int], kv_heads: int, is_causal: bool, dtype: torch.dtype, training: bool) -> int:
+    """Peak of a forward without gradients, or of a forward and its backward pass."""
+    q = torch.randn(batch, attn.heads, lengths[0], attn.head_dim, dtype=dtype, requires_grad=training)
+    k, v = (torch.randn(batch, kv_heads, lengths[1], attn.head_dim, dtype=dtype, requires_grad=training) for _ in "kv")
+    upstream = torch.randn_like(q)
+
+    def run() -> torch.Tensor:
+        with torch.set_grad_enabled(training):
+            out = attn(q, k, v, is_causal=is_causal)
+        if training:
+            out.backward(upstream)
+        return out
+
+    attn.zero_grad()
+    return peak_bytes(run)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("case", [case for case in cases() if case.spec.family in ("exact", "low_rank")], ids=str)
+def test_peaks_are_the_allocators(case: Case, is_causal: bool) -> None:
+    if not can(case.spec, is_causal):
+        pytest.skip(f"{case.variant} cannot run so")
+    for dtype in (torch.float32, torch.float64):
+        attn = case.build(dtype=dtype)
+        for lengths in SIZES:
+            for batch, kv_heads in ((2, 2), (1, 4), (3, 1)):
+                cost = attn.cost(batch, *lengths, kv_heads=kv_heads, is_causal=is_causal, dtype=dtype)
+                peaks = [measured(attn, batch, lengths, kv_heads, is_causal, dtype, training) for training in (False, True)]
+                assert peaks == [cost.forward_bytes, cost.training_bytes], (lengths, batch, kv_heads, dtype)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_thread_has_working_memory(threads: int) -> None:
+    """Large enough that each kernel works on whole tiles."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        attn = Case("standard").build()
+        cost = attn.cost(1, 1000)
+        assert [measured(attn, 1, (1000, 1000), 4, False, torch.float32, training) for training in (False, True)] == [
+            cost.forward_bytes,
+            cost.training_bytes,
+        ]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize(("name", "left_out"), [("sliding_window", 0.01), ("bigbird", 0.01), ("linear", 0.15), ("performer", 0.15)])
+def test_peaks_of_engines_in_pieces(name: str, left_out: float, is_causal: bool) -> None:
+    """left_out: the part that is too small for the formula, such as indices, or masks and sums of one chunk. 3,000 tokens need padding."""
+    attn = attnzoo.build(name, heads=2, head_dim=64)
+    for n, kv_heads in ((4096, 2), (3000, 1)):
+        cost = attn.cost(1, n, kv_heads=kv_heads, is_causal=is_causal)
+        assert cost.forward_bytes is not None and cost.training_bytes is not None
+        peaks = [measured(attn, 1, (n, n), kv_heads, is_causal, torch.float32, training) for training in (False, True)]
+        expected = [pytest.approx(formula, rel=left_out) for formula in (cost.forward_bytes, cost.training_bytes)]
+        assert peaks == expected, (n, kv_heads)
