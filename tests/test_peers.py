@@ -186,7 +186,7 @@ def test_a_run_writes_rows_resumes_and_prints_tables(monkeypatch, capsys) -> Non
         (["--budget", "0"], "--budget 0 must be a number of seconds above 0"),
         (["--groups", "reformer"], "invalid choice: 'reformer'"),
         (["--table", "--output", "none.jsonl"], "none.jsonl does not exist"),
-        (["--output", "other.jsonl"], "other.jsonl, line 1 is no row of this version of benchmarks/peers/run.py"),
+        (["--output", "other.jsonl"], "other.jsonl, line 1 is no row of this version of `benchmarks/peers/run.py`"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], said: str, capsys) -> None:

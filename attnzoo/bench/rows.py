@@ -138,3 +138,14 @@ class ResultFile(results.ResultFile[RowKind]):
 def read_rows(path: str | Path, kind: type[RowKind] = Row) -> list[RowKind]:
     """The rows of a result file in order; a half last line is passed over. Raises ValueError, one sentence, on another file."""
     return results.read_rows(path, kind)
+
+
+def check_one_machine(some: Iterable[Environment], others: Iterable[Environment], what: str, against: str) -> None:
+    """Raise ValueError when environments of rows are of two machines. what, against: where the two lots are from, in words."""
+    here, there = ({tuple((facts or {}).get(name) for name in MACHINE) for facts in lot} for lot in (some, others))
+    for one in here:
+        for other in there - {one}:
+            name, mine, theirs = next(found for found in zip(MACHINE, one, other, strict=True) if found[1] != found[2])
+            raise ValueError(
+                f"{what} and {against} are from different machines ({name}: {mine} and {theirs}), and times of two machines cannot be compared"
+            )

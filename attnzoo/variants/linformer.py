@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnzoo.arguments import check_positive
 from attnzoo.attention import Attention, Spec
