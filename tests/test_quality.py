@@ -101,7 +101,7 @@ def test_layers_before_the_swapped_one_are_computed_once_and_nothing_differs(lay
     perplexity(subject, {2: LINEAR}, place=place)  # keeps what every block gives
     ran: list[int] = []  # by whole sequences: swap itself lets the model read a few tokens
     handles = [
-        block.get_submodule("self_attn").register_forward_hook(lambda module, inputs, output, n=n: ran.extend([n] * (output[0].shape[1] == 48)))
+        block.get_submodule("self_attn").register_forward_hook(lambda module, inputs, output, n=n: ran.extend([n] * (output[0].shape[1] == 48)))  # pyright: ignore[reportArgumentType]
         for n, block in enumerate(subject.blocks)
     ]
     with torch.no_grad():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from attnzoo import results
+from attnzoo.environment import MACHINE
 
 SDPA = "sdpa"  # the variant of the rows that call torch's SDPA directly
 
