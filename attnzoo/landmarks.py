@@ -18,10 +18,7 @@ def segment_means(x: Tensor, segments: int, key_mask: Tensor | None) -> tuple[Te
     dtype, length = accumulation_dtype(x.dtype), x.shape[2]
     if key_mask is None and length % segments == 0:
         return x.unflatten(2, (segments, -1)).mean(3, dtype=dtype).to(x.dtype), None
-    if key_mask is None:
-        tokens = torch.full((1, 1), length, device=x.device)
-    else:
-        tokens = key_mask.sum(1, keepdim=True)
+    tokens = torch.full((1, 1), length, device=x.device) if key_mask is None else key_mask.sum(1, keepdim=True)
     borders = -(-torch.arange(segments + 1, device=x.device) * tokens // segments)  # the first rank of each, (batch or 1, segments + 1)
     rank = borders[:, :-1, None] + torch.arange(-(-length // segments), device=x.device)
     inside = rank < borders[:, 1:, None]

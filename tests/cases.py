@@ -200,7 +200,7 @@ def tensors(situation: Situation, head_dim: int = 8, *, shift: float = 0.0, seed
 
 LEARNED: dict[str, Callable[[Attention], dict[str, Tensor]]] = {
     "linformer": lambda attn: {"key_projection": _parameter(attn, "key_projection"), "value_projection": _parameter(attn, "value_projection")},
-    "nystromformer": lambda attn: {} if attn.convolution is None else {"convolution_weight": attn.convolution},  # type: ignore[dict-item]
+    "nystromformer": lambda attn: {} if attn.convolution is None else {"convolution_weight": _parameter(attn, "convolution")},
 }
 """What the oracle needs of a variant's parameters, by the name of the oracle's argument."""
 

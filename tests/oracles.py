@@ -275,7 +275,7 @@ def bigbird_global_blocks(key_blocks: int, num_global_blocks: int, is_causal: bo
 def nystromformer(
     q, k, v, *, num_landmarks=64, iterations=6, convolution_weight=None, scale=None, key_mask=None, attn_mask=None, is_causal=False
 ) -> tuple[Tensor, Tensor]:
-    """Xiong et al. 2021, equations 13 and 14, over the real tokens alone; convolution_weight: (heads, size), added as a band of A."""
+    """Xiong et al. 2021, equations 13 and 14, over the real tokens alone; convolution_weight: (heads, 1, size, 1), added as a band of A."""
     assert not is_causal and attn_mask is None and q.shape[2] == k.shape[2]
     scale = q.shape[3] ** -0.5 if scale is None else scale
 
@@ -299,14 +299,14 @@ def nystromformer(
                 inverse = inverse @ (13 * one - az @ (15 * one - az @ (7 * one - az))) / 4
             a = a.index_copy(1, torch.tensor(real), front @ inverse @ back)
         if convolution_weight is not None:
-            size = convolution_weight.shape[1]
+            size = convolution_weight.shape[2]
             band = torch.zeros(n, n, dtype=torch.float64)
             for i in range(n):
                 for place in range(size):
                     j = i + place - size // 2
                     if 0 <= j < n and bool(visible[0, j]):
                         band[i, j] = 1.0
-            weights = torch.stack([convolution_weight[h].double()[(torch.arange(n) - i + size // 2).clamp(0, size - 1)] for i in range(n)])
+            weights = torch.stack([convolution_weight[h, 0, :, 0].double()[(torch.arange(n) - i + size // 2).clamp(0, size - 1)] for i in range(n)])
             a = a + band * weights
         return a
 

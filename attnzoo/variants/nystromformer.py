@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.arguments import check_positive
@@ -62,7 +61,7 @@ class Nystromformer(Attention):
         if convolution is not None:
             if check_positive("convolution", convolution) % 2 == 0:
                 raise ValueError(f"convolution={convolution} must be odd: the token itself and as many on each side")
-            self.convolution = nn.Parameter(torch.empty(heads, convolution).uniform_(-1, 1) * convolution**-0.5)
+            self.convolution = nn.Conv2d(heads, heads, (convolution, 1), padding=(convolution // 2, 0), groups=heads, bias=False)
 
     def attend(self, call: Call, backend: str) -> tuple[Tensor, str]:
         segments, dtype = min(self.num_landmarks, int(call.key_length)), accumulation_dtype(call.q.dtype)
@@ -72,7 +71,7 @@ class Nystromformer(Attention):
         seen_by_landmarks, _ = self.engine(Call(q_landmarks, call.k, call.v, call.key_mask), backend)
         values = (inverse @ seen_by_landmarks.to(dtype)).to(call.q.dtype)
         out, name = self.engine(Call(call.q, k_landmarks, values, filled), backend)
-        return (out if self.convolution is None else out + self._convolved(repeat_heads(call.v, call.group)), name)
+        return (out if self.convolution is None else out + self.convolution(repeat_heads(call.v, call.group)), name)
 
     def _pseudo_inverse(self, q: Tensor, k: Tensor, filled: Tensor | None) -> Tensor:
         """softmax(s·Q̃ K̃ᵀ)⁺, (batch, heads, segments, segments), 0 in the rows and columns of empty segments."""
@@ -88,17 +87,11 @@ class Nystromformer(Attention):
             inverse = 0.25 * inverse @ (13 * identity - product @ (15 * identity - product @ (7 * identity - product)))
         return inverse
 
-    def _convolved(self, v: Tensor) -> Tensor:
-        assert self.convolution is not None
-        weight = self.convolution[:, None, :, None].to(accumulation_dtype(v.dtype))
-        out = F.conv2d(v.to(weight.dtype), weight, padding=(int(weight.shape[2]) // 2, 0), groups=self.heads)
-        return out.to(v.dtype)
-
     def count(self, shape: Shape) -> Cost:
         segments, heads = min(self.num_landmarks, shape.key_length), shape.batch_size * shape.heads
         products = 2 * segments * shape.key_length * 2 * shape.head_dim  # queries by landmarks, landmarks by keys
         kernel = 2 * segments**2 * shape.head_dim + 4 * self.iterations * segments**3
-        convolving = 0 if self.convolution is None else shape.key_length * shape.head_dim * self.convolution.shape[1]
+        convolving = 0 if self.convolution is None else shape.key_length * shape.head_dim * self.convolution.kernel_size[0]
         macs = heads * (products + kernel + convolving)
         scores = heads * (2 * segments * shape.key_length + segments**2)
         means = shape.batch_size * (shape.heads + shape.kv_heads) * segments * shape.head_dim if shape.key_length % segments else 0
@@ -106,5 +99,5 @@ class Nystromformer(Attention):
             macs=macs,
             support_macs=macs,
             elementwise=SOFTMAX_OPERATIONS * scores + heads * segments**2 + means,
-            moved_bytes=shape.input_bytes + shape.query_bytes + (0 if self.convolution is None else self.convolution.numel() * shape.dtype.itemsize),
+            moved_bytes=shape.input_bytes + shape.query_bytes + sum(parameter.numel() for parameter in self.parameters()) * shape.dtype.itemsize,
         )
