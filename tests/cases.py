@@ -16,7 +16,7 @@ import attnzoo
 from attnzoo import Attention
 from attnzoo.registry import options_of, spec_of
 
-CPU_BACKENDS = {"sdpa", "blocks", "chunked", "reference"}
+CPU_BACKENDS = {"sdpa", "tiled", "blocks", "chunked", "reference"}
 MAX_LENGTH = 1024
 
 
@@ -95,6 +95,11 @@ CASES: dict[str, list[Case]] = {
         Case("bigbird", {"block_size": 5, "num_random_blocks": 3, "num_window_blocks": 5, "num_global_blocks": 3}),
         Case("bigbird", {"block_size": 1, "num_random_blocks": 4}),
         Case("bigbird"),
+    ],
+    "flash": [
+        Case("flash", {"block_size": 48}),
+        Case("flash", {"block_size": 30, "scale": 0.7}),
+        Case("flash"),
     ],
     "nystromformer": [
         Case("nystromformer", {"num_landmarks": 8}),

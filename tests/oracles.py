@@ -114,6 +114,12 @@ def standard(q, k, v, *, key_mask=None, attn_mask=None, is_causal=False, scale=N
     return torch.cat([out for out, _ in samples]), torch.cat([a for _, a in samples])
 
 
+@oracle("flash")
+def flash(q, k, v, *, scale=None, key_mask=None, attn_mask=None, is_causal=False) -> tuple[Tensor, Tensor]:
+    """Dao et al. 2022, theorem 1: the output of standard attention."""
+    return standard(q, k, v, scale=scale, key_mask=key_mask, attn_mask=attn_mask, is_causal=is_causal)
+
+
 @oracle("linformer")
 def linformer(q, k, v, *, key_projection, value_projection, key_mask=None, attn_mask=None, is_causal=False, scale=None) -> tuple[Tensor, Tensor]:
     """Wang et al. 2020, equation 7: softmax(scale · q (Eᵀk)ᵀ) Fᵀv with E, F of shape (heads or 1, max_length, rank).
