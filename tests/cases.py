@@ -97,8 +97,8 @@ CASES: dict[str, list[Case]] = {
         Case("bigbird"),
     ],
     "flash": [
-        Case("flash", {"block_size": 48}),
-        Case("flash", {"block_size": 30, "scale": 0.7}),
+        Case("flash", {"block_size": 100}),
+        Case("flash", {"block_size": 64, "scale": 0.7}),
         Case("flash"),
     ],
     "nystromformer": [

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from attnzoo.call import Call
 from attnzoo.engines.linear import CAUSAL_CHUNK, CHUNK, Linear
+from attnzoo.engines.softmax_tiled import Tiled
 
 FOLDED_FROM = 6 * CHUNK  # tokens; below, the whole loop is traced
 Count = Callable[..., Counter[str]]
@@ -28,7 +29,7 @@ Count = Callable[..., Counter[str]]
 class _Forward:
     """One forward of an engine, by its sizes."""
 
-    engine: Linear
+    engine: Any
     q: tuple[int, ...]
     k: tuple[int, ...]
     v: tuple[int, ...]
@@ -60,14 +61,32 @@ class _Forward:
 
     def _inputs(self, first: int, second: int) -> list[Tensor]:
         """Tensors whose walks have these lengths."""
-        queries, keys = first, second
-        if self.is_causal:
-            blind = max(0, self.q[2] - self.k[2])  # queries before the first key, which nobody computes
-            queries, keys = first + blind, first + second
+        if not self.is_causal:
+            return self._tensors(first, second)
+        blind = max(0, self.q[2] - self.k[2])  # queries before the first key, which nobody computes
+        return self._tensors(first + blind, first + second)
+
+    def _tensors(self, queries: int, keys: int) -> list[Tensor]:
         lengths = (queries, keys, keys)
         shapes = zip((self.q, self.k, self.v), lengths, strict=True)
         tensors = [torch.zeros(*shape[:2], length, shape[3], dtype=self.dtype, device=self.device) for shape, length in shapes]
         return [*tensors, torch.ones(self.k[0], keys, dtype=torch.bool, device=self.device)] if self.padded else tensors
+
+
+class _SquareForward(_Forward):
+    """One forward in tiles of as many queries as keys: with the remainder held fixed its cost is a polynomial of degree 2 in the number
+    of blocks, which three short forwards give (Newton's forward differences)."""
+
+    def counted(self, count: Count) -> Counter[str]:
+        blocks, rest = divmod(self.q[2], self.engine.block_size)
+        at = [count(_OneForward(self), *self._tensors(length, length)) for length in (rest + n * self.engine.block_size for n in (1, 2, 3))]
+        steps = blocks - 1
+        return Counter(
+            {
+                name: at[0][name] + steps * (at[1][name] - at[0][name]) + steps * (steps - 1) // 2 * (at[2][name] - 2 * at[1][name] + at[0][name])
+                for name in at[2]
+            }
+        )
 
 
 class _OneForward(nn.Module):
@@ -93,19 +112,29 @@ def _sizes(x: Tensor) -> tuple[int, ...]:
     return tuple(int(size) for size in x.shape)
 
 
+def _kind(engine: Linear | Tiled, backend: str, queries: int, keys: int) -> type[_Forward] | None:
+    """How a forward is folded; None where it is traced whole."""
+    if backend == "chunked" and max(queries, keys) >= FOLDED_FROM:
+        return _Forward
+    if backend == "tiled" and queries == keys and isinstance(engine, Tiled) and queries >= 4 * engine.block_size:
+        return _SquareForward
+    return None
+
+
 @contextmanager
 def folded_loops(module: nn.Module, count: Count) -> Iterator[Callable[[list[Any], list[Any]], Counter[str]]]:
     """Inside, long forwards of linear engines become one operator, `prim::PythonOp.FoldedLoop`, whose handle is given."""
     found: list[_Forward] = []
 
-    def folding(engine: Linear) -> Callable[..., tuple[Tensor, str]]:
+    def folding(engine: Linear | Tiled) -> Callable[..., tuple[Tensor, str]]:
         def forward(call: Call, backend: str = "auto") -> tuple[Tensor, str]:
             q, k, v = call.q, call.k, call.v
             chosen = engine.choose(call, backend).name
-            if chosen != "chunked" or max(int(q.shape[2]), int(k.shape[2])) < FOLDED_FROM:
+            kind = _kind(engine, chosen, int(q.shape[2]), int(k.shape[2]))
+            if kind is None or call.attn_mask is not None:
                 return type(engine).forward(engine, call, backend)
             padded = call.key_mask is not None
-            found.append(_Forward(engine, _sizes(q), _sizes(k), _sizes(v), q.dtype, q.device, padded, bool(call.is_causal), chosen))
+            found.append(kind(engine, _sizes(q), _sizes(k), _sizes(v), q.dtype, q.device, padded, bool(call.is_causal), chosen))
             return FoldedLoop.apply(q, k, v, len(found) - 1), chosen
 
         return forward
@@ -114,7 +143,7 @@ def folded_loops(module: nn.Module, count: Count) -> Iterator[Callable[[list[Any
         (place,) = outputs[0].node().scalar_args()
         return found[place].counted(count)
 
-    engines = [engine for engine in module.modules() if isinstance(engine, Linear)]
+    engines = [engine for engine in module.modules() if isinstance(engine, Linear | Tiled)]
     for engine in engines:
         engine.forward = folding(engine)
     try:

@@ -31,11 +31,11 @@ class Tiled(Softmax):
 
     def cost(self, shape: Shape) -> Cost:
         tiles = Tiles(self.block_size, shape.query_length, shape.key_length, shape.is_causal)
-        spans = [(rows.stop - rows.start, [keys.stop - keys.start for keys in tiles.columns_of(rows)]) for rows in tiles.rows()]
-        pairs = sum(rows * sum(keys) for rows, keys in spans)
+        spans = [(rows.stop - rows.start, tiles.seen(rows)) for rows in tiles.rows()]
+        pairs = sum(rows * keys for rows, keys in spans)
         support = causal_pairs(shape.query_length, shape.key_length) if shape.is_causal else shape.query_length * shape.key_length
         heads = shape.batch_size * shape.heads
-        rescaled = sum(rows * len(keys) for rows, keys in spans)
+        rescaled = sum(rows * -(-keys // self.block_size) for rows, keys in spans)
         whole = super().cost(shape)
         return Cost(
             macs=2 * heads * pairs * shape.head_dim,
@@ -66,17 +66,15 @@ class Tiles:
         """Blocks of queries."""
         return (slice(start, min(start + self.size, self.query_length)) for start in range(0, self.query_length, self.size))
 
-    def columns(self) -> Iterator[slice]:
-        """Blocks of keys."""
-        return (slice(start, min(start + self.size, self.key_length)) for start in range(0, self.key_length, self.size))
+    def columns(self, rows: slice) -> Iterator[slice]:
+        """Blocks of keys that hold one which a block of queries sees."""
+        return (slice(start, min(start + self.size, self.key_length)) for start in range(0, self.seen(rows), self.size))
 
-    def columns_of(self, rows: slice) -> Iterator[slice]:
-        """Blocks of keys that a block of queries sees."""
-        return (keys for keys in self.columns() if self.meet(rows, keys))
-
-    def meet(self, rows: slice, keys: slice) -> bool:
-        """Whether any score of the tile is visible; causal, those of keys that come after every query of the block are not."""
-        return not self.is_causal or keys.start < self.offset + rows.stop
+    def seen(self, rows: slice) -> int:
+        """Keys of all those blocks; causal, the last is that of the last query."""
+        if not self.is_causal:
+            return self.key_length
+        return min(self.key_length, max(0, -(-(self.offset + rows.stop) // self.size) * self.size))
 
 
 def attend(engine: Tiled, call: Call) -> Tensor:
@@ -97,7 +95,7 @@ def _forward(call: Call, scale: float, size: int) -> tuple[Tensor, list[Tensor]]
             q = call.q[:, :, rows].to(dtype) * scale
             largest = q.new_full((*q.shape[:3], 1), float("-inf"))
             total, out = torch.zeros_like(largest), q.new_zeros(*q.shape[:3], call.v.shape[3])
-            for keys in tiles.columns_of(rows):
+            for keys in tiles.columns(rows):
                 scores = _scores(q, call, tiles, rows, keys)
                 largest, before = largest.maximum(scores.amax(-1, keepdim=True)), largest
                 finite = largest.clamp(min=torch.finfo(dtype).min)  # -inf while nothing is seen; -inf - finite is -inf, no NaN
@@ -155,20 +153,18 @@ class _Flash(torch.autograd.Function):
         call = Call(q, k, v, key_mask, attn_mask, is_causal)
         dtype, group = log_sums.dtype, call.group
         tiles = Tiles(size, call.query_length, call.key_length, is_causal)
-        upstream = gradients[0].to(dtype)
-        pull = (upstream * out.to(dtype)).sum(-1, keepdim=True)  # D_i: what a row's weights, whose sum is fixed, give back together
         dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
-        for keys in tiles.columns():
-            k_tile, v_tile = _tile(k, keys, group, dtype), _tile(v, keys, group, dtype)
-            for rows in tiles.rows():
-                if not tiles.meet(rows, keys):
-                    continue
-                q_tile = q[:, :, rows].to(dtype) * scale
+        for rows in tiles.rows():
+            q_tile, upstream, out_tile = (x[:, :, rows].to(dtype) for x in (q, gradients[0], out))
+            q_tile = q_tile * scale
+            pull = (upstream * out_tile).sum(-1, keepdim=True)  # D_i: what a row's weights, whose sum is fixed, give back together
+            for keys in tiles.columns(rows):
+                k_tile, v_tile = _tile(k, keys, group, dtype), _tile(v, keys, group, dtype)
                 weights = (_scores(q_tile, call, tiles, rows, keys) - log_sums[:, :, rows]).exp()
-                dv[:, :, keys] += _summed(weights.mT @ upstream[:, :, rows], group)
-                d_scores = weights * (upstream[:, :, rows] @ v_tile.mT - pull[:, :, rows])
+                d_scores = weights * (upstream @ v_tile.mT - pull)
                 dq[:, :, rows] += d_scores @ k_tile * scale
                 dk[:, :, keys] += _summed(d_scores.mT @ q_tile, group)
+                dv[:, :, keys] += _summed(weights.mT @ upstream, group)
         return (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *[None] * 5)
 
 
