@@ -16,7 +16,7 @@ import attnzoo
 from attnzoo import Attention
 from attnzoo.registry import options_of, spec_of
 
-CPU_BACKENDS = {"sdpa", "blocks", "chunked", "reference"}
+CPU_BACKENDS = {"sdpa", "tiled", "blocks", "chunked", "reference"}
 MAX_LENGTH = 1024
 
 
@@ -95,6 +95,17 @@ CASES: dict[str, list[Case]] = {
         Case("bigbird", {"block_size": 5, "num_random_blocks": 3, "num_window_blocks": 5, "num_global_blocks": 3}),
         Case("bigbird", {"block_size": 1, "num_random_blocks": 4}),
         Case("bigbird"),
+    ],
+    "flash": [
+        Case("flash", {"block_size": 100}),
+        Case("flash", {"block_size": 64, "scale": 0.7}),
+        Case("flash"),
+    ],
+    "nystromformer": [
+        Case("nystromformer", {"num_landmarks": 8}),
+        Case("nystromformer", {"num_landmarks": 8, "convolution": 5}),
+        Case("nystromformer", {"num_landmarks": 5, "iterations": 2, "scale": 0.7}),
+        Case("nystromformer"),
     ],
 }
 """The first case of each is its usual small form, and the only one that the rules run over."""
@@ -194,6 +205,7 @@ def tensors(situation: Situation, head_dim: int = 8, *, shift: float = 0.0, seed
 
 LEARNED: dict[str, Callable[[Attention], dict[str, Tensor]]] = {
     "linformer": lambda attn: {"key_projection": _parameter(attn, "key_projection"), "value_projection": _parameter(attn, "value_projection")},
+    "nystromformer": lambda attn: {} if attn.convolution is None else {"convolution_weight": _parameter(attn, "convolution")},
 }
 """What the oracle needs of a variant's parameters, by the name of the oracle's argument."""
 
@@ -280,9 +292,10 @@ def library_answer(case: Case, backend: str, situation: Situation, is_causal: bo
     return Answer(out.detach(), gradients)
 
 
-def can(spec: attnzoo.Spec, is_causal: bool) -> bool:
-    """Does the spec allow this kind of call?"""
-    return spec.causal if is_causal else spec.bidirectional
+def can(spec: attnzoo.Spec, is_causal: bool, situation: Situation | None = None) -> bool:
+    """Does the spec allow this kind of call, and in this situation?"""
+    square = situation is None or situation.query_length == situation.key_length
+    return (spec.causal if is_causal else spec.bidirectional) and (square or spec.cross)
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:

@@ -114,6 +114,12 @@ def standard(q, k, v, *, key_mask=None, attn_mask=None, is_causal=False, scale=N
     return torch.cat([out for out, _ in samples]), torch.cat([a for _, a in samples])
 
 
+@oracle("flash")
+def flash(q, k, v, *, scale=None, key_mask=None, attn_mask=None, is_causal=False) -> tuple[Tensor, Tensor]:
+    """Dao et al. 2022, theorem 1: the output of standard attention."""
+    return standard(q, k, v, scale=scale, key_mask=key_mask, attn_mask=attn_mask, is_causal=is_causal)
+
+
 @oracle("linformer")
 def linformer(q, k, v, *, key_projection, value_projection, key_mask=None, attn_mask=None, is_causal=False, scale=None) -> tuple[Tensor, Tensor]:
     """Wang et al. 2020, equation 7: softmax(scale · q (Eᵀk)ᵀ) Fᵀv with E, F of shape (heads or 1, max_length, rank).
@@ -269,3 +275,45 @@ def bigbird_global_blocks(key_blocks: int, num_global_blocks: int, is_causal: bo
         return set(everything[:num_global_blocks])
     at_end = num_global_blocks // 2
     return set(everything[: num_global_blocks - at_end]) | set(everything[max(0, key_blocks - at_end) :])
+
+
+@oracle("nystromformer")
+def nystromformer(
+    q, k, v, *, num_landmarks=64, iterations=6, convolution_weight=None, scale=None, key_mask=None, attn_mask=None, is_causal=False
+) -> tuple[Tensor, Tensor]:
+    """Xiong et al. 2021, equations 13 and 14, over the real tokens alone; convolution_weight: (heads, 1, size, 1), added as a band of A."""
+    assert not is_causal and attn_mask is None and q.shape[2] == k.shape[2]
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+
+    def matrix(h: int, q_h: Tensor, k_h: Tensor, visible: Tensor) -> Tensor:
+        n = k_h.shape[0]
+        real = visible[0].nonzero().squeeze(1).tolist()
+        a = torch.zeros(n, n, dtype=torch.float64)
+        if real:
+            members: dict[int, list[int]] = {}
+            for rank, token in enumerate(real):
+                members.setdefault(rank * num_landmarks // len(real), []).append(token)
+            q_landmarks = torch.stack([sum(q_h[t] for t in some) / len(some) for some in members.values()])
+            k_landmarks = torch.stack([sum(k_h[t] for t in some) / len(some) for some in members.values()])
+            front = torch.stack([_softmax(scale * (k_landmarks @ row)) for row in q_h])
+            kernel = torch.stack([_softmax(scale * (k_landmarks @ row)) for row in q_landmarks])
+            back = torch.stack([_softmax(scale * (k_h[real] @ row)) for row in q_landmarks])
+            inverse = kernel.T / (kernel.sum(0).max() * kernel.sum(1).max())
+            one = torch.eye(len(members), dtype=torch.float64)
+            for _ in range(iterations):
+                az = kernel @ inverse
+                inverse = inverse @ (13 * one - az @ (15 * one - az @ (7 * one - az))) / 4
+            a = a.index_copy(1, torch.tensor(real), front @ inverse @ back)
+        if convolution_weight is not None:
+            size = convolution_weight.shape[2]
+            band = torch.zeros(n, n, dtype=torch.float64)
+            for i in range(n):
+                for place in range(size):
+                    j = i + place - size // 2
+                    if 0 <= j < n and bool(visible[0, j]):
+                        band[i, j] = 1.0
+            weights = torch.stack([convolution_weight[h, 0, :, 0].double()[(torch.arange(n) - i + size // 2).clamp(0, size - 1)] for i in range(n)])
+            a = a + band * weights
+        return a
+
+    return _by_heads(matrix, q, k, v, key_mask, False)

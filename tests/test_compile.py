@@ -17,7 +17,7 @@ def compare(case: Case, is_causal: bool, compiler: str, situations: list[Situati
     torch._dynamo.reset()
     attn = case.build()
     compiled = torch.compile(attn, fullgraph=True, backend=compiler)
-    for situation in situations:
+    for situation in (situation for situation in situations if can(case.spec, is_causal, situation)):
         q, k, v, upstream = (x.float() for x in tensors(situation, shift=case.shift))
         inputs = [x.requires_grad_() for x in (q, k, v)]
         masks = {"key_mask": situation.key_mask(), "is_causal": is_causal}

@@ -136,6 +136,12 @@ def test_tables_add_up_and_softmax_has_its_own_column():
     assert counted.elementwise_by_module["3"] == 36
 
 
+def test_a_convolution_on_the_meta_device():
+    """16 outputs of 3 · 4 · 4 products in each of 5 × 5 patches."""
+    embedding = nn.Conv2d(3, 16, 4, stride=4, device="meta")
+    assert count_flops(embedding, empty(1, 3, 20, 20)).macs == 25 * 16 * 3 * 16 == torch_macs(embedding, empty(1, 3, 20, 20))
+
+
 def test_in_place_operators_count_as_their_plain_forms():
     counted = count_flops(Run(lambda x: (x + 1).exp_().div_(2)), torch.zeros(3, 4))
     assert counted.elementwise_by_operator == {"exp": 12, "div": 12} and counted.macs == 0

@@ -58,7 +58,7 @@ def test_every_oracle_and_every_case_belongs_to_a_variant() -> None:
 
 @pytest.mark.parametrize(("case", "situation", "is_causal", "backend"), EVERYTHING)
 def test_output_and_gradients(case: Case, situation: Situation, is_causal: bool, backend: str) -> None:
-    if not can(case.spec, is_causal):
+    if not can(case.spec, is_causal, situation):
         with pytest.raises(attnzoo.UnsupportedError, match=case.variant):
             library_answer(case, backend, situation, is_causal, torch.float64)
         return
@@ -77,7 +77,7 @@ def test_weights_are_the_oracles_matrix(case: Case, situation: Situation, is_cau
     attn = case.build(situation.heads, dtype=torch.float64)
     q, k, v, _ = tensors(situation, shift=case.shift)
     masks = {"key_mask": situation.key_mask(), "is_causal": is_causal}
-    if not can(case.spec, is_causal):
+    if not can(case.spec, is_causal, situation):
         with pytest.raises(attnzoo.UnsupportedError, match=case.variant):
             attn.weights(q, k, **masks)
         return
@@ -121,6 +121,10 @@ OPTIONS: dict[str, st.SearchStrategy[dict]] = {
             "scale": SCALE,
         }
     ),
+    "flash": st.fixed_dictionaries({"block_size": st.integers(1, 50), "scale": SCALE}),
+    "nystromformer": st.fixed_dictionaries(
+        {"num_landmarks": st.integers(1, 12), "iterations": st.integers(1, 6), "convolution": st.sampled_from([None, 1, 5]), "scale": SCALE}
+    ),
 }
 
 
@@ -146,7 +150,7 @@ def test_any_shape_mask_and_option(name: str, is_causal: bool, call: tuple[Situa
     q, k, v, upstream = (x.requires_grad_() for x in tensors(situation))
     attn = case.build(situation.heads, dtype=torch.float64)
     masks = {"key_mask": key_mask, "is_causal": is_causal}
-    if not can(case.spec, is_causal):
+    if not can(case.spec, is_causal, situation):
         with pytest.raises(attnzoo.UnsupportedError, match=name):
             attn(q, k, v, **masks)
         return

@@ -214,7 +214,7 @@ def test_rule_8_any_length(case: Case, backend: str) -> None:
             out = attn(q, k, v, is_causal=is_causal)
             assert out.shape == q.shape
             assert bool(torch.isfinite(out).all())
-        q, k, v, _ = tensors(Situation(3, 0))
+        q, k, v, _ = tensors(Situation(3 if case.spec.cross else 0, 0))
         assert not attn(q, k, v, is_causal=is_causal).any()
     if case.spec.needs_max_length:
         short = case.build(dtype=torch.float64, backend=backend, max_length=20)
@@ -285,7 +285,7 @@ def test_rule_11_one_number_one_convention(case: Case) -> None:
 def test_rule_12_trains_and_travels(case: Case, backend: str) -> None:
     """Gradcheck in float64; copies, pickles and a state_dict loaded into another draw give the same bits. (`test_compile.py` compiles.)"""
     attn = case.build(2, 4, dtype=torch.float64, backend=backend)
-    q, k, v, _ = tensors(Situation(5, 6, heads=2, kv_heads=1), 4, shift=case.shift)
+    q, k, v, _ = tensors(Situation(5 if case.spec.cross else 6, 6, heads=2, kv_heads=1), 4, shift=case.shift)
     mask = torch.tensor([[True] * 6, [False, True, True, False, True, False]])
     for is_causal in kinds(case):
         for key_mask in (None, mask):

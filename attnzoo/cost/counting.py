@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from attnzoo.call import UnsupportedError
+from attnzoo.cost.convolutions import convolution_macs, convolutions_as_one_operator
 from attnzoo.cost.folding import engines_apart
 from attnzoo.cost.handles import ELEMENTWISE, Handle, all_handles
 
@@ -55,7 +56,7 @@ def count_flops(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> FlopReport
     if not isinstance(module, nn.Module):
         raise ValueError(f"count_flops takes a torch.nn.Module; got {type(module).__name__}: wrap a function in a module")
     with engines_apart(module, _count_by_operator) as handle:
-        return _report(_trace(module, inputs, kwargs, **{"prim::PythonOp.Apart": handle}))
+        return _report(_trace(module, inputs, kwargs, **{"prim::PythonOp.Apart": handle, "prim::PythonOp.Convolution": convolution_macs}))
 
 
 def _count_by_operator(module: nn.Module, *inputs: Tensor) -> Counter[str]:
@@ -68,7 +69,7 @@ def _trace(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], *
     analysis = _flop_count_analysis()(call, tuple(call.tensors(inputs, kwargs)))
     analysis.set_op_handle(**all_handles(), **handles).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     try:
-        with torch.no_grad(), _plain_operators():
+        with torch.no_grad(), _plain_operators(), convolutions_as_one_operator(module):
             analysis.total()
     except Exception as error:
         if _ran_flex_attention(error):

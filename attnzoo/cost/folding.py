@@ -6,7 +6,8 @@ number of operators, and engines that run the same operators on the same shapes 
 The linear engine walks over the tokens in chunks: over the keys and then over the queries, or causally over the keys that every
 query sees and then over both at once. The first chunk of a walk has no past and the last may be short or need not be remembered; every chunk
 between runs the same operators on the same shapes. So with the remainders held fixed the cost of a forward is affine in the
-number of chunks of each walk, from two full ones on, and three short forwards give the cost of any long one exactly.
+number of chunks of each walk, from two full ones on, and three short forwards give the cost of any long one exactly. So do three of
+attention in tiles.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from attnzoo.engines import sparse_blocks
 from attnzoo.engines.engine import Engine
 from attnzoo.engines.linear import Linear
 from attnzoo.engines.linear_chunks import CAUSAL_CHUNK, CHUNK
+from attnzoo.engines.softmax_tiled import Tiled
 from attnzoo.engines.sparse import Sparse
 from attnzoo.patterns import BlockPattern, Grid
 
 FOLDED_FROM = 6 * CHUNK  # tokens; below, the whole loop is traced
-APART = ("blocks", "chunked")  # backends that run many operators
+APART = ("blocks", "chunked", "tiled")  # backends that run many operators
 Count = Callable[..., Counter[str]]
 
 
@@ -55,6 +57,8 @@ class _Forward:
 
     def counted(self, count: Count) -> Counter[str]:
         """Operations by operator. count: of one call of a module."""
+        if isinstance(self.engine, Tiled) and self.q[2] == self.k[2] >= 4 * self.engine.block_size:
+            return self._in_square_tiles(count, self.engine.block_size)
         if not isinstance(self.engine, Linear) or max(self.q[2], self.k[2]) < FOLDED_FROM:
             return count(_OneForward(self), *self._tensors(self.q[2], self.k[2]))
         walks = self._walks()
@@ -67,6 +71,14 @@ class _Forward:
                 at_next = count(_OneForward(self), *self._walked(*longer))
                 counted.update({name: left_out * (at_next[name] - at_short[name]) for name in at_next})
         return counted
+
+    def _in_square_tiles(self, count: Count, size: int) -> Counter[str]:
+        """With the remainder held fixed the cost is a polynomial of degree 2 in the number of blocks: Newton's forward differences."""
+        blocks, rest = divmod(self.q[2], size)
+        one, two, three = (count(_OneForward(self), *self._tensors(length, length)) for length in (rest + n * size for n in (1, 2, 3)))
+        steps = blocks - 1
+        bends = steps * (steps - 1) // 2
+        return Counter({name: one[name] + steps * (two[name] - one[name]) + bends * (three[name] - 2 * two[name] + one[name]) for name in three})
 
     def _walks(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Tokens and chunk of both walks: queries and keys, or causally the tokens seen side by side and the keys before them."""
@@ -132,7 +144,7 @@ def engines_apart(module: nn.Module, count: Count) -> Iterator[Callable[[list[An
             (q, k, v), is_causal = (_sizes(x) for x in (call.q, call.k, call.v)), bool(call.is_causal)
             # What a feature map of the user's own calls by its module has a line of its own in the table by module.
             within = max(q[2], k[2]) < FOLDED_FROM and any(any(child.children()) for child in engine.children())
-            if chosen not in APART or within:
+            if chosen not in APART or within or call.attn_mask is not None:
                 return type(engine).forward(engine, call, backend)
             layout = _layout(engine, q[2], k[2], q[1], is_causal)
             found.append(_Forward(engine, q, k, v, call.q.dtype, call.q.device, call.key_mask is not None, is_causal, chosen, layout))
@@ -147,7 +159,7 @@ def engines_apart(module: nn.Module, count: Count) -> Iterator[Callable[[list[An
             known[forward.same] = forward.counted(count)
         return known[forward.same]
 
-    engines = [engine for engine in module.modules() if isinstance(engine, Linear | Sparse)]
+    engines = [engine for engine in module.modules() if isinstance(engine, Linear | Sparse | Tiled)]
     for engine in engines:
         engine.forward = standing_in(engine)
     try:
