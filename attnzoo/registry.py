@@ -51,9 +51,9 @@ def register(cls: AttentionClass) -> AttentionClass:
 
 
 def names() -> list[str]:
-    """Names of all variants: exact attention first, then in alphabetical order."""
+    """Names of all variants: standard, the baseline, first, then in alphabetical order."""
     _discover()
-    return sorted(_registered, key=lambda name: (_registered[name].spec.family != "exact", name))
+    return sorted(_registered, key=lambda name: (name != "standard", name))
 
 
 def build(name: str, /, **options: Any) -> Attention:
