@@ -293,8 +293,8 @@ def nystromformer(
             members: dict[int, list[int]] = {}
             for rank, token in enumerate(real):
                 members.setdefault(rank * num_landmarks // len(real), []).append(token)
-            q_landmarks = torch.stack([sum(q_h[t] for t in some) / len(some) for some in members.values()])
-            k_landmarks = torch.stack([sum(k_h[t] for t in some) / len(some) for some in members.values()])
+            q_landmarks = torch.stack([q_h[some].mean(0) for some in members.values()])
+            k_landmarks = torch.stack([k_h[some].mean(0) for some in members.values()])
             front = torch.stack([_softmax(scale * (k_landmarks @ row)) for row in q_h])
             kernel = torch.stack([_softmax(scale * (k_landmarks @ row)) for row in q_landmarks])
             back = torch.stack([_softmax(scale * (k_h[real] @ row)) for row in q_landmarks])

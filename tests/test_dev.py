@@ -162,7 +162,8 @@ def test_call_returns_the_commands_exit_code_and_lets_the_callers_environment_wi
 def test_ctrl_c_waits_for_the_command_and_exits_130(dev, tmp_path):
     patient = f"import signal, time, sys; signal.signal(signal.SIGINT, lambda *a: (open(r'{tmp_path}/closed', 'w').close(), sys.exit(1)))"
     program = f"""
-import importlib.util, sys
+import importlib.util, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 spec = importlib.util.spec_from_file_location("dev", r"{ROOT / "dev.py"}")
 dev = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(dev)

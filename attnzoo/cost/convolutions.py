@@ -21,11 +21,11 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, convolve: Callable[..., Tensor]) -> Tensor:
         tracing = torch._C._get_tracing_state()
-        torch._C._set_tracing_state(None)
+        torch._C._set_tracing_state(None)  # pyright: ignore[reportAttributeAccessIssue]
         try:
             return convolve(x, weight, bias)
         finally:
-            torch._C._set_tracing_state(tracing)
+            torch._C._set_tracing_state(tracing)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def convolution_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
