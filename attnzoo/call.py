@@ -132,7 +132,7 @@ def shield_past(call: Call, *, may_stall: bool = False) -> tuple[Call, Tensor | 
     k, v = call.k, call.v
     if not call.is_causal or k.is_meta:
         return call, None
-    look = not torch.compiler.is_compiling() and (may_stall or not k.is_cuda)
+    look = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active() and (may_stall or not k.is_cuda)
     if look and _all_finite(k.detach(), v.detach()):
         return call, None
     wide = _summed_in(k)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attnzoo.engines import memory, peaks
 from attnzoo.engines.engine import Shape
-from attnzoo.engines.pieces import join
+from attnzoo.engines.pieces import join, only_autograd_looks
 
 
 class LengthProjection(nn.Module):
@@ -25,7 +25,7 @@ class LengthProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
-        records = torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)
+        records = torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad) and only_autograd_looks(weight, x)
         return _Project.apply(weight, x) if records else _project(weight, x)
 
 

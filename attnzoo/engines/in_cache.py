@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnzoo.call import Call
+from attnzoo.engines.pieces import only_autograd_looks
 from attnzoo.engines.softmax import Softmax
 
 DTYPES = (torch.float32, torch.float64)  # those in which sums run in the inputs' own precision
@@ -89,10 +90,10 @@ def parts_at_a_time(size: int, keys: int, threads: int | None = None) -> int:
 
 
 def serves(engine: Softmax, call: Call) -> bool:
-    """Whether `attend` is the way: on a CPU, without dropout, and not while a graph is recorded, which wants torch's SDPA."""
+    """Whether `attend` is the way: on a CPU, without dropout, and where neither a graph nor a transform wants to see torch's SDPA."""
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
     drops = engine.dropout > 0 and engine.training
-    return call.q.device.type == "cpu" and call.q.dtype in DTYPES and not recorded and not drops
+    return call.q.device.type == "cpu" and call.q.dtype in DTYPES and not recorded and not drops and only_autograd_looks(call.q, call.k, call.v)
 
 
 def attend(engine: Softmax, q: Tensor, k: Tensor, v: Tensor, key_cap: Tensor | None, table: Tensor | None, pieces: Pieces) -> Tensor:

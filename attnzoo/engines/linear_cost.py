@@ -11,6 +11,7 @@ from attnzoo.feature_maps import FeatureMap
 
 
 def cost(feature_map: FeatureMap, shape: Shape) -> Cost:
+    """Cost of one forward by the backend `chunked` at these sizes."""
     width, d, keys, queries = feature_map.width(shape.head_dim), shape.head_dim, shape.key_length, _queries(shape)
     reading, writing = queries, keys  # tokens that read the sums, tokens that are summed
     per_head = per_kv_head = 0

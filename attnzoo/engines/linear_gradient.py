@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from attnzoo.call import Call
 from attnzoo.engines.engine import accumulation_dtype
@@ -29,7 +28,7 @@ from attnzoo.engines.linear_chunks import (
     spans_of,
     ungrouped,
 )
-from attnzoo.engines.pieces import join
+from attnzoo.engines.pieces import join, only_autograd_looks
 from attnzoo.feature_maps import FeatureMap
 
 
@@ -50,11 +49,9 @@ def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
 
 def _records(feature_map: FeatureMap, call: Call) -> bool:
     """Whether autograd records this call, and nothing but autograd looks into it."""
-    if torch._C._are_functorch_transforms_active():
-        return False
     inputs = (call.q, call.k, call.v)
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return recorded and feature_map.has_vjp and all(unpack_dual(x).tangent is None for x in inputs)
+    return recorded and feature_map.has_vjp and only_autograd_looks(*inputs)
 
 
 def _plain(feature_map: FeatureMap, call: Call) -> Tensor:

@@ -6,6 +6,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+
+def only_autograd_looks(*inputs: Tensor) -> bool:
+    """Whether nothing but autograd looks into what is computed of these. An autograd.Function of our own is dark to torch.func (vmap, grad)
+    and to forward-mode differentiation, which then must see plain operators."""
+    return not torch._C._are_functorch_transforms_active() and all(unpack_dual(x).tangent is None for x in inputs)
 
 
 def at_a_time(parts: int, numbers: int, limit: int, like: Tensor) -> int:

@@ -18,7 +18,7 @@ from attnzoo.arguments import check_positive
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype, causal_pairs, never_refuses
 from attnzoo.engines.memory import fused
-from attnzoo.engines.pieces import join
+from attnzoo.engines.pieces import join, only_autograd_looks
 from attnzoo.engines.softmax import Softmax, additive, attend_densely, visible
 
 
@@ -80,7 +80,8 @@ class Tiles:
 def attend(engine: Tiled, call: Call) -> Tensor:
     """A·v, (batch, heads, query_length, value_dim) in q's dtype."""
     scale = call.q.shape[3] ** -0.5 if engine.scale is None else engine.scale
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
+    inputs = (call.q, call.k, call.v)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs) and only_autograd_looks(*inputs):
         return _Flash.apply(call.q, call.k, call.v, call.key_mask, call.attn_mask, call.is_causal, scale, engine.block_size)
     return _forward(call, scale, engine.block_size)[0]
 

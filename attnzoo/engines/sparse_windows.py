@@ -180,6 +180,8 @@ def _spans(x: Tensor, spans: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
 class _Spans(torch.autograd.Function):
     """Overlapping spans of the length as views. autograd's own backward makes a gradient as long as the sequence for every span."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, spans: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
         return tuple(x[:, :, low:high] for low, high in spans)
@@ -201,6 +203,8 @@ class _Slices(torch.autograd.Function):
 
     autograd's own backward of such a view scatters element by element; adding block-wide pieces is two times faster.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, slice_length: int) -> Tensor:
