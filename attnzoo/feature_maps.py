@@ -1,7 +1,8 @@
 """Feature maps φ with A_ij ∝ φ(q_i) · φ(k_j): pointwise ones, and the random features of FAVOR+.
 
-A map returns φ in two parts, `features · exp(log_scale)`: features stay in floating range, log_scale (..., length) holds
-what may not (None where it is 0). No map looks at more than one token, so none can look ahead.
+A map returns φ of a key in two parts, `features · exp(log_scale)`: features stay in floating range, log_scale (..., length) holds
+what may not (None where it is 0). Of a query it returns the features alone: a factor of its own is lost when its row is
+normalised. No map looks at more than one token, so none can look ahead.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ class FeatureMap(nn.Module):
     normalizer: how A is normalised. "row": each row by its sum. "feature": each key feature by its sum over the visible
     keys (a softmax along the length). "none": not at all.
 
-    scales_keys: whether `key` gives a log_scale.
+    scales_keys: whether `key` gives a log_scale. has_vjp: whether `vjp` is known, and nothing but queries and keys wants a gradient.
     """
 
     normalizer: Normalizer = "row"
     scales_keys: bool = False
+    has_vjp: bool = False
 
     def width(self, head_dim: int) -> int:
         """Number of features of a vector of head_dim numbers."""
@@ -48,18 +50,22 @@ class FeatureMap(nn.Module):
         """As `query_elementwise`, for a key and its log_scale."""
         return self.query_elementwise(head_dim)
 
-    def query(self, q: Tensor) -> Features:
-        """(..., length, head_dim) -> features (..., length, width), log_scale (..., length) or None."""
+    def query(self, q: Tensor) -> Tensor:
+        """(..., length, head_dim) -> features (..., length, width), up to a positive factor of each token's own."""
         raise NotImplementedError
 
     def key(self, k: Tensor) -> Features:
-        """As `query`, for keys."""
-        return self.query(k)
+        """(..., length, head_dim) -> features (..., length, width), log_scale (..., length) or None."""
+        return self.query(k), None
+
+    def vjp(self, x: Tensor, features: Tensor, d_features: Tensor, d_log_scale: Tensor | None) -> Tensor:
+        """Gradient of x, a query or a key, from those of its features (which may be overwritten) and of its log_scale."""
+        raise NotImplementedError
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
     """elu(x) + 1, written as exp(min(x, 0)) + max(x, 0) so that small values keep their digits (rule 10)."""
-    return x.clamp(max=0).exp() + F.relu(x)
+    return x.clamp(max=0).exp_() + F.relu(x)
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -74,6 +80,14 @@ def identity(x: Tensor) -> Tensor:
 
 POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {"elu": elu_plus_one, "relu": F.relu, "squared_relu": squared_relu, "identity": identity}
 
+# Gradient of x from x, the features and their gradient.
+_VJP: dict[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    elu_plus_one: lambda x, features, gradient: gradient.mul_(features.clamp(max=1)),  # exp(x) below 0, and 1 above
+    F.relu: lambda x, features, gradient: gradient.mul_(features > 0),
+    squared_relu: lambda x, features, gradient: gradient.mul_(2 * F.relu(x)),
+    identity: lambda x, features, gradient: gradient,
+}
+
 
 class Pointwise(FeatureMap):
     """φ(x) = function(x), any callable from (..., head_dim) to (..., width). What a callable of the user's own computes is not counted."""
@@ -82,6 +96,7 @@ class Pointwise(FeatureMap):
         super().__init__()
         self.function = function
         self.normalizer = "row" if normalize else "none"
+        self.has_vjp = function in _VJP  # a callable of the user's own may have parameters
 
     def width(self, head_dim: int) -> int:
         return self.function(torch.zeros(1, head_dim)).shape[-1]
@@ -89,8 +104,11 @@ class Pointwise(FeatureMap):
     def query_elementwise(self, head_dim: int) -> int:
         return head_dim if self.function is elu_plus_one else 0
 
-    def query(self, q: Tensor) -> Features:
-        return self.function(q), None
+    def query(self, q: Tensor) -> Tensor:
+        return self.function(q)
+
+    def vjp(self, x: Tensor, features: Tensor, d_features: Tensor, d_log_scale: Tensor | None) -> Tensor:
+        return _VJP[self.function](x, features, d_features)
 
 
 class SoftmaxFeatures(FeatureMap):
@@ -105,8 +123,8 @@ class SoftmaxFeatures(FeatureMap):
     def key_elementwise(self, head_dim: int) -> int:
         return head_dim
 
-    def query(self, q: Tensor) -> Features:
-        return q.softmax(-1), None
+    def query(self, q: Tensor) -> Tensor:
+        return q.softmax(-1)
 
     def key(self, k: Tensor) -> Features:
         largest = k.detach().amax(-1, keepdim=True)
@@ -124,6 +142,7 @@ class RandomFeatures(FeatureMap):
       relu           φ(x) = max(ωx, 0) / √m                           (Performer-ReLU; no softmax kernel)
     """
 
+    has_vjp = True
     KINDS = ("positive", "hyperbolic", "trigonometric", "relu")
 
     def __init__(self, head_dim: int, num_features: int, kind: str, *, orthogonal: bool, seed: int, scale: float | None) -> None:
@@ -155,23 +174,50 @@ class RandomFeatures(FeatureMap):
     def query_elementwise(self, head_dim: int) -> int:
         return 0 if self.kind == "relu" else self.width(head_dim)
 
-    def key_elementwise(self, head_dim: int) -> int:
-        return 0 if self.kind == "relu" else self.width(head_dim) + 1  # and half of |x|²
+    def query(self, q: Tensor) -> Tensor:
+        return self._features(q)[0]
 
-    def query(self, q: Tensor) -> Features:
-        x = q * self.scale**0.5
-        projected = x @ self.projection.to(x.dtype).mT
+    def key(self, k: Tensor) -> Features:
+        features, log_scale = self._features(k)
+        if not self.scales_keys:
+            return features, None
+        half_norm = k.square().sum(-1) * (self.scale / 2)
+        return features, half_norm if log_scale is None else log_scale - half_norm
+
+    def vjp(self, x: Tensor, features: Tensor, d_features: Tensor, d_log_scale: Tensor | None) -> Tensor:
+        if self.kind == "relu":
+            d_projected = d_features.mul_(features > 0) * self.num_features**-0.5
+        elif self.kind == "trigonometric":
+            (sine, cosine), (d_sine, d_cosine) = features.chunk(2, -1), d_features.chunk(2, -1)
+            d_projected = d_sine * cosine - d_cosine * sine
+        else:
+            d_projected = d_features.mul_(features)
+            if self.kind == "hyperbolic":
+                positive, negative = d_projected.chunk(2, -1)
+                d_projected = positive - negative
+        gradient = d_projected @ self._directions(x.dtype)
+        if d_log_scale is not None:
+            sign = 1 if self.kind == "trigonometric" else -1
+            gradient += x * (d_log_scale * (sign * self.scale))[..., None]
+        return gradient
+
+    def _directions(self, dtype: torch.dtype) -> Tensor:
+        """ω, scaled so that its products with unscaled vectors are those of ω with scaled ones."""
+        return self.projection.to(dtype) * self.scale**0.5
+
+    def _features(self, x: Tensor) -> Features:
+        """log_scale without the half of |x|²."""
+        projected = x @ self._directions(x.dtype).mT
         if self.kind == "relu":
             return F.relu(projected) * self.num_features**-0.5, None
-        half_norm = x.square().sum(-1) / 2
         if self.kind == "trigonometric":
-            return torch.cat([projected.sin(), projected.cos()], -1) * self.num_features**-0.5, half_norm
+            return torch.cat([projected.sin(), projected.cos()], -1) * self.num_features**-0.5, None
         if self.kind == "hyperbolic":
             projected = torch.cat([projected, -projected], -1)
         # The largest exponent of the token leaves the features; what it is does not change φ, so no gradient goes through it.
         largest = projected.detach().amax(-1, keepdim=True)
-        features = projected.sub_(largest + math.log(self.width(q.shape[-1])) / 2).exp_()  # in place: these are the widest tensors
-        return features, largest.squeeze(-1) - half_norm
+        features = projected.sub_(largest + math.log(self.width(x.shape[-1])) / 2).exp_()  # in place: these are the widest tensors
+        return features, largest.squeeze(-1)
 
 
 def draw_projection(rows: int, head_dim: int, *, orthogonal: bool, seed: int) -> Tensor:

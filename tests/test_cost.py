@@ -75,7 +75,7 @@ def test_state_bytes_and_growth_are_what_decoding_carries(case: Case, dtype: tor
     for n in range(1, 20):
         q, k = torch.randn(2, 4, 1, 8, dtype=dtype), torch.randn(2, 2, 1, 8, dtype=dtype)
         _, state = attn.step(q, k, k, state)
-        tensors = (state.sums, state.normalizer) if case.spec.family == "kernel" else (state.k, state.v)
+        tensors = (state.past.sums,) if case.spec.family == "kernel" else (state.k, state.v)
         now, after = (attn.cost(2, length, kv_heads=2, is_causal=True, dtype=dtype) for length in (n, n + 1))
         assert sum(tensor.nbytes for tensor in tensors) == now.state_bytes
         assert after.state_bytes - now.state_bytes == now.state_growth

@@ -16,7 +16,7 @@ import attnzoo
 from attnzoo import UnsupportedError, count_flops
 from attnzoo.cost import folding
 from attnzoo.cost.handles import einsum_macs
-from attnzoo.engines.linear import CHUNK
+from attnzoo.engines.linear_chunks import CHUNK
 
 pytest.importorskip("fvcore")
 HEADS, HEAD_DIM = 4, 8

@@ -32,7 +32,7 @@ def estimates(kind: str, orthogonal: bool, scale: float = 1.0) -> Tensor:
     """phi(x)·phi(y) of every pair for independent draws of FEATURES rows, (draws, pairs): the rows of one long draw, cut up."""
     x, y = pairs()
     feature_map = RandomFeatures(HEAD_DIM, DRAWS * FEATURES, kind, orthogonal=orthogonal, seed=0, scale=scale).double()
-    products = phi(feature_map.query(x)) * phi(feature_map.key(y)) * DRAWS
+    products = phi(feature_map.key(x)) * phi(feature_map.key(y)) * DRAWS
     return products.unflatten(-1, (-1, DRAWS, FEATURES)).sum((1, 3)).T
 
 
@@ -87,7 +87,7 @@ def test_hyperbolic_beats_positive_by_the_papers_ratio() -> None:
     x, y = pairs()
     ratio = (1 - (-(x + y).square().sum(-1)).exp()) / 2
     torch.testing.assert_close(mean_squared_error("hyperbolic", x, y), ratio * mean_squared_error("positive", x, y))
-    widths = {kind: phi(RandomFeatures(HEAD_DIM, 5, kind, orthogonal=True, seed=0, scale=None).query(x)).shape[-1] for kind in RandomFeatures.KINDS}
+    widths = {kind: RandomFeatures(HEAD_DIM, 5, kind, orthogonal=True, seed=0, scale=None).query(x).shape[-1] for kind in RandomFeatures.KINDS}
     assert widths == {"positive": 5, "hyperbolic": 10, "trigonometric": 10, "relu": 5}
 
 

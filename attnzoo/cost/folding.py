@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.call import Call
-from attnzoo.engines.linear import CAUSAL_CHUNK, CHUNK, Linear
+from attnzoo.engines.linear import Linear
+from attnzoo.engines.linear_chunks import CAUSAL_CHUNK, CHUNK
 from attnzoo.engines.softmax_tiled import Tiled
 
 FOLDED_FROM = 6 * CHUNK  # tokens; below, the whole loop is traced

@@ -35,7 +35,7 @@ def attend(feature_map: FeatureMap, call: Call, gated: Callable[..., Any]) -> Te
     Features, values and the sums of both stay in float32, which the kernels multiply in TF32; fp16 would overflow in the
     normaliser, and bf16 rounds numerator and normaliser apart.
     """
-    q_features, _ = feature_map.query(call.q.float())
+    q_features = feature_map.query(call.q.float())
     k_features, log_scale = feature_map.key(call.k.float())
     v = call.v.float()
     gate = None

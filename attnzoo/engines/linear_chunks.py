@@ -1,0 +1,259 @@
+"""The linear engine's matrix products, in chunks of tokens: whatever is as wide as the features is held for some tokens only.
+
+Written in operators that autograd, a compiler and a counter can follow. `linear_gradient` has the same backward, faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnzoo.call import Call
+from attnzoo.engines.engine import accumulation_dtype
+from attnzoo.engines.pieces import at_a_time
+from attnzoo.engines.softmax import causal_mask
+from attnzoo.feature_maps import FeatureMap
+
+CAUSAL_CHUNK = 128  # tokens that see each other through a small score matrix
+CHUNK = 256  # tokens whose features are held at a time where nobody sees anybody
+HELD = 2**19  # numbers of features, or of scores, that causal chunks computed side by side may have: what a cache holds
+
+
+@dataclass(frozen=True)
+class Past:
+    """The keys and values so far, summed: Σ_j φ(k_j) [v_j, 1]ᵀ, divided by exp(log_scale).
+
+    sums: (batch, kv_heads, width, value_dim + 1), its last column the normaliser. log_scale: (batch, kv_heads), the largest of any
+    key so far; None where keys have none.
+    """
+
+    sums: Tensor
+    log_scale: Tensor | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of the output, (batch, heads, tokens, value_dim), what each was divided by (None: nothing), and the sums that they
+    read and that they left."""
+
+    rows: Tensor
+    divisor: Tensor | None
+    past: Past | None
+    after: Past | None = None
+
+
+def keys_of(feature_map: FeatureMap, k: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Features of keys and their log_scale (None: 0). A padded key has no features, or a log_scale of -inf."""
+    features, log_scale = feature_map.key(k)
+    if key_mask is None:
+        return features, log_scale
+    padded = ~key_mask[:, None]
+    if log_scale is None:
+        return features.masked_fill(padded[..., None], 0.0), None
+    return features, log_scale.masked_fill(padded, float("-inf"))
+
+
+def finite(stabiliser: Tensor) -> Tensor:
+    """-inf (no key yet) becomes the lowest finite number, so that -inf - stabiliser is -inf and not NaN."""
+    return stabiliser.clamp(min=torch.finfo(stabiliser.dtype).min)
+
+
+def divisor(normalizer: Tensor) -> Tensor:
+    """The normaliser to divide by: inf, so that the quotient is 0, where it is 0 (a row with nothing to see), or so small that only
+    underflow can have left it, since its reciprocal would overflow in the backward pass."""
+    return normalizer.masked_fill(normalizer.abs() < torch.finfo(normalizer.dtype).tiny ** 0.8, float("inf"))
+
+
+def grouped(x: Tensor, kv_heads: int, chunks: int) -> Tensor:
+    """(batch, heads, length, y) -> (batch, kv_heads, chunks, group * length / chunks, y): rows that share a matrix come together."""
+    return x.unflatten(1, (kv_heads, -1)).unflatten(3, (chunks, -1)).transpose(2, 3).flatten(3, 4)
+
+
+def ungrouped(x: Tensor, group: int) -> Tensor:
+    """Takes `grouped` back."""
+    return x.unflatten(3, (group, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def absorb(feature_map: FeatureMap, k: Tensor, v: Tensor, key_mask: Tensor | None, past: Past | None) -> Past:
+    """Add keys and values to the past, chunk by chunk, under a running maximum of their log_scale."""
+    dtype = accumulation_dtype(k.dtype)
+    for start, keys, values in zip(range(0, k.shape[2], CHUNK), k.split(CHUNK, 2), v.split(CHUNK, 2), strict=True):
+        mask = None if key_mask is None else key_mask[:, start : start + CHUNK]
+        features, log_scale = keys_of(feature_map, keys.to(dtype), mask)
+        weights = shrink = largest = None
+        if log_scale is not None:
+            largest = log_scale.detach().amax(-1)
+            if past is not None and past.log_scale is not None:
+                largest = torch.maximum(largest, past.log_scale)
+                shrink = (past.log_scale - finite(largest)).exp()
+            weights = (log_scale - finite(largest)[..., None]).exp()
+        past = Past(_added(None if past is None else past.sums, shrink, summed(features, weights, values.to(dtype))), largest)
+    assert past is not None
+    return past
+
+
+def summed(features: Tensor, weights: Tensor | None, v: Tensor) -> Tensor:
+    """Σ_j weights_j φ(k_j) [v_j, 1]ᵀ over the second last dimension."""
+    if weights is None:
+        weights = features.new_ones(features.shape[:-1])
+    else:
+        v = v * weights[..., None]
+    return torch.cat([features.mT @ v, (weights[..., None, :] @ features).mT], -1)
+
+
+def _added(sums: Tensor | None, shrink: Tensor | None, more: Tensor) -> Tensor:
+    if sums is None:
+        return more
+    return sums + more if shrink is None else sums * shrink[..., None, None] + more
+
+
+def bidirectional(feature_map: FeatureMap, call: Call) -> Iterator[Piece]:
+    """Every query reads the sums over all keys."""
+    return read_all(feature_map, call, absorb(feature_map, call.k, call.v, call.key_mask, None))
+
+
+def read_all(feature_map: FeatureMap, call: Call, past: Past) -> Iterator[Piece]:
+    """Every query of the call reads the same past."""
+    sums = past.sums[:, :, None]
+    if feature_map.normalizer == "feature":
+        sums = sums / divisor(sums[..., -1:])
+    for queries in call.q.split(CHUNK, 2):
+        q = grouped(queries.to(sums.dtype), call.k.shape[1], 1)
+        total = feature_map.query(q) @ sums
+        yield _piece(feature_map, call, total[..., :-1], total[..., -1:], past)
+
+
+def _piece(feature_map: FeatureMap, call: Call, numerator: Tensor, normalizer: Tensor, past: Past | None, after: Past | None = None) -> Piece:
+    if feature_map.normalizer != "row":
+        return Piece(ungrouped(numerator, call.group).to(call.q.dtype), None, past, after)
+    divided_by = divisor(normalizer)
+    return Piece(ungrouped(numerator / divided_by, call.group).to(call.q.dtype), ungrouped(divided_by, call.group), past, after)
+
+
+def spans(length: int, together: int) -> list[tuple[int, int]]:
+    """What causal attention computes side by side: the first chunk, which may have no past, `together` chunks each time, and the last
+    chunk, which may be short and need not be remembered. As (tokens, chunks)."""
+    chunks = -(-length // CAUSAL_CHUNK)
+    if chunks == 1:
+        return [(length, 1)]
+    between = [min(together, chunks - 1 - first) for first in range(1, chunks - 1, together)]
+    return [(count * CAUSAL_CHUNK, count) for count in (1, *between)] + [(length - (chunks - 1) * CAUSAL_CHUNK, 1)]
+
+
+def chunks_held(width: int, batch_size: int, heads: int, length: int, like: Tensor) -> int:
+    """`together` of `spans`."""
+    return at_a_time(max(1, -(-length // CAUSAL_CHUNK)), batch_size * heads * CAUSAL_CHUNK * max(width, CAUSAL_CHUNK), HELD, like)
+
+
+def spans_of(feature_map: FeatureMap, call: Call) -> list[tuple[int, int]]:
+    """`spans` of a call with as many queries as keys."""
+    q = call.q
+    return spans(q.shape[2], chunks_held(feature_map.width(q.shape[3]), q.shape[0], q.shape[1], q.shape[2], q))
+
+
+def causal(feature_map: FeatureMap, call: Call, past: Past | None, *, remember_last: bool = False) -> Iterator[Piece]:
+    """Causal attention of as many queries as keys, behind the past. With remember_last the last piece has the sums after it."""
+    found, start = spans_of(feature_map, call), 0
+    # split, not slices: the gradient of a slice is as long as the sequence, and there would be one for every span.
+    parts = zip(*(x.split([tokens for tokens, _ in found], 2) for x in (call.q, call.k, call.v)), strict=True)
+    for place, (q, k, v) in enumerate(parts):
+        tokens, chunks = found[place]
+        mask = None if call.key_mask is None else call.key_mask[:, start : start + tokens]
+        start += tokens
+        block = Block.of(feature_map, Call(q, k, v, mask, None, True), past, chunks, remember_last or place < len(found) - 1)
+        yield _piece(feature_map, call, *block.read(), past, block.after)
+        past = block.after
+
+
+@dataclass(frozen=True)
+class Block:
+    """Chunks side by side, before they read their values. Row i of a chunk weighs its own key j by exp(log_scale_j - m_i) under its
+    own running maximum m_i, so no later key, however large, can push an earlier row out of range (rule 5).
+
+    q, q_features: (batch, kv_heads, chunks, rows, ...), see `grouped`; k, k_features, v: (batch, kv_heads, chunks, length, ...).
+    relative: the weights of keys in rows, (batch, kv_heads, chunks, length, length), None where all are 1.
+    attention: what rows make of their own chunk's values, not yet normalised, (batch, kv_heads, chunks, rows, length).
+    before: sums that each chunk reads, (batch, kv_heads, chunks, width, value_dim + 1); carry: what they are worth to each row,
+    (..., rows, 1). weights: of keys in the sums after their chunk, (..., length); shrink: of the sums before it, (batch, kv_heads, chunks).
+    carry, weights and shrink are None where they are 1.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_features: Tensor
+    k_features: Tensor
+    relative: Tensor | None
+    attention: Tensor
+    before: Tensor | None
+    carry: Tensor | None
+    weights: Tensor | None
+    shrink: Tensor | None
+    after: Past | None
+
+    @classmethod
+    def of(cls, feature_map: FeatureMap, call: Call, past: Past | None, chunks: int, remember: bool) -> Block:
+        dtype, kv_heads, group = accumulation_dtype(call.q.dtype), call.k.shape[1], call.group
+        q = grouped(call.q.to(dtype), kv_heads, chunks)
+        k, v = (x.to(dtype).unflatten(2, (chunks, -1)) for x in (call.k, call.v))
+        q_features = feature_map.query(q)
+        k_features, log_scale = keys_of(feature_map, call.k.to(dtype), call.key_mask)
+        k_features = k_features.unflatten(2, (chunks, -1))
+        mask = causal_mask(k.shape[3], k.shape[3], k.device)
+        relative = carry = weights = shrink = largest = None
+        if log_scale is not None:
+            log_scale = log_scale.unflatten(2, (chunks, -1))
+            running = log_scale.detach().cummax(-1).values
+            largest = running[..., -1]  # after each chunk
+            if past is not None:
+                assert past.log_scale is not None
+                largest = torch.maximum(largest, past.log_scale[..., None]).cummax(-1).values
+                earlier = torch.cat([past.log_scale[..., None], largest[..., :-1]], -1)
+                running = torch.maximum(running, earlier[..., None])
+                carry = (earlier[..., None] - finite(running)).exp()[..., None, :].expand(-1, -1, -1, group, -1).flatten(3)[..., None]
+                shrink = (earlier - finite(largest)).exp() if remember else None
+            relative = (log_scale[..., None, :] - finite(running)[..., None]).masked_fill_(~mask, float("-inf")).exp_()
+            weights = (log_scale - finite(largest)[..., None]).exp() if remember else None
+        more = summed(k_features, weights, v) if remember else None
+        before, after = _sums_of_chunks(past, shrink, more)
+        if feature_map.normalizer == "feature":
+            q_features = q_features.unflatten(3, (group, -1)) / _feature_divisor(relative, k_features, carry, before)
+            q_features = q_features.flatten(3, 4)
+        scores = (q_features @ k_features.mT).unflatten(3, (group, -1))
+        attention = (scores.tril_() if relative is None else scores * relative[:, :, :, None]).flatten(3, 4)
+        remembered = None if after is None else Past(after, None if largest is None else largest[..., -1].clone())
+        return cls(q, k, v, q_features, k_features, relative, attention, before, carry, weights, shrink, remembered)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Rows, not yet normalised, and their normalisers."""
+        numerator, normalizer = self.attention @ self.v, self.attention.sum(-1, keepdim=True)
+        if self.before is None:
+            return numerator, normalizer
+        total = self.q_features @ self.before
+        if self.carry is not None:
+            total = total * self.carry
+        return numerator + total[..., :-1], normalizer + total[..., -1:]
+
+
+def _sums_of_chunks(past: Past | None, shrink: Tensor | None, more: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Sums before each chunk, (batch, kv_heads, chunks, ...), and after the last one, from what each chunk adds."""
+    if more is None:
+        return (None if past is None else past.sums[:, :, None]), None
+    sums, before = None if past is None else past.sums, []
+    shrinks = [None] * more.shape[2] if shrink is None else shrink.unbind(2)
+    for factor, added in zip(shrinks, more.unbind(2), strict=True):
+        before.append(sums)
+        sums = _added(sums, factor, added)
+    return (None if past is None else torch.stack(before, 2)), sums
+
+
+def _feature_divisor(relative: Tensor | None, k_features: Tensor, carry: Tensor | None, before: Tensor | None) -> Tensor:
+    """The sum of each key feature over the keys that each row sees, (batch, kv_heads, chunks, 1, length, width)."""
+    assert relative is not None
+    sums = relative @ k_features
+    if before is not None and carry is not None:
+        sums = sums + carry[..., : sums.shape[3], :] * before[..., None, :, -1]
+    return divisor(sums)[:, :, :, None]

@@ -1,0 +1,246 @@
+"""The linear engine's chunks with a backward pass of their own: it keeps the inputs, the output, one number a row and the sums before
+each span of chunks, and computes features and scores again, so that nothing as wide as the features outlives its chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+from attnzoo.call import Call
+from attnzoo.engines.engine import accumulation_dtype
+from attnzoo.engines.linear_chunks import (
+    CHUNK,
+    Block,
+    Past,
+    Piece,
+    absorb,
+    bidirectional,
+    causal,
+    finite,
+    grouped,
+    keys_of,
+    spans_of,
+    ungrouped,
+)
+from attnzoo.engines.pieces import join
+from attnzoo.feature_maps import FeatureMap
+
+
+def attend(feature_map: FeatureMap, call: Call) -> Tensor:
+    """A·v. A causal call has at most as many queries as keys."""
+    if _records(feature_map, call):
+        return _Attend.apply(call.q, call.k, call.v, call.key_mask, feature_map, call.is_causal)
+    return _plain(feature_map, call)
+
+
+def _records(feature_map: FeatureMap, call: Call) -> bool:
+    """Whether autograd records this call, and nothing but autograd looks into it."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    inputs = (call.q, call.k, call.v)
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return recorded and feature_map.has_vjp and all(unpack_dual(x).tangent is None for x in inputs)
+
+
+def _plain(feature_map: FeatureMap, call: Call) -> Tensor:
+    return join((piece.rows for piece in _pieces(feature_map, call)), call.query_length, 2)
+
+
+def _pieces(feature_map: FeatureMap, call: Call) -> Iterator[Piece]:
+    if not call.is_causal:
+        return bidirectional(feature_map, call)
+    early, late = _parts(call)
+    return causal(feature_map, late, None if early is None else absorb(feature_map, early.k, early.v, early.key_mask, None))
+
+
+def _parts(call: Call) -> tuple[Call | None, Call]:
+    """Keys that every query of a causal call sees, and the square call behind them."""
+    if not call.offset:
+        return None, call
+    early, late = slice(None, call.offset), slice(call.offset, None)
+    masks = (None, None) if call.key_mask is None else (call.key_mask[:, early], call.key_mask[:, late])
+    return (
+        replace(call, k=call.k[:, :, early], v=call.v[:, :, early], key_mask=masks[0]),
+        replace(call, k=call.k[:, :, late], v=call.v[:, :, late], key_mask=masks[1]),
+    )
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, feature_map: FeatureMap, is_causal: bool) -> Tensor:
+        call = Call(q, k, v, key_mask, None, is_causal)
+        divisors: list[Tensor] = []
+        pasts: list[Past | None] = []
+
+        def rows() -> Iterator[Tensor]:
+            for piece in _pieces(feature_map, call):
+                if piece.divisor is not None:
+                    divisors.append(piece.divisor)
+                if is_causal or not pasts:
+                    pasts.append(piece.past)
+                yield piece.rows
+
+        out = join(rows(), call.query_length, 2)
+        normalized = (out, torch.cat(divisors, 2)) if divisors else (None, None)
+        kept = [x for past in pasts for x in ((None, None) if past is None else (past.sums, past.log_scale))]
+        ctx.save_for_backward(q, k, v, key_mask, *normalized, *kept)
+        ctx.feature_map, ctx.is_causal = feature_map, is_causal
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, key_mask, out, divisor, *kept = ctx.saved_tensors
+        call = Call(q, k, v, key_mask, None, ctx.is_causal)
+        (gradient,) = gradients
+        if torch.is_grad_enabled():  # to be differentiated again
+            found = _differentiable(ctx.feature_map, call, gradient)
+        else:
+            pasts = [None if sums is None else Past(sums, log_scale) for sums, log_scale in zip(kept[::2], kept[1::2], strict=True)]
+            rows = _Rows(gradient, out, divisor)
+            found = (_backward_causal if ctx.is_causal else _backward_bidirectional)(ctx.feature_map, call, rows, pasts)
+        return *found, None, None, None
+
+
+def _differentiable(feature_map: FeatureMap, call: Call, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = [x for x in (call.q, call.k, call.v) if x.requires_grad]
+    found = iter(torch.autograd.grad(_plain(feature_map, call), inputs, gradient, create_graph=True))
+    return tuple(next(found) if x.requires_grad else None for x in (call.q, call.k, call.v))
+
+
+class _Rows:
+    """The gradient of the output, as that of [numerator, normaliser] of its rows."""
+
+    def __init__(self, gradient: Tensor, out: Tensor | None, divisor: Tensor | None) -> None:
+        self.gradient, self.out, self.divisor = gradient, out, divisor
+
+    def of(self, start: int, end: int, kv_heads: int, chunks: int) -> Tensor:
+        """Of the rows from start to end, as `grouped`: (..., rows, value_dim + 1)."""
+        dtype = accumulation_dtype(self.gradient.dtype)
+        numerator = self.gradient[:, :, start:end].to(dtype)
+        if self.out is None or self.divisor is None:
+            return grouped(F.pad(numerator, (0, 1)), kv_heads, chunks)
+        numerator = numerator / self.divisor[:, :, start:end]
+        normalizer = (numerator * self.out[:, :, start:end]).sum(-1, keepdim=True)
+        return grouped(torch.cat([numerator, -normalizer], -1), kv_heads, chunks)
+
+
+def _backward_bidirectional(feature_map: FeatureMap, call: Call, rows: _Rows, pasts: list[Past | None]) -> tuple[Tensor, Tensor, Tensor]:
+    """First what the rows send to the sums, then what the sums send to the keys."""
+    (past,) = pasts
+    assert past is not None
+    kv_heads, d_q, d_sums = call.k.shape[1], torch.empty_like(call.q), torch.zeros_like(past.sums)
+    for start in range(0, call.query_length, CHUNK):
+        end = min(start + CHUNK, call.query_length)
+        q = grouped(call.q[:, :, start:end].to(d_sums.dtype), kv_heads, 1)[:, :, 0]
+        features, d_rows = feature_map.query(q), rows.of(start, end, kv_heads, 1)[:, :, 0]
+        d_sums += features.mT @ d_rows
+        gradient = feature_map.vjp(q, features, d_rows @ past.sums.mT, None)
+        d_q[:, :, start:end] = ungrouped(gradient[:, :, None], call.group)
+    d_k, d_v = torch.empty_like(call.k), torch.empty_like(call.v)
+    _backward_absorb(feature_map, call, past, d_sums, d_k, d_v)
+    return d_q, d_k, d_v
+
+
+def _backward_absorb(feature_map: FeatureMap, call: Call, past: Past, d_sums: Tensor, d_k: Tensor, d_v: Tensor) -> None:
+    """Write the gradients of keys and values whose sums are `past`."""
+    for start in range(0, call.key_length, CHUNK):
+        here = slice(start, start + CHUNK)
+        k, v = (x[:, :, here].to(d_sums.dtype) for x in (call.k, call.v))
+        mask = None if call.key_mask is None else call.key_mask[:, here]
+        features, log_scale = keys_of(feature_map, k, mask)
+        weights = None
+        if log_scale is not None:
+            assert past.log_scale is not None
+            weights = (log_scale - finite(past.log_scale)[..., None]).exp()
+        d_features, d_values, d_log_scale = _through_sums(features, weights, v, d_sums)
+        d_v[:, :, here] = d_values
+        d_k[:, :, here] = feature_map.vjp(k, features, _visible(d_features, mask), d_log_scale)
+
+
+def _visible(d_features: Tensor, key_mask: Tensor | None) -> Tensor:
+    return d_features if key_mask is None else d_features.masked_fill_(~key_mask[:, None, :, None], 0.0)
+
+
+def _through_sums(features: Tensor, weights: Tensor | None, v: Tensor, d_sums: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of features, v and the logarithm of weights from that of `summed(features, weights, v)`."""
+    values = F.pad(v, (0, 1), value=1.0)
+    d_values = features @ d_sums
+    if weights is None:
+        return values @ d_sums.mT, d_values[..., :-1], None
+    values *= weights[..., None]
+    return values @ d_sums.mT, d_values[..., :-1] * weights[..., None], (values * d_values).sum(-1)
+
+
+def _backward_causal(feature_map: FeatureMap, call: Call, rows: _Rows, pasts: list[Past | None]) -> tuple[Tensor, Tensor, Tensor]:
+    """Span by span from the end, with the gradient of the sums that the later ones read."""
+    d_q, d_k, d_v = (torch.empty_like(x) for x in (call.q, call.k, call.v))
+    early, late = _parts(call)
+    end, d_sums = late.query_length, None
+    found = spans_of(feature_map, late)
+    for (tokens, chunks), past in zip(reversed(found), reversed(pasts), strict=True):
+        start, remember = end - tokens, d_sums is not None
+        here, there = slice(start, end), slice(call.offset + start, call.offset + end)
+        mask = None if late.key_mask is None else late.key_mask[:, here]
+        span = Call(late.q[:, :, here], late.k[:, :, here], late.v[:, :, here], mask, None, True)
+        block = Block.of(feature_map, span, past, chunks, remember)
+        d_rows = rows.of(start, end, call.k.shape[1], chunks)
+        d_features, d_values, d_log_scale, d_q_features, d_sums = _backward_block(block, d_rows, d_sums, call.group)
+        d_q[:, :, here] = ungrouped(feature_map.vjp(block.q, block.q_features, d_q_features, None), call.group)
+        d_v[:, :, there] = d_values.flatten(2, 3)
+        d_features = _visible(d_features.flatten(2, 3), mask)
+        d_log_scale = None if d_log_scale is None else d_log_scale.flatten(2, 3)
+        d_k[:, :, there] = feature_map.vjp(block.k.flatten(2, 3), block.k_features.flatten(2, 3), d_features, d_log_scale)
+        end = start
+    if early is not None:
+        past = pasts[0]
+        assert past is not None and d_sums is not None
+        _backward_absorb(feature_map, early, past, d_sums, d_k[:, :, : call.offset], d_v[:, :, : call.offset])
+    return d_q, d_k, d_v
+
+
+def _backward_block(block: Block, d_rows: Tensor, d_after: Tensor | None, group: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Gradients of key features, values, log_scale, query features and of the sums before the block, from those of its rows and of
+    the sums after it."""
+    d_attention = (d_rows @ F.pad(block.v, (0, 1), value=1.0).mT).unflatten(3, (group, -1))
+    d_log_scale = None
+    if block.relative is None:
+        d_scores = d_attention.tril_().flatten(3, 4)
+    else:
+        d_log_scale = (block.attention * d_attention.flatten(3, 4)).sum(3)
+        d_scores = d_attention.mul_(block.relative[:, :, :, None]).flatten(3, 4)
+    d_q_features, d_k_features = d_scores @ block.k_features, d_scores.mT @ block.q_features
+    d_values = block.attention.mT @ d_rows[..., :-1]
+    d_read = None
+    if block.before is not None:
+        carried = d_rows if block.carry is None else d_rows * block.carry
+        d_q_features += carried @ block.before.mT
+        d_read = block.q_features.mT @ carried
+    d_sums, d_before = _gradients_of_sums(d_read, block.shrink, d_after)
+    if d_sums is not None:
+        d_features, d_more, d_log_weights = _through_sums(block.k_features, block.weights, block.v, d_sums)
+        d_k_features += d_features
+        d_values += d_more
+        if d_log_scale is not None and d_log_weights is not None:
+            d_log_scale += d_log_weights
+    return d_k_features, d_values, d_log_scale, d_q_features, d_before
+
+
+def _gradients_of_sums(d_read: Tensor | None, shrink: Tensor | None, d_after: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the sums after each chunk, (batch, kv_heads, chunks, ...), and before the first, from what each chunk's rows send to
+    the sums before it, and from the gradient of those after the last."""
+    if d_after is None:
+        return None, None if d_read is None else d_read[:, :, 0]
+    if d_read is None:  # one chunk without a past
+        return d_after[:, :, None], None
+    d_sums: list[Tensor] = []
+    for chunk in reversed(range(d_read.shape[2])):
+        d_sums.insert(0, d_after)
+        shrunk = d_after if shrink is None else d_after * shrink[:, :, chunk, None, None]
+        d_after = shrunk + d_read[:, :, chunk]
+    return torch.stack(d_sums, 2), d_after
