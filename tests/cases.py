@@ -97,6 +97,7 @@ CASES: dict[str, list[Case]] = {
         Case("bigbird"),
     ],
     "cosformer": [Case("cosformer", shift=0.5), Case("cosformer", {"max_length": 1000}, shift=0.5)],
+    "retention": [Case("retention"), Case("retention", {"scale": 0.5})],
     "flash": [
         Case("flash", {"block_size": 100}),
         Case("flash", {"block_size": 64, "scale": 0.7}),

@@ -333,3 +333,22 @@ def cosformer(q, k, v, *, max_length, key_mask=None, attn_mask=None, is_causal=F
         return _rows(visible, weigh)
 
     return _by_heads(matrix, q, k, v, key_mask, is_causal)
+
+
+@oracle("retention")
+def retention(q, k, v, *, scale=None, key_mask=None, attn_mask=None, is_causal=False) -> tuple[Tensor, Tensor]:
+    """Sun et al. 2023, equation 5, with a γ for each head of keys."""
+    assert is_causal and attn_mask is None
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    group = q.shape[1] // k.shape[1]
+
+    def matrix(h: int, q_h: Tensor, k_h: Tensor, visible: Tensor) -> Tensor:
+        gamma = 1 - 2.0 ** (-5 - h // group)
+
+        def weigh(i: int, seen: Tensor) -> Tensor:
+            position = k_h.shape[0] - q_h.shape[0] + i
+            return scale * (k_h[seen] @ q_h[i]) * gamma ** (position - seen).double()
+
+        return _rows(visible, weigh)
+
+    return _by_heads(matrix, q, k, v, key_mask, True)
