@@ -162,8 +162,7 @@ class Attention(nn.Module):
         for name, value in (("batch_size", batch_size), ("query_length", query_length), ("key_length", key_length)):
             if value is not None:
                 check_positive(name, value)
-        if is_causal and not self.spec.causal:
-            raise UnsupportedError(self._no_causal())
+        self.check_causality(is_causal)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype!r} is not a floating dtype; give one such as torch.bfloat16")
         kv_heads = check_kv_heads(kv_heads, self.heads)

@@ -87,7 +87,7 @@ def test_moved_bytes_and_parameters_by_hand(name: str):
     case = next(case for case in usual_cases() if case.variant == name)
     attn, n = case.build(), 100
     more = {"linformer": 2 * 4 * n * 16 * 2, "performer": 24 * 8 * 4}.get(name, 0)
-    cost = attn.cost(3, n, kv_heads=2, dtype=torch.bfloat16)
+    cost = attn.cost(3, n, kv_heads=2, is_causal=not case.spec.bidirectional, dtype=torch.bfloat16)
     assert cost.moved_bytes == 3 * (2 * 4 + 2 * 2) * n * 8 * 2 + more
     assert cost.parameters == (2 * 4 * 1024 * 16 if name == "linformer" else 0)
 
