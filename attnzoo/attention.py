@@ -45,7 +45,8 @@ class Spec:
 class Attention(nn.Module):
     """Base of every variant: checks the call, applies the rules of masking, and lets the variant's engine multiply by A.
 
-    A subclass sets `spec`, builds `self.engine` in its constructor, and overrides `attend` only if it changes q, k or v first.
+    A subclass sets `spec` and builds `self.engine` in its constructor. One that changes q or k by their positions overrides `place`, one that
+    mixes them along the length `attend`.
     After a call, `last_backend` names the backend that ran.
     """
 
@@ -62,6 +63,10 @@ class Attention(nn.Module):
         self.backend = backend
         self.engine = engine
         self.last_backend: str | None = None
+
+    def place(self, call: Call, seen: int) -> Call:
+        """The call with what depends on positions put into q and k; `seen` tokens stand before its first key."""
+        return call
 
     def attend(self, call: Call, backend: str) -> tuple[Tensor, str]:
         """Return A·v and the name of the backend that ran; `call` is checked and its padded slots are zero."""
@@ -138,11 +143,11 @@ class Attention(nn.Module):
         state.check_room(call)
         call = clear_padding(call)
         shielded, poisoned = shield_past(call, may_stall=True) if q.shape[2] > 1 else (call, None)
-        out, after, self.last_backend = self.engine.step(shielded, state, self.backend)
+        out, after, self.last_backend = self.engine.step(self.place(shielded, state.seen), state, self.backend)
         if poisoned is None:
             return out, after
         # The rows came from a past without the bad token; the tokens to come must meet it.
-        return _poison(out, poisoned), self.engine.step(call, state, self.backend)[1]
+        return _poison(out, poisoned), self.engine.step(self.place(call, state.seen), state, self.backend)[1]
 
     def cost(
         self,
@@ -161,8 +166,7 @@ class Attention(nn.Module):
         for name, value in (("batch_size", batch_size), ("query_length", query_length), ("key_length", key_length)):
             if value is not None:
                 check_positive(name, value)
-        if is_causal and not self.spec.causal:
-            raise UnsupportedError(self._no_causal())
+        self.check_causality(is_causal)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype!r} is not a floating dtype; give one such as torch.bfloat16")
         kv_heads = check_kv_heads(kv_heads, self.heads)
@@ -217,7 +221,7 @@ class Attention(nn.Module):
             self.last_backend = "reference"
             return call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
         call, poisoned = shield_past(clear_padding(call))
-        out, self.last_backend = self.attend(call, backend)
+        out, self.last_backend = self.attend(self.place(call, 0), backend)
         return out if poisoned is None else _poison(out, poisoned)
 
     def _no_causal(self) -> str:

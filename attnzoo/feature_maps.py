@@ -50,6 +50,11 @@ class FeatureMap(nn.Module):
         """As `query_elementwise`, for a key and its log_scale."""
         return self.query_elementwise(head_dim)
 
+    def decay(self, like: Tensor) -> Tensor | None:
+        """γ, (kv_heads,) in the dtype of `like`, keys of shape (batch, kv_heads, ...): what a key is worth shrinks by γ with every token that
+        follows. None: it does not shrink. A map that scales keys has none."""
+        return None
+
     def query(self, q: Tensor) -> Tensor:
         """(..., length, head_dim) -> features (..., length, width), up to a positive factor of each token's own."""
         raise NotImplementedError

@@ -96,6 +96,8 @@ CASES: dict[str, list[Case]] = {
         Case("bigbird", {"block_size": 1, "num_random_blocks": 4}),
         Case("bigbird"),
     ],
+    "cosformer": [Case("cosformer", shift=0.5), Case("cosformer", {"max_length": 1000}, shift=0.5)],
+    "retention": [Case("retention"), Case("retention", {"scale": 0.5})],
     "flash": [
         Case("flash", {"block_size": 100}),
         Case("flash", {"block_size": 64, "scale": 0.7}),
@@ -239,7 +241,8 @@ def ask_oracle(
     name = attn.spec.name
     function = ORACLES[name]
     wanted = inspect.signature(function).parameters
-    values = {option.name: option.default for option in options_of(name)} | (options or {})
+    defaults = {option.name: MAX_LENGTH if option.name == "max_length" else option.default for option in options_of(name)}
+    values = defaults | (options or {})
     drawn = DRAWN[name](attn, q.shape[2], k.shape[2], masks.get("is_causal", False)) if name in DRAWN else {}
     given = {option: value for option, value in values.items() if option in wanted}
     return function(q, k, v, **given, **(learned(attn) if parameters is None else parameters), **drawn, **masks)

@@ -317,3 +317,38 @@ def nystromformer(
         return a
 
     return _by_heads(matrix, q, k, v, key_mask, False)
+
+
+@oracle("cosformer")
+def cosformer(q, k, v, *, max_length, key_mask=None, attn_mask=None, is_causal=False) -> tuple[Tensor, Tensor]:
+    """Qin et al. 2022, equation 10, term by term."""
+    assert attn_mask is None
+
+    def matrix(_: int, q_h: Tensor, k_h: Tensor, visible: Tensor) -> Tensor:
+        def weigh(i: int, seen: Tensor) -> Tensor:
+            position = k_h.shape[0] - q_h.shape[0] + i
+            near = (math.pi / 2 * (position - seen.double()) / max_length).cos()
+            return _normalised((k_h[seen].clamp(min=0) @ q_h[i].clamp(min=0)) * near)
+
+        return _rows(visible, weigh)
+
+    return _by_heads(matrix, q, k, v, key_mask, is_causal)
+
+
+@oracle("retention")
+def retention(q, k, v, *, scale=None, key_mask=None, attn_mask=None, is_causal=False) -> tuple[Tensor, Tensor]:
+    """Sun et al. 2023, equation 5, with a γ for each head of keys."""
+    assert is_causal and attn_mask is None
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    group = q.shape[1] // k.shape[1]
+
+    def matrix(h: int, q_h: Tensor, k_h: Tensor, visible: Tensor) -> Tensor:
+        gamma = 1 - 2.0 ** (-5 - h // group)
+
+        def weigh(i: int, seen: Tensor) -> Tensor:
+            position = k_h.shape[0] - q_h.shape[0] + i
+            return scale * (k_h[seen] @ q_h[i]) * gamma ** (position - seen).double()
+
+        return _rows(visible, weigh)
+
+    return _by_heads(matrix, q, k, v, key_mask, True)

@@ -73,8 +73,9 @@ def test_padding_changes_no_count(case: Case):
     """A key mask is traced as an input; the products keep their sizes."""
     attn = case.build(HEADS, HEAD_DIM).to("meta")
     q = empty(2, HEADS, 150, HEAD_DIM)
-    mask = torch.ones(2, 150, dtype=torch.bool, device="meta")
-    assert count_flops(attn, q, q, q, key_mask=mask).macs == torch_macs(attn, q, q, q, key_mask=mask) == attn.cost(2, 150).macs
+    masks = {"key_mask": torch.ones(2, 150, dtype=torch.bool, device="meta"), "is_causal": not case.spec.bidirectional}
+    closed = attn.cost(2, 150, is_causal=masks["is_causal"]).macs
+    assert count_flops(attn, q, q, q, **masks).macs == torch_macs(attn, q, q, q, **masks) == closed
 
 
 @pytest.mark.parametrize("case", usual_cases(), ids=str)
@@ -83,9 +84,10 @@ def test_multihead_is_its_core_and_four_projections(case: Case):
     width, n, batch = HEADS * HEAD_DIM, 40, 3
     mha = attnzoo.MultiheadAttention(width, HEADS, batch_first=True, attention=case.variant, attention_options={**options, **case.options})
     x = empty(batch, n, width)
-    counted = count_flops(mha.to("meta"), x, x, x, need_weights=False)
-    core = case.build(HEADS, HEAD_DIM).cost(batch, n).macs
-    assert counted.macs == 4 * batch * n * width**2 + core == torch_macs(mha, x, x, x, need_weights=False)
+    masks = {} if case.spec.bidirectional else {"attn_mask": torch.empty(n, n, dtype=torch.bool, device="meta"), "is_causal": True}
+    counted = count_flops(mha.to("meta"), x, x, x, need_weights=False, **masks)
+    core = case.build(HEADS, HEAD_DIM).cost(batch, n, is_causal=bool(masks)).macs
+    assert counted.macs == 4 * batch * n * width**2 + core == torch_macs(mha, x, x, x, need_weights=False, **masks)
 
 
 def test_encoder_layer_in_both_modes():

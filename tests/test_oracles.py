@@ -121,6 +121,8 @@ OPTIONS: dict[str, st.SearchStrategy[dict]] = {
             "scale": SCALE,
         }
     ),
+    "cosformer": st.fixed_dictionaries({"max_length": st.integers(40, 60)}),
+    "retention": st.fixed_dictionaries({"scale": SCALE}),
     "flash": st.fixed_dictionaries({"block_size": st.integers(1, 50), "scale": SCALE}),
     "nystromformer": st.fixed_dictionaries(
         {"num_landmarks": st.integers(1, 12), "iterations": st.integers(1, 6), "convolution": st.sampled_from([None, 1, 5]), "scale": SCALE}

@@ -75,7 +75,12 @@ def _reference(engine: Linear, call: Call) -> Tensor:
     feature_map, dtype = engine.feature_map, accumulation_dtype(call.q.dtype)
     q_features = feature_map.query(call.q.to(dtype))
     k_features, log_scale = feature_map.key(repeat_heads(call.k, call.group).to(dtype))
-    weights = _decay(_log_weights(log_scale, call.key_mask, k_features), call)
+    weights = _relative(_log_weights(log_scale, call.key_mask, k_features), call)
+    gamma = feature_map.decay(call.k.to(dtype))
+    if gamma is not None:
+        positions = torch.arange(call.offset, call.key_length, device=call.q.device)
+        distance = positions[:, None] - torch.arange(call.key_length, device=call.q.device)
+        weights = weights * gamma.repeat_interleave(call.group)[:, None, None] ** distance.clamp(min=0)
     if feature_map.normalizer == "feature":
         q_features = q_features / divisor(weights @ k_features)
     attention = (q_features @ k_features.mT) * weights
@@ -84,7 +89,7 @@ def _reference(engine: Linear, call: Call) -> Tensor:
     return (attention @ repeat_heads(call.v, call.group).to(dtype)).to(call.q.dtype)
 
 
-def _decay(log_weights: Tensor, call: Call) -> Tensor:
+def _relative(log_weights: Tensor, call: Call) -> Tensor:
     """exp(log_weight_j - m_i) for visible j, (batch, heads, query_length, key_length), where m_i is the largest log weight that row i sees."""
     rows = log_weights[:, :, None, :].expand(-1, -1, call.query_length, -1)
     if call.is_causal:

@@ -90,6 +90,9 @@ def absorb(feature_map: FeatureMap, k: Tensor, v: Tensor, key_mask: Tensor | Non
                 largest = torch.maximum(largest, past.log_scale)
                 shrink = (past.log_scale - finite(largest)).exp()
             weights = (log_scale - finite(largest)[..., None]).exp()
+        gamma = feature_map.decay(features)
+        if gamma is not None:
+            weights, shrink = fading(gamma, keys.shape[2])
         past = Past(_added(None if past is None else past.sums, shrink, summed(features, weights, values.to(dtype))), largest)
     assert past is not None
     return past
@@ -100,6 +103,12 @@ def summed(features: Tensor, weights: Tensor | None, v: Tensor) -> Tensor:
     if weights is None:
         return torch.cat([features.mT @ v, features.sum(-2)[..., None]], -1)
     return torch.cat([features.mT @ (v * weights[..., None]), (weights[..., None, :] @ features).mT], -1)
+
+
+def fading(gamma: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """What tokens are worth behind the last of them, γ^(length - 1 - j), (1, kv_heads, length), and what came before them, (1, kv_heads)."""
+    ages = torch.arange(length - 1, -1, -1, device=gamma.device)
+    return gamma[None, :, None] ** ages, gamma[None] ** length
 
 
 def _added(sums: Tensor | None, shrink: Tensor | None, more: Tensor) -> Tensor:
@@ -215,6 +224,13 @@ class Block:
                 shrink = (earlier - finite(largest)).exp() if remember else None
             relative = (log_scale[..., None, :] - finite(running)[..., None]).masked_fill_(~mask, float("-inf")).exp_()
             weights = (log_scale - finite(largest)[..., None]).exp() if remember else None
+        gamma = feature_map.decay(k_features)
+        if gamma is not None:
+            fresh, faded = fading(gamma, k.shape[3])
+            distance = torch.arange(k.shape[3], device=k.device)[:, None] - torch.arange(k.shape[3], device=k.device)
+            relative = (gamma[:, None, None] ** distance.clamp(min=0)).tril()[None, :, None]
+            carry = None if past is None else relative[..., :1].repeat(1, 1, 1, group, 1) * gamma[:, None, None, None]
+            weights, shrink = (fresh[:, :, None], faded[..., None].expand(-1, -1, chunks)) if remember else (None, None)
         more = summed(k_features, weights, v) if remember else None
         before, after = _sums_of_chunks(past, shrink, more)
         if feature_map.normalizer == "feature":

@@ -1,0 +1,79 @@
+"""cosFormer: linear attention with ReLU features, and a cosine that favours near keys."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnzoo.arguments import check_positive
+from attnzoo.attention import Attention, Spec
+from attnzoo.call import Call
+from attnzoo.engines.engine import Cost, Shape
+from attnzoo.engines.linear import Linear
+from attnzoo.feature_maps import Pointwise, identity
+from attnzoo.registry import register
+
+
+class Halves(Pointwise):
+    """φ(x) = x, where x already holds a cosine half and a sine half."""
+
+    def __init__(self) -> None:
+        super().__init__(identity, normalize=True)
+
+    def width(self, head_dim: int) -> int:
+        return 2 * head_dim
+
+
+@register
+class Cosformer(Attention):
+    """cosFormer (Qin et al. 2022, section 3.2, equations 10 to 12).
+
+        A_ij = w_ij / Σ_l w_il,    w_ij = relu(q_i)·relu(k_j) · cos(π/2 · (i − j)/max_length)
+
+    cos(a − b) = cos a cos b + sin a sin b, so the weight is a product of features twice as wide and the cost is linear.
+    What is kept of softmax is that A is not negative and, by the cosine, that near keys weigh more; what is lost is sharpness: scores are not
+    exponentiated. A query whose ReLU features vanish sees nothing. Use it as a drop-in where linear attention is used; it needs to know how
+    long a sequence may become, and the reweighting fades when that is far more than it is.
+
+    max_length: longest sequence, the paper's M; the distance at which the cosine is 0.
+    """
+
+    spec = Spec(
+        name="cosformer",
+        title="cosFormer",
+        paper="Qin et al., cosFormer: Rethinking Softmax in Attention, 2022, arXiv:2202.08791",
+        equation="A_ij = w_ij / Σ_l w_il, w_ij = relu(q_i)·relu(k_j)·cos(π(i − j)/2M)",
+        complexity="O(n) time and memory",
+        family="kernel",
+        exact=False,
+        needs_max_length=True,
+    )
+
+    def __init__(self, heads: int, head_dim: int, *, max_length: int, backend: str = "auto") -> None:
+        super().__init__(heads, head_dim, Linear(Halves()), backend=backend)
+        self.max_length = check_positive("max_length", max_length)
+
+    def place(self, call: Call, seen: int) -> Call:
+        length = seen + call.key_length
+        if max(length, call.query_length - 1) > self.max_length:
+            raise ValueError(
+                f"{length} keys and {call.query_length} queries pass max_length={self.max_length}; build cosformer with a larger max_length"
+            )
+        return replace(call, q=self._halves(call.q, length - call.query_length), k=self._halves(call.k, seen))
+
+    def _halves(self, x: Tensor, start: int) -> Tensor:
+        """[relu(x) cos(πi/2M), relu(x) sin(πi/2M)] for positions i from `start` on, (batch, heads, length, 2 · head_dim)."""
+        positions = torch.arange(start, start + x.shape[2], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+        angles = positions[:, None] * (math.pi / (2 * self.max_length))
+        features = F.relu(x)
+        return torch.cat([features * angles.cos().to(x.dtype), features * angles.sin().to(x.dtype)], -1)
+
+    def count(self, shape: Shape) -> Cost:
+        cost, lengths = self.engine.cost(shape), shape.query_length + shape.key_length
+        assert cost.kept_bytes is not None
+        halves = 2 * (shape.query_bytes + shape.key_bytes + lengths * shape.dtype.itemsize)  # both relu(x), the halves' second half, the angles
+        return replace(cost, elementwise=cost.elementwise + 2 * lengths, kept_bytes=cost.kept_bytes + halves)
