@@ -14,12 +14,11 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.pieces import at_a_time
-from attnzoo.engines.softmax import causal_mask
 from attnzoo.feature_maps import FeatureMap
 
-CAUSAL_CHUNK = 128  # tokens that see each other through a small score matrix
+CAUSAL_CHUNK = 64  # tokens that see each other through a small score matrix
 CHUNK = 512  # tokens whose features are held at a time where nobody sees anybody
-HELD = 2**19  # numbers of features, or of scores, that causal chunks computed side by side may have: what a cache holds
+HELD = 2**18  # numbers of features, or of scores, that causal chunks computed side by side may have: what a cache holds
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,12 @@ def finite(stabiliser: Tensor) -> Tensor:
 def divisor(normalizer: Tensor) -> Tensor:
     """The normaliser to divide by: inf, so that the quotient is 0, where it is 0 (a row with nothing to see), or so small that only
     underflow can have left it, since its reciprocal would overflow in the backward pass."""
-    return normalizer.masked_fill(normalizer.abs() < torch.finfo(normalizer.dtype).tiny ** 0.8, float("inf"))
+    return normalizer.masked_fill(normalizer.abs() < underflow(normalizer), float("inf"))
+
+
+def underflow(x: Tensor) -> float:
+    """What a normaliser of x's dtype must reach to be more than what underflow left of it."""
+    return torch.finfo(x.dtype).tiny ** 0.8
 
 
 def grouped(x: Tensor, kv_heads: int, chunks: int) -> Tensor:
@@ -114,7 +118,7 @@ def fading(gamma: Tensor, length: int) -> tuple[Tensor, Tensor]:
 def _added(sums: Tensor | None, shrink: Tensor | None, more: Tensor) -> Tensor:
     if sums is None:
         return more
-    return sums + more if shrink is None else sums * shrink[..., None, None] + more
+    return sums + more if shrink is None else torch.addcmul(more, sums, shrink[..., None, None])
 
 
 def bidirectional(feature_map: FeatureMap, call: Call) -> Iterator[Piece]:
@@ -124,17 +128,26 @@ def bidirectional(feature_map: FeatureMap, call: Call) -> Iterator[Piece]:
 
 def read_all(feature_map: FeatureMap, call: Call, past: Past) -> Iterator[Piece]:
     """Every query of the call reads the same past."""
-    sums = past.sums[:, :, None]
-    if feature_map.normalizer == "feature":
-        sums = sums / divisor(sums[..., -1:])
+    sums = read_sums(feature_map, past.sums)[:, :, None]
     for queries in call.q.split(CHUNK, 2):
         q = grouped(queries.to(sums.dtype), call.k.shape[1], 1)
         total = feature_map.query(q) @ sums
-        yield _piece(feature_map, call, total[..., :-1], total[..., -1:], past)
+        if feature_map.normalizer == "row":
+            yield _piece(call, total[..., :-1], total[..., -1:], past)
+        else:
+            yield _piece(call, total, None, past)
 
 
-def _piece(feature_map: FeatureMap, call: Call, numerator: Tensor, normalizer: Tensor, past: Past | None, after: Past | None = None) -> Piece:
-    if feature_map.normalizer != "row":
+def read_sums(feature_map: FeatureMap, sums: Tensor) -> Tensor:
+    """What the features of a query are multiplied by: the last column is the normaliser's, and there only where a row has one."""
+    if feature_map.normalizer == "row":
+        return sums
+    values = sums[..., :-1]
+    return values / divisor(sums[..., -1:]) if feature_map.normalizer == "feature" else values
+
+
+def _piece(call: Call, numerator: Tensor, normalizer: Tensor | None, past: Past | None, after: Past | None = None) -> Piece:
+    if normalizer is None:
         return Piece(ungrouped(numerator, call.group).to(call.q.dtype), None, past, after)
     divided_by = divisor(normalizer)
     return Piece(ungrouped(numerator / divided_by, call.group).to(call.q.dtype), ungrouped(divided_by, call.group), past, after)
@@ -171,7 +184,7 @@ def causal(feature_map: FeatureMap, call: Call, past: Past | None, *, remember_l
         mask = None if call.key_mask is None else call.key_mask[:, start : start + tokens]
         start += tokens
         block = Block.of(feature_map, Call(q, k, v, mask, None, True), past, chunks, remember_last or place < len(found) - 1)
-        yield _piece(feature_map, call, *block.read(), past, block.after)
+        yield _piece(call, *block.read(feature_map.normalizer == "row"), past, block.after)
         past = block.after
 
 
@@ -205,11 +218,11 @@ class Block:
     def of(cls, feature_map: FeatureMap, call: Call, past: Past | None, chunks: int, remember: bool) -> Block:
         dtype, kv_heads, group = accumulation_dtype(call.q.dtype), call.k.shape[1], call.group
         q = grouped(call.q.to(dtype), kv_heads, chunks)
-        k, v = (x.to(dtype).unflatten(2, (chunks, -1)) for x in (call.k, call.v))
+        # A product copies what has chunks inside of heads inside of a longer tensor, and v is multiplied more than once.
+        k, v = (x.to(dtype).unflatten(2, (chunks, -1)) for x in (call.k, call.v.contiguous()))
         q_features = feature_map.query(q)
         k_features, log_scale = keys_of(feature_map, call.k.to(dtype), call.key_mask)
         k_features = k_features.unflatten(2, (chunks, -1))
-        mask = causal_mask(k.shape[3], k.shape[3], k.device)
         relative = carry = weights = shrink = largest = None
         if log_scale is not None:
             log_scale = log_scale.unflatten(2, (chunks, -1))
@@ -222,7 +235,8 @@ class Block:
                 running = torch.maximum(running, earlier[..., None])
                 carry = (earlier[..., None] - finite(running)).exp()[..., None, :].expand(-1, -1, -1, group, -1).flatten(3)[..., None]
                 shrink = (earlier - finite(largest)).exp() if remember else None
-            relative = (log_scale[..., None, :] - finite(running)[..., None]).masked_fill_(~mask, float("-inf")).exp_()
+            # The exponential of -inf is slow, so later keys are held down and then left out, rather than left out before.
+            relative = (log_scale[..., None, :] - finite(running)[..., None]).clamp_(max=0).exp_().tril_()
             weights = (log_scale - finite(largest)[..., None]).exp() if remember else None
         gamma = feature_map.decay(k_features)
         if gamma is not None:
@@ -234,21 +248,23 @@ class Block:
         more = summed(k_features, weights, v) if remember else None
         before, after = _sums_of_chunks(past, shrink, more)
         if feature_map.normalizer == "feature":
-            q_features = q_features.unflatten(3, (group, -1)) / _feature_divisor(relative, k_features, carry, before)
-            q_features = q_features.flatten(3, 4)
+            totals = feature_totals(relative, k_features, carry, before)
+            q_features = (q_features.unflatten(3, (group, -1)) / totals[:, :, :, None]).flatten(3, 4)
         scores = (q_features @ k_features.mT).unflatten(3, (group, -1))
         attention = (scores.tril_() if relative is None else scores * relative[:, :, :, None]).flatten(3, 4)
         remembered = None if after is None else Past(after, None if largest is None else largest[..., -1].clone())
         return cls(q, k, v, q_features, k_features, relative, attention, before, carry, weights, shrink, remembered)
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Rows, not yet normalised, and their normalisers."""
-        numerator, normalizer = self.attention @ self.v, self.attention.sum(-1, keepdim=True)
+    def read(self, normalizes: bool) -> tuple[Tensor, Tensor | None]:
+        """Rows, not yet normalised, and their normalisers if it normalizes."""
+        numerator, normalizer = self.attention @ self.v, self.attention.sum(-1, keepdim=True) if normalizes else None
         if self.before is None:
             return numerator, normalizer
-        total = self.q_features @ self.before
+        total = self.q_features @ (self.before if normalizes else self.before[..., :-1])
         if self.carry is not None:
             total = total * self.carry
+        if normalizer is None:
+            return numerator + total, None
         return numerator + total[..., :-1], normalizer + total[..., -1:]
 
 
@@ -264,10 +280,10 @@ def _sums_of_chunks(past: Past | None, shrink: Tensor | None, more: Tensor | Non
     return (None if past is None else torch.stack(before, 2)), sums
 
 
-def _feature_divisor(relative: Tensor | None, k_features: Tensor, carry: Tensor | None, before: Tensor | None) -> Tensor:
-    """The sum of each key feature over the keys that each row sees, (batch, kv_heads, chunks, 1, length, width)."""
+def feature_totals(relative: Tensor | None, k_features: Tensor, carry: Tensor | None, before: Tensor | None) -> Tensor:
+    """What to divide each feature of a row by, the key feature's sum over the keys that the row sees, (batch, kv_heads, chunks, length, width)."""
     assert relative is not None
     sums = relative @ k_features
     if before is not None and carry is not None:
-        sums = sums + carry[..., : sums.shape[3], :] * before[..., None, :, -1]
-    return divisor(sums)[:, :, :, None]
+        sums = torch.addcmul(sums, carry[..., : sums.shape[3], :], before[..., None, :, -1])
+    return sums.clamp_(min=underflow(sums))  # as `divisor`, in one pass: no feature is negative, and what is divided is no larger than its total
