@@ -27,11 +27,13 @@ class FeatureMap(nn.Module):
     normalizer: how A is normalised. "row": each row by its sum. "feature": each key feature by its sum over the visible
     keys (a softmax along the length). "none": not at all.
 
-    scales_keys: whether `key` gives a log_scale. has_vjp: whether `vjp` is known, and nothing but queries and keys wants a gradient.
+    scales_keys: whether `key` gives a log_scale; scale_has_gradient: whether that depends on the key, and is no mere stabiliser.
+    has_vjp: whether `vjp` is known, and nothing but queries and keys wants a gradient.
     """
 
     normalizer: Normalizer = "row"
     scales_keys: bool = False
+    scale_has_gradient: bool = False
     has_vjp: bool = False
 
     def width(self, head_dim: int) -> int:
@@ -66,6 +68,10 @@ class FeatureMap(nn.Module):
     def vjp(self, x: Tensor, features: Tensor, d_features: Tensor, d_log_scale: Tensor | None) -> Tensor:
         """Gradient of x, a query or a key, from those of its features (which may be overwritten) and of its log_scale."""
         raise NotImplementedError
+
+    def query_vjp(self, q: Tensor, features: Tensor, d_features: Tensor) -> Tensor:
+        """`vjp` of a query, for a map whose queries have features of another kind."""
+        return self.vjp(q, features, d_features, None)
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -121,6 +127,7 @@ class SoftmaxFeatures(FeatureMap):
 
     normalizer = "feature"
     scales_keys = True
+    has_vjp = True
 
     def query_elementwise(self, head_dim: int) -> int:
         return 3 * head_dim  # a softmax: exponential, sum, division
@@ -133,7 +140,14 @@ class SoftmaxFeatures(FeatureMap):
 
     def key(self, k: Tensor) -> Features:
         largest = k.detach().amax(-1, keepdim=True)
-        return (k - largest).exp(), largest.squeeze(-1)
+        return (k - largest).exp_(), largest.squeeze(-1)
+
+    def vjp(self, x: Tensor, features: Tensor, d_features: Tensor, d_log_scale: Tensor | None) -> Tensor:
+        return d_features.mul_(features)
+
+    def query_vjp(self, q: Tensor, features: Tensor, d_features: Tensor) -> Tensor:
+        gradient = d_features.mul_(features)
+        return gradient.addcmul_(features, gradient.sum(-1, keepdim=True), value=-1)
 
 
 class RandomFeatures(FeatureMap):
@@ -156,7 +170,7 @@ class RandomFeatures(FeatureMap):
             raise ValueError(f"features={kind!r} is unknown; choose one of {', '.join(self.KINDS)}")
         self.kind = kind
         self.num_features = num_features
-        self.scales_keys = kind != "relu"
+        self.scales_keys = self.scale_has_gradient = kind != "relu"
         self.orthogonal = orthogonal
         given = check_scale(scale)
         self.scale = head_dim**-0.5 if given is None else given

@@ -194,6 +194,7 @@ class Block:
     own running maximum m_i, so no later key, however large, can push an earlier row out of range (rule 5).
 
     q, q_features: (batch, kv_heads, chunks, rows, ...), see `grouped`; k, k_features, v: (batch, kv_heads, chunks, length, ...).
+    totals: what the features of a query were divided by to become q_features, (batch, kv_heads, chunks, length, width), None: nothing.
     relative: the weights of keys in rows, (batch, kv_heads, chunks, length, length), None where all are 1.
     attention: what rows make of their own chunk's values, not yet normalised, (batch, kv_heads, chunks, rows, length).
     before: sums that each chunk reads, (batch, kv_heads, chunks, width, value_dim + 1); carry: what they are worth to each row,
@@ -206,6 +207,7 @@ class Block:
     v: Tensor
     q_features: Tensor
     k_features: Tensor
+    totals: Tensor | None
     relative: Tensor | None
     attention: Tensor
     before: Tensor | None
@@ -223,7 +225,7 @@ class Block:
         q_features = feature_map.query(q)
         k_features, log_scale = keys_of(feature_map, call.k.to(dtype), call.key_mask)
         k_features = k_features.unflatten(2, (chunks, -1))
-        relative = carry = weights = shrink = largest = None
+        relative = carry = weights = shrink = largest = totals = None
         if log_scale is not None:
             log_scale = log_scale.unflatten(2, (chunks, -1))
             running = log_scale.detach().cummax(-1).values
@@ -236,7 +238,7 @@ class Block:
                 carry = (earlier[..., None] - finite(running)).exp()[..., None, :].expand(-1, -1, -1, group, -1).flatten(3)[..., None]
                 shrink = (earlier - finite(largest)).exp() if remember else None
             # The exponential of -inf is slow, so later keys are held down and then left out, rather than left out before.
-            relative = (log_scale[..., None, :] - finite(running)[..., None]).clamp_(max=0).exp_().tril_()
+            relative = (log_scale[..., None, :] - finite(running)[..., None]).clamp_(max=0).exp_().tril()
             weights = (log_scale - finite(largest)[..., None]).exp() if remember else None
         gamma = feature_map.decay(k_features)
         if gamma is not None:
@@ -253,7 +255,7 @@ class Block:
         scores = (q_features @ k_features.mT).unflatten(3, (group, -1))
         attention = (scores.tril_() if relative is None else scores * relative[:, :, :, None]).flatten(3, 4)
         remembered = None if after is None else Past(after, None if largest is None else largest[..., -1].clone())
-        return cls(q, k, v, q_features, k_features, relative, attention, before, carry, weights, shrink, remembered)
+        return cls(q, k, v, q_features, k_features, totals, relative, attention, before, carry, weights, shrink, remembered)
 
     def read(self, normalizes: bool) -> tuple[Tensor, Tensor | None]:
         """Rows, not yet normalised, and their normalisers if it normalizes."""

@@ -22,10 +22,13 @@ from attnzoo.engines.linear_chunks import (
     absorb,
     bidirectional,
     causal,
+    divisor,
     finite,
     grouped,
     keys_of,
+    read_sums,
     spans_of,
+    underflow,
     ungrouped,
 )
 from attnzoo.engines.pieces import join, only_autograd_looks
@@ -129,11 +132,11 @@ class _Rows:
         self.gradient, self.out, self.divisor = gradient, out, divisor
 
     def of(self, start: int, end: int, kv_heads: int, chunks: int) -> Tensor:
-        """Of the rows from start to end, as `grouped`: (..., rows, value_dim + 1)."""
+        """Of the rows from start to end, as `grouped`: (..., rows, value_dim + 1), without the last column where rows have no normaliser."""
         dtype = accumulation_dtype(self.gradient.dtype)
         numerator = self.gradient[:, :, start:end].to(dtype)
         if self.out is None or self.divisor is None:
-            return grouped(F.pad(numerator, (0, 1)), kv_heads, chunks)
+            return grouped(numerator, kv_heads, chunks)
         numerator = numerator / self.divisor[:, :, start:end]
         normalizer = (numerator * self.out[:, :, start:end]).sum(-1, keepdim=True)
         return grouped(torch.cat([numerator, -normalizer], -1), kv_heads, chunks)
@@ -143,17 +146,28 @@ def _backward_bidirectional(feature_map: FeatureMap, call: Call, rows: _Rows, pa
     """First what the rows send to the sums, then what the sums send to the keys."""
     (past,) = pasts
     assert past is not None
-    kv_heads, d_q, d_sums = call.k.shape[1], torch.empty_like(call.q), torch.zeros_like(past.sums)
+    sums = read_sums(feature_map, past.sums)
+    kv_heads, d_q, d_read = call.k.shape[1], torch.empty_like(call.q), torch.zeros_like(sums)
     for start in range(0, call.query_length, CHUNK):
         end = min(start + CHUNK, call.query_length)
-        q = grouped(call.q[:, :, start:end].to(d_sums.dtype), kv_heads, 1)[:, :, 0]
+        q = grouped(call.q[:, :, start:end].to(sums.dtype), kv_heads, 1)[:, :, 0]
         features, d_rows = feature_map.query(q), rows.of(start, end, kv_heads, 1)[:, :, 0]
-        d_sums += features.mT @ d_rows
-        gradient = feature_map.vjp(q, features, d_rows @ past.sums.mT, None)
+        d_read += features.mT @ d_rows
+        gradient = feature_map.query_vjp(q, features, d_rows @ sums.mT)
         d_q[:, :, start:end] = ungrouped(gradient[:, :, None], call.group)
     d_k, d_v = torch.empty_like(call.k), torch.empty_like(call.v)
-    _backward_absorb(feature_map, call, past, d_sums, d_k, d_v)
+    _backward_absorb(feature_map, call, past, _through_read_sums(feature_map, past.sums, sums, d_read), d_k, d_v)
     return d_q, d_k, d_v
+
+
+def _through_read_sums(feature_map: FeatureMap, sums: Tensor, read: Tensor, d_read: Tensor) -> Tensor:
+    """Gradient of `sums` from that of `read`, which is `read_sums` of them."""
+    if feature_map.normalizer == "row":
+        return d_read
+    if feature_map.normalizer == "none":
+        return F.pad(d_read, (0, 1))
+    d_values = d_read / divisor(sums[..., -1:])
+    return torch.cat([d_values, -(d_values * read).sum(-1, keepdim=True)], -1)
 
 
 def _backward_absorb(feature_map: FeatureMap, call: Call, past: Past, d_sums: Tensor, d_k: Tensor, d_v: Tensor) -> None:
@@ -171,7 +185,7 @@ def _backward_absorb(feature_map: FeatureMap, call: Call, past: Past, d_sums: Te
         if gamma is not None:
             ages = torch.arange(call.key_length - 1 - start, call.key_length - 1 - start - k.shape[2], -1, device=k.device)
             weights = gamma[None, :, None] ** ages
-        d_features, d_values, d_log_scale = _through_sums(features, weights, v, d_sums)
+        d_features, d_values, d_log_scale = _through_sums(features, weights, v, d_sums, feature_map.scale_has_gradient)
         d_v[:, :, here] = d_values
         d_k[:, :, here] = feature_map.vjp(k, features, _visible(d_features, mask), d_log_scale)
 
@@ -180,14 +194,17 @@ def _visible(d_features: Tensor, key_mask: Tensor | None) -> Tensor:
     return d_features if key_mask is None else d_features.masked_fill_(~key_mask[:, None, :, None], 0.0)
 
 
-def _through_sums(features: Tensor, weights: Tensor | None, v: Tensor, d_sums: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of features, v and the logarithm of weights from that of `summed(features, weights, v)`."""
+def _through_sums(
+    features: Tensor, weights: Tensor | None, v: Tensor, d_sums: Tensor, of_scale: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of features, v and (if of_scale) the logarithm of weights from that of `summed(features, weights, v)`."""
     values = F.pad(v, (0, 1), value=1.0)
     d_values = features @ d_sums
     if weights is None:
         return values @ d_sums.mT, d_values[..., :-1], None
     values *= weights[..., None]
-    return values @ d_sums.mT, d_values[..., :-1] * weights[..., None], (values * d_values).sum(-1)
+    d_log_weights = (values * d_values).sum(-1) if of_scale else None
+    return values @ d_sums.mT, d_values[..., :-1] * weights[..., None], d_log_weights
 
 
 def _backward_causal(feature_map: FeatureMap, call: Call, rows: _Rows, pasts: list[Past | None]) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,8 +220,9 @@ def _backward_causal(feature_map: FeatureMap, call: Call, rows: _Rows, pasts: li
         span = Call(late.q[:, :, here], late.k[:, :, here], late.v[:, :, here], mask, None, True)
         block = Block.of(feature_map, span, past, chunks, remember)
         d_rows = rows.of(start, end, call.k.shape[1], chunks)
-        d_features, d_values, d_log_scale, d_q_features, d_sums = _backward_block(block, d_rows, d_sums, call.group)
-        d_q[:, :, here] = ungrouped(feature_map.vjp(block.q, block.q_features, d_q_features, None), call.group)
+        d_features, d_values, d_log_scale, d_q_features, d_sums = _backward_block(block, d_rows, d_sums, call.group, feature_map.scale_has_gradient)
+        q_features = block.q_features if block.totals is None else _undivided(block.q_features, block.totals, call.group)
+        d_q[:, :, here] = ungrouped(feature_map.query_vjp(block.q, q_features, d_q_features), call.group)
         d_v[:, :, there] = d_values.flatten(2, 3)
         d_features = _visible(d_features.flatten(2, 3), mask)
         d_log_scale = None if d_log_scale is None else d_log_scale.flatten(2, 3)
@@ -217,31 +235,55 @@ def _backward_causal(feature_map: FeatureMap, call: Call, rows: _Rows, pasts: li
     return d_q, d_k, d_v
 
 
-def _backward_block(block: Block, d_rows: Tensor, d_after: Tensor | None, group: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Gradients of key features, values, log_scale, query features and of the sums before the block, from those of its rows and of
-    the sums after it."""
-    d_attention = (d_rows @ F.pad(block.v, (0, 1), value=1.0).mT).unflatten(3, (group, -1))
+def _backward_block(
+    block: Block, d_rows: Tensor, d_after: Tensor | None, group: int, of_scale: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Gradients of key features, values, log_scale (if of_scale), query features and of the sums before the block, from those of its rows
+    and of the sums after it."""
+    value_dim = block.v.shape[-1]
+    normalizes = d_rows.shape[-1] > value_dim
+    d_attention = (d_rows @ (F.pad(block.v, (0, 1), value=1.0) if normalizes else block.v).mT).unflatten(3, (group, -1))
     d_log_scale = None
     if block.relative is None:
         d_scores = d_attention.tril_().flatten(3, 4)
     else:
-        d_log_scale = (block.attention * d_attention.flatten(3, 4)).sum(3)
+        d_log_scale = (block.attention * d_attention.flatten(3, 4)).sum(3) if of_scale else None
         d_scores = d_attention.mul_(block.relative[:, :, :, None]).flatten(3, 4)
     d_q_features, d_k_features = d_scores @ block.k_features, d_scores.mT @ block.q_features
-    d_values = block.attention.mT @ d_rows[..., :-1]
+    d_values = block.attention.mT @ (d_rows[..., :value_dim] if normalizes else d_rows)
     d_read = None
     if block.before is not None:
         carried = d_rows if block.carry is None else d_rows * block.carry
-        d_q_features += carried @ block.before.mT
+        d_q_features += carried @ (block.before if normalizes else block.before[..., :-1]).mT
         d_read = block.q_features.mT @ carried
+        d_read = d_read if normalizes else F.pad(d_read, (0, 1))
+    if block.totals is not None:
+        d_q_features, d_totals = _through_division(block, d_q_features, group)
+        assert block.relative is not None
+        d_k_features += block.relative.mT @ d_totals
+        if d_read is not None:
+            assert block.carry is not None
+            d_read[..., -1] = (d_totals.mT @ block.carry[..., : d_totals.shape[3], :])[..., 0]
     d_sums, d_before = _gradients_of_sums(d_read, block.shrink, d_after)
     if d_sums is not None:
-        d_features, d_more, d_log_weights = _through_sums(block.k_features, block.weights, block.v, d_sums)
+        d_features, d_more, d_log_weights = _through_sums(block.k_features, block.weights, block.v, d_sums, of_scale)
         d_k_features += d_features
         d_values += d_more
         if d_log_scale is not None and d_log_weights is not None:
             d_log_scale += d_log_weights
     return d_k_features, d_values, d_log_scale, d_q_features, d_before
+
+
+def _undivided(quotients: Tensor, totals: Tensor, group: int) -> Tensor:
+    return (quotients.unflatten(3, (group, -1)) * totals[:, :, :, None]).flatten(3, 4)
+
+
+def _through_division(block: Block, d_quotients: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Gradients of the query features and of what they were divided by, `totals`, from that of the quotients."""
+    assert block.totals is not None
+    d_features = d_quotients.unflatten(3, (group, -1)) / block.totals[:, :, :, None]
+    d_totals = (d_features * block.q_features.unflatten(3, (group, -1))).sum(3).neg_()
+    return d_features.flatten(3, 4), d_totals.masked_fill_(block.totals <= underflow(block.totals), 0.0)
 
 
 def _gradients_of_sums(d_read: Tensor | None, shrink: Tensor | None, d_after: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
