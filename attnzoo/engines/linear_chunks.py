@@ -263,11 +263,12 @@ class Block:
         if self.before is None:
             return numerator, normalizer
         total = self.q_features @ (self.before if normalizes else self.before[..., :-1])
-        if self.carry is not None:
-            total = total * self.carry
+        values = total[..., :-1] if normalizes else total
+        numerator = numerator + values if self.carry is None else torch.addcmul(numerator, values, self.carry)
         if normalizer is None:
-            return numerator + total, None
-        return numerator + total[..., :-1], normalizer + total[..., -1:]
+            return numerator, None
+        sums = total[..., -1:]
+        return numerator, normalizer + sums if self.carry is None else torch.addcmul(normalizer, sums, self.carry)
 
 
 def _sums_of_chunks(past: Past | None, shrink: Tensor | None, more: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

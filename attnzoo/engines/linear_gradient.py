@@ -136,7 +136,7 @@ class _Rows:
         dtype = accumulation_dtype(self.gradient.dtype)
         numerator = self.gradient[:, :, start:end].to(dtype)
         if self.out is None or self.divisor is None:
-            return grouped(numerator, kv_heads, chunks)
+            return grouped(numerator.contiguous(), kv_heads, chunks)  # it is multiplied several times
         numerator = numerator / self.divisor[:, :, start:end]
         normalizer = (numerator * self.out[:, :, start:end]).sum(-1, keepdim=True)
         return grouped(torch.cat([numerator, -normalizer], -1), kv_heads, chunks)
@@ -256,14 +256,13 @@ def _backward_block(
         carried = d_rows if block.carry is None else d_rows * block.carry
         d_q_features += carried @ (block.before if normalizes else block.before[..., :-1]).mT
         d_read = block.q_features.mT @ carried
-        d_read = d_read if normalizes else F.pad(d_read, (0, 1))
+    d_totals = None
     if block.totals is not None:
         d_q_features, d_totals = _through_division(block, d_q_features, group)
         assert block.relative is not None
         d_k_features += block.relative.mT @ d_totals
-        if d_read is not None:
-            assert block.carry is not None
-            d_read[..., -1] = (d_totals.mT @ block.carry[..., : d_totals.shape[3], :])[..., 0]
+    if d_read is not None and not normalizes:
+        d_read = F.pad(d_read, (0, 1)) if d_totals is None else torch.cat([d_read, _carried(block, d_totals)], -1)
     d_sums, d_before = _gradients_of_sums(d_read, block.shrink, d_after)
     if d_sums is not None:
         d_features, d_more, d_log_weights = _through_sums(block.k_features, block.weights, block.v, d_sums, of_scale)
@@ -272,6 +271,12 @@ def _backward_block(
         if d_log_scale is not None and d_log_weights is not None:
             d_log_scale += d_log_weights
     return d_k_features, d_values, d_log_scale, d_q_features, d_before
+
+
+def _carried(block: Block, d_totals: Tensor) -> Tensor:
+    """What the totals of the rows send to the last column of the sums before them."""
+    assert block.carry is not None
+    return d_totals.mT @ block.carry[..., : d_totals.shape[3], :]
 
 
 def _undivided(quotients: Tensor, totals: Tensor, group: int) -> Tensor:
