@@ -25,7 +25,7 @@ def cost(feature_map: FeatureMap, shape: Shape) -> Cost:
             reading -= chunks[0]  # nothing lies behind the first chunk
         writing -= chunks[-1]  # and nobody reads what the last one would add
     features, sums = feature_map.macs(d), width * (d + 1)
-    per_head += queries * features + reading * sums
+    per_head += queries * features + reading * width * (d + 1 if feature_map.normalizer == "row" else d)
     per_kv_head += keys * features + writing * (sums if feature_map.scales_keys else width * d)  # without weights the normaliser is a plain sum
     pairs = causal_pairs(shape.query_length, keys) if shape.is_causal else shape.query_length * keys
     state = shape.batch_size * shape.kv_heads * sums
@@ -62,7 +62,7 @@ def _elementwise(feature_map: FeatureMap, shape: Shape) -> int:
     if feature_map.normalizer == "feature" and shape.is_causal:
         per_head += queries * width
     elif feature_map.normalizer == "feature":
-        per_kv_head += width * (d + 1)
+        per_kv_head += width * d
     if feature_map.scales_keys:
         early = keys - queries if shape.is_causal else keys  # keys that are summed before any query of a chunk of its own
         per_kv_head += early + max(0, -(-early // CHUNK) - 1)  # one weight a key, and one factor for what is summed already
