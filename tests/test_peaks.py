@@ -61,10 +61,19 @@ def test_every_thread_has_working_memory(threads: int) -> None:
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
-@pytest.mark.parametrize(("name", "left_out"), [("sliding_window", 0.01), ("bigbird", 0.01), ("linear", 0.15), ("performer", 0.15)])
-def test_peaks_of_engines_in_pieces(name: str, left_out: float, is_causal: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "options", "left_out"),
+    [
+        ("sliding_window", {}, 0.01),
+        ("bigbird", {}, 0.01),
+        ("linear", {}, 0.15),
+        ("linear", {"feature_map": "softmax"}, 0.15),
+        ("performer", {}, 0.15),
+    ],
+)
+def test_peaks_of_engines_in_pieces(name: str, options: dict[str, str], left_out: float, is_causal: bool) -> None:
     """left_out: the part that is too small for the formula, such as indices, or masks and sums of one chunk. 3,000 tokens need padding."""
-    attn = attnzoo.build(name, heads=2, head_dim=64)
+    attn = attnzoo.build(name, heads=2, head_dim=64, **options)
     for n, kv_heads in ((4096, 2), (3000, 1)):
         cost = attn.cost(1, n, kv_heads=kv_heads, is_causal=is_causal)
         assert cost.forward_bytes is not None and cost.training_bytes is not None

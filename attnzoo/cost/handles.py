@@ -29,7 +29,7 @@ ELEMENTWISE: dict[str, int] = {
 
 # Sums, comparisons, masks, copies, indices and shapes, beside those that fvcore ignores by itself.
 _IGNORED = """
-Bool Float FloatImplicit IntImplicit __lshift__ __or__ __rshift__ __xor__ abs add add_ alias all amax amin any argmax argsort as_strided
+Bool Float FloatImplicit IntImplicit __lshift__ __or__ __rshift__ __xor__ abs add addcmul add_ alias all amax amin any argmax argsort as_strided
 avg_pool2d bernoulli bitwise_and bitwise_or bool broadcast_tensors broadcast_to ceil clamp_max clamp_min clone cummax cumsum diagonal diff
 dim dropout_ embedding empty_like expand_as eye feature_dropout fill_ flip float hardtanh im2col index_select isfinite isinf isnan item le
 leaky_relu lift_fresh logical_and logical_not logical_or lt mT masked_fill_ matrix_H max_pool2d maximum mean meshgrid min minimum movedim

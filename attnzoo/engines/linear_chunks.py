@@ -221,7 +221,7 @@ class Block:
         dtype, kv_heads, group = accumulation_dtype(call.q.dtype), call.k.shape[1], call.group
         q = grouped(call.q.to(dtype), kv_heads, chunks)
         # A product copies what has chunks inside of heads inside of a longer tensor, and v is multiplied more than once.
-        k, v = (x.to(dtype).unflatten(2, (chunks, -1)) for x in (call.k, call.v.contiguous()))
+        k, v = (x.unflatten(2, (chunks, -1)) for x in (call.k.to(dtype), call.v.to(dtype).contiguous()))
         q_features = feature_map.query(q)
         k_features, log_scale = keys_of(feature_map, call.k.to(dtype), call.key_mask)
         k_features = k_features.unflatten(2, (chunks, -1))

@@ -18,12 +18,14 @@ from attnzoo.feature_maps import FeatureMap
 
 @dataclass(frozen=True)
 class _Span:
-    """Bytes of the tensors of one span. features: of queries and keys; query_features: of queries; regrouped: queries laid out anew where
-    several heads share keys; rows: numerators; totals: numerators with their normalisers;
+    """Bytes of the tensors of one span. features: of queries and keys; query_features: of queries; divisors: of those features, 0 where they
+    have none; regrouped: queries laid out anew where several heads share keys, and values where there are several heads;
+    rows: numerators; totals: numerators with their normalisers, if they have any;
     scores: of rows with their own chunk, weights: of keys in those rows, 0 where all are 1; sums: of keys, one for each chunk."""
 
     features: int
     query_features: int
+    divisors: int
     regrouped: int
     rows: int
     totals: int
@@ -33,16 +35,16 @@ class _Span:
 
     def left_over(self) -> int:
         """Of a causal span that has been read."""
-        return self.features + self.regrouped + self.scores + self.weights + self.sums
+        return self.features + self.divisors + self.regrouped + self.scores + self.weights + self.sums + self.rows
 
 
 def forward(feature_map: FeatureMap, shape: Shape) -> int:
     """A forward that does not record."""
     if not shape.is_causal:  # a chunk of queries, or of keys, with the sums over all keys
         span = _span(feature_map, shape, min(CHUNK, max(shape.query_length, shape.key_length)), 1)
-        return shape.query_bytes + span.query_features + 3 * span.rows + span.totals + span.sums + span.regrouped
-    # Scores before and after their mask; sums that each chunk adds, sums before each chunk; rows that are being put together
-    busiest = max(before.left_over() + _built(span) + span.rows for before, span in _neighbours(feature_map, shape))
+        normalizing = 2 * span.rows if feature_map.normalizer == "row" else span.sums  # of rows, or of the sums that they read
+        return shape.query_bytes + span.query_features + span.rows + span.totals + normalizing + span.sums + span.regrouped
+    busiest = max(before.left_over() + max(_built(span), _read(span)) for before, span in _neighbours(feature_map, shape))
     return shape.query_bytes + busiest
 
 
@@ -64,7 +66,13 @@ def training(feature_map: FeatureMap, shape: Shape, kept_bytes: int) -> int:
 
 
 def _built(span: _Span) -> int:
-    return span.features + span.regrouped + span.scores + 2 * span.weights + 2 * span.sums
+    """Scores before and after their weights; sums that each chunk adds, sums before each chunk."""
+    return span.features + span.divisors + span.regrouped + span.scores + 2 * span.weights + 2 * span.sums
+
+
+def _read(span: _Span) -> int:
+    """Numerators of a row's own chunk, those of what lies before it, and both together."""
+    return span.features + span.divisors + span.regrouped + span.scores + span.weights + span.sums + 2 * span.rows + span.totals
 
 
 def _neighbours(feature_map: FeatureMap, shape: Shape) -> list[tuple[_Span, _Span]]:
@@ -81,9 +89,11 @@ def _span(feature_map: FeatureMap, shape: Shape, tokens: int, chunks: int) -> _S
     return _Span(
         features=size * (shape.heads + shape.kv_heads) * tokens * width,
         query_features=size * shape.heads * tokens * width,
-        regrouped=size * shape.heads * tokens * d if shape.heads > shape.kv_heads else 0,
+        divisors=size * shape.kv_heads * tokens * width if shape.is_causal and feature_map.normalizer == "feature" else 0,
+        regrouped=(size * shape.heads * tokens * d if shape.heads > shape.kv_heads else 0)
+        + (size * shape.kv_heads * tokens * d if shape.is_causal and shape.batch_size * shape.kv_heads > 1 else 0),
         rows=size * shape.heads * tokens * d,
-        totals=size * shape.heads * tokens * (d + 1),
+        totals=size * shape.heads * tokens * (d + 1 if feature_map.normalizer == "row" else d),
         scores=size * shape.heads * pairs,
         weights=size * shape.kv_heads * pairs if feature_map.scales_keys else 0,
         sums=size * shape.kv_heads * chunks * width * (d + 1),
