@@ -27,11 +27,13 @@ class FeatureMap(nn.Module):
     normalizer: how A is normalised. "row": each row by its sum. "feature": each key feature by its sum over the visible
     keys (a softmax along the length). "none": not at all.
 
-    scales_keys: whether `key` gives a log_scale. has_vjp: whether `vjp` is known, and nothing but queries and keys wants a gradient.
+    scales_keys: whether `key` gives a log_scale. fades: whether a key is worth less with every token that follows, see `decay`; no map does
+    both. has_vjp: whether `vjp` is known, and nothing but queries and keys wants a gradient.
     """
 
     normalizer: Normalizer = "row"
     scales_keys: bool = False
+    fades: bool = False
     has_vjp: bool = False
 
     def width(self, head_dim: int) -> int:
@@ -50,10 +52,10 @@ class FeatureMap(nn.Module):
         """As `query_elementwise`, for a key and its log_scale."""
         return self.query_elementwise(head_dim)
 
-    def decay(self, like: Tensor) -> Tensor | None:
-        """γ, (kv_heads,) in the dtype of `like`, keys of shape (batch, kv_heads, ...): what a key is worth shrinks by γ with every token that
-        follows. None: it does not shrink. A map that scales keys has none."""
-        return None
+    def decay(self, like: Tensor) -> Tensor:
+        """γ, (kv_heads,) in the dtype of `like`, keys of shape (batch, kv_heads, ...): what a key is worth after each token that follows,
+        where the map fades."""
+        raise NotImplementedError
 
     def query(self, q: Tensor) -> Tensor:
         """(..., length, head_dim) -> features (..., length, width), up to a positive factor of each token's own."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from cases import Case, usual_cases
+from small import sized
 from torch import Tensor, nn
 
 from attnzoo import MultiheadAttention
@@ -18,12 +19,7 @@ CAUSAL_CASES = [case for case in usual_cases() if case.spec.causal]
 
 def options_of(case: Case) -> dict[str, Any]:
     """The arguments that choose the case's attention."""
-    return {"attention": case.variant, "attention_options": {**({"max_length": 64} if case.spec.needs_max_length else {}), **case.options}}
-
-
-def causal_bool(length: int) -> Tensor:
-    """torch's dialect: True = hidden."""
-    return torch.ones(length, length, dtype=torch.bool).triu(1)
+    return {"attention": case.variant, "attention_options": {**sized(case.variant, 64), **case.options}}
 
 
 def as_float(mask: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
