@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from oracles import ORACLES
-from small import runs, sized
 from torch import Tensor
 
 import attnzoo
 from attnzoo import Attention
-from attnzoo.registry import options_of, spec_of
+from attnzoo.registry import options_of, sized, spec_of
 
 CPU_BACKENDS = {"sdpa", "tiled", "blocks", "chunked", "reference"}
 MAX_LENGTH = 1024
@@ -298,7 +297,7 @@ def library_answer(case: Case, backend: str, situation: Situation, is_causal: bo
 def can(spec: attnzoo.Spec, is_causal: bool, situation: Situation | None = None) -> bool:
     """Does the spec allow this kind of call, and in this situation?"""
     square = situation is None or situation.query_length == situation.key_length
-    return runs(spec, is_causal) and (square or spec.cross)
+    return spec.runs(is_causal) and (square or spec.cross)
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from cases import Case, usual_cases
-from small import sized
 from torch import Tensor, nn
 
 from attnzoo import MultiheadAttention
+from attnzoo.registry import sized
 
 BATCH, QUERIES, KEYS, SIZE, HEADS = 2, 5, 7, 12, 3
 DOUBLE: dict[str, Any] = {"atol": 1e-11, "rtol": 1e-10}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo import Attention, Spec
-from attnzoo.registry import spec_of
+from attnzoo.registry import sized
 
 #: Forms that leave something out of twenty tokens, so that a window, blocks, draws and landmarks matter there.
 SMALL: dict[str, dict[str, Any]] = {
@@ -24,11 +24,6 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def sized(name: str, length: int) -> dict[str, Any]:
-    """The options without which the variant cannot be built for inputs of `length` tokens."""
-    return {"max_length": length} if spec_of(name).needs_max_length else {}
-
-
 def small(name: str, length: int = 64) -> dict[str, Any]:
     """Options of the variant's small form, for inputs of up to `length` tokens."""
     return {**sized(name, length), **SMALL.get(name, {})}
@@ -38,19 +33,9 @@ def build_small(name: str, heads: int, head_dim: int, length: int = 64, **more: 
     return attnzoo.build(name, heads=heads, head_dim=head_dim, **{**small(name, length), **more})
 
 
-def runs(spec: Spec, is_causal: bool) -> bool:
-    """Does the spec allow calls of this kind?"""
-    return spec.causal if is_causal else spec.bidirectional
-
-
-def forms(spec: Spec) -> list[bool]:
-    """is_causal of every kind of call that the spec allows."""
-    return [is_causal for is_causal in (False, True) if runs(spec, is_causal)]
-
-
 def possible(spec: Spec) -> dict[str, bool]:
     """One kind of call that the spec allows: bidirectional where it can be."""
-    return {"is_causal": forms(spec)[0]}
+    return {"is_causal": spec.forms[0]}
 
 
 def layer_masks(spec: Spec, length: int) -> dict[str, Any]:

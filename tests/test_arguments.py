@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CPU_BACKENDS, Case, Situation, tensors, usual_cases, with_backends
-from small import cannot, possible, runs
+from small import cannot, possible
 from torch import Tensor
 
 import attnzoo
@@ -256,7 +256,7 @@ def test_bad_costs(case: Case) -> None:
             attn.cost(1, 6, kv_heads=kv_heads, **possible(case.spec))
         says(error, f"kv_heads={kv_heads}", fragment)
     for is_causal in (False, True):
-        if not runs(case.spec, is_causal):
+        if not case.spec.runs(is_causal):
             with pytest.raises(UnsupportedError, match=cannot(case.variant, is_causal)):
                 attn.cost(1, 6, is_causal=is_causal)
 

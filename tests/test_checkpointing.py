@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import Case, usual_cases
 from multihead_cases import options_of
-from small import layer_masks, runs, small
+from small import layer_masks, small
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -81,7 +81,7 @@ def test_checkpointing_torchs_layer(case: Case, use_reentrant: bool) -> None:
     assert not torch.equal(run(x), run(x))
 
 
-@pytest.mark.parametrize(("family", "name"), [(f, n) for f in FAMILIES for n in attnzoo.names() if runs(spec_of(n), f != "bert")])
+@pytest.mark.parametrize(("family", "name"), [(f, n) for f in FAMILIES for n in attnzoo.names() if spec_of(n).runs(f != "bert")])
 @REENTRANT
 def test_checkpointing_a_transformers_model(family: str, name: str, use_reentrant: bool) -> None:
     pytest.importorskip("transformers")

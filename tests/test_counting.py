@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, can, cases, squared_elu, usual_cases
-from small import sized, small
+from small import small
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,6 +20,7 @@ from attnzoo.cost.handles import einsum_macs
 from attnzoo.cost.huggingface_flops import whole_model
 from attnzoo.cost.model_flops import Chosen
 from attnzoo.engines.linear_chunks import CHUNK
+from attnzoo.registry import sized
 
 pytest.importorskip("fvcore")
 HEADS, HEAD_DIM = 4, 8

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, Situation, cases, close, gradients_of, padding, tensors, usual_cases, with_backends
-from small import sized
 from torch import Tensor
 
 import attnzoo
 from attnzoo import Attention
+from attnzoo.registry import sized
 
 DECODERS = [case for case in cases() if case.spec.decodes]
 ALL = pytest.mark.parametrize("case", DECODERS, ids=str)

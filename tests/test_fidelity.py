@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from small import sized
 from toys import TOYS, Uniform
 
 import attnzoo
@@ -18,6 +17,7 @@ from attnzoo import registry
 from attnzoo.fidelity import Comparison, Sample, compare, load_samples, metrics, packages, synthetic_sample
 from attnzoo.fidelity.candidate import BASELINE, DRAWS, Candidate
 from attnzoo.fidelity.text import play, titles
+from attnzoo.registry import sized
 
 
 @pytest.fixture

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 from cases import Case, can
-from small import cannot, sized
+from small import cannot
 
 import attnzoo
 from attnzoo import cli
 from attnzoo.cost.huggingface_flops import whole_model
 from attnzoo.cost.model_flops import CORE, FEED_FORWARD, HEAD, OTHER, PROJECTIONS, Chosen, breakdown, one_attention, one_layer
 from attnzoo.cost.models import TransformerModel
+from attnzoo.registry import sized
 
 pytest.importorskip("fvcore")
 pytest.importorskip("transformers")

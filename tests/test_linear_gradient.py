@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, Situation, cases, close, gradients_of, padding, tensors
-from small import forms, sized
 from torch import Tensor
 
 from attnzoo.engines import linear_chunks, linear_gradient
+from attnzoo.registry import sized
 
 KNOWN = [case for case in cases() if case.spec.family == "kernel" and case.build().engine.feature_map.has_vjp]  # type: ignore[union-attr]
 KINDS = pytest.mark.parametrize(
-    ("case", "is_causal"), [pytest.param(case, form, id=f"{case}-{'causal' if form else 'all'}") for case in KNOWN for form in forms(case.spec)]
+    ("case", "is_causal"), [pytest.param(case, form, id=f"{case}-{'causal' if form else 'all'}") for case in KNOWN for form in case.spec.forms]
 )
 SITUATIONS = [Situation(1100, 1100, "interior"), Situation(1100, 1100, kv_heads=1), Situation(400, 1100, "left"), Situation(900, 300)]
 

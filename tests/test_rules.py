@@ -9,11 +9,11 @@ import pickle
 import pytest
 import torch
 from cases import CASES, Case, Situation, can, close, gradients_of, padding, tensors, usual_cases, with_backends
-from small import possible, sized
+from small import possible
 from torch import Tensor
 
 import attnzoo
-from attnzoo.registry import options_of
+from attnzoo.registry import options_of, sized
 
 VARIANTS = pytest.mark.parametrize("case", usual_cases(), ids=str)
 BACKENDS = pytest.mark.parametrize(("case", "backend"), [pytest.param(c, b, id=f"{c}-{b}") for c, b in with_backends(usual_cases())])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from small import cannot, runs, small
+from small import cannot, small
 from swap_models import answer_of, make
 from torch import Tensor
 
@@ -24,7 +24,7 @@ WITHOUT_BIAS = {name: "adds a position_bias to its scores" for name, spec in SPE
 
 def unable(is_causal: bool, layer: str = "") -> dict[str, str]:
     """What variants say that cannot be causal, or nothing but causal, and of which layer."""
-    return {name: rf"{layer}.*{cannot(name, is_causal)}" for name, spec in SPECS.items() if not runs(spec, is_causal)}
+    return {name: rf"{layer}.*{cannot(name, is_causal)}" for name, spec in SPECS.items() if not spec.runs(is_causal)}
 
 
 #: Of every family: the sites that a swap finds, and the refusals of the variants that cannot take its place.

@@ -8,12 +8,13 @@ from functools import partial
 
 import pytest
 import torch
-from small import possible, sized
+from small import possible
 from toys import Uniform, Wrong
 
 import attnzoo
 from attnzoo.bench import Timing, interleave, mistake, peak_bytes
 from attnzoo.bench.timing import MINIMUM_ROUNDS
+from attnzoo.registry import sized
 
 
 def test_contenders_take_turns_after_the_warm_up() -> None:
