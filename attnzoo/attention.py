@@ -41,6 +41,15 @@ class Spec:
     needs_max_length: bool = False
     tied_to_end: bool = False
 
+    def runs(self, is_causal: bool) -> bool:
+        """Whether calls of this kind are inside the spec."""
+        return self.causal if is_causal else self.bidirectional
+
+    @property
+    def forms(self) -> tuple[bool, ...]:
+        """is_causal of every kind of call inside the spec."""
+        return tuple(is_causal for is_causal in (False, True) if self.runs(is_causal))
+
 
 class Attention(nn.Module):
     """Base of every variant: checks the call, applies the rules of masking, and lets the variant's engine multiply by A.

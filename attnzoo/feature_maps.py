@@ -28,12 +28,14 @@ class FeatureMap(nn.Module):
     keys (a softmax along the length). "none": not at all.
 
     scales_keys: whether `key` gives a log_scale; scale_has_gradient: whether that depends on the key, and is no mere stabiliser.
+    fades: whether a key is worth less with every token that follows, see `decay`; no map both scales keys and fades.
     has_vjp: whether `vjp` is known, and nothing but queries and keys wants a gradient.
     """
 
     normalizer: Normalizer = "row"
     scales_keys: bool = False
     scale_has_gradient: bool = False
+    fades: bool = False
     has_vjp: bool = False
 
     def width(self, head_dim: int) -> int:
@@ -52,10 +54,10 @@ class FeatureMap(nn.Module):
         """As `query_elementwise`, for a key and its log_scale."""
         return self.query_elementwise(head_dim)
 
-    def decay(self, like: Tensor) -> Tensor | None:
-        """γ, (kv_heads,) in the dtype of `like`, keys of shape (batch, kv_heads, ...): what a key is worth shrinks by γ with every token that
-        follows. None: it does not shrink. A map that scales keys has none."""
-        return None
+    def decay(self, like: Tensor) -> Tensor:
+        """γ, (kv_heads,) in the dtype of `like`, keys of shape (batch, kv_heads, ...): what a key is worth after each token that follows,
+        where the map fades."""
+        raise NotImplementedError
 
     def query(self, q: Tensor) -> Tensor:
         """(..., length, head_dim) -> features (..., length, width), up to a positive factor of each token's own."""

@@ -91,6 +91,11 @@ def options_of(name: str) -> tuple[Option, ...]:
     return tuple(Option(p.name, _type_name(hints.get(p.name, Any)), p.default) for p in parameters)
 
 
+def sized(name: str, length: int) -> dict[str, Any]:
+    """The options without which a variant cannot be built for `length` tokens, beside heads and head_dim: max_length, or none."""
+    return {"max_length": length} if spec_of(name).needs_max_length else {}
+
+
 def describe(name: str) -> Description:
     """Everything the zoo knows of a variant without building it."""
     cls = find(name)

@@ -24,9 +24,9 @@ from attnzoo.bench.memory import peak_bytes
 from attnzoo.bench.rows import ResultFile
 from attnzoo.bench.timing import interleave
 from attnzoo.environment import environment
+from attnzoo.registry import sized, spec_of
 
 LENGTH, ROUNDS = 1024, 3
-OPTIONS: dict[str, dict[str, Any]] = {"linformer": {"max_length": LENGTH}}
 
 
 def make_model(name: str) -> Any:
@@ -35,7 +35,7 @@ def make_model(name: str) -> Any:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 2048}
     config = BertConfig(max_position_embeddings=LENGTH, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes)
-    return attnzoo.swap(BertModel(config, add_pooling_layer=False), name, **OPTIONS.get(name, {})).train()
+    return attnzoo.swap(BertModel(config, add_pooling_layer=False), name, **sized(name, LENGTH)).train()
 
 
 class Training:
@@ -81,7 +81,7 @@ def measure(name: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Memory given back and time taken by gradient checkpointing.")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/checkpointing.jsonl"))
-    parser.add_argument("--variants", nargs="+", default=attnzoo.names())
+    parser.add_argument("--variants", nargs="+", default=[name for name in attnzoo.names() if spec_of(name).bidirectional])
     arguments = parser.parse_args()
     path: Path = arguments.output
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,16 +23,17 @@ LENGTH = 2**20
 ONE = """
 import json, sys, time
 import torch, attnzoo
+from attnzoo.registry import sized
 
 name, n = sys.argv[1], int(sys.argv[2])
 spec = attnzoo.describe(name).spec
 with torch.device("meta"):
-    attention = attnzoo.build(name, heads=8, head_dim=64, **({"max_length": n} if spec.needs_max_length else {}))
+    attention = attnzoo.build(name, heads=8, head_dim=64, **sized(name, n))
     q = torch.empty(1, 8, n, 64)
 
 def count():
     clock, cpu = time.perf_counter(), time.process_time()
-    macs = attnzoo.count_flops(attention, q, q, q, is_causal=not spec.bidirectional).macs
+    macs = attnzoo.count_flops(attention, q, q, q, is_causal=spec.forms[0]).macs
     return {"seconds": round(time.perf_counter() - clock, 3), "cpu_seconds": round(time.process_time() - cpu, 3)}, macs
 
 first, macs = count()

@@ -23,7 +23,7 @@ from attnzoo import Attention
 from attnzoo.bench.memory import peak_bytes
 from attnzoo.engines.engine import Cost
 from attnzoo.environment import environment
-from attnzoo.registry import spec_of
+from attnzoo.registry import sized, spec_of
 
 LENGTHS = (1024, 4096, 16384, 65536)
 QUADRATIC_LENGTHS = (1024, 4096, 16384)  # where the time is quadratic, so that the study ends
@@ -61,8 +61,7 @@ def rows(name: str, is_causal: bool, lengths: tuple[int, ...], device: torch.dev
     """One for each length."""
     found = []
     for n in lengths:
-        sized = {"max_length": n} if spec_of(name).needs_max_length else {}
-        attention = attnzoo.build(name, heads=HEADS, head_dim=HEAD_DIM, **sized).to(device)
+        attention = attnzoo.build(name, heads=HEADS, head_dim=HEAD_DIM, **sized(name, n)).to(device)
         row: dict[str, object] = {"variant": name, "is_causal": is_causal, "length": n}
         for kind, formula in formulas(attention.cost(1, n, is_causal=is_causal), n, spec_of(name).family).items():
             peak = measured(attention, n, is_causal, kind, device)
@@ -87,7 +86,7 @@ def main() -> None:
         for name in arguments.variants or attnzoo.names():
             spec = spec_of(name)
             lengths = tuple(arguments.lengths or (QUADRATIC_LENGTHS if "n²" in spec.complexity else LENGTHS))
-            for is_causal in [form for form, able in ((False, spec.bidirectional), (True, spec.causal)) if able]:
+            for is_causal in spec.forms:
                 for row in rows(name, is_causal, lengths, device):
                     file.write(json.dumps({**row, "environment": where}) + "\n")
                     file.flush()

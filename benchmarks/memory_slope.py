@@ -20,7 +20,7 @@ import torch
 import attnzoo
 from attnzoo.bench.memory import peak_bytes
 from attnzoo.environment import environment
-from attnzoo.registry import options_of, spec_of
+from attnzoo.registry import sized, spec_of
 
 LENGTHS = (4096, 8192, 32768)
 REFERENCE_LENGTHS = (1024, 2048, 4096)
@@ -47,8 +47,7 @@ def measure(variant: str, backend: str, is_causal: bool, backward: bool) -> Peak
     lengths = REFERENCE_LENGTHS if backend == "reference" else LENGTHS
     peaks = []
     for length in lengths:
-        options = {"max_length": length} if any(option.name == "max_length" for option in options_of(variant)) else {}
-        attention = attnzoo.build(variant, heads=1, head_dim=64, backend=backend, **options)
+        attention = attnzoo.build(variant, heads=1, head_dim=64, backend=backend, **sized(variant, length))
         q, k, v = (torch.randn(1, 1, length, 64, requires_grad=backward) for _ in range(3))
 
         def run(attention=attention, q=q, k=k, v=v) -> None:
@@ -70,9 +69,7 @@ def main() -> None:
     print(f"{'variant':16}{'backend':11}{'form':15}{'pass':18}{'MiB at the longest length':>28}{'slope':>8}")
     with output.open("w") as file:
         for variant in attnzoo.names():
-            for is_causal in (False, True):
-                if is_causal and not spec_of(variant).causal:
-                    continue
+            for is_causal in spec_of(variant).forms:
                 for backward in (False, True):
                     for backend in ("auto", "reference"):
                         torch.manual_seed(0)

@@ -27,7 +27,7 @@ import attnzoo
 from attnzoo.attention import Attention
 from attnzoo.bench.timing import Timing, interleave
 from attnzoo.environment import environment
-from attnzoo.registry import options_of, spec_of
+from attnzoo.registry import sized, spec_of
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 SHORT = 64  # tokens where the overhead is measured
@@ -66,8 +66,7 @@ def in_turns(one: Attend, other: Attend, length: int, learns: bool, rounds: int)
 
 
 def built(variant: str, length: int) -> Attention:
-    options = {"max_length": length} if any(option.name == "max_length" for option in options_of(variant)) else {}
-    return attnzoo.build(variant, heads=8, head_dim=64, **options).eval()
+    return attnzoo.build(variant, heads=8, head_dim=64, **sized(variant, length)).eval()
 
 
 def hollow(variant: str) -> Attention:
@@ -96,7 +95,7 @@ def standard_rows(longest: int) -> Iterator[dict[str, object]]:
 def overhead_rows() -> Iterator[dict[str, object]]:
     for variant in attnzoo.names():
         for learns in (False, True):
-            for is_causal in (False, True) if spec_of(variant).causal else (False,):
+            for is_causal in spec_of(variant).forms:
                 attention = hollow(variant)
                 q, k, v = (torch.randn(1, 8, SHORT, 64, requires_grad=learns) for _ in range(3))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo import Attention
-from attnzoo.registry import options_of, spec_of
+from attnzoo.registry import options_of, sized, spec_of
 
 CPU_BACKENDS = {"sdpa", "tiled", "blocks", "chunked", "reference"}
 MAX_LENGTH = 1024
@@ -51,7 +51,7 @@ class Case:
 
     def build(self, heads: int = 4, head_dim: int = 8, *, dtype: torch.dtype = torch.float32, **more: Any) -> Attention:
         """The attention, with the same learned and drawn numbers every time."""
-        options = {"max_length": MAX_LENGTH} if self.spec.needs_max_length else {}
+        options = sized(self.variant, MAX_LENGTH)
         with torch.random.fork_rng():
             torch.manual_seed(1)
             return attnzoo.build(self.variant, heads=heads, head_dim=head_dim, **{**options, **self.options, **more}).to(dtype)
@@ -241,8 +241,7 @@ def ask_oracle(
     name = attn.spec.name
     function = ORACLES[name]
     wanted = inspect.signature(function).parameters
-    defaults = {option.name: MAX_LENGTH if option.name == "max_length" else option.default for option in options_of(name)}
-    values = defaults | (options or {})
+    values = {option.name: option.default for option in options_of(name)} | sized(name, MAX_LENGTH) | (options or {})
     drawn = DRAWN[name](attn, q.shape[2], k.shape[2], masks.get("is_causal", False)) if name in DRAWN else {}
     given = {option: value for option, value in values.items() if option in wanted}
     return function(q, k, v, **given, **(learned(attn) if parameters is None else parameters), **drawn, **masks)
@@ -298,7 +297,7 @@ def library_answer(case: Case, backend: str, situation: Situation, is_causal: bo
 def can(spec: attnzoo.Spec, is_causal: bool, situation: Situation | None = None) -> bool:
     """Does the spec allow this kind of call, and in this situation?"""
     square = situation is None or situation.query_length == situation.key_length
-    return (spec.causal if is_causal else spec.bidirectional) and (square or spec.cross)
+    return spec.runs(is_causal) and (square or spec.cross)
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:

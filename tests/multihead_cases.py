@@ -9,6 +9,7 @@ from cases import Case, usual_cases
 from torch import Tensor, nn
 
 from attnzoo import MultiheadAttention
+from attnzoo.registry import sized
 
 BATCH, QUERIES, KEYS, SIZE, HEADS = 2, 5, 7, 12, 3
 DOUBLE: dict[str, Any] = {"atol": 1e-11, "rtol": 1e-10}
@@ -18,12 +19,7 @@ CAUSAL_CASES = [case for case in usual_cases() if case.spec.causal]
 
 def options_of(case: Case) -> dict[str, Any]:
     """The arguments that choose the case's attention."""
-    return {"attention": case.variant, "attention_options": {**({"max_length": 64} if case.spec.needs_max_length else {}), **case.options}}
-
-
-def causal_bool(length: int) -> Tensor:
-    """torch's dialect: True = hidden."""
-    return torch.ones(length, length, dtype=torch.bool).triu(1)
+    return {"attention": case.variant, "attention_options": {**sized(case.variant, 64), **case.options}}
 
 
 def as_float(mask: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

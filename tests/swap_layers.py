@@ -1,21 +1,16 @@
-"""A Transformer layer of torch's with a swapped attention, and every variant in a form that has work to do at 20 tokens."""
+"""A Transformer layer of torch's with a swapped attention, and what it is called with."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from small import layer_masks, small
 from torch import nn
 
 import attnzoo
 
 SIZE, HEADS, LENGTH = 16, 4, 20
-OPTIONS: dict[str, dict[str, Any]] = {
-    "linformer": {"max_length": 64, "rank": 4},
-    "sliding_window": {"window": 5},
-    "bigbird": {"block_size": 4, "num_window_blocks": 1, "num_global_blocks": 1, "num_random_blocks": 1},
-    "performer": {"num_features": 16},
-}
 NAMES = attnzoo.names()
 
 
@@ -26,7 +21,7 @@ def layer(name: str | None, **options: Any) -> nn.Module:
     with torch.no_grad():
         dict(model.named_parameters())["0.self_attn.in_proj_weight"].mul_(3)  # scores that tell keys apart
     if name is not None:
-        attnzoo.swap(model, name, **OPTIONS.get(name, {}), **options)
+        attnzoo.swap(model, name, **small(name), **options)
     return model[0]
 
 
@@ -41,6 +36,11 @@ def gradients(model: nn.Module, inputs: tuple[torch.Tensor, ...], **masks: Any) 
 
 def tokens(batch_size: int = 3, length: int = LENGTH) -> torch.Tensor:
     return torch.randn(batch_size, length, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def masks(name: str, length: int = LENGTH) -> dict[str, Any]:
+    """What a layer with this attention is called with beside tokens and padding."""
+    return layer_masks(attnzoo.describe(name).spec, length)
 
 
 def padding(batch_size: int = 3, length: int = LENGTH) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CPU_BACKENDS, Case, Situation, tensors, usual_cases, with_backends
+from small import cannot, possible
 from torch import Tensor
 
 import attnzoo
@@ -106,7 +107,7 @@ def test_what_the_spec_excludes(case: Case) -> None:
         (spec.cross, {"k": k[:, :, :5], "v": v[:, :, :5]}, [spec.name, "query_length", "6 and 5", "standard"]),
     ]
     for allowed, change, fragments in excluded:
-        arguments = {"q": q, "k": k, "v": v} | change
+        arguments = {"q": q, "k": k, "v": v, **possible(spec)} | change
         if allowed:
             attn(**arguments)
             continue
@@ -208,7 +209,7 @@ def test_longer_than_max_length(case: Case) -> None:
     q, k, v = inputs()
     attn = case.build(max_length=5)
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        attn(q, k, v)
+        attn(q, k, v, **possible(case.spec))
     says(error, "key_length=6", "max_length=5", "larger max_length")
 
 
@@ -248,15 +249,16 @@ def test_bad_costs(case: Case) -> None:
         ((1, 6.5), [r"query_length=6\.5"]),
     ):
         with pytest.raises(ValueError) as error:  # noqa: PT011
-            attn.cost(*arguments)  # pyright: ignore[reportArgumentType]
+            attn.cost(*arguments, **possible(case.spec))  # pyright: ignore[reportArgumentType]
         says(error, *fragments, "whole number of at least 1")
     for kv_heads, fragment in ((3, "divide heads=4"), (0, "kv_heads=0")):
         with pytest.raises(ValueError) as error:  # noqa: PT011
-            attn.cost(1, 6, kv_heads=kv_heads)
+            attn.cost(1, 6, kv_heads=kv_heads, **possible(case.spec))
         says(error, f"kv_heads={kv_heads}", fragment)
-    if not case.spec.causal:
-        with pytest.raises(UnsupportedError, match="causal"):
-            attn.cost(1, 6, is_causal=True)
+    for is_causal in (False, True):
+        if not case.spec.runs(is_causal):
+            with pytest.raises(UnsupportedError, match=cannot(case.variant, is_causal)):
+                attn.cost(1, 6, is_causal=is_causal)
 
 
 @pytest.mark.parametrize("case", usual_cases(), ids=str)
@@ -266,11 +268,11 @@ def test_a_backend_asked_for_by_name_never_falls_back(case: Case) -> None:
     for backend in case.build().engine.backend_names():
         attn = case.build(backend=backend)
         if backend in CPU_BACKENDS:
-            attn(q, k, v)
+            attn(q, k, v, **possible(case.spec))
             assert attn.last_backend == backend
             continue
         with pytest.raises(UnsupportedError) as error:
-            attn(q, k, v)
+            attn(q, k, v, **possible(case.spec))
         says(error, f"backend='{backend}'", f"{backend}: ")
 
 

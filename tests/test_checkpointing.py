@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from cases import Case, usual_cases
 from multihead_cases import options_of
+from small import layer_masks, small
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,12 +19,6 @@ from attnzoo.registry import spec_of
 CASES = pytest.mark.parametrize("case", usual_cases(), ids=str)
 FAMILIES = ["bert", "gpt2", "llama", "mistral", "qwen2"]
 REENTRANT = pytest.mark.parametrize("use_reentrant", [False, True], ids=["not reentrant", "reentrant"])
-OPTIONS: dict[str, dict[str, Any]] = {
-    "sliding_window": {"window": 5},
-    "bigbird": {"block_size": 4},
-    "performer": {"num_features": 16},
-    "linformer": {"max_length": 32, "rank": 8},
-}
 
 
 def count_calls(model: nn.Module) -> list[int]:
@@ -75,20 +69,25 @@ def test_checkpointing_torchs_layer(case: Case, use_reentrant: bool) -> None:
     options = {key: value for key, value in options_of(case)["attention_options"].items() if key != "dropout"}
     attnzoo.swap(layer, case.variant, **options)
     x = torch.randn(2, 60, 32, requires_grad=True)
-    plain = gradients(layer, x, lambda: layer(x))
-    again = gradients(layer, x, lambda: checkpoint(layer, x, use_reentrant=use_reentrant))
+    masks = layer_masks(case.spec, 60)
+
+    def run(x: Tensor) -> Tensor:
+        return layer(x, **masks)
+
+    plain = gradients(layer, x, lambda: run(x))
+    again = gradients(layer, x, lambda: checkpoint(run, x, use_reentrant=use_reentrant))
     assert all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
     torch.manual_seed(2)
-    assert not torch.equal(layer(x), layer(x))
+    assert not torch.equal(run(x), run(x))
 
 
-@pytest.mark.parametrize(("family", "name"), [(f, n) for f in FAMILIES for n in attnzoo.names() if f == "bert" or spec_of(n).causal])
+@pytest.mark.parametrize(("family", "name"), [(f, n) for f in FAMILIES for n in attnzoo.names() if spec_of(n).runs(f != "bert")])
 @REENTRANT
 def test_checkpointing_a_transformers_model(family: str, name: str, use_reentrant: bool) -> None:
     pytest.importorskip("transformers")
     from swap_models import make, padded, tokens
 
-    model, ids, mask = attnzoo.swap(make(family), name, **OPTIONS.get(name, {})).train(), tokens(), padded("left")
+    model, ids, mask = attnzoo.swap(make(family), name, **small(name)).train(), tokens(), padded("left")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

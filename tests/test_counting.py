@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, can, cases, squared_elu, usual_cases
+from small import small
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,6 +20,7 @@ from attnzoo.cost.handles import einsum_macs
 from attnzoo.cost.huggingface_flops import whole_model
 from attnzoo.cost.model_flops import Chosen
 from attnzoo.engines.linear_chunks import CHUNK
+from attnzoo.registry import sized
 
 pytest.importorskip("fvcore")
 HEADS, HEAD_DIM = 4, 8
@@ -80,7 +82,7 @@ def test_padding_changes_no_count(case: Case):
 
 @pytest.mark.parametrize("case", usual_cases(), ids=str)
 def test_multihead_is_its_core_and_four_projections(case: Case):
-    options = {"max_length": 64} if case.spec.needs_max_length else {}
+    options = sized(case.variant, 64)
     width, n, batch = HEADS * HEAD_DIM, 40, 3
     mha = attnzoo.MultiheadAttention(width, HEADS, batch_first=True, attention=case.variant, attention_options={**options, **case.options})
     x = empty(batch, n, width)
@@ -320,7 +322,7 @@ def test_engines_counted_apart_count_as_the_whole_trace(variant: str, family: st
         pytest.skip(f"{variant} cannot run so")
     sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 100}
     sizes |= {"num_key_value_heads": 2} if family == "llama" else {}
-    options: dict[str, Any] = {"bigbird": {"block_size": 8}, "sliding_window": {"window": 5}}.get(variant, {})
+    options = {option: value for option, value in small(variant).items() if option != "max_length"}  # which the length decides
     call = whole_model(family, sizes).call(n, Chosen(variant, options))
     whole = counting._report(counting._trace(call.module, (), call.keywords))
     apart = count_flops(call.module, **call.keywords)
@@ -344,9 +346,8 @@ def test_layers_that_compute_the_same_are_traced_once(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("case", [Case(name) for name in attnzoo.names()], ids=str)
 def test_a_million_tokens(case: Case):
     n = 2**20
-    sized: dict[str, Any] = {"max_length": n} if case.spec.needs_max_length else {}
     with torch.device("meta"):
-        attn = case.build(heads=8, head_dim=64, **sized)
+        attn = case.build(heads=8, head_dim=64, **sized(case.variant, n))
     q, k = empty(1, 8, n, 64), empty(1, 2, n, 64)
     for is_causal in (False, True):
         if can(case.spec, is_causal):

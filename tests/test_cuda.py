@@ -117,7 +117,7 @@ def test_refused_on_the_cpu(case: Case, backend: str) -> None:
     with pytest.raises(UnsupportedError, match=rf"{backend}: .* CUDA device, got cpu.*use backend='auto'"):
         attn(q, k, v, is_causal=attn.spec.causal)
     attn.backend = "auto"
-    attn(q, k, v)
+    attn(q, k, v, is_causal=attn.spec.causal)
     assert attn.last_backend in ("sdpa", "blocks", "chunked")
 
 

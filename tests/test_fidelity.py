@@ -17,6 +17,7 @@ from attnzoo import registry
 from attnzoo.fidelity import Comparison, Sample, compare, load_samples, metrics, packages, synthetic_sample
 from attnzoo.fidelity.candidate import BASELINE, DRAWS, Candidate
 from attnzoo.fidelity.text import play, titles
+from attnzoo.registry import sized
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_distance_of_weights_is_its_definition(is_causal: bool) -> None:
 def test_sampled_rows_are_rows_of_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "WHOLE_LENGTH", 100)
     sample = synthetic_sample(331, is_causal=True, spread=1.0, heads=2, kv_heads=1, head_dim=8)
-    attention = attnzoo.build(name, heads=2, head_dim=8).double()
+    attention = attnzoo.build(name, heads=2, head_dim=8, **sized(name, 331)).double()
     q, k = sample.q.double(), sample.k.double()
     whole = attention.weights(q, k, is_causal=True)
     blocks = list(metrics._weights(attention, q, k, True))

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 from cases import Case, can
+from small import cannot
 
 import attnzoo
 from attnzoo import cli
 from attnzoo.cost.huggingface_flops import whole_model
 from attnzoo.cost.model_flops import CORE, FEED_FORWARD, HEAD, OTHER, PROJECTIONS, Chosen, breakdown, one_attention, one_layer
 from attnzoo.cost.models import TransformerModel
+from attnzoo.registry import sized
 
 pytest.importorskip("fvcore")
 pytest.importorskip("transformers")
@@ -32,21 +34,22 @@ def test_a_model_by_component(family: str, variant: str | None):
     sizes, is_causal, projections, feed_forward, head = FAMILIES[family]
     n, layers = 70, 2
     if variant is not None and not can(Case(variant).spec, is_causal):
-        with pytest.raises(attnzoo.UnsupportedError, match="cannot be causal"):
+        with pytest.raises(attnzoo.UnsupportedError, match=cannot(variant, is_causal)):
             breakdown(whole_model(family, sizes), n, Chosen(variant, {}))
         return
     found = breakdown(whole_model(family, sizes), n, None if variant is None else Chosen(variant, {}))
-    core = 0
+    core = elementwise = 0
     for layer in range(layers):
         options: dict[str, Any] = {"seed": layer} if variant == "bigbird" else {}
-        options |= {"max_length": n} if variant == "linformer" else {}
+        options |= sized(variant or "standard", n)
         attention = attnzoo.build(variant or "standard", heads=4, head_dim=16, **options)
-        core += attention.cost(1, n, kv_heads=2 if family == "llama" else 4, is_causal=is_causal).macs
+        cost = attention.cost(1, n, kv_heads=2 if family == "llama" else 4, is_causal=is_causal)
+        core, elementwise = core + cost.macs, elementwise + cost.elementwise
     expected = {CORE: core, PROJECTIONS: layers * n * projections, FEED_FORWARD: layers * n * feed_forward, HEAD: n * head, OTHER: 0}
     assert found.macs == expected
     assert found.report.macs == sum(expected.values())
     assert found.report.elementwise == sum(found.elementwise.values())
-    assert found.elementwise[CORE] > 0
+    assert found.elementwise[CORE] == elementwise
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -28,13 +28,12 @@ SUBQUADRATIC = [case for case in usual_cases() if "n²" not in case.spec.complex
 RUN = """
 import json, resource, sys
 import torch, attnzoo
+from attnzoo.registry import sized
 torch.set_num_threads(1)
 name, length, limit = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 
 def run(is_causal, backend):
-    spec = attnzoo.describe(name).spec
-    options = {"max_length": length} if spec.needs_max_length else {}
-    attn = attnzoo.build(name, heads=1, head_dim=64, backend=backend, **options)
+    attn = attnzoo.build(name, heads=1, head_dim=64, backend=backend, **sized(name, length))
     q, k, v = (torch.randn(1, 1, length, 64, requires_grad=True) for _ in range(3))
     mask = torch.arange(length)[None] >= 100
     out = attn(q, k, v, key_mask=mask, is_causal=is_causal)
@@ -42,7 +41,7 @@ def run(is_causal, backend):
     return attn.last_backend
 
 spec = attnzoo.describe(name).spec
-kinds = [causal for causal in (False, True) if (spec.causal if causal else spec.bidirectional)]
+kinds = spec.forms
 for causal in kinds:  # what the first call sets up once and for all is not counted
     length, whole = 256, length
     run(causal, "auto")

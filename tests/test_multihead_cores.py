@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Case, usual_cases
-from multihead_cases import BATCH, CAUSAL_CASES, DOUBLE, HEADS, KEYS, SINGLE, SIZE, as_float, causal_bool, options_of
+from multihead_cases import BATCH, CAUSAL_CASES, DOUBLE, HEADS, KEYS, SINGLE, SIZE, as_float, options_of
+from small import causal_bool
 from torch import Tensor, nn
 
 import attnzoo

@@ -9,10 +9,11 @@ import pickle
 import pytest
 import torch
 from cases import CASES, Case, Situation, can, close, gradients_of, padding, tensors, usual_cases, with_backends
+from small import possible
 from torch import Tensor
 
 import attnzoo
-from attnzoo.registry import options_of
+from attnzoo.registry import options_of, sized
 
 VARIANTS = pytest.mark.parametrize("case", usual_cases(), ids=str)
 BACKENDS = pytest.mark.parametrize(("case", "backend"), [pytest.param(c, b, id=f"{c}-{b}") for c, b in with_backends(usual_cases())])
@@ -220,8 +221,8 @@ def test_rule_8_any_length(case: Case, backend: str) -> None:
         short = case.build(dtype=torch.float64, backend=backend, max_length=20)
         q, k, v, _ = tensors(Situation(21, 21))
         with pytest.raises(ValueError, match=r"21.*max_length=20"):
-            short(q, k, v)
-        assert short(q, k[:, :, 1:], v[:, :, 1:]).shape == q.shape
+            short(q, k, v, **possible(case.spec))
+        assert short(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], **possible(case.spec)).shape == q[:, :, 1:].shape
 
 
 @pytest.mark.parametrize(
@@ -297,8 +298,7 @@ def test_rule_12_trains_and_travels(case: Case, backend: str) -> None:
             assert torch.autograd.gradcheck(run, inputs, eps=1e-6, atol=1e-6, fast_mode=True)
     more = {"seed": 99} if "seed" in inspect.signature(type(attn)).parameters else {}
     torch.manual_seed(99)
-    options = {"max_length": 1024} if case.spec.needs_max_length else {}
-    other = attnzoo.build(case.variant, heads=2, head_dim=4, **(options | case.options | more)).double()
+    other = attnzoo.build(case.variant, heads=2, head_dim=4, **(sized(case.variant, 1024) | case.options | more)).double()
     other.load_state_dict(attn.state_dict())
     twins = {"deepcopy": copy.deepcopy(attn), "pickle": pickle.loads(pickle.dumps(attn)), "state_dict": other}
     q, k, v, _ = tensors(Situation(LONG, LONG, heads=2), 4, shift=case.shift)

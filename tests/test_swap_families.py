@@ -9,6 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+from small import cannot, small
 from swap_models import answer_of, make
 from torch import Tensor
 
@@ -16,40 +17,33 @@ import attnzoo
 from attnzoo import UnsupportedError
 
 ROUNDING: Any = {"rtol": 0.0, "atol": 5e-6}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "linformer": {"max_length": 64, "rank": 4},
-    "sliding_window": {"window": 4},
-    "bigbird": {"block_size": 2, "num_random_blocks": 1, "num_global_blocks": 1, "num_window_blocks": 1},
-    "performer": {"num_features": 16},
-    "nystromformer": {"num_landmarks": 4},
-}
 SPECS = {name: attnzoo.describe(name).spec for name in attnzoo.names()}
-UNCAUSAL = [name for name, spec in SPECS.items() if not spec.causal]
+UNWINDOWED = [name for name in SPECS if name != "sliding_window"]
 WITHOUT_BIAS = {name: "adds a position_bias to its scores" for name, spec in SPECS.items() if not spec.attn_mask}
 
 
-def uncausal(layer: str = "") -> dict[str, str]:
-    """What variants that cannot be causal say, and of which layer."""
-    return {name: rf"{layer}.*{name} cannot be causal" for name in UNCAUSAL}
+def unable(is_causal: bool, layer: str = "") -> dict[str, str]:
+    """What variants say that cannot be causal, or nothing but causal, and of which layer."""
+    return {name: rf"{layer}.*{cannot(name, is_causal)}" for name, spec in SPECS.items() if not spec.runs(is_causal)}
 
 
 #: Of every family: the sites that a swap finds, and the refusals of the variants that cannot take its place.
 FAMILIES: dict[str, tuple[int, dict[str, str]]] = {
-    "bert": (3, {}),
-    "roberta": (3, {}),
-    "modernbert": (3, {name: r"layer 1 \(layers.1.attn\): .*window of 5" for name in SPECS if name != "sliding_window"}),
-    "gpt2": (3, uncausal(r"layer 0 \(transformer.h.0.attn\): ")),
-    "llama": (3, uncausal()),
-    "mistral": (3, uncausal()),
-    "qwen2": (3, uncausal()),
-    "qwen3": (3, uncausal()),
-    "gemma2": (3, {**dict.fromkeys((name for name in SPECS if name != "sliding_window"), "window of 6"), **uncausal()}),
-    "vit": (3, {}),
-    "wav2vec2": (3, {}),
-    "t5": (2, WITHOUT_BIAS),
-    "t5_whole": (4, WITHOUT_BIAS),
-    "bart": (4, uncausal(r"layer 2 \(model.decoder.layers.0.self_attn\): ")),
-    "clip": (6, uncausal(r"layer 3 \(text_model.encoder.layers.0.self_attn\): ")),
+    "bert": (3, unable(False)),
+    "roberta": (3, unable(False)),
+    "modernbert": (3, {**dict.fromkeys(UNWINDOWED, r"layer 1 \(layers.1.attn\): .*window of 5"), **unable(False)}),
+    "gpt2": (3, unable(True, r"layer 0 \(transformer.h.0.attn\): ")),
+    "llama": (3, unable(True)),
+    "mistral": (3, unable(True)),
+    "qwen2": (3, unable(True)),
+    "qwen3": (3, unable(True)),
+    "gemma2": (3, {**dict.fromkeys(UNWINDOWED, "window of 6"), **unable(True)}),
+    "vit": (3, unable(False)),
+    "wav2vec2": (3, unable(False)),
+    "t5": (2, {**WITHOUT_BIAS, **unable(False)}),
+    "t5_whole": (4, {**WITHOUT_BIAS, **unable(False)}),
+    "bart": (4, {**unable(True, r"layer 2 \(model.decoder.layers.0.self_attn\): "), **unable(False, r"layer 0 ")}),
+    "clip": (6, {**unable(True, r"layer 3 \(text_model.encoder.layers.0.self_attn\): "), **unable(False, r"layer 0 ")}),
 }
 
 
@@ -66,7 +60,7 @@ def moved(swapped: Tensor, exact: Tensor) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_runs_or_is_refused(family: str, name: str, tmp_path: Path) -> None:
     sites, refusals = FAMILIES[family]
-    model, options = make(family), OPTIONS.get(name, {})
+    model, options = make(family), small(name)
     exact, keys, before = answer_of(family, model), list(model.state_dict()), model.config._attn_implementation
     if name in refusals:
         with pytest.raises(UnsupportedError, match=refusals[name]):
@@ -96,7 +90,7 @@ def test_it_runs_or_is_refused(family: str, name: str, tmp_path: Path) -> None:
 def test_what_would_be_dropped_is_refused(family: str, options: dict[str, Any], sentence: str) -> None:
     for name in attnzoo.names():
         with pytest.raises(UnsupportedError, match=sentence):
-            attnzoo.swap(make(family, **options), name, **OPTIONS.get(name, {}))
+            attnzoo.swap(make(family, **options), name, **small(name))
 
 
 def test_local_and_global_layers_of_modernbert() -> None:
@@ -143,7 +137,7 @@ def test_both_halves_of_bart() -> None:
     """Linformer reads the source, a window writes; the decoder's look at its encoder stays exact."""
     model = make("bart")
     exact = answer_of("bart", model)
-    attnzoo.swap(model, {"0-1": ("linformer", OPTIONS["linformer"]), "2-3": ("sliding_window", {"window": 3})})
+    attnzoo.swap(model, {"0-1": ("linformer", small("linformer")), "2-3": ("sliding_window", {"window": 3})})
     assert moved(answer_of("bart", model), exact) and all(core.last_backend for core in cores(model))
     assert [core.spec.name for core in cores(model)] == ["linformer", "linformer", "sliding_window", "sliding_window"]
     encoder = make("bart").get_encoder()

@@ -7,15 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from swap_layers import HEADS, LENGTH, NAMES, OPTIONS, SIZE, gradients, layer, padding, tokens
+from small import small
+from swap_layers import HEADS, LENGTH, NAMES, SIZE, gradients, layer, masks, padding, tokens
 from torch import Tensor
 from torch._dynamo.exc import UserError
 from torch.export import Dim
 
 import attnzoo
 
-#: The backends whose graph does not depend on the length. The others lay out blocks or chunks for one length.
-ANY_LENGTH = {"standard": "auto", "linformer": "auto", "linear": "reference", "performer": "reference"}
+#: The backends whose graph must not depend on the length. Others may lay out blocks or chunks for one length.
+ANY_LENGTH = {
+    "standard": "auto",
+    "linformer": "auto",
+    "linear": "reference",
+    "performer": "reference",
+    "cosformer": "reference",
+    "retention": "reference",
+}
 BATCH_DIM, LENGTH_DIM = Dim("batch_size", min=2, max=64), Dim("length", min=6, max=60)
 
 
@@ -27,9 +35,9 @@ def compiled_is_eager(name: str, backend: str) -> None:
     """Training, with padding, in one graph."""
     torch._dynamo.reset()
     model = layer(name).train()
-    out, wanted = gradients(model, (tokens(),), src_key_padding_mask=padding())
+    out, wanted = gradients(model, (tokens(),), src_key_padding_mask=padding(), **masks(name))
     graph: Any = torch.compile(model, fullgraph=True, backend=backend)
-    compiled, found = gradients(graph, (tokens(),), src_key_padding_mask=padding())
+    compiled, found = gradients(graph, (tokens(),), src_key_padding_mask=padding(), **masks(name))
     agree(compiled[~padding()], out[~padding()])
     assert len(found) == len(wanted)
     for gradient, expected in zip(found, wanted, strict=True):
@@ -56,24 +64,26 @@ def exported(model: torch.nn.Module, *inputs: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_swapped_layer_is_exported_with_a_dynamic_batch(name: str) -> None:
     model = layer(name)
-    graph = exported(model, tokens(3), dynamic_shapes={"src": {0: BATCH_DIM}})
+    graph = exported(model, tokens(3), kwargs=masks(name), dynamic_shapes={"src": {0: BATCH_DIM}, **dict.fromkeys(masks(name))})
     for batch_size in (3, 2, 7):
-        agree(graph(tokens(batch_size)), model(tokens(batch_size)))
+        agree(graph(tokens(batch_size), **masks(name)), model(tokens(batch_size), **masks(name)))
     with pytest.raises(AssertionError, match=r"Guard failed: src.size\(\)\[1\] == 20"):
-        graph(tokens(3, LENGTH + 1))
+        graph(tokens(3, LENGTH + 1), **masks(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_dynamic_length_is_exported_where_no_blocks_are_laid_out(name: str) -> None:
     model = layer(name, backend=ANY_LENGTH.get(name, "auto"))
-    shapes = {"src": {0: BATCH_DIM, 1: LENGTH_DIM}}
-    if name not in ANY_LENGTH:
-        with pytest.raises(UserError, match="specialized it to be a constant"):
-            exported(model, tokens(), dynamic_shapes=shapes)
+    known: dict[str, Any] = {"src_mask": {0: LENGTH_DIM, 1: LENGTH_DIM}, "is_causal": None}
+    shapes = {"src": {0: BATCH_DIM, 1: LENGTH_DIM}, **{mask: known[mask] for mask in masks(name)}}
+    try:
+        graph = exported(model, tokens(), kwargs=masks(name), dynamic_shapes=shapes)
+    except UserError as error:
+        if name in ANY_LENGTH or "specialized it to be a constant" not in str(error):
+            raise
         return
-    graph = exported(model, tokens(), dynamic_shapes=shapes)
     for batch_size, length in ((3, LENGTH), (2, 33), (5, 7)):
-        agree(graph(tokens(batch_size, length)), model(tokens(batch_size, length)))
+        agree(graph(tokens(batch_size, length), **masks(name, length)), model(tokens(batch_size, length), **masks(name, length)))
 
 
 class Calls(torch.nn.Module):
@@ -82,7 +92,7 @@ class Calls(torch.nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.attention = attnzoo.MultiheadAttention(SIZE, HEADS, batch_first=True, attention=name, attention_options=OPTIONS.get(name, {}))
+        self.attention = attnzoo.MultiheadAttention(SIZE, HEADS, batch_first=True, attention=name, attention_options=small(name))
         self.is_causal = attnzoo.describe(name).spec.causal
 
     def forward(self, x: Tensor, ignore: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import cannot, small
 from torch import Tensor, nn
 
 import attnzoo
@@ -121,6 +122,15 @@ def test_a_decoder_keeps_its_cross_attention() -> None:
         with pytest.raises(UnsupportedError, match=r"layer 0 \(layers\.0\.self_attn\): linformer cannot be causal: .*; use standard or"):
             model(x, memory, **options)
     assert model(x, memory).shape == x.shape  # a decoder that is not causal, as torch lets it be
+
+
+@pytest.mark.parametrize("name", [name for name in attnzoo.names() if not attnzoo.describe(name).spec.bidirectional])
+def test_an_attention_of_images_that_is_causal_only(name: str) -> None:
+    model, x = vision(), torch.randn(2, 10, 32)
+    exact = model(x)
+    with pytest.raises(UnsupportedError, match=rf"layer 0 \(0\): {cannot(name, False)}"):
+        attnzoo.swap(model, name, **small(name))
+    assert torch.equal(model(x), exact)
 
 
 def test_a_module_in_two_places_is_swapped_in_both() -> None:

@@ -10,16 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import PROCESSES, in_two_processes
+from small import layer_masks, small
 from torch import Tensor, nn
 
 import attnzoo
 
-#: Every variant, and what it may have per head or share between layers. The blocks are small enough for random ones to be drawn.
+#: Every variant, and what it may have per head or share between layers.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in attnzoo.names() if name not in ("linformer", "bigbird", "sliding_window")},
-    "sliding_window": ("sliding_window", {"window": 3}),
-    "bigbird": ("bigbird", {"block_size": 2, "num_window_blocks": 1, "num_global_blocks": 1, "num_random_blocks": 2}),
-    **{f"linformer, {sharing}": ("linformer", {"max_length": 32, "rank": 4, "sharing": sharing}) for sharing in ("none", "headwise", "layerwise")},
+    **{name: (name, small(name)) for name in attnzoo.names() if name != "linformer"},
+    **{f"linformer, {sharing}": ("linformer", {**small("linformer"), "sharing": sharing}) for sharing in ("none", "headwise", "layerwise")},
 }
 BATCH, LENGTH, SIZE, HEADS = 4, 20, 16, 4
 
@@ -43,16 +42,22 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return x, padding, upstream.masked_fill(padding[..., None], 0.0)
 
 
+def stack_masks(case: str) -> dict[str, Any]:
+    """What a stack of layers is called with beside tokens and padding."""
+    found = layer_masks(attnzoo.describe(CASES[case][0]).spec, LENGTH)
+    return {"mask": found["src_mask"], "is_causal": True} if found else {}
+
+
 def differs(what: str, actual: Tensor, wanted: Tensor) -> list[str]:
     error = float((actual - wanted).detach().abs().max()) / max(float(wanted.detach().abs().max()), 0.1)
     return [f"{what}: {error:.1e} off"] if not error < 2e-5 else []
 
 
-def run(model: Any, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+def run(case: str, model: Any, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
     """The output and the gradient of the input, for some of the rows; parameters keep their gradients."""
     x, padding, upstream = (tensor[rows] for tensor in inputs())
     x = x.clone().requires_grad_()
-    out = model(x, src_key_padding_mask=padding)
+    out = model(x, src_key_padding_mask=padding, **stack_masks(case))
     (out * upstream).sum().backward()
     assert x.grad is not None
     return out.detach().masked_fill(padding[..., None], 0.0), x.grad
@@ -71,7 +76,7 @@ def own_rows() -> slice:
 
 def data_parallel(case: str) -> list[str]:
     model = encoder(case)
-    return _half_each(model, nn.parallel.DistributedDataParallel(copy.deepcopy(model)))
+    return _half_each(case, model, nn.parallel.DistributedDataParallel(copy.deepcopy(model)))
 
 
 def fully_sharded(case: str) -> list[str]:
@@ -82,12 +87,12 @@ def fully_sharded(case: str) -> list[str]:
     if "layerwise" not in case:  # layers that share a parameter are one unit
         for layer in sharded.layers:
             fully_shard(layer)
-    return _half_each(model, fully_shard(sharded))
+    return _half_each(case, model, fully_shard(sharded))
 
 
-def _half_each(model: nn.Module, parallel: nn.Module) -> list[str]:
+def _half_each(case: str, model: nn.Module, parallel: nn.Module) -> list[str]:
     """Each process has half of the batch; gradients come back as the mean over processes."""
-    (out, of_input), (own, own_of_input) = run(model), run(parallel, own_rows())
+    (out, of_input), (own, own_of_input) = run(case, model), run(case, parallel, own_rows())
     wanted, found = gradients(model), gradients(parallel)
     wrong = differs("output", own, out[own_rows()]) + differs("gradient of the input", own_of_input, of_input[own_rows()])
     for name, gradient in wanted.items():
@@ -104,7 +109,7 @@ def split_by_heads(case: str) -> list[str]:
     model, split = encoder(case), encoder(case)
     plan = {**tensor_parallel_plan(split), "layers.*.linear1": ColwiseParallel(), "layers.*.linear2": RowwiseParallel()}
     parallelize_module(split, init_device_mesh("cpu", (PROCESSES,)), plan)
-    (out, of_input), (own, own_of_input) = run(model), run(split)
+    (out, of_input), (own, own_of_input) = run(case, model), run(case, split)
     wrong = differs("output", own, out) + differs("gradient of the input", own_of_input, of_input)
     wanted, found = gradients(model), gradients(split)
     for name in wanted:

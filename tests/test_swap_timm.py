@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import cannot, small
 
 import attnzoo
 from attnzoo import UnsupportedError
@@ -17,12 +18,6 @@ try:
 except (ImportError, RuntimeError) as error:  # the latter: its torchvision was built for another torch
     pytest.skip(f"timm cannot be imported ({error})", allow_module_level=True)
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "linformer": {"max_length": 64, "rank": 4},
-    "sliding_window": {"window": 3},
-    "bigbird": {"block_size": 2},
-    "performer": {"num_features": 16},
-}
 #: Plain, with a distillation token, with layer scale, with register tokens, with normalised queries and keys, with SwiGLU and no class token.
 MODELS: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {},
@@ -55,8 +50,12 @@ def read(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("family", MODELS)
 def test_it_runs(family: str, name: str, tmp_path: Path) -> None:
     model = make(family, **MODELS[family])
+    if not attnzoo.describe(name).spec.bidirectional:
+        with pytest.raises(UnsupportedError, match=rf"layer 0 \(blocks.0.attn\): {cannot(name, False)}"):
+            attnzoo.swap(model, name, **small(name))
+        return
     exact, keys = read(model), list(model.state_dict())
-    attnzoo.swap(model, name, **OPTIONS.get(name, {}))
+    attnzoo.swap(model, name, **small(name))
     cores = [module for module in model.modules() if isinstance(module, attnzoo.Attention)]
     swapped = read(model)
     assert len(cores) == 2 and all(core.last_backend for core in cores)

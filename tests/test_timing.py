@@ -8,11 +8,13 @@ from functools import partial
 
 import pytest
 import torch
+from small import possible
 from toys import Uniform, Wrong
 
 import attnzoo
 from attnzoo.bench import Timing, interleave, mistake, peak_bytes
 from attnzoo.bench.timing import MINIMUM_ROUNDS
+from attnzoo.registry import sized
 
 
 def test_contenders_take_turns_after_the_warm_up() -> None:
@@ -57,11 +59,11 @@ def test_no_rounds_is_refused() -> None:
 
 @pytest.mark.parametrize("name", attnzoo.names())
 def test_every_variant_agrees_with_its_own_reference(name: str) -> None:
-    options = {"max_length": 300} if attnzoo.describe(name).spec.needs_max_length else {}
-    attention = attnzoo.build(name, heads=4, head_dim=16, **options).eval()
+    attention = attnzoo.build(name, heads=4, head_dim=16, **sized(name, 300)).eval()
     q, k, v = torch.randn(2, 4, 300, 16), torch.randn(2, 2, 300, 16), torch.randn(2, 2, 300, 16)
-    attention(q, k, v)
-    assert mistake(attention, q, k, v, is_causal=False) is None
+    masks = possible(attention.spec)
+    attention(q, k, v, **masks)
+    assert mistake(attention, q, k, v, **masks) is None
 
 
 def test_a_wrong_backend_is_found_out() -> None:

@@ -12,7 +12,7 @@ from attnzoo.arguments import check_positive, check_seed
 from attnzoo.bench.timing import TOLERANCE
 from attnzoo.configuration import check_mapping, read_yaml
 from attnzoo.fidelity.candidate import Candidate
-from attnzoo.registry import build, names, nearest, spec_of
+from attnzoo.registry import build, names, nearest, sized
 
 LEVELS = ("core", "multihead", "layer")
 PHASES = ("forward", "forward+backward", "decode")
@@ -144,7 +144,7 @@ def read_plan(path: Path) -> Plan:
 
 
 def _backends(candidate: Candidate) -> list[str]:
-    fixed = {"heads": 1, "head_dim": 8, **({"max_length": 8} if spec_of(candidate.name).needs_max_length else {})}
+    fixed = {"heads": 1, "head_dim": 8, **sized(candidate.name, 8)}
     return build(candidate.name, **{**fixed, **candidate.options}).engine.backend_names()
 
 

@@ -47,7 +47,7 @@ class CountedVariant:
 
     def runs(self, is_causal: bool) -> bool:
         """Whether the variant can be causal, or not causal, at all."""
-        return self.spec.causal if is_causal else self.spec.bidirectional
+        return self.spec.runs(is_causal)
 
     def attention(self, n: int, heads: int | None = None) -> Attention:
         """The variant built for up to n tokens, by default with the model's heads. Raises ValueError on a bad option."""
@@ -71,7 +71,7 @@ class CountedVariant:
 
     def moved_bytes(self, n: int) -> int:
         """The least that one forward moves (`Cost.moved_bytes`)."""
-        return self.cost(n, is_causal=not self.spec.bidirectional).moved_bytes
+        return self.cost(n, is_causal=self.spec.forms[0]).moved_bytes
 
     def state_bytes(self, n: int) -> int | None:
         """What one layer carries to decode token n + 1; None when the variant does not decode."""

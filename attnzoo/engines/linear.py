@@ -76,8 +76,8 @@ def _reference(engine: Linear, call: Call) -> Tensor:
     q_features = feature_map.query(call.q.to(dtype))
     k_features, log_scale = feature_map.key(repeat_heads(call.k, call.group).to(dtype))
     weights = _relative(_log_weights(log_scale, call.key_mask, k_features), call)
-    gamma = feature_map.decay(call.k.to(dtype))
-    if gamma is not None:
+    if feature_map.fades:
+        gamma = feature_map.decay(call.k.to(dtype))
         positions = torch.arange(call.offset, call.key_length, device=call.q.device)
         distance = positions[:, None] - torch.arange(call.key_length, device=call.q.device)
         weights = weights * gamma.repeat_interleave(call.group)[:, None, None] ** distance.clamp(min=0)

@@ -94,9 +94,8 @@ def absorb(feature_map: FeatureMap, k: Tensor, v: Tensor, key_mask: Tensor | Non
                 largest = torch.maximum(largest, past.log_scale)
                 shrink = (past.log_scale - finite(largest)).exp()
             weights = (log_scale - finite(largest)[..., None]).exp()
-        gamma = feature_map.decay(features)
-        if gamma is not None:
-            weights, shrink = fading(gamma, keys.shape[2])
+        if feature_map.fades:
+            weights, shrink = fading(feature_map.decay(features), keys.shape[2])
         past = Past(_added(None if past is None else past.sums, shrink, summed(features, weights, values.to(dtype))), largest)
     assert past is not None
     return past
@@ -240,8 +239,8 @@ class Block:
             # The exponential of -inf is slow, so later keys are held down and then left out, rather than left out before.
             relative = (log_scale[..., None, :] - finite(running)[..., None]).clamp_(max=0).exp_().tril()
             weights = (log_scale - finite(largest)[..., None]).exp() if remember else None
-        gamma = feature_map.decay(k_features)
-        if gamma is not None:
+        if feature_map.fades:
+            gamma = feature_map.decay(k_features)
             fresh, faded = fading(gamma, k.shape[3])
             distance = torch.arange(k.shape[3], device=k.device)[:, None] - torch.arange(k.shape[3], device=k.device)
             relative = (gamma[:, None, None] ** distance.clamp(min=0)).tril()[None, :, None]

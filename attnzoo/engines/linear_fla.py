@@ -71,7 +71,7 @@ def why_not(engine: Linear, call: Call) -> str | None:
     """Why this backend refuses the call, from static facts only; None when it takes it."""
     if call.q.device.type != "cuda":
         return f"flash-linear-attention needs tensors on a CUDA device, got {call.q.device.type}"
-    if engine.feature_map.decay(call.k) is not None:
+    if engine.feature_map.fades:
         return "a decay of keys is not passed on to flash-linear-attention"
     if engine.feature_map.normalizer == "feature":
         return "flash-linear-attention has no map that is normalised along the length"

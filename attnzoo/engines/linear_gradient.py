@@ -181,8 +181,8 @@ def _backward_absorb(feature_map: FeatureMap, call: Call, past: Past, d_sums: Te
         if log_scale is not None:
             assert past.log_scale is not None
             weights = (log_scale - finite(past.log_scale)[..., None]).exp()
-        gamma = feature_map.decay(features)
-        if gamma is not None:
+        if feature_map.fades:
+            gamma = feature_map.decay(features)
             ages = torch.arange(call.key_length - 1 - start, call.key_length - 1 - start - k.shape[2], -1, device=k.device)
             weights = gamma[None, :, None] ** ages
         d_features, d_values, d_log_scale = _through_sums(features, weights, v, d_sums, feature_map.scale_has_gradient)

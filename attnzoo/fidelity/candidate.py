@@ -14,7 +14,7 @@ from attnzoo.attention import Attention
 from attnzoo.bench.memory import peak_bytes
 from attnzoo.fidelity.metrics import exact_output, mean_value_output, relative_error, weight_distance
 from attnzoo.fidelity.rows import Row, Sample
-from attnzoo.registry import build, options_of, spec_of
+from attnzoo.registry import build, options_of, sized
 
 DRAWS = 3  # of a variant that can draw anew: its error is a mean over them
 
@@ -40,7 +40,7 @@ class Candidate:
         given = sorted(fixed.keys() & self.options.keys())
         if given:
             raise ValueError(f"{self.name}: {' and '.join(given)} come from the model that is compared on; leave them out of the options")
-        offered = {"seed": seed, **({"max_length": length} if spec_of(self.name).needs_max_length else {})}
+        offered = {"seed": seed, **sized(self.name, length)}
         known = {option.name for option in options_of(self.name)}
         supplied = {name: value for name, value in offered.items() if name in known}
         with torch.random.fork_rng(devices=[]):

@@ -67,7 +67,7 @@ def handles(model: nn.Module) -> bool:
 def find_sites(model: nn.Module) -> list[Site]:
     """Every module inside the model that is built as timm's Attention."""
     found: list[tuple[str, Any]] = [(path, module) for path, module in model.named_modules() if path and _looks_like_attention(module)]
-    return [Site(path, module, module.num_heads, module.qkv.out_features // 3 // module.num_heads) for path, module in found]
+    return [Site(path, module, module.num_heads, module.qkv.out_features // 3 // module.num_heads, is_causal=False) for path, module in found]
 
 
 def insert(model: nn.Module, sites: list[Site], attentions: dict[int, Attention]) -> PutBack:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -11,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnzoo.attention import Attention, Spec
-from attnzoo.registry import Description, Option, build, describe, names, options_of, spec_of
+from attnzoo.registry import Description, Option, build, describe, names, options_of, sized, spec_of
 from attnzoo.report.columns import count, ratio
 from attnzoo.report.tables import plain_table
 
@@ -104,7 +103,7 @@ def _cost(name: str) -> Iterator[RenderableType]:
     table = plain_table()
     for heading in ("length", "", "MACs", "saving", "MACs on A's support", "decoding state, numbers"):
         table.add_column(heading, justify="left" if heading == "" else "right")
-    for is_causal in _modes(attention.spec):
+    for is_causal in attention.spec.forms:
         for length in LENGTHS:
             table.add_row(*_cost_cells(name, length, is_causal))
     yield table
@@ -119,16 +118,11 @@ def _cost_cells(name: str, length: int, is_causal: bool) -> list[str]:
 
 
 def _built(name: str, length: int) -> Attention:
-    options: dict[str, Any] = {"max_length": length} if spec_of(name).needs_max_length else {}
-    return build(name, heads=HEADS, head_dim=HEAD_DIM, **options)
+    return build(name, heads=HEADS, head_dim=HEAD_DIM, **sized(name, length))
 
 
 def _unknown_requirements(options: tuple[Option, ...]) -> list[str]:
     return [option.name for option in options if option.required and option.name not in ("heads", "head_dim", "max_length")]
-
-
-def _modes(spec: Spec) -> list[bool]:
-    return [is_causal for is_causal, able in ((False, spec.bidirectional), (True, spec.causal)) if able]
 
 
 def _mark(able: bool) -> Text:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo.arguments import check_scale
+from attnzoo.arguments import check_positive, check_scale
 from attnzoo.attention import Attention, Spec
 from attnzoo.engines.linear import Linear
 from attnzoo.feature_maps import Pointwise, identity
@@ -14,6 +14,8 @@ from attnzoo.registry import register
 
 class Fading(Pointwise):
     """φ(x) = √s · x, and a key is worth γ = 1 - 2^(-5 - h) of itself after every token, in head h of the keys."""
+
+    fades = True
 
     def __init__(self, scale: float) -> None:
         super().__init__(identity, normalize=False)
@@ -56,7 +58,7 @@ class Retention(Attention):
     )
 
     def __init__(self, heads: int, head_dim: int, *, scale: float | None = None, backend: str = "auto") -> None:
-        given = check_scale(scale)
+        given, default = check_scale(scale), check_positive("head_dim", head_dim) ** -0.5
         if given is not None and given <= 0:
             raise ValueError(f"scale={scale!r} must be positive: queries and keys take its square root each")
-        super().__init__(heads, head_dim, Linear(Fading(head_dim**-0.5 if given is None else given)), backend=backend)
+        super().__init__(heads, head_dim, Linear(Fading(default if given is None else given)), backend=backend)

@@ -19,6 +19,7 @@ import attnzoo
 from attnzoo.bench.amounts import least_bytes, macs
 from attnzoo.bench.plan import Cell, Shape
 from attnzoo.cost.hardware import GPU, find_gpu, gpu_presets, roofline
+from attnzoo.registry import sized
 
 SHAPE, DTYPE = Shape(batch_size=8, heads=16, head_dim=64), "bfloat16"
 LENGTHS = [1024 * 2**i for i in range(8)]
@@ -29,17 +30,15 @@ def rows(gpu: GPU) -> Iterator[dict[str, Any]]:
     """Every variant, forward and forward+backward, causal and not where the variant allows; counted as the benchmark counts."""
     for name in attnzoo.names():
         spec = attnzoo.describe(name).spec
-        for is_causal in (False, True):
-            if spec.causal if is_causal else spec.bidirectional:
-                for phase in PHASES:
-                    for n in LENGTHS:
-                        yield row(name, Cell("core", phase, is_causal, n, DTYPE, SHAPE), gpu)
+        for is_causal in spec.forms:
+            for phase in PHASES:
+                for n in LENGTHS:
+                    yield row(name, Cell("core", phase, is_causal, n, DTYPE, SHAPE), gpu)
 
 
 def row(name: str, cell: Cell, gpu: GPU) -> dict[str, Any]:
     """One line. limit_seconds: all FLOPs at the peak rate or all bytes at the full bandwidth, whichever takes longer (`bound`)."""
-    needs_length = attnzoo.describe(name).spec.needs_max_length
-    attn = attnzoo.build(name, heads=SHAPE.heads, head_dim=SHAPE.head_dim, **({"max_length": cell.length} if needs_length else {}))
+    attn = attnzoo.build(name, heads=SHAPE.heads, head_dim=SHAPE.head_dim, **sized(name, cell.length))
     products, moved = macs(attn, cell), least_bytes(attn, cell)
     assert products is not None  # only decoding has none
     limit = roofline(products, moved, gpu)

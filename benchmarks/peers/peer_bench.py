@@ -47,7 +47,7 @@ def entrants(groups: Sequence[str], is_causal: bool, peers: Sequence[Peer] = PEE
     ours = [
         Entrant(candidate, "auto", group)
         for group, candidate in OURS.items()
-        if group in groups and candidate is not None and (spec_of(candidate.name).causal or not is_causal)
+        if group in groups and candidate is not None and spec_of(candidate.name).runs(is_causal)
     ]
     others = [Entrant(Candidate(peer.label), "auto", peer.group, peer) for peer in peers if peer.group in groups and is_causal in peer.causal]
     return ours + others

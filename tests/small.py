@@ -1,0 +1,53 @@
+"""Any registered variant, built and called as its spec says: what a test over the whole zoo asks instead of assuming.
+
+A new variant whose defaults see a whole short input gets its line in `SMALL`, and nothing else here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import attnzoo
+from attnzoo import Attention, Spec
+from attnzoo.registry import sized
+
+#: Forms that leave something out of twenty tokens, so that a window, blocks, draws and landmarks matter there.
+SMALL: dict[str, dict[str, Any]] = {
+    "bigbird": {"block_size": 2, "num_window_blocks": 1, "num_global_blocks": 1, "num_random_blocks": 1},
+    "linformer": {"rank": 4},
+    "nystromformer": {"num_landmarks": 4},
+    "performer": {"num_features": 16},
+    "sliding_window": {"window": 4},
+}
+
+
+def small(name: str, length: int = 64) -> dict[str, Any]:
+    """Options of the variant's small form, for inputs of up to `length` tokens."""
+    return {**sized(name, length), **SMALL.get(name, {})}
+
+
+def build_small(name: str, heads: int, head_dim: int, length: int = 64, **more: Any) -> Attention:
+    return attnzoo.build(name, heads=heads, head_dim=head_dim, **{**small(name, length), **more})
+
+
+def possible(spec: Spec) -> dict[str, bool]:
+    """One kind of call that the spec allows: bidirectional where it can be."""
+    return {"is_causal": spec.forms[0]}
+
+
+def layer_masks(spec: Spec, length: int) -> dict[str, Any]:
+    """The same for torch's Transformer layers: nothing, or their causal mask (True = hidden)."""
+    return {} if spec.bidirectional else {"src_mask": causal_bool(length), "is_causal": True}
+
+
+def causal_bool(length: int) -> Tensor:
+    """torch's dialect: True = hidden."""
+    return torch.ones(length, length, dtype=torch.bool).triu(1)
+
+
+def cannot(name: str, is_causal: bool) -> str:
+    """How the refusal of such a call begins, as a regular expression."""
+    return f"{name} cannot be causal" if is_causal else f"{name} is causal only"
