@@ -143,7 +143,7 @@ def attend(engine: Hashed, call: Call) -> Tensor:
     scale = call.q.shape[3] ** -0.5 if engine.scale is None else engine.scale
     q, k, v = _rows(call.q, call).to(dtype) * scale, call.k.flatten(0, 1).to(dtype), call.v.flatten(0, 1).to(dtype)
     own_is_real, own_value = _own_is_real(call), _own(v, call)
-    found = _own_part(q, _own(k, call), own_value, own_is_real & (not engine.share_qk))
+    found = _own_part(q, _own(k, call), own_value, torch.zeros_like(own_is_real) if engine.share_qk else own_is_real)
     sizes = Sizes.of(int(q.shape[1]), int(call.key_length), engine.hashing.num_buckets, engine.chunk_size, call.is_causal)
     for hash_round in range(engine.hashing.num_hashes):
         found = found.with_more(_round(hash_round, q, k, v, chunks, _positions(call), sizes, call.is_causal))
@@ -182,13 +182,14 @@ def _round(hash_round: int, q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, pos
         both = near(of_row.squeeze(-1), of_key.squeeze(-1), is_causal)
         seen = seen & (both if other == hash_round else ~both)
     scores = (_take(q, rows.at) @ fetch(k).mT).masked_fill(~seen, float("-inf"))
-    largest = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).min)
+    lowest = torch.finfo(q.dtype).min
+    largest = scores.detach().amax(-1, keepdim=True).clamp(min=lowest)
     weights = (scores - largest).exp()
-    in_tiles = (largest, weights.sum(-1, keepdim=True), weights @ fetch(v))
-    return Part(*(_take(x.flatten(1, 2), rows.slot) for x in in_tiles))
+    total, out = weights.sum(-1, keepdim=True), weights @ fetch(v)
+    return Part(_take(largest.flatten(1, 2), rows.slot, lowest), *(_take(x.flatten(1, 2), rows.slot) for x in (total, out)))
 
 
-def _take(x: Tensor, at: Tensor, missing: int = 0) -> Tensor:
+def _take(x: Tensor, at: Tensor, missing: float = 0) -> Tensor:
     """(heads, n, d) and indices (heads, *m) -> (heads, *m, d); `missing` where the index is n."""
     return _select(F.pad(x, (0, 0, 0, 1), value=missing), at)
 

@@ -14,9 +14,24 @@ from attnzoo.registry import register
 
 @register
 class Reformer(Attention):
-    """Reformer, LSH attention (Kitaev et al. 2020, section 2, equations 2 to 6).
+    """LSH attention (Kitaev et al. 2020, section 2, equations 4 to 6).
 
-        A_ij = exp(s_ij) / Σ_{l ∈ P(i)} exp(s_il)   if j ∈ P(i), else 0,    P(i) = {i} ∪ ∪_r {j : h_r(k_j) = h_r(q_i), chunk_r(j) near chunk_r(i)}
+        A_ij = exp(s_ij) / Σ_{l ∈ P(i)} exp(s_il)   if j ∈ P(i), else 0,    P(i) = {i} ∪ ⋃_r {j : h_r(k_j) = h_r(q_i), chunks of j and i near}
+
+    In hash round r a token's bucket is h_r(x) = argmax [xR_r, −xR_r]: tokens of nearly one direction meet. Every bucket is cut into chunks
+    of chunk_size real tokens in order of position; a query sees its own chunk and the one before it (not causal, the one after too), and its own
+    position. P is the union of the rounds as a set, which is what the paper's N_ij restores. Softmax is exact on P; a large score outside it is
+    lost, with a chance that falls with every round. Cost is n·rounds·chunk_size scores instead of n², whatever the length.
+
+    The paper sorts tokens by bucket and cuts the whole row into equal chunks: there a later token or padding moves the borders before it, so
+    that its causal form leaks the future through them. Here ranks within the bucket settle the chunks; the price is tiles that are partly empty.
+
+    Use it at lengths far above rounds·chunk_size·3 in models trained with it. In a pretrained model queries and keys point in different directions, and
+    few of the top keys are found: see benchmarks/lsh_recall.py. Decoding keeps all keys and hashes them again at every step: right, not fast.
+
+    num_buckets: even, or 1 (one window of chunks); it must not depend on the length: about 2·length/chunk_size in the paper. num_hashes: hash rounds.
+    share_qk: the paper's form: k is q (pass one tensor), keys are scaled to length 1 and a token sees itself only if it sees nothing else.
+    seed: of the rotations, which are kept in state_dict; see `redraw`. scale: of the scores, default 1/sqrt(head_dim), with share_qk 1.
     """
 
     spec = Spec(
