@@ -26,6 +26,17 @@ class Hashed(Softmax):
         self.hashing = hashing
         self.chunk_size, self.share_qk = check_positive("chunk_size", chunk_size), share_qk
 
+    def support(self, call: Call) -> Tensor:
+        """Which keys every query sees, (batch, heads, query_length, key_length) bool: memory is quadratic in the length."""
+        chunks = _number(self, call)
+        distance = _positions(call)[:, None] - torch.arange(call.key_length, device=call.q.device)
+        own = (distance == 0) & _own_is_real(call)
+        seen = torch.zeros_like(own)
+        for of_query, of_key in zip(chunks.queries.unbind(-2), chunks.keys.unbind(-2), strict=True):
+            seen = seen | near(of_query, of_key, call.is_causal)
+        seen = seen & (distance > 0 if call.is_causal else distance != 0)
+        return _heads(seen | (own & ~seen.any(-1, keepdim=True) if self.share_qk else own), call)
+
     def cost(self, shape: Shape) -> Cost:
         rows = shape.query_length * (shape.heads // shape.kv_heads)
         sizes = Sizes.of(rows, shape.key_length, self.hashing.num_buckets, self.chunk_size, shape.is_causal)
@@ -109,16 +120,7 @@ def _prepared(engine: Hashed, call: Call) -> Call:
 
 
 def _reference(engine: Hashed, call: Call) -> Tensor:
-    chunks, call = _number(engine, call), _prepared(engine, call)
-    keys = torch.arange(call.key_length, device=call.q.device)
-    distance = _positions(call)[:, None] - keys
-    own = (distance == 0) & _own_is_real(call)
-    seen = torch.zeros_like(own)
-    for of_query, of_key in zip(chunks.queries.unbind(-2), chunks.keys.unbind(-2), strict=True):
-        seen = seen | near(of_query, of_key, call.is_causal)
-    seen = seen & (distance > 0 if call.is_causal else distance != 0)
-    seen = seen | (own & ~seen.any(-1, keepdim=True) if engine.share_qk else own)
-    return attend_densely(engine, call, _heads(seen, call))
+    return attend_densely(engine, _prepared(engine, call), engine.support(call))
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,11 @@ class Reformer(Attention):
     The paper sorts tokens by bucket and cuts the whole row into equal chunks: there a later token or padding moves the borders before it, so
     that its causal form leaks the future through them. Here ranks within the bucket settle the chunks; the price is tiles that are partly empty.
 
-    Use it at lengths far above rounds·chunk_size·3 in models trained with it. In a pretrained model queries and keys point in different directions, and
-    few of the top keys are found: see benchmarks/lsh_recall.py. Decoding keeps all keys and hashes them again at every step: right, not fast.
+    Use it at lengths far above 3·rounds·chunk_size, in models trained with it. In a pretrained model queries and keys point in different
+    directions, and few of the top keys are found: see benchmarks/lsh_recall.py. Decoding keeps all keys and hashes them again at every step:
+    right, not fast.
 
-    num_buckets: even, or 1 (one window of chunks); it must not depend on the length: about 2·length/chunk_size in the paper. num_hashes: hash rounds.
+    num_buckets: even, or 1; in the paper about 2·length/chunk_size, here fixed, so that no row changes as it grows. num_hashes: hash rounds.
     share_qk: the paper's form: k is q (pass one tensor), keys are scaled to length 1 and a token sees itself only if it sees nothing else.
     seed: of the rotations, which are kept in state_dict; see `redraw`. scale: of the scores, default 1/sqrt(head_dim), with share_qk 1.
     """
@@ -66,7 +67,7 @@ class Reformer(Attention):
         super().refuse(call)
         if self.engine.share_qk and call.k is not call.q:
             raise UnsupportedError(
-                "reformer with share_qk=True has one projection for queries and keys: pass the same tensor as q and k, or build it with share_qk=False"
+                "reformer with share_qk=True has one projection for queries and keys: pass the same tensor as q and k, or build with share_qk=False"
             )
 
     def redraw(self, seed: int | None = None) -> None:
