@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from attnzoo.arguments import check_positive
 from attnzoo.call import Call
 from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype, causal_pairs, never_refuses
+from attnzoo.engines.pieces import only_autograd_looks
 from attnzoo.engines.softmax import Softmax, attend_densely, softmax_cost
 from attnzoo.hashing import NO_KEY, NO_QUERY, AngularHash, Chunks, lay_out, most_tiles, near, number_chunks
 
@@ -147,8 +150,11 @@ def attend(engine: Hashed, call: Call) -> Tensor:
     own_is_real, own_value = _own_is_real(call), _own(v, call)
     found = _own_part(q, _own(k, call), own_value, torch.zeros_like(own_is_real) if engine.share_qk else own_is_real)
     sizes = Sizes.of(int(q.shape[1]), int(call.key_length), engine.hashing.num_buckets, engine.chunk_size, call.is_causal)
+    compute = partial(_round, chunks=chunks, positions=_positions(call), sizes=sizes, is_causal=call.is_causal)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and only_autograd_looks(q, k, v):
+        compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)  # the tiles of one round at a time
     for hash_round in range(engine.hashing.num_hashes):
-        found = found.with_more(_round(hash_round, q, k, v, chunks, _positions(call), sizes, call.is_causal))
+        found = found.with_more(compute(hash_round, q, k, v))
     alone = found.total == 0
     out = torch.where(alone & own_is_real, own_value, found.out) if engine.share_qk else found.out
     return _heads(out / found.total.masked_fill(alone, 1.0), call).to(call.q.dtype)
