@@ -3,9 +3,9 @@
     python benchmarks/lsh_recall.py [--output benchmarks/results/lsh_recall.jsonl] [--figure docs/lsh-recall.png]
 
 SmolLM2-135M (causal, 2,048 tokens) and MiniLM-L6 (512 tokens) read Hamlet; the first, middle and last layers and heads. A row's top keys are those of
-largest q·k among those it may see; counted are rows that may see 128 keys at least. `reformer` with num_buckets = 2·length/chunk_size, as in the
-paper, queries and keys hashed apart; means over 3 draws. Beside each recall stands what as many keys find otherwise: the nearest ones, and random ones.
-Also once per model with the queries in the keys' place (share_qk's hashing, which the model was not trained for): hashing at its best.
+largest q·k among those that it may see; rows of the decoder count from the 129th on. `reformer` with num_buckets = 2·length/chunk_size, as in the
+paper, queries and keys hashed apart; means over 3 draws. Beside each recall stands what equally many keys find, row by row: the nearest, or random
+ones. And once more with queries in the keys' place, each one's own left out, as share_qk hashes, which no such model was trained for.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from attnzoo.fidelity.samples import load_samples
 
 HASHES, TOP, SEEDS = (1, 2, 4, 8, 16), (1, 8, 32), (0, 1, 2)
 LENGTHS = {"SmolLM2-135M": 2048, "MiniLM-L6": 512}
-CHUNK_SIZE, LEAST_VISIBLE = 64, 128
+CHUNK_SIZE, FIRST_ROW = 64, 128  # of a causal model
 
 
 def scores_of(sample: Sample, shared: bool) -> Tensor:
@@ -40,7 +40,7 @@ def scores_of(sample: Sample, shared: bool) -> Tensor:
         scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(-1 if shared else 0), float("-inf"))
     elif shared:
         scores = scores.masked_fill(torch.eye(sample.length, dtype=torch.bool), float("-inf"))
-    return scores[:, :, LEAST_VISIBLE if sample.is_causal else 0 :]
+    return scores[:, :, FIRST_ROW if sample.is_causal else 0 :]
 
 
 def recalls(seen: Tensor, scores: Tensor) -> dict[str, float]:

@@ -21,14 +21,15 @@ class Reformer(Attention):
     In hash round r a token's bucket is h_r(x) = argmax [xR_r, −xR_r]: tokens of nearly one direction meet. Every bucket is cut into chunks
     of chunk_size real tokens in order of position; a query sees its own chunk and the one before it (not causal, the one after too), and its own
     position. P is the union of the rounds as a set, which is what the paper's N_ij restores. Softmax is exact on P; a large score outside it is
-    lost, with a chance that falls with every round. Cost is n·rounds·chunk_size scores instead of n², whatever the length.
+    lost, with a chance that falls with every round. Scores: a few times n·rounds·chunk_size instead of n².
 
-    The paper sorts tokens by bucket and cuts the whole row into equal chunks: there a later token or padding moves the borders before it, so
-    that its causal form leaks the future through them. Here ranks within the bucket settle the chunks; the price is tiles that are partly empty.
+    The paper sorts tokens by bucket and cuts the whole row into equal chunks: there a later token, or padding, moves the borders, and so decides
+    what an earlier one sees, its causal form included. Here ranks within the bucket settle the chunks; the price is tiles that are partly empty.
+    Without share_qk a query of a bucket stands where the last key at or before it does, so that decoding sees what the forward saw.
 
-    Use it at lengths far above 3·rounds·chunk_size, in models trained with it. In a pretrained model queries and keys point in different
-    directions, and few of the top keys are found: see benchmarks/lsh_recall.py. Decoding keeps all keys and hashes them again at every step:
-    right, not fast.
+    Use it at lengths far above 3·rounds·chunk_size, in models trained with it. Swapped into a pretrained decoder, 4 rounds see about two of five
+    heaviest keys and one of seven of the top 32, which a window does better (benchmarks/README.md). Decoding keeps all keys and hashes them again
+    at every step: right, not fast.
 
     num_buckets: even, or 1; in the paper about 2·length/chunk_size, here fixed, so that no row changes as it grows. num_hashes: hash rounds.
     share_qk: the paper's form: k is q (pass one tensor), keys are scaled to length 1 and a token sees itself only if it sees nothing else.
