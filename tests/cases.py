@@ -109,6 +109,12 @@ CASES: dict[str, list[Case]] = {
         Case("nystromformer", {"num_landmarks": 5, "iterations": 2, "scale": 0.7}),
         Case("nystromformer"),
     ],
+    "reformer": [
+        Case("reformer", {"num_buckets": 6, "num_hashes": 3, "chunk_size": 5}),
+        Case("reformer", {"num_buckets": 2, "num_hashes": 1, "chunk_size": 7}),
+        Case("reformer", {"num_buckets": 16, "num_hashes": 2, "chunk_size": 4, "seed": 3, "scale": 0.7}),
+        Case("reformer"),
+    ],
 }
 """The first case of each is its usual small form, and the only one that the rules run over."""
 
@@ -214,6 +220,7 @@ LEARNED: dict[str, Callable[[Attention], dict[str, Tensor]]] = {
 DRAWN: dict[str, Callable[[Attention, int, int, bool], dict[str, Tensor]]] = {
     "performer": lambda attn, *_: {"projection": attn.engine.feature_map.projection},  # type: ignore[union-attr]
     "bigbird": lambda attn, *call: {"random_blocks": attn.random_blocks(*call)},  # type: ignore[operator]
+    "reformer": lambda attn, *_: {"rotations": attn.engine.hashing.rotations},  # type: ignore[union-attr]
 }
 """What the oracle needs of a variant's random choices, given (query_length, key_length, is_causal)."""
 
