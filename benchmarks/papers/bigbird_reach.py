@@ -60,7 +60,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 found = [row for row in rows if row["attention"] == name and row["heads"] == heads]
                 line = LINES[index % len(LINES)]
                 lengths, layers = [row["length"] for row in found], [row["layers"] for row in found]  # None leaves a gap
-                one.plot(lengths, layers, line, color=PALETTE[index], marker=MARKERS[index], markersize=5, label=name)
+                one.plot(lengths, layers, line, color=PALETTE[index], marker=MARKERS[index], markersize=9 - 1.2 * index, label=name)
             one.axhline(12, color="#1f2328", linewidth=0.8, linestyle=":")
             length_axis(one, (row["length"] for row in rows), "tokens")
             log_axis(one, "y", [row["layers"] for row in rows], "{:g}".format)

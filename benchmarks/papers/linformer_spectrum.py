@@ -72,7 +72,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """A row of panels for each model: the cumulative curve of every layer, and the share that the first 128 hold, by layer and head."""
     import matplotlib
 
-    from attnzoo.report.style import INK
+    from attnzoo.report.style import INK, PALETTE
 
     models = list(dict.fromkeys(row["model"] for row in rows))
     lowest = min(min(row["held_by_head"]) for row in rows)
@@ -83,6 +83,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             colors = matplotlib.colormaps["viridis"].resampled(len(found))
             for row in found:
                 left.plot(range(1, length + 1), row["curve"], color=colors(row["layer"]), linewidth=1)
+            control = sum(row["held_when_shuffled"] for row in found) / len(found)
+            left.plot([rank], [control], "X", color=PALETTE[1], markersize=9, markeredgecolor="white", label="rows shuffled, mean of the layers")
             left.axvline(rank, color=INK, linestyle=":", linewidth=1.2)
             left.set_title(f"{model}, n = {length}: a line is a layer, dark is early")
             left.title.set_fontsize(10)

@@ -103,13 +103,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for one, model in zip(axes[2:], models, strict=False):
             sources = [row["source"] for row in rows if row["source"].split(",")[0] == model]
             everything = []
-            for source, color, marker in zip(dict.fromkeys(sources), PALETTE[3:], MARKERS[3:], strict=False):
+            for source, color, marker in zip(dict.fromkeys(sources), (PALETTE[4], PALETTE[5], INK), MARKERS[4:], strict=False):
                 chosen = [row for row in rows if row["source"] == source]
-                label = "positive, orthogonal; scores " + (source.split("scores ")[1] if "scores" in source else "as they are")
+                label = source.split(", ")[1] if ", " in source else "scores as they are"
                 one.plot([row["num_features"] for row in chosen], [row["error"] for row in chosen], color=color, marker=marker, label=label)
                 one.axhline(chosen[0]["mean_value_error"], color=color, linestyle=":", linewidth=1.6)
                 everything += [row["error"] for row in chosen] + [chosen[0]["mean_value_error"]]
-            one.set_title(f"{model}, {chosen[0]['length']} tokens")
+            one.set_title(f"{model}, {chosen[0]['length']} tokens: positive, orthogonal")
+            one.title.set_fontsize(10)
             log_axis(one, "y", everything, "{:g}".format)
         for one in axes:
             one.set_xscale("log", base=2)

@@ -1,0 +1,99 @@
+"""Linformer's Table 3: time and memory saved over n and k, of the attention alone and of a whole encoder layer.
+
+    OMP_PROC_BIND=true python -m benchmarks.papers.linformer_speed [--quick] [--redraw]
+
+Attention: 4 heads of 64. Layer: the base model's, width 768, 12 heads, feed-forward 3,072. Forward, batch 1, float32. Exact attention is
+timed twice: with A stored, as a Transformer of 2020 had it, and as SDPA. Memory: the allocator's peak of one head beyond its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import attnzoo
+from attnzoo.bench.memory import peak_bytes
+from attnzoo.bench.timing import interleave
+from benchmarks.papers.study import Row, length_axis, panels, run
+
+NAME = "linformer_speed"
+LENGTHS, LAYER_LENGTHS, STORED_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384), (512, 1024, 2048, 4096), (512, 1024, 2048, 4096, 8192)
+RANKS = (128, 256)
+ROUNDS, BUDGET = 5, 4.0
+#: Table 3 of the paper, by k: times faster, and times less memory, at the lengths above.
+PAPER_TIME = {128: (1.5, 1.7, 2.6, 3.4, 5.5, 8.6), 256: (1.3, 1.6, 2.4, 3.2, 5.0, 7.8)}
+PAPER_MEMORY = {128: (1.7, 3.0, 6.1, 14, 28, 56), 256: (1.5, 2.9, 5.6, 13, 26, 48)}
+
+
+def contenders(length: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Variant and options by label."""
+    ranks = {f"k={rank}": ("linformer", {"max_length": length, "rank": rank, "sharing": "layerwise"}) for rank in RANKS}
+    stored = {"A stored": ("standard", {"backend": "reference"})} if length in STORED_LENGTHS else {}
+    return {**stored, "SDPA": ("standard", {}), **ranks}
+
+
+def cores(length: int, heads: int) -> dict[str, Callable[[], object]]:
+    """A forward of the attention alone."""
+    q, k, v = (torch.randn(1, heads, length, 64) for _ in range(3))
+    built = {label: attnzoo.build(name, heads=heads, head_dim=64, **options).eval() for label, (name, options) in contenders(length).items()}
+    return {label: lambda attention=attention: attention(q, k, v) for label, attention in built.items()}
+
+
+def layers(length: int) -> dict[str, Callable[[], object]]:
+    """A forward of an encoder layer."""
+    x, calls = torch.randn(1, length, 768), {}
+    for label, (name, options) in contenders(length).items():
+        layer = torch.nn.TransformerEncoderLayer(768, 12, 3072, batch_first=True).eval()
+        layer.self_attn = attnzoo.MultiheadAttention(768, 12, batch_first=True, attention=name, attention_options=options).eval()
+        calls[label] = lambda layer=layer: layer(x)
+    return calls
+
+
+def measure(quick: bool) -> Iterator[Row]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for what, lengths in (("attention", LENGTHS), ("layer", LAYER_LENGTHS)):
+            for length in lengths[:2] if quick else lengths:
+                timings = interleave(cores(length, 4) if what == "attention" else layers(length), rounds=ROUNDS, budget=BUDGET)
+                for label, timing in timings.items():
+                    yield {"what": f"time of the {what}", "length": length, "contender": label, "seconds": timing.median, "rounds": len(timing.seconds)}
+        for length in LENGTHS[:2] if quick else LENGTHS:
+            for label, call in cores(length, 1).items():
+                yield {"what": "memory of one head", "length": length, "contender": label, "bytes": peak_bytes(call)}
+
+
+def saved(rows: Sequence[Row], what: str, field: str, over: str, rank: int) -> dict[int, float]:
+    """How many times less k=rank takes than `over`, by length."""
+    found = {(row["length"], row["contender"]): row[field] for row in rows if row["what"] == what}
+    return {length: value / found[length, f"k={rank}"] for (length, label), value in found.items() if label == over}
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Times faster than exact attention, and times less memory, beside the paper's table."""
+    from attnzoo.report.axes import log_axis
+    from attnzoo.report.style import INK, MARKERS, PALETTE
+
+    with panels(path) as axes:
+        series = [("attention, A stored", "attention", "A stored"), ("attention, SDPA", "attention", "SDPA"), ("layer, A stored", "layer", "A stored")]
+        series.append(("layer, SDPA", "layer", "SDPA"))
+        for one, field, paper in zip(axes, ("seconds", "bytes"), (PAPER_TIME, PAPER_MEMORY), strict=True):
+            one.plot(LENGTHS, paper[128], color=INK, linewidth=2.4, label="the paper, k = 128")
+            everything = [1.0, *paper[128]]
+            for (label, what, over), color, marker in zip(series, PALETTE, MARKERS, strict=False):
+                where = f"time of the {what}" if field == "seconds" else "memory of one head"
+                if field == "bytes" and what == "layer":
+                    continue
+                found = saved(rows, where, field, over, 128)
+                one.plot(list(found), list(found.values()), color=color, marker=marker, label=f"k = 128, {label}")
+                everything += found.values()
+            one.axhline(1, color=INK, linewidth=0.8, linestyle=":")
+            length_axis(one, LENGTHS, "tokens")
+            log_axis(one, "y", everything, "{:g}×".format)
+            one.set_title("times faster than exact attention" if field == "seconds" else "times less memory")
+
+
+if __name__ == "__main__":
+    run(NAME, measure, draw)
