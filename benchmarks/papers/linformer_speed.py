@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import attnzoo
 from attnzoo.bench.memory import peak_bytes
 from attnzoo.bench.timing import interleave
-from benchmarks.papers.study import Row, length_axis, panels, run
+from benchmarks.papers.study import Row, length_axis, panels, run, stored_attention
 
 NAME = "linformer_speed"
-LENGTHS, LAYER_LENGTHS, STORED_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384), (512, 1024, 2048, 4096), (512, 1024, 2048, 4096, 8192)
+LENGTHS, LAYER_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384), (512, 1024, 2048, 4096)
+LONGEST_STORED = 8192
 RANKS = (128, 256)
 ROUNDS, BUDGET = 5, 4.0
 #: Table 3 of the paper, by k: times faster, and times less memory, at the lengths above.
@@ -28,28 +29,44 @@ PAPER_TIME = {128: (1.5, 1.7, 2.6, 3.4, 5.5, 8.6), 256: (1.3, 1.6, 2.4, 3.2, 5.0
 PAPER_MEMORY = {128: (1.7, 3.0, 6.1, 14, 28, 56), 256: (1.5, 2.9, 5.6, 13, 26, 48)}
 
 
-def contenders(length: int) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Variant and options by label."""
-    ranks = {f"k={rank}": ("linformer", {"max_length": length, "rank": rank, "sharing": "layerwise"}) for rank in RANKS}
-    stored = {"A stored": ("standard", {"backend": "reference"})} if length in STORED_LENGTHS else {}
-    return {**stored, "SDPA": ("standard", {}), **ranks}
+Core = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def cores(length: int, heads: int) -> dict[str, Callable[[], object]]:
-    """A forward of the attention alone."""
+class Layer(nn.Module):
+    """A pre-norm encoder layer of the base model's size around any attention."""
+
+    def __init__(self, core: Core, heads: int = 12, width: int = 768) -> None:
+        super().__init__()
+        self.core, self.heads = core, heads
+        self.project, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(self.norms[0](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(self.core(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.feed_forward(self.norms[1](x))
+
+
+def contenders(length: int, heads: int) -> dict[str, Core]:
+    """Exact attention, with A stored up to `LONGEST_STORED` tokens, and Linformer at each k."""
+    stored: dict[str, Core] = {"A stored": stored_attention} if length <= LONGEST_STORED else {}
+    options = {"max_length": length, "sharing": "layerwise"}
+    ranks = {f"k={rank}": attnzoo.build("linformer", heads=heads, head_dim=64, rank=rank, **options).eval() for rank in RANKS}
+    return {**stored, "SDPA": attnzoo.build("standard", heads=heads, head_dim=64), **ranks}
+
+
+def attentions(length: int, heads: int) -> dict[str, Callable[[], object]]:
+    """A forward of each attention alone."""
     q, k, v = (torch.randn(1, heads, length, 64) for _ in range(3))
-    built = {label: attnzoo.build(name, heads=heads, head_dim=64, **options).eval() for label, (name, options) in contenders(length).items()}
-    return {label: lambda attention=attention: attention(q, k, v) for label, attention in built.items()}
+    return {label: lambda core=core: core(q, k, v) for label, core in contenders(length, heads).items()}
 
 
 def layers(length: int) -> dict[str, Callable[[], object]]:
-    """A forward of an encoder layer."""
-    x, calls = torch.randn(1, length, 768), {}
-    for label, (name, options) in contenders(length).items():
-        layer = torch.nn.TransformerEncoderLayer(768, 12, 3072, batch_first=True).eval()
-        layer.self_attn = attnzoo.MultiheadAttention(768, 12, batch_first=True, attention=name, attention_options=options).eval()
-        calls[label] = lambda layer=layer: layer(x)
-    return calls
+    """A forward of a layer with each attention."""
+    x = torch.randn(1, length, 768)
+    built = {label: Layer(core).eval() for label, core in contenders(length, 12).items()}
+    return {label: lambda layer=layer: layer(x) for label, layer in built.items()}
 
 
 def measure(quick: bool) -> Iterator[Row]:
@@ -57,11 +74,17 @@ def measure(quick: bool) -> Iterator[Row]:
     with torch.no_grad():
         for what, lengths in (("attention", LENGTHS), ("layer", LAYER_LENGTHS)):
             for length in lengths[:2] if quick else lengths:
-                timings = interleave(cores(length, 4) if what == "attention" else layers(length), rounds=ROUNDS, budget=BUDGET)
+                timings = interleave(attentions(length, 4) if what == "attention" else layers(length), rounds=ROUNDS, budget=BUDGET)
                 for label, timing in timings.items():
-                    yield {"what": f"time of the {what}", "length": length, "contender": label, "seconds": timing.median, "rounds": len(timing.seconds)}
+                    yield {
+                        "what": f"time of the {what}",
+                        "length": length,
+                        "contender": label,
+                        "seconds": timing.median,
+                        "rounds": len(timing.seconds),
+                    }
         for length in LENGTHS[:2] if quick else LENGTHS:
-            for label, call in cores(length, 1).items():
+            for label, call in attentions(length, 1).items():
                 yield {"what": "memory of one head", "length": length, "contender": label, "bytes": peak_bytes(call)}
 
 
@@ -77,7 +100,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     from attnzoo.report.style import INK, MARKERS, PALETTE
 
     with panels(path) as axes:
-        series = [("attention, A stored", "attention", "A stored"), ("attention, SDPA", "attention", "SDPA"), ("layer, A stored", "layer", "A stored")]
+        series = [
+            ("attention, A stored", "attention", "A stored"),
+            ("attention, SDPA", "attention", "SDPA"),
+            ("layer, A stored", "layer", "A stored"),
+        ]
         series.append(("layer, SDPA", "layer", "SDPA"))
         for one, field, paper in zip(axes, ("seconds", "bytes"), (PAPER_TIME, PAPER_MEMORY), strict=True):
             one.plot(LENGTHS, paper[128], color=INK, linewidth=2.4, label="the paper, k = 128")

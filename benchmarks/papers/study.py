@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from attnzoo.environment import environment
 from attnzoo.fidelity.packages import MissingPackageError
@@ -67,6 +68,11 @@ def read(path: Path) -> list[Row]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: run the study without --redraw first")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def stored_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Exact attention that stores A, (batch, heads, length, head_dim): what the papers before FlashAttention measured themselves against."""
+    return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
 
 
 def slope(lengths: Sequence[float], values: Sequence[float]) -> float:
