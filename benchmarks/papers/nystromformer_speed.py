@@ -2,9 +2,9 @@
 
     OMP_PROC_BIND=true python -m benchmarks.papers.nystromformer_speed [--quick] [--redraw]
 
-The table's own settings: Linformer with k = 256, Longformer with 257 keys (here `sliding_window`, window=129: the same keys; neither has global
-tokens), 64 and 32 landmarks. 4 heads of 64, forward, batch 1, float32; memory: the allocator's peak of one head beyond its inputs. Exact attention with A
-stored, as in the paper, and as SDPA.
+The table's own settings: Linformer with k = 256, Longformer with 257 keys (here `sliding_window`, window=129: the same keys; neither has
+global tokens), 64 and 32 landmarks. 4 heads of 64, forward, batch 1, float32; memory: the allocator's peak of one head beyond its inputs.
+Exact attention with A stored, as in the paper, and as SDPA.
 """
 
 from __future__ import annotations
