@@ -100,12 +100,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     from attnzoo.report.style import INK, MARKERS, PALETTE
 
     with panels(path) as axes:
-        series = [
-            ("attention, A stored", "attention", "A stored"),
-            ("attention, SDPA", "attention", "SDPA"),
-            ("layer, A stored", "layer", "A stored"),
-        ]
-        series.append(("layer, SDPA", "layer", "SDPA"))
+        series = [(what, over) for what in ("attention", "layer") for over in ("A stored", "SDPA")]
         for one, field, paper in zip(axes, ("seconds", "bytes"), (PAPER_TIME, PAPER_MEMORY), strict=True):
             one.plot(LENGTHS, paper[128], color=INK, linewidth=2.4, label="the paper")
             everything = [1.0, *paper[128]]
@@ -114,9 +109,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 if field == "bytes" and what == "layer":
                     continue
                 found = saved(rows, where, field, over, 128)
-                one.plot(
-                    list(found), list(found.values()), color=color, marker=marker, label=f"{what}, over {'stored A' if over == 'A stored' else over}"
-                )
+                one.plot(list(found), list(found.values()), color=color, marker=marker, label=f"{what}, over {over}")
                 everything += found.values()
             one.axhline(1, color=INK, linewidth=0.8, linestyle=":")
             length_axis(one, LENGTHS, "tokens")
