@@ -97,7 +97,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for kind, color, marker, line in zip(KINDS, PALETTE, MARKERS, LINES, strict=False):
             iid = [row for row in rows if row["kind"] == kind and not row["orthogonal"] and row["length"] == shown]
             angles = [row["angle"] / math.pi for row in iid]
-            left.plot(angles, [row["lemma_2"] or None for row in iid], color=color, linestyle=line)
+            left.plot(angles, [row["lemma_2"] or math.nan for row in iid], color=color, linestyle=line)
             left.plot(angles, [row["mean_squared_error"] for row in iid], color=color, marker=marker, linestyle="none", label=f"{kind}, measured")
         left.plot([], [], color=INK, label="Lemma 2, Theorem 2")
         log_axis(left, "y", [row["mean_squared_error"] for row in rows if row["length"] == shown and row["mean_squared_error"] > 1e-6], "{:g}".format)

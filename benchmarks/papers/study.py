@@ -75,12 +75,6 @@ def stored_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
 
 
-def slope(lengths: Sequence[float], values: Sequence[float]) -> float:
-    """Exponent of growth between the two longest lengths: 1 is linear, 2 quadratic, 0 constant."""
-    x, y = torch.tensor(lengths[-2:], dtype=torch.float64).log(), torch.tensor(values[-2:], dtype=torch.float64).log()
-    return float((y[1] - y[0]) / (x[1] - x[0]))
-
-
 @contextmanager
 def panels(path: Path, columns: int = 2, rows: int = 1) -> Iterator[list[Axes]]:
     """Axes in the house's style, row by row; the figure is saved at the end, with one legend below for what any of them labels."""
