@@ -34,14 +34,13 @@ class Decoder:
         self.state: Any = self.attention.init_state(1)
         for start in range(0, length, CHUNK):
             self._take(min(CHUNK, length - start))
-        self.token = [torch.randn(1, HEADS, 1, HEAD_DIM) for _ in range(3)]
 
     def _take(self, count: int) -> None:
         q, k, v = (torch.randn(1, HEADS, count, HEAD_DIM) for _ in range(3))
         _, self.state = self.attention.step(q, k, v, self.state)
 
     def __call__(self) -> None:
-        _, self.state = self.attention.step(*self.token, self.state)
+        self._take(1)
 
     def read_bytes(self) -> int:
         """Of the past, what the next token reads."""
