@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import attnzoo
 from attnzoo.bench.timing import interleave
@@ -26,6 +27,12 @@ ROUNDS, BUDGET = 101, 5.0
 LABELS = ("linear", "softmax, cache", "softmax, no cache")
 
 
+def tokens(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random q, k and v."""
+    q, k, v = torch.randn(3, 1, HEADS, count, HEAD_DIM)
+    return q, k, v
+
+
 class Decoder:
     """An attention that takes one more token with every call; it starts with a past of `length` random ones."""
 
@@ -33,14 +40,14 @@ class Decoder:
         self.attention = attnzoo.build(variant, heads=HEADS, head_dim=HEAD_DIM)
         self.state: Any = self.attention.init_state(1)
         for start in range(0, length, CHUNK):
-            self._take(min(CHUNK, length - start))
+            self._take(*tokens(min(CHUNK, length - start)))
+        self.next = tokens(1)
 
-    def _take(self, count: int) -> None:
-        q, k, v = (torch.randn(1, HEADS, count, HEAD_DIM) for _ in range(3))
+    def _take(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         _, self.state = self.attention.step(q, k, v, self.state)
 
     def __call__(self) -> None:
-        self._take(1)
+        self._take(*self.next)
 
     def read_bytes(self) -> int:
         """Of the past, what the next token reads."""
@@ -50,7 +57,7 @@ class Decoder:
 def recomputation(length: int) -> Callable[[], object]:
     """A causal forward over all tokens."""
     attention = attnzoo.build("standard", heads=HEADS, head_dim=HEAD_DIM)
-    q, k, v = (torch.randn(1, HEADS, length, HEAD_DIM) for _ in range(3))
+    q, k, v = tokens(length)
     return lambda: attention(q, k, v, is_causal=True)
 
 

@@ -91,7 +91,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             left.set_xlabel("largest singular values summed")
             left.set_ylabel("share of their sum")
             left.set_ylim(0, 1.02)
-            image = right.imshow(torch.tensor([row["held_by_head"] for row in found]).T, aspect="auto", vmin=lowest, vmax=1, origin="lower")
+            image = right.imshow(list(zip(*(row["held_by_head"] for row in found), strict=True)), aspect="auto", vmin=lowest, vmax=1, origin="lower")
             right.grid(False)
             right.figure.colorbar(image, ax=right)
             right.set_title(f"share held by the first {rank}")
