@@ -16,9 +16,10 @@ import torch
 
 import attnzoo
 from attnzoo.fidelity.metrics import exact_output, mean_value_output, relative_error
+from attnzoo.fidelity.models import SOURCES, capture, load
 from attnzoo.fidelity.rows import Sample
-from attnzoo.fidelity.samples import load_samples
 from attnzoo.fidelity.synthetic import synthetic_sample
+from attnzoo.fidelity.text import play
 from benchmarks.papers.study import Row, panels, run
 
 NAME = "performer_output"
@@ -32,12 +33,13 @@ REAL_LENGTH, DIVISORS = 512, (1, 4, 16)
 def measure(quick: bool) -> Iterator[Row]:
     length, samples = (256, 3) if quick else (LENGTH, SAMPLES)
     features = FEATURES[:2] if quick else FEATURES
+    captured = [capture(load(model), play("hamlet"), REAL_LENGTH) for model in SOURCES]
     for spread in SPREADS:
         inputs = [
             synthetic_sample(length, is_causal=False, spread=spread, heads=1, kv_heads=1, head_dim=HEAD_DIM, seed=seed) for seed in range(samples)
         ]
         yield from _errors(f"random, score std {spread:g}", inputs, MAPS, features, draws=1)
-    for sample in load_samples((REAL_LENGTH,)):
+    for sample in captured:
         for divisor in DIVISORS:
             root = divisor**0.5  # shared out, since the estimate's variance grows with |q + k|²
             cooled = replace(sample, q=sample.q / root, k=sample.k / root, score_std=sample.score_std / divisor)
