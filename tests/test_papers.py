@@ -175,6 +175,7 @@ def test_record_keeps_the_older_file_when_a_study_stops(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         study.record(path, stopping())
     assert [json.loads(line)["x"] for line in path.read_text().splitlines()] == [1]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_redraw_without_a_result_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,12 +53,16 @@ def record(path: Path, rows: Iterable[Row]) -> list[Row]:
     path.parent.mkdir(parents=True, exist_ok=True)
     where = environment(seed=0, device=torch.device("cpu"), dtype=torch.float32)
     unfinished, kept = path.with_suffix(".unfinished"), []
-    with unfinished.open("w", encoding="utf-8") as file:
-        for row in rows:
-            print("  ".join(f"{key}={_short(value)}" for key, value in row.items() if not isinstance(value, list)), flush=True)
-            file.write(json.dumps({**row, "environment": where}, ensure_ascii=False) + "\n")
-            file.flush()
-            kept.append(row)
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            for row in rows:
+                print("  ".join(f"{key}={_short(value)}" for key, value in row.items() if not isinstance(value, list)), flush=True)
+                file.write(json.dumps({**row, "environment": where}, ensure_ascii=False) + "\n")
+                file.flush()
+                kept.append(row)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
     os.replace(unfinished, path)
     return kept
 
