@@ -27,11 +27,13 @@ class FeatureMap(nn.Module):
     normalizer: how A is normalised. "row": each row by its sum. "feature": each key feature by its sum over the visible
     keys (a softmax along the length). "none": not at all.
 
-    scales_keys: whether `key` gives a log_scale. has_vjp: whether `vjp` is known, and nothing but queries and keys wants a gradient.
+    scales_keys: whether `key` gives a log_scale. decays: whether `decay` gives a γ.
+    has_vjp: whether `vjp` is known, and nothing but queries and keys wants a gradient.
     """
 
     normalizer: Normalizer = "row"
     scales_keys: bool = False
+    decays: bool = False
     has_vjp: bool = False
 
     def width(self, head_dim: int) -> int:

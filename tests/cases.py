@@ -26,6 +26,11 @@ def squared_elu(x: Tensor) -> Tensor:
     return torch.cat([positive, positive**2], -1)
 
 
+def sized(spec: attnzoo.Spec, length: int) -> dict[str, int]:
+    """The longest length, for a variant that must be told."""
+    return {"max_length": length} if spec.needs_max_length else {}
+
+
 @dataclass(frozen=True)
 class Case:
     """One variant with options.
@@ -51,7 +56,7 @@ class Case:
 
     def build(self, heads: int = 4, head_dim: int = 8, *, dtype: torch.dtype = torch.float32, **more: Any) -> Attention:
         """The attention, with the same learned and drawn numbers every time."""
-        options = {"max_length": MAX_LENGTH} if self.spec.needs_max_length else {}
+        options = sized(self.spec, MAX_LENGTH)
         with torch.random.fork_rng():
             torch.manual_seed(1)
             return attnzoo.build(self.variant, heads=heads, head_dim=head_dim, **{**options, **self.options, **more}).to(dtype)
@@ -111,6 +116,31 @@ CASES: dict[str, list[Case]] = {
     ],
 }
 """The first case of each is its usual small form, and the only one that the rules run over."""
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "linformer": {"rank": 4},
+    "sliding_window": {"window": 4},
+    "bigbird": {"block_size": 2, "num_random_blocks": 1, "num_global_blocks": 1, "num_window_blocks": 1},
+    "performer": {"num_features": 16},
+    "nystromformer": {"num_landmarks": 4},
+}
+"""Options that leave a variant something to do at a dozen tokens, where its defaults would not."""
+
+
+def small_options(name: str, max_length: int = 64) -> dict[str, Any]:
+    """Options with which any variant can be built for up to max_length tokens, and is not exact at a dozen."""
+    return sized(spec_of(name), max_length) | SMALL.get(name, {})
+
+
+def names_that(*, is_causal: bool) -> list[str]:
+    """The variants that run causally, or without is_causal."""
+    return [name for name in attnzoo.names() if can(spec_of(name), is_causal)]
+
+
+def form_of(name: str) -> dict[str, bool]:
+    """The plainest call that the variant allows: without is_causal, or with it where it must be causal."""
+    return {"is_causal": not spec_of(name).bidirectional}
 
 
 def cases() -> list[Case]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cases import Case, usual_cases
+from cases import Case, sized, usual_cases
 from torch import Tensor, nn
 
 from attnzoo import MultiheadAttention
@@ -18,12 +18,17 @@ CAUSAL_CASES = [case for case in usual_cases() if case.spec.causal]
 
 def options_of(case: Case) -> dict[str, Any]:
     """The arguments that choose the case's attention."""
-    return {"attention": case.variant, "attention_options": {**({"max_length": 64} if case.spec.needs_max_length else {}), **case.options}}
+    return {"attention": case.variant, "attention_options": {**sized(case.spec, 64), **case.options}}
 
 
 def causal_bool(length: int) -> Tensor:
     """torch's dialect: True = hidden."""
     return torch.ones(length, length, dtype=torch.bool).triu(1)
+
+
+def layer_form(case: Case, length: int) -> dict[str, Any]:
+    """What a Transformer layer of torch's must be told to call a case that is causal only."""
+    return {} if case.spec.bidirectional else {"src_mask": causal_bool(length), "is_causal": True}
 
 
 def as_float(mask: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -5,18 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from cases import names_that, small_options
 from torch import nn
 
 import attnzoo
 
 SIZE, HEADS, LENGTH = 16, 4, 20
-OPTIONS: dict[str, dict[str, Any]] = {
-    "linformer": {"max_length": 64, "rank": 4},
-    "sliding_window": {"window": 5},
-    "bigbird": {"block_size": 4, "num_window_blocks": 1, "num_global_blocks": 1, "num_random_blocks": 1},
-    "performer": {"num_features": 16},
-}
-NAMES = attnzoo.names()
+NAMES = names_that(is_causal=False)
 
 
 def layer(name: str | None, **options: Any) -> nn.Module:
@@ -26,7 +21,7 @@ def layer(name: str | None, **options: Any) -> nn.Module:
     with torch.no_grad():
         dict(model.named_parameters())["0.self_attn.in_proj_weight"].mul_(3)  # scores that tell keys apart
     if name is not None:
-        attnzoo.swap(model, name, **OPTIONS.get(name, {}), **options)
+        attnzoo.swap(model, name, **small_options(name), **options)
     return model[0]
 
 

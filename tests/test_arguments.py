@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CPU_BACKENDS, Case, Situation, tensors, usual_cases, with_backends
+from cases import CPU_BACKENDS, Case, Situation, can, form_of, tensors, usual_cases, with_backends
 from torch import Tensor
 
 import attnzoo
@@ -106,7 +106,7 @@ def test_what_the_spec_excludes(case: Case) -> None:
         (spec.cross, {"k": k[:, :, :5], "v": v[:, :, :5]}, [spec.name, "query_length", "6 and 5", "standard"]),
     ]
     for allowed, change, fragments in excluded:
-        arguments = {"q": q, "k": k, "v": v} | change
+        arguments = {"q": q, "k": k, "v": v, **form_of(spec.name)} | change
         if allowed:
             attn(**arguments)
             continue
@@ -248,29 +248,31 @@ def test_bad_costs(case: Case) -> None:
         ((1, 6.5), [r"query_length=6\.5"]),
     ):
         with pytest.raises(ValueError) as error:  # noqa: PT011
-            attn.cost(*arguments)  # pyright: ignore[reportArgumentType]
+            attn.cost(*arguments, **form_of(case.variant))  # pyright: ignore[reportArgumentType]
         says(error, *fragments, "whole number of at least 1")
     for kv_heads, fragment in ((3, "divide heads=4"), (0, "kv_heads=0")):
         with pytest.raises(ValueError) as error:  # noqa: PT011
-            attn.cost(1, 6, kv_heads=kv_heads)
+            attn.cost(1, 6, kv_heads=kv_heads, **form_of(case.variant))
         says(error, f"kv_heads={kv_heads}", fragment)
-    if not case.spec.causal:
-        with pytest.raises(UnsupportedError, match="causal"):
-            attn.cost(1, 6, is_causal=True)
+    for is_causal in (False, True):
+        if not can(case.spec, is_causal):
+            with pytest.raises(UnsupportedError, match="causal"):
+                attn.cost(1, 6, is_causal=is_causal)
 
 
 @pytest.mark.parametrize("case", usual_cases(), ids=str)
 def test_a_backend_asked_for_by_name_never_falls_back(case: Case) -> None:
     """It runs, or refuses with its own name and reason."""
     q, k, v = inputs()
+    form = form_of(case.variant)
     for backend in case.build().engine.backend_names():
         attn = case.build(backend=backend)
         if backend in CPU_BACKENDS:
-            attn(q, k, v)
+            attn(q, k, v, **form)
             assert attn.last_backend == backend
             continue
         with pytest.raises(UnsupportedError) as error:
-            attn(q, k, v)
+            attn(q, k, v, **form)
         says(error, f"backend='{backend}'", f"{backend}: ")
 
 

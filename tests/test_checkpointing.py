@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
-from cases import Case, usual_cases
-from multihead_cases import options_of
+from cases import Case, names_that, small_options, usual_cases
+from multihead_cases import layer_form, options_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import attnzoo
 from attnzoo import Attention, MultiheadAttention
-from attnzoo.registry import spec_of
 
 CASES = pytest.mark.parametrize("case", usual_cases(), ids=str)
 FAMILIES = ["bert", "gpt2", "llama", "mistral", "qwen2"]
 REENTRANT = pytest.mark.parametrize("use_reentrant", [False, True], ids=["not reentrant", "reentrant"])
-OPTIONS: dict[str, dict[str, Any]] = {
-    "sliding_window": {"window": 5},
-    "bigbird": {"block_size": 4},
-    "performer": {"num_features": 16},
-    "linformer": {"max_length": 32, "rank": 8},
-}
 
 
 def count_calls(model: nn.Module) -> list[int]:
@@ -74,21 +67,21 @@ def test_checkpointing_torchs_layer(case: Case, use_reentrant: bool) -> None:
     layer.self_attn.dropout = 0.2 if case.spec.dropout else 0.0
     options = {key: value for key, value in options_of(case)["attention_options"].items() if key != "dropout"}
     attnzoo.swap(layer, case.variant, **options)
-    x = torch.randn(2, 60, 32, requires_grad=True)
-    plain = gradients(layer, x, lambda: layer(x))
-    again = gradients(layer, x, lambda: checkpoint(layer, x, use_reentrant=use_reentrant))
+    x, form = torch.randn(2, 60, 32, requires_grad=True), layer_form(case, 60)
+    plain = gradients(layer, x, lambda: layer(x, **form))
+    again = gradients(layer, x, lambda: checkpoint(partial(layer, **form), x, use_reentrant=use_reentrant))
     assert all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
     torch.manual_seed(2)
-    assert not torch.equal(layer(x), layer(x))
+    assert not torch.equal(layer(x, **form), layer(x, **form))
 
 
-@pytest.mark.parametrize(("family", "name"), [(f, n) for f in FAMILIES for n in attnzoo.names() if f == "bert" or spec_of(n).causal])
+@pytest.mark.parametrize(("family", "name"), [(f, n) for f in FAMILIES for n in names_that(is_causal=f != "bert")])
 @REENTRANT
 def test_checkpointing_a_transformers_model(family: str, name: str, use_reentrant: bool) -> None:
     pytest.importorskip("transformers")
     from swap_models import make, padded, tokens
 
-    model, ids, mask = attnzoo.swap(make(family), name, **OPTIONS.get(name, {})).train(), tokens(), padded("left")
+    model, ids, mask = attnzoo.swap(make(family), name, **small_options(name)).train(), tokens(), padded("left")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

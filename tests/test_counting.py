@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, can, cases, squared_elu, usual_cases
+from cases import Case, can, cases, sized, squared_elu, usual_cases
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -80,7 +80,7 @@ def test_padding_changes_no_count(case: Case):
 
 @pytest.mark.parametrize("case", usual_cases(), ids=str)
 def test_multihead_is_its_core_and_four_projections(case: Case):
-    options = {"max_length": 64} if case.spec.needs_max_length else {}
+    options = sized(case.spec, 64)
     width, n, batch = HEADS * HEAD_DIM, 40, 3
     mha = attnzoo.MultiheadAttention(width, HEADS, batch_first=True, attention=case.variant, attention_options={**options, **case.options})
     x = empty(batch, n, width)
@@ -344,9 +344,9 @@ def test_layers_that_compute_the_same_are_traced_once(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("case", [Case(name) for name in attnzoo.names()], ids=str)
 def test_a_million_tokens(case: Case):
     n = 2**20
-    sized: dict[str, Any] = {"max_length": n} if case.spec.needs_max_length else {}
+    longest = sized(case.spec, n)
     with torch.device("meta"):
-        attn = case.build(heads=8, head_dim=64, **sized)
+        attn = case.build(heads=8, head_dim=64, **longest)
     q, k = empty(1, 8, n, 64), empty(1, 2, n, 64)
     for is_causal in (False, True):
         if can(case.spec, is_causal):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, Situation, backends_of, can, gradients_of, tensors, usual_cases
+from cases import Case, Situation, backends_of, can, form_of, gradients_of, tensors, usual_cases
 from torch import Tensor
 
 import attnzoo
@@ -117,7 +117,7 @@ def test_refused_on_the_cpu(case: Case, backend: str) -> None:
     with pytest.raises(UnsupportedError, match=rf"{backend}: .* CUDA device, got cpu.*use backend='auto'"):
         attn(q, k, v, is_causal=attn.spec.causal)
     attn.backend = "auto"
-    attn(q, k, v)
+    attn(q, k, v, **form_of(case.variant))
     assert attn.last_backend in ("sdpa", "blocks", "chunked")
 
 

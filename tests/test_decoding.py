@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, Situation, cases, close, gradients_of, padding, tensors, usual_cases, with_backends
+from cases import Case, Situation, cases, close, gradients_of, padding, sized, tensors, usual_cases, with_backends
 from torch import Tensor
 
 import attnzoo
@@ -249,7 +249,7 @@ def test_rows_of_the_batch_are_selected(case: Case) -> None:
 @USUAL
 def test_bytes_held_are_those_of_the_next_token_and_a_reserve(case: Case) -> None:
     """A long prefill leaves no buffer behind that a window has no use for."""
-    attn = case.build()
+    attn = case.build(**sized(case.spec, 3001))
     q, k, v = (torch.randn(1, 4, 3000, 8) + case.shift for _ in range(3))
     with torch.no_grad():
         _, state = attn.step(q, k, v, attn.init_state(1))

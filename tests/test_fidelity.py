@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import names_that, small_options
 from toys import TOYS, Uniform
 
 import attnzoo
@@ -84,11 +85,11 @@ def test_distance_of_weights_is_its_definition(is_causal: bool) -> None:
     assert found.rows == 40
 
 
-@pytest.mark.parametrize("name", [name for name in attnzoo.names() if attnzoo.describe(name).spec.causal])
+@pytest.mark.parametrize("name", names_that(is_causal=True))
 def test_sampled_rows_are_rows_of_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "WHOLE_LENGTH", 100)
     sample = synthetic_sample(331, is_causal=True, spread=1.0, heads=2, kv_heads=1, head_dim=8)
-    attention = attnzoo.build(name, heads=2, head_dim=8).double()
+    attention = attnzoo.build(name, heads=2, head_dim=8, **small_options(name, max_length=400)).double()
     q, k = sample.q.double(), sample.k.double()
     whole = attention.weights(q, k, is_causal=True)
     blocks = list(metrics._weights(attention, q, k, True))

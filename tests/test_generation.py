@@ -9,6 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+from cases import small_options
 from swap_models import DECODERS, answer, make, padded, tokens
 from torch import Tensor
 
@@ -16,8 +17,6 @@ import attnzoo
 from attnzoo import UnsupportedError
 from attnzoo.registry import spec_of
 
-#: Small enough that a window, blocks and draws matter within 30 tokens.
-OPTIONS: dict[str, dict[str, Any]] = {"sliding_window": {"window": 5}, "bigbird": {"block_size": 4}, "performer": {"num_features": 32}}
 VARIANTS = [name for name in attnzoo.names() if spec_of(name).decodes]
 PROMPT = 12
 GREEDY: dict[str, Any] = {"attention_mask": padded("left", PROMPT), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
@@ -32,7 +31,7 @@ def sharp(family: str, **options: Any) -> Any:
 
 
 def swapped(family: str, name: str) -> Any:
-    return attnzoo.swap(sharp(family), name, **OPTIONS.get(name, {}))
+    return attnzoo.swap(sharp(family), name, **small_options(name))
 
 
 def generate(model: Any, **settings: Any) -> Tensor:
@@ -91,7 +90,7 @@ def test_logits_in_pieces_are_those_of_one_forward(family: str, name: str, side:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_is_held_is_bounded_where_the_state_is(name: str) -> None:
     """Elements are the closed form's, layer by layer, and bytes stop growing exactly where it says so."""
-    model = attnzoo.swap(make("llama"), name, **OPTIONS.get(name, {}))
+    model = attnzoo.swap(make("llama"), name, **small_options(name, max_length=2048))
     attention = model.model.layers[0].self_attn.attention_core
     held, grows = [], attention.cost(1, 1024, kv_heads=2, is_causal=True).state_growth > 0
     assert grows == (name in ("standard", "bigbird", "flash"))

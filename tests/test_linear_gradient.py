@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, Situation, cases, close, gradients_of, padding, tensors
+from cases import Case, Situation, can, cases, close, gradients_of, padding, sized, tensors
 from torch import Tensor
 
 from attnzoo.engines import linear_chunks, linear_gradient
 
-KNOWN = [case for case in cases() if case.spec.family == "kernel" and case.build().engine.feature_map.has_vjp]  # type: ignore[union-attr]
+KNOWN = [
+    pytest.param(case, is_causal, id=f"{case}-{'causal' if is_causal else 'all'}")
+    for case in cases()
+    if case.spec.family == "kernel" and case.build().engine.feature_map.has_vjp  # type: ignore[union-attr]
+    for is_causal in (False, True)
+    if can(case.spec, is_causal)
+]
 SITUATIONS = [Situation(1100, 1100, "interior"), Situation(1100, 1100, kv_heads=1), Situation(400, 1100, "left"), Situation(900, 300)]
 
 
-@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
-@pytest.mark.parametrize("case", KNOWN, ids=str)
+@pytest.mark.parametrize(("case", "is_causal"), KNOWN)
 def test_own_backward_is_autograds(case: Case, is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over several chunks and several spans of them."""
     monkeypatch.setattr(linear_chunks, "HELD", 2 * 2 * 4 * 128**2)  # two chunks side by side
-    attn = case.build(dtype=torch.float64)
+    attn = case.build(dtype=torch.float64, **sized(case.spec, 1100))
     for situation in SITUATIONS:
         *inputs, upstream = tensors(situation, shift=case.shift)
         inputs = [x.requires_grad_() for x in inputs]
@@ -33,8 +38,7 @@ def test_own_backward_is_autograds(case: Case, is_causal: bool, monkeypatch: pyt
             close(own, wanted, 1e-11, f"gradient of {name}")
 
 
-@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
-@pytest.mark.parametrize("case", KNOWN, ids=str)
+@pytest.mark.parametrize(("case", "is_causal"), KNOWN)
 def test_differentiates_twice(case: Case, is_causal: bool) -> None:
     attn = case.build(2, 4, dtype=torch.float64)
     inputs = [x.requires_grad_() for x in tensors(Situation(5, 5, heads=2, kv_heads=1), 4, shift=case.shift)[:3]]

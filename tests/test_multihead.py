@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, usual_cases
-from multihead_cases import BATCH, DOUBLE, HEADS, KEYS, QUERIES, SINGLE, SIZE, as_float, causal_bool, options_of, pair
+from cases import Case, form_of, usual_cases
+from multihead_cases import BATCH, DOUBLE, HEADS, KEYS, QUERIES, SINGLE, SIZE, as_float, causal_bool, layer_form, options_of, pair
 from torch import Tensor, nn
 
 from attnzoo import MultiheadAttention
@@ -220,7 +220,8 @@ def test_own_state_survives_a_round_trip_and_a_whole_torch_checkpoint_loads(case
     first, second = layer(1), layer(2)
     second.load_state_dict(first.state_dict(), strict=True)
     x = torch.randn(BATCH, KEYS, SIZE)
-    assert torch.equal(first(x), second(x))
+    form = layer_form(case, KEYS)
+    assert torch.equal(first(x, **form), second(x, **form))
     checkpoint = nn.TransformerEncoderLayer(SIZE, HEADS, 16, batch_first=True).state_dict()
     keys = list(checkpoint)
     second.load_state_dict(checkpoint, strict=True, assign=True)
@@ -233,9 +234,10 @@ def test_copies_and_pickles(case: Case) -> None:
     ours = MultiheadAttention(SIZE, HEADS, batch_first=True, dtype=torch.float64, **options_of(case)).eval()
     assert all(x.dtype == torch.float64 for x in ours.state_dict().values() if x.is_floating_point())
     x = torch.randn(BATCH, KEYS, SIZE, dtype=torch.float64)
-    expected = ours(x, x, x, need_weights=False)[0]
+    form = form_of(case.variant)
+    expected = ours(x, x, x, need_weights=False, **form)[0]
     for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        assert torch.equal(twin(x, x, x, need_weights=False)[0], expected)
+        assert torch.equal(twin(x, x, x, need_weights=False, **form)[0], expected)
         assert not twin._qkv_same_embed_dim
 
 
@@ -254,4 +256,4 @@ def test_device_and_dtype_reach_the_core() -> None:
         ours = MultiheadAttention(SIZE, HEADS, device="meta", **options_of(case))
         assert all(x.is_meta for x in [*ours.parameters(), *ours.buffers()])
         x = torch.empty(KEYS, BATCH, SIZE, device="meta")
-        assert ours(x, x, x, need_weights=False)[0].shape == x.shape
+        assert ours(x, x, x, need_weights=False, **form_of(case.variant))[0].shape == x.shape

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from cases import CASES, Case, Situation, can, close, gradients_of, padding, tensors, usual_cases, with_backends
+from cases import CASES, Case, Situation, can, close, gradients_of, padding, sized, tensors, usual_cases, with_backends
 from torch import Tensor
 
 import attnzoo
@@ -297,7 +297,7 @@ def test_rule_12_trains_and_travels(case: Case, backend: str) -> None:
             assert torch.autograd.gradcheck(run, inputs, eps=1e-6, atol=1e-6, fast_mode=True)
     more = {"seed": 99} if "seed" in inspect.signature(type(attn)).parameters else {}
     torch.manual_seed(99)
-    options = {"max_length": 1024} if case.spec.needs_max_length else {}
+    options = sized(case.spec, 1024)
     other = attnzoo.build(case.variant, heads=2, head_dim=4, **(options | case.options | more)).double()
     other.load_state_dict(attn.state_dict())
     twins = {"deepcopy": copy.deepcopy(attn), "pickle": pickle.loads(pickle.dumps(attn)), "state_dict": other}

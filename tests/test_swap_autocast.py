@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from swap_layers import HEADS, NAMES, OPTIONS, SIZE, gradients, layer, padding, tokens
+from cases import form_of, small_options
+from swap_layers import HEADS, NAMES, SIZE, gradients, layer, padding, tokens
 from torch import Tensor, nn
 
 import attnzoo
@@ -12,20 +13,21 @@ import attnzoo
 
 def attention(name: str, backend: str = "auto") -> attnzoo.MultiheadAttention:
     torch.manual_seed(0)
-    return attnzoo.MultiheadAttention(SIZE, HEADS, batch_first=True, attention=name, attention_options={**OPTIONS.get(name, {}), "backend": backend})
+    return attnzoo.MultiheadAttention(SIZE, HEADS, batch_first=True, attention=name, attention_options={**small_options(name), "backend": backend})
 
 
-def call(module: nn.Module, x: Tensor) -> Tensor:
-    return module(x, x, x, key_padding_mask=padding(), need_weights=False)[0]
+def call(module: nn.Module, x: Tensor, **form: bool) -> Tensor:
+    return module(x, x, x, key_padding_mask=padding(), need_weights=False, **form)[0]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", attnzoo.names())
 def test_autocast_of_multihead_attention(name: str) -> None:
-    x, exact = tokens(), call(attention(name), tokens()).detach()
+    form = form_of(name)
+    x, exact = tokens(), call(attention(name), tokens(), **form).detach()
     with torch.autocast("cpu", torch.bfloat16):
         theirs = call(nn.MultiheadAttention(SIZE, HEADS, batch_first=True), x)
-        ours, reference = call(attention(name), x), call(attention(name, "reference"), x)
-        weights = attention(name)(x, x, x)[1]
+        ours, reference = call(attention(name), x, **form), call(attention(name, "reference"), x, **form)
+        weights = attention(name)(x, x, x, **form)[1]
     assert ours.dtype == theirs.dtype == torch.bfloat16 and weights.dtype == torch.bfloat16
     error, allowed = (float((out.detach().float() - exact).norm()) for out in (ours, reference))
     assert 0 < error <= 2 * allowed
@@ -49,17 +51,18 @@ def test_autocast_of_a_swapped_layer(name: str) -> None:
     assert sum(errors) <= 2 * sum(all_allowed)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", attnzoo.names())
 def test_autocast_casts_at_the_door_only(name: str) -> None:
     """float32 under autocast is that dtype without autocast, bit for bit, as for torch's SDPA: nothing inside is rounded once more."""
-    attn = attnzoo.build(name, heads=HEADS, head_dim=4, **OPTIONS.get(name, {}))
+    attn = attnzoo.build(name, heads=HEADS, head_dim=4, **small_options(name))
     q, k, v = torch.randn(3, 2, HEADS, 20, 4, generator=torch.Generator().manual_seed(3))
     low, high = [x.bfloat16() for x in (q, k, v)], [x.double() for x in (q, k, v)]
-    wanted, weights = attn(*low), attn.weights(*low[:2])
+    form = form_of(name)
+    wanted, weights = attn(*low, **form), attn.weights(*low[:2], **form)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(attn(q, k, v), wanted) and torch.equal(attn.weights(q, k), weights)
-        assert torch.equal(attn(q, k=low[1], v=v), wanted)  # a model may bring both
-        assert attn(*high).dtype == torch.float64
+        assert torch.equal(attn(q, k, v, **form), wanted) and torch.equal(attn.weights(q, k, **form), weights)
+        assert torch.equal(attn(q, k=low[1], v=v, **form), wanted)  # a model may bring both
+        assert attn(*high, **form).dtype == torch.float64
         if attn.spec.decodes:
             row, _ = attn.step(q, k, v, state=attn.init_state(2, dtype=torch.bfloat16))
             assert torch.equal(row, attn.step(*low, state=attn.init_state(2, dtype=torch.bfloat16))[0])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+from cases import small_options
 from swap_models import answer_of, make
 from torch import Tensor
 
@@ -16,15 +17,9 @@ import attnzoo
 from attnzoo import UnsupportedError
 
 ROUNDING: Any = {"rtol": 0.0, "atol": 5e-6}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "linformer": {"max_length": 64, "rank": 4},
-    "sliding_window": {"window": 4},
-    "bigbird": {"block_size": 2, "num_random_blocks": 1, "num_global_blocks": 1, "num_window_blocks": 1},
-    "performer": {"num_features": 16},
-    "nystromformer": {"num_landmarks": 4},
-}
 SPECS = {name: attnzoo.describe(name).spec for name in attnzoo.names()}
 UNCAUSAL = [name for name, spec in SPECS.items() if not spec.causal]
+ONLY_CAUSAL = {name: f"{name} is causal only" for name, spec in SPECS.items() if not spec.bidirectional}
 WITHOUT_BIAS = {name: "adds a position_bias to its scores" for name, spec in SPECS.items() if not spec.attn_mask}
 
 
@@ -35,21 +30,21 @@ def uncausal(layer: str = "") -> dict[str, str]:
 
 #: Of every family: the sites that a swap finds, and the refusals of the variants that cannot take its place.
 FAMILIES: dict[str, tuple[int, dict[str, str]]] = {
-    "bert": (3, {}),
-    "roberta": (3, {}),
-    "modernbert": (3, {name: r"layer 1 \(layers.1.attn\): .*window of 5" for name in SPECS if name != "sliding_window"}),
+    "bert": (3, ONLY_CAUSAL),
+    "roberta": (3, ONLY_CAUSAL),
+    "modernbert": (3, {name: r"layer 1 \(layers.1.attn\): .*window of 5" for name in SPECS if name != "sliding_window"} | ONLY_CAUSAL),
     "gpt2": (3, uncausal(r"layer 0 \(transformer.h.0.attn\): ")),
     "llama": (3, uncausal()),
     "mistral": (3, uncausal()),
     "qwen2": (3, uncausal()),
     "qwen3": (3, uncausal()),
     "gemma2": (3, {**dict.fromkeys((name for name in SPECS if name != "sliding_window"), "window of 6"), **uncausal()}),
-    "vit": (3, {}),
-    "wav2vec2": (3, {}),
-    "t5": (2, WITHOUT_BIAS),
-    "t5_whole": (4, WITHOUT_BIAS),
-    "bart": (4, uncausal(r"layer 2 \(model.decoder.layers.0.self_attn\): ")),
-    "clip": (6, uncausal(r"layer 3 \(text_model.encoder.layers.0.self_attn\): ")),
+    "vit": (3, ONLY_CAUSAL),
+    "wav2vec2": (3, ONLY_CAUSAL),
+    "t5": (2, WITHOUT_BIAS | ONLY_CAUSAL),
+    "t5_whole": (4, WITHOUT_BIAS | ONLY_CAUSAL),
+    "bart": (4, uncausal(r"layer 2 \(model.decoder.layers.0.self_attn\): ") | ONLY_CAUSAL),
+    "clip": (6, uncausal(r"layer 3 \(text_model.encoder.layers.0.self_attn\): ") | ONLY_CAUSAL),
 }
 
 
@@ -66,7 +61,7 @@ def moved(swapped: Tensor, exact: Tensor) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_runs_or_is_refused(family: str, name: str, tmp_path: Path) -> None:
     sites, refusals = FAMILIES[family]
-    model, options = make(family), OPTIONS.get(name, {})
+    model, options = make(family), small_options(name)
     exact, keys, before = answer_of(family, model), list(model.state_dict()), model.config._attn_implementation
     if name in refusals:
         with pytest.raises(UnsupportedError, match=refusals[name]):
@@ -96,7 +91,7 @@ def test_it_runs_or_is_refused(family: str, name: str, tmp_path: Path) -> None:
 def test_what_would_be_dropped_is_refused(family: str, options: dict[str, Any], sentence: str) -> None:
     for name in attnzoo.names():
         with pytest.raises(UnsupportedError, match=sentence):
-            attnzoo.swap(make(family, **options), name, **OPTIONS.get(name, {}))
+            attnzoo.swap(make(family, **options), name, **small_options(name))
 
 
 def test_local_and_global_layers_of_modernbert() -> None:
@@ -143,7 +138,7 @@ def test_both_halves_of_bart() -> None:
     """Linformer reads the source, a window writes; the decoder's look at its encoder stays exact."""
     model = make("bart")
     exact = answer_of("bart", model)
-    attnzoo.swap(model, {"0-1": ("linformer", OPTIONS["linformer"]), "2-3": ("sliding_window", {"window": 3})})
+    attnzoo.swap(model, {"0-1": ("linformer", small_options("linformer")), "2-3": ("sliding_window", {"window": 3})})
     assert moved(answer_of("bart", model), exact) and all(core.last_backend for core in cores(model))
     assert [core.spec.name for core in cores(model)] == ["linformer", "linformer", "sliding_window", "sliding_window"]
     encoder = make("bart").get_encoder()

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from swap_layers import HEADS, LENGTH, NAMES, OPTIONS, SIZE, gradients, layer, padding, tokens
+from cases import small_options
+from swap_layers import HEADS, LENGTH, NAMES, SIZE, gradients, layer, padding, tokens
 from torch import Tensor
 from torch._dynamo.exc import UserError
 from torch.export import Dim
@@ -82,14 +83,14 @@ class Calls(torch.nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.attention = attnzoo.MultiheadAttention(SIZE, HEADS, batch_first=True, attention=name, attention_options=OPTIONS.get(name, {}))
+        self.attention = attnzoo.MultiheadAttention(SIZE, HEADS, batch_first=True, attention=name, attention_options=small_options(name))
         self.is_causal = attnzoo.describe(name).spec.causal
 
     def forward(self, x: Tensor, ignore: Tensor) -> Tensor:
         return self.attention(x, x, x, key_padding_mask=ignore, need_weights=False, is_causal=self.is_causal)[0]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", attnzoo.names())
 def test_multihead_attention_is_exported(name: str) -> None:
     """Static shapes; masks are inputs of the graph."""
     model = Calls(name).eval()

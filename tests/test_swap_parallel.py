@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from cases import names_that, small_options
 from processes import PROCESSES, in_two_processes
 from torch import Tensor, nn
 
@@ -16,10 +17,8 @@ import attnzoo
 
 #: Every variant, and what it may have per head or share between layers. The blocks are small enough for random ones to be drawn.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in attnzoo.names() if name not in ("linformer", "bigbird", "sliding_window")},
-    "sliding_window": ("sliding_window", {"window": 3}),
-    "bigbird": ("bigbird", {"block_size": 2, "num_window_blocks": 1, "num_global_blocks": 1, "num_random_blocks": 2}),
-    **{f"linformer, {sharing}": ("linformer", {"max_length": 32, "rank": 4, "sharing": sharing}) for sharing in ("none", "headwise", "layerwise")},
+    **{name: (name, small_options(name)) for name in names_that(is_causal=False)},
+    **{f"linformer, {sharing}": ("linformer", {"max_length": 32, "rank": 4, "sharing": sharing}) for sharing in ("headwise", "layerwise")},
 }
 BATCH, LENGTH, SIZE, HEADS = 4, 20, 16, 4
 

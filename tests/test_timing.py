@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from cases import form_of, small_options
 from toys import Uniform, Wrong
 
 import attnzoo
@@ -57,11 +58,10 @@ def test_no_rounds_is_refused() -> None:
 
 @pytest.mark.parametrize("name", attnzoo.names())
 def test_every_variant_agrees_with_its_own_reference(name: str) -> None:
-    options = {"max_length": 300} if attnzoo.describe(name).spec.needs_max_length else {}
-    attention = attnzoo.build(name, heads=4, head_dim=16, **options).eval()
+    attention, form = attnzoo.build(name, heads=4, head_dim=16, **small_options(name, max_length=300)).eval(), form_of(name)
     q, k, v = torch.randn(2, 4, 300, 16), torch.randn(2, 2, 300, 16), torch.randn(2, 2, 300, 16)
-    attention(q, k, v)
-    assert mistake(attention, q, k, v, is_causal=False) is None
+    attention(q, k, v, **form)
+    assert mistake(attention, q, k, v, **form) is None
 
 
 def test_a_wrong_backend_is_found_out() -> None:

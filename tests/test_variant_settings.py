@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import form_of
 
 import attnzoo
 from attnzoo.registry import options_of, spec_of
@@ -19,7 +20,7 @@ def test_the_papers_settings_build_and_run(path: Path) -> None:
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     attn = attnzoo.build(path.stem, heads=4, head_dim=16, **settings)
     length = settings.get("max_length", 700)
-    out = attn(*torch.randn(3, 1, 4, length, 16).unbind())
+    out = attn(*torch.randn(3, 1, 4, length, 16).unbind(), **form_of(path.stem))
     assert out.shape == (1, 4, length, 16)
     assert bool(torch.isfinite(out).all())
 

@@ -26,7 +26,9 @@ def cost(feature_map: FeatureMap, shape: Shape) -> Cost:
         writing -= chunks[-1]  # and nobody reads what the last one would add
     features, sums = feature_map.macs(d), width * (d + 1)
     per_head += queries * features + reading * sums
-    per_kv_head += keys * features + writing * (sums if feature_map.scales_keys else width * d)  # without weights the normaliser is a plain sum
+    per_kv_head += keys * features + writing * (
+        sums if feature_map.scales_keys or feature_map.decays else width * d
+    )  # without weights the normaliser is a plain sum
     pairs = causal_pairs(shape.query_length, keys) if shape.is_causal else shape.query_length * keys
     state = shape.batch_size * shape.kv_heads * sums
     kept_bytes = _kept_bytes(feature_map, shape) if feature_map.has_vjp else None

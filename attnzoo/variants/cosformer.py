@@ -59,10 +59,9 @@ class Cosformer(Attention):
 
     def place(self, call: Call, seen: int) -> Call:
         length = seen + call.key_length
-        if max(length, call.query_length - 1) > self.max_length:
-            raise ValueError(
-                f"{length} keys and {call.query_length} queries pass max_length={self.max_length}; build cosformer with a larger max_length"
-            )
+        for name, number in (("key_length", length), ("query_length - 1", call.query_length - 1)):
+            if number > self.max_length:
+                raise ValueError(f"{name}={number} is longer than max_length={self.max_length}; build cosformer with a larger max_length")
         return replace(call, q=self._halves(call.q, length - call.query_length), k=self._halves(call.k, seen))
 
     def _halves(self, x: Tensor, start: int) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from attnzoo.arguments import check_scale
+from attnzoo.arguments import check_positive, check_scale
 from attnzoo.attention import Attention, Spec
 from attnzoo.engines.linear import Linear
 from attnzoo.feature_maps import Pointwise, identity
@@ -15,9 +17,12 @@ from attnzoo.registry import register
 class Fading(Pointwise):
     """φ(x) = √s · x, and a key is worth γ = 1 - 2^(-5 - h) of itself after every token, in head h of the keys."""
 
-    def __init__(self, scale: float) -> None:
+    decays = True
+
+    def __init__(self, scale: float, heads: int) -> None:
         super().__init__(identity, normalize=False)
         self.scale = scale
+        self.heads = range(heads)  # of queries, those that are computed here
 
     def query(self, q: Tensor) -> Tensor:
         return q * self.scale**0.5
@@ -26,7 +31,8 @@ class Fading(Pointwise):
         return d_features * self.scale**0.5
 
     def decay(self, like: Tensor) -> Tensor:
-        return 1 - 2.0 ** (-5 - torch.arange(like.shape[1], dtype=like.dtype, device=like.device))
+        first, kv_heads = self.heads.start * like.shape[1] // len(self.heads), like.shape[1]
+        return 1 - 2.0 ** (-5 - torch.arange(first, first + kv_heads, dtype=like.dtype, device=like.device))
 
 
 @register
@@ -59,4 +65,11 @@ class Retention(Attention):
         given = check_scale(scale)
         if given is not None and given <= 0:
             raise ValueError(f"scale={scale!r} must be positive: queries and keys take its square root each")
-        super().__init__(heads, head_dim, Linear(Fading(head_dim**-0.5 if given is None else given)), backend=backend)
+        heads, head_dim = check_positive("heads", heads), check_positive("head_dim", head_dim)
+        super().__init__(heads, head_dim, Linear(Fading(head_dim**-0.5 if given is None else given, heads)), backend=backend)
+
+    def keep_heads(self, first: int, count: int) -> None:
+        """As `Attention.keep_heads`; each head keeps its own γ."""
+        super().keep_heads(first, count)
+        fading = cast(Fading, cast(Linear, self.engine).feature_map)
+        fading.heads = fading.heads[first : first + count]
