@@ -23,6 +23,7 @@ class Spec:
     equation: one line, row by row. complexity: time and memory in the sequence length n.
     exact: A is softmax's own on its support. bidirectional: runs without is_causal. cross: query_length may differ from key_length.
     tied_to_end: A depends on where the sequence ends, so a right-padded run may differ from the run without padding.
+    data_dependent: which keys a row sees depends on the queries and keys; `Cost.support_macs` is then the most that it can be.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Spec:
     decodes: bool = True
     needs_max_length: bool = False
     tied_to_end: bool = False
+    data_dependent: bool = False
 
 
 class Attention(nn.Module):
@@ -137,7 +139,7 @@ class Attention(nn.Module):
         if not self.spec.decodes:
             raise UnsupportedError(f"{self.spec.name} does not decode token by token; use {self._others(decodes=True)}")
         call = Call(q, k, v, key_mask, None, True)
-        check(call, self.heads, self.head_dim)
+        self.refuse(call)
         if q.shape[2] != k.shape[2]:
             raise ValueError(f"step got {q.shape[2]} queries and {k.shape[2]} keys; every new token brings one of each")
         state.check_room(call)

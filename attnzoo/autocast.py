@@ -26,8 +26,9 @@ def autocast_inputs_only(method: Callable[Arguments, Result]) -> Callable[Argume
             return method(*args, **kwargs)
         dtype = torch.get_autocast_dtype(device)
         same: Callable[..., Result] = method
+        cast = {id(value): _cast(value, dtype) for value in (*args, *kwargs.values())}  # one tensor given twice stays one
         with torch.autocast(device, enabled=False):
-            return same(*[_cast(value, dtype) for value in args], **{name: _cast(value, dtype) for name, value in kwargs.items()})
+            return same(*[cast[id(value)] for value in args], **{name: cast[id(value)] for name, value in kwargs.items()})
 
     return run
 

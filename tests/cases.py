@@ -26,7 +26,7 @@ def squared_elu(x: Tensor) -> Tensor:
     return torch.cat([positive, positive**2], -1)
 
 
-def sized(spec: attnzoo.Spec, length: int) -> dict[str, int]:
+def sized(spec: attnzoo.Spec, length: int) -> dict[str, Any]:
     """The longest length, for a variant that must be told."""
     return {"max_length": length} if spec.needs_max_length else {}
 
@@ -114,6 +114,12 @@ CASES: dict[str, list[Case]] = {
         Case("nystromformer", {"num_landmarks": 5, "iterations": 2, "scale": 0.7}),
         Case("nystromformer"),
     ],
+    "reformer": [
+        Case("reformer", {"num_buckets": 6, "num_hashes": 3, "chunk_size": 5}),
+        Case("reformer", {"num_buckets": 2, "num_hashes": 1, "chunk_size": 7}),
+        Case("reformer", {"num_buckets": 16, "num_hashes": 2, "chunk_size": 4, "seed": 3, "scale": 0.7}),
+        Case("reformer"),
+    ],
 }
 """The first case of each is its usual small form, and the only one that the rules run over."""
 
@@ -138,7 +144,7 @@ def names_that(*, is_causal: bool) -> list[str]:
     return [name for name in attnzoo.names() if can(spec_of(name), is_causal)]
 
 
-def form_of(name: str) -> dict[str, bool]:
+def form_of(name: str) -> dict[str, Any]:
     """The plainest call that the variant allows: without is_causal, or with it where it must be causal."""
     return {"is_causal": not spec_of(name).bidirectional}
 
@@ -244,6 +250,7 @@ LEARNED: dict[str, Callable[[Attention], dict[str, Tensor]]] = {
 DRAWN: dict[str, Callable[[Attention, int, int, bool], dict[str, Tensor]]] = {
     "performer": lambda attn, *_: {"projection": attn.engine.feature_map.projection},  # type: ignore[union-attr]
     "bigbird": lambda attn, *call: {"random_blocks": attn.random_blocks(*call)},  # type: ignore[operator]
+    "reformer": lambda attn, *_: {"rotations": attn.engine.hashing.rotations},  # type: ignore[union-attr]
 }
 """What the oracle needs of a variant's random choices, given (query_length, key_length, is_causal)."""
 

@@ -124,6 +124,15 @@ OPTIONS: dict[str, st.SearchStrategy[dict]] = {
     "cosformer": st.fixed_dictionaries({"max_length": st.integers(40, 60)}),
     "retention": st.fixed_dictionaries({"scale": SCALE}),
     "flash": st.fixed_dictionaries({"block_size": st.integers(1, 50), "scale": SCALE}),
+    "reformer": st.fixed_dictionaries(
+        {
+            "num_buckets": st.sampled_from([1, 2, 6, 16]),
+            "num_hashes": st.integers(1, 4),
+            "chunk_size": st.integers(1, 12),
+            "seed": st.integers(0, 9),
+            "scale": SCALE,
+        }
+    ),
     "nystromformer": st.fixed_dictionaries(
         {"num_landmarks": st.integers(1, 12), "iterations": st.integers(1, 6), "convolution": st.sampled_from([None, 1, 5]), "scale": SCALE}
     ),

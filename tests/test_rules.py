@@ -196,7 +196,7 @@ def test_rule_7_a_sparse_row_is_a_set_of_keys(case: Case, backend: str) -> None:
         constant = (a.log() - scores).masked_fill(a == 0, float("nan"))
         spread = constant.nan_to_num(nan=-1e9).amax(-1) - constant.nan_to_num(nan=1e9).amin(-1)
         assert spread.max().item() < 1e-9, "a key of a row weighs more than its score"
-    if case.spec.family == "sparse":
+    if case.spec.family == "sparse" and not case.spec.data_dependent:
         default = Case(case.variant).build(dtype=torch.float64, backend=backend)
         exact = Case("standard").build(dtype=torch.float64)
         short = tensors(Situation(5, 5))[:3]
@@ -269,7 +269,8 @@ def test_rule_10_sums_run_in_float32(case: Case, backend: str, dtype: torch.dtyp
 
 @VARIANTS
 def test_rule_11_one_number_one_convention(case: Case) -> None:
-    """flops = 2 · macs; the support's MACs of an exact variant are two products of head_dim for every nonzero entry of A."""
+    """flops = 2 · macs; the support's MACs of an exact variant are two products of head_dim for every nonzero entry of A, or for as many as
+    there can be."""
     attn = case.build(dtype=torch.float64)
     for query_length, key_length in ((70, 70), (9, 70), (1, 1)):
         q, k, _, _ = tensors(Situation(query_length, key_length), shift=case.shift)
@@ -278,7 +279,8 @@ def test_rule_11_one_number_one_convention(case: Case) -> None:
             assert isinstance(cost.macs, int) and cost.flops == 2 * cost.macs > 0
             if case.spec.exact:
                 pairs = int((attn.weights(q, k, is_causal=is_causal) != 0).sum())
-                assert cost.support_macs == 2 * attn.head_dim * pairs
+                needed = 2 * attn.head_dim * pairs
+                assert cost.support_macs == needed or (case.spec.data_dependent and cost.support_macs > needed)
 
 
 @BACKENDS

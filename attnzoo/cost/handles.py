@@ -34,8 +34,8 @@ avg_pool2d bernoulli bitwise_and bitwise_or bool broadcast_tensors broadcast_to 
 dim dropout_ embedding empty_like expand_as eye feature_dropout fill_ flip float hardtanh im2col index_select isfinite isinf isnan item le
 leaky_relu lift_fresh logical_and logical_not logical_or lt mT masked_fill_ matrix_H max_pool2d maximum mean meshgrid min minimum movedim
 mul mul_ ne neg new_ones norm numel numpy_T one_hot ones_like pad pow rand rand_like randn randn_like repeat repeat_interleave resolve_conj
-round rsub scalar_tensor scatter scatter_ sign sort square sub sub_ sum take_along_dim tensor_split tile topk tril tril_ triu type unflatten
-unfold view_as where zero_
+round rsub scalar_tensor scatter scatter_ searchsorted sign sort square sub sub_ sum take_along_dim tensor_split tile topk tril tril_ triu type
+unflatten unfold view_as where zero_
 """
 
 # The zoo's own autograd functions whose forward is a view.

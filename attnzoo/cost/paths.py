@@ -56,6 +56,8 @@ def known_path(attention: Attention, n: int, is_causal: bool) -> int | None:
     A without a pattern is dense: one layer. A window needs ⌈(n-1)/(window-1)⌉ layers. Blocks are searched as blocks.
     """
     engine = attention.engine
+    if attention.spec.data_dependent:
+        return None
     if isinstance(engine, Sparse):
         return _pattern_path(engine.pattern, Grid(attention.heads, n, n, is_causal))
     return (1 if n > 1 else 0) if isinstance(engine, Softmax | Linear) else None
