@@ -96,7 +96,7 @@ def standard_rows(longest: int) -> Iterator[dict[str, object]]:
 def overhead_rows() -> Iterator[dict[str, object]]:
     for variant in attnzoo.names():
         for learns in (False, True):
-            for is_causal in (False, True) if spec_of(variant).causal else (False,):
+            for is_causal in [form for form, able in ((False, spec_of(variant).bidirectional), (True, spec_of(variant).causal)) if able]:
                 attention = hollow(variant)
                 q, k, v = (torch.randn(1, 8, SHORT, 64, requires_grad=learns) for _ in range(3))
 

@@ -106,6 +106,24 @@ def _labelled(equation: str, shapes: Sequence[Sequence[int]]) -> tuple[list[dict
     return operands, named | (hidden if "..." in right or not arrow else set())
 
 
+#: Of a recurrent layer: gates, and the sigmoids and hyperbolic tangents of one hidden unit.
+RECURRENT = {"gru": (3, 2, 1), "lstm": (4, 3, 2), "rnn_tanh": (1, 0, 1), "rnn_relu": (1, 0, 0)}
+
+
+def recurrent(name: str) -> Handle:
+    """A recurrent layer of torch's: every token meets every matrix of every layer and direction once."""
+    gates, sigmoids, tangents = RECURRENT[name]
+
+    def count(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+        tokens = prod(shape_of(inputs[0])[:-1])
+        listed = [value for value in inputs[1:4] if value.node().kind() == "prim::ListConstruct"]  # the weights come last
+        matrices = [shape for shape in map(shape_of, listed[-1].node().inputs()) if len(shape) == 2]
+        units = tokens * sum(rows for rows, _ in matrices) // (2 * gates)  # each unit has its rows in two matrices
+        return Counter({name: tokens * sum(map(prod, matrices)), "sigmoid": sigmoids * units, "tanh": tangents * units})
+
+    return count
+
+
 def _per_output(name: str, rate: int) -> Handle:
     def count(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
         return Counter({name: rate * prod(shape_of(outputs[0]))})
@@ -122,6 +140,7 @@ def all_handles() -> dict[str, Handle | None]:
     products: dict[str, Handle | None] = {
         **{f"aten::{name}": contraction(0) for name in ("matmul", "bmm", "mm", "mv", "dot", "linear")},
         **{f"aten::{name}": contraction(1) for name in ("addmm", "baddbmm", "addmv")},
+        **{f"aten::{name}": recurrent(name) for name in RECURRENT},
         "aten::einsum": einsum,
         "aten::scaled_dot_product_attention": scaled_dot_product_attention,
     }

@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, FAINT = "#1f2328", "#d0d7de"  # text and axes, grid: the page swaps these two in dark mode
-# After Okabe and Ito (2008), without the yellow that white paper swallows: told apart with every common colour blindness.
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", "*", ">")
+# Okabe and Ito (2008) without the yellow that white paper swallows, then Tol's muted set (2021) and a brown: neighbours stay apart with every
+# common colour blindness, and the marker tells what a dozen colours cannot.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#882255", "#999933", "#332288", "#44aa99", "#8c510a", "#7f8c99")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", "*", ">", "h", "d")
 LINES = ("-", "--", ":", "-.")
 
 RC: dict[Any, Any] = {
