@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.arguments import check_positive
+from attnzoo.arguments import check_count, check_positive
 from attnzoo.call import UnsupportedError
 from attnzoo.fidelity.candidate import Candidate
 from attnzoo.multihead import MultiheadAttention
@@ -21,16 +21,20 @@ POSITION_SCALE = 10_000.0  # Vaswani et al. 2017, section 3.5
 
 @dataclass(frozen=True)
 class Sizes:
-    """width: of the residual stream. expansion: of the hidden layer between two blocks, in widths."""
+    """width: of the residual stream. expansion: of the hidden layer of an MLP, in widths. convolution: taps of a causal depthwise
+    convolution before every mixer, 0 for none: with it a token knows its neighbours whatever the attention (Zoology's models, and most
+    linear-time ones, have it), so that recall is told apart from the step before it."""
 
     width: int = 64
     layers: int = 2
     heads: int = 2
     expansion: int = 4
+    convolution: int = 0
 
     def __post_init__(self) -> None:
         for name in ("width", "layers", "heads", "expansion"):
             check_positive(name, getattr(self, name))
+        check_count("convolution", self.convolution)
         if self.width % (2 * self.heads):
             raise ValueError(f"width={self.width} must be an even multiple of heads={self.heads}")
 
@@ -98,12 +102,17 @@ class Block(nn.Module):
         self.norm, self.mlp_norm = nn.LayerNorm(sizes.width), nn.LayerNorm(sizes.width)
         self.memory_norm = nn.LayerNorm(sizes.width) if is_cross else None
         self.mlp = nn.Sequential(nn.Linear(sizes.width, hidden), nn.GELU(), nn.Linear(hidden, sizes.width))
+        taps = 0 if is_cross else sizes.convolution  # the queries of a cross block are no neighbours
+        self.convolution = nn.Conv1d(sizes.width, sizes.width, taps, padding=taps - 1, groups=sizes.width) if taps else None
         self.mixer: Any = None
 
     def forward(self, x: Tensor, memory: Tensor | None, mask: Tensor | None) -> Tensor:
         if self.memory_norm is not None:
             memory = self.memory_norm(memory)
-        x = x + self.mixer(self.norm(x), memory, mask)
+        mixed = self.norm(x)
+        if self.convolution is not None:
+            mixed = mixed + self.convolution(mixed.transpose(1, 2))[:, :, : x.shape[1]].transpose(1, 2)
+        x = x + self.mixer(mixed, memory, mask)
         return x + self.mlp(self.mlp_norm(x))
 
 
