@@ -33,7 +33,7 @@ class Contender:
     def layers(self, count: int) -> list[Candidate]:
         """The part of each layer. Raises ValueError when the parts do not come out even."""
         if count % len(self.parts):
-            raise ValueError(f"{self.label} has {len(self.parts)} parts and the model layers={count}, no multiple of them; name as many parts as layers")
+            raise ValueError(f"{self.label} has {len(self.parts)} parts and the model layers={count}, no multiple; name a part for each")
         return [self.parts[layer % len(self.parts)] for layer in range(count)]
 
 
