@@ -43,17 +43,14 @@ def matrix(problems: Sequence[Problem]) -> Table:
     """Test scores, a row a contender and a column a problem; a dash where it was skipped or not tried."""
     labels = list(dict.fromkeys(contender.label for problem in problems for contender in problem.contenders))
     found = [{contender.label: contender for contender in problem.contenders} for problem in problems]
-    rows = []
-    for label in labels:
-        pairs = enumerate(zip(problems, found, strict=True))
-        cells = {
-            str(number): score(by[label].test, problem.metric) if label in by else None
-            for number, (problem, by) in enumerate(zip(problems, found, strict=True))
-        }
-        rows.append({"label": label, **cells})
+    rows = tuple({"label": label, **{str(number): _cell(problems[number], by.get(label)) for number, by in enumerate(found)}} for label in labels)
     headings = [Column(str(number), short_title(problem, problems)) for number, problem in enumerate(problems)]
     formula = "mean test score over the seeds: accuracy in percent, bits per character on shakespeare; -: skipped or not tried"
-    return Table("matrix", "Which attention for which task", formula, (COLUMNS[0], *headings), tuple(rows))
+    return Table("matrix", "Which attention for which task", formula, (COLUMNS[0], *headings), rows)
+
+
+def _cell(problem: Problem, contender: Summary | None) -> str | None:
+    return None if contender is None else score(contender.test, problem.metric)
 
 
 def short_title(problem: Problem, problems: Sequence[Problem]) -> str:

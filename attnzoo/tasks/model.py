@@ -138,7 +138,7 @@ class Transformer(nn.Module):
             self.blocks = nn.ModuleList([Block(sizes, is_cross=cross and layer == sizes.layers - 1) for layer in range(sizes.layers)])
             for layer, (block, candidate) in enumerate(zip(self.blocks, contender.layers(sizes.layers), strict=True)):
                 torch.manual_seed((seed + 1) * 1009 + layer)  # what one attention draws for itself moves no other layer's start
-                block.mixer = mixer(candidate, sizes, task, seed + layer)
+                block.mixer = make_mixer(candidate, sizes, task, seed + layer)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits: (batch, length, outputs); of an encoder (batch, outputs)."""
@@ -157,25 +157,22 @@ class Transformer(nn.Module):
 
     def macs(self, queries: int) -> int:
         """Of all mixers, for one sequence. queries: length of the asking sequence of a cross task."""
-        return sum(self._mixers_macs(queries))
+        last = len(self.blocks) - 1 if self.form == "cross" else None
+        return sum(mixer.macs(queries, self.length) if layer == last else mixer.macs(self.length, None) for layer, mixer in enumerate(self._mixers()))
 
     def state_bytes(self) -> int | None:
         """What decoding carries after all tokens (of a cross task: of the memory), all layers; None when a layer does not decode."""
-        found = [block.mixer.state_bytes(self.length) for block in self.blocks]
+        found = [mixer.state_bytes(self.length) for mixer in self._mixers()]
         return None if None in found else sum(found)
 
-    def _mixers_macs(self, queries: int) -> list[int]:
-        last = len(self.blocks) - 1
-        return [
-            block.mixer.macs(queries, self.length) if self.form == "cross" and layer == last else block.mixer.macs(self.length, None)
-            for layer, block in enumerate(self.blocks)
-        ]
+    def _mixers(self) -> list[Any]:
+        return [block.mixer for block in self.blocks]
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.tokens(tokens) + self.positions[: tokens.shape[1]]
 
 
-def mixer(candidate: Candidate, sizes: Sizes, task: Task, seed: int) -> Attending | Recurrent:
+def make_mixer(candidate: Candidate, sizes: Sizes, task: Task, seed: int) -> Attending | Recurrent:
     """What mixes the tokens in one layer."""
     is_causal = task.form == "decoder"
     if candidate.name == GRU:

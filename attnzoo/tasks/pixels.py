@@ -62,7 +62,7 @@ class Pixels(Task):
 def _digits() -> dict[str, tuple[Tensor, Tensor]]:
     """Images and digits of the three parts, shuffled once: the writers follow one another in the file."""
     try:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImportError("the task pixels takes its images from scikit-learn; install it with: pip install 'attnzoo[tasks]'") from None
     found = load_digits()

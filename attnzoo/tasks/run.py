@@ -72,12 +72,12 @@ class Run:
             return
         tried = []
         for rate in self.study.learning_rates:
-            tried.append(self._train(blank, Setup(*self._setting(problem, contender), rate, self.study.seeds[0]), progress, len(tried) * steps))
+            tried.append(self._train(blank, self._setup(problem, contender, rate, self.study.seeds[0]), progress, len(tried) * steps))
         best = best_of(tried, problem.lower_is_better)
         if best is None or best.learning_rate is None:
             return
         for number, seed in enumerate(self.study.seeds[1:], len(tried)):
-            self._train(blank, Setup(*self._setting(problem, contender), best.learning_rate, seed), progress, number * steps)
+            self._train(blank, self._setup(problem, contender, best.learning_rate, seed), progress, number * steps)
 
     def _train(self, blank: Row, setup: Setup, progress: Callable[[str, int], None], before: int) -> Row:
         row = replace(blank, learning_rate=setup.learning_rate, seed=setup.seed)
@@ -149,8 +149,8 @@ class Run:
         known = next((row.peak_bytes for row in same if row.label == setup.contender.label), None)
         return known or step_bytes(setup, self.devices)
 
-    def _setting(self, problem: Task, contender: Contender) -> tuple:
-        return (problem, contender, self.study.sizes, self.study.budget, self.study.held_out)
+    def _setup(self, problem: Task, contender: Contender, learning_rate: float, seed: int) -> Setup:
+        return Setup(problem, contender, self.study.sizes, self.study.budget, self.study.held_out, learning_rate, seed)
 
     def _blank(self, problem: Task, label: str, contender: Contender | None) -> Row:
         return Row(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -76,7 +76,8 @@ def summed_up(rows: Iterable[Row]) -> list[Problem]:
 
 
 def _problem(rows: list[Row]) -> Problem:
-    first, by_label = rows[0], {}
+    first = rows[0]
+    by_label: dict[tuple[bool, str], list[Row]] = {}
     for row in rows:
         by_label.setdefault((not row.is_baseline, row.label), []).append(row)
     ordered = sorted(by_label.items(), key=lambda item: item[0][0])
@@ -86,27 +87,30 @@ def _problem(rows: list[Row]) -> Problem:
 
 def _summary(rows: list[Row]) -> Summary:
     first = rows[0]
-    blank = {"label": first.label, "variant": first.variant, "is_baseline": first.is_baseline}
     runs = [row for row in rows if row.learning_rate is not None]
     if not runs:
-        return Summary(**blank, test=first.test, reason=first.reason)
+        return Summary(first.label, first.variant, first.is_baseline, test=first.test, reason=first.reason)
     tried = [row for row in runs if row.seed == runs[0].seed]
-    validations = {row.learning_rate: row.validation for row in tried if row.learning_rate is not None}
-    costs = {"macs": runs[0].macs, "peak_bytes": runs[0].peak_bytes, "state_bytes": runs[0].state_bytes}
-    reason = "; ".join(f"rate {row.learning_rate:g}, seed {row.seed}: {row.reason}" for row in runs if row.reason)
+    found = Summary(
+        first.label,
+        first.variant,
+        first.is_baseline,
+        validations={row.learning_rate: row.validation for row in tried if row.learning_rate is not None},
+        macs=runs[0].macs,
+        peak_bytes=runs[0].peak_bytes,
+        state_bytes=runs[0].state_bytes,
+        reason="; ".join(f"rate {row.learning_rate:g}, seed {row.seed}: {row.reason}" for row in runs if row.reason),
+    )
     best = best_of(tried, first.metric != "accuracy")
     if best is None:
-        return Summary(**blank, **costs, validations=validations, reason=reason)
+        return found
     chosen = [row for row in runs if row.learning_rate == best.learning_rate and row.test is not None]
     tests = [row.test for row in chosen if row.test is not None]
-    return Summary(
-        **blank,
-        **costs,
+    return replace(
+        found,
         learning_rate=best.learning_rate,
-        validations=validations,
         test=mean(tests),
         spread=stdev(tests) if len(tests) > 1 else None,
         seeds=len(tests),
         seconds=mean(row.seconds for row in chosen if row.seconds is not None),
-        reason=reason,
     )
