@@ -65,6 +65,7 @@ def run(settings: Namespace) -> int:
     folder = check_folder(settings.output)
     results = _open(folder / f"train-{task.name}.jsonl")
     held = results.rows()
+    devices.wait()  # no process writes a row before all have read the file
     facts = environment(seed=study.seeds[0], device=devices.device)
     check_one_machine([facts], [row.environment for row in held], "this run", str(results.path))
     if held and devices.is_main:
