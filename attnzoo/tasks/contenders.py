@@ -25,11 +25,6 @@ class Contender:
         """Such as "linear", or "linear + standard" where layers take turns."""
         return " + ".join(part.label for part in self.parts)
 
-    @property
-    def variant(self) -> str:
-        """The name of the first part."""
-        return self.parts[0].name
-
     def layers(self, count: int) -> list[Candidate]:
         """The part of each layer. Raises ValueError when the parts do not come out even."""
         if count % len(self.parts):

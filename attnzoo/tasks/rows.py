@@ -64,8 +64,8 @@ class Row:
 
     @property
     def variant(self) -> str:
-        """The name of the contender's first part; of a baseline its label."""
-        return self.layers[0][0] if self.layers else self.label
+        """The contender's name without options; of a baseline and of layers that take turns the label."""
+        return self.layers[0][0] if len(self.layers) == 1 else self.label
 
     def to_json(self) -> str:
         """One line of the result file."""
