@@ -8,8 +8,8 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from attnzoo.report.axes import log_axis
-from attnzoo.report.columns import count, memory
-from attnzoo.report.figures import Drawing, Look, chart, plot
+from attnzoo.report.bench_figures import memory_tick
+from attnzoo.report.figures import Drawing, Look, chart, count_tick, plot
 from attnzoo.report.style import INK, styles
 from attnzoo.report.train_tables import short_title
 from attnzoo.tasks.summary import Problem, Summary
@@ -33,7 +33,7 @@ def drawings(problems: Sequence[Problem]) -> list[Drawing]:
             f"What is carried after one sequence, all layers, beside the test score. {front}",
             {title: found for title, found in each.items() if any(one.state_bytes for one in _trained(found[0]))},
             look,
-            partial(_against, number=lambda one: one.state_bytes, label="state, bytes", tick=lambda value: memory(round(value))),
+            partial(_against, number=lambda one: one.state_bytes, label="state", tick=memory_tick),
         ),
         chart(
             "macs",
@@ -41,7 +41,7 @@ def drawings(problems: Sequence[Problem]) -> list[Drawing]:
             f"Of all attentions with their projections, on one sequence, beside the test score. {front}",
             each,
             look,
-            partial(_against, number=lambda one: one.macs, label="MACs", tick=lambda value: count(round(value))),
+            partial(_against, number=lambda one: one.macs, label="MACs", tick=count_tick),
         ),
         chart(
             "knob",
