@@ -312,7 +312,8 @@ def test_layers_take_turns_and_parts_must_come_out_even():
 def test_costs_are_those_of_the_cost_module():
     task, sizes = MQAR(32, 4, 16), Sizes(width=16, layers=2, heads=2)
     model = Transformer(task, contender("linear+standard"), sizes, 0)
-    cores = [block.mixer.attention.attention for block in model.blocks]  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    mixers: list[Any] = [block.mixer for block in model.blocks]
+    cores = [mixer.attention.attention for mixer in mixers]
     costs = [core.cost(1, 32, is_causal=True) for core in cores]
     assert model.macs(32) == 2 * 4 * 32 * 16**2 + costs[0].macs + costs[1].support_macs
     assert model.state_bytes() == costs[0].state_bytes + costs[1].state_bytes == costs[0].state_bytes + 2 * 32 * 16 * 4

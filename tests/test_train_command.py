@@ -214,7 +214,8 @@ def test_figures_are_drawn_for_what_there_is():
     both = summed_up([*rows(4, 0.9), *rows(8, 0.5)])
     assert [drawing.name for drawing in drawings(both)] == ["state", "macs", "knob", "curves"]
     axes = next(drawing for drawing in drawings(both) if drawing.name == "knob").whole().axes[0]
-    lines = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+    drawn: Any = axes.lines
+    lines = {line.get_label(): list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in drawn}
     assert lines["linear"] == [(4, pytest.approx(0.8)), (8, pytest.approx(0.4))] and axes.get_xlabel() == "pairs"
     assert turned_knob(both) == "pairs"
 
