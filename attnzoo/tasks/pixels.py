@@ -63,7 +63,9 @@ def _digits() -> dict[str, tuple[Tensor, Tensor]]:
     """Images and digits of the three parts, shuffled once: the writers follow one another in the file."""
     try:
         from sklearn.datasets import load_digits  # pyright: ignore[reportMissingImports]
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "sklearn":
+            raise  # scikit-learn is there, and something that it needs is not
         raise ImportError("the task pixels takes its images from scikit-learn; install it with: pip install 'attnzoo[tasks]'") from None
     found = load_digits()
     images, digits = torch.as_tensor(found.images).long(), torch.as_tensor(found.target).long()
