@@ -21,9 +21,9 @@ EXTRA = ("jsonargparse", "rich", "matplotlib", "yaml")  # what attnzoo[cli] inst
 
 def commands() -> tuple[Command, ...]:
     """All commands, in the order of the help."""
-    from attnzoo.commands import bench, compare, flops, report, scaling, zoo
+    from attnzoo.commands import bench, compare, flops, report, scaling, train, zoo
 
-    return (zoo.LIST, zoo.SHOW, compare.COMPARE, flops.FLOPS, scaling.SCALING, bench.BENCH, report.REPORT)
+    return (zoo.LIST, zoo.SHOW, compare.COMPARE, flops.FLOPS, scaling.SCALING, bench.BENCH, train.TRAIN, report.REPORT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

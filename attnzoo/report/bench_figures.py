@@ -43,7 +43,7 @@ def drawings(rows: Iterable[Row]) -> list[Drawing]:
             look,
             lambda row: row.peak_bytes,
             "peak memory of one pass",
-            _memory_tick,
+            memory_tick,
         ),
         _against_length(
             "kept",
@@ -119,7 +119,7 @@ def _time_tick(value: float) -> str:
     return _without_zeros(duration(value).replace(" us", " µs"))
 
 
-def _memory_tick(value: float) -> str:
+def memory_tick(value: float) -> str:
     """In powers of ten, as the axis is: 30 MB."""
     return _without_zeros(count(int(value))) + "B"
 

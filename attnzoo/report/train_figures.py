@@ -1,0 +1,144 @@
+"""Figures of training: score against state and against MACs, learning curves, and score against a knob of the task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from statistics import mean
+from typing import TYPE_CHECKING
+
+from attnzoo.report.axes import log_axis
+from attnzoo.report.bench_figures import memory_tick
+from attnzoo.report.figures import Drawing, Look, chart, count_tick, plot
+from attnzoo.report.style import INK, styles
+from attnzoo.report.train_tables import short_title
+from attnzoo.tasks.summary import Problem, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Number = Callable[[Summary], int | None]
+GUESSES = (":", "--", "-.")  # lines of the baselines
+
+
+def drawings(problems: Sequence[Problem]) -> list[Drawing]:
+    """The figures that the problems have numbers for."""
+    look = styles((one.variant, one.label) for problem in problems for one in problem.contenders if not one.is_baseline)
+    each = {short_title(problem, problems): [problem] for problem in problems if _trained(problem)}
+    front = "The grey line is the Pareto front; bars: standard deviation over the seeds. Level lines: what needs no model."
+    charts = [
+        chart(
+            "state",
+            "Score against the state of decoding",
+            f"What is carried after one sequence, all layers, beside the test score. {front}",
+            {title: found for title, found in each.items() if any(one.state_bytes for one in _trained(found[0]))},
+            look,
+            partial(_against, number=lambda one: one.state_bytes, label="state", tick=memory_tick),
+        ),
+        chart(
+            "macs",
+            "Score against multiply-accumulates",
+            f"Of all attentions with their projections, on one sequence, beside the test score. {front}",
+            each,
+            look,
+            partial(_against, number=lambda one: one.macs, label="MACs", tick=count_tick),
+        ),
+        chart(
+            "knob",
+            "Score against what is turned",
+            "Mean test score over the seeds, each at its best learning rate.",
+            _turned(problems),
+            look,
+            _against_knob,
+        ),
+        chart(
+            "curves",
+            "Learning curves",
+            "Score on validation while training, mean over the seeds at the best learning rate.",
+            each,
+            look,
+            _curves,
+        ),
+    ]
+    return [drawing for drawing in charts if drawing is not None]
+
+
+def pareto_front(points: Iterable[tuple[float, float]], lower_is_better: bool) -> list[tuple[float, float]]:
+    """(cost, score) of the points that no other beats in both, by rising cost."""
+    sign = 1 if lower_is_better else -1
+    front: list[tuple[float, float]] = []
+    for cost, score in sorted(points, key=lambda point: (point[0], sign * point[1])):
+        if not front or sign * score < sign * front[-1][1]:
+            front.append((cost, score))
+    return front
+
+
+def turned_knob(problems: Sequence[Problem]) -> str | None:
+    """The one knob in which the problems of a task differ, with everything else equal; None when that is not so."""
+    knobs = {name for problem in problems for name in problem.knobs}
+    differing = [name for name in knobs if len({problem.knobs.get(name) for problem in problems}) > 1]
+    rest = {str((problem.model, problem.budget, problem.held_out)) for problem in problems}
+    return differing[0] if len(differing) == 1 and len(rest) == 1 else None
+
+
+def _trained(problem: Problem) -> list[Summary]:
+    return [one for one in problem.contenders if not one.is_baseline and one.test is not None]
+
+
+def _turned(problems: Sequence[Problem]) -> dict[str, list[Problem]]:
+    by_task: dict[str, list[Problem]] = {}
+    for problem in problems:
+        by_task.setdefault(problem.task, []).append(problem)
+    return {task: found for task, found in by_task.items() if turned_knob(found) is not None}
+
+
+def _against(axes: Axes, problems: list[Problem], look: Look, *, number: Number, label: str, tick: Callable[[float], str]) -> None:
+    (problem,) = problems
+    shown = [(one, float(number(one) or 0), one.test) for one in _trained(problem) if number(one) and one.test is not None]
+    front = pareto_front(((cost, test) for _, cost, test in shown), problem.lower_is_better)
+    plot(axes, front, color=INK, alpha=0.35, linewidth=3, drawstyle="steps-post", zorder=1)
+    for one, cost, test in shown:
+        plot(axes, [(cost, test)], label=one.label, zorder=3, **look[one.label].point_options())
+        if one.spread:
+            axes.vlines(cost, test - one.spread, test + one.spread, color=look[one.label].color, linewidth=1.6)
+    log_axis(axes, "x", [cost for _, cost, _ in shown], tick)
+    axes.set_xlabel(label)
+    _score_axis(axes, problem)
+
+
+def _curves(axes: Axes, problems: list[Problem], look: Look) -> None:
+    (problem,) = problems
+    for one in _trained(problem):
+        points: dict[float, list[float]] = {}
+        for row in problem.best_rows(one.label):
+            for steps, score in row.validations or []:
+                points.setdefault(steps, []).append(score)
+        plot(axes, [(steps, mean(scores)) for steps, scores in sorted(points.items())], label=one.label, **look[one.label].line_options())
+    axes.set_xlabel("steps")
+    _score_axis(axes, problem)
+
+
+def _against_knob(axes: Axes, problems: list[Problem], look: Look) -> None:
+    knob = turned_knob(problems) or ""
+    ordered = sorted(problems, key=lambda problem: problem.knobs[knob])
+    for label in look:
+        found = [(problem.knobs[knob], one.test) for problem in ordered for one in _trained(problem) if one.label == label]
+        if found:
+            plot(axes, found, label=label, **look[label].line_options())
+    values = [problem.knobs[knob] for problem in ordered]
+    log_axis(axes, "x", values, lambda value: f"{value:,.0f}")
+    axes.set_xticks(values, [f"{value:,}" for value in values])
+    axes.set_xlabel(knob)
+    axes.set_ylabel(_metric(ordered[0]))
+
+
+def _score_axis(axes: Axes, problem: Problem) -> None:
+    """The baselines as level lines, and the metric."""
+    baselines = [one for one in problem.contenders if one.is_baseline and one.test is not None]
+    for one, line in zip(baselines, GUESSES * len(baselines), strict=False):
+        axes.axhline(one.test or 0.0, color=INK, linestyle=line, linewidth=1.0, label=one.label)
+    axes.set_ylabel(_metric(problem))
+
+
+def _metric(problem: Problem) -> str:
+    return f"{problem.metric} ({'lower' if problem.lower_is_better else 'higher'} is better)"

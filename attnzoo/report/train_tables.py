@@ -1,0 +1,84 @@
+"""The numbers of training as tables: one a problem, and which variant fits which task, for the screen and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from attnzoo.cost.table import Column, Table
+from attnzoo.report.columns import count, duration, memory
+from attnzoo.tasks.summary import Problem, Summary
+
+COLUMNS = (
+    Column("label", "attention", words=True),
+    Column("test", "test"),
+    Column("spread", "±"),
+    Column("seeds", "seeds"),
+    Column("rate", "rate", "g"),
+    Column("validations", "validation by rate", words=True),
+    Column("state_bytes", "state", memory),
+    Column("macs", "MACs", count),
+    Column("peak_bytes", "peak", memory),
+    Column("seconds", "time", duration),
+)
+FORMULA = (
+    "test: {metric}, mean over the seeds at the rate that was best on validation; ±: standard deviation; state: what decoding carries after one "
+    "sequence, all layers; MACs: of all attentions with their projections, one sequence; peak: of one training step; time: of a run's training steps"
+)
+
+
+def problem_tables(problems: Iterable[Problem]) -> list[Table]:
+    """A table a problem, the baselines first; who has no score is a note with its reason."""
+    return [_table(number, problem) for number, problem in enumerate(problems, 1)]
+
+
+def score(value: float | None, metric: str) -> str:
+    """A score as a reader sees it: 97.3% or 2.13."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}%" if metric == "accuracy" else f"{value:.3f}"
+
+
+def matrix(problems: Sequence[Problem]) -> Table:
+    """Test scores, a row a contender and a column a problem; a dash where it was skipped or not tried."""
+    labels = list(dict.fromkeys(contender.label for problem in problems for contender in problem.contenders))
+    found = [{contender.label: contender for contender in problem.contenders} for problem in problems]
+    rows = tuple({"label": label, **{str(number): _cell(problems[number], by.get(label)) for number, by in enumerate(found)}} for label in labels)
+    headings = [Column(str(number), short_title(problem, problems)) for number, problem in enumerate(problems)]
+    formula = "mean test score over the seeds: accuracy in percent, bits per character on shakespeare; -: skipped or not tried"
+    return Table("matrix", "Which attention for which task", formula, (COLUMNS[0], *headings), rows)
+
+
+def _cell(problem: Problem, contender: Summary | None) -> str | None:
+    return None if contender is None else score(contender.test, problem.metric)
+
+
+def short_title(problem: Problem, problems: Sequence[Problem]) -> str:
+    """The task, and those knobs in which its problems differ."""
+    same = [other for other in problems if other.task == problem.task]
+    differing = [name for name in problem.knobs if len({str(other.knobs.get(name)) for other in same}) > 1]
+    return " ".join([problem.task, *(f"{name}={problem.knobs[name]}" for name in differing)])
+
+
+def _table(number: int, problem: Problem) -> Table:
+    shown = [contender for contender in problem.contenders if contender.test is not None]
+    notes = [f"{contender.label}: {contender.reason}" for contender in problem.contenders if contender.reason]
+    parameters = {**problem.model, **problem.budget, "held_out": problem.held_out}
+    rows = tuple(_numbers(contender, problem.metric) for contender in shown)
+    return Table(f"problem-{number}", problem.title, FORMULA.format(metric=problem.metric), COLUMNS, rows, parameters, tuple(notes))
+
+
+def _numbers(contender: Summary, metric: str) -> dict[str, Any]:
+    tried = ", ".join(f"{rate:g}: {score(value, metric) if value is not None else 'not finite'}" for rate, value in contender.validations.items())
+    return {
+        "label": contender.label,
+        "test": score(contender.test, metric),
+        "spread": None if contender.spread is None else score(contender.spread, metric),
+        "seeds": contender.seeds or None,
+        "rate": contender.learning_rate,
+        "validations": tried or None,
+        "state_bytes": contender.state_bytes,
+        "macs": contender.macs,
+        "peak_bytes": contender.peak_bytes,
+        "seconds": contender.seconds,
+    }

@@ -1,0 +1,1 @@
+"""Small training tasks that tell attentions apart, and the study that trains on them."""

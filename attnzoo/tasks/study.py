@@ -1,0 +1,114 @@
+"""What is trained on a task, read from YAML: problems, model, budget, rates, seeds and contenders, with small overrides for each size."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from attnzoo.arguments import check_count, check_positive
+from attnzoo.configuration import check_mapping, read_yaml
+from attnzoo.registry import nearest
+from attnzoo.tasks.contenders import Contender, ParseVariant, parse_contender
+from attnzoo.tasks.loop import Budget
+from attnzoo.tasks.model import Sizes
+from attnzoo.tasks.task import Task
+
+SEED_LIMIT = 2**32
+KEYS = ("problem", "model", "budget", "held_out", "learning_rates", "seeds", "variants")
+MAPPINGS = ("problem", "model", "budget")  # overridden key by key, the others whole
+T = TypeVar("T", Sizes, Budget)
+
+
+@dataclass(frozen=True)
+class Study:
+    """problems: the task with each combination of its knobs. held_out: sequences of validation, and of test."""
+
+    problems: tuple[Task, ...]
+    sizes: Sizes
+    budget: Budget
+    held_out: int
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    contenders: tuple[Contender, ...]
+
+
+def read_study(path: Path, size: str, task: type[Task], overrides: dict[str, Any], parse_variant: ParseVariant) -> Study:
+    """A size of a file, with overrides by key as the file has them. Raises ValueError, one sentence that names the file, on what it cannot mean."""
+    what = f"--config {path}"
+    found = read_yaml(path, what)
+    check_mapping(what, found, (*KEYS, "sizes"))
+    sizes = found.pop("sizes", None)
+    if not isinstance(sizes, dict) or size not in sizes:
+        known = [] if not isinstance(sizes, dict) else list(sizes)
+        raise ValueError(f"{what} has no size {size!r}{nearest(size, known)}; its sizes are {', '.join(map(str, known)) or 'missing'}")
+    check_mapping(f"{what}: size {size}", sizes[size], KEYS, may_be_empty=True)
+    for changes in (sizes[size], overrides):
+        for key, value in changes.items():
+            if key in MAPPINGS and not (isinstance(value, dict) and isinstance(found.get(key, {}), dict)):
+                raise ValueError(f"{what}: {key}={value!r} must be a mapping, such as {key}: {{name: value}}")
+            found[key] = {**found.get(key, {}), **value} if key in MAPPINGS else value
+    missing = [key for key in KEYS if key not in found and key not in ("problem", "model")]
+    try:
+        if missing:
+            raise ValueError(f"{' and '.join(missing)} must be given; see the shipped configs/tasks")
+        return make_study(found, task, parse_variant)
+    except ValueError as error:
+        raise ValueError(f"{what}, size {size}: {error}") from None
+
+
+def make_study(found: dict[str, Any], task: type[Task], parse_variant: ParseVariant) -> Study:
+    """The study of a mapping with the keys KEYS. Raises ValueError on what it cannot mean."""
+    sizes = _section("model", Sizes, found.get("model", {}))
+    contenders = tuple(parse_contender(_text(text), parse_variant) for text in _list("variants", found["variants"]))
+    for contender in contenders:
+        contender.layers(sizes.layers)
+    if len({contender.label for contender in contenders}) < len(contenders):
+        raise ValueError("variants names the same one twice")
+    return Study(
+        problems=_problems(task, found.get("problem", {})),
+        sizes=sizes,
+        budget=_section("budget", Budget, found["budget"]),
+        held_out=check_positive("held_out", found["held_out"]),
+        learning_rates=tuple(sorted({_rate(rate) for rate in _list("learning_rates", found["learning_rates"])})),
+        seeds=tuple(dict.fromkeys(_seed(seed) for seed in _list("seeds", found["seeds"]))),
+        contenders=contenders,
+    )
+
+
+def _problems(task: type[Task], knobs: Any) -> tuple[Task, ...]:
+    """The task with every combination of the values given for its knobs."""
+    check_mapping(f"the problem of {task.name}", knobs, task.knobs(), may_be_empty=True)
+    values = [[(knob, value) for value in (given if isinstance(given, list) else [given])] for knob, given in (knobs or {}).items()]
+    return tuple(task.from_knobs(dict(chosen)) for chosen in itertools.product(*values))
+
+
+def _section(name: str, kind: type[T], found: Any) -> T:
+    check_mapping(name, found, [field.name for field in fields(kind)], may_be_empty=True)
+    return kind(**(found or {}))
+
+
+def _list(name: str, found: Any) -> Sequence[Any]:
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"{name}={found!r} must be a list that is not empty")
+    return found
+
+
+def _text(text: Any) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"variants: {text!r} must be text, such as sliding_window:window=16")
+    return text
+
+
+def _rate(rate: Any) -> float:
+    if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate < 1:
+        raise ValueError(f"learning_rates: {rate!r} must be a number between 0 and 1, such as 0.001 (YAML reads 1e-3 as text)")
+    return float(rate)
+
+
+def _seed(seed: Any) -> int:
+    if check_count("seed", seed) >= SEED_LIMIT:
+        raise ValueError(f"seed={seed} is out of range; use 0 to {SEED_LIMIT - 1}")
+    return seed

@@ -1,0 +1,238 @@
+"""`attnzoo train` and its report: what they print and write, how a study goes on after an interrupt, and one sentence for what cannot be done."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("jsonargparse")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+from attnzoo import cli
+from attnzoo.commands.variants import parse_variant
+from attnzoo.configuration import configs_folder
+from attnzoo.report.train_figures import drawings, pareto_front, turned_knob
+from attnzoo.report.train_page import page
+from attnzoo.report.train_tables import matrix
+from attnzoo.results import read_rows
+from attnzoo.tasks import loop
+from attnzoo.tasks.rows import Row
+from attnzoo.tasks.study import read_study
+from attnzoo.tasks.summary import summed_up
+from attnzoo.tasks.zoo import TASKS
+
+STUDY = """
+problem: {length: 16, pairs: [1, 2], vocabulary: 8}
+model: {width: 16, layers: 2, heads: 1}
+budget: {steps: 6, batch_size: 4, warmup_steps: 2, evaluate_every: 3}
+held_out: 16
+learning_rates: [0.001, 0.01]
+seeds: [0, 1]
+variants: [standard, linear+standard, gru, linformer]
+sizes:
+  quick: {}
+  larger: {model: {layers: 4}, seeds: [7]}
+"""
+TRAIN = ("train", "--task", "mqar", "--config", "study.yaml")
+FILE = Path("report/train-mqar.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty folder with a study."""
+    monkeypatch.chdir(tmp_path)
+    Path("study.yaml").write_text(STUDY)
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one sentence with which a command line is refused."""
+    code = cli.main(list(arguments))
+    captured = capsys.readouterr()
+    said = captured.err.strip().splitlines()
+    assert code == 2 and captured.out == "", captured
+    assert len(said) == 1 and said[0].startswith("attnzoo: "), captured.err
+    return said[0]
+
+
+def test_a_study_prints_tables_and_writes_rows_and_a_summary(capsys):
+    assert cli.main(list(TRAIN)) == 0
+    captured = capsys.readouterr()
+    for said in (
+        "mqar, length=16 pairs=1 vocabulary=8",
+        "chance",
+        "majority answer",
+        "linear + standard",
+        "gru",
+        "linformer: linformer cannot be causal",
+    ):
+        assert said in captured.out, said
+    assert re.search(r"\[\d+/144\] mqar .*: loss \d\.\d+, .* left", captured.err) and "[144/144] done" in captured.err
+    rows = read_rows(FILE, Row)
+    assert len(rows) == 2 * (2 + 3 * 3 + 1)
+    assert json.loads(Path("report/train-mqar.json").read_text())[1]["contenders"][2]["seeds"] == 2
+    assert all(row.environment and "torch" in row.environment for row in rows)
+
+
+def test_an_interrupted_study_goes_on_where_it_was(capsys, monkeypatch):
+    evaluate, calls = loop.evaluate, []
+
+    def interrupted(*arguments: Any) -> tuple[float, float]:
+        calls.append(None)
+        if len(calls) == 8:  # after the first checkpoint of the third run
+            raise KeyboardInterrupt
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", interrupted)
+    arguments = [*TRAIN, "--variants", "standard", "--problem", "pairs=2", "--seeds", "0", "1", "2"]
+    assert cli.main(arguments) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+    broken = FILE.read_text()
+    assert len(list(Path("report/checkpoints").iterdir())) == 1
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    with FILE.open("a") as file:
+        file.write('{"format": "attnzoo.tr')
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr().err
+    assert "half line is dropped" in said and "which are kept" in said
+    assert FILE.read_text().startswith(broken) and not list(Path("report/checkpoints").iterdir())
+    resumed = read_rows(FILE, Row)
+    assert cli.main([*arguments, "--output", "other"]) == 0
+    whole = read_rows("other/train-mqar.jsonl", Row)
+    assert [(row.key, row.curve, row.test) for row in resumed] == [(row.key, row.curve, row.test) for row in whole]
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr("attnzoo.tasks.run.Path.unlink", lambda path, missing_ok: None)  # as if interrupted before the row was written
+    arguments = [*TRAIN, "--variants", "standard", "--problem", "pairs=2", "--learning-rates", "0.01", "--seeds", "0"]
+    assert cli.main(arguments) == 0
+    (checkpoint,) = Path("report/checkpoints").iterdir()
+    before = checkpoint.read_bytes()
+    capsys.readouterr()
+    assert cli.main([*arguments, "--steps", "9"]) == 2
+    assert "checkpoint of another configuration (budget differ" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (("--task", "mquar"), "unknown task 'mquar' (did you mean 'mqar'?)"),
+        (("--variants", "linaer"), "unknown variant 'linaer' (did you mean 'linear'?)"),
+        (("--variants", "linear:heads=2"), "heads comes from the model"),
+        (("--variants", "gru:width=2"), "gru has no options"),
+        (("--variants", "linear", "linear"), "variants names the same one twice"),
+        (("--variants", "linear+standard+gru"), "3 parts and the model layers=2"),
+        (("--size", "qiuck"), "no size 'qiuck' (did you mean 'quick'?)"),
+        (("--problem", "pears=2"), "unknown key 'pears' (did you mean 'pairs'?)"),
+        (("--problem", "pairs"), "'pairs' is not of the form knob=number"),
+        (("--problem", "pairs=9"), "length=16 is too small"),
+        (("--steps", "0"), "steps=0 must be a whole number of at least 1"),
+        (("--seeds", "-1"), "seed=-1 must be a whole number"),
+        (("--learning-rates", "2"), "learning_rates: 2.0 must be a number between 0 and 1"),
+        (("--device", "tpu"), "device='tpu'"),
+        (("--config", "no.yaml"), "--config no.yaml cannot be read"),
+        (("--output", "study.yaml"), "is a file"),
+    ],
+)
+def test_bad_input_is_one_sentence(changes, said, capsys):
+    assert said in refused(capsys, *TRAIN, *changes)
+    assert not FILE.exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("held_out: 16", "held_out: 0", "held_out=0 must be a whole number"),
+        ("held_out: 16", "held: 16", "unknown key 'held' (did you mean 'held_out'?)"),
+        ("held_out: 16", "", "held_out must be given"),
+        ("width: 16", "width: 15", "width=15 must be an even multiple"),
+        ("heads: 1}", "heads: 1, head: 2}", "model has the unknown key 'head'"),
+        ("seeds: [0, 1]", "seeds: 0", "seeds=0 must be a list"),
+        ("0.001", "1e-3", "YAML reads 1e-3 as text"),
+        ("quick: {}", "quick: {modle: {}}", "unknown key 'modle' (did you mean 'model'?)"),
+        ("quick: {}", "quick: {model: 3}", "model=3 must be a mapping"),
+        ("batch_size: 4", "precision: half", "precision='half' is unknown"),
+    ],
+)
+def test_a_bad_study_is_one_sentence_that_names_the_file(old, new, said, capsys):
+    Path("study.yaml").write_text(STUDY.replace(old, new, 1))
+    sentence = refused(capsys, *TRAIN)
+    assert said in sentence and "--config study.yaml" in sentence
+
+
+def test_a_size_changes_what_it_names_and_nothing_else():
+    small, larger = (read_study(Path("study.yaml"), size, TASKS["mqar"], {}, parse_variant) for size in ("quick", "larger"))
+    assert (larger.sizes, larger.seeds) == (replace(small.sizes, layers=4), (7,))
+    assert replace(larger, sizes=small.sizes, seeds=small.seeds) == small
+
+
+@pytest.mark.parametrize("size", ["quick", "cpu", "gpu"])
+@pytest.mark.parametrize("task", list(TASKS))
+def test_every_task_has_a_study_in_three_sizes(task, size):
+    study = read_study(configs_folder() / "tasks" / f"{task}.yaml", size, TASKS[task], {}, parse_variant)
+    labels = [contender.label for contender in study.contenders]
+    assert len(labels) >= 7 and "standard" in labels and "gru" in labels and len(study.learning_rates) >= 2
+    assert size == "quick" or len(study.seeds) >= 3
+
+
+# The report.
+
+BLANK = Row(
+    "mqar", {"length": 64, "pairs": 8}, {"width": 16}, {"steps": 4}, 32, "accuracy", "standard", [["standard", {}]], 0.01, 0, 0.9, 0.2, 1.0,
+    [[2, 1.0], [4, 0.5]], [[2, 0.5], [4, 0.9]], None, 1.5, 2000, 9000, 4096, 100, environment={"torch": "2", "seed": "0"},
+)  # fmt: skip
+
+
+def rows(pairs: int, linear: float) -> list[Row]:
+    first = replace(BLANK, problem={"length": 64, "pairs": pairs})
+    return [
+        replace(
+            first, label="chance", layers=[], learning_rate=None, seed=None, test=0.25, curve=None, validations=None, macs=None, state_bytes=None
+        ),
+        first,
+        replace(first, label="linear", layers=[["linear", {}]], test=linear, macs=1000, state_bytes=512),
+        replace(first, label="linear", layers=[["linear", {}]], test=linear - 0.2, seed=1, macs=1000, state_bytes=512),
+    ]
+
+
+def test_the_matrix_has_a_row_a_contender_and_a_column_a_problem():
+    skipped = replace(BLANK, label="linformer", layers=[["linformer", {}]], learning_rate=None, seed=None, test=None, reason="cannot be causal")
+    table = matrix(summed_up([*rows(4, 0.9), *rows(8, 0.5), skipped]))
+    assert [column.heading for column in table.columns] == ["attention", "mqar pairs=4", "mqar pairs=8"]
+    wanted = [["chance", "25.0%", "25.0%"], ["standard", "100.0%", "100.0%"], ["linear", "80.0%", "40.0%"], ["linformer", "-", "-"]]
+    assert table.cells() == wanted
+
+
+def test_figures_are_drawn_for_what_there_is():
+    assert [drawing.name for drawing in drawings(summed_up(rows(4, 0.9)))] == ["state", "macs", "curves"]
+    both = summed_up([*rows(4, 0.9), *rows(8, 0.5)])
+    assert [drawing.name for drawing in drawings(both)] == ["state", "macs", "knob", "curves"]
+    axes = next(drawing for drawing in drawings(both) if drawing.name == "knob").whole().axes[0]
+    drawn: Any = axes.lines
+    lines = {line.get_label(): list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in drawn}
+    assert lines["linear"] == [(4, pytest.approx(0.8)), (8, pytest.approx(0.4))] and axes.get_xlabel() == "pairs"
+    assert turned_knob(both) == "pairs"
+
+
+def test_no_point_of_the_front_is_beaten_in_both():
+    points = [(1, 0.2), (2, 0.1), (3, 0.6), (3, 0.7), (4, 0.65)]
+    assert pareto_front(points, lower_is_better=False) == [(1, 0.2), (3, 0.7)]
+    assert pareto_front(points, lower_is_better=True) == [(1, 0.2), (2, 0.1)]
+
+
+def test_report_makes_a_page_that_needs_nothing_else(capsys):
+    assert cli.main([*TRAIN, "--variants", "standard", "gru"]) == 0
+    assert cli.main(["report", str(FILE), "--output", "out"]) == 0
+    text = Path("out/train.html").read_text()
+    assert text.count("<svg") == 7 and "<script" not in text and "http" not in re.sub(r"http://www.w3.org\S*", "", text)
+    assert "Which attention for which task" in text and Path("out/train-state.png").is_file()
+    assert page(read_rows(FILE, Row)) == text
+    Path("other.jsonl").write_text('{"format": "attnzoo.bench/1"}\n')
+    capsys.readouterr()
+    assert "no row of this version of `attnzoo train`" in refused(capsys, "report", str(FILE), "other.jsonl")
