@@ -120,7 +120,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 
     with mpl.rc_context(RC):
         figure = new_figure(8, 3.4)
-        looks = {GRU: {"color": "#7f8c99", "marker": "x", "linestyle": "--"}}
+        looks: dict[str, dict[str, Any]] = {GRU: {"color": "#7f8c99", "marker": "x", "linestyle": "--"}}
         looks |= {name: style.line_options() for name, style in styles((name, name) for name in VARIANTS).items()}
         for place, (quantity, label, scale) in enumerate((("macs", "multiply-accumulates, G", 1e-9), ("seconds", "time of a forward, ms", 1e3))):
             axes = figure.add_subplot(1, 2, place + 1)

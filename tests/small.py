@@ -33,7 +33,7 @@ def build_small(name: str, heads: int, head_dim: int, length: int = 64, **more: 
     return attnzoo.build(name, heads=heads, head_dim=head_dim, **{**small(name, length), **more})
 
 
-def possible(spec: Spec) -> dict[str, bool]:
+def possible(spec: Spec) -> dict[str, Any]:
     """One kind of call that the spec allows: bidirectional where it can be."""
     return {"is_causal": spec.forms[0]}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def _digits() -> dict[str, tuple[Tensor, Tensor]]:
         if (error.name or "").split(".")[0] != "sklearn":
             raise  # scikit-learn is there, and something that it needs is not
         raise ImportError("the task pixels takes its images from scikit-learn; install it with: pip install 'attnzoo[tasks]'") from None
-    found = load_digits()
+    found: Any = load_digits()
     images, digits = torch.as_tensor(found.images).long(), torch.as_tensor(found.target).long()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     sizes = (len(images) - 2 * HELD_OUT, HELD_OUT, HELD_OUT)
