@@ -51,6 +51,7 @@ def test_list_prints_every_variant(capsys):
     assert cli.main(["list"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in attnzoo.names())
+    assert all(name in printed for name in ("KV caching", "gradient checkpointing", "grouped-query attention", "recurrent layer"))
     assert "\x1b" not in printed
 
 

@@ -12,9 +12,11 @@ def _no_arguments(parser: ArgumentParser) -> None:
 
 
 def _list(settings: Namespace) -> int:
-    from attnzoo.report.zoo import zoo_table
+    from attnzoo.report.zoo import techniques_table, zoo_table
 
     screen().print(zoo_table())
+    screen().print()
+    screen().print(techniques_table())
     return 0
 
 
@@ -29,5 +31,5 @@ def _show(settings: Namespace) -> int:
     return 0
 
 
-LIST = Command("list", "Print the zoo: every variant and what it can do.", _no_arguments, _list)
+LIST = Command("list", "Print the zoo: every variant and what it can do, and the techniques that go with all of them.", _no_arguments, _list)
 SHOW = Command("show", "Print one variant: equation, paper, capabilities, options and cost.", _name, _show)

@@ -46,6 +46,26 @@ def zoo_table() -> Table:
     return table
 
 
+TECHNIQUES = (
+    ("KV caching", "the past is not computed again for every token", "attn.init_state and attn.step; state_cache(model) in generate"),
+    ("gradient checkpointing", "the backward pass computes activations again", "torch's and transformers' own switches, with every variant"),
+    ("grouped-query attention", "heads of queries share keys and values; one head of them: multi-query", "k and v with fewer heads, in every variant"),
+    ("recurrent layer", "the baseline beside attention: n·d² operations, one after the other", "torch.nn.GRU: count_flops, and gru in attnzoo train"),
+)
+"""What is no variant, but belongs to the cost of attention: its name, what it does, and where it is."""
+
+
+def techniques_table() -> Table:
+    """What goes with every variant, one technique a row."""
+    table = plain_table()
+    table.add_column("technique", no_wrap=True)
+    table.add_column("what it does")
+    table.add_column("where it is")
+    for name, what, where in TECHNIQUES:
+        table.add_row(Text(name, style="bold"), what, where)
+    return table
+
+
 def variant_view(name: str) -> RenderableType:
     """One variant: equation, paper, docstring, capabilities, options, backends and cost. Raises ValueError on an unknown name."""
     described = describe(name)
