@@ -60,7 +60,8 @@ def refused(capsys, *arguments: str) -> str:
     return said[0]
 
 
-def test_a_study_prints_tables_and_writes_rows_and_a_summary(capsys):
+def test_a_study_prints_tables_and_writes_rows_and_a_summary(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")  # how wide a time is depends on the machine, and labels fold on a narrow screen
     assert cli.main(list(TRAIN)) == 0
     captured = capsys.readouterr()
     for said in (
