@@ -194,9 +194,7 @@ def _visible(d_features: Tensor, key_mask: Tensor | None) -> Tensor:
     return d_features if key_mask is None else d_features.masked_fill_(~key_mask[:, None, :, None], 0.0)
 
 
-def _through_sums(
-    features: Tensor, weights: Tensor | None, v: Tensor, d_sums: Tensor, of_scale: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _through_sums(features: Tensor, weights: Tensor | None, v: Tensor, d_sums: Tensor, of_scale: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of features, v and (if of_scale) the logarithm of weights from that of `summed(features, weights, v)`."""
     values = F.pad(v, (0, 1), value=1.0)
     d_values = features @ d_sums
