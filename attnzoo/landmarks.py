@@ -32,3 +32,14 @@ def segment_means(x: Tensor, segments: int, key_mask: Tensor | None) -> tuple[Te
     filled = inside.sum(-1)  # (batch or 1, segments)
     means = found.sum(3, dtype=dtype) / filled.clamp(min=1)[:, None, :, None]
     return means.to(x.dtype), None if key_mask is None else filled > 0
+
+
+def pseudo_inverse(kernel: Tensor, iterations: int) -> Tensor:
+    """Of matrices B (..., m, m) whose rows sum to 1 or are 0: Z ← ¼ Z (13 I − B Z (15 I − B Z (7 I − B Z))) from Z = Bᵀ / (‖B‖₁ ‖B‖_∞)."""
+    largest = kernel.sum(-2, keepdim=True).amax(-1, keepdim=True)  # ‖B‖₁; ‖B‖_∞ is 1
+    inverse = kernel.mT / largest.clamp(min=torch.finfo(largest.dtype).tiny)
+    identity = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
+    for _ in range(iterations):
+        product = kernel @ inverse
+        inverse = 0.25 * inverse @ (13 * identity - product @ (15 * identity - product @ (7 * identity - product)))
+    return inverse

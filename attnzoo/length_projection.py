@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.engines import memory, peaks
-from attnzoo.engines.engine import Shape
+from attnzoo.engines.engine import Cost, Shape
 from attnzoo.engines.pieces import join, only_autograd_looks
 
 
@@ -22,6 +22,10 @@ class LengthProjection(nn.Module):
     def __init__(self, heads: int, max_length: int, rank: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(heads, max_length, rank) * rank**-0.5)
+
+    def keep_heads(self, first: int, count: int) -> None:
+        """Keep the weights of `count` heads from `first` on."""
+        self.weight = nn.Parameter(self.weight.detach()[first : first + count].clone(), self.weight.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
@@ -95,6 +99,21 @@ class ProjectedMemory:
     @property
     def weight_bytes(self) -> int:
         return (self.shape.heads if self.per_head else 1) * self.max_length * self.rank * self.shape.dtype.itemsize
+
+    def cost(self, attending: Cost, projections: int) -> Cost:
+        """Of projecting with so many different weights, 1 or 2, and then attending."""
+        projected = self.projected
+        macs = 2 * self.shape.batch_size * projected.kv_heads * self.shape.key_length * self.rank * self.shape.head_dim + attending.macs
+        rows_read = projections * (self.shape.heads if self.per_head else 1) * self.shape.key_length
+        return Cost(
+            macs=macs,
+            support_macs=macs,
+            elementwise=attending.elementwise,
+            moved_bytes=self.shape.input_bytes + self.shape.query_bytes + rows_read * self.rank * self.shape.dtype.itemsize,
+            kept_bytes=self.kept(),
+            forward_bytes=self.forward(),
+            training_bytes=self.training(),
+        )
 
     def kept(self) -> int:
         """The projected keys and values as the softmax keeps them, and k and v, which the gradients of the weights are made of."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnzoo.arguments import check_positive
 from attnzoo.attention import Attention, Spec
@@ -79,7 +79,7 @@ class Linformer(Attention):
         super().keep_heads(first, count)
         if self.sharing == "none":
             for projection in (self.key_projection, self.value_projection):
-                projection.weight = nn.Parameter(projection.weight.detach()[first : first + count].clone(), projection.weight.requires_grad)
+                projection.keep_heads(first, count)
 
     def refuse(self, call: Call) -> None:
         super().refuse(call)
@@ -94,21 +94,8 @@ class Linformer(Attention):
 
     def count(self, shape: Shape) -> Cost:
         self._check_length(shape.key_length)
-        per_head = self.sharing == "none"
-        projections = 1 if self.value_projection is self.key_projection else 2
-        memory = ProjectedMemory(shape, self.rank, self.max_length, per_head)
-        projecting = 2 * shape.batch_size * memory.projected.kv_heads * shape.key_length * self.rank * shape.head_dim
-        attending = self.engine.cost(memory.projected)
-        rows_read = projections * self.key_projection.weight.shape[0] * shape.key_length
-        return Cost(
-            macs=projecting + attending.macs,
-            support_macs=projecting + attending.macs,
-            elementwise=attending.elementwise,
-            moved_bytes=shape.input_bytes + shape.query_bytes + rows_read * self.rank * shape.dtype.itemsize,
-            kept_bytes=memory.kept(),
-            forward_bytes=memory.forward(),
-            training_bytes=memory.training(),
-        )
+        memory = ProjectedMemory(shape, self.rank, self.max_length, per_head=self.sharing == "none")
+        return memory.cost(self.engine.cost(memory.projected), projections=1 if self.value_projection is self.key_projection else 2)
 
     def _check_length(self, key_length: int) -> None:
         if key_length > self.max_length:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from attnzoo.arguments import check_positive
@@ -10,7 +9,7 @@ from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Cost, Shape, accumulation_dtype
 from attnzoo.engines.softmax import Softmax, masked_softmax
-from attnzoo.landmarks import segment_means
+from attnzoo.landmarks import pseudo_inverse, segment_means
 from attnzoo.registry import register
 
 
@@ -78,14 +77,7 @@ class Nystromformer(Attention):
         scores = q @ k.mT * (self.head_dim**-0.5 if self.engine.scale is None else self.engine.scale)
         if filled is not None:
             scores = scores.masked_fill(~(filled[:, None, :, None] & filled[:, None, None, :]), float("-inf"))
-        kernel = masked_softmax(scores)
-        largest = kernel.sum(-2, keepdim=True).amax(-1, keepdim=True)  # ‖B‖₁; ‖B‖_∞ of a softmax is 1
-        inverse = kernel.mT / largest.clamp(min=torch.finfo(largest.dtype).tiny)
-        identity = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
-        for _ in range(self.iterations):
-            product = kernel @ inverse
-            inverse = 0.25 * inverse @ (13 * identity - product @ (15 * identity - product @ (7 * identity - product)))
-        return inverse
+        return pseudo_inverse(masked_softmax(scores), self.iterations)
 
     def count(self, shape: Shape) -> Cost:
         segments, heads = min(self.num_landmarks, shape.key_length), shape.batch_size * shape.heads
