@@ -206,6 +206,20 @@ def test_rule_7_a_sparse_row_is_a_set_of_keys(case: Case, backend: str) -> None:
 
 
 @BACKENDS
+def test_heads_kept_alone_say_what_they_said_together(case: Case, backend: str) -> None:
+    """For a process that holds some of the heads; what a head learned, drew or is by its place among the heads goes with it."""
+    q, k, v, _ = tensors(Situation(40, 40, kv_heads=4), shift=case.shift)
+    for is_causal in kinds(case):
+        whole = case.build(dtype=torch.float64, backend=backend)
+        for kv_heads in (4, 2):
+            some = case.build(dtype=torch.float64, backend=backend)
+            some.keep_heads(2, 2)
+            expected = whole(q, k[:, :kv_heads], v[:, :kv_heads], is_causal=is_causal)
+            second = slice(kv_heads // 2, kv_heads)
+            close(some(q[:, 2:], k[:, second], v[:, second], is_causal=is_causal), expected[:, 2:], 1e-12, f"heads 2 and 3, {kv_heads} of keys")
+
+
+@BACKENDS
 def test_rule_8_any_length(case: Case, backend: str) -> None:
     """No length must be a multiple of anything, 0 included; past max_length there is an error that says so."""
     attn = case.build(dtype=torch.float64, backend=backend)

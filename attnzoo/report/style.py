@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 INK, FAINT = "#1f2328", "#d0d7de"  # text and axes, grid: the page swaps these two in dark mode
 # After Okabe and Ito (2008), without the yellow that white paper swallows: told apart with every common colour blindness.
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", "*", ">")
+# Six more, each as far as can be from all before it and from ink, in CIELAB and under simulated colour blindness.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8700f0", "#784b1e", "#9678ff", "#d2b469", "#962d69", "#f01e5a")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", "*", ">", "d", "h")
 LINES = ("-", "--", ":", "-.")
 
 RC: dict[Any, Any] = {

@@ -34,12 +34,12 @@ class Cosformer(Attention):
 
         A_ij = w_ij / Σ_l w_il,    w_ij = relu(q_i)·relu(k_j) · cos(π/2 · (i − j)/max_length)
 
-    cos(a − b) = cos a cos b + sin a sin b, so the weight is a product of features twice as wide and the cost is linear.
-    What is kept of softmax is that A is not negative and, by the cosine, that near keys weigh more; what is lost is sharpness: scores are not
-    exponentiated. A query whose ReLU features vanish sees nothing. Use it as a drop-in where linear attention is used; it needs to know how
-    long a sequence may become, and the reweighting fades when that is far more than it is.
+    cos(a − b) = cos a cos b + sin a sin b, so w is a product of features twice as wide, and the cost is linear.
+    What is kept of softmax is that A is not negative, that its rows sum to 1 and, by the cosine, that near keys weigh more; what is lost is
+    sharpness, for no score is exponentiated, and a query without positive numbers sees nothing. Use it in place of linear attention where near
+    tokens matter more; not where inputs are far shorter than max_length, for there the cosine is 1 everywhere.
 
-    max_length: longest sequence, the paper's M; the distance at which the cosine is 0.
+    max_length: the longest sequence, the paper's M: the distance at which the cosine is 0.
     """
 
     spec = Spec(

@@ -13,13 +13,16 @@ from attnzoo.registry import register
 
 
 class Fading(Pointwise):
-    """φ(x) = √s · x, and a key is worth γ = 1 - 2^(-5 - h) of itself after every token, in head h of the keys."""
+    """φ(x) = √s · x, and a key is worth γ = 1 - 2^(-5 - h) of itself after every token, in head h of the keys.
+
+    first, count: the heads of queries that these are among all, for a process that holds only some.
+    """
 
     fades = True
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float, first: int, count: int) -> None:
         super().__init__(identity, normalize=False)
-        self.scale = scale
+        self.scale, self.first, self.count = scale, first, count
 
     def query(self, q: Tensor) -> Tensor:
         return q * self.scale**0.5
@@ -28,7 +31,9 @@ class Fading(Pointwise):
         return d_features * self.scale**0.5
 
     def decay(self, like: Tensor) -> Tensor:
-        return 1 - 2.0 ** (-5 - torch.arange(like.shape[1], dtype=like.dtype, device=like.device))
+        kv_heads = like.shape[1]
+        heads = torch.arange(kv_heads, dtype=like.dtype, device=like.device) + self.first * kv_heads // self.count
+        return 1 - 2.0 ** (-5 - heads)
 
 
 @register
@@ -37,13 +42,14 @@ class Retention(Attention):
 
         A_ij = s · q_i·k_j · γ^(i − j) for j ≤ i,    γ = 1 − 2^(−5 − h),    s = 1/√d
 
-    The matrix, a recurrence S ← γ S + k vᵀ with out = s·Sᵀq, and chunks that mix both are one and the same: it trains in parallel and decodes
-    with d² numbers a head. Causal only. What is kept of softmax is a score for every pair; what is lost is the normaliser: rows do not sum to 1,
-    and may be negative. The paper divides each head's output by its own size afterwards (group normalisation), turns q and k by their
-    positions before (xPos), and gates: those belong to the layer around this.
-    Use it to generate long texts; not to look up what stood more than 1/(1 − γ) tokens ago: 32 in the first head, twice as far in each next.
+    The matrix, the recurrence S ← γ S + k vᵀ with out = s·Sᵀq, and chunks that mix both give the same rows: it trains in parallel and decodes
+    with d² numbers a head. h counts the heads of the keys from 0; queries that share one share its γ.
+    What is kept of softmax is a score for every pair; what is lost is the normaliser: rows do not sum to 1, and entries may be negative.
+    The paper turns q and k by their positions before (xPos), normalises each head's output afterwards, and gates it: those belong to the
+    layer around this. Causal only. Use it to read and write long text with a small state; not to look up what stood much more than 1/(1 − γ)
+    tokens ago, which is 32 in the first head and twice as far in each next one.
 
-    Query heads that share a head of keys share its γ. scale: s.
+    scale: s, the factor of the scores.
     """
 
     spec = Spec(
@@ -61,4 +67,10 @@ class Retention(Attention):
         given, default = check_scale(scale), check_positive("head_dim", head_dim) ** -0.5
         if given is not None and given <= 0:
             raise ValueError(f"scale={scale!r} must be positive: queries and keys take its square root each")
-        super().__init__(heads, head_dim, Linear(Fading(default if given is None else given)), backend=backend)
+        fading = Fading(default if given is None else given, 0, check_positive("heads", heads))
+        super().__init__(heads, head_dim, Linear(fading), backend=backend)
+        self.fading = fading
+
+    def keep_heads(self, first: int, count: int) -> None:
+        super().keep_heads(first, count)
+        self.fading.first, self.fading.count = self.fading.first + first, count
