@@ -28,13 +28,20 @@ class FeatureMap(nn.Module):
     keys (a softmax along the length). "none": not at all.
 
     scales_keys: whether `key` gives a log_scale. fades: whether a key is worth less with every token that follows, see `decay`; no map does
-    both. has_vjp: whether `vjp` is known, and nothing but queries and keys wants a gradient.
+    both. has_vjp: whether `vjp` is known, and nothing but queries and keys wants a gradient. is_view: whether features are the very numbers given,
+    so that they take no memory.
     """
 
     normalizer: Normalizer = "row"
     scales_keys: bool = False
     fades: bool = False
     has_vjp: bool = False
+    is_view: bool = False
+
+    @property
+    def weighs_keys(self) -> bool:
+        """Whether keys are summed with weights."""
+        return self.scales_keys or self.fades
 
     def width(self, head_dim: int) -> int:
         """Number of features of a vector of head_dim numbers."""
@@ -104,6 +111,7 @@ class Pointwise(FeatureMap):
         self.function = function
         self.normalizer = "row" if normalize else "none"
         self.has_vjp = function in _VJP  # a callable of the user's own may have parameters
+        self.is_view = function is identity
 
     def width(self, head_dim: int) -> int:
         return self.function(torch.zeros(1, head_dim)).shape[-1]

@@ -18,11 +18,12 @@ from attnzoo.feature_maps import FeatureMap
 
 @dataclass(frozen=True)
 class _Span:
-    """Bytes of the tensors of one span. features: of queries and keys; query_features: of queries; regrouped: queries laid out anew where
-    several heads share keys; rows: numerators; totals: numerators with their normalisers;
-    scores: of rows with their own chunk, weights: of keys in those rows, 0 where all are 1; sums: of keys, one for each chunk."""
+    """Bytes of the tensors of one span. features: of queries and keys; held: those of them that stay; query_features: of queries;
+    regrouped: queries laid out anew where several heads share keys; rows: numerators; totals: numerators with their normalisers;
+    scores: of rows with their own chunk, weights: of keys in those rows, 0 where they are few or all 1; sums: of keys, one for each chunk."""
 
     features: int
+    held: int
     query_features: int
     regrouped: int
     rows: int
@@ -33,7 +34,7 @@ class _Span:
 
     def left_over(self) -> int:
         """Of a causal span that has been read."""
-        return self.features + self.regrouped + self.scores + self.weights + self.sums
+        return self.held + self.regrouped + self.scores + self.weights + self.sums
 
 
 def forward(feature_map: FeatureMap, shape: Shape) -> int:
@@ -58,7 +59,7 @@ def training(feature_map: FeatureMap, shape: Shape, kept_bytes: int) -> int:
     # As forward, with the gradients of features and rows: of values, of numerators, and of numerators with their normalisers
     busiest = 0
     for before, span in _neighbours(feature_map, shape):
-        sent = 3 * span.features // 2 + 3 * span.rows + (5 if span.weights else 3) * span.totals
+        sent = 3 * span.features // 2 + 3 * span.rows + (5 if feature_map.weighs_keys else 3) * span.totals
         busiest = max(busiest, before.left_over() + _built(span) - span.weights + sent)
     return held + busiest
 
@@ -80,6 +81,7 @@ def _span(feature_map: FeatureMap, shape: Shape, tokens: int, chunks: int) -> _S
     pairs = tokens * min(CAUSAL_CHUNK, tokens)
     return _Span(
         features=size * (shape.heads + shape.kv_heads) * tokens * width,
+        held=0 if feature_map.is_view else size * (shape.heads + shape.kv_heads) * tokens * width,
         query_features=size * shape.heads * tokens * width,
         regrouped=size * shape.heads * tokens * d if shape.heads > shape.kv_heads else 0,
         rows=size * shape.heads * tokens * d,
