@@ -29,7 +29,8 @@ class FeatureMap(nn.Module):
 
     scales_keys: whether `key` gives a log_scale; scale_has_gradient: whether that depends on the key, and is no mere stabiliser.
     fades: whether a key is worth less with every token that follows, see `decay`; no map both scales keys and fades.
-    has_vjp: whether `vjp` is known, and nothing but queries and keys wants a gradient.
+    has_vjp: whether `vjp` is known, and nothing but queries and keys wants a gradient. is_view: whether features are the very numbers
+    given, so that they take no memory.
     """
 
     normalizer: Normalizer = "row"
@@ -37,6 +38,12 @@ class FeatureMap(nn.Module):
     scale_has_gradient: bool = False
     fades: bool = False
     has_vjp: bool = False
+    is_view: bool = False
+
+    @property
+    def weighs_keys(self) -> bool:
+        """Whether keys are summed with weights."""
+        return self.scales_keys or self.fades
 
     def width(self, head_dim: int) -> int:
         """Number of features of a vector of head_dim numbers."""
@@ -110,6 +117,7 @@ class Pointwise(FeatureMap):
         self.function = function
         self.normalizer = "row" if normalize else "none"
         self.has_vjp = function in _VJP  # a callable of the user's own may have parameters
+        self.is_view = function is identity
 
     def width(self, head_dim: int) -> int:
         return self.function(torch.zeros(1, head_dim)).shape[-1]

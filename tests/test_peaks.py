@@ -9,6 +9,7 @@ from cases import Case, can, cases
 import attnzoo
 from attnzoo import Attention
 from attnzoo.bench.memory import peak_bytes
+from attnzoo.registry import sized, spec_of
 
 SIZES = [(1, 1), (63, 63), (257, 257), (800, 800), (1, 65), (140, 257), (65, 18), (300, 600)]
 
@@ -60,20 +61,23 @@ def test_every_thread_has_working_memory(threads: int) -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+IN_PIECES = [
+    ("sliding_window", {}, 0.01),
+    ("bigbird", {}, 0.01),
+    ("linear", {}, 0.15),
+    ("linear", {"feature_map": "softmax"}, 0.15),
+    ("performer", {}, 0.15),
+    ("cosformer", {}, 0.15),
+    ("retention", {}, 0.15),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "options", "left_out"),
-    [
-        ("sliding_window", {}, 0.01),
-        ("bigbird", {}, 0.01),
-        ("linear", {}, 0.15),
-        ("linear", {"feature_map": "softmax"}, 0.15),
-        ("performer", {}, 0.15),
-    ],
+    ("name", "options", "left_out", "is_causal"), [(*row, is_causal) for row in IN_PIECES for is_causal in spec_of(row[0]).forms]
 )
 def test_peaks_of_engines_in_pieces(name: str, options: dict[str, str], left_out: float, is_causal: bool) -> None:
     """left_out: the part that is too small for the formula, such as indices, or masks and sums of one chunk. 3,000 tokens need padding."""
-    attn = attnzoo.build(name, heads=2, head_dim=64, **options)
+    attn = attnzoo.build(name, heads=2, head_dim=64, **options, **sized(name, 4096))
     for n, kv_heads in ((4096, 2), (3000, 1)):
         cost = attn.cost(1, n, kv_heads=kv_heads, is_causal=is_causal)
         assert cost.forward_bytes is not None and cost.training_bytes is not None

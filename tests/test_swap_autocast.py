@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from small import build_small, possible, small
@@ -55,7 +57,7 @@ def test_autocast_of_a_swapped_layer(name: str) -> None:
 def test_autocast_casts_at_the_door_only(name: str) -> None:
     """float32 under autocast is that dtype without autocast, bit for bit, as for torch's SDPA: nothing inside is rounded once more."""
     attn = build_small(name, HEADS, 4)
-    call = possible(attn.spec)
+    call: Any = possible(attn.spec)
     q, k, v = torch.randn(3, 2, HEADS, 20, 4, generator=torch.Generator().manual_seed(3))
     low, high = [x.bfloat16() for x in (q, k, v)], [x.double() for x in (q, k, v)]
     wanted, weights = attn(*low, **call), attn.weights(*low[:2], **call)

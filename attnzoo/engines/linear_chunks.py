@@ -169,8 +169,8 @@ def chunks_held(width: int, batch_size: int, heads: int, length: int, like: Tens
 
 def spans_of(feature_map: FeatureMap, call: Call) -> list[tuple[int, int]]:
     """`spans` of a call with as many queries as keys."""
-    q = call.q
-    return spans(q.shape[2], chunks_held(feature_map.width(q.shape[3]), q.shape[0], q.shape[1], q.shape[2], q))
+    q, head_dim = call.q, call.v.shape[3]  # not q's: it may have grown by what its positions add
+    return spans(q.shape[2], chunks_held(feature_map.width(head_dim), q.shape[0], q.shape[1], q.shape[2], q))
 
 
 def causal(feature_map: FeatureMap, call: Call, past: Past | None, *, remember_last: bool = False) -> Iterator[Piece]:
@@ -252,7 +252,11 @@ class Block:
             totals = feature_totals(relative, k_features, carry, before)
             q_features = (q_features.unflatten(3, (group, -1)) / totals[:, :, :, None]).flatten(3, 4)
         scores = (q_features @ k_features.mT).unflatten(3, (group, -1))
-        attention = (scores.tril_() if relative is None else scores * relative[:, :, :, None]).flatten(3, 4)
+        if relative is None:
+            attention = scores.tril_()
+        else:  # in place where no gradient goes to the weights
+            attention = scores.mul_(relative[:, :, :, None]) if feature_map.fades else scores * relative[:, :, :, None]
+        attention = attention.flatten(3, 4)
         remembered = None if after is None else Past(after, None if largest is None else largest[..., -1].clone())
         return cls(q, k, v, q_features, k_features, totals, relative, attention, before, carry, weights, shrink, remembered)
 

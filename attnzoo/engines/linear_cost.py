@@ -25,9 +25,8 @@ def cost(feature_map: FeatureMap, shape: Shape) -> Cost:
             reading -= chunks[0]  # nothing lies behind the first chunk
         writing -= chunks[-1]  # and nobody reads what the last one would add
     features, sums = feature_map.macs(d), width * (d + 1)
-    weighted = feature_map.scales_keys or feature_map.fades
     per_head += queries * features + reading * width * (d + 1 if feature_map.normalizer == "row" else d)
-    per_kv_head += keys * features + writing * (sums if weighted else width * d)  # without weights the normaliser is a plain sum
+    per_kv_head += keys * features + writing * (sums if feature_map.weighs_keys else width * d)  # without weights the normaliser is a plain sum
     pairs = causal_pairs(shape.query_length, keys) if shape.is_causal else shape.query_length * keys
     state = shape.batch_size * shape.kv_heads * sums
     kept_bytes = _kept_bytes(feature_map, shape) if feature_map.has_vjp else None

@@ -18,12 +18,13 @@ from attnzoo.feature_maps import FeatureMap
 
 @dataclass(frozen=True)
 class _Span:
-    """Bytes of the tensors of one span. features: of queries and keys; query_features: of queries; divisors: of those features, 0 where they
-    have none; regrouped: queries laid out anew where several heads share keys, and values where there are several heads;
-    rows: numerators; totals: numerators with their normalisers, if they have any;
-    scores: of rows with their own chunk, weights: of keys in those rows, 0 where all are 1; sums: of keys, one for each chunk."""
+    """Bytes of the tensors of one span. features: of queries and keys; held: those of them that stay; query_features: of queries; divisors: of
+    those features, 0 where they have none; regrouped: queries laid out anew where several heads share keys, and values where there are
+    several heads; rows: numerators; totals: numerators with their normalisers, if they have any;
+    scores: of rows with their own chunk, weights: of keys in those rows, 0 where they are few or all 1; sums: of keys, one for each chunk."""
 
     features: int
+    held: int
     query_features: int
     divisors: int
     regrouped: int
@@ -35,7 +36,7 @@ class _Span:
 
     def left_over(self) -> int:
         """Of a causal span that has been read."""
-        return self.features + self.divisors + self.regrouped + self.scores + self.weights + self.sums + self.rows
+        return self.held + self.divisors + self.regrouped + self.scores + self.weights + self.sums + self.rows
 
 
 def forward(feature_map: FeatureMap, shape: Shape) -> int:
@@ -60,7 +61,7 @@ def training(feature_map: FeatureMap, shape: Shape, kept_bytes: int) -> int:
     # As forward, with the gradients of features and rows: of values, of numerators, and of numerators with their normalisers
     busiest = 0
     for before, span in _neighbours(feature_map, shape):
-        sent = 3 * span.features // 2 + 3 * span.rows + (5 if span.weights else 3) * span.totals
+        sent = 3 * span.features // 2 + 3 * span.rows + (5 if feature_map.scales_keys else 3) * span.totals
         busiest = max(busiest, before.left_over() + _built(span) - span.weights + sent)
     return held + busiest
 
@@ -88,6 +89,7 @@ def _span(feature_map: FeatureMap, shape: Shape, tokens: int, chunks: int) -> _S
     pairs = tokens * min(CAUSAL_CHUNK, tokens)
     return _Span(
         features=size * (shape.heads + shape.kv_heads) * tokens * width,
+        held=0 if feature_map.is_view else size * (shape.heads + shape.kv_heads) * tokens * width,
         query_features=size * shape.heads * tokens * width,
         divisors=size * shape.kv_heads * tokens * width if shape.is_causal and feature_map.normalizer == "feature" else 0,
         regrouped=(size * shape.heads * tokens * d if shape.heads > shape.kv_heads else 0)

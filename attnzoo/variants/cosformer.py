@@ -67,12 +67,18 @@ class Cosformer(Attention):
     def _halves(self, x: Tensor, start: int) -> Tensor:
         """[relu(x) cos(πi/2M), relu(x) sin(πi/2M)] for positions i from `start` on, (batch, heads, length, 2 · head_dim)."""
         positions = torch.arange(start, start + x.shape[2], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
-        angles = positions[:, None] * (math.pi / (2 * self.max_length))
-        features = F.relu(x)
-        return torch.cat([features * angles.cos().to(x.dtype), features * angles.sin().to(x.dtype)], -1)
+        angles = positions * (math.pi / (2 * self.max_length))
+        turned = torch.stack([angles.cos(), angles.sin()], -1).to(x.dtype)
+        return (F.relu(x)[..., None, :] * turned[..., None]).flatten(-2)
 
     def count(self, shape: Shape) -> Cost:
-        cost, lengths = self.engine.cost(shape), shape.query_length + shape.key_length
-        assert cost.kept_bytes is not None
-        halves = 2 * (shape.query_bytes + shape.key_bytes + lengths * shape.dtype.itemsize)  # both relu(x), the halves' second half, the angles
-        return replace(cost, elementwise=cost.elementwise + 2 * lengths, kept_bytes=cost.kept_bytes + halves)
+        cost, lengths, inputs = self.engine.cost(shape), shape.query_length + shape.key_length, shape.query_bytes + shape.key_bytes
+        assert cost.kept_bytes is not None and cost.forward_bytes is not None and cost.training_bytes is not None
+        rectified = inputs + 2 * lengths * shape.dtype.itemsize  # relu(q) and relu(k), and the cosines and sines
+        return replace(
+            cost,
+            elementwise=cost.elementwise + 2 * lengths,
+            kept_bytes=cost.kept_bytes + inputs + rectified,  # what the engine keeps is twice as wide
+            forward_bytes=cost.forward_bytes + 2 * inputs,
+            training_bytes=cost.training_bytes + 3 * inputs + rectified,  # and so are the gradients that it gives back
+        )

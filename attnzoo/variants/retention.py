@@ -23,6 +23,7 @@ class Fading(Pointwise):
     def __init__(self, scale: float, first: int, count: int) -> None:
         super().__init__(identity, normalize=False)
         self.scale, self.first, self.count = scale, first, count
+        self.is_view = False
 
     def query(self, q: Tensor) -> Tensor:
         return q * self.scale**0.5
