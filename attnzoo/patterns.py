@@ -6,7 +6,7 @@ pattern is told of it only because some (global blocks, random draws) choose dif
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -95,20 +95,49 @@ class Intersection(Pattern):
 class Window(Pattern):
     """Keys closer than `window` tokens: |i - j| < window. Causal, that is `window` keys, the query's own included.
 
+    dilation: of these distances only every dilation-th, |i - j| < window · dilation with (i - j) % dilation == 0: as many keys, from
+    farther. One number for all heads, or one for each head.
     Other libraries count otherwise; the converters speak their dialects. Hugging Face's `sliding_window` is `window` itself.
     """
 
     window: int
+    dilation: int | tuple[int, ...] = 1
 
     def __post_init__(self) -> None:
         check_positive("window", self.window)
+        if self.dilation == ():
+            raise ValueError("dilation=() is empty; give one number, or one for each head")
+        for dilation in self.dilations:
+            check_positive("dilation", dilation)
+
+    @property
+    def dilations(self) -> tuple[int, ...]:
+        """One for each head, or one for all."""
+        return self.dilation if isinstance(self.dilation, tuple) else (self.dilation,)
 
     @property
     def reach(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.window
+        return (self.window - 1) * max(self.dilations) + 1
 
     def mask(self, grid: Grid) -> Tensor:
-        return ((grid.query_positions() - grid.key_positions()).abs() < self.window)[None]
+        distance = grid.query_positions() - grid.key_positions()
+        dilation = torch.tensor(self.dilations, device=grid.device)[:, None, None]
+        return (distance.abs() < self.window * dilation) & (distance % dilation == 0)
+
+    def heads_by_dilation(self, heads: int) -> dict[int, list[int]]:
+        """The heads of every dilation, in ascending order. Raises ValueError when there is not one dilation for each head."""
+        if not isinstance(self.dilation, tuple):
+            return {self.dilation: list(range(heads))}
+        if len(self.dilation) != heads:
+            raise ValueError(f"dilation={self.dilation} gives {len(self.dilation)} numbers for heads={heads}; give one number, or one for each head")
+        found: dict[int, list[int]] = {}
+        for head, dilation in enumerate(self.dilation):
+            found.setdefault(dilation, []).append(head)
+        return found
+
+    def of_heads(self, first: int, count: int) -> Window:
+        """The window of these heads alone."""
+        return replace(self, dilation=self.dilation[first : first + count]) if isinstance(self.dilation, tuple) else self
 
     @classmethod
     def from_flash_attention(cls, left: int, right: int) -> Window:
@@ -118,7 +147,8 @@ class Window(Pattern):
         return cls(left + 1)
 
     def to_flash_attention(self, is_causal: bool) -> tuple[int, int]:
-        """As flash-attn's window_size=(left, right)."""
+        """As flash-attn's window_size=(left, right). Raises ValueError where it has no such window."""
+        self._check_undilated("flash-attn")
         return self.window - 1, 0 if is_causal else self.window - 1
 
     @classmethod
@@ -129,10 +159,15 @@ class Window(Pattern):
         return cls(attention_window // 2 + 1)
 
     def to_longformer(self) -> int:
-        """As Longformer's attention_window."""
+        """As Longformer's attention_window. Raises ValueError where it has no such window."""
+        self._check_undilated("Longformer's code")
         if self.window == 1:
             raise ValueError("window=1 (the query's own key alone) has no equal in Longformer, whose attention_window is at least 2")
         return 2 * (self.window - 1)
+
+    def _check_undilated(self, where: str) -> None:
+        if set(self.dilations) != {1}:
+            raise ValueError(f"dilation={self.dilation} has no equal in {where}; only windows of dilation 1 have")
 
 
 class BlockPattern(Pattern):

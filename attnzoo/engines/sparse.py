@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines import sparse_blocks, sparse_flex, sparse_memory, sparse_peaks, sparse_windows
+from attnzoo.engines import sparse_blocks, sparse_dilated, sparse_flex, sparse_memory, sparse_peaks, sparse_windows
 from attnzoo.engines.cache import KeyValueCache
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
 from attnzoo.engines.softmax import Softmax, attend_densely, softmax_cost, visible
@@ -30,7 +30,7 @@ class Sparse(Softmax):
     def cost(self, shape: Shape) -> Cost:
         grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
         if isinstance(self.pattern, Window):
-            executed, support = (shape.heads * pairs for pairs in sparse_windows.count_pairs(self.pattern, grid))
+            executed, support = sparse_dilated.count_executed(self.pattern, shape), sparse_dilated.count_support(self.pattern, grid)
             kept, found = sparse_memory.windows(self.pattern, shape), sparse_peaks.windows(self.pattern, shape)
         elif isinstance(self.pattern, BlockPattern):
             executed, support = sparse_blocks.count_pairs(self.pattern, grid)
@@ -68,7 +68,7 @@ def _constant(length: int) -> int:
 
 def _blocks(engine: Sparse, call: Call) -> Tensor:
     if isinstance(engine.pattern, Window):
-        return sparse_windows.attend(engine, engine.pattern, call, grid_of(call))
+        return sparse_dilated.attend(engine.pattern, call, lambda window, part: sparse_windows.attend(engine, window, part, grid_of(part)))
     assert isinstance(engine.pattern, BlockPattern)
     return sparse_blocks.attend(engine, engine.pattern, call, grid_of(call))
 

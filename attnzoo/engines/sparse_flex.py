@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
+from attnzoo.engines import sparse_dilated
 from attnzoo.engines.package import missing
 from attnzoo.patterns import BlockPattern, Grid, Pattern, Window
 
@@ -133,7 +134,12 @@ def run(engine: Sparse, call: Call) -> Tensor:
     """A·v by FlexAttention, compiled."""
     from attnzoo.engines.sparse import grid_of
 
-    return attend(engine, engine.pattern, call, grid_of(call), _compiled(call, block_size_of(engine.pattern)))
+    def with_kernel(pattern: Pattern, part: Call) -> Tensor:
+        return attend(engine, pattern, part, grid_of(part), _compiled(part, block_size_of(pattern)))
+
+    if isinstance(engine.pattern, Window):
+        return sparse_dilated.attend(engine.pattern, call, with_kernel)
+    return with_kernel(engine.pattern, call)
 
 
 def _compiled(call: Call, block_size: int) -> Callable[..., Any]:
@@ -170,6 +176,7 @@ def why_not(engine: Sparse, call: Call) -> str | None:
         return f"block_size={block_size_of(engine.pattern)} must be a multiple of {SMALLEST_BLOCK} for FlexAttention"
     if min(call.q.shape[3], call.v.shape[3]) < 16:
         return f"head_dim={call.q.shape[3]} and value_dim={call.v.shape[3]} must be at least 16 for FlexAttention"
-    if call.query_length < BLOCK:
-        return f"query_length={call.query_length} does not fill one block of {BLOCK} queries: its tables would cost more than they save"
+    rows = BLOCK * (max(engine.pattern.dilations) if isinstance(engine.pattern, Window) else 1)
+    if call.query_length < rows:
+        return f"query_length={call.query_length} is below {rows}, which fill one block of {BLOCK} queries: its tables would cost more than they save"
     return missing("triton", "it comes with the CUDA builds of torch")
