@@ -13,7 +13,7 @@ from attnzoo.engines import sparse_blocks, sparse_dilated, sparse_flex, sparse_m
 from attnzoo.engines.cache import KeyValueCache
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
 from attnzoo.engines.softmax import Softmax, attend_densely, softmax_cost, visible
-from attnzoo.patterns import BlockPattern, Grid, Pattern, Window
+from attnzoo.patterns import BlockPattern, Grid, Pattern, Window, grid_of
 
 
 class Sparse(Softmax):
@@ -54,16 +54,6 @@ def _count_pairs(pattern: Pattern, grid: Grid) -> int:
 def _reference(engine: Sparse, call: Call) -> Tensor:
     mask, pattern = visible(call), engine.pattern.mask(grid_of(call))
     return attend_densely(engine, call, pattern if mask is None else pattern & mask)
-
-
-def grid_of(call: Call) -> Grid:
-    """The sizes of a call, for its pattern."""
-    return Grid(_constant(call.q.shape[1]), _constant(call.query_length), _constant(call.key_length), call.is_causal, call.q.device)
-
-
-def _constant(length: int) -> int:
-    """The same number, which a compiled graph then takes as a constant: a layout is made for one length. int() would stay symbolic."""
-    return len(range(int(length)))
 
 
 def _blocks(engine: Sparse, call: Call) -> Tensor:

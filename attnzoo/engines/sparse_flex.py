@@ -17,7 +17,7 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines import sparse_dilated
 from attnzoo.engines.package import missing
-from attnzoo.patterns import BlockPattern, Grid, Pattern, Window
+from attnzoo.patterns import BlockPattern, Grid, Pattern, Window, grid_of
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -32,6 +32,8 @@ SHAPE_CLASSES = 64  # graphs kept: dtype, causality, padding, gradients, heads a
 
 def attend(engine: Softmax, pattern: Pattern, call: Call, grid: Grid, flex: Callable[..., Any]) -> Tensor:
     """A·v by `flex`, FlexAttention compiled or not."""
+    if isinstance(pattern, Window) and pattern.dilation != 1:
+        return sparse_dilated.attend(pattern, call, lambda window, part: attend(engine, window, part, grid_of(part), flex))
     ahead = rows_ahead(pattern, grid)
     q = torch.nn.functional.pad(call.q, (0, 0, ahead, 0)) if ahead else call.q
     mask = block_mask(pattern, call, grid)
@@ -132,14 +134,7 @@ def blocks_of_pattern(pattern: Pattern, grid: Grid) -> tuple[Tensor, Tensor]:
 
 def run(engine: Sparse, call: Call) -> Tensor:
     """A·v by FlexAttention, compiled."""
-    from attnzoo.engines.sparse import grid_of
-
-    def with_kernel(pattern: Pattern, part: Call) -> Tensor:
-        return attend(engine, pattern, part, grid_of(part), _compiled(part, block_size_of(pattern)))
-
-    if isinstance(engine.pattern, Window):
-        return sparse_dilated.attend(engine.pattern, call, with_kernel)
-    return with_kernel(engine.pattern, call)
+    return attend(engine, engine.pattern, call, grid_of(call), _compiled(call, block_size_of(engine.pattern)))
 
 
 def _compiled(call: Call, block_size: int) -> Callable[..., Any]:
