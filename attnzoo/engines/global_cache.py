@@ -35,11 +35,11 @@ class GlobalCache:
     @property
     def k(self) -> Tensor:
         """The keys that the next query can read: of the global tokens, then of the window."""
-        return torch.cat([self.global_k, self.window.k], 2)
+        return _joined(self.global_k, self.window.k)
 
     @property
     def v(self) -> Tensor:
-        return torch.cat([self.global_v, self.window.v], 2)
+        return _joined(self.global_v, self.window.v)
 
     @property
     def kept(self) -> int:
@@ -102,8 +102,8 @@ class GlobalCache:
         named = torch.cat([self.global_key_mask, torch.zeros_like(near), torch.zeros_like(new) if mask is None else mask], 1)
         return replace(
             call,
-            k=torch.cat([self.global_k, self.window.k, call.k], 2),
-            v=torch.cat([self.global_v, self.window.v, call.v], 2),
+            k=_joined(self.global_k, self.window.k, call.k),
+            v=_joined(self.global_v, self.window.v, call.v),
             key_mask=torch.cat([self.global_key_mask, near, new], 1),
             global_mask=named,
             global_qkv=None if mask is None else call.global_qkv,  # then they are of all keys: there is no past
@@ -116,11 +116,21 @@ class GlobalCache:
         all_found = self.all_found or bool((counted >= self.first).all())
         if mask is None or slots is None:
             return replace(self, window=self.window.append(replace(call, global_mask=None, global_qkv=None)), real=counted, all_found=all_found)
-        index = slots[:, None, :, None]
-        k, v = (torch.cat([old, x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))], 2) for old, x in ((self.global_k, call.k), (self.global_v, call.v)))
+        k, v = _joined(self.global_k, fetched(call.k, slots)), _joined(self.global_v, fetched(call.v, slots))
         kept = torch.cat([self.global_key_mask, mask.gather(1, slots)], 1)
         window = self.window.append(replace(call, key_mask=real & ~mask))
         return GlobalCache(window, k, v, kept, counted, self.first, all_found)
 
     def _reals(self, call: Call) -> Tensor:
         return self.real.new_ones(self.batch_size, call.key_length, dtype=torch.bool) if call.key_mask is None else call.key_mask
+
+
+def fetched(x: Tensor, slots: Tensor) -> Tensor:
+    """(batch, heads, length, d) and (batch, count) -> (batch, heads, count, d)."""
+    return x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def _joined(*parts: Tensor) -> Tensor:
+    """Along the length; an empty past says nothing of dtype and width."""
+    filled = [part for part in parts if part.shape[2]]
+    return torch.cat(filled, 2) if len(filled) > 1 else filled[0] if filled else parts[-1]

@@ -18,7 +18,7 @@ from attnzoo.arguments import check_count
 from attnzoo.call import Call
 from attnzoo.engines import in_cache, sparse_flex, sparse_windows
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
-from attnzoo.engines.global_cache import GlobalCache
+from attnzoo.engines.global_cache import GlobalCache, fetched
 from attnzoo.engines.pieces import join
 from attnzoo.engines.softmax import attend_densely, sdpa, softmax_cost, visible
 from attnzoo.engines.sparse import Sparse, grid_of
@@ -97,12 +97,7 @@ def _of_queries(mask: Tensor, call: Call) -> Tensor:
 
 def slots_of(mask: Tensor, count: int) -> Tensor:
     """Where the True of every row of (batch, length) stand, ascending, (batch, count); where there are fewer, other slots, each once."""
-    return (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
-
-
-def _fetched(x: Tensor, slots: Tensor) -> Tensor:
-    """(batch, heads, length, d) and (batch, count) -> (batch, heads, count, d)."""
-    return x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    return (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :count].clone()  # not a view: it is kept for the backward pass
 
 
 def _support(pattern: Window, grid: Grid, first: int) -> int:
@@ -139,7 +134,7 @@ def _blocks(engine: WindowAndGlobals, call: Call) -> Tensor:
     assert call.global_counts is not None
     keys, queries = call.global_counts
     slots = slots_of(call.global_mask, keys)
-    columns = _Columns(_fetched(call.k, slots), _fetched(call.v, slots), call.global_mask.gather(1, slots), slots)
+    columns = _Columns(fetched(call.k, slots), fetched(call.v, slots), call.global_mask.gather(1, slots), slots)
     near = replace(call, key_mask=~call.global_mask if call.key_mask is None else call.key_mask & ~call.global_mask)
     if in_cache.serves(engine, call):
         k, v = torch.cat([call.k, columns.k], 2), torch.cat([call.v, columns.v], 2)
@@ -162,8 +157,8 @@ def _with_global_rows(engine: WindowAndGlobals, call: Call, out: Tensor, count: 
     if call.is_causal:
         past = torch.arange(call.key_length, device=q.device) <= (rows + call.offset)[:, None, :, None]
         visible_keys = past if visible_keys is None else past & visible_keys
-    made = sdpa(engine, _fetched(q, rows), k, v, visible_keys)
-    made = torch.where(mask.gather(1, rows)[:, None, :, None], made, _fetched(out, rows))
+    made = sdpa(engine, fetched(q, rows), k, v, visible_keys)
+    made = torch.where(mask.gather(1, rows)[:, None, :, None], made, fetched(out, rows))
     index = rows[:, None, :, None].expand_as(made)
     return out.scatter(2, index, made) if out.requires_grad or made.requires_grad else out.scatter_(2, index, made)
 
@@ -238,7 +233,7 @@ def _piece(engine: WindowAndGlobals, call: Call, columns: _Columns, grid: Grid, 
     device = call.q.device
     positions = grid.offset + first + torch.arange(rows, device=device).view(parts, size, 1)
     slots = low + torch.arange(parts, device=device)[:, None, None] * size + torch.arange(width, device=device)
-    near = sparse_windows.band(engine.pattern, grid, positions, slots)  # (parts, size, width)
+    near = sparse_windows.band(engine.pattern, grid, positions[0, :, 0], slots[0, 0])  # (size, width), the same in every part
     q = call.q.reshape(batch, kv_heads, call.group, parts, size, head_dim).transpose(2, 3).flatten(3, 4)
     samples = []
     for sample in range(batch):
@@ -258,7 +253,7 @@ def _piece(engine: WindowAndGlobals, call: Call, columns: _Columns, grid: Grid, 
 
 def _slices(x: Tensor, width: int, size: int, parts: int) -> Tensor:
     """(kv_heads, keys, d) -> (kv_heads, parts, width, d), views `size` keys apart."""
-    return x[:, None] if parts == 1 else sparse_windows.Slices.apply(x, width)
+    return x[:, None] if parts == 1 else sparse_windows.slices_of(x, width)
 
 
 def _reference(engine: WindowAndGlobals, call: Call) -> Tensor:

@@ -151,20 +151,20 @@ def band(pattern: Window, grid: Grid, query_positions: Tensor, key_positions: Te
 def _middle(engine: Softmax, pattern: Window, q: Tensor, k: Tensor, v: Tensor, call: Call, grid: Grid, low: int) -> Tensor:
     """Whole blocks, one SDPA call: batch × kv_heads, blocks, (group × block) rows against one slice each of the keys from `low` on."""
     found = plan(pattern, grid)
-    band = band(pattern, grid, torch.arange(BLOCK, device=q.device) + found.before, torch.arange(found.slice_length, device=q.device))
-    band = band.repeat(call.group, 1)[None, None]
+    near = band(pattern, grid, torch.arange(BLOCK, device=q.device) + found.before, torch.arange(found.slice_length, device=q.device))
+    near = near.repeat(call.group, 1)[None, None]
     if call.key_mask is None:
-        return _slices(engine, q, k, v, band, found.slice_length, padded=False)
+        return _slices(engine, q, k, v, near, found.slice_length, padded=False)
     masks = call.key_mask[:, low : low + k.shape[2]].unfold(1, found.slice_length, BLOCK)[:, None, :, None, :]  # (batch, 1, blocks, 1, slice)
     samples = [slice(sample, sample + 1) for sample in range(q.shape[0])]
-    return torch.cat([_slices(engine, q[one], k[one], v[one], band & masks[one][0], found.slice_length, padded=True) for one in samples])
+    return torch.cat([_slices(engine, q[one], k[one], v[one], near & masks[one][0], found.slice_length, padded=True) for one in samples])
 
 
 def _slices(engine: Softmax, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, slice_length: int, *, padded: bool) -> Tensor:
     batch, heads, rows, head_dim = q.shape
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     q = q.reshape(batch * kv_heads, group, -1, BLOCK, head_dim).transpose(1, 2).flatten(2, 3)
-    k_slices, v_slices = (Slices.apply(x.flatten(0, 1), slice_length) for x in (k, v))
+    k_slices, v_slices = (slices_of(x.flatten(0, 1), slice_length) for x in (k, v))
     out = sdpa(engine, q, k_slices, v_slices, mask, every_row_sees=not padded)
     return out.unflatten(2, (group, BLOCK)).transpose(1, 2).reshape(batch, heads, rows, v.shape[3])
 
@@ -174,6 +174,11 @@ def spans(x: Tensor, ends: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
     if len(ends) > 1 and x.requires_grad and torch.is_grad_enabled():
         return _Spans.apply(x, ends)
     return tuple(x[:, :, low:high] for low, high in ends)
+
+
+def slices_of(x: Tensor, slice_length: int) -> Tensor:
+    """(batch, length, d) -> (batch, blocks, slice_length, d): the keys of every block of queries, as views."""
+    return _Slices.apply(x, slice_length)
 
 
 class _Spans(torch.autograd.Function):
@@ -197,7 +202,7 @@ class _Spans(torch.autograd.Function):
         return total, None
 
 
-class Slices(torch.autograd.Function):
+class _Slices(torch.autograd.Function):
     """Overlapping slices of the length as views, (batch, length, d) -> (batch, blocks, slice_length, d).
 
     autograd's own backward of such a view scatters element by element; adding block-wide pieces is two times faster.
