@@ -53,7 +53,6 @@ class Attention(nn.Module):
 
     spec: ClassVar[Spec]
     engine: Engine
-
     def __init__(self, heads: int, head_dim: int, engine: Engine, *, backend: str = "auto") -> None:
         super().__init__()
         self.heads = check_positive("heads", heads)
@@ -64,6 +63,11 @@ class Attention(nn.Module):
         self.backend = backend
         self.engine = engine
         self.last_backend: str | None = None
+        # Of a variant with global tokens: how many of the first real tokens of every sample are global in every call; the packed projections of
+        # their rows, which MultiheadAttention adds; and the global_mask of calls that bring none, see `attnzoo.global_mask`.
+        self.global_tokens = 0
+        self.global_projection: nn.Linear | None = None
+        self.global_mask: Tensor | None = None
 
     def attend(self, call: Call, backend: str) -> tuple[Tensor, str]:
         """Return A·v and the name of the backend that ran; `call` is checked and its padded slots are zero."""
@@ -94,7 +98,7 @@ class Attention(nn.Module):
         reaches nothing. With is_causal, a NaN or inf in k or v makes every later row NaN and no earlier one.
         Raises ValueError on a malformed argument, UnsupportedError on what the spec excludes.
         """
-        call = Call(q, k, v, key_mask, attn_mask, is_causal, global_mask, global_qkv)
+        call = Call(q, k, v, key_mask, attn_mask, is_causal, self._globals_of(k, global_mask), global_qkv)
         self.refuse(call)
         return self._run(call, self.backend)
 
@@ -116,7 +120,7 @@ class Attention(nn.Module):
         """
         identity = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
         global_qkv = None if global_qk is None else (*global_qk, identity)
-        call = Call(q, k, identity, key_mask, attn_mask, is_causal, global_mask, global_qkv)
+        call = Call(q, k, identity, key_mask, attn_mask, is_causal, self._globals_of(k, global_mask), global_qkv)
         self.refuse(call)
         training = self.engine.training
         self.engine.eval()
@@ -167,7 +171,7 @@ class Attention(nn.Module):
         """
         if not self.spec.decodes:
             raise UnsupportedError(f"{self.spec.name} does not decode token by token; use {self._others(decodes=True)}")
-        call = Call(q, k, v, key_mask, None, True, global_mask, global_qkv)
+        call = Call(q, k, v, key_mask, None, True, self._globals_of(k, global_mask, state.seen), global_qkv)
         check(call, self.heads, self.head_dim)
         self._check_globals(call)
         if q.shape[2] != k.shape[2]:
@@ -232,6 +236,17 @@ class Attention(nn.Module):
             raise UnsupportedError(self._no_causal())
         if not is_causal and not self.spec.bidirectional:
             raise UnsupportedError(f"{self.spec.name} is causal only: pass is_causal=True, or use {self._others(bidirectional=True)}")
+
+    def names_globals(self, global_mask: Tensor | None) -> bool:
+        """Whether a call with this mask may have global tokens."""
+        return global_mask is not None or self.global_mask is not None or self.global_tokens > 0
+
+    def _globals_of(self, k: Tensor, given: Tensor | None, seen: int | None = None) -> Tensor | None:
+        """The call's global_mask, or else this attention's own, of the slots from `seen` on; slots behind its end are not global."""
+        if given is not None or self.global_mask is None:
+            return given
+        mask = self.global_mask if seen is None else self.global_mask[:, seen : seen + k.shape[2]]
+        return nn.functional.pad(mask, (0, max(0, k.shape[2] - mask.shape[1])))
 
     def _check_globals(self, call: Call) -> None:
         if (call.global_mask is not None or call.global_qkv is not None) and not self.spec.global_tokens:

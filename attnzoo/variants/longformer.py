@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from attnzoo.attention import Attention, Spec
 from attnzoo.engines.sparse_globals import WindowAndGlobals
 from attnzoo.patterns import Window
@@ -56,3 +58,12 @@ class Longformer(Attention):
         backend: str = "auto",
     ) -> None:
         super().__init__(heads, head_dim, WindowAndGlobals(Window(window), global_tokens, scale, dropout), backend=backend)
+        self.global_tokens = global_tokens
+
+    def keep_heads(self, first: int, count: int) -> None:
+        heads = self.heads
+        super().keep_heads(first, count)
+        projection = self.global_projection
+        for name, parameter in () if projection is None else list(projection.named_parameters()):
+            kept = parameter.detach().unflatten(0, (3, heads, self.head_dim))[:, first : first + count].flatten(0, 2).clone()
+            setattr(projection, name, nn.Parameter(kept, parameter.requires_grad))
