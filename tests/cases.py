@@ -109,6 +109,13 @@ CASES: dict[str, list[Case]] = {
         Case("nystromformer", {"num_landmarks": 5, "iterations": 2, "scale": 0.7}),
         Case("nystromformer"),
     ],
+    "longformer": [
+        Case("longformer", {"window": 16, "global_tokens": 3}),
+        Case("longformer", {"window": 16}),
+        Case("longformer", {"window": 1, "global_tokens": 1}),
+        Case("longformer", {"window": 100, "global_tokens": 40, "scale": 0.7}),
+        Case("longformer"),
+    ],
 }
 """The first case of each is its usual small form, and the only one that the rules run over."""
 

@@ -76,7 +76,7 @@ class Piece(Protocol):
         ...
 
 
-Pieces = Callable[[Tensor, "Tensor | None"], Sequence[Sequence[Piece]]]  # of every head, for q and a table that the caller gave
+Pieces = Callable[[Tensor, "Tensor | None"], Sequence[Sequence[Piece]]]  # of every head (of every sample), for q and a table that the caller gave
 
 
 def cap(visible: Tensor, like: Tensor) -> Tensor:
@@ -158,8 +158,8 @@ def _heads(q: Tensor, k: Tensor, pieces: Sequence[Sequence[Piece]]) -> Iterator[
     """(sample, head), (sample, kv_head) and the head's pieces."""
     group = q.shape[1] // k.shape[1]
     for sample in range(q.shape[0]):
-        for head, found in enumerate(pieces):
-            yield (sample, head), (sample, head // group), found
+        for head in range(q.shape[1]):
+            yield (sample, head), (sample, head // group), pieces[(sample * q.shape[1] + head) % len(pieces)]
 
 
 def _of_sample(key_cap: Tensor | None, sample: int) -> Tensor | None:
@@ -200,6 +200,9 @@ class Slices:
         parts, size, keys = self.shape
         if parts == 1:
             self._span(total).add_(gradient[0])
+        elif not gradient.is_contiguous():
+            for part, its_gradient in enumerate(gradient):
+                total.narrow(0, self.low + part * size, keys).add_(its_gradient)
         else:
             unit, width = gcd(size, keys), total.shape[1]
             index = torch.arange(parts)[:, None] * (size // unit) + torch.arange(keys // unit)
