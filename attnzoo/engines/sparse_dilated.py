@@ -5,7 +5,7 @@ The residue classes are folded into the batch, and whatever attends to plain win
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from attnzoo.engines import sparse_windows
 from attnzoo.engines.engine import Shape
 from attnzoo.patterns import Grid, Window
 
-AttendWindow = Callable[[Window, Call], Tensor]  # a plain window's A·v
+AttendWindow = Callable[[Window, Call, Sequence[int]], Tensor]  # a plain window's A·v for these heads
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def attend(pattern: Window, call: Call, attend_window: AttendWindow) -> Tensor:
     """A·v for a window of any dilation, by what attends to plain ones."""
     groups = pattern.heads_by_dilation(call.q.shape[1])
     if len(groups) == 1:
-        return _of_one_dilation(replace(pattern, dilation=next(iter(groups))), call, attend_window)
-    outs = [_of_one_dilation(replace(pattern, dilation=dilation), _heads(call, heads), attend_window) for dilation, heads in groups.items()]
+        return _of_one_dilation(pattern, *next(iter(groups.items())), call, attend_window)
+    outs = [_of_one_dilation(pattern, dilation, heads, _heads(call, heads), attend_window) for dilation, heads in groups.items()]
     order = torch.tensor([head for heads in groups.values() for head in heads], device=call.q.device)
     return torch.cat(outs, 1).index_select(1, order.argsort())
 
@@ -91,18 +91,17 @@ def kv_heads_of(heads: list[int], group: int) -> list[int]:
     return distinct if wanted == [one for one in distinct for _ in range(len(heads) // len(distinct))] else wanted
 
 
-def _of_one_dilation(pattern: Window, call: Call, attend_window: AttendWindow) -> Tensor:
-    assert isinstance(pattern.dilation, int)
-    dilation, plain = pattern.dilation, replace(pattern, dilation=1)
+def _of_one_dilation(pattern: Window, dilation: int, heads: list[int], call: Call, attend_window: AttendWindow) -> Tensor:
+    plain = replace(pattern, dilation=1)
     if dilation == 1:
-        return attend_window(plain, call)
+        return attend_window(plain, call, heads)
     if call.query_length == 1:  # decoding: the last position sees its own class alone
         own = slice((call.key_length - 1) % dilation, None, dilation)
         key_mask = None if call.key_mask is None else call.key_mask[:, own]
-        return attend_window(plain, replace(call, k=call.k[:, :, own], v=call.v[:, :, own], key_mask=key_mask))
+        return attend_window(plain, replace(call, k=call.k[:, :, own], v=call.v[:, :, own], key_mask=key_mask), heads)
     fold = Fold.of(dilation, call.query_length, call.key_length)
     folded = replace(call, q=fold.queries(call.q), k=fold.keys(call.k), v=fold.keys(call.v), key_mask=fold.key_mask(call))
-    return fold.rows(attend_window(plain, folded), call.query_length)
+    return fold.rows(attend_window(plain, folded, heads), call.query_length)
 
 
 @dataclass(frozen=True)
@@ -137,16 +136,22 @@ def count_executed(pattern: Window, shape: Shape) -> int:
     plain, total = replace(pattern, dilation=1), 0
     for part in parts(pattern, shape):
         grid = Grid(part.heads, part.shape.query_length, part.shape.key_length, shape.is_causal)
-        total += part.shape.batch_size // shape.batch_size * part.heads * sparse_windows.count_pairs(plain, grid)
+        pairs = sparse_windows.count_pairs(plain, grid) + grid.query_length * min(pattern.sinks, grid.key_length)
+        total += part.shape.batch_size // shape.batch_size * part.heads * pairs
     return total
 
 
 def count_support(pattern: Window, grid: Grid) -> int:
-    """Visible (head, query, key) triples: query i sees j = i + t · dilation for |t| < window where there is such a key."""
+    """Visible (head, query, key) triples: query i sees j = i + t · dilation for |t| < window where there is such a key, and the sinks."""
     positions = torch.arange(grid.offset, grid.key_length)
     total = 0
     for dilation, heads in pattern.heads_by_dilation(grid.heads).items():
         before = positions.div(dilation, rounding_mode="floor").clamp(max=pattern.window - 1)  # negative ahead of the first key
         after = (grid.key_length - 1 - positions).div(dilation, rounding_mode="floor").clamp(max=0 if grid.is_causal else pattern.window - 1)
         total += len(heads) * int((before + after + 1).clamp(min=0).sum())
+    if pattern.sinks:
+        sinks = torch.full_like(positions, min(pattern.sinks, grid.key_length))
+        sinks = sinks.minimum((positions + 1).clamp(min=0)) if grid.is_causal else sinks
+        inside = sinks.minimum((positions + pattern.window).clamp(min=0)) - (positions - pattern.window + 1).clamp(min=0)
+        total += grid.heads * int((sinks - inside.clamp(min=0)).sum())
     return total

@@ -6,9 +6,7 @@ the window itself they are hidden, so that a key counts once. The rows of the gl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,12 +14,12 @@ from torch import Tensor
 
 from attnzoo.arguments import check_count
 from attnzoo.call import Call
-from attnzoo.engines import in_cache, sparse_flex, sparse_windows
+from attnzoo.engines import sparse_columns, sparse_flex, sparse_windows
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
 from attnzoo.engines.global_cache import GlobalCache, fetched
-from attnzoo.engines.pieces import join
 from attnzoo.engines.softmax import attend_densely, sdpa, softmax_cost, visible
 from attnzoo.engines.sparse import Sparse, grid_of
+from attnzoo.engines.sparse_columns import Columns
 from attnzoo.patterns import Grid, Window
 
 
@@ -74,7 +72,7 @@ class WindowAndGlobals(Sparse):
         grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
         keys = min(self.global_tokens, shape.key_length)
         queries = min(max(0, keys - grid.offset), shape.query_length, keys)
-        executed, _ = sparse_windows.count_pairs(self.pattern, grid)
+        executed = sparse_windows.count_pairs(self.pattern, grid)
         executed += shape.query_length * keys + queries * shape.key_length
         support = _support(self.pattern, grid, keys)
         cost = softmax_cost(shape, shape.heads * executed, shape.heads * support, self.pattern.window, None)
@@ -112,21 +110,6 @@ def _support(pattern: Window, grid: Grid, first: int) -> int:
     return int(torch.where((positions >= 0) & (positions < first), all_keys, pairs).sum())
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """The global tokens as keys of every row: k, v: (batch, kv_heads, count, head_dim); real: (batch, count), False where a sample has
-    fewer; slots: (batch, count), theirs among the keys."""
-
-    k: Tensor
-    v: Tensor
-    real: Tensor
-    slots: Tensor
-
-    @property
-    def count(self) -> int:
-        return self.k.shape[2]
-
-
 def _blocks(engine: WindowAndGlobals, call: Call) -> Tensor:
     grid = grid_of(call)
     if call.global_mask is None:
@@ -134,16 +117,9 @@ def _blocks(engine: WindowAndGlobals, call: Call) -> Tensor:
     assert call.global_counts is not None
     keys, queries = call.global_counts
     slots = slots_of(call.global_mask, keys)
-    columns = _Columns(fetched(call.k, slots), fetched(call.v, slots), call.global_mask.gather(1, slots), slots)
+    columns = Columns(fetched(call.k, slots), fetched(call.v, slots), call.global_mask.gather(1, slots), slots)
     near = replace(call, key_mask=~call.global_mask if call.key_mask is None else call.key_mask & ~call.global_mask)
-    if in_cache.serves(engine, call):
-        k, v = torch.cat([call.k, columns.k], 2), torch.cat([call.v, columns.v], 2)
-        assert near.key_mask is not None
-        key_cap = in_cache.cap(torch.cat([near.key_mask, columns.real], 1), call.q)
-        table = columns.slots if call.is_causal else None
-        out = in_cache.attend(engine, call.q, k, v, key_cap, table, partial(_pieces, engine.pattern, grid, keys))
-    else:
-        out = join(_rows(engine, near, columns, grid), call.query_length, 2)
+    out = sparse_columns.attend(engine, engine.pattern, near, grid, columns)
     return _with_global_rows(engine, call, out, queries) if queries else out
 
 
@@ -161,99 +137,6 @@ def _with_global_rows(engine: WindowAndGlobals, call: Call, out: Tensor, count: 
     made = torch.where(mask.gather(1, rows)[:, None, :, None], made, fetched(out, rows))
     index = rows[:, None, :, None].expand_as(made)
     return out.scatter(2, index, made) if out.requires_grad or made.requires_grad else out.scatter_(2, index, made)
-
-
-@dataclass(frozen=True)
-class _WithColumns:
-    """`slices` with the last `count` keys, those of the global tokens, beside every part. slots: theirs, where causality hides some."""
-
-    slices: in_cache.Slices
-    count: int
-    offset: int
-    slots: Tensor | None
-    like: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        parts, size, keys = self.slices.shape
-        return parts, size, keys + self.count
-
-    @property
-    def caps(self) -> tuple[in_cache.Cap, ...]:
-        if self.slots is None:
-            return self.slices.caps
-        parts, size, keys = self.slices.shape
-        positions = self.offset + self.slices.first + torch.arange(parts * size).view(parts, size, 1)
-        return (*self.slices.caps, in_cache.Cap(keys, keys + self.count, in_cache.cap(self.slots <= positions, self.like)))
-
-    def rows(self, x: Tensor) -> Tensor:
-        return self.slices.rows(x)
-
-    def keys(self, x: Tensor, name: str, memory: in_cache.Memory) -> Tensor:
-        parts, _, keys = self.shape
-        fetched = memory(name, parts, keys, x.shape[1])
-        fetched[:, : keys - self.count] = self.slices.keys(x, name, memory)
-        fetched[:, keys - self.count :] = x[len(x) - self.count :]
-        return fetched
-
-    def add(self, gradient: Tensor, total: Tensor) -> None:
-        keys = self.slices.shape[2]
-        self.slices.add(gradient[:, :keys], total)
-        total[len(total) - self.count :] += gradient[:, keys:].sum(0)
-
-
-def _pieces(pattern: Window, grid: Grid, count: int, q: Tensor, slots: Tensor | None) -> list[list[_WithColumns]]:
-    """Every head's pieces of the window with the columns; of every sample, where `slots` are given."""
-    slices = sparse_windows.pieces(pattern, grid, q, count)
-    of_samples = [None] if slots is None else slots.unbind()
-    heads = [[_WithColumns(one, count, grid.offset, its_slots, q) for one in slices] for its_slots in of_samples]
-    return [pieces for pieces in heads for _ in range(grid.heads)]
-
-
-def _rows(engine: WindowAndGlobals, call: Call, columns: _Columns, grid: Grid) -> Iterator[Tensor]:
-    """The rows of every piece in order, by torch's SDPA: its keys with the columns beside them."""
-    found, pieces = sparse_windows.plan(engine.pattern, grid), sparse_windows.edges(engine.pattern, grid)
-    if found.blocks:
-        before = 1 if found.start else 0
-        pieces[before:before] = sparse_windows.middles(found, grid, call)
-    spans = tuple((low, high) for _, _, low, high in pieces)
-    queries = call.q.split([end - first for first, end, _, _ in pieces], 2)
-    keys, values = sparse_windows.spans(call.k, spans), sparse_windows.spans(call.v, spans)
-    for (first, end, low, high), q, k, v in zip(pieces, queries, keys, values, strict=True):
-        middle = found.blocks > 0 and found.start <= first < found.stop
-        size, width = (sparse_windows.BLOCK, found.slice_length) if middle else (end - first, high - low)
-        yield _piece(engine, replace(call, q=q, k=k, v=v), columns, grid, (first, low), (size, width))
-
-
-def _piece(engine: WindowAndGlobals, call: Call, columns: _Columns, grid: Grid, start: tuple[int, int], shape: tuple[int, int]) -> Tensor:
-    """Consecutive rows, `size` to a part, against `width` keys each and the columns. call: its q, k and v are the piece's.
-    start: the first row, and the first key. shape: size, width."""
-    (first, low), (size, width), (batch, heads, rows, head_dim) = start, shape, call.q.shape
-    parts, kv_heads = rows // size, call.k.shape[1]
-    device = call.q.device
-    positions = grid.offset + first + torch.arange(rows, device=device).view(parts, size, 1)
-    slots = low + torch.arange(parts, device=device)[:, None, None] * size + torch.arange(width, device=device)
-    near = sparse_windows.band(engine.pattern, grid, positions[0, :, 0], slots[0, 0])  # (size, width), the same in every part
-    q = call.q.reshape(batch, kv_heads, call.group, parts, size, head_dim).transpose(2, 3).flatten(3, 4)
-    samples = []
-    for sample in range(batch):
-        k, v = (
-            torch.cat([_slices(x[sample], width, size, parts), column[sample, :, None].expand(-1, parts, -1, -1)], 2)
-            for x, column in ((call.k, columns.k), (call.v, columns.v))
-        )
-        assert call.key_mask is not None
-        visible_columns = columns.real[sample].expand(parts, size, -1)
-        if grid.is_causal:
-            visible_columns = visible_columns & (columns.slots[sample] <= positions)
-        mask = torch.cat([near & call.key_mask[sample][slots], visible_columns], 2)
-        samples.append(sdpa(engine, q[sample], k, v, mask.repeat(1, call.group, 1)[None]))
-    out = torch.stack(samples)  # (batch, kv_heads, parts, group · size, d)
-    return out.unflatten(3, (call.group, size)).transpose(2, 3).reshape(batch, heads, rows, -1)
-
-
-def _slices(x: Tensor, width: int, size: int, parts: int) -> Tensor:
-    """(kv_heads, keys, d) -> (kv_heads, parts, width, d), views `size` keys apart."""
-    return x[:, None] if parts == 1 else sparse_windows.slices_of(x, width)
 
 
 def _reference(engine: WindowAndGlobals, call: Call) -> Tensor:
