@@ -43,7 +43,9 @@ def held_bytes(attn: Attention, batch: int, lengths: tuple[int, int], kv_heads: 
 
 def is_known(case: Case) -> bool:
     """Not of maps that autograd differentiates, nor of Nyströmformer's segments, nor where there are global tokens."""
-    return case.variant != "nystromformer" and not case.options.get("global_tokens") and case.options.get("feature_map") not in ("softmax", squared_elu)
+    return (
+        case.variant != "nystromformer" and not case.options.get("global_tokens") and case.options.get("feature_map") not in ("softmax", squared_elu)
+    )
 
 
 UNKNOWN = [case for case in cases() if not is_known(case)]
