@@ -86,6 +86,8 @@ CASES: dict[str, list[Case]] = {
         Case("sliding_window", {"window": 1}),
         Case("sliding_window", {"window": 7}),
         Case("sliding_window", {"window": 100}),
+        Case("sliding_window", {"window": 5, "dilation": 3}),
+        Case("sliding_window", {"window": 70, "dilation": 2}),
         Case("sliding_window"),
     ],
     "bigbird": [

@@ -225,15 +225,18 @@ def performer(q, k, v, *, projection, features="positive", scale=None, key_mask=
 
 
 @oracle("sliding_window")
-def sliding_window(q, k, v, *, window, scale=None, key_mask=None, attn_mask=None, is_causal=False) -> tuple[Tensor, Tensor]:
-    """Beltagy et al. 2020, section 3.1: softmax over the keys j with |position - j| < window."""
+def sliding_window(q, k, v, *, window, dilation=1, scale=None, key_mask=None, attn_mask=None, is_causal=False) -> tuple[Tensor, Tensor]:
+    """Beltagy et al. 2020, section 3.1: softmax over the keys at position + t · dilation for |t| < window; dilation may differ by head."""
     assert attn_mask is None
 
-    def matrix(_: int, q_h: Tensor, k_h: Tensor, visible: Tensor) -> Tensor:
+    def matrix(h: int, q_h: Tensor, k_h: Tensor, visible: Tensor) -> Tensor:
+        step = dilation if isinstance(dilation, int) else dilation[h]
         near = torch.zeros_like(visible)
         for i in range(q_h.shape[0]):
             position = k_h.shape[0] - q_h.shape[0] + i
-            near[i, max(0, position - window + 1) : max(0, position + window)] = True
+            for t in range(1 - window, window):
+                if 0 <= position + t * step < k_h.shape[0]:
+                    near[i, position + t * step] = True
         return _softmax_over(visible & near, q_h, k_h, scale)
 
     return _by_heads(matrix, q, k, v, key_mask, is_causal)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines import sparse_blocks, sparse_flex, sparse_memory, sparse_peaks, sparse_windows
+from attnzoo.engines import sparse_blocks, sparse_dilated, sparse_flex, sparse_memory, sparse_peaks, sparse_windows
 from attnzoo.engines.cache import KeyValueCache
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
 from attnzoo.engines.softmax import Softmax, attend_densely, softmax_cost, visible
-from attnzoo.patterns import BlockPattern, Grid, Pattern, Window
+from attnzoo.patterns import BlockPattern, Grid, Pattern, Window, grid_of
 
 
 class Sparse(Softmax):
@@ -30,7 +30,7 @@ class Sparse(Softmax):
     def cost(self, shape: Shape) -> Cost:
         grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
         if isinstance(self.pattern, Window):
-            executed, support = (shape.heads * pairs for pairs in sparse_windows.count_pairs(self.pattern, grid))
+            executed, support = sparse_dilated.count_executed(self.pattern, shape), sparse_dilated.count_support(self.pattern, grid)
             kept, found = sparse_memory.windows(self.pattern, shape), sparse_peaks.windows(self.pattern, shape)
         elif isinstance(self.pattern, BlockPattern):
             executed, support = sparse_blocks.count_pairs(self.pattern, grid)
@@ -56,19 +56,9 @@ def _reference(engine: Sparse, call: Call) -> Tensor:
     return attend_densely(engine, call, pattern if mask is None else pattern & mask)
 
 
-def grid_of(call: Call) -> Grid:
-    """The sizes of a call, for its pattern."""
-    return Grid(_constant(call.q.shape[1]), _constant(call.query_length), _constant(call.key_length), call.is_causal, call.q.device)
-
-
-def _constant(length: int) -> int:
-    """The same number, which a compiled graph then takes as a constant: a layout is made for one length. int() would stay symbolic."""
-    return len(range(int(length)))
-
-
 def _blocks(engine: Sparse, call: Call) -> Tensor:
     if isinstance(engine.pattern, Window):
-        return sparse_windows.attend(engine, engine.pattern, call, grid_of(call))
+        return sparse_dilated.attend(engine.pattern, call, lambda window, part: sparse_windows.attend(engine, window, part, grid_of(part)))
     assert isinstance(engine.pattern, BlockPattern)
     return sparse_blocks.attend(engine, engine.pattern, call, grid_of(call))
 

@@ -58,14 +58,10 @@ def edges(pattern: Window, grid: Grid) -> list[tuple[int, int, int, int]]:
     return pieces
 
 
-def count_pairs(pattern: Window, grid: Grid) -> tuple[int, int]:
-    """(query, key) pairs of one head: those computed, and those inside the window."""
+def count_pairs(pattern: Window, grid: Grid) -> int:
+    """(query, key) pairs of one head that are computed."""
     found = plan(pattern, grid)
-    computed = found.blocks * BLOCK * found.slice_length + sum((end - first) * (high - low) for first, end, low, high in edges(pattern, grid))
-    positions = torch.arange(grid.offset, grid.key_length)
-    ahead = 1 if grid.is_causal else pattern.window
-    inside = (positions + ahead).clamp(max=grid.key_length) - (positions - pattern.window + 1).clamp(min=0)
-    return computed, int(inside.clamp(min=0).sum())
+    return found.blocks * BLOCK * found.slice_length + sum((end - first) * (high - low) for first, end, low, high in edges(pattern, grid))
 
 
 def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from attnzoo.attention import Attention, Spec
 from attnzoo.engines.sparse import Sparse
 from attnzoo.patterns import Window
@@ -17,8 +19,13 @@ class SlidingWindow(Attention):
     Cost n·window instead of n², and softmax is exact inside the window. What lies outside is lost in one layer and reached
     only through depth: L layers span L·(window - 1) tokens to each side. Decoding keeps the last `window` keys and no more.
 
-    window: keys on each side, the query's own included; causal, `window` keys in all. scale, dropout: as in standard.
+    window: keys on each side, the query's own included; causal, `window` keys in all. dilation: the distances are multiples of it, so
+    that as many keys come from `dilation` times as far, and what lies between is lost (Beltagy et al., section 3.1: for higher
+    layers and a few heads, never for all, since neighbours are the most useful); one number, or one for each head. Decoding then keeps
+    the last (window - 1)·dilation + 1 keys. scale, dropout: as in standard.
     """
+
+    engine: Sparse
 
     spec = Spec(
         name="sliding_window",
@@ -32,6 +39,21 @@ class SlidingWindow(Attention):
     )
 
     def __init__(
-        self, heads: int, head_dim: int, *, window: int = 256, scale: float | None = None, dropout: float = 0.0, backend: str = "auto"
+        self,
+        heads: int,
+        head_dim: int,
+        *,
+        window: int = 256,
+        dilation: int | Sequence[int] = 1,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        backend: str = "auto",
     ) -> None:
-        super().__init__(heads, head_dim, Sparse(Window(window), scale, dropout), backend=backend)
+        pattern = Window(window, tuple(dilation) if isinstance(dilation, Sequence) else dilation)
+        super().__init__(heads, head_dim, Sparse(pattern, scale, dropout), backend=backend)
+        pattern.heads_by_dilation(heads)  # raises where there are not as many
+
+    def keep_heads(self, first: int, count: int) -> None:
+        super().keep_heads(first, count)
+        assert isinstance(self.engine.pattern, Window)
+        self.engine.pattern = self.engine.pattern.of_heads(first, count)
