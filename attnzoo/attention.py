@@ -53,6 +53,7 @@ class Attention(nn.Module):
 
     spec: ClassVar[Spec]
     engine: Engine
+
     def __init__(self, heads: int, head_dim: int, engine: Engine, *, backend: str = "auto") -> None:
         super().__init__()
         self.heads = check_positive("heads", heads)
@@ -250,7 +251,9 @@ class Attention(nn.Module):
 
     def _check_globals(self, call: Call) -> None:
         if (call.global_mask is not None or call.global_qkv is not None) and not self.spec.global_tokens:
-            raise UnsupportedError(f"{self.spec.name} has no global tokens: leave out global_mask and global_qkv, or use {self._others(global_tokens=True)}")
+            raise UnsupportedError(
+                f"{self.spec.name} has no global tokens: leave out global_mask and global_qkv, or use {self._others(global_tokens=True)}"
+            )
 
     def keep_heads(self, first: int, count: int) -> None:
         """Become the attention of heads `first` to `first + count - 1` alone, in place: for a process that holds only these heads.

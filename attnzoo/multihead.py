@@ -181,7 +181,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
         return q, k, v
 
-    def _project_by(self, packed: Tensor, bias: Tensor | None, query: Tensor, key: Tensor, value: Tensor, pattern: str) -> tuple[Tensor, Tensor, Tensor]:
+    def _project_by(
+        self, packed: Tensor, bias: Tensor | None, query: Tensor, key: Tensor, value: Tensor, pattern: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """As `_project`, by packed weights, (3 · size, features)."""
         size, heads = packed.shape[0] // 3, self.num_heads
 

@@ -110,7 +110,7 @@ def test_padding_of_own_projections_reaches_nothing(backend: str, garbage: float
 
 @BACKENDS
 def test_causal_globals_see_and_are_seen_by_no_earlier_row(backend: str) -> None:
-    """Whether token 60 is global, and what it holds, changes no bit of a row before it; it changes every later one."""
+    """Whether token 60 is global, and what it holds, changes no row before it; it changes its own and every later one, also outside the window."""
     attn, (q, k, v, _) = CASE.build(backend=backend), tensors(Situation(120, 120))
     own = own_projections(Situation(120, 120))
     first = torch.zeros(2, 120, dtype=torch.bool)
@@ -124,7 +124,8 @@ def test_causal_globals_see_and_are_seen_by_no_earlier_row(backend: str) -> None
             x[:, :, 60] = value
         out = attn(*inputs[:3], is_causal=True, global_mask=both, global_qkv=tuple(inputs[3:]))
         close(out[:, :, :60], before[:, :, :60], 1e-6, "rows before it")
-        assert (out[:, :, 60:] != before[:, :, 60:]).any(-1).all()
+        changed = (out != before).any(-1)
+        assert changed[:, :, 60].all() and changed[:, :, 60 + 16 :].all()
 
 
 def hugging_face_layer(dtype: torch.dtype, attention_window: int = 8):
@@ -151,11 +152,13 @@ def ours_with_its_weights(layer: nn.Module, dtype: torch.dtype) -> MultiheadAtte
     return mha
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 3e-7)])  # theirs runs its softmax in float32 always
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("kind", ["none", "right", "interior"])
 @pytest.mark.parametrize("globals_", ["none", "ragged", "all"])
-def test_equals_hugging_face(dtype: torch.dtype, tolerance: float, kind: str, globals_: str) -> None:
-    """Rows and the gradients of the input and of all six projections."""
+def test_equals_hugging_face(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, kind: str, globals_: str) -> None:
+    """Rows and the gradients of the input and of all six projections. Their softmax runs in float32 whatever comes in; here in the input's dtype."""
+    softmax = nn.functional.softmax
+    monkeypatch.setattr(nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
     layer = hugging_face_layer(dtype)
     mha = ours_with_its_weights(layer, dtype)
     batch, length = 3, 64
@@ -171,14 +174,14 @@ def test_equals_hugging_face(dtype: torch.dtype, tolerance: float, kind: str, gl
     rows = real[..., None]  # a padded row is 0 there, and here the row of its query
     close(ours * rows, theirs.detach() * rows, tolerance, "rows")
     upstream = torch.randn(batch, length, 24, dtype=dtype) * rows
-    close(torch.autograd.grad(ours, ours_x, upstream, retain_graph=True)[0], torch.autograd.grad(theirs, theirs_x, upstream, retain_graph=True)[0], 8 * tolerance, "gradient of x")
     ours.backward(upstream)
     theirs.backward(upstream)
+    close(ours_x.grad, theirs_x.grad, 4 * tolerance, "gradient of x")
     packed = mha.attention.global_projection
     for suffix, gradient in (("", mha.in_proj_weight.grad), ("_global", packed.weight.grad)):
         of_theirs = [getattr(layer, name + suffix).weight.grad for name in ("query", "key", "value")]
         if of_theirs[0] is not None:
-            close(gradient, torch.cat(of_theirs), 32 * tolerance, f"gradient of the projections{suffix}")
+            close(gradient, torch.cat(of_theirs), 4 * tolerance, f"gradient of the projections{suffix}")
 
 
 def test_own_projections_begin_as_copies_and_travel() -> None:
@@ -240,7 +243,7 @@ def test_globals_that_come_late() -> None:
         rows.append(out)
     close(torch.cat(rows, 2), expected, 1e-10, "rows")
     one, yes = [x[:, :, :1] for x in (q, k, v)], torch.ones(2, 1, dtype=torch.bool)
-    with pytest.raises(UnsupportedError, match="after 40 others .* within the first 16 tokens"):
+    with pytest.raises(UnsupportedError, match=r"after 40 others .* within the first 16 tokens"):
         attn.step(*one, state, global_mask=yes)
     _, state = attn.step(*one, attn.init_state(2, kv_heads=2, dtype=q.dtype))
     with pytest.raises(UnsupportedError, match="first step"):
@@ -324,7 +327,7 @@ def test_global_tokens_in_a_swapped_bert() -> None:
     assert (by_option - without).abs().max() > 1e-3
     with pytest.raises(ValueError, match="BertModel has no attention with global tokens"), attnzoo.global_mask(bert(), named):
         pass
-    with pytest.raises(ValueError, match="mask is torch.int64"), attnzoo.global_mask(model, ids):
+    with pytest.raises(ValueError, match=r"mask is torch\.int64"), attnzoo.global_mask(model, ids):
         pass
 
 
