@@ -5,6 +5,7 @@ from attnzoo.call import UnsupportedError
 from attnzoo.cost.counting import FlopReport, count_flops
 from attnzoo.engines.engine import Cost
 from attnzoo.integrations.generation import state_cache
+from attnzoo.integrations.global_tokens import global_mask
 from attnzoo.integrations.sidecar import load, save
 from attnzoo.integrations.swapping import swap, unswap
 from attnzoo.multihead import MultiheadAttention
@@ -21,6 +22,7 @@ __all__ = [
     "build",
     "count_flops",
     "describe",
+    "global_mask",
     "load",
     "names",
     "register",

@@ -23,6 +23,7 @@ class Spec:
     equation: one line, row by row. complexity: time and memory in the sequence length n.
     exact: A is softmax's own on its support. bidirectional: runs without is_causal. cross: query_length may differ from key_length.
     tied_to_end: A depends on where the sequence ends, so a right-padded run may differ from the run without padding.
+    global_tokens: a call may name tokens that everyone sees and that see everyone, and give their rows projections of their own.
     data_dependent: which keys a row sees depends on the queries and keys; `Cost.support_macs` is then the most that it can be.
     """
 
@@ -41,6 +42,7 @@ class Spec:
     decodes: bool = True
     needs_max_length: bool = False
     tied_to_end: bool = False
+    global_tokens: bool = False
     data_dependent: bool = False
 
     def runs(self, is_causal: bool) -> bool:
@@ -74,6 +76,11 @@ class Attention(nn.Module):
         self.backend = backend
         self.engine = engine
         self.last_backend: str | None = None
+        # Of a variant with global tokens: how many of the first real tokens of every sample are global in every call; the packed projections of
+        # their rows, which MultiheadAttention adds; and the global_mask of calls that bring none, see `attnzoo.global_mask`.
+        self.global_tokens = 0
+        self.global_projection: nn.Linear | None = None
+        self.global_mask: Tensor | None = None
 
     def place(self, call: Call, seen: int) -> Call:
         """The call with what depends on positions put into q and k; `seen` tokens stand before its first key."""
@@ -85,29 +92,52 @@ class Attention(nn.Module):
 
     @autocast_inputs_only
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        global_mask: Tensor | None = None,
+        global_qkv: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attention of q to k and v.
 
         q: (batch, heads, query_length, head_dim); k, v: (batch, kv_heads, key_length, head_dim), kv_heads divides heads.
         key_mask: (batch, key_length) bool, True = attend. attn_mask: bool (True = attend) or additive float, broadcastable
         to (batch, heads, query_length, key_length). is_causal: query i sees keys up to position key_length - query_length + i.
+        global_mask: (batch, key_length) bool, True = a token that every row sees and whose own row sees every key; what is padded is none.
+        global_qkv: other q, k and v, shaped alike, of which the rows of global tokens are made (default: q, k and v). Both are for a
+        variant with global tokens, whose docstring says more.
         Returns (batch, heads, query_length, head_dim) in q's dtype; a row that sees no key is 0. What stands in a padded slot
         reaches nothing. With is_causal, a NaN or inf in k or v makes every later row NaN and no earlier one.
         Raises ValueError on a malformed argument, UnsupportedError on what the spec excludes.
         """
-        call = Call(q, k, v, key_mask, attn_mask, is_causal)
+        call = Call(q, k, v, key_mask, attn_mask, is_causal, self._globals_of(k, global_mask), global_qkv)
         self.refuse(call)
         return self._run(call, self.backend)
 
     @autocast_inputs_only
-    def weights(self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        global_mask: Tensor | None = None,
+        global_qk: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """A itself, without dropout, (batch, heads, query_length, key_length): the reference run on v = identity.
 
-        Memory is quadratic in the length. Arguments and errors are those of `forward`.
+        Memory is quadratic in the length. Arguments and errors are those of `forward`; global_qk: the first two of its global_qkv.
         """
         identity = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
-        call = Call(q, k, identity, key_mask, attn_mask, is_causal)
+        global_qkv = None if global_qk is None else (*global_qk, identity)
+        call = Call(q, k, identity, key_mask, attn_mask, is_causal, self._globals_of(k, global_mask), global_qkv)
         self.refuse(call)
         training = self.engine.training
         self.engine.eval()
@@ -138,16 +168,27 @@ class Attention(nn.Module):
         return self.engine.init_state(batch_size, kv_heads, self.head_dim, max_length, dtype or torch.get_default_dtype(), device)
 
     @autocast_inputs_only
-    def step(self, q: Tensor, k: Tensor, v: Tensor, state: Any, *, key_mask: Tensor | None = None) -> tuple[Tensor, Any]:
+    def step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Any,
+        *,
+        key_mask: Tensor | None = None,
+        global_mask: Tensor | None = None,
+        global_qkv: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Any]:
         """Attend to the tokens in `state` and to the new ones, causally: rows equal those of one forward with is_causal=True.
 
         q: (batch, heads, new_tokens, head_dim); k, v: (batch, kv_heads, new_tokens, head_dim); key_mask: (batch, new_tokens) bool.
+        global_mask, global_qkv: of the new tokens, as in `forward`.
         Returns the new rows and the new state; `state` itself stays valid (branching costs a copy).
         Raises ValueError when the state would pass its max_length.
         """
         if not self.spec.decodes:
             raise UnsupportedError(f"{self.spec.name} does not decode token by token; use {self._others(decodes=True)}")
-        call = Call(q, k, v, key_mask, None, True)
+        call = Call(q, k, v, key_mask, None, True, self._globals_of(k, global_mask, state.seen), global_qkv)
         self.refuse(call)
         if q.shape[2] != k.shape[2]:
             raise ValueError(f"step got {q.shape[2]} queries and {k.shape[2]} keys; every new token brings one of each")
@@ -193,6 +234,7 @@ class Attention(nn.Module):
         check(call, self.heads, self.head_dim)
         spec = self.spec
         self.check_causality(call.is_causal)
+        self._check_globals(call)
         if call.attn_mask is not None and not spec.attn_mask:
             raise UnsupportedError(
                 f"{spec.name} cannot apply an arbitrary attn_mask; use key_mask for padding, is_causal=True for causality, "
@@ -209,6 +251,23 @@ class Attention(nn.Module):
             raise UnsupportedError(self._no_causal())
         if not is_causal and not self.spec.bidirectional:
             raise UnsupportedError(f"{self.spec.name} is causal only: pass is_causal=True, or use {self._others(bidirectional=True)}")
+
+    def names_globals(self, global_mask: Tensor | None) -> bool:
+        """Whether a call with this mask may have global tokens."""
+        return global_mask is not None or self.global_mask is not None or self.global_tokens > 0
+
+    def _globals_of(self, k: Tensor, given: Tensor | None, seen: int | None = None) -> Tensor | None:
+        """The call's global_mask, or else this attention's own, of the slots from `seen` on; slots behind its end are not global."""
+        if given is not None or self.global_mask is None:
+            return given
+        mask = self.global_mask if seen is None else self.global_mask[:, seen : seen + k.shape[2]]
+        return nn.functional.pad(mask, (0, max(0, k.shape[2] - mask.shape[1])))
+
+    def _check_globals(self, call: Call) -> None:
+        if (call.global_mask is not None or call.global_qkv is not None) and not self.spec.global_tokens:
+            raise UnsupportedError(
+                f"{self.spec.name} has no global tokens: leave out global_mask and global_qkv, or use {self._others(global_tokens=True)}"
+            )
 
     def keep_heads(self, first: int, count: int) -> None:
         """Become the attention of heads `first` to `first + count - 1` alone, in place: for a process that holds only these heads.

@@ -34,5 +34,7 @@ def autocast_inputs_only(method: Callable[Arguments, Result]) -> Callable[Argume
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_cast(one, dtype) for one in value)
     is_cast = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
     return value.to(dtype) if is_cast else value

@@ -20,6 +20,9 @@ class Call:
     q: (batch, heads, query_length, head_dim); k: (batch, kv_heads, key_length, head_dim); v: (batch, kv_heads, key_length, value_dim).
     key_mask: (batch, key_length) bool, True = attend. attn_mask: bool (True = attend) or additive float, broadcastable to
     (batch, heads, query_length, key_length). Query i stands at position key_length - query_length + i.
+    global_mask: (batch, key_length) bool, True = a token that everyone sees and that sees everyone. global_qkv: other q, k and v of the same
+    shapes, from which the rows of global tokens are made. global_counts: the most global keys, and the most global queries, of a sample, where
+    the engine knows them.
     """
 
     q: Tensor
@@ -28,6 +31,9 @@ class Call:
     key_mask: Tensor | None = None
     attn_mask: Tensor | None = None
     is_causal: bool = False
+    global_mask: Tensor | None = None
+    global_qkv: tuple[Tensor, Tensor, Tensor] | None = None
+    global_counts: tuple[int, int] | None = None
 
     @property
     def query_length(self) -> int:
@@ -78,21 +84,35 @@ def check(call: Call, heads: int, head_dim: int) -> None:
         raise ValueError(f"q and k have head_dim {q.shape[3]} and {k.shape[3]}; this attention was built with head_dim={head_dim}")
     if k.shape[2] != v.shape[2]:
         raise ValueError(f"k has length {k.shape[2]} and v has length {v.shape[2]}; they must agree")
-    _check_key_mask(call)
+    _check_token_mask("key_mask", call.key_mask, call, "attend")
+    _check_token_mask("global_mask", call.global_mask, call, "global")
     _check_attn_mask(call)
+    _check_global_qkv(call)
 
 
-def _check_key_mask(call: Call) -> None:
-    mask, wanted = call.key_mask, (call.k.shape[0], call.key_length)
+def _check_token_mask(name: str, mask: Tensor | None, call: Call, true: str) -> None:
     if mask is None:
         return
-    _check_tensor("key_mask", mask, "(batch, key_length)")
+    wanted = (call.k.shape[0], call.key_length)
+    _check_tensor(name, mask, "(batch, key_length)")
     if mask.dtype != torch.bool:
-        raise ValueError(f"key_mask has dtype {mask.dtype}; it must be bool with True = attend: use key_mask.bool()")
+        raise ValueError(f"{name} has dtype {mask.dtype}; it must be bool with True = {true}: use {name}.bool()")
     if tuple(mask.shape) != wanted:
-        raise ValueError(f"key_mask has shape {tuple(mask.shape)}; it must be (batch, key_length) = {wanted}")
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}; it must be (batch, key_length) = {wanted}")
     if mask.device != call.q.device:
-        raise ValueError(f"key_mask is on {mask.device} and q is on {call.q.device}; they must be on one device")
+        raise ValueError(f"{name} is on {mask.device} and q is on {call.q.device}; they must be on one device")
+
+
+def _check_global_qkv(call: Call) -> None:
+    if call.global_qkv is None:
+        return
+    if not isinstance(call.global_qkv, tuple) or len(call.global_qkv) != 3:
+        raise ValueError("global_qkv must be a tuple of three tensors: q, k and v of the global tokens' rows, shaped as q, k and v")
+    for name, x, like in zip("qkv", call.global_qkv, (call.q, call.k, call.v), strict=True):
+        _check_tensor(f"global_qkv's {name}", x, f"as {name}")
+        if x.shape != like.shape or x.dtype != like.dtype or x.device != like.device:
+            found, wanted = ((tuple(y.shape), y.dtype, str(y.device)) for y in (x, like))
+            raise ValueError(f"global_qkv's {name} is {found}; in shape, dtype and device it must be as {name}: {wanted}")
 
 
 def _check_attn_mask(call: Call) -> None:
@@ -116,10 +136,15 @@ def _check_tensor(name: str, value: object, shape: str) -> None:
 
 def clear_padding(call: Call) -> Call:
     """Zero the padded slots of k and v, so that nothing in them (NaN included) can reach a real row, forward or backward (rules 3, 4)."""
-    if call.key_mask is None:
-        return call
-    padded = ~call.key_mask[:, None, :, None]
-    return replace(call, k=call.k.masked_fill(padded, 0.0), v=call.v.masked_fill(padded, 0.0))
+    return call if call.key_mask is None else _zeroed(call, ~call.key_mask[:, None, :, None])
+
+
+def _zeroed(call: Call, slots: Tensor) -> Call:
+    """The call with k and v (those of global rows too) zeroed at `slots`, which broadcast to them."""
+    k, v, own = call.k.masked_fill(slots, 0.0), call.v.masked_fill(slots, 0.0), call.global_qkv
+    if own is not None:
+        own = (own[0], own[1].masked_fill(slots, 0.0), own[2].masked_fill(slots, 0.0))
+    return replace(call, k=k, v=v, global_qkv=own)
 
 
 def shield_past(call: Call, *, may_stall: bool = False) -> tuple[Call, Tensor | None]:
@@ -129,20 +154,21 @@ def shield_past(call: Call, *, may_stall: bool = False) -> tuple[Call, Tensor | 
     stand at or after a bad slot. None when there is nothing to do. Looking costs one read of k and v; where a look
     would stall (CUDA, unless it may_stall, and a compiled graph) the slots are zeroed unconditionally.
     """
-    k, v = call.k, call.v
+    k = call.k
     if not call.is_causal or k.is_meta:
         return call, None
+    pairs = [(call.k, call.v)] if call.global_qkv is None else [(call.k, call.v), call.global_qkv[1:]]
     look = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active() and (may_stall or not k.is_cuda)
-    if look and _all_finite(k.detach(), v.detach()):
+    if look and all(_all_finite(keys.detach(), values.detach()) for keys, values in pairs):
         return call, None
     wide = _summed_in(k)
-    bad = ~torch.isfinite(k.sum(-1, dtype=wide) + v.sum(-1, dtype=wide))  # (batch, kv_heads, key_length)
-    slots = bad[..., None]
+    sums = [keys.sum(-1, dtype=wide) + values.sum(-1, dtype=wide) for keys, values in pairs]
+    bad = ~torch.isfinite(sums[0] if len(sums) == 1 else sums[0] + sums[1])  # (batch, kv_heads, key_length)
     reached = bad.any(1).cumsum(-1) > 0
     rows = reached.new_zeros(k.shape[0], call.query_length)
     common = min(call.query_length, call.key_length)
     rows[:, call.query_length - common :] = reached[:, call.key_length - common :]
-    return replace(call, k=k.masked_fill(slots, 0.0), v=v.masked_fill(slots, 0.0)), rows
+    return _zeroed(call, bad[..., None]), rows
 
 
 def _all_finite(k: Tensor, v: Tensor) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from attnzoo.arguments import check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import UnsupportedError
-from attnzoo.engines.softmax import causal_mask
+from attnzoo.multihead_masks import check_mask, translate
 from attnzoo.registry import build, spec_of
 
 
@@ -36,6 +35,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     embed_dim, num_heads, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in torch.
     add_bias_kv, add_zero_attn: append a key to the sequence, so only for softmax over arbitrary keys (the standard core).
     dropout: on the entries of A while training; read here, once.
+    A core with global tokens (`longformer`) gets projections for their rows, `attention.global_projection`, packed as `in_proj_weight` is and at
+    first a copy of it, unless kdim or vdim differ; a state_dict of torch's fills them with copies of what it holds.
     attention: a name in `attnzoo.names()`. attention_options: its further options, e.g. {"num_features": 128}.
     Raises ValueError on a malformed option, UnsupportedError on one that the core excludes (dropout > 0 among them).
     """
@@ -63,6 +64,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         super().__init__(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
         # After torch's own parameters, so that a seed gives those the values that it gives them in torch.
         self.attention = build(attention, heads=num_heads, head_dim=self.head_dim, **options).to(device=device, dtype=dtype)
+        self._add_global_projection()
 
     @classmethod
     def around(cls, module: nn.MultiheadAttention, attention: Attention) -> Self:
@@ -80,6 +82,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         for name, parameter in module.named_parameters(recurse=False):
             setattr(swapped, name, parameter)
         swapped.out_proj, swapped.attention = module.out_proj, attention
+        swapped._add_global_projection()
         return swapped.train(module.training)
 
     def _reset_parameters(self) -> None:
@@ -89,10 +92,23 @@ class MultiheadAttention(nn.MultiheadAttention):
         super()._reset_parameters()
         self._qkv_same_embed_dim = False
 
+    def _add_global_projection(self) -> None:
+        if not self.attention.spec.global_tokens or self.in_proj_weight is None:
+            return
+        plain = {"weight": self.in_proj_weight, "bias": self.in_proj_bias}
+        projection = nn.Linear(self.embed_dim, 3 * self.embed_dim, plain["bias"] is not None, device="meta")
+        for name, parameter in plain.items():
+            if parameter is not None:
+                setattr(projection, name, nn.Parameter(parameter.detach().clone()))
+        self.attention.global_projection = projection
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         own = f"{prefix}attention."
         if not any(key.startswith(own) for key in state_dict):
             state_dict.update(self.attention.state_dict(prefix=own, keep_vars=True))
+            for name in ("weight", "bias"):
+                if f"{own}global_projection.{name}" in state_dict and f"{prefix}in_proj_{name}" in state_dict:
+                    state_dict[f"{own}global_projection.{name}"] = state_dict[f"{prefix}in_proj_{name}"]
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(
@@ -105,12 +121,14 @@ class MultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        global_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Project, attend, project back. Masks are torch's: True, or -inf in a float mask, hides.
 
         query: (L, N, embed_dim), or (N, L, embed_dim) if batch_first, or (L, embed_dim); key: the same with S and kdim; value: with
         S and vdim. key_padding_mask: (N, S) or (S). attn_mask: (L, S) or (N · num_heads, L, S). Both bool or float (added to the scores).
-        need_weights=False spares the L x S matrix, which is what most cores are for.
+        need_weights=False spares the L x S matrix, which is what most cores are for. global_mask, which torch has not: (N, S) or (S) bool,
+        True = a global token, for a core that has them.
 
         A core without attn_mask (its spec says so) takes the one mask that is the causal mask, with or without the is_causal hint, and runs it
         as is_causal; and a float key_padding_mask of 0 and -inf. Any other mask raises UnsupportedError. To tell, the values of
@@ -122,19 +140,25 @@ class MultiheadAttention(nn.MultiheadAttention):
         for 2-D inputs; S counts the keys of add_bias_kv and add_zero_attn. A is the attention before dropout, where torch returns the dropped one.
         """
         if query.is_nested or key.is_nested or value.is_nested:
+            if global_mask is not None:
+                raise ValueError("a nested tensor takes no global_mask; pass padded tensors and masks instead")
             return self._forward_nested(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         self._check(query, key, value, key_padding_mask, attn_mask)
         batched = query.dim() == 3
         # The names of an input's leading axes, for einops; "1" is the batch that a 2-D input lacks.
         axes, batch = ("l", "1") if not batched else ("b l", "b") if self.batch_first else ("l b", "b")
-        q, k, v = self._project(query, key, value, f"{axes} (p h d) -> p {batch} h l d")
-        masks = _translate(self.attention.spec, q, k, key_padding_mask, attn_mask, is_causal)
+        pattern = f"{axes} (p h d) -> p {batch} h l d"
+        q, k, v = self._project(query, key, value, pattern)
+        masks = translate(self.attention.spec, q, k, key_padding_mask, attn_mask, is_causal)
         masks = masks.with_end_keys((self.bias_k is not None) + self.add_zero_attn, q, k)
         k, v = self._with_end_keys(k, self.bias_k), self._with_end_keys(v, self.bias_v)
-        weights = (
-            self.attention.weights(q, k, key_mask=masks.key_mask, attn_mask=masks.attn_mask, is_causal=masks.is_causal) if need_weights else None
-        )
-        out = self.attention(q, k, v, key_mask=masks.key_mask, attn_mask=masks.attn_mask, is_causal=masks.is_causal)
+        global_mask = global_mask if global_mask is None or batched else global_mask[None]
+        how: dict[str, Any] = {"key_mask": masks.key_mask, "attn_mask": masks.attn_mask, "is_causal": masks.is_causal, "global_mask": global_mask}
+        own, of_globals = None, self.attention.global_projection
+        if of_globals is not None and self.attention.names_globals(global_mask):
+            own = self._project_by(of_globals.weight, of_globals.bias, query, key, value, pattern)
+        weights = self.attention.weights(q, k, global_qk=own and own[:2], **how) if need_weights else None
+        out = self.attention(q, k, v, global_qkv=own, **how)
         out = self.out_proj(rearrange(out, f"{batch} h l d -> {axes} (h d)"))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
@@ -142,24 +166,37 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, pattern: str) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as views of (batch, heads, length, head_dim): one matmul for self-attention, two when key is value."""
-        size, heads, bias = self.embed_dim, self.num_heads, self.in_proj_bias
+        heads, bias = self.num_heads, self.in_proj_bias
         separate = self._modules.get("projections")
         if separate is not None:  # a process of several, which has the projections of its own heads
             q, k, v = (rearrange(project(x), pattern, p=1, h=heads)[0] for project, x in zip(separate.children(), (query, key, value), strict=True))
             return q, k, v
 
-        def split(x: Tensor, weight: Tensor, start: int, parts: int) -> Tensor:
-            rows = None if bias is None else bias[start * size : (start + parts) * size]
-            return rearrange(F.linear(x, weight, rows), pattern, p=parts, h=heads)
+        if self.in_proj_weight is not None:
+            return self._project_by(self.in_proj_weight, bias, query, key, value, pattern)
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        q, k, v = (
+            rearrange(F.linear(x, weight, part), pattern, p=1, h=heads)[0]
+            for x, weight, part in zip((query, key, value), (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight), biases, strict=True)
+        )
+        return q, k, v
 
-        packed = self.in_proj_weight
-        if packed is not None and query is key and key is value:
-            q, k, v = split(query, packed, 0, 3).unbind(0)
-        elif packed is not None and key is value:
-            (q,), (k, v) = split(query, packed[:size], 0, 1).unbind(0), split(key, packed[size:], 1, 2).unbind(0)
+    def _project_by(
+        self, packed: Tensor, bias: Tensor | None, query: Tensor, key: Tensor, value: Tensor, pattern: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_project`, by packed weights, (3 · size, features)."""
+        size, heads = packed.shape[0] // 3, self.num_heads
+
+        def split(x: Tensor, start: int, parts: int) -> Tensor:
+            rows = slice(start * size, (start + parts) * size)
+            return rearrange(F.linear(x, packed[rows], None if bias is None else bias[rows]), pattern, p=parts, h=heads)
+
+        if query is key and key is value:
+            q, k, v = split(query, 0, 3).unbind(0)
+        elif key is value:
+            (q,), (k, v) = split(query, 0, 1).unbind(0), split(key, 1, 2).unbind(0)
         else:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if packed is None else packed.chunk(3)
-            q, k, v = (split(x, weight, i, 1)[0] for i, (x, weight) in enumerate(zip((query, key, value), weights, strict=True)))
+            q, k, v = (split(x, i, 1)[0] for i, x in enumerate((query, key, value)))
         return q, k, v
 
     def _with_end_keys(self, x: Tensor, learned: Tensor | None) -> Tensor:
@@ -213,8 +250,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError(f"query has shape {tuple(query.shape)} and key {tuple(key.shape)}; their batch sizes must agree in {layout}")
         lengths = (query.shape[length_axis], key.shape[length_axis])
         sizes = (query.shape[1 - length_axis],) if batched else ()
-        _check_mask("key_padding_mask", key_padding_mask, [(*sizes, lengths[1])], weight.device)
-        _check_mask("attn_mask", attn_mask, [lengths, (self.num_heads * (sizes[0] if sizes else 1), *lengths)], weight.device)
+        check_mask("key_padding_mask", key_padding_mask, [(*sizes, lengths[1])], weight.device)
+        check_mask("attn_mask", attn_mask, [lengths, (self.num_heads * (sizes[0] if sizes else 1), *lengths)], weight.device)
 
 
 def _core_options(spec: Spec, dropout: float, extra_keys: bool, options: dict[str, Any]) -> dict[str, Any]:
@@ -233,99 +270,3 @@ def _core_options(spec: Spec, dropout: float, extra_keys: bool, options: dict[st
             " or use attention='standard'"
         )
     return {**options, "dropout": dropout} if spec.dropout else options
-
-
-def _check_mask(name: str, mask: Tensor | None, shapes: list[tuple[int, ...]], device: torch.device) -> None:
-    if mask is None:
-        return
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"{name} has dtype {mask.dtype}; it must be bool (True = ignore) or floating (added to the scores): use {name}.bool()")
-    if tuple(mask.shape) not in shapes:
-        raise ValueError(f"{name} has shape {tuple(mask.shape)}; it must be {' or '.join(map(str, dict.fromkeys(shapes)))}")
-    if mask.device != device:
-        raise ValueError(f"{name} is on {mask.device} and the module on {device}; they must be on one device")
-
-
-@dataclass(frozen=True)
-class _Masks:
-    """The masks in this library's dialect: True = attend; see `attnzoo.Attention.forward`."""
-
-    key_mask: Tensor | None
-    attn_mask: Tensor | None
-    is_causal: bool
-
-    def with_end_keys(self, count: int, q: Tensor, k: Tensor) -> _Masks:
-        """The masks once `count` keys that every query sees are appended to k; causality, which would hide them, becomes a mask."""
-        if count == 0:
-            return self
-        mask = self.attn_mask
-        if self.is_causal:
-            past = causal_mask(q.shape[2], k.shape[2], q.device)
-            mask = past if mask is None else mask & past if mask.dtype == torch.bool else mask.masked_fill(~past, float("-inf"))
-        key_mask = None if self.key_mask is None else F.pad(self.key_mask, (0, count), value=True)
-        if mask is not None:
-            mask = F.pad(mask, (0, count), value=True if mask.dtype == torch.bool else 0.0)
-        return _Masks(key_mask, mask, False)
-
-
-def _translate(spec: Spec, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> _Masks:
-    """torch's masks in this library's dialect. q, k: projected, (batch, heads, length, head_dim)."""
-    key_mask, bias = _split_padding(spec, key_padding_mask, q)
-    mask, is_causal = _split_causality(spec, attn_mask, is_causal, q, k)
-    if mask is not None:
-        mask = ~mask if mask.dtype == torch.bool else mask.to(q.dtype)
-    if bias is not None and mask is not None:
-        mask = bias + mask if mask.is_floating_point() else bias.masked_fill(~mask, float("-inf"))
-    return _Masks(key_mask, bias if mask is None else mask, is_causal)
-
-
-def _split_padding(spec: Spec, mask: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The keys to attend to, (batch, key_length) bool, and what a float mask adds to their scores, (batch, 1, 1, key_length), if anything."""
-    if mask is None:
-        return None, None
-    mask = mask if mask.dim() == 2 else mask[None]
-    if mask.dtype == torch.bool:
-        return ~mask, None
-    key_mask = mask != float("-inf")
-    bias = mask.masked_fill(~key_mask, 0.0)
-    if _readable(mask) and not mask.requires_grad and not bool(bias.any()):
-        return key_mask, None
-    if spec.attn_mask:
-        return key_mask, bias.to(q.dtype)[:, None, None, :]
-    refusal = f"{spec.name} cannot add a float key_padding_mask to its scores; give a bool one (True = ignore) or one of 0 and -inf only"
-    if _readable(mask):
-        raise UnsupportedError(refusal)
-    _assert_later(~bias.any(), refusal)
-    return key_mask, None
-
-
-def _split_causality(spec: Spec, mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> tuple[Tensor | None, bool]:
-    """The mask, in torch's dialect and 4-D, and is_causal; a mask that is the causal mask becomes is_causal."""
-    if mask is None:
-        return None, is_causal
-    query_length, key_length = q.shape[2], k.shape[2]
-    mask = mask.unflatten(0, q.shape[:2]) if mask.dim() == 3 else mask[None, None]
-    hidden = ~causal_mask(query_length, key_length, mask.device)
-    causal = hidden if mask.dtype == torch.bool else torch.zeros_like(hidden, dtype=mask.dtype).masked_fill(hidden, float("-inf"))
-    if _readable(mask) and not mask.requires_grad and bool((mask == causal).all()):
-        return None, True
-    if spec.attn_mask:
-        return mask, bool(is_causal and query_length == key_length)
-    refusal = f"{spec.name} cannot apply an attn_mask other than the causal mask; use key_padding_mask for padding, or attention='standard'"
-    if _readable(mask):
-        raise UnsupportedError(refusal)
-    if not is_causal:
-        raise UnsupportedError(f"{refusal}. The values of this one cannot be read here: if it is the causal mask, say so with is_causal=True")
-    _assert_later((mask == causal).all(), refusal)
-    return None, True
-
-
-def _readable(x: Tensor) -> bool:
-    """Whether Python may branch on the values of x: not in a graph that is being compiled or captured."""
-    return not (x.is_meta or torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
-
-
-def _assert_later(condition: Tensor, message: str) -> None:
-    """Have the graph check itself when it runs, without a wait (RuntimeError)."""
-    if not condition.is_meta:
-        torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]

@@ -6,12 +6,13 @@ pattern is told of it only because some (global blocks, random draws) choose dif
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from attnzoo.arguments import check_count, check_positive, check_seed
+from attnzoo.arguments import check_count, check_positive
+from attnzoo.call import Call
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,25 @@ class Grid:
         return -(-self.key_length // block_size)
 
 
+def grid_of(call: Call) -> Grid:
+    """The sizes of a call, for its pattern."""
+    return Grid(_constant(call.q.shape[1]), _constant(call.query_length), _constant(call.key_length), call.is_causal, call.q.device)
+
+
+def _constant(length: int) -> int:
+    """The same number, which a compiled graph then takes as a constant: a layout is made for one length. int() would stay symbolic."""
+    return len(range(int(length)))
+
+
 class Pattern:
     """A set of keys for every query. reach: how many keys back a causal query can see, itself included (None: to the first)."""
 
     reach: int | None = None
+
+    @property
+    def remembers(self) -> int | None:
+        """How many keys decoding must keep, at most (None: all)."""
+        return self.reach
 
     def mask(self, grid: Grid) -> Tensor:
         """(heads or 1, query_length, key_length) bool, True = visible, causality left out."""
@@ -95,20 +111,61 @@ class Intersection(Pattern):
 class Window(Pattern):
     """Keys closer than `window` tokens: |i - j| < window. Causal, that is `window` keys, the query's own included.
 
+    dilation: of these distances only every dilation-th, |i - j| < window · dilation with (i - j) % dilation == 0: as many keys, from
+    farther. One number for all heads, or one for each head. sinks: the first so many slots are visible too, whatever the distance.
     Other libraries count otherwise; the converters speak their dialects. Hugging Face's `sliding_window` is `window` itself.
     """
 
     window: int
+    dilation: int | tuple[int, ...] = 1
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         check_positive("window", self.window)
+        if self.dilation == ():
+            raise ValueError("dilation=() is empty; give one number, or one for each head")
+        for dilation in self.dilations:
+            check_positive("dilation", dilation)
+        if check_count("sinks", self.sinks) and set(self.dilations) != {1}:
+            raise ValueError(f"sinks={self.sinks} and dilation={self.dilation}: sinks stand beside dilation 1 only; leave one out")
 
     @property
-    def reach(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.window
+    def dilations(self) -> tuple[int, ...]:
+        """One for each head, or one for all."""
+        return self.dilation if isinstance(self.dilation, tuple) else (self.dilation,)
+
+    @property
+    def reach(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return None if self.sinks else self.near
+
+    @property
+    def near(self) -> int:
+        """How many keys back a causal query can see in the window alone, itself included."""
+        return (self.window - 1) * max(self.dilations) + 1
+
+    @property
+    def remembers(self) -> int:
+        return self.near + self.sinks
 
     def mask(self, grid: Grid) -> Tensor:
-        return ((grid.query_positions() - grid.key_positions()).abs() < self.window)[None]
+        distance = grid.query_positions() - grid.key_positions()
+        dilation = torch.tensor(self.dilations, device=grid.device)[:, None, None]
+        return (distance.abs() < self.window * dilation) & (distance % dilation == 0) | (grid.key_positions() < self.sinks)
+
+    def heads_by_dilation(self, heads: int) -> dict[int, list[int]]:
+        """The heads of every dilation, in ascending order. Raises ValueError when there is not one dilation for each head."""
+        if not isinstance(self.dilation, tuple):
+            return {self.dilation: list(range(heads))}
+        if len(self.dilation) != heads:
+            raise ValueError(f"dilation={self.dilation} gives {len(self.dilation)} numbers for heads={heads}; give one number, or one for each head")
+        found: dict[int, list[int]] = {}
+        for head, dilation in enumerate(self.dilation):
+            found.setdefault(dilation, []).append(head)
+        return found
+
+    def of_heads(self, first: int, count: int) -> Window:
+        """The window of these heads alone."""
+        return replace(self, dilation=self.dilation[first : first + count]) if isinstance(self.dilation, tuple) else self
 
     @classmethod
     def from_flash_attention(cls, left: int, right: int) -> Window:
@@ -118,7 +175,8 @@ class Window(Pattern):
         return cls(left + 1)
 
     def to_flash_attention(self, is_causal: bool) -> tuple[int, int]:
-        """As flash-attn's window_size=(left, right)."""
+        """As flash-attn's window_size=(left, right). Raises ValueError where it has no such window."""
+        self._check_plain("flash-attn")
         return self.window - 1, 0 if is_causal else self.window - 1
 
     @classmethod
@@ -129,10 +187,15 @@ class Window(Pattern):
         return cls(attention_window // 2 + 1)
 
     def to_longformer(self) -> int:
-        """As Longformer's attention_window."""
+        """As Longformer's attention_window. Raises ValueError where it has no such window."""
+        self._check_plain("Longformer's code")
         if self.window == 1:
             raise ValueError("window=1 (the query's own key alone) has no equal in Longformer, whose attention_window is at least 2")
         return 2 * (self.window - 1)
+
+    def _check_plain(self, where: str) -> None:
+        if set(self.dilations) != {1} or self.sinks:
+            raise ValueError(f"dilation={self.dilation} with sinks={self.sinks} has no equal in {where}; only a plain window has")
 
 
 class BlockPattern(Pattern):
@@ -232,84 +295,3 @@ class GlobalBlocks(BlockPattern):
 
     def sees_all(self, grid: Grid) -> Tensor:
         return (grid.query_blocks(self.block_size)[:, None] == self._blocks(grid)).any(1)
-
-
-@dataclass(frozen=True)
-class RandomBlocks(BlockPattern):
-    """num_blocks distinct blocks per query block and head, drawn from those that `outside` does not show; fewer where there are fewer.
-
-    When causal, from earlier blocks only. The draw is a hash of (seed, head, query block, index), so it is the same on every
-    device and, when causal, does not change as the sequence grows. first_head: the number of the grid's first head in that hash.
-    """
-
-    num_blocks: int
-    block_size: int
-    seed: int
-    outside: BlockPattern
-    first_head: int = 0
-
-    def __post_init__(self) -> None:
-        check_count("num_random_blocks", self.num_blocks)
-        check_seed(self.seed)
-
-    def key_blocks(self, grid: Grid) -> Tensor:
-        rows = grid.query_blocks(self.block_size)
-        limit = torch.full_like(rows, grid.num_key_blocks(self.block_size))
-        if grid.is_causal:
-            limit = limit.minimum((rows + 1).clamp(min=0))
-        taken = distinct(self.outside.key_blocks(grid), limit)
-        free = (limit - (taken < limit[:, None]).sum(-1))[..., None]  # (1, query_blocks, 1)
-        index = torch.arange(self.num_blocks, device=grid.device)
-        heads = torch.arange(self.first_head, self.first_head + grid.heads, device=grid.device)[:, None, None]
-        uniform = hashed_uniform(self.seed, heads, rows[:, None], index)
-        left = (free - index).clamp(min=0)
-        drawn = (uniform * left).long()  # draw t picks one of the free - t that draws 0..t-1 have left
-        return _skip(_skip_each_other(drawn), taken).where(left > 0, -1)
-
-
-def distinct(blocks: Tensor, limit: Tensor | int) -> Tensor:
-    """Sort the last dimension ascending; -1, repetitions and blocks at or past `limit` become a number past every block."""
-    nowhere = torch.iinfo(torch.int64).max
-    blocks = blocks.where((blocks >= 0) & (blocks < torch.as_tensor(limit, device=blocks.device)[..., None]), nowhere).sort(-1).values
-    repeated = torch.zeros_like(blocks, dtype=torch.bool)
-    repeated[..., 1:] = blocks[..., 1:] == blocks[..., :-1]
-    return blocks.masked_fill(repeated, nowhere).sort(-1).values
-
-
-def _skip_each_other(drawn: Tensor) -> Tensor:
-    """Turn draws without replacement, where draw t counts only what is left, into distinct ranks."""
-    ranks: list[Tensor] = []
-    for t in range(drawn.shape[-1]):
-        rank = drawn[..., t]
-        for other in torch.stack(ranks, -1).sort(-1).values.unbind(-1) if ranks else ():
-            rank = rank + (rank >= other)
-        ranks.append(rank)
-    return torch.stack(ranks, -1) if ranks else drawn
-
-
-def _skip(ranks: Tensor, taken: Tensor) -> Tensor:
-    """The rank-th block that is not among the sorted `taken`."""
-    for other in taken.unbind(-1):
-        ranks = ranks + (ranks >= other[..., None])
-    return ranks
-
-
-def hashed_uniform(seed: int, *indices: Tensor) -> Tensor:
-    """A number in [0, 1), float64, for each combination of broadcast integer indices below 2**31: a 32-bit hash of them in turn.
-
-    No product here reaches 2**63: compilers that treat index arithmetic as whole numbers do not wrap as torch does.
-    """
-    value = _mix(torch.full((), seed & _MASK, dtype=torch.int64, device=indices[0].device))
-    value = _mix(value ^ ((seed >> 32) & _MASK))
-    for index in indices:
-        value = _mix(value ^ (((index + 1) * 0x9E3779B1) & _MASK))
-    return value.double() * 2.0**-32
-
-
-_MASK = 2**32 - 1
-
-
-def _mix(value: Tensor) -> Tensor:
-    for _ in range(2):
-        value = ((value ^ (value >> 16)) * 0x45D9F3B) & _MASK
-    return value ^ (value >> 16)

@@ -86,6 +86,13 @@ CASES: dict[str, list[Case]] = {
         Case("sliding_window", {"window": 1}),
         Case("sliding_window", {"window": 7}),
         Case("sliding_window", {"window": 100}),
+        Case("sliding_window", {"window": 5, "dilation": 3}),
+        Case("sliding_window", {"window": 70, "dilation": 2}),
+        Case("sliding_window", {"window": 7, "sinks": 3}),
+        Case("sliding_window", {"window": 70, "sinks": 100}),
+        Case("sliding_window", {"window": 7, "sink_logits": True}),
+        Case("sliding_window", {"window": 16, "sinks": 2, "sink_logits": True}),
+        Case("sliding_window", {"window": 5, "dilation": 2, "sink_logits": True}),
         Case("sliding_window"),
     ],
     "bigbird": [
@@ -114,6 +121,13 @@ CASES: dict[str, list[Case]] = {
         Case("reformer", {"num_buckets": 2, "num_hashes": 1, "chunk_size": 7}),
         Case("reformer", {"num_buckets": 16, "num_hashes": 2, "chunk_size": 4, "seed": 3, "scale": 0.7}),
         Case("reformer"),
+    ],
+    "longformer": [
+        Case("longformer", {"window": 16, "global_tokens": 3}),
+        Case("longformer", {"window": 16}),
+        Case("longformer", {"window": 1, "global_tokens": 1}),
+        Case("longformer", {"window": 100, "global_tokens": 40, "scale": 0.7}),
+        Case("longformer"),
     ],
 }
 """The first case of each is its usual small form, and the only one that the rules run over."""
@@ -212,6 +226,7 @@ def tensors(situation: Situation, head_dim: int = 8, *, shift: float = 0.0, seed
 
 
 LEARNED: dict[str, Callable[[Attention], dict[str, Tensor]]] = {
+    "sliding_window": lambda attn: {} if attn.engine.sink_logits is None else {"logits": attn.engine.sink_logits},  # type: ignore[union-attr]
     "linformer": lambda attn: {"key_projection": _parameter(attn, "key_projection"), "value_projection": _parameter(attn, "value_projection")},
     "nystromformer": lambda attn: {} if attn.convolution is None else {"convolution_weight": _parameter(attn, "convolution")},
 }

@@ -225,16 +225,35 @@ def performer(q, k, v, *, projection, features="positive", scale=None, key_mask=
 
 
 @oracle("sliding_window")
-def sliding_window(q, k, v, *, window, scale=None, key_mask=None, attn_mask=None, is_causal=False) -> tuple[Tensor, Tensor]:
-    """Beltagy et al. 2020, section 3.1: softmax over the keys j with |position - j| < window."""
+def sliding_window(
+    q, k, v, *, window, dilation=1, sinks=0, logits=None, scale=None, key_mask=None, attn_mask=None, is_causal=False
+) -> tuple[Tensor, Tensor]:
+    """Beltagy et al. 2020, section 3.1: softmax over the keys at position + t · dilation for |t| < window; dilation may differ by head.
+
+    sinks: and the first slots (Xiao et al. 2023). logits: (heads,), each exponentiated in the denominator of every row of its head.
+    """
     assert attn_mask is None
 
-    def matrix(_: int, q_h: Tensor, k_h: Tensor, visible: Tensor) -> Tensor:
+    def matrix(h: int, q_h: Tensor, k_h: Tensor, visible: Tensor) -> Tensor:
+        step = dilation if isinstance(dilation, int) else dilation[h]
         near = torch.zeros_like(visible)
         for i in range(q_h.shape[0]):
             position = k_h.shape[0] - q_h.shape[0] + i
-            near[i, max(0, position - window + 1) : max(0, position + window)] = True
-        return _softmax_over(visible & near, q_h, k_h, scale)
+            for t in range(1 - window, window):
+                if 0 <= position + t * step < k_h.shape[0]:
+                    near[i, position + t * step] = True
+            near[i, :sinks] = True
+        if logits is None:
+            return _softmax_over(visible & near, q_h, k_h, scale)
+        factor = q_h.shape[1] ** -0.5 if scale is None else scale
+
+        def weigh(i: int, seen: Tensor) -> Tensor:
+            scores = factor * (k_h[seen] @ q_h[i])
+            largest = torch.maximum(scores.max(), logits[h].double()).detach()
+            terms = (scores - largest).exp()
+            return terms / (terms.sum() + (logits[h].double() - largest).exp())
+
+        return _rows(visible & near, weigh)
 
     return _by_heads(matrix, q, k, v, key_mask, is_causal)
 
@@ -317,6 +336,39 @@ def nystromformer(
         return a
 
     return _by_heads(matrix, q, k, v, key_mask, False)
+
+
+@oracle("longformer")
+def longformer(
+    q, k, v, *, window, global_tokens=0, global_mask=None, global_qkv=None, scale=None, key_mask=None, attn_mask=None, is_causal=False
+) -> tuple[Tensor, Tensor]:
+    """Beltagy et al. 2020, section 3.1: softmax over the window and the global tokens; over every key, with projections of its own, where
+    the query is global. Global are the first real tokens and the real ones among global_mask."""
+    assert attn_mask is None
+    key_length, offset = k.shape[2], k.shape[2] - q.shape[2]
+    outputs, samples = [], []
+    for b in range(q.shape[0]):
+        real = [j for j in range(key_length) if key_mask is None or bool(key_mask[b, j])]
+        named = set(real[:global_tokens]) | {j for j in real if global_mask is not None and bool(global_mask[b, j])}
+
+        def local(_: int, q_h: Tensor, k_h: Tensor, visible: Tensor, named=named) -> Tensor:
+            support = torch.zeros_like(visible)
+            for i in range(q_h.shape[0]):
+                support[i, sorted({j for j in range(key_length) if abs(offset + i - j) < window} | named)] = True
+            return _softmax_over(visible & support, q_h, k_h, scale)
+
+        def everywhere(_: int, q_h: Tensor, k_h: Tensor, visible: Tensor) -> Tensor:
+            return _softmax_over(visible, q_h, k_h, scale)
+
+        one = slice(b, b + 1)
+        mask = None if key_mask is None else key_mask[one]
+        out, a = _by_heads(local, q[one], k[one], v[one], mask, is_causal)
+        own_q, own_k, own_v = (x[one] for x in ((q, k, v) if global_qkv is None else global_qkv))
+        out_of_globals, a_of_globals = _by_heads(everywhere, own_q, own_k, own_v, mask, is_causal)
+        is_global = torch.tensor([offset + i in named for i in range(q.shape[2])], dtype=torch.bool)[:, None]
+        outputs.append(torch.where(is_global, out_of_globals, out))
+        samples.append(torch.where(is_global, a_of_globals, a))
+    return torch.cat(outputs), torch.cat(samples)
 
 
 @oracle("cosformer")

@@ -42,8 +42,9 @@ def held_bytes(attn: Attention, batch: int, lengths: tuple[int, int], kv_heads: 
 
 
 def is_known(case: Case) -> bool:
-    """Not of maps that autograd differentiates, nor of Nyströmformer's segments, nor of Reformer's tiles."""
-    return case.variant not in ("nystromformer", "reformer") and case.options.get("feature_map") is not squared_elu
+    """Not of maps that autograd differentiates, nor of Nyströmformer's segments, tiles of Reformer and Sparse Transformer, nor of global tokens."""
+    unknown = case.variant in ("nystromformer", "reformer", "sparse_transformer") or case.options.get("global_tokens")
+    return not unknown and case.options.get("feature_map") is not squared_elu
 
 
 UNKNOWN = [case for case in cases() if not is_known(case)]
@@ -65,6 +66,10 @@ def test_kept_bytes_are_what_autograd_holds(case: Case, is_causal: bool):
             for dtype in (torch.float32, torch.bfloat16):
                 attn = case.build(dtype=dtype)
                 closed = attn.cost(batch, *lengths, kv_heads=kv_heads, is_causal=is_causal, dtype=dtype).kept_bytes
+                if closed is None:  # in half precision: classes of a dilation that differ in length, or sinks, or their logits
+                    assert dtype == torch.bfloat16
+                    assert {"sinks", "sink_logits"} & set(case.options) or ("dilation" in case.options and not is_causal)
+                    continue
                 assert closed == held_bytes(attn, batch, lengths, kv_heads, is_causal, dtype), (lengths, batch, kv_heads, dtype)
 
 

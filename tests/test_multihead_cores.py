@@ -23,13 +23,19 @@ MASKLESS_CASES = [case for case in CAUSAL_CASES if not case.spec.attn_mask]
 def by_hand(module: MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> tuple[Tensor, Tensor]:
     """(batch, length, features): the core on q, k and v projected one by one, and its weights."""
 
-    def project(x: Tensor, i: int) -> Tensor:
-        weight, bias = (part[i * SIZE : (i + 1) * SIZE] for part in (module.in_proj_weight, module.in_proj_bias))
+    def project(x: Tensor, i: int, packed: Tensor = module.in_proj_weight, biases: Tensor = module.in_proj_bias) -> Tensor:
+        weight, bias = (part[i * SIZE : (i + 1) * SIZE] for part in (packed, biases))
         return F.linear(x, weight, bias).unflatten(-1, (HEADS, SIZE // HEADS)).transpose(1, 2)
 
     q, k, v = (project(x, i) for i, x in enumerate((query, key, value)))
-    out = module.attention(q, k, v, **call)
-    return F.linear(out.transpose(1, 2).flatten(2), module.out_proj.weight, module.out_proj.bias), module.attention.weights(q, k, **call)
+    own, own_qk = None, None
+    if module.attention.global_projection is not None:
+        packed = module.attention.global_projection
+        own = tuple(project(x, i, packed.weight, packed.bias) for i, x in enumerate((query, key, value)))
+        own_qk = own[:2]
+    out = module.attention(q, k, v, global_qkv=own, **call)
+    a = module.attention.weights(q, k, global_qk=own_qk, **call)
+    return F.linear(out.transpose(1, 2).flatten(2), module.out_proj.weight, module.out_proj.bias), a
 
 
 def core(case: Case, *, batch_first: bool = True, dtype: torch.dtype = torch.float64, **options: Any) -> MultiheadAttention:
@@ -37,6 +43,9 @@ def core(case: Case, *, batch_first: bool = True, dtype: torch.dtype = torch.flo
     made = MultiheadAttention(SIZE, HEADS, batch_first=batch_first, dtype=dtype, **options, **options_of(case))
     nn.init.normal_(made.in_proj_bias)
     nn.init.normal_(made.out_proj.bias)
+    if made.attention.global_projection is not None:
+        nn.init.normal_(made.attention.global_projection.weight, std=0.3)
+        nn.init.normal_(made.attention.global_projection.bias)
     return made
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 import attnzoo
 from attnzoo.call import Call
 from attnzoo.engines.sparse import Sparse
-from attnzoo.patterns import BlockUnion, GlobalBlocks, Grid, Pattern, RandomBlocks, Window, WindowBlocks
+from attnzoo.patterns import BlockUnion, GlobalBlocks, Grid, Pattern, Window, WindowBlocks
+from attnzoo.random_blocks import RandomBlocks
 
 LENGTHS = [(1, 1), (65, 65), (5, 70), (1, 70), (70, 64), (200, 200)]
 

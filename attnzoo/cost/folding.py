@@ -144,7 +144,8 @@ def engines_apart(module: nn.Module, count: Count) -> Iterator[Callable[[list[An
             (q, k, v), is_causal = (_sizes(x) for x in (call.q, call.k, call.v)), bool(call.is_causal)
             # What a feature map of the user's own calls by its module has a line of its own in the table by module.
             within = max(q[2], k[2]) < FOLDED_FROM and any(any(child.children()) for child in engine.children())
-            if chosen not in APART or within or call.attn_mask is not None:
+            named = call.global_mask is not None or call.global_qkv is not None  # from other inputs of the module
+            if chosen not in APART or within or named or call.attn_mask is not None:
                 return type(engine).forward(engine, call, backend)
             layout = _layout(engine, q[2], k[2], q[1], is_causal)
             found.append(_Forward(engine, q, k, v, call.q.dtype, call.q.device, call.key_mask is not None, is_causal, chosen, layout))

@@ -15,7 +15,8 @@ from attnzoo.call import Call
 from attnzoo.engines import in_cache
 from attnzoo.engines.pieces import at_a_time, join
 from attnzoo.engines.softmax import Softmax, sdpa
-from attnzoo.patterns import BlockPattern, Grid, distinct
+from attnzoo.patterns import BlockPattern, Grid
+from attnzoo.random_blocks import distinct
 
 GATHERED = 2**18  # numbers of k that are gathered at a time: with as many of v they stay in cache
 

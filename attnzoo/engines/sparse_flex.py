@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
+from attnzoo.engines import sparse_dilated
 from attnzoo.engines.package import missing
-from attnzoo.patterns import BlockPattern, Grid, Pattern, Window
+from attnzoo.patterns import BlockPattern, Grid, Pattern, Window, grid_of
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -31,6 +32,8 @@ SHAPE_CLASSES = 64  # graphs kept: dtype, causality, padding, gradients, heads a
 
 def attend(engine: Softmax, pattern: Pattern, call: Call, grid: Grid, flex: Callable[..., Any]) -> Tensor:
     """A·v by `flex`, FlexAttention compiled or not."""
+    if isinstance(pattern, Window) and pattern.dilation != 1:
+        return sparse_dilated.attend(pattern, call, lambda window, part, _: attend(engine, window, part, grid_of(part), flex))
     ahead = rows_ahead(pattern, grid)
     q = torch.nn.functional.pad(call.q, (0, 0, ahead, 0)) if ahead else call.q
     mask = block_mask(pattern, call, grid)
@@ -131,8 +134,6 @@ def blocks_of_pattern(pattern: Pattern, grid: Grid) -> tuple[Tensor, Tensor]:
 
 def run(engine: Sparse, call: Call) -> Tensor:
     """A·v by FlexAttention, compiled."""
-    from attnzoo.engines.sparse import grid_of
-
     return attend(engine, engine.pattern, call, grid_of(call), _compiled(call, block_size_of(engine.pattern)))
 
 
@@ -162,6 +163,8 @@ def why_not(engine: Sparse, call: Call) -> str | None:
         return f"FlexAttention needs tensors on a CUDA device, got {call.q.device.type}"
     if not isinstance(engine.pattern, Window | BlockPattern):
         return f"the pattern {type(engine.pattern).__name__} has no layout in blocks"
+    if isinstance(engine.pattern, Window) and (engine.pattern.sinks or engine.sink_logits is not None):
+        return "its tables have no sinks, and its softmax no sink logits"
     if call.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"FlexAttention has no {call.q.dtype} kernel: use float16, bfloat16 or float32"
     if engine.training and engine.dropout > 0:
@@ -170,6 +173,7 @@ def why_not(engine: Sparse, call: Call) -> str | None:
         return f"block_size={block_size_of(engine.pattern)} must be a multiple of {SMALLEST_BLOCK} for FlexAttention"
     if min(call.q.shape[3], call.v.shape[3]) < 16:
         return f"head_dim={call.q.shape[3]} and value_dim={call.v.shape[3]} must be at least 16 for FlexAttention"
-    if call.query_length < BLOCK:
-        return f"query_length={call.query_length} does not fill one block of {BLOCK} queries: its tables would cost more than they save"
+    rows = BLOCK * (max(engine.pattern.dilations) if isinstance(engine.pattern, Window) else 1)
+    if call.query_length < rows:
+        return f"query_length={call.query_length} is below {rows}, which fill one block of {BLOCK} queries: its tables would cost more than they save"
     return missing("triton", "it comes with the CUDA builds of torch")

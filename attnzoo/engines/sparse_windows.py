@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -59,52 +58,48 @@ def edges(pattern: Window, grid: Grid) -> list[tuple[int, int, int, int]]:
     return pieces
 
 
-def count_pairs(pattern: Window, grid: Grid) -> tuple[int, int]:
-    """(query, key) pairs of one head: those computed, and those inside the window."""
+def count_pairs(pattern: Window, grid: Grid) -> int:
+    """(query, key) pairs of one head that are computed."""
     found = plan(pattern, grid)
-    computed = found.blocks * BLOCK * found.slice_length + sum((end - first) * (high - low) for first, end, low, high in edges(pattern, grid))
-    positions = torch.arange(grid.offset, grid.key_length)
-    ahead = 1 if grid.is_causal else pattern.window
-    inside = (positions + ahead).clamp(max=grid.key_length) - (positions - pattern.window + 1).clamp(min=0)
-    return computed, int(inside.clamp(min=0).sum())
+    return found.blocks * BLOCK * found.slice_length + sum((end - first) * (high - low) for first, end, low, high in edges(pattern, grid))
 
 
-def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid) -> Tensor:
-    """A·v for a window pattern: the first edge, the whole blocks, the last edge."""
-    if in_cache.serves(engine, call):
+def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid, sink_logits: Tensor | None = None) -> Tensor:
+    """A·v for a window pattern: the first edge, the whole blocks, the last edge. sink_logits: (heads,), where `in_cache` serves."""
+    if in_cache.serves(engine, call, sink_logits):
         key_cap = None if call.key_mask is None else in_cache.cap(call.key_mask, call.q)
-        return in_cache.attend(engine, call.q, call.k, call.v, key_cap, None, partial(_pieces, pattern, grid))
-    found, pieces = plan(pattern, grid), edges(pattern, grid)
+        return in_cache.attend(engine, call.q, call.k, call.v, key_cap, None, lambda q, _: [pieces(pattern, grid, q)] * grid.heads, sink_logits)
+    found, dense = plan(pattern, grid), edges(pattern, grid)
     if found.blocks:
         before = 1 if found.start else 0
-        pieces[before:before] = _middles(found, grid, call)
-    queries = call.q.split([end - first for first, end, _, _ in pieces], 2)
-    spans = tuple((low, high) for _, _, low, high in pieces)
-    keys, values = _spans(call.k, spans), _spans(call.v, spans)
+        dense[before:before] = middles(found, grid, call)
+    queries = call.q.split([end - first for first, end, _, _ in dense], 2)
+    ends = tuple((low, high) for _, _, low, high in dense)
+    keys, values = spans(call.k, ends), spans(call.v, ends)
 
     def rows() -> Iterator[Tensor]:
-        for piece, q, k, v in zip(pieces, queries, keys, values, strict=True):
+        for piece, q, k, v in zip(dense, queries, keys, values, strict=True):
             middle = found.blocks > 0 and found.start <= piece[0] < found.stop
             yield _middle(engine, pattern, q, k, v, call, grid, piece[2]) if middle else _edge(engine, pattern, q, k, v, call, grid, piece)
 
     return join(rows(), call.query_length, 2)
 
 
-def _pieces(pattern: Window, grid: Grid, q: Tensor, _: Tensor | None) -> list[list[in_cache.Slices]]:
-    """The same for every head: the edges, some rows at a time, and the whole blocks, some blocks at a time."""
-    found, pieces, offset = plan(pattern, grid), [], grid.offset
+def pieces(pattern: Window, grid: Grid, q: Tensor, more: int = 0) -> list[in_cache.Slices]:
+    """One head's: the edges, some rows at a time, and the whole blocks, some blocks at a time. more: keys that each row will get beside these."""
+    found, slices, offset = plan(pattern, grid), [], grid.offset
     for first, end, low, high in edges(pattern, grid):
-        rows = max(BLOCK, in_cache.SCORES // max(1, high - low))
+        rows = max(BLOCK, in_cache.SCORES // max(1, high - low + more))
         for start in range(first, end, rows):
             stop = min(start + rows, end)
             caps = _caps(pattern, grid, (offset + start, offset + stop), (low, high), q)
-            pieces.append(in_cache.Slices(start, (1, stop - start, high - low), low, caps))
+            slices.append(in_cache.Slices(start, (1, stop - start, high - low), low, caps))
     caps = _caps(pattern, grid, (found.before, found.before + BLOCK), (0, found.slice_length), q)
-    together = in_cache.parts_at_a_time(BLOCK, found.slice_length)
+    together = in_cache.parts_at_a_time(BLOCK, found.slice_length + more)
     for block in range(0, found.blocks, together):
         first, blocks = found.start + block * BLOCK, min(together, found.blocks - block)
-        pieces.append(in_cache.Slices(first, (blocks, BLOCK, found.slice_length), offset + first - found.before, caps))
-    return [pieces] * grid.heads
+        slices.append(in_cache.Slices(first, (blocks, BLOCK, found.slice_length), offset + first - found.before, caps))
+    return slices
 
 
 def _caps(pattern: Window, grid: Grid, rows: tuple[int, int], keys: tuple[int, int], like: Tensor) -> tuple[in_cache.Cap, ...]:
@@ -112,11 +107,11 @@ def _caps(pattern: Window, grid: Grid, rows: tuple[int, int], keys: tuple[int, i
     low, high = keys
     seen_from, seen_to = rows[1] - pattern.window, rows[0] + (1 if grid.is_causal else pattern.window)
     spans = [(low, min(seen_from, high)), (max(seen_to, low), high)] if seen_from < seen_to else [(low, high)]
-    bands = [(a - low, b - low, _band(pattern, grid, torch.arange(*rows), torch.arange(a, b))) for a, b in spans if a < b]
+    bands = [(a - low, b - low, band(pattern, grid, torch.arange(*rows), torch.arange(a, b))) for a, b in spans if a < b]
     return tuple(in_cache.Cap(a, b, in_cache.cap(band, like)) for a, b, band in bands)
 
 
-def _middles(found: Plan, grid: Grid, call: Call) -> list[tuple[int, int, int, int]]:
+def middles(found: Plan, grid: Grid, call: Call) -> list[tuple[int, int, int, int]]:
     """The whole blocks, some at a time: the gradients of their slices are several times longer than the keys."""
     sliced = call.k.shape[0] * call.k.shape[1] * found.slice_length * call.k.shape[3]
     together = at_a_time(found.blocks, sliced, SLICED, call.k) if torch.is_grad_enabled() else found.blocks
@@ -140,11 +135,11 @@ def _edge(engine: Softmax, pattern: Window, q: Tensor, k: Tensor, v: Tensor, cal
     square = grid.offset + first == low and end - first == high - low
     if grid.is_causal and square and seen_by_last and key_mask is None:
         return sdpa(engine, q, k, v, is_causal=True)
-    mask = _band(pattern, grid, torch.arange(grid.offset + first, grid.offset + end, device=q.device), torch.arange(low, high, device=q.device))
+    mask = band(pattern, grid, torch.arange(grid.offset + first, grid.offset + end, device=q.device), torch.arange(low, high, device=q.device))
     return sdpa(engine, q, k, v, mask[None, None] if key_mask is None else mask & key_mask)
 
 
-def _band(pattern: Window, grid: Grid, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+def band(pattern: Window, grid: Grid, query_positions: Tensor, key_positions: Tensor) -> Tensor:
     distance = query_positions[:, None] - key_positions
     return (distance.abs() < pattern.window) & (distance >= 0) if grid.is_causal else distance.abs() < pattern.window
 
@@ -152,29 +147,34 @@ def _band(pattern: Window, grid: Grid, query_positions: Tensor, key_positions: T
 def _middle(engine: Softmax, pattern: Window, q: Tensor, k: Tensor, v: Tensor, call: Call, grid: Grid, low: int) -> Tensor:
     """Whole blocks, one SDPA call: batch × kv_heads, blocks, (group × block) rows against one slice each of the keys from `low` on."""
     found = plan(pattern, grid)
-    band = _band(pattern, grid, torch.arange(BLOCK, device=q.device) + found.before, torch.arange(found.slice_length, device=q.device))
-    band = band.repeat(call.group, 1)[None, None]
+    near = band(pattern, grid, torch.arange(BLOCK, device=q.device) + found.before, torch.arange(found.slice_length, device=q.device))
+    near = near.repeat(call.group, 1)[None, None]
     if call.key_mask is None:
-        return _slices(engine, q, k, v, band, found.slice_length, padded=False)
+        return _slices(engine, q, k, v, near, found.slice_length, padded=False)
     masks = call.key_mask[:, low : low + k.shape[2]].unfold(1, found.slice_length, BLOCK)[:, None, :, None, :]  # (batch, 1, blocks, 1, slice)
     samples = [slice(sample, sample + 1) for sample in range(q.shape[0])]
-    return torch.cat([_slices(engine, q[one], k[one], v[one], band & masks[one][0], found.slice_length, padded=True) for one in samples])
+    return torch.cat([_slices(engine, q[one], k[one], v[one], near & masks[one][0], found.slice_length, padded=True) for one in samples])
 
 
 def _slices(engine: Softmax, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, slice_length: int, *, padded: bool) -> Tensor:
     batch, heads, rows, head_dim = q.shape
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     q = q.reshape(batch * kv_heads, group, -1, BLOCK, head_dim).transpose(1, 2).flatten(2, 3)
-    k_slices, v_slices = (_Slices.apply(x.flatten(0, 1), slice_length) for x in (k, v))
+    k_slices, v_slices = (slices_of(x.flatten(0, 1), slice_length) for x in (k, v))
     out = sdpa(engine, q, k_slices, v_slices, mask, every_row_sees=not padded)
     return out.unflatten(2, (group, BLOCK)).transpose(1, 2).reshape(batch, heads, rows, v.shape[3])
 
 
-def _spans(x: Tensor, spans: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
-    """x[:, :, low:high] for each span."""
-    if len(spans) > 1 and x.requires_grad and torch.is_grad_enabled():
-        return _Spans.apply(x, spans)
-    return tuple(x[:, :, low:high] for low, high in spans)
+def spans(x: Tensor, ends: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
+    """x[:, :, low:high] for each (low, high)."""
+    if len(ends) > 1 and x.requires_grad and torch.is_grad_enabled():
+        return _Spans.apply(x, ends)
+    return tuple(x[:, :, low:high] for low, high in ends)
+
+
+def slices_of(x: Tensor, slice_length: int) -> Tensor:
+    """(batch, length, d) -> (batch, blocks, slice_length, d): the keys of every block of queries, as views."""
+    return _Slices.apply(x, slice_length)
 
 
 class _Spans(torch.autograd.Function):

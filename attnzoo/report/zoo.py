@@ -49,7 +49,11 @@ def zoo_table() -> Table:
 TECHNIQUES = (
     ("KV caching", "the past is not computed again for every token", "attn.init_state and attn.step; state_cache(model) in generate"),
     ("gradient checkpointing", "the backward pass computes activations again", "torch's and transformers' own switches, with every variant"),
-    ("grouped-query attention", "heads of queries share keys and values; one head of them: multi-query", "k and v with fewer heads, in every variant"),
+    (
+        "grouped-query attention",
+        "heads of queries share keys and values; one head of them: multi-query",
+        "k and v with fewer heads, in every variant",
+    ),
     ("recurrent layer", "the baseline beside attention: n·d² operations, one after the other", "torch.nn.GRU: count_flops, and gru in attnzoo train"),
 )
 """What is no variant, but belongs to the cost of attention: its name, what it does, and where it is."""

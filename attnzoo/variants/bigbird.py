@@ -9,7 +9,8 @@ from torch import Tensor
 
 from attnzoo.attention import Attention, Spec
 from attnzoo.engines.sparse import Sparse
-from attnzoo.patterns import BlockUnion, GlobalBlocks, Grid, RandomBlocks, WindowBlocks
+from attnzoo.patterns import BlockUnion, GlobalBlocks, Grid, WindowBlocks
+from attnzoo.random_blocks import RandomBlocks
 from attnzoo.registry import register
 
 

@@ -1,0 +1,161 @@
+"""A window and global tokens: every row sees the global tokens beside its window, and a global token's row sees every key.
+
+The keys of the global tokens are fetched and laid beside every slice of the window as more columns, so that one softmax goes over both; in
+the window itself they are hidden, so that a key counts once. The rows of the global tokens are computed apart and written over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.arguments import check_count
+from attnzoo.call import Call
+from attnzoo.engines import sparse_columns, sparse_flex, sparse_windows
+from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
+from attnzoo.engines.global_cache import GlobalCache, fetched
+from attnzoo.engines.softmax import attend_densely, sdpa, softmax_cost, visible
+from attnzoo.engines.sparse import Sparse, grid_of
+from attnzoo.engines.sparse_columns import Columns
+from attnzoo.patterns import Grid, Window
+
+
+class WindowAndGlobals(Sparse):
+    """Softmax over a window and the global tokens: those of the call's global_mask, and the first `global_tokens` real ones of every sample."""
+
+    pattern: Window
+
+    def __init__(self, pattern: Window, global_tokens: int = 0, scale: float | None = None, dropout: float = 0.0) -> None:
+        super().__init__(pattern, scale, dropout)
+        self.global_tokens = check_count("global_tokens", global_tokens)
+
+    def forward(self, call: Call, backend: str = "auto") -> tuple[Tensor, str]:
+        return super().forward(self._with_globals(call), backend)
+
+    def _with_globals(self, call: Call) -> Call:
+        """The call with all its global tokens in its global_mask, and with their counts."""
+        if call.global_mask is None and not self.global_tokens:
+            return replace(call, global_qkv=None)
+        first = min(self.global_tokens, call.key_length)
+        if call.key_mask is None:
+            mask = (torch.arange(call.key_length, device=call.q.device) < first).expand(call.k.shape[0], -1)
+        else:
+            mask = call.key_mask & (call.key_mask.cumsum(1) <= first)
+        if call.global_mask is not None:
+            mask = mask | (call.global_mask if call.key_mask is None else call.global_mask & call.key_mask)
+            counts = _most(mask), _most(_of_queries(mask, call))
+        elif call.key_mask is None:
+            counts = first, min(max(0, first - call.offset), call.query_length, first)
+        else:
+            counts = _most(mask, first), _most(_of_queries(mask, call), min(first, call.query_length))
+        return replace(call, global_mask=mask, global_counts=counts) if counts[0] else replace(call, global_mask=None, global_qkv=None)
+
+    def init_state(self, batch_size: int, kv_heads: int, head_dim: int, max_length: int | None, dtype: torch.dtype, device: Any) -> GlobalCache:
+        return GlobalCache.around(super().init_state(batch_size, kv_heads, head_dim, max_length, dtype, device), self.global_tokens)
+
+    def step(self, call: Call, state: GlobalCache, backend: str) -> tuple[Tensor, GlobalCache, str]:
+        mask = state.new_globals(call, self.pattern.window)
+        most = 0 if mask is None else _most(mask)
+        counts = (state.kept + most, most)
+        whole = replace(state.joined(call, mask), global_counts=counts)
+        if not counts[0]:
+            whole = replace(whole, key_mask=None if state.is_unmasked(call) else whole.key_mask, global_mask=None, global_qkv=None)
+        out, name = super().forward(whole, backend)
+        return out, state.append(call, mask, None if mask is None else slots_of(mask, most)), name
+
+    def cost(self, shape: Shape) -> Cost:
+        if not self.global_tokens:
+            return super().cost(shape)
+        grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
+        keys = min(self.global_tokens, shape.key_length)
+        queries = min(max(0, keys - grid.offset), shape.query_length, keys)
+        executed = sparse_windows.count_pairs(self.pattern, grid)
+        executed += shape.query_length * keys + queries * shape.key_length
+        support = _support(self.pattern, grid, keys)
+        cost = softmax_cost(shape, shape.heads * executed, shape.heads * support, self.pattern.window, None)
+        a_token = 2 * shape.batch_size * shape.kv_heads * shape.head_dim  # numbers of its key and value
+        kept = cost.state_elements + a_token * keys
+        growing = (shape.key_length < self.global_tokens) * a_token * shape.dtype.itemsize
+        return replace(cost, state_elements=kept, state_bytes=kept * shape.dtype.itemsize, state_growth=cost.state_growth + growing)
+
+
+def _most(mask: Tensor, bound: int | None = None) -> int:
+    """The most True in a row of (batch, length); `bound`, where there is one and a look would stall."""
+    stalls = mask.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    return bound if bound is not None and stalls else int(mask.sum(1).amax()) if mask.numel() else 0
+
+
+def _of_queries(mask: Tensor, call: Call) -> Tensor:
+    """(batch, key_length) -> (batch, query_length): what stands at the queries' positions, False before the first."""
+    return torch.nn.functional.pad(mask, (max(0, -call.offset), 0))[:, max(0, call.offset) :]
+
+
+def slots_of(mask: Tensor, count: int) -> Tensor:
+    """Where the True of every row of (batch, length) stand, ascending, (batch, count); where there are fewer, other slots, each once."""
+    return (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :count].clone()  # not a view: it is kept for the backward pass
+
+
+def _support(pattern: Window, grid: Grid, first: int) -> int:
+    """(query, key) pairs of one head that are visible when the first keys are global."""
+    positions = torch.arange(grid.offset, grid.key_length)
+    ahead = 1 if grid.is_causal else pattern.window
+    low, high = (positions - pattern.window + 1).clamp(min=0), (positions + ahead).clamp(0, grid.key_length)
+    everywhere = (positions + 1).clamp(0, first) if grid.is_causal else torch.full_like(positions, first)
+    near = (high - low).clamp(min=0)
+    pairs = near + everywhere - (everywhere.minimum(high) - low).clamp(min=0)
+    all_keys = (positions + 1).clamp(min=0) if grid.is_causal else torch.full_like(positions, grid.key_length)
+    return int(torch.where((positions >= 0) & (positions < first), all_keys, pairs).sum())
+
+
+def _blocks(engine: WindowAndGlobals, call: Call) -> Tensor:
+    grid = grid_of(call)
+    if call.global_mask is None:
+        return sparse_windows.attend(engine, engine.pattern, call, grid)
+    assert call.global_counts is not None
+    keys, queries = call.global_counts
+    slots = slots_of(call.global_mask, keys)
+    columns = Columns(fetched(call.k, slots), fetched(call.v, slots), call.global_mask.gather(1, slots), slots)
+    near = replace(call, key_mask=~call.global_mask if call.key_mask is None else call.key_mask & ~call.global_mask)
+    out = sparse_columns.attend(engine, engine.pattern, near, grid, columns)
+    return _with_global_rows(engine, call, out, queries) if queries else out
+
+
+def _with_global_rows(engine: WindowAndGlobals, call: Call, out: Tensor, count: int) -> Tensor:
+    """`out` with the rows of global tokens, at most `count` a sample, made anew: they see every key."""
+    assert call.global_mask is not None
+    mask = _of_queries(call.global_mask, call)
+    rows = slots_of(mask, count)
+    q, k, v = (call.q, call.k, call.v) if call.global_qkv is None else call.global_qkv
+    visible_keys = None if call.key_mask is None else call.key_mask[:, None, None]
+    if call.is_causal:
+        past = torch.arange(call.key_length, device=q.device) <= (rows + call.offset)[:, None, :, None]
+        visible_keys = past if visible_keys is None else past & visible_keys
+    made = sdpa(engine, fetched(q, rows), k, v, visible_keys)
+    made = torch.where(mask.gather(1, rows)[:, None, :, None], made, fetched(out, rows))
+    index = rows[:, None, :, None].expand_as(made)
+    return out.scatter(2, index, made) if out.requires_grad or made.requires_grad else out.scatter_(2, index, made)
+
+
+def _reference(engine: WindowAndGlobals, call: Call) -> Tensor:
+    mask, pattern = visible(call), engine.pattern.mask(grid_of(call))
+    if call.global_mask is None:
+        return attend_densely(engine, call, pattern if mask is None else pattern & mask)
+    near = pattern | call.global_mask[:, None, None]
+    out = attend_densely(engine, call, near if mask is None else near & mask)
+    q, k, v = (call.q, call.k, call.v) if call.global_qkv is None else call.global_qkv
+    rows = _of_queries(call.global_mask, call)[:, None, :, None]
+    return torch.where(rows, attend_densely(engine, replace(call, q=q, k=k, v=v), mask), out)
+
+
+def _flex_why_not(engine: WindowAndGlobals, call: Call) -> str | None:
+    return sparse_flex.why_not(engine, call) if call.global_mask is None else "global tokens differ from sample to sample, which its tables do not"
+
+
+WindowAndGlobals.backends = (
+    Backend("blocks", _blocks, never_refuses),
+    Backend("flex", sparse_flex.run, _flex_why_not),
+    Backend("reference", _reference, never_refuses),
+)
