@@ -95,6 +95,14 @@ CASES: dict[str, list[Case]] = {
         Case("sliding_window", {"window": 5, "dilation": 2, "sink_logits": True}),
         Case("sliding_window"),
     ],
+    "sparse_transformer": [
+        Case("sparse_transformer", {"stride": 8}),
+        Case("sparse_transformer", {"stride": 8, "pattern": "fixed", "expressivity": 2}),
+        Case("sparse_transformer", {"stride": 5, "factors": "by_head"}),
+        Case("sparse_transformer", {"stride": 5, "pattern": "fixed", "expressivity": 1, "factors": "by_head"}),
+        Case("sparse_transformer", {"stride": 1}),
+        Case("sparse_transformer"),
+    ],
     "bigbird": [
         Case("bigbird", {"block_size": 4, "num_random_blocks": 2}),
         Case("bigbird", {"block_size": 16, "num_random_blocks": 2, "seed": 3}),

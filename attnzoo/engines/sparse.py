@@ -79,7 +79,7 @@ def _count_pairs(pattern: Pattern, grid: Grid) -> int:
     return int(mask.sum()) * (grid.heads // mask.shape[0])
 
 
-def _reference(engine: Sparse, call: Call) -> Tensor:
+def reference(engine: Sparse, call: Call) -> Tensor:
     mask, pattern = visible(call), engine.pattern.mask(grid_of(call))
     return attend_densely(engine, call, pattern if mask is None else pattern & mask, engine.sink_logits)
 
@@ -120,5 +120,5 @@ def _blocks_why_not(engine: Sparse, call: Call) -> str | None:
 Sparse.backends = (
     Backend("blocks", _blocks, _blocks_why_not),
     Backend("flex", sparse_flex.run, sparse_flex.why_not),  # by name only, until it has run on a GPU
-    Backend("reference", _reference, never_refuses),
+    Backend("reference", reference, never_refuses),
 )
