@@ -18,9 +18,12 @@ from attnzoo.registry import sized
 SMALL: dict[str, dict[str, Any]] = {
     "bigbird": {"block_size": 2, "num_window_blocks": 1, "num_global_blocks": 1, "num_random_blocks": 1},
     "linformer": {"rank": 4},
+    "longformer": {"window": 4, "global_tokens": 1},
     "nystromformer": {"num_landmarks": 4},
     "performer": {"num_features": 16},
+    "reformer": {"num_buckets": 4, "num_hashes": 1, "chunk_size": 4},
     "sliding_window": {"window": 4},
+    "sparse_transformer": {"stride": 4},
 }
 
 

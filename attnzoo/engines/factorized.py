@@ -15,9 +15,9 @@ from torch import Tensor
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype, never_refuses
 from attnzoo.engines.softmax import masked_softmax, sdpa, softmax_cost
-from attnzoo.engines.sparse import Sparse, grid_of, reference
+from attnzoo.engines.sparse import Sparse, reference
 from attnzoo.factorized_patterns import ByHead, Factor, Neighbours, OwnBlock, Strided, Summaries
-from attnzoo.patterns import Grid
+from attnzoo.patterns import Grid, grid_of
 
 
 class Factorized(Sparse):
