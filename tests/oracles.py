@@ -245,13 +245,13 @@ def sliding_window(
             near[i, :sinks] = True
         if logits is None:
             return _softmax_over(visible & near, q_h, k_h, scale)
-        factor = q_h.shape[1] ** -0.5 if scale is None else scale
+        factor, own = q_h.shape[1] ** -0.5 if scale is None else scale, logits[h].double()
 
         def weigh(i: int, seen: Tensor) -> Tensor:
             scores = factor * (k_h[seen] @ q_h[i])
-            largest = torch.maximum(scores.max(), logits[h].double()).detach()
+            largest = torch.maximum(scores.max(), own).detach()
             terms = (scores - largest).exp()
-            return terms / (terms.sum() + (logits[h].double() - largest).exp())
+            return terms / (terms.sum() + (own - largest).exp())
 
         return _rows(visible & near, weigh)
 

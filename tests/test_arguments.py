@@ -74,7 +74,7 @@ BAD_CALLS: dict[str, tuple[Change, list[str]]] = {
 def test_bad_calls(case: Case, bad: str) -> None:
     change, fragments = BAD_CALLS[bad]
     q, k, v = inputs()
-    arguments = {"q": q, "k": k, "v": v} | change(q, k, v)
+    arguments: dict[str, Any] = {"q": q, "k": k, "v": v} | change(q, k, v)
     attn = case.build()
     with pytest.raises(ValueError) as error:  # noqa: PT011, the message is checked
         attn(**arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_global_tokens_of_the_call(situation: Situation, case: Case, own: bool, 
     mask = global_mask(situation.batch, situation.key_length)
     masks = {"key_mask": situation.key_mask(), "is_causal": is_causal, "global_mask": mask}
     attn = case.build(situation.heads, dtype=torch.float64, backend=backend)
-    own_qkv = tuple(inputs[3:]) if own else None
+    own_qkv: Any = tuple(inputs[3:]) if own else None
     expected, a = ask_oracle(attn, *inputs[:3], options=case.options, global_qkv=own_qkv, **masks)
     out = attn(*inputs[:3], global_qkv=own_qkv, **masks)
     assert attn.last_backend == backend
@@ -120,8 +121,9 @@ def test_causal_globals_see_and_are_seen_by_no_earlier_row(backend: str) -> None
     inputs = [x.float() for x in (q, k, v, *own)]
     before = attn(*inputs[:3], is_causal=True, global_mask=first, global_qkv=tuple(inputs[3:]))
     for value in (None, 7.0, float("nan")):
-        for x in inputs[1:3] + inputs[4:] if value is not None else ():
-            x[:, :, 60] = value
+        if value is not None:
+            for x in inputs[1:3] + inputs[4:]:
+                x[:, :, 60] = value
         out = attn(*inputs[:3], is_causal=True, global_mask=both, global_qkv=tuple(inputs[3:]))
         close(out[:, :, :60], before[:, :, :60], 1e-6, "rows before it")
         changed = (out != before).any(-1)
@@ -136,13 +138,14 @@ def hugging_face_layer(dtype: torch.dtype, attention_window: int = 8):
     return longformer.LongformerSelfAttention(config, layer_id=0).to(dtype).eval()
 
 
-def ours_with_its_weights(layer: nn.Module, dtype: torch.dtype) -> MultiheadAttention:
+def ours_with_its_weights(layer: Any, dtype: torch.dtype) -> MultiheadAttention:
     options = {"window": Window.from_longformer(2 * layer.one_sided_attn_window_size).window}
     mha = MultiheadAttention(24, 3, batch_first=True, dtype=dtype, attention="longformer", attention_options=options)
+    packed: Any = mha.attention.global_projection
     with torch.no_grad():
         for suffix, weight, bias in (
             ("", mha.in_proj_weight, mha.in_proj_bias),
-            ("_global", mha.attention.global_projection.weight, mha.attention.global_projection.bias),
+            ("_global", packed.weight, packed.bias),
         ):
             projections = [getattr(layer, name + suffix) for name in ("query", "key", "value")]
             weight.copy_(torch.cat([projection.weight for projection in projections]))
@@ -176,10 +179,12 @@ def test_equals_hugging_face(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
     upstream = torch.randn(batch, length, 24, dtype=dtype) * rows
     ours.backward(upstream)
     theirs.backward(upstream)
+    assert ours_x.grad is not None and theirs_x.grad is not None
     close(ours_x.grad, theirs_x.grad, 4 * tolerance, "gradient of x")
-    packed = mha.attention.global_projection
-    for suffix, gradient in (("", mha.in_proj_weight.grad), ("_global", packed.weight.grad)):
-        of_theirs = [getattr(layer, name + suffix).weight.grad for name in ("query", "key", "value")]
+    packed: Any = mha.attention.global_projection
+    gradients: Any = (("", mha.in_proj_weight.grad), ("_global", packed.weight.grad))
+    for suffix, gradient in gradients:
+        of_theirs: Any = [getattr(layer, name + suffix).weight.grad for name in ("query", "key", "value")]
         if of_theirs[0] is not None:
             close(gradient, torch.cat(of_theirs), 4 * tolerance, f"gradient of the projections{suffix}")
 
@@ -188,11 +193,11 @@ def test_own_projections_begin_as_copies_and_travel() -> None:
     """As Longformer itself is made from RoBERTa; torch's checkpoint fills them, its own keeps them."""
     options = {"batch_first": True, "attention": "longformer", "attention_options": {"window": 3}}
     plain, mha = nn.MultiheadAttention(12, 3, batch_first=True), MultiheadAttention(12, 3, **options)
-    packed = mha.attention.global_projection
+    packed: Any = mha.attention.global_projection
     assert torch.equal(packed.weight, mha.in_proj_weight) and packed.weight is not mha.in_proj_weight
     mha.load_state_dict(plain.state_dict())
-    assert torch.equal(mha.attention.global_projection.weight, plain.in_proj_weight)
-    nn.init.normal_(mha.attention.global_projection.weight)
+    assert torch.equal(packed.weight, plain.in_proj_weight)
+    nn.init.normal_(packed.weight)
     other = MultiheadAttention(12, 3, **options)
     other.load_state_dict(copy.deepcopy(mha.state_dict()))
     x, named = torch.randn(2, 20, 12), global_mask(2, 20)
@@ -207,10 +212,11 @@ def test_decoding_with_named_globals(backend: str) -> None:
     """A prompt with global tokens of its own projections, left-padded, then tokens in pieces: the rows of one causal forward."""
     situation, named = Situation(150, 150), torch.zeros(2, 150, dtype=torch.bool)
     named[0, [3, 20, 25]] = named[1, 39] = True
-    key_mask = torch.cat([padding("left", 2, 40), torch.ones(2, 110, dtype=torch.bool)], 1)
+    key_mask = torch.ones(2, 150, dtype=torch.bool)
+    key_mask[:, :40] = padding("left", 2, 40)  # pyright: ignore[reportArgumentType]
     q, k, v, _ = tensors(situation)
     own = own_projections(situation)
-    attn = CASE.build(dtype=torch.float64, backend=backend)
+    attn: Any = CASE.build(dtype=torch.float64, backend=backend)
     expected = attn(q, k, v, key_mask=key_mask, global_mask=named, global_qkv=own, is_causal=True)
     prompt = slice(0, 40)
     first, state = attn.step(
@@ -231,7 +237,7 @@ def test_decoding_with_named_globals(backend: str) -> None:
 
 def test_globals_that_come_late() -> None:
     """Within the first window they may come in any step; later, and with projections of their own, they are refused."""
-    attn = CASE.build(dtype=torch.float64)
+    attn: Any = CASE.build(dtype=torch.float64)
     q, k, v, _ = tensors(Situation(40, 40))
     named = torch.zeros(2, 40, dtype=torch.bool)
     named[0, 9] = named[1, 12] = True
@@ -251,7 +257,7 @@ def test_globals_that_come_late() -> None:
 
 
 def test_a_state_branches_and_is_selected_with_its_globals() -> None:
-    attn = FIRST.build(dtype=torch.float64)
+    attn: Any = FIRST.build(dtype=torch.float64)
     q, k, v, _ = tensors(Situation(50, 50))
     whole = attn(q, k, v, is_causal=True)
     with torch.no_grad():
@@ -334,7 +340,7 @@ def test_global_tokens_in_a_swapped_bert() -> None:
 def test_own_projections_in_a_swapped_torch_model(tmp_path) -> None:
     """They begin as copies, train, are saved beside the model, and go when it is unswapped."""
     torch.manual_seed(0)
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 3, 32, dropout=0.0, batch_first=True), 2, enable_nested_tensor=False)
+    model: Any = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 3, 32, dropout=0.0, batch_first=True), 2, enable_nested_tensor=False)
     x, named = torch.randn(2, 40, 24), global_mask(2, 40)
     exact = model(x)
     names = list(model.state_dict())
@@ -343,7 +349,7 @@ def test_own_projections_in_a_swapped_torch_model(tmp_path) -> None:
     with attnzoo.global_mask(model, named):
         close(model(x), exact, 1e-5, "copies")
         model(x).square().sum().backward()
-        packed = model.layers[0].self_attn.attention.global_projection
+        packed: Any = model.layers[0].self_attn.attention.global_projection
         assert packed.weight.grad.abs().max() > 0
         with torch.no_grad():
             packed.weight.add_(0.1 * torch.randn_like(packed.weight))

@@ -28,13 +28,12 @@ def by_hand(module: MultiheadAttention, query: Tensor, key: Tensor, value: Tenso
         return F.linear(x, weight, bias).unflatten(-1, (HEADS, SIZE // HEADS)).transpose(1, 2)
 
     q, k, v = (project(x, i) for i, x in enumerate((query, key, value)))
-    own, own_qk = None, None
+    own: Any = None
     if module.attention.global_projection is not None:
         packed = module.attention.global_projection
         own = tuple(project(x, i, packed.weight, packed.bias) for i, x in enumerate((query, key, value)))
-        own_qk = own[:2]
     out = module.attention(q, k, v, global_qkv=own, **call)
-    a = module.attention.weights(q, k, global_qk=own_qk, **call)
+    a = module.attention.weights(q, k, global_qk=own and own[:2], **call)
     return F.linear(out.transpose(1, 2).flatten(2), module.out_proj.weight, module.out_proj.bias), a
 
 

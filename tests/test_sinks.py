@@ -47,8 +47,8 @@ def test_equals_the_oracle(options: dict[str, Any], situation: Situation, way: s
             parameters = dict(zip(list(leaves)[3:], given[3:], strict=True))
             return torch.func.functional_call(attn, parameters, given[:3], masks)
 
-        out, pull = torch.func.vjp(out_of, *(x.detach() for x in leaves.values()))
-        found = list(pull(upstream))
+        pulled: Any = torch.func.vjp(out_of, *(x.detach() for x in leaves.values()))
+        out, found = pulled[0], list(pulled[1](upstream))
     else:
         out = attn(q, k, v, **masks)
         found = gradients_of(out, upstream, *leaves.values())
