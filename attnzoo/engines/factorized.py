@@ -174,7 +174,7 @@ def _part(factor: Factor, rows: _Rows, is_causal: bool) -> _Near | _Columns | _L
 
 _SHOWN: dict[type[Factor], Callable[[Tensor, Tensor, int], Tensor]] = {
     Neighbours: lambda i, j, stride: (i - j).abs() <= stride,
-    OwnBlock: lambda i, j, stride: i.div(stride, rounding_mode="floor") == j.div(stride, rounding_mode="floor"),
+    OwnBlock: lambda i, j, stride: i - i % stride == j - j % stride,
 }
 """Which of the keys that are computed for the first factor it shows; those of the second are all its own."""
 
