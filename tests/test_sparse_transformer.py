@@ -1,0 +1,54 @@
+"""Factorized attention: what its closed forms count, its heads, and its options."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import close
+
+import attnzoo
+
+FORMS = [(pattern, factors) for pattern in ("strided", "fixed") for factors in ("merged", "by_head")]
+
+
+def built(pattern: str, factors: str) -> attnzoo.Attention:
+    return attnzoo.build("sparse_transformer", heads=4, head_dim=8, stride=5, expressivity=2, pattern=pattern, factors=factors)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("lengths", [(64, 64), (1, 33), (7, 40), (40, 7)], ids=str)
+@pytest.mark.parametrize(("pattern", "factors"), FORMS)
+def test_the_support_is_the_masks(pattern: str, factors: str, lengths: tuple[int, int], is_causal: bool) -> None:
+    attn = built(pattern, factors)
+    mask = attn.weights(torch.zeros(1, 4, lengths[0], 8), torch.zeros(1, 4, lengths[1], 8), is_causal=is_causal) > 0
+    assert attn.cost(1, *lengths, is_causal=is_causal).support_macs == int(mask.sum()) * 2 * 8
+
+
+@pytest.mark.parametrize(("pattern", "factors"), FORMS)
+def test_heads_are_kept_with_their_factor(pattern: str, factors: str) -> None:
+    attn = built(pattern, factors)
+    q, k, v = (torch.randn(1, 4, 50, 8, dtype=torch.float64) for _ in "qkv")
+    expected = attn(q, k, v, is_causal=True)[:, 1:3]
+    attn.keep_heads(1, 2)
+    close(attn(q[:, 1:3], k[:, 1:3], v[:, 1:3], is_causal=True), expected, 1e-10, "heads 1 and 2")
+
+
+def test_work_grows_as_n_root_n_when_the_stride_is_the_root() -> None:
+    macs = [
+        attnzoo.build("sparse_transformer", heads=1, head_dim=8, stride=root).cost(1, root * root, is_causal=True).macs for root in (64, 128, 256)
+    ]
+    assert macs[1] == 8 * macs[0] and macs[2] == 8 * macs[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stride": 0}, "stride=0 must be a whole number"),
+        ({"stride": 4, "pattern": "fixed", "expressivity": 5}, "expressivity=5 must be at most stride=4"),
+        ({"pattern": "learned"}, "pattern='learned' is unknown"),
+        ({"factors": "both"}, "factors='both' is unknown"),
+    ],
+)
+def test_a_bad_option_is_named(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attnzoo.build("sparse_transformer", heads=4, head_dim=8, **options)
