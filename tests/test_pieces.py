@@ -19,7 +19,7 @@ LENGTHS = [(500, 500), (333, 500)]  # queries, keys: several blocks of 64 or 16,
 @pytest.mark.parametrize(("name", "options"), [("sliding_window", {"window": 40}), ("bigbird", {"block_size": 16})])
 def test_a_block_at_a_time(name, options, queries, keys, is_causal, recording, in_memory_used_again, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(in_cache, "SCORES", 1)
-    monkeypatch.setattr(in_cache, "serves", lambda engine, call: in_memory_used_again)
+    monkeypatch.setattr(in_cache, "serves", lambda *_: in_memory_used_again)
     monkeypatch.setattr(sparse_windows, "SLICED", 1)
     monkeypatch.setattr(sparse_blocks, "GATHERED", 1)
     torch.manual_seed(0)

@@ -72,7 +72,7 @@ def test_standard_keeps_what_flash_attention_keeps(name: str, is_causal: bool):
 
 @pytest.mark.parametrize(("variant", "is_causal"), WAYS)
 def test_what_is_kept_grows_by_the_token(variant: CountedVariant, is_causal: bool):
-    """Beyond the measured lengths `kept_bytes` is a straight line: it must pass through a longer count, of whole blocks."""
+    """Beyond the measured lengths `kept_bytes` goes on as it began: it must pass through a longer count, of whole blocks."""
     closed = variant.cost(2**18, is_causal).kept_bytes
     n, longer = (8192, variant._saved_bytes(8192, is_causal)) if closed is None else (2**18, closed)
     assert variant.kept_bytes(n, is_causal) == pytest.approx(longer, rel=0.01)

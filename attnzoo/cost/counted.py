@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -80,16 +81,16 @@ class CountedVariant:
     def kept_bytes(self, n: int, is_causal: bool) -> float | None:
         """What one layer's forward keeps for its backward pass, by the fast pure-torch backend; None when the variant cannot run so.
 
-        `Cost.kept_bytes` up to 65,536 tokens; where that is not known, measured through autograd up to 2,048. Beyond, it grows by
-        the token as it does from there to twice the length.
+        `Cost.kept_bytes` up to 65,536 tokens; where that is not known, measured through autograd up to 2,048. Beyond, it is the
+        parabola through there, twice the length and the middle: a straight line, but where a row sees more of a longer sequence.
         """
         if not self.runs(is_causal):
             return None
         low, high = self._lengths(is_causal)
         if n <= low:
             return self._measured(n, is_causal)
-        at_low, at_high = self._measured(low, is_causal), self._measured(high, is_causal)
-        return at_low + (at_high - at_low) * (n - low) / (high - low)
+        middle = (low + high) // 2
+        return _parabola({length: self._measured(length, is_causal) for length in (low, middle, high)}, n)
 
     def kept_bytes_per_token(self, is_causal: bool) -> float | None:
         """How `kept_bytes` grows in the end."""
@@ -133,6 +134,15 @@ class CountedVariant:
             return self.attention(n)
         with torch.device("meta"):
             return self.attention(n)
+
+
+def _parabola(points: dict[int, int], n: int) -> float:
+    """Value at n of the parabola through three points."""
+    total = 0.0
+    for at, value in points.items():
+        others = [other for other in points if other != at]
+        total += value * prod(n - other for other in others) / prod(at - other for other in others)
+    return total
 
 
 def whole_zoo(model: TransformerModel) -> tuple[list[CountedVariant], list[str]]:

@@ -151,7 +151,8 @@ def _reference(engine: WindowAndGlobals, call: Call) -> Tensor:
 
 
 def _flex_why_not(engine: WindowAndGlobals, call: Call) -> str | None:
-    return sparse_flex.why_not(engine, call) if call.global_mask is None else "global tokens differ from sample to sample, which its tables do not"
+    differ = None if call.global_mask is None else "global tokens differ from sample to sample, which its tables do not"
+    return sparse_flex.why_not(engine, call) or differ
 
 
 WindowAndGlobals.backends = (

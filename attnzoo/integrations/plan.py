@@ -126,7 +126,7 @@ def _check_fits(attention: Attention, site: Site) -> None:
         if _place(site.module)[0].type != "meta":
             warnings.warn(refusal, stacklevel=4)  # the caller of `swap`
     reach = getattr(getattr(attention.engine, "pattern", None), "reach", None)
-    if site.window is not None and (reach is None or reach > site.window):
+    if site.window is not None and (reach is None or reach > site.window or attention.global_tokens):
         raise UnsupportedError(
             f"the model attends within its own sliding window of {site.window}, which {attention.spec.name} would drop; use sliding_window with "
             f"window={site.window} or less, or switch the model's window off first"

@@ -81,6 +81,8 @@ def _sum(gradient: Tensor, group: Any) -> Tensor:
 def _split_module(module: MultiheadAttention, mesh: DeviceMesh) -> None:
     if module.bias_k is not None or module.add_zero_attn:
         raise UnsupportedError("add_bias_kv and add_zero_attn belong to no process's heads; build the module without them")
+    if module.attention.global_projection is not None:
+        raise UnsupportedError(f"{module.attention.spec.name}'s projections of global tokens are not split by heads; use FSDP or DDP for this model")
     _split_core(module.attention, mesh)
     module.projections = _projections(module)
     for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"):
