@@ -45,7 +45,7 @@ def forward(feature_map: FeatureMap, shape: Shape) -> int:
         span = _span(feature_map, shape, min(CHUNK, max(shape.query_length, shape.key_length)), 1)
         normalizing = 2 * span.rows if feature_map.normalizer == "row" else span.sums  # of rows, or of the sums that they read
         return shape.query_bytes + span.query_features + span.rows + span.totals + normalizing + span.sums + span.regrouped
-    busiest = max(before.left_over() + max(_built(span), _read(span)) for before, span in _neighbours(feature_map, shape))
+    busiest = max(max(before.left_over() + _built(span), before.rows + _read(span)) for before, span in _neighbours(feature_map, shape))
     return shape.query_bytes + busiest
 
 
