@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnzoo.arguments import check_count
 from attnzoo.call import Call
-from attnzoo.engines import in_cache, sparse_flex, sparse_windows
+from attnzoo.engines import in_cache, sparse_dilated, sparse_flex, sparse_windows
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
 from attnzoo.engines.global_cache import GlobalCache, fetched
 from attnzoo.engines.pieces import join
@@ -59,7 +59,7 @@ class WindowAndGlobals(Sparse):
         return GlobalCache.around(super().init_state(batch_size, kv_heads, head_dim, max_length, dtype, device), self.global_tokens)
 
     def step(self, call: Call, state: GlobalCache, backend: str) -> tuple[Tensor, GlobalCache, str]:
-        mask = state.new_globals(call, self.pattern.window)
+        mask = state.new_globals(call, self.pattern.reach)
         most = 0 if mask is None else _most(mask)
         counts = (state.kept + most, most)
         whole = replace(state.joined(call, mask), global_counts=counts)
@@ -74,10 +74,10 @@ class WindowAndGlobals(Sparse):
         grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
         keys = min(self.global_tokens, shape.key_length)
         queries = min(max(0, keys - grid.offset), shape.query_length, keys)
-        executed, _ = sparse_windows.count_pairs(self.pattern, grid)
-        executed += shape.query_length * keys + queries * shape.key_length
-        support = _support(self.pattern, grid, keys)
-        cost = softmax_cost(shape, shape.heads * executed, shape.heads * support, self.pattern.window, None)
+        executed = sparse_dilated.count_executed(self.pattern, shape) + shape.heads * queries * shape.key_length
+        for part in sparse_dilated.parts(self.pattern, shape):
+            executed += part.shape.batch_size // shape.batch_size * part.heads * part.shape.query_length * keys
+        cost = softmax_cost(shape, executed, sparse_dilated.count_support(self.pattern, grid, keys), self.pattern.reach, None)
         a_token = 2 * shape.batch_size * shape.kv_heads * shape.head_dim  # numbers of its key and value
         kept = cost.state_elements + a_token * keys
         growing = (shape.key_length < self.global_tokens) * a_token * shape.dtype.itemsize
@@ -100,18 +100,6 @@ def slots_of(mask: Tensor, count: int) -> Tensor:
     return (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :count].clone()  # not a view: it is kept for the backward pass
 
 
-def _support(pattern: Window, grid: Grid, first: int) -> int:
-    """(query, key) pairs of one head that are visible when the first keys are global."""
-    positions = torch.arange(grid.offset, grid.key_length)
-    ahead = 1 if grid.is_causal else pattern.window
-    low, high = (positions - pattern.window + 1).clamp(min=0), (positions + ahead).clamp(0, grid.key_length)
-    everywhere = (positions + 1).clamp(0, first) if grid.is_causal else torch.full_like(positions, first)
-    near = (high - low).clamp(min=0)
-    pairs = near + everywhere - (everywhere.minimum(high) - low).clamp(min=0)
-    all_keys = (positions + 1).clamp(min=0) if grid.is_causal else torch.full_like(positions, grid.key_length)
-    return int(torch.where((positions >= 0) & (positions < first), all_keys, pairs).sum())
-
-
 @dataclass(frozen=True)
 class _Columns:
     """The global tokens as keys of every row: k, v: (batch, kv_heads, count, head_dim); real: (batch, count), False where a sample has
@@ -126,25 +114,49 @@ class _Columns:
     def count(self) -> int:
         return self.k.shape[2]
 
+    def in_classes(self, dilation: int) -> _Columns:
+        """The same columns for every residue class, folded into the batch, with slots in places: those that causality shows to the same rows."""
+        k, v, real = (x.repeat_interleave(dilation, 0) for x in (self.k, self.v, self.real))
+        classes = torch.arange(dilation, device=k.device)[:, None]
+        slots = (self.slots[:, None] - classes + dilation - 1).div(dilation, rounding_mode="floor").flatten(0, 1)
+        return _Columns(k, v, real, slots)
+
 
 def _blocks(engine: WindowAndGlobals, call: Call) -> Tensor:
-    grid = grid_of(call)
     if call.global_mask is None:
-        return sparse_windows.attend(engine, engine.pattern, call, grid)
+        return sparse_dilated.attend(engine.pattern, call, lambda window, part: sparse_windows.attend(engine, window, part, grid_of(part)))
     assert call.global_counts is not None
     keys, queries = call.global_counts
     slots = slots_of(call.global_mask, keys)
+    out = sparse_dilated.by_dilation(engine.pattern, call, lambda window, part: _of_heads(engine, window, part, slots))
+    return _with_global_rows(engine, call, out, queries) if queries else out
+
+
+def _of_heads(engine: WindowAndGlobals, window: Window, call: Call, slots: Tensor) -> Tensor:
+    """The rows of heads of one dilation, all as if no query were global."""
+    assert call.global_mask is not None
     columns = _Columns(fetched(call.k, slots), fetched(call.v, slots), call.global_mask.gather(1, slots), slots)
     near = replace(call, key_mask=~call.global_mask if call.key_mask is None else call.key_mask & ~call.global_mask)
-    if in_cache.serves(engine, call):
-        k, v = torch.cat([call.k, columns.k], 2), torch.cat([call.v, columns.v], 2)
-        assert near.key_mask is not None
-        key_cap = in_cache.cap(torch.cat([near.key_mask, columns.real], 1), call.q)
-        table = columns.slots if call.is_causal else None
-        out = in_cache.attend(engine, call.q, k, v, key_cap, table, partial(_pieces, engine.pattern, grid, keys))
-    else:
-        out = join(_rows(engine, near, columns, grid), call.query_length, 2)
-    return _with_global_rows(engine, call, out, queries) if queries else out
+
+    def attend(plain: Window, part: Call) -> Tensor:
+        classes = part.k.shape[0] // call.k.shape[0]
+        its_columns = columns.in_classes(classes) if classes > 1 else columns
+        if call.query_length == 1:  # the last position, which sees every column
+            its_columns = replace(columns, slots=torch.zeros_like(slots))
+        return _attend(engine, plain, part, its_columns, grid_of(part))
+
+    return sparse_dilated.of_one_dilation(window, near, attend)
+
+
+def _attend(engine: WindowAndGlobals, window: Window, call: Call, columns: _Columns, grid: Grid) -> Tensor:
+    """A·v for a plain window and the columns beside it."""
+    if not in_cache.serves(engine, call):
+        return join(_rows(engine, window, call, columns, grid), call.query_length, 2)
+    assert call.key_mask is not None
+    k, v = torch.cat([call.k, columns.k], 2), torch.cat([call.v, columns.v], 2)
+    key_cap = in_cache.cap(torch.cat([call.key_mask, columns.real], 1), call.q)
+    table = columns.slots if call.is_causal else None
+    return in_cache.attend(engine, call.q, k, v, key_cap, table, partial(_pieces, window, grid, columns.k.shape[2]))
 
 
 def _with_global_rows(engine: WindowAndGlobals, call: Call, out: Tensor, count: int) -> Tensor:
@@ -210,9 +222,9 @@ def _pieces(pattern: Window, grid: Grid, count: int, q: Tensor, slots: Tensor | 
     return [pieces for pieces in heads for _ in range(grid.heads)]
 
 
-def _rows(engine: WindowAndGlobals, call: Call, columns: _Columns, grid: Grid) -> Iterator[Tensor]:
+def _rows(engine: WindowAndGlobals, window: Window, call: Call, columns: _Columns, grid: Grid) -> Iterator[Tensor]:
     """The rows of every piece in order, by torch's SDPA: its keys with the columns beside them."""
-    found, pieces = sparse_windows.plan(engine.pattern, grid), sparse_windows.edges(engine.pattern, grid)
+    found, pieces = sparse_windows.plan(window, grid), sparse_windows.edges(window, grid)
     if found.blocks:
         before = 1 if found.start else 0
         pieces[before:before] = sparse_windows.middles(found, grid, call)
@@ -222,10 +234,12 @@ def _rows(engine: WindowAndGlobals, call: Call, columns: _Columns, grid: Grid) -
     for (first, end, low, high), q, k, v in zip(pieces, queries, keys, values, strict=True):
         middle = found.blocks > 0 and found.start <= first < found.stop
         size, width = (sparse_windows.BLOCK, found.slice_length) if middle else (end - first, high - low)
-        yield _piece(engine, replace(call, q=q, k=k, v=v), columns, grid, (first, low), (size, width))
+        yield _piece(engine, window, replace(call, q=q, k=k, v=v), columns, grid, (first, low), (size, width))
 
 
-def _piece(engine: WindowAndGlobals, call: Call, columns: _Columns, grid: Grid, start: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+def _piece(
+    engine: WindowAndGlobals, window: Window, call: Call, columns: _Columns, grid: Grid, start: tuple[int, int], shape: tuple[int, int]
+) -> Tensor:
     """Consecutive rows, `size` to a part, against `width` keys each and the columns. call: its q, k and v are the piece's.
     start: the first row, and the first key. shape: size, width."""
     (first, low), (size, width), (batch, heads, rows, head_dim) = start, shape, call.q.shape
@@ -233,7 +247,7 @@ def _piece(engine: WindowAndGlobals, call: Call, columns: _Columns, grid: Grid, 
     device = call.q.device
     positions = grid.offset + first + torch.arange(rows, device=device).view(parts, size, 1)
     slots = low + torch.arange(parts, device=device)[:, None, None] * size + torch.arange(width, device=device)
-    near = sparse_windows.band(engine.pattern, grid, positions[0, :, 0], slots[0, 0])  # (size, width), the same in every part
+    near = sparse_windows.band(window, grid, positions[0, :, 0], slots[0, 0])  # (size, width), the same in every part
     q = call.q.reshape(batch, kv_heads, call.group, parts, size, head_dim).transpose(2, 3).flatten(3, 4)
     samples = []
     for sample in range(batch):
