@@ -114,11 +114,12 @@ class _Columns:
     def count(self) -> int:
         return self.k.shape[2]
 
-    def in_classes(self, dilation: int) -> _Columns:
+    def in_classes(self, dilation: int, places: int) -> _Columns:
         """The same columns for every residue class, folded into the batch, with slots in places: those that causality shows to the same rows."""
         k, v, real = (x.repeat_interleave(dilation, 0) for x in (self.k, self.v, self.real))
         classes = torch.arange(dilation, device=k.device)[:, None]
-        slots = (self.slots[:, None] - classes + dilation - 1).div(dilation, rounding_mode="floor").flatten(0, 1)
+        rounded_up = torch.arange(places + 1, device=k.device).repeat_interleave(dilation)  # of a position, by looking it up: no division to count
+        slots = rounded_up[self.slots[:, None] - classes + dilation - 1].flatten(0, 1)
         return _Columns(k, v, real, slots)
 
 
@@ -140,7 +141,7 @@ def _of_heads(engine: WindowAndGlobals, window: Window, call: Call, slots: Tenso
 
     def attend(plain: Window, part: Call) -> Tensor:
         classes = part.k.shape[0] // call.k.shape[0]
-        its_columns = columns.in_classes(classes) if classes > 1 else columns
+        its_columns = columns.in_classes(classes, part.key_length) if classes > 1 else columns
         if call.query_length == 1:  # the last position, which sees every column
             its_columns = replace(columns, slots=torch.zeros_like(slots))
         return _attend(engine, plain, part, its_columns, grid_of(part))
