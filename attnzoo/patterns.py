@@ -60,6 +60,11 @@ class Pattern:
 
     reach: int | None = None
 
+    @property
+    def remembers(self) -> int | None:
+        """How many keys decoding must keep, at most (None: all)."""
+        return self.reach
+
     def mask(self, grid: Grid) -> Tensor:
         """(heads or 1, query_length, key_length) bool, True = visible, causality left out."""
         raise NotImplementedError
@@ -107,12 +112,13 @@ class Window(Pattern):
     """Keys closer than `window` tokens: |i - j| < window. Causal, that is `window` keys, the query's own included.
 
     dilation: of these distances only every dilation-th, |i - j| < window · dilation with (i - j) % dilation == 0: as many keys, from
-    farther. One number for all heads, or one for each head.
+    farther. One number for all heads, or one for each head. sinks: the first so many slots are visible too, whatever the distance.
     Other libraries count otherwise; the converters speak their dialects. Hugging Face's `sliding_window` is `window` itself.
     """
 
     window: int
     dilation: int | tuple[int, ...] = 1
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         check_positive("window", self.window)
@@ -120,6 +126,8 @@ class Window(Pattern):
             raise ValueError("dilation=() is empty; give one number, or one for each head")
         for dilation in self.dilations:
             check_positive("dilation", dilation)
+        if check_count("sinks", self.sinks) and set(self.dilations) != {1}:
+            raise ValueError(f"sinks={self.sinks} and dilation={self.dilation}: sinks stand beside dilation 1 only; leave one out")
 
     @property
     def dilations(self) -> tuple[int, ...]:
@@ -127,13 +135,22 @@ class Window(Pattern):
         return self.dilation if isinstance(self.dilation, tuple) else (self.dilation,)
 
     @property
-    def reach(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def reach(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return None if self.sinks else self.near
+
+    @property
+    def near(self) -> int:
+        """How many keys back a causal query can see in the window alone, itself included."""
         return (self.window - 1) * max(self.dilations) + 1
+
+    @property
+    def remembers(self) -> int:
+        return self.near + self.sinks
 
     def mask(self, grid: Grid) -> Tensor:
         distance = grid.query_positions() - grid.key_positions()
         dilation = torch.tensor(self.dilations, device=grid.device)[:, None, None]
-        return (distance.abs() < self.window * dilation) & (distance % dilation == 0)
+        return (distance.abs() < self.window * dilation) & (distance % dilation == 0) | (grid.key_positions() < self.sinks)
 
     def heads_by_dilation(self, heads: int) -> dict[int, list[int]]:
         """The heads of every dilation, in ascending order. Raises ValueError when there is not one dilation for each head."""
@@ -159,7 +176,7 @@ class Window(Pattern):
 
     def to_flash_attention(self, is_causal: bool) -> tuple[int, int]:
         """As flash-attn's window_size=(left, right). Raises ValueError where it has no such window."""
-        self._check_undilated("flash-attn")
+        self._check_plain("flash-attn")
         return self.window - 1, 0 if is_causal else self.window - 1
 
     @classmethod
@@ -171,14 +188,14 @@ class Window(Pattern):
 
     def to_longformer(self) -> int:
         """As Longformer's attention_window. Raises ValueError where it has no such window."""
-        self._check_undilated("Longformer's code")
+        self._check_plain("Longformer's code")
         if self.window == 1:
             raise ValueError("window=1 (the query's own key alone) has no equal in Longformer, whose attention_window is at least 2")
         return 2 * (self.window - 1)
 
-    def _check_undilated(self, where: str) -> None:
-        if set(self.dilations) != {1}:
-            raise ValueError(f"dilation={self.dilation} has no equal in {where}; only windows of dilation 1 have")
+    def _check_plain(self, where: str) -> None:
+        if set(self.dilations) != {1} or self.sinks:
+            raise ValueError(f"dilation={self.dilation} with sinks={self.sinks} has no equal in {where}; only a plain window has")
 
 
 class BlockPattern(Pattern):

@@ -88,6 +88,11 @@ CASES: dict[str, list[Case]] = {
         Case("sliding_window", {"window": 100}),
         Case("sliding_window", {"window": 5, "dilation": 3}),
         Case("sliding_window", {"window": 70, "dilation": 2}),
+        Case("sliding_window", {"window": 7, "sinks": 3}),
+        Case("sliding_window", {"window": 70, "sinks": 100}),
+        Case("sliding_window", {"window": 7, "sink_logits": True}),
+        Case("sliding_window", {"window": 16, "sinks": 2, "sink_logits": True}),
+        Case("sliding_window", {"window": 5, "dilation": 2, "sink_logits": True}),
         Case("sliding_window"),
     ],
     "bigbird": [
@@ -214,6 +219,7 @@ def tensors(situation: Situation, head_dim: int = 8, *, shift: float = 0.0, seed
 
 
 LEARNED: dict[str, Callable[[Attention], dict[str, Tensor]]] = {
+    "sliding_window": lambda attn: {} if attn.engine.sink_logits is None else {"logits": attn.engine.sink_logits},  # type: ignore[union-attr]
     "linformer": lambda attn: {"key_projection": _parameter(attn, "key_projection"), "value_projection": _parameter(attn, "value_projection")},
     "nystromformer": lambda attn: {} if attn.convolution is None else {"convolution_weight": _parameter(attn, "convolution")},
 }

@@ -225,8 +225,13 @@ def performer(q, k, v, *, projection, features="positive", scale=None, key_mask=
 
 
 @oracle("sliding_window")
-def sliding_window(q, k, v, *, window, dilation=1, scale=None, key_mask=None, attn_mask=None, is_causal=False) -> tuple[Tensor, Tensor]:
-    """Beltagy et al. 2020, section 3.1: softmax over the keys at position + t · dilation for |t| < window; dilation may differ by head."""
+def sliding_window(
+    q, k, v, *, window, dilation=1, sinks=0, logits=None, scale=None, key_mask=None, attn_mask=None, is_causal=False
+) -> tuple[Tensor, Tensor]:
+    """Beltagy et al. 2020, section 3.1: softmax over the keys at position + t · dilation for |t| < window; dilation may differ by head.
+
+    sinks: and the first slots (Xiao et al. 2023). logits: (heads,), each exponentiated in the denominator of every row of its head.
+    """
     assert attn_mask is None
 
     def matrix(h: int, q_h: Tensor, k_h: Tensor, visible: Tensor) -> Tensor:
@@ -237,7 +242,18 @@ def sliding_window(q, k, v, *, window, dilation=1, scale=None, key_mask=None, at
             for t in range(1 - window, window):
                 if 0 <= position + t * step < k_h.shape[0]:
                     near[i, position + t * step] = True
-        return _softmax_over(visible & near, q_h, k_h, scale)
+            near[i, :sinks] = True
+        if logits is None:
+            return _softmax_over(visible & near, q_h, k_h, scale)
+        factor = q_h.shape[1] ** -0.5 if scale is None else scale
+
+        def weigh(i: int, seen: Tensor) -> Tensor:
+            scores = factor * (k_h[seen] @ q_h[i])
+            largest = torch.maximum(scores.max(), logits[h].double()).detach()
+            terms = (scores - largest).exp()
+            return terms / (terms.sum() + (logits[h].double() - largest).exp())
+
+        return _rows(visible & near, weigh)
 
     return _by_heads(matrix, q, k, v, key_mask, is_causal)
 

@@ -65,7 +65,7 @@ def test_bad_dilations() -> None:
     for dilation, message in ((0, "dilation=0"), ([1, 0, 1, 1], "dilation=0"), ([], r"dilation=\(\)"), ([1, 2], "gives 2 numbers for heads=4")):
         with pytest.raises(ValueError, match=message):
             attnzoo.build("sliding_window", heads=4, head_dim=8, dilation=dilation)
-    with pytest.raises(ValueError, match="dilation=2 has no equal in flash-attn"):
+    with pytest.raises(ValueError, match="dilation=2 with sinks=0 has no equal in flash-attn"):
         Window(4, 2).to_flash_attention(is_causal=True)
-    with pytest.raises(ValueError, match="dilation=2 has no equal in Longformer"):
+    with pytest.raises(ValueError, match="dilation=2 with sinks=0 has no equal in Longformer"):
         Window(4, 2).to_longformer()

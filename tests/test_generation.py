@@ -17,7 +17,12 @@ from attnzoo import UnsupportedError
 from attnzoo.registry import spec_of
 
 #: Small enough that a window, blocks and draws matter within 30 tokens.
-OPTIONS: dict[str, dict[str, Any]] = {"sliding_window": {"window": 5}, "bigbird": {"block_size": 4}, "performer": {"num_features": 32}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sliding_window": {"window": 5},
+    "longformer": {"window": 5, "global_tokens": 2},
+    "bigbird": {"block_size": 4},
+    "performer": {"num_features": 32},
+}
 VARIANTS = [name for name in attnzoo.names() if spec_of(name).decodes]
 PROMPT = 12
 GREEDY: dict[str, Any] = {"attention_mask": padded("left", PROMPT), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}

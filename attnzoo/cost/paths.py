@@ -69,7 +69,7 @@ def _pattern_path(pattern: Pattern, grid: Grid) -> int | None:
 @_pattern_path.register
 def _(pattern: Window, grid: Grid) -> int | None:
     farthest = grid.key_length - 1
-    if set(pattern.dilations) != {1}:
+    if set(pattern.dilations) != {1} or pattern.sinks:
         return None
     if pattern.window == 1:
         return 0 if farthest == 0 else None

@@ -89,22 +89,35 @@ def parts_at_a_time(size: int, keys: int, threads: int | None = None) -> int:
     return max(1, SCORES // (size * keys)) * (threads or torch.get_num_threads())
 
 
-def serves(engine: Softmax, call: Call) -> bool:
+def serves(engine: Softmax, call: Call, sink_logits: Tensor | None = None) -> bool:
     """Whether `attend` is the way: on a CPU, without dropout, and where neither a graph nor a transform wants to see torch's SDPA."""
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
     drops = engine.dropout > 0 and engine.training
-    return call.q.device.type == "cpu" and call.q.dtype in DTYPES and not recorded and not drops and only_autograd_looks(call.q, call.k, call.v)
+    looked_at = (call.q, call.k, call.v) if sink_logits is None else (call.q, call.k, call.v, sink_logits)
+    return call.q.device.type == "cpu" and call.q.dtype in DTYPES and not recorded and not drops and only_autograd_looks(*looked_at)
 
 
-def attend(engine: Softmax, q: Tensor, k: Tensor, v: Tensor, key_cap: Tensor | None, table: Tensor | None, pieces: Pieces) -> Tensor:
-    """A·v by pieces that hold every row once. key_cap: `cap` of the keys, (batch or 1, key_length). table: whatever `pieces` wants."""
+def attend(
+    engine: Softmax,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_cap: Tensor | None,
+    table: Tensor | None,
+    pieces: Pieces,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """A·v by pieces that hold every row once. key_cap: `cap` of the keys, (batch or 1, key_length). table: whatever `pieces` wants.
+    sink_logits: (heads,), one more term in the sum of every row."""
     scale = q.shape[3] ** -0.5 if engine.scale is None else engine.scale
-    return _Attend.apply(q, k, v, key_cap, table, pieces, scale)
+    return _Attend.apply(q, k, v, key_cap, table, None if sink_logits is None else sink_logits.to(q.dtype), pieces, scale)
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, key_cap: Tensor | None, table: Tensor | None, pieces: Pieces, scale: float) -> Tensor:
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, key_cap: Tensor | None, table: Tensor | None, sink_logits: Tensor | None, pieces: Pieces, scale: float
+    ) -> Tensor:
         out, memory = q.new_empty(*q.shape[:3], v.shape[3]), Memory(q)
         some_are_empty = key_cap is not None or q.shape[2] > k.shape[2]
         for one, kv, found in _heads(q, k, pieces(q, table)):
@@ -115,7 +128,8 @@ class _Attend(torch.autograd.Function):
                 if not piece.shape[2]:
                     rows.zero_()
                     continue
-                weights = _weights(piece, piece.rows(queries), piece.keys(keys, "fetched", memory), sample_cap, scale, some_are_empty, memory)
+                its_keys = piece.keys(keys, "fetched", memory)
+                weights = _weights(piece, piece.rows(queries), its_keys, sample_cap, _of_head(sink_logits, one[1]), scale, some_are_empty, memory)
                 torch.bmm(weights, piece.keys(values, "fetched", memory), out=rows)
         return out
 
@@ -127,9 +141,10 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, key_cap, table = ctx.saved_tensors
+        q, k, v, key_cap, table, sink_logits = ctx.saved_tensors
         gradient, memory = gradients[0].contiguous(), Memory(q)
         dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        to_logits = None if sink_logits is None else torch.zeros_like(sink_logits)
         some_are_empty = key_cap is not None or q.shape[2] > k.shape[2]
         for one, kv, found in _heads(q, k, ctx.pieces(q, table)):
             queries, keys, values, sent, to_queries, to_keys, to_values = q[one], k[kv], v[kv], gradient[one], dq[one], dk[kv], dv[kv]
@@ -143,15 +158,17 @@ class _Attend(torch.autograd.Function):
                 rows, sent_rows, slopes = piece.rows(queries), piece.rows(sent), memory("slopes", *piece.shape)
                 torch.bmm(sent_rows, piece.keys(values, "fetched", memory).mT, out=slopes)
                 its_keys = piece.keys(keys, "fetched", memory)  # in the place of the values
-                weights = _weights(piece, rows, its_keys, sample_cap, ctx.scale, some_are_empty, memory)
+                weights = _weights(piece, rows, its_keys, sample_cap, _of_head(sink_logits, one[1]), ctx.scale, some_are_empty, memory)
                 part = torch.bmm(weights.mT, sent_rows, out=memory("gradient", parts, count, v.shape[3]))
                 piece.add(part, to_values)
                 torch.ops.aten._softmax_backward_data.out(slopes, weights, -1, slopes.dtype, grad_input=slopes)
+                if to_logits is not None:
+                    to_logits[one[1]] -= slopes.sum()  # adding one number to every score of a row, its logit's too, changes nothing
                 torch.baddbmm(to_rows, slopes, its_keys, beta=0, alpha=ctx.scale, out=to_rows)
                 part = memory("gradient", parts, count, k.shape[3])
                 torch.baddbmm(part, slopes.mT, rows, beta=0, alpha=ctx.scale, out=part)
                 piece.add(part, to_keys)
-        return dq, dk, dv, None, None, None, None
+        return dq, dk, dv, None, None, to_logits, None, None
 
 
 def _heads(q: Tensor, k: Tensor, pieces: Sequence[Sequence[Piece]]) -> Iterator[tuple[tuple[int, int], tuple[int, int], Sequence[Piece]]]:
@@ -166,7 +183,13 @@ def _of_sample(key_cap: Tensor | None, sample: int) -> Tensor | None:
     return None if key_cap is None else key_cap[sample if key_cap.shape[0] > 1 else 0]
 
 
-def _weights(piece: Piece, q: Tensor, k: Tensor, key_cap: Tensor | None, scale: float, some_are_empty: bool, memory: Memory) -> Tensor:
+def _of_head(sink_logits: Tensor | None, head: int) -> Tensor | None:
+    return None if sink_logits is None else sink_logits[head]
+
+
+def _weights(
+    piece: Piece, q: Tensor, k: Tensor, key_cap: Tensor | None, sink_logit: Tensor | None, scale: float, some_are_empty: bool, memory: Memory
+) -> Tensor:
     """Softmax of the piece's scores, (parts, size, keys); rows that see no key are 0."""
     scores = memory("scores", *piece.shape)
     torch.baddbmm(scores, q, k.mT, beta=0, alpha=scale, out=scores)
@@ -175,8 +198,12 @@ def _weights(piece: Piece, q: Tensor, k: Tensor, key_cap: Tensor | None, scale: 
         torch.minimum(some, part.largest, out=some)
     if key_cap is not None:
         torch.minimum(scores, piece.keys(key_cap[:, None], "cap", memory).mT, out=scores)
-    empty = scores.amax(-1, keepdim=True) == -torch.inf if some_are_empty else None
+    largest = scores.amax(-1, keepdim=True) if some_are_empty or sink_logit is not None else None
+    empty = largest == -torch.inf if some_are_empty and largest is not None else None
     torch.softmax(scores, -1, out=scores)
+    if sink_logit is not None and largest is not None:
+        log_sum = largest - scores.amax(-1, keepdim=True).log()
+        scores.mul_(torch.sigmoid(log_sum - sink_logit))
     return scores if empty is None or not empty.any() else scores.masked_fill_(empty, 0.0)
 
 

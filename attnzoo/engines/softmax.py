@@ -87,8 +87,8 @@ def additive(call: Call) -> Tensor | None:
     return call.attn_mask if call.attn_mask is not None and call.attn_mask.is_floating_point() else None
 
 
-def attend_densely(engine: Softmax, call: Call, mask: Tensor | None) -> Tensor:
-    """Form A whole under `mask` and the call's additive mask, and multiply."""
+def attend_densely(engine: Softmax, call: Call, mask: Tensor | None, sink_logits: Tensor | None = None) -> Tensor:
+    """Form A whole under `mask` and the call's additive mask, and multiply. sink_logits: (heads,), as in `masked_softmax`."""
     group, dtype = call.group, accumulation_dtype(call.q.dtype)
     q, k, v = call.q.to(dtype), repeat_heads(call.k, group).to(dtype), repeat_heads(call.v, group).to(dtype)
     scores = einsum(q, k, "b h i d, b h j d -> b h i j") * (call.q.shape[3] ** -0.5 if engine.scale is None else engine.scale)
@@ -97,7 +97,8 @@ def attend_densely(engine: Softmax, call: Call, mask: Tensor | None) -> Tensor:
         scores = scores + bias.to(dtype)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    attention = F.dropout(masked_softmax(scores), engine.dropout, engine.training)
+    logits = None if sink_logits is None else sink_logits[:, None, None]
+    attention = F.dropout(masked_softmax(scores, logits), engine.dropout, engine.training)
     return einsum(attention, v, "b h i j, b h j d -> b h i d").to(call.q.dtype)
 
 
@@ -105,8 +106,22 @@ def _reference(engine: Softmax, call: Call) -> Tensor:
     return attend_densely(engine, call, visible(call))
 
 
-def masked_softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last dimension in which a row of -inf gives 0 and no NaN gradient."""
+def attend_openly(engine: Softmax, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sink_logits: Tensor) -> Tensor:
+    """As `sdpa`, which knows no sink logits, with scores that autograd holds. sink_logits: as in `masked_softmax`."""
+    dtype = accumulation_dtype(q.dtype)
+    scores = (q.to(dtype) @ k.to(dtype).mT) * (q.shape[-1] ** -0.5 if engine.scale is None else engine.scale)
+    attention = masked_softmax(scores.masked_fill(~mask, float("-inf")), sink_logits)
+    return (F.dropout(attention, engine.dropout, engine.training) @ v.to(dtype)).to(q.dtype)
+
+
+def masked_softmax(scores: Tensor, sink_logits: Tensor | None = None) -> Tensor:
+    """Softmax over the last dimension in which a row of -inf gives 0 and no NaN gradient.
+
+    sink_logits: one more score of every row, broadcastable to (..., rows, 1), that counts in its sum and weighs nothing.
+    """
+    if sink_logits is not None:
+        one_more = sink_logits.to(scores.dtype).expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, one_more], -1).softmax(-1)[..., :-1]
     empty = (scores == float("-inf")).all(-1, keepdim=True)
     return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
 

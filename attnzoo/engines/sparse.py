@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnzoo.call import Call
-from attnzoo.engines import sparse_blocks, sparse_dilated, sparse_flex, sparse_memory, sparse_peaks, sparse_windows
+from attnzoo.engines import in_cache, sparse_blocks, sparse_columns, sparse_dilated, sparse_flex, sparse_memory, sparse_peaks, sparse_windows
 from attnzoo.engines.cache import KeyValueCache
-from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
+from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Shape, never_refuses
+from attnzoo.engines.sink_cache import SinkCache
 from attnzoo.engines.softmax import Softmax, attend_densely, softmax_cost, visible
+from attnzoo.engines.sparse_columns import Columns
 from attnzoo.patterns import BlockPattern, Grid, Pattern, Window, grid_of
 
 
 class Sparse(Softmax):
-    """Softmax attention in which query i sees only the keys that `pattern` shows it (and the masks allow)."""
+    """Softmax attention in which query i sees only the keys that `pattern` shows it (and the masks allow).
 
-    def __init__(self, pattern: Pattern, scale: float | None = None, dropout: float = 0.0) -> None:
+    sink_logits: of a window, learn so many logits, one a head: each is one more score of every row, that counts in the row's sum and weighs
+    no value, so that a row of A may sum to less than 1.
+    """
+
+    def __init__(self, pattern: Pattern, scale: float | None = None, dropout: float = 0.0, *, sink_logits: int = 0) -> None:
         super().__init__(scale, dropout)
         self.pattern = pattern
+        self.sink_logits = nn.Parameter(torch.zeros(sink_logits)) if sink_logits else None
 
-    def init_state(self, batch_size: int, kv_heads: int, head_dim: int, max_length: int | None, dtype: torch.dtype, device: Any) -> KeyValueCache:
+    def init_state(self, batch_size: int, kv_heads: int, head_dim: int, max_length: int | None, dtype: torch.dtype, device: Any) -> Any:
+        if isinstance(self.pattern, Window) and self.pattern.sinks:
+            return SinkCache.empty(batch_size, kv_heads, head_dim, max_length, self.pattern, dtype, device)
         reach = self.pattern.reach
         return KeyValueCache.empty(batch_size, kv_heads, head_dim, max_length, None if reach is None else reach - 1, dtype, device)
 
@@ -39,8 +50,25 @@ class Sparse(Softmax):
             executed = shape.heads * shape.query_length * shape.key_length
             support, kept, found = _count_pairs(self.pattern, grid), None, None
         forward_bytes, training_bytes = found or (None, None)
-        cost = softmax_cost(shape, executed, support, self.pattern.reach, kept)
-        return replace(cost, forward_bytes=forward_bytes, training_bytes=training_bytes)
+        cost = softmax_cost(shape, executed, support, self.pattern.remembers, kept)
+        cost = replace(cost, forward_bytes=forward_bytes, training_bytes=training_bytes)
+        return cost if self.sink_logits is None else self._with_logits(cost, shape, len(self.sink_logits))
+
+    def _with_logits(self, cost: Cost, shape: Shape, logits: int) -> Cost:
+        """One more term in the softmax of every row."""
+        assert isinstance(self.pattern, Window)
+        parts = sparse_dilated.parts(self.pattern, shape)
+        rows = sum(part.shape.batch_size * part.heads * part.shape.query_length for part in parts)
+        kept = cost.kept_bytes if shape.dtype in in_cache.DTYPES else None
+        if kept is not None and len(parts) > 1:  # each dilation's own logits, and which they are
+            kept += logits * (shape.dtype.itemsize + sparse_memory.INDEX_BYTES)
+        return replace(
+            cost,
+            parameters=logits,
+            elementwise=cost.elementwise + SOFTMAX_OPERATIONS * rows,
+            moved_bytes=cost.moved_bytes + logits * shape.dtype.itemsize,
+            kept_bytes=kept,
+        )
 
 
 def _count_pairs(pattern: Pattern, grid: Grid) -> int:
@@ -53,14 +81,34 @@ def _count_pairs(pattern: Pattern, grid: Grid) -> int:
 
 def _reference(engine: Sparse, call: Call) -> Tensor:
     mask, pattern = visible(call), engine.pattern.mask(grid_of(call))
-    return attend_densely(engine, call, pattern if mask is None else pattern & mask)
+    return attend_densely(engine, call, pattern if mask is None else pattern & mask, engine.sink_logits)
 
 
 def _blocks(engine: Sparse, call: Call) -> Tensor:
     if isinstance(engine.pattern, Window):
-        return sparse_dilated.attend(engine.pattern, call, lambda window, part: sparse_windows.attend(engine, window, part, grid_of(part)))
+        return sparse_dilated.attend(engine.pattern, call, partial(_window, engine))
     assert isinstance(engine.pattern, BlockPattern)
     return sparse_blocks.attend(engine, engine.pattern, call, grid_of(call))
+
+
+def _window(engine: Sparse, window: Window, call: Call, heads: Sequence[int]) -> Tensor:
+    grid, logits = grid_of(call), engine.sink_logits
+    if logits is not None and len(heads) < len(logits):
+        logits = logits[list(heads)]
+    if window.sinks or not (logits is None or in_cache.serves(engine, call, logits)):
+        call, columns = _with_sinks(call, min(window.sinks, grid.key_length))
+        return sparse_columns.attend(engine, window, call, grid, columns, logits)
+    return sparse_windows.attend(engine, window, call, grid, logits)
+
+
+def _with_sinks(call: Call, count: int) -> tuple[Call, Columns]:
+    """The first slots as columns, and the call in whose window they are hidden."""
+    slots = torch.arange(call.key_length, device=call.q.device).expand(call.k.shape[0], -1)
+    key_mask, behind = call.key_mask, slots >= count
+    real = ~behind if key_mask is None else key_mask
+    if count:
+        call = replace(call, key_mask=behind if key_mask is None else key_mask & behind)
+    return call, Columns(call.k[:, :, :count], call.v[:, :, :count], real[:, :count], slots[:, :count])
 
 
 def _blocks_why_not(engine: Sparse, call: Call) -> str | None:

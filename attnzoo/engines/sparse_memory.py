@@ -18,6 +18,8 @@ INDEX_BYTES = 8  # of an int64
 def windows(pattern: Window, shape: Shape) -> int | None:
     """Of every dilation, q, k and v laid out for it; and which heads are whose, where there are several. None in half precision where
     classes of positions differ in length and need a mask."""
+    if pattern.sinks:
+        return _sinks(pattern, shape)
     parts, kept = sparse_dilated.parts(pattern, shape), 0
     if len(parts) > 1:
         kept += INDEX_BYTES * (shape.heads + sum(part.heads + part.kv_heads for part in parts))
@@ -28,6 +30,15 @@ def windows(pattern: Window, shape: Shape) -> int | None:
         caps = part.shape.batch_size * part.shape.key_length * shape.dtype.itemsize if masked else 0
         kept += _plain_windows(replace(pattern, dilation=1), part.shape) + 2 * (part.key_bytes - part.shape.key_bytes) + caps
     return kept
+
+
+def _sinks(pattern: Window, shape: Shape) -> int | None:
+    """q, and k and v with the sinks behind them; which keys are hidden, as numbers; causal, where the sinks stand."""
+    if shape.dtype not in in_cache.DTYPES:
+        return None
+    sinks = min(pattern.sinks, shape.key_length)
+    longer = replace(shape, key_length=shape.key_length + sinks)
+    return longer.input_bytes + shape.batch_size * longer.key_length * shape.dtype.itemsize + shape.is_causal * shape.key_length * INDEX_BYTES
 
 
 def _plain_windows(pattern: Window, shape: Shape) -> int:

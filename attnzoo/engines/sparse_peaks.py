@@ -28,8 +28,8 @@ class _Pieces:
 
 
 def windows(pattern: Window, shape: Shape) -> tuple[int, int] | None:
-    """Peaks of a forward and of both passes; None in half precision, where torch's SDPA does the work, and for dilated windows."""
-    if shape.dtype not in in_cache.DTYPES or set(pattern.dilations) != {1}:
+    """Peaks of a forward and of both passes; None in half precision, where torch's SDPA does the work, and for dilated windows and sinks."""
+    if shape.dtype not in in_cache.DTYPES or set(pattern.dilations) != {1} or pattern.sinks:
         return None
     grid, size = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal), shape.dtype.itemsize
     found, shapes, caps, drawing = sparse_windows.plan(pattern, grid), [], 0, 0

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
+from attnzoo.arguments import check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.engines.sparse import Sparse
 from attnzoo.patterns import Window
@@ -22,7 +25,14 @@ class SlidingWindow(Attention):
     window: keys on each side, the query's own included; causal, `window` keys in all. dilation: the distances are multiples of it, so
     that as many keys come from `dilation` times as far, and what lies between is lost (Beltagy et al., section 3.1: for higher
     layers and a few heads, never for all, since neighbours are the most useful); one number, or one for each head. Decoding then keeps
-    the last (window - 1)·dilation + 1 keys. scale, dropout: as in standard.
+    the last (window - 1)·dilation + 1 keys.
+
+    A softmax that has nothing to say must put its weight somewhere, and models learn to put it on the first tokens; a window that drops
+    them breaks such a model (Xiao et al. 2023, StreamingLLM, arXiv:2309.17453, section 3). sinks: so many first slots are visible to every
+    later row too, each once, at their own positions; decoding keeps them besides the last `window` keys. 4 suffice for pretrained
+    models (section 3.2). sink_logits: learn one logit z a head instead, A_ij = exp(s_ij) / (exp(z) + Σ_l exp(s_il)), so that
+    rows of A sum to less than 1: gpt-oss (2025) and, with z = 0, where it starts, Miller's softmax off by one (2023). Best for
+    models trained with it. scale, dropout: as in standard.
     """
 
     engine: Sparse
@@ -45,15 +55,21 @@ class SlidingWindow(Attention):
         *,
         window: int = 256,
         dilation: int | Sequence[int] = 1,
+        sinks: int = 0,
+        sink_logits: bool = False,
         scale: float | None = None,
         dropout: float = 0.0,
         backend: str = "auto",
     ) -> None:
-        pattern = Window(window, tuple(dilation) if isinstance(dilation, Sequence) else dilation)
-        super().__init__(heads, head_dim, Sparse(pattern, scale, dropout), backend=backend)
+        pattern = Window(window, tuple(dilation) if isinstance(dilation, Sequence) else dilation, sinks)
+        engine = Sparse(pattern, scale, dropout, sink_logits=check_positive("heads", heads) if sink_logits else 0)
+        super().__init__(heads, head_dim, engine, backend=backend)
         pattern.heads_by_dilation(heads)  # raises where there are not as many
 
     def keep_heads(self, first: int, count: int) -> None:
         super().keep_heads(first, count)
         assert isinstance(self.engine.pattern, Window)
         self.engine.pattern = self.engine.pattern.of_heads(first, count)
+        logits = self.engine.sink_logits
+        if logits is not None:
+            self.engine.sink_logits = nn.Parameter(logits.detach()[first : first + count].clone(), logits.requires_grad)

@@ -1,0 +1,156 @@
+"""A window and, beside it, columns: a few keys that every row sees, wherever it stands.
+
+They are laid beside every slice of the window, so that one softmax goes over both; in the window itself they are hidden, so that a key
+counts once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from attnzoo.call import Call
+from attnzoo.engines import in_cache, sparse_windows
+from attnzoo.engines.pieces import join
+from attnzoo.engines.softmax import Softmax, attend_openly, sdpa
+from attnzoo.patterns import Grid, Window
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Keys of every row: k, v: (batch, kv_heads, count, head_dim); real: (batch, count), False where a sample has fewer; slots:
+    (batch, count), where they stand among the keys."""
+
+    k: Tensor
+    v: Tensor
+    real: Tensor
+    slots: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.k.shape[2]
+
+
+def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid, columns: Columns, sink_logits: Tensor | None = None) -> Tensor:
+    """A·v for a plain window and columns, which the call's key_mask hides from the window. sink_logits: (heads,), see `Sparse`."""
+    if in_cache.serves(engine, call):
+        k, v = torch.cat([call.k, columns.k], 2), torch.cat([call.v, columns.v], 2)
+        assert call.key_mask is not None
+        key_cap = in_cache.cap(torch.cat([call.key_mask, columns.real], 1), call.q)
+        table = columns.slots if call.is_causal else None
+        return in_cache.attend(engine, call.q, k, v, key_cap, table, partial(_pieces, pattern, grid, columns.count), sink_logits)
+    return join(_rows(engine, pattern, call, columns, grid, sink_logits), call.query_length, 2)
+
+
+@dataclass(frozen=True)
+class _WithColumns:
+    """`slices` with the last `count` keys, the columns, beside every part. slots: theirs, where causality hides some."""
+
+    slices: in_cache.Slices
+    count: int
+    offset: int
+    slots: Tensor | None
+    like: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        parts, size, keys = self.slices.shape
+        return parts, size, keys + self.count
+
+    @property
+    def caps(self) -> tuple[in_cache.Cap, ...]:
+        if self.slots is None:
+            return self.slices.caps
+        parts, size, keys = self.slices.shape
+        positions = self.offset + self.slices.first + torch.arange(parts * size).view(parts, size, 1)
+        return (*self.slices.caps, in_cache.Cap(keys, keys + self.count, in_cache.cap(self.slots <= positions, self.like)))
+
+    def rows(self, x: Tensor) -> Tensor:
+        return self.slices.rows(x)
+
+    def keys(self, x: Tensor, name: str, memory: in_cache.Memory) -> Tensor:
+        parts, _, keys = self.shape
+        fetched = memory(name, parts, keys, x.shape[1])
+        fetched[:, : keys - self.count] = self.slices.keys(x, name, memory)
+        fetched[:, keys - self.count :] = x[len(x) - self.count :]
+        return fetched
+
+    def add(self, gradient: Tensor, total: Tensor) -> None:
+        keys = self.slices.shape[2]
+        self.slices.add(gradient[:, :keys], total)
+        total[len(total) - self.count :] += gradient[:, keys:].sum(0)
+
+
+def _pieces(pattern: Window, grid: Grid, count: int, q: Tensor, slots: Tensor | None) -> list[list[_WithColumns]]:
+    """Every head's pieces of the window with the columns; of every sample, where `slots` are given."""
+    slices = sparse_windows.pieces(pattern, grid, q, count)
+    of_samples = [None] if slots is None else slots.unbind()
+    heads = []
+    for its_slots in of_samples:
+        last = -1 if its_slots is None else int(its_slots.max())
+        seen = [its_slots if grid.offset + one.first < last else None for one in slices]
+        heads.append([_WithColumns(one, count, grid.offset, hidden, q) for one, hidden in zip(slices, seen, strict=True)])
+    return [pieces for pieces in heads for _ in range(grid.heads)]
+
+
+def _rows(engine: Softmax, pattern: Window, call: Call, columns: Columns, grid: Grid, sink_logits: Tensor | None) -> Iterator[Tensor]:
+    """The rows of every piece in order, by torch's SDPA: its keys with the columns beside them."""
+    found, pieces = sparse_windows.plan(pattern, grid), sparse_windows.edges(pattern, grid)
+    if found.blocks:
+        before = 1 if found.start else 0
+        pieces[before:before] = sparse_windows.middles(found, grid, call)
+    spans = tuple((low, high) for _, _, low, high in pieces)
+    queries = call.q.split([end - first for first, end, _, _ in pieces], 2)
+    keys, values = sparse_windows.spans(call.k, spans), sparse_windows.spans(call.v, spans)
+    for (first, end, low, high), q, k, v in zip(pieces, queries, keys, values, strict=True):
+        middle = found.blocks > 0 and found.start <= first < found.stop
+        size, width = (sparse_windows.BLOCK, found.slice_length) if middle else (end - first, high - low)
+        yield _piece(engine, pattern, replace(call, q=q, k=k, v=v), columns, grid, (first, low), (size, width), sink_logits)
+
+
+def _piece(
+    engine: Softmax,
+    pattern: Window,
+    call: Call,
+    columns: Columns,
+    grid: Grid,
+    start: tuple[int, int],
+    shape: tuple[int, int],
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """Consecutive rows, `size` to a part, against `width` keys each and the columns. call: its q, k and v are the piece's.
+    start: the first row, and the first key. shape: size, width."""
+    (first, low), (size, width), (batch, heads, rows, head_dim) = start, shape, call.q.shape
+    parts, kv_heads = rows // size, call.k.shape[1]
+    device = call.q.device
+    positions = grid.offset + first + torch.arange(rows, device=device).view(parts, size, 1)
+    slots = low + torch.arange(parts, device=device)[:, None, None] * size + torch.arange(width, device=device)
+    near = sparse_windows.band(pattern, grid, positions[0, :, 0], slots[0, 0])  # (size, width), the same in every part
+    q = call.q.reshape(batch, kv_heads, call.group, parts, size, head_dim).transpose(2, 3).flatten(3, 4)
+    logits = None if sink_logits is None else sink_logits.view(kv_heads, call.group).repeat_interleave(size, 1)[:, None, :, None]
+    samples = []
+    for sample in range(batch):
+        k, v = (
+            torch.cat([_slices(x[sample], width, size, parts), column[sample, :, None].expand(-1, parts, -1, -1)], 2)
+            for x, column in ((call.k, columns.k), (call.v, columns.v))
+        )
+        visible = near.expand(parts, -1, -1) if call.key_mask is None else near & call.key_mask[sample][slots]
+        visible_columns = columns.real[sample].expand(parts, size, -1)
+        if grid.is_causal:
+            visible_columns = visible_columns & (columns.slots[sample] <= positions)
+        mask = torch.cat([visible, visible_columns], 2).repeat(1, call.group, 1)[None]
+        if logits is None:
+            samples.append(sdpa(engine, q[sample], k, v, mask))
+        else:
+            samples.append(attend_openly(engine, q[sample], k, v, mask, logits))
+    out = torch.stack(samples)  # (batch, kv_heads, parts, group · size, d)
+    return out.unflatten(3, (call.group, size)).transpose(2, 3).reshape(batch, heads, rows, -1)
+
+
+def _slices(x: Tensor, width: int, size: int, parts: int) -> Tensor:
+    """(kv_heads, keys, d) -> (kv_heads, parts, width, d), views `size` keys apart."""
+    return x[:, None] if parts == 1 else sparse_windows.slices_of(x, width)
