@@ -134,6 +134,7 @@ CASES: dict[str, list[Case]] = {
         Case("longformer", {"window": 16, "global_tokens": 3}),
         Case("longformer", {"window": 16}),
         Case("longformer", {"window": 1, "global_tokens": 1}),
+        Case("longformer", {"window": 9, "dilation": 3, "global_tokens": 2}),
         Case("longformer", {"window": 100, "global_tokens": 40, "scale": 0.7}),
         Case("longformer"),
     ],

@@ -362,7 +362,7 @@ def nystromformer(
 
 @oracle("longformer")
 def longformer(
-    q, k, v, *, window, global_tokens=0, global_mask=None, global_qkv=None, scale=None, key_mask=None, attn_mask=None, is_causal=False
+    q, k, v, *, window, dilation=1, global_tokens=0, global_mask=None, global_qkv=None, scale=None, key_mask=None, attn_mask=None, is_causal=False
 ) -> tuple[Tensor, Tensor]:
     """Beltagy et al. 2020, section 3.1: softmax over the window and the global tokens; over every key, with projections of its own, where
     the query is global. Global are the first real tokens and the real ones among global_mask."""
@@ -373,10 +373,12 @@ def longformer(
         real = [j for j in range(key_length) if key_mask is None or bool(key_mask[b, j])]
         named = set(real[:global_tokens]) | {j for j in real if global_mask is not None and bool(global_mask[b, j])}
 
-        def local(_: int, q_h: Tensor, k_h: Tensor, visible: Tensor, named=named) -> Tensor:
-            support = torch.zeros_like(visible)
+        def local(h: int, q_h: Tensor, k_h: Tensor, visible: Tensor, named=named) -> Tensor:
+            support, step = torch.zeros_like(visible), dilation if isinstance(dilation, int) else dilation[h]
             for i in range(q_h.shape[0]):
-                support[i, sorted({j for j in range(key_length) if abs(offset + i - j) < window} | named)] = True
+                support[i, sorted({j for j in range(key_length) if (offset + i - j) % step == 0 and abs(offset + i - j) < window * step} | named)] = (
+                    True
+                )
             return _softmax_over(visible & support, q_h, k_h, scale)
 
         def everywhere(_: int, q_h: Tensor, k_h: Tensor, visible: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from attnzoo.engines import sparse_windows
 from attnzoo.engines.engine import Shape
 from attnzoo.patterns import Grid, Window
 
-AttendWindow = Callable[[Window, Call, Sequence[int]], Tensor]  # a plain window's A·v for these heads
+AttendWindow = Callable[[Window, Call, Sequence[int]], Tensor]  # a window's A·v for these heads
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,16 @@ class Fold:
 
 def attend(pattern: Window, call: Call, attend_window: AttendWindow) -> Tensor:
     """A·v for a window of any dilation, by what attends to plain ones."""
+    return by_dilation(pattern, call, lambda window, part, heads: of_one_dilation(window, part, heads, attend_window))
+
+
+def by_dilation(pattern: Window, call: Call, attend_heads: AttendWindow) -> Tensor:
+    """A·v, the heads of every dilation by themselves: attend_heads takes their window, which has one dilation, and their part of the call."""
     groups = pattern.heads_by_dilation(call.q.shape[1])
     if len(groups) == 1:
-        return _of_one_dilation(pattern, *next(iter(groups.items())), call, attend_window)
-    outs = [_of_one_dilation(pattern, dilation, heads, _heads(call, heads), attend_window) for dilation, heads in groups.items()]
+        ((dilation, heads),) = groups.items()
+        return attend_heads(replace(pattern, dilation=dilation), call, heads)
+    outs = [attend_heads(replace(pattern, dilation=dilation), _heads(call, heads), heads) for dilation, heads in groups.items()]
     order = torch.tensor([head for heads in groups.values() for head in heads], device=call.q.device)
     return torch.cat(outs, 1).index_select(1, order.argsort())
 
@@ -91,8 +97,11 @@ def kv_heads_of(heads: list[int], group: int) -> list[int]:
     return distinct if wanted == [one for one in distinct for _ in range(len(heads) // len(distinct))] else wanted
 
 
-def _of_one_dilation(pattern: Window, dilation: int, heads: list[int], call: Call, attend_window: AttendWindow) -> Tensor:
-    plain = replace(pattern, dilation=1)
+def of_one_dilation(pattern: Window, call: Call, heads: Sequence[int], attend_window: AttendWindow) -> Tensor:
+    """A·v for a window of one dilation; attend_window takes the plain window, and the call with its residue classes folded into the batch. A
+    single query stays one: its own class is all that it sees."""
+    assert isinstance(pattern.dilation, int)
+    dilation, plain = pattern.dilation, replace(pattern, dilation=1)
     if dilation == 1:
         return attend_window(plain, call, heads)
     if call.query_length == 1:  # decoding: the last position sees its own class alone
@@ -141,17 +150,19 @@ def count_executed(pattern: Window, shape: Shape) -> int:
     return total
 
 
-def count_support(pattern: Window, grid: Grid) -> int:
-    """Visible (head, query, key) triples: query i sees j = i + t · dilation for |t| < window where there is such a key, and the sinks."""
+def count_support(pattern: Window, grid: Grid, first: int = 0) -> int:
+    """Visible (head, query, key) triples: query i sees j = i - t · dilation for |t| < window where there is such a key, and the sinks.
+    first: how many keys at the beginning are global, seen by every query and seeing every key."""
     positions = torch.arange(grid.offset, grid.key_length)
+    is_global = (positions >= 0) & (positions < first)
+    all_keys = (positions + 1).clamp(min=0) if grid.is_causal else torch.full_like(positions, grid.key_length)
+    everywhere = all_keys.clamp(max=max(first, pattern.sinks))
     total = 0
     for dilation, heads in pattern.heads_by_dilation(grid.heads).items():
-        before = positions.div(dilation, rounding_mode="floor").clamp(max=pattern.window - 1)  # negative ahead of the first key
-        after = (grid.key_length - 1 - positions).div(dilation, rounding_mode="floor").clamp(max=0 if grid.is_causal else pattern.window - 1)
-        total += len(heads) * int((before + after + 1).clamp(min=0).sum())
-    if pattern.sinks:
-        sinks = torch.full_like(positions, min(pattern.sinks, grid.key_length))
-        sinks = sinks.minimum((positions + 1).clamp(min=0)) if grid.is_causal else sinks
-        inside = sinks.minimum((positions + pattern.window).clamp(min=0)) - (positions - pattern.window + 1).clamp(min=0)
-        total += grid.heads * int((sinks - inside.clamp(min=0)).sum())
+        farthest = positions.div(dilation, rounding_mode="floor").clamp(max=pattern.window - 1)  # t; negative ahead of the first key
+        least = 0 if grid.is_causal else 1 - pattern.window
+        nearest = (-(grid.key_length - 1 - positions).div(dilation, rounding_mode="floor")).clamp(min=least)
+        nearest_global = ((positions - everywhere).div(dilation, rounding_mode="floor") + 1).clamp(min=least)
+        near, both = ((farthest - low + 1).clamp(min=0) for low in (nearest, nearest_global))
+        total += len(heads) * int(torch.where(is_global, all_keys, near + everywhere - both).sum())
     return total

@@ -6,6 +6,7 @@ the window itself they are hidden, so that a key counts once. The rows of the gl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from attnzoo.arguments import check_count
 from attnzoo.call import Call
-from attnzoo.engines import sparse_columns, sparse_flex, sparse_windows
+from attnzoo.engines import sparse_columns, sparse_dilated, sparse_flex, sparse_windows
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
 from attnzoo.engines.global_cache import GlobalCache, fetched
 from attnzoo.engines.softmax import attend_densely, sdpa, softmax_cost, visible
@@ -57,7 +58,9 @@ class WindowAndGlobals(Sparse):
         return GlobalCache.around(super().init_state(batch_size, kv_heads, head_dim, max_length, dtype, device), self.global_tokens)
 
     def step(self, call: Call, state: GlobalCache, backend: str) -> tuple[Tensor, GlobalCache, str]:
-        mask = state.new_globals(call, self.pattern.window)
+        reach = self.pattern.reach
+        assert reach is not None  # a window without sinks
+        mask = state.new_globals(call, reach)
         most = 0 if mask is None else _most(mask)
         counts = (state.kept + most, most)
         whole = replace(state.joined(call, mask), global_counts=counts)
@@ -72,10 +75,10 @@ class WindowAndGlobals(Sparse):
         grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
         keys = min(self.global_tokens, shape.key_length)
         queries = min(max(0, keys - grid.offset), shape.query_length, keys)
-        executed = sparse_windows.count_pairs(self.pattern, grid)
-        executed += shape.query_length * keys + queries * shape.key_length
-        support = _support(self.pattern, grid, keys)
-        cost = softmax_cost(shape, shape.heads * executed, shape.heads * support, self.pattern.window, None)
+        executed = sparse_dilated.count_executed(self.pattern, shape) + shape.heads * queries * shape.key_length
+        for part in sparse_dilated.parts(self.pattern, shape):
+            executed += part.shape.batch_size // shape.batch_size * part.heads * part.shape.query_length * keys
+        cost = softmax_cost(shape, executed, sparse_dilated.count_support(self.pattern, grid, keys), self.pattern.reach, None)
         a_token = 2 * shape.batch_size * shape.kv_heads * shape.head_dim  # numbers of its key and value
         kept = cost.state_elements + a_token * keys
         growing = (shape.key_length < self.global_tokens) * a_token * shape.dtype.itemsize
@@ -98,29 +101,38 @@ def slots_of(mask: Tensor, count: int) -> Tensor:
     return (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :count].clone()  # not a view: it is kept for the backward pass
 
 
-def _support(pattern: Window, grid: Grid, first: int) -> int:
-    """(query, key) pairs of one head that are visible when the first keys are global."""
-    positions = torch.arange(grid.offset, grid.key_length)
-    ahead = 1 if grid.is_causal else pattern.window
-    low, high = (positions - pattern.window + 1).clamp(min=0), (positions + ahead).clamp(0, grid.key_length)
-    everywhere = (positions + 1).clamp(0, first) if grid.is_causal else torch.full_like(positions, first)
-    near = (high - low).clamp(min=0)
-    pairs = near + everywhere - (everywhere.minimum(high) - low).clamp(min=0)
-    all_keys = (positions + 1).clamp(min=0) if grid.is_causal else torch.full_like(positions, grid.key_length)
-    return int(torch.where((positions >= 0) & (positions < first), all_keys, pairs).sum())
+def _in_classes(columns: Columns, dilation: int, places: int) -> Columns:
+    """The same columns for every residue class, folded into the batch, with slots in places: those that causality shows to the same rows."""
+    k, v, real = (x.repeat_interleave(dilation, 0) for x in (columns.k, columns.v, columns.real))
+    classes = torch.arange(dilation, device=k.device)[:, None]
+    rounded_up = torch.arange(places + 1, device=k.device).repeat_interleave(dilation)  # of a position, by looking it up: no division to count
+    return Columns(k, v, real, rounded_up[columns.slots[:, None] - classes + dilation - 1].flatten(0, 1))
 
 
 def _blocks(engine: WindowAndGlobals, call: Call) -> Tensor:
-    grid = grid_of(call)
     if call.global_mask is None:
-        return sparse_windows.attend(engine, engine.pattern, call, grid)
+        return sparse_dilated.attend(engine.pattern, call, lambda window, part, _: sparse_windows.attend(engine, window, part, grid_of(part)))
     assert call.global_counts is not None
     keys, queries = call.global_counts
     slots = slots_of(call.global_mask, keys)
+    out = sparse_dilated.by_dilation(engine.pattern, call, lambda window, part, heads: _of_heads(engine, window, part, heads, slots))
+    return _with_global_rows(engine, call, out, queries) if queries else out
+
+
+def _of_heads(engine: WindowAndGlobals, window: Window, call: Call, heads: Sequence[int], slots: Tensor) -> Tensor:
+    """The rows of heads of one dilation, all as if no query were global."""
+    assert call.global_mask is not None
     columns = Columns(fetched(call.k, slots), fetched(call.v, slots), call.global_mask.gather(1, slots), slots)
     near = replace(call, key_mask=~call.global_mask if call.key_mask is None else call.key_mask & ~call.global_mask)
-    out = sparse_columns.attend(engine, engine.pattern, near, grid, columns)
-    return _with_global_rows(engine, call, out, queries) if queries else out
+
+    def attend(plain: Window, part: Call, _: Sequence[int]) -> Tensor:
+        classes = part.k.shape[0] // call.k.shape[0]
+        its_columns = _in_classes(columns, classes, part.key_length) if classes > 1 else columns
+        if call.query_length == 1:  # the last position, which sees every column
+            its_columns = replace(columns, slots=torch.zeros_like(slots))
+        return sparse_columns.attend(engine, plain, part, grid_of(part), its_columns)
+
+    return sparse_dilated.of_one_dilation(window, near, heads, attend)
 
 
 def _with_global_rows(engine: WindowAndGlobals, call: Call, out: Tensor, count: int) -> Tensor:

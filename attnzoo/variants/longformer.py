@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from attnzoo.attention import Attention, Spec
@@ -26,11 +28,12 @@ class Longformer(Attention):
     these. As in the paper, the rows of global tokens may have projections of their own, the call's `global_qkv`: they are
     softmax(s·q_g k_gᵀ) v_g over all keys, while the other rows read plain k and v everywhere. `MultiheadAttention` learns such
     projections. Causal, a global token sees its past and only later tokens see it. Decoding keeps the last `window` keys and the global
-    ones; those of a mask must come within the first `window` tokens, and with projections of their own in the first step.
+    ones; those of a mask must come before the first key is dropped, and with projections of their own in the first step.
 
     The number of global tokens in a mask is read from it (on CUDA that waits); a graph that cannot be broken (torch.compile with fullgraph)
     takes global_tokens alone. window: keys on each side, the query's own included; Longformer's attention_window is
-    2 · (window - 1) (`attnzoo.patterns.Window.from_longformer`). scale, dropout: as in standard.
+    2 · (window - 1) (`attnzoo.patterns.Window.from_longformer`). dilation: as in sliding_window, one number or one for each head, as the
+    paper's character models have it in higher layers. scale, dropout: as in standard.
     """
 
     spec = Spec(
@@ -52,17 +55,21 @@ class Longformer(Attention):
         head_dim: int,
         *,
         window: int = 256,
+        dilation: int | Sequence[int] = 1,
         global_tokens: int = 0,
         scale: float | None = None,
         dropout: float = 0.0,
         backend: str = "auto",
     ) -> None:
-        super().__init__(heads, head_dim, WindowAndGlobals(Window(window), global_tokens, scale, dropout), backend=backend)
+        pattern = Window(window, tuple(dilation) if isinstance(dilation, Sequence) else dilation)
+        super().__init__(heads, head_dim, WindowAndGlobals(pattern, global_tokens, scale, dropout), backend=backend)
+        pattern.heads_by_dilation(heads)  # raises where there are not as many
         self.global_tokens = global_tokens
 
     def keep_heads(self, first: int, count: int) -> None:
         heads = self.heads
         super().keep_heads(first, count)
+        self.engine.pattern = self.engine.pattern.of_heads(first, count)
         projection = self.global_projection
         for name, parameter in () if projection is None else list(projection.named_parameters()):
             kept = parameter.detach().unflatten(0, (3, heads, self.head_dim))[:, first : first + count].flatten(0, 2).clone()
