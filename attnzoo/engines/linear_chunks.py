@@ -16,7 +16,7 @@ from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.pieces import at_a_time
 from attnzoo.feature_maps import FeatureMap
 
-CAUSAL_CHUNK = 64  # tokens that see each other through a small score matrix
+CAUSAL_CHUNK = 128  # tokens that see each other through a small score matrix
 CHUNK = 512  # tokens whose features are held at a time where nobody sees anybody
 HELD = 2**19  # numbers of features, or of scores, that causal chunks computed side by side may have: what a cache holds
 
