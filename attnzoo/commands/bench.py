@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from attnzoo.commands.command import Command, messages, screen
-from attnzoo.commands.output import check_folder
+from attnzoo.commands.output import check_folder, open_results
 from attnzoo.commands.progress import progress_on
 from attnzoo.commands.variants import parse_variant
 
 if TYPE_CHECKING:
-    from attnzoo.bench.rows import ResultFile, Row
+    from attnzoo.bench.rows import Row
+    from attnzoo.results import ResultFile
 
 GOT_SLOWER, INTERRUPTED = 1, 130
 PAGE_ONLY = ("quartiles", "rounds")  # columns that a terminal has no room for
@@ -90,18 +91,13 @@ def config_path(text: str) -> Path:
     return shipped if shipped.is_file() and not Path(text).is_file() else Path(text)
 
 
-def _open(path: str) -> ResultFile:
-    from attnzoo.bench.rows import ResultFile
+def _open(path: str) -> ResultFile[Row]:
+    from attnzoo.bench.rows import Row
 
     if Path(path).is_dir():
         raise ValueError(f"output={path!r} is a folder; give a file such as {path}/bench.jsonl with --output")
     check_folder(Path(path).parent)
-    results = ResultFile(path)
-    results.rows()  # another kind of file is refused before it is touched
-    said = results.repair()
-    if said is not None:
-        messages().print(f"attnzoo: {said}", soft_wrap=True)
-    return results
+    return open_results(Path(path), Row)
 
 
 def _print(rows: list[Row]) -> None:

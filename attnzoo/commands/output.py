@@ -5,6 +5,12 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import TypeVar
+
+from attnzoo.commands.command import messages
+from attnzoo.results import ResultFile, ResultRow
+
+Row = TypeVar("Row", bound=ResultRow)
 
 
 def check_folder(path: str | Path) -> Path:
@@ -27,3 +33,13 @@ def write_text(path: Path, text: str) -> Path:
     half.write_text(text, encoding="utf-8")
     os.replace(half, path)
     return path
+
+
+def open_results(path: Path, kind: type[Row]) -> ResultFile[Row]:
+    """A result file to go on with, repaired if it was cut. Raises ValueError on a file of another kind, before it is touched."""
+    results = ResultFile(path, kind)
+    results.rows()
+    said = results.repair()
+    if said is not None:
+        messages().print(f"attnzoo: {said}", soft_wrap=True)
+    return results

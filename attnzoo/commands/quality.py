@@ -12,14 +12,13 @@ from jsonargparse import Namespace
 
 from attnzoo.commands.command import messages, screen
 from attnzoo.commands.compare import INTERRUPTED, SEEDS, check_dtype
-from attnzoo.commands.output import check_folder, write_text
+from attnzoo.commands.output import check_folder, open_results, write_text
 from attnzoo.commands.progress import progress_on
 from attnzoo.commands.variants import check_variant, parse_variant
 
 if TYPE_CHECKING:
     from attnzoo.quality.rows import Row
     from attnzoo.quality.study import Study
-    from attnzoo.results import ResultFile
 
 SHIPPED = {"quick": "{kind}-quick.yaml", "full": "{kind}.yaml"}
 SAMPLED_ONLY = ("models", "layers", "heads")  # settings of a comparison of attentions that a whole model has no use for
@@ -32,6 +31,7 @@ def run_quality(settings: Namespace) -> int:
     from attnzoo.environment import environment
     from attnzoo.fidelity import check_device
     from attnzoo.quality.models import find_model
+    from attnzoo.quality.rows import Row
     from attnzoo.quality.run import Run
     from attnzoo.quality.texts import read_text
 
@@ -46,7 +46,7 @@ def run_quality(settings: Namespace) -> int:
     study = _study(settings, model.kind)
     texts: Mapping[str, Mapping[str, str]] = {name: read_text(name) for name in study.texts}
     folder = check_folder(settings.output)
-    results = _open(folder / f"quality-{model.name.lower()}.jsonl")
+    results = open_results(folder / f"quality-{model.name.lower()}.jsonl", Row)
     held = results.rows()
     if held:
         console.print(f"attnzoo: {results.path} holds {len(held)} rows, which are kept", soft_wrap=True)
@@ -91,18 +91,6 @@ def _study(settings: Namespace, kind: str) -> Study:
     if settings.variants is not None:
         study = replace(study, variants=tuple(Candidate(*parse_variant(text)) for text in settings.variants))
     return study
-
-
-def _open(path: Path) -> ResultFile[Row]:
-    from attnzoo.quality.rows import Row
-    from attnzoo.results import ResultFile
-
-    results = ResultFile(path, Row)
-    results.rows()  # another kind of file is refused before it is touched
-    said = results.repair()
-    if said is not None:
-        messages().print(f"attnzoo: {said}", soft_wrap=True)
-    return results
 
 
 def _show(rows: list[Row], folder: Path) -> None:

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from attnzoo.commands.command import Command, messages, screen
-from attnzoo.commands.output import check_folder, write_text
+from attnzoo.commands.output import check_folder, open_results, write_text
 from attnzoo.commands.progress import progress_on
 from attnzoo.commands.variants import parse_variant
 
 if TYPE_CHECKING:
-    from attnzoo.results import ResultFile
     from attnzoo.tasks.rows import Row
     from attnzoo.tasks.study import Study
     from attnzoo.tasks.task import Task
@@ -55,6 +54,7 @@ def run(settings: Namespace) -> int:
     from attnzoo.environment import environment
     from attnzoo.fidelity import check_device
     from attnzoo.tasks.devices import Devices
+    from attnzoo.tasks.rows import Row
     from attnzoo.tasks.run import Run
     from attnzoo.tasks.zoo import find_task
 
@@ -63,7 +63,7 @@ def run(settings: Namespace) -> int:
     study = _study(settings, task)
     devices = Devices(check_device(settings.device), study.budget.precision)
     folder = check_folder(settings.output)
-    results = _open(folder / f"train-{task.name}.jsonl")
+    results = open_results(folder / f"train-{task.name}.jsonl", Row)
     held = results.rows()
     devices.wait()  # no process writes a row before all have read the file
     facts = environment(seed=study.seeds[0], device=devices.device)
@@ -110,18 +110,6 @@ def _knob(text: str, part: str) -> tuple[str, int]:
         return name.strip(), int(value)
     except ValueError:
         raise ValueError(f"--problem {text}: {part!r} is not of the form knob=number; write knob=number,knob=number") from None
-
-
-def _open(path: Path) -> ResultFile[Row]:
-    from attnzoo.results import ResultFile
-    from attnzoo.tasks.rows import Row
-
-    results = ResultFile(path, Row)
-    results.rows()  # another kind of file is refused before it is touched
-    said = results.repair()
-    if said is not None:
-        messages().print(f"attnzoo: {said}", soft_wrap=True)
-    return results
 
 
 def _show(rows: list[Row], path: Path) -> None:

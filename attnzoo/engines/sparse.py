@@ -80,6 +80,7 @@ def _count_pairs(pattern: Pattern, grid: Grid) -> int:
 
 
 def reference(engine: Sparse, call: Call) -> Tensor:
+    """A·v by the pattern's mask over n × n."""
     mask, pattern = visible(call), engine.pattern.mask(grid_of(call))
     return attend_densely(engine, call, pattern if mask is None else pattern & mask, engine.sink_logits)
 

@@ -140,6 +140,7 @@ def _edge(engine: Softmax, pattern: Window, q: Tensor, k: Tensor, v: Tensor, cal
 
 
 def band(pattern: Window, grid: Grid, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+    """Which of these keys the window shows to each of these queries, (queries, keys) bool."""
     distance = query_positions[:, None] - key_positions
     return (distance.abs() < pattern.window) & (distance >= 0) if grid.is_causal else distance.abs() < pattern.window
 

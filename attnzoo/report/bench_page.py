@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 from attnzoo.bench.rows import Row
-from attnzoo.cost.scaling_page import html_figure, html_table
 from attnzoo.report.bench_figures import drawings
 from attnzoo.report.bench_tables import crossover_table, setting_tables
-from attnzoo.report.page import STYLE
+from attnzoo.report.document import html_table, joined, results_document
 
 TITLE = "How fast attention variants are"
 LEAD = (
@@ -20,28 +18,13 @@ LEAD = (
 
 def page(rows: Sequence[Row]) -> str:
     """The whole page, deterministic in `rows`."""
-    figures = "\n".join(html_figure(drawing) for drawing in drawings(rows))
-    tables = "\n".join(html_table(table) for table in setting_tables(rows))
-    facts = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in provenance(rows).items())
-    body = (
-        f"<section>\n{html_table(crossover_table(rows))}\n</section>\n<section>\n<h2>Figures</h2>\n{figures}\n</section>\n"
-        f"<section>\n<h2>Every number</h2>\n{tables}\n</section>\n<section>\n<h2>Where it ran</h2>\n<dl>\n{facts}\n</dl>\n</section>"
-    )
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{TITLE}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{TITLE}</h1>\n<p>{LEAD}</p>\n{body}\n</body>\n</html>\n"
-    )
+    return results_document(TITLE, LEAD, html_table(crossover_table(rows)), drawings(rows), setting_tables(rows), joined(map(_facts, rows)))
 
 
-def provenance(rows: Sequence[Row]) -> dict[str, str]:
-    """The environments of the rows, each fact with all its values, and the measured limits."""
-    found: dict[str, list[str]] = {}
-    for row in rows:
-        facts = dict(row.environment or {})
-        if row.peak_flops and row.bandwidth:
-            facts["measured peak"] = f"{row.peak_flops / 1e9:,.0f} GFLOP/s in {row.dtype}"
-            facts["measured bandwidth"] = f"{row.bandwidth / 1e9:,.1f} GB/s"
-        for name, text in facts.items():
-            if text not in found.setdefault(name, []):
-                found[name].append(text)
-    return {name: "; ".join(texts) for name, texts in found.items()}
+def _facts(row: Row) -> dict[str, str]:
+    """The row's environment, and the limits that were measured beside it."""
+    limits = {}
+    if row.peak_flops and row.bandwidth:
+        limits["measured peak"] = f"{row.peak_flops / 1e9:,.0f} GFLOP/s in {row.dtype}"
+        limits["measured bandwidth"] = f"{row.bandwidth / 1e9:,.1f} GB/s"
+    return (row.environment or {}) | limits

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
-from attnzoo.cost.scaling_page import html_figure, html_items, html_table
 from attnzoo.quality.rows import Row
 from attnzoo.quality.texts import SAID
-from attnzoo.report.page import STYLE
+from attnzoo.report.document import html_items, joined, results_document
 from attnzoo.report.quality_figures import drawings
 from attnzoo.report.quality_headlines import headlines
 from attnzoo.report.quality_tables import embeds, sources, tables
@@ -31,19 +29,9 @@ METHOD = (
 
 def page(rows: Sequence[Row]) -> str:
     """The whole page, deterministic in `rows`."""
-    figures = "\n".join(html_figure(drawing) for drawing in drawings(rows))
-    numbers = "\n".join(html_table(table) for table in tables(rows))
-    facts = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in _facts(rows).items())
-    title = f"{TITLE}: {rows[0].model}"
+    answer = f"<ul>{html_items(headlines(rows))}</ul>"
     method = f"<section>\n<h2>How the mixes were found</h2>\n<ol>{html_items(METHOD)}</ol>\n</section>\n" if _searched(rows) else ""
-    body = (
-        f"<section>\n<ul>{html_items(headlines(rows))}</ul>\n</section>\n<section>\n<h2>Figures</h2>\n{figures}\n</section>\n"
-        f"<section>\n<h2>Every number</h2>\n{numbers}\n</section>\n{method}<section>\n<h2>Where it ran</h2>\n<dl>\n{facts}\n</dl>\n</section>"
-    )
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n<p>{LEAD}</p>\n{body}\n</body>\n</html>\n"
-    )
+    return results_document(f"{TITLE}: {rows[0].model}", LEAD, answer, drawings(rows), tables(rows), _facts(rows), method)
 
 
 def _searched(rows: Sequence[Row]) -> bool:
@@ -55,12 +43,7 @@ def _facts(rows: Sequence[Row]) -> dict[str, str]:
     found = {"tokens": _tokens(rows)}
     names = dict.fromkeys(name for source in sources(rows) for name in source.split("+"))
     found |= {name: SAID.get(name, "a file, in three thirds: to report on, to choose by, to check") for name in names}
-    seen: dict[str, list[str]] = {}
-    for row in rows:
-        for name, text in (row.environment or {}).items():
-            if text not in seen.setdefault(name, []):
-                seen[name].append(text)
-    return found | {name: "; ".join(texts) for name, texts in seen.items()}
+    return found | joined(row.environment for row in rows)
 
 
 def _tokens(rows: Sequence[Row]) -> str:
