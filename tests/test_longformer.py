@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import attnzoo
 from attnzoo import MultiheadAttention, UnsupportedError, count_flops
+from attnzoo.engines import sparse_flex
 from attnzoo.patterns import Window
 
 CASE = Case("longformer", {"window": 16})
@@ -365,3 +366,11 @@ def test_own_projections_in_a_swapped_torch_model(tmp_path) -> None:
     attnzoo.load(model, tmp_path / "swap.safetensors")
     with attnzoo.global_mask(model, named):
         assert torch.equal(model(x), changed)
+
+
+def test_flex_refuses_global_tokens_wherever_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU too, where it has nothing else to refuse: its tables would leave them out."""
+    monkeypatch.setattr(sparse_flex, "why_not", lambda *_: None)
+    q, k, v, _ = tensors(Situation(20, 20))
+    with pytest.raises(UnsupportedError, match=r"backend='flex' .*global tokens differ from sample to sample"):
+        CASE.build(backend="flex", dtype=torch.float64)(q, k, v, global_mask=torch.ones(2, 20, dtype=torch.bool))
