@@ -35,8 +35,6 @@ class SlidingWindow(Attention):
     models trained with it. scale, dropout: as in standard.
     """
 
-    engine: Sparse
-
     spec = Spec(
         name="sliding_window",
         title="Sliding-window attention",
@@ -47,6 +45,7 @@ class SlidingWindow(Attention):
         exact=True,
         dropout=True,
     )
+    engine: Sparse
 
     def __init__(
         self,
