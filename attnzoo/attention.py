@@ -250,7 +250,9 @@ class Attention(nn.Module):
         if is_causal and not self.spec.causal:
             raise UnsupportedError(self._no_causal())
         if not is_causal and not self.spec.bidirectional:
-            raise UnsupportedError(f"{self.spec.name} is causal only; use {self._others(bidirectional=True)}, or is_causal=True where later keys may be hidden")
+            raise UnsupportedError(
+                f"{self.spec.name} is causal only; use {self._others(bidirectional=True)}, or is_causal=True where later keys may be hidden"
+            )
 
     def names_globals(self, global_mask: Tensor | None) -> bool:
         """Whether a call with this mask may have global tokens."""
