@@ -63,12 +63,14 @@ def measure(variant: str, backend: str, is_causal: bool, backward: bool) -> Peak
 def main() -> None:
     parser = argparse.ArgumentParser(description="Peak memory of every variant against length.")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/memory_slope.jsonl"))
-    output: Path = parser.parse_args().output
+    parser.add_argument("--variants", nargs="+", default=attnzoo.names(), choices=attnzoo.names(), metavar="NAME", help="default: all")
+    settings = parser.parse_args()
+    output: Path = settings.output
     output.parent.mkdir(parents=True, exist_ok=True)
     where = environment(seed=0, device=torch.device("cpu"), dtype=torch.float32)
     print(f"{'variant':16}{'backend':11}{'form':15}{'pass':18}{'MiB at the longest length':>28}{'slope':>8}")
     with output.open("w") as file:
-        for variant in attnzoo.names():
+        for variant in settings.variants:
             for is_causal in spec_of(variant).forms:
                 for backward in (False, True):
                     for backend in ("auto", "reference"):
