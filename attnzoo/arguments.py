@@ -1,9 +1,17 @@
-"""Checks of constructor arguments: each returns the value or raises a ValueError that names the argument, the value and what is allowed."""
+"""Checks of arguments: each returns the value or raises a ValueError that names the argument, the value and what is allowed."""
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+
+def nearest(word: Any, known: Iterable[Any]) -> str:
+    """' (did you mean ...?)' when a known word is close, else ''."""
+    close = difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def check_positive(name: str, value: Any) -> int:
@@ -18,6 +26,20 @@ def check_count(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{name}={value!r} must be a whole number of at least 0")
     return value
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """One of some words."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown{nearest(value, choices)}; choose one of {', '.join(choices)}")
+    return value
+
+
+def check_max_length(variant: str, max_length: int, **lengths: int) -> None:
+    """Raise on a length over the one that the variant is built for."""
+    for name, length in lengths.items():
+        if length > max_length:
+            raise ValueError(f"{name}={length} is longer than max_length={max_length}; build {variant} with a larger max_length")
 
 
 def check_kv_heads(value: Any, heads: int) -> int:

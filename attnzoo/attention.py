@@ -248,7 +248,7 @@ class Attention(nn.Module):
     def check_causality(self, is_causal: bool) -> None:
         """Raise UnsupportedError when the spec excludes such a call."""
         if is_causal and not self.spec.causal:
-            raise UnsupportedError(self._no_causal())
+            raise UnsupportedError(f"{self.spec.name} cannot be causal; use {self._others(causal=True)}")
         if not is_causal and not self.spec.bidirectional:
             raise UnsupportedError(
                 f"{self.spec.name} is causal only; use {self._others(bidirectional=True)}, or is_causal=True where later keys may be hidden"
@@ -295,9 +295,6 @@ class Attention(nn.Module):
         call, poisoned = shield_past(clear_padding(call))
         out, self.last_backend = self.attend(self.place(call, 0), backend)
         return out if poisoned is None else _poison(out, poisoned)
-
-    def _no_causal(self) -> str:
-        return f"{self.spec.name} cannot be causal; use {self._others(causal=True)}"
 
     def _others(self, **wanted: bool) -> str:
         """Registered variants whose spec has what this one lacks, for error messages."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from attnzoo.registry import nearest
+from attnzoo.arguments import nearest
 
 
 def configs_folder() -> Path:

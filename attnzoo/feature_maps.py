@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.arguments import check_scale, check_seed
+from attnzoo.arguments import check_choice, check_scale, check_seed
 
 Features = tuple[Tensor, Tensor | None]
 Normalizer = Literal["row", "feature", "none"]
@@ -176,9 +176,7 @@ class RandomFeatures(FeatureMap):
 
     def __init__(self, head_dim: int, num_features: int, kind: str, *, orthogonal: bool, seed: int, scale: float | None) -> None:
         super().__init__()
-        if kind not in self.KINDS:
-            raise ValueError(f"features={kind!r} is unknown; choose one of {', '.join(self.KINDS)}")
-        self.kind = kind
+        self.kind = check_choice("features", kind, self.KINDS)
         self.num_features = num_features
         self.scales_keys = self.scale_has_gradient = kind != "relu"
         self.orthogonal = orthogonal

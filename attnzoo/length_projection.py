@@ -12,6 +12,8 @@ from attnzoo.engines import memory, peaks
 from attnzoo.engines.engine import Cost, Shape
 from attnzoo.engines.pieces import join, only_autograd_looks
 
+SHARING = ("none", "headwise", "key_value", "layerwise")
+
 
 class LengthProjection(nn.Module):
     """A learned projection along the length, (batch, heads, length, d) -> (batch, heads, rank, d) for any length up to max_length.
@@ -31,6 +33,18 @@ class LengthProjection(nn.Module):
         weight = self.weight.to(x.dtype)
         records = torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad) and only_autograd_looks(weight, x)
         return _Project.apply(weight, x) if records else _project(weight, x)
+
+
+def length_projections(
+    heads: int, max_length: int, rank: int, sharing: str, given: LengthProjection | None = None
+) -> tuple[LengthProjection, LengthProjection]:
+    """The projections of keys and of values, one object where sharing makes them one. given: another layer's, with sharing="layerwise"."""
+    wanted = (heads if sharing == "none" else 1, max_length, rank)
+    if given is not None and (sharing != "layerwise" or tuple(given.weight.shape) != wanted):
+        shape = tuple(given.weight.shape)
+        raise ValueError(f"projection goes with sharing='layerwise' and a weight of shape {wanted}; got sharing={sharing!r} and {shape}")
+    keys = given or LengthProjection(*wanted)
+    return keys, keys if sharing in ("key_value", "layerwise") else LengthProjection(*wanted)
 
 
 def _project(weight: Tensor, x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
+from attnzoo.arguments import nearest
 from attnzoo.attention import Attention, Spec
 
 _registered: dict[str, type[Attention]] = {}
@@ -100,12 +100,6 @@ def describe(name: str) -> Description:
     """Everything the zoo knows of a variant without building it."""
     cls = find(name)
     return Description(cls.spec, options_of(name), inspect.getdoc(cls) or "")
-
-
-def nearest(word: str, known: Any) -> str:
-    """' (did you mean ...?)' when a known word is close, else ''."""
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _type_name(hint: Any) -> str:

@@ -8,11 +8,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from attnzoo.arguments import check_positive, check_seed
+from attnzoo.arguments import check_positive, check_seed, nearest
 from attnzoo.bench.timing import TOLERANCE
 from attnzoo.configuration import check_mapping, read_yaml
 from attnzoo.fidelity.candidate import Candidate
-from attnzoo.registry import build, names, nearest, sized
+from attnzoo.registry import build, names, sized
 
 LEVELS = ("core", "multihead", "layer")
 PHASES = ("forward", "forward+backward", "decode")

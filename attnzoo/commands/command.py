@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # pyright: ignore[reportPrivateImportUsage]
 from rich.console import Console
 
+from attnzoo.arguments import nearest
 from attnzoo.configuration import check_mapping, read_yaml
-from attnzoo.registry import nearest
 
 PIPED_WIDTH = 120  # columns, when the output is no terminal and COLUMNS does not say
 

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from attnzoo.arguments import check_positive
+from attnzoo.arguments import check_positive, nearest
 from attnzoo.commands.command import Command, ConfigFile, messages, screen
 from attnzoo.commands.output import check_folder, write_text
 from attnzoo.commands.progress import Progress, progress_on
 from attnzoo.commands.variants import parse_variant
-from attnzoo.registry import nearest
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,8 @@ from typing import Any
 
 from jsonargparse import get_loader
 
-from attnzoo.registry import build, find, nearest, options_of
+from attnzoo.arguments import nearest
+from attnzoo.registry import build, find, options_of
 
 HEADS, HEAD_DIM, LENGTH = 2, 64, 64  # of the trial build that finds bad values before any work
 KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "None": (type(None),)}

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnzoo.arguments import check_positive
+from attnzoo.arguments import check_positive, nearest
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
 from attnzoo.cost.model_flops import CORE, FEED_FORWARD, HEAD, OTHER, PROJECTIONS, Call, Chosen, Subject
 from attnzoo.integrations.swapping import swap
-from attnzoo.registry import nearest
 
 PRODUCTS = ("Linear", "Conv1D")  # GPT-2's Conv1D is a linear layer
 

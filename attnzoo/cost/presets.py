@@ -7,8 +7,8 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from attnzoo.arguments import nearest
 from attnzoo.configuration import read_yaml
-from attnzoo.registry import nearest
 
 Preset = TypeVar("Preset")
 

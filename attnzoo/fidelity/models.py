@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnzoo.arguments import nearest
 from attnzoo.fidelity.metrics import score_std
 from attnzoo.fidelity.packages import MissingPackageError, package_folder
 from attnzoo.fidelity.rows import Sample
-from attnzoo.registry import nearest
 
 Recorder = Callable[[Any, Tensor, Tensor, Tensor, Tensor | None, float | None, dict[str, Any]], None]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from attnzoo.arguments import nearest
 from attnzoo.fidelity.packages import package_folder
-from attnzoo.registry import nearest
 
 
 def titles() -> list[str]:

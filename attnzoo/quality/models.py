@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from attnzoo.arguments import nearest
 from attnzoo.fidelity.models import SOURCES, Pretrained, load
 from attnzoo.fidelity.packages import MissingPackageError
 from attnzoo.quality.embeddings import EncoderSubject
 from attnzoo.quality.perplexity import CausalSubject
 from attnzoo.quality.subject import Subject
-from attnzoo.registry import nearest
 
 #: Names on the command line, and the models of `attnzoo.fidelity` that they mean.
 NAMES = {"smollm2": "SmolLM2-135M", "minilm": "MiniLM-L6"}

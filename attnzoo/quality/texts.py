@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from attnzoo.arguments import nearest
 from attnzoo.fidelity.packages import MissingPackageError
 from attnzoo.fidelity.text import play
-from attnzoo.registry import nearest
 
 FINAL, CHOOSING, CHECKING = PARTS = ("final", "choosing", "checking")
 #: Tragedies for every part: plays of one kind, the first from its first word.

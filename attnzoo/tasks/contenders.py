@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from attnzoo.arguments import nearest
 from attnzoo.fidelity.candidate import Candidate
-from attnzoo.registry import names, nearest
+from attnzoo.registry import names
 
 GRU = "gru"  # torch.nn.GRU in the place of attention: the baseline without any
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from attnzoo.arguments import check_count, check_positive
+from attnzoo.arguments import check_count, check_positive, nearest
 from attnzoo.configuration import check_mapping, read_yaml
-from attnzoo.registry import nearest
 from attnzoo.tasks.contenders import Contender, ParseVariant, parse_contender
 from attnzoo.tasks.loop import Budget
 from attnzoo.tasks.model import Sizes

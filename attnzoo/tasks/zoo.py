@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attnzoo.registry import nearest
+from attnzoo.arguments import nearest
 from attnzoo.tasks.copying import Copy
 from attnzoo.tasks.induction import Induction
 from attnzoo.tasks.listops import ListOps

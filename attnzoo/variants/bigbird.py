@@ -21,9 +21,10 @@ class BigBird(Attention):
         A_ij = exp(s_ij) / Σ_{l ∈ S(i)} exp(s_il)   if j ∈ S(i), else 0,    S = window ∪ global ∪ random
 
     A query block sees its window, the global blocks, and random blocks of its own, per head; global blocks see everything, so
-    any two tokens are two steps apart. Cost n·(w + g + r) instead of n², softmax exact on S; what lies outside S is lost in one
-    layer. S is a set: a block counts once, and on a short input a row simply sees everything. Causal form (ours): globals are
-    the first blocks and random ones are earlier ones, so that no row changes as the sequence grows.
+    any two tokens are two steps apart. Cost n·(w + g + r) instead of n². What is kept is softmax itself, on S; what lies outside S is lost
+    in one layer. S is a set: a block counts once, and on a short input a row simply sees everything. Causal form (ours): globals are
+    the first blocks and random ones are earlier ones, so that no row changes as the sequence grows. Use it for long documents of which the
+    beginning says much, in place of exact attention that was trained; not where one row must read one far token directly.
 
     block_size: positions in a block. num_window_blocks: odd, the query's own block and half of the others on each side.
     num_global_blocks: the first ⌈g/2⌉ and last ⌊g/2⌋ blocks; causal, the first g. num_random_blocks: others per query block and

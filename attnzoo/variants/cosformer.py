@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.arguments import check_positive
+from attnzoo.arguments import check_max_length, check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call
 from attnzoo.engines.engine import Cost, Shape
@@ -59,9 +59,7 @@ class Cosformer(Attention):
 
     def place(self, call: Call, seen: int) -> Call:
         length = seen + call.key_length
-        if max(length, call.query_length) > self.max_length:
-            longer = f"key_length={length}" if length > self.max_length else f"query_length={call.query_length}"
-            raise ValueError(f"{longer} is longer than max_length={self.max_length}; build cosformer with a larger max_length")
+        check_max_length(self.spec.name, self.max_length, key_length=length, query_length=call.query_length)
         return replace(call, q=self._halves(call.q, length - call.query_length), k=self._halves(call.k, seen))
 
     def _halves(self, x: Tensor, start: int) -> Tensor:

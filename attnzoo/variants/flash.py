@@ -15,8 +15,8 @@ class Flash(Attention):
 
     One tile of keys after another; a row needs only its running maximum m, sum ℓ and output o. The backward pass recomputes the scores of
     a tile from q, k and L = m + log ℓ. Nothing of softmax is lost, and the MACs are exact attention's, save those of tiles that
-    causality hides; what is won is memory, O(n) instead of O(n²). Here it is plain torch, to be read and to be checked against:
-    slower than torch's SDPA, which is the same algorithm as a kernel, and which `standard` calls. Use that to compute.
+    causality hides; what is won is memory, O(n) instead of O(n²). Use it to read the algorithm and to check a kernel against, for here it is
+    plain torch; not to compute: torch's SDPA, which `standard` calls, is the same algorithm as a kernel, and faster.
 
     block_size: queries and keys of a tile. scale: factor of the scores, default 1/sqrt(head_dim).
     """

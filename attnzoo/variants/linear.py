@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from attnzoo.arguments import nearest
 from attnzoo.attention import Attention, Spec
 from attnzoo.engines.linear import Linear
 from attnzoo.feature_maps import POINTWISE, FeatureMap, Pointwise, SoftmaxFeatures
-from attnzoo.registry import nearest, register
+from attnzoo.registry import register
 
 
 @register
@@ -19,7 +20,9 @@ class LinearAttention(Attention):
         A_ij = φ(q_i)·φ(k_j) / Σ_l φ(q_i)·φ(k_l)
 
     φ(Q) (φ(K)ᵀ V) costs n·d² instead of n²·d, and the causal form is a recurrent network whose state is Σ φ(k_j) v_jᵀ.
-    What is lost is softmax's sharpness: A has rank d at most, so no row can single out one key among many.
+    What is kept of softmax is that A is not negative and that its rows sum to 1; what is lost is sharpness: A has rank d at most, so no row
+    can single out one key among many. Use it in models trained with it, where the time and memory of a generated token must not grow;
+    not in the place of a trained softmax, and not alone where many facts must be recalled: mix in exact layers.
 
     feature_map: "elu" (elu(x) + 1), "relu", "squared_relu", "identity", a callable from (..., head_dim) to (..., width), or
     "softmax": Efficient Attention (Shen et al. 2018, equation 5), A = softmax_features(q) · softmax_length(k)ᵀ, whose causal

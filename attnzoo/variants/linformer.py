@@ -7,15 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from attnzoo.arguments import check_positive
+from attnzoo.arguments import check_choice, check_max_length, check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Cost, Shape
 from attnzoo.engines.softmax import Softmax
-from attnzoo.length_projection import LengthProjection, ProjectedMemory
+from attnzoo.length_projection import SHARING, LengthProjection, ProjectedMemory, length_projections
 from attnzoo.registry import register
-
-SHARING = ("none", "headwise", "key_value", "layerwise")
 
 
 @register
@@ -24,9 +22,10 @@ class Linformer(Attention):
 
         A = softmax(scale · Q (Eᵀ K)ᵀ) Fᵀ,    E, F: length × rank, learned
 
-    Queries weigh `rank` mixtures of the keys instead of the keys: n·rank scores. The paper's argument is that softmax's A is
-    of low rank; what is lost is any weight on a single key, order (a mixture is tied to positions), and causality, since a
-    mixture holds the future. Without training E and F are random and the output is noise: it is meant to be trained.
+    Queries weigh `rank` mixtures of the keys instead of the keys: n·rank scores. What is kept is softmax, over the mixtures; the paper's
+    argument is that its A is of low rank. What is lost is any weight on a single key, order (a mixture is tied to positions), and causality,
+    since a mixture holds the future. Use it in encoders trained with it, at lengths near max_length; not swapped in without training, for
+    then E and F are random and the output is noise.
 
     max_length: longest key sequence. rank: the paper's k. sharing: "none" (E, F per head), "headwise" (E, F for all heads),
     "key_value" (E = F for all heads), "layerwise" (as key_value, and one projection for all layers: build the first layer,
@@ -62,15 +61,8 @@ class Linformer(Attention):
     ) -> None:
         super().__init__(heads, head_dim, Softmax(scale, dropout), backend=backend)
         self.max_length, self.rank = check_positive("max_length", max_length), check_positive("rank", rank)
-        if sharing not in SHARING:
-            raise ValueError(f"sharing={sharing!r} is unknown; choose one of {', '.join(SHARING)}")
-        wanted = (heads if sharing == "none" else 1, max_length, rank)
-        if projection is not None and (sharing != "layerwise" or tuple(projection.weight.shape) != wanted):
-            shape = tuple(projection.weight.shape)
-            raise ValueError(f"projection goes with sharing='layerwise' and a weight of shape {wanted}; got sharing={sharing!r} and {shape}")
-        self.sharing = sharing
-        self.key_projection = projection or LengthProjection(*wanted)
-        self.value_projection = self.key_projection if sharing in ("key_value", "layerwise") else LengthProjection(*wanted)
+        self.sharing = check_choice("sharing", sharing, SHARING)
+        self.key_projection, self.value_projection = length_projections(heads, max_length, rank, sharing, projection)
 
     def shared_options(self) -> dict[str, Any]:
         return {"projection": self.key_projection} if self.sharing == "layerwise" else {}
@@ -83,7 +75,7 @@ class Linformer(Attention):
 
     def refuse(self, call: Call) -> None:
         super().refuse(call)
-        self._check_length(call.key_length)
+        check_max_length(self.spec.name, self.max_length, key_length=call.key_length)
 
     def attend(self, call: Call, backend: str) -> tuple[Tensor, str]:
         k, v = (repeat_heads(x, call.group) if self.sharing == "none" else x for x in (call.k, call.v))
@@ -93,13 +85,6 @@ class Linformer(Attention):
         return out, name
 
     def count(self, shape: Shape) -> Cost:
-        self._check_length(shape.key_length)
+        check_max_length(self.spec.name, self.max_length, key_length=shape.key_length)
         memory = ProjectedMemory(shape, self.rank, self.max_length, per_head=self.sharing == "none")
         return memory.cost(self.engine.cost(memory.projected), projections=1 if self.value_projection is self.key_projection else 2)
-
-    def _check_length(self, key_length: int) -> None:
-        if key_length > self.max_length:
-            raise ValueError(f"key_length={key_length} is longer than max_length={self.max_length}; build linformer with a larger max_length")
-
-    def _no_causal(self) -> str:
-        return f"linformer cannot be causal: every projected key mixes the whole length, the future included; use {self._others(causal=True)}"

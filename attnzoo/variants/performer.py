@@ -17,9 +17,10 @@ class Performer(Attention):
 
         A_ij = φ(q_i)·φ(k_j) / Σ_l φ(q_i)·φ(k_l),    E[φ(q)·φ(k)] = exp(q·k/√d)
 
-    φ projects onto num_features random directions ω and exponentiates; the estimate is unbiased before normalisation.
-    Its error grows with exp(|q + k|²): at unit-variance queries and keys, head_dim 64 and 256 features the output's relative
-    error is about 4, where answering the mean of v errs by 0.8. It is good at small norms; measure yours first.
+    φ projects onto num_features random directions ω and exponentiates; the cost is n·num_features·d instead of n²·d. What is kept is softmax
+    in the mean: the estimate is unbiased before normalisation. What is lost is its precision: the error grows with exp(|q + k|²). At
+    unit-variance queries and keys, head_dim 64 and 256 features the output's relative error is about 4, where answering the mean of v errs
+    by 0.8. Use it where norms are small, and measure yours first; not in the place of a trained softmax whose scores are large.
 
     num_features: number of directions (hyperbolic and trigonometric maps are twice as wide). features: "positive",
     "hyperbolic", "trigonometric" or "relu". orthogonal: orthogonal directions (lower variance) or independent ones.

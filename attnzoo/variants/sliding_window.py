@@ -19,8 +19,9 @@ class SlidingWindow(Attention):
 
         A_ij = exp(s_ij) / Σ_{|i-l| < window} exp(s_il)   if |i - j| < window, else 0
 
-    Cost n·window instead of n², and softmax is exact inside the window. What lies outside is lost in one layer and reached
-    only through depth: L layers span L·(window - 1) tokens to each side. Decoding keeps the last `window` keys and no more.
+    Cost n·window instead of n². What is kept is softmax itself, inside the window; what lies outside is lost in one layer and reached
+    only through depth: L layers span L·(window - 1) tokens to each side. Use it where what matters is near, as in most layers of language
+    models; not as the only attention where a far token must be found. Decoding keeps the last `window` keys and no more.
 
     window: keys on each side, the query's own included; causal, `window` keys in all. dilation: the distances are multiples of it, so
     that as many keys come from `dilation` times as far, and what lies between is lost (Beltagy et al., section 3.1: for higher

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from attnzoo.arguments import check_choice
 from attnzoo.attention import Attention, Spec
 from attnzoo.engines.factorized import Factorized
 from attnzoo.factorized_patterns import Neighbours, OwnBlock, Strided, Summaries
@@ -56,10 +57,8 @@ class SparseTransformer(Attention):
         dropout: float = 0.0,
         backend: str = "auto",
     ) -> None:
-        if pattern not in ("strided", "fixed"):
-            raise ValueError(f"pattern={pattern!r} is unknown; choose 'strided' or 'fixed'")
-        if factors not in ("merged", "by_head"):
-            raise ValueError(f"factors={factors!r} is unknown; choose 'merged' or 'by_head'")
+        check_choice("pattern", pattern, ("strided", "fixed"))
+        check_choice("factors", factors, ("merged", "by_head"))
         near, far = (Neighbours(stride), Strided(stride)) if pattern == "strided" else (OwnBlock(stride), Summaries(stride, expressivity))
         super().__init__(heads, head_dim, Factorized(near, far, factors == "merged", scale, dropout), backend=backend)
 

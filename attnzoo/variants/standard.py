@@ -13,7 +13,9 @@ class Standard(Attention):
 
         A_ij = exp(s_ij) / Σ_l exp(s_il),    s_ij = scale · q_i · k_j
 
-    Every query weighs every visible key: n² scores. The fast backend is torch's SDPA, which never stores them.
+    Every query weighs every visible key: n² scores. The fast backend is torch's SDPA, which never stores them. Nothing is lost: every other
+    variant is measured against this one. Use it up to the length at which one of them is faster and near enough (`attnzoo compare`);
+    decoding keeps all keys and values.
 
     scale: factor of the scores, default 1/sqrt(head_dim). dropout: probability of dropping an entry of A while training.
     """

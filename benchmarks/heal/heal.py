@@ -36,7 +36,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import attnzoo
-from attnzoo.arguments import check_count, check_positive, check_seed
+from attnzoo.arguments import check_count, check_positive, check_seed, nearest
 from attnzoo.commands.progress import Progress, progress_on
 from attnzoo.configuration import check_mapping, read_yaml
 from attnzoo.environment import environment
@@ -44,7 +44,7 @@ from attnzoo.fidelity.models import load as load_pretrained
 from attnzoo.fidelity.text import play, titles
 from attnzoo.integrations.healed import load_healed
 from attnzoo.integrations.matching import Call, attention_parameters, matching_loss, recorded_calls
-from attnzoo.registry import nearest, spec_of
+from attnzoo.registry import spec_of
 
 __all__ = ["Recipe", "heal", "load_healed", "read_recipes"]
 SHAKESPEARE, PROSE = "Hamlet", "Python's reference"
