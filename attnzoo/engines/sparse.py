@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,6 +30,9 @@ class Sparse(Softmax):
         super().__init__(scale, dropout)
         self.pattern = pattern
         self.sink_logits = nn.Parameter(torch.zeros(sink_logits)) if sink_logits else None
+
+    def forward(self, call: Call, backend: str = "auto") -> tuple[Tensor, str]:
+        return super().forward(call if self.sink_logits is None else replace(call, sink_logits=self.sink_logits), backend)
 
     def init_state(self, batch_size: int, kv_heads: int, head_dim: int, max_length: int | None, dtype: torch.dtype, device: Any) -> Any:
         if isinstance(self.pattern, Window) and self.pattern.sinks:
@@ -82,24 +84,22 @@ def _count_pairs(pattern: Pattern, grid: Grid) -> int:
 def reference(engine: Sparse, call: Call) -> Tensor:
     """A·v by the pattern's mask over n × n."""
     mask, pattern = visible(call), engine.pattern.mask(grid_of(call))
-    return attend_densely(engine, call, pattern if mask is None else pattern & mask, engine.sink_logits)
+    return attend_densely(engine, call, pattern if mask is None else pattern & mask)
 
 
 def _blocks(engine: Sparse, call: Call) -> Tensor:
     if isinstance(engine.pattern, Window):
-        return sparse_dilated.attend(engine.pattern, call, partial(_window, engine))
+        return sparse_dilated.by_dilation(engine.pattern, call, partial(_window, engine))
     assert isinstance(engine.pattern, BlockPattern)
     return sparse_blocks.attend(engine, engine.pattern, call, grid_of(call))
 
 
-def _window(engine: Sparse, window: Window, call: Call, heads: Sequence[int]) -> Tensor:
-    grid, logits = grid_of(call), engine.sink_logits
-    if logits is not None and len(heads) < len(logits):
-        logits = logits[list(heads)]
-    if window.sinks or not (logits is None or in_cache.serves(engine, call, logits)):
-        call, columns = _with_sinks(call, min(window.sinks, grid.key_length))
-        return sparse_columns.attend(engine, window, call, grid, columns, logits)
-    return sparse_windows.attend(engine, window, call, grid, logits)
+def _window(engine: Sparse, window: Window, call: Call) -> Tensor:
+    """For heads of one dilation."""
+    if window.sinks or not (call.sink_logits is None or in_cache.serves(engine, call)):
+        near, columns = _with_sinks(call, min(window.sinks, grid_of(call).key_length))
+        return sparse_columns.attend_dilated(engine, window, near, columns)
+    return sparse_dilated.of_one_dilation(window, call, lambda plain, part: sparse_windows.attend(engine, plain, part, grid_of(part)))
 
 
 def _with_sinks(call: Call, count: int) -> tuple[Call, Columns]:

@@ -64,11 +64,11 @@ def count_pairs(pattern: Window, grid: Grid) -> int:
     return found.blocks * BLOCK * found.slice_length + sum((end - first) * (high - low) for first, end, low, high in edges(pattern, grid))
 
 
-def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid, sink_logits: Tensor | None = None) -> Tensor:
-    """A·v for a window pattern: the first edge, the whole blocks, the last edge. sink_logits: (heads,), where `in_cache` serves."""
-    if in_cache.serves(engine, call, sink_logits):
+def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid) -> Tensor:
+    """A·v for a window pattern: the first edge, the whole blocks, the last edge. Sink logits only where `in_cache` serves."""
+    if in_cache.serves(engine, call):
         key_cap = None if call.key_mask is None else in_cache.cap(call.key_mask, call.q)
-        return in_cache.attend(engine, call.q, call.k, call.v, key_cap, None, lambda q, _: [pieces(pattern, grid, q)] * grid.heads, sink_logits)
+        return in_cache.attend(engine, call.q, call.k, call.v, key_cap, None, lambda q, _: [pieces(pattern, grid, q)] * grid.heads, call.sink_logits)
     found, dense = plan(pattern, grid), edges(pattern, grid)
     if found.blocks:
         before = 1 if found.start else 0

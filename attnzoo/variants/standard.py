@@ -27,6 +27,7 @@ class Standard(Attention):
         family="exact",
         exact=True,
         attn_mask=True,
+        sink_logits=True,
         dropout=True,
     )
 
