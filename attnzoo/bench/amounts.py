@@ -19,8 +19,7 @@ def macs(attention: Attention, cell: Cell) -> int | None:
     """Multiply-accumulates of one pass, as `Row.macs` describes them; None for decoding, which moves its state and multiplies little."""
     if cell.phase == "decode":
         return None
-    cost = attention.cost(cell.shape.batch_size, cell.length, is_causal=cell.is_causal)
-    core = cost.support_macs if attention.spec.family == "exact" else cost.macs
+    core = attention.cost(cell.shape.batch_size, cell.length, is_causal=cell.is_causal).kernel_macs
     tokens = cell.shape.batch_size * cell.length
     return (core + tokens * _weights(cell)) * (TRAINING_MACS if cell.phase == "forward+backward" else 1)
 

@@ -41,7 +41,8 @@ class Softmax(Engine):
         pairs = shape.query_length * shape.key_length
         support = causal_pairs(shape.query_length, shape.key_length) if shape.is_causal else pairs
         cost = softmax_cost(shape, shape.heads * pairs, shape.heads * support, None, memory.full(shape))
-        return replace(cost, forward_bytes=peaks.forward(shape), training_bytes=peaks.training(shape))
+        skipped = cost.macs - cost.support_macs
+        return replace(cost, skipped_macs=skipped, forward_bytes=peaks.forward(shape), training_bytes=peaks.training(shape))
 
 
 def softmax_cost(shape: Shape, pairs: int, support: int, reach: int | None, kept_bytes: int | None) -> Cost:

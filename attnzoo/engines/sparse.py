@@ -10,11 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.call import Call
-from attnzoo.engines import in_cache, sparse_blocks, sparse_columns, sparse_dilated, sparse_flex, sparse_memory, sparse_peaks, sparse_windows
+from attnzoo.engines import (
+    in_cache,
+    memory,
+    peaks,
+    sparse_blocks,
+    sparse_columns,
+    sparse_dilated,
+    sparse_flex,
+    sparse_memory,
+    sparse_peaks,
+    sparse_windows,
+)
 from attnzoo.engines.cache import KeyValueCache
-from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Shape, never_refuses
+from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Shape, causal_pairs, never_refuses
 from attnzoo.engines.sink_cache import SinkCache
-from attnzoo.engines.softmax import Softmax, attend_densely, softmax_cost, visible
+from attnzoo.engines.softmax import Softmax, attend_densely, sdpa, softmax_cost, visible
 from attnzoo.engines.sparse_columns import Columns
 from attnzoo.patterns import BlockPattern, Grid, Pattern, Window, grid_of
 
@@ -42,7 +53,11 @@ class Sparse(Softmax):
 
     def cost(self, shape: Shape) -> Cost:
         grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
-        if isinstance(self.pattern, Window):
+        whole = self._is_whole(shape.query_length, shape.key_length, shape.is_causal) and self.sink_logits is None
+        if whole:
+            executed, support = shape.heads * shape.query_length**2, shape.heads * causal_pairs(shape.query_length, shape.key_length)
+            kept, found = memory.full(shape), (peaks.forward(shape), peaks.training(shape))
+        elif isinstance(self.pattern, Window):
             executed, support = sparse_dilated.count_executed(self.pattern, shape), sparse_dilated.count_support(self.pattern, grid)
             kept, found = sparse_memory.windows(self.pattern, shape), sparse_peaks.windows(self.pattern, shape)
         elif isinstance(self.pattern, BlockPattern):
@@ -53,8 +68,22 @@ class Sparse(Softmax):
             support, kept, found = _count_pairs(self.pattern, grid), None, None
         forward_bytes, training_bytes = found or (None, None)
         cost = softmax_cost(shape, executed, support, self.pattern.remembers, kept)
-        cost = replace(cost, forward_bytes=forward_bytes, training_bytes=training_bytes)
+        skipped = cost.macs - cost.support_macs if whole else 0
+        cost = replace(cost, skipped_macs=skipped, forward_bytes=forward_bytes, training_bytes=training_bytes)
         return cost if self.sink_logits is None else self._with_logits(cost, shape, len(self.sink_logits))
+
+    def attend_whole(self, call: Call) -> Tensor | None:
+        """A·v as exact attention computes it, where nothing but causality hides a key; else None."""
+        grid = grid_of(call)
+        if call.key_mask is None and call.sink_logits is None and self._is_whole(grid.query_length, grid.key_length, grid.is_causal):
+            return sdpa(self, call.q, call.k, call.v, is_causal=grid.query_length > 1)
+        return None
+
+    def _is_whole(self, query_length: int, key_length: int, is_causal: bool) -> bool:
+        """Whether a call is a causal square in which the window reaches from the last query to the first key."""
+        pattern = self.pattern
+        plain = isinstance(pattern, Window) and set(pattern.dilations) == {1} and not pattern.sinks
+        return plain and is_causal and query_length == key_length and pattern.window >= key_length
 
     def _with_logits(self, cost: Cost, shape: Shape, logits: int) -> Cost:
         """One more term in the softmax of every row."""
@@ -89,9 +118,15 @@ def reference(engine: Sparse, call: Call) -> Tensor:
 
 def _blocks(engine: Sparse, call: Call) -> Tensor:
     if isinstance(engine.pattern, Window):
-        return sparse_dilated.by_dilation(engine.pattern, call, partial(_window, engine))
+        whole = engine.attend_whole(call)
+        return attend_windows(engine, engine.pattern, call) if whole is None else whole
     assert isinstance(engine.pattern, BlockPattern)
     return sparse_blocks.attend(engine, engine.pattern, call, grid_of(call))
+
+
+def attend_windows(engine: Sparse, pattern: Window, call: Call) -> Tensor:
+    """A·v for a window of any dilation, with or without sinks."""
+    return sparse_dilated.by_dilation(pattern, call, partial(_window, engine))
 
 
 def _window(engine: Sparse, window: Window, call: Call) -> Tensor:

@@ -123,8 +123,7 @@ def _rows(engine: Softmax, pattern: Window, call: Call, columns: Columns, grid: 
     """The rows of every piece in order, by torch's SDPA: its keys with the columns beside them."""
     found, pieces = sparse_windows.plan(pattern, grid), sparse_windows.edges(pattern, grid)
     if found.blocks:
-        before = 1 if found.start else 0
-        pieces[before:before] = sparse_windows.middles(found, grid, call)
+        pieces = sorted([*pieces, *sparse_windows.middles(found, grid, call)])
     spans = tuple((low, high) for _, _, low, high in pieces)
     queries = call.q.split([end - first for first, end, _, _ in pieces], 2)
     keys, values = sparse_windows.spans(call.k, spans), sparse_windows.spans(call.v, spans)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from attnzoo.arguments import check_count
 from attnzoo.call import Call
-from attnzoo.engines import sparse_columns, sparse_dilated, sparse_flex, sparse_windows
+from attnzoo.engines import sparse_columns, sparse_dilated, sparse_flex
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
 from attnzoo.engines.global_cache import GlobalCache, fetched
 from attnzoo.engines.softmax import attend_densely, sdpa, softmax_cost, visible
-from attnzoo.engines.sparse import Sparse, grid_of
+from attnzoo.engines.sparse import Sparse, attend_windows, grid_of
 from attnzoo.engines.sparse_columns import Columns
 from attnzoo.patterns import Grid, Window
 
@@ -102,7 +102,8 @@ def slots_of(mask: Tensor, count: int) -> Tensor:
 
 def _blocks(engine: WindowAndGlobals, call: Call) -> Tensor:
     if call.global_mask is None:
-        return sparse_dilated.attend(engine.pattern, call, lambda window, part: sparse_windows.attend(engine, window, part, grid_of(part)))
+        whole = engine.attend_whole(call)
+        return attend_windows(engine, engine.pattern, call) if whole is None else whole
     assert call.global_counts is not None
     keys, queries = call.global_counts
     slots = slots_of(call.global_mask, keys)

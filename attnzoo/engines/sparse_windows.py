@@ -17,6 +17,8 @@ from attnzoo.patterns import Grid, Window
 
 BLOCK = 64  # queries that share a slice: larger wastes scores outside the window, smaller starves the matmuls
 LINE = 16  # a slice is a multiple of so many keys, for the sake of aligned scores
+EDGE = 2 * BLOCK  # rows of an edge that share keys, where the edge is long
+LONG = 8 * BLOCK  # rows from which on an edge is cut
 SLICED = 2**21  # numbers in the gradient of the slices that are held at a time
 
 
@@ -45,9 +47,10 @@ def plan(pattern: Window, grid: Grid) -> Plan:
 
 
 def edges(pattern: Window, grid: Grid) -> list[tuple[int, int, int, int]]:
-    """Dense pieces as (first row, end row, first key, end key)."""
+    """Dense pieces as (first row, end row, first key, end key). A long edge is cut, lest it be a rectangle around little more than a triangle."""
     found = plan(pattern, grid)
-    spans = [(0, found.start), (found.stop, grid.query_length)] if found.blocks else [(0, grid.query_length)]
+    ends = [(0, found.start), (found.stop, grid.query_length)] if found.blocks else [(0, grid.query_length)]
+    spans = [span for first, end in ends for span in _cut(first, end)]
     after = 1 if grid.is_causal else pattern.window
     pieces = []
     for first, end in spans:
@@ -56,6 +59,12 @@ def edges(pattern: Window, grid: Grid) -> list[tuple[int, int, int, int]]:
         if first < end:
             pieces.append((first, end, low, max(low, high)))
     return pieces
+
+
+def _cut(first: int, end: int) -> Iterator[tuple[int, int]]:
+    rows = EDGE if end - first >= LONG else max(1, end - first)
+    for start in range(first, end, rows):
+        yield start, min(start + rows, end)
 
 
 def count_pairs(pattern: Window, grid: Grid) -> int:
@@ -71,8 +80,7 @@ def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid) -> Tensor:
         return in_cache.attend(engine, call.q, call.k, call.v, key_cap, None, lambda q, _: [pieces(pattern, grid, q)] * grid.heads, call.sink_logits)
     found, dense = plan(pattern, grid), edges(pattern, grid)
     if found.blocks:
-        before = 1 if found.start else 0
-        dense[before:before] = middles(found, grid, call)
+        dense = sorted([*dense, *middles(found, grid, call)])
     queries = call.q.split([end - first for first, end, _, _ in dense], 2)
     ends = tuple((low, high) for _, _, low, high in dense)
     keys, values = spans(call.k, ends), spans(call.v, ends)
