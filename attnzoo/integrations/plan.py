@@ -116,6 +116,8 @@ def no_dropout(module: str, dropout: float, name: str) -> str:
 def _check_fits(attention: Attention, site: Site) -> None:
     if site.is_causal is not None:
         attention.check_causality(site.is_causal)
+    if attention.shares_qk:
+        raise UnsupportedError(f"the model projects queries and keys apart, which {attention.spec.name} with shared ones cannot take")
     if site.has_bias and not attention.spec.attn_mask:
         raise UnsupportedError(
             f"{type(site.module).__name__} adds a position_bias to its scores, which {attention.spec.name} would drop; use standard"
