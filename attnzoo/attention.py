@@ -81,7 +81,7 @@ class Attention(nn.Module):
         # Of a variant with global tokens: how many of the first real tokens of every sample are global in every call; the packed projections of
         # their rows, which MultiheadAttention adds; and the global_mask of calls that bring none, see `attnzoo.global_mask`.
         self.global_tokens = 0
-        self.global_projection: nn.Module | None = None
+        self.global_projection: nn.Linear | nn.ModuleDict | None = None  # the latter in a process that has some heads
         self.global_mask: Tensor | None = None
         self.shares_qk = False  # whether q and k must be one tensor, so that a layer needs one projection for both
 

@@ -178,9 +178,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         how: dict[str, Any] = {"key_mask": masks.key_mask, "attn_mask": masks.attn_mask, "is_causal": masks.is_causal, "global_mask": global_mask}
         own, of_globals = None, self.attention.global_projection
         if of_globals is not None and self.attention.names_globals(global_mask):
-            apart = isinstance(of_globals, nn.ModuleDict)
-            inputs = (query, key, value, pattern)
-            own = self._project_apart(of_globals, *inputs) if apart else self._project_by(of_globals.weight, of_globals.bias, *inputs)
+            if isinstance(of_globals, nn.ModuleDict):
+                own = self._project_apart(of_globals, query, key, value, pattern)
+            else:
+                own = self._project_by(of_globals.weight, of_globals.bias, query, key, value, pattern)
         weights = self.attention.weights(q, k, global_qk=own and own[:2], **how) if need_weights else None
         out = self.attention(q, k, v, global_qkv=own, **how)
         out = self.out_proj(rearrange(out, f"{batch} h l d -> {axes} (h d)"))

@@ -82,8 +82,9 @@ class Sparse(Softmax):
     def _is_whole(self, query_length: int, key_length: int, is_causal: bool) -> bool:
         """Whether a call is a causal square in which the window reaches from the last query to the first key."""
         pattern = self.pattern
-        plain = isinstance(pattern, Window) and set(pattern.dilations) == {1} and not pattern.sinks
-        return plain and is_causal and query_length == key_length and pattern.window >= key_length
+        if not isinstance(pattern, Window) or set(pattern.dilations) != {1} or pattern.sinks:
+            return False
+        return is_causal and query_length == key_length <= pattern.window
 
     def _with_logits(self, cost: Cost, shape: Shape, logits: int) -> Cost:
         """One more term in the softmax of every row."""

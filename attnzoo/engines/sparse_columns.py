@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines import in_cache, sparse_dilated, sparse_windows
-from attnzoo.engines.pieces import join
+from attnzoo.engines.pieces import join, mask_of_heads, samples_at_a_time
 from attnzoo.engines.softmax import Softmax, attend_openly, sdpa
 from attnzoo.patterns import Grid, Window, grid_of
 
@@ -151,23 +151,25 @@ def _piece(
     slots = low + torch.arange(parts, device=device)[:, None, None] * size + torch.arange(width, device=device)
     near = sparse_windows.band(pattern, grid, positions[0, :, 0], slots[0, 0])  # (size, width), the same in every part
     q = call.q.reshape(batch, kv_heads, call.group, parts, size, head_dim).transpose(2, 3).flatten(3, 4)
-    logits = None if call.sink_logits is None else call.sink_logits.view(kv_heads, call.group).repeat_interleave(size, 1)[:, None, :, None]
-    samples = []
-    for sample in range(batch):
+    outs = []
+    for some in samples_at_a_time(batch):
         k, v = (
-            torch.cat([_slices(x[sample], width, size, parts), column[sample, :, None].expand(-1, parts, -1, -1)], 2)
+            torch.cat([_slices(x[some].flatten(0, 1), width, size, parts), column[some].flatten(0, 1)[:, None].expand(-1, parts, -1, -1)], 2)
             for x, column in ((call.k, columns.k), (call.v, columns.v))
         )
-        visible = near.expand(parts, -1, -1) if call.key_mask is None else near & call.key_mask[sample][slots]
-        visible_columns = columns.real[sample].expand(parts, size, -1)
+        real = columns.real[some]
+        visible = near.expand(real.shape[0], parts, -1, -1) if call.key_mask is None else near & call.key_mask[some][:, slots]
+        visible_columns = real[:, None, None].expand(-1, parts, size, -1)
         if grid.is_causal:
-            visible_columns = visible_columns & (columns.slots[sample] <= positions)
-        mask = torch.cat([visible, visible_columns], 2).repeat(1, call.group, 1)[None]
-        if logits is None:
-            samples.append(sdpa(engine, q[sample], k, v, mask))
+            visible_columns = visible_columns & (columns.slots[some][:, None, None] <= positions)
+        mask = mask_of_heads(torch.cat([visible, visible_columns], 3).repeat(1, 1, call.group, 1), kv_heads)
+        queries = q[some].flatten(0, 1)
+        if call.sink_logits is None:
+            outs.append(sdpa(engine, queries, k, v, mask))
         else:
-            samples.append(attend_openly(engine, q[sample], k, v, mask, logits))
-    out = torch.stack(samples)  # (batch, kv_heads, parts, group · size, d)
+            logits = call.sink_logits.view(kv_heads, call.group).repeat_interleave(size, 1)[:, None, :, None].repeat(real.shape[0], 1, 1, 1)
+            outs.append(attend_openly(engine, queries, k, v, mask, logits))
+    out = torch.cat(outs).unflatten(0, (-1, kv_heads))  # (batch, kv_heads, parts, group · size, d)
     return out.unflatten(3, (call.group, size)).transpose(2, 3).reshape(batch, heads, rows, -1)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines import in_cache
-from attnzoo.engines.pieces import at_a_time, join
+from attnzoo.engines.pieces import at_a_time, join, mask_of_heads, samples_at_a_time
 from attnzoo.engines.softmax import Softmax, sdpa
 from attnzoo.patterns import Grid, Window
 
@@ -160,9 +160,12 @@ def _middle(engine: Softmax, pattern: Window, q: Tensor, k: Tensor, v: Tensor, c
     near = near.repeat(call.group, 1)[None, None]
     if call.key_mask is None:
         return _slices(engine, q, k, v, near, found.slice_length, padded=False)
-    masks = call.key_mask[:, low : low + k.shape[2]].unfold(1, found.slice_length, BLOCK)[:, None, :, None, :]  # (batch, 1, blocks, 1, slice)
-    samples = [slice(sample, sample + 1) for sample in range(q.shape[0])]
-    return torch.cat([_slices(engine, q[one], k[one], v[one], near & masks[one][0], found.slice_length, padded=True) for one in samples])
+    masks = call.key_mask[:, low : low + k.shape[2]].unfold(1, found.slice_length, BLOCK)[:, :, None]  # (batch, blocks, 1, slice)
+    outs = []
+    for some in samples_at_a_time(q.shape[0]):
+        mask = mask_of_heads(near & masks[some], k.shape[1])
+        outs.append(_slices(engine, q[some], k[some], v[some], mask, found.slice_length, padded=True))
+    return torch.cat(outs)
 
 
 def _slices(engine: Softmax, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, slice_length: int, *, padded: bool) -> Tensor:

@@ -86,7 +86,7 @@ def _split_module(module: MultiheadAttention, mesh: DeviceMesh) -> None:
     names = ("qk", "v") if core.shares_qk else ("q", "k", "v")
     core.global_projection = None  # what stays with the core is cut there, into plain parameters
     _split_core(core, mesh)
-    if of_globals is not None:
+    if isinstance(of_globals, nn.Linear):
         core.global_projection = _linears(names, of_globals.weight.detach().chunk(3), of_globals.bias)
         parallelize_module(core.global_projection, mesh, {"*": ColwiseParallel()})
     packed = module.in_proj_weight

@@ -58,7 +58,7 @@ class Attending(nn.Module):
         """Of one sequence: the projections and the attention, as a kernel runs it that skips masked scores where it can."""
         attention, width = self.attention.attention, self.attention.embed_dim
         core = attention.cost(1, length, memory_length, is_causal=self.is_causal).kernel_macs
-        projected = 2 * (length + (memory_length or length)) - attention.attention.shares_qk * length
+        projected = 2 * (length + (memory_length or length)) - (length if attention.shares_qk else 0)
         return projected * width**2 + core
 
     def state_bytes(self, length: int) -> int | None:
