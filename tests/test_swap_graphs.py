@@ -107,3 +107,22 @@ def test_multihead_attention_is_exported_with_a_dynamic_batch(name: str) -> None
     for ignore in (padding(), padding().roll(1, 0), torch.zeros_like(padding()), padding()[:2], padding().repeat(2, 1)):
         x = tokens(len(ignore))
         agree(graph(x, ignore), model(x, ignore))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("longformer", {"window": 9, "global_tokens": 2}),
+        ("longformer", {"window": 9, "dilation": 2, "global_tokens": 2}),
+        ("sliding_window", {"window": 9}),
+        ("sliding_window", {"window": 9, "dilation": 2, "sinks": 2, "sink_logits": True}),
+    ],
+    ids=str,
+)
+def test_whole_blocks_are_exported_with_a_dynamic_batch(name: str, options: dict[str, Any]) -> None:
+    model = Calls("standard").eval()
+    model.attention = attnzoo.MultiheadAttention(SIZE, HEADS, batch_first=True, attention=name, attention_options=options).eval()
+    x, ignore = torch.randn(3, 230, SIZE, generator=torch.Generator().manual_seed(1)), torch.arange(230) >= torch.tensor([[230], [150], [201]])
+    graph = exported(model, x, ignore, dynamic_shapes={"x": {0: BATCH_DIM}, "ignore": {0: BATCH_DIM}})
+    for rows in ([0, 1, 2], [2, 0], [1, 1, 0, 2, 2]):
+        agree(graph(x[rows], ignore[rows]), model(x[rows], ignore[rows]))
