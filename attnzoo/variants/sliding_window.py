@@ -33,7 +33,7 @@ class SlidingWindow(Attention):
     later row too, each once, whatever the dilation; decoding keeps them besides the last `window` keys. 4 suffice for pretrained
     models (section 3.2). sink_logits: learn one logit z a head instead, A_ij = exp(s_ij) / (exp(z) + Σ_l exp(s_il)), so that
     rows of A sum to less than 1: gpt-oss (2025) and, with z = 0, where it starts, Miller's softmax off by one (2023). Best for
-    models trained with it. scale, dropout: as in standard.
+    models trained with it; a call may bring logits of its own instead (`sink_logits` of forward). scale, dropout: as in standard.
     """
 
     spec = Spec(

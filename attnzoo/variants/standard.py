@@ -15,6 +15,8 @@ class Standard(Attention):
 
     Every query weighs every visible key: n² scores. The fast backend is torch's SDPA, which never stores them.
 
+    A call may bring sink_logits, as gpt-oss has them.
+
     scale: factor of the scores, default 1/sqrt(head_dim). dropout: probability of dropping an entry of A while training.
     """
 
