@@ -24,6 +24,7 @@ class Spec:
     exact: A is softmax's own on its support. bidirectional: runs without is_causal. cross: query_length may differ from key_length.
     tied_to_end: A depends on where the sequence ends, so a right-padded run may differ from the run without padding.
     global_tokens: a call may name tokens that everyone sees and that see everyone, and give their rows projections of their own.
+    sink_logits: a call may give one more logit a head, which counts in the sum of every row and weighs nothing.
     data_dependent: which keys a row sees depends on the queries and keys; `Cost.support_macs` is then the most that it can be.
     """
 
@@ -43,6 +44,7 @@ class Spec:
     needs_max_length: bool = False
     tied_to_end: bool = False
     global_tokens: bool = False
+    sink_logits: bool = False
     data_dependent: bool = False
 
     def runs(self, is_causal: bool) -> bool:
@@ -79,8 +81,9 @@ class Attention(nn.Module):
         # Of a variant with global tokens: how many of the first real tokens of every sample are global in every call; the packed projections of
         # their rows, which MultiheadAttention adds; and the global_mask of calls that bring none, see `attnzoo.global_mask`.
         self.global_tokens = 0
-        self.global_projection: nn.Linear | None = None
+        self.global_projection: nn.Linear | nn.ModuleDict | None = None  # the latter in a process that has some heads
         self.global_mask: Tensor | None = None
+        self.shares_qk = False  # whether q and k must be one tensor, so that a layer needs one projection for both
 
     def place(self, call: Call, seen: int) -> Call:
         """The call with what depends on positions put into q and k; `seen` tokens stand before its first key."""
@@ -102,6 +105,7 @@ class Attention(nn.Module):
         is_causal: bool = False,
         global_mask: Tensor | None = None,
         global_qkv: tuple[Tensor, Tensor, Tensor] | None = None,
+        sink_logits: Tensor | None = None,
     ) -> Tensor:
         """Attention of q to k and v.
 
@@ -111,11 +115,13 @@ class Attention(nn.Module):
         global_mask: (batch, key_length) bool, True = a token that every row sees and whose own row sees every key; what is padded is none.
         global_qkv: other q, k and v, shaped alike, of which the rows of global tokens are made (default: q, k and v). Both are for a
         variant with global tokens, whose docstring says more.
+        sink_logits: (heads,) floating, for a variant that takes them: z in A_ij = exp(s_ij) / (exp(z) + Σ_l exp(s_il)), so that rows of A sum to
+        less than 1, as in gpt-oss (OpenAI 2025); that is an attention sink without a token.
         Returns (batch, heads, query_length, head_dim) in q's dtype; a row that sees no key is 0. What stands in a padded slot
         reaches nothing. With is_causal, a NaN or inf in k or v makes every later row NaN and no earlier one.
         Raises ValueError on a malformed argument, UnsupportedError on what the spec excludes.
         """
-        call = Call(q, k, v, key_mask, attn_mask, is_causal, self._globals_of(k, global_mask), global_qkv)
+        call = Call(q, k, v, key_mask, attn_mask, is_causal, self._globals_of(k, global_mask), global_qkv, sink_logits=sink_logits)
         self.refuse(call)
         return self._run(call, self.backend)
 
@@ -130,6 +136,7 @@ class Attention(nn.Module):
         is_causal: bool = False,
         global_mask: Tensor | None = None,
         global_qk: tuple[Tensor, Tensor] | None = None,
+        sink_logits: Tensor | None = None,
     ) -> Tensor:
         """A itself, without dropout, (batch, heads, query_length, key_length): the reference run on v = identity.
 
@@ -137,7 +144,7 @@ class Attention(nn.Module):
         """
         identity = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
         global_qkv = None if global_qk is None else (*global_qk, identity)
-        call = Call(q, k, identity, key_mask, attn_mask, is_causal, self._globals_of(k, global_mask), global_qkv)
+        call = Call(q, k, identity, key_mask, attn_mask, is_causal, self._globals_of(k, global_mask), global_qkv, sink_logits=sink_logits)
         self.refuse(call)
         training = self.engine.training
         self.engine.eval()
@@ -178,17 +185,18 @@ class Attention(nn.Module):
         key_mask: Tensor | None = None,
         global_mask: Tensor | None = None,
         global_qkv: tuple[Tensor, Tensor, Tensor] | None = None,
+        sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
         """Attend to the tokens in `state` and to the new ones, causally: rows equal those of one forward with is_causal=True.
 
         q: (batch, heads, new_tokens, head_dim); k, v: (batch, kv_heads, new_tokens, head_dim); key_mask: (batch, new_tokens) bool.
-        global_mask, global_qkv: of the new tokens, as in `forward`.
+        global_mask, global_qkv: of the new tokens, as in `forward`; sink_logits: as there, the same in every step.
         Returns the new rows and the new state; `state` itself stays valid (branching costs a copy).
         Raises ValueError when the state would pass its max_length.
         """
         if not self.spec.decodes:
             raise UnsupportedError(f"{self.spec.name} does not decode token by token; use {self._others(decodes=True)}")
-        call = Call(q, k, v, key_mask, None, True, self._globals_of(k, global_mask, state.seen), global_qkv)
+        call = Call(q, k, v, key_mask, None, True, self._globals_of(k, global_mask, state.seen), global_qkv, sink_logits=sink_logits)
         self.refuse(call)
         if q.shape[2] != k.shape[2]:
             raise ValueError(f"step got {q.shape[2]} queries and {k.shape[2]} keys; every new token brings one of each")
@@ -240,6 +248,8 @@ class Attention(nn.Module):
                 f"{spec.name} cannot apply an arbitrary attn_mask; use key_mask for padding, is_causal=True for causality, "
                 f"or {self._others(attn_mask=True)}"
             )
+        if call.sink_logits is not None and not spec.sink_logits:
+            raise UnsupportedError(f"{spec.name} has no place for sink_logits: leave them out, or use {self._others(sink_logits=True)}")
         if call.query_length != call.key_length and not spec.cross:
             raise UnsupportedError(
                 f"{spec.name} needs query_length == key_length (got {call.query_length} and {call.key_length}); use {self._others(cross=True)}"

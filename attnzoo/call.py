@@ -22,7 +22,7 @@ class Call:
     (batch, heads, query_length, key_length). Query i stands at position key_length - query_length + i.
     global_mask: (batch, key_length) bool, True = a token that everyone sees and that sees everyone. global_qkv: other q, k and v of the same
     shapes, from which the rows of global tokens are made. global_counts: the most global keys, and the most global queries, of a sample, where
-    the engine knows them.
+    the engine knows them. sink_logits: (heads,) floating, one more score of every row, that counts in its sum and weighs nothing.
     """
 
     q: Tensor
@@ -34,6 +34,7 @@ class Call:
     global_mask: Tensor | None = None
     global_qkv: tuple[Tensor, Tensor, Tensor] | None = None
     global_counts: tuple[int, int] | None = None
+    sink_logits: Tensor | None = None
 
     @property
     def query_length(self) -> int:
@@ -88,6 +89,7 @@ def check(call: Call, heads: int, head_dim: int) -> None:
     _check_token_mask("global_mask", call.global_mask, call, "global")
     _check_attn_mask(call)
     _check_global_qkv(call)
+    _check_sink_logits(call)
 
 
 def _check_token_mask(name: str, mask: Tensor | None, call: Call, true: str) -> None:
@@ -113,6 +115,17 @@ def _check_global_qkv(call: Call) -> None:
         if x.shape != like.shape or x.dtype != like.dtype or x.device != like.device:
             found, wanted = ((tuple(y.shape), y.dtype, str(y.device)) for y in (x, like))
             raise ValueError(f"global_qkv's {name} is {found}; in shape, dtype and device it must be as {name}: {wanted}")
+
+
+def _check_sink_logits(call: Call) -> None:
+    logits, heads = call.sink_logits, call.q.shape[1]
+    if logits is None:
+        return
+    _check_tensor("sink_logits", logits, "(heads,)")
+    if tuple(logits.shape) != (heads,) or not logits.is_floating_point():
+        raise ValueError(f"sink_logits is {tuple(logits.shape)} {logits.dtype}; it must be floating, one logit a head: ({heads},)")
+    if logits.device != call.q.device:
+        raise ValueError(f"sink_logits is on {logits.device} and q is on {call.q.device}; they must be on one device")
 
 
 def _check_attn_mask(call: Call) -> None:

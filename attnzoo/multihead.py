@@ -37,6 +37,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     dropout: on the entries of A while training; read here, once.
     A core with global tokens (`longformer`) gets projections for their rows, `attention.global_projection`, packed as `in_proj_weight` is and at
     first a copy of it, unless kdim or vdim differ; a state_dict of torch's fills them with copies of what it holds.
+    A core that shares queries and keys (`reformer` with share_qk=True) gets one projection for both: `in_proj_weight` is (2 · embed_dim,
+    embed_dim), of queries and keys and then of values, and begins as torch's rows of queries and of values. query and key must be one tensor, kdim
+    and vdim embed_dim, and a state_dict of torch's, whose queries and keys differ, is refused: no two of its projections say the same.
     attention: a name in `attnzoo.names()`. attention_options: its further options, e.g. {"num_features": 128}.
     Raises ValueError on a malformed option, UnsupportedError on one that the core excludes (dropout > 0 among them).
     """
@@ -65,6 +68,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         # After torch's own parameters, so that a seed gives those the values that it gives them in torch.
         self.attention = build(attention, heads=num_heads, head_dim=self.head_dim, **options).to(device=device, dtype=dtype)
         self._add_global_projection()
+        if self.attention.shares_qk:
+            self._share_projection()
 
     @classmethod
     def around(cls, module: nn.MultiheadAttention, attention: Attention) -> Self:
@@ -72,6 +77,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         Raises UnsupportedError where the module has what the core excludes (dropout, appended keys), as the constructor does.
         """
+        if attention.shares_qk:
+            raise UnsupportedError(f"the module projects queries and keys apart, which {attention.spec.name} with shared ones cannot take")
         extra_keys = module.bias_k is not None or module.add_zero_attn
         if "dropout" in _core_options(attention.spec, module.dropout, extra_keys, {}):
             engine: Any = attention.engine
@@ -102,8 +109,23 @@ class MultiheadAttention(nn.MultiheadAttention):
                 setattr(projection, name, nn.Parameter(parameter.detach().clone()))
         self.attention.global_projection = projection
 
+    def _share_projection(self) -> None:
+        if self.in_proj_weight is None:
+            raise UnsupportedError(
+                f"kdim={self.kdim} and vdim={self.vdim} must be embed_dim={self.embed_dim}: {self.attention.spec.name} shares queries and keys"
+            )
+        for name in ("in_proj_weight", "in_proj_bias"):
+            packed = getattr(self, name)
+            if packed is not None:
+                of_queries, _, of_values = packed.detach().chunk(3)
+                setattr(self, name, nn.Parameter(torch.cat([of_queries, of_values])))
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        own = f"{prefix}attention."
+        own, packed = f"{prefix}attention.", state_dict.get(f"{prefix}in_proj_weight")
+        if self.attention.shares_qk and packed is not None and len(packed) == 3 * self.embed_dim:
+            raise ValueError(
+                f"{prefix}in_proj_weight projects queries and keys apart, and this module has one projection for both; load it where they are apart"
+            )
         if not any(key.startswith(own) for key in state_dict):
             state_dict.update(self.attention.state_dict(prefix=own, keep_vars=True))
             for name in ("weight", "bias"):
@@ -156,7 +178,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         how: dict[str, Any] = {"key_mask": masks.key_mask, "attn_mask": masks.attn_mask, "is_causal": masks.is_causal, "global_mask": global_mask}
         own, of_globals = None, self.attention.global_projection
         if of_globals is not None and self.attention.names_globals(global_mask):
-            own = self._project_by(of_globals.weight, of_globals.bias, query, key, value, pattern)
+            if isinstance(of_globals, nn.ModuleDict):
+                own = self._project_apart(of_globals, query, key, value, pattern)
+            else:
+                own = self._project_by(of_globals.weight, of_globals.bias, query, key, value, pattern)
         weights = self.attention.weights(q, k, global_qk=own and own[:2], **how) if need_weights else None
         out = self.attention(q, k, v, global_qkv=own, **how)
         out = self.out_proj(rearrange(out, f"{batch} h l d -> {axes} (h d)"))
@@ -168,10 +193,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         """q, k, v as views of (batch, heads, length, head_dim): one matmul for self-attention, two when key is value."""
         heads, bias = self.num_heads, self.in_proj_bias
         separate = self._modules.get("projections")
-        if separate is not None:  # a process of several, which has the projections of its own heads
-            q, k, v = (rearrange(project(x), pattern, p=1, h=heads)[0] for project, x in zip(separate.children(), (query, key, value), strict=True))
-            return q, k, v
-
+        if separate is not None:
+            return self._project_apart(separate, query, key, value, pattern)
         if self.in_proj_weight is not None:
             return self._project_by(self.in_proj_weight, bias, query, key, value, pattern)
         biases = (None, None, None) if bias is None else bias.chunk(3)
@@ -181,16 +204,25 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
         return q, k, v
 
+    def _project_apart(self, projections: nn.Module, query: Tensor, key: Tensor, value: Tensor, pattern: str) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_project`, by modules one for each: in a process of several, which has the projections of its own heads."""
+        inputs = (query, value) if self.attention.shares_qk else (query, key, value)
+        made = [rearrange(project(x), pattern, p=1, h=self.num_heads)[0] for project, x in zip(projections.children(), inputs, strict=True)]
+        return made[0], made[-2], made[-1]
+
     def _project_by(
         self, packed: Tensor, bias: Tensor | None, query: Tensor, key: Tensor, value: Tensor, pattern: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `_project`, by packed weights, (3 · size, features)."""
-        size, heads = packed.shape[0] // 3, self.num_heads
+        """As `_project`, by packed weights, (3 · size, features), or (2 · size, features) where queries and keys are the same."""
+        size, heads = packed.shape[0] // (2 if self.attention.shares_qk else 3), self.num_heads
 
         def split(x: Tensor, start: int, parts: int) -> Tensor:
             rows = slice(start * size, (start + parts) * size)
             return rearrange(F.linear(x, packed[rows], None if bias is None else bias[rows]), pattern, p=parts, h=heads)
 
+        if self.attention.shares_qk:
+            qk, v = split(query, 0, 2).unbind(0) if query is value else (split(x, i, 1)[0] for i, x in enumerate((query, value)))
+            return qk, qk, v
         if query is key and key is value:
             q, k, v = split(query, 0, 3).unbind(0)
         elif key is value:
@@ -242,6 +274,9 @@ class MultiheadAttention(nn.MultiheadAttention):
                 raise ValueError(f"{name} is on {x.device} and the module on {weight.device}; move one of them")
             if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
                 raise ValueError(f"{name} has dtype {x.dtype} and the module {weight.dtype}; convert one of them")
+        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # then one tensor may come in twice as two
+        if self.attention.shares_qk and query is not key and not recorded:
+            raise ValueError(f"query and key must be one tensor: {self.attention.spec.name} shares them; build the core without that")
         if key.shape[:-1] != value.shape[:-1]:
             raise ValueError(f"key has shape {tuple(key.shape)} and value {tuple(value.shape)}; all but the features must agree")
         batched, length_axis = query.dim() == 3, int(query.dim() == 3 and self.batch_first)

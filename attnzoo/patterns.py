@@ -126,8 +126,7 @@ class Window(Pattern):
             raise ValueError("dilation=() is empty; give one number, or one for each head")
         for dilation in self.dilations:
             check_positive("dilation", dilation)
-        if check_count("sinks", self.sinks) and set(self.dilations) != {1}:
-            raise ValueError(f"sinks={self.sinks} and dilation={self.dilation}: sinks stand beside dilation 1 only; leave one out")
+        check_count("sinks", self.sinks)
 
     @property
     def dilations(self) -> tuple[int, ...]:

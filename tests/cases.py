@@ -93,6 +93,7 @@ CASES: dict[str, list[Case]] = {
         Case("sliding_window", {"window": 7, "sink_logits": True}),
         Case("sliding_window", {"window": 16, "sinks": 2, "sink_logits": True}),
         Case("sliding_window", {"window": 5, "dilation": 2, "sink_logits": True}),
+        Case("sliding_window", {"window": 5, "dilation": 3, "sinks": 4}),
         Case("sliding_window"),
     ],
     "sparse_transformer": [

@@ -66,7 +66,9 @@ def test_kept_bytes_are_what_autograd_holds(case: Case, is_causal: bool):
             for dtype in (torch.float32, torch.bfloat16):
                 attn = case.build(dtype=dtype)
                 closed = attn.cost(batch, *lengths, kv_heads=kv_heads, is_causal=is_causal, dtype=dtype).kept_bytes
-                if closed is None:  # in half precision: classes of a dilation that differ in length, or sinks, or their logits
+                if closed is None:  # or in half precision: classes that differ in length, sinks, their logits
+                    if {"sinks", "dilation"} <= set(case.options):
+                        continue
                     assert dtype == torch.bfloat16
                     assert {"sinks", "sink_logits"} & set(case.options) or ("dilation" in case.options and not is_causal)
                     continue

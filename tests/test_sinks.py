@@ -19,6 +19,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"window": 7, "sink_logits": True},
     {"window": 7, "sinks": 20, "sink_logits": True},
     {"window": 5, "dilation": [1, 3, 1, 2], "sink_logits": True},
+    {"window": 5, "dilation": 3, "sinks": 4},
+    {"window": 5, "dilation": [1, 3, 1, 2], "sinks": 2, "sink_logits": True},
 ]
 
 
@@ -133,8 +135,7 @@ def test_half_precision(options: dict[str, Any], dtype: torch.dtype) -> None:
 
 
 def test_bad_sinks() -> None:
-    for options, message in (({"sinks": -1}, "sinks=-1"), ({"sinks": 2, "dilation": 2}, "sinks=2 and dilation=2")):
-        with pytest.raises(ValueError, match=message):
-            attnzoo.build("sliding_window", heads=4, head_dim=8, **options)
+    with pytest.raises(ValueError, match="sinks=-1"):
+        attnzoo.build("sliding_window", heads=4, head_dim=8, sinks=-1)
     with pytest.raises(ValueError, match="sinks=2 has no equal in flash-attn"):
         Window(4, sinks=2).to_flash_attention(is_causal=True)

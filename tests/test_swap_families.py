@@ -84,7 +84,6 @@ def test_it_runs_or_is_refused(family: str, name: str, tmp_path: Path) -> None:
     ("family", "options", "sentence"),
     [
         ("gemma2", {"attn_logit_softcapping": 50.0}, "Gemma2Attention uses softcap, which a swapped attention would drop"),
-        ("gpt_oss", {}, "GptOssAttention uses s_aux, which a swapped attention would drop"),
     ],
 )
 def test_what_would_be_dropped_is_refused(family: str, options: dict[str, Any], sentence: str) -> None:

@@ -64,10 +64,6 @@ def exported(model: torch.nn.Module, *inputs: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_swapped_layer_is_exported_with_a_dynamic_batch(name: str) -> None:
     model, shapes = layer(name), {"src": {0: BATCH_DIM}, **dict.fromkeys(masks(name))}
-    if attnzoo.describe(name).spec.global_tokens:  # sample by sample
-        with pytest.raises(UserError, match="specialized it to be a constant"):
-            exported(model, tokens(3), kwargs=masks(name), dynamic_shapes=shapes)
-        return
     graph = exported(model, tokens(3), kwargs=masks(name), dynamic_shapes=shapes)
     for batch_size in (3, 2, 7):
         agree(graph(tokens(batch_size), **masks(name)), model(tokens(batch_size), **masks(name)))
@@ -104,9 +100,29 @@ class Calls(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_multihead_attention_is_exported(name: str) -> None:
-    """Static shapes; masks are inputs of the graph."""
+def test_multihead_attention_is_exported_with_a_dynamic_batch(name: str) -> None:
+    """Masks are inputs of the graph."""
     model = Calls(name).eval()
-    graph = exported(model, tokens(), padding())
-    for ignore in (padding(), padding().roll(1, 0), torch.zeros_like(padding())):
-        agree(graph(tokens(), ignore), model(tokens(), ignore))
+    graph = exported(model, tokens(), padding(), dynamic_shapes={"x": {0: BATCH_DIM}, "ignore": {0: BATCH_DIM}})
+    for ignore in (padding(), padding().roll(1, 0), torch.zeros_like(padding()), padding()[:2], padding().repeat(2, 1)):
+        x = tokens(len(ignore))
+        agree(graph(x, ignore), model(x, ignore))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("longformer", {"window": 9, "global_tokens": 2}),
+        ("longformer", {"window": 9, "dilation": 2, "global_tokens": 2}),
+        ("sliding_window", {"window": 9}),
+        ("sliding_window", {"window": 9, "dilation": 2, "sinks": 2, "sink_logits": True}),
+    ],
+    ids=str,
+)
+def test_whole_blocks_are_exported_with_a_dynamic_batch(name: str, options: dict[str, Any]) -> None:
+    model = Calls("standard").eval()
+    model.attention = attnzoo.MultiheadAttention(SIZE, HEADS, batch_first=True, attention=name, attention_options=options).eval()
+    x, ignore = torch.randn(3, 230, SIZE, generator=torch.Generator().manual_seed(1)), torch.arange(230) >= torch.tensor([[230], [150], [201]])
+    graph = exported(model, x, ignore, dynamic_shapes={"x": {0: BATCH_DIM}, "ignore": {0: BATCH_DIM}})
+    for rows in ([0, 1, 2], [2, 0], [1, 1, 0, 2, 2]):
+        agree(graph(x[rows], ignore[rows]), model(x[rows], ignore[rows]))

@@ -19,10 +19,9 @@ def macs(attention: Attention, cell: Cell) -> int | None:
     """Multiply-accumulates of one pass, as `Row.macs` describes them; None for decoding, which moves its state and multiplies little."""
     if cell.phase == "decode":
         return None
-    cost = attention.cost(cell.shape.batch_size, cell.length, is_causal=cell.is_causal)
-    core = cost.support_macs if attention.spec.family == "exact" else cost.macs
+    core = attention.cost(cell.shape.batch_size, cell.length, is_causal=cell.is_causal).kernel_macs
     tokens = cell.shape.batch_size * cell.length
-    return (core + tokens * _weights(cell)) * (TRAINING_MACS if cell.phase == "forward+backward" else 1)
+    return (core + tokens * _weights(attention, cell)) * (TRAINING_MACS if cell.phase == "forward+backward" else 1)
 
 
 def least_bytes(attention: Attention, cell: Cell) -> int:
@@ -34,7 +33,7 @@ def least_bytes(attention: Attention, cell: Cell) -> int:
         return (attention.cost(shape.batch_size, cell.length, is_causal=True).state_elements + 4 * token) * size
     if cell.level == "core":
         return TENSORS[cell.phase] * token * cell.length * size
-    return (ACTIVATIONS[cell.phase] * token * cell.length + WEIGHTS[cell.phase] * _weights(cell)) * size
+    return (ACTIVATIONS[cell.phase] * token * cell.length + WEIGHTS[cell.phase] * _weights(attention, cell)) * size
 
 
 def exact(cell: Cell) -> Attention:
@@ -42,7 +41,8 @@ def exact(cell: Cell) -> Attention:
     return build("standard", heads=cell.shape.heads, head_dim=cell.shape.head_dim)
 
 
-def _weights(cell: Cell) -> int:
+def _weights(attention: Attention, cell: Cell) -> int:
     """Numbers in the matrices around the core, each met once by every token."""
     width = cell.shape.heads * cell.shape.head_dim
-    return {"core": 0, "multihead": 4, "layer": 4 + 2 * FEED_FORWARD}[cell.level] * width**2
+    around_core = 3 if attention.shares_qk else 4
+    return {"core": 0, "multihead": around_core, "layer": around_core + 2 * FEED_FORWARD}[cell.level] * width**2

@@ -67,8 +67,7 @@ class CountedVariant:
 
     def macs(self, n: int, is_causal: bool) -> int:
         """MACs that a good kernel executes: the masked half of exact attention is skipped, as FlashAttention does."""
-        cost = self.cost(n, is_causal)
-        return cost.support_macs if self.spec.family == "exact" else cost.macs
+        return self.cost(n, is_causal).kernel_macs
 
     def moved_bytes(self, n: int) -> int:
         """The least that one forward moves (`Cost.moved_bytes`)."""

@@ -60,6 +60,7 @@ class Cost:
     """What one forward costs, without key_mask and attn_mask. One MAC is one multiply-accumulate; flops = 2 · macs.
 
     macs: what the fast backend executes, counted as torch and fvcore count it (SDPA with is_causal counts in full).
+    skipped_macs: of macs, those of the half that a causal mask hides and that a kernel like FlashAttention passes over; 0 where scores are laid out.
     support_macs: what A's support alone needs (a causal A of length n has n(n+1)/2 pairs).
     elementwise: operations of softmax (3 a score), exponentials and divisions that the fast backend executes, as `count_flops` counts them.
     parameters: learned numbers; buffers, such as Performer's directions, are not among them.
@@ -77,6 +78,7 @@ class Cost:
 
     macs: int
     support_macs: int
+    skipped_macs: int = 0
     elementwise: int = 0
     parameters: int = 0
     moved_bytes: int = 0
@@ -90,6 +92,11 @@ class Cost:
     @property
     def flops(self) -> int:
         return 2 * self.macs
+
+    @property
+    def kernel_macs(self) -> int:
+        """What a good kernel executes: macs without those it skips."""
+        return self.macs - self.skipped_macs
 
 
 class State(Protocol):

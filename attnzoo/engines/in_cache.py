@@ -89,11 +89,11 @@ def parts_at_a_time(size: int, keys: int, threads: int | None = None) -> int:
     return max(1, SCORES // (size * keys)) * (threads or torch.get_num_threads())
 
 
-def serves(engine: Softmax, call: Call, sink_logits: Tensor | None = None) -> bool:
+def serves(engine: Softmax, call: Call) -> bool:
     """Whether `attend` is the way: on a CPU, without dropout, and where neither a graph nor a transform wants to see torch's SDPA."""
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
     drops = engine.dropout > 0 and engine.training
-    looked_at = (call.q, call.k, call.v) if sink_logits is None else (call.q, call.k, call.v, sink_logits)
+    looked_at = (call.q, call.k, call.v) if call.sink_logits is None else (call.q, call.k, call.v, call.sink_logits)
     return call.q.device.type == "cpu" and call.q.dtype in DTYPES and not recorded and not drops and only_autograd_looks(*looked_at)
 
 
@@ -109,7 +109,7 @@ def attend(
 ) -> Tensor:
     """A·v by pieces that hold every row once. key_cap: `cap` of the keys, (batch or 1, key_length). table: whatever `pieces` wants.
     sink_logits: (heads,), one more term in the sum of every row."""
-    scale = q.shape[3] ** -0.5 if engine.scale is None else engine.scale
+    scale = engine.scale_of(q)
     return _Attend.apply(q, k, v, key_cap, table, None if sink_logits is None else sink_logits.to(q.dtype), pieces, scale)
 
 

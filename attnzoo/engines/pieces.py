@@ -23,6 +23,16 @@ def at_a_time(parts: int, numbers: int, limit: int, like: Tensor) -> int:
     return max(1, min(parts, limit // numbers))
 
 
+def samples_at_a_time(batch_size: int) -> list[slice]:
+    """One sample at a time, so that what is fetched for it is soon done with; in a compiled graph all together, so that it is one for any batch."""
+    return [slice(None)] if torch.compiler.is_compiling() else [slice(sample, sample + 1) for sample in range(batch_size)]
+
+
+def mask_of_heads(mask: Tensor, kv_heads: int) -> Tensor:
+    """The mask of some samples, (samples, parts, rows, keys), for samples and heads in one dimension; that of one sample serves all heads."""
+    return mask[:, None].expand(-1, kv_heads, -1, -1, -1).flatten(0, 1) if torch.compiler.is_compiling() else mask
+
+
 def join(pieces: Iterable[Tensor], length: int, dim: int) -> Tensor:
     """As torch.cat of pieces that fill `length` along `dim`. Where no gradient will be asked for, each is written to its place as
     it comes, so that no second copy of the result is held. `pieces` is not asked further once the length is full."""

@@ -16,6 +16,8 @@ from attnzoo.engines import memory, peaks, softmax_xformers
 from attnzoo.engines.cache import KeyValueCache
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Engine, Shape, accumulation_dtype, causal_pairs, never_refuses
 
+LANES = 8  # features of a head come in multiples of so many, for the sake of kernels
+
 
 class Softmax(Engine):
     """Exact softmax attention. scale: factor of the scores (default 1/sqrt(head_dim)); dropout: probability, in training only."""
@@ -24,6 +26,10 @@ class Softmax(Engine):
         super().__init__()
         self.scale = check_scale(scale)
         self.dropout = check_dropout(dropout)
+
+    def scale_of(self, q: Tensor) -> float:
+        """The factor of the scores of these queries."""
+        return q.shape[-1] ** -0.5 if self.scale is None else self.scale
 
     def init_state(self, batch_size: int, kv_heads: int, head_dim: int, max_length: int | None, dtype: torch.dtype, device: Any) -> KeyValueCache:
         return KeyValueCache.empty(batch_size, kv_heads, head_dim, max_length, None, dtype, device)
@@ -35,7 +41,8 @@ class Softmax(Engine):
         pairs = shape.query_length * shape.key_length
         support = causal_pairs(shape.query_length, shape.key_length) if shape.is_causal else pairs
         cost = softmax_cost(shape, shape.heads * pairs, shape.heads * support, None, memory.full(shape))
-        return replace(cost, forward_bytes=peaks.forward(shape), training_bytes=peaks.training(shape))
+        skipped = cost.macs - cost.support_macs
+        return replace(cost, skipped_macs=skipped, forward_bytes=peaks.forward(shape), training_bytes=peaks.training(shape))
 
 
 def softmax_cost(shape: Shape, pairs: int, support: int, reach: int | None, kept_bytes: int | None) -> Cost:
@@ -58,7 +65,7 @@ def softmax_cost(shape: Shape, pairs: int, support: int, reach: int | None, kept
 def attend_to_cache(engine: Engine, call: Call, state: KeyValueCache, backend: str) -> tuple[Tensor, KeyValueCache, str]:
     """Decode with any engine that reads keys and values: append, then one causal call, aligned bottom-right."""
     state = state.append(call)
-    out, name = engine(Call(call.q, state.k, state.v, state.key_mask, None, True), backend)
+    out, name = engine(Call(call.q, state.k, state.v, state.key_mask, None, True, sink_logits=call.sink_logits), backend)
     return out, state, name
 
 
@@ -87,17 +94,17 @@ def additive(call: Call) -> Tensor | None:
     return call.attn_mask if call.attn_mask is not None and call.attn_mask.is_floating_point() else None
 
 
-def attend_densely(engine: Softmax, call: Call, mask: Tensor | None, sink_logits: Tensor | None = None) -> Tensor:
-    """Form A whole under `mask` and the call's additive mask, and multiply. sink_logits: (heads,), as in `masked_softmax`."""
+def attend_densely(engine: Softmax, call: Call, mask: Tensor | None) -> Tensor:
+    """Form A whole under `mask` and the call's additive mask, and multiply."""
     group, dtype = call.group, accumulation_dtype(call.q.dtype)
     q, k, v = call.q.to(dtype), repeat_heads(call.k, group).to(dtype), repeat_heads(call.v, group).to(dtype)
-    scores = einsum(q, k, "b h i d, b h j d -> b h i j") * (call.q.shape[3] ** -0.5 if engine.scale is None else engine.scale)
+    scores = einsum(q, k, "b h i d, b h j d -> b h i j") * engine.scale_of(call.q)
     bias = additive(call)
     if bias is not None:
         scores = scores + bias.to(dtype)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    logits = None if sink_logits is None else sink_logits[:, None, None]
+    logits = None if call.sink_logits is None else call.sink_logits[:, None, None]
     attention = F.dropout(masked_softmax(scores, logits), engine.dropout, engine.training)
     return einsum(attention, v, "b h i j, b h j d -> b h i d").to(call.q.dtype)
 
@@ -109,7 +116,7 @@ def _reference(engine: Softmax, call: Call) -> Tensor:
 def attend_openly(engine: Softmax, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sink_logits: Tensor) -> Tensor:
     """As `sdpa`, which knows no sink logits, with scores that autograd holds. sink_logits: as in `masked_softmax`."""
     dtype = accumulation_dtype(q.dtype)
-    scores = (q.to(dtype) @ k.to(dtype).mT) * (q.shape[-1] ** -0.5 if engine.scale is None else engine.scale)
+    scores = (q.to(dtype) @ k.to(dtype).mT) * engine.scale_of(q)
     attention = masked_softmax(scores.masked_fill(~mask, float("-inf")), sink_logits)
     return (F.dropout(attention, engine.dropout, engine.training) @ v.to(dtype)).to(q.dtype)
 
@@ -129,7 +136,27 @@ def masked_softmax(scores: Tensor, sink_logits: Tensor | None = None) -> Tensor:
 def _sdpa(engine: Softmax, call: Call) -> Tensor:
     mask, bias = _sdpa_masks(call)
     is_causal = bool(call.is_causal and mask is None and call.query_length > 1)
-    return sdpa(engine, call.q, call.k, call.v, mask, bias, is_causal=is_causal)
+    if call.sink_logits is None:
+        return sdpa(engine, call.q, call.k, call.v, mask, bias, is_causal=is_causal)
+    q, k, v = _with_sink_slot(call, call.sink_logits, engine.scale_of(call.q), with_query=is_causal)
+    mask, bias = (None if x is None else F.pad(x.expand(*x.shape[:-1], call.key_length), (1, 0), value=x.dtype == torch.bool) for x in (mask, bias))
+    out = sdpa(engine, q, k, v, mask, bias, is_causal=is_causal, scale=engine.scale_of(call.q))
+    return out[:, :, int(is_causal) :, : call.v.shape[3]]
+
+
+def _with_sink_slot(call: Call, sink_logits: Tensor, scale: float, *, with_query: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v for an SDPA that knows no sink logits: a slot in front whose score is every row's logit and whose value is 0.
+
+    For it q and k get a feature more, and v a column; kernels want as many in all three, and a multiple of 8. with_query: the slot has a
+    query too, of zeros, so that torch's causal square stays one.
+    """
+    spare = LANES - call.q.shape[3] % LANES
+    logits = (sink_logits.to(accumulation_dtype(call.q.dtype)) / scale).to(call.q.dtype)[:, None, None]
+    rows = logits.expand(*call.q.shape[:3], 1)
+    q = torch.cat([call.q, F.pad(rows, (0, spare - 1))], 3)
+    slot = F.pad(call.k.new_ones(*call.k.shape[:2], 1, 1), (call.k.shape[3], spare - 1))
+    k = torch.cat([slot, F.pad(call.k, (0, spare))], 2)
+    return F.pad(q, (0, 0, int(with_query), 0)), k, F.pad(call.v, (0, spare, 1, 0))
 
 
 def sdpa(
@@ -142,17 +169,19 @@ def sdpa(
     *,
     is_causal: bool = False,
     every_row_sees: bool = False,
+    scale: float | None = None,
 ) -> Tensor:
     """torch's SDPA with the engine's scale and dropout; rows that see no key are 0.
 
     is_causal is torch's own (square, without masks). every_row_sees: the caller knows that no row of `mask` is empty, which
-    spares a pass over the output.
+    spares a pass over the output. scale: instead of the engine's.
     """
     dropout, grouped = engine.dropout if engine.training else 0.0, bool(q.shape[1] != k.shape[1])
     empty = None
     if not every_row_sees and not (mask is None and bias is None):
         mask, empty = merge_masks(mask, bias)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=engine.scale, enable_gqa=grouped)
+    scale = engine.scale if scale is None else scale
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale, enable_gqa=grouped)
     return out if empty is None else out.masked_fill(empty, 0.0)
 
 
@@ -178,6 +207,8 @@ def merge_masks(mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def _sdpa_why_not(engine: Softmax, call: Call) -> str | None:
+    if call.sink_logits is not None and engine.scale == 0:
+        return "SDPA makes scores of products, and scale=0 leaves none to make sink_logits of"
     if call.attn_mask is not None and call.attn_mask.is_floating_point() and call.attn_mask.dtype != call.q.dtype:
         return f"SDPA wants an additive attn_mask of q's dtype {call.q.dtype}, got {call.attn_mask.dtype}"
     return None

@@ -40,6 +40,7 @@ class Tiled(Softmax):
         return Cost(
             macs=2 * heads * pairs * shape.head_dim,
             support_macs=2 * heads * support * shape.head_dim,
+            skipped_macs=2 * heads * (pairs - support) * shape.head_dim,
             elementwise=heads * (pairs + rescaled + shape.query_length * shape.head_dim),
             moved_bytes=whole.moved_bytes,
             kept_bytes=shape.input_bytes + fused(shape, shape.heads * shape.query_length),

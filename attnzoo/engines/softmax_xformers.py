@@ -45,6 +45,8 @@ def why_not(engine: Softmax, call: Call) -> str | None:
         return f"xformers has no {call.q.dtype} kernel: use float16, bfloat16 or float32"
     if call.key_mask is not None or call.attn_mask is not None:
         return "a key_mask or attn_mask would have to be laid out as a dense bias for xformers: leave it to sdpa"
+    if call.sink_logits is not None:
+        return "xformers has no place for sink_logits: leave them to sdpa"
     if call.is_causal and call.offset < 0:
         return f"query_length={call.query_length} is over key_length={call.key_length}: the first rows see nothing, which xformers has no mask for"
     for name, width in (("head_dim", call.q.shape[3]), ("value_dim", call.v.shape[3])):

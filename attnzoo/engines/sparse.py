@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,11 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.call import Call
-from attnzoo.engines import in_cache, sparse_blocks, sparse_columns, sparse_dilated, sparse_flex, sparse_memory, sparse_peaks, sparse_windows
+from attnzoo.engines import (
+    in_cache,
+    memory,
+    peaks,
+    sparse_blocks,
+    sparse_columns,
+    sparse_dilated,
+    sparse_flex,
+    sparse_memory,
+    sparse_peaks,
+    sparse_windows,
+)
 from attnzoo.engines.cache import KeyValueCache
-from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Shape, never_refuses
+from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Shape, causal_pairs, never_refuses
 from attnzoo.engines.sink_cache import SinkCache
-from attnzoo.engines.softmax import Softmax, attend_densely, softmax_cost, visible
+from attnzoo.engines.softmax import Softmax, attend_densely, sdpa, softmax_cost, visible
 from attnzoo.engines.sparse_columns import Columns
 from attnzoo.patterns import BlockPattern, Grid, Pattern, Window, grid_of
 
@@ -32,6 +42,9 @@ class Sparse(Softmax):
         self.pattern = pattern
         self.sink_logits = nn.Parameter(torch.zeros(sink_logits)) if sink_logits else None
 
+    def forward(self, call: Call, backend: str = "auto") -> tuple[Tensor, str]:
+        return super().forward(call if self.sink_logits is None else replace(call, sink_logits=self.sink_logits), backend)
+
     def init_state(self, batch_size: int, kv_heads: int, head_dim: int, max_length: int | None, dtype: torch.dtype, device: Any) -> Any:
         if isinstance(self.pattern, Window) and self.pattern.sinks:
             return SinkCache.empty(batch_size, kv_heads, head_dim, max_length, self.pattern, dtype, device)
@@ -40,7 +53,11 @@ class Sparse(Softmax):
 
     def cost(self, shape: Shape) -> Cost:
         grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
-        if isinstance(self.pattern, Window):
+        whole = self._is_whole(shape.query_length, shape.key_length, shape.is_causal) and self.sink_logits is None
+        if whole:
+            executed, support = shape.heads * shape.query_length**2, shape.heads * causal_pairs(shape.query_length, shape.key_length)
+            kept, found = memory.full(shape), (peaks.forward(shape), peaks.training(shape))
+        elif isinstance(self.pattern, Window):
             executed, support = sparse_dilated.count_executed(self.pattern, shape), sparse_dilated.count_support(self.pattern, grid)
             kept, found = sparse_memory.windows(self.pattern, shape), sparse_peaks.windows(self.pattern, shape)
         elif isinstance(self.pattern, BlockPattern):
@@ -51,8 +68,23 @@ class Sparse(Softmax):
             support, kept, found = _count_pairs(self.pattern, grid), None, None
         forward_bytes, training_bytes = found or (None, None)
         cost = softmax_cost(shape, executed, support, self.pattern.remembers, kept)
-        cost = replace(cost, forward_bytes=forward_bytes, training_bytes=training_bytes)
+        skipped = cost.macs - cost.support_macs if whole else 0
+        cost = replace(cost, skipped_macs=skipped, forward_bytes=forward_bytes, training_bytes=training_bytes)
         return cost if self.sink_logits is None else self._with_logits(cost, shape, len(self.sink_logits))
+
+    def attend_whole(self, call: Call) -> Tensor | None:
+        """A·v as exact attention computes it, where nothing but causality hides a key; else None."""
+        grid = grid_of(call)
+        if call.key_mask is None and call.sink_logits is None and self._is_whole(grid.query_length, grid.key_length, grid.is_causal):
+            return sdpa(self, call.q, call.k, call.v, is_causal=grid.query_length > 1)
+        return None
+
+    def _is_whole(self, query_length: int, key_length: int, is_causal: bool) -> bool:
+        """Whether a call is a causal square in which the window reaches from the last query to the first key."""
+        pattern = self.pattern
+        if not isinstance(pattern, Window) or set(pattern.dilations) != {1} or pattern.sinks:
+            return False
+        return is_causal and query_length == key_length <= pattern.window
 
     def _with_logits(self, cost: Cost, shape: Shape, logits: int) -> Cost:
         """One more term in the softmax of every row."""
@@ -82,24 +114,28 @@ def _count_pairs(pattern: Pattern, grid: Grid) -> int:
 def reference(engine: Sparse, call: Call) -> Tensor:
     """A·v by the pattern's mask over n × n."""
     mask, pattern = visible(call), engine.pattern.mask(grid_of(call))
-    return attend_densely(engine, call, pattern if mask is None else pattern & mask, engine.sink_logits)
+    return attend_densely(engine, call, pattern if mask is None else pattern & mask)
 
 
 def _blocks(engine: Sparse, call: Call) -> Tensor:
     if isinstance(engine.pattern, Window):
-        return sparse_dilated.attend(engine.pattern, call, partial(_window, engine))
+        whole = engine.attend_whole(call)
+        return attend_windows(engine, engine.pattern, call) if whole is None else whole
     assert isinstance(engine.pattern, BlockPattern)
     return sparse_blocks.attend(engine, engine.pattern, call, grid_of(call))
 
 
-def _window(engine: Sparse, window: Window, call: Call, heads: Sequence[int]) -> Tensor:
-    grid, logits = grid_of(call), engine.sink_logits
-    if logits is not None and len(heads) < len(logits):
-        logits = logits[list(heads)]
-    if window.sinks or not (logits is None or in_cache.serves(engine, call, logits)):
-        call, columns = _with_sinks(call, min(window.sinks, grid.key_length))
-        return sparse_columns.attend(engine, window, call, grid, columns, logits)
-    return sparse_windows.attend(engine, window, call, grid, logits)
+def attend_windows(engine: Sparse, pattern: Window, call: Call) -> Tensor:
+    """A·v for a window of any dilation, with or without sinks."""
+    return sparse_dilated.by_dilation(pattern, call, partial(_window, engine))
+
+
+def _window(engine: Sparse, window: Window, call: Call) -> Tensor:
+    """For heads of one dilation."""
+    if window.sinks or not (call.sink_logits is None or in_cache.serves(engine, call)):
+        near, columns = _with_sinks(call, min(window.sinks, grid_of(call).key_length))
+        return sparse_columns.attend_dilated(engine, window, near, columns)
+    return sparse_dilated.of_one_dilation(window, call, lambda plain, part: sparse_windows.attend(engine, plain, part, grid_of(part)))
 
 
 def _with_sinks(call: Call, count: int) -> tuple[Call, Columns]:

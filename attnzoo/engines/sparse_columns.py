@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines import in_cache, sparse_windows
-from attnzoo.engines.pieces import join
+from attnzoo.engines import in_cache, sparse_dilated, sparse_windows
+from attnzoo.engines.pieces import join, mask_of_heads, samples_at_a_time
 from attnzoo.engines.softmax import Softmax, attend_openly, sdpa
-from attnzoo.patterns import Grid, Window
+from attnzoo.patterns import Grid, Window, grid_of
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,38 @@ class Columns:
     def count(self) -> int:
         return self.k.shape[2]
 
+    def in_classes(self, dilation: int, places: int) -> Columns:
+        """The same for every residue class, folded into the batch, with slots in places: those that causality shows to the same rows."""
+        k, v, real = (x.repeat_interleave(dilation, 0) for x in (self.k, self.v, self.real))
+        classes = torch.arange(dilation, device=k.device)[:, None]
+        rounded_up = torch.arange(places + 1, device=k.device).repeat_interleave(dilation)  # of a position, by looking it up: no division to count
+        return Columns(k, v, real, rounded_up[self.slots[:, None] - classes + dilation - 1].flatten(0, 1))
 
-def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid, columns: Columns, sink_logits: Tensor | None = None) -> Tensor:
-    """A·v for a plain window and columns, which the call's key_mask hides from the window. sink_logits: (heads,), see `Sparse`."""
+
+def attend_dilated(engine: Softmax, window: Window, call: Call, columns: Columns) -> Tensor:
+    """As `attend`, for a window of one dilation, whatever that is."""
+
+    def attend_plain(plain: Window, part: Call) -> Tensor:
+        its_columns = columns
+        if window.dilation != 1:
+            if call.query_length == 1:  # the last position, which sees every column
+                its_columns = replace(columns, slots=torch.zeros_like(columns.slots))
+            else:
+                its_columns = columns.in_classes(part.k.shape[0] // call.k.shape[0], part.key_length)
+        return attend(engine, plain, part, grid_of(part), its_columns)
+
+    return sparse_dilated.of_one_dilation(window, call, attend_plain)
+
+
+def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid, columns: Columns) -> Tensor:
+    """A·v for a plain window and columns, which the call's key_mask hides from the window."""
     if in_cache.serves(engine, call):
         k, v = torch.cat([call.k, columns.k], 2), torch.cat([call.v, columns.v], 2)
         assert call.key_mask is not None
         key_cap = in_cache.cap(torch.cat([call.key_mask, columns.real], 1), call.q)
         table = columns.slots if call.is_causal else None
-        return in_cache.attend(engine, call.q, k, v, key_cap, table, partial(_pieces, pattern, grid, columns.count), sink_logits)
-    return join(_rows(engine, pattern, call, columns, grid, sink_logits), call.query_length, 2)
+        return in_cache.attend(engine, call.q, k, v, key_cap, table, partial(_pieces, pattern, grid, columns.count), call.sink_logits)
+    return join(_rows(engine, pattern, call, columns, grid), call.query_length, 2)
 
 
 @dataclass(frozen=True)
@@ -97,19 +119,18 @@ def _pieces(pattern: Window, grid: Grid, count: int, q: Tensor, slots: Tensor | 
     return [pieces for pieces in heads for _ in range(grid.heads)]
 
 
-def _rows(engine: Softmax, pattern: Window, call: Call, columns: Columns, grid: Grid, sink_logits: Tensor | None) -> Iterator[Tensor]:
+def _rows(engine: Softmax, pattern: Window, call: Call, columns: Columns, grid: Grid) -> Iterator[Tensor]:
     """The rows of every piece in order, by torch's SDPA: its keys with the columns beside them."""
     found, pieces = sparse_windows.plan(pattern, grid), sparse_windows.edges(pattern, grid)
     if found.blocks:
-        before = 1 if found.start else 0
-        pieces[before:before] = sparse_windows.middles(found, grid, call)
+        pieces = sorted([*pieces, *sparse_windows.middles(found, grid, call)])
     spans = tuple((low, high) for _, _, low, high in pieces)
     queries = call.q.split([end - first for first, end, _, _ in pieces], 2)
     keys, values = sparse_windows.spans(call.k, spans), sparse_windows.spans(call.v, spans)
     for (first, end, low, high), q, k, v in zip(pieces, queries, keys, values, strict=True):
         middle = found.blocks > 0 and found.start <= first < found.stop
         size, width = (sparse_windows.BLOCK, found.slice_length) if middle else (end - first, high - low)
-        yield _piece(engine, pattern, replace(call, q=q, k=k, v=v), columns, grid, (first, low), (size, width), sink_logits)
+        yield _piece(engine, pattern, replace(call, q=q, k=k, v=v), columns, grid, (first, low), (size, width))
 
 
 def _piece(
@@ -120,7 +141,6 @@ def _piece(
     grid: Grid,
     start: tuple[int, int],
     shape: tuple[int, int],
-    sink_logits: Tensor | None,
 ) -> Tensor:
     """Consecutive rows, `size` to a part, against `width` keys each and the columns. call: its q, k and v are the piece's.
     start: the first row, and the first key. shape: size, width."""
@@ -131,23 +151,25 @@ def _piece(
     slots = low + torch.arange(parts, device=device)[:, None, None] * size + torch.arange(width, device=device)
     near = sparse_windows.band(pattern, grid, positions[0, :, 0], slots[0, 0])  # (size, width), the same in every part
     q = call.q.reshape(batch, kv_heads, call.group, parts, size, head_dim).transpose(2, 3).flatten(3, 4)
-    logits = None if sink_logits is None else sink_logits.view(kv_heads, call.group).repeat_interleave(size, 1)[:, None, :, None]
-    samples = []
-    for sample in range(batch):
+    outs = []
+    for some in samples_at_a_time(batch):
         k, v = (
-            torch.cat([_slices(x[sample], width, size, parts), column[sample, :, None].expand(-1, parts, -1, -1)], 2)
+            torch.cat([_slices(x[some].flatten(0, 1), width, size, parts), column[some].flatten(0, 1)[:, None].expand(-1, parts, -1, -1)], 2)
             for x, column in ((call.k, columns.k), (call.v, columns.v))
         )
-        visible = near.expand(parts, -1, -1) if call.key_mask is None else near & call.key_mask[sample][slots]
-        visible_columns = columns.real[sample].expand(parts, size, -1)
+        real = columns.real[some]
+        visible = near.expand(real.shape[0], parts, -1, -1) if call.key_mask is None else near & call.key_mask[some][:, slots]
+        visible_columns = real[:, None, None].expand(-1, parts, size, -1)
         if grid.is_causal:
-            visible_columns = visible_columns & (columns.slots[sample] <= positions)
-        mask = torch.cat([visible, visible_columns], 2).repeat(1, call.group, 1)[None]
-        if logits is None:
-            samples.append(sdpa(engine, q[sample], k, v, mask))
+            visible_columns = visible_columns & (columns.slots[some][:, None, None] <= positions)
+        mask = mask_of_heads(torch.cat([visible, visible_columns], 3).repeat(1, 1, call.group, 1), kv_heads)
+        queries = q[some].flatten(0, 1)
+        if call.sink_logits is None:
+            outs.append(sdpa(engine, queries, k, v, mask))
         else:
-            samples.append(attend_openly(engine, q[sample], k, v, mask, logits))
-    out = torch.stack(samples)  # (batch, kv_heads, parts, group · size, d)
+            logits = call.sink_logits.view(kv_heads, call.group).repeat_interleave(size, 1)[:, None, :, None].repeat(real.shape[0], 1, 1, 1)
+            outs.append(attend_openly(engine, queries, k, v, mask, logits))
+    out = torch.cat(outs).unflatten(0, (-1, kv_heads))  # (batch, kv_heads, parts, group · size, d)
     return out.unflatten(3, (call.group, size)).transpose(2, 3).reshape(batch, heads, rows, -1)
 
 

@@ -5,7 +5,7 @@ The residue classes are folded into the batch, and whatever attends to plain win
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from attnzoo.engines import sparse_windows
 from attnzoo.engines.engine import Shape
 from attnzoo.patterns import Grid, Window
 
-AttendWindow = Callable[[Window, Call, Sequence[int]], Tensor]  # a window's A·v for these heads
+AttendWindow = Callable[[Window, Call], Tensor]  # a window's A·v
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,16 @@ class Fold:
 
 def attend(pattern: Window, call: Call, attend_window: AttendWindow) -> Tensor:
     """A·v for a window of any dilation, by what attends to plain ones."""
-    return by_dilation(pattern, call, lambda window, part, heads: of_one_dilation(window, part, heads, attend_window))
+    return by_dilation(pattern, call, lambda window, part: of_one_dilation(window, part, attend_window))
 
 
 def by_dilation(pattern: Window, call: Call, attend_heads: AttendWindow) -> Tensor:
     """A·v, the heads of every dilation by themselves: attend_heads takes their window, which has one dilation, and their part of the call."""
     groups = pattern.heads_by_dilation(call.q.shape[1])
     if len(groups) == 1:
-        ((dilation, heads),) = groups.items()
-        return attend_heads(replace(pattern, dilation=dilation), call, heads)
-    outs = [attend_heads(replace(pattern, dilation=dilation), _heads(call, heads), heads) for dilation, heads in groups.items()]
+        (dilation,) = groups
+        return attend_heads(replace(pattern, dilation=dilation), call)
+    outs = [attend_heads(replace(pattern, dilation=dilation), _heads(call, heads)) for dilation, heads in groups.items()]
     order = torch.tensor([head for heads in groups.values() for head in heads], device=call.q.device)
     return torch.cat(outs, 1).index_select(1, order.argsort())
 
@@ -87,7 +87,8 @@ def _heads(call: Call, heads: list[int]) -> Call:
     """The call of some heads alone. A key-value head is repeated where the heads that share it are not all equally many here."""
     kv_heads = kv_heads_of(heads, call.group)
     q, kv = (torch.tensor(some, device=call.q.device) for some in (heads, kv_heads))
-    return replace(call, q=call.q.index_select(1, q), k=call.k.index_select(1, kv), v=call.v.index_select(1, kv))
+    logits = None if call.sink_logits is None else call.sink_logits.index_select(0, q)
+    return replace(call, q=call.q.index_select(1, q), k=call.k.index_select(1, kv), v=call.v.index_select(1, kv), sink_logits=logits)
 
 
 def kv_heads_of(heads: list[int], group: int) -> list[int]:
@@ -97,20 +98,20 @@ def kv_heads_of(heads: list[int], group: int) -> list[int]:
     return distinct if wanted == [one for one in distinct for _ in range(len(heads) // len(distinct))] else wanted
 
 
-def of_one_dilation(pattern: Window, call: Call, heads: Sequence[int], attend_window: AttendWindow) -> Tensor:
+def of_one_dilation(pattern: Window, call: Call, attend_window: AttendWindow) -> Tensor:
     """A·v for a window of one dilation; attend_window takes the plain window, and the call with its residue classes folded into the batch. A
     single query stays one: its own class is all that it sees."""
     assert isinstance(pattern.dilation, int)
     dilation, plain = pattern.dilation, replace(pattern, dilation=1)
     if dilation == 1:
-        return attend_window(plain, call, heads)
+        return attend_window(plain, call)
     if call.query_length == 1:  # decoding: the last position sees its own class alone
         own = slice((call.key_length - 1) % dilation, None, dilation)
         key_mask = None if call.key_mask is None else call.key_mask[:, own]
-        return attend_window(plain, replace(call, k=call.k[:, :, own], v=call.v[:, :, own], key_mask=key_mask), heads)
+        return attend_window(plain, replace(call, k=call.k[:, :, own], v=call.v[:, :, own], key_mask=key_mask))
     fold = Fold.of(dilation, call.query_length, call.key_length)
     folded = replace(call, q=fold.queries(call.q), k=fold.keys(call.k), v=fold.keys(call.v), key_mask=fold.key_mask(call))
-    return fold.rows(attend_window(plain, folded, heads), call.query_length)
+    return fold.rows(attend_window(plain, folded), call.query_length)
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def count_executed(pattern: Window, shape: Shape) -> int:
     plain, total = replace(pattern, dilation=1), 0
     for part in parts(pattern, shape):
         grid = Grid(part.heads, part.shape.query_length, part.shape.key_length, shape.is_causal)
-        pairs = sparse_windows.count_pairs(plain, grid) + grid.query_length * min(pattern.sinks, grid.key_length)
+        pairs = sparse_windows.count_pairs(plain, grid) + grid.query_length * min(pattern.sinks, shape.key_length)
         total += part.shape.batch_size // shape.batch_size * part.heads * pairs
     return total
 

@@ -33,7 +33,7 @@ SHAPE_CLASSES = 64  # graphs kept: dtype, causality, padding, gradients, heads a
 def attend(engine: Softmax, pattern: Pattern, call: Call, grid: Grid, flex: Callable[..., Any]) -> Tensor:
     """A·v by `flex`, FlexAttention compiled or not."""
     if isinstance(pattern, Window) and pattern.dilation != 1:
-        return sparse_dilated.attend(pattern, call, lambda window, part, _: attend(engine, window, part, grid_of(part), flex))
+        return sparse_dilated.attend(pattern, call, lambda window, part: attend(engine, window, part, grid_of(part), flex))
     ahead = rows_ahead(pattern, grid)
     q = torch.nn.functional.pad(call.q, (0, 0, ahead, 0)) if ahead else call.q
     mask = block_mask(pattern, call, grid)
@@ -163,7 +163,7 @@ def why_not(engine: Sparse, call: Call) -> str | None:
         return f"FlexAttention needs tensors on a CUDA device, got {call.q.device.type}"
     if not isinstance(engine.pattern, Window | BlockPattern):
         return f"the pattern {type(engine.pattern).__name__} has no layout in blocks"
-    if isinstance(engine.pattern, Window) and (engine.pattern.sinks or engine.sink_logits is not None):
+    if isinstance(engine.pattern, Window) and (engine.pattern.sinks or call.sink_logits is not None):
         return "its tables have no sinks, and its softmax no sink logits"
     if call.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"FlexAttention has no {call.q.dtype} kernel: use float16, bfloat16 or float32"

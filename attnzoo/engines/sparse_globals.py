@@ -6,7 +6,6 @@ the window itself they are hidden, so that a key counts once. The rows of the gl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from attnzoo.arguments import check_count
 from attnzoo.call import Call
-from attnzoo.engines import sparse_columns, sparse_dilated, sparse_flex, sparse_windows
+from attnzoo.engines import sparse_columns, sparse_dilated, sparse_flex
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
 from attnzoo.engines.global_cache import GlobalCache, fetched
 from attnzoo.engines.softmax import attend_densely, sdpa, softmax_cost, visible
-from attnzoo.engines.sparse import Sparse, grid_of
+from attnzoo.engines.sparse import Sparse, attend_windows, grid_of
 from attnzoo.engines.sparse_columns import Columns
 from attnzoo.patterns import Grid, Window
 
@@ -101,38 +100,23 @@ def slots_of(mask: Tensor, count: int) -> Tensor:
     return (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :count].clone()  # not a view: it is kept for the backward pass
 
 
-def _in_classes(columns: Columns, dilation: int, places: int) -> Columns:
-    """The same columns for every residue class, folded into the batch, with slots in places: those that causality shows to the same rows."""
-    k, v, real = (x.repeat_interleave(dilation, 0) for x in (columns.k, columns.v, columns.real))
-    classes = torch.arange(dilation, device=k.device)[:, None]
-    rounded_up = torch.arange(places + 1, device=k.device).repeat_interleave(dilation)  # of a position, by looking it up: no division to count
-    return Columns(k, v, real, rounded_up[columns.slots[:, None] - classes + dilation - 1].flatten(0, 1))
-
-
 def _blocks(engine: WindowAndGlobals, call: Call) -> Tensor:
     if call.global_mask is None:
-        return sparse_dilated.attend(engine.pattern, call, lambda window, part, _: sparse_windows.attend(engine, window, part, grid_of(part)))
+        whole = engine.attend_whole(call)
+        return attend_windows(engine, engine.pattern, call) if whole is None else whole
     assert call.global_counts is not None
     keys, queries = call.global_counts
     slots = slots_of(call.global_mask, keys)
-    out = sparse_dilated.by_dilation(engine.pattern, call, lambda window, part, heads: _of_heads(engine, window, part, heads, slots))
+    out = sparse_dilated.by_dilation(engine.pattern, call, lambda window, part: _of_heads(engine, window, part, slots))
     return _with_global_rows(engine, call, out, queries) if queries else out
 
 
-def _of_heads(engine: WindowAndGlobals, window: Window, call: Call, heads: Sequence[int], slots: Tensor) -> Tensor:
+def _of_heads(engine: WindowAndGlobals, window: Window, call: Call, slots: Tensor) -> Tensor:
     """The rows of heads of one dilation, all as if no query were global."""
     assert call.global_mask is not None
     columns = Columns(fetched(call.k, slots), fetched(call.v, slots), call.global_mask.gather(1, slots), slots)
     near = replace(call, key_mask=~call.global_mask if call.key_mask is None else call.key_mask & ~call.global_mask)
-
-    def attend(plain: Window, part: Call, _: Sequence[int]) -> Tensor:
-        classes = part.k.shape[0] // call.k.shape[0]
-        its_columns = _in_classes(columns, classes, part.key_length) if classes > 1 else columns
-        if call.query_length == 1:  # the last position, which sees every column
-            its_columns = replace(columns, slots=torch.zeros_like(slots))
-        return sparse_columns.attend(engine, plain, part, grid_of(part), its_columns)
-
-    return sparse_dilated.of_one_dilation(window, near, heads, attend)
+    return sparse_columns.attend_dilated(engine, window, near, columns)
 
 
 def _with_global_rows(engine: WindowAndGlobals, call: Call, out: Tensor, count: int) -> Tensor:

@@ -19,7 +19,7 @@ def windows(pattern: Window, shape: Shape) -> int | None:
     """Of every dilation, q, k and v laid out for it; and which heads are whose, where there are several. None in half precision where
     classes of positions differ in length and need a mask."""
     if pattern.sinks:
-        return _sinks(pattern, shape)
+        return _sinks(pattern, shape) if set(pattern.dilations) == {1} else None
     parts, kept = sparse_dilated.parts(pattern, shape), 0
     if len(parts) > 1:
         kept += INDEX_BYTES * (shape.heads + sum(part.heads + part.kv_heads for part in parts))

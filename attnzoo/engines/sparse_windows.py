@@ -11,12 +11,14 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines import in_cache
-from attnzoo.engines.pieces import at_a_time, join
+from attnzoo.engines.pieces import at_a_time, join, mask_of_heads, samples_at_a_time
 from attnzoo.engines.softmax import Softmax, sdpa
 from attnzoo.patterns import Grid, Window
 
 BLOCK = 64  # queries that share a slice: larger wastes scores outside the window, smaller starves the matmuls
 LINE = 16  # a slice is a multiple of so many keys, for the sake of aligned scores
+EDGE = 2 * BLOCK  # rows of an edge that share keys, where the edge is long
+LONG = 8 * BLOCK  # rows from which on an edge is cut
 SLICED = 2**21  # numbers in the gradient of the slices that are held at a time
 
 
@@ -45,9 +47,10 @@ def plan(pattern: Window, grid: Grid) -> Plan:
 
 
 def edges(pattern: Window, grid: Grid) -> list[tuple[int, int, int, int]]:
-    """Dense pieces as (first row, end row, first key, end key)."""
+    """Dense pieces as (first row, end row, first key, end key). A long edge is cut, lest it be a rectangle around little more than a triangle."""
     found = plan(pattern, grid)
-    spans = [(0, found.start), (found.stop, grid.query_length)] if found.blocks else [(0, grid.query_length)]
+    ends = [(0, found.start), (found.stop, grid.query_length)] if found.blocks else [(0, grid.query_length)]
+    spans = [span for first, end in ends for span in _cut(first, end)]
     after = 1 if grid.is_causal else pattern.window
     pieces = []
     for first, end in spans:
@@ -58,21 +61,26 @@ def edges(pattern: Window, grid: Grid) -> list[tuple[int, int, int, int]]:
     return pieces
 
 
+def _cut(first: int, end: int) -> Iterator[tuple[int, int]]:
+    rows = EDGE if end - first >= LONG else max(1, end - first)
+    for start in range(first, end, rows):
+        yield start, min(start + rows, end)
+
+
 def count_pairs(pattern: Window, grid: Grid) -> int:
     """(query, key) pairs of one head that are computed."""
     found = plan(pattern, grid)
     return found.blocks * BLOCK * found.slice_length + sum((end - first) * (high - low) for first, end, low, high in edges(pattern, grid))
 
 
-def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid, sink_logits: Tensor | None = None) -> Tensor:
-    """A·v for a window pattern: the first edge, the whole blocks, the last edge. sink_logits: (heads,), where `in_cache` serves."""
-    if in_cache.serves(engine, call, sink_logits):
+def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid) -> Tensor:
+    """A·v for a window pattern: the first edge, the whole blocks, the last edge. Sink logits only where `in_cache` serves."""
+    if in_cache.serves(engine, call):
         key_cap = None if call.key_mask is None else in_cache.cap(call.key_mask, call.q)
-        return in_cache.attend(engine, call.q, call.k, call.v, key_cap, None, lambda q, _: [pieces(pattern, grid, q)] * grid.heads, sink_logits)
+        return in_cache.attend(engine, call.q, call.k, call.v, key_cap, None, lambda q, _: [pieces(pattern, grid, q)] * grid.heads, call.sink_logits)
     found, dense = plan(pattern, grid), edges(pattern, grid)
     if found.blocks:
-        before = 1 if found.start else 0
-        dense[before:before] = middles(found, grid, call)
+        dense = sorted([*dense, *middles(found, grid, call)])
     queries = call.q.split([end - first for first, end, _, _ in dense], 2)
     ends = tuple((low, high) for _, _, low, high in dense)
     keys, values = spans(call.k, ends), spans(call.v, ends)
@@ -152,9 +160,12 @@ def _middle(engine: Softmax, pattern: Window, q: Tensor, k: Tensor, v: Tensor, c
     near = near.repeat(call.group, 1)[None, None]
     if call.key_mask is None:
         return _slices(engine, q, k, v, near, found.slice_length, padded=False)
-    masks = call.key_mask[:, low : low + k.shape[2]].unfold(1, found.slice_length, BLOCK)[:, None, :, None, :]  # (batch, 1, blocks, 1, slice)
-    samples = [slice(sample, sample + 1) for sample in range(q.shape[0])]
-    return torch.cat([_slices(engine, q[one], k[one], v[one], near & masks[one][0], found.slice_length, padded=True) for one in samples])
+    masks = call.key_mask[:, low : low + k.shape[2]].unfold(1, found.slice_length, BLOCK)[:, :, None]  # (batch, blocks, 1, slice)
+    outs = []
+    for some in samples_at_a_time(q.shape[0]):
+        mask = mask_of_heads(near & masks[some], k.shape[1])
+        outs.append(_slices(engine, q[some], k[some], v[some], mask, found.slice_length, padded=True))
+    return torch.cat(outs)
 
 
 def _slices(engine: Softmax, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, slice_length: int, *, padded: bool) -> Tensor:

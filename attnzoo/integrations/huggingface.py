@@ -139,10 +139,10 @@ def _note(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask
 
     refuse_other_attention(module, kwargs)
     if query.shape[2] == key.shape[2]:
-        bias = kwargs.get("position_bias") is not None
+        bias, sinks = (kwargs.get(name) is not None for name in ("position_bias", "s_aux"))
         causal, window, dropout = call_is_causal(module, kwargs.get("is_causal")), kwargs.get("sliding_window"), kwargs.get("dropout") or 0.0
         probe = _probe.get()
-        site = probe.sites.get(module) or Site(probe.paths[module], module, query.shape[1], query.shape[3], causal, window, bias)
+        site = probe.sites.get(module) or Site(probe.paths[module], module, query.shape[1], query.shape[3], causal, window, bias, sinks)
         probe.sites[module] = replace(site, dropout=dropout)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 

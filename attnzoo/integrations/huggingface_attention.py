@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention import Attention
-from attnzoo.call import UnsupportedError
+from attnzoo.call import Call, UnsupportedError
+from attnzoo.engines.softmax import Softmax
 from attnzoo.integrations.huggingface_masks import mask_function_of
 from attnzoo.integrations.plan import no_dropout
 
@@ -17,7 +18,7 @@ SUBMODULE = "attention_core"
 #: Attribute of the keys that a `StateCache` hands on: its layer, which has a state to step.
 STATE_LAYER = "attnzoo_state_layer"
 #: Arguments of a model's attention that change A and that no `Attention` takes.
-CHANGES_WEIGHTS = ("softcap", "s_aux", "sinks", "head_mask", "indices", "block_indices", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+CHANGES_WEIGHTS = ("softcap", "sinks", "head_mask", "indices", "block_indices", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
 def attend(
@@ -31,9 +32,10 @@ def attend(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function: transformers' arguments, the answer as (batch, length, heads, head_dim)."""
+    """The attention function: transformers' arguments, the answer as (batch, length, heads, head_dim). s_aux: (heads,), sink logits."""
     refuse_other_attention(module, kwargs)
     causal = call_is_causal(module, is_causal)
     state_layer = getattr(key, STATE_LAYER, None)
@@ -44,16 +46,16 @@ def attend(
     if state_layer is not None:
         state_layer.check_reader(attention, causal)
     if attention is None:
-        return _attend_exactly(module, query, key, value, attention_mask, dropout, scaling, causal, sliding_window, position_bias)
+        return _attend_exactly(module, query, key, value, attention_mask, dropout, scaling, causal, sliding_window, position_bias, s_aux)
     _set_dropout(module, attention, dropout)
     if scaling is not None and scaling != query.shape[-1] ** -0.5:
         query = query * (scaling * query.shape[-1] ** 0.5)
     if state_layer is not None:
-        out = state_layer.step(query, key, value, attention_mask)
+        out = state_layer.step(query, key, value, attention_mask, s_aux)
     elif attention_mask is None or attention_mask.dim() == 2:
-        out = attention(query, key, value, key_mask=attention_mask, attn_mask=position_bias, is_causal=causal)
+        out = attention(query, key, value, key_mask=attention_mask, attn_mask=position_bias, is_causal=causal, sink_logits=s_aux)
     else:  # the caller's own, which already says what is causal
-        out = attention(query, key, value, attn_mask=_with_bias(attention_mask, position_bias))
+        out = attention(query, key, value, attn_mask=_with_bias(attention_mask, position_bias), sink_logits=s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -86,8 +88,9 @@ def _attend_exactly(
     is_causal: bool,
     window: int | None,
     position_bias: Tensor | None,
+    s_aux: Tensor | None,
 ) -> tuple[Tensor, None]:
-    """transformers' own SDPA, for a layer that was not swapped in a model that was."""
+    """transformers' own SDPA, for a layer that was not swapped in a model that was; ours where there are sink logits, which theirs drops."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
@@ -104,6 +107,10 @@ def _attend_exactly(
             allow_is_bidirectional_skip=not is_causal and window is None,
             device=query.device,
         )
+    if s_aux is not None:
+        both, only_causal = (position_bias, is_causal) if mask is None else (_with_bias(mask, position_bias), False)
+        out, _ = Softmax(scaling, dropout)(Call(query, key, value, attn_mask=both, is_causal=only_causal, sink_logits=s_aux))
+        return out.transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias)
 
 

@@ -25,8 +25,8 @@ class Site:
     """One self-attention of a model.
 
     path: of `module` in the model. is_causal: None where only the call tells. window: keys its own sliding window shows, itself
-    included (None: all). has_bias: it adds a bias of positions to its scores. dropout: of the entries of A while training, where the
-    attention is told of it by the call.
+    included (None: all). has_bias: it adds a bias of positions to its scores. has_sink_logits: it has one more score
+    a head, which counts in the sum of every row. dropout: of the entries of A while training, where the attention is told of it by the call.
     """
 
     path: str
@@ -36,6 +36,7 @@ class Site:
     is_causal: bool | None = None
     window: int | None = None
     has_bias: bool = False
+    has_sink_logits: bool = False
     dropout: float = 0.0
 
 
@@ -115,9 +116,16 @@ def no_dropout(module: str, dropout: float, name: str) -> str:
 def _check_fits(attention: Attention, site: Site) -> None:
     if site.is_causal is not None:
         attention.check_causality(site.is_causal)
+    if attention.shares_qk:
+        raise UnsupportedError(f"the model projects queries and keys apart, which {attention.spec.name} with shared ones cannot take")
     if site.has_bias and not attention.spec.attn_mask:
         raise UnsupportedError(
             f"{type(site.module).__name__} adds a position_bias to its scores, which {attention.spec.name} would drop; use standard"
+        )
+    if site.has_sink_logits and not attention.spec.sink_logits:
+        raise UnsupportedError(
+            f"{type(site.module).__name__} has sink logits (s_aux) in its softmax, which {attention.spec.name} would drop; "
+            "use standard or sliding_window"
         )
     if site.dropout and not attention.spec.dropout:
         refusal = no_dropout(type(site.module).__name__, site.dropout, attention.spec.name)

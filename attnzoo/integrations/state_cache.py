@@ -61,12 +61,13 @@ class StateLayer(CacheLayerMixin):
         if not is_causal:
             raise UnsupportedError("a state knows the tokens so far, so attention with is_causal=False cannot use it; call the model without it")
 
-    def step(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """The rows of the new tokens. mask: (batch, length) bool over the keys up to the new ones, the last columns being theirs."""
+    def step(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sink_logits: Tensor | None) -> Tensor:
+        """The rows of the new tokens. mask: (batch, length) bool over the keys up to the new ones, the last columns being theirs.
+        sink_logits: (heads,), as in `Attention.step`."""
         if mask is not None and mask.dim() != 2:
             raise UnsupportedError("a 4-D attention_mask cannot hide keys that a state has summed; give a 2-D mask of the padding")
         key_mask = None if mask is None else mask[:, mask.shape[1] - key.shape[2] :]
-        out, self.state = self.attention.step(query, key, value, self.state, key_mask=key_mask)
+        out, self.state = self.attention.step(query, key, value, self.state, key_mask=key_mask, sink_logits=sink_logits)
         self.waiting = False
         return out
 

@@ -57,9 +57,10 @@ def swap(model: Model, name: str | Mix, *, layers: Layers | None = None, **optio
     A transformers model that drops entries of A while training, and an attention that never forms A, go together for evaluation only: the
     swap warns (UserWarning), and is refused while the model is in training mode.
 
-    Raises UnsupportedError when the swap would be ignored or would drop part of the model's attention (soft-capping, sinks, packed
-    sequences, a window of its own, a bias of positions where the attention takes no attn_mask), or when the attention cannot do what the
-    model needs; ValueError on a model without attention, on one swapped already, and on layers outside it. The model is then as it was.
+    Raises UnsupportedError when the swap would be ignored or would drop part of the model's attention (soft-capping, sink logits where
+    the attention takes none, packed sequences, a window of its own, a bias of positions where the attention takes no attn_mask), or when
+    the attention cannot do what the model needs; ValueError on a model without attention, on one swapped already, and on layers outside
+    it. The model is then as it was.
     """
     if hasattr(model, RECORD):
         raise ValueError(f"this {type(model).__name__} is swapped already; call attnzoo.unswap(model) first")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -20,9 +21,9 @@ class HeadParallel(ParallelStyle):
     """For `parallelize_module`: the heads of an attention of the zoo are split evenly over a mesh of one dimension.
 
     On an `attnzoo.MultiheadAttention`, as `attnzoo.swap` puts it into torch's layers, that is the whole plan: its packed projections become
-    three linear layers, `projections.q`, `.k` and `.v`, split by ColwiseParallel, and `out_proj` is split by RowwiseParallel. Inputs and
-    outputs are whole on every process; key_padding_mask and a 2-D attn_mask too. The call must say need_weights=False: a process has the
-    weights of its own heads only.
+    linear layers, `projections.q`, `.k` and `.v` (`.qk` and `.v` where the core shares queries and keys), split by ColwiseParallel, as are
+    those of global tokens, `attention.global_projection`; `out_proj` is split by RowwiseParallel. Inputs and outputs are whole on every process;
+    key_padding_mask and a 2-D attn_mask too. The call must say need_weights=False: a process has the weights of its own heads only.
 
     On an `attnzoo.Attention` (a swapped transformers model has one as `attention_core` in each layer) only the core is cut to its heads: give
     the model's own projections ColwiseParallel and RowwiseParallel beside it.
@@ -81,10 +82,16 @@ def _sum(gradient: Tensor, group: Any) -> Tensor:
 def _split_module(module: MultiheadAttention, mesh: DeviceMesh) -> None:
     if module.bias_k is not None or module.add_zero_attn:
         raise UnsupportedError("add_bias_kv and add_zero_attn belong to no process's heads; build the module without them")
-    if module.attention.global_projection is not None:
-        raise UnsupportedError(f"{module.attention.spec.name}'s projections of global tokens are not split by heads; use FSDP or DDP for this model")
-    _split_core(module.attention, mesh)
-    module.projections = _projections(module)
+    core, of_globals = module.attention, module.attention.global_projection
+    names = ("qk", "v") if core.shares_qk else ("q", "k", "v")
+    core.global_projection = None  # what stays with the core is cut there, into plain parameters
+    _split_core(core, mesh)
+    if isinstance(of_globals, nn.Linear):
+        core.global_projection = _linears(names, of_globals.weight.detach().chunk(3), of_globals.bias)
+        parallelize_module(core.global_projection, mesh, {"*": ColwiseParallel()})
+    packed = module.in_proj_weight
+    weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight) if packed is None else packed.detach().chunk(len(names))
+    module.projections = _linears(names, weights, module.in_proj_bias)
     for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"):
         module.register_parameter(name, None)
     module.num_heads = module.attention.heads
@@ -93,17 +100,16 @@ def _split_module(module: MultiheadAttention, mesh: DeviceMesh) -> None:
     module.register_forward_pre_hook(_refuse_weights, with_kwargs=True)
 
 
-def _projections(module: MultiheadAttention) -> nn.ModuleDict:
-    packed, size = module.in_proj_weight, module.embed_dim
-    weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight) if packed is None else packed.detach().split(size)
-    biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.detach().split(size)
-    linear = nn.ModuleDict()
-    for name, weight, bias in zip("qkv", weights, biases, strict=True):
-        linear[name] = nn.Linear(weight.shape[1], size, bias is not None, device="meta")
-        linear[name].weight = nn.Parameter(weight.detach().clone())
-        if bias is not None:
-            linear[name].bias = nn.Parameter(bias.clone())
-    return linear
+def _linears(names: Sequence[str], weights: Sequence[Tensor], bias: Tensor | None) -> nn.ModuleDict:
+    """A linear layer for each name. bias: packed."""
+    biases = (None,) * len(names) if bias is None else bias.detach().chunk(len(names))
+    made = nn.ModuleDict()
+    for name, weight, part in zip(names, weights, biases, strict=True):
+        made[name] = linear = nn.Linear(weight.shape[1], weight.shape[0], part is not None, device="meta")
+        linear.weight = nn.Parameter(weight.detach().clone())
+        if part is not None:
+            linear.bias = nn.Parameter(part.clone())
+    return made
 
 
 def _refuse_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

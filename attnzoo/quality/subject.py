@@ -135,8 +135,7 @@ class Subject(ABC):
 
     def _count(self, attention: Attention, length: int) -> int:
         kv_heads = getattr(self.model.config, "num_key_value_heads", None) or attention.heads
-        cost = attention.cost(1, length, kv_heads=kv_heads, is_causal=self.is_causal)
-        return cost.support_macs if attention.spec.family == "exact" else cost.macs  # SDPA skips the masked half
+        return attention.cost(1, length, kv_heads=kv_heads, is_causal=self.is_causal).kernel_macs
 
     def _read(self, batch: dict[str, Tensor]) -> Tensor:
         options = {"use_cache": False} if self.is_causal else {}

@@ -55,11 +55,11 @@ class Attending(nn.Module):
         return self.attention(x, source, source, None if mask is None else ~mask, need_weights=False, is_causal=self.is_causal)[0]
 
     def macs(self, length: int, memory_length: int | None) -> int:
-        """Of one sequence: the four projections and the attention; exact attention as a kernel runs it that skips masked scores."""
+        """Of one sequence: the projections and the attention, as a kernel runs it that skips masked scores where it can."""
         attention, width = self.attention.attention, self.attention.embed_dim
-        cost = attention.cost(1, length, memory_length, is_causal=self.is_causal)
-        core = cost.support_macs if attention.spec.family == "exact" else cost.macs
-        return 2 * (length + (memory_length or length)) * width**2 + core
+        core = attention.cost(1, length, memory_length, is_causal=self.is_causal).kernel_macs
+        projected = 2 * (length + (memory_length or length)) - (length if attention.shares_qk else 0)
+        return projected * width**2 + core
 
     def state_bytes(self, length: int) -> int | None:
         """What decoding carries after `length` tokens; None when the variant does not decode."""

@@ -63,10 +63,11 @@ class Reformer(Attention):
     ) -> None:
         hashing = AngularHash(check_positive("head_dim", head_dim), num_buckets, num_hashes, seed)
         super().__init__(heads, head_dim, Hashed(hashing, chunk_size, share_qk=share_qk, scale=scale), backend=backend)
+        self.shares_qk = share_qk
 
     def refuse(self, call: Call) -> None:
         super().refuse(call)
-        if self.engine.share_qk and call.k is not call.q:
+        if self.shares_qk and call.k is not call.q:
             raise UnsupportedError(
                 "reformer with share_qk=True has one projection for queries and keys: pass the same tensor as q and k, or build with share_qk=False"
             )

@@ -8,6 +8,7 @@ from torch import nn
 
 from attnzoo.arguments import check_positive
 from attnzoo.attention import Attention, Spec
+from attnzoo.call import Call, UnsupportedError
 from attnzoo.engines.sparse import Sparse
 from attnzoo.patterns import Window
 from attnzoo.registry import register
@@ -30,10 +31,10 @@ class SlidingWindow(Attention):
 
     A softmax that has nothing to say must put its weight somewhere, and models learn to put it on the first tokens; a window that drops
     them breaks such a model (Xiao et al. 2023, StreamingLLM, arXiv:2309.17453, section 3). sinks: so many first slots are visible to every
-    later row too, each once, at their own positions; decoding keeps them besides the last `window` keys. 4 suffice for pretrained
+    later row too, each once, whatever the dilation; decoding keeps them besides the last `window` keys. 4 suffice for pretrained
     models (section 3.2). sink_logits: learn one logit z a head instead, A_ij = exp(s_ij) / (exp(z) + Σ_l exp(s_il)), so that
     rows of A sum to less than 1: gpt-oss (2025) and, with z = 0, where it starts, Miller's softmax off by one (2023). Best for
-    models trained with it. scale, dropout: as in standard.
+    models trained with it; a call may bring logits of its own instead (`sink_logits` of forward). scale, dropout: as in standard.
     """
 
     spec = Spec(
@@ -45,6 +46,7 @@ class SlidingWindow(Attention):
         family="sparse",
         exact=True,
         dropout=True,
+        sink_logits=True,
     )
     engine: Sparse
 
@@ -65,6 +67,11 @@ class SlidingWindow(Attention):
         engine = Sparse(pattern, scale, dropout, sink_logits=check_positive("heads", heads) if sink_logits else 0)
         super().__init__(heads, head_dim, engine, backend=backend)
         pattern.heads_by_dilation(heads)  # raises where there are not as many
+
+    def refuse(self, call: Call) -> None:
+        super().refuse(call)
+        if call.sink_logits is not None and self.engine.sink_logits is not None:
+            raise UnsupportedError("the call brings sink_logits and this attention learns its own: build it with sink_logits=False")
 
     def keep_heads(self, first: int, count: int) -> None:
         super().keep_heads(first, count)

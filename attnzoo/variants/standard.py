@@ -17,6 +17,8 @@ class Standard(Attention):
     variant is measured against this one. Use it up to the length at which one of them is faster and near enough (`attnzoo compare`);
     decoding keeps all keys and values.
 
+    A call may bring sink_logits, as gpt-oss has them.
+
     scale: factor of the scores, default 1/sqrt(head_dim). dropout: probability of dropping an entry of A while training.
     """
 
@@ -29,6 +31,7 @@ class Standard(Attention):
         family="exact",
         exact=True,
         attn_mask=True,
+        sink_logits=True,
         dropout=True,
     )
 

@@ -1,0 +1,68 @@
+"""Windows about as wide as the sequence: they never execute more than exact attention, and are exact attention where they hide nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import Case, Situation, close, gradients_of, padding, tensors
+
+import attnzoo
+
+pytest.importorskip("fvcore")
+from test_counting import agree
+
+N = 700
+WIDTHS = [300, 512, 650, N - 1, N, 2 * N]
+DIRECTION = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+
+
+@DIRECTION
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("window", WIDTHS)
+@pytest.mark.parametrize("options", [{}, {"sinks": 3}, {"sink_logits": True}], ids=str)
+def test_equals_the_reference(options: dict[str, object], window: int, padded: bool, is_causal: bool) -> None:
+    q, k, v, upstream = tensors(Situation(N, N, batch=1, heads=2, kv_heads=1))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    mask = padding("interior", 1, N) if padded else None
+    outs, gradients = [], []
+    for backend in ("blocks", "reference"):
+        attn = Case("sliding_window", {"window": window, **options}).build(2, dtype=torch.float64, backend=backend)
+        outs.append(attn(q, k, v, key_mask=mask, is_causal=is_causal))
+        gradients.append(gradients_of(outs[-1], upstream, *leaves))
+    close(outs[0], outs[1], 1e-10, "output")
+    for name, found, wanted in zip("qkv", *gradients, strict=True):
+        close(found, wanted, 1e-10, f"gradient of {name}")
+
+
+@DIRECTION
+@pytest.mark.parametrize("window", WIDTHS)
+def test_counts_agree(window: int, is_causal: bool) -> None:
+    agree(Case("sliding_window", {"window": window}), is_causal, N, N)
+    agree(Case("longformer", {"window": window}), is_causal, N, N)
+
+
+@DIRECTION
+@pytest.mark.parametrize("n", [64, 300, 700, 1024, 4096])
+def test_never_more_than_exact(n: int, is_causal: bool) -> None:
+    """The diagonal is computed in blocks, which exact attention's own kernel does not count, so up to one a row is granted."""
+    exact = Case("standard").build(1).cost(1, n, is_causal=is_causal)
+    counts = []
+    for window in (n // 8, n // 4, n // 2, 3 * n // 4, n - 1, n, 2 * n):
+        cost = Case("sliding_window", {"window": window}).build(1).cost(1, n, is_causal=is_causal)
+        assert cost.support_macs <= cost.kernel_macs <= cost.macs <= exact.macs
+        if n >= 700:
+            assert cost.kernel_macs <= exact.kernel_macs + 2 * 8 * n * 64
+        counts.append(cost.support_macs)
+    assert counts == sorted(counts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_window_that_hides_nothing_is_exact_attention(dtype: torch.dtype) -> None:
+    q, k, v, _ = (x.to(dtype) for x in tensors(Situation(N, N)))
+    window, exact = (attnzoo.build(name, heads=4, head_dim=8, **more) for name, more in (("sliding_window", {"window": N}), ("standard", {})))
+    assert torch.equal(window(q, k, v, is_causal=True), exact(q, k, v, is_causal=True))
+    costs = [attn.cost(2, N, kv_heads=2, is_causal=True, dtype=dtype) for attn in (window, exact)]
+    assert costs[0] == replace(costs[1], state_growth=0)  # its state has reached its bound
+    assert costs[0].kernel_macs == costs[0].support_macs
