@@ -14,6 +14,8 @@ from torch import Tensor
 
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype, never_refuses
+from attnzoo.engines.factorized_memory import Layout, Share
+from attnzoo.engines.memory import INDEX_BYTES, fused
 from attnzoo.engines.softmax import masked_softmax, sdpa, softmax_cost
 from attnzoo.engines.sparse import Sparse, reference
 from attnzoo.factorized_patterns import ByHead, Factor, Neighbours, OwnBlock, Strided, Summaries
@@ -44,7 +46,24 @@ class Factorized(Sparse):
         for factors, heads in self.heads_of(shape.heads):
             support += len(heads) * _count_visible(factors, grid)
             executed += len(heads) * (len(_keys_of_one(factors, grid)) if grid.query_length == 1 else _count_computed(factors, grid))
-        return softmax_cost(shape, executed, support, None, None)
+        return softmax_cost(shape, executed, support, None, self._kept_bytes(shape, grid))
+
+    def _kept_bytes(self, shape: Shape, grid: Grid) -> int:
+        groups = self.heads_of(shape.heads)
+        kept = INDEX_BYTES * shape.heads if len(groups) > 1 else 0  # the order of heads
+        for factors, heads in groups:
+            keys = len(_keys_of_one(factors, grid)) if shape.query_length == 1 else 0
+            if shape.query_length == 1 and not keys:
+                continue
+            kv_heads = shape.kv_heads
+            if len(groups) > 1:  # which heads these are, and which keys are theirs
+                kv_heads, kept = len(heads), kept + 2 * len(heads) * INDEX_BYTES
+            if not keys:
+                kept += _layout(factors, shape, grid, len(heads)).kept()
+            else:
+                one = replace(shape, heads=len(heads), kv_heads=kv_heads, key_length=keys)
+                kept += one.input_bytes + fused(one, len(heads)) + keys * INDEX_BYTES
+        return kept
 
 
 @dataclass(frozen=True)
@@ -170,6 +189,19 @@ def _part(factor: Factor, rows: _Rows, is_causal: bool) -> _Near | _Columns | _L
         return _Columns(rows)
     assert isinstance(factor, Summaries)
     return _Last(rows, factor.width)
+
+
+def _layout(factors: tuple[Factor, ...], shape: Shape, grid: Grid, heads: int) -> Layout:
+    """What `_attend` lays out, in numbers."""
+    rows, shares = _Rows.of(factors[0].stride, grid), []
+    for factor in factors:
+        part = _part(factor, rows, grid.is_causal)
+        near = part.before + 1 + part.after if isinstance(part, _Near) else 0
+        is_alike = factor is factors[0] and not near and not grid.is_causal  # for every row, and for every column unless columns differ in keys
+        columns = rows.stride if isinstance(part, _Columns) else 1
+        shown = part.width * (columns if is_alike else rows.count * rows.stride)
+        shares.append(Share(part.width, near, isinstance(part, _Columns), part.columns if isinstance(part, _Last) else 0, shown))
+    return Layout(shape, heads, rows.stride, rows.count, rows.key_rows, tuple(shares))
 
 
 _SHOWN: dict[type[Factor], Callable[[Tensor, Tensor, int], Tensor]] = {

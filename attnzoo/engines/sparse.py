@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.call import Call
-from attnzoo.engines import in_cache, sparse_blocks, sparse_columns, sparse_dilated, sparse_flex, sparse_memory, sparse_peaks, sparse_windows
+from attnzoo.engines import in_cache, memory, sparse_blocks, sparse_columns, sparse_dilated, sparse_flex, sparse_memory, sparse_peaks, sparse_windows
 from attnzoo.engines.cache import KeyValueCache
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Shape, never_refuses
 from attnzoo.engines.sink_cache import SinkCache
@@ -61,7 +61,7 @@ class Sparse(Softmax):
         rows = sum(part.shape.batch_size * part.heads * part.shape.query_length for part in parts)
         kept = cost.kept_bytes if shape.dtype in in_cache.DTYPES else None
         if kept is not None and len(parts) > 1:  # each dilation's own logits, and which they are
-            kept += logits * (shape.dtype.itemsize + sparse_memory.INDEX_BYTES)
+            kept += logits * (shape.dtype.itemsize + memory.INDEX_BYTES)
         return replace(
             cost,
             parameters=logits,

@@ -9,10 +9,8 @@ from dataclasses import replace
 
 from attnzoo.engines import in_cache, sparse_blocks, sparse_dilated, sparse_windows
 from attnzoo.engines.engine import Shape
-from attnzoo.engines.memory import fused
+from attnzoo.engines.memory import INDEX_BYTES, fused
 from attnzoo.patterns import BlockPattern, Grid, Window
-
-INDEX_BYTES = 8  # of an int64
 
 
 def windows(pattern: Window, shape: Shape) -> int | None:
