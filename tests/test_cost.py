@@ -79,8 +79,14 @@ def test_bytes_kept_of_a_users_own_map_are_not_known():
         assert case.build().cost(1, 4).kept_bytes is None
 
 
+MIXED = [
+    Case("longformer", {"window": 9, "dilation": [1, 2, 1, 3], "global_tokens": 3}),
+    Case("sliding_window", {"window": 5, "dilation": [3, 2, 2, 1], "sink_logits": True}),
+]
+
+
 @pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
-@pytest.mark.parametrize("case", [case for case in cases() if case not in UNKNOWN and case.variant != "reformer"], ids=str)
+@pytest.mark.parametrize("case", [case for case in cases() if case not in UNKNOWN and case.variant != "reformer"] + MIXED, ids=str)
 def test_kept_bytes_are_what_autograd_holds(case: Case, is_causal: bool):
     if not can(case.spec, is_causal):
         pytest.skip(f"{case.variant} cannot run so")

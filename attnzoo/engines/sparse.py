@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.call import Call
-from attnzoo.engines import in_cache, memory, sparse_blocks, sparse_columns, sparse_dilated, sparse_flex, sparse_memory, sparse_peaks, sparse_windows
+from attnzoo.engines import in_cache, sparse_blocks, sparse_columns, sparse_dilated, sparse_flex, sparse_memory, sparse_peaks, sparse_windows
 from attnzoo.engines.cache import KeyValueCache
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Shape, never_refuses
 from attnzoo.engines.sink_cache import SinkCache
@@ -42,7 +42,8 @@ class Sparse(Softmax):
         grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
         if isinstance(self.pattern, Window):
             executed, support = sparse_dilated.count_executed(self.pattern, shape), sparse_dilated.count_support(self.pattern, grid)
-            kept, found = sparse_memory.windows(self.pattern, shape), sparse_peaks.windows(self.pattern, shape)
+            kept = sparse_memory.windows(self.pattern, shape, logits=self.sink_logits is not None)
+            found = sparse_peaks.windows(self.pattern, shape)
         elif isinstance(self.pattern, BlockPattern):
             executed, support = sparse_blocks.count_pairs(self.pattern, grid)
             kept, found = sparse_memory.blocks(self.pattern, shape), sparse_peaks.blocks(self.pattern, shape)
@@ -59,15 +60,11 @@ class Sparse(Softmax):
         assert isinstance(self.pattern, Window)
         parts = sparse_dilated.parts(self.pattern, shape)
         rows = sum(part.shape.batch_size * part.heads * part.shape.query_length for part in parts)
-        kept = cost.kept_bytes if shape.dtype in in_cache.DTYPES else None
-        if kept is not None and len(parts) > 1:  # each dilation's own logits, and which they are
-            kept += logits * (shape.dtype.itemsize + memory.INDEX_BYTES)
         return replace(
             cost,
             parameters=logits,
             elementwise=cost.elementwise + SOFTMAX_OPERATIONS * rows,
             moved_bytes=cost.moved_bytes + logits * shape.dtype.itemsize,
-            kept_bytes=kept,
         )
 
 
