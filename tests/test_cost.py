@@ -6,8 +6,8 @@ import weakref
 
 import pytest
 import torch
-from torch.autograd.profiler import profile
 from cases import Case, can, cases, squared_elu, usual_cases
+from torch.autograd.profiler import profile
 
 import attnzoo
 from attnzoo import Attention
