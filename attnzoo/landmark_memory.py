@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from attnzoo.engines import peaks
 from attnzoo.engines.engine import Shape
 from attnzoo.engines.memory import INDEX_BYTES, fused
 
@@ -62,3 +63,29 @@ class LandmarkMemory:
         if self.convolves and self.shape.heads > self.shape.kv_heads:
             kept += self.shape.query_bytes  # v with a copy for every head
         return kept
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Of the queries in segments, where those are fetched."""
+        return self.heads * self.places * self.shape.head_dim * self.shape.dtype.itemsize
+
+    @property
+    def _convolved_bytes(self) -> int:
+        """The convolution of v and its sum with the output."""
+        return 2 * self.shape.query_bytes if self.convolves else 0
+
+    def forward(self) -> int:
+        """The softmax over landmarks, with the means, what those see, and the pseudo-inverse; or the segments, fetched and cleared."""
+        small = 4 * self.means_bytes + self.matrix_bytes
+        attending = small + peaks.forward(replace(self.shape, key_length=self.segments))
+        inverting = 2 * self.means_bytes + 6 * self.matrix_bytes
+        return max(attending, self._convolved_bytes + self.shape.query_bytes, 2 * self.fetched_bytes, inverting)
+
+    def training(self) -> int:
+        """The end of the backward pass: the gradient of the means laid over the queries; or the middle of it, at the pseudo-inverse."""
+        queries, keys = self.shape.query_bytes, 2 * self.shape.key_bytes
+        wide = self.heads * self.shape.query_length * self.shape.head_dim * self.shape.sum_bytes
+        laid = 2 * queries + self.fetched_bytes if self.places else 2 * wide
+        ending = 2 * queries + keys + laid
+        inverting = self.kept() - self.shape.input_bytes + queries + 2 * self.means_bytes + 4 * self.matrix_bytes
+        return max(ending, inverting, self.forward())

@@ -1,4 +1,7 @@
-"""What factorized attention holds, in bytes, by the backend `blocks`; without masks in the call, and on the CPU, as in `memory`."""
+"""What factorized attention holds, in bytes, by the backend `blocks`; without masks in the call, and on the CPU, as in `memory`.
+
+Kept bytes are known to the byte. Peaks are what stands at the busiest moment; what is smaller than a few numbers a query is left out.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,21 @@ from dataclasses import dataclass
 
 from attnzoo.engines.engine import Shape
 
+POSITIONS = 17  # bytes a score while distances are compared: two as int64, and which keys are seen
+
 
 @dataclass(frozen=True)
 class Share:
     """One factor's part of the scores of each row. width: keys. near_rows: rows of keys that are copied beside every row of queries, 0 where
     the factor copies none. in_columns: its products run down columns. last: keys of each row of keys, where those alone are seen.
-    shown: numbers of the mask that says which of its keys are seen."""
+    shown: numbers of the mask that says which of its keys are seen. measured: those of them that distances tell."""
 
     width: int
     near_rows: int
     in_columns: bool
     last: int
     shown: int
+    measured: int
 
 
 @dataclass(frozen=True)
@@ -71,3 +77,21 @@ class Layout:
         if not all(transposed):
             kept += self.score_bytes(self.width) + self.query_bytes
         return kept + sum(self.score_bytes(share.width) + self.query_bytes for share, copied in zip(self.shares, transposed, strict=True) if copied)
+
+    def forward(self) -> int:
+        """Scores by factor, side by side, as weights, and with empty rows cleared; or the products with v, or distances, where those are larger."""
+        scores, inputs = self.score_bytes(self.width), self.query_bytes + 2 * self.key_bytes
+        copied = max(self.score_bytes(share.width) * share.in_columns + self.kept_keys(share) for share in self.shares)
+        softmax = 4 * scores + self.shares[-1].shown
+        measuring = sum(POSITIONS * share.measured for share in self.shares[-1:]) + self.score_bytes(self.width - self.shares[-1].width)
+        return inputs + max(softmax, 2 * scores + copied + 2 * self.query_bytes, measuring, POSITIONS * self.shares[0].measured)
+
+    def training(self, out_bytes: int) -> int:
+        """The softmax while what hides keys and the factors' keys are held; the last sum of a forward; the softmax's backward pass."""
+        scores, shown = self.score_bytes(self.width), sum(share.shown for share in self.shares)
+        keys = sum(self.kept_keys(share) for share in self.shares)
+        transposed = sum(self.query_bytes for share in self.shares if share.in_columns and self.is_transposed())
+        softmax = 4 * scores + self.query_bytes + 2 * self.key_bytes + keys + transposed + shown + self.shares[-1].shown
+        summing = self.kept() + scores + 3 * self.query_bytes + 2 * self.key_bytes
+        returning = self.kept() + scores + out_bytes + self.query_bytes + keys
+        return max(softmax, summing, returning, self.forward())

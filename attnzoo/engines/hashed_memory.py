@@ -10,11 +10,15 @@ from attnzoo.engines.memory import INDEX_BYTES
 
 @dataclass(frozen=True)
 class HashedMemory:
-    """Of one call. share_qk: keys are queries, scaled to length 1."""
+    """Of one call. share_qk: keys are queries, scaled to length 1. slots: rows that tiles have room for, of a key head; tiles:
+    how many; width: keys that each of them sees."""
 
     shape: Shape
     rounds: int
     share_qk: bool
+    slots: int
+    tiles: int
+    width: int
 
     @property
     def rows(self) -> int:
@@ -49,3 +53,37 @@ class HashedMemory:
         if self.share_qk:  # keys before they are scaled, their square, its inverse root; where an own value stands alone
             kept += self.key_bytes + 2 * self.kv_heads * self.shape.key_length * self.shape.sum_bytes + self.kv_heads * self.rows
         return kept
+
+    @property
+    def pairs(self) -> int:
+        """Scores of a round."""
+        return self.kv_heads * self.slots * self.width
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of a vector for every slot."""
+        return self.kv_heads * self.slots * self.shape.head_dim * self.shape.sum_bytes
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Of keys, or values, beside every tile."""
+        return self.kv_heads * self.tiles * self.width * self.shape.head_dim * self.shape.sum_bytes
+
+    @property
+    def _converted_bytes(self) -> int:
+        """Of k and v where they are not used as they come."""
+        return 2 * self.key_bytes if self.shape.sum_bytes > self.shape.dtype.itemsize else self.key_bytes * self.share_qk
+
+    def forward(self) -> int:
+        """One round: distances as int64, masks, scores, weights and values; beside the rows' queries, their own values and what rounds have found."""
+        found = 3 * self.row_bytes * self.shape.head_dim + 3 * self.row_bytes + self.chunk_bytes + self._converted_bytes
+        weighing = 2 * self.pairs * self.shape.sum_bytes + self.fetched_bytes + self.slot_bytes
+        comparing = self.pairs * (INDEX_BYTES + 2)  # chunks instead of scores
+        return found + self.pairs * (INDEX_BYTES + 2) + max(weighing, comparing)
+
+    def training(self) -> int:
+        """One round made again, held by autograd, and gradients of all that has length."""
+        given = 0 if self.shape.sum_bytes > self.shape.dtype.itemsize else self.shape.key_bytes * (1 if self.share_qk else 2)
+        held = self.kept() - given + self.shape.query_bytes + 4 * self.row_bytes * self.shape.head_dim
+        round_bytes = self.pairs * (INDEX_BYTES + 3 + 2 * self.shape.sum_bytes) + 2 * self.fetched_bytes + 3 * self.slot_bytes
+        return held + round_bytes

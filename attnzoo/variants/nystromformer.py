@@ -95,4 +95,6 @@ class Nystromformer(Attention):
             elementwise=SOFTMAX_OPERATIONS * scores + heads * segments**2 + means,
             moved_bytes=shape.input_bytes + shape.query_bytes + sum(parameter.numel() for parameter in self.parameters()) * shape.dtype.itemsize,
             kept_bytes=memory.kept(),
+            forward_bytes=memory.forward(),
+            training_bytes=memory.training(),
         )
