@@ -8,6 +8,7 @@ from attnzoo.engines import peaks
 from attnzoo.engines.engine import Shape
 from attnzoo.engines.memory import INDEX_BYTES, fused
 
+CHANNELS = 16  # of a vector, with AVX-512
 SAVED_MATRICES = 6  # of one step of the pseudo-inverse: Z, ¼ Z, B Z, and the three that products with it are made of
 
 
@@ -70,22 +71,35 @@ class LandmarkMemory:
         return self.heads * self.places * self.shape.head_dim * self.shape.dtype.itemsize
 
     @property
-    def _convolved_bytes(self) -> int:
-        """The convolution of v and its sum with the output."""
-        return 2 * self.shape.query_bytes if self.convolves else 0
+    def _wide_bytes(self) -> int:
+        """Of all that means are taken of, in half precision, where it is made wider first."""
+        if self.shape.sum_bytes == self.shape.dtype.itemsize:
+            return 0
+        return self.heads * (self.places or self.shape.query_length) * self.shape.head_dim * self.shape.sum_bytes
+
+    @property
+    def _blocked_bytes(self) -> int:
+        """Of v and of its convolution as oneDNN lays them out, which fills heads up to a whole number of vectors; and v with a copy for every head."""
+        if not self.convolves:
+            return 0
+        vectors = -(-self.shape.heads // CHANNELS) * CHANNELS
+        repeated = self.shape.query_bytes if self.shape.heads > self.shape.kv_heads else 0
+        return 2 * self.shape.query_bytes // self.shape.heads * vectors + repeated
 
     def forward(self) -> int:
         """The softmax over landmarks, with the means, what those see, and the pseudo-inverse; or the segments, fetched and cleared."""
-        small = 4 * self.means_bytes + self.matrix_bytes
-        attending = small + peaks.forward(replace(self.shape, key_length=self.segments))
+        queries = self.shape.query_bytes
+        attending = 4 * self.means_bytes + self.matrix_bytes + peaks.forward(replace(self.shape, key_length=self.segments))
         inverting = 2 * self.means_bytes + 6 * self.matrix_bytes
-        return max(attending, self._convolved_bytes + self.shape.query_bytes, 2 * self.fetched_bytes, inverting)
+        convolving = max(queries + self._blocked_bytes, 3 * queries) if self.convolves else 0
+        averaging = max(2 * self.fetched_bytes, self.fetched_bytes + self._wide_bytes) + self.means_bytes
+        return max(attending, convolving, averaging, inverting)
 
     def training(self) -> int:
         """The end of the backward pass: the gradient of the means laid over the queries; or the middle of it, at the pseudo-inverse."""
         queries, keys = self.shape.query_bytes, 2 * self.shape.key_bytes
-        wide = self.heads * self.shape.query_length * self.shape.head_dim * self.shape.sum_bytes
-        laid = 2 * queries + self.fetched_bytes if self.places else 2 * wide
+        laid = queries + self.fetched_bytes if self.places else 2 * max(queries, self._wide_bytes)
         ending = 2 * queries + keys + laid
         inverting = self.kept() - self.shape.input_bytes + queries + 2 * self.means_bytes + 4 * self.matrix_bytes
-        return max(ending, inverting, self.forward())
+        convolving = 4 * queries + self._blocked_bytes if self.convolves else 0
+        return max(ending, inverting, convolving, self.forward())

@@ -43,7 +43,7 @@ class Sparse(Softmax):
         if isinstance(self.pattern, Window):
             executed, support = sparse_dilated.count_executed(self.pattern, shape), sparse_dilated.count_support(self.pattern, grid)
             kept = sparse_memory.windows(self.pattern, shape, logits=self.sink_logits is not None)
-            found = sparse_peaks.windows(self.pattern, shape)
+            found = sparse_peaks.windows(self.pattern, shape, min(self.pattern.sinks, shape.key_length))
         elif isinstance(self.pattern, BlockPattern):
             executed, support = sparse_blocks.count_pairs(self.pattern, grid)
             kept, found = sparse_memory.blocks(self.pattern, shape), sparse_peaks.blocks(self.pattern, shape)
