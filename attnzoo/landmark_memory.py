@@ -79,7 +79,7 @@ class LandmarkMemory:
 
     @property
     def _blocked_bytes(self) -> int:
-        """Of v and of its convolution as oneDNN lays them out, which fills heads up to a whole number of vectors; and v with a copy for every head."""
+        """Of v and of its convolution as oneDNN lays them out, heads filled up to whole vectors; v with a copy for every head."""
         if not self.convolves:
             return 0
         vectors = -(-self.shape.heads // CHANNELS) * CHANNELS

@@ -68,7 +68,6 @@ class Factorized(Sparse):
                 kept += one.input_bytes + fused(one, len(heads)) + keys * INDEX_BYTES
         return kept
 
-
     def _peaks(self, shape: Shape, grid: Grid) -> tuple[int, int]:
         """Of a forward, and of both passes: of all groups of heads one after the other, with what the others have left."""
         groups = self.heads_of(shape.heads)

@@ -42,8 +42,9 @@ class Sparse(Softmax):
         grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
         if isinstance(self.pattern, Window):
             executed, support = sparse_dilated.count_executed(self.pattern, shape), sparse_dilated.count_support(self.pattern, grid)
-            kept = sparse_memory.windows(self.pattern, shape, logits=self.sink_logits is not None)
-            found = sparse_peaks.windows(self.pattern, shape, min(self.pattern.sinks, shape.key_length))
+            logits, sinks = self.sink_logits is not None, min(self.pattern.sinks, shape.key_length)
+            kept = sparse_memory.windows(self.pattern, shape, logits=logits)
+            found = sparse_peaks.windows(self.pattern, shape, sinks, logits=logits)
         elif isinstance(self.pattern, BlockPattern):
             executed, support = sparse_blocks.count_pairs(self.pattern, grid)
             kept, found = sparse_memory.blocks(self.pattern, shape), sparse_peaks.blocks(self.pattern, shape)
