@@ -45,7 +45,7 @@ def windows(pattern: Window, shape: Shape, columns: int = 0, global_queries: int
         forward = max(forward, done + copies + max(its_forward, unfolding))
         returned = part.shape.query_bytes if part.fold else 0  # what comes back to the output, folded
         if global_queries:  # what comes back over global rows; from those to q, k and v
-            returned += 2 * shape.query_bytes + 2 * shape.key_bytes
+            returned = 2 * shape.query_bytes + 2 * shape.key_bytes
         training = max(training, held + copies + returned + its_training)
         done, held = done + own.query_bytes, held + copies + own.query_bytes
     if len(parts) > 1:  # all heads side by side, then in order
@@ -95,7 +95,7 @@ def _by_sdpa(pattern: Window, shape: Shape, columns: int, *, logits: bool) -> tu
         if logits:
             most, sent = max(most, keys + 4 * scores), max(sent, keys + 3 * scores)
             continue
-        drawing = POSITIONS * rows * width
+        drawing = POSITIONS * rows * width - out  # before a piece has its output
         most = max(most, (2 if columns else 1) * keys + masks if columns else keys, drawing)
         sent = max(sent, keys, drawing)
     return held + most, max(held + most, out + kept + 2 * out + 2 * shape.key_bytes + sent)
