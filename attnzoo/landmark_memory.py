@@ -98,7 +98,7 @@ class LandmarkMemory:
     def training(self) -> int:
         """The end of the backward pass: the gradient of the means laid over the queries; or the middle of it, at the pseudo-inverse."""
         queries, keys = self.shape.query_bytes, 2 * self.shape.key_bytes
-        laid = queries + self.fetched_bytes if self.places else 2 * max(queries, self._wide_bytes)
+        laid = queries + self.fetched_bytes + self._wide_bytes if self.places else 2 * max(queries, self._wide_bytes)
         ending = 2 * queries + keys + laid
         inverting = self.kept() - self.shape.input_bytes + queries + 2 * self.means_bytes + 4 * self.matrix_bytes
         convolving = 4 * queries + self._blocked_bytes if self.convolves else 0

@@ -1,6 +1,6 @@
 """The allocator's peaks against the closed forms of `Attention.cost`: a forward without gradients, one that records, and both passes.
 
-    python benchmarks/memory_formula.py [--output benchmarks/results/memory_formula.jsonl] [--lengths 1024 4096 ...] [--device cpu] [--dtype bfloat16 --append]
+    python benchmarks/memory_formula.py [--output FILE] [--lengths 1024 4096 ...] [--device cpu] [--dtype bfloat16 --append]
 
 Two heads of 64, by default float32; peaks are beyond the inputs, and the ratio is peak over formula. forward: `Cost.forward_bytes`. recording: the
 larger of that and of what autograd holds after the forward, `Cost.kept_bytes`, without q, k and v and with the output. both:
