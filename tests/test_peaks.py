@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from cases import Case, can, cases
+from cases import Case, can, cases, squared_elu
 
 import attnzoo
 from attnzoo import Attention
@@ -69,13 +71,27 @@ IN_PIECES = [
     ("performer", {}, 0.15),
     ("cosformer", {}, 0.15),
     ("retention", {}, 0.15),
+    ("flash", {}, 0.05),
+    ("nystromformer", {}, 0.1),
+    ("nystromformer", {"convolution": 33}, 0.1),
+    ("sparse_transformer", {}, 0.05),
+    ("sparse_transformer", {"pattern": "fixed"}, 0.05),
+    ("sparse_transformer", {"factors": "by_head"}, 0.15),
+    ("reformer", {}, 0.05),
+    ("sliding_window", {"sinks": 4}, 0.02),
+    ("sliding_window", {"sinks": 4, "sink_logits": True}, 0.02),
+    ("sliding_window", {"dilation": 4}, 0.02),
+    ("sliding_window", {"dilation": [1, 3]}, 0.1),
+    ("longformer", {"global_tokens": 2}, 0.02),
+    ("longformer", {"global_tokens": 40, "dilation": 3}, 0.1),
+    ("longformer", {"global_tokens": 3, "dilation": [1, 2]}, 0.15),
 ]
 
 
 @pytest.mark.parametrize(
     ("name", "options", "left_out", "is_causal"), [(*row, is_causal) for row in IN_PIECES for is_causal in spec_of(row[0]).forms]
 )
-def test_peaks_of_engines_in_pieces(name: str, options: dict[str, str], left_out: float, is_causal: bool) -> None:
+def test_peaks_of_engines_in_pieces(name: str, options: dict[str, Any], left_out: float, is_causal: bool) -> None:
     """left_out: the part that is too small for the formula, such as indices, or masks and sums of one chunk. 3,000 tokens need padding."""
     attn = attnzoo.build(name, heads=2, head_dim=64, **options, **sized(name, 4096))
     for n, kv_heads in ((4096, 2), (3000, 1)):
@@ -84,3 +100,38 @@ def test_peaks_of_engines_in_pieces(name: str, options: dict[str, str], left_out
         peaks = [measured(attn, 1, (n, n), kv_heads, is_causal, torch.float32, training) for training in (False, True)]
         expected = [pytest.approx(formula, rel=left_out) for formula in (cost.forward_bytes, cost.training_bytes)]
         assert peaks == expected, (n, kv_heads)
+
+
+IN_HALF_PRECISION = [
+    ("flash", {}, 0.1),
+    ("nystromformer", {}, 0.25),
+    ("sparse_transformer", {}, 0.05),
+    ("reformer", {}, 0.05),
+    ("sliding_window", {}, 0.2),
+    ("sliding_window", {"sinks": 4}, 0.2),
+    ("bigbird", {}, 0.25),
+    ("longformer", {"global_tokens": 2}, 0.2),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "left_out"), IN_HALF_PRECISION)
+def test_peaks_in_half_precision(name: str, options: dict[str, int], left_out: float) -> None:
+    """Coarser: what oneDNN packs depends on the machine; where it packs nothing the sparse engine's forms are an upper bound."""
+    attn = attnzoo.build(name, heads=2, head_dim=64, **options).to(torch.bfloat16)
+    cost = attn.cost(1, 1500, kv_heads=2, dtype=torch.bfloat16)
+    assert cost.forward_bytes is not None and cost.training_bytes is not None
+    peaks = [measured(attn, 1, (1500, 1500), 2, False, torch.bfloat16, training) for training in (False, True)]
+    for peak, formula in zip(peaks, (cost.forward_bytes, cost.training_bytes), strict=True):
+        assert peak <= formula * (1 + left_out)
+        assert peak >= formula * (1 - left_out) or not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_every_variant_has_its_forms(case: Case, dtype: torch.dtype) -> None:
+    """But for a user's own map, which autograd differentiates and the library does not know."""
+    for is_causal in case.spec.forms:
+        cost = case.build().cost(2, 600, kv_heads=2, is_causal=is_causal, dtype=dtype)
+        known = case.options.get("feature_map") is not squared_elu
+        assert cost.forward_bytes is not None
+        assert (cost.kept_bytes is not None, cost.training_bytes is not None) == (known, known)

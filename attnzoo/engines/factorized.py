@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call, repeat_heads
+from attnzoo.engines import peaks
 from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype, never_refuses
+from attnzoo.engines.factorized_memory import Layout, Share
+from attnzoo.engines.memory import INDEX_BYTES, fused
 from attnzoo.engines.softmax import masked_softmax, sdpa, softmax_cost
 from attnzoo.engines.sparse import Sparse, reference
 from attnzoo.factorized_patterns import ByHead, Factor, Neighbours, OwnBlock, Strided, Summaries
@@ -44,7 +47,49 @@ class Factorized(Sparse):
         for factors, heads in self.heads_of(shape.heads):
             support += len(heads) * _count_visible(factors, grid)
             executed += len(heads) * (len(_keys_of_one(factors, grid)) if grid.query_length == 1 else _count_computed(factors, grid))
-        return softmax_cost(shape, executed, support, None, None)
+        cost = softmax_cost(shape, executed, support, None, self._kept_bytes(shape, grid))
+        forward_bytes, training_bytes = self._peaks(shape, grid)
+        return replace(cost, forward_bytes=forward_bytes, training_bytes=training_bytes)
+
+    def _kept_bytes(self, shape: Shape, grid: Grid) -> int:
+        groups = self.heads_of(shape.heads)
+        kept = INDEX_BYTES * shape.heads if len(groups) > 1 else 0  # the order of heads
+        for factors, heads in groups:
+            keys = len(_keys_of_one(factors, grid)) if shape.query_length == 1 else 0
+            if shape.query_length == 1 and not keys:
+                continue
+            kv_heads = shape.kv_heads
+            if len(groups) > 1:  # which heads these are, and which keys are theirs
+                kv_heads, kept = len(heads), kept + 2 * len(heads) * INDEX_BYTES
+            if not keys:
+                kept += _layout(factors, shape, grid, len(heads)).kept()
+            else:
+                one = replace(shape, heads=len(heads), kv_heads=kv_heads, key_length=keys)
+                kept += one.input_bytes + fused(one, len(heads)) + keys * INDEX_BYTES
+        return kept
+
+    def _peaks(self, shape: Shape, grid: Grid) -> tuple[int, int]:
+        """Of a forward, and of both passes: of all groups of heads one after the other, with what the others have left."""
+        groups = self.heads_of(shape.heads)
+        forward = training = done = kept = given = 0
+        for factors, heads in groups:
+            kv_heads = shape.kv_heads if len(groups) == 1 else len(heads)
+            own = replace(shape, heads=len(heads), kv_heads=kv_heads)
+            copies = own.input_bytes if len(groups) > 1 else 0
+            if shape.query_length == 1:
+                one = replace(own, key_length=max(1, len(_keys_of_one(factors, grid))))
+                its_forward, its_training = 2 * one.key_bytes + peaks.forward(one), 2 * one.key_bytes + shape.input_bytes + peaks.training(one)
+                its_kept = 2 * one.key_bytes
+            else:
+                layout = _layout(factors, shape, grid, len(heads))
+                its_forward, its_training, its_kept = layout.forward(), layout.training(own.query_bytes), layout.kept()
+            forward = max(forward, done + copies + its_forward)
+            training = max(training, done + kept + copies + its_training)
+            done, kept, given = done + own.query_bytes, kept + its_kept, given + copies
+        if len(groups) == 1:
+            return forward, max(training, forward)
+        every = shape.query_bytes + shape.input_bytes  # the output and all gradients
+        return max(forward, 3 * done), max(training, every + shape.input_bytes, every + kept)
 
 
 @dataclass(frozen=True)
@@ -170,6 +215,20 @@ def _part(factor: Factor, rows: _Rows, is_causal: bool) -> _Near | _Columns | _L
         return _Columns(rows)
     assert isinstance(factor, Summaries)
     return _Last(rows, factor.width)
+
+
+def _layout(factors: tuple[Factor, ...], shape: Shape, grid: Grid, heads: int) -> Layout:
+    """What `_attend` lays out, in numbers."""
+    rows, shares = _Rows.of(factors[0].stride, grid), []
+    for factor in factors:
+        part = _part(factor, rows, grid.is_causal)
+        near = part.before + 1 + part.after if isinstance(part, _Near) else 0
+        is_alike = factor is factors[0] and not near and not grid.is_causal  # for every row, and for every column unless columns differ in keys
+        columns = rows.stride if isinstance(part, _Columns) else 1
+        shown = part.width * (columns if is_alike else rows.count * rows.stride)
+        measured = rows.count * rows.stride * part.width if isinstance(factors[0], Neighbours) else 0
+        shares.append(Share(part.width, near, isinstance(part, _Columns), part.columns if isinstance(part, _Last) else 0, shown, measured))
+    return Layout(shape, heads, rows.stride, rows.count, rows.key_rows, tuple(shares))
 
 
 _SHOWN: dict[type[Factor], Callable[[Tensor, Tensor, int], Tensor]] = {

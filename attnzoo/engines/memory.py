@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from attnzoo.engines.engine import Shape
 
+INDEX_BYTES = 8  # of an int64
+
 
 def fused(shape: Shape, rows: int) -> int:
     """SDPA's output and statistic, for so many rows of a head in each sample."""

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from attnzoo.arguments import check_positive
 from attnzoo.call import Call
 from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype, causal_pairs, never_refuses
+from attnzoo.engines.hashed_memory import HashedMemory
 from attnzoo.engines.pieces import only_autograd_looks
 from attnzoo.engines.softmax import Softmax, attend_densely, softmax_cost
 from attnzoo.hashing import NO_KEY, NO_QUERY, AngularHash, Chunks, lay_out, most_tiles, near, number_chunks
@@ -51,12 +52,17 @@ class Hashed(Softmax):
             hidden = causal_pairs(shape.query_length, shape.key_length - most) if shape.key_length > most else 0
             support = causal_pairs(shape.query_length, shape.key_length) - hidden
         cost = softmax_cost(shape, shape.kv_heads * scores, shape.heads * support, None, None)
+        slots = sizes.query_tiles * sizes.queries
+        memory = HashedMemory(shape, rounds, self.share_qk, slots, sizes.query_tiles, sizes.seen_tiles * sizes.keys)
         merging = heads * rows * (2 * rounds + shape.head_dim + (0 if self.share_qk else 1))
         return replace(
             cost,
             macs=cost.macs + self.hashing.macs(heads * (rows + shape.key_length)),
             elementwise=heads * scores + merging + (heads * shape.key_length if self.share_qk else 0),
             moved_bytes=cost.moved_bytes + self.hashing.rotations.nbytes,
+            kept_bytes=memory.kept(),
+            forward_bytes=memory.forward(),
+            training_bytes=memory.training(),
         )
 
 

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from attnzoo.arguments import check_positive
 from attnzoo.call import Call, repeat_heads
+from attnzoo.engines import tiled_peaks
 from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype, causal_pairs, never_refuses
 from attnzoo.engines.memory import fused
 from attnzoo.engines.pieces import join, only_autograd_looks
@@ -44,6 +45,8 @@ class Tiled(Softmax):
             elementwise=heads * (pairs + rescaled + shape.query_length * shape.head_dim),
             moved_bytes=whole.moved_bytes,
             kept_bytes=shape.input_bytes + fused(shape, shape.heads * shape.query_length),
+            forward_bytes=tiled_peaks.forward(shape, self.block_size),
+            training_bytes=tiled_peaks.training(shape, self.block_size),
             state_elements=whole.state_elements,
             state_bytes=whole.state_bytes,
             state_growth=whole.state_growth,

@@ -59,7 +59,9 @@ class Sparse(Softmax):
             kept, found = memory.full(shape), (peaks.forward(shape), peaks.training(shape))
         elif isinstance(self.pattern, Window):
             executed, support = sparse_dilated.count_executed(self.pattern, shape), sparse_dilated.count_support(self.pattern, grid)
-            kept, found = sparse_memory.windows(self.pattern, shape), sparse_peaks.windows(self.pattern, shape)
+            logits, sinks = self.sink_logits is not None, min(self.pattern.sinks, shape.key_length)
+            kept = sparse_memory.windows(self.pattern, shape, logits=logits)
+            found = sparse_peaks.windows(self.pattern, shape, sinks, logits=logits)
         elif isinstance(self.pattern, BlockPattern):
             executed, support = sparse_blocks.count_pairs(self.pattern, grid)
             kept, found = sparse_memory.blocks(self.pattern, shape), sparse_peaks.blocks(self.pattern, shape)
@@ -91,15 +93,11 @@ class Sparse(Softmax):
         assert isinstance(self.pattern, Window)
         parts = sparse_dilated.parts(self.pattern, shape)
         rows = sum(part.shape.batch_size * part.heads * part.shape.query_length for part in parts)
-        kept = cost.kept_bytes if shape.dtype in in_cache.DTYPES else None
-        if kept is not None and len(parts) > 1:  # each dilation's own logits, and which they are
-            kept += logits * (shape.dtype.itemsize + sparse_memory.INDEX_BYTES)
         return replace(
             cost,
             parameters=logits,
             elementwise=cost.elementwise + SOFTMAX_OPERATIONS * rows,
             moved_bytes=cost.moved_bytes + logits * shape.dtype.itemsize,
-            kept_bytes=kept,
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnzoo.arguments import check_count
 from attnzoo.call import Call
-from attnzoo.engines import sparse_columns, sparse_dilated, sparse_flex
+from attnzoo.engines import sparse_columns, sparse_dilated, sparse_flex, sparse_memory, sparse_peaks
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
 from attnzoo.engines.global_cache import GlobalCache, fetched
 from attnzoo.engines.softmax import attend_densely, sdpa, softmax_cost, visible
@@ -77,11 +77,20 @@ class WindowAndGlobals(Sparse):
         executed = sparse_dilated.count_executed(self.pattern, shape) + shape.heads * queries * shape.key_length
         for part in sparse_dilated.parts(self.pattern, shape):
             executed += part.shape.batch_size // shape.batch_size * part.heads * part.shape.query_length * keys
-        cost = softmax_cost(shape, executed, sparse_dilated.count_support(self.pattern, grid, keys), self.pattern.reach, None)
+        forward_bytes, training_bytes = sparse_peaks.windows(self.pattern, shape, keys, queries)
+        kept_bytes = sparse_memory.windows(self.pattern, shape, keys, queries)
+        cost = softmax_cost(shape, executed, sparse_dilated.count_support(self.pattern, grid, keys), self.pattern.reach, kept_bytes)
         a_token = 2 * shape.batch_size * shape.kv_heads * shape.head_dim  # numbers of its key and value
         kept = cost.state_elements + a_token * keys
         growing = (shape.key_length < self.global_tokens) * a_token * shape.dtype.itemsize
-        return replace(cost, state_elements=kept, state_bytes=kept * shape.dtype.itemsize, state_growth=cost.state_growth + growing)
+        return replace(
+            cost,
+            forward_bytes=forward_bytes,
+            training_bytes=training_bytes,
+            state_elements=kept,
+            state_bytes=kept * shape.dtype.itemsize,
+            state_growth=cost.state_growth + growing,
+        )
 
 
 def _most(mask: Tensor, bound: int | None = None) -> int:

@@ -7,42 +7,45 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from attnzoo.engines import in_cache, sparse_blocks, sparse_dilated, sparse_windows
+from attnzoo.engines import in_cache, sparse_blocks, sparse_columns_memory, sparse_dilated, sparse_windows
 from attnzoo.engines.engine import Shape
-from attnzoo.engines.memory import fused
+from attnzoo.engines.memory import INDEX_BYTES, fused
 from attnzoo.patterns import BlockPattern, Grid, Window
 
-INDEX_BYTES = 8  # of an int64
 
-
-def windows(pattern: Window, shape: Shape) -> int | None:
-    """Of every dilation, q, k and v laid out for it; and which heads are whose, where there are several. None in half precision where
-    classes of positions differ in length and need a mask."""
-    if pattern.sinks:
-        return _sinks(pattern, shape) if set(pattern.dilations) == {1} else None
-    parts, kept = sparse_dilated.parts(pattern, shape), 0
+def windows(pattern: Window, shape: Shape, global_keys: int = 0, global_queries: int = 0, *, logits: bool = False) -> int:
+    """Of every dilation, q, k and v laid out for it; and which heads are whose, where there are several. global_keys, global_queries: of how
+    many tokens. logits: the engine's softmax has one term more for each head."""
+    parts, kept, plain = sparse_dilated.parts(pattern, shape), 0, replace(pattern, dilation=1)
+    in_pieces = shape.dtype not in in_cache.DTYPES  # by torch's SDPA
     if len(parts) > 1:
         kept += INDEX_BYTES * (shape.heads + sum(part.heads + part.kv_heads for part in parts))
+        if logits:  # those of every dilation, and which they are
+            kept += shape.heads * (INDEX_BYTES + (0 if in_pieces else shape.dtype.itemsize))
     for part in parts:
+        columns = min(global_keys or pattern.sinks, shape.key_length)
+        if columns or (logits and in_pieces):
+            kept += sparse_columns_memory.beside(plain, part.shape, columns, logits=logits)
+            kept += sparse_columns_memory.table(shape, part, columns) if global_keys else 0
+            kept += 2 * replace(shape, kv_heads=part.kv_heads).key_bytes if global_keys else 0  # of which columns are fetched
+            continue
         masked = part.fold is not None and part.fold.spare > 0 and not shape.is_causal
-        if masked and shape.dtype not in in_cache.DTYPES:
-            return None
-        caps = part.shape.batch_size * part.shape.key_length * shape.dtype.itemsize if masked else 0
-        kept += _plain_windows(replace(pattern, dilation=1), part.shape) + 2 * (part.key_bytes - part.shape.key_bytes) + caps
+        caps = part.shape.batch_size * part.shape.key_length * shape.dtype.itemsize if masked and not in_pieces else 0
+        kept += _plain_windows(plain, part.shape, masked=masked) + 2 * (part.key_bytes - part.shape.key_bytes) + caps
+    if global_keys:
+        kept += shape.batch_size * global_keys * INDEX_BYTES
+    elif pattern.sinks and shape.is_causal and not in_pieces:
+        kept += shape.key_length * INDEX_BYTES
+    if global_queries:
+        (part, *_), layout = parts, sparse_columns_memory.pieces(plain, parts[0].shape)
+        is_kept = part.fold is None and not (in_pieces and all(sparse_columns_memory.is_copied(shape, piece) for piece in layout))
+        kept += sparse_columns_memory.global_rows(shape, parts, global_queries, query_is_kept=is_kept)
     return kept
 
 
-def _sinks(pattern: Window, shape: Shape) -> int | None:
-    """q, and k and v with the sinks behind them; which keys are hidden, as numbers; causal, where the sinks stand."""
-    if shape.dtype not in in_cache.DTYPES:
-        return None
-    sinks = min(pattern.sinks, shape.key_length)
-    longer = replace(shape, key_length=shape.key_length + sinks)
-    return longer.input_bytes + shape.batch_size * longer.key_length * shape.dtype.itemsize + shape.is_causal * shape.key_length * INDEX_BYTES
-
-
-def _plain_windows(pattern: Window, shape: Shape) -> int:
-    """Edges and blocks hold views of q, k and v; grouped heads cost the blocks a copy of their queries."""
+def _plain_windows(pattern: Window, shape: Shape, *, masked: bool) -> int:
+    """Edges and blocks hold views of q, k and v; grouped heads cost the blocks a copy of their queries. masked: some keys are hidden, in
+    half precision from a sample by itself."""
     if shape.dtype in in_cache.DTYPES:
         return shape.input_bytes
     grid, group, size = _grid(shape), shape.heads // shape.kv_heads, shape.dtype.itemsize
@@ -51,14 +54,19 @@ def _plain_windows(pattern: Window, shape: Shape) -> int:
     kept = 2 * shape.key_bytes + (shape.query_bytes if edges or group == 1 else 0)
     for first, end, low, high in edges:
         kept += fused(shape, shape.heads * (end - first))
+        samples = shape.batch_size if masked else 1
         if _edge_is_masked(pattern, grid, first, end, low, high):
-            kept += (end - first) * ((high - low) * size + 1)
+            kept += samples * (end - first) * ((high - low) * size + 1)
+        elif masked:
+            kept += samples * ((high - low) * size + 1)
     if found.blocks:
         rows = found.blocks * sparse_windows.BLOCK
         sliced = shape.batch_size * shape.kv_heads * found.slice_length * shape.head_dim
         together = max(1, min(found.blocks, sparse_windows.SLICED // sliced))
         bands = -(-found.blocks // together)  # one mask for all blocks that are computed together
-        kept += fused(shape, shape.heads * rows) + bands * group * sparse_windows.BLOCK * found.slice_length * size
+        band = group * sparse_windows.BLOCK * found.slice_length * size
+        masks = shape.batch_size * found.blocks * (band + group * sparse_windows.BLOCK) if masked else bands * band
+        kept += fused(shape, shape.heads * rows) + masks
         if group > 1:
             kept += shape.batch_size * shape.heads * rows * shape.head_dim * size
     return kept

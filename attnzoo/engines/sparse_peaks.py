@@ -1,5 +1,5 @@
-"""The most that torch's allocator holds in the sparse engine, in bytes, by the backend `blocks` in float32 and float64 (`in_cache`),
-without masks in the call.
+"""The most that torch's allocator holds in the sparse engine, in bytes, by the backend `blocks`, without masks in the call.
+In half precision torch's SDPA does the work of `in_cache`, and the forms are coarser.
 
 Beside tensors as long as the sequence: the memory that pieces use in turn, taken in the order of the pieces and counted with the old place
 while it grows, and the caps of pieces. What is smaller, such as indices of blocks, is left out.
@@ -7,9 +7,9 @@ while it grows, and the caps of pieces. What is smaller, such as indices of bloc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from attnzoo.engines import in_cache, sparse_blocks, sparse_windows
+from attnzoo.engines import in_cache, peaks, sparse_blocks, sparse_columns_memory, sparse_dilated, sparse_memory, sparse_windows
 from attnzoo.engines.engine import Shape
 from attnzoo.patterns import BlockPattern, Grid, Window
 
@@ -27,26 +27,78 @@ class _Pieces:
     drawing_bytes: int
 
 
-def windows(pattern: Window, shape: Shape) -> tuple[int, int] | None:
-    """Peaks of a forward and of both passes; None in half precision, where torch's SDPA does the work, and for dilated windows and sinks."""
-    if shape.dtype not in in_cache.DTYPES or set(pattern.dilations) != {1} or pattern.sinks:
-        return None
+def windows(pattern: Window, shape: Shape, columns: int = 0, global_queries: int = 0, *, logits: bool = False) -> tuple[int, int]:
+    """Peaks of a forward and of both passes. columns: keys beside the window, sinks or global tokens; global_queries: whose rows are made
+    anew. logits: as in `sparse_memory.windows`.
+
+    The heads of every dilation by themselves: their copies of q, k and v, classes of positions folded into the batch, the outputs so far."""
+    parts, plain = sparse_dilated.parts(pattern, shape), replace(pattern, dilation=1)
+    forward = training = done = held = 0
+    for part in parts:
+        own = replace(shape, heads=part.heads, kv_heads=part.kv_heads)
+        copies = own.input_bytes if len(parts) > 1 else 0
+        folded = part.shape.input_bytes if part.fold else 0
+        longer = replace(part.shape, key_length=part.shape.key_length + columns)
+        copies += folded + (2 * longer.key_bytes if columns else 0)
+        its_forward, its_training = _window(plain, part.shape, columns, logits=logits)
+        unfolding = 2 * part.shape.query_bytes if part.fold else 0
+        forward = max(forward, done + copies + max(its_forward, unfolding))
+        returned = part.shape.query_bytes if part.fold else 0  # what comes back to the output, folded
+        if global_queries:  # what comes back over global rows; from those to q, k and v
+            returned = 2 * shape.query_bytes + 2 * shape.key_bytes
+        training = max(training, held + copies + returned + its_training)
+        done, held = done + own.query_bytes, held + copies + own.query_bytes
+    if len(parts) > 1:  # all heads side by side, then in order
+        forward, training = max(forward, 3 * shape.query_bytes), max(training, held + 2 * shape.query_bytes + shape.input_bytes)
+    if global_queries:
+        forward = max(forward, shape.query_bytes + peaks.forward(replace(shape, query_length=global_queries)))
+    looking = peaks.looking_bytes(shape)
+    return max(forward, looking), max(training, forward, looking)
+
+
+def _window(pattern: Window, shape: Shape, columns: int, *, logits: bool) -> tuple[int, int]:
+    """Of a plain window."""
+    if shape.dtype not in in_cache.DTYPES:
+        return _by_sdpa(pattern, shape, columns, logits=logits)
     grid, size = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal), shape.dtype.itemsize
     found, shapes, caps, drawing = sparse_windows.plan(pattern, grid), [], 0, 0
     for first, end, low, high in sparse_windows.edges(pattern, grid):
         keys, start = high - low, grid.offset + first
-        for rows in _split(end - first, max(sparse_windows.BLOCK, in_cache.SCORES // max(1, keys))):
+        for rows in _split(end - first, max(sparse_windows.BLOCK, in_cache.SCORES // max(1, keys + columns))):
             hidden = _hidden(pattern, grid, start, start + rows, low, high)
             drawing = max(drawing, caps + rows * max(hidden, default=0) * POSITIONS)
             caps += rows * sum(hidden) * size
             start += rows
-            shapes.append((1, rows, keys))
+            shapes.append((1, rows, keys + columns))
     hidden = _hidden(pattern, grid, found.before, found.before + sparse_windows.BLOCK, 0, found.slice_length)
     drawing = max(drawing, caps + sparse_windows.BLOCK * max(hidden, default=0) * POSITIONS)
     caps += sparse_windows.BLOCK * sum(hidden) * size
-    together = in_cache.parts_at_a_time(sparse_windows.BLOCK, found.slice_length)
-    shapes += [(blocks, sparse_windows.BLOCK, found.slice_length) for blocks in _split(found.blocks, together)]
-    return _peaks(shape, _Pieces(shapes, set(), caps, drawing), shape.query_bytes, shape.key_bytes, padded=0)
+    together = in_cache.parts_at_a_time(sparse_windows.BLOCK, found.slice_length + columns)
+    shapes += [(blocks, sparse_windows.BLOCK, found.slice_length + columns) for blocks in _split(found.blocks, together)]
+    longer = replace(shape, key_length=shape.key_length + columns)
+    fetched = set(shapes) if columns else set()
+    return _peaks(shape, _Pieces(shapes, fetched, caps, drawing), shape.query_bytes, longer.key_bytes, padded=0)
+
+
+def _by_sdpa(pattern: Window, shape: Shape, columns: int, *, logits: bool) -> tuple[int, int]:
+    """In half precision: a piece's output beside that of all, its keys and values as oneDNN packs them, and copied with columns; where heads share
+    keys, its queries and its output laid out anew. With logits, scores in the precision of sums."""
+    out, statistic, size = shape.query_bytes, peaks.statistic_bytes(shape), shape.dtype.itemsize
+    held = 2 * out + statistic + (2 * out if shape.heads > shape.kv_heads else 0)
+    kept = sparse_columns_memory.beside(pattern, shape, columns, logits=logits) if columns or logits else held - out
+    most = sent = 0
+    for parts, rows, width in sparse_columns_memory.pieces(pattern, shape):
+        keys = 2 * shape.batch_size * shape.kv_heads * parts * (width + columns) * shape.head_dim * size
+        pairs = parts * rows * (width + columns)
+        scores = shape.batch_size * shape.heads * pairs * shape.sum_bytes
+        masks = pairs * shape.heads // shape.kv_heads * (size + 1)
+        if logits:
+            most, sent = max(most, keys + 4 * scores), max(sent, keys + 3 * scores)
+            continue
+        drawing = POSITIONS * rows * width - out  # before a piece has its output
+        most = max(most, (2 if columns else 1) * keys + masks if columns else keys, drawing)
+        sent = max(sent, keys, drawing)
+    return held + most, max(held + most, out + kept + 2 * out + 2 * shape.key_bytes + sent)
 
 
 def _hidden(pattern: Window, grid: Grid, first: int, end: int, low: int, high: int) -> list[int]:
@@ -56,10 +108,8 @@ def _hidden(pattern: Window, grid: Grid, first: int, end: int, low: int, high: i
     return [stop - start for start, stop in ends if start < stop]
 
 
-def blocks(pattern: BlockPattern, shape: Shape) -> tuple[int, int] | None:
+def blocks(pattern: BlockPattern, shape: Shape) -> tuple[int, int]:
     """As `windows`."""
-    if shape.dtype not in in_cache.DTYPES:
-        return None
     grid, size, element = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal), pattern.block_size, shape.dtype.itemsize
     ahead, spare = grid.offset % size, -grid.key_length % size
     shapes, fetched = [], set()
@@ -79,7 +129,26 @@ def blocks(pattern: BlockPattern, shape: Shape) -> tuple[int, int] | None:
     key_bytes = shape.kv_heads * (shape.key_length + spare) * per_position
     copies = (query_bytes if ahead or spare else 0) + (2 * key_bytes if spare else 0)
     table = sparse_blocks.sorted_key_blocks(pattern, grid).nbytes
+    if shape.dtype not in in_cache.DTYPES:
+        return _blocks_by_sdpa(pattern, shape, copies + table, query_bytes, key_bytes)
     return _peaks(shape, _Pieces(shapes, fetched, size * size * element, 0), query_bytes, key_bytes, padded=copies, held=table)
+
+
+def _blocks_by_sdpa(pattern: BlockPattern, shape: Shape, held: int, query_bytes: int, key_bytes: int) -> tuple[int, int]:
+    """In half precision: the keys and values of some blocks of one head, fetched and as oneDNN packs them; in training of all its blocks."""
+    grid, size = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal), pattern.block_size
+    per_number = shape.batch_size * shape.head_dim * shape.dtype.itemsize
+    some = every = 0
+    for run in sparse_blocks.runs(pattern, grid):
+        keys = grid.key_length if run.sees_all else run.width * size
+        if run.sees_all or not keys:
+            some = max(some, 2 * keys * per_number)
+            continue
+        together = max(1, min(run.end - run.first, sparse_blocks.GATHERED // (keys * shape.head_dim)))
+        some, every = max(some, 4 * together * keys * per_number), max(every, 4 * (run.end - run.first) * keys * per_number)
+    forward = held + query_bytes + query_bytes // shape.heads + some
+    kept = sparse_memory.blocks(pattern, shape) - (0 if held > query_bytes else shape.input_bytes)
+    return forward, max(forward, kept + query_bytes + 2 * key_bytes + every)
 
 
 def _peaks(shape: Shape, pieces: _Pieces, query_bytes: int, key_bytes: int, *, padded: int, held: int = 0) -> tuple[int, int]:

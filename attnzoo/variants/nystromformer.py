@@ -9,6 +9,7 @@ from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Cost, Shape, accumulation_dtype
 from attnzoo.engines.softmax import Softmax, masked_softmax
+from attnzoo.landmark_memory import LandmarkMemory
 from attnzoo.landmarks import pseudo_inverse, segment_means
 from attnzoo.registry import register
 
@@ -87,9 +88,13 @@ class Nystromformer(Attention):
         macs = heads * (products + kernel + convolving)
         scores = heads * (2 * segments * shape.key_length + segments**2)
         means = shape.batch_size * (shape.heads + shape.kv_heads) * segments * shape.head_dim if shape.key_length % segments else 0
+        memory = LandmarkMemory(shape, segments, self.iterations, self.convolution is not None)
         return Cost(
             macs=macs,
             support_macs=macs,
             elementwise=SOFTMAX_OPERATIONS * scores + heads * segments**2 + means,
             moved_bytes=shape.input_bytes + shape.query_bytes + sum(parameter.numel() for parameter in self.parameters()) * shape.dtype.itemsize,
+            kept_bytes=memory.kept(),
+            forward_bytes=memory.forward(),
+            training_bytes=memory.training(),
         )
