@@ -82,6 +82,8 @@ def test_bytes_kept_of_a_users_own_map_are_not_known():
 MIXED = [
     Case("longformer", {"window": 9, "dilation": [1, 2, 1, 3], "global_tokens": 3}),
     Case("sliding_window", {"window": 5, "dilation": [3, 2, 2, 1], "sink_logits": True}),
+    Case("sliding_window", {"window": 5, "dilation": [3, 2, 2, 1], "sinks": 2}),
+    Case("sliding_window", {"window": 5, "dilation": 2, "sinks": 2, "sink_logits": True}),
 ]
 
 

@@ -52,10 +52,10 @@ def is_copied(shape: Shape, piece: Piece) -> bool:
 
 
 def table(shape: Shape, part: Part, count: int) -> int:
-    """Where the columns stand, for every class of positions."""
+    """Where the columns stand, for every class of positions of a dilated window."""
     if not shape.is_causal or shape.dtype not in in_cache.DTYPES:
         return 0
-    return part.shape.batch_size * count * INDEX_BYTES if part.fold or shape.query_length == 1 else 0
+    return part.shape.batch_size * count * INDEX_BYTES if part.dilation > 1 else 0
 
 
 def global_rows(shape: Shape, parts: list[Part], count: int, *, query_is_kept: bool) -> int:

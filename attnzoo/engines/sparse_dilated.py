@@ -118,6 +118,7 @@ def of_one_dilation(pattern: Window, call: Call, attend_window: AttendWindow) ->
 class Part:
     """A plain window that `attend` asks for. shape: what it attends to. key_bytes: of k, and of v, as they are held."""
 
+    dilation: int
     heads: int
     kv_heads: int
     fold: Fold | None
@@ -137,7 +138,7 @@ def parts(pattern: Window, shape: Shape) -> list[Part]:
         elif dilation > 1:
             fold = Fold.of(dilation, shape.query_length, shape.key_length)
             plain = fold.shape(own)
-        found.append(Part(len(heads), len(kv_heads), fold, plain, plain.key_bytes if fold else own.key_bytes))
+        found.append(Part(dilation, len(heads), len(kv_heads), fold, plain, plain.key_bytes if fold else own.key_bytes))
     return found
 
 

@@ -20,13 +20,13 @@ def windows(pattern: Window, shape: Shape, global_keys: int = 0, global_queries:
     in_pieces = shape.dtype not in in_cache.DTYPES  # by torch's SDPA
     if len(parts) > 1:
         kept += INDEX_BYTES * (shape.heads + sum(part.heads + part.kv_heads for part in parts))
-        if logits:  # those of every dilation, and which they are
-            kept += shape.heads * (INDEX_BYTES + (0 if in_pieces else shape.dtype.itemsize))
+        if logits and not in_pieces:  # those of every dilation
+            kept += shape.heads * shape.dtype.itemsize
     for part in parts:
         columns = min(global_keys or pattern.sinks, shape.key_length)
         if columns or (logits and in_pieces):
             kept += sparse_columns_memory.beside(plain, part.shape, columns, logits=logits)
-            kept += sparse_columns_memory.table(shape, part, columns) if global_keys else 0
+            kept += sparse_columns_memory.table(shape, part, columns)
             kept += 2 * replace(shape, kv_heads=part.kv_heads).key_bytes if global_keys else 0  # of which columns are fetched
             continue
         masked = part.fold is not None and part.fold.spare > 0 and not shape.is_causal
@@ -34,7 +34,7 @@ def windows(pattern: Window, shape: Shape, global_keys: int = 0, global_queries:
         kept += _plain_windows(plain, part.shape, masked=masked) + 2 * (part.key_bytes - part.shape.key_bytes) + caps
     if global_keys:
         kept += shape.batch_size * global_keys * INDEX_BYTES
-    elif pattern.sinks and shape.is_causal and not in_pieces:
+    elif pattern.sinks and shape.is_causal and not in_pieces and any(part.dilation == 1 for part in parts):
         kept += shape.key_length * INDEX_BYTES
     if global_queries:
         (part, *_), layout = parts, sparse_columns_memory.pieces(plain, parts[0].shape)
