@@ -16,7 +16,7 @@ from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.pieces import at_a_time
 from attnzoo.feature_maps import FeatureMap
 
-CAUSAL_CHUNK = 128  # tokens that see each other through a small score matrix
+CAUSAL_CHUNK = 64  # tokens that see each other through a small score matrix
 CHUNK = 512  # tokens whose features are held at a time where nobody sees anybody
 HELD = 2**19  # numbers of features, or of scores, that causal chunks computed side by side may have: what a cache holds
 
@@ -246,6 +246,8 @@ class Block:
             relative = (gamma[:, None, None] ** distance.clamp(min=0)).tril()[None, :, None]
             carry = None if past is None else relative[..., :1].repeat(1, 1, 1, group, 1) * gamma[:, None, None, None]
             weights, shrink = (fresh[:, :, None], faded[..., None].expand(-1, -1, chunks)) if remember else (None, None)
+        if feature_map.normalizer == "feature" and relative is None:
+            relative = torch.ones(k.shape[3], k.shape[3], dtype=dtype, device=k.device).tril()[None, None, None]
         more = summed(k_features, weights, v) if remember else None
         before, after = _sums_of_chunks(past, shrink, more)
         if feature_map.normalizer == "feature":
@@ -255,7 +257,7 @@ class Block:
         if relative is None:
             attention = scores.tril_()
         else:  # in place where no gradient goes to the weights
-            attention = scores.mul_(relative[:, :, :, None]) if feature_map.fades else scores * relative[:, :, :, None]
+            attention = scores * relative[:, :, :, None] if feature_map.scales_keys else scores.mul_(relative[:, :, :, None])
         attention = attention.flatten(3, 4)
         remembered = None if after is None else Past(after, None if largest is None else largest[..., -1].clone())
         return cls(q, k, v, q_features, k_features, totals, relative, attention, before, carry, weights, shrink, remembered)
@@ -290,6 +292,7 @@ def feature_totals(relative: Tensor | None, k_features: Tensor, carry: Tensor | 
     """What to divide each feature of a row by, the key feature's sum over the keys that the row sees, (batch, kv_heads, chunks, length, width)."""
     assert relative is not None
     sums = relative @ k_features
-    if before is not None and carry is not None:
-        sums = torch.addcmul(sums, carry[..., : sums.shape[3], :], before[..., None, :, -1])
+    if before is not None:
+        earlier = before[..., None, :, -1]
+        sums = sums + earlier if carry is None else torch.addcmul(sums, carry[..., : sums.shape[3], :], earlier)
     return sums.clamp_(min=underflow(sums))  # as `divisor`, in one pass: no feature is negative, and what is divided is no larger than its total

@@ -37,6 +37,7 @@ from attnzoo.feature_maps import FeatureMap
 
 def attend(feature_map: FeatureMap, call: Call) -> Tensor:
     """A·v. A causal call has at most as many queries as keys."""
+    feature_map = feature_map.for_keys(call.k)
     if torch.compiler.is_compiling():
         return _plain(feature_map, call)
     with _full_precision(call.q.device):
@@ -273,7 +274,8 @@ def _backward_block(
 
 def _carried(block: Block, d_totals: Tensor) -> Tensor:
     """What the totals of the rows send to the last column of the sums before them."""
-    assert block.carry is not None
+    if block.carry is None:
+        return d_totals.sum(3)[..., None]
     return d_totals.mT @ block.carry[..., : d_totals.shape[3], :]
 
 
