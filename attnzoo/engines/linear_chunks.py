@@ -18,7 +18,7 @@ from attnzoo.feature_maps import FeatureMap
 
 CAUSAL_CHUNK = 64  # tokens that see each other through a small score matrix
 CHUNK = 512  # tokens whose features are held at a time where nobody sees anybody
-HELD = 2**19  # numbers of features, or of scores, that causal chunks computed side by side may have: what a cache holds
+HELD = 2**20  # numbers that causal chunks computed side by side may have: what a cache holds, and malloc keeps for the next ones
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,25 @@ def absorb(feature_map: FeatureMap, k: Tensor, v: Tensor, key_mask: Tensor | Non
             weights = (log_scale - finite(largest)[..., None]).exp()
         if feature_map.fades:
             weights, shrink = fading(feature_map.decay(features), keys.shape[2])
-        past = Past(_added(None if past is None else past.sums, shrink, summed(features, weights, values.to(dtype))), largest)
+        past = Past(_added(None if past is None else past.sums, shrink, summed(features, weights, with_ones(values.to(dtype)))), largest)
     assert past is not None
     return past
 
 
+def with_ones(v: Tensor) -> Tensor:
+    """[v, 1]: what is summed of values is summed of their weights as well."""
+    return torch.cat([v, v.new_ones(1).expand(*v.shape[:-1], 1)], -1)
+
+
+def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x += a @ b in one pass, x a tensor of its own without gaps, all with the same leading dimensions."""
+    x.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3))
+    return x
+
+
 def summed(features: Tensor, weights: Tensor | None, v: Tensor) -> Tensor:
-    """Σ_j weights_j φ(k_j) [v_j, 1]ᵀ over the second last dimension."""
-    if weights is None:
-        return torch.cat([features.mT @ v, features.sum(-2)[..., None]], -1)
-    return torch.cat([features.mT @ (v * weights[..., None]), (weights[..., None, :] @ features).mT], -1)
+    """Σ_j weights_j φ(k_j) v_jᵀ over the second last dimension, v `with_ones`."""
+    return features.mT @ (v if weights is None else v * weights[..., None])
 
 
 def fading(gamma: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -164,7 +173,8 @@ def spans(length: int, together: int) -> list[tuple[int, int]]:
 
 def chunks_held(width: int, batch_size: int, heads: int, length: int, like: Tensor) -> int:
     """`together` of `spans`."""
-    return at_a_time(max(1, -(-length // CAUSAL_CHUNK)), batch_size * heads * CAUSAL_CHUNK * max(width, CAUSAL_CHUNK), HELD, like)
+    per_token = width + 3 * CAUSAL_CHUNK  # features, scores, value and row
+    return at_a_time(max(1, -(-length // CAUSAL_CHUNK)), batch_size * heads * CAUSAL_CHUNK * per_token, HELD, like)
 
 
 def spans_of(feature_map: FeatureMap, call: Call) -> list[tuple[int, int]]:
@@ -192,7 +202,7 @@ class Block:
     """Chunks side by side, before they read their values. Row i of a chunk weighs its own key j by exp(log_scale_j - m_i) under its
     own running maximum m_i, so no later key, however large, can push an earlier row out of range (rule 5).
 
-    q, q_features: (batch, kv_heads, chunks, rows, ...), see `grouped`; k, k_features, v: (batch, kv_heads, chunks, length, ...).
+    q, q_features: (batch, kv_heads, chunks, rows, ...), see `grouped`; k, k_features, v: (batch, kv_heads, chunks, length, ...), v `with_ones`.
     totals: what the features of a query were divided by to become q_features, (batch, kv_heads, chunks, length, width), None: nothing.
     relative: the weights of keys in rows, (batch, kv_heads, chunks, length, length), None where all are 1.
     attention: what rows make of their own chunk's values, not yet normalised, (batch, kv_heads, chunks, rows, length).
@@ -219,8 +229,7 @@ class Block:
     def of(cls, feature_map: FeatureMap, call: Call, past: Past | None, chunks: int, remember: bool) -> Block:
         dtype, kv_heads, group = accumulation_dtype(call.q.dtype), call.k.shape[1], call.group
         q = grouped(call.q.to(dtype), kv_heads, chunks)
-        # A product copies what has chunks inside of heads inside of a longer tensor, and v is multiplied more than once.
-        k, v = (x.unflatten(2, (chunks, -1)) for x in (call.k.to(dtype), call.v.to(dtype).contiguous()))
+        k, v = (x.unflatten(2, (chunks, -1)) for x in (call.k.to(dtype), with_ones(call.v.to(dtype))))
         q_features = feature_map.query(q)
         k_features, log_scale = keys_of(feature_map, call.k.to(dtype), call.key_mask)
         k_features = k_features.unflatten(2, (chunks, -1))
@@ -264,16 +273,13 @@ class Block:
 
     def read(self, normalizes: bool) -> tuple[Tensor, Tensor | None]:
         """Rows, not yet normalised, and their normalisers if it normalizes."""
-        numerator, normalizer = self.attention @ self.v, self.attention.sum(-1, keepdim=True) if normalizes else None
-        if self.before is None:
-            return numerator, normalizer
-        total = self.q_features @ (self.before if normalizes else self.before[..., :-1])
-        values = total[..., :-1] if normalizes else total
-        numerator = numerator + values if self.carry is None else torch.addcmul(numerator, values, self.carry)
-        if normalizer is None:
-            return numerator, None
-        sums = total[..., -1:]
-        return numerator, normalizer + sums if self.carry is None else torch.addcmul(normalizer, sums, self.carry)
+        columns = slice(None if normalizes else -1)
+        total = self.attention @ self.v[..., columns]
+        if self.before is not None and self.carry is None:
+            total = add_product(total, self.q_features, self.before[..., columns])
+        elif self.before is not None and self.carry is not None:
+            total = torch.addcmul(total, self.q_features @ self.before[..., columns], self.carry)
+        return (total[..., :-1], total[..., -1:]) if normalizes else (total, None)
 
 
 def _sums_of_chunks(past: Past | None, shrink: Tensor | None, more: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -294,5 +300,5 @@ def feature_totals(relative: Tensor | None, k_features: Tensor, carry: Tensor | 
     sums = relative @ k_features
     if before is not None:
         earlier = before[..., None, :, -1]
-        sums = sums + earlier if carry is None else torch.addcmul(sums, carry[..., : sums.shape[3], :], earlier)
+        sums = sums.add_(earlier) if carry is None else sums.addcmul_(carry[..., : sums.shape[3], :], earlier)
     return sums.clamp_(min=underflow(sums))  # as `divisor`, in one pass: no feature is negative, and what is divided is no larger than its total

@@ -20,6 +20,7 @@ from attnzoo.engines.linear_chunks import (
     Past,
     Piece,
     absorb,
+    add_product,
     bidirectional,
     causal,
     divisor,
@@ -30,6 +31,7 @@ from attnzoo.engines.linear_chunks import (
     spans_of,
     underflow,
     ungrouped,
+    with_ones,
 )
 from attnzoo.engines.pieces import join, only_autograd_looks
 from attnzoo.feature_maps import FeatureMap
@@ -186,7 +188,7 @@ def _backward_absorb(feature_map: FeatureMap, call: Call, past: Past, d_sums: Te
             gamma = feature_map.decay(features)
             ages = torch.arange(call.key_length - 1 - start, call.key_length - 1 - start - k.shape[2], -1, device=k.device)
             weights = gamma[None, :, None] ** ages
-        d_features, d_values, d_log_scale = _through_sums(features, weights, v, d_sums, feature_map.scale_has_gradient)
+        d_features, d_values, d_log_scale = _through_sums(features, weights, with_ones(v), d_sums, feature_map.scale_has_gradient)
         d_v[:, :, here] = d_values
         d_k[:, :, here] = feature_map.vjp(k, features, _visible(d_features, mask), d_log_scale)
 
@@ -196,12 +198,10 @@ def _visible(d_features: Tensor, key_mask: Tensor | None) -> Tensor:
 
 
 def _through_sums(features: Tensor, weights: Tensor | None, v: Tensor, d_sums: Tensor, of_scale: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of features, v and (if of_scale) the logarithm of weights from that of `summed(features, weights, v)`."""
-    values = F.pad(v, (0, 1), value=1.0)
-    d_values = features @ d_sums
+    """Gradients of features, v (without its ones) and, if of_scale, the logarithm of weights from that of `summed(features, weights, v)`."""
     if weights is None:
-        return values @ d_sums.mT, d_values[..., :-1], None
-    values *= weights[..., None]
+        return v @ d_sums.mT, features @ d_sums[..., :-1], None
+    d_values, values = features @ d_sums, v * weights[..., None]
     d_log_weights = (values * d_values).sum(-1) if of_scale else None
     return values @ d_sums.mT, d_values[..., :-1] * weights[..., None], d_log_weights
 
@@ -239,9 +239,9 @@ def _backward_block(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """Gradients of key features, values, log_scale (if of_scale), query features and of the sums before the block, from those of its rows
     and of the sums after it."""
-    value_dim = block.v.shape[-1]
-    normalizes = d_rows.shape[-1] > value_dim
-    d_attention = (d_rows @ (F.pad(block.v, (0, 1), value=1.0) if normalizes else block.v).mT).unflatten(3, (group, -1))
+    value_dim, width = block.v.shape[-1] - 1, d_rows.shape[-1]
+    normalizes = width > value_dim
+    d_attention = (d_rows @ block.v[..., :width].mT).unflatten(3, (group, -1))
     d_log_scale = None
     if block.relative is None:
         d_scores = d_attention.tril_().flatten(3, 4)
@@ -249,21 +249,24 @@ def _backward_block(
         d_log_scale = (block.attention * d_attention.flatten(3, 4)).sum(3) if of_scale else None
         d_scores = d_attention.mul_(block.relative[:, :, :, None]).flatten(3, 4)
     d_q_features, d_k_features = d_scores @ block.k_features, d_scores.mT @ block.q_features
-    d_values = block.attention.mT @ (d_rows[..., :value_dim] if normalizes else d_rows)
+    d_values = block.attention.mT @ d_rows[..., :value_dim]
     d_read = None
     if block.before is not None:
         carried = d_rows if block.carry is None else d_rows * block.carry
-        d_q_features += carried @ (block.before if normalizes else block.before[..., :-1]).mT
+        add_product(d_q_features, carried, block.before[..., :width].mT)
         d_read = block.q_features.mT @ carried
     d_totals = None
     if block.totals is not None:
         d_q_features, d_totals = _through_division(block, d_q_features, group)
         assert block.relative is not None
-        d_k_features += block.relative.mT @ d_totals
+        add_product(d_k_features, block.relative.mT.expand(*d_totals.shape[:3], -1, -1), d_totals)
     if d_read is not None and not normalizes:
         d_read = F.pad(d_read, (0, 1)) if d_totals is None else torch.cat([d_read, _carried(block, d_totals)], -1)
     d_sums, d_before = _gradients_of_sums(d_read, block.shrink, d_after)
-    if d_sums is not None:
+    if d_sums is not None and block.weights is None:
+        add_product(d_k_features, block.v, d_sums.mT)
+        add_product(d_values, block.k_features, d_sums[..., :-1])
+    elif d_sums is not None:
         d_features, d_more, d_log_weights = _through_sums(block.k_features, block.weights, block.v, d_sums, of_scale)
         d_k_features += d_features
         d_values += d_more
