@@ -96,7 +96,7 @@ def absorb(feature_map: FeatureMap, k: Tensor, v: Tensor, key_mask: Tensor | Non
             weights = (log_scale - finite(largest)[..., None]).exp()
         if feature_map.fades:
             weights, shrink = fading(feature_map.decay(features), keys.shape[2])
-        past = Past(_added(None if past is None else past.sums, shrink, summed(features, weights, with_ones(values.to(dtype)))), largest)
+        past = Past(_added(None if past is None else past.sums, shrink, summed(features, weights, values.to(dtype))), largest)
     assert past is not None
     return past
 
@@ -113,8 +113,10 @@ def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def summed(features: Tensor, weights: Tensor | None, v: Tensor) -> Tensor:
-    """Σ_j weights_j φ(k_j) v_jᵀ over the second last dimension, v `with_ones`."""
-    return features.mT @ (v if weights is None else v * weights[..., None])
+    """Σ_j weights_j φ(k_j) [v_j, 1]ᵀ over the second last dimension."""
+    if weights is None:
+        return torch.cat([features.mT @ v, features.sum(-2)[..., None]], -1)
+    return torch.cat([features.mT @ (v * weights[..., None]), (weights[..., None, :] @ features).mT], -1)
 
 
 def fading(gamma: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -257,7 +259,7 @@ class Block:
             weights, shrink = (fresh[:, :, None], faded[..., None].expand(-1, -1, chunks)) if remember else (None, None)
         if feature_map.normalizer == "feature" and relative is None:
             relative = torch.ones(k.shape[3], k.shape[3], dtype=dtype, device=k.device).tril()[None, None, None]
-        more = summed(k_features, weights, v) if remember else None
+        more = k_features.mT @ (v if weights is None else v * weights[..., None]) if remember else None
         before, after = _sums_of_chunks(past, shrink, more)
         if feature_map.normalizer == "feature":
             totals = feature_totals(relative, k_features, carry, before)

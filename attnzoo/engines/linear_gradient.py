@@ -188,7 +188,7 @@ def _backward_absorb(feature_map: FeatureMap, call: Call, past: Past, d_sums: Te
             gamma = feature_map.decay(features)
             ages = torch.arange(call.key_length - 1 - start, call.key_length - 1 - start - k.shape[2], -1, device=k.device)
             weights = gamma[None, :, None] ** ages
-        d_features, d_values, d_log_scale = _through_sums(features, weights, with_ones(v), d_sums, feature_map.scale_has_gradient)
+        d_features, d_values, d_log_scale = _through_sums(features, weights, v, d_sums, feature_map.scale_has_gradient)
         d_v[:, :, here] = d_values
         d_k[:, :, here] = feature_map.vjp(k, features, _visible(d_features, mask), d_log_scale)
 
@@ -198,10 +198,10 @@ def _visible(d_features: Tensor, key_mask: Tensor | None) -> Tensor:
 
 
 def _through_sums(features: Tensor, weights: Tensor | None, v: Tensor, d_sums: Tensor, of_scale: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of features, v (without its ones) and, if of_scale, the logarithm of weights from that of `summed(features, weights, v)`."""
+    """Gradients of features, v and (if of_scale) the logarithm of weights from that of `summed(features, weights, v)`."""
     if weights is None:
-        return v @ d_sums.mT, features @ d_sums[..., :-1], None
-    d_values, values = features @ d_sums, v * weights[..., None]
+        return (v @ d_sums[..., :-1].mT).add_(d_sums[..., None, :, -1]), features @ d_sums[..., :-1], None
+    d_values, values = features @ d_sums, with_ones(v).mul_(weights[..., None])
     d_log_weights = (values * d_values).sum(-1) if of_scale else None
     return values @ d_sums.mT, d_values[..., :-1] * weights[..., None], d_log_weights
 
@@ -267,7 +267,7 @@ def _backward_block(
         add_product(d_k_features, block.v, d_sums.mT)
         add_product(d_values, block.k_features, d_sums[..., :-1])
     elif d_sums is not None:
-        d_features, d_more, d_log_weights = _through_sums(block.k_features, block.weights, block.v, d_sums, of_scale)
+        d_features, d_more, d_log_weights = _through_sums(block.k_features, block.weights, block.v[..., :-1], d_sums, of_scale)
         d_k_features += d_features
         d_values += d_more
         if d_log_scale is not None and d_log_weights is not None:
