@@ -150,7 +150,7 @@ class SoftmaxFeatures(FeatureMap):
         if not can_look(k):
             return self
         smallest, largest = torch.aminmax(k.detach())
-        return UNSCALED if -EXPONENT <= smallest.item() and largest.item() <= EXPONENT else self
+        return UNSCALED if smallest.item() >= -EXPONENT and largest.item() <= EXPONENT else self
 
     def query_elementwise(self, head_dim: int) -> int:
         return 3 * head_dim  # a softmax: exponential, sum, division

@@ -290,7 +290,8 @@ def _through_division(block: Block, d_quotients: Tensor, group: int) -> tuple[Te
     """Gradients of the query features and of what they were divided by, `totals`, from that of the quotients."""
     assert block.totals is not None
     d_features = d_quotients.unflatten(3, (group, -1)) / block.totals[:, :, :, None]
-    d_totals = (d_features * block.q_features.unflatten(3, (group, -1))).sum(3).neg_()
+    d_totals = d_features * block.q_features.unflatten(3, (group, -1))
+    d_totals = (d_totals.sum(3) if group > 1 else d_totals[:, :, :, 0]).neg_()  # a sum of one is a pass over memory all the same
     return d_features.flatten(3, 4), d_totals.masked_fill_(block.totals <= underflow(block.totals), 0.0)
 
 
