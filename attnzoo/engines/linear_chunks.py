@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.engine import accumulation_dtype
+from attnzoo.engines.linear_layout import add_product, grouped, ungrouped, with_ones
 from attnzoo.engines.pieces import at_a_time
 from attnzoo.feature_maps import FeatureMap
 
@@ -71,16 +72,6 @@ def underflow(x: Tensor) -> float:
     return torch.finfo(x.dtype).tiny ** 0.8
 
 
-def grouped(x: Tensor, kv_heads: int, chunks: int) -> Tensor:
-    """(batch, heads, length, y) -> (batch, kv_heads, chunks, group * length / chunks, y): rows that share a matrix come together."""
-    return x.unflatten(1, (kv_heads, -1)).unflatten(3, (chunks, -1)).transpose(2, 3).flatten(3, 4)
-
-
-def ungrouped(x: Tensor, group: int) -> Tensor:
-    """Takes `grouped` back."""
-    return x.unflatten(3, (group, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
 def absorb(feature_map: FeatureMap, k: Tensor, v: Tensor, key_mask: Tensor | None, past: Past | None) -> Past:
     """Add keys and values to the past, chunk by chunk, under a running maximum of their log_scale."""
     dtype = accumulation_dtype(k.dtype)
@@ -99,17 +90,6 @@ def absorb(feature_map: FeatureMap, k: Tensor, v: Tensor, key_mask: Tensor | Non
         past = Past(_added(None if past is None else past.sums, shrink, summed(features, weights, values.to(dtype))), largest)
     assert past is not None
     return past
-
-
-def with_ones(v: Tensor) -> Tensor:
-    """[v, 1]: what is summed of values is summed of their weights as well."""
-    return torch.cat([v, v.new_ones(1).expand(*v.shape[:-1], 1)], -1)
-
-
-def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x += a @ b in one pass, x a tensor of its own without gaps, all with the same leading dimensions."""
-    x.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3))
-    return x
 
 
 def summed(features: Tensor, weights: Tensor | None, v: Tensor) -> Tensor:

@@ -20,19 +20,16 @@ from attnzoo.engines.linear_chunks import (
     Past,
     Piece,
     absorb,
-    add_product,
     bidirectional,
     causal,
     divisor,
     finite,
-    grouped,
     keys_of,
     read_sums,
     spans_of,
     underflow,
-    ungrouped,
-    with_ones,
 )
+from attnzoo.engines.linear_layout import add_product, grouped, ungrouped, with_ones
 from attnzoo.engines.pieces import join, only_autograd_looks
 from attnzoo.feature_maps import FeatureMap
 
@@ -139,7 +136,8 @@ class _Rows:
         dtype = accumulation_dtype(self.gradient.dtype)
         numerator = self.gradient[:, :, start:end].to(dtype)
         if self.out is None or self.divisor is None:
-            return grouped(numerator.contiguous(), kv_heads, chunks)  # it is multiplied several times
+            # A product copies what has chunks inside of heads inside of a longer tensor, and this is multiplied several times.
+            return grouped(numerator if chunks == 1 else numerator.contiguous(), kv_heads, chunks)
         numerator = numerator / self.divisor[:, :, start:end]
         normalizer = (numerator * self.out[:, :, start:end]).sum(-1, keepdim=True)
         return grouped(torch.cat([numerator, -normalizer], -1), kv_heads, chunks)
