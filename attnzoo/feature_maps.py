@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.arguments import check_choice, check_scale, check_seed
+from attnzoo.call import can_look
 
 Features = tuple[Tensor, Tensor | None]
 Normalizer = Literal["row", "feature", "none"]
@@ -44,6 +45,10 @@ class FeatureMap(nn.Module):
     def weighs_keys(self) -> bool:
         """Whether keys are summed with weights."""
         return self.scales_keys or self.fades
+
+    def for_keys(self, k: Tensor) -> FeatureMap:
+        """The map to use where these are all keys, (batch, kv_heads, length, head_dim): itself, or a cheaper one that is the same there."""
+        return self
 
     def width(self, head_dim: int) -> int:
         """Number of features of a vector of head_dim numbers."""
@@ -139,6 +144,14 @@ class SoftmaxFeatures(FeatureMap):
     scales_keys = True
     has_vjp = True
 
+    def for_keys(self, k: Tensor) -> FeatureMap:
+        if k.is_meta:
+            return UNSCALED
+        if not can_look(k):
+            return self
+        smallest, largest = torch.aminmax(k.detach())
+        return UNSCALED if smallest.item() >= -EXPONENT and largest.item() <= EXPONENT else self
+
     def query_elementwise(self, head_dim: int) -> int:
         return 3 * head_dim  # a softmax: exponential, sum, division
 
@@ -158,6 +171,22 @@ class SoftmaxFeatures(FeatureMap):
     def query_vjp(self, q: Tensor, features: Tensor, d_features: Tensor) -> Tensor:
         gradient = d_features.mul_(features)
         return gradient.addcmul_(features, gradient.sum(-1, keepdim=True), value=-1)
+
+
+class _UnscaledSoftmaxFeatures(SoftmaxFeatures):
+    """The same for keys within ±EXPONENT, whose exponentials, and their sums, are in range as they are."""
+
+    scales_keys = False
+
+    def for_keys(self, k: Tensor) -> FeatureMap:
+        return self
+
+    def key(self, k: Tensor) -> Features:
+        return k.exp(), None
+
+
+EXPONENT = 30.0  # exp(±30) leaves a sum of a trillion tokens, divided and multiplied by another, within float32
+UNSCALED = _UnscaledSoftmaxFeatures()
 
 
 class RandomFeatures(FeatureMap):

@@ -152,7 +152,6 @@ def test_the_formulas_of_features_projections_and_landmarks() -> None:
 def test_a_dense_mask_is_our_pattern(group: str, is_causal: bool) -> None:
     here, tensors = cell(640, is_causal), inputs(640)
     candidate = OURS[group]
-    assert candidate is not None
     ours = attnzoo.build(candidate.name, heads=2, head_dim=16, **candidate.options)
     ready = dense_mask(group)(here)
     torch.testing.assert_close(ready.forward(*tensors), ours(*tensors, is_causal=is_causal))

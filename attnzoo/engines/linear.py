@@ -63,7 +63,8 @@ class Linear(Engine):
         if backend == "fla":
             raise UnsupportedError("backend='fla' does not decode token by token; use backend='auto'")
         name = self.choose(call, "chunked" if backend == "auto" else backend).name
-        out, past = (_recur if name == "reference" else _scan)(self.feature_map, call, state.past)
+        plainly = name == "reference" or call.key_length == 1  # one token has no chunk to share
+        out, past = (_recur if plainly else _scan)(self.feature_map, call, state.past)
         return out, replace(state, seen=state.seen + call.key_length, past=past), name
 
     def cost(self, shape: Shape) -> Cost:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.engine import accumulation_dtype
+from attnzoo.engines.linear_layout import add_product, grouped, ungrouped, with_ones
 from attnzoo.engines.pieces import at_a_time
 from attnzoo.feature_maps import FeatureMap
 
-CAUSAL_CHUNK = 128  # tokens that see each other through a small score matrix
+CAUSAL_CHUNK = 64  # tokens that see each other through a small score matrix
 CHUNK = 512  # tokens whose features are held at a time where nobody sees anybody
-HELD = 2**19  # numbers of features, or of scores, that causal chunks computed side by side may have: what a cache holds
+HELD = 2**20  # numbers that causal chunks computed side by side may have: what a cache holds, and malloc keeps for the next ones
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,6 @@ def divisor(normalizer: Tensor) -> Tensor:
 def underflow(x: Tensor) -> float:
     """What a normaliser of x's dtype must reach to be more than what underflow left of it."""
     return torch.finfo(x.dtype).tiny ** 0.8
-
-
-def grouped(x: Tensor, kv_heads: int, chunks: int) -> Tensor:
-    """(batch, heads, length, y) -> (batch, kv_heads, chunks, group * length / chunks, y): rows that share a matrix come together."""
-    return x.unflatten(1, (kv_heads, -1)).unflatten(3, (chunks, -1)).transpose(2, 3).flatten(3, 4)
-
-
-def ungrouped(x: Tensor, group: int) -> Tensor:
-    """Takes `grouped` back."""
-    return x.unflatten(3, (group, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def absorb(feature_map: FeatureMap, k: Tensor, v: Tensor, key_mask: Tensor | None, past: Past | None) -> Past:
@@ -164,7 +155,8 @@ def spans(length: int, together: int) -> list[tuple[int, int]]:
 
 def chunks_held(width: int, batch_size: int, heads: int, length: int, like: Tensor) -> int:
     """`together` of `spans`."""
-    return at_a_time(max(1, -(-length // CAUSAL_CHUNK)), batch_size * heads * CAUSAL_CHUNK * max(width, CAUSAL_CHUNK), HELD, like)
+    per_token = width + 3 * CAUSAL_CHUNK  # features, scores, value and row
+    return at_a_time(max(1, -(-length // CAUSAL_CHUNK)), batch_size * heads * CAUSAL_CHUNK * per_token, HELD, like)
 
 
 def spans_of(feature_map: FeatureMap, call: Call) -> list[tuple[int, int]]:
@@ -192,7 +184,7 @@ class Block:
     """Chunks side by side, before they read their values. Row i of a chunk weighs its own key j by exp(log_scale_j - m_i) under its
     own running maximum m_i, so no later key, however large, can push an earlier row out of range (rule 5).
 
-    q, q_features: (batch, kv_heads, chunks, rows, ...), see `grouped`; k, k_features, v: (batch, kv_heads, chunks, length, ...).
+    q, q_features: (batch, kv_heads, chunks, rows, ...), see `grouped`; k, k_features, v: (batch, kv_heads, chunks, length, ...), v `with_ones`.
     totals: what the features of a query were divided by to become q_features, (batch, kv_heads, chunks, length, width), None: nothing.
     relative: the weights of keys in rows, (batch, kv_heads, chunks, length, length), None where all are 1.
     attention: what rows make of their own chunk's values, not yet normalised, (batch, kv_heads, chunks, rows, length).
@@ -219,8 +211,7 @@ class Block:
     def of(cls, feature_map: FeatureMap, call: Call, past: Past | None, chunks: int, remember: bool) -> Block:
         dtype, kv_heads, group = accumulation_dtype(call.q.dtype), call.k.shape[1], call.group
         q = grouped(call.q.to(dtype), kv_heads, chunks)
-        # A product copies what has chunks inside of heads inside of a longer tensor, and v is multiplied more than once.
-        k, v = (x.unflatten(2, (chunks, -1)) for x in (call.k.to(dtype), call.v.to(dtype).contiguous()))
+        k, v = (x.unflatten(2, (chunks, -1)) for x in (call.k.to(dtype), with_ones(call.v.to(dtype))))
         q_features = feature_map.query(q)
         k_features, log_scale = keys_of(feature_map, call.k.to(dtype), call.key_mask)
         k_features = k_features.unflatten(2, (chunks, -1))
@@ -246,7 +237,9 @@ class Block:
             relative = (gamma[:, None, None] ** distance.clamp(min=0)).tril()[None, :, None]
             carry = None if past is None else relative[..., :1].repeat(1, 1, 1, group, 1) * gamma[:, None, None, None]
             weights, shrink = (fresh[:, :, None], faded[..., None].expand(-1, -1, chunks)) if remember else (None, None)
-        more = summed(k_features, weights, v) if remember else None
+        if feature_map.normalizer == "feature" and relative is None:
+            relative = torch.ones(k.shape[3], k.shape[3], dtype=dtype, device=k.device).tril()[None, None, None]
+        more = k_features.mT @ (v if weights is None else v * weights[..., None]) if remember else None
         before, after = _sums_of_chunks(past, shrink, more)
         if feature_map.normalizer == "feature":
             totals = feature_totals(relative, k_features, carry, before)
@@ -255,23 +248,20 @@ class Block:
         if relative is None:
             attention = scores.tril_()
         else:  # in place where no gradient goes to the weights
-            attention = scores.mul_(relative[:, :, :, None]) if feature_map.fades else scores * relative[:, :, :, None]
+            attention = scores * relative[:, :, :, None] if feature_map.scales_keys else scores.mul_(relative[:, :, :, None])
         attention = attention.flatten(3, 4)
         remembered = None if after is None else Past(after, None if largest is None else largest[..., -1].clone())
         return cls(q, k, v, q_features, k_features, totals, relative, attention, before, carry, weights, shrink, remembered)
 
     def read(self, normalizes: bool) -> tuple[Tensor, Tensor | None]:
         """Rows, not yet normalised, and their normalisers if it normalizes."""
-        numerator, normalizer = self.attention @ self.v, self.attention.sum(-1, keepdim=True) if normalizes else None
-        if self.before is None:
-            return numerator, normalizer
-        total = self.q_features @ (self.before if normalizes else self.before[..., :-1])
-        values = total[..., :-1] if normalizes else total
-        numerator = numerator + values if self.carry is None else torch.addcmul(numerator, values, self.carry)
-        if normalizer is None:
-            return numerator, None
-        sums = total[..., -1:]
-        return numerator, normalizer + sums if self.carry is None else torch.addcmul(normalizer, sums, self.carry)
+        columns = slice(None if normalizes else -1)
+        total = self.attention @ self.v[..., columns]
+        if self.before is not None and self.carry is None:
+            total = add_product(total, self.q_features, self.before[..., columns])
+        elif self.before is not None and self.carry is not None:
+            total = torch.addcmul(total, self.q_features @ self.before[..., columns], self.carry)
+        return (total[..., :-1], total[..., -1:]) if normalizes else (total, None)
 
 
 def _sums_of_chunks(past: Past | None, shrink: Tensor | None, more: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -290,6 +280,7 @@ def feature_totals(relative: Tensor | None, k_features: Tensor, carry: Tensor | 
     """What to divide each feature of a row by, the key feature's sum over the keys that the row sees, (batch, kv_heads, chunks, length, width)."""
     assert relative is not None
     sums = relative @ k_features
-    if before is not None and carry is not None:
-        sums = torch.addcmul(sums, carry[..., : sums.shape[3], :], before[..., None, :, -1])
+    if before is not None:
+        earlier = before[..., None, :, -1]
+        sums = sums.add_(earlier) if carry is None else sums.addcmul_(carry[..., : sums.shape[3], :], earlier)
     return sums.clamp_(min=underflow(sums))  # as `divisor`, in one pass: no feature is negative, and what is divided is no larger than its total

@@ -11,22 +11,26 @@ from attnzoo.feature_maps import FeatureMap
 
 
 def cost(feature_map: FeatureMap, shape: Shape) -> Cost:
-    """Cost of one forward by the backend `chunked` at these sizes."""
+    """Cost of one forward by the backend `chunked` at these sizes, with keys of the usual size."""
+    feature_map = feature_map.for_keys(torch.empty(0, device="meta"))
     width, d, keys, queries = feature_map.width(shape.head_dim), shape.head_dim, shape.key_length, _queries(shape)
     reading, writing = queries, keys  # tokens that read the sums, tokens that are summed
     per_head = per_kv_head = 0
+    row = d + 1 if feature_map.normalizer == "row" else d  # a row and its normaliser
     if shape.is_causal:
         chunks = _causal_chunks(queries)
         local_pairs = sum(size * size for size in chunks)
-        per_head += local_pairs * (width + d)
+        per_head += local_pairs * (width + row)
         if feature_map.normalizer == "feature":
             per_kv_head += local_pairs * width
         if keys == queries:
             reading -= chunks[0]  # nothing lies behind the first chunk
         writing -= chunks[-1]  # and nobody reads what the last one would add
     features, sums = feature_map.macs(d), width * (d + 1)
-    per_head += queries * features + reading * width * (d + 1 if feature_map.normalizer == "row" else d)
-    per_kv_head += keys * features + writing * (sums if feature_map.weighs_keys else width * d)  # without weights the normaliser is a plain sum
+    per_head += queries * features + reading * width * row
+    per_kv_head += keys * features + writing * sums
+    if not feature_map.weighs_keys:  # before the chunks the normaliser is then a plain sum
+        per_kv_head -= (keys - queries if shape.is_causal else keys) * width
     pairs = causal_pairs(shape.query_length, keys) if shape.is_causal else shape.query_length * keys
     state = shape.batch_size * shape.kv_heads * sums
     kept_bytes = _kept_bytes(feature_map, shape) if feature_map.has_vjp else None

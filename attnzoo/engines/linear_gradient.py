@@ -24,19 +24,19 @@ from attnzoo.engines.linear_chunks import (
     causal,
     divisor,
     finite,
-    grouped,
     keys_of,
     read_sums,
     spans_of,
     underflow,
-    ungrouped,
 )
+from attnzoo.engines.linear_layout import add_product, grouped, ungrouped, with_ones
 from attnzoo.engines.pieces import join, only_autograd_looks
 from attnzoo.feature_maps import FeatureMap
 
 
 def attend(feature_map: FeatureMap, call: Call) -> Tensor:
     """A·v. A causal call has at most as many queries as keys."""
+    feature_map = feature_map.for_keys(call.k)
     if torch.compiler.is_compiling():
         return _plain(feature_map, call)
     with _full_precision(call.q.device):
@@ -136,7 +136,8 @@ class _Rows:
         dtype = accumulation_dtype(self.gradient.dtype)
         numerator = self.gradient[:, :, start:end].to(dtype)
         if self.out is None or self.divisor is None:
-            return grouped(numerator.contiguous(), kv_heads, chunks)  # it is multiplied several times
+            # A product copies what has chunks inside of heads inside of a longer tensor, and this is multiplied several times.
+            return grouped(numerator if chunks == 1 else numerator.contiguous(), kv_heads, chunks)
         numerator = numerator / self.divisor[:, :, start:end]
         normalizer = (numerator * self.out[:, :, start:end]).sum(-1, keepdim=True)
         return grouped(torch.cat([numerator, -normalizer], -1), kv_heads, chunks)
@@ -196,11 +197,9 @@ def _visible(d_features: Tensor, key_mask: Tensor | None) -> Tensor:
 
 def _through_sums(features: Tensor, weights: Tensor | None, v: Tensor, d_sums: Tensor, of_scale: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of features, v and (if of_scale) the logarithm of weights from that of `summed(features, weights, v)`."""
-    values = F.pad(v, (0, 1), value=1.0)
-    d_values = features @ d_sums
     if weights is None:
-        return values @ d_sums.mT, d_values[..., :-1], None
-    values *= weights[..., None]
+        return (v @ d_sums[..., :-1].mT).add_(d_sums[..., None, :, -1]), features @ d_sums[..., :-1], None
+    d_values, values = features @ d_sums, with_ones(v).mul_(weights[..., None])
     d_log_weights = (values * d_values).sum(-1) if of_scale else None
     return values @ d_sums.mT, d_values[..., :-1] * weights[..., None], d_log_weights
 
@@ -238,9 +237,9 @@ def _backward_block(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """Gradients of key features, values, log_scale (if of_scale), query features and of the sums before the block, from those of its rows
     and of the sums after it."""
-    value_dim = block.v.shape[-1]
-    normalizes = d_rows.shape[-1] > value_dim
-    d_attention = (d_rows @ (F.pad(block.v, (0, 1), value=1.0) if normalizes else block.v).mT).unflatten(3, (group, -1))
+    value_dim, width = block.v.shape[-1] - 1, d_rows.shape[-1]
+    normalizes = width > value_dim
+    d_attention = (d_rows @ block.v[..., :width].mT).unflatten(3, (group, -1))
     d_log_scale = None
     if block.relative is None:
         d_scores = d_attention.tril_().flatten(3, 4)
@@ -248,22 +247,25 @@ def _backward_block(
         d_log_scale = (block.attention * d_attention.flatten(3, 4)).sum(3) if of_scale else None
         d_scores = d_attention.mul_(block.relative[:, :, :, None]).flatten(3, 4)
     d_q_features, d_k_features = d_scores @ block.k_features, d_scores.mT @ block.q_features
-    d_values = block.attention.mT @ (d_rows[..., :value_dim] if normalizes else d_rows)
+    d_values = block.attention.mT @ d_rows[..., :value_dim]
     d_read = None
     if block.before is not None:
         carried = d_rows if block.carry is None else d_rows * block.carry
-        d_q_features += carried @ (block.before if normalizes else block.before[..., :-1]).mT
+        add_product(d_q_features, carried, block.before[..., :width].mT)
         d_read = block.q_features.mT @ carried
     d_totals = None
     if block.totals is not None:
         d_q_features, d_totals = _through_division(block, d_q_features, group)
         assert block.relative is not None
-        d_k_features += block.relative.mT @ d_totals
+        add_product(d_k_features, block.relative.mT.expand(*d_totals.shape[:3], -1, -1), d_totals)
     if d_read is not None and not normalizes:
         d_read = F.pad(d_read, (0, 1)) if d_totals is None else torch.cat([d_read, _carried(block, d_totals)], -1)
     d_sums, d_before = _gradients_of_sums(d_read, block.shrink, d_after)
-    if d_sums is not None:
-        d_features, d_more, d_log_weights = _through_sums(block.k_features, block.weights, block.v, d_sums, of_scale)
+    if d_sums is not None and block.weights is None:
+        add_product(d_k_features, block.v, d_sums.mT)
+        add_product(d_values, block.k_features, d_sums[..., :-1])
+    elif d_sums is not None:
+        d_features, d_more, d_log_weights = _through_sums(block.k_features, block.weights, block.v[..., :-1], d_sums, of_scale)
         d_k_features += d_features
         d_values += d_more
         if d_log_scale is not None and d_log_weights is not None:
@@ -273,7 +275,8 @@ def _backward_block(
 
 def _carried(block: Block, d_totals: Tensor) -> Tensor:
     """What the totals of the rows send to the last column of the sums before them."""
-    assert block.carry is not None
+    if block.carry is None:
+        return d_totals.sum(3)[..., None]
     return d_totals.mT @ block.carry[..., : d_totals.shape[3], :]
 
 
@@ -285,7 +288,8 @@ def _through_division(block: Block, d_quotients: Tensor, group: int) -> tuple[Te
     """Gradients of the query features and of what they were divided by, `totals`, from that of the quotients."""
     assert block.totals is not None
     d_features = d_quotients.unflatten(3, (group, -1)) / block.totals[:, :, :, None]
-    d_totals = (d_features * block.q_features.unflatten(3, (group, -1))).sum(3).neg_()
+    d_totals = d_features * block.q_features.unflatten(3, (group, -1))
+    d_totals = (d_totals.sum(3) if group > 1 else d_totals[:, :, :, 0]).neg_()  # a sum of one is a pass over memory all the same
     return d_features.flatten(3, 4), d_totals.masked_fill_(block.totals <= underflow(block.totals), 0.0)
 
 

@@ -19,8 +19,8 @@ from attnzoo.feature_maps import FeatureMap
 @dataclass(frozen=True)
 class _Span:
     """Bytes of the tensors of one span. features: of queries and keys; held: those of them that stay; query_features: of queries; divisors: of
-    those features, 0 where they have none; regrouped: queries laid out anew where several heads share keys, and values where there are
-    several heads; rows: numerators; totals: numerators with their normalisers, if they have any;
+    those features, 0 where they have none; regrouped: queries laid out anew where several heads share keys, and causal values with their ones;
+    rows: quotients; totals: numerators with their normalisers, if they have any;
     scores: of rows with their own chunk, weights: of keys in those rows, 0 where they are few or all 1; sums: of keys, one for each chunk."""
 
     features: int
@@ -72,8 +72,9 @@ def _built(span: _Span) -> int:
 
 
 def _read(span: _Span) -> int:
-    """Numerators of a row's own chunk, those of what lies before it, and both together."""
-    return span.features + span.divisors + span.regrouped + span.scores + span.weights + span.sums + 2 * span.rows + span.totals
+    """Numerators of a row's own chunk, where keys have weights those of what lies before it and both together, and the quotients."""
+    totals = 3 * span.totals if span.weights else span.totals + span.rows
+    return span.features + span.divisors + span.regrouped + span.scores + span.weights + span.sums + totals
 
 
 def _neighbours(feature_map: FeatureMap, shape: Shape) -> list[tuple[_Span, _Span]]:
@@ -93,7 +94,7 @@ def _span(feature_map: FeatureMap, shape: Shape, tokens: int, chunks: int) -> _S
         query_features=size * shape.heads * tokens * width,
         divisors=size * shape.kv_heads * tokens * width if shape.is_causal and feature_map.normalizer == "feature" else 0,
         regrouped=(size * shape.heads * tokens * d if shape.heads > shape.kv_heads else 0)
-        + (size * shape.kv_heads * tokens * d if shape.is_causal and shape.batch_size * shape.kv_heads > 1 else 0),
+        + (size * shape.kv_heads * tokens * (d + 1) if shape.is_causal else 0),
         rows=size * shape.heads * tokens * d,
         totals=size * shape.heads * tokens * (d + 1 if feature_map.normalizer == "row" else d),
         scores=size * shape.heads * pairs,

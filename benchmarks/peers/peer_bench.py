@@ -44,11 +44,7 @@ class Entrant(Contender):
 
 def entrants(groups: Sequence[str], is_causal: bool, peers: Sequence[Peer] = PEERS) -> list[Entrant]:
     """Ours of each group first, then its peers in their order; those without the form are left out."""
-    ours = [
-        Entrant(candidate, "auto", group)
-        for group, candidate in OURS.items()
-        if group in groups and candidate is not None and spec_of(candidate.name).runs(is_causal)
-    ]
+    ours = [Entrant(candidate, "auto", group) for group, candidate in OURS.items() if group in groups and spec_of(candidate.name).runs(is_causal)]
     others = [Entrant(Candidate(peer.label), "auto", peer.group, peer) for peer in peers if peer.group in groups and is_causal in peer.causal]
     return ours + others
 
@@ -77,12 +73,10 @@ class PeerBench(Bench):
             return PeerRow(**row, group=contender.group, package=OUR_PACKAGE, includes=CORE, keys=OUR_KEYS.get(contender.group, ALL)[cell.is_causal])
         return PeerRow(**row, group=peer.group, package=_package(peer.package), includes=peer.includes, keys=peer.keys[cell.is_causal])
 
-    def counted(self, contender: Contender, cell: Cell) -> Attention | None:
+    def counted(self, contender: Contender, cell: Cell) -> Attention:
         """The arithmetic of our variant stands for all of its group."""
         assert isinstance(contender, Entrant)
         candidate = OURS[contender.group]
-        if candidate is None:
-            return None
         offered = {"max_length": cell.length}
         taken = {option.name for option in options_of(candidate.name)}
         supplied = {name: value for name, value in offered.items() if name in taken}

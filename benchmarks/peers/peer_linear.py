@@ -11,7 +11,7 @@ from typing import Any
 import peer_formulas as formulas
 import torch
 import torch.nn.functional as F
-from peer_settings import FEATURES, LANDMARKS, RANK, Given, Ready, Thirds, width_of
+from peer_settings import FEATURES, LANDMARKS, PSEUDO_INVERSE_STEPS, RANK, Given, Ready, Thirds, width_of
 from torch import Tensor, nn
 
 from attnzoo.bench.plan import Cell
@@ -71,9 +71,8 @@ def linformer(cell: Cell) -> Ready:
 def nystrom_attention(cell: Cell) -> Ready:
     from nystrom_attention import NystromAttention
 
-    iterations = 6
     module: Any = NystromAttention(
-        width_of(cell), cell.shape.head_dim, cell.shape.heads, num_landmarks=LANDMARKS, pinv_iterations=iterations, residual=False
+        width_of(cell), cell.shape.head_dim, cell.shape.heads, num_landmarks=LANDMARKS, pinv_iterations=PSEUDO_INVERSE_STEPS, residual=False
     ).eval()
     module.to_qkv, module.to_out = Given(), nn.Identity()
     hidden = torch.zeros(1, cell.length, width_of(cell))
@@ -82,4 +81,4 @@ def nystrom_attention(cell: Cell) -> Ready:
         module.to_qkv.value = Thirds(x.flatten(2) for x in (q, k, v))
         return module(hidden)
 
-    return Ready(forward, formulas.nystrom(LANDMARKS, iterations))
+    return Ready(forward, formulas.nystrom(LANDMARKS, PSEUDO_INVERSE_STEPS))
