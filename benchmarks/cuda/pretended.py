@@ -116,6 +116,9 @@ def _capture(write: Callable[[Kernel], None]) -> None:
     functorch.force_non_lazy_backward_lowering = True  # pyright: ignore[reportAttributeAccessIssue]
     inductor.force_disable_caches = True  # pyright: ignore[reportAttributeAccessIssue]
     inductor.compile_threads = 1  # pyright: ignore[reportAttributeAccessIssue]
+    # These two passes make tensors on the device, the second to time a padded product.
+    inductor.joint_graph_constant_folding = False  # pyright: ignore[reportAttributeAccessIssue]
+    inductor.shape_padding = False  # pyright: ignore[reportAttributeAccessIssue]
     choose = AlgorithmSelectorCache.__call__
 
     def direction() -> str:
