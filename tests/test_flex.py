@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import CASES, Case, Situation, close, tensors
@@ -30,8 +32,9 @@ PATTERNS: list[Pattern] = [
 SITUATIONS = [Situation(1, 1), Situation(65, 65), Situation(300, 300), Situation(256, 256), Situation(9, 65), Situation(150, 290), Situation(65, 18)]
 EVERY = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 CAUSAL = pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
-NO_TABLES = {"sinks", "sink_logits"}
-SPARSE = [case for name in ("sliding_window", "bigbird") for case in CASES[name] if not NO_TABLES & set(case.options)]
+NO_TABLES = {"sinks", "sink_logits", "global_tokens"}
+SPARSE = [case for name in ("sliding_window", "bigbird", "longformer") for case in CASES[name] if not NO_TABLES & set(case.options)]
+DILATED = [Window(5, dilation=3), Window(70, dilation=2), Window(1, dilation=4), Window(9, dilation=(1, 2, 5, 2))]
 
 
 def call_of(situation: Situation, is_causal: bool, dtype: torch.dtype = torch.float32) -> Call:
@@ -114,6 +117,23 @@ def test_the_backward_tables_are_the_transposed_ones(pattern: Pattern, is_causal
         for head, column in torch.cartesian_prod(torch.arange(counts.shape[1]), torch.arange(counts.shape[2])).tolist():
             listed[head, column, indices[0, head, column, : int(counts[0, head, column])].long()] = True
         assert torch.equal(listed.expand(4, -1, -1).mT, table)
+
+
+@pytest.mark.parametrize("pattern", DILATED, ids=str)
+@CAUSAL
+@pytest.mark.parametrize("padding", ["none", "interior", "whole"])
+def test_entries_of_dilated_windows(pattern: Window, is_causal: bool, padding: str) -> None:
+    """A dilated window has tables for each of its residue classes, so its entries are read off A itself: A·I."""
+    engine = Sparse(pattern).eval()
+    for lengths in SITUATIONS:
+        situation = Situation(lengths.query_length, lengths.key_length, padding)
+        call = call_of(situation, is_causal)
+        grid = grid_of(call)
+        identity = torch.eye(grid.key_length).expand(*call.v.shape[:2], -1, -1)
+        with torch.no_grad():
+            found = sparse_flex.attend(engine, pattern, replace(call, v=identity), grid, _with_tables)
+        masks, expected = visible(call), pattern.mask(grid)[None].expand_as(found)
+        assert torch.equal(found > 0, expected if masks is None else expected & masks), str(situation)
 
 
 def numbers(case: Case, situation: Situation, is_causal: bool, *, compiled: bool) -> None:

@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 import attnzoo  # noqa: E402
 from attnzoo.engines.sparse_flex import compiled_flex  # noqa: E402
 
-BATCH, HEADS, HEAD_DIM, LENGTH = 8, 16, 64, 4096
+BATCH, HEADS, LENGTH = 8, 16, 1024
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Case:
     padded: bool = False
     dtype: str = "bfloat16"
     kv_heads: int = HEADS
+    head_dim: int = 64
 
 
 WINDOW, DILATED = {"window": 256}, {"window": 256, "dilation": 2}
@@ -55,10 +56,15 @@ FLEX = [
     Case("sliding_window", "flex", WINDOW, dtype="float32"),
     Case("sliding_window", "flex", WINDOW, kv_heads=4),
     Case("sliding_window", "flex", DILATED),
+    Case("sliding_window", "flex", WINDOW, head_dim=128),
+    Case("sliding_window", "flex", WINDOW, dtype="float32", head_dim=128),
+    Case("sliding_window", "flex", WINDOW, head_dim=256),
     Case("longformer", "flex", WINDOW, is_causal=False),
     Case("bigbird", "flex"),
     Case("bigbird", "flex", is_causal=False, padded=True),
     Case("bigbird", "flex", {"block_size": 128}),
+    Case("bigbird", "flex", dtype="float32"),
+    Case("bigbird", "flex", dtype="float32", head_dim=128),
 ]
 PLAIN = [
     Case(name, "auto", is_causal=is_causal)
@@ -75,9 +81,10 @@ def kernels_of(case: Case, found: list[pretended.Kernel]) -> list[pretended.Kern
     compiled_flex.cache_clear()
     dtype = getattr(torch, case.dtype)
     with FakeTensorMode():
-        attn = attnzoo.build(case.variant, heads=HEADS, head_dim=HEAD_DIM, backend=case.backend, **case.options).to("cuda", dtype)
+        attn = attnzoo.build(case.variant, heads=HEADS, head_dim=case.head_dim, backend=case.backend, **case.options).to("cuda", dtype)
         q, k, v = (
-            torch.empty(BATCH, heads, LENGTH, HEAD_DIM, device="cuda", dtype=dtype, requires_grad=True) for heads in (HEADS, *2 * [case.kv_heads])
+            torch.empty(BATCH, heads, LENGTH, case.head_dim, device="cuda", dtype=dtype, requires_grad=True)
+            for heads in (HEADS, *2 * [case.kv_heads])
         )
         key_mask = torch.ones(BATCH, LENGTH, dtype=torch.bool, device="cuda") if case.padded else None
         call = attn if case.backend == "flex" else torch.compile(attn, fullgraph=True)  # flex compiles what it needs by itself
@@ -141,7 +148,7 @@ def rows(cases: list[Case]) -> Iterator[dict[str, Any]]:
     found: list[pretended.Kernel] = []
     pretended.pretend(found.append)
     versions = {"torch": torch.__version__, "triton": triton.__version__, "target": "sm_90a"}
-    shape = {"batch_size": BATCH, "heads": HEADS, "head_dim": HEAD_DIM, "length": LENGTH}
+    shape = {"batch_size": BATCH, "heads": HEADS, "length": LENGTH}
     for case in cases:
         setting = {**vars(case), **shape, **versions}
         try:
