@@ -86,10 +86,11 @@ def interleave(
 def mistake(attention: Attention, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, backward: bool = False) -> str | None:
     """Why `attention`'s last backend must get no time, or None when it agrees with its own reference.
 
-    Call it after a forward. Both run on the first two batch entries, not on one, for which a compiled backend would compile anew. Up to `WHOLE_LENGTH` tokens every row is compared; beyond, every row
-    of the first `CHECK_LENGTH` tokens (where the backend takes so few), and at the full length `SAMPLED_ROWS` last rows, causal as
-    many about the middle too: a row asks the reference for its own scores only. Agreement: a relative Frobenius error within
-    `TOLERANCE` of the dtype. backward: the gradients of q, k and v, from those rows, must agree too.
+    Call it after a forward. Both run on the first `CHECKED_SAMPLES` batch entries: not on one, for which a compiled backend would compile
+    anew. Up to `WHOLE_LENGTH` tokens every row is compared; beyond, every row of the first `CHECK_LENGTH` tokens (where the backend takes so
+    few), and at the full length `SAMPLED_ROWS` last rows, causal as many about the middle too: a row asks the reference for its own scores
+    only. Agreement: a relative Frobenius error within `TOLERANCE` of the dtype. backward: the gradients of q, k and v, from those rows, must
+    agree too.
     """
     fast, reference = copy.deepcopy(attention), copy.deepcopy(attention)
     fast.backend, reference.backend = attention.last_backend or "auto", "reference"

@@ -82,10 +82,8 @@ def kernels_of(case: Case, found: list[pretended.Kernel]) -> list[pretended.Kern
     dtype = getattr(torch, case.dtype)
     with FakeTensorMode():
         attn = attnzoo.build(case.variant, heads=HEADS, head_dim=case.head_dim, backend=case.backend, **case.options).to("cuda", dtype)
-        q, k, v = (
-            torch.empty(BATCH, heads, LENGTH, case.head_dim, device="cuda", dtype=dtype, requires_grad=True)
-            for heads in (HEADS, *2 * [case.kv_heads])
-        )
+        shapes = [(BATCH, heads, LENGTH, case.head_dim) for heads in (HEADS, case.kv_heads, case.kv_heads)]
+        q, k, v = (torch.empty(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes)
         key_mask = torch.ones(BATCH, LENGTH, dtype=torch.bool, device="cuda") if case.padded else None
         call = attn if case.backend == "flex" else torch.compile(attn, fullgraph=True)  # flex compiles what it needs by itself
         try:
