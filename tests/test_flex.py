@@ -195,3 +195,18 @@ def test_lengths_do_not_compile_anew(lengths: list[tuple[int, int]]) -> None:
 @pytest.mark.parametrize(("block_size", "tile"), [(128, 128), (64, 64), (96, 32), (256, 128), (32, 32)])
 def test_largest_tile(block_size: int, tile: int) -> None:
     assert sparse_flex.largest_tile(block_size) == tile
+
+
+@pytest.mark.parametrize(
+    ("pattern", "padding", "dtype", "options"),
+    [
+        (Window(100), "none", torch.bfloat16, None),
+        (Window(100), "left", torch.bfloat16, {"fwd_BLOCK_N": 64}),
+        (Window(100), "left", torch.float32, None),
+        (WindowBlocks(3, 64), "left", torch.bfloat16, {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64}),
+        (WindowBlocks(3, 128), "left", torch.float16, {"fwd_BLOCK_N": 64}),
+    ],
+)
+def test_tiles_divide_the_blocks_and_spill_nothing(pattern: Pattern, padding: str, dtype: torch.dtype, options: dict[str, int] | None) -> None:
+    """What a kernel of these tiles needs on sm_90a is in benchmarks/results/sm90_compiled.jsonl."""
+    assert sparse_flex.kernel_options(pattern, call_of(Situation(256, 256, padding), True, dtype)) == options

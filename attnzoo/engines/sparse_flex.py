@@ -37,12 +37,18 @@ def attend(engine: Softmax, pattern: Pattern, call: Call, grid: Grid, flex: Call
     ahead = rows_ahead(pattern, grid)
     q = torch.nn.functional.pad(call.q, (0, 0, ahead, 0)) if ahead else call.q
     mask = block_mask(pattern, call, grid)
-    tile = largest_tile(block_size_of(pattern))
-    # The defaults suit blocks of 128; smaller ones need smaller tiles.
-    options = None if tile == BLOCK else {"fwd_BLOCK_M": tile, "fwd_BLOCK_N": tile}
-    grouped = bool(q.shape[1] != call.k.shape[1])
+    grouped, options = bool(q.shape[1] != call.k.shape[1]), kernel_options(pattern, call)
     out = flex(q, call.k, call.v, block_mask=mask, scale=engine.scale, enable_gqa=grouped, kernel_options=options)
     return out[:, :, ahead:]
+
+
+def kernel_options(pattern: Pattern, call: Call) -> dict[str, int] | None:
+    """The forward tiles where FlexAttention's own do not serve: they are sizes for blocks of 128, and at head_dim 64 in two bytes a number,
+    128 by 128, a key_mask makes the kernel keep more than its registers hold (6 kB a thread spilled, compiled for sm_90a)."""
+    tile = largest_tile(block_size_of(pattern))
+    if tile < BLOCK:
+        return {"fwd_BLOCK_M": tile, "fwd_BLOCK_N": tile}
+    return {"fwd_BLOCK_N": 64} if call.key_mask is not None and call.q.dtype.itemsize == 2 and call.q.shape[3] <= 64 else None
 
 
 def block_size_of(pattern: Pattern) -> int:
