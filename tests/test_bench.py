@@ -100,10 +100,13 @@ def test_the_derived_numbers_by_hand() -> None:
 
 
 def test_decoding_is_timed_and_causal_and_what_cannot_decode_has_a_reason() -> None:
-    rows = rows_of(Plan(sweeps=(Sweep(("core",), ("decode",), (False,), ("standard", "linear", "linformer"), lengths=(9,), shapes=(SMALL,)),)))
+    rows = rows_of(
+        Plan(sweeps=(Sweep(("core",), ("decode",), (False,), ("standard", "linear", "linformer", "cosformer"), lengths=(9,), shapes=(SMALL,)),))
+    )
     found = {row.label: row for row in rows}
     assert all(row.is_causal for row in rows)
     assert found["linear"].seconds and found["standard"].seconds and found["linear"].macs is None
+    assert found["cosformer"].seconds, f"a variant with a max_length has room for the tokens to come: {found['cosformer'].reason}"
     assert found["linformer"].seconds is None and "cannot be causal" in found["linformer"].reason
 
 
