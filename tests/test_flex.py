@@ -202,7 +202,7 @@ def test_largest_tile(block_size: int, tile: int) -> None:
     [
         (Window(100), "none", torch.bfloat16, None),
         (Window(100), "left", torch.bfloat16, {"fwd_BLOCK_N": 64}),
-        (Window(100), "left", torch.float32, None),
+        (Window(100), "left", torch.float32, {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32}),
         (WindowBlocks(3, 64), "left", torch.bfloat16, {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64}),
         (WindowBlocks(3, 128), "left", torch.float16, {"fwd_BLOCK_N": 64}),
     ],

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 BLOCK = 128  # of a window, and what FlexAttention's kernels are tuned for
 SMALLEST_BLOCK = 32  # that its backward kernels have a configuration for
+FLOAT32_TILE = 32  # its products are made without tensor cores, from registers
 SHAPE_CLASSES = 64  # graphs kept: dtype, causality, padding, gradients, heads and head_dim; lengths are dynamic
 
 
@@ -43,12 +44,14 @@ def attend(engine: Softmax, pattern: Pattern, call: Call, grid: Grid, flex: Call
 
 
 def kernel_options(pattern: Pattern, call: Call) -> dict[str, int] | None:
-    """The forward tiles where FlexAttention's own do not serve: they are sizes for blocks of 128, and at head_dim 64 in two bytes a number,
-    128 by 128, a key_mask makes the kernel keep more than its registers hold (6 kB a thread spilled, compiled for sm_90a)."""
+    """The forward tiles where FlexAttention's own do not serve: they are sizes for blocks of 128. Compiled for sm_90a, the kernel spills
+    registers (kilobytes a thread) in float32, and in two bytes a number at 128 by 128 under a key_mask; these spill none."""
     tile = largest_tile(block_size_of(pattern))
+    if call.q.dtype == torch.float32:
+        tile = min(tile, FLOAT32_TILE)
     if tile < BLOCK:
         return {"fwd_BLOCK_M": tile, "fwd_BLOCK_N": tile}
-    return {"fwd_BLOCK_N": 64} if call.key_mask is not None and call.q.dtype.itemsize == 2 and call.q.shape[3] <= 64 else None
+    return {"fwd_BLOCK_N": 64} if call.key_mask is not None and call.q.shape[3] <= 64 else None
 
 
 def block_size_of(pattern: Pattern) -> int:
