@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -99,10 +100,13 @@ def test_the_derived_numbers_by_hand() -> None:
 
 
 def test_decoding_is_timed_and_causal_and_what_cannot_decode_has_a_reason() -> None:
-    rows = rows_of(Plan(sweeps=(Sweep(("core",), ("decode",), (False,), ("standard", "linear", "linformer"), lengths=(9,), shapes=(SMALL,)),)))
+    rows = rows_of(
+        Plan(sweeps=(Sweep(("core",), ("decode",), (False,), ("standard", "linear", "linformer", "cosformer"), lengths=(9,), shapes=(SMALL,)),))
+    )
     found = {row.label: row for row in rows}
     assert all(row.is_causal for row in rows)
     assert found["linear"].seconds and found["standard"].seconds and found["linear"].macs is None
+    assert found["cosformer"].seconds, f"a variant with a max_length has room for the tokens to come: {found['cosformer'].reason}"
     assert found["linformer"].seconds is None and "cannot be causal" in found["linformer"].reason
 
 
@@ -389,6 +393,25 @@ def test_the_shipped_configurations_can_be_read(name: str) -> None:
     plan = read_plan(config_path(name))
     assert all(sweep.contenders(parse_variant) and list(sweep.cells()) for sweep in plan.sweeps)
     assert plan.device == ("cuda" if name == "cuda" else "cpu")
+
+
+def test_a_gpu_measures_the_whole_zoo() -> None:
+    """Every variant, forward and backward, in each form it has, at every length from 1k to 128k; the most telling rows come first."""
+    from attnzoo.commands.bench import config_path
+
+    plan = read_plan(config_path("cuda"))
+    planned = {
+        (contender.candidate.name, cell.phase, cell.is_causal, cell.length)
+        for sweep in plan.sweeps
+        for cell in sweep.cells()
+        for contender in sweep.contenders(parse_variant)
+        if cell.level == "core" and cell.dtype == "bfloat16" and cell.shape == Shape(8, 16, 64)
+    }
+    lengths = [1024 * 2**i for i in range(8)]
+    assert planned >= set(product(attnzoo.names(), ("forward", "forward+backward"), (True, False), lengths))
+    first = plan.sweeps[0]
+    assert {"standard", "sliding_window", "bigbird", "linear", "performer"} <= set(first.variants)
+    assert first.lengths == (1024, 4096, 16384) and first.levels == ("core",)
 
 
 def test_a_file_holds_the_derived_numbers_too(tmp_path) -> None:

@@ -25,6 +25,7 @@ SITUATIONS = [
 ]
 GRADIENT = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of the gradient's norm: about four units of the dtype, float32 more
 CASES = [Case(case.variant, OPTIONS.get(case.variant, case.options), case.shift) for case in usual_cases()]
+CASES += [Case("longformer", {"window": 100}), Case("sliding_window", {"window": 100, "dilation": 2})]  # forms that flex takes too
 
 
 def difference(actual: Tensor, exact: Tensor) -> float:

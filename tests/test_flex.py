@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import CASES, Case, Situation, close, tensors
@@ -30,8 +32,9 @@ PATTERNS: list[Pattern] = [
 SITUATIONS = [Situation(1, 1), Situation(65, 65), Situation(300, 300), Situation(256, 256), Situation(9, 65), Situation(150, 290), Situation(65, 18)]
 EVERY = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 CAUSAL = pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
-NO_TABLES = {"sinks", "sink_logits"}
-SPARSE = [case for name in ("sliding_window", "bigbird") for case in CASES[name] if not NO_TABLES & set(case.options)]
+NO_TABLES = {"sinks", "sink_logits", "global_tokens"}
+SPARSE = [case for name in ("sliding_window", "bigbird", "longformer") for case in CASES[name] if not NO_TABLES & set(case.options)]
+DILATED = [Window(5, dilation=3), Window(70, dilation=2), Window(1, dilation=4), Window(9, dilation=(1, 2, 5, 2))]
 
 
 def call_of(situation: Situation, is_causal: bool, dtype: torch.dtype = torch.float32) -> Call:
@@ -116,6 +119,23 @@ def test_the_backward_tables_are_the_transposed_ones(pattern: Pattern, is_causal
         assert torch.equal(listed.expand(4, -1, -1).mT, table)
 
 
+@pytest.mark.parametrize("pattern", DILATED, ids=str)
+@CAUSAL
+@pytest.mark.parametrize("padding", ["none", "interior", "whole"])
+def test_entries_of_dilated_windows(pattern: Window, is_causal: bool, padding: str) -> None:
+    """A dilated window has tables for each of its residue classes, so its entries are read off A itself: A·I."""
+    engine = Sparse(pattern).eval()
+    for lengths in SITUATIONS:
+        situation = Situation(lengths.query_length, lengths.key_length, padding)
+        call = call_of(situation, is_causal)
+        grid = grid_of(call)
+        identity = torch.eye(grid.key_length).expand(*call.v.shape[:2], -1, -1)
+        with torch.no_grad():
+            found = sparse_flex.attend(engine, pattern, replace(call, v=identity), grid, _with_tables)
+        masks, expected = visible(call), pattern.mask(grid)[None].expand_as(found)
+        assert torch.equal(found > 0, expected if masks is None else expected & masks), str(situation)
+
+
 def numbers(case: Case, situation: Situation, is_causal: bool, *, compiled: bool) -> None:
     """flex on the CPU against the reference. Uncompiled it reads mask_mod alone, so the tables are given to it there as a mask."""
     call = call_of(situation, is_causal)
@@ -175,3 +195,18 @@ def test_lengths_do_not_compile_anew(lengths: list[tuple[int, int]]) -> None:
 @pytest.mark.parametrize(("block_size", "tile"), [(128, 128), (64, 64), (96, 32), (256, 128), (32, 32)])
 def test_largest_tile(block_size: int, tile: int) -> None:
     assert sparse_flex.largest_tile(block_size) == tile
+
+
+@pytest.mark.parametrize(
+    ("pattern", "padding", "dtype", "options"),
+    [
+        (Window(100), "none", torch.bfloat16, None),
+        (Window(100), "left", torch.bfloat16, {"fwd_BLOCK_N": 64}),
+        (Window(100), "left", torch.float32, {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32}),
+        (WindowBlocks(3, 64), "left", torch.bfloat16, {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64}),
+        (WindowBlocks(3, 128), "left", torch.float16, {"fwd_BLOCK_N": 64}),
+    ],
+)
+def test_tiles_divide_the_blocks_and_spill_nothing(pattern: Pattern, padding: str, dtype: torch.dtype, options: dict[str, int] | None) -> None:
+    """What a kernel of these tiles needs on sm_90a is in benchmarks/results/sm90_compiled.jsonl."""
+    assert sparse_flex.kernel_options(pattern, call_of(Situation(256, 256, padding), True, dtype)) == options

@@ -74,6 +74,18 @@ def test_a_wrong_backend_is_found_out() -> None:
         assert found == ("backend fast is off its reference by 1 (allowed 0.0001 in float32)" if wrong else None)
 
 
+def test_the_check_sees_a_batch_of_its_own_kind() -> None:
+    """Of several samples two, not one: a compiled backend takes one sample for a shape of another kind and compiles anew."""
+    attention, batches = attnzoo.build("standard", heads=2, head_dim=8), []
+    attention.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    for batch_size, checked in ((1, 1), (2, 2), (8, 2)):
+        q, k, v = torch.randn(3, batch_size, 2, 40, 8)
+        attention(q, k, v)
+        batches.clear()
+        assert mistake(attention, q, k, v, is_causal=True) is None
+        assert set(batches) == {checked}
+
+
 def test_a_backend_that_gives_nan_is_found_out() -> None:
     attention = attnzoo.build("standard", heads=2, head_dim=8)
     q, k, v = torch.randn(3, 1, 2, 40, 8)

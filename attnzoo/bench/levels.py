@@ -71,7 +71,7 @@ class Layer(nn.Module):
 
 def options_for(contender: Contender, cell: Cell, seed: int) -> dict[str, Any]:
     """A variant's options beside heads and head_dim: the user's, the backend, and seed and max_length where it takes them."""
-    offered = {"seed": seed, "max_length": cell.length}
+    offered = {"seed": seed, "max_length": cell.length + (DECODE_ROOM if cell.phase == "decode" else 0)}
     taken = {option.name for option in options_of(contender.candidate.name)}
     supplied = {name: value for name, value in offered.items() if name in taken}
     return {**supplied, **contender.candidate.options, "backend": contender.backend}

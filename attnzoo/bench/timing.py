@@ -18,6 +18,7 @@ from attnzoo.call import UnsupportedError
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 WHOLE_LENGTH = 1024  # up to which every row is checked
 CHECK_LENGTH, SAMPLED_ROWS = 257, 64  # beyond it: every row of so many tokens, and so many rows of the full length
+CHECKED_SAMPLES = 2
 MINIMUM_ROUNDS = 3  # a median of fewer says nothing
 
 
@@ -85,14 +86,15 @@ def interleave(
 def mistake(attention: Attention, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, backward: bool = False) -> str | None:
     """Why `attention`'s last backend must get no time, or None when it agrees with its own reference.
 
-    Call it after a forward. Both run on the first batch entry. Up to `WHOLE_LENGTH` tokens every row is compared; beyond, every row
-    of the first `CHECK_LENGTH` tokens (where the backend takes so few), and at the full length `SAMPLED_ROWS` last rows, causal as
-    many about the middle too: a row asks the reference for its own scores only. Agreement: a relative Frobenius error within
-    `TOLERANCE` of the dtype. backward: the gradients of q, k and v, from those rows, must agree too.
+    Call it after a forward. Both run on the first `CHECKED_SAMPLES` batch entries: not on one, for which a compiled backend would compile
+    anew. Up to `WHOLE_LENGTH` tokens every row is compared; beyond, every row of the first `CHECK_LENGTH` tokens (where the backend takes so
+    few), and at the full length `SAMPLED_ROWS` last rows, causal as many about the middle too: a row asks the reference for its own scores
+    only. Agreement: a relative Frobenius error within `TOLERANCE` of the dtype. backward: the gradients of q, k and v, from those rows, must
+    agree too.
     """
     fast, reference = copy.deepcopy(attention), copy.deepcopy(attention)
     fast.backend, reference.backend = attention.last_backend or "auto", "reference"
-    inputs = [x[:1] for x in (q, k, v)]
+    inputs = [x[:CHECKED_SAMPLES] for x in (q, k, v)]
     length = q.shape[2]
     prefix = length if length <= WHOLE_LENGTH else CHECK_LENGTH
     try:

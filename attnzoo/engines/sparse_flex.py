@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 BLOCK = 128  # of a window, and what FlexAttention's kernels are tuned for
 SMALLEST_BLOCK = 32  # that its backward kernels have a configuration for
+FLOAT32_TILE = 32  # its products are made without tensor cores, from registers
 SHAPE_CLASSES = 64  # graphs kept: dtype, causality, padding, gradients, heads and head_dim; lengths are dynamic
 
 
@@ -37,12 +38,20 @@ def attend(engine: Softmax, pattern: Pattern, call: Call, grid: Grid, flex: Call
     ahead = rows_ahead(pattern, grid)
     q = torch.nn.functional.pad(call.q, (0, 0, ahead, 0)) if ahead else call.q
     mask = block_mask(pattern, call, grid)
-    tile = largest_tile(block_size_of(pattern))
-    # The defaults suit blocks of 128; smaller ones need smaller tiles.
-    options = None if tile == BLOCK else {"fwd_BLOCK_M": tile, "fwd_BLOCK_N": tile}
-    grouped = bool(q.shape[1] != call.k.shape[1])
+    grouped, options = bool(q.shape[1] != call.k.shape[1]), kernel_options(pattern, call)
     out = flex(q, call.k, call.v, block_mask=mask, scale=engine.scale, enable_gqa=grouped, kernel_options=options)
     return out[:, :, ahead:]
+
+
+def kernel_options(pattern: Pattern, call: Call) -> dict[str, int] | None:
+    """The forward tiles where FlexAttention's own do not serve: they are sizes for blocks of 128. Compiled for sm_90a, the kernel spills
+    registers (kilobytes a thread) in float32, and in two bytes a number at 128 by 128 under a key_mask; these spill none."""
+    tile = largest_tile(block_size_of(pattern))
+    if call.q.dtype == torch.float32:
+        tile = min(tile, FLOAT32_TILE)
+    if tile < BLOCK:
+        return {"fwd_BLOCK_M": tile, "fwd_BLOCK_N": tile}
+    return {"fwd_BLOCK_N": 64} if call.key_mask is not None and call.q.shape[3] <= 64 else None
 
 
 def block_size_of(pattern: Pattern) -> int:

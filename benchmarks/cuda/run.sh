@@ -6,7 +6,7 @@ cd "$(dirname "$0")/../.."
 wheels=${1:?usage: benchmarks/cuda/run.sh WHEELS [OUT]}
 out=${2:-benchmarks/results/cuda}
 mkdir -p "$out"
-end=$((SECONDS + 530)) # 10 seconds kept for what follows the last step
+end=$((SECONDS + 525)) # 15 seconds kept for what follows the last step
 
 python3 -c 'import importlib.util as u, sys; u.find_spec("torch") or sys.exit("error: python3 has no torch here; run this on a GPU box")'
 python3 -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: torch sees no CUDA device here; run this on a GPU box")'
@@ -20,6 +20,7 @@ python3 -c 'import torch, triton; print("torch", torch.__version__, "triton", tr
 python3 benchmarks/cuda/limits.py --gpu "${GPU:-h100}" > "$out/limits.jsonl"
 
 # The sweep puts its most telling rows first, checks each against the reference and appends it as it finishes: cut short, it is still of use.
-timeout $((end - SECONDS - 150)) python3 -m attnzoo bench --config configs/bench/cuda.yaml --output "$out/bench.jsonl" || echo "the sweep ended with $?"
-timeout $((end - SECONDS)) python3 -m pytest -q -m cuda tests/test_cuda.py > "$out/tests.txt" 2>&1 || echo "the tests ended with $?"
+# Both are interrupted, not ended: then pytest still writes which tests failed. What heeds no interrupt (a hanging kernel) is killed.
+timeout --signal=INT --kill-after=10 $((end - SECONDS - 150)) python3 -m attnzoo bench --config configs/bench/cuda.yaml --output "$out/bench.jsonl" || echo "the sweep ended with $?"
+timeout --signal=INT --kill-after=10 $((end - SECONDS)) python3 -m pytest -q -m cuda tests/test_cuda.py > "$out/tests.txt" 2>&1 || echo "the tests ended with $?"
 tail -n 20 "$out/tests.txt"
