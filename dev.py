@@ -231,8 +231,9 @@ def choose_torch() -> tuple[Path, str | None]:
 
 
 def constraints_for(text: str, torch: dict[str, Any]) -> str:
-    """constraints.txt for a machine's own torch: pinned to the version it has, and what it requires left as it is there."""
-    theirs = {"torch", *map(package_name, torch["requires"])}
+    """constraints.txt for a machine's own torch: pinned to the version it has, what it requires left as it is there, and torchvision, of
+    which every torch has one of its own, left to pip."""
+    theirs = {"torch", "torchvision", *map(package_name, torch["requires"])}
     lines = [line for line in text.splitlines() if package_name(line) not in theirs]
     return "\n".join([f"torch=={torch['version']}", *lines, ""])
 

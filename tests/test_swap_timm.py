@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,25 @@ from small import cannot, small
 import attnzoo
 from attnzoo import UnsupportedError
 
-try:
-    timm: Any = importlib.import_module("timm")
-except (ImportError, RuntimeError) as error:  # the latter: its torchvision was built for another torch
-    pytest.skip(f"timm cannot be imported ({error})", allow_module_level=True)
+if find_spec("timm") is None:
+    pytest.skip("needs timm: pip install 'attnzoo[test]'", allow_module_level=True)
+
+
+def import_timm() -> Any:
+    """timm, which imports torchvision whole. The index's torchvision is built for CUDA and its operators do not load beside a CPU torch;
+    it then imports once the two that it describes are declared. No vision transformer calls them."""
+    try:
+        return importlib.import_module("timm")
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+        for operator in ("nms", "qnms"):
+            DECLARED.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return importlib.import_module("timm")
+
+
+DECLARED = torch.library.Library("torchvision", "FRAGMENT")  # its operators last as long as it does
+timm = import_timm()
 
 #: Plain, with a distillation token, with layer scale, with register tokens, with normalised queries and keys, with SwiGLU and no class token.
 MODELS: dict[str, dict[str, Any]] = {
@@ -60,7 +76,7 @@ def test_it_runs(family: str, name: str, tmp_path: Path) -> None:
     swapped = read(model)
     assert len(cores) == 2 and all(core.last_backend for core in cores)
     moved = float((swapped - exact).abs().max()) / float(exact.abs().max())
-    assert moved < 1e-6 if name == "standard" else moved > 1e-4
+    assert moved < 1e-6 if attnzoo.describe(name).spec.family == "exact" else moved > 1e-4
     attnzoo.save(model, tmp_path / "swap.safetensors")
     assert torch.equal(read(attnzoo.load(make(family, **MODELS[family]), tmp_path / "swap.safetensors")), swapped)
     attnzoo.unswap(model)
