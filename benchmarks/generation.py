@@ -42,6 +42,8 @@ CONTENDERS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "sliding_window": ("sliding_window", {"window": 256}),
     "linear": ("linear", {}),
     "performer": ("performer", {"num_features": 256}),
+    "cosformer": ("cosformer", {"max_length": 2 * LENGTHS[-1]}),
+    "retention": ("retention", {}),
 }
 
 

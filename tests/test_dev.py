@@ -108,7 +108,7 @@ def test_optional_packages_only_warn(dev, monkeypatch, capsys):
 
 
 def test_the_machines_own_torch_is_pinned_and_its_requirements_are_left_alone(dev):
-    text = "# Jinja2 is theirs\ntorch==2.13.0\nsetuptools==84.2.1\njinja2==3.1.6\nrich==15.0.0\n"
+    text = "# Jinja2 is theirs\ntorch==2.13.0\ntorchvision==0.28.0\nsetuptools==84.2.1\njinja2==3.1.6\nrich==15.0.0\n"
     written = dev.constraints_for(text, {"version": "2.11.0+cu128", "requires": ["setuptools<82", 'Jinja2 ; extra == "x"']})
     assert written.split("\n") == ["torch==2.11.0+cu128", "# Jinja2 is theirs", "rich==15.0.0", ""]
 
@@ -130,7 +130,7 @@ def test_constraints_pin_everything_that_pyproject_names(dev):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
     assert {dev.package_name(name) for name in named} - {"attnzoo"} <= pinned
-    assert set(dev.MODEL_PACKAGES) <= pinned
+    assert {*dev.MODEL_PACKAGES, *dev.TIMM_PACKAGES} <= pinned
 
 
 def test_unknown_command_names_the_nearest(dev, capsys):

@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 
 from attnzoo.quality.rows import Row
 from attnzoo.report.export import write_figures
-from attnzoo.report.quality_figures import drawings, pareto_front
+from attnzoo.report.quality_figures import GUESSING, drawings, pareto_front
 from attnzoo.report.quality_headlines import headlines
 from attnzoo.report.quality_page import page
 from attnzoo.report.quality_tables import change_of, signed, tables
@@ -99,3 +99,9 @@ def test_every_figure_is_drawn_and_the_same_every_time(tmp_path):
 def test_a_study_that_was_stopped_early_still_has_a_page():
     for rows in ([EXACT], [EXACT, REFUSED], [EXACT, *SWEPT], [EXACT, *ALONE]):
         assert "Where it ran" in page(rows)
+
+
+def test_what_only_guesses_does_not_squeeze_the_others():
+    lost = swept(2, 1e12, 50)
+    assert pareto_front([EXACT, *SWEPT, lost])[0] == (50, GUESSING)
+    assert "over 100,000% are drawn there" in page([EXACT, *SWEPT, lost])

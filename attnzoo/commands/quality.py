@@ -97,6 +97,7 @@ def _show(rows: list[Row], folder: Path) -> None:
     """Print the tables, and write the page and the figures."""
     from rich.text import Text
 
+    from attnzoo.quality.rows import page_name
     from attnzoo.report.export import write_figures
     from attnzoo.report.quality_figures import drawings
     from attnzoo.report.quality_page import page
@@ -109,6 +110,6 @@ def _show(rows: list[Row], folder: Path) -> None:
         for note in table.notes:
             screen().print(Text(note, style="dim"))
         screen().print()
-    name = f"quality-{rows[0].model.lower()}"
+    name = page_name(rows[0])
     for path in [write_text(folder / f"{name}.html", page(rows)), *write_figures(drawings(rows), folder, f"{name}-")]:
         screen().print(f"wrote {path}", soft_wrap=True)

@@ -1,8 +1,10 @@
-"""attnzoo report FILES: result files of `attnzoo bench` or of `attnzoo train` as figures and one HTML page."""
+"""attnzoo report FILES: result files of `attnzoo bench`, `attnzoo train` or `attnzoo compare --model` as figures and HTML pages."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,38 +17,85 @@ if TYPE_CHECKING:
     from attnzoo.report.figures import Drawing
 
 
+@dataclass(frozen=True)
+class Report:
+    """How rows of one kind are drawn. pages: the rows of every page by the name of its files. is_timed: whether rows of two machines differ."""
+
+    kind: Any
+    pages: Callable[[Sequence[Any]], dict[str, Sequence[Any]]]
+    page: Callable[[Sequence[Any]], str]
+    drawings: Callable[[Sequence[Any]], list[Drawing]]
+    is_timed: bool = True
+
+
 def add_arguments(parser: ArgumentParser) -> None:
-    """The result files, and where the page goes."""
-    parser.add_argument("files", nargs="+", type=str, metavar="FILE", help="result files of `attnzoo bench`, or of `attnzoo train`, of one machine")
-    parser.add_argument("--output", type=str, default="report", metavar="FOLDER", help="gets bench.html or train.html, and the figures")
+    """The result files, and where the pages go."""
+    parser.add_argument(
+        "files",
+        nargs="+",
+        type=str,
+        metavar="FILE",
+        help="result files, all of `attnzoo bench`, of `attnzoo train` or of `attnzoo compare --model`; the first two of one machine",
+    )
+    parser.add_argument(
+        "--output", type=str, default="report", metavar="FOLDER", help="gets bench.html, train.html or quality-MODEL.html, and the figures"
+    )
 
 
 def run(settings: Namespace) -> int:
-    """Read all files, then write the figures and the page."""
+    """Read all files, then write the figures and the pages."""
     from attnzoo.bench.rows import check_one_machine
     from attnzoo.report.export import write_figures
     from attnzoo.results import read_rows
-    from attnzoo.tasks.rows import Row as TrainRow
 
-    trained = _starts_with(settings.files[0], f'{{"format": "{TrainRow.FORMAT}"')
-    name, kind, page, drawings = _training() if trained else _benchmark()
-    lots = {path: read_rows(path, kind) for path in settings.files}
-    for path, rows in lots.items():
-        if not rows:
-            raise ValueError(f"{path} holds no rows; give a file that `{kind.COMMAND}` wrote")
-        first = settings.files[0]
-        check_one_machine([row.environment for row in lots[first]], [row.environment for row in rows], first, path)
+    first = settings.files[0]
+    report = _report_of(settings.files)
+    lots = {path: read_rows(path, report.kind) for path in settings.files}
+    if report.is_timed:
+        for path, rows in lots.items():
+            check_one_machine([row.environment for row in lots[first]], [row.environment for row in rows], first, path)
     rows = list({row.key: row for rows in lots.values() for row in rows}.values())
     folder = check_folder(settings.output)
-    for path in [write_text(folder / f"{name}.html", page(rows)), *write_figures(drawings(rows), folder, f"{name}-")]:
-        screen().print(f"wrote {path}", soft_wrap=True)
+    for name, own in report.pages(rows).items():
+        for path in [write_text(folder / f"{name}.html", report.page(own)), *write_figures(report.drawings(own), folder, f"{name}-")]:
+            screen().print(f"wrote {path}", soft_wrap=True)
     return 0
 
 
-REPORT = Command("report", "Turn result files of `attnzoo bench` or `attnzoo train` into figures and one HTML page.", add_arguments, run)
+REPORT = Command("report", "Turn result files of bench, train or compare --model into figures and HTML pages.", add_arguments, run)
 
-#: Name of the files, kind of the rows, the page and the figures.
-Report = tuple[str, Any, Callable[[Sequence[Any]], str], Callable[[Sequence[Any]], "list[Drawing]"]]
+
+def _report_of(paths: Sequence[str]) -> Report:
+    """What draws the files. Raises ValueError on a file without rows, on rows that nothing here draws, and on files of two kinds."""
+    by_format = {report.kind.FORMAT: report for report in (_benchmark(), _training(), _quality())}
+    found = {path: _format_of(path) for path in paths}
+    commands = ", ".join(f"`{report.kind.COMMAND}`" for report in by_format.values())
+    for path, form in found.items():
+        if form not in by_format:
+            what = "its first line is no result" if form is None else f"its rows are of the format {form!r}"
+            raise ValueError(f"{path} cannot be drawn: {what}; give result files of one of {commands}")
+    kinds = {form: path for path, form in found.items()}
+    if len(kinds) > 1:
+        said = " and ".join(f"{path} holds results of `{by_format[form].kind.COMMAND}`" for form, path in kinds.items() if form is not None)
+        raise ValueError(f"{said}; draw one kind at a time")
+    return by_format[next(form for form in kinds if form is not None)]
+
+
+def _format_of(path: str) -> str | None:
+    """What the first line says its format is; None when it is no result. Raises ValueError on a file that cannot be read or is empty."""
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            line = next((line for line in file if line.strip()), None)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}; give a result file") from None
+    if line is None:
+        raise ValueError(f"{path} holds no rows; give a result file that a command of attnzoo wrote")
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    form = found.get("format") if isinstance(found, dict) else None
+    return form if isinstance(form, str) else None
 
 
 def _benchmark() -> Report:
@@ -54,7 +103,7 @@ def _benchmark() -> Report:
     from attnzoo.report.bench_figures import drawings
     from attnzoo.report.bench_page import page
 
-    return "bench", Row, page, drawings
+    return Report(Row, lambda rows: {"bench": rows}, page, drawings)
 
 
 def _training() -> Report:
@@ -63,12 +112,12 @@ def _training() -> Report:
     from attnzoo.tasks.rows import Row
     from attnzoo.tasks.summary import summed_up
 
-    return "train", Row, page, lambda rows: drawings(summed_up(rows))
+    return Report(Row, lambda rows: {"train": rows}, page, lambda rows: drawings(summed_up(rows)))
 
 
-def _starts_with(path: str, start: str) -> bool:
-    try:
-        with Path(path).open("rb") as file:
-            return file.read(len(start)) == start.encode()
-    except OSError:
-        return False  # whoever reads the rows says why
+def _quality() -> Report:
+    from attnzoo.quality.rows import Row, by_page
+    from attnzoo.report.quality_figures import drawings
+    from attnzoo.report.quality_page import page
+
+    return Report(Row, by_page, page, drawings, is_timed=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -78,3 +79,16 @@ class Row:
     def from_fields(cls, found: dict[str, Any]) -> Row:
         """The row of a parsed line."""
         return cls(**{field.name: found[field.name] for field in fields(cls)})
+
+
+def page_name(row: Row) -> str:
+    """The name of the page, figures and result file that the row belongs to: a model has its own."""
+    return f"quality-{row.model.lower()}"
+
+
+def by_page(rows: Iterable[Row]) -> dict[str, Sequence[Row]]:
+    """The rows by the name of their page."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(page_name(row), []).append(row)
+    return dict(found)

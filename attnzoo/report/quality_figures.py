@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEAST = 1e-3  # changes below are drawn at it: under 0.1% is the noise of a few thousand tokens
+GUESSING = 1e3  # and changes above: a model whose guess is any token of its vocabulary is about so far off
 MOST_SHOWN = 1.0  # of the heat map's scale: a perplexity twice the exact one
 CELL_INCHES = (0.21, 0.3)
 MIX_COLOR = "#8250df"  # of no variant: mixes are several
@@ -40,7 +41,7 @@ def drawings(rows: Sequence[Row]) -> list[Drawing]:
             "What swapping every layer costs and saves",
             f"The {words} against the multiply-accumulates of all attentions on one sequence. Lower left is better; numbers are the variant's "
             "knob. Stars are mixes of attentions by layer, at their tolerance; the grey line is the Pareto front. "
-            f"Changes under {LEAST:.1%} are drawn there. Dotted: what exact attention needs.",
+            f"Changes under {LEAST:.1%} and over {GUESSING:,.0%} are drawn there. Dotted: what exact attention needs.",
             pareto,
             look,
             partial(_pareto, words=words),
@@ -48,7 +49,8 @@ def drawings(rows: Sequence[Row]) -> list[Drawing]:
         chart(
             "length",
             "The same swap at several lengths",
-            f"The {words}, every layer swapped; a line for every value of the knob, the larger the stronger drawn.",
+            f"The {words}, every layer swapped; a line for every value of the knob, the larger the stronger drawn. "
+            f"Changes under {LEAST:.1%} and over {GUESSING:,.0%} are drawn there.",
             {source: _swept(whole, source) for source in longest if len({row.length for row in _swept(whole, source)}) > 1},
             look,
             partial(_lengths, words=words),
@@ -166,7 +168,7 @@ def _map_figure(panels: dict[str, list[Row]], words: str) -> Figure:
 
 
 def _drawn(row: Row) -> float:
-    return max(abs(as_share(row) or 0.0), LEAST)
+    return min(max(abs(as_share(row) or 0.0), LEAST), GUESSING)
 
 
 def _share(value: float) -> str:
