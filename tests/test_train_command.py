@@ -17,6 +17,7 @@ pytest.importorskip("matplotlib")
 from attnzoo import cli
 from attnzoo.commands.variants import parse_variant
 from attnzoo.configuration import configs_folder
+from attnzoo.report.style import INK
 from attnzoo.report.train_figures import drawings, pareto_front, turned_knob
 from attnzoo.report.train_page import page
 from attnzoo.report.train_tables import matrix
@@ -206,8 +207,24 @@ def test_the_matrix_has_a_row_a_contender_and_a_column_a_problem():
     skipped = replace(BLANK, label="linformer", layers=[["linformer", {}]], learning_rate=None, seed=None, test=None, reason="cannot be causal")
     table = matrix(summed_up([*rows(4, 0.9), *rows(8, 0.5), skipped]))
     assert [column.heading for column in table.columns] == ["attention", "mqar pairs=4", "mqar pairs=8"]
-    wanted = [["chance", "25.0%", "25.0%"], ["standard", "100.0%", "100.0%"], ["linear", "80.0%", "40.0%"], ["linformer", "-", "-"]]
+    wanted = [["chance", "25.0%", "25.0%"], ["standard", "100.0% *", "100.0% *"], ["linear", "80.0%", "40.0%"], ["linformer", "-", "-"]]
     assert table.cells() == wanted
+
+
+def test_the_best_of_a_column_is_marked_whichever_way_the_metric_points():
+    near = [replace(row, metric="bits per character", test=test) for row, test in zip(rows(4, 0.9)[:3], (1.0, 2.01, 2.0), strict=True)]
+    far = [*near[:2], replace(near[2], test=1.9)]
+    assert [row[1] for row in matrix(summed_up(near)).cells()] == ["1.000", "2.010 *", "2.000 *"], "a baseline is no attention to choose"
+    assert [row[1] for row in matrix(summed_up(far)).cells()] == ["1.000", "2.010", "1.900 *"]
+    assert [row[1] for row in matrix(summed_up(near[:1])).cells()] == ["1.000"]
+
+
+def test_points_that_coincide_are_rings_around_one_another():
+    twin = replace(BLANK, label="flash", layers=[["flash", {}]])
+    axes = next(drawing for drawing in drawings(summed_up([*rows(4, 0.9), twin])) if drawing.name == "state").whole().axes[0]
+    drawn: Any = [line for line in axes.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
+    sizes = {line.get_color(): line.get_markersize() for line in drawn}
+    assert len(sizes) == 3 and sorted(sizes.values())[0] == sorted(sizes.values())[1] < sizes[INK]
 
 
 def test_figures_are_drawn_for_what_there_is():

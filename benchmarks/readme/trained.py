@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attnzoo.report.columns import count, memory
-from attnzoo.report.train_tables import matrix, score
+from attnzoo.report.train_tables import BEST_MARK, matrix, score
 from attnzoo.results import read_rows
 from attnzoo.tasks.rows import Row
 from attnzoo.tasks.summary import Summary, summed_up
@@ -14,7 +14,7 @@ TASKS = RESULTS / "tasks"
 
 
 def tasks(size: str) -> str:
-    """Test scores of a size, a row a contender and a column a problem; nothing where it was skipped or not tried."""
+    """Test scores of a size, a row a contender and a column a problem; nothing where it was skipped or not tried, the best in bold."""
     paths = sorted(TASKS.glob(f"*-{size}.jsonl"))
     table = matrix(summed_up(row for path in paths for row in read_rows(path, Row)))
     headings = ["", *(column.heading for column in table.columns[1:])]
@@ -43,4 +43,5 @@ def _cells(one: Summary, metric: str) -> list[str]:
 
 
 def _shown(cell: str | None) -> str:
-    return "" if cell is None or cell == "-" else cell
+    """The best of a column in bold."""
+    return "" if cell is None else f"**{cell.removesuffix(BEST_MARK)}**" if cell.endswith(BEST_MARK) else cell
