@@ -143,8 +143,9 @@ def test_a_checkpoint_of_another_configuration_is_refused(capsys, monkeypatch):
     ],
 )
 def test_bad_input_is_one_sentence(changes, said, capsys):
-    assert said in refused(capsys, *TRAIN, *changes)
-    assert not FILE.exists()
+    sentence = refused(capsys, *TRAIN, *changes)
+    assert said in sentence and not FILE.exists()
+    assert ("--config" in sentence) == (changes[0] in ("--size", "--config")), "the file is not to blame for what the command line says"
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,7 @@ def test_the_best_of_a_column_is_marked_whichever_way_the_metric_points():
 
 
 def test_points_that_coincide_are_rings_around_one_another():
-    twin = replace(BLANK, label="flash", layers=[["flash", {}]])
+    twin = replace(BLANK, problem={"length": 64, "pairs": 4}, label="flash", layers=[["flash", {}]])
     axes = next(drawing for drawing in drawings(summed_up([*rows(4, 0.9), twin])) if drawing.name == "state").whole().axes[0]
     drawn: Any = [line for line in axes.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
     sizes = {line.get_color(): line.get_markersize() for line in drawn}
