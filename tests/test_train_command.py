@@ -223,8 +223,8 @@ def test_the_best_of_a_column_is_marked_whichever_way_the_metric_points():
 def test_points_that_coincide_are_rings_around_one_another():
     twin = replace(BLANK, problem={"length": 64, "pairs": 4}, label="flash", layers=[["flash", {}]])
     axes = next(drawing for drawing in drawings(summed_up([*rows(4, 0.9), twin])) if drawing.name == "state").whole().axes[0]
-    drawn: Any = [line for line in axes.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
-    sizes = {line.get_color(): line.get_markersize() for line in drawn}
+    lines: Any = axes.lines
+    sizes = {line.get_color(): line.get_markersize() for line in lines if line.get_linestyle() == "None" and len(line.get_xdata())}
     assert len(sizes) == 3 and sorted(sizes.values())[0] == sorted(sizes.values())[1] < sizes[INK]
 
 
