@@ -255,3 +255,15 @@ def test_report_makes_a_page_that_needs_nothing_else(capsys):
     Path("other.jsonl").write_text('{"format": "attnzoo.bench/1"}\n')
     capsys.readouterr()
     assert "no row of this version of `attnzoo train`" in refused(capsys, "report", str(FILE), "other.jsonl")
+
+
+def test_one_page_holds_tasks_of_two_machines_but_no_table_does(capsys):
+    here, there = {"threads": "1", "device": "cpu"}, {"threads": "2", "device": "cpu"}
+    for name, pairs, machine in (("a", 4, here), ("b", 8, there), ("c", 4, there)):
+        lines = [replace(row, environment=machine).to_json() for row in rows(pairs, 0.9)]
+        Path(f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    assert cli.main(["report", "a.jsonl", "b.jsonl", "--output", "out"]) == 0
+    text = Path("out/train.html").read_text()
+    assert "mqar pairs=4" in text and "mqar pairs=8" in text and "<dt>threads</dt><dd>1; 2</dd>" in text
+    capsys.readouterr()
+    assert "a.jsonl and c.jsonl are from different machines (threads: 1 and 2)" in refused(capsys, "report", "a.jsonl", "b.jsonl", "c.jsonl")
