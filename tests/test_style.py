@@ -41,3 +41,10 @@ def test_thirteen_colours_are_told_apart(sight: str) -> None:
 def test_twenty_variants_have_looks_of_their_own() -> None:
     looks = [(style.color, style.marker) for style in styles((f"variant {i}", f"variant {i}") for i in range(20)).values()]
     assert len(set(looks)) == 20 and len(set(MARKERS)) == 13
+
+
+def test_what_is_not_in_the_registry_takes_a_look_that_is_free() -> None:
+    shown = ["standard", "linear", "bigbird", "linear + standard", "gru"]
+    looks = styles((name, name) for name in shown)
+    assert len({style.color for style in looks.values()}) == len({style.marker for style in looks.values()}) == len(shown)
+    assert looks["bigbird"] == styles([("bigbird", "bigbird")])["bigbird"]

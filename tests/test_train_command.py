@@ -17,6 +17,7 @@ pytest.importorskip("matplotlib")
 from attnzoo import cli
 from attnzoo.commands.variants import parse_variant
 from attnzoo.configuration import configs_folder
+from attnzoo.report.style import INK
 from attnzoo.report.train_figures import drawings, pareto_front, turned_knob
 from attnzoo.report.train_page import page
 from attnzoo.report.train_tables import matrix
@@ -142,8 +143,9 @@ def test_a_checkpoint_of_another_configuration_is_refused(capsys, monkeypatch):
     ],
 )
 def test_bad_input_is_one_sentence(changes, said, capsys):
-    assert said in refused(capsys, *TRAIN, *changes)
-    assert not FILE.exists()
+    sentence = refused(capsys, *TRAIN, *changes)
+    assert said in sentence and not FILE.exists()
+    assert ("--config" in sentence) == (changes[0] in ("--size", "--config")), "the file is not to blame for what the command line says"
 
 
 @pytest.mark.parametrize(
@@ -206,8 +208,24 @@ def test_the_matrix_has_a_row_a_contender_and_a_column_a_problem():
     skipped = replace(BLANK, label="linformer", layers=[["linformer", {}]], learning_rate=None, seed=None, test=None, reason="cannot be causal")
     table = matrix(summed_up([*rows(4, 0.9), *rows(8, 0.5), skipped]))
     assert [column.heading for column in table.columns] == ["attention", "mqar pairs=4", "mqar pairs=8"]
-    wanted = [["chance", "25.0%", "25.0%"], ["standard", "100.0%", "100.0%"], ["linear", "80.0%", "40.0%"], ["linformer", "-", "-"]]
+    wanted = [["chance", "25.0%", "25.0%"], ["standard", "100.0% *", "100.0% *"], ["linear", "80.0%", "40.0%"], ["linformer", "-", "-"]]
     assert table.cells() == wanted
+
+
+def test_the_best_of_a_column_is_marked_whichever_way_the_metric_points():
+    near = [replace(row, metric="bits per character", test=test) for row, test in zip(rows(4, 0.9)[:3], (1.0, 2.01, 2.0), strict=True)]
+    far = [*near[:2], replace(near[2], test=1.9)]
+    assert [row[1] for row in matrix(summed_up(near)).cells()] == ["1.000", "2.010 *", "2.000 *"], "a baseline is no attention to choose"
+    assert [row[1] for row in matrix(summed_up(far)).cells()] == ["1.000", "2.010", "1.900 *"]
+    assert [row[1] for row in matrix(summed_up(near[:1])).cells()] == ["1.000"]
+
+
+def test_points_that_coincide_are_rings_around_one_another():
+    twin = replace(BLANK, problem={"length": 64, "pairs": 4}, label="flash", layers=[["flash", {}]])
+    axes = next(drawing for drawing in drawings(summed_up([*rows(4, 0.9), twin])) if drawing.name == "state").whole().axes[0]
+    lines: Any = axes.lines
+    sizes = {line.get_color(): line.get_markersize() for line in lines if line.get_linestyle() == "None" and len(line.get_xdata())}
+    assert len(sizes) == 3 and sorted(sizes.values())[0] == sorted(sizes.values())[1] < sizes[INK]
 
 
 def test_figures_are_drawn_for_what_there_is():
@@ -234,3 +252,15 @@ def test_report_makes_a_page_that_needs_nothing_else():
     assert text.count("<svg") == 7 and "<script" not in text and "http" not in re.sub(r"http://www.w3.org\S*", "", text)
     assert "Which attention for which task" in text and Path("out/train-state.png").is_file()
     assert page(read_rows(FILE, Row)) == text
+
+
+def test_one_page_holds_tasks_of_two_machines_but_no_table_does(capsys):
+    here, there = {"threads": "1", "device": "cpu"}, {"threads": "2", "device": "cpu"}
+    for name, pairs, machine in (("a", 4, here), ("b", 8, there), ("c", 4, there)):
+        lines = [replace(row, environment=machine).to_json() for row in rows(pairs, 0.9)]
+        Path(f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    assert cli.main(["report", "a.jsonl", "b.jsonl", "--output", "out"]) == 0
+    text = Path("out/train.html").read_text()
+    assert "mqar pairs=4" in text and "mqar pairs=8" in text and "<dt>threads</dt><dd>1; 2</dd>" in text
+    capsys.readouterr()
+    assert "a.jsonl and c.jsonl are from different machines (threads: 1 and 2)" in refused(capsys, "report", "a.jsonl", "b.jsonl", "c.jsonl")

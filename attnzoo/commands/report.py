@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """How rows of one kind are drawn. pages: the rows of every page by the name of its files. is_timed: whether rows of two machines differ."""
+    """How rows of one kind are drawn. pages: the rows of every page by the name of its files. table_of: the table that a row stands in, which
+    holds times of one machine; None: no times are in it."""
 
     kind: Any
     pages: Callable[[Sequence[Any]], dict[str, Sequence[Any]]]
     page: Callable[[Sequence[Any]], str]
     drawings: Callable[[Sequence[Any]], list[Drawing]]
-    is_timed: bool = True
+    table_of: Callable[[Any], Hashable] | None = None
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -35,7 +36,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         type=str,
         metavar="FILE",
-        help="result files, all of `attnzoo bench`, of `attnzoo train` or of `attnzoo compare --model`; the first two of one machine",
+        help="result files, all of `attnzoo bench`, of `attnzoo train` or of `attnzoo compare --model`; the rows of one table are of one machine",
     )
     parser.add_argument(
         "--output", type=str, default="report", metavar="FOLDER", help="gets bench.html, train.html or quality-MODEL.html, and the figures"
@@ -44,16 +45,16 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(settings: Namespace) -> int:
     """Read all files, then write the figures and the pages."""
-    from attnzoo.bench.rows import check_one_machine
     from attnzoo.report.export import write_figures
     from attnzoo.results import read_rows
 
-    first = settings.files[0]
     report = _report_of(settings.files)
     lots = {path: read_rows(path, report.kind) for path in settings.files}
-    if report.is_timed:
-        for path, rows in lots.items():
-            check_one_machine([row.environment for row in lots[first]], [row.environment for row in rows], first, path)
+    for path, rows in lots.items():
+        if not rows:
+            raise ValueError(f"{path} holds no rows; give a file that `{report.kind.COMMAND}` wrote")
+    if report.table_of is not None:
+        _check_machines(lots, report.table_of)
     rows = list({row.key: row for rows in lots.values() for row in rows}.values())
     folder = check_folder(settings.output)
     for name, own in report.pages(rows).items():
@@ -98,12 +99,26 @@ def _format_of(path: str) -> str | None:
     return form if isinstance(form, str) else None
 
 
+def _check_machines(lots: Mapping[str, Sequence[Any]], table_of: Callable[[Any], Hashable]) -> None:
+    """Raise ValueError when one table would hold times of two machines. lots: the rows by file."""
+    from attnzoo.bench.rows import check_one_machine
+
+    seen: dict[Hashable, tuple[str, list[Any]]] = {}
+    for path, rows in lots.items():
+        tables: dict[Hashable, list[Any]] = {}
+        for row in rows:
+            tables.setdefault(table_of(row), []).append(row.environment)
+        for table, environments in tables.items():
+            first, others = seen.setdefault(table, (path, environments))
+            check_one_machine(others, environments, first, path)
+
+
 def _benchmark() -> Report:
     from attnzoo.bench.rows import Row
     from attnzoo.report.bench_figures import drawings
     from attnzoo.report.bench_page import page
 
-    return Report(Row, lambda rows: {"bench": rows}, page, drawings)
+    return Report(Row, lambda rows: {"bench": rows}, page, drawings, lambda row: None)
 
 
 def _training() -> Report:
@@ -112,7 +127,7 @@ def _training() -> Report:
     from attnzoo.tasks.rows import Row
     from attnzoo.tasks.summary import summed_up
 
-    return Report(Row, lambda rows: {"train": rows}, page, lambda rows: drawings(summed_up(rows)))
+    return Report(Row, lambda rows: {"train": rows}, page, lambda rows: drawings(summed_up(rows)), lambda row: row.group)
 
 
 def _quality() -> Report:
@@ -120,4 +135,4 @@ def _quality() -> Report:
     from attnzoo.report.quality_figures import drawings
     from attnzoo.report.quality_page import page
 
-    return Report(Row, by_page, page, drawings, is_timed=False)
+    return Report(Row, by_page, page, drawings)

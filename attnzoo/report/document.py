@@ -36,8 +36,9 @@ thead th:first-child { position: sticky; left: 0; }
 .bad { color: var(--bad); font-weight: 600; }
 .good { color: var(--good); font-weight: 600; }
 figure { margin: 0; }
-.panels { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 1rem 2rem; margin-top: 0.6rem; overflow-x: auto; }
-.panels svg { flex: 1 1 20rem; width: 100%; height: auto; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); align-items: start; gap: 1rem 2rem;
+  margin-top: 0.6rem; overflow-x: auto; }
+.panels svg { width: 100%; height: auto; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.25rem 1.2rem; font-size: 0.92rem; }
 dt { font-weight: 600; }
 dd { margin: 0; color: var(--soft); overflow-wrap: anywhere; }

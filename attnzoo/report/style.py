@@ -64,15 +64,23 @@ class Style:
 
 
 def styles(variants: Iterable[tuple[str, str]]) -> dict[str, Style]:
-    """A style for every label, from (variant, label) pairs. Exact attention, which is first in the registry, is drawn in ink."""
+    """A style for every label, from (variant, label) pairs. Exact attention, which is first in the registry, is drawn in ink.
+
+    What is not in the registry takes the look of a variant that is not there, as long as there is one.
+    """
+    pairs = list(dict.fromkeys(variants))
     order = {name: index for index, name in enumerate(names())}
+    shown = {variant for variant, _ in pairs}
+    free = [index for name, index in order.items() if name not in shown and index > 0]
+    for number, variant in enumerate(dict.fromkeys(variant for variant, _ in pairs if variant not in order)):
+        order[variant] = free.pop() if free else len(names()) + number
     found: dict[str, Style] = {}
     twins: dict[str, int] = {}
-    for variant, label in variants:
+    for variant, label in pairs:
         if label in found:
             continue
         twin = twins[variant] = twins.get(variant, -1) + 1
-        index = order.setdefault(variant, len(order))
+        index = order[variant]
         color = INK if index == 0 else PALETTE[(index - 1) % len(PALETTE)]
         found[label] = Style(color, MARKERS[index % len(MARKERS)], LINES[twin % len(LINES)], twin % 2 == 0)
     return found

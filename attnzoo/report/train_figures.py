@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from statistics import mean
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Number = Callable[[Summary], int | None]
+NEAR, RING = 0.04, 4  # points so near, in decades and in score, are drawn as rings around the later ones; points of a marker
 GUESSES = (":", "--", "-.")  # lines of the baselines
 
 
@@ -97,8 +99,11 @@ def _against(axes: Axes, problems: list[Problem], look: Look, *, number: Number,
     shown = [(one, float(number(one) or 0), one.test) for one in _trained(problem) if number(one) and one.test is not None]
     front = pareto_front(((cost, test) for _, cost, test in shown), problem.lower_is_better)
     plot(axes, front, color=INK, alpha=0.35, linewidth=3, drawstyle="steps-post", zorder=1)
-    for one, cost, test in shown:
-        plot(axes, [(cost, test)], label=one.label, zorder=3, **look[one.label].point_options())
+    for index, (one, cost, test) in enumerate(shown):
+        covers = sum(abs(math.log10(cost / other)) < NEAR and abs(test - seen) < NEAR for _, other, seen in shown[index + 1 :])
+        options = look[one.label].point_options()
+        plot(axes, [], label=one.label, **options)  # for the legend, where all are of one size
+        plot(axes, [(cost, test)], zorder=3, **{**options, "markersize": options["markersize"] + RING * covers})
         if one.spread:
             axes.vlines(cost, test - one.spread, test + one.spread, color=look[one.label].color, linewidth=1.6)
     log_axis(axes, "x", [cost for _, cost, _ in shown], tick)

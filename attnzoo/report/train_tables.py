@@ -25,6 +25,7 @@ FORMULA = (
     "test: {metric}, mean over the seeds at the rate that was best on validation; ±: standard deviation; state: what decoding carries after one "
     "sequence, all layers; MACs: of all attentions with their projections, one sequence; peak: of one training step; time: of a run's training steps"
 )
+BEST_MARK, BEST_WITHIN = " *", 0.01  # in the matrix
 
 
 def problem_tables(problems: Iterable[Problem]) -> list[Table]:
@@ -45,12 +46,22 @@ def matrix(problems: Sequence[Problem]) -> Table:
     found = [{contender.label: contender for contender in problem.contenders} for problem in problems]
     rows = tuple({"label": label, **{str(number): _cell(problems[number], by.get(label)) for number, by in enumerate(found)}} for label in labels)
     headings = [Column(str(number), short_title(problem, problems)) for number, problem in enumerate(problems)]
-    formula = "mean test score over the seeds: accuracy in percent, bits per character on shakespeare; -: skipped or not tried"
+    formula = (
+        "mean test score over the seeds: accuracy in percent, where more is better, and bits per character on shakespeare, where less is; "
+        f"{BEST_MARK}: the best of the column, or within {BEST_WITHIN:.0%} of it; -: skipped or not tried"
+    )
     return Table("matrix", "Which attention for which task", formula, (COLUMNS[0], *headings), rows)
 
 
 def _cell(problem: Problem, contender: Summary | None) -> str | None:
-    return None if contender is None else score(contender.test, problem.metric)
+    if contender is None or contender.test is None:
+        return None
+    tests = [one.test for one in problem.contenders if one.test is not None and not one.is_baseline]
+    if problem.lower_is_better:
+        is_best = contender.test <= min(tests, default=0.0) * (1 + BEST_WITHIN)
+    else:
+        is_best = contender.test >= max(tests, default=2.0) * (1 - BEST_WITHIN)
+    return score(contender.test, problem.metric) + (BEST_MARK if is_best and not contender.is_baseline else "")
 
 
 def short_title(problem: Problem, problems: Sequence[Problem]) -> str:

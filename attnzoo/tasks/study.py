@@ -44,22 +44,39 @@ def read_study(path: Path, size: str, task: type[Task], overrides: dict[str, Any
         known = [] if not isinstance(sizes, dict) else list(sizes)
         raise ValueError(f"{what} has no size {size!r}{nearest(size, known)}; its sizes are {', '.join(map(str, known)) or 'missing'}")
     check_mapping(f"{what}: size {size}", sizes[size], KEYS, may_be_empty=True)
-    for changes in (sizes[size], overrides):
-        for key, value in changes.items():
-            if key in MAPPINGS and not (isinstance(value, dict) and isinstance(found.get(key, {}), dict)):
-                raise ValueError(f"{what}: {key}={value!r} must be a mapping, such as {key}: {{name: value}}")
-            found[key] = {**found.get(key, {}), **value} if key in MAPPINGS else value
-    missing = [key for key in KEYS if key not in found and key not in ("problem", "model")]
+    settings = _changed(found, sizes[size], what)
     try:
-        if missing:
-            raise ValueError(f"{' and '.join(missing)} must be given; see the shipped configs/tasks")
-        return make_study(found, task, parse_variant)
+        return make_study(_changed(settings, overrides, what), task, parse_variant)
     except ValueError as error:
+        if overrides and _stands(settings, task, parse_variant):
+            raise  # the file is right: what is wrong was said in its place
         raise ValueError(f"{what}, size {size}: {error}") from None
+
+
+def _changed(settings: dict[str, Any], changes: dict[str, Any], what: str) -> dict[str, Any]:
+    """The settings with changes, which go into mappings key by key."""
+    settings = dict(settings)
+    for key, value in changes.items():
+        if key in MAPPINGS and not (isinstance(value, dict) and isinstance(settings.get(key, {}), dict)):
+            raise ValueError(f"{what}: {key}={value!r} must be a mapping, such as {key}: {{name: value}}")
+        settings[key] = {**settings.get(key, {}), **value} if key in MAPPINGS else value
+    return settings
+
+
+def _stands(settings: dict[str, Any], task: type[Task], parse_variant: ParseVariant) -> bool:
+    """Whether the settings are a study."""
+    try:
+        make_study(settings, task, parse_variant)
+    except ValueError:
+        return False
+    return True
 
 
 def make_study(found: dict[str, Any], task: type[Task], parse_variant: ParseVariant) -> Study:
     """The study of a mapping with the keys KEYS. Raises ValueError on what it cannot mean."""
+    missing = [key for key in KEYS if key not in found and key not in ("problem", "model")]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} must be given; see the shipped configs/tasks")
     sizes = _section("model", Sizes, found.get("model", {}))
     contenders = tuple(parse_contender(_text(text), parse_variant) for text in _list("variants", found["variants"]))
     for contender in contenders:

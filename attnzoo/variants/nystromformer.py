@@ -16,7 +16,7 @@ from attnzoo.registry import register
 
 @register
 class Nystromformer(Attention):
-    """Nyströmformer (Xiong et al. 2021, section 4, equations 13 and 14; algorithm 1).
+    """Nyströmformer (Xiong et al. 2021, equations 13 to 16; algorithm 1).
 
         A = softmax(s·Q K̃ᵀ) · softmax(s·Q̃ K̃ᵀ)⁺ · softmax(s·Q̃ Kᵀ),    s = 1/√d
 
@@ -27,7 +27,7 @@ class Nystromformer(Attention):
     the future. Use it in encoders of long, smooth input; not where one token must be found.
 
     num_landmarks: segments, cut by rank among the real tokens (padding moves none). iterations: of the pseudo-inverse. convolution: size, odd,
-    of a learned depthwise convolution of v along the length that is added to the output (section 4, figure 2); None: none. scale: of the scores.
+    of a learned depthwise convolution of v along the length that is added to the output (figure 4); None: none. scale: of the scores.
     """
 
     spec = Spec(

@@ -29,7 +29,7 @@ class SparseTransformer(Attention):
     ours drops j <= i and changes nothing else. Decoding keeps every key and reads those in S.
 
     pattern: strided or fixed. stride: in tokens. expressivity: fixed's summary positions in a block, at most stride. factors: merged, every
-    head sees S₁ ∪ S₂; by_head, heads see S₁ and S₂ in turn, S₁ first (section 4.1). scale, dropout: as in standard.
+    head sees S₁ ∪ S₂; by_head, heads see S₁ and S₂ in turn, S₁ first (section 5.1). scale, dropout: as in standard.
     """
 
     spec = Spec(
