@@ -67,19 +67,25 @@ def test_chance_is_one_in_the_number_of_answers(task: Task):
 
 
 def test_the_answer_to_a_key_of_mqar_is_the_value_that_stood_behind_it():
-    task = MQAR(length=40, pairs=5, vocabulary=20)
-    found = asked(task.training_batch(50, 0, 0))
+    held_out = MQAR(length=40, pairs=5, vocabulary=20).held_out(TEST, 50)
+    found = asked(held_out)
     assert len(found) == 50 * 5
     for row, place, target in found:
         first = row.index(row[place])
         assert first % 2 == 0 and first < 10 and place >= 10, "the pairs come first"
         assert row[first + 1] == target and target > 10 >= row[place] > 0
-    for row in task.training_batch(50, 0, 0).inputs.tolist():
+    for row in held_out.inputs.tolist():
         assert sorted(row[0:10:2]) == sorted(token for token in row[10:] if token), "every key is asked for once"
 
 
+def test_training_on_mqar_mixes_all_half_and_a_quarter_of_the_pairs():
+    task = MQAR(length=64, pairs=8, vocabulary=20)
+    assert {len(asked(task.training_batch(1, 0, step))) for step in range(40)} == {2, 4, 8}
+    assert {len(asked(MQAR(length=8, pairs=1, vocabulary=8).training_batch(1, 0, step))) for step in range(10)} == {1}
+
+
 def test_short_distances_are_the_most_frequent_in_mqar():
-    places = torch.tensor([place for _, place, _ in asked(MQAR(length=256, pairs=2, vocabulary=8).training_batch(500, 0, 0))])
+    places = torch.tensor([place for _, place, _ in asked(MQAR(length=256, pairs=2, vocabulary=8).held_out(TEST, 500))])
     assert (places < 40).float().mean() > 0.4  # evenly drawn it would be 0.14
 
 

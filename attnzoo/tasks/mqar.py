@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attnzoo.tasks.task import IGNORED, Batch, Task, at_least, draw_distinct
+from attnzoo.tasks.task import IGNORED, TRAINING, Batch, Task, at_least, draw_distinct
 
 GAP_POWER = 0.01  # Zoology's: short distances between a pair and its query are the most frequent
 
@@ -17,7 +17,9 @@ class MQAR(Task):
     whose distance follows a power law; at such a key the answer is its value.
 
     length: tokens. pairs: keys with their values. vocabulary: tokens, half of them keys and half values, beside a blank. Slots between
-    the queries are blank; Zoology fills them with random tokens of 8,192, of which few are a key by chance.
+    the queries are blank; Zoology fills them with random tokens of 8,192, of which few are a key by chance. As there, training
+    mixes sizes: a batch has all, half or a quarter of the pairs. With all of them only, softmax attention stays on a plateau for
+    as long as chance will have it.
     """
 
     length: int = 64
@@ -42,13 +44,15 @@ class MQAR(Task):
         return self.vocabulary // 2
 
     def examples(self, part: str, count: int, generator: torch.Generator) -> Batch:
-        half = self.vocabulary // 2
-        keys = 1 + draw_distinct(count, half, self.pairs, generator)
-        values = 1 + half + draw_distinct(count, half, self.pairs, generator)
-        start = 2 * self.pairs
+        half, pairs = self.vocabulary // 2, self.pairs
+        if part == TRAINING:
+            pairs = max(1, pairs >> int(torch.randint(3, (), generator=generator)))
+        keys = 1 + draw_distinct(count, half, pairs, generator)
+        values = 1 + half + draw_distinct(count, half, pairs, generator)
+        start = 2 * pairs
         places = torch.arange(1, (self.length - start) // 2 + 1, dtype=torch.float32)
         weights = (GAP_POWER * places ** (GAP_POWER - 1)).expand(count, -1)
-        slots = start + 2 * torch.multinomial(weights, self.pairs, generator=generator)
+        slots = start + 2 * torch.multinomial(weights, pairs, generator=generator)
         inputs = torch.zeros(count, self.length, dtype=torch.long)
         inputs[:, 0:start:2], inputs[:, 1:start:2] = keys, values
         targets = torch.full_like(inputs, IGNORED)
