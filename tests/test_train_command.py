@@ -212,6 +212,11 @@ def test_the_matrix_has_a_row_a_contender_and_a_column_a_problem():
     assert table.cells() == wanted
 
 
+def test_baselines_of_any_task_stand_first_in_the_matrix():
+    gram = replace(rows(4, 0.9)[0], task="shakespeare", label="3-gram")
+    assert [row[0] for row in matrix(summed_up([*rows(4, 0.9), gram])).cells()] == ["chance", "3-gram", "standard", "linear"]
+
+
 def test_the_best_of_a_column_is_marked_whichever_way_the_metric_points():
     near = [replace(row, metric="bits per character", test=test) for row, test in zip(rows(4, 0.9)[:3], (1.0, 2.01, 2.0), strict=True)]
     far = [*near[:2], replace(near[2], test=1.9)]

@@ -41,8 +41,9 @@ def score(value: float | None, metric: str) -> str:
 
 
 def matrix(problems: Sequence[Problem]) -> Table:
-    """Test scores, a row a contender and a column a problem; a dash where it was skipped or not tried."""
-    labels = list(dict.fromkeys(contender.label for problem in problems for contender in problem.contenders))
+    """Test scores, a row a contender, baselines first, and a column a problem; a dash where it was skipped or not tried."""
+    contenders = sorted((one for problem in problems for one in problem.contenders), key=lambda one: not one.is_baseline)
+    labels = list(dict.fromkeys(contender.label for contender in contenders))
     found = [{contender.label: contender for contender in problem.contenders} for problem in problems]
     rows = tuple({"label": label, **{str(number): _cell(problems[number], by.get(label)) for number, by in enumerate(found)}} for label in labels)
     headings = [Column(str(number), short_title(problem, problems)) for number, problem in enumerate(problems)]
