@@ -49,7 +49,7 @@ def windows(pattern: Window, shape: Shape, columns: int = 0, global_queries: int
         training = max(training, held + copies + returned + its_training)
         done, held = done + own.query_bytes, held + copies + own.query_bytes
     if len(parts) > 1:  # all heads side by side, then in order
-        forward, training = max(forward, 3 * shape.query_bytes), max(training, held + 2 * shape.query_bytes + shape.input_bytes)
+        forward, training = max(forward, 3 * shape.query_bytes), max(training, held + shape.query_bytes + shape.input_bytes)
     if global_queries:
         forward = max(forward, shape.query_bytes + peaks.forward(replace(shape, query_length=global_queries)))
     looking = peaks.looking_bytes(shape)
