@@ -13,7 +13,9 @@ import argparse
 import json
 import math
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +26,10 @@ from attnzoo.registry import sized, spec_of
 
 LENGTHS = (4096, 8192, 32768)
 REFERENCE_LENGTHS = (1024, 2048, 4096)
+OPTIONS: dict[str, list[dict[str, Any]]] = {  # beside the defaults
+    "sliding_window": [{"dilation": 4}, {"sinks": 4}],
+    "longformer": [{"global_tokens": 2}],
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Peak:
     """Peaks in bytes, one for each length."""
 
     variant: str
+    options: dict[str, Any]
     backend: str
     is_causal: bool
     backward: bool
@@ -43,11 +50,11 @@ class Peak:
         return math.log(self.bytes[-1] / self.bytes[-2]) / math.log(self.lengths[-1] / self.lengths[-2])
 
 
-def measure(variant: str, backend: str, is_causal: bool, backward: bool) -> Peak:
+def measure(variant: str, options: dict[str, Any], backend: str, is_causal: bool, backward: bool) -> Peak:
     lengths = REFERENCE_LENGTHS if backend == "reference" else LENGTHS
     peaks = []
     for length in lengths:
-        attention = attnzoo.build(variant, heads=1, head_dim=64, backend=backend, **sized(variant, length))
+        attention = attnzoo.build(variant, heads=1, head_dim=64, backend=backend, **options, **sized(variant, length))
         q, k, v = (torch.randn(1, 1, length, 64, requires_grad=backward) for _ in range(3))
 
         def run(attention=attention, q=q, k=k, v=v) -> None:
@@ -57,7 +64,7 @@ def measure(variant: str, backend: str, is_causal: bool, backward: bool) -> Peak
 
         with torch.set_grad_enabled(backward):
             peaks.append(peak_bytes(run))
-    return Peak(variant, backend, is_causal, backward, lengths, tuple(peaks))
+    return Peak(variant, options, backend, is_causal, backward, lengths, tuple(peaks))
 
 
 def main() -> None:
@@ -68,19 +75,19 @@ def main() -> None:
     output: Path = settings.output
     output.parent.mkdir(parents=True, exist_ok=True)
     where = environment(seed=0, device=torch.device("cpu"), dtype=torch.float32)
-    print(f"{'variant':16}{'backend':11}{'form':15}{'pass':18}{'MiB at the longest length':>28}{'slope':>8}")
+    print(f"{'variant':32}{'backend':11}{'form':15}{'pass':18}{'MiB at the longest length':>28}{'slope':>8}")
     with output.open("w") as file:
         for variant in settings.variants:
-            for is_causal in spec_of(variant).forms:
-                for backward in (False, True):
-                    for backend in ("auto", "reference"):
-                        torch.manual_seed(0)
-                        peak = measure(variant, backend, is_causal, backward)
-                        file.write(json.dumps({**asdict(peak), "slope": round(peak.slope, 3), "environment": where}) + "\n")
-                        file.flush()
-                        form, which = "causal" if is_causal else "bidirectional", "forward+backward" if backward else "forward"
-                        reached = f"{peak.bytes[-1] / 2**20:,.0f} at {peak.lengths[-1]:,}"
-                        print(f"{variant:16}{backend:11}{form:15}{which:18}{reached:>28}{peak.slope:8.2f}", flush=True)
+            kinds = product([{}, *OPTIONS.get(variant, [])], spec_of(variant).forms, (False, True), ("auto", "reference"))
+            for options, is_causal, backward, backend in kinds:
+                torch.manual_seed(0)
+                peak = measure(variant, options, backend, is_causal, backward)
+                file.write(json.dumps({**asdict(peak), "slope": round(peak.slope, 3), "environment": where}) + "\n")
+                file.flush()
+                form, which = "causal" if is_causal else "bidirectional", "forward+backward" if backward else "forward"
+                reached = f"{peak.bytes[-1] / 2**20:,.0f} at {peak.lengths[-1]:,}"
+                shown = " ".join([variant, *(f"{key}={value}" for key, value in options.items())])
+                print(f"{shown:32}{backend:11}{form:15}{which:18}{reached:>28}{peak.slope:8.2f}", flush=True)
 
 
 if __name__ == "__main__":

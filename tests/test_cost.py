@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,8 @@ def left_bytes(attn: Attention, batch: int, lengths: tuple[int, int], kv_heads: 
     k, v = (torch.randn(batch, kv_heads, lengths[1], head_dim, dtype=dtype, requires_grad=True) for _ in "kv")
     if getattr(attn.engine, "share_qk", False):
         k = q
-    with profile(profile_memory=True) as profiler:
+    profiler: Any = profile(profile_memory=True)
+    with profiler:
         out = attn(q, k, v, is_causal=is_causal)
     return sum(event.nbytes() for event in profiler.kineto_results.events() if event.name() == "[memory]") - out.untyped_storage().nbytes()
 
@@ -66,7 +68,12 @@ def test_kept_bytes_of_hashing_are_what_a_forward_leaves(case: Case, is_causal: 
                 closed = attn.cost(batch, *lengths, kv_heads=kv_heads, is_causal=is_causal, dtype=dtype).kept_bytes
                 given = 2 * batch * kv_heads * lengths[1] * 8 * 4 if dtype == torch.float32 else 0
                 left = given + left_bytes(attn, batch, lengths, kv_heads, is_causal, dtype)
-                assert left - 8 <= closed <= left, (lengths, batch, kv_heads, dtype)  # the allocator counts one number more, whatever the sizes
+                assert closed is not None and left - 8 <= closed <= left, (
+                    lengths,
+                    batch,
+                    kv_heads,
+                    dtype,
+                )  # the allocator counts one number more, whatever the sizes
 
 
 UNKNOWN = [case for case in cases() if case.options.get("feature_map") is squared_elu]

@@ -66,10 +66,12 @@ class Cost:
     parameters: learned numbers; buffers, such as Performer's directions, are not among them.
     moved_bytes: the least that must move: q, k, v, the parameters used (in the inputs' dtype) and directions read once, the output written once.
     kept_bytes: what autograd holds after the forward by the fast pure-torch backend on the CPU, to the byte: q, k, v and the output where it
-        holds them, and all between; parameters (taken to be of the inputs' dtype) and buffers left out. None: no closed form is known.
+        holds them, and all between; parameters (taken to be of the inputs' dtype) and buffers left out. None of a feature map
+        that the user wrote, which autograd differentiates.
     forward_bytes: the most that a forward without gradients has allocated at any moment, by the same backend: the output counts, q, k, v do
-        not. Working memory is for each of torch.get_num_threads() threads. Exact and low-rank attention: to the byte in float32 and float64,
-        in half precision without what oneDNN packs. Sparse and linear: without what is small, such as indices. None: no form is known.
+        not. Working memory is for each of torch.get_num_threads() threads. Exact and low-rank attention without landmarks: to the byte in float32
+        and float64, in half precision without what oneDNN packs. The others: without what is small, such as indices; in half precision
+        coarser, and with what oneDNN packs of windows and blocks. None: no form is known.
     training_bytes: the same of a forward and its backward pass, the gradients of q, k, v and parameters included, the output's left out.
     state_elements: numbers that decoding carries for the whole batch after key_length tokens; 0 when the variant does not decode.
     state_bytes: their size; the sums of a linear state are float32 at least. What a buffer holds in reserve is not counted.

@@ -11,15 +11,15 @@ from attnzoo.patterns import Grid, Window
 Piece = tuple[int, int, int]  # parts, rows of a part, its keys
 
 
-def pieces(pattern: Window, shape: Shape) -> list[Piece]:
-    """What torch's SDPA is asked for one after the other, where a gradient will be: the edges and the whole blocks, some at a time."""
+def pieces(pattern: Window, shape: Shape, *, recording: bool = True) -> list[Piece]:
+    """What torch's SDPA is asked for one after the other: the edges and the whole blocks, where a gradient will be some at a time."""
     grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
     found = sparse_windows.plan(pattern, grid)
     edges = [(1, end - first, high - low) for first, end, low, high in sparse_windows.edges(pattern, grid)]
     if not found.blocks:
         return edges
     sliced = shape.batch_size * shape.kv_heads * found.slice_length * shape.head_dim
-    together = max(1, min(found.blocks, sparse_windows.SLICED // sliced))
+    together = max(1, min(found.blocks, sparse_windows.SLICED // sliced)) if recording else found.blocks
     counts = [min(together, found.blocks - start) for start in range(0, found.blocks, together)]
     return edges + [(count, sparse_windows.BLOCK, found.slice_length) for count in counts]
 

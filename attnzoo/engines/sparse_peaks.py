@@ -49,11 +49,11 @@ def windows(pattern: Window, shape: Shape, columns: int = 0, global_queries: int
         training = max(training, held + copies + returned + its_training)
         done, held = done + own.query_bytes, held + copies + own.query_bytes
     if len(parts) > 1:  # all heads side by side, then in order
-        forward, training = max(forward, 3 * shape.query_bytes), max(training, held + 2 * shape.query_bytes + shape.input_bytes)
+        forward, training = max(forward, 3 * shape.query_bytes), max(training, held + shape.query_bytes + shape.input_bytes)
     if global_queries:
         forward = max(forward, shape.query_bytes + peaks.forward(replace(shape, query_length=global_queries)))
     looking = peaks.looking_bytes(shape)
-    return max(forward, looking), max(training, forward, looking)
+    return max(forward, looking), max(training, looking)
 
 
 def _window(pattern: Window, shape: Shape, columns: int, *, logits: bool) -> tuple[int, int]:
@@ -83,22 +83,27 @@ def _window(pattern: Window, shape: Shape, columns: int, *, logits: bool) -> tup
 def _by_sdpa(pattern: Window, shape: Shape, columns: int, *, logits: bool) -> tuple[int, int]:
     """In half precision: a piece's output beside that of all, its keys and values as oneDNN packs them, and copied with columns; where heads share
     keys, its queries and its output laid out anew. With logits, scores in the precision of sums."""
-    out, statistic, size = shape.query_bytes, peaks.statistic_bytes(shape), shape.dtype.itemsize
+    out, statistic = shape.query_bytes, peaks.statistic_bytes(shape)
     held = 2 * out + statistic + (2 * out if shape.heads > shape.kv_heads else 0)
     kept = sparse_columns_memory.beside(pattern, shape, columns, logits=logits) if columns or logits else held - out
-    most = sent = 0
-    for parts, rows, width in sparse_columns_memory.pieces(pattern, shape):
-        keys = 2 * shape.batch_size * shape.kv_heads * parts * (width + columns) * shape.head_dim * size
+    whole, some = (_most_at_a_time(pattern, shape, columns, logits=logits, recording=recording) for recording in (False, True))
+    return held + whole, max(held + some, out + kept + 2 * out + 2 * shape.key_bytes + some)
+
+
+def _most_at_a_time(pattern: Window, shape: Shape, columns: int, *, logits: bool, recording: bool) -> int:
+    """Of the pieces of `_by_sdpa`; with columns or logits samples go one by one."""
+    size, most, samples = shape.dtype.itemsize, 0, 1 if columns or logits else shape.batch_size
+    for parts, rows, width in sparse_columns_memory.pieces(pattern, shape, recording=recording):
+        keys = 2 * samples * shape.kv_heads * parts * (width + columns) * shape.head_dim * size
         pairs = parts * rows * (width + columns)
-        scores = shape.batch_size * shape.heads * pairs * shape.sum_bytes
-        masks = pairs * shape.heads // shape.kv_heads * (size + 1)
         if logits:
-            most, sent = max(most, keys + 4 * scores), max(sent, keys + 3 * scores)
+            most = max(most, keys + 4 * shape.heads * pairs * shape.sum_bytes)
             continue
-        drawing = POSITIONS * rows * width - out  # before a piece has its output
-        most = max(most, (2 if columns else 1) * keys + masks if columns else keys, drawing)
-        sent = max(sent, keys, drawing)
-    return held + most, max(held + most, out + kept + 2 * out + 2 * shape.key_bytes + sent)
+        masks = pairs * shape.heads // shape.kv_heads * (size + 1)
+        drawing = POSITIONS * rows * width - shape.query_bytes  # before a piece has its output
+        packed = keys if recording or not columns else 2 * keys + masks  # autograd holds the copies that columns take
+        most = max(most, packed, drawing)
+    return most
 
 
 def _hidden(pattern: Window, grid: Grid, first: int, end: int, low: int, high: int) -> list[int]:
