@@ -45,7 +45,7 @@ def attend(engine: Softmax, pattern: Pattern, call: Call, grid: Grid, flex: Call
 
 def kernel_options(pattern: Pattern, call: Call) -> dict[str, int] | None:
     """The forward tiles where FlexAttention's own do not serve: they are sizes for blocks of 128. Compiled for sm_90a, the kernel spills
-    registers (kilobytes a thread) in float32, and in two bytes a number at 128 by 128 under a key_mask; these spill none."""
+    registers (kilobytes a thread) in float32, and in two bytes a number at 128 by 128 under a key_mask; at head_dim 64 these spill none."""
     tile = largest_tile(block_size_of(pattern))
     if call.q.dtype == torch.float32:
         tile = min(tile, FLOAT32_TILE)

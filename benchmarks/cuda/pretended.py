@@ -87,7 +87,7 @@ def pretend(write: Callable[[Kernel], None]) -> None:
     torch.cuda.get_device_properties = lambda *_: PROPERTIES
     torch.cuda._exchange_device = _stop
     torch._C._cuda_getCurrentRawStream = lambda *_: 0  # pyright: ignore[reportAttributeAccessIssue]
-    device_interface.CudaInterface.is_bf16_supported = staticmethod(lambda *_, **__: True)
+    device_interface.CudaInterface.is_bf16_supported = staticmethod(lambda *_, **__: True)  # pyright: ignore[reportAttributeAccessIssue]
     _pretend_to_triton()
     _capture(write)
 
@@ -136,4 +136,4 @@ def _capture(write: Callable[[Kernel], None]) -> None:
         return choose(cache, name, choices[:1], *args, **options)
 
     AsyncCompile.triton = written  # pyright: ignore[reportAttributeAccessIssue]
-    AlgorithmSelectorCache.__call__ = chosen
+    AlgorithmSelectorCache.__call__ = chosen  # pyright: ignore[reportAttributeAccessIssue]
