@@ -29,8 +29,8 @@ def by_hand(module: MultiheadAttention, query: Tensor, key: Tensor, value: Tenso
 
     q, k, v = (project(x, i) for i, x in enumerate((query, key, value)))
     own: Any = None
-    if module.attention.global_projection is not None:
-        packed = module.attention.global_projection
+    if (packed := module.attention.global_projection) is not None:
+        assert isinstance(packed, nn.Linear)
         own = tuple(project(x, i, packed.weight, packed.bias) for i, x in enumerate((query, key, value)))
     out = module.attention(q, k, v, global_qkv=own, **call)
     a = module.attention.weights(q, k, global_qk=own and own[:2], **call)
@@ -42,9 +42,10 @@ def core(case: Case, *, batch_first: bool = True, dtype: torch.dtype = torch.flo
     made = MultiheadAttention(SIZE, HEADS, batch_first=batch_first, dtype=dtype, **options, **options_of(case))
     nn.init.normal_(made.in_proj_bias)
     nn.init.normal_(made.out_proj.bias)
-    if made.attention.global_projection is not None:
-        nn.init.normal_(made.attention.global_projection.weight, std=0.3)
-        nn.init.normal_(made.attention.global_projection.bias)
+    if (packed := made.attention.global_projection) is not None:
+        assert isinstance(packed, nn.Linear)
+        nn.init.normal_(packed.weight, std=0.3)
+        nn.init.normal_(packed.bias)
     return made
 
 
