@@ -7,7 +7,9 @@ import torch
 from cases import Case, Situation, cases, close, gradients_of, padding, tensors
 from torch import Tensor
 
+import attnzoo
 from attnzoo.engines import linear_chunks, linear_gradient
+from attnzoo.feature_maps import EXPONENT, UNSCALED, SoftmaxFeatures
 from attnzoo.registry import sized
 
 KNOWN = [case for case in cases() if case.spec.family == "kernel" and case.build().engine.feature_map.has_vjp]  # type: ignore[union-attr]
@@ -20,7 +22,7 @@ SITUATIONS = [Situation(1100, 1100, "interior"), Situation(1100, 1100, kv_heads=
 @KINDS
 def test_own_backward_is_autograds(case: Case, is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over several chunks and several spans of them."""
-    monkeypatch.setattr(linear_chunks, "HELD", 2 * 2 * 4 * 128**2)  # two chunks side by side
+    monkeypatch.setattr(linear_chunks, "HELD", 2 * (2 * 4 * 64 * 256))  # two chunks side by side
     attn = case.build(dtype=torch.float64, **sized(case.variant, 1100))
     for situation in SITUATIONS:
         *inputs, upstream = tensors(situation, shift=case.shift)
@@ -98,3 +100,19 @@ def test_forward_mode_and_functorch_see_into_the_chunks(name: str) -> None:
         assert tangent is not None
         close((tangent * upstream).sum().detach(), directional, 1e-11, "forward mode")
     assert torch.equal(torch.func.vmap(run)(torch.stack([q, q]))[1], run(q))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("largest", [EXPONENT, -EXPONENT, 1.01 * EXPONENT, -1.01 * EXPONENT, 500.0])
+def test_softmax_features_of_keys_in_range_and_out_of_it(largest: float, is_causal: bool) -> None:
+    """Keys within the range of the exponential are taken as they are, others under a running maximum; float32 holds both."""
+    attn = attnzoo.build("linear", heads=2, head_dim=8, feature_map="softmax")
+    reference = attnzoo.build("linear", heads=2, head_dim=8, feature_map="softmax", backend="reference")
+    q, k, v = (torch.randn(1, 2, 150, 8) for _ in range(3))
+    k[:, 1, 70, 3] = largest
+    assert (SoftmaxFeatures().for_keys(k) is UNSCALED) == (abs(largest) <= EXPONENT)
+    inputs, exact = [x.requires_grad_() for x in (q, k, v)], [x.detach().double().requires_grad_() for x in (q, k, v)]
+    out, wanted = attn(*inputs, is_causal=is_causal), reference(*exact, is_causal=is_causal)
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-5)
+    for found, gradient in zip(torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(wanted.sum(), exact), strict=True):
+        torch.testing.assert_close(found.double(), gradient, rtol=1e-3, atol=1e-4)
