@@ -119,7 +119,7 @@ def test_a_decoder_keeps_its_cross_attention() -> None:
     torch.testing.assert_close(model(x, memory, tgt_mask=mask, tgt_is_causal=True), exact, **ROUNDING)
     attnzoo.swap(attnzoo.unswap(model), "linformer", max_length=16, rank=4)
     for options in ({"tgt_mask": mask, "tgt_is_causal": True}, {"tgt_mask": mask}):
-        with pytest.raises(UnsupportedError, match=r"layer 0 \(layers\.0\.self_attn\): linformer cannot be causal: .*; use standard or"):
+        with pytest.raises(UnsupportedError, match=r"layer 0 \(layers\.0\.self_attn\): linformer cannot be causal; use standard or"):
             model(x, memory, **options)
     assert model(x, memory).shape == x.shape  # a decoder that is not causal, as torch lets it be
 
