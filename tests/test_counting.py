@@ -11,7 +11,7 @@ import torch
 from cases import Case, can, cases, squared_elu, usual_cases
 from small import small
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
+from torch.utils.flop_counter import FlopCounterMode
 
 import attnzoo
 from attnzoo import UnsupportedError, count_flops
@@ -32,8 +32,8 @@ def empty(*shape: int) -> Tensor:
 
 
 def torch_macs(module: nn.Module, *inputs: Any, **kwargs: Any) -> int:
-    """torch counts 2 FLOPs a MAC; on the meta device, where it sees into every product. It has no rule for baddbmm in place: baddbmm's own."""
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: baddbmm_flop}) as counter, torch.no_grad():
+    """torch counts 2 FLOPs a MAC; on the meta device, where it sees into every product."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(*inputs, **kwargs)
     return counter.get_total_flops() // 2
 
