@@ -103,7 +103,7 @@ def test_forward_mode_and_functorch_see_into_the_chunks(name: str) -> None:
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("largest", [EXPONENT, -EXPONENT, 1.01 * EXPONENT, -1.01 * EXPONENT, 500.0])
+@pytest.mark.parametrize("largest", [EXPONENT, -EXPONENT, 1.01 * EXPONENT, -1.01 * EXPONENT, 60.0])
 def test_softmax_features_of_keys_in_range_and_out_of_it(largest: float, is_causal: bool) -> None:
     """Keys within the range of the exponential are taken as they are, others under a running maximum; float32 holds both."""
     attn = attnzoo.build("linear", heads=2, head_dim=8, feature_map="softmax")

@@ -139,7 +139,7 @@ def all_handles() -> dict[str, Handle | None]:
     """Handle of every operator by its name in the graph; None: ignored."""
     products: dict[str, Handle | None] = {
         **{f"aten::{name}": contraction(0) for name in ("matmul", "bmm", "mm", "mv", "dot", "linear")},
-        **{f"aten::{name}": contraction(1) for name in ("addmm", "baddbmm", "baddbmm_", "addmv")},
+        **{f"aten::{name}": contraction(1) for name in ("addmm", "baddbmm", "addmv")},
         **{f"aten::{name}": recurrent(name) for name in RECURRENT},
         "aten::einsum": einsum,
         "aten::scaled_dot_product_attention": scaled_dot_product_attention,

@@ -251,19 +251,19 @@ def _backward_block(
     d_read = None
     if block.before is not None:
         carried = d_rows if block.carry is None else d_rows * block.carry
-        add_product(d_q_features, carried, block.before[..., :width].mT)
+        d_q_features = add_product(d_q_features, carried, block.before[..., :width].mT)
         d_read = block.q_features.mT @ carried
     d_totals = None
     if block.totals is not None:
         d_q_features, d_totals = _through_division(block, d_q_features, group)
         assert block.relative is not None
-        add_product(d_k_features, block.relative.mT.expand(*d_totals.shape[:3], -1, -1), d_totals)
+        d_k_features = add_product(d_k_features, block.relative.mT.expand(*d_totals.shape[:3], -1, -1), d_totals)
     if d_read is not None and not normalizes:
         d_read = F.pad(d_read, (0, 1)) if d_totals is None else torch.cat([d_read, _carried(block, d_totals)], -1)
     d_sums, d_before = _gradients_of_sums(d_read, block.shrink, d_after)
     if d_sums is not None and block.weights is None:
-        add_product(d_k_features, block.v, d_sums.mT)
-        add_product(d_values, block.k_features, d_sums[..., :-1])
+        d_k_features = add_product(d_k_features, block.v, d_sums.mT)
+        d_values = add_product(d_values, block.k_features, d_sums[..., :-1])
     elif d_sums is not None:
         d_features, d_more, d_log_weights = _through_sums(block.k_features, block.weights, block.v[..., :-1], d_sums, of_scale)
         d_k_features += d_features

@@ -22,6 +22,5 @@ def with_ones(v: Tensor) -> Tensor:
 
 
 def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x += a @ b in one pass, x a tensor of its own without gaps, all with the same leading dimensions."""
-    x.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3))
-    return x
+    """x + a @ b by one operator, all with the same leading dimensions."""
+    return torch.baddbmm(x.flatten(0, -3), a.flatten(0, -3), b.flatten(0, -3)).view(x.shape)
