@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,8 +69,9 @@ def _trace(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], *
     call = _TensorsOnly(module, inputs, kwargs)
     analysis = _flop_count_analysis()(call, tuple(call.tensors(inputs, kwargs)))
     analysis.set_op_handle(**all_handles(), **handles).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    analysis.tracer_warnings("all")  # those that say nothing are silenced here
     try:
-        with torch.no_grad(), _plain_operators(), convolutions_as_one_operator(module):
+        with torch.no_grad(), _plain_operators(), _nothing_leaves_the_trace(), convolutions_as_one_operator(module):
             analysis.total()
     except Exception as error:
         if _ran_flex_attention(error):
@@ -114,6 +116,18 @@ class _TensorsOnly(nn.Module):
             leaves[place] = tensor
         inputs, kwargs = tree_unflatten(leaves, self.structure)
         return tuple(leaf for leaf in tree_flatten(self.module(*inputs, **kwargs))[0] if isinstance(leaf, Tensor))
+
+
+@contextmanager
+def _nothing_leaves_the_trace() -> Iterator[None]:
+    """Raise where numpy computes, which the tracer takes for a constant: it warns, and nothing would be counted."""
+    with warnings.catch_warnings(record=True) as caught:
+        yield
+    for warning in caught:
+        if not issubclass(warning.category, torch.jit.TracerWarning):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        elif "NumPy array" in str(warning.message):
+            raise RuntimeError("it makes a NumPy array of a tensor, and what NumPy computes cannot be counted; use torch's operators")
 
 
 @contextmanager
