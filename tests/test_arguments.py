@@ -183,6 +183,18 @@ def test_bad_options(variant: str, options: dict[str, Any], fragments: list[str]
     says(error, *fragments)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+@pytest.mark.parametrize("variant", ["standard", "sliding_window"])
+def test_a_scale_that_is_not_positive_hides_the_future_too(variant: str, scale: float) -> None:
+    """torch's own causal SDPA makes NaN of it."""
+    case = Case(variant, {"scale": scale})
+    q, k, v = (torch.randn(1, 4, 12, 8, requires_grad=True) for _ in range(3))
+    out, wanted = (case.build(dtype=torch.float32, backend=backend)(q, k, v, is_causal=True) for backend in ("auto", "reference"))
+    torch.testing.assert_close(out, wanted)
+    for found, gradient in zip(torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(wanted.sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(found, gradient)
+
+
 @pytest.mark.parametrize("variant", ["standard", "linformer", "sliding_window", "bigbird"])
 def test_a_scale_of_zero_means_zero(variant: str) -> None:
     """Every visible key weighs the same; 0 must not be taken for "not given"."""

@@ -181,6 +181,8 @@ def sdpa(
     if not every_row_sees and not (mask is None and bias is None):
         mask, empty = merge_masks(mask, bias)
     scale = engine.scale if scale is None else scale
+    if is_causal and scale is not None and scale <= 0:  # torch hides the future before it scales: -inf would become inf or NaN
+        q, scale = q * scale, 1.0
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale, enable_gqa=grouped)
     return out if empty is None else out.masked_fill(empty, 0.0)
 
