@@ -1,11 +1,11 @@
-"""What Nyströmformer holds, in bytes; without masks in the call, and on the CPU, as in `attnzoo.engines.memory`."""
+"""What Nyströmformer takes and holds, bytes without masks in the call, and on the CPU, as in `attnzoo.engines.memory`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from attnzoo.engines import peaks
-from attnzoo.engines.engine import Shape
+from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Cost, Shape
 from attnzoo.engines.memory import INDEX_BYTES, fused
 
 CHANNELS = 16  # of a vector, with AVX-512
@@ -14,12 +14,16 @@ SAVED_MATRICES = 6  # of one step of the pseudo-inverse: Z, ¼ Z, B Z, and the t
 
 @dataclass(frozen=True)
 class LandmarkMemory:
-    """Of one call. convolves: a convolution of v is added to the output."""
+    """Of one call. kernel_size: of the convolution of v that is added to the output; 0: none."""
 
     shape: Shape
     segments: int
     iterations: int
-    convolves: bool
+    kernel_size: int
+
+    @property
+    def convolves(self) -> bool:
+        return self.kernel_size > 0
 
     @property
     def heads(self) -> int:
@@ -49,6 +53,24 @@ class LandmarkMemory:
         """Tokens fetched for the means, where segments differ in length; 0 where they do not."""
         length = self.shape.key_length
         return self.segments * -(-length // self.segments) if length % self.segments else 0
+
+    def cost(self) -> Cost:
+        """Of the three softmaxes, the pseudo-inverse and the convolution."""
+        shape, segments = self.shape, self.segments
+        products = 2 * segments * shape.key_length * 2 * shape.head_dim  # queries by landmarks, landmarks by keys
+        matrices = 2 * segments**2 * shape.head_dim + 4 * self.iterations * segments**3
+        macs = self.heads * (products + matrices + shape.key_length * shape.head_dim * self.kernel_size)
+        scores = self.heads * (2 * segments * shape.key_length + segments**2)
+        means = shape.batch_size * (shape.heads + shape.kv_heads) * segments * shape.head_dim if shape.key_length % segments else 0
+        return Cost(
+            macs=macs,
+            support_macs=macs,
+            elementwise=SOFTMAX_OPERATIONS * scores + self.heads * segments**2 + means,
+            moved_bytes=shape.input_bytes + shape.query_bytes + shape.heads * self.kernel_size * shape.dtype.itemsize,
+            kept_bytes=self.kept(),
+            forward_bytes=self.forward(),
+            training_bytes=self.training(),
+        )
 
     def kept(self) -> int:
         """q, k, v, the output, and what their softmaxes and the pseudo-inverse hold."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from attnzoo.arguments import check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call, repeat_heads
-from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Cost, Shape, accumulation_dtype
+from attnzoo.engines.engine import Cost, Shape, accumulation_dtype
 from attnzoo.engines.softmax import Softmax, masked_softmax
 from attnzoo.landmark_memory import LandmarkMemory
 from attnzoo.landmarks import pseudo_inverse, segment_means
@@ -81,20 +81,5 @@ class Nystromformer(Attention):
         return pseudo_inverse(masked_softmax(scores), self.iterations)
 
     def count(self, shape: Shape) -> Cost:
-        segments, heads = min(self.num_landmarks, shape.key_length), shape.batch_size * shape.heads
-        products = 2 * segments * shape.key_length * 2 * shape.head_dim  # queries by landmarks, landmarks by keys
-        kernel = 2 * segments**2 * shape.head_dim + 4 * self.iterations * segments**3
-        convolving = 0 if self.convolution is None else shape.key_length * shape.head_dim * self.convolution.kernel_size[0]
-        macs = heads * (products + kernel + convolving)
-        scores = heads * (2 * segments * shape.key_length + segments**2)
-        means = shape.batch_size * (shape.heads + shape.kv_heads) * segments * shape.head_dim if shape.key_length % segments else 0
-        memory = LandmarkMemory(shape, segments, self.iterations, self.convolution is not None)
-        return Cost(
-            macs=macs,
-            support_macs=macs,
-            elementwise=SOFTMAX_OPERATIONS * scores + heads * segments**2 + means,
-            moved_bytes=shape.input_bytes + shape.query_bytes + sum(parameter.numel() for parameter in self.parameters()) * shape.dtype.itemsize,
-            kept_bytes=memory.kept(),
-            forward_bytes=memory.forward(),
-            training_bytes=memory.training(),
-        )
+        kernel_size = 0 if self.convolution is None else self.convolution.kernel_size[0]
+        return LandmarkMemory(shape, min(self.num_landmarks, shape.key_length), self.iterations, kernel_size).cost()
