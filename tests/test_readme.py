@@ -72,11 +72,18 @@ def test_peers_take_the_fastest_that_ran(tmp_path: Path, monkeypatch: pytest.Mon
         same = {"phase": "forward", "is_causal": False, "group": "linear", "variant": label.split()[0], "kept_speedup": 0.5, "ours_seconds": 2.0}
         return {**same, "label": label, "package": package, "seconds": seconds, "length": length}
 
-    found = [row("linear", 2.0, 8, "attnzoo"), row("sdpa", 0.1, 8), row("slow linear", 30.0, 8), row("quick linear", 1.0, 8), row("sdpa", 9.0, 16)]
+    found = [
+        row("linear", 2.0, 8, "attnzoo"),
+        row("sdpa", 0.1, 8),
+        row("slow linear", 30.0, 8),
+        row("quick linear", 1.0, 8),
+        row("quick linear", 1.0, 4),
+        row("sdpa", 9.0, 16),
+    ]
     results(
         tmp_path, monkeypatch, "peers.jsonl", [*found, row("linear", 2.0, 16, "attnzoo"), row("slow linear", 50.0, 16), row("quick linear", None, 16)]
     )
-    line = next(line for line in peers.others().splitlines() if line.startswith("| linear, elu"))
+    line = next(line for line in peers.others("8", "16").splitlines() if line.startswith("| linear, elu"))
     assert line == "| linear, elu + 1 | quick, slow | **0.50** / 25 | | | | 0.50 / 0.50 | |"
 
 

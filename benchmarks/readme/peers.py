@@ -14,13 +14,14 @@ GROUPS = {
     "efficient": "linear, softmax features",
     "performer": "Performer",
     "linformer": "Linformer",
+    "nystrom": "Nyström, 256 landmarks",
     "exact": "exact",
 }
 
 
-def others() -> str:
-    """A row a mathematics, cells for both lengths; a ratio below 1, where the other is faster, in bold."""
-    rows = read_lines("peers.jsonl")
+def others(*lengths: str) -> str:
+    """A row a mathematics, cells for these lengths; a ratio below 1, where the other is faster, in bold."""
+    rows = [row for row in read_lines("peers.jsonl") if str(row["length"]) in lengths]
     headings = ["mathematics", "fastest of the others", "forward", "causal", "forward+backward", "causal"]
     return markdown_table([*headings, "kept: forward, causal", "forward+backward, causal"], [_cells(group, rows) for group in GROUPS])
 
