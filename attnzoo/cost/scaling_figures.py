@@ -238,7 +238,7 @@ def _variant_memory(scaling: Scaling, axes: Axes) -> None:
     axes.axhline(budget, color=INK, linewidth=0.9, linestyle=":")
     axes.annotate(f"{settings.share:.0%} of {settings.gpu.title}", (VARIANT_LENGTHS[0], budget), xytext=(0, 4), textcoords="offset points")
     log_axis(axes, "y", drawn + stored, lambda value: f"{value:,g}")
-    axes.set_ylabel("GiB kept for the backward pass, all layers")
+    axes.set_ylabel("GiB kept, all layers")
 
 
 def _variant_lines(scaling: Scaling, axes: Axes, value: Callable) -> list[float]:
