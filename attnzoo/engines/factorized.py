@@ -254,7 +254,7 @@ def _visible(factor: Factor, near: Factor | None, part: _Near | _Columns | _Last
 def _attend(engine: Factorized, factors: tuple[Factor, ...], call: Call, grid: Grid) -> Tensor:
     """A·v of heads that see these factors together."""
     rows, dtype = _Rows.of(factors[0].stride, grid), accumulation_dtype(call.q.dtype)
-    scale = call.q.shape[3] ** -0.5 if engine.scale is None else engine.scale
+    scale = engine.scale_of(call.q)
     q = rows.queries(call.q.to(dtype) * scale)
     k, v = (rows.keys(repeat_heads(x, call.group).to(dtype)) for x in (call.k, call.v))
     key_mask = None if call.key_mask is None else rows.keys(call.key_mask[:, None, :, None])

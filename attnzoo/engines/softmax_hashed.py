@@ -151,7 +151,7 @@ def attend(engine: Hashed, call: Call) -> Tensor:
     """A·v, (batch, heads, query_length, value_dim) in q's dtype."""
     dtype = accumulation_dtype(call.q.dtype)
     chunks, call = _number(engine, call), _prepared(engine, call)
-    scale = call.q.shape[3] ** -0.5 if engine.scale is None else engine.scale
+    scale = engine.scale_of(call.q)
     q, k, v = _rows(call.q, call).to(dtype) * scale, call.k.flatten(0, 1).to(dtype), call.v.flatten(0, 1).to(dtype)
     own_is_real, own_value = _own_is_real(call), _own(v, call)
     found = _own_part(q, _own(k, call), own_value, torch.zeros_like(own_is_real) if engine.share_qk else own_is_real)

@@ -83,7 +83,7 @@ class Tiles:
 
 def attend(engine: Tiled, call: Call) -> Tensor:
     """A·v, (batch, heads, query_length, value_dim) in q's dtype."""
-    scale = call.q.shape[3] ** -0.5 if engine.scale is None else engine.scale
+    scale = engine.scale_of(call.q)
     inputs = (call.q, call.k, call.v)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs) and only_autograd_looks(*inputs):
         return _Flash.apply(call.q, call.k, call.v, call.key_mask, call.attn_mask, call.is_causal, scale, engine.block_size)

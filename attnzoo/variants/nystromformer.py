@@ -75,7 +75,7 @@ class Nystromformer(Attention):
 
     def _pseudo_inverse(self, q: Tensor, k: Tensor, filled: Tensor | None) -> Tensor:
         """softmax(s·Q̃ K̃ᵀ)⁺, (batch, heads, segments, segments), 0 in the rows and columns of empty segments."""
-        scores = q @ k.mT * (self.head_dim**-0.5 if self.engine.scale is None else self.engine.scale)
+        scores = q @ k.mT * self.engine.scale_of(q)
         if filled is not None:
             scores = scores.masked_fill(~(filled[:, None, :, None] & filled[:, None, None, :]), float("-inf"))
         return pseudo_inverse(masked_softmax(scores), self.iterations)
