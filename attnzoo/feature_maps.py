@@ -31,7 +31,7 @@ class FeatureMap(nn.Module):
     scales_keys: whether `key` gives a log_scale; scale_has_gradient: whether that depends on the key, and is no mere stabiliser.
     fades: whether a key is worth less with every token that follows, see `decay`; no map both scales keys and fades.
     has_vjp: whether `vjp` is known, and nothing but queries and keys wants a gradient. is_view: whether features are the very numbers
-    given, so that they take no memory.
+    given, so that they take no memory. while_made: numbers held for each feature at the moment when it is made.
     """
 
     normalizer: Normalizer = "row"
@@ -40,6 +40,7 @@ class FeatureMap(nn.Module):
     fades: bool = False
     has_vjp: bool = False
     is_view: bool = False
+    while_made: float = 1.0
 
     @property
     def weighs_keys(self) -> bool:
@@ -90,7 +91,7 @@ class FeatureMap(nn.Module):
 
 def elu_plus_one(x: Tensor) -> Tensor:
     """elu(x) + 1, written as exp(min(x, 0)) + max(x, 0) so that small values keep their digits (rule 10)."""
-    return x.clamp(max=0).exp_() + F.relu(x)
+    return x.clamp(min=0).add_(x.clamp(max=0).exp_())
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -208,6 +209,7 @@ class RandomFeatures(FeatureMap):
         self.kind = check_choice("features", kind, self.KINDS)
         self.num_features = num_features
         self.scales_keys = self.scale_has_gradient = kind != "relu"
+        self.while_made = {"hyperbolic": 2.0, "trigonometric": 2.5}.get(kind, 1.0)
         self.orthogonal = orthogonal
         given = check_scale(scale)
         self.scale = head_dim**-0.5 if given is None else given
@@ -244,7 +246,7 @@ class RandomFeatures(FeatureMap):
 
     def vjp(self, x: Tensor, features: Tensor, d_features: Tensor, d_log_scale: Tensor | None) -> Tensor:
         if self.kind == "relu":
-            d_projected = d_features.mul_(features > 0) * self.num_features**-0.5
+            d_projected = d_features.mul_(features > 0).mul_(self.num_features**-0.5)
         elif self.kind == "trigonometric":
             (sine, cosine), (d_sine, d_cosine) = features.chunk(2, -1), d_features.chunk(2, -1)
             d_projected = d_sine * cosine - d_cosine * sine
@@ -265,11 +267,12 @@ class RandomFeatures(FeatureMap):
 
     def _features(self, x: Tensor) -> Features:
         """And the largest exponent of each token where it has left the features."""
-        projected = x @ self._directions(x.dtype).mT
+        directions = self._directions(x.dtype).mT
         if self.kind == "relu":
-            return F.relu(projected) * self.num_features**-0.5, None
+            return F.relu_(x @ (directions * self.num_features**-0.5)), None
+        projected = x @ directions
         if self.kind == "trigonometric":
-            return torch.cat([projected.sin(), projected.cos()], -1) * self.num_features**-0.5, None
+            return torch.cat([projected.sin(), projected.cos()], -1).mul_(self.num_features**-0.5), None
         if self.kind == "hyperbolic":
             projected = torch.cat([projected, -projected], -1)
         # The largest exponent of the token leaves the features; what it is does not change φ, so no gradient goes through it.

@@ -72,11 +72,11 @@ def underflow(x: Tensor) -> float:
     return torch.finfo(x.dtype).tiny ** 0.8
 
 
-def absorb(feature_map: FeatureMap, k: Tensor, v: Tensor, key_mask: Tensor | None, past: Past | None) -> Past:
-    """Add keys and values to the past, chunk by chunk, under a running maximum of their log_scale."""
+def absorb(feature_map: FeatureMap, k: Tensor, v: Tensor, key_mask: Tensor | None, past: Past | None, tokens: int = CHUNK) -> Past:
+    """Add keys and values to the past, some tokens at a time, under a running maximum of their log_scale."""
     dtype = accumulation_dtype(k.dtype)
-    for start, keys, values in zip(range(0, k.shape[2], CHUNK), k.split(CHUNK, 2), v.split(CHUNK, 2), strict=True):
-        mask = None if key_mask is None else key_mask[:, start : start + CHUNK]
+    for start, keys, values in zip(range(0, k.shape[2], tokens), k.split(tokens, 2), v.split(tokens, 2), strict=True):
+        mask = None if key_mask is None else key_mask[:, start : start + tokens]
         features, log_scale = keys_of(feature_map, keys.to(dtype), mask)
         weights = shrink = largest = None
         if log_scale is not None:
@@ -88,6 +88,7 @@ def absorb(feature_map: FeatureMap, k: Tensor, v: Tensor, key_mask: Tensor | Non
         if feature_map.fades:
             weights, shrink = fading(feature_map.decay(features), keys.shape[2])
         past = Past(_added(None if past is None else past.sums, shrink, summed(features, weights, values.to(dtype))), largest)
+        del features  # before the next ones stand
     assert past is not None
     return past
 

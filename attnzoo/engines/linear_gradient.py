@@ -13,23 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines.engine import accumulation_dtype
-from attnzoo.engines.linear_chunks import (
-    CHUNK,
-    Block,
-    Past,
-    Piece,
-    absorb,
-    bidirectional,
-    causal,
-    divisor,
-    finite,
-    keys_of,
-    read_sums,
-    spans_of,
-    underflow,
-)
-from attnzoo.engines.linear_layout import add_product, grouped, ungrouped, with_ones
+from attnzoo.engines import linear_bidirectional
+from attnzoo.engines.linear_bidirectional import Rows, backward_absorb, through_weighted_sums, visible
+from attnzoo.engines.linear_chunks import Block, Past, Piece, absorb, bidirectional, causal, spans_of, underflow
+from attnzoo.engines.linear_layout import add_product, grouped, ungrouped
 from attnzoo.engines.pieces import join, only_autograd_looks
 from attnzoo.feature_maps import FeatureMap
 
@@ -42,7 +29,9 @@ def attend(feature_map: FeatureMap, call: Call) -> Tensor:
     with _full_precision(call.q.device):
         if _records(feature_map, call):
             return _Attend.apply(call.q, call.k, call.v, call.key_mask, feature_map, call.is_causal)
-        return _plain(feature_map, call)
+        if call.is_causal or torch.is_grad_enabled() or call.q.is_meta or not only_autograd_looks(call.q, call.k, call.v):
+            return _plain(feature_map, call)
+        return linear_bidirectional.forward(feature_map, call)[0]
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
@@ -84,19 +73,8 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, feature_map: FeatureMap, is_causal: bool) -> Tensor:
         call = Call(q, k, v, key_mask, None, is_causal)
-        divisors: list[Tensor] = []
-        pasts: list[Past | None] = []
-
-        def rows() -> Iterator[Tensor]:
-            for piece in _pieces(feature_map, call):
-                if piece.divisor is not None:
-                    divisors.append(piece.divisor)
-                if is_causal or not pasts:
-                    pasts.append(piece.past)
-                yield piece.rows
-
-        out = join(rows(), call.query_length, 2)
-        normalized = (out, torch.cat(divisors, 2)) if divisors else (None, None)
+        out, divisors, pasts = (_forward_causal if is_causal else linear_bidirectional.forward)(feature_map, call)
+        normalized = (None, None) if divisors is None else (out, divisors)
         kept = [x for past in pasts for x in ((None, None) if past is None else (past.sums, past.log_scale))]
         # Buffers, so that torch notices if one is changed (a redraw) before the backward pass reads it.
         ctx.save_for_backward(q, k, v, key_mask, *normalized, *kept, *feature_map.buffers())
@@ -113,9 +91,9 @@ class _Attend(torch.autograd.Function):
         else:
             sums, log_scales = kept[: ctx.kept : 2], kept[1 : ctx.kept : 2]
             pasts = [None if one is None else Past(one, log_scale) for one, log_scale in zip(sums, log_scales, strict=True)]
-            rows = _Rows(gradient, out, divisor)
+            rows = Rows(gradient, out, divisor)
             with _full_precision(q.device):
-                found = (_backward_causal if ctx.is_causal else _backward_bidirectional)(ctx.feature_map, call, rows, pasts)
+                found = (_backward_causal if ctx.is_causal else linear_bidirectional.backward)(ctx.feature_map, call, rows, pasts)
         return *found, None, None, None
 
 
@@ -125,86 +103,33 @@ def _differentiable(feature_map: FeatureMap, call: Call, gradient: Tensor) -> tu
     return tuple(next(found) if x.requires_grad else None for x in (call.q, call.k, call.v))
 
 
-class _Rows:
-    """The gradient of the output, as that of [numerator, normaliser] of its rows."""
+def _forward_causal(feature_map: FeatureMap, call: Call) -> tuple[Tensor, Tensor | None, list[Past | None]]:
+    """A·v, what its rows were divided by, where they were, and the sums before each span."""
+    divisors: list[Tensor] = []
+    pasts: list[Past | None] = []
 
-    def __init__(self, gradient: Tensor, out: Tensor | None, divisor: Tensor | None) -> None:
-        self.gradient, self.out, self.divisor = gradient, out, divisor
+    def rows() -> Iterator[Tensor]:
+        for piece in _pieces(feature_map, call):
+            if piece.divisor is not None:
+                divisors.append(piece.divisor)
+            pasts.append(piece.past)
+            yield piece.rows
 
-    def of(self, start: int, end: int, kv_heads: int, chunks: int) -> Tensor:
-        """Of the rows from start to end, as `grouped`: (..., rows, value_dim + 1), without the last column where rows have no normaliser."""
-        dtype = accumulation_dtype(self.gradient.dtype)
-        numerator = self.gradient[:, :, start:end].to(dtype)
-        if self.out is None or self.divisor is None:
-            # A product copies what has chunks inside of heads inside of a longer tensor, and this is multiplied several times.
-            return grouped(numerator if chunks == 1 else numerator.contiguous(), kv_heads, chunks)
-        numerator = numerator / self.divisor[:, :, start:end]
-        normalizer = (numerator * self.out[:, :, start:end]).sum(-1, keepdim=True)
-        return grouped(torch.cat([numerator, -normalizer], -1), kv_heads, chunks)
+    out = join(rows(), call.query_length, 2)
+    return out, torch.cat(divisors, 2) if divisors else None, pasts
 
 
-def _backward_bidirectional(feature_map: FeatureMap, call: Call, rows: _Rows, pasts: list[Past | None]) -> tuple[Tensor, Tensor, Tensor]:
-    """First what the rows send to the sums, then what the sums send to the keys."""
-    (past,) = pasts
-    assert past is not None
-    sums = read_sums(feature_map, past.sums)
-    kv_heads, d_q, d_read = call.k.shape[1], torch.empty_like(call.q), torch.zeros_like(sums)
-    for start in range(0, call.query_length, CHUNK):
-        end = min(start + CHUNK, call.query_length)
-        q = grouped(call.q[:, :, start:end].to(sums.dtype), kv_heads, 1)[:, :, 0]
-        features, d_rows = feature_map.query(q), rows.of(start, end, kv_heads, 1)[:, :, 0]
-        d_read += features.mT @ d_rows
-        gradient = feature_map.query_vjp(q, features, d_rows @ sums.mT)
-        d_q[:, :, start:end] = ungrouped(gradient[:, :, None], call.group)
-    d_k, d_v = torch.empty_like(call.k), torch.empty_like(call.v)
-    _backward_absorb(feature_map, call, past, _through_read_sums(feature_map, past.sums, sums, d_read), d_k, d_v)
-    return d_q, d_k, d_v
+def _rows_of(rows: Rows, start: int, end: int, kv_heads: int, chunks: int) -> Tensor:
+    """Gradient of [numerator, normaliser] of the rows from start to end, as `grouped`: (..., rows, value_dim + 1), without the last column
+    where rows have no normaliser."""
+    numerator, normalizer = rows.of(slice(start, end))
+    if normalizer is not None:
+        return grouped(torch.cat([numerator, normalizer], -1), kv_heads, chunks)
+    # A product copies what has chunks inside of heads inside of a longer tensor, and this is multiplied several times.
+    return grouped(numerator if chunks == 1 else numerator.contiguous(), kv_heads, chunks)
 
 
-def _through_read_sums(feature_map: FeatureMap, sums: Tensor, read: Tensor, d_read: Tensor) -> Tensor:
-    """Gradient of `sums` from that of `read`, which is `read_sums` of them."""
-    if feature_map.normalizer == "row":
-        return d_read
-    if feature_map.normalizer == "none":
-        return F.pad(d_read, (0, 1))
-    d_values = d_read / divisor(sums[..., -1:])
-    return torch.cat([d_values, -(d_values * read).sum(-1, keepdim=True)], -1)
-
-
-def _backward_absorb(feature_map: FeatureMap, call: Call, past: Past, d_sums: Tensor, d_k: Tensor, d_v: Tensor) -> None:
-    """Write the gradients of keys and values whose sums are `past`."""
-    for start in range(0, call.key_length, CHUNK):
-        here = slice(start, start + CHUNK)
-        k, v = (x[:, :, here].to(d_sums.dtype) for x in (call.k, call.v))
-        mask = None if call.key_mask is None else call.key_mask[:, here]
-        features, log_scale = keys_of(feature_map, k, mask)
-        weights = None
-        if log_scale is not None:
-            assert past.log_scale is not None
-            weights = (log_scale - finite(past.log_scale)[..., None]).exp()
-        if feature_map.fades:
-            gamma = feature_map.decay(features)
-            ages = torch.arange(call.key_length - 1 - start, call.key_length - 1 - start - k.shape[2], -1, device=k.device)
-            weights = gamma[None, :, None] ** ages
-        d_features, d_values, d_log_scale = _through_sums(features, weights, v, d_sums, feature_map.scale_has_gradient)
-        d_v[:, :, here] = d_values
-        d_k[:, :, here] = feature_map.vjp(k, features, _visible(d_features, mask), d_log_scale)
-
-
-def _visible(d_features: Tensor, key_mask: Tensor | None) -> Tensor:
-    return d_features if key_mask is None else d_features.masked_fill_(~key_mask[:, None, :, None], 0.0)
-
-
-def _through_sums(features: Tensor, weights: Tensor | None, v: Tensor, d_sums: Tensor, of_scale: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of features, v and (if of_scale) the logarithm of weights from that of `summed(features, weights, v)`."""
-    if weights is None:
-        return (v @ d_sums[..., :-1].mT).add_(d_sums[..., None, :, -1]), features @ d_sums[..., :-1], None
-    d_values, values = features @ d_sums, with_ones(v).mul_(weights[..., None])
-    d_log_weights = (values * d_values).sum(-1) if of_scale else None
-    return values @ d_sums.mT, d_values[..., :-1] * weights[..., None], d_log_weights
-
-
-def _backward_causal(feature_map: FeatureMap, call: Call, rows: _Rows, pasts: list[Past | None]) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_causal(feature_map: FeatureMap, call: Call, rows: Rows, pasts: list[Past | None]) -> tuple[Tensor, Tensor, Tensor]:
     """Span by span from the end, with the gradient of the sums that the later ones read."""
     d_q, d_k, d_v = (torch.empty_like(x) for x in (call.q, call.k, call.v))
     early, late = _parts(call)
@@ -216,19 +141,19 @@ def _backward_causal(feature_map: FeatureMap, call: Call, rows: _Rows, pasts: li
         mask = None if late.key_mask is None else late.key_mask[:, here]
         span = Call(late.q[:, :, here], late.k[:, :, here], late.v[:, :, here], mask, None, True)
         block = Block.of(feature_map, span, past, chunks, remember)
-        d_rows = rows.of(start, end, call.k.shape[1], chunks)
+        d_rows = _rows_of(rows, start, end, call.k.shape[1], chunks)
         d_features, d_values, d_log_scale, d_q_features, d_sums = _backward_block(block, d_rows, d_sums, call.group, feature_map.scale_has_gradient)
         q_features = block.q_features if block.totals is None else _undivided(block.q_features, block.totals, call.group)
         d_q[:, :, here] = ungrouped(feature_map.query_vjp(block.q, q_features, d_q_features), call.group)
         d_v[:, :, there] = d_values.flatten(2, 3)
-        d_features = _visible(d_features.flatten(2, 3), mask)
+        d_features = visible(d_features.flatten(2, 3), mask)
         d_log_scale = None if d_log_scale is None else d_log_scale.flatten(2, 3)
         d_k[:, :, there] = feature_map.vjp(block.k.flatten(2, 3), block.k_features.flatten(2, 3), d_features, d_log_scale)
         end = start
     if early is not None:
         past = pasts[0]
         assert past is not None and d_sums is not None
-        _backward_absorb(feature_map, early, past, d_sums, d_k[:, :, : call.offset], d_v[:, :, : call.offset])
+        backward_absorb(feature_map, early, past, d_sums, d_k[:, :, : call.offset], d_v[:, :, : call.offset])
     return d_q, d_k, d_v
 
 
@@ -261,11 +186,13 @@ def _backward_block(
     if d_read is not None and not normalizes:
         d_read = F.pad(d_read, (0, 1)) if d_totals is None else torch.cat([d_read, _carried(block, d_totals)], -1)
     d_sums, d_before = _gradients_of_sums(d_read, block.shrink, d_after)
-    if d_sums is not None and block.weights is None:
+    if d_sums is None:
+        return d_k_features, d_values, d_log_scale, d_q_features, d_before
+    if block.weights is None:
         d_k_features = add_product(d_k_features, block.v, d_sums.mT)
         d_values = add_product(d_values, block.k_features, d_sums[..., :-1])
-    elif d_sums is not None:
-        d_features, d_more, d_log_weights = _through_sums(block.k_features, block.weights, block.v[..., :-1], d_sums, of_scale)
+    else:
+        d_features, d_more, d_log_weights = through_weighted_sums(block.k_features, block.weights, block.v[..., :-1], d_sums, of_scale)
         d_k_features += d_features
         d_values += d_more
         if d_log_scale is not None and d_log_weights is not None:

@@ -24,3 +24,9 @@ def with_ones(v: Tensor) -> Tensor:
 def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """x + a @ b by one operator, all with the same leading dimensions."""
     return torch.baddbmm(x.flatten(0, -3), a.flatten(0, -3), b.flatten(0, -3)).view(x.shape)
+
+
+def add_product_(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x += a @ b by one operator, x contiguous, all with the same leading dimensions."""
+    x.view(-1, *x.shape[-2:]).baddbmm_(a.flatten(0, -3), b.flatten(0, -3))
+    return x

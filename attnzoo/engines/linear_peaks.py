@@ -6,13 +6,14 @@ what is smaller, such as masks and numbers of one chunk, is left out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 
 from attnzoo.engines.engine import Shape
-from attnzoo.engines.linear_chunks import CAUSAL_CHUNK, CHUNK, chunks_held, spans
+from attnzoo.engines.linear_bidirectional import slab_sizes
+from attnzoo.engines.linear_chunks import CAUSAL_CHUNK, chunks_held, spans
 from attnzoo.feature_maps import FeatureMap
 
 
@@ -41,10 +42,11 @@ class _Span:
 
 def forward(feature_map: FeatureMap, shape: Shape) -> int:
     """A forward that does not record."""
-    if not shape.is_causal:  # a chunk of queries, or of keys, with the sums over all keys
-        span = _span(feature_map, shape, min(CHUNK, max(shape.query_length, shape.key_length)), 1)
-        normalizing = 2 * span.rows if feature_map.normalizer == "row" else span.sums  # of rows, or of the sums that they read
-        return shape.query_bytes + span.query_features + span.rows + span.totals + normalizing + span.sums + span.regrouped
+    if not shape.is_causal:
+        slab, whole = _slab(feature_map, shape)
+        direct = whole and shape.heads == shape.kv_heads and shape.dtype.itemsize == shape.sum_bytes and feature_map.normalizer != "row"
+        read = max(int(feature_map.while_made * slab.query_features), slab.query_features + (0 if direct else slab.rows))
+        return shape.query_bytes + _divisor_bytes(feature_map, shape) + _sum_bytes(feature_map, shape) + slab.regrouped + read
     busiest = max(max(before.left_over() + _built(span), before.rows + _read(span)) for before, span in _neighbours(feature_map, shape))
     return shape.query_bytes + busiest
 
@@ -53,17 +55,35 @@ def training(feature_map: FeatureMap, shape: Shape, kept_bytes: int) -> int:
     """A forward that records, and its backward pass. kept_bytes: `Cost.kept_bytes`."""
     held = kept_bytes - shape.input_bytes + (shape.query_bytes if feature_map.normalizer != "row" else 0)  # the output is there in any case
     held += shape.input_bytes  # gradients of q, k and v
-    if not shape.is_causal:  # a chunk's features, their gradient, and what the gradient is made of
-        span = _span(feature_map, shape, min(CHUNK, max(shape.query_length, shape.key_length)), 1)
-        queried = 2 * span.query_features + 2 * span.rows + 4 * span.totals
-        summed = 4 * (span.features - span.query_features) + shape.kv_heads * (2 * span.rows + 4 * span.totals) // shape.heads
-        return held + span.sums + max(queried, summed)
+    if not shape.is_causal:  # features, their gradient, and what the gradient is made of, of queries and then of keys
+        slab, _ = _slab(feature_map, shape)
+        of_keys = slab.features * shape.kv_heads // (shape.heads + shape.kv_heads)
+        queried = slab.regrouped + slab.query_features + slab.features - of_keys + (slab.rows if feature_map.normalizer == "row" else 0)
+        summed = (of_keys if slab.held else 0) + of_keys
+        summed += shape.kv_heads * (slab.rows + (3 * slab.totals if feature_map.scales_keys else 0)) // shape.heads
+        return held + slab.sums + max(queried, summed)
     # As forward, with the gradients of features and rows: of values, of numerators, and of numerators with their normalisers
     busiest = 0
     for before, span in _neighbours(feature_map, shape):
         sent = 3 * span.features // 2 + 3 * span.rows + (5 if feature_map.scales_keys else 3) * span.totals
         busiest = max(busiest, before.left_over() + _built(span) - span.weights + sent)
     return held + busiest
+
+
+def _slab(feature_map: FeatureMap, shape: Shape) -> tuple[_Span, bool]:
+    """What is computed at a time where every query sees every key, and whether it is whole heads."""
+    length, group = max(1, shape.query_length, shape.key_length), shape.heads // shape.kv_heads
+    samples, heads, tokens = slab_sizes(feature_map.width(shape.head_dim), shape.kv_heads, group, length, torch.get_num_threads())
+    part = replace(shape, batch_size=min(samples, shape.batch_size), heads=heads * group, kv_heads=heads)
+    return _span(feature_map, part, min(tokens, length), 1), tokens >= length
+
+
+def _sum_bytes(feature_map: FeatureMap, shape: Shape) -> int:
+    return shape.sum_bytes * shape.batch_size * shape.kv_heads * feature_map.width(shape.head_dim) * (shape.head_dim + 1)
+
+
+def _divisor_bytes(feature_map: FeatureMap, shape: Shape) -> int:
+    return shape.sum_bytes * shape.batch_size * shape.heads * shape.query_length if feature_map.normalizer == "row" else 0
 
 
 def _built(span: _Span) -> int:
@@ -91,7 +111,7 @@ def _span(feature_map: FeatureMap, shape: Shape, tokens: int, chunks: int) -> _S
     return _Span(
         features=size * (shape.heads + shape.kv_heads) * tokens * width,
         held=0 if feature_map.is_view else size * (shape.heads + shape.kv_heads) * tokens * width,
-        query_features=size * shape.heads * tokens * width,
+        query_features=0 if feature_map.is_view else size * shape.heads * tokens * width,
         divisors=size * shape.kv_heads * tokens * width if shape.is_causal and feature_map.normalizer == "feature" else 0,
         regrouped=(size * shape.heads * tokens * d if shape.heads > shape.kv_heads else 0)
         + (size * shape.kv_heads * tokens * (d + 1) if shape.is_causal else 0),
