@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -418,3 +421,24 @@ def test_a_file_holds_the_derived_numbers_too(tmp_path) -> None:
     file = ResultFile(tmp_path / "rows.jsonl")
     file.append(timed(0.5, macs=100, sdpa_macs=400, sdpa_seconds=1.0))
     assert json.loads(file.path.read_text())["kept_speedup"] == 0.5
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep what they like")
+def test_a_settled_heap_keeps_what_is_freed() -> None:
+    script = """
+import resource, sys, torch
+from attnzoo.bench.room import settle_heap
+if sys.argv[1] == "settled":
+    settle_heap()
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    three = [torch.zeros(2**21) for _ in range(3)]  # of 8 MiB each, as three gradients
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+pages(), pages()
+print(pages())
+"""
+    faults = {}
+    for how in ("fresh", "settled"):
+        ran = subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, check=True)
+        faults[how] = int(ran.stdout)
+    assert faults["settled"] < 500 < faults["fresh"], faults  # of 6,144 pages

@@ -1,4 +1,4 @@
-"""Running out of memory as an error that can be caught, and not as the end of the process."""
+"""Memory for what is measured: running out of it as an error that can be caught, and blocks that malloc keeps."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 HEADROOM = 0.9  # of the memory that is free, for everything allocated from now on
+LARGEST_KEPT = 31 * 2**20  # bytes; glibc gives larger blocks back in any case
 
 
 @contextmanager
@@ -31,6 +32,12 @@ def bounded_memory(device: torch.device) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def settle_heap() -> None:
+    """Let malloc keep what a pass frees. glibc gives blocks back to the system until one as large has been freed before, and the next pass pays
+    for every page of its results again; a process that trains is beyond that after its first step."""
+    torch.empty(LARGEST_KEPT, dtype=torch.uint8)  # made, and freed at once
 
 
 def out_of_memory(error: BaseException) -> bool:

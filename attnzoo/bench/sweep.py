@@ -17,7 +17,7 @@ from attnzoo.bench.levels import Pass, Work, core_inputs, layer_inputs, options_
 from attnzoo.bench.limits import Limits, measure_limits
 from attnzoo.bench.memory import peak_bytes
 from attnzoo.bench.plan import Cell, Contender, ParseVariant, Plan
-from attnzoo.bench.room import out_of_memory
+from attnzoo.bench.room import out_of_memory, settle_heap
 from attnzoo.bench.rows import SDPA, Key, Row
 from attnzoo.bench.timing import MINIMUM_ROUNDS, Timing, disagreement, interleave, mistake
 from attnzoo.environment import environment
@@ -95,6 +95,7 @@ class Bench:
     surely = 4.0  # times over the room for a pass: an expectation so far above it spares the try, a first pass the check
 
     def __init__(self, device: torch.device, seed: int) -> None:
+        settle_heap()
         self.device, self.seed = device, seed
         self.stopwatch = stopwatch_of(device)
         self.facts = environment(seed=seed, device=device)
