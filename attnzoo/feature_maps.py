@@ -51,6 +51,15 @@ class FeatureMap(nn.Module):
         """The map to use where these are all keys, (batch, kv_heads, length, head_dim): itself, or a cheaper one that is the same there."""
         return self
 
+    @property
+    def unscaled(self) -> FeatureMap | None:
+        """The map whose keys have no log_scale and that is the same wherever its `in_range` says so; None when there is none."""
+        return None
+
+    def in_range(self, normalizers: Tensor) -> bool:
+        """Whether features that add up to these are neither too large nor too small to have done without a log_scale."""
+        raise NotImplementedError
+
     def width(self, head_dim: int) -> int:
         """Number of features of a vector of head_dim numbers."""
         return head_dim
@@ -139,7 +148,10 @@ class Pointwise(FeatureMap):
 
 
 class SoftmaxFeatures(FeatureMap):
-    """Efficient Attention (Shen et al. 2018, equation 5): queries softmaxed over features, keys over the visible length."""
+    """Efficient Attention (Shen et al. 2018, equation 5): queries softmaxed over features, keys over the visible length.
+
+    A key's exponents are taken relative to its largest, so in float32 those more than 87 below it count as nothing.
+    """
 
     normalizer = "feature"
     scales_keys = True
@@ -152,6 +164,10 @@ class SoftmaxFeatures(FeatureMap):
             return self
         smallest, largest = torch.aminmax(k.detach())
         return UNSCALED if smallest.item() >= -EXPONENT and largest.item() <= EXPONENT else self
+
+    @property
+    def unscaled(self) -> FeatureMap | None:
+        return UNSCALED
 
     def query_elementwise(self, head_dim: int) -> int:
         return 3 * head_dim  # a softmax: exponential, sum, division
@@ -170,8 +186,7 @@ class SoftmaxFeatures(FeatureMap):
         return d_features.mul_(features)
 
     def query_vjp(self, q: Tensor, features: Tensor, d_features: Tensor) -> Tensor:
-        gradient = d_features.mul_(features)
-        return gradient.addcmul_(features, gradient.sum(-1, keepdim=True), value=-1)
+        return torch.ops.aten._softmax_backward_data(d_features, features, -1, features.dtype)  # what autograd calls
 
 
 class _UnscaledSoftmaxFeatures(SoftmaxFeatures):
@@ -181,6 +196,10 @@ class _UnscaledSoftmaxFeatures(SoftmaxFeatures):
 
     def for_keys(self, k: Tensor) -> FeatureMap:
         return self
+
+    def in_range(self, normalizers: Tensor) -> bool:
+        smallest, largest = torch.aminmax(normalizers)
+        return smallest.item() >= math.exp(-EXPONENT) and largest.item() <= math.exp(EXPONENT)
 
     def key(self, k: Tensor) -> Features:
         return k.exp(), None

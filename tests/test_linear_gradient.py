@@ -8,6 +8,7 @@ from cases import Case, Situation, cases, close, gradients_of, padding, tensors
 from torch import Tensor
 
 import attnzoo
+from attnzoo.call import Call
 from attnzoo.engines import linear_bidirectional, linear_chunks, linear_gradient
 from attnzoo.feature_maps import EXPONENT, UNSCALED, SoftmaxFeatures
 from attnzoo.registry import sized
@@ -106,15 +107,25 @@ def test_forward_mode_and_functorch_see_into_the_chunks(name: str) -> None:
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("largest", [EXPONENT, -EXPONENT, 1.01 * EXPONENT, -1.01 * EXPONENT, 60.0])
-def test_softmax_features_of_keys_in_range_and_out_of_it(largest: float, is_causal: bool) -> None:
+@pytest.mark.parametrize("tokens", [slice(70, 71), slice(None)])
+def test_softmax_features_of_keys_in_range_and_out_of_it(tokens: slice, largest: float, is_causal: bool) -> None:
     """Keys within the range of the exponential are taken as they are, others under a running maximum; float32 holds both."""
     attn = attnzoo.build("linear", heads=2, head_dim=8, feature_map="softmax")
     reference = attnzoo.build("linear", heads=2, head_dim=8, feature_map="softmax", backend="reference")
     q, k, v = (torch.randn(1, 2, 150, 8) for _ in range(3))
-    k[:, 1, 70, 3] = largest
+    k[:, 1, tokens, 3] = largest
     assert (SoftmaxFeatures().for_keys(k) is UNSCALED) == (abs(largest) <= EXPONENT)
     inputs, exact = [x.requires_grad_() for x in (q, k, v)], [x.detach().double().requires_grad_() for x in (q, k, v)]
     out, wanted = attn(*inputs, is_causal=is_causal), reference(*exact, is_causal=is_causal)
     torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-5)
     for found, gradient in zip(torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(wanted.sum(), exact), strict=True):
         torch.testing.assert_close(found.double(), gradient, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_each_slab_has_a_log_scale_only_where_its_sums_need_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_bidirectional, "slab_sizes", lambda *_: (1, 1, 150))
+    q, k, v = (torch.randn(1, 4, 150, 8) for _ in range(3))
+    k[:, 1, :, 3], k[:, 2, :, 5], k[:, 3, 7, 5] = 100.0, -200.0, -200.0
+    _, _, pasts = linear_bidirectional.forward(SoftmaxFeatures(), Call(q, k, v))
+    assert [past.log_scale is not None for past in pasts] == [False, True, True, False]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.call import Call
+from attnzoo.call import Call, can_look
 from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.linear_chunks import CHUNK, Past, absorb, divisor, finite, keys_of, read_sums
 from attnzoo.engines.linear_layout import add_product_, grouped, ungrouped, with_ones
@@ -70,7 +70,7 @@ def forward(feature_map: FeatureMap, call: Call) -> tuple[Tensor, Tensor | None,
     pasts = []
     for slab in slabs(feature_map, call):
         part = slab.of(call)
-        past = absorb(feature_map, part.k, part.v, part.key_mask, None, slab.tokens)
+        past = _absorbed(feature_map, part, slab.tokens)
         sums = read_sums(feature_map, past.sums)
         for start in range(0, part.query_length, slab.tokens):
             here = slice(start, start + slab.tokens)
@@ -83,6 +83,16 @@ def forward(feature_map: FeatureMap, call: Call) -> tuple[Tensor, Tensor | None,
             del features  # before the next ones stand
         pasts.append(past)
     return out, divisors, pasts
+
+
+def _absorbed(feature_map: FeatureMap, part: Call, tokens: int) -> Past:
+    """The sums over the keys, without a log_scale where they show that none was needed: their normalisers are few, the keys many."""
+    unscaled = feature_map.unscaled
+    if unscaled is not None and can_look(part.k):
+        past = absorb(unscaled, part.k, part.v, part.key_mask, None, tokens)
+        if unscaled.in_range(past.sums[..., -1]):
+            return past
+    return absorb(feature_map, part.k, part.v, part.key_mask, None, tokens)
 
 
 def _grouped(x: Tensor, part: Call) -> Tensor:
@@ -136,10 +146,11 @@ def backward(feature_map: FeatureMap, call: Call, rows: Rows, pasts: Sequence[Pa
     d_q, d_k, d_v = (torch.empty_like(x) for x in (call.q, call.k, call.v))
     for slab, past in zip(slabs(feature_map, call), pasts, strict=True):
         assert past is not None
-        part, sums = slab.of(call), read_sums(feature_map, past.sums)
-        d_read = _backward_read(feature_map, part, rows.slab(slab), sums, slab.queries(d_q), slab.tokens)
-        d_sums = _through_read_sums(feature_map, past.sums, sums, d_read)
-        backward_absorb(feature_map, part, past, d_sums, slab.keys(d_k), slab.keys(d_v), slab.tokens)
+        made_by = feature_map.unscaled if past.log_scale is None and feature_map.unscaled is not None else feature_map
+        part, sums = slab.of(call), read_sums(made_by, past.sums)
+        d_read = _backward_read(made_by, part, rows.slab(slab), sums, slab.queries(d_q), slab.tokens)
+        d_sums = _through_read_sums(made_by, past.sums, sums, d_read)
+        backward_absorb(made_by, part, past, d_sums, slab.keys(d_k), slab.keys(d_v), slab.tokens)
     return d_q, d_k, d_v
 
 

@@ -23,12 +23,13 @@ from attnzoo.feature_maps import FeatureMap
 
 def attend(feature_map: FeatureMap, call: Call) -> Tensor:
     """A·v. A causal call has at most as many queries as keys."""
-    feature_map = feature_map.for_keys(call.k)
     if torch.compiler.is_compiling():
         return _plain(feature_map, call)
     with _full_precision(call.q.device):
         if _records(feature_map, call):
-            return _Attend.apply(call.q, call.k, call.v, call.key_mask, feature_map, call.is_causal)
+            return _Attend.apply(
+                call.q, call.k, call.v, call.key_mask, feature_map.for_keys(call.k) if call.is_causal else feature_map, call.is_causal
+            )
         if call.is_causal or torch.is_grad_enabled() or call.q.is_meta or not only_autograd_looks(call.q, call.k, call.v):
             return _plain(feature_map, call)
         return linear_bidirectional.forward(feature_map, call)[0]
@@ -47,7 +48,7 @@ def _records(feature_map: FeatureMap, call: Call) -> bool:
 
 
 def _plain(feature_map: FeatureMap, call: Call) -> Tensor:
-    return join((piece.rows for piece in _pieces(feature_map, call)), call.query_length, 2)
+    return join((piece.rows for piece in _pieces(feature_map.for_keys(call.k), call)), call.query_length, 2)
 
 
 def _pieces(feature_map: FeatureMap, call: Call) -> Iterator[Piece]:
