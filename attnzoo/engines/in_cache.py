@@ -218,10 +218,13 @@ class Slices:
 
     def rows(self, x: Tensor) -> Tensor:
         parts, size, _ = self.shape
-        return x.narrow(0, self.first, parts * size).view(parts, size, x.shape[1])
+        line, number = x.stride()  # one view, not three: there are many pieces
+        return x.as_strided((parts, size, x.shape[1]), (size * line, line, number), x.storage_offset() + self.first * line)
 
     def keys(self, x: Tensor, name: str, memory: Memory) -> Tensor:
-        return self._span(x).unfold(0, self.shape[2], self.shape[1]).mT
+        parts, size, keys = self.shape
+        line, number = x.stride()
+        return x.as_strided((parts, keys, x.shape[1]), (size * line, line, number), x.storage_offset() + self.low * line)
 
     def add(self, gradient: Tensor, total: Tensor) -> None:
         parts, size, keys = self.shape
