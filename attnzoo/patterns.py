@@ -7,6 +7,7 @@ pattern is told of it only because some (global blocks, random draws) choose dif
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -68,6 +69,10 @@ class Pattern:
     def mask(self, grid: Grid) -> Tensor:
         """(heads or 1, query_length, key_length) bool, True = visible, causality left out."""
         raise NotImplementedError
+
+    def hides_nothing(self, grid: Grid) -> bool:
+        """Whether every query sees every key that causality shows it. False also where finding out would cost more than it brings."""
+        return False
 
     def __or__(self, other: Pattern) -> Pattern:
         return Union(self, other)
@@ -151,6 +156,9 @@ class Window(Pattern):
         dilation = torch.tensor(self.dilations, device=grid.device)[:, None, None]
         return (distance.abs() < self.window * dilation) & (distance % dilation == 0) | (grid.key_positions() < self.sinks)
 
+    def hides_nothing(self, grid: Grid) -> bool:
+        return set(self.dilations) == {1} and max(grid.query_length, grid.key_length) <= self.window
+
     def heads_by_dilation(self, heads: int) -> dict[int, list[int]]:
         """The heads of every dilation, in ascending order. Raises ValueError when there is not one dilation for each head."""
         if not isinstance(self.dilation, tuple):
@@ -202,6 +210,11 @@ class BlockPattern(Pattern):
 
     block_size: int
 
+    @property
+    def most_blocks(self) -> int:
+        """Key blocks that a query block lists at most."""
+        raise NotImplementedError
+
     def key_blocks(self, grid: Grid) -> Tensor:
         """Key blocks that each query block sees, (heads or 1, query_blocks, width), -1 for none; repetitions are allowed.
         A query block that sees everything (`sees_all`) may list any part."""
@@ -219,6 +232,11 @@ class BlockPattern(Pattern):
         seen.scatter_(2, blocks % (count + 1), torch.ones_like(blocks, dtype=torch.bool))  # -1 lands in the extra column
         return seen[..., :count] | self.sees_all(grid)[:, None]
 
+    def hides_nothing(self, grid: Grid) -> bool:
+        if torch.compiler.is_compiling() or grid.num_key_blocks(self.block_size) > self.most_blocks:
+            return False
+        return _sees_every_block(self, replace(grid, device="cpu"))
+
     def mask(self, grid: Grid) -> Tensor:
         seen = self.seen_blocks(grid)
         rows = grid.query_positions()[:, 0] // self.block_size - grid.offset // self.block_size
@@ -228,6 +246,14 @@ class BlockPattern(Pattern):
         if isinstance(other, BlockPattern) and other.block_size == self.block_size:
             return BlockUnion(self, other)
         return Union(self, other)
+
+
+@lru_cache
+def _sees_every_block(pattern: BlockPattern, grid: Grid) -> bool:
+    hidden = ~pattern.seen_blocks(grid)
+    if grid.is_causal:
+        hidden &= grid.query_blocks(pattern.block_size)[:, None] >= torch.arange(hidden.shape[2])
+    return not bool(hidden.any())
 
 
 @dataclass(frozen=True)
@@ -240,6 +266,10 @@ class BlockUnion(BlockPattern):
     @property
     def block_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.left.block_size
+
+    @property
+    def most_blocks(self) -> int:
+        return self.left.most_blocks + self.right.most_blocks
 
     def key_blocks(self, grid: Grid) -> Tensor:
         left, right = self.left.key_blocks(grid), self.right.key_blocks(grid)
@@ -262,6 +292,10 @@ class WindowBlocks(BlockPattern):
         if check_positive("num_window_blocks", self.num_blocks) % 2 == 0:
             raise ValueError(f"num_window_blocks={self.num_blocks} must be odd: the query's own block and as many on each side")
 
+    @property
+    def most_blocks(self) -> int:
+        return self.num_blocks
+
     def key_blocks(self, grid: Grid) -> Tensor:
         side = (self.num_blocks - 1) // 2
         blocks = grid.query_blocks(self.block_size)[:, None] + torch.arange(-side, side + 1, device=grid.device)
@@ -279,6 +313,10 @@ class GlobalBlocks(BlockPattern):
     def __post_init__(self) -> None:
         check_positive("block_size", self.block_size)
         check_count("num_global_blocks", self.num_blocks)
+
+    @property
+    def most_blocks(self) -> int:
+        return self.num_blocks
 
     def _blocks(self, grid: Grid) -> Tensor:
         count = grid.num_key_blocks(self.block_size)

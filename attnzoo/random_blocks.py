@@ -29,6 +29,10 @@ class RandomBlocks(BlockPattern):
         check_count("num_random_blocks", self.num_blocks)
         check_seed(self.seed)
 
+    @property
+    def most_blocks(self) -> int:
+        return self.num_blocks
+
     def key_blocks(self, grid: Grid) -> Tensor:
         rows = grid.query_blocks(self.block_size)
         limit = torch.full_like(rows, grid.num_key_blocks(self.block_size))

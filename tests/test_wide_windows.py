@@ -1,4 +1,4 @@
-"""Windows about as wide as the sequence: they never execute more than exact attention, and are exact attention where they hide nothing."""
+"""Windows about as wide as the sequence, and blocks as many as it has: never more than exact attention, and that itself where nothing is hidden."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from cases import Case, Situation, close, gradients_of, padding, tensors
 
 import attnzoo
+from attnzoo.patterns import Grid
 
 pytest.importorskip("fvcore")
 from test_counting import agree
@@ -58,11 +59,28 @@ def test_never_more_than_exact(n: int, is_causal: bool) -> None:
     assert counts == sorted(counts)
 
 
+@DIRECTION
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_window_that_hides_nothing_is_exact_attention(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"), [("sliding_window", {"window": N}), ("longformer", {"window": N}), ("bigbird", {"block_size": 128})], ids=str
+)
+def test_what_hides_nothing_is_exact_attention(name: str, options: dict[str, object], dtype: torch.dtype, is_causal: bool) -> None:
     q, k, v, _ = (x.to(dtype) for x in tensors(Situation(N, N)))
+    sparse, exact = (attnzoo.build(name, heads=4, head_dim=8, **more) for name, more in ((name, options), ("standard", {})))
+    assert torch.equal(sparse(q, k, v, is_causal=is_causal), exact(q, k, v, is_causal=is_causal))
+    found, wanted = (attn.cost(2, N, kv_heads=2, is_causal=is_causal, dtype=dtype) for attn in (sparse, exact))
+    assert found == replace(wanted, state_growth=found.state_growth)  # a window's state has reached its bound
+    assert found.kernel_macs == found.support_macs
+
+
+def test_padding_without_causality_leaves_it_exact_attention() -> None:
+    q, k, v, _ = tensors(Situation(N, N))
+    mask = padding("interior", 2, N)
     window, exact = (attnzoo.build(name, heads=4, head_dim=8, **more) for name, more in (("sliding_window", {"window": N}), ("standard", {})))
-    assert torch.equal(window(q, k, v, is_causal=True), exact(q, k, v, is_causal=True))
-    costs = [attn.cost(2, N, kv_heads=2, is_causal=True, dtype=dtype) for attn in (window, exact)]
-    assert costs[0] == replace(costs[1], state_growth=0)  # its state has reached its bound
-    assert costs[0].kernel_macs == costs[0].support_macs
+    assert torch.equal(window(q, k, v, key_mask=mask), exact(q, k, v, key_mask=mask))
+
+
+def test_one_block_more_hides_something() -> None:
+    """Of the blocks of 128 tokens each row lists eight at most, and the second row seven."""
+    pattern = attnzoo.build("bigbird", heads=4, head_dim=8, block_size=128).engine.pattern  # type: ignore[union-attr]
+    assert [pattern.hides_nothing(Grid(4, 128 * count, 128 * count, False)) for count in (5, 6, 8, 9)] == [True, True, False, False]

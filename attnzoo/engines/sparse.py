@@ -53,9 +53,10 @@ class Sparse(Softmax):
 
     def cost(self, shape: Shape) -> Cost:
         grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
-        whole = self._is_whole(shape.query_length, shape.key_length, shape.is_causal) and self.sink_logits is None
+        whole = self._is_whole(grid) and self.sink_logits is None
         if whole:
-            executed, support = shape.heads * shape.query_length**2, shape.heads * causal_pairs(shape.query_length, shape.key_length)
+            executed = shape.heads * shape.query_length * shape.key_length
+            support = shape.heads * causal_pairs(shape.query_length, shape.key_length) if shape.is_causal else executed
             kept, found = memory.full(shape), (peaks.forward(shape), peaks.training(shape))
         elif isinstance(self.pattern, Window):
             executed, support = sparse_dilated.count_executed(self.pattern, shape), sparse_dilated.count_support(self.pattern, grid)
@@ -75,18 +76,16 @@ class Sparse(Softmax):
         return cost if self.sink_logits is None else self._with_logits(cost, shape, len(self.sink_logits))
 
     def attend_whole(self, call: Call) -> Tensor | None:
-        """A·v as exact attention computes it, where nothing but causality hides a key; else None."""
+        """A·v as exact attention computes it, where nothing but causality, or padding without it, hides a key; else None."""
         grid = grid_of(call)
-        if call.key_mask is None and call.sink_logits is None and self._is_whole(grid.query_length, grid.key_length, grid.is_causal):
-            return sdpa(self, call.q, call.k, call.v, is_causal=grid.query_length > 1)
-        return None
+        if call.sink_logits is not None or (grid.is_causal and call.key_mask is not None) or not self._is_whole(grid):
+            return None
+        key_mask = None if call.key_mask is None else call.key_mask[:, None, None]
+        return sdpa(self, call.q, call.k, call.v, key_mask, is_causal=grid.is_causal and grid.query_length > 1)
 
-    def _is_whole(self, query_length: int, key_length: int, is_causal: bool) -> bool:
-        """Whether a call is a causal square in which the window reaches from the last query to the first key."""
-        pattern = self.pattern
-        if not isinstance(pattern, Window) or set(pattern.dilations) != {1} or pattern.sinks:
-            return False
-        return is_causal and query_length == key_length <= pattern.window
+    def _is_whole(self, grid: Grid) -> bool:
+        """Whether exact attention can stand for the pattern: causal, it must be a square."""
+        return self.pattern.hides_nothing(grid) and (grid.query_length == grid.key_length or not grid.is_causal)
 
     def _with_logits(self, cost: Cost, shape: Shape, logits: int) -> Cost:
         """One more term in the softmax of every row."""
@@ -116,9 +115,11 @@ def reference(engine: Sparse, call: Call) -> Tensor:
 
 
 def _blocks(engine: Sparse, call: Call) -> Tensor:
+    whole = engine.attend_whole(call)
+    if whole is not None:
+        return whole
     if isinstance(engine.pattern, Window):
-        whole = engine.attend_whole(call)
-        return attend_windows(engine, engine.pattern, call) if whole is None else whole
+        return attend_windows(engine, engine.pattern, call)
     assert isinstance(engine.pattern, BlockPattern)
     return sparse_blocks.attend(engine, engine.pattern, call, grid_of(call))
 
