@@ -70,7 +70,8 @@ def test_compare_marks_who_lost_and_says_why_one_is_missing(tmp_path: Path, monk
 def test_peers_take_the_fastest_that_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def row(label: str, seconds: float | None, length: int, package: str = "other 1.0") -> dict[str, Any]:
         same = {"phase": "forward", "is_causal": False, "group": "linear", "variant": label.split()[0], "kept_speedup": 0.5, "ours_seconds": 2.0}
-        return {**same, "label": label, "package": package, "seconds": seconds, "length": length}
+        fault = "off its own formula by 9.0%" if label.startswith("slow") else ""
+        return {**same, "label": label, "package": package, "seconds": seconds, "length": length, "fault": fault}
 
     found = [
         row("linear", 2.0, 8, "attnzoo"),
@@ -84,7 +85,7 @@ def test_peers_take_the_fastest_that_ran(tmp_path: Path, monkeypatch: pytest.Mon
         tmp_path, monkeypatch, "peers.jsonl", [*found, row("linear", 2.0, 16, "attnzoo"), row("slow linear", 50.0, 16), row("quick linear", None, 16)]
     )
     line = next(line for line in peers.others("8", "16").splitlines() if line.startswith("| linear, elu"))
-    assert line == "| linear, elu + 1 | quick, slow | **0.50** / 25 | | | | 0.50 / 0.50 | |"
+    assert line == "| linear, elu + 1 | quick, slow | **0.50** / 25† | | | | 0.50 / 0.50 | |"
 
 
 def test_generation_is_the_better_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
