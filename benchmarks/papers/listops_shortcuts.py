@@ -2,8 +2,8 @@
 
     python -m benchmarks.papers.listops_shortcuts [--quick] [--redraw]
 
-The baselines of the task `listops` at Long Range Arena's depth of 10 and lists of up to 10, in four ranges of lengths of which the last is its own, beside
-the accuracies in its Table 1 (Tay et al. 2020). Scored on 2,000 expressions; a score has a standard error of about one point.
+The baselines of the task `listops` at Long Range Arena's depth of 10 and lists of up to 10, in four ranges of lengths of which the last is its own,
+beside the accuracies in its Table 1 (Tay et al. 2020). Scored on 2,000 expressions; a score has a standard error of about one point.
 """
 
 from __future__ import annotations
