@@ -18,7 +18,7 @@ from attnzoo import cli
 from attnzoo.commands.variants import parse_variant
 from attnzoo.configuration import configs_folder
 from attnzoo.report.style import INK
-from attnzoo.report.train_figures import drawings, pareto_front, turned_knob
+from attnzoo.report.train_figures import drawings, level_lines, pareto_front, turned_knob
 from attnzoo.report.train_page import page
 from attnzoo.report.train_tables import matrix
 from attnzoo.results import read_rows
@@ -242,6 +242,15 @@ def test_figures_are_drawn_for_what_there_is():
     lines = {line.get_label(): list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in drawn}
     assert lines["linear"] == [(4, pytest.approx(0.8)), (8, pytest.approx(0.4))] and axes.get_xlabel() == "pairs"
     assert turned_knob(both) == "pairs"
+
+
+def test_level_lines_do_not_press_the_models_together():
+    bits = [replace(row, metric="bits per character") for row in rows(4, 2.5)]  # standard 1.0, linear 2.4
+    chance, gram = (replace(bits[0], label=label, test=test) for label, test in (("chance", 6.4), ("3-gram", 3.0)))
+    (problem,) = summed_up([chance, gram, *bits[1:]])
+    assert [one.label for one in level_lines(problem)] == ["3-gram"], "2.4 + 1.4 at most"
+    (problem,) = summed_up(rows(4, 0.9))
+    assert [one.label for one in level_lines(problem)] == ["chance"], "accuracy starts from it"
 
 
 def test_no_point_of_the_front_is_beaten_in_both():
