@@ -212,6 +212,14 @@ def test_the_matrix_has_a_row_a_contender_and_a_column_a_problem():
     assert table.cells() == wanted
 
 
+def test_a_problem_with_two_budgets_is_two_columns_and_two_charts():
+    longer = [replace(row, budget={"steps": 8, "batch_size": 2}) for row in rows(4, 0.7)]
+    problems = summed_up([*rows(4, 0.9), *longer, *rows(8, 0.5)])
+    headings = ["mqar pairs=4 steps=4", "mqar pairs=4 steps=8 batch_size=2", "mqar pairs=8"]
+    assert [column.heading for column in matrix(problems).columns[1:]] == headings
+    assert [axes.get_title(loc="left") for axes in drawings(problems)[0].whole().axes] == headings
+
+
 def test_baselines_of_any_task_stand_first_in_the_matrix():
     gram = replace(rows(4, 0.9)[0], task="shakespeare", label="3-gram")
     assert [row[0] for row in matrix(summed_up([*rows(4, 0.9), gram])).cells()] == ["chance", "3-gram", "standard", "linear"]
