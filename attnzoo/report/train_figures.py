@@ -141,8 +141,9 @@ def _against_knob(axes: Axes, problems: list[Problem], look: Look) -> None:
 
 def _score_axis(axes: Axes, problem: Problem) -> None:
     """The baselines as level lines, and the metric."""
-    for one, line in zip(level_lines(problem), GUESSES, strict=False):
-        axes.axhline(one.test or 0.0, color=INK, linestyle=line, linewidth=1.0, label=one.label)
+    lines = dict(zip((one.label for one in problem.contenders if one.is_baseline), GUESSES, strict=False))
+    for one in level_lines(problem):
+        axes.axhline(one.test or 0.0, color=INK, linestyle=lines[one.label], linewidth=1.0, label=one.label)
     axes.set_ylabel(_metric(problem))
 
 
