@@ -157,6 +157,28 @@ def test_generated_listops_keep_to_the_grammar_and_are_in_one_part_only():
     assert {word for expression in seen for word in expression.split()} == set(TOKENS)
 
 
+def test_the_baselines_of_listops_see_the_outer_list_alone():
+    def part(*expressions: str) -> tuple[Tensor, Tensor]:
+        rows = [[TOKENS.index(word) for word in expression.split()] for expression in expressions]
+        padded = torch.tensor([row + [PADDING] * (12 - len(row)) for row in rows], dtype=torch.int8)
+        return padded, torch.tensor([evaluate(expression) for expression in expressions])
+
+    task = ListOps(length=12, shortest=4, depth=2, arguments=4, expressions=5)
+    vars(task)["_parts"] = {
+        TRAINING: part("[MAX 1 9 ]", "[MAX 9 3 ]", "[MAX 2 3 ]", "[MIN 1 4 ]", "[SM 7 5 ]"),  # MAX: 9 most often; MIN: 1; SM: 2
+        VALIDATION: part("[MAX 7 2 ]", "[MIN 7 8 ]", "[SM 3 4 ]", "[MAX 7 7 ]", "[MED 7 8 ]"),
+        TEST: part(
+            "[MAX 9 [MIN 1 2 ] ]",  # 9; the operator's answer 9, its digits 9
+            "[MAX 3 [MAX 7 9 ] 2 ]",  # 9; 9, 3
+            "[MIN 4 [MAX 8 9 ] 6 ]",  # 4; 1, 4
+            "[SM [MAX 1 2 ] [MIN 7 0 ] ]",  # 2; 2, and no digit of its own: 2
+            "[MIN [MIN 7 1 ] [SM 2 2 ] 8 ]",  # 1; 1, 8
+            "[SM 1 2 ]",  # beyond the five that are asked for
+        ),
+    }
+    assert task.baselines(5) == pytest.approx({"chance": 0.1, "majority answer": 0, "outer operator": 4 / 5, "outer operator and its digits": 3 / 5})
+
+
 def test_listops_that_cannot_be_drawn_say_so():
     with pytest.raises(ValueError, match=r"only .* have 4 to 4 tokens.*widen the range"):
         ListOps(length=4, shortest=4, depth=1, arguments=2, expressions=5000).held_out(TEST, 1)

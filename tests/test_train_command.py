@@ -18,7 +18,7 @@ from attnzoo import cli
 from attnzoo.commands.variants import parse_variant
 from attnzoo.configuration import configs_folder
 from attnzoo.report.style import INK
-from attnzoo.report.train_figures import drawings, pareto_front, turned_knob
+from attnzoo.report.train_figures import drawings, level_lines, pareto_front, turned_knob
 from attnzoo.report.train_page import page
 from attnzoo.report.train_tables import matrix
 from attnzoo.results import read_rows
@@ -212,6 +212,14 @@ def test_the_matrix_has_a_row_a_contender_and_a_column_a_problem():
     assert table.cells() == wanted
 
 
+def test_a_problem_with_two_budgets_is_two_columns_and_two_charts():
+    longer = [replace(row, budget={"steps": 8, "batch_size": 2}) for row in rows(4, 0.7)]
+    problems = summed_up([*rows(4, 0.9), *longer, *rows(8, 0.5)])
+    headings = ["mqar pairs=4 steps=4", "mqar pairs=4 steps=8 batch_size=2", "mqar pairs=8"]
+    assert [column.heading for column in matrix(problems).columns[1:]] == headings
+    assert [axes.get_title(loc="left") for axes in drawings(problems)[0].whole().axes] == headings
+
+
 def test_baselines_of_any_task_stand_first_in_the_matrix():
     gram = replace(rows(4, 0.9)[0], task="shakespeare", label="3-gram")
     assert [row[0] for row in matrix(summed_up([*rows(4, 0.9), gram])).cells()] == ["chance", "3-gram", "standard", "linear"]
@@ -242,6 +250,15 @@ def test_figures_are_drawn_for_what_there_is():
     lines = {line.get_label(): list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in drawn}
     assert lines["linear"] == [(4, pytest.approx(0.8)), (8, pytest.approx(0.4))] and axes.get_xlabel() == "pairs"
     assert turned_knob(both) == "pairs"
+
+
+def test_level_lines_do_not_press_the_models_together():
+    bits = [replace(row, metric="bits per character") for row in rows(4, 2.5)]  # standard 1.0, linear 2.4
+    chance, gram = (replace(bits[0], label=label, test=test) for label, test in (("chance", 6.4), ("3-gram", 3.0)))
+    (problem,) = summed_up([chance, gram, *bits[1:]])
+    assert [one.label for one in level_lines(problem)] == ["3-gram"], "2.4 + 1.4 at most"
+    (problem,) = summed_up(rows(4, 0.9))
+    assert [one.label for one in level_lines(problem)] == ["chance"], "accuracy starts from it"
 
 
 def test_no_point_of_the_front_is_beaten_in_both():

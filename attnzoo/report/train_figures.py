@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 
 Number = Callable[[Summary], int | None]
 NEAR, RING = 0.04, 4  # points so near, in decades and in score, are drawn as rings around the later ones; points of a marker
-GUESSES = (":", "--", "-.")  # lines of the baselines
+FAR = 0.2  # of the worst model's bits, or of the models' span: baselines beyond it are not drawn
+GUESSES = (":", "--", "-.", (0, (5, 1)), (0, (1, 3)), (0, (4, 2, 1, 2, 1, 2)))  # lines of the baselines, more than any task has
 
 
 def drawings(problems: Sequence[Problem]) -> list[Drawing]:
     """The figures that the problems have numbers for."""
     look = styles((one.variant, one.label) for problem in problems for one in problem.contenders if not one.is_baseline)
     each = {short_title(problem, problems): [problem] for problem in problems if _trained(problem)}
-    front = "The grey line is the Pareto front; bars: standard deviation over the seeds. Level lines: what needs no model."
+    level = "Level lines: what needs no model; where less is better, those far behind stand in the tables alone."
+    front = f"The grey line is the Pareto front; bars: standard deviation over the seeds. {level}"
     charts = [
         chart(
             "state",
@@ -56,7 +58,7 @@ def drawings(problems: Sequence[Problem]) -> list[Drawing]:
         chart(
             "curves",
             "Learning curves",
-            "Score on validation while training, mean over the seeds at the best learning rate.",
+            f"Score on validation while training, mean over the seeds at the best learning rate. {level}",
             each,
             look,
             _curves,
@@ -139,10 +141,20 @@ def _against_knob(axes: Axes, problems: list[Problem], look: Look) -> None:
 
 def _score_axis(axes: Axes, problem: Problem) -> None:
     """The baselines as level lines, and the metric."""
-    baselines = [one for one in problem.contenders if one.is_baseline and one.test is not None]
-    for one, line in zip(baselines, GUESSES * len(baselines), strict=False):
-        axes.axhline(one.test or 0.0, color=INK, linestyle=line, linewidth=1.0, label=one.label)
+    lines = dict(zip((one.label for one in problem.contenders if one.is_baseline), GUESSES, strict=False))
+    for one in level_lines(problem):
+        axes.axhline(one.test or 0.0, color=INK, linestyle=lines[one.label], linewidth=1.0, label=one.label)
     axes.set_ylabel(_metric(problem))
+
+
+def level_lines(problem: Problem) -> list[Summary]:
+    """The baselines to draw. Bits have no upper end: chance, several times as many as any model needs, would press the models together."""
+    found = [one for one in problem.contenders if one.is_baseline and one.test is not None]
+    tests = [one.test for one in _trained(problem) if one.test is not None]
+    if not problem.lower_is_better or not tests:
+        return found
+    worst = max(tests)
+    return [one for one in found if one.test is not None and one.test <= worst + max(worst - min(tests), FAR * worst)]
 
 
 def _metric(problem: Problem) -> str:

@@ -66,18 +66,27 @@ def _cell(problem: Problem, contender: Summary | None) -> str | None:
 
 
 def short_title(problem: Problem, problems: Sequence[Problem]) -> str:
-    """The task, and those knobs in which its problems differ."""
+    """The task, those knobs in which its problems differ, and of problems with the same knobs what else they differ in."""
     same = [other for other in problems if other.task == problem.task]
-    differing = [name for name in problem.knobs if len({str(other.knobs.get(name)) for other in same}) > 1]
-    return " ".join([problem.task, *(f"{name}={problem.knobs[name]}" for name in differing)])
+    twins = [_settings(other) for other in same if other.knobs == problem.knobs]
+    told = {**_differing(problem.knobs, [other.knobs for other in same]), **_differing(_settings(problem), twins)}
+    return " ".join([problem.task, *(f"{name}={value}" for name, value in told.items())])
+
+
+def _settings(problem: Problem) -> dict[str, Any]:
+    return {**problem.model, **problem.budget, "held_out": problem.held_out}
+
+
+def _differing(settings: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Those settings that are not the same in all the others."""
+    return {name: value for name, value in settings.items() if len({str(other.get(name)) for other in others}) > 1}
 
 
 def _table(number: int, problem: Problem) -> Table:
     shown = [contender for contender in problem.contenders if contender.test is not None]
     notes = [f"{contender.label}: {contender.reason}" for contender in problem.contenders if contender.reason]
-    parameters = {**problem.model, **problem.budget, "held_out": problem.held_out}
     rows = tuple(_numbers(contender, problem.metric) for contender in shown)
-    return Table(f"problem-{number}", problem.title, FORMULA.format(metric=problem.metric), COLUMNS, rows, parameters, tuple(notes))
+    return Table(f"problem-{number}", problem.title, FORMULA.format(metric=problem.metric), COLUMNS, rows, _settings(problem), tuple(notes))
 
 
 def _numbers(contender: Summary, metric: str) -> dict[str, Any]:

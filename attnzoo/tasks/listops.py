@@ -9,7 +9,7 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from attnzoo.tasks.task import PARTS, TRAINING, Batch, Task, at_least
+from attnzoo.tasks.task import PARTS, TEST, TRAINING, Batch, Task, at_least
 
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
 TOKENS = (*map(str, range(10)), *OPERATORS, "]")
@@ -73,6 +73,19 @@ class ListOps(Task):
         inputs = tokens[rows].long()
         return Batch(inputs, values[rows], mask=inputs != PADDING)
 
+    def baselines(self, count: int) -> dict[str, float]:
+        """Beside those of every task, two that see the outer list alone: the answer that its operator has most often in the training part, and
+        its operator applied to the digits that stand directly in it (where none does, the former). What scores no more may know of no nesting."""
+        tokens, values = self._parts[TRAINING]
+        usual = torch.zeros(len(OPERATORS), self.outputs, dtype=torch.long)
+        usual.index_put_((tokens[:, 0].long() - 10, values), torch.ones_like(values), accumulate=True)
+        asked, right = (part[:count] for part in self._parts[TEST])
+        frequent = usual.argmax(1)[asked[:, 0].long() - 10]
+        direct = [_direct_value(expression) for expression in asked.tolist()]
+        applied = torch.tensor([own if value is None else value for value, own in zip(direct, frequent.tolist(), strict=True)])
+        found = {"outer operator": frequent, "outer operator and its digits": applied}
+        return {**super().baselines(count), **{label: (guess == right).float().mean().item() for label, guess in found.items()}}
+
 
 def evaluate(expression: str) -> int:
     """The value of an expression such as "[MAX 2 9 [MIN 4 7 ] 0 ]". Raises ValueError when it is none."""
@@ -95,6 +108,16 @@ def evaluate_tokens(tokens: tuple[int, ...]) -> int:
     if len(stack) != 1 or len(stack[0]) != 2:
         raise ValueError("the expression is not one whole value")
     return stack[0][1]
+
+
+def _direct_value(tokens: list[int]) -> int | None:
+    """The outer operator applied to its own digits, as if no list stood beside them; None when it has none. tokens: padded."""
+    depth, digits = 0, []
+    for token in tokens:
+        depth += 1 if 10 <= token < 14 else -1 if token == 14 else 0
+        if token < 10 and depth == 1:
+            digits.append(token)
+    return _apply(OPERATORS[tokens[0] - 10], digits) if digits else None
 
 
 def _apply(operator: str, values: list[int]) -> int:

@@ -161,7 +161,10 @@ class Transformer(nn.Module):
         return sum(mixer.macs(queries, self.length) if layer == last else mixer.macs(self.length, None) for layer, mixer in enumerate(self._mixers()))
 
     def state_bytes(self) -> int | None:
-        """What decoding carries after all tokens (of a cross task: of the memory), all layers; None when a layer does not decode."""
+        """What decoding carries after all tokens (of a cross task: of the memory), all layers; None of an encoder, which does not decode, and
+        when a layer does not."""
+        if self.form == "encoder":
+            return None
         found = [mixer.state_bytes(self.length) for mixer in self._mixers()]
         return None if None in found else sum(found)
 
