@@ -9,6 +9,7 @@ import torch
 from cases import Case, Situation, close, gradients_of, padding, tensors
 
 import attnzoo
+from attnzoo.engines import sparse
 from attnzoo.patterns import Grid
 
 pytest.importorskip("fvcore")
@@ -66,21 +67,30 @@ def test_never_more_than_exact(n: int, is_causal: bool) -> None:
 )
 def test_what_hides_nothing_is_exact_attention(name: str, options: dict[str, object], dtype: torch.dtype, is_causal: bool) -> None:
     q, k, v, _ = (x.to(dtype) for x in tensors(Situation(N, N)))
-    sparse, exact = (attnzoo.build(name, heads=4, head_dim=8, **more) for name, more in ((name, options), ("standard", {})))
-    assert torch.equal(sparse(q, k, v, is_causal=is_causal), exact(q, k, v, is_causal=is_causal))
-    found, wanted = (attn.cost(2, N, kv_heads=2, is_causal=is_causal, dtype=dtype) for attn in (sparse, exact))
+    attn, exact = (attnzoo.build(one, heads=4, head_dim=8, **more) for one, more in ((name, options), ("standard", {})))
+    assert torch.equal(attn(q, k, v, is_causal=is_causal), exact(q, k, v, is_causal=is_causal))
+    found, wanted = (one.cost(2, N, kv_heads=2, is_causal=is_causal, dtype=dtype) for one in (attn, exact))
     assert found == replace(wanted, state_growth=found.state_growth)  # a window's state has reached its bound
     assert found.kernel_macs == found.support_macs
 
 
-def test_padding_without_causality_leaves_it_exact_attention() -> None:
+@DIRECTION
+@pytest.mark.parametrize("slots", [0, sparse.MASKED], ids=["no dense mask", ""])
+@pytest.mark.parametrize(("name", "options"), [("sliding_window", {"window": N}), ("bigbird", {"block_size": 128})], ids=str)
+def test_padding_leaves_it_exact_attention(
+    name: str, options: dict[str, object], slots: int, is_causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a mask of padding and causality would be too large to be made."""
+    monkeypatch.setattr(sparse, "MASKED", slots)
     q, k, v, _ = tensors(Situation(N, N))
     mask = padding("interior", 2, N)
-    window, exact = (attnzoo.build(name, heads=4, head_dim=8, **more) for name, more in (("sliding_window", {"window": N}), ("standard", {})))
-    assert torch.equal(window(q, k, v, key_mask=mask), exact(q, k, v, key_mask=mask))
+    attn, exact = (attnzoo.build(one, heads=4, head_dim=8, **more) for one, more in ((name, options), ("standard", {})))
+    close(attn(q, k, v, key_mask=mask, is_causal=is_causal), exact(q, k, v, key_mask=mask, is_causal=is_causal), 1e-6, "output")
 
 
 def test_one_block_more_hides_something() -> None:
     """Of the blocks of 128 tokens each row lists eight at most, and the second row seven."""
-    pattern = attnzoo.build("bigbird", heads=4, head_dim=8, block_size=128).engine.pattern  # type: ignore[union-attr]
+    engine = attnzoo.build("bigbird", heads=4, head_dim=8, block_size=128).engine
+    assert isinstance(engine, sparse.Sparse)
+    pattern = engine.pattern
     assert [pattern.hides_nothing(Grid(4, 128 * count, 128 * count, False)) for count in (5, 6, 8, 9)] == [True, True, False, False]

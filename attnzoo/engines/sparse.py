@@ -25,9 +25,11 @@ from attnzoo.engines import (
 from attnzoo.engines.cache import KeyValueCache
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Shape, causal_pairs, never_refuses
 from attnzoo.engines.sink_cache import SinkCache
-from attnzoo.engines.softmax import Softmax, attend_densely, sdpa, softmax_cost, visible
+from attnzoo.engines.softmax import Softmax, attend_densely, causal_mask, sdpa, softmax_cost, visible
 from attnzoo.engines.sparse_columns import Columns
 from attnzoo.patterns import BlockPattern, Grid, Pattern, Window, grid_of
+
+MASKED = 2**22  # slots of a dense mask, at most
 
 
 class Sparse(Softmax):
@@ -76,12 +78,18 @@ class Sparse(Softmax):
         return cost if self.sink_logits is None else self._with_logits(cost, shape, len(self.sink_logits))
 
     def attend_whole(self, call: Call) -> Tensor | None:
-        """A·v as exact attention computes it, where nothing but causality, or padding without it, hides a key; else None."""
-        grid = grid_of(call)
-        if call.sink_logits is not None or (grid.is_causal and call.key_mask is not None) or not self._is_whole(grid):
+        """A·v as exact attention computes it, where nothing but causality and padding hides a key; else None, as where a mask of both is large."""
+        grid, mask = grid_of(call), call.key_mask
+        if call.sink_logits is not None or not self._is_whole(grid):
             return None
-        key_mask = None if call.key_mask is None else call.key_mask[:, None, None]
-        return sdpa(self, call.q, call.k, call.v, key_mask, is_causal=grid.is_causal and grid.query_length > 1)
+        if mask is None:
+            return sdpa(self, call.q, call.k, call.v, is_causal=grid.is_causal and grid.query_length > 1)
+        mask = mask[:, None, None]
+        if grid.is_causal:
+            if mask.numel() * grid.query_length > MASKED:
+                return None
+            mask = mask & causal_mask(grid.query_length, grid.key_length, mask.device)
+        return sdpa(self, call.q, call.k, call.v, mask)
 
     def _is_whole(self, grid: Grid) -> bool:
         """Whether exact attention can stand for the pattern: causal, it must be a square."""
