@@ -116,6 +116,19 @@ def test_unswap_leaves_no_trace(family: str, name: str) -> None:
         attnzoo.unswap(model)
 
 
+def test_a_swap_that_was_passed_by_is_an_error() -> None:
+    model = make("bert")
+    exact = answer(model, tokens())
+    swapped = answer(attnzoo.swap(model, "linear"), tokens())
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="implementation of this swapped BertModel was set to 'sdpa', which passes its swap by"):
+        model(tokens())
+    model.set_attn_implementation("attnzoo")
+    assert torch.equal(answer(model, tokens()), swapped)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(answer(attnzoo.unswap(model), tokens()), exact)
+
+
 def test_swapping_twice_is_refused() -> None:
     model = attnzoo.swap(make("bert"), "linear")
     with pytest.raises(ValueError, match="swapped already; call"):

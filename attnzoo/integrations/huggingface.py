@@ -99,7 +99,7 @@ def insert(model: Any, sites: list[Site], attentions: dict[int, Attention]) -> R
     restore = Restore([sites[layer].path for layer in attentions], _configs(model))
     for layer, attention in attentions.items():
         sites[layer].module.add_module(SUBMODULE, attention)
-    restore.hook = model.register_forward_pre_hook(refuse_weights, with_kwargs=True)
+    restore.hook = model.register_forward_pre_hook(_check_forward, with_kwargs=True)
     try:
         _set_implementation(model, IMPLEMENTATION)
         read_a_little(model)
@@ -112,6 +112,17 @@ def insert(model: Any, sites: list[Site], attentions: dict[int, Attention]) -> R
     for attention in attentions.values():
         attention.last_backend = None  # from here on it tells of the caller's own forwards
     return restore
+
+
+def _check_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook: what the layers of some families are not told of, and what would pass the swapped attentions by."""
+    refuse_weights(kwargs)
+    implementation = model.config._attn_implementation
+    if implementation != IMPLEMENTATION:
+        raise ValueError(
+            f"the attention implementation of this swapped {type(model).__name__} was set to {implementation!r}, which passes its swap by; "
+            f"call attnzoo.unswap(model), or model.set_attn_implementation({IMPLEMENTATION!r}) to run the swap again"
+        )
 
 
 def _register() -> None:

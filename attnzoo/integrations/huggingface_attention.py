@@ -73,11 +73,11 @@ def refuse_other_attention(module: Any, kwargs: dict[str, Any]) -> None:
         raise UnsupportedError(
             f"{type(module).__name__} uses {' and '.join(extra)}, which a swapped attention would drop; this model cannot be swapped"
         )
-    refuse_weights(module, (), kwargs)
+    refuse_weights(kwargs)
 
 
-def refuse_weights(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise UnsupportedError on output_attentions; as a forward pre-hook of the model, for families that keep it from their layers."""
+def refuse_weights(kwargs: dict[str, Any]) -> None:
+    """Raise UnsupportedError on output_attentions among the arguments of a model or of a layer."""
     if kwargs.get("output_attentions"):
         raise UnsupportedError("output_attentions=True: a swapped attention does not return its weights; use attnzoo's Attention.weights on q and k")
 
