@@ -97,13 +97,14 @@ def _show(rows: list[Row], folder: Path) -> None:
     """Print the tables, and write the page and the figures."""
     from rich.text import Text
 
-    from attnzoo.quality.rows import page_name
+    from attnzoo.quality.rows import in_order, page_name
     from attnzoo.report.export import write_figures
     from attnzoo.report.quality_figures import drawings
     from attnzoo.report.quality_page import page
     from attnzoo.report.quality_tables import tables
     from attnzoo.report.tables import rich_table
 
+    rows = in_order(rows)
     for table in tables(rows):
         screen().print(Text(table.title, style="bold"))
         screen().print(rich_table(table))
