@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+from accelerate.state import AcceleratorState
 from swap_models import answer, make, tokens
 
 import attnzoo
@@ -282,6 +284,15 @@ def test_the_shipped_recipes_and_the_command(tmp_path: Path, capsys: pytest.Capt
     assert "did you mean 'linear'" in capsys.readouterr().err
 
 
+@pytest.fixture
+def other_precision() -> Iterator[None]:
+    """A process has one precision for all its Accelerators until this state is forgotten."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("other_precision")
 @pytest.mark.parametrize("variant", ["sliding_window", "linear", "performer"])
 def test_the_recipe_for_a_gpu_takes_a_step_of_each_stage(variant: str, tmp_path: Path) -> None:
     """Its options, its length and its precision, on a model and for as long as a CPU can."""

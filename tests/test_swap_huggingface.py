@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 from swap_models import DECODERS, ENCODERS, answer, make, padded, tokens
-from torch import Tensor
+from torch import Tensor, nn
 
 import attnzoo
 from attnzoo import UnsupportedError
@@ -127,6 +127,13 @@ def test_a_swap_that_was_passed_by_is_an_error() -> None:
     assert torch.equal(answer(model, tokens()), swapped)
     model.set_attn_implementation("sdpa")
     assert torch.equal(answer(attnzoo.unswap(model), tokens()), exact)
+
+
+def test_a_model_around_one_is_told_of_its_part() -> None:
+    model = nn.Sequential(nn.Identity(), nn.ModuleDict({"bert": make("bert"), "head": nn.TransformerEncoderLayer(32, 4, 48, 0.0)}))
+    with pytest.raises(ValueError, match=r"Sequential holds a transformers model; swap that part alone: model.get_submodule\('1.bert'\)"):
+        attnzoo.swap(model, "linear")
+    attnzoo.swap(model.get_submodule("1.bert"), "linear")
 
 
 def test_swapping_twice_is_refused() -> None:

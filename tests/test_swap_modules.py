@@ -193,6 +193,18 @@ def test_a_kind_of_multihead_attention_that_does_more() -> None:
     assert isinstance(named[0], attnzoo.MultiheadAttention)
 
 
+def test_models_of_several_kinds_are_swapped_part_by_part() -> None:
+    """Else one of the kinds would stay exact and nobody be told."""
+    both = nn.ModuleDict({"text": encoder(), "image": vision()})
+    with pytest.raises(ValueError, match=r"ModuleDict has nn\.MultiheadAttention and timm's Attention; swap its parts one by one"):
+        attnzoo.swap(both, "linear")
+    assert not any(isinstance(module, attnzoo.Attention) for module in both.modules())
+    for part in both.values():
+        attnzoo.swap(part, "linear")
+    with pytest.raises(ValueError, match="TimmAttentionLike cannot be swapped in place; swap the model or the block"):
+        attnzoo.swap(TimmAttentionLike(), "linear")
+
+
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model='bert' is no torch\.nn\.Module; give the model itself"):
         attnzoo.swap("bert", "linear")  # pyright: ignore[reportArgumentType]

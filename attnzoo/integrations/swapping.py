@@ -82,16 +82,24 @@ def unswap(model: Model) -> Model:
 
 
 def _integration_for(model: nn.Module) -> Any:
-    """The module that swaps in models of this kind. Raises ValueError where there is none, and on what is swapped already, whole or in part."""
+    """The module that swaps in models of this kind. Raises ValueError where there is none or more than one, so that a part would stay as it is,
+    and on what is swapped already, whole or in part."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={model!r} is no torch.nn.Module; give the model itself (of a transformers pipeline: its `.model`)")
     for path, part in model.named_modules():
         if hasattr(part, RECORD):
             place = f"{path} of this {type(model).__name__}" if path else f"this {type(model).__name__}"
             raise ValueError(f"{place} is swapped already; call attnzoo.unswap on it first (a mapping gives each layer an attention of its own)")
-    for integration in INTEGRATIONS:
-        if integration.handles(model):
-            return integration
+    if huggingface.handles(model):
+        return huggingface
+    kinds = [integration for integration in INTEGRATIONS if integration.handles(model)]
+    inside = next((path for path, part in model.named_modules() if huggingface.handles(part)), None)
+    if inside is not None:
+        raise ValueError(f"this {type(model).__name__} holds a transformers model; swap that part alone: model.get_submodule({inside!r})")
+    if len(kinds) > 1:
+        raise ValueError(f"this {type(model).__name__} has nn.MultiheadAttention and timm's Attention; swap its parts one by one")
+    if kinds:
+        return kinds[0]
     if any(isinstance(module, Attention) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has attnzoo's attention in it already: unswap the model that it was swapped in first, or build its "

@@ -58,13 +58,15 @@ class TimmAttention(nn.Module):
 
 
 def handles(model: nn.Module) -> bool:
-    """Whether the model has a module built as timm's Attention."""
-    return any(_looks_like_attention(module) for path, module in model.named_modules() if path)
+    """Whether the model has a module built as timm's Attention, or is one."""
+    return any(_looks_like_attention(module) for module in model.modules())
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """Every module inside the model that is built as timm's Attention."""
-    found: list[tuple[str, Any]] = [(path, module) for path, module in model.named_modules() if path and _looks_like_attention(module)]
+    """Every module inside the model that is built as timm's Attention. Raises ValueError when the model itself is, which has no parent."""
+    if _looks_like_attention(model):
+        raise ValueError(f"{type(model).__name__} cannot be swapped in place; swap the model or the block that it stands in")
+    found: list[tuple[str, Any]] = [(path, module) for path, module in model.named_modules() if _looks_like_attention(module)]
     return [
         Site(path, module, module.num_heads, module.qkv.out_features // 3 // module.num_heads, is_causal=False, dropout=_dropout(module))
         for path, module in found
