@@ -126,6 +126,8 @@ def test_a_part_of_a_composite_model(family: str, part: str) -> None:
     attnzoo.swap(piece, "standard")
     torch.testing.assert_close(answer_of(family, model), exact, **ROUNDING)
     assert all(core.last_backend for core in cores(model)) and len(cores(model)) == len(cores(piece)) > 0
+    with pytest.raises(ValueError, match=r"is not swapped, but its part [\w.]+ is; give that one"):
+        attnzoo.unswap(model)
     with pytest.raises(ValueError, match=rf"{part.removeprefix('get_')} of this \w+ is swapped already; call attnzoo.unswap on it first"):
         attnzoo.swap(model, "linear")
     attnzoo.unswap(piece)

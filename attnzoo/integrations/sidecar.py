@@ -19,8 +19,11 @@ METADATA, FORMAT = "attnzoo", 1
 def save(model: nn.Module, path: str | Path) -> None:
     """Write a swapped model's recipe (names, options, layers, versions) and what its attentions learned or drew.
 
-    The model's own weights are not in the file. Raises ValueError when the model is not swapped, or when an option is not plain data
-    (a callable feature map, a shared module); OSError when the file cannot be written.
+    The model's own weights are not in the file: save those of the model after `unswap` (transformers' `save_pretrained` writes a swapped one too,
+    but its `from_pretrained` drops what the swap added, and tensors that layers share it refuses to write).
+
+    Raises ValueError when the model is not swapped, or when an option is not plain data (a callable feature map, a shared module); OSError when
+    the file cannot be written.
     """
     _safetensors()
     record = record_of(model)

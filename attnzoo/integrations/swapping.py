@@ -112,8 +112,12 @@ def _integration_for(model: nn.Module) -> Any:
 
 
 def record_of(model: nn.Module) -> Record:
-    """What `swap` did to the model. Raises ValueError when it is not swapped."""
+    """What `swap` did to the model. Raises ValueError when it is not swapped, or only a part of it is."""
     record = getattr(model, RECORD, None)
-    if record is None:
-        raise ValueError(f"this {type(model).__name__} is not swapped; call attnzoo.swap(model, name) first")
-    return record
+    if record is not None:
+        return record
+    parts = model.named_modules() if isinstance(model, nn.Module) else ()
+    swapped = next((path for path, part in parts if hasattr(part, RECORD)), None)
+    if swapped is not None:
+        raise ValueError(f"this {type(model).__name__} is not swapped, but its part {swapped} is; give that one: model.get_submodule({swapped!r})")
+    raise ValueError(f"this {type(model).__name__} is not swapped; call attnzoo.swap(model, name) first")
