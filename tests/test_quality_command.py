@@ -161,7 +161,7 @@ def test_prose_is_long_enough_and_its_parts_share_no_paragraph():
         (["--study", "full"], "--study goes with --model"),
         (["--model", "smollm2", "--layers", "3"], "--layers does not go with --model"),
         (["--model", "smollm2", "--models", "minilm"], "--models does not go with --model"),
-        (["--model", "smollm2", "--study", "none.yaml"], "study none.yaml cannot be read"),
+        (["--model", "smollm2", "--study", "ful"], r"there is no study 'ful' \(did you mean 'full'\?\); give quick or full, or the path"),
         (["--model", "smollm2", "--study", "study.yaml", "--variants", "perfomer"], "unknown attention 'perfomer'.*performer"),
         (["--model", "smollm2", "--study", "study.yaml", "--lengths", "300"], "length=300 is not one.*give 2 to 256"),
         (["--model", "smollm2", "--study", "study.yaml", "--lengths", "0"], "length=0"),
