@@ -75,6 +75,8 @@ def test_a_window_of_the_models_own_is_not_dropped() -> None:
     with pytest.raises(UnsupportedError, match="sliding window of 5"):
         attnzoo.swap(make("modernbert"), "performer")
     assert model.config._attn_implementation == "eager" and not cores(model)
+    model.config.sliding_window = None  # as the refusal says
+    assert torch.equal(answer(attnzoo.swap(model, "linear"), tokens()), answer(attnzoo.swap(make("mistral"), "linear"), tokens()))
 
 
 @pytest.mark.parametrize("name", ["standard", "sliding_window", "bigbird", "linear", "performer"])

@@ -138,7 +138,7 @@ def _check_fits(attention: Attention, site: Site) -> None:
     if site.window is not None and (reach is None or reach > site.window or attention.global_tokens):
         raise UnsupportedError(
             f"the model attends within its own sliding window of {site.window}, which {attention.spec.name} would drop; use sliding_window with "
-            f"window={site.window} or less, or switch the model's window off first"
+            f"window={site.window} or less, or switch the model's window off first (Mistral: model.config.sliding_window = None)"
         )
 
 
