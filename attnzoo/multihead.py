@@ -75,12 +75,13 @@ class MultiheadAttention(nn.MultiheadAttention):
     def around(cls, module: nn.MultiheadAttention, attention: Attention) -> Self:
         """torch's module with `attention` as its core: the parameters and `out_proj` are the module's own, not copies.
 
-        Raises UnsupportedError where the module has what the core excludes (dropout, appended keys), as the constructor does.
+        Raises UnsupportedError where the module has what the core excludes (appended keys), as the constructor does. Dropout that the core
+        excludes does nothing in evaluation, so it is refused when a forward in training mode would need it.
         """
         if attention.shares_qk:
             raise UnsupportedError(f"the module projects queries and keys apart, which {attention.spec.name} with shared ones cannot take")
         extra_keys = module.bias_k is not None or module.add_zero_attn
-        if "dropout" in _core_options(attention.spec, module.dropout, extra_keys, {}):
+        if "dropout" in _core_options(attention.spec, 0.0, extra_keys, {}):
             engine: Any = attention.engine
             engine.dropout = module.dropout
         widths = (module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None)
@@ -264,6 +265,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         return torch.nested.as_nested_tensor(rows, layout=query.layout), weights
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:
+        if self.training and self.dropout and not self.attention.spec.dropout:
+            raise UnsupportedError(_no_dropout(self.attention.spec, self.dropout))
         weight = self.out_proj.weight
         for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
             if x.dim() not in (2, 3) or x.dim() != query.dim():
@@ -295,13 +298,17 @@ def _core_options(spec: Spec, dropout: float, extra_keys: bool, options: dict[st
         if option in options:
             raise ValueError(f"attention_options must not set {option!r}: it follows from {source}")
     if dropout and not spec.dropout:
-        raise UnsupportedError(
-            f"dropout={dropout} drops entries of the attention matrix, which {spec.name} never forms; build with dropout=0.0 (dropout"
-            f" outside attention, in a Transformer layer, is separate), or use attention='standard'"
-        )
+        raise UnsupportedError(_no_dropout(spec, dropout))
     if extra_keys and not (spec.exact and spec.family == "exact" and spec.attn_mask):
         raise UnsupportedError(
             f"add_bias_kv and add_zero_attn append a key that every query sees, which {spec.name} cannot place; leave both False,"
             " or use attention='standard'"
         )
     return {**options, "dropout": dropout} if spec.dropout else options
+
+
+def _no_dropout(spec: Spec, dropout: float) -> str:
+    return (
+        f"dropout={dropout} drops entries of the attention matrix, which {spec.name} never forms; build with dropout=0.0 (dropout"
+        f" outside attention, in a Transformer layer, is separate), or use attention='standard'"
+    )

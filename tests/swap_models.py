@@ -108,10 +108,10 @@ def answer(model: Any, ids: Tensor, **options: Any) -> Tensor:
     return _numbers(model(ids, **options))
 
 
-def answer_of(family: str, model: Any) -> Tensor:
+def answer_of(family: str, model: Any, **options: Any) -> Tensor:
     """What the model makes of the inputs of its family, padded tokens left out."""
     inputs = _inputs(family)
-    numbers, mask = _numbers(model(**inputs)), inputs.get("attention_mask")
+    numbers, mask = _numbers(model(**inputs, **options)), inputs.get("attention_mask")
     return numbers[mask.bool()] if mask is not None and mask.shape == numbers.shape[:2] else numbers
 
 

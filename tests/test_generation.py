@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 from small import small
 from swap_models import DECODERS, answer, make, padded, tokens
 from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
 
 import attnzoo
 from attnzoo import UnsupportedError
@@ -202,11 +203,24 @@ def test_tokens_are_not_taken_back() -> None:
         model.generate(tokens(batch_size=1), assistant_model=make("llama"), max_new_tokens=4, past_key_values=attnzoo.state_cache(model))
 
 
+@pytest.mark.parametrize("name", ["linear", "sliding_window"])
+def test_the_decoder_of_an_encoder_decoder(name: str) -> None:
+    model = make("bart")
+    attnzoo.swap(model.get_decoder(), name, **small(name))
+    wanted = model.generate(tokens(), max_new_tokens=8, do_sample=False, use_cache=False)
+    state = attnzoo.state_cache(model.get_decoder())
+    cache = EncoderDecoderCache(state, DynamicCache())
+    assert torch.equal(model.generate(tokens(), max_new_tokens=8, do_sample=False, past_key_values=cache), wanted)
+    assert state.get_seq_length() == 8 and all(type(layer).__name__ == "StateLayer" for layer in state.layers)
+
+
 def test_models_that_have_no_state_to_keep() -> None:
     with pytest.raises(ValueError, match="is not swapped"):
         attnzoo.state_cache(make("llama"))
-    with pytest.raises(UnsupportedError, match="BertModel does not read from left to right"):
+    with pytest.raises(UnsupportedError, match=r"layer 0 \(encoder.layer.0.attention.self\) of BertModel does not read from left to right"):
         attnzoo.state_cache(attnzoo.swap(make("bert"), "linear"))
+    with pytest.raises(UnsupportedError, match=r"of BartForConditionalGeneration does not .* swap the decoder alone"):
+        attnzoo.state_cache(attnzoo.swap(make("bart"), "linear"))
     with pytest.raises(ValueError, match="TransformerEncoderLayer is no transformers model"):
         attnzoo.state_cache(attnzoo.swap(torch.nn.TransformerEncoderLayer(32, 4, dropout=0.0, batch_first=True), "linear"))
 

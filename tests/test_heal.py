@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,6 +19,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+from accelerate.state import AcceleratorState
 from swap_models import answer, make, tokens
 
 import attnzoo
@@ -279,6 +282,27 @@ def test_the_shipped_recipes_and_the_command(tmp_path: Path, capsys: pytest.Capt
     monkeypatch.setattr(sys, "argv", ["heal.py", "--config", str(FOLDER / "cpu.yaml"), "--variant", "liner"])
     assert heal_module.main() == 2
     assert "did you mean 'linear'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def other_precision() -> Iterator[None]:
+    """A process has one precision for all its Accelerators until this state is forgotten."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("other_precision")
+@pytest.mark.parametrize("variant", ["sliding_window", "linear", "performer"])
+def test_the_recipe_for_a_gpu_takes_a_step_of_each_stage(variant: str, tmp_path: Path) -> None:
+    """Its options, its length and its precision, on a model and for as long as a CPU can."""
+    recipe = heal_module.read_recipes(FOLDER / "gpu.yaml")[variant]
+    assert recipe.mixed_precision == "bf16" and recipe.length == 1024
+    short = replace(recipe, matching_steps=1, distillation_steps=1, batch_size=1)
+    train, held_out = tokens(recipe.length + 9, 1).flatten(), {"a": tokens(recipe.length, 1)}
+    state = heal_module.heal(peaked(), short, train, held_out, tmp_path, lambda stage, done, total: None)
+    assert state["step"] == 2 and all(math.isfinite(loss) for loss in state["curve"])
+    assert all(0.01 < loss < 10 for loss in state["evaluations"][0]["matching_loss"])  # it is not exact, and not lost either
 
 
 def test_a_whole_command_its_interrupt_and_its_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,6 +250,12 @@ def test_an_interrupted_study_goes_on_where_it_stopped(tmp_path):
     assert [(row.key, row.perplexity) for row in rows] == [(row.key, row.perplexity) for row in whole]
 
 
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_said_of_dropout_where_nothing_is_trained():
+    with causal(attention_dropout=0.1).swapped({0: LINEAR}, 64):
+        pass
+
+
 def test_other_seeds_and_dtypes_are_other_rows():
     row = Row("m", "all", "t", "final", 16, 1, "linear", {}, "float32", 0)
     assert (

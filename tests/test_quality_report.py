@@ -9,9 +9,9 @@ import pytest
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from attnzoo.quality.rows import Row
+from attnzoo.quality.rows import Row, in_order
 from attnzoo.report.export import write_figures
-from attnzoo.report.quality_figures import GUESSING, drawings, pareto_front
+from attnzoo.report.quality_figures import GUESSING, drawings, knobs, pareto_front
 from attnzoo.report.quality_headlines import headlines
 from attnzoo.report.quality_page import page
 from attnzoo.report.quality_tables import change_of, signed, tables
@@ -68,12 +68,28 @@ def test_the_sentences_name_the_cheapest_attention_within_each_tolerance():
     assert "within 5% of exact perplexity: in every layer sliding_window window=8 (+4.0%) saves 70%" in said[1]
     assert "changes less than 1% in 1 of 2 layers, and most in layer 1 (+30.0%)" in said[2]
     assert "within 1% of exact perplexity: no mix that saves MACs was found" in said[3]
-    assert "at 64 tokens of unseen text: +3.0% on play; it saves 40% of the attention's MACs and 10.0% of the model's" in said[4]
+    assert "on unseen text: at 64 tokens +3.0% on play, where it saves 40% of the attention's MACs and 10.0% of the model's" in said[4]
+    longer, between = (replace(MIXES[1], length=length, perplexity=11.0, attention_macs=500) for length in (256, 128))
+    assert "at 64 tokens +3.0% on play; at 256 tokens +10.0% on play, where it saves 50% of" in headlines([*ROWS, between, longer])[4]
 
 
 def test_nothing_within_the_tolerance_is_said_so():
     said = headlines([EXACT, SWEPT[0], SWEPT[3]])
-    assert "no attention that saves MACs can be put into every layer; nearest is sliding_window window=64 (+0.0%)" in said[0]
+    assert "no attention that saves MACs can be put into every layer; nearest is sliding_window window=4 (4x)" in said[0]
+    assert headlines([EXACT, SWEPT[3]])[0].endswith("none of these attentions saves MACs")  # as a window of everything
+
+
+def test_rows_that_were_measured_late_stand_with_their_variant():
+    linear = replace(SWEPT[0], label="linear", mix={"0-1": ["linear", {}]})
+    late = [EXACT, SWEPT[2], linear, MIXES[1], swept(128, 10.0, 2000), SWEPT[0], replace(SWEPT[0], label="sliding_window window=inf")]
+    labels = [row.label for row in in_order(late)]
+    assert labels == ["exact", "0: linear", *(f"sliding_window window={window}" for window in (4, 16, 128, "inf")), "linear"]
+
+
+def test_a_knob_is_what_the_rows_of_a_variant_differ_in():
+    given = [{"window": 16, "global_tokens": 4}, {"window": 64, "global_tokens": 4}]
+    assert knobs([replace(SWEPT[0], mix={"0-1": ["longformer", options]}) for options in given]) == ["16", "64"]
+    assert knobs(SWEPT[:1]) == [""]
 
 
 def test_the_front_keeps_what_nothing_beats_in_both():
@@ -82,7 +98,7 @@ def test_the_front_keeps_what_nothing_beats_in_both():
 
 
 def test_shares_are_signed_and_large_ones_are_ratios():
-    assert [signed(share) for share in (-0.012, 0.0, 0.5, 3.0, 74.4)] == ["-1.2%", "+0.0%", "+50.0%", "4x", "75.4x"]
+    assert [signed(share) for share in (-0.012, 0.0, 0.5, 3.0, 74.4, 42_830_000.0)] == ["-1.2%", "+0.0%", "+50.0%", "4x", "75.4x", "4.3e7x"]
     assert change_of(replace(EXACT, perplexity=None, cosine=0.9774)) == "cosine 0.977"
     assert change_of(REFUSED) == "no number"
 

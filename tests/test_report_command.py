@@ -46,9 +46,9 @@ def test_a_study_of_quality_is_drawn_a_page_a_model_whatever_machine_its_rows_ar
     [
         (None, "a.jsonl cannot be read: No such file or directory; give a result file"),
         ("\n", "a.jsonl holds no rows; give a result file that a command of attnzoo wrote"),
-        ("no json", "a.jsonl cannot be drawn: its first line is no result; give result files of one of `attnzoo bench`, "),
-        ("[1]", "its first line is no result"),
-        ('{"contender": "A stored"}', "its first line is no result"),
+        ("no json", "a.jsonl cannot be drawn: its rows name no format of attnzoo's; give result files of one of `attnzoo bench`, "),
+        ("[1]", "its rows name no format of attnzoo's"),
+        ('{"contender": "A stored"}', "a study of benchmarks/ draws its own: benchmarks/README.md"),
         ('{"format": "attnzoo.peers/1"}', "its rows are of the format 'attnzoo.peers/1'; give result files of one of `attnzoo bench`"),
         ('{"format": "attnzoo.quality/1"}', "a.jsonl, line 1 is no row of this version of `attnzoo compare --model` ('model')"),
         ('{"format": "attnzoo.bench/1"}', "a.jsonl, line 1 is no row of this version of `attnzoo bench`"),

@@ -126,9 +126,15 @@ def test_a_part_of_a_composite_model(family: str, part: str) -> None:
     attnzoo.swap(piece, "standard")
     torch.testing.assert_close(answer_of(family, model), exact, **ROUNDING)
     assert all(core.last_backend for core in cores(model)) and len(cores(model)) == len(cores(piece)) > 0
-    with pytest.raises(ValueError, match="has a part that is swapped already, or shares its config with one"):
+    with pytest.raises(ValueError, match=r"is not swapped, but its part [\w.]+ is; give that one"):
+        attnzoo.unswap(model)
+    with pytest.raises(ValueError, match=rf"{part.removeprefix('get_')} of this \w+ is swapped already; call attnzoo.unswap on it first"):
         attnzoo.swap(model, "linear")
     attnzoo.unswap(piece)
+    attnzoo.swap(model, "standard")
+    with pytest.raises(ValueError, match="is part of a model that is swapped already"):
+        attnzoo.swap(piece, "standard")
+    attnzoo.unswap(model)
     assert torch.equal(answer_of(family, model), exact)
 
 
@@ -169,6 +175,20 @@ def test_the_position_bias_of_t5_is_learned() -> None:
     attnzoo.swap(model, "standard")
     torch.testing.assert_close(gradient(), exact, rtol=1e-4, atol=1e-5)
     assert float(exact.norm()) > 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_weights_are_refused(family: str) -> None:
+    """Some families keep output_attentions from their layers; a config that asks for them is refused at the swap."""
+    layers = {"modernbert": 0, "gemma2": 1}.get(family)  # those without a window of their own
+    model = attnzoo.swap(make(family), "standard", layers=layers)
+    with pytest.raises(UnsupportedError, match="output_attentions=True: a swapped attention does not return its weights"):
+        answer_of(family, model, output_attentions=True)
+    exact = answer_of(family, attnzoo.unswap(model), output_attentions=True)
+    asking = make(family, output_attentions=True)
+    with pytest.raises(UnsupportedError, match="is configured to return its attention weights"):
+        attnzoo.swap(asking, "standard", layers=layers)
+    assert torch.equal(answer_of(family, asking), exact)
 
 
 def test_dropout_that_a_variant_never_forms_is_told_of_at_the_swap() -> None:

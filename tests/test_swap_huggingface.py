@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 from swap_models import DECODERS, ENCODERS, answer, make, padded, tokens
-from torch import Tensor
+from torch import Tensor, nn
 
 import attnzoo
 from attnzoo import UnsupportedError
@@ -75,6 +75,8 @@ def test_a_window_of_the_models_own_is_not_dropped() -> None:
     with pytest.raises(UnsupportedError, match="sliding window of 5"):
         attnzoo.swap(make("modernbert"), "performer")
     assert model.config._attn_implementation == "eager" and not cores(model)
+    model.config.sliding_window = None  # as the refusal says
+    assert torch.equal(answer(attnzoo.swap(model, "linear"), tokens()), answer(attnzoo.swap(make("mistral"), "linear"), tokens()))
 
 
 @pytest.mark.parametrize("name", ["standard", "sliding_window", "bigbird", "linear", "performer"])
@@ -114,6 +116,26 @@ def test_unswap_leaves_no_trace(family: str, name: str) -> None:
     assert torch.equal(answer(model, ids), exact)
     with pytest.raises(ValueError, match="is not swapped"):
         attnzoo.unswap(model)
+
+
+def test_a_swap_that_was_passed_by_is_an_error() -> None:
+    model = make("bert")
+    exact = answer(model, tokens())
+    swapped = answer(attnzoo.swap(model, "linear"), tokens())
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="implementation of this swapped BertModel was set to 'sdpa', which passes its swap by"):
+        model(tokens())
+    model.set_attn_implementation("attnzoo")
+    assert torch.equal(answer(model, tokens()), swapped)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(answer(attnzoo.unswap(model), tokens()), exact)
+
+
+def test_a_model_around_one_is_told_of_its_part() -> None:
+    model = nn.Sequential(nn.Identity(), nn.ModuleDict({"bert": make("bert"), "head": nn.TransformerEncoderLayer(32, 4, 48, 0.0)}))
+    with pytest.raises(ValueError, match=r"Sequential holds a transformers model; swap that part alone: model.get_submodule\('1.bert'\)"):
+        attnzoo.swap(model, "linear")
+    attnzoo.swap(model.get_submodule("1.bert"), "linear")
 
 
 def test_swapping_twice_is_refused() -> None:

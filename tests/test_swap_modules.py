@@ -9,6 +9,7 @@ import pytest
 import torch
 from small import cannot, small
 from torch import Tensor, nn
+from torch.nn.utils.prune import random_unstructured
 
 import attnzoo
 from attnzoo import UnsupportedError
@@ -25,12 +26,12 @@ def encoder(dropout: float = 0.0) -> nn.TransformerEncoder:
 class TimmAttentionLike(nn.Module):
     """The parts and the arithmetic of timm's Attention, written from its documentation of shapes."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.scale = 4, 8, 8**-0.5
         self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
         self.q_norm, self.k_norm = nn.LayerNorm(8), nn.Identity()
-        self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
+        self.attn_drop, self.proj_drop = nn.Dropout(dropout), nn.Dropout(0.0)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         batch, length, _ = x.shape
@@ -61,9 +62,9 @@ class OfImages(TimmAttentionLike):
         return super().forward(x.flatten(1, 2)).view(batch, height, width, 32)
 
 
-def vision() -> nn.Sequential:
+def vision(dropout: float = 0.0) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(TimmAttentionLike(), nn.LayerNorm(32), TimmAttentionLike()).eval()
+    return nn.Sequential(TimmAttentionLike(dropout), nn.LayerNorm(32), TimmAttentionLike(dropout)).eval()
 
 
 @pytest.mark.parametrize("make", [encoder, vision])
@@ -141,11 +142,75 @@ def test_a_module_in_two_places_is_swapped_in_both() -> None:
     assert attnzoo.unswap(model)[0] is shared and model[1] is shared
 
 
+@pytest.mark.parametrize("make", [encoder, vision])
+def test_dropout_that_a_variant_never_forms_is_for_evaluation(make: Any) -> None:
+    """Torch's layers have it by default: refused where it would act, told of where it does not."""
+    model, x, sentence = make(dropout=0.1), torch.randn(2, 10, 32), "with probability 0.1 while training, which linear never forms"
+    keys = list(model.state_dict())
+    with pytest.raises(UnsupportedError, match=sentence):
+        attnzoo.swap(model.train(), "linear")
+    assert list(model.state_dict()) == keys and not any(isinstance(module, attnzoo.Attention) for module in model.modules())
+    with pytest.warns(UserWarning, match=sentence):
+        attnzoo.swap(model.eval(), "linear")
+    wanted = attnzoo.swap(make(), "linear")
+    torch.testing.assert_close(model(x), wanted(x), rtol=0.0, atol=0.0)
+    with pytest.raises(UnsupportedError, match=r"0\.1 drops entries|probability 0\.1"):
+        model.train()(x)
+
+
+@pytest.mark.parametrize("make", [encoder, vision])
+def test_a_model_with_a_part_that_is_swapped_already(make: Any) -> None:
+    model = make()
+    part: Any = next(module for path, module in model.named_modules() if path and not path.endswith("layers"))
+    if make is vision:
+        model = nn.Sequential(part := nn.Sequential(part), TimmAttentionLike())
+    attnzoo.swap(part, "linear")
+    with pytest.raises(ValueError, match=r"(layers\.)?0 of this \w+ is swapped already"):
+        attnzoo.swap(model, "standard")
+    attnzoo.unswap(part)
+    attnzoo.swap(model, "standard")
+    with pytest.raises(ValueError, match="has attnzoo's attention in it already: unswap"):
+        attnzoo.swap(part, "linear")
+
+
+class Doubled(nn.MultiheadAttention):
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        out, weights = super().forward(*args, **kwargs)
+        return 2 * out, weights
+
+
+def test_a_kind_of_multihead_attention_that_does_more() -> None:
+    plain, x = nn.MultiheadAttention(32, 4), torch.randn(10, 2, 32)
+    with pytest.raises(UnsupportedError, match="1 is a Doubled with a forward of its own, which a swapped attention would drop"):
+        attnzoo.swap(nn.Sequential(plain, Doubled(32, 4)), "linear")
+    pruned = nn.MultiheadAttention(32, 4)
+    random_unstructured(pruned, "in_proj_weight", 0.5)
+    with pytest.raises(UnsupportedError, match="1 is a MultiheadAttention with in_proj_weight_orig and in_proj_weight_mask"):
+        attnzoo.swap(nn.Sequential(plain, pruned), "linear")
+    named = nn.Sequential(type("Named", (nn.MultiheadAttention,), {})(32, 4))
+    exact = named[0](x, x, x)[0]
+    torch.testing.assert_close(attnzoo.swap(named, "standard")[0](x, x, x)[0], exact, **ROUNDING)
+    assert isinstance(named[0], attnzoo.MultiheadAttention)
+
+
+def test_models_of_several_kinds_are_swapped_part_by_part() -> None:
+    """Else one of the kinds would stay exact and nobody be told."""
+    both = nn.ModuleDict({"text": encoder(), "image": vision()})
+    with pytest.raises(ValueError, match=r"ModuleDict has nn\.MultiheadAttention and timm's Attention; swap its parts one by one"):
+        attnzoo.swap(both, "linear")
+    assert not any(isinstance(module, attnzoo.Attention) for module in both.modules())
+    for part in both.values():
+        attnzoo.swap(part, "linear")
+    with pytest.raises(ValueError, match="TimmAttentionLike cannot be swapped in place; swap the model or the block"):
+        attnzoo.swap(TimmAttentionLike(), "linear")
+
+
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model='bert' is no torch\.nn\.Module; give the model itself"):
+        attnzoo.swap("bert", "linear")  # pyright: ignore[reportArgumentType]
+
+
 def test_what_would_be_dropped_is_refused() -> None:
-    model: Any = encoder(dropout=0.1)
-    with pytest.raises(UnsupportedError, match=r"layer 0 \(layers\.0\.self_attn\): dropout=0\.1"):
-        attnzoo.swap(model, "performer")
-    assert type(model.layers[0].self_attn) is nn.MultiheadAttention and model.use_nested_tensor
     with pytest.raises(UnsupportedError, match=r"layer 0 \(0\): Biased has relative_position_bias_table"):
         attnzoo.swap(nn.Sequential(Biased()), "standard")
     with pytest.raises(UnsupportedError, match=r"layer 1 \(1\): Squared has the parts of softmax attention and another formula"):

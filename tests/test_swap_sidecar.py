@@ -135,6 +135,15 @@ def test_a_file_of_another_model(saved: Path) -> None:
     refused(saved, r"layer 0: the file has .* 4, 8\), this model .* 2, 16\)", num_attention_heads=2)
 
 
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    model = attnzoo.swap(make("bert"), "linear")
+    with pytest.raises(OSError, match=r"nowhere/swap\.safetensors cannot be written: there is no such folder"):
+        attnzoo.save(model, tmp_path / "nowhere" / "swap.safetensors")
+    with pytest.raises(OSError, match="cannot be written: it is a folder"):
+        attnzoo.save(model, tmp_path)
+    refused(tmp_path, "is a folder; give the path of the file in it")
+
+
 def refused(path: Path, message: str, family: str = "bert", **options: Any) -> None:
     model = make(family, **options)
     keys, exact = list(model.state_dict()), answer(model, tokens())

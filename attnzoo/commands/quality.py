@@ -78,13 +78,17 @@ def run_quality(settings: Namespace) -> int:
 
 def _study(settings: Namespace, kind: str) -> Study:
     """The study, with the variants and lengths of the command line in place of its own."""
-    from attnzoo.arguments import check_positive
+    from attnzoo.arguments import check_positive, nearest
     from attnzoo.configuration import configs_folder
     from attnzoo.fidelity.candidate import Candidate
     from attnzoo.quality.study import read_study
 
     name = settings.study or "quick"
-    path = configs_folder() / "quality" / SHIPPED[name].format(kind=kind) if name in SHIPPED and not Path(name).is_file() else Path(name)
+    path = Path(name)
+    if name in SHIPPED and not path.is_file():
+        path = configs_folder() / "quality" / SHIPPED[name].format(kind=kind)
+    elif not path.exists():
+        raise ValueError(f"there is no study {name!r}{nearest(name, SHIPPED)}; give {' or '.join(SHIPPED)}, or the path of a YAML file")
     study = read_study(path, check_variant)
     if settings.lengths is not None:
         study = replace(study, lengths=tuple(sorted({check_positive("length", length) for length in settings.lengths})))
@@ -97,13 +101,14 @@ def _show(rows: list[Row], folder: Path) -> None:
     """Print the tables, and write the page and the figures."""
     from rich.text import Text
 
-    from attnzoo.quality.rows import page_name
+    from attnzoo.quality.rows import in_order, page_name
     from attnzoo.report.export import write_figures
     from attnzoo.report.quality_figures import drawings
     from attnzoo.report.quality_page import page
     from attnzoo.report.quality_tables import tables
     from attnzoo.report.tables import rich_table
 
+    rows = in_order(rows)
     for table in tables(rows):
         screen().print(Text(table.title, style="bold"))
         screen().print(rich_table(table))

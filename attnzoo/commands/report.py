@@ -73,8 +73,10 @@ def _report_of(paths: Sequence[str]) -> Report:
     commands = ", ".join(f"`{report.kind.COMMAND}`" for report in by_format.values())
     for path, form in found.items():
         if form not in by_format:
-            what = "its first line is no result" if form is None else f"its rows are of the format {form!r}"
-            raise ValueError(f"{path} cannot be drawn: {what}; give result files of one of {commands}")
+            what = "its rows name no format of attnzoo's" if form is None else f"its rows are of the format {form!r}"
+            raise ValueError(
+                f"{path} cannot be drawn: {what}; give result files of one of {commands} (a study of benchmarks/ draws its own: benchmarks/README.md)"
+            )
     kinds = {form: path for path, form in found.items()}
     if len(kinds) > 1:
         said = " and ".join(f"{path} holds results of `{by_format[form].kind.COMMAND}`" for form, path in kinds.items() if form is not None)

@@ -122,6 +122,7 @@ class _TensorsOnly(nn.Module):
 def _nothing_leaves_the_trace() -> Iterator[None]:
     """Raise where numpy computes, which the tracer takes for a constant: it warns, and nothing would be counted."""
     with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", torch.jit.TracerWarning)  # whatever the caller wants to hear
         yield
     for warning in caught:
         if not issubclass(warning.category, torch.jit.TracerWarning):

@@ -16,12 +16,13 @@ from attnzoo.arguments import nearest
 from attnzoo.fidelity.metrics import score_std
 from attnzoo.fidelity.packages import MissingPackageError, package_folder
 from attnzoo.fidelity.rows import Sample
+from attnzoo.integrations import huggingface_attention
 
 Recorder = Callable[[Any, Tensor, Tensor, Tensor, Tensor | None, float | None, dict[str, Any]], None]
 
 IMPLEMENTATION = "attnzoo_capture"
-#: Arguments of a model's attention that change A and that an `Attention` could not reproduce.
-CHANGES_WEIGHTS = ("position_bias", "sliding_window", "softcap", "s_aux")
+#: Arguments of a model's attention that change A, so that q and k alone do not give it.
+CHANGES_WEIGHTS = (*huggingface_attention.CHANGES_WEIGHTS, "position_bias", "sliding_window", "s_aux")
 _recorder: ContextVar[Recorder] = ContextVar("recorder")
 
 

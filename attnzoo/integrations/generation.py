@@ -23,15 +23,23 @@ def state_cache(model: Any) -> StateCache:
     Prefill at once or in chunks (`prefill_chunk_size`), left padding, beam search, sampling, `reset()` and `copy.deepcopy` (cheap: a prompt read
     once, gone on from many times) work. Tokens cannot be taken back: `crop` and assisted generation raise UnsupportedError.
 
+    Of an encoder-decoder swap the decoder alone, and generate with
+    `past_key_values=transformers.EncoderDecoderCache(attnzoo.state_cache(model.get_decoder()), transformers.DynamicCache())`.
+
     Raises ValueError when the model is not swapped or is no transformers model, UnsupportedError when it cannot decode.
     """
     record = record_of(model)
     if record.integration != "huggingface":
         raise ValueError(f"{type(model).__name__} is no transformers model; decode with Attention.init_state and Attention.step")
-    swapped = [(model.get_submodule(record.sites[layer][0]), attention) for layer, attention in record.attentions.items()]
-    for module, attention in swapped:
-        if not call_is_causal(module, None) or not attention.spec.decodes:
-            raise UnsupportedError(f"{type(model).__name__} does not read from left to right, so there is nothing to generate")
+    swapped = []
+    for layer, attention in record.attentions.items():
+        path = record.sites[layer][0]
+        swapped.append((model.get_submodule(path), attention))
+        if not call_is_causal(swapped[-1][0], None) or not attention.spec.decodes:
+            raise UnsupportedError(
+                f"layer {layer} ({path}) of {type(model).__name__} does not read from left to right, so no state can stand for its past (of an "
+                "encoder-decoder swap the decoder alone: model.get_decoder())"
+            )
     from attnzoo.integrations.state_cache import StateCache
 
     return StateCache(model.config, swapped)

@@ -9,10 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
-from attnzoo.integrations.huggingface_attention import SUBMODULE, attend, call_is_causal, refuse_other_attention
+from attnzoo.integrations.huggingface_attention import SUBMODULE, attend, call_is_causal, refuse_other_attention, refuse_weights
 from attnzoo.integrations.huggingface_masks import is_causal_mask, padding_mask
 from attnzoo.integrations.huggingface_trial import read_a_little
 from attnzoo.integrations.plan import Site
@@ -40,8 +41,11 @@ class Restore:
     def __init__(self, paths: list[str], configs: list[tuple[Any, Any]]) -> None:
         self.paths = paths
         self.configs = configs
+        self.hook: RemovableHandle | None = None
 
     def __call__(self, model: nn.Module) -> None:
+        if self.hook is not None:
+            self.hook.remove()
         for path in self.paths:
             delattr(model.get_submodule(path), SUBMODULE)
         for config, implementation in self.configs:
@@ -58,14 +62,19 @@ def find_sites(model: Any) -> list[Site]:
     """The self-attention layers in the order in which they run, found by letting the model read a few tokens.
 
     Raises UnsupportedError when the model does not consult the attention interface, or has an attention that the zoo cannot honour;
-    ValueError when a part of it is swapped already.
+    ValueError when it is part of a model that is swapped already.
     """
     _register()
     configs = _configs(model)
     if any(implementation == IMPLEMENTATION for _, implementation in configs):
         raise ValueError(
-            f"{type(model).__name__} has a part that is swapped already, or shares its config with one; unswap that part first, then swap the "
-            "whole model with a mapping from its layers to attentions"
+            f"{type(model).__name__} is part of a model that is swapped already, or shares its config with one; unswap that one first (a mapping "
+            "gives each layer an attention of its own)"
+        )
+    if any(getattr(config, "output_attentions", False) for config, _ in configs):
+        raise UnsupportedError(
+            f"{type(model).__name__} is configured to return its attention weights, which a swapped attention does not; "
+            "set output_attentions = False in its config first, and in those of its parts"
         )
     restore, probe = Restore([], configs), _Probe(model)
     token = _probe.set(probe)
@@ -90,6 +99,7 @@ def insert(model: Any, sites: list[Site], attentions: dict[int, Attention]) -> R
     restore = Restore([sites[layer].path for layer in attentions], _configs(model))
     for layer, attention in attentions.items():
         sites[layer].module.add_module(SUBMODULE, attention)
+    restore.hook = model.register_forward_pre_hook(_check_forward, with_kwargs=True)
     try:
         _set_implementation(model, IMPLEMENTATION)
         read_a_little(model)
@@ -102,6 +112,17 @@ def insert(model: Any, sites: list[Site], attentions: dict[int, Attention]) -> R
     for attention in attentions.values():
         attention.last_backend = None  # from here on it tells of the caller's own forwards
     return restore
+
+
+def _check_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook: what the layers of some families are not told of, and what would pass the swapped attentions by."""
+    refuse_weights(kwargs)
+    implementation = model.config._attn_implementation
+    if implementation != IMPLEMENTATION:
+        raise ValueError(
+            f"the attention implementation of this swapped {type(model).__name__} was set to {implementation!r}, which passes its swap by; "
+            f"call attnzoo.unswap(model), or model.set_attn_implementation({IMPLEMENTATION!r}) to run the swap again"
+        )
 
 
 def _register() -> None:

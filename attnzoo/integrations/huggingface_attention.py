@@ -73,6 +73,11 @@ def refuse_other_attention(module: Any, kwargs: dict[str, Any]) -> None:
         raise UnsupportedError(
             f"{type(module).__name__} uses {' and '.join(extra)}, which a swapped attention would drop; this model cannot be swapped"
         )
+    refuse_weights(kwargs)
+
+
+def refuse_weights(kwargs: dict[str, Any]) -> None:
+    """Raise UnsupportedError on output_attentions among the arguments of a model or of a layer."""
     if kwargs.get("output_attentions"):
         raise UnsupportedError("output_attentions=True: a swapped attention does not return its weights; use attnzoo's Attention.weights on q and k")
 

@@ -15,7 +15,7 @@ from attnzoo.integrations.swapping import record_of
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """One run of a layer's attention block, its projections included: the arguments it was given and the (batch, length, width) it answered."""
 
     layer: int
@@ -25,7 +25,7 @@ class Call:
 
 
 @contextmanager
-def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
+def recorded_calls(model: nn.Module) -> Iterator[list[RecordedCall]]:
     """Record the calls of every swapped layer's attention block, in the order in which they run, until the context ends.
 
     model: one that `attnzoo.swap` changed. For exact attention swap in "standard": the masks that its blocks are given are then those
@@ -37,7 +37,7 @@ def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
     def keep(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if kwargs.get("past_key_values") is not None:
             raise ValueError("past_key_values: a recorded model must run without a cache; call it with use_cache=False")
-        calls.append(Call(layer, args, dict(kwargs), _hidden(output).detach()))
+        calls.append(RecordedCall(layer, args, dict(kwargs), _hidden(output).detach()))
 
     paths = {layer: record.sites[layer][0] for layer in record.choices}
     hooks = [model.get_submodule(path).register_forward_hook(partial(keep, layer), with_kwargs=True) for layer, path in paths.items()]
@@ -48,7 +48,7 @@ def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
             hook.remove()
 
 
-def matching_loss(model: nn.Module, call: Call) -> Tensor:
+def matching_loss(model: nn.Module, call: RecordedCall) -> Tensor:
     """How far the model's block is from a recorded answer when it is given what the recorded one was: |out - exact|² / |exact|², a scalar.
 
     0 is the same answer, 1 what answering zeros would get. Every slot counts, padded ones too. The gradient reaches this block alone.

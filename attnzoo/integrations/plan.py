@@ -26,7 +26,7 @@ class Site:
 
     path: of `module` in the model. is_causal: None where only the call tells. window: keys its own sliding window shows, itself
     included (None: all). has_bias: it adds a bias of positions to its scores. has_sink_logits: it has one more score
-    a head, which counts in the sum of every row. dropout: of the entries of A while training, where the attention is told of it by the call.
+    a head, which counts in the sum of every row. dropout: of the entries of A while training.
     """
 
     path: str
@@ -54,7 +54,7 @@ def choose(name: str | Mix, layers: Layers | None, options: dict[str, Any], coun
     Raises ValueError on a layer that the model does not have, one named twice, and a malformed mapping.
     """
     if isinstance(name, str):
-        chosen = range(count) if layers is None else _parse("layers", layers, count)
+        chosen = range(count) if layers is None else _parse("layers=", layers, count)
         return {layer: Choice(name, dict(options)) for layer in chosen}
     if not isinstance(name, Mapping) or not name:
         raise ValueError(f"name={name!r} must be the name of an attention, or a mapping such as {{'0-3': 'sliding_window', '4': 'standard'}}")
@@ -62,7 +62,7 @@ def choose(name: str | Mix, layers: Layers | None, options: dict[str, Any], coun
         raise ValueError("layers goes with one name; a mapping names its layers itself")
     choices: dict[int, Choice] = {}
     for key, value in name.items():
-        for layer in _parse("a key of the mapping", key, count):
+        for layer in _parse("the mapping's key ", key, count):
             if layer in choices:
                 raise ValueError(f"layer {layer} is named twice in {dict(name)!r}; name it once")
             choices[layer] = _choice(value, options)
@@ -109,7 +109,8 @@ def no_dropout(module: str, dropout: float, name: str) -> str:
     """Why a layer with dropout on A cannot train with the attention of that name."""
     return (
         f"{module} drops entries of A with probability {dropout} while training, which {name} never forms; to train it, build the model with "
-        "its attention dropout at 0 (in BERT's config attention_probs_dropout_prob, in Llama's attention_dropout)"
+        "its attention dropout at 0 (in BERT's config attention_probs_dropout_prob, in Llama's attention_dropout, in timm attn_drop_rate; of torch's "
+        "layers set self_attn.dropout to 0 before the swap)"
     )
 
 
@@ -137,7 +138,7 @@ def _check_fits(attention: Attention, site: Site) -> None:
     if site.window is not None and (reach is None or reach > site.window or attention.global_tokens):
         raise UnsupportedError(
             f"the model attends within its own sliding window of {site.window}, which {attention.spec.name} would drop; use sliding_window with "
-            f"window={site.window} or less, or switch the model's window off first"
+            f"window={site.window} or less, or switch the model's window off first (Mistral: model.config.sliding_window = None)"
         )
 
 
@@ -156,9 +157,7 @@ def _choice(value: Any, options: dict[str, Any]) -> Choice:
 
 def _parse(what: str, layers: Any, count: int) -> list[int]:
     """Layer indices, in order, from 3, [0, 2], "4", "0-3" or "0-3,6"."""
-    refusal = (
-        f"{what}={layers!r} must be distinct layers of the model, such as 4, '0-3' or '0-3,6'; it has {count} attention layers, 0 to {count - 1}"
-    )
+    refusal = f"{what}{layers!r} must be distinct layers of the model, such as 4, '0-3' or '0-3,6'; it has {count} attention layers, 0 to {count - 1}"
     if isinstance(layers, str):
         found = [re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part) for part in layers.split(",")]
         ends = [(int(match[1]), int(match[2] or match[1])) for match in found if match]

@@ -19,8 +19,11 @@ METADATA, FORMAT = "attnzoo", 1
 def save(model: nn.Module, path: str | Path) -> None:
     """Write a swapped model's recipe (names, options, layers, versions) and what its attentions learned or drew.
 
-    The model's own weights are not in the file. Raises ValueError when the model is not swapped, or when an option is not plain data
-    (a callable feature map, a shared module); OSError when the file cannot be written.
+    The model's own weights are not in the file: save those of the model after `unswap` (transformers' `save_pretrained` writes a swapped one too,
+    but its `from_pretrained` drops what the swap added, and tensors that layers share it refuses to write).
+
+    Raises ValueError when the model is not swapped, or when an option is not plain data (a callable feature map, a shared module); OSError when
+    the file cannot be written.
     """
     _safetensors()
     record = record_of(model)
@@ -68,9 +71,16 @@ def _extras(record: Record) -> dict[str, Tensor]:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str | Path, *, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file; copied, since they may share memory and the format does not."""
+    """Write tensors to a safetensors file; copied, since they may share memory and the format does not. Raises OSError where it cannot be written."""
+    save_file, path = _safetensors().save_file, Path(path)
+    from safetensors import SafetensorError
+
     copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    _safetensors().save_file(copies, str(path), metadata=metadata)
+    try:
+        save_file(copies, str(path), metadata=metadata)
+    except SafetensorError as error:
+        reason = "it is a folder" if path.is_dir() else "there is no such folder" if not path.parent.is_dir() else error
+        raise OSError(f"{path} cannot be written: {reason}; give the path of a file, such as swap.safetensors") from None
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -78,6 +88,9 @@ def read_tensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     _safetensors()
     from safetensors import SafetensorError, safe_open
 
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the path of the file in it")
     try:
         with safe_open(str(path), framework="pt") as file:
             return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # the file is not iterable

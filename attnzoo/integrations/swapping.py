@@ -54,24 +54,15 @@ def swap(model: Model, name: str | Mix, *, layers: Layers | None = None, **optio
     What the attention learns or draws lives in a submodule of each layer: it follows `.to()`, trains, and is in `state_dict`. Sequences
     packed into one row with a mask of ones cannot be told from a single sequence.
 
-    A transformers model that drops entries of A while training, and an attention that never forms A, go together for evaluation only: the
-    swap warns (UserWarning), and is refused while the model is in training mode.
+    A model that drops entries of A while training (torch's layers do by default), and an attention that never forms A, go together for
+    evaluation only: the swap warns (UserWarning), and is refused while the model is in training mode.
 
     Raises UnsupportedError when the swap would be ignored or would drop part of the model's attention (soft-capping, sink logits where
     the attention takes none, packed sequences, a window of its own, a bias of positions where the attention takes no attn_mask), or when
-    the attention cannot do what the model needs; ValueError on a model without attention, on one swapped already, and on layers outside
-    it. The model is then as it was.
+    the attention cannot do what the model needs; ValueError on a model without attention, on one swapped already, whole or in part, and on
+    layers outside it. The model is then as it was.
     """
-    if hasattr(model, RECORD):
-        raise ValueError(f"this {type(model).__name__} is swapped already; call attnzoo.unswap(model) first")
-    for integration in INTEGRATIONS:
-        if integration.handles(model):
-            break
-    else:
-        raise ValueError(
-            f"{type(model).__name__} has no attention that attnzoo can swap; give a transformers model, or one made of nn.MultiheadAttention"
-            " or of timm's Attention"
-        )
+    integration = _integration_for(model)
     sites = integration.find_sites(model)
     choices = choose(name, layers, options, len(sites))
     attentions, choices = build_attentions(sites, choices)
@@ -90,9 +81,43 @@ def unswap(model: Model) -> Model:
     return model
 
 
+def _integration_for(model: nn.Module) -> Any:
+    """The module that swaps in models of this kind. Raises ValueError where there is none or more than one, so that a part would stay as it is,
+    and on what is swapped already, whole or in part."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model={model!r} is no torch.nn.Module; give the model itself (of a transformers pipeline: its `.model`)")
+    for path, part in model.named_modules():
+        if hasattr(part, RECORD):
+            place = f"{path} of this {type(model).__name__}" if path else f"this {type(model).__name__}"
+            raise ValueError(f"{place} is swapped already; call attnzoo.unswap on it first (a mapping gives each layer an attention of its own)")
+    if huggingface.handles(model):
+        return huggingface
+    kinds = [integration for integration in INTEGRATIONS if integration.handles(model)]
+    inside = next((path for path, part in model.named_modules() if huggingface.handles(part)), None)
+    if inside is not None:
+        raise ValueError(f"this {type(model).__name__} holds a transformers model; swap that part alone: model.get_submodule({inside!r})")
+    if len(kinds) > 1:
+        raise ValueError(f"this {type(model).__name__} has nn.MultiheadAttention and timm's Attention; swap its parts one by one")
+    if kinds:
+        return kinds[0]
+    if any(isinstance(module, Attention) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has attnzoo's attention in it already: unswap the model that it was swapped in first, or build its "
+            "attnzoo.MultiheadAttention with attention=..."
+        )
+    raise ValueError(
+        f"{type(model).__name__} has no attention that attnzoo can swap; give a transformers model, or one made of nn.MultiheadAttention"
+        " or of timm's Attention"
+    )
+
+
 def record_of(model: nn.Module) -> Record:
-    """What `swap` did to the model. Raises ValueError when it is not swapped."""
+    """What `swap` did to the model. Raises ValueError when it is not swapped, or only a part of it is."""
     record = getattr(model, RECORD, None)
-    if record is None:
-        raise ValueError(f"this {type(model).__name__} is not swapped; call attnzoo.swap(model, name) first")
-    return record
+    if record is not None:
+        return record
+    parts = model.named_modules() if isinstance(model, nn.Module) else ()
+    swapped = next((path for path, part in parts if hasattr(part, RECORD)), None)
+    if swapped is not None:
+        raise ValueError(f"this {type(model).__name__} is not swapped, but its part {swapped} is; give that one: model.get_submodule({swapped!r})")
+    raise ValueError(f"this {type(model).__name__} is not swapped; call attnzoo.swap(model, name) first")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
 from attnzoo.integrations.evaluating import evaluating
-from attnzoo.integrations.plan import Site
+from attnzoo.integrations.plan import Site, no_dropout
 from attnzoo.integrations.replacing import PutBack, replace_modules
 from attnzoo.registry import build
 
@@ -30,14 +30,10 @@ class TimmAttention(nn.Module):
     def __init__(self, module: Any, core: Attention) -> None:
         super().__init__()
         _refuse_other_attention(module)
-        dropout = float(getattr(getattr(module, "attn_drop", None), "p", 0.0))
+        self.dropout = _dropout(module)
         if core.spec.dropout:
             engine: Any = core.engine
-            engine.dropout = dropout
-        elif dropout:
-            raise UnsupportedError(
-                f"attn_drop={dropout} drops entries of A, which {core.spec.name} never forms; build the model with attn_drop_rate=0"
-            )
+            engine.dropout = self.dropout
         self.num_heads = module.num_heads
         self.head_dim = core.head_dim
         self.factor = float(getattr(module, "scale", core.head_dim**-0.5)) * core.head_dim**0.5
@@ -48,6 +44,8 @@ class TimmAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x: (batch, length, features) -> the same. attn_mask: as in `Attention.forward`."""
+        if self.training and self.dropout and not self.attention.spec.dropout:
+            raise UnsupportedError(no_dropout("timm's Attention", self.dropout, self.attention.spec.name))
         q, k, v = rearrange(self.qkv(x), "b l (p h d) -> p b h l d", p=3, h=self.num_heads).unbind(0)
         q, k = self._through("q_norm", q), self._through("k_norm", k)
         q = q if self.factor == 1.0 else q * self.factor
@@ -60,14 +58,19 @@ class TimmAttention(nn.Module):
 
 
 def handles(model: nn.Module) -> bool:
-    """Whether the model has a module built as timm's Attention."""
-    return any(_looks_like_attention(module) for path, module in model.named_modules() if path)
+    """Whether the model has a module built as timm's Attention, or is one."""
+    return any(_looks_like_attention(module) for module in model.modules())
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """Every module inside the model that is built as timm's Attention."""
-    found: list[tuple[str, Any]] = [(path, module) for path, module in model.named_modules() if path and _looks_like_attention(module)]
-    return [Site(path, module, module.num_heads, module.qkv.out_features // 3 // module.num_heads, is_causal=False) for path, module in found]
+    """Every module inside the model that is built as timm's Attention. Raises ValueError when the model itself is, which has no parent."""
+    if _looks_like_attention(model):
+        raise ValueError(f"{type(model).__name__} cannot be swapped in place; swap the model or the block that it stands in")
+    found: list[tuple[str, Any]] = [(path, module) for path, module in model.named_modules() if _looks_like_attention(module)]
+    return [
+        Site(path, module, module.num_heads, module.qkv.out_features // 3 // module.num_heads, is_causal=False, dropout=_dropout(module))
+        for path, module in found
+    ]
 
 
 def insert(model: nn.Module, sites: list[Site], attentions: dict[int, Attention]) -> PutBack:
@@ -84,6 +87,10 @@ def insert(model: nn.Module, sites: list[Site], attentions: dict[int, Attention]
 def _looks_like_attention(module: Any) -> bool:
     linear = all(isinstance(getattr(module, name, None), nn.Linear) for name in ("qkv", "proj"))
     return linear and isinstance(getattr(module, "num_heads", None), int) and not isinstance(module, TimmAttention)
+
+
+def _dropout(module: nn.Module) -> float:
+    return float(getattr(getattr(module, "attn_drop", None), "p", 0.0))
 
 
 def _refuse_other_attention(module: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -87,8 +88,21 @@ def page_name(row: Row) -> str:
 
 
 def by_page(rows: Iterable[Row]) -> dict[str, Sequence[Row]]:
-    """The rows by the name of their page."""
+    """The rows by the name of their page, each page's in order."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(page_name(row), []).append(row)
-    return dict(found)
+    return {name: in_order(own) for name, own in found.items()}
+
+
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """The rows of single candidates by variant, as the study names them, and by rising knob, whenever they were measured; all others before them."""
+    variants = list(dict.fromkeys(row.variant for row in rows))
+
+    def place(row: Row) -> tuple[int, list[int | str]]:
+        if row.task not in ("all", "layer"):
+            return -1, []
+        parts = re.split(r"(\d+)", row.label)
+        return variants.index(row.variant), [int(part) if part.isdigit() else part for part in parts]
+
+    return sorted(rows, key=place)

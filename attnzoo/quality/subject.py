@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -87,7 +88,8 @@ class Subject(ABC):
         if not mix:
             yield
             return
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* drops entries of A ")  # while training, and nothing is trained here
             torch.manual_seed(self.seed)
             swap(self.model, swap_plan(mix, length, self.seed))
         try:

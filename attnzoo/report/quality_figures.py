@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -59,9 +59,12 @@ def drawings(rows: Sequence[Row]) -> list[Drawing]:
     return [drawing for drawing in charts if drawing is not None] + _maps(rows, words)
 
 
-def knob(row: Row) -> str:
-    """The values of the options that a study gave: "64", "inf"."""
-    return " ".join(str(value) for _, options in row.mix.values() for value in options.values())
+def knobs(curve: Sequence[Row]) -> list[str]:
+    """What tells the rows of one variant from each other, a text for each: the values of the options that differ, "64" or "inf"."""
+    given = [dict(options) for row in curve for _, options in row.mix.values()]
+    names = dict.fromkeys(name for options in given for name in options)
+    turned = [name for name in names if len({str(options.get(name)) for options in given}) > 1]
+    return [" ".join(str(options[name]) for name in turned if name in options) for options in given]
 
 
 def _swept(rows: Sequence[Row], source: str) -> list[Row]:
@@ -72,9 +75,9 @@ def _pareto(axes: Axes, rows: list[Row], look: Look, *, words: str) -> None:
     for name in look:
         curve = [row for row in rows if row.task == "all" and row.variant == name]
         plot(axes, [(row.attention_macs, _drawn(row)) for row in curve], label=name, zorder=3, **{**look[name].line_options(), "linewidth": 1.0})
-        for row in curve:
+        for row, knob in zip(curve, knobs(curve), strict=True):
             place = (row.attention_macs or 0, _drawn(row))
-            axes.annotate(knob(row), place, (5, 4), textcoords="offset points", fontsize=7.5, color=look[name].color, zorder=4)
+            axes.annotate(knob, place, (5, 4), textcoords="offset points", fontsize=7.5, color=look[name].color, zorder=4)
     mixes: dict[tuple[int, float], list[str]] = {}  # tolerances by the place of their mix
     for row in rows:
         if row.task == "mix" and row.label != EXACT:
@@ -82,7 +85,7 @@ def _pareto(axes: Axes, rows: list[Row], look: Look, *, words: str) -> None:
     if mixes:
         plot(axes, list(mixes), label="mix by layer", color=MIX_COLOR, marker="*", markersize=11, linestyle="none", zorder=5)
     for place, tolerances in mixes.items():
-        axes.annotate(", ".join(tolerances), place, (6, -9), textcoords="offset points", fontsize=7.5, color=MIX_COLOR, zorder=5)
+        axes.annotate(", ".join(tolerances), place, (-6, -9), textcoords="offset points", fontsize=7.5, color=MIX_COLOR, ha="right", zorder=5)
     plot(axes, pareto_front(rows), color=INK, alpha=0.3, linewidth=3, drawstyle="steps-post", zorder=1)
     exact = next(row.exact_attention_macs for row in rows)
     axes.axvline(exact or 0, color=INK, linestyle=":", linewidth=1.2, label="exact attention")
@@ -120,24 +123,21 @@ def _lengths(axes: Axes, rows: list[Row], look: Look, *, words: str) -> None:
 
 
 def _maps(rows: Sequence[Row], words: str) -> list[Drawing]:
-    """One heat map a text: a column a layer, a row a candidate."""
+    """One heat map a text, below each other: a column a layer, a row a candidate."""
     tried = [row for row in rows if row.task == "layer" and as_share(row) is not None]
-    panels: dict[str, Callable[[], Figure]] = {}
-    for source in sources(tried):
-        panels[source] = partial(_map_figure, {source: [row for row in tried if row.text == source]}, words)
-    if not panels:
+    if not tried:
         return []
-    whole = partial(_map_figure, {source: [row for row in tried if row.text == source] for source in panels}, words)
+    whole = partial(_map_figure, {source: [row for row in tried if row.text == source] for source in sources(tried)})
     length = tried[0].length
     title = f"Which layer tolerates which attention, {length:,} tokens"
     caption = (
         f"The {words} when this attention replaces exact attention in this layer alone. Pale layers can be swapped; dark ones cannot. "
         f"Below {LEAST:.1%} all is drawn alike, and so is all over {MOST_SHOWN:.0%}."
     )
-    return [Drawing("layers", title, caption, whole, tuple(panels.values()))]
+    return [Drawing("layers", title, caption, whole, (whole,))]
 
 
-def _map_figure(panels: dict[str, list[Row]], words: str) -> Figure:
+def _map_figure(panels: dict[str, list[Row]]) -> Figure:
     import numpy as np
     from matplotlib.colors import LogNorm
 

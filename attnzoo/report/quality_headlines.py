@@ -28,9 +28,12 @@ def _everywhere(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _cheapest(rows: list[Row], tolerance: float) -> str:
-    fitting = [row for row in rows if abs(as_share(row) or 0.0) <= tolerance and (saved(row.attention_macs, row.exact_attention_macs) or 0) > 0]
+    saving = [row for row in rows if (saved(row.attention_macs, row.exact_attention_macs) or 0) > 0]
+    if not saving:
+        return "none of these attentions saves MACs"
+    fitting = [row for row in saving if abs(as_share(row) or 0.0) <= tolerance]
     if not fitting:
-        best = min(rows, key=lambda row: abs(as_share(row) or 0.0))
+        best = min(saving, key=lambda row: abs(as_share(row) or 0.0))
         return f"no attention that saves MACs can be put into every layer; nearest is {best.label} ({change_of(best)})"
     best = min(fitting, key=lambda row: row.attention_macs or 0)
     return f"in every layer {best.label} ({change_of(best)}) {_savings(best)}"
@@ -55,8 +58,9 @@ def _layers(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _mixes(rows: Sequence[Row]) -> Iterator[str]:
-    """For each tolerance, the mix at the longest length on each text."""
+    """For each tolerance, the mix at the length at which it was chosen, where that was measured, and at the longest, on each text."""
     mixes = [row for row in rows if row.task == "mix"]
+    chosen_at = max((row.length for row in rows if row.task == "layer"), default=0)
     for tolerance in sorted({row.tolerance for row in mixes if row.tolerance is not None}):
         own = [row for row in mixes if row.tolerance == tolerance]
         longest = max(row.length for row in own)
@@ -64,8 +68,11 @@ def _mixes(rows: Sequence[Row]) -> Iterator[str]:
         if found[0].label == EXACT:
             yield f"{_within([tolerance], rows)}: no mix that saves MACs was found"
             continue
-        changes = ", ".join(f"{change_of(row)} on {row.text}" for row in found)
-        yield f"mix chosen to stay {_within([tolerance], rows)}, at {longest:,} tokens of unseen text: {changes}; it {_savings(found[0])}"
+        changes = "; ".join(
+            f"at {length:,} tokens {', '.join(f'{change_of(row)} on {row.text}' for row in own if row.length == length)}"
+            for length in sorted({row.length for row in own} & {chosen_at, longest})
+        )
+        yield f"mix chosen to stay {_within([tolerance], rows)}, on unseen text: {changes}, where it {_savings(found[0])}"
 
 
 def _savings(row: Row) -> str:

@@ -10,6 +10,7 @@ from attnzoo.cost.table import Column, Table
 from attnzoo.quality.rows import EXACT, Row
 from attnzoo.report.columns import count, percent
 
+HOPELESS = 1e5  # perplexities from here on, and ratios, are written by their power of ten
 TOLERATED = 0.01  # a layer tolerates a candidate that changes the model by less
 
 
@@ -58,8 +59,10 @@ def change_of(row: Row) -> str:
 
 
 def signed(share: float) -> str:
-    """0.012 -> +1.2%; large ones as a ratio: 3.2 -> 4.2x."""
-    return f"{1 + share:,.3g}x" if share >= 1 else f"{share:+.1%}"
+    """0.012 -> +1.2%; large ones as a ratio: 3.2 -> 4.2x, and hopeless ones by their power of ten."""
+    if share < 1:
+        return f"{share:+.1%}"
+    return f"{1 + share:,.3g}x" if share < HOPELESS else f"{_power(1 + share)}x"
 
 
 MACS = (
@@ -213,7 +216,15 @@ def _reasons(rows: Iterable[Row]) -> tuple[str, ...]:
 
 
 def _perplexity(value: float) -> str:
-    return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+    if value < 100:
+        return f"{value:.2f}"
+    return f"{value:,.0f}" if value < HOPELESS else _power(value)
+
+
+def _power(value: float) -> str:
+    """42830000 -> 4.3e7."""
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits}e{int(exponent)}"
 
 
 def _file(source: str) -> str:

@@ -43,7 +43,7 @@ from attnzoo.environment import environment
 from attnzoo.fidelity.models import load as load_pretrained
 from attnzoo.fidelity.text import play, titles
 from attnzoo.integrations.healed import load_healed
-from attnzoo.integrations.matching import Call, attention_parameters, matching_loss, recorded_calls
+from attnzoo.integrations.matching import RecordedCall, attention_parameters, matching_loss, recorded_calls
 from attnzoo.registry import spec_of
 
 __all__ = ["Recipe", "heal", "load_healed", "read_recipes"]
@@ -214,7 +214,7 @@ class Healing:
             total += F.cross_entropy(self._logits(model, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
         return math.exp(total / sequences[:, 1:].numel())
 
-    def _exact_calls(self, ids: Tensor) -> list[Call]:
+    def _exact_calls(self, ids: Tensor) -> list[RecordedCall]:
         with torch.no_grad(), self.accelerator.autocast(), recorded_calls(self.exact) as calls:
             self.exact.base_model(input_ids=ids, use_cache=False)
         return calls
