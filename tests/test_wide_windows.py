@@ -74,6 +74,17 @@ def test_what_hides_nothing_is_exact_attention(name: str, options: dict[str, obj
     assert found.kernel_macs == found.support_macs
 
 
+def test_the_last_row_of_a_window_is_exact_attention() -> None:
+    """So that a step of decoding, whose state holds the window alone, is one call of SDPA."""
+    q, k, v, _ = tensors(Situation(1, N, kv_heads=2))
+    mask = padding("left", 2, N)
+    window, exact = (attnzoo.build(name, heads=4, head_dim=8, **more) for name, more in (("sliding_window", {"window": N}), ("standard", {})))
+    assert torch.equal(window(q, k, v, is_causal=True), exact(q, k, v, is_causal=True))
+    close(window(q, k, v, key_mask=mask, is_causal=True), exact(q, k, v, key_mask=mask, is_causal=True), 1e-6, "padded")
+    costs = [attn.cost(2, 1, N, kv_heads=2, is_causal=True) for attn in (window, exact)]
+    assert costs[0] == replace(costs[1], state_growth=0)
+
+
 @DIRECTION
 @pytest.mark.parametrize("slots", [0, sparse.MASKED], ids=["no dense mask", ""])
 @pytest.mark.parametrize(("name", "options"), [("sliding_window", {"window": N}), ("bigbird", {"block_size": 128})], ids=str)

@@ -85,15 +85,15 @@ class Sparse(Softmax):
         if mask is None:
             return sdpa(self, call.q, call.k, call.v, is_causal=grid.is_causal and grid.query_length > 1)
         mask = mask[:, None, None]
-        if grid.is_causal:
+        if grid.is_causal and grid.query_length > 1:
             if mask.numel() * grid.query_length > MASKED:
                 return None
             mask = mask & causal_mask(grid.query_length, grid.key_length, mask.device)
         return sdpa(self, call.q, call.k, call.v, mask)
 
     def _is_whole(self, grid: Grid) -> bool:
-        """Whether exact attention can stand for the pattern: causal, it must be a square."""
-        return self.pattern.hides_nothing(grid) and (grid.query_length == grid.key_length or not grid.is_causal)
+        """Whether exact attention can stand for the pattern: causal, it must be a square, or the last row of one."""
+        return self.pattern.hides_nothing(grid) and (not grid.is_causal or grid.query_length in (1, grid.key_length))
 
     def _with_logits(self, cost: Cost, shape: Shape, logits: int) -> Cost:
         """One more term in the softmax of every row."""
