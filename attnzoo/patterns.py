@@ -157,7 +157,8 @@ class Window(Pattern):
         return (distance.abs() < self.window * dilation) & (distance % dilation == 0) | (grid.key_positions() < self.sinks)
 
     def hides_nothing(self, grid: Grid) -> bool:
-        return set(self.dilations) == {1} and max(grid.query_length, grid.key_length) <= self.window
+        seen = self.window + self.sinks if grid.is_causal else self.window  # the first slots lie behind a window that looks back alone
+        return set(self.dilations) == {1} and max(grid.query_length, grid.key_length) <= seen
 
     def heads_by_dilation(self, heads: int) -> dict[int, list[int]]:
         """The heads of every dilation, in ascending order. Raises ValueError when there is not one dilation for each head."""

@@ -74,11 +74,12 @@ def test_what_hides_nothing_is_exact_attention(name: str, options: dict[str, obj
     assert found.kernel_macs == found.support_macs
 
 
-def test_the_last_row_of_a_window_is_exact_attention() -> None:
-    """So that a step of decoding, whose state holds the window alone, is one call of SDPA."""
+@pytest.mark.parametrize("options", [{"window": N}, {"window": N - 3, "sinks": 3}], ids=str)
+def test_the_last_row_of_a_window_is_exact_attention(options: dict[str, object]) -> None:
+    """So that a step of decoding, whose state holds the window and the sinks alone, is one call of SDPA."""
     q, k, v, _ = tensors(Situation(1, N, kv_heads=2))
     mask = padding("left", 2, N)
-    window, exact = (attnzoo.build(name, heads=4, head_dim=8, **more) for name, more in (("sliding_window", {"window": N}), ("standard", {})))
+    window, exact = (attnzoo.build(name, heads=4, head_dim=8, **more) for name, more in (("sliding_window", options), ("standard", {})))
     assert torch.equal(window(q, k, v, is_causal=True), exact(q, k, v, is_causal=True))
     close(window(q, k, v, key_mask=mask, is_causal=True), exact(q, k, v, key_mask=mask, is_causal=True), 1e-6, "padded")
     costs = [attn.cost(2, 1, N, kv_heads=2, is_causal=True) for attn in (window, exact)]
