@@ -253,7 +253,7 @@ class BlockPattern(Pattern):
 def _sees_every_block(pattern: BlockPattern, grid: Grid) -> bool:
     hidden = ~pattern.seen_blocks(grid)
     if grid.is_causal:
-        hidden &= grid.query_blocks(pattern.block_size)[:, None] >= torch.arange(hidden.shape[2])
+        hidden &= grid.query_blocks(pattern.block_size)[:, None] >= torch.arange(hidden.shape[2], device=hidden.device)
     return not bool(hidden.any())
 
 

@@ -129,3 +129,21 @@ def test_each_slab_has_a_log_scale_only_where_its_sums_need_one(monkeypatch: pyt
     k[:, 1, :, 3], k[:, 2, :, 5], k[:, 3, 7, 5] = 100.0, -200.0, -200.0
     _, _, pasts = linear_bidirectional.forward(SoftmaxFeatures(), Call(q, k, v))
     assert [past.log_scale is not None for past in pasts] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("case", [case for case in KNOWN if False in case.spec.forms], ids=str)
+def test_another_number_of_threads_in_the_backward_pass(case: Case) -> None:
+    """What was taken together in the forward pass is taken together again; threads decide only there."""
+    attn, before = case.build(dtype=torch.float64, **sized(case.variant, 1100)), torch.get_num_threads()
+    *inputs, upstream = tensors(Situation(1100, 1100), shift=case.shift)
+    inputs, found = [x.requires_grad_() for x in inputs], []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(1)
+            out = attn(*inputs)
+            torch.set_num_threads(threads)
+            found.append(gradients_of(out, upstream, *inputs))
+    finally:
+        torch.set_num_threads(before)
+    for name, one, other in zip("qkv", *found, strict=True):
+        close(other, one, 1e-11, f"gradient of {name}")

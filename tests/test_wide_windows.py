@@ -106,3 +106,11 @@ def test_one_block_more_hides_something() -> None:
     assert isinstance(engine, sparse.Sparse)
     pattern = engine.pattern
     assert [pattern.hides_nothing(Grid(4, 128 * count, 128 * count, False)) for count in (5, 6, 8, 9)] == [True, True, False, False]
+
+
+@DIRECTION
+def test_what_a_pattern_hides_is_found_out_whatever_the_default_device(is_causal: bool) -> None:
+    engine = attnzoo.build("bigbird", heads=4, head_dim=8, block_size=128, seed=7).engine
+    assert isinstance(engine, sparse.Sparse)
+    with torch.device("meta"):
+        assert engine.pattern.hides_nothing(Grid(4, 600, 600, is_causal))

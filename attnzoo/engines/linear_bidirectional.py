@@ -50,13 +50,15 @@ def slab_sizes(width: int, kv_heads: int, group: int, length: int, threads: int)
     return max(1, together // kv_heads), min(together, kv_heads), tokens
 
 
-def slabs(feature_map: FeatureMap, call: Call) -> Iterator[Slab]:
+def slabs(feature_map: FeatureMap, call: Call, pasts: Sequence[Past | None] = ()) -> Iterator[Slab]:
+    """All heads of the call. pasts: the sums of the forward pass's slabs, taken together again whatever the number of threads is now."""
     (batch_size, kv_heads, keys), group = call.k.shape[:3], call.group
-    if call.q.device.type != "cpu":  # no cache to fit
-        yield Slab(slice(None), slice(None), slice(None), CHUNK)
-        return
     width, length = feature_map.width(call.q.shape[3]), max(1, keys, call.query_length)
     samples, heads, tokens = slab_sizes(width, kv_heads, group, length, torch.get_num_threads())
+    if call.q.device.type != "cpu":  # no cache to fit
+        samples, heads, tokens = max(1, batch_size), kv_heads, CHUNK
+    elif pasts and pasts[0] is not None:
+        samples, heads = pasts[0].sums.shape[:2]
     for sample in range(0, batch_size, samples):
         for head in range(0, kv_heads, heads):
             kv = slice(head, min(head + heads, kv_heads))
@@ -144,7 +146,7 @@ class Rows:
 def backward(feature_map: FeatureMap, call: Call, rows: Rows, pasts: Sequence[Past | None]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v: first what the rows send to the sums, then what the sums send to the keys."""
     d_q, d_k, d_v = (torch.empty_like(x) for x in (call.q, call.k, call.v))
-    for slab, past in zip(slabs(feature_map, call), pasts, strict=True):
+    for slab, past in zip(slabs(feature_map, call, pasts), pasts, strict=True):
         assert past is not None
         made_by = feature_map.unscaled if past.log_scale is None and feature_map.unscaled is not None else feature_map
         part, sums = slab.of(call), read_sums(made_by, past.sums)
@@ -212,6 +214,7 @@ def backward_absorb(feature_map: FeatureMap, call: Call, past: Past, d_sums: Ten
 
 
 def visible(d_features: Tensor, key_mask: Tensor | None) -> Tensor:
+    """The gradient of key features, (batch, kv_heads, length, width), 0 in padded slots."""
     return d_features if key_mask is None else d_features.masked_fill_(~key_mask[:, None, :, None], 0.0)
 
 
