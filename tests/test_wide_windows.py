@@ -10,7 +10,7 @@ from cases import Case, Situation, close, gradients_of, padding, tensors
 
 import attnzoo
 from attnzoo.engines import sparse
-from attnzoo.patterns import Grid
+from attnzoo.patterns import GlobalBlocks, Grid
 
 pytest.importorskip("fvcore")
 from test_counting import agree
@@ -114,3 +114,8 @@ def test_what_a_pattern_hides_is_found_out_whatever_the_default_device(is_causal
     assert isinstance(engine, sparse.Sparse)
     with torch.device("meta"):
         assert engine.pattern.hides_nothing(Grid(4, 600, 600, is_causal))
+
+
+def test_a_block_that_does_not_see_itself_is_hidden() -> None:
+    twice = GlobalBlocks(1, 4) | GlobalBlocks(1, 4)
+    assert not twice.hides_nothing(Grid(1, 8, 8, True))
