@@ -21,7 +21,7 @@ from attnzoo.tasks.needle import Needle
 from attnzoo.tasks.ngram import NGram
 from attnzoo.tasks.pixels import Pixels
 from attnzoo.tasks.shakespeare import Shakespeare, plays_of
-from attnzoo.tasks.task import IGNORED, PARTS, TEST, TRAINING, VALIDATION, Batch, Task
+from attnzoo.tasks.task import IGNORED, PARTS, SEED_LIMIT, SEEDS, STEPS, TEST, TRAINING, VALIDATION, Batch, Task
 from attnzoo.tasks.zoo import TASKS, find_task
 
 SYNTHETIC = [MQAR(32, 4, 16), Copy(12, 5), Induction(20, 4, 9), Needle(15, 6), Lookup(16, 4, 7), ListOps(24, 4, 3, 4, 200)]
@@ -46,6 +46,23 @@ def test_a_seed_and_a_step_give_the_same_examples_and_no_others(task: Task):
 
     assert torch.equal(drawn(1, 2), drawn(1, 2))
     assert not torch.equal(drawn(1, 2), drawn(1, 3)) and not torch.equal(drawn(1, 2), drawn(2, 2))
+
+
+@named
+def test_no_training_step_draws_from_a_generator_of_the_held_out_parts(task: Task):
+    """A generator reads 32 bits of its seed: 2**62 and 0 are one."""
+
+    def rows(batch: Batch) -> set[tuple[int, ...]]:
+        parts = [part for part in (batch.memory, batch.inputs) if part is not None]
+        return set(map(tuple, torch.cat(parts, 1).tolist()))
+
+    first, last = (0, 0), (SEED_LIMIT - 1, STEPS - 1)
+    drawn = {first: task.training_batch(16, *first), (0, 1): task.training_batch(16, 0, 1), last: task.training_batch(16, *last)}
+    assert (SEED_LIMIT - 1) * STEPS + STEPS - 1 < min(SEEDS.values()) and max(SEEDS.values()) < 2**32
+    for part in (VALIDATION, TEST):
+        held_out = rows(task.held_out(part, 64))
+        for at, batch in drawn.items():
+            assert len(rows(batch) & held_out) < 4, (part, at)  # a small vocabulary may draw one sequence twice
 
 
 @named

@@ -19,7 +19,7 @@ from attnzoo.tasks import checkpoints
 from attnzoo.tasks.contenders import Contender
 from attnzoo.tasks.devices import PRECISIONS, Devices
 from attnzoo.tasks.model import Sizes, Transformer
-from attnzoo.tasks.task import IGNORED, TEST, VALIDATION, Batch, Task
+from attnzoo.tasks.task import IGNORED, STEPS, TEST, VALIDATION, Batch, Task
 
 Report = Callable[[int, float], None]  # steps done, the loss of the last
 CURVE_POINTS = 100  # of the curve in a result row: means over as many stretches
@@ -39,6 +39,8 @@ class Budget:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "evaluate_every"):
             check_positive(name, getattr(self, name))
+        if self.steps > STEPS:
+            raise ValueError(f"steps={self.steps} is more than {STEPS}, after which examples of the next seed would come; give fewer")
         check_count("warmup_steps", self.warmup_steps)
         if not isinstance(self.weight_decay, int | float) or not 0 <= self.weight_decay < 1:
             raise ValueError(f"weight_decay={self.weight_decay!r} must be a number in [0, 1)")
