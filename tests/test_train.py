@@ -196,6 +196,14 @@ def test_two_processes_train_what_one_does(tmp_path):
     assert in_two_processes(in_parts, str(tmp_path), trained(setup(LISTOPS), tmp_path / "alone").curve) == []
 
 
+@pytest.mark.parametrize("changes", [{"budget": replace(BUDGET, batch_size=1)}, {"held_out": 1}], ids=["batch", "held out"])
+def test_more_processes_than_rows_are_refused(changes, tmp_path):
+    devices = Devices(CPU, "float32")
+    devices.count = 2
+    with pytest.raises(ValueError, match=r"=1 is less than one row for each of 2 processes; give more, or launch fewer"):
+        Run(study("standard", **changes), devices, (), lambda row: None, tmp_path, {})
+
+
 # The study.
 
 

@@ -39,6 +39,7 @@ class Run:
         checkpoints: Path,
         facts: dict[str, str],
     ) -> None:
+        devices.check_shares(batch_size=study.budget.batch_size, held_out=study.held_out)
         self.study, self.devices, self.write, self.checkpoints, self.facts = study, devices, write, checkpoints, facts
         self.held: dict[Key, Row] = {row.key: row for row in held}
         self.rows: dict[Key, Row] = {}
