@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnzoo.configuration import configs_folder, read_yaml
 from attnzoo.fidelity.packages import MissingPackageError
-from attnzoo.tasks import pixels, shakespeare
+from attnzoo.tasks import listops, pixels, shakespeare
 from attnzoo.tasks.copying import Copy
 from attnzoo.tasks.induction import Induction
 from attnzoo.tasks.listops import PADDING, TOKENS, ListOps, evaluate
@@ -172,6 +174,21 @@ def test_generated_listops_keep_to_the_grammar_and_are_in_one_part_only():
             seen.append(" ".join(words))
     assert len(set(seen)) == len(seen) == 300 + 2 * 2000
     assert {word for expression in seen for word in expression.split()} == set(TOKENS)
+
+
+def test_listops_are_as_deep_as_they_may_be(monkeypatch):
+    """Where no argument is a digit by choice, every list stands `depth` deep. Long Range Arena's max_depth of 10 counts the digits, too."""
+    monkeypatch.setattr(listops, "DIGIT_SHARE", 0.0)
+    tokens: list[int] = []
+    assert listops._write(ListOps(length=64, depth=3, arguments=2), random.Random(0), 1, tokens)
+    assert "".join("d" if token < 10 else TOKENS[token][0] for token in tokens) == "[[[dd][dd]][[dd][dd]]]"
+
+    def operators(level: int) -> int:
+        """Of generate_tree in lra_benchmarks/data/listops.py, which starts at level 1 and draws no operator at max_depth."""
+        return 0 if level == 10 else 1 + operators(level + 1)
+
+    settings = read_yaml(configs_folder() / "tasks" / "listops.yaml", "listops.yaml")["sizes"]["gpu"]["problem"]
+    assert settings["depth"] == operators(1) == 9
 
 
 def test_the_baselines_of_listops_see_the_outer_list_alone():

@@ -273,6 +273,22 @@ def test_a_loss_that_is_not_finite_ends_its_run_and_not_the_study(tmp_path, monk
     assert summaries["standard"].validations[0.01] is None and "rate 0.01, seed 3" in summaries["standard"].reason
 
 
+@pytest.mark.parametrize(("part", "stopped_at"), [("validation", 2), (TEST, 7)])
+def test_a_held_out_loss_that_is_not_finite_ends_its_run_and_not_the_study(part, stopped_at, tmp_path, monkeypatch):
+    """Its score would be no number that a result file may hold."""
+    held_out = TASKS[0].held_out(part, 16)
+
+    def explode(model, task, batch, *rest):
+        found = evaluate(model, task, batch, *rest)
+        return (float("nan"), float("nan")) if torch.equal(batch.inputs, held_out.inputs) else found
+
+    monkeypatch.setattr(loop, "evaluate", explode)
+    rows, _ = rows_of(study("standard", "linear", learning_rates=(0.01,), seeds=(3,)), tmp_path)
+    runs = [row for row in rows if not row.is_baseline]
+    assert [(row.label, row.stopped_at, row.test, row.validation) for row in runs] == [(x, stopped_at, None, None) for x in ("standard", "linear")]
+    assert all(f"not finite at step {stopped_at}" in row.reason and "NaN" not in row.to_json() for row in runs)
+
+
 @pytest.mark.parametrize(
     ("task", "text", "reason"),
     [

@@ -22,8 +22,8 @@ COLUMNS = (
     Column("seconds", "time", duration),
 )
 FORMULA = (
-    "test: {metric}, mean over the seeds at the rate that was best on validation; ±: standard deviation; state: what decoding carries after one "
-    "sequence, all layers; MACs: of all attentions with their projections, one sequence; peak: of one training step; time: of a run's training steps"
+    "test: {metric}, mean over the seeds at the rate that was best on validation; ±: standard deviation; state: what all attentions carry in "
+    "decoding after one sequence; MACs: of all attentions with their projections, one sequence, as kernels run them (a window in whole blocks); peak: of one training step; time: of a run's training steps"
 )
 BEST_MARK, BEST_WITHIN = " *", 0.01  # in the matrix
 

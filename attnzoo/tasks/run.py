@@ -110,7 +110,7 @@ class Run:
             peak_bytes=self._peak_bytes(setup),
             state_bytes=model.state_bytes(),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            reason="" if stopped is None else f"the loss or its gradient was not finite at step {stopped}",
+            reason="" if stopped is None else f"the loss, of training or held-out examples, or its gradient was not finite at step {stopped}",
         )
         self._keep(row)
         if self.devices.is_main:
