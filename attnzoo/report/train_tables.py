@@ -23,7 +23,8 @@ COLUMNS = (
 )
 FORMULA = (
     "test: {metric}, mean over the seeds at the rate that was best on validation; ±: standard deviation; state: what all attentions carry in "
-    "decoding after one sequence; MACs: of all attentions with their projections, one sequence, as kernels run them (a window in whole blocks); peak: of one training step; time: of a run's training steps"
+    "decoding after one sequence; MACs: of all attentions with their projections, one sequence, as kernels run them (a window in "
+    "whole blocks); peak: of one training step; time: of a run's training steps"
 )
 BEST_MARK, BEST_WITHIN = " *", 0.01  # in the matrix
 
