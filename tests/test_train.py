@@ -327,6 +327,18 @@ def test_test_scores_have_a_mean_and_a_standard_deviation():
     assert len(problem.best_rows("standard")) == 3
 
 
+def test_the_rate_is_chosen_with_the_seed_that_tried_them_all():
+    """A file that began with one run of another seed gives the table that the study printed."""
+    blank = Row("mqar", {"length": 4}, {}, {}, 8, "accuracy", "standard", [["standard", {}]], environment={})
+    runs = [(0.1, 5, 0.99, 0.3), (0.1, 0, 0.5, 0.4), (0.2, 0, 0.9, 0.8), (0.2, 5, 0.8, 0.6)]
+    rows = [replace(blank, learning_rate=r, seed=s, validation=v, validation_loss=1.0, test=t, seconds=2.0) for r, s, v, t in runs]
+    for order in (rows[:3], rows[:1] + rows[2:0:-1]):
+        (standard,) = summed_up(order)[0].contenders
+        assert (standard.learning_rate, standard.test, set(standard.validations)) == (0.2, 0.8, {0.1, 0.2})
+    (standard,) = summed_up([rows[1], rows[2], rows[0], rows[3]])[0].contenders
+    assert (standard.learning_rate, standard.test) == (0.2, pytest.approx(0.7))
+
+
 def test_layers_take_turns_and_parts_must_come_out_even():
     assert [part.name for part in contender("linear+standard").layers(4)] == ["linear", "standard", "linear", "standard"]
     with pytest.raises(ValueError, match="2 parts and the model layers=3"):
