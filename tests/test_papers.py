@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import attnzoo
+import attnzoo.bench.memory
 from attnzoo.patterns import Grid
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +27,7 @@ spectrum: Any = import_module("benchmarks.papers.linformer_spectrum")
 reach: Any = import_module("benchmarks.papers.bigbird_reach")
 decoding: Any = import_module("benchmarks.papers.linear_decoding")
 flash: Any = import_module("benchmarks.papers.flash_memory")
+longformer: Any = import_module("benchmarks.papers.longformer_speed")
 
 PAIRS = (((0.3, 0.1), (0.2, 0.4)), ((0.5, 0.0), (-0.4, 0.3)), ((0.4, 0.2), (-0.4, -0.2)))
 X, Y = (torch.tensor([pair[side] for pair in PAIRS], dtype=torch.float64) for side in range(2))
@@ -135,6 +137,20 @@ def test_reach_of_known_graphs() -> None:
 def test_stored_attention_is_exact_attention() -> None:
     q, k, v = (torch.randn(2, 3, 20, 8, dtype=torch.float64) for _ in range(3))
     torch.testing.assert_close(study.stored_attention(q, k, v), attnzoo.build("standard", heads=3, head_dim=8)(q, k, v))
+
+
+@pytest.mark.parametrize("length", [3, 9, 40])
+def test_a_window_by_diagonals_is_a_window(length: int) -> None:
+    q, k, v = (torch.randn(2, 3, length, 8, dtype=torch.float64) for _ in range(3))
+    wanted = attnzoo.build("sliding_window", heads=3, head_dim=8, window=7)(q, k, v)
+    torch.testing.assert_close(longformer.by_diagonals(q, k, v, window=7), wanted)
+
+
+def test_a_window_needs_no_square() -> None:
+    """Whichever way it is computed: twice the tokens take about twice the memory, and of A four times."""
+    peaks = {n: {label: attnzoo.bench.memory.peak_bytes(call) for label, call in longformer.calls(n, 1).items()} for n in (1024, 2048)}
+    grown = {label: peaks[2048][label] / peaks[1024][label] for label in peaks[1024]}
+    assert grown["A stored"] == pytest.approx(4, rel=0.05) and max(grown["window, by diagonals"], grown["longformer"]) < 2.2, grown
 
 
 def test_flash_needs_no_square() -> None:

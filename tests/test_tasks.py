@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnzoo.configuration import configs_folder, read_yaml
 from attnzoo.fidelity.packages import MissingPackageError
-from attnzoo.tasks import pixels, shakespeare
+from attnzoo.tasks import listops, pixels, shakespeare
 from attnzoo.tasks.copying import Copy
 from attnzoo.tasks.induction import Induction
 from attnzoo.tasks.listops import PADDING, TOKENS, ListOps, evaluate
@@ -21,7 +23,7 @@ from attnzoo.tasks.needle import Needle
 from attnzoo.tasks.ngram import NGram
 from attnzoo.tasks.pixels import Pixels
 from attnzoo.tasks.shakespeare import Shakespeare, plays_of
-from attnzoo.tasks.task import IGNORED, PARTS, TEST, TRAINING, VALIDATION, Batch, Task
+from attnzoo.tasks.task import IGNORED, PARTS, SEED_LIMIT, SEEDS, STEPS, TEST, TRAINING, VALIDATION, Batch, Task
 from attnzoo.tasks.zoo import TASKS, find_task
 
 SYNTHETIC = [MQAR(32, 4, 16), Copy(12, 5), Induction(20, 4, 9), Needle(15, 6), Lookup(16, 4, 7), ListOps(24, 4, 3, 4, 200)]
@@ -46,6 +48,23 @@ def test_a_seed_and_a_step_give_the_same_examples_and_no_others(task: Task):
 
     assert torch.equal(drawn(1, 2), drawn(1, 2))
     assert not torch.equal(drawn(1, 2), drawn(1, 3)) and not torch.equal(drawn(1, 2), drawn(2, 2))
+
+
+@named
+def test_no_training_step_draws_from_a_generator_of_the_held_out_parts(task: Task):
+    """A generator reads 32 bits of its seed: 2**62 and 0 are one."""
+
+    def rows(batch: Batch) -> set[tuple[int, ...]]:
+        parts = [part for part in (batch.memory, batch.inputs) if part is not None]
+        return set(map(tuple, torch.cat(parts, 1).tolist()))
+
+    first, last = (0, 0), (SEED_LIMIT - 1, STEPS - 1)
+    drawn = {first: task.training_batch(16, *first), (0, 1): task.training_batch(16, 0, 1), last: task.training_batch(16, *last)}
+    assert min(SEEDS.values()) > (SEED_LIMIT - 1) * STEPS + STEPS - 1 and max(SEEDS.values()) < 2**32
+    for part in (VALIDATION, TEST):
+        held_out = rows(task.held_out(part, 64))
+        for at, batch in drawn.items():
+            assert len(rows(batch) & held_out) < 4, (part, at)  # a small vocabulary may draw one sequence twice
 
 
 @named
@@ -155,6 +174,21 @@ def test_generated_listops_keep_to_the_grammar_and_are_in_one_part_only():
             seen.append(" ".join(words))
     assert len(set(seen)) == len(seen) == 300 + 2 * 2000
     assert {word for expression in seen for word in expression.split()} == set(TOKENS)
+
+
+def test_listops_are_as_deep_as_they_may_be(monkeypatch):
+    """Where no argument is a digit by choice, every list stands `depth` deep. Long Range Arena's max_depth of 10 counts the digits, too."""
+    monkeypatch.setattr(listops, "DIGIT_SHARE", 0.0)
+    tokens: list[int] = []
+    assert listops._write(ListOps(length=64, depth=3, arguments=2), random.Random(0), 1, tokens)
+    assert "".join("d" if token < 10 else TOKENS[token][0] for token in tokens) == "[[[dd][dd]][[dd][dd]]]"
+
+    def operators(level: int) -> int:
+        """Of generate_tree in lra_benchmarks/data/listops.py, which starts at level 1 and draws no operator at max_depth."""
+        return 0 if level == 10 else 1 + operators(level + 1)
+
+    settings = read_yaml(configs_folder() / "tasks" / "listops.yaml", "listops.yaml")["sizes"]["gpu"]["problem"]
+    assert settings["depth"] == operators(1) == 9
 
 
 def test_the_baselines_of_listops_see_the_outer_list_alone():

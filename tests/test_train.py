@@ -196,6 +196,14 @@ def test_two_processes_train_what_one_does(tmp_path):
     assert in_two_processes(in_parts, str(tmp_path), trained(setup(LISTOPS), tmp_path / "alone").curve) == []
 
 
+@pytest.mark.parametrize("changes", [{"budget": replace(BUDGET, batch_size=1)}, {"held_out": 1}], ids=["batch", "held out"])
+def test_more_processes_than_rows_are_refused(changes, tmp_path):
+    devices = Devices(CPU, "float32")
+    devices.count = 2
+    with pytest.raises(ValueError, match=r"=1 is less than one row for each of 2 processes; give more, or launch fewer"):
+        Run(study("standard", **changes), devices, (), lambda row: None, tmp_path, {})
+
+
 # The study.
 
 
@@ -265,6 +273,22 @@ def test_a_loss_that_is_not_finite_ends_its_run_and_not_the_study(tmp_path, monk
     assert summaries["standard"].validations[0.01] is None and "rate 0.01, seed 3" in summaries["standard"].reason
 
 
+@pytest.mark.parametrize(("part", "stopped_at"), [("validation", 2), (TEST, 7)])
+def test_a_held_out_loss_that_is_not_finite_ends_its_run_and_not_the_study(part, stopped_at, tmp_path, monkeypatch):
+    """Its score would be no number that a result file may hold."""
+    held_out = TASKS[0].held_out(part, 16)
+
+    def explode(model, task, batch, *rest):
+        found = evaluate(model, task, batch, *rest)
+        return (float("nan"), float("nan")) if torch.equal(batch.inputs, held_out.inputs) else found
+
+    monkeypatch.setattr(loop, "evaluate", explode)
+    rows, _ = rows_of(study("standard", "linear", learning_rates=(0.01,), seeds=(3,)), tmp_path)
+    runs = [row for row in rows if not row.is_baseline]
+    assert [(row.label, row.stopped_at, row.test, row.validation) for row in runs] == [(x, stopped_at, None, None) for x in ("standard", "linear")]
+    assert all(f"not finite at step {stopped_at}" in row.reason and "NaN" not in row.to_json() for row in runs)
+
+
 @pytest.mark.parametrize(
     ("task", "text", "reason"),
     [
@@ -301,6 +325,18 @@ def test_test_scores_have_a_mean_and_a_standard_deviation():
     assert (standard.learning_rate, standard.seeds, standard.seconds) == (0.2, 3, 2.0)
     assert standard.test == pytest.approx(0.7) and standard.spread == pytest.approx(0.1)
     assert len(problem.best_rows("standard")) == 3
+
+
+def test_the_rate_is_chosen_with_the_seed_that_tried_them_all():
+    """A file that began with one run of another seed gives the table that the study printed."""
+    blank = Row("mqar", {"length": 4}, {}, {}, 8, "accuracy", "standard", [["standard", {}]], environment={})
+    runs = [(0.1, 5, 0.99, 0.3), (0.1, 0, 0.5, 0.4), (0.2, 0, 0.9, 0.8), (0.2, 5, 0.8, 0.6)]
+    rows = [replace(blank, learning_rate=r, seed=s, validation=v, validation_loss=1.0, test=t, seconds=2.0) for r, s, v, t in runs]
+    for order in (rows[:3], rows[:1] + rows[2:0:-1]):
+        (standard,) = summed_up(order)[0].contenders
+        assert (standard.learning_rate, standard.test, set(standard.validations)) == (0.2, 0.8, {0.1, 0.2})
+    (standard,) = summed_up([rows[1], rows[2], rows[0], rows[3]])[0].contenders
+    assert (standard.learning_rate, standard.test) == (0.2, pytest.approx(0.7))
 
 
 def test_layers_take_turns_and_parts_must_come_out_even():

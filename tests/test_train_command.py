@@ -135,7 +135,9 @@ def test_a_checkpoint_of_another_configuration_is_refused(capsys, monkeypatch):
         (("--problem", "pairs"), "'pairs' is not of the form knob=number"),
         (("--problem", "pairs=9"), "length=16 is too small"),
         (("--steps", "0"), "steps=0 must be a whole number of at least 1"),
+        (("--steps", "1000004"), "steps=1000004 is more than 1000003"),
         (("--seeds", "-1"), "seed=-1 must be a whole number"),
+        (("--seeds", "4294"), "seed=4294 is out of range; use 0 to 4293"),
         (("--learning-rates", "2"), "learning_rates: 2.0 must be a number between 0 and 1"),
         (("--device", "tpu"), "device='tpu'"),
         (("--config", "no.yaml"), "--config no.yaml cannot be read"),
@@ -215,7 +217,7 @@ def test_the_matrix_has_a_row_a_contender_and_a_column_a_problem():
 def test_a_problem_with_two_budgets_is_two_columns_and_two_charts():
     longer = [replace(row, budget={"steps": 8, "batch_size": 2}) for row in rows(4, 0.7)]
     problems = summed_up([*rows(4, 0.9), *longer, *rows(8, 0.5)])
-    headings = ["mqar pairs=4 steps=4", "mqar pairs=4 steps=8 batch_size=2", "mqar pairs=8"]
+    headings = ["mqar pairs=4 steps=4", "mqar pairs=4 steps=8", "mqar pairs=8"]  # batch_size is another too, and need not be told
     assert [column.heading for column in matrix(problems).columns[1:]] == headings
     assert [axes.get_title(loc="left") for axes in drawings(problems)[0].whole().axes] == headings
 
@@ -250,6 +252,18 @@ def test_figures_are_drawn_for_what_there_is():
     lines = {line.get_label(): list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in drawn}
     assert lines["linear"] == [(4, pytest.approx(0.8)), (8, pytest.approx(0.4))] and axes.get_xlabel() == "pairs"
     assert turned_knob(both) == "pairs"
+
+
+def test_every_study_with_a_knob_that_turns_has_its_chart_whatever_else_the_page_holds():
+    longer = [replace(row, budget={"steps": 8, "batch_size": 2}, problem={"length": 128, "pairs": pairs}) for pairs in (4, 8) for row in rows(4, 0.7)]
+    alone = [replace(row, model={"width": 32}) for row in rows(16, 0.3)]
+    (drawing,) = [drawing for drawing in drawings(summed_up([*rows(4, 0.9), *rows(8, 0.5), *longer, *alone])) if drawing.name == "knob"]
+    assert [axes.get_title(loc="left") for axes in drawing.whole().axes] == ["mqar steps=4", "mqar steps=8"]
+
+
+def test_titles_tell_problems_apart_and_no_more():
+    small = summed_up([*rows(4, 0.9), *[replace(row, problem={"length": 128, "pairs": 8, "vocabulary": 128}) for row in rows(8, 0.5)]])
+    assert [column.heading for column in matrix(small).columns[1:]] == ["mqar length=64", "mqar length=128"]
 
 
 def test_level_lines_do_not_press_the_models_together():

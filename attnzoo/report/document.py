@@ -28,7 +28,7 @@ ul { padding-left: 1.2rem; }
 .scroll { overflow-x: auto; margin: 0.8rem 0; border: 1px solid var(--faint); border-radius: 6px; }
 table { border-collapse: collapse; width: 100%; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.4rem 0.65rem; text-align: right; vertical-align: baseline; white-space: nowrap; border-bottom: 1px solid var(--faint); }
-thead th { background: var(--raised); color: var(--soft); font-weight: 600; vertical-align: bottom; }
+thead th { background: var(--raised); color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; }
 tbody tr:last-child > * { border-bottom: 0; }
 th.text, td.text { text-align: left; }
 tbody th { position: sticky; left: 0; background: var(--paper); font-weight: 600; white-space: normal; min-width: 5.5rem; max-width: 15rem; }

@@ -12,7 +12,7 @@ from attnzoo.report.axes import log_axis
 from attnzoo.report.bench_figures import memory_tick
 from attnzoo.report.figures import Drawing, Look, chart, count_tick, plot
 from attnzoo.report.style import INK, styles
-from attnzoo.report.train_tables import short_title
+from attnzoo.report.train_tables import settings_of, short_title, telling
 from attnzoo.tasks.summary import Problem, Summary
 
 if TYPE_CHECKING:
@@ -78,11 +78,10 @@ def pareto_front(points: Iterable[tuple[float, float]], lower_is_better: bool) -
 
 
 def turned_knob(problems: Sequence[Problem]) -> str | None:
-    """The one knob in which the problems of a task differ, with everything else equal; None when that is not so."""
+    """The one knob in which problems of one study differ; None when they differ in none or in several."""
     knobs = {name for problem in problems for name in problem.knobs}
     differing = [name for name in knobs if len({problem.knobs.get(name) for problem in problems}) > 1]
-    rest = {str((problem.model, problem.budget, problem.held_out)) for problem in problems}
-    return differing[0] if len(differing) == 1 and len(rest) == 1 else None
+    return differing[0] if len(differing) == 1 else None
 
 
 def _trained(problem: Problem) -> list[Summary]:
@@ -90,10 +89,18 @@ def _trained(problem: Problem) -> list[Summary]:
 
 
 def _turned(problems: Sequence[Problem]) -> dict[str, list[Problem]]:
-    by_task: dict[str, list[Problem]] = {}
+    """The problems of every study (a task, one model and one budget) in which one knob is turned."""
+    studies: dict[str, list[Problem]] = {}
     for problem in problems:
-        by_task.setdefault(problem.task, []).append(problem)
-    return {task: found for task, found in by_task.items() if turned_knob(found) is not None}
+        studies.setdefault(str((problem.task, problem.model, problem.budget, problem.held_out)), []).append(problem)
+    turned = [found for found in studies.values() if turned_knob(found) is not None]
+    return {_study_title(found[0], [other[0] for other in turned if other[0].task == found[0].task]): found for found in turned}
+
+
+def _study_title(problem: Problem, others: Sequence[Problem]) -> str:
+    """The task, and what tells its studies apart."""
+    told = telling(settings_of(problem), list(map(settings_of, others)))
+    return " ".join([problem.task, *(f"{name}={value}" for name, value in told.items())])
 
 
 def _against(axes: Axes, problems: list[Problem], look: Look, *, number: Number, label: str, tick: Callable[[float], str]) -> None:

@@ -22,8 +22,9 @@ COLUMNS = (
     Column("seconds", "time", duration),
 )
 FORMULA = (
-    "test: {metric}, mean over the seeds at the rate that was best on validation; ±: standard deviation; state: what decoding carries after one "
-    "sequence, all layers; MACs: of all attentions with their projections, one sequence; peak: of one training step; time: of a run's training steps"
+    "test: {metric}, mean over the seeds at the rate that was best on validation; ±: standard deviation; state: what all attentions carry in "
+    "decoding after one sequence; MACs: of all attentions with their projections, one sequence, as kernels run them (a window in "
+    "whole blocks); peak: of one training step; time: of a run's training steps"
 )
 BEST_MARK, BEST_WITHIN = " *", 0.01  # in the matrix
 
@@ -66,27 +67,37 @@ def _cell(problem: Problem, contender: Summary | None) -> str | None:
 
 
 def short_title(problem: Problem, problems: Sequence[Problem]) -> str:
-    """The task, those knobs in which its problems differ, and of problems with the same knobs what else they differ in."""
+    """The task, knobs enough to tell its problems apart, and of problems with the same knobs enough of what else they differ in."""
     same = [other for other in problems if other.task == problem.task]
-    twins = [_settings(other) for other in same if other.knobs == problem.knobs]
-    told = {**_differing(problem.knobs, [other.knobs for other in same]), **_differing(_settings(problem), twins)}
+    twins = [settings_of(other) for other in same if other.knobs == problem.knobs]
+    told = {**telling(problem.knobs, [other.knobs for other in same]), **telling(settings_of(problem), twins)}
     return " ".join([problem.task, *(f"{name}={value}" for name, value in told.items())])
 
 
-def _settings(problem: Problem) -> dict[str, Any]:
+def settings_of(problem: Problem) -> dict[str, Any]:
+    """Of its study: model, budget and how much is held out."""
     return {**problem.model, **problem.budget, "held_out": problem.held_out}
 
 
-def _differing(settings: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Those settings that are not the same in all the others."""
-    return {name: value for name, value in settings.items() if len({str(other.get(name)) for other in others}) > 1}
+def telling(settings: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """As few of the settings as tell the others apart, the first ones rather than the last."""
+
+    def kinds(names: Sequence[str]) -> int:
+        return len({tuple(str(other.get(name)) for name in names) for other in others})
+
+    told = list(settings)
+    for name in reversed(settings):
+        rest = [other for other in told if other != name]
+        if kinds(rest) == kinds(told):
+            told = rest
+    return {name: settings[name] for name in told}
 
 
 def _table(number: int, problem: Problem) -> Table:
     shown = [contender for contender in problem.contenders if contender.test is not None]
     notes = [f"{contender.label}: {contender.reason}" for contender in problem.contenders if contender.reason]
     rows = tuple(_numbers(contender, problem.metric) for contender in shown)
-    return Table(f"problem-{number}", problem.title, FORMULA.format(metric=problem.metric), COLUMNS, rows, _settings(problem), tuple(notes))
+    return Table(f"problem-{number}", problem.title, FORMULA.format(metric=problem.metric), COLUMNS, rows, settings_of(problem), tuple(notes))
 
 
 def _numbers(contender: Summary, metric: str) -> dict[str, Any]:

@@ -32,6 +32,12 @@ class Devices:
         """Whether this process writes the files and talks."""
         return self.rank == 0
 
+    def check_shares(self, **rows: int) -> None:
+        """Raise ValueError when a process would be left without a row of a batch."""
+        for name, count in rows.items():
+            if count < self.count:
+                raise ValueError(f"{name}={count} is less than one row for each of {self.count} processes; give more, or launch fewer processes")
+
     def place(self, model: nn.Module) -> Any:
         """The model on its device; of several processes, with gradients that are means over them."""
         model = model.to(self.device)

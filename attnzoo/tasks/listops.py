@@ -24,7 +24,8 @@ class ListOps(Task):
     minimum, maximum, median (its floor) and sum modulo 10 of lists; the answer is a digit. Sequences are padded to `length`.
 
     length: most tokens; shortest: fewest. depth: most operators inside one another, the outer one included. arguments: most of one list (2 at least).
-    expressions: different ones to train on. Long Range Arena: length 2000, shortest 500, depth 10, arguments 10, 96,000 expressions.
+    expressions: different ones to train on. Long Range Arena: length 2000, shortest 500, depth 9 (its code,
+    lra_benchmarks/data/listops.py, counts the digits of the innermost list as the tenth level), arguments 10, 96,000 expressions.
     """
 
     length: int = 64

@@ -19,7 +19,7 @@ from attnzoo.tasks import checkpoints
 from attnzoo.tasks.contenders import Contender
 from attnzoo.tasks.devices import PRECISIONS, Devices
 from attnzoo.tasks.model import Sizes, Transformer
-from attnzoo.tasks.task import IGNORED, TEST, VALIDATION, Batch, Task
+from attnzoo.tasks.task import IGNORED, STEPS, TEST, VALIDATION, Batch, Task
 
 Report = Callable[[int, float], None]  # steps done, the loss of the last
 CURVE_POINTS = 100  # of the curve in a result row: means over as many stretches
@@ -39,6 +39,8 @@ class Budget:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "evaluate_every"):
             check_positive(name, getattr(self, name))
+        if self.steps > STEPS:
+            raise ValueError(f"steps={self.steps} is more than {STEPS}, after which examples of the next seed would come; give fewer")
         check_count("warmup_steps", self.warmup_steps)
         if not isinstance(self.weight_decay, int | float) or not 0 <= self.weight_decay < 1:
             raise ValueError(f"weight_decay={self.weight_decay!r} must be a number in [0, 1)")
@@ -80,7 +82,8 @@ class Setup:
 class Outcome:
     """What a run found. curve: the loss of every step. validations: (steps done, score). seconds: of the training steps.
 
-    stopped_at: the step, from 0, whose loss or gradient was not finite; the run ended there, before that step moved a weight.
+    stopped_at: the step, from 0, whose loss or gradient was not finite, before it moved a weight, or after which the loss on held-out examples was
+    not; the run ended there.
     """
 
     curve: list[float] = field(default_factory=list)
@@ -129,12 +132,19 @@ def train(setup: Setup, devices: Devices, checkpoint: Path, report: Report) -> O
         done = step + 1
         if done % setup.budget.evaluate_every == 0 or done == setup.budget.steps:
             found.validation, found.validation_loss = evaluate(placed, setup.task, validation, setup.budget.batch_size, devices)
+            if not math.isfinite(found.validation_loss):
+                found.stopped_at = step
+                return found
             found.validations.append((done, found.validation))
             if devices.is_main:
                 state = {"configuration": configuration, "outcome": vars(found), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 checkpoints.write(checkpoint, state)
         report(done, loss)
-    found.test, _ = evaluate(placed, setup.task, setup.task.held_out(TEST, setup.held_out), setup.budget.batch_size, devices)
+    test, loss = evaluate(placed, setup.task, setup.task.held_out(TEST, setup.held_out), setup.budget.batch_size, devices)
+    if math.isfinite(loss):
+        found.test = test
+    else:
+        found.stopped_at = setup.budget.steps - 1
     return found
 
 

@@ -39,6 +39,7 @@ class Run:
         checkpoints: Path,
         facts: dict[str, str],
     ) -> None:
+        devices.check_shares(batch_size=study.budget.batch_size, held_out=study.held_out)
         self.study, self.devices, self.write, self.checkpoints, self.facts = study, devices, write, checkpoints, facts
         self.held: dict[Key, Row] = {row.key: row for row in held}
         self.rows: dict[Key, Row] = {}
@@ -109,7 +110,7 @@ class Run:
             peak_bytes=self._peak_bytes(setup),
             state_bytes=model.state_bytes(),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            reason="" if stopped is None else f"the loss or its gradient was not finite at step {stopped}",
+            reason="" if stopped is None else f"the loss, of training or held-out examples, or its gradient was not finite at step {stopped}",
         )
         self._keep(row)
         if self.devices.is_main:

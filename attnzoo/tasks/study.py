@@ -13,9 +13,8 @@ from attnzoo.configuration import check_mapping, read_yaml
 from attnzoo.tasks.contenders import Contender, ParseVariant, parse_contender
 from attnzoo.tasks.loop import Budget
 from attnzoo.tasks.model import Sizes
-from attnzoo.tasks.task import Task
+from attnzoo.tasks.task import SEED_LIMIT, Task
 
-SEED_LIMIT = 2**32
 KEYS = ("problem", "model", "budget", "held_out", "learning_rates", "seeds", "variants")
 MAPPINGS = ("problem", "model", "budget")  # overridden key by key, the others whole
 T = TypeVar("T", Sizes, Budget)
@@ -126,5 +125,5 @@ def _rate(rate: Any) -> float:
 
 def _seed(seed: Any) -> int:
     if check_count("seed", seed) >= SEED_LIMIT:
-        raise ValueError(f"seed={seed} is out of range; use 0 to {SEED_LIMIT - 1}")
+        raise ValueError(f"seed={seed} is out of range; use 0 to {SEED_LIMIT - 1}, so that no two runs see the same examples")
     return seed

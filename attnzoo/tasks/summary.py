@@ -85,12 +85,21 @@ def _problem(rows: list[Row]) -> Problem:
     return Problem(first.task, first.problem, first.model, first.budget, first.held_out, first.metric, contenders, tuple(rows))
 
 
+def _tried(runs: list[Row]) -> list[Row]:
+    """Those of the seed that the rate was chosen with: it has run at more rates than others; of equal ones the first. A result file may hold runs of
+    other seeds from an earlier study."""
+    by_seed: dict[int | None, list[Row]] = {}
+    for row in runs:
+        by_seed.setdefault(row.seed, []).append(row)
+    return max(by_seed.values(), key=len)
+
+
 def _summary(rows: list[Row]) -> Summary:
     first = rows[0]
     runs = [row for row in rows if row.learning_rate is not None]
     if not runs:
         return Summary(first.label, first.variant, first.is_baseline, test=first.test, reason=first.reason)
-    tried = [row for row in runs if row.seed == runs[0].seed]
+    tried = _tried(runs)
     found = Summary(
         first.label,
         first.variant,

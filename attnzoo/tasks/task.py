@@ -13,8 +13,10 @@ from attnzoo.arguments import check_positive
 
 Form = Literal["decoder", "encoder", "cross"]
 TRAINING, VALIDATION, TEST = PARTS = ("training", "validation", "test")
-SEEDS = {VALIDATION: 2**62, TEST: 2**62 + 1}  # of the held-out draws; those of training stay below
-STEPS = 1_000_003  # a prime above the steps of a run: no two (seed, step) share a generator
+GENERATORS = 2**32  # torch's generator on a CPU reads 32 bits of a seed: two that agree in them give the same numbers
+SEEDS = {VALIDATION: GENERATORS - 2, TEST: GENERATORS - 1}  # of the held-out draws; those of training stay below
+STEPS = 1_000_003  # most steps of a run: no two (seed, step) share a generator
+SEED_LIMIT = min(SEEDS.values()) // STEPS  # seeds of a run are below it
 IGNORED = -100  # a target that is not asked for: what torch's cross-entropy skips
 
 
