@@ -97,7 +97,7 @@ def test_what_would_be_dropped_is_refused(family: str, options: dict[str, Any], 
 def test_a_family_with_a_use_of_its_own_for_the_mask() -> None:
     """Doge cuts a mask of four dimensions. Padding, which brings one, is tried at the swap and does not wait for the first batch."""
     model = make("doge")
-    with pytest.raises(UnsupportedError, match="could not be tried out with a few input_ids .*dimension"):
+    with pytest.raises(UnsupportedError, match=r"could not be tried out with a few input_ids .*dimension"):
         attnzoo.swap(model, "standard")
     assert not cores(model) and model.config._attn_implementation == "eager"
 

@@ -98,15 +98,15 @@ def find_sites(model: Any) -> list[Site]:
 
 
 def _refuse_unread(model: Any, probe: _Probe) -> None:
-    """Raise UnsupportedError on attentions that the read did not reach (the vision tower of a model that reads text and images): they would stay exact."""
+    """Raise UnsupportedError on attentions that the read did not reach, such as a vision tower beside a reader of text: they would stay exact."""
     unread = next((path for module, path in probe.paths.items() if _consults_interface(module) and module not in probe.asked), None)
     if unread is None:
         return
     read = [site.path for site in probe.sites.values()]
     parts = [repr(part) for part in (_part(model, read[0], without=[unread]), _part(model, unread, without=read)) if part]
     raise UnsupportedError(
-        f"{type(model).__name__} does not reach {unread} by a few {model.main_input_name}, so a swap would leave it as it is; swap the model's parts one "
-        f"by one{': model.get_submodule(...) of ' if parts else ''}{' and of '.join(parts)}"
+        f"{type(model).__name__} does not reach {unread} by a few {model.main_input_name}, so a swap would leave it as it is; swap the model's "
+        f"parts one by one{': model.get_submodule(...) of ' if parts else ''}{' and of '.join(parts)}"
     )
 
 
@@ -212,15 +212,15 @@ def _note(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask
 
 
 def _refuse_other_causality(module: Any, is_causal: bool, mask: Tensor | None) -> None:
-    """Raise UnsupportedError where a mask and the layer's own word differ: transformers' eager attention goes by the one, a swapped one by the other."""
+    """Raise UnsupportedError where a mask and the layer's own word differ: eager attention goes by the one, a swapped one by the other."""
     if mask is None or mask.is_meta:
         return
     ahead = mask[..., 0, 1]  # the first query and the key after it
     hides_ahead = not bool((ahead if mask.dtype == torch.bool else ahead > torch.finfo(mask.dtype).min / 2).any())
     if hides_ahead != is_causal:
         raise UnsupportedError(
-            f"{type(module).__name__} says is_causal={is_causal} and is given a mask that is {'' if hides_ahead else 'not '}causal, so a swapped attention "
-            "could not tell which keys it sees; this model cannot be swapped"
+            f"{type(module).__name__} says is_causal={is_causal} and is given a mask that is {'' if hides_ahead else 'not '}causal, so a swapped "
+            "attention could not tell which keys it sees; this model cannot be swapped"
         )
 
 

@@ -49,7 +49,8 @@ def _small_inputs(model: Any) -> list[dict[str, Tensor]]:
         raise UnsupportedError(_unknown_input(model)) from None
     if "decoder_input_ids" in arguments:
         inputs["decoder_input_ids"] = _tokens(model, DECODER_LENGTH)
-    if model.main_input_name == "input_ids" and "attention_mask" in arguments:  # the last slot is padding: some families meet masks on a path of their own
+    if model.main_input_name == "input_ids" and "attention_mask" in arguments:
+        # The last slot is padding: some families have a use of their own for the mask.
         inputs["attention_mask"] = torch.tensor([[1] * (LENGTH - 1) + [0]] * BATCH_SIZE, device=model.device)
     vision = getattr(model.config, "vision_config", None)
     if vision is None or "pixel_values" not in arguments or "pixel_values" in inputs:
