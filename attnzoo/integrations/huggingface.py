@@ -98,16 +98,19 @@ def find_sites(model: Any) -> list[Site]:
 
 
 def _refuse_unread(model: Any, probe: _Probe) -> None:
-    """Raise UnsupportedError on attentions that the read did not reach, such as a vision tower beside a reader of text: they would stay exact."""
-    unread = next((path for module, path in probe.paths.items() if _consults_interface(module) and module not in probe.asked), None)
-    if unread is None:
-        return
+    """Raise UnsupportedError on a part of its own, such as a vision tower beside a reader of text, that the read did not reach: it would stay exact.
+
+    The cross-attention of a decoder that stands alone is not reached either, and is not swapped anyway.
+    """
     read = [site.path for site in probe.sites.values()]
-    parts = [repr(part) for part in (_part(model, read[0], without=[unread]), _part(model, unread, without=read)) if part]
-    raise UnsupportedError(
-        f"{type(model).__name__} does not reach {unread} by a few {model.main_input_name}, so a swap would leave it as it is; swap the model's "
-        f"parts one by one{': model.get_submodule(...) of ' if parts else ''}{' and of '.join(parts)}"
-    )
+    for module, path in probe.paths.items():
+        tower = None if module in probe.asked or not _consults_interface(module) else _part(model, path, without=read)
+        if tower is not None:
+            parts = [repr(part) for part in (_part(model, read[0], without=[path]), tower) if part]
+            raise UnsupportedError(
+                f"{type(model).__name__} does not reach {path} by a few {model.main_input_name}, so a swap would leave it as it is; swap the model's "
+                f"parts one by one: model.get_submodule(...) of {' and of '.join(parts)}"
+            )
 
 
 def _consults_interface(module: Any) -> bool:
