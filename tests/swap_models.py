@@ -73,6 +73,22 @@ def _build(family: str, options: dict[str, Any]) -> Any:
     if family == "gpt_oss":
         experts: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 2, "head_dim": 8}
         return hf.GptOssForCausalLM(hf.GptOssConfig(**experts, **_no_end(options)))
+    if family == "splinter":
+        return hf.SplinterModel(hf.SplinterConfig(**NO_DROPOUT, **options))
+    if family == "doge":
+        return hf.DogeForCausalLM(hf.DogeConfig(**_no_end(options)))
+    if family == "pegasus_x":
+        halves = {f"{half}_{size}": value for half in ("encoder", "decoder") for size, value in _HALF.items()}
+        return hf.PegasusXForConditionalGeneration(hf.PegasusXConfig(vocab_size=50, d_model=32, block_size=8, **halves, **_own(options)))
+    if family == "llava":
+        pictures = {**{key: value for key, value in SIZES.items() if key != "vocab_size"}, "image_size": 16, "patch_size": 4}
+        parts = {"text_config": {"model_type": "llama", **SIZES}, "vision_config": {"model_type": "clip_vision_model", **pictures}}
+        return hf.LlavaForConditionalGeneration(hf.LlavaConfig(**parts, image_token_index=49, **_own(options)))
+    if family == "qwen2_vl":
+        rotary = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+        pictures = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4}
+        parts = {"text_config": {**SIZES, "num_key_value_heads": 2, **rotary}, "vision_config": pictures}
+        return hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(**parts, **_own(options)))
     raise KeyError(family)
 
 

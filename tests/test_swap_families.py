@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 from small import cannot, small
-from swap_models import answer_of, make
+from swap_models import answer, answer_of, make, tokens
 from torch import Tensor
 
 import attnzoo
@@ -84,12 +84,44 @@ def test_it_runs_or_is_refused(family: str, name: str, tmp_path: Path) -> None:
     ("family", "options", "sentence"),
     [
         ("gemma2", {"attn_logit_softcapping": 50.0}, "Gemma2Attention uses softcap, which a swapped attention would drop"),
+        ("splinter", {"question_token_id": 1}, "SplinterSelfAttention says is_causal=True and is given a mask that is not causal"),
+        ("pegasus_x", {}, "PegasusXAttention says is_causal=False and is given a mask that is causal"),
     ],
 )
 def test_what_would_be_dropped_is_refused(family: str, options: dict[str, Any], sentence: str) -> None:
     for name in attnzoo.names():
         with pytest.raises(UnsupportedError, match=sentence):
             attnzoo.swap(make(family, **options), name, **small(name))
+
+
+def test_a_family_with_a_use_of_its_own_for_the_mask() -> None:
+    """Doge cuts a mask of four dimensions. Padding, which brings one, is tried at the swap and does not wait for the first batch."""
+    model = make("doge")
+    with pytest.raises(UnsupportedError, match=r"could not be tried out with a few input_ids .*dimension"):
+        attnzoo.swap(model, "standard")
+    assert not cores(model) and model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("family", "unread", "part"),
+    [
+        ("llava", "model.vision_tower.encoder.layers.0.self_attn", "model.vision_tower"),
+        ("qwen2_vl", "model.visual.blocks.0.attn", "model.visual"),  # whose config tells no size of an image
+    ],
+)
+def test_layers_that_a_few_tokens_do_not_reach(family: str, unread: str, part: str) -> None:
+    """They would stay exact and nobody would know; the half that reads text is swapped alone."""
+    model = make(family)
+    exact = answer(model, tokens())
+    sentence = f"does not reach {unread} by a few input_ids.* model.get_submodule(...) of 'model.language_model' and of '{part}'"
+    with pytest.raises(UnsupportedError, match=sentence.replace("(...)", r"\(\.\.\.\)")):
+        attnzoo.swap(model, "linear")
+    assert not cores(model) and torch.equal(answer(model, tokens()), exact)
+    half = model.get_submodule("model.language_model")
+    attnzoo.swap(half, "standard")
+    torch.testing.assert_close(answer(model, tokens()), exact, **ROUNDING)
+    attnzoo.swap(attnzoo.unswap(half), "linear")
+    assert moved(answer(model, tokens()), exact) and all(core.last_backend for core in cores(model))
 
 
 def test_local_and_global_layers_of_modernbert() -> None:

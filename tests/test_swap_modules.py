@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -226,3 +227,33 @@ def test_what_would_be_dropped_is_refused() -> None:
 def test_an_encoder_of_two_kinds() -> None:
     model: Any = attnzoo.swap(encoder(), {0: ("sliding_window", {"window": 2}), 1: "linear"})
     assert [layer.self_attn.attention.spec.name for layer in model.layers] == ["sliding_window", "linear"]
+
+
+class Wrapper(nn.Module):
+    """Hands on the attributes that it does not have, as PEFT's models do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.base_model = model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_model"), name)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, lambda model: torch.compile(model, backend="eager")], ids=["handing on", "compiled"])
+def test_a_wrapper_takes_back_what_was_swapped_in_it(wrap: Any, tmp_path: Path) -> None:
+    model, x = encoder(), torch.randn(2, 10, 32)
+    exact = model(x)
+    attnzoo.swap(model, "linear")
+    attnzoo.save(wrap(model), tmp_path / "swap.safetensors")
+    attnzoo.unswap(wrap(model))
+    assert torch.equal(model(x), exact)
+    assert torch.equal(attnzoo.unswap(attnzoo.load(model, tmp_path / "swap.safetensors"))(x), exact)
+    wrapped = attnzoo.swap(wrap(model), "linear")
+    assert not torch.equal(model(x), exact)
+    attnzoo.unswap(wrapped)
+    assert torch.equal(model(x), exact)
+    attnzoo.unswap(attnzoo.swap(wrap(model), "linear"))

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -29,6 +30,7 @@ class _Probe:
     def __init__(self, model: nn.Module) -> None:
         self.paths = {module: path for path, module in model.named_modules()}
         self.sites: dict[nn.Module, Site] = {}
+        self.asked: set[nn.Module] = set()
         self.windows: set[int] = set()
 
 
@@ -41,11 +43,11 @@ class Restore:
     def __init__(self, paths: list[str], configs: list[tuple[Any, Any]]) -> None:
         self.paths = paths
         self.configs = configs
-        self.hook: RemovableHandle | None = None
+        self.hooks: list[RemovableHandle] = []
 
     def __call__(self, model: nn.Module) -> None:
-        if self.hook is not None:
-            self.hook.remove()
+        for hook in self.hooks:
+            hook.remove()
         for path in self.paths:
             delattr(model.get_submodule(path), SUBMODULE)
         for config, implementation in self.configs:
@@ -88,10 +90,43 @@ def find_sites(model: Any) -> list[Site]:
     if not probe.sites:
         raise UnsupportedError(f"{type(model).__name__} never consulted the attention interface, so a swap would be ignored")
     sites = list(probe.sites.values())
+    _refuse_unread(model, probe)
     unknown = probe.windows - {site.window for site in sites}
     if unknown:
         raise UnsupportedError(f"{type(model).__name__} masks by a window of {min(unknown)} that its attention layers do not tell of")
     return sites
+
+
+def _refuse_unread(model: Any, probe: _Probe) -> None:
+    """Raise UnsupportedError on a part of its own, such as a vision tower beside a reader of text, that the read did not reach: it would stay exact.
+
+    The cross-attention of a decoder that stands alone is not reached either, and is not swapped anyway.
+    """
+    read = [site.path for site in probe.sites.values()]
+    for module, path in probe.paths.items():
+        tower = None if module in probe.asked or not _consults_interface(module) else _part(model, path, without=read)
+        if tower is not None:
+            parts = [repr(part) for part in (_part(model, read[0], without=[path]), tower) if part]
+            raise UnsupportedError(
+                f"{type(model).__name__} does not reach {path} by a few {model.main_input_name}, so a swap would leave it as it is; swap the model's "
+                f"parts one by one: model.get_submodule(...) of {' and of '.join(parts)}"
+            )
+
+
+def _consults_interface(module: Any) -> bool:
+    """Whether a module looks like one that calls the attention interface: its functions read is_causal and config off it."""
+    return "Attention" in type(module).__name__ and hasattr(module, "is_causal") and hasattr(module, "config")
+
+
+def _part(model: Any, path: str, without: list[str]) -> str | None:
+    """The path of the outermost part that is a model itself, holds `path` and none of the others."""
+    from transformers import PreTrainedModel
+
+    for part, module in model.named_modules():
+        inside = f"{part}."
+        if isinstance(module, PreTrainedModel) and path.startswith(inside) and not any(other.startswith(inside) for other in without):
+            return part
+    return None
 
 
 def insert(model: Any, sites: list[Site], attentions: dict[int, Attention]) -> Restore:
@@ -99,7 +134,7 @@ def insert(model: Any, sites: list[Site], attentions: dict[int, Attention]) -> R
     restore = Restore([sites[layer].path for layer in attentions], _configs(model))
     for layer, attention in attentions.items():
         sites[layer].module.add_module(SUBMODULE, attention)
-    restore.hook = model.register_forward_pre_hook(_check_forward, with_kwargs=True)
+    restore.hooks = [part.register_forward_pre_hook(_check_forward, with_kwargs=True) for part in _holders(model, restore.paths)]
     try:
         _set_implementation(model, IMPLEMENTATION)
         read_a_little(model)
@@ -114,8 +149,17 @@ def insert(model: Any, sites: list[Site], attentions: dict[int, Attention]) -> R
     return restore
 
 
+def _holders(model: Any, paths: list[str]) -> list[Any]:
+    """The model and its parts that are models themselves, with a config that may be their own, and hold one of these layers."""
+    from transformers import PreTrainedModel
+
+    parts = [(f"{path}." if path else "", part) for path, part in model.named_modules() if isinstance(part, PreTrainedModel)]
+    return [part for prefix, part in parts if any(path.startswith(prefix) for path in paths)]
+
+
 def _check_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook: what the layers of some families are not told of, and what would pass the swapped attentions by."""
+    """A forward pre-hook: what the layers of some families are not told of, and what would pass the swapped attentions by. Every part has it, since
+    a part may be called alone and its attention set alone."""
     refuse_weights(kwargs)
     implementation = model.config._attn_implementation
     if implementation != IMPLEMENTATION:
@@ -159,13 +203,28 @@ def _note(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     refuse_other_attention(module, kwargs)
+    probe = _probe.get()
+    probe.asked.add(module)
     if query.shape[2] == key.shape[2]:
         bias, sinks = (kwargs.get(name) is not None for name in ("position_bias", "s_aux"))
         causal, window, dropout = call_is_causal(module, kwargs.get("is_causal")), kwargs.get("sliding_window"), kwargs.get("dropout") or 0.0
-        probe = _probe.get()
+        _refuse_other_causality(module, causal, attention_mask)
         site = probe.sites.get(module) or Site(probe.paths[module], module, query.shape[1], query.shape[3], causal, window, bias, sinks)
         probe.sites[module] = replace(site, dropout=dropout)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _refuse_other_causality(module: Any, is_causal: bool, mask: Tensor | None) -> None:
+    """Raise UnsupportedError where a mask and the layer's own word differ: eager attention goes by the one, a swapped one by the other."""
+    if mask is None or mask.is_meta:
+        return
+    ahead = mask[..., 0, 1]  # the first query and the key after it
+    hides_ahead = not bool((ahead if mask.dtype == torch.bool else ahead > torch.finfo(mask.dtype).min / 2).any())
+    if hides_ahead != is_causal:
+        raise UnsupportedError(
+            f"{type(module).__name__} says is_causal={is_causal} and is given a mask that is {'' if hides_ahead else 'not '}causal, so a swapped "
+            "attention could not tell which keys it sees; this model cannot be swapped"
+        )
 
 
 def _note_mask(*args: Any, mask_function: Callable[..., Any], local_size: int | None = None, **kwargs: Any) -> Tensor | None:
@@ -174,4 +233,5 @@ def _note_mask(*args: Any, mask_function: Callable[..., Any], local_size: int | 
     causal = is_causal_mask(mask_function)
     if local_size is not None:
         _probe.get().windows.add(local_size if causal else local_size + 1)
+    kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)  # the whole mask, to hold beside what the layer says
     return sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs)

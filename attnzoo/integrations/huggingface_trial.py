@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from attnzoo.call import UnsupportedError
 from attnzoo.integrations.evaluating import evaluating
 
+#: Sequences of tokens: a mask of the wrong shape must not pass by broadcasting.
+BATCH_SIZE = 2
 #: Of the tokens of an encoder and of a decoder. They differ, so that queries and keys differ in number where a decoder looks at its encoder.
 LENGTH, DECODER_LENGTH = 4, 3
 
@@ -47,10 +49,16 @@ def _small_inputs(model: Any) -> list[dict[str, Tensor]]:
         raise UnsupportedError(_unknown_input(model)) from None
     if "decoder_input_ids" in arguments:
         inputs["decoder_input_ids"] = _tokens(model, DECODER_LENGTH)
+    if model.main_input_name == "input_ids" and "attention_mask" in arguments:
+        # The last slot is padding: some families have a use of their own for the mask.
+        inputs["attention_mask"] = torch.tensor([[1] * (LENGTH - 1) + [0]] * BATCH_SIZE, device=model.device)
     vision = getattr(model.config, "vision_config", None)
     if vision is None or "pixel_values" not in arguments or "pixel_values" in inputs:
         return [inputs]
-    return [inputs, {**inputs, "pixel_values": _pixels(model, vision)}]
+    try:
+        return [inputs, {**inputs, "pixel_values": _pixels(model, vision)}]
+    except (AttributeError, TypeError):  # images of no fixed size
+        return [inputs]
 
 
 def _small_input(model: Any) -> Tensor:
@@ -73,9 +81,9 @@ def _unknown_input(model: Any) -> str:
 
 def _tokens(model: Any, length: int) -> Tensor:
     token = 1 if getattr(model.config, "pad_token_id", None) == 0 else 0
-    return torch.full((1, length), token, device=model.device)
+    return torch.full((BATCH_SIZE, length), token, device=model.device)
 
 
 def _pixels(model: Any, config: Any) -> Tensor:
     height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
-    return torch.zeros(1, getattr(config, "num_channels", 3), height, width, dtype=model.dtype, device=model.device)
+    return torch.zeros(BATCH_SIZE, getattr(config, "num_channels", 3), height, width, dtype=model.dtype, device=model.device)

@@ -67,17 +67,20 @@ def swap(model: Model, name: str | Mix, *, layers: Layers | None = None, **optio
     choices = choose(name, layers, options, len(sites))
     attentions, choices = build_attentions(sites, choices)
     undo = integration.insert(model, sites, attentions)
-    setattr(model, RECORD, Record(integration.__name__.rpartition(".")[2], sites, choices, attentions, undo))
+    vars(model)[RECORD] = Record(integration.__name__.rpartition(".")[2], sites, choices, attentions, undo)  # a wrapper's setattr may pass it on
     return model
 
 
 def unswap(model: Model) -> Model:
     """Undo `swap`, in place: the model is what it was, with the weights it has now. Returns the model.
 
-    Raises ValueError when the model is not swapped.
+    model: the one that was swapped, or a wrapper that hands its attributes on (PEFT's, torch.compile's). Raises ValueError when the model
+    is not swapped.
     """
-    record_of(model).undo(model)
-    delattr(model, RECORD)
+    record = record_of(model)
+    swapped = next(part for part in model.modules() if vars(part).get(RECORD) is record)
+    record.undo(swapped)
+    del vars(swapped)[RECORD]
     return model
 
 
