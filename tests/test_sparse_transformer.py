@@ -7,6 +7,7 @@ import torch
 from cases import close
 
 import attnzoo
+from attnzoo.engines import factorized_flash
 
 FORMS = [(pattern, factors) for pattern in ("strided", "fixed") for factors in ("merged", "by_head")]
 
@@ -31,6 +32,26 @@ def test_heads_are_kept_with_their_factor(pattern: str, factors: str) -> None:
     expected = attn(q, k, v, is_causal=True)[:, 1:3]
     attn.keep_heads(1, 2)
     close(attn(q[:, 1:3], k[:, 1:3], v[:, 1:3], is_causal=True), expected, 1e-10, "heads 1 and 2")
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize(("pattern", "factors"), FORMS)
+def test_calls_of_the_kernel_may_be_cut_anywhere(pattern: str, factors: str, is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call for every row of queries, or column, is what few calls are; both are what products over whole rows of keys are."""
+    attn, mask = built(pattern, factors), torch.arange(43) % 7 > 0
+    q, k, v = (torch.randn(1, 4, 43, 8, dtype=torch.float64, requires_grad=True) for _ in "qkv")
+
+    def run() -> list[torch.Tensor]:
+        out = attn(q, k, v, key_mask=mask[None], is_causal=is_causal)
+        return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
+
+    whole = run()
+    monkeypatch.setattr(factorized_flash, "NUMBERS", 1)
+    cut = run()
+    monkeypatch.setattr(factorized_flash, "serves", lambda *_: False)
+    for one, other, open_ in zip(whole, cut, run(), strict=True):
+        close(one, other, 1e-12, "cut")
+        close(one, open_, 1e-12, "by products")
 
 
 def test_work_grows_as_n_root_n_when_the_stride_is_the_root() -> None:

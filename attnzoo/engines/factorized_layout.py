@@ -1,0 +1,164 @@
+"""Where factorized attention's queries and keys stand: in rows of `stride`, of which each factor shows some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnzoo.factorized_patterns import Factor, Neighbours, OwnBlock, Strided, Summaries
+from attnzoo.patterns import Grid
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where queries and keys stand when they are laid in rows of `stride`: queries in `count` rows from row `first` on, keys in `key_rows`."""
+
+    stride: int
+    first: int
+    count: int
+    key_rows: int
+    ahead: int
+    spare: int
+
+    @classmethod
+    def of(cls, stride: int, grid: Grid) -> Rows:
+        ahead, spare = grid.offset % stride, -grid.key_length % stride
+        count = (ahead + grid.query_length + spare) // stride
+        return cls(stride, grid.offset // stride, count, (grid.key_length + spare) // stride, ahead, spare)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(batch, heads, query_length, d) -> (batch, heads, count, stride, d)."""
+        padded = torch.nn.functional.pad(x, (0, 0, self.ahead, self.spare)) if self.ahead or self.spare else x
+        return padded.unflatten(2, (self.count, self.stride))
+
+    def taken(self, x: Tensor) -> Tensor:
+        """Takes `queries` back."""
+        return x.flatten(2, 3)[:, :, self.ahead : self.count * self.stride - self.spare]
+
+    def keys(self, x: Tensor) -> Tensor:
+        """(batch, heads, key_length, d) -> (batch, heads, key_rows, stride, d)."""
+        padded = torch.nn.functional.pad(x, (0, 0, 0, self.spare)) if self.spare else x
+        return padded.unflatten(2, (self.key_rows, self.stride))
+
+
+@dataclass(frozen=True)
+class Near:
+    """Keys of the query's own row, and of so many rows before and behind."""
+
+    rows: Rows
+    before: int
+    after: int
+
+    @property
+    def width(self) -> int:
+        return (self.before + 1 + self.after) * self.rows.stride
+
+    def keys(self, x: Tensor) -> Tensor:
+        """(batch, heads, key_rows, stride, d) -> (batch, heads, count, width, d)."""
+        first = self.rows.first - self.before
+        missing = max(0, -first)
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, missing, self.after))
+        shifted = [x[:, :, first + missing + place :][:, :, : self.rows.count] for place in range(self.before + 1 + self.after)]
+        return torch.cat(shifted, 3)
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Of the keys, broadcastable to (count, stride, width)."""
+        rows = torch.arange(self.rows.first - self.before, self.rows.first - self.before + self.rows.count, device=device)
+        return rows[:, None, None] * self.rows.stride + torch.arange(self.width, device=device)
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return q @ self.keys(k).mT
+
+    def times(self, attention: Tensor, v: Tensor) -> Tensor:
+        return attention @ self.keys(v)
+
+    def mask(self, key_mask: Tensor) -> Tensor:
+        """(batch, 1, key_rows, stride, 1) -> broadcastable to (batch, heads, count, stride, width)."""
+        return self.keys(key_mask.to(torch.uint8)).mT.bool()
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Keys of the query's own column."""
+
+    rows: Rows
+
+    @property
+    def width(self) -> int:
+        return self.rows.key_rows
+
+    def positions(self, device: torch.device) -> Tensor:
+        column = torch.arange(self.rows.stride, device=device)[:, None]
+        return (torch.arange(self.width, device=device) * self.rows.stride + column)[None]
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return (q.transpose(2, 3) @ k.transpose(2, 3).mT).transpose(2, 3)
+
+    def times(self, attention: Tensor, v: Tensor) -> Tensor:
+        return (attention.transpose(2, 3) @ v.transpose(2, 3)).transpose(2, 3)
+
+    def mask(self, key_mask: Tensor) -> Tensor:
+        return key_mask[..., 0].mT[:, :, None]
+
+
+@dataclass(frozen=True)
+class Last:
+    """Keys of the last columns of all rows."""
+
+    rows: Rows
+    columns: int
+
+    @property
+    def width(self) -> int:
+        return self.rows.key_rows * self.columns
+
+    def keys(self, x: Tensor) -> Tensor:
+        return x[:, :, :, self.rows.stride - self.columns :].flatten(2, 3)
+
+    def positions(self, device: torch.device) -> Tensor:
+        every = torch.arange(self.rows.key_rows * self.rows.stride, device=device)
+        return self.keys(every.view(1, 1, self.rows.key_rows, -1, 1)).view(1, 1, -1)
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return (q.flatten(2, 3) @ self.keys(k).mT).unflatten(2, q.shape[2:4])
+
+    def times(self, attention: Tensor, v: Tensor) -> Tensor:
+        return (attention.flatten(2, 3) @ self.keys(v)).unflatten(2, attention.shape[2:4])
+
+    def mask(self, key_mask: Tensor) -> Tensor:
+        return self.keys(key_mask).mT[:, :, None]
+
+
+Part = Near | Columns | Last
+
+
+def part_of(factor: Factor, rows: Rows, is_causal: bool) -> Part:
+    """Where the keys of a factor stand."""
+    if isinstance(factor, Neighbours):
+        return Near(rows, 1, 0 if is_causal else 1)
+    if isinstance(factor, OwnBlock):
+        return Near(rows, 0, 0)
+    if isinstance(factor, Strided):
+        return Columns(rows)
+    assert isinstance(factor, Summaries)
+    return Last(rows, factor.width)
+
+
+_SHOWN: dict[type[Factor], Callable[[Tensor, Tensor, int], Tensor]] = {
+    Neighbours: lambda i, j, stride: (i - j).abs() <= stride,
+    OwnBlock: lambda i, j, stride: i - i % stride == j - j % stride,
+}
+"""Which of the keys that are computed for the first factor it shows; those of the second are all its own."""
+
+
+def shown(factor: Factor, near: Factor | None, grid: Grid, i: Tensor, j: Tensor) -> Tensor:
+    """Which of the keys at positions j, computed for this factor, queries at positions i see. near: the factor that shows some of them already."""
+    seen = (j >= 0) & (j < grid.key_length)
+    if grid.is_causal:
+        seen = seen & (j <= i)
+    if type(factor) in _SHOWN:
+        seen = seen & _SHOWN[type(factor)](i, j, factor.stride)
+    return seen if near is None else seen & ~_SHOWN[type(near)](i, j, near.stride)
