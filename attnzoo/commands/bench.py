@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from attnzoo.bench.rows import Row
     from attnzoo.results import ResultFile
 
-GOT_SLOWER, INTERRUPTED = 1, 130
+GOT_SLOWER, DEVICE_LOST, INTERRUPTED = 1, 3, 130
 PAGE_ONLY = ("quartiles", "rounds")  # columns that a terminal has no room for
 
 
@@ -40,6 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(settings: Namespace) -> int:
     """Check everything, measure what is missing, print, and compare."""
+    from attnzoo.bench.cuda import DeviceLost
     from attnzoo.bench.plan import read_plan
     from attnzoo.bench.room import bounded_memory
     from attnzoo.bench.rows import check_one_machine, read_rows
@@ -70,9 +71,10 @@ def run(settings: Namespace) -> int:
             for row in run_plan(plan, parse_variant, device, {row.key for row in held}, progress):
                 results.append(row)
                 fresh += 1
-    except KeyboardInterrupt:
-        console.print(f"attnzoo: interrupted; {fresh} new rows are in {results.path}, and the same command goes on from there", soft_wrap=True)
-        return INTERRUPTED
+    except (KeyboardInterrupt, DeviceLost) as error:
+        said, code = ("interrupted", INTERRUPTED) if isinstance(error, KeyboardInterrupt) else (f"the device was lost ({error})", DEVICE_LOST)
+        console.print(f"attnzoo: {said}; {fresh} new rows are in {results.path}, and the same command goes on from there", soft_wrap=True)
+        return code
     rows = results.rows()
     _print(rows)
     screen().print(f"wrote {fresh} rows to {results.path}; figures: attnzoo report {results.path}", soft_wrap=True)
