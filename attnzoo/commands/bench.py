@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
+from attnzoo.arguments import nearest
 from attnzoo.commands.command import Command, messages, screen
 from attnzoo.commands.output import check_folder, open_results
 from attnzoo.commands.progress import progress_on
@@ -53,6 +54,8 @@ def run(settings: Namespace) -> int:
     device = check_device(plan.device)
     for sweep in plan.sweeps:
         sweep.contenders(parse_variant)  # whatever is wrong with one is said before any work
+    if settings.against is not None and Path(settings.against).resolve() == Path(settings.output).resolve():
+        raise ValueError(f"against={settings.against!r} is the file that gets the rows, and says nothing about itself; give another with --output")
     old = None if settings.against is None else read_rows(settings.against)
     results = _open(settings.output)
     held = results.rows()
@@ -86,11 +89,16 @@ BENCH = Command("bench", "Measure time and memory of attentions beside exact SDP
 
 
 def config_path(text: str) -> Path:
-    """A file, or one of the shipped configurations by its name."""
+    """A file, or one of the shipped configurations by its name. Raises ValueError when it is neither."""
     from attnzoo.configuration import configs_folder
 
-    shipped = configs_folder() / "bench" / f"{text}.yaml"
-    return shipped if shipped.is_file() and not Path(text).is_file() else Path(text)
+    folder = configs_folder() / "bench"
+    if Path(text).exists() or Path(text).suffix:
+        return Path(text)
+    shipped = sorted(path.stem for path in folder.glob("*.yaml"))
+    if text not in shipped:
+        raise ValueError(f"config {text!r} is no file{nearest(text, shipped)}; give a YAML file of sweeps, or one of {', '.join(shipped)}")
+    return folder / f"{text}.yaml"
 
 
 def _open(path: str) -> ResultFile[Row]:
@@ -115,10 +123,13 @@ def _print(rows: list[Row]) -> None:
 
 
 def _compare(old: list[Row], new: list[Row], against: str, output: str) -> int:
-    from attnzoo.bench.against import RULE, compare_runs
+    from attnzoo.bench.against import RULE, compare_runs, sdpa_growth
 
     slowdowns, compared = compare_runs(old, new, what=output, against=against)
     screen().print(f"{len(slowdowns)} of {compared} rows got slower than in {against} ({RULE})", soft_wrap=True)
+    growth = sdpa_growth(old, new)
+    if growth is not None:
+        screen().print(f"SDPA, called directly, takes {growth:.2f} times as long as then, a median over its settings", soft_wrap=True)
     for slowdown in slowdowns:
         screen().print(f"- {slowdown.sentence()}", soft_wrap=True)
     return GOT_SLOWER if slowdowns else 0
