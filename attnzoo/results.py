@@ -97,7 +97,7 @@ def read_rows(path: str | Path, kind: type[R]) -> list[R]:
 
 
 def fields_of(kind: Any, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass in a parsed line. Raises KeyError on one that is not there, TypeError on one that is no number or text as it must be."""
+    """The fields of a dataclass in a parsed line. Raises KeyError on one that is not there, TypeError on one of another type than its own."""
     hints, known = get_type_hints(kind), {}
     for field in fields(kind):
         value, hint = found[field.name], hints[field.name]

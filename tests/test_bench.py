@@ -306,6 +306,20 @@ def test_an_interrupted_sweep_resumes(monkeypatch, capsys) -> None:
     assert "wrote 0 rows" in capsys.readouterr().out
 
 
+def test_a_lost_device_is_told_and_keeps_the_rows(monkeypatch, capsys) -> None:
+    from attnzoo.bench.cuda import DeviceLost
+
+    def lost(self, here, *_):
+        yield replace(ROW, length=here.length)
+        raise DeviceLost("an illegal memory access")
+
+    Path("c.yaml").write_text(CONFIG)
+    monkeypatch.setattr(Bench, "measure", lost)
+    assert bench("--config", "c.yaml", "--output", "b.jsonl") == 3  # which benchmarks/cuda/run.sh goes on from
+    assert "the device was lost (an illegal memory access); 1 new rows are in b.jsonl, and the same command goes on" in capsys.readouterr().err
+    assert len(read_rows("b.jsonl")) == 1
+
+
 def test_slower_is_what_grew_by_a_twentieth_beyond_the_quartiles() -> None:
     old = [timed(1.0, length=length) for length in (1, 2, 3, 4, 5)]
     new = [

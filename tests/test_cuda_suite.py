@@ -78,7 +78,7 @@ def box(tmp_path: Path) -> Box:
 def test_everything_runs_in_order_within_nine_minutes(box: Box) -> None:
     code, said = box.run()
     assert code == 0, said
-    order = ["find_spec", "is_available", "pip install", "triton.__version__", "limits.py --gpu h100", "attnzoo bench --config configs/bench/cuda.yaml"]
+    order = ["find_spec", "is_available", "pip install", "triton.__version__", "limits.py --gpu h100", "attnzoo bench --config configs/bench/cuda"]
     places = [next(place for place, line in enumerate(box.notes.read_text().splitlines()) if part in line) for part in [*order, "-m pytest"]]
     assert places == sorted(places)
     sweep, tests = (int(line.split()[-1]) for line in box.noted("timeout"))
