@@ -306,6 +306,19 @@ def test_an_interrupted_sweep_resumes(monkeypatch, capsys) -> None:
     assert "wrote 0 rows" in capsys.readouterr().out
 
 
+def test_an_interrupt_right_after_a_row_counts_it(monkeypatch, capsys) -> None:
+    append = ResultFile.append
+
+    def interrupted(self, row):
+        append(self, row)
+        raise KeyboardInterrupt
+
+    Path("c.yaml").write_text(CONFIG)
+    monkeypatch.setattr(ResultFile, "append", interrupted)
+    assert bench("--config", "c.yaml", "--output", "b.jsonl") == 130
+    assert "interrupted; 1 new rows are in b.jsonl" in capsys.readouterr().err
+
+
 def test_a_lost_device_is_told_and_keeps_the_rows(monkeypatch, capsys) -> None:
     from attnzoo.bench.cuda import DeviceLost
 

@@ -68,17 +68,17 @@ def run(settings: Namespace) -> int:
         console.print(f"attnzoo: {results.path} holds {len(held)} rows, which are kept" + (f", from commit {', '.join(commits)}" if commits else ""))
     if device.type == "cpu" and "OMP_PROC_BIND" not in os.environ:
         console.print("attnzoo: for steadier times set OMP_PROC_BIND=true before the run", soft_wrap=True)
-    fresh = 0
     try:
         with bounded_memory(device), progress_on(console) as progress:
             for row in run_plan(plan, parse_variant, device, {row.key for row in held}, progress):
                 results.append(row)
-                fresh += 1
     except (KeyboardInterrupt, DeviceLost) as error:
         said, code = ("interrupted", INTERRUPTED) if isinstance(error, KeyboardInterrupt) else (f"the device was lost ({error})", DEVICE_LOST)
+        fresh = len(results.rows()) - len(held)  # of the file: an interrupt may come between a row and its count
         console.print(f"attnzoo: {said}; {fresh} new rows are in {results.path}, and the same command goes on from there", soft_wrap=True)
         return code
     rows = results.rows()
+    fresh = len(rows) - len(held)
     _print(rows)
     screen().print(f"wrote {fresh} rows to {results.path}; figures: attnzoo report {results.path}", soft_wrap=True)
     console.print(f"finished in {time.monotonic() - started:.0f} s")
