@@ -19,7 +19,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 import attnzoo
-from attnzoo import cli
+from attnzoo import cli, results
 from attnzoo.bench import amounts, sweep
 from attnzoo.bench.against import compare_runs
 from attnzoo.bench.crossover import crossover
@@ -307,14 +307,14 @@ def test_an_interrupted_sweep_resumes(monkeypatch, capsys) -> None:
 
 
 def test_an_interrupt_right_after_a_row_counts_it(monkeypatch, capsys) -> None:
-    append = ResultFile.append
+    append = results.ResultFile.append
 
     def interrupted(self, row):
         append(self, row)
         raise KeyboardInterrupt
 
     Path("c.yaml").write_text(CONFIG)
-    monkeypatch.setattr(ResultFile, "append", interrupted)
+    monkeypatch.setattr(results.ResultFile, "append", interrupted)
     assert bench("--config", "c.yaml", "--output", "b.jsonl") == 130
     assert "interrupted; 1 new rows are in b.jsonl" in capsys.readouterr().err
 
