@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, get_args, get_origin, get_type_hints
 
 
 class ResultRow(Protocol):
@@ -75,23 +77,36 @@ class ResultFile(Generic[R]):
 def read_rows(path: str | Path, kind: type[R]) -> list[R]:
     """The rows of a result file in order; a half last line is passed over. Raises ValueError, one sentence, on another file."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as results of `{kind.COMMAND}`: {getattr(error, 'strerror', None) or error}") from None
-    start = f'{{"format": "{kind.FORMAT}"'
+        lines = Path(path).read_bytes().split(b"\n")  # a cut may lie inside a letter, so each line is decoded alone
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as results of `{kind.COMMAND}`: {error.strerror or error}") from None
+    start = f'{{"format": "{kind.FORMAT}"'.encode()
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             rows.append(_row(json.loads(line), kind))
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, UnicodeDecodeError):
             if number == len(lines) and line.startswith(start[: len(line)]):
                 continue
             raise ValueError(f"{path}, line {number} is no JSON; give a file that `{kind.COMMAND}` wrote, or remove that line") from None
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number} is no row of this version of `{kind.COMMAND}` ({error})") from None
     return rows
+
+
+def fields_of(kind: Any, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass in a parsed line. Raises KeyError on one that is not there, TypeError on one of another type than its own."""
+    hints, known = get_type_hints(kind), {}
+    for field in fields(kind):
+        value, hint = found[field.name], hints[field.name]
+        kinds = tuple(get_origin(one) or one for one in (get_args(hint) if isinstance(hint, UnionType) else (hint,)))
+        kinds += (int,) * (float in kinds) + (list,) * (tuple in kinds)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise TypeError(f"{field.name} is {value!r}")
+        known[field.name] = value
+    return known
 
 
 def _row(found: Any, kind: type[R]) -> R:

@@ -19,7 +19,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 import attnzoo
-from attnzoo import cli
+from attnzoo import cli, results
 from attnzoo.bench import amounts, sweep
 from attnzoo.bench.against import compare_runs
 from attnzoo.bench.crossover import crossover
@@ -258,6 +258,27 @@ def test_rows_round_trip_and_a_cut_file_is_repaired(tmp_path) -> None:
     assert file.rows() == [] and "the 0 whole ones" in (file.repair() or "") and file.path.read_bytes() == b""
 
 
+def test_a_file_cut_inside_a_letter_keeps_its_whole_rows(tmp_path, capsys) -> None:
+    """The files are ASCII as they are written, but not after every tool that has copied rows."""
+    file = ResultFile(tmp_path / "rows.jsonl")
+    file.append(timed(0.1))
+    whole = file.path.read_bytes()
+    for cut in ('{"format": "attnzoo.bench/1", "label": "é'.encode()[:-1], b'{"form'):
+        file.path.write_bytes(whole + cut)
+        assert file.rows() == [timed(0.1)]
+        assert cli.main(["report", str(file.path), "--output", "out"]) == 0
+        assert "the 1 whole ones are kept" in (file.repair() or "") and file.path.read_bytes() == whole
+    file.path.write_bytes(b"\xff\x00" + whole)
+    capsys.readouterr()
+    assert "line 1 is no JSON" in refused(capsys, "bench", "--output", str(file.path))
+
+
+@pytest.mark.parametrize(("field", "value"), [("length", "64"), ("length", True), ("seconds", [1.0]), ("label", None), ("options", 3)])
+def test_a_row_whose_number_is_none_is_named(field: str, value: object, capsys) -> None:
+    Path("a.jsonl").write_text(json.dumps({**json.loads(timed(0.1).to_json()), field: value}) + "\n")
+    assert f"line 1 is no row of this version of `attnzoo bench` ({field} is {value!r})" in refused(capsys, "report", "a.jsonl")
+
+
 def test_an_interrupted_sweep_resumes(monkeypatch, capsys) -> None:
     Path("c.yaml").write_text(CONFIG)
     real = Bench.measure
@@ -285,6 +306,33 @@ def test_an_interrupted_sweep_resumes(monkeypatch, capsys) -> None:
     assert "wrote 0 rows" in capsys.readouterr().out
 
 
+def test_an_interrupt_right_after_a_row_counts_it(monkeypatch, capsys) -> None:
+    append = results.ResultFile.append
+
+    def interrupted(self, row):
+        append(self, row)
+        raise KeyboardInterrupt
+
+    Path("c.yaml").write_text(CONFIG)
+    monkeypatch.setattr(results.ResultFile, "append", interrupted)
+    assert bench("--config", "c.yaml", "--output", "b.jsonl") == 130
+    assert "interrupted; 1 new rows are in b.jsonl" in capsys.readouterr().err
+
+
+def test_a_lost_device_is_told_and_keeps_the_rows(monkeypatch, capsys) -> None:
+    from attnzoo.bench.cuda import DeviceLost
+
+    def lost(self, here, *_):
+        yield replace(ROW, length=here.length)
+        raise DeviceLost("an illegal memory access")
+
+    Path("c.yaml").write_text(CONFIG)
+    monkeypatch.setattr(Bench, "measure", lost)
+    assert bench("--config", "c.yaml", "--output", "b.jsonl") == 3  # which benchmarks/cuda/run.sh goes on from
+    assert "the device was lost (an illegal memory access); 1 new rows are in b.jsonl, and the same command goes on" in capsys.readouterr().err
+    assert len(read_rows("b.jsonl")) == 1
+
+
 def test_slower_is_what_grew_by_a_twentieth_beyond_the_quartiles() -> None:
     old = [timed(1.0, length=length) for length in (1, 2, 3, 4, 5)]
     new = [
@@ -300,6 +348,23 @@ def test_slower_is_what_grew_by_a_twentieth_beyond_the_quartiles() -> None:
     assert "1000 ms -> 1200 ms (+20%)" in slowdowns[0].sentence() and "no longer timed (off its reference)" in slowdowns[1].sentence()
 
 
+def test_a_slow_machine_is_no_slowdown() -> None:
+    """What grew as SDPA grew in the same rounds is the machine's; what grew beyond that is told, as it is where the machine got faster."""
+    old = [timed(1.0, length=length, sdpa_seconds=2.0) for length in (1, 2, 3, 4)]
+    new = [
+        timed(1.5, length=1, sdpa_seconds=3.0),
+        timed(1.7, length=2, sdpa_seconds=3.0),
+        timed(1.2, length=3, sdpa_seconds=1.0),  # beside a faster SDPA
+        timed(0.9, length=4, sdpa_seconds=1.0),  # faster itself, if less so
+    ]
+    slowdowns, _ = compare_runs(old, new, what="new", against="old")
+    assert [slowdown.new.length for slowdown in slowdowns] == [2, 3]
+    assert "+70%; SDPA in the same rounds +50%" in slowdowns[0].sentence()
+    direct = [replace(row, variant="sdpa", label="sdpa") for row in (old[0], new[0])]
+    with pytest.raises(ValueError, match="no timed setting in common"):
+        compare_runs(direct[:1], direct[1:], what="new", against="old")
+
+
 def test_against_an_older_file_exits_with_1_when_something_got_slower(capsys) -> None:
     Path("c.yaml").write_text(CONFIG)
     assert bench("--config", "c.yaml", "--output", "new.jsonl") == 0
@@ -311,9 +376,12 @@ def test_against_an_older_file_exits_with_1_when_something_got_slower(capsys) ->
             low, high = row.seconds_quartiles
             file.append(replace(row, seconds=row.seconds * factor, seconds_quartiles=(low * factor, high * factor)))
     assert bench("--config", "c.yaml", "--output", "new.jsonl", "--against", "faster.jsonl") == 1
-    assert "6 of 6 rows got slower than in faster.jsonl (slower: the median grew by more than 5%" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 of 4 rows got slower than in faster.jsonl (slower: the median grew by more than 5%" in said
+    assert "SDPA, called directly, takes 100.00 times as long as then" in said
     assert bench("--config", "c.yaml", "--output", "new.jsonl", "--against", "slower.jsonl") == 0
-    assert "0 of 6 rows got slower" in capsys.readouterr().out
+    assert "0 of 4 rows got slower" in capsys.readouterr().out
+    assert "the file that gets the rows" in refused(capsys, "bench", "--config", "c.yaml", "--output", "new.jsonl", "--against", "./new.jsonl")
 
 
 def test_files_of_two_machines_are_refused(capsys) -> None:
@@ -386,6 +454,9 @@ def test_bad_files_and_options_are_one_sentence_and_lose_nothing(capsys) -> None
     assert "cannot be read" in refused(capsys, "report", "missing.jsonl")
     assert "cannot be read" in refused(capsys, "bench", "--config", "c.yaml", "--against", "missing.jsonl")
     assert "did you mean '--against'" in refused(capsys, "bench", "--agianst", "x")
+    assert "'quikc' is no file (did you mean 'quick'?); give a YAML file of sweeps, or one of cpu, cuda, quick" in refused(
+        capsys, "bench", "--config", "quikc"
+    )
     assert "config missing.yaml cannot be read" in refused(capsys, "bench", "--config", "missing.yaml")
 
 

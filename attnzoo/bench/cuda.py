@@ -12,6 +12,10 @@ CAPTURE_WARMUPS = 3
 FLUSH_CACHES = 2  # bytes written between calls, in sizes of the L2 cache
 
 
+class DeviceLost(Exception):
+    """The device answers nothing any more, whoever asks: after an illegal access every later call of the process fails, whatever it computes."""
+
+
 class EventClock:
     """A stopwatch of the device's own time: writes over the L2 cache, then records an event before and one after the call."""
 
@@ -53,3 +57,13 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], o
     except RuntimeError:  # the call waits for the device, or allocates in a way that a graph cannot hold
         torch.cuda.synchronize(device)
         return None
+
+
+def check_answers(device: torch.device) -> None:
+    """Raise DeviceLost when a CUDA device has stopped answering."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        raise DeviceLost(" ".join(str(error).split())[:200]) from error

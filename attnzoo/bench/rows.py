@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -122,7 +122,7 @@ class Row:
     @classmethod
     def from_fields(cls, found: dict[str, Any]) -> Self:
         """The row of a parsed line, whose derived numbers are not read."""
-        known = {field.name: found[field.name] for field in fields(cls)}
+        known = results.fields_of(cls, found)
         quartiles = known["seconds_quartiles"]
         return cls(**{**known, "seconds_quartiles": None if quartiles is None else (float(quartiles[0]), float(quartiles[1]))})
 

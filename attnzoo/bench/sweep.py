@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnzoo.attention import Attention
 from attnzoo.bench import amounts
-from attnzoo.bench.cuda import captured, stopwatch_of
+from attnzoo.bench.cuda import captured, check_answers, stopwatch_of
 from attnzoo.bench.levels import Pass, Work, core_inputs, layer_inputs, options_for, prepare
 from attnzoo.bench.limits import Limits, measure_limits
 from attnzoo.bench.memory import peak_bytes
@@ -33,7 +33,10 @@ Progress = Callable[[str, int, int], None]
 
 
 def run_plan(plan: Plan, parse: ParseVariant, device: torch.device, finished: set[Key], progress: Progress) -> Iterator[Row]:
-    """The rows of a plan as they finish, without those whose key is `finished`. progress: called with (what comes, settings done, settings)."""
+    """The rows of a plan as they finish, without those whose key is `finished`. progress: called with (what comes, settings done, settings).
+
+    Raises DeviceLost after the row of the contender that a CUDA device did not survive.
+    """
     work = [(sweep, cell) for sweep in plan.sweeps for cell in sweep.cells()]
     contenders = {id(sweep): sweep.contenders(parse) for sweep in plan.sweeps}
     bench = Bench(device, plan.seed)
@@ -113,12 +116,17 @@ class Bench:
                 yield found
             else:
                 entries.append(found)
+            check_answers(self.device)  # else all that follow would be called wrong for what this one did
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
         if not entries:
             return
         try:
-            yield from self.time(entries, rounds, budget)
-        except (RuntimeError, MemoryError, ValueError) as error:
-            yield from (replace(entry.row, reason=_failure(error)) for entry in entries)
+            rows = self.time(entries, rounds, budget)
+        except Exception as error:
+            rows = [replace(entry.row, reason=_failure(error)) for entry in entries]
+        yield from rows
+        check_answers(self.device)
 
     def blank(self, contender: Contender | None, cell: Cell) -> Row:
         """The row of a contender before anything is measured."""
@@ -165,19 +173,18 @@ class Bench:
             return Entry(replace(row, peak_bytes=peak_bytes(work.run, self.device)), work.run, seconds, self.device.type == "cuda")
         except ValueError as error:  # what the variant or the backend cannot do
             return replace(row, reason=str(error))
-        except (RuntimeError, MemoryError, ImportError) as error:
+        except Exception as error:  # of any kind: Triton's are of its own, and one kernel that does not compile must not end the sweep
             return replace(row, reason=_failure(error))
-        finally:
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
 
-    def time(self, entries: list[Entry], rounds: int, budget: float) -> Iterator[Row]:
+    def time(self, entries: list[Entry], rounds: int, budget: float) -> list[Row]:
+        """The rows of contenders that passed, timed in turns."""
         repeats = {number: entry.repeats(self.shortest_turn) for number, entry in enumerate(entries)}
         calls: dict[str, Pass] = {str(number): partial(_repeat, entry.run, repeats[number]) for number, entry in enumerate(entries)}
         # Every contender has run at least twice by now.
         timings = interleave(calls, rounds=rounds, warmups=0, budget=budget, stopwatch=self.stopwatch)
         graphs = self._time_graphs(entries, rounds, budget) if self.device.type == "cuda" else {}
         sdpa = next((number for number, entry in enumerate(entries) if entry.row.variant == SDPA), None)
+        rows = []
         for number, entry in enumerate(entries):
             timing = _divided(timings[str(number)], repeats[number])
             row = replace(
@@ -189,13 +196,26 @@ class Bench:
             )
             if sdpa is not None:
                 row = replace(row, sdpa_seconds=timings[str(sdpa)].median / repeats[sdpa], sdpa_peak_bytes=entries[sdpa].row.peak_bytes)
-            yield row
+            rows.append(row)
+        return rows
 
     def _time_graphs(self, entries: list[Entry], rounds: int, budget: float) -> dict[str, float]:
-        """Medians of the passes replayed as CUDA graphs; decoding changes its state in Python and is left out."""
-        graphs = {str(number): captured(entry.run, self.device) for number, entry in enumerate(entries) if entry.row.phase != "decode"}
-        replays = {name: replay for name, replay in graphs.items() if replay is not None}
-        return {name: timing.median for name, timing in interleave(replays, rounds=rounds, budget=budget, stopwatch=self.stopwatch).items()}
+        """Medians of the passes replayed as CUDA graphs, one after another: each keeps all the memory of its pass while it is there, and
+        all of them at once may have none left. Whatever happens here, the times taken before stand. Decoding changes its state in
+        Python and is left out."""
+        found = {}
+        for number, entry in enumerate(entries):
+            if entry.row.phase == "decode":
+                continue
+            try:
+                replay = captured(entry.run, self.device)
+                if replay is not None:
+                    timing = interleave({"": replay}, rounds=rounds, budget=budget / len(entries), stopwatch=self.stopwatch)[""]
+                    found[str(number)] = timing.median
+                    del replay
+            except Exception:  # a graph of its own without a time; a device that is lost is found out by who asks next
+                continue
+        return found
 
     def _with_amounts(self, row: Row, contender: Contender | None, cell: Cell) -> Row:
         exact = amounts.exact(cell)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
+from attnzoo.arguments import nearest
 from attnzoo.commands.command import Command, messages, screen
 from attnzoo.commands.output import check_folder, open_results
 from attnzoo.commands.progress import progress_on
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from attnzoo.bench.rows import Row
     from attnzoo.results import ResultFile
 
-GOT_SLOWER, INTERRUPTED = 1, 130
+GOT_SLOWER, DEVICE_LOST, INTERRUPTED = 1, 3, 130
 PAGE_ONLY = ("quartiles", "rounds")  # columns that a terminal has no room for
 
 
@@ -40,6 +41,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(settings: Namespace) -> int:
     """Check everything, measure what is missing, print, and compare."""
+    from attnzoo.bench.cuda import DeviceLost
     from attnzoo.bench.plan import read_plan
     from attnzoo.bench.room import bounded_memory
     from attnzoo.bench.rows import check_one_machine, read_rows
@@ -52,6 +54,8 @@ def run(settings: Namespace) -> int:
     device = check_device(plan.device)
     for sweep in plan.sweeps:
         sweep.contenders(parse_variant)  # whatever is wrong with one is said before any work
+    if settings.against is not None and Path(settings.against).resolve() == Path(settings.output).resolve():
+        raise ValueError(f"against={settings.against!r} is the file that gets the rows, and says nothing about itself; give another with --output")
     old = None if settings.against is None else read_rows(settings.against)
     results = _open(settings.output)
     held = results.rows()
@@ -64,16 +68,17 @@ def run(settings: Namespace) -> int:
         console.print(f"attnzoo: {results.path} holds {len(held)} rows, which are kept" + (f", from commit {', '.join(commits)}" if commits else ""))
     if device.type == "cpu" and "OMP_PROC_BIND" not in os.environ:
         console.print("attnzoo: for steadier times set OMP_PROC_BIND=true before the run", soft_wrap=True)
-    fresh = 0
     try:
         with bounded_memory(device), progress_on(console) as progress:
             for row in run_plan(plan, parse_variant, device, {row.key for row in held}, progress):
                 results.append(row)
-                fresh += 1
-    except KeyboardInterrupt:
-        console.print(f"attnzoo: interrupted; {fresh} new rows are in {results.path}, and the same command goes on from there", soft_wrap=True)
-        return INTERRUPTED
+    except (KeyboardInterrupt, DeviceLost) as error:
+        said, code = ("interrupted", INTERRUPTED) if isinstance(error, KeyboardInterrupt) else (f"the device was lost ({error})", DEVICE_LOST)
+        fresh = len(results.rows()) - len(held)  # of the file: an interrupt may come between a row and its count
+        console.print(f"attnzoo: {said}; {fresh} new rows are in {results.path}, and the same command goes on from there", soft_wrap=True)
+        return code
     rows = results.rows()
+    fresh = len(rows) - len(held)
     _print(rows)
     screen().print(f"wrote {fresh} rows to {results.path}; figures: attnzoo report {results.path}", soft_wrap=True)
     console.print(f"finished in {time.monotonic() - started:.0f} s")
@@ -84,11 +89,16 @@ BENCH = Command("bench", "Measure time and memory of attentions beside exact SDP
 
 
 def config_path(text: str) -> Path:
-    """A file, or one of the shipped configurations by its name."""
+    """A file, or one of the shipped configurations by its name. Raises ValueError when it is neither."""
     from attnzoo.configuration import configs_folder
 
-    shipped = configs_folder() / "bench" / f"{text}.yaml"
-    return shipped if shipped.is_file() and not Path(text).is_file() else Path(text)
+    folder = configs_folder() / "bench"
+    if Path(text).exists() or Path(text).suffix:
+        return Path(text)
+    shipped = sorted(path.stem for path in folder.glob("*.yaml"))
+    if text not in shipped:
+        raise ValueError(f"config {text!r} is no file{nearest(text, shipped)}; give a YAML file of sweeps, or one of {', '.join(shipped)}")
+    return folder / f"{text}.yaml"
 
 
 def _open(path: str) -> ResultFile[Row]:
@@ -113,10 +123,13 @@ def _print(rows: list[Row]) -> None:
 
 
 def _compare(old: list[Row], new: list[Row], against: str, output: str) -> int:
-    from attnzoo.bench.against import RULE, compare_runs
+    from attnzoo.bench.against import RULE, compare_runs, sdpa_growth
 
     slowdowns, compared = compare_runs(old, new, what=output, against=against)
     screen().print(f"{len(slowdowns)} of {compared} rows got slower than in {against} ({RULE})", soft_wrap=True)
+    growth = sdpa_growth(old, new)
+    if growth is not None:
+        screen().print(f"SDPA, called directly, takes {growth:.2f} times as long as then, a median over its settings", soft_wrap=True)
     for slowdown in slowdowns:
         screen().print(f"- {slowdown.sentence()}", soft_wrap=True)
     return GOT_SLOWER if slowdowns else 0

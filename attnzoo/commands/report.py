@@ -87,8 +87,8 @@ def _report_of(paths: Sequence[str]) -> Report:
 def _format_of(path: str) -> str | None:
     """What the first line says its format is; None when it is no result. Raises ValueError on a file that cannot be read or is empty."""
     try:
-        with Path(path).open(encoding="utf-8") as file:
-            line = next((line for line in file if line.strip()), None)
+        with Path(path).open("rb") as file:  # the last line may be cut inside a letter, which must not cost the first
+            line = next((line.decode() for line in file if line.strip()), None)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}; give a result file") from None
     if line is None:

@@ -6,8 +6,10 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
+
+from attnzoo.results import fields_of
 
 Key = tuple[Any, ...]
 EXACT = "exact"  # the label of the model's own attention in every layer
@@ -79,7 +81,7 @@ class Row:
     @classmethod
     def from_fields(cls, found: dict[str, Any]) -> Row:
         """The row of a parsed line."""
-        return cls(**{field.name: found[field.name] for field in fields(cls)})
+        return cls(**fields_of(cls, found))
 
 
 def page_name(row: Row) -> str:

@@ -59,7 +59,8 @@ def drawings(rows: Iterable[Row]) -> list[Drawing]:
             "limit",
             "Fraction of the limit against length",
             "Least time by the measured rate of matrix products and the measured bandwidth, divided by the time taken. "
-            "Above 1 the data stayed in a cache, which is faster than the memory. Dashed: exact SDPA.",
+            "Above 1 the data stayed in a cache, which is faster than the memory, or the machine ran faster than when its limit was measured. "
+            "Dashed: exact SDPA.",
             rows,
             look,
             lambda row: row.limit_share,

@@ -13,7 +13,7 @@ from attnzoo.report.columns import count, duration, memory, percent, ratio
 
 FORMULA = (
     "kept = (t of SDPA / t) / (MACs of SDPA / MACs); limit = least time by measured GEMM rate and copy bandwidth / t, "
-    "above 100% where data stays in a cache; shapes are batch × heads × head_dim"
+    "above 100% where data stays in a cache, or the machine runs faster than when its limit was measured; shapes are batch × heads × head_dim"
 )
 COLUMNS = (
     Column("contender", "attention", words=True),

@@ -33,6 +33,7 @@ tbody tr:last-child > * { border-bottom: 0; }
 th.text, td.text { text-align: left; }
 tbody th { position: sticky; left: 0; background: var(--paper); font-weight: 600; white-space: normal; min-width: 5.5rem; max-width: 15rem; }
 thead th:first-child { position: sticky; left: 0; }
+@media (max-width: 40rem) { td.text { white-space: normal; min-width: 8.6rem; } }
 .bad { color: var(--bad); font-weight: 600; }
 .good { color: var(--good); font-weight: 600; }
 figure { margin: 0; }

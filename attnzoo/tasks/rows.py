@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
+
+from attnzoo.results import fields_of
 
 Key = tuple[Any, ...]
 
@@ -75,4 +77,4 @@ class Row:
     @classmethod
     def from_fields(cls, found: dict[str, Any]) -> Row:
         """The row of a parsed line."""
-        return cls(**{field.name: found[field.name] for field in fields(cls)})
+        return cls(**fields_of(cls, found))
