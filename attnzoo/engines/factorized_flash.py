@@ -174,7 +174,7 @@ class _Attend(torch.autograd.Function):
             _join(places, sums, found[0], more[0])
             del found, more, keys, values  # before the next ones stand
         log_sums.masked_fill_(log_sums == -torch.inf, 0.0)  # of a row that sees nothing: any finite number
-        return rows.taken(out).to(q.dtype, memory_format=torch.contiguous_format), log_sums
+        return rows.taken(out).to(q.dtype, memory_format=torch.contiguous_format).contiguous(), log_sums
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
