@@ -13,6 +13,8 @@ from attnzoo.engines.engine import Shape, accumulation_dtype
 from attnzoo.engines.factorized_flash import Share
 from attnzoo.engines.factorized_layout import Last, Rows
 
+DRAWN = 20  # bytes a score while what hides it is found: two distances as int64, and what is known of it so far
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -82,11 +84,13 @@ class Layout:
         return fetched + hidden * (1 + call.dtype.itemsize)
 
     def _joining(self, share: Share, call: Shape, hidden: int) -> int:
-        """Rows and log-sums of a span, and the kernel's working memory or the four numbers a row that join them."""
+        """What hides keys being found; then rows and log-sums of a span, and the kernel's working memory or the four numbers a row that join them."""
         more = peaks.statistic_bytes(call)
-        return self._hiding(share, call, hidden) + call.query_bytes + more + max(peaks.working_bytes(call), 4 * more)
+        joining = self._hiding(share, call, hidden) + call.query_bytes + more + max(peaks.working_bytes(call), 4 * more)
+        return max(DRAWN * hidden, joining)
 
     def _returning(self, share: Share, call: Shape, hidden: int) -> int:
         """Gradients of a span, and the output's laid as the kernel wants it."""
         relaid = peaks.relaid_bytes(call.query_bytes, call.heads, call.query_length)
-        return self._hiding(share, call, hidden) + call.query_bytes + 2 * call.key_bytes + relaid + peaks.backward_working_bytes(call)
+        returning = self._hiding(share, call, hidden) + call.query_bytes + 2 * call.key_bytes + relaid + peaks.backward_working_bytes(call)
+        return max(DRAWN * hidden, returning)
