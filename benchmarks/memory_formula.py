@@ -25,6 +25,7 @@ import attnzoo
 from attnzoo import Attention
 from attnzoo.bench.memory import peak_bytes
 from attnzoo.engines.engine import Cost
+from attnzoo.engines.factorized import Factorized
 from attnzoo.environment import environment
 from attnzoo.registry import sized, spec_of
 
@@ -57,12 +58,15 @@ def measured(attention: Attention, n: int, is_causal: bool, kind: str, device: t
         return peak_bytes(run, device)
 
 
-def formulas(cost: Cost, n: int, family: str, dtype: torch.dtype) -> dict[str, int | None]:
+def formulas(attention: Attention, cost: Cost, n: int, dtype: torch.dtype) -> dict[str, int | None]:
     """Bytes of each kind by the closed forms; None where there is none."""
     recording = None
     if cost.kept_bytes is not None and cost.forward_bytes is not None:
         tensor = HEADS * n * HEAD_DIM * dtype.itemsize
-        held = cost.kept_bytes - 3 * tensor + (tensor if family == "sparse" else 0)  # the others keep the very output that they return
+        returns = attention.spec.family == "sparse" and not isinstance(
+            attention.engine, Factorized
+        )  # the others keep the very output that they return
+        held = cost.kept_bytes - 3 * tensor + (tensor if returns else 0)
         recording = max(cost.forward_bytes, held)
     return {"forward": cost.forward_bytes, "recording": recording, "both": cost.training_bytes}
 
@@ -73,7 +77,7 @@ def rows(name: str, options: dict[str, Any], is_causal: bool, lengths: tuple[int
         attention = attnzoo.build(name, heads=HEADS, head_dim=HEAD_DIM, **options, **sized(name, n)).to(device, DTYPES[dtype])
         row: dict[str, Any] = {"variant": name, "options": options, "is_causal": is_causal, "dtype": dtype, "length": n}
         cost = attention.cost(1, n, is_causal=is_causal, dtype=DTYPES[dtype])
-        for kind, formula in formulas(cost, n, spec_of(name).family, DTYPES[dtype]).items():
+        for kind, formula in formulas(attention, cost, n, DTYPES[dtype]).items():
             peak = measured(attention, n, is_causal, kind, device, DTYPES[dtype])
             row |= {f"{kind}_peak": peak, f"{kind}_formula": formula, f"{kind}_ratio": None if formula is None else round(peak / formula, 4)}
         yield row
