@@ -119,7 +119,7 @@ class PeerBench(Bench):
         always = contender is None or cast(Entrant, contender).peer is None
         return super().admit(contender, cell, math.inf if always else self.room)
 
-    def time(self, entries: list[Entry], rounds: int, budget: float) -> Iterator[Row]:
+    def time(self, entries: list[Entry], rounds: int, budget: float) -> list[Row]:
         """Side by side within a round stand those of one group."""
         groups = list(OURS)
         return super().time(sorted(entries, key=lambda entry: groups.index(cast(PeerRow, entry.row).group)), rounds, budget)
