@@ -138,7 +138,7 @@ def _keys_of_one(factors: tuple[Factor, ...], grid: Grid) -> list[int]:
 
 
 def _count_computed(factors: tuple[Factor, ...], grid: Grid) -> int:
-    """(query, key) pairs of one head."""
+    """(query, key) pairs of one head, as products lay them out; calls on a CPU leave out rows of keys beyond either end."""
     rows = Rows.of(factors[0].stride, grid)
     return rows.count * rows.stride * sum(part_of(factor, rows, grid.is_causal).width for factor in factors)
 
