@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from attnzoo.call import Call
 from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.factorized_layout import Columns, Last, Near, Part, Rows, part_of, shown
-from attnzoo.engines.pieces import only_autograd_looks
+from attnzoo.engines.in_cache import works_alone
 from attnzoo.engines.softmax import Softmax
 from attnzoo.factorized_patterns import Factor
 from attnzoo.patterns import Grid
@@ -93,12 +93,18 @@ class Share:
                 inner.append(row)
                 continue
             if inner:
-                yield Span(inner[0], inner[-1] + 1, rows.first + inner[0] - part.before, rows.first + inner[0] + part.after + 1)
+                yield self._inner_span(part, inner)
             inner = [] if missing else [row]
             if missing and max(0, low) < min(rows.key_rows, high):
                 yield Span(row, row + 1, max(0, low), min(rows.key_rows, high))
         if inner:
-            yield Span(inner[0], inner[-1] + 1, rows.first + inner[0] - part.before, rows.first + inner[0] + part.after + 1)
+            yield self._inner_span(part, inner)
+
+    @staticmethod
+    def _inner_span(part: Near, inner: list[int]) -> Span:
+        """Consecutive rows of which each has all its keys."""
+        first = part.rows.first + inner[0]
+        return Span(inner[0], inner[-1] + 1, first - part.before, first + part.after + 1)
 
     def sizes(self, span: Span) -> tuple[int, int, int]:
         """Groups, rows of each, and keys of each."""
@@ -136,11 +142,8 @@ Heads = Sequence[tuple[Sequence[Share], Sequence[int]]]  # what heads see, and t
 
 
 def serves(engine: Softmax, call: Call) -> bool:
-    """Whether `attend` is the way: on a CPU, without dropout, and where neither a graph nor a transform wants to see every product."""
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    drops = engine.dropout > 0 and engine.training
-    suits = call.v.shape[3] == call.q.shape[3] and call.key_length > 0  # the kernel's condition
-    return call.q.device.type == "cpu" and suits and not recorded and not drops and only_autograd_looks(call.q, call.k, call.v)
+    """Whether `attend` is the way: where the kernel takes the call."""
+    return call.v.shape[3] == call.q.shape[3] and call.key_length > 0 and works_alone(engine, call)
 
 
 def shares_of(factors: tuple[Factor, ...], rows: Rows, grid: Grid) -> list[Share]:

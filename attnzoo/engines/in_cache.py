@@ -90,11 +90,17 @@ def parts_at_a_time(size: int, keys: int, threads: int | None = None) -> int:
 
 
 def serves(engine: Softmax, call: Call) -> bool:
-    """Whether `attend` is the way: on a CPU, without dropout, and where neither a graph nor a transform wants to see torch's SDPA."""
+    """Whether `attend` is the way."""
+    return call.q.dtype in DTYPES and works_alone(engine, call)
+
+
+def works_alone(engine: Softmax, call: Call) -> bool:
+    """Whether a Function of our own may compute the call: on a CPU, without dropout, and where neither a graph nor a transform wants to see
+    torch's SDPA."""
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
     drops = engine.dropout > 0 and engine.training
     looked_at = (call.q, call.k, call.v) if call.sink_logits is None else (call.q, call.k, call.v, call.sink_logits)
-    return call.q.device.type == "cpu" and call.q.dtype in DTYPES and not recorded and not drops and only_autograd_looks(*looked_at)
+    return call.q.device.type == "cpu" and not recorded and not drops and only_autograd_looks(*looked_at)
 
 
 def attend(
