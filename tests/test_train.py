@@ -27,7 +27,7 @@ from attnzoo.tasks.needle import Needle
 from attnzoo.tasks.rows import Row
 from attnzoo.tasks.run import Run
 from attnzoo.tasks.study import Study
-from attnzoo.tasks.summary import summed_up
+from attnzoo.tasks.summary import Summary, best_rate, summed_up
 from attnzoo.tasks.task import TEST, Task
 
 CPU = torch.device("cpu")
@@ -208,7 +208,7 @@ def test_more_processes_than_rows_are_refused(changes, tmp_path):
 
 
 def study(*texts: str, **changes: Any) -> Study:
-    made = Study((TASKS[0],), TINY, BUDGET, 16, (0.001, 0.01), (3, 4), tuple(map(contender, texts)))
+    made = Study((TASKS[0],), (TINY,), BUDGET, 16, (0.001, 0.01), (3, 4), tuple(map(contender, texts)))
     return replace(made, **changes)
 
 
@@ -219,16 +219,12 @@ def rows_of(chosen: Study, folder: Path, held: tuple[Row, ...] = ()) -> tuple[li
     return work.run(lambda said, done, total: None), written
 
 
-def test_a_study_tries_every_rate_once_and_every_seed_at_the_best(tmp_path):
+def test_a_study_tries_every_rate_with_every_seed(tmp_path):
     rows, written = rows_of(study("standard", GRU), tmp_path)
     assert rows == written and [row.label for row in rows if row.is_baseline] == ["chance", "majority answer"]
     for label in ("standard", GRU):
         runs = [row for row in rows if row.label == label]
-        tried = {row.learning_rate: row.validation for row in runs if row.seed == 3}
-        best = max(tried, key=lambda rate: tried[rate] or 0.0)
-        assert set(tried) == {0.001, 0.01}
-        if len(set(tried.values())) == 2:
-            assert [row.learning_rate for row in runs if row.seed == 4] == [best]
+        assert [(row.seed, row.learning_rate) for row in runs] == [(3, 0.001), (3, 0.01), (4, 0.001), (4, 0.01)]
         assert all(row.seconds and row.macs and row.peak_bytes and row.state_bytes and row.parameters and row.test is not None for row in runs)
     assert not list(tmp_path.iterdir()), "a finished run needs no checkpoint"
     assert [Row.from_fields(vars(row)) for row in rows] == rows
@@ -244,7 +240,7 @@ def test_what_the_file_holds_is_not_trained_again(tmp_path, monkeypatch):
 def test_another_budget_is_another_row(tmp_path):
     first, _ = rows_of(study("standard"), tmp_path)
     _, written = rows_of(study("standard", budget=replace(BUDGET, steps=5)), tmp_path, tuple(first))
-    assert len([row for row in written if not row.is_baseline]) == 3
+    assert len([row for row in written if not row.is_baseline]) == 4
 
 
 def test_a_loss_that_is_not_finite_ends_its_run_and_not_the_study(tmp_path, monkeypatch):
@@ -265,7 +261,7 @@ def test_a_loss_that_is_not_finite_ends_its_run_and_not_the_study(tmp_path, monk
     monkeypatch.setattr("attnzoo.tasks.run.train", watched)
     rows, _ = rows_of(study("standard", "linear"), tmp_path)
     bad = [row for row in rows if row.learning_rate == 0.01]
-    assert [(row.label, row.stopped_at, row.test, row.validation) for row in bad] == [(label, 2, None, None) for label in ("standard", "linear")]
+    assert [(row.label, row.stopped_at, row.test, row.validation) for row in bad] == [(label, 2, None, None) for label in ("standard", "standard", "linear", "linear")]
     assert "not finite at step 2" in bad[0].reason and len(bad[0].curve or []) == 2
     (problem,) = summed_up(rows)
     summaries = {summary.label: summary for summary in problem.contenders}
@@ -315,28 +311,67 @@ def test_every_variant_trains_on_the_tasks_that_its_spec_allows(name, tmp_path):
         assert bool(row.state_bytes) == (able and spec.decodes and task.form != "encoder")
 
 
-def test_test_scores_have_a_mean_and_a_standard_deviation():
-    blank = Row("mqar", {"length": 4}, {}, {}, 8, "accuracy", "standard", [["standard", {}]], environment={})
-    runs = [(0.1, 0, 0.5, 0.4), (0.2, 0, 0.9, 0.8), (0.2, 1, 0.1, 0.6), (0.2, 2, 1.0, 0.7)]
-    rows = [replace(blank, learning_rate=r, seed=s, validation=v, validation_loss=1.0, test=t, seconds=2.0, curve=[[1, 0.5]]) for r, s, v, t in runs]
-    (problem,) = summed_up([*rows, replace(blank, label="chance", layers=[], test=0.25)])
+def summary_of(*runs: tuple[float, int, float | None, float]) -> Summary:
+    """What runs of (rate, seed, validation, test) come to; a validation of None is that of a run that was stopped."""
+    blank = Row("mqar", {"length": 4}, {}, {}, 8, "accuracy", "standard", [["standard", {}]], validation_loss=1.0, seconds=2.0, curve=[[1, 0.5]])
+    rows = [replace(blank, learning_rate=r, seed=s, validation=v, test=None if v is None else t) for r, s, v, t in runs]
+    (problem,) = summed_up([*rows, replace(blank, label="chance", layers=[], test=0.25, curve=None)])
     chance, standard = problem.contenders
     assert (chance.label, chance.is_baseline, chance.test) == ("chance", True, 0.25)
-    assert (standard.learning_rate, standard.seeds, standard.seconds) == (0.2, 3, 2.0)
-    assert standard.test == pytest.approx(0.7) and standard.spread == pytest.approx(0.1)
-    assert len(problem.best_rows("standard")) == 3
+    assert standard.learning_rate is None or len(problem.best_rows("standard")) == standard.seeds
+    return standard
 
 
-def test_the_rate_is_chosen_with_the_seed_that_tried_them_all():
-    """A file that began with one run of another seed gives the table that the study printed."""
-    blank = Row("mqar", {"length": 4}, {}, {}, 8, "accuracy", "standard", [["standard", {}]], environment={})
-    runs = [(0.1, 5, 0.99, 0.3), (0.1, 0, 0.5, 0.4), (0.2, 0, 0.9, 0.8), (0.2, 5, 0.8, 0.6)]
-    rows = [replace(blank, learning_rate=r, seed=s, validation=v, validation_loss=1.0, test=t, seconds=2.0) for r, s, v, t in runs]
-    for order in (rows[:3], rows[:1] + rows[2:0:-1]):
-        (standard,) = summed_up(order)[0].contenders
-        assert (standard.learning_rate, standard.test, set(standard.validations)) == (0.2, 0.8, {0.1, 0.2})
-    (standard,) = summed_up([rows[1], rows[2], rows[0], rows[3]])[0].contenders
-    assert (standard.learning_rate, standard.test) == (0.2, pytest.approx(0.7))
+def test_test_scores_have_a_mean_and_a_standard_deviation():
+    found = summary_of((0.1, 0, 0.5, 0.4), (0.2, 0, 0.9, 0.8), (0.1, 1, 0.5, 0.2), (0.2, 1, 0.8, 0.6))
+    assert (found.learning_rate, found.seeds, found.seconds) == (0.2, 2, 2.0)
+    assert found.test == pytest.approx(0.7) and found.spread == pytest.approx(0.02**0.5)
+    assert found.validations == pytest.approx({0.1: 0.5, 0.2: 0.85})
+
+
+def test_the_rate_is_the_best_over_all_seeds_and_not_over_one():
+    """Of exact attention on induction two rates solve the task with one seed, and only one of them with another."""
+    found = summary_of((0.1, 0, 0.9, 0.91), (0.2, 0, 1.0, 1.0), (0.1, 1, 0.9, 0.89), (0.2, 1, 0.1, 0.1))
+    assert found.learning_rate == 0.1 and found.test == pytest.approx(0.9)
+
+
+def test_a_rate_at_which_a_run_was_stopped_is_behind_one_at_which_none_was():
+    found = summary_of((0.1, 0, 0.5, 0.4), (0.2, 0, 1.0, 1.0), (0.1, 1, 0.5, 0.4), (0.2, 1, None, 0.0))
+    assert found.learning_rate == 0.1 and found.validations == {0.1: 0.5, 0.2: None}
+    found = summary_of((0.1, 0, None, 0.0), (0.2, 0, 0.3, 0.2))
+    assert (found.learning_rate, found.test, found.seeds) == (0.2, 0.2, 1)
+    found = summary_of((0.1, 0, None, 0.0), (0.2, 0, None, 0.0))
+    assert (found.learning_rate, found.test, found.validations) == (None, None, {0.1: None, 0.2: None})
+
+
+def test_of_equal_scores_the_smaller_loss_is_better():
+    rows = [Row("copy", {}, {}, {}, 8, "accuracy", "standard", [], rate, 0, 1.0, loss) for rate, loss in ((0.1, 0.3), (0.2, 0.1))]
+    assert best_rate({0.1: rows[:1], 0.2: rows[1:]}, lower_is_better=False) == 0.2
+    rows = [replace(row, validation=bits) for row, bits in zip(rows, (2.0, 3.0), strict=True)]
+    assert best_rate({0.1: rows[:1], 0.2: rows[1:]}, lower_is_better=True) == 0.1
+
+
+def test_the_rate_is_chosen_with_the_seeds_that_tried_them_all():
+    """Of a study that was interrupted, and of a file that began with one run of another seed."""
+    other, first, second, later = (0.1, 5, 0.99, 0.3), (0.1, 0, 0.5, 0.4), (0.2, 0, 0.9, 0.8), (0.2, 6, 0.8, 0.6)
+    for order in ((other, first, second), (second, first, other)):
+        found = summary_of(*order)
+        assert (found.learning_rate, found.test, found.validations) == (0.2, 0.8, {0.1: 0.5, 0.2: 0.9})
+    found = summary_of(first, second, other, later)
+    assert (found.learning_rate, found.test) == (0.2, pytest.approx(0.7))
+
+
+def test_models_of_several_sizes_are_studies_of_one_file(tmp_path):
+    """Rows of one size are held, those of the other trained, and neither takes the other's checkpoint."""
+    chosen = study("standard", learning_rates=(0.01,), seeds=(3,))
+    first, _ = rows_of(chosen, tmp_path)
+    wider = replace(TINY, width=2 * TINY.width)
+    told: list[str] = []
+    work = Run(replace(chosen, models=(TINY, wider)), Devices(CPU, "float32"), first, lambda row: None, tmp_path, {})
+    rows = work.run(lambda said, done, total: told.append(said))
+    assert [row.model["width"] for row in rows if not row.is_baseline] == [TINY.width, wider.width]
+    assert [row for row in rows if row.model["width"] == TINY.width] == first and len(summed_up(rows)) == 2
+    assert any(f"width={wider.width}:" in said for said in told)
 
 
 def test_layers_take_turns_and_parts_must_come_out_even():

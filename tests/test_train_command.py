@@ -74,9 +74,9 @@ def test_a_study_prints_tables_and_writes_rows_and_a_summary(capsys, monkeypatch
         "linformer: linformer cannot be causal",
     ):
         assert said in captured.out, said
-    assert re.search(r"\[\d+/144\] mqar .*: loss \d\.\d+, .* left", captured.err) and "[144/144] done" in captured.err
+    assert re.search(r"\[\d+/192\] mqar .*: loss \d\.\d+, .* left", captured.err) and "[192/192] done" in captured.err
     rows = read_rows(FILE, Row)
-    assert len(rows) == 2 * (2 + 3 * 3 + 1)
+    assert len(rows) == 2 * (2 + 3 * 4 + 1)
     assert json.loads(Path("report/train-mqar.json").read_text())[1]["contenders"][2]["seeds"] == 2
     assert all(row.environment and "torch" in row.environment for row in rows)
 
@@ -173,8 +173,14 @@ def test_a_bad_study_is_one_sentence_that_names_the_file(old, new, said, capsys)
 
 def test_a_size_changes_what_it_names_and_nothing_else():
     small, larger = (read_study(Path("study.yaml"), size, TASKS["mqar"], {}, parse_variant) for size in ("quick", "larger"))
-    assert (larger.sizes, larger.seeds) == (replace(small.sizes, layers=4), (7,))
-    assert replace(larger, sizes=small.sizes, seeds=small.seeds) == small
+    (sizes,) = small.models
+    assert (larger.models, larger.seeds) == ((replace(sizes, layers=4),), (7,))
+    assert replace(larger, models=small.models, seeds=small.seeds) == small
+
+
+def test_a_list_in_the_model_is_a_model_for_each():
+    Path("study.yaml").write_text(STUDY.replace("{width: 16, layers: 2", "{width: [16, 32], layers: 2"))
+    assert [sizes.width for sizes in read_study(Path("study.yaml"), "quick", TASKS["mqar"], {}, parse_variant).models] == [16, 32]
 
 
 @pytest.mark.parametrize("size", ["quick", "cpu", "gpu"])

@@ -8,7 +8,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from attnzoo.report.columns import duration
 from attnzoo.tasks.contenders import Contender
 from attnzoo.tasks.devices import Devices
 from attnzoo.tasks.loop import Setup, step_bytes, train
-from attnzoo.tasks.model import Transformer
+from attnzoo.tasks.model import Sizes, Transformer
 from attnzoo.tasks.rows import Key, Row
 from attnzoo.tasks.study import Study
 from attnzoo.tasks.task import TEST, Task
@@ -43,48 +43,47 @@ class Run:
         self.study, self.devices, self.write, self.checkpoints, self.facts = study, devices, write, checkpoints, facts
         self.held: dict[Key, Row] = {row.key: row for row in held}
         self.rows: dict[Key, Row] = {}
-        runs = len(study.learning_rates) + len(study.seeds) - 1
-        self.steps = runs * study.budget.steps  # of a contender
+        self.grid = list(itertools.product(study.seeds, study.learning_rates))  # the runs of a contender
+        self.turned = [field.name for field in fields(Sizes) if len({getattr(sizes, field.name) for sizes in study.models}) > 1]
         self.started, self.trained = time.monotonic(), 0  # for the time left: steps that were trained, not held
 
     def run(self, progress: Progress) -> list[Row]:
         """All rows of the study. progress: called with (the run, its loss and the time left; steps done; steps in all)."""
-        pairs = list(itertools.product(self.study.problems, self.study.contenders))
-        total = len(pairs) * self.steps
-        for problem in self.study.problems:
-            self._add_baselines(problem)
-        for number, (problem, contender) in enumerate(pairs):
-            before = number * self.steps
+        places = list(itertools.product(self.study.problems, self.study.models))
+        for problem, sizes in places:
+            self._add_baselines(problem, sizes)
+        contests = [(problem, sizes, contender) for problem, sizes in places for contender in self.study.contenders]
+        steps_each = len(self.grid) * self.study.budget.steps
+        total = len(contests) * steps_each
+        for number, (problem, sizes, contender) in enumerate(contests):
+            before = number * steps_each
 
             def report(said: str, steps: int, before: int = before) -> None:
                 left = (time.monotonic() - self.started) / max(self.trained, 1) * (total - before - steps)
                 progress(f"{said}, {duration(left)} left", before + steps, total)
 
-            self._contend(problem, contender, report)
+            self._contend(problem, sizes, contender, report)
         progress("done", total, total)
         return list(self.rows.values())
 
-    def _contend(self, problem: Task, contender: Contender, progress: Callable[[str, int], None]) -> None:
-        """The first seed at every rate, then the others at the rate that was best on validation."""
-        blank, steps = self._blank(problem, contender.label, contender), self.study.budget.steps
-        reason = self._cannot(problem, contender)
+    def _contend(self, problem: Task, sizes: Sizes, contender: Contender, progress: Callable[[str, int], None]) -> None:
+        """Every seed at every rate."""
+        blank = self._blank(problem, sizes, contender.label, contender)
+        reason = _cannot(problem, sizes, contender)
         if reason is not None:
             self._keep(replace(blank, reason=reason))
             return
-        tried = []
-        for rate in self.study.learning_rates:
-            tried.append(self._train(blank, self._setup(problem, contender, rate, self.study.seeds[0]), progress, len(tried) * steps))
-        best = best_of(tried, problem.lower_is_better)
-        if best is None or best.learning_rate is None:
-            return
-        for number, seed in enumerate(self.study.seeds[1:], len(tried)):
-            self._train(blank, self._setup(problem, contender, best.learning_rate, seed), progress, number * steps)
+        for number, (seed, rate) in enumerate(self.grid):
+            setup = Setup(problem, contender, sizes, self.study.budget, self.study.held_out, rate, seed)
+            self._train(blank, setup, progress, number * self.study.budget.steps)
 
-    def _train(self, blank: Row, setup: Setup, progress: Callable[[str, int], None], before: int) -> Row:
+    def _train(self, blank: Row, setup: Setup, progress: Callable[[str, int], None], before: int) -> None:
         row = replace(blank, learning_rate=setup.learning_rate, seed=setup.seed)
         if row.key in self.held:
-            return self._keep(self.held[row.key])
-        told = f"{setup.task.name} {_knobs(setup.task)}: {row.label}, rate {setup.learning_rate:g}, seed {setup.seed}"
+            self._keep(self.held[row.key])
+            return
+        turned = "".join(f" {name}={getattr(setup.sizes, name)}" for name in self.turned)
+        told = f"{setup.task.name} {_knobs(setup.task)}{turned}: {row.label}, rate {setup.learning_rate:g}, seed {setup.seed}"
         last, path = time.monotonic() - PAUSE, self.checkpoints / f"{_file_name(told)}.pt"
 
         def report(steps: int, loss: float) -> None:
@@ -116,48 +115,34 @@ class Run:
         if self.devices.is_main:
             path.unlink(missing_ok=True)
         self.devices.wait()
-        return row
 
-    def _keep(self, row: Row) -> Row:
-        """The held row with its key, or this one, which is then written."""
+    def _keep(self, row: Row) -> None:
+        """Take the held row with its key, or this one, which is then written."""
         found = self.held.get(row.key)
         if found is None:
             found = replace(row, environment=self.facts)
             if self.devices.is_main:
                 self.write(found)
         self.rows[row.key] = found
-        return found
 
-    def _add_baselines(self, problem: Task) -> None:
-        blank = self._blank(problem, "", None)
+    def _add_baselines(self, problem: Task, sizes: Sizes) -> None:
+        blank = self._blank(problem, sizes, "", None)
         held = {row.label: row for row in self.held.values() if row.is_baseline and row.group == blank.group}
         scores = {label: row.test for label, row in held.items()} or problem.baselines(self.study.held_out)
         for label, score in scores.items():
             self._keep(replace(blank, label=label, test=score))
 
-    def _cannot(self, problem: Task, contender: Contender) -> str | None:
-        """Why the contender cannot do the task, tried on one sequence of it; None when it can."""
-        try:
-            with torch.no_grad():
-                Transformer(problem, contender, self.study.sizes, 0)(problem.held_out(TEST, 1))
-        except ValueError as error:
-            return str(error).splitlines()[0]
-        return None
-
     def _peak_bytes(self, setup: Setup) -> int | None:
         """Of one training step, from a row of the same contender where there is one."""
-        same = [row for row in self.rows.values() if row.peak_bytes and row.group == self._blank(setup.task, "", None).group]
+        same = [row for row in self.rows.values() if row.peak_bytes and row.group == self._blank(setup.task, setup.sizes, "", None).group]
         known = next((row.peak_bytes for row in same if row.label == setup.contender.label), None)
         return known or step_bytes(setup, self.devices)
 
-    def _setup(self, problem: Task, contender: Contender, learning_rate: float, seed: int) -> Setup:
-        return Setup(problem, contender, self.study.sizes, self.study.budget, self.study.held_out, learning_rate, seed)
-
-    def _blank(self, problem: Task, label: str, contender: Contender | None) -> Row:
+    def _blank(self, problem: Task, sizes: Sizes, label: str, contender: Contender | None) -> Row:
         return Row(
             task=problem.name,
             problem=asdict(problem),  # type: ignore[call-overload]  # every task is a dataclass
-            model=asdict(self.study.sizes),
+            model=asdict(sizes),
             budget=asdict(self.study.budget),
             held_out=self.study.held_out,
             metric=problem.metric,
@@ -166,11 +151,14 @@ class Run:
         )
 
 
-def best_of(rows: Iterable[Row], lower_is_better: bool) -> Row | None:
-    """The row with the best validation, of equal ones the one with the smaller loss; None when no run ended well."""
-    ended = [row for row in rows if row.validation is not None and row.validation_loss is not None]
-    sign = 1 if lower_is_better else -1
-    return min(ended, key=lambda row: (sign * (row.validation or 0.0), row.validation_loss), default=None)
+def _cannot(problem: Task, sizes: Sizes, contender: Contender) -> str | None:
+    """Why the contender cannot do the task, tried on one sequence of it; None when it can."""
+    try:
+        with torch.no_grad():
+            Transformer(problem, contender, sizes, 0)(problem.held_out(TEST, 1))
+    except ValueError as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def _knobs(problem: Task) -> str:

@@ -22,10 +22,11 @@ T = TypeVar("T", Sizes, Budget)
 
 @dataclass(frozen=True)
 class Study:
-    """problems: the task with each combination of its knobs. held_out: sequences of validation, and of test."""
+    """problems: the task with each combination of its knobs. models: each combination of the sizes. held_out: sequences of validation, and
+    of test."""
 
     problems: tuple[Task, ...]
-    sizes: Sizes
+    models: tuple[Sizes, ...]
     budget: Budget
     held_out: int
     learning_rates: tuple[float, ...]
@@ -76,15 +77,15 @@ def make_study(found: dict[str, Any], task: type[Task], parse_variant: ParseVari
     missing = [key for key in KEYS if key not in found and key not in ("problem", "model")]
     if missing:
         raise ValueError(f"{' and '.join(missing)} must be given; see the shipped configs/tasks")
-    sizes = _section("model", Sizes, found.get("model", {}))
+    models = tuple(_section("model", Sizes, sizes) for sizes in _combinations(found.get("model") or {}))
     contenders = tuple(parse_contender(_text(text), parse_variant) for text in _list("variants", found["variants"]))
-    for contender in contenders:
+    for sizes, contender in itertools.product(models, contenders):
         contender.layers(sizes.layers)
     if len({contender.label for contender in contenders}) < len(contenders):
         raise ValueError("variants names the same one twice")
     return Study(
         problems=_problems(task, found.get("problem", {})),
-        sizes=sizes,
+        models=models,
         budget=_section("budget", Budget, found["budget"]),
         held_out=check_positive("held_out", found["held_out"]),
         learning_rates=tuple(sorted({_rate(rate) for rate in _list("learning_rates", found["learning_rates"])})),
@@ -96,8 +97,15 @@ def make_study(found: dict[str, Any], task: type[Task], parse_variant: ParseVari
 def _problems(task: type[Task], knobs: Any) -> tuple[Task, ...]:
     """The task with every combination of the values given for its knobs."""
     check_mapping(f"the problem of {task.name}", knobs, task.knobs(), may_be_empty=True)
-    values = [[(knob, value) for value in (given if isinstance(given, list) else [given])] for knob, given in (knobs or {}).items()]
-    return tuple(task.from_knobs(dict(chosen)) for chosen in itertools.product(*values))
+    return tuple(map(task.from_knobs, _combinations(knobs or {})))
+
+
+def _combinations(settings: Any) -> list[Any]:
+    """The mapping with every combination of the values of its lists; what is no mapping alone, for its reader to refuse."""
+    if not isinstance(settings, dict):
+        return [settings]
+    values = [[(name, value) for value in (given if isinstance(given, list) else [given])] for name, given in settings.items()]
+    return [dict(chosen) for chosen in itertools.product(*values)]
 
 
 def _section(name: str, kind: type[T], found: Any) -> T:

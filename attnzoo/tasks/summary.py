@@ -8,13 +8,12 @@ from statistics import mean, stdev
 from typing import Any
 
 from attnzoo.tasks.rows import Key, Row
-from attnzoo.tasks.run import best_of
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One contender on one problem. validations: by learning rate, of the first seed; None: that run's loss was not finite. test: mean
-    over the seeds at the best rate; spread: their standard deviation (n - 1), None of one seed. seconds: mean of a run."""
+    """One contender on one problem. validations: mean over the seeds by learning rate; None: the loss of one of the runs was not finite. test:
+    mean over the seeds at the rate with the best of them; spread: their standard deviation (n - 1), None of one seed. seconds: mean of a run."""
 
     label: str
     variant: str
@@ -85,13 +84,32 @@ def _problem(rows: list[Row]) -> Problem:
     return Problem(first.task, first.problem, first.model, first.budget, first.held_out, first.metric, contenders, tuple(rows))
 
 
-def _tried(runs: list[Row]) -> list[Row]:
-    """Those of the seed that the rate was chosen with: it has run at more rates than others; of equal ones the first. A result file may hold runs of
-    other seeds from an earlier study."""
-    by_seed: dict[int | None, list[Row]] = {}
+def _compared(runs: list[Row]) -> dict[float, list[Row]]:
+    """By rate, the runs of those seeds that have run at every rate: an interrupted study, or a result file that others have added to, may hold more of
+    one rate than of another. When no seed has run at all of them: of the seeds with most rates, and only at those."""
+    rates: dict[int | None, set[float]] = {}
     for row in runs:
-        by_seed.setdefault(row.seed, []).append(row)
-    return max(by_seed.values(), key=len)
+        rates.setdefault(row.seed, set()).add(row.learning_rate or 0.0)
+    most = max(rates.values(), key=len)
+    seeds = [seed for seed, found in rates.items() if found == most]
+    return {rate: [row for row in runs if row.learning_rate == rate and row.seed in seeds] for rate in sorted(most)}
+
+
+def best_rate(tried: dict[float, list[Row]], lower_is_better: bool) -> float | None:
+    """The rate with the best mean score on validation, of equal ones the one with the smaller loss. A rate at which more runs than at another were
+    not finite is behind it; None when none was finite."""
+
+    def rank(rate: float) -> tuple[int, float, float]:
+        ended = [row for row in tried[rate] if row.validation is not None]
+        score, loss = mean(row.validation or 0.0 for row in ended), mean(row.validation_loss or 0.0 for row in ended)
+        return len(tried[rate]) - len(ended), score if lower_is_better else -score, loss
+
+    return min((rate for rate, rows in tried.items() if any(row.validation is not None for row in rows)), key=rank, default=None)
+
+
+def _mean_validation(rows: list[Row]) -> float | None:
+    scores = [row.validation for row in rows if row.validation is not None]
+    return mean(scores) if len(scores) == len(rows) else None
 
 
 def _summary(rows: list[Row]) -> Summary:
@@ -99,25 +117,25 @@ def _summary(rows: list[Row]) -> Summary:
     runs = [row for row in rows if row.learning_rate is not None]
     if not runs:
         return Summary(first.label, first.variant, first.is_baseline, test=first.test, reason=first.reason)
-    tried = _tried(runs)
+    tried = _compared(runs)
     found = Summary(
         first.label,
         first.variant,
         first.is_baseline,
-        validations={row.learning_rate: row.validation for row in tried if row.learning_rate is not None},
+        validations={rate: _mean_validation(rows) for rate, rows in tried.items()},
         macs=runs[0].macs,
         peak_bytes=runs[0].peak_bytes,
         state_bytes=runs[0].state_bytes,
         reason="; ".join(f"rate {row.learning_rate:g}, seed {row.seed}: {row.reason}" for row in runs if row.reason),
     )
-    best = best_of(tried, first.metric != "accuracy")
+    best = best_rate(tried, first.metric != "accuracy")
     if best is None:
         return found
-    chosen = [row for row in runs if row.learning_rate == best.learning_rate and row.test is not None]
+    chosen = [row for row in runs if row.learning_rate == best and row.test is not None]
     tests = [row.test for row in chosen if row.test is not None]
     return replace(
         found,
-        learning_rate=best.learning_rate,
+        learning_rate=best,
         test=mean(tests),
         spread=stdev(tests) if len(tests) > 1 else None,
         seeds=len(tests),
