@@ -72,6 +72,8 @@ CASES: dict[str, list[Case]] = {
         Case("linear", {"feature_map": "softmax"}),
         Case("linear", {"feature_map": "identity", "normalize": False}),
         Case("linear", {"normalize": False}),
+        Case("linear", {"feature_map": "taylor"}),
+        Case("linear", {"feature_map": "taylor", "normalize": False}),
         Case("linear", {"feature_map": squared_elu}),
     ],
     "performer": [

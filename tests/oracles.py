@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -182,12 +183,25 @@ def _efficient(_: int, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
     return _rows(visible, weigh)
 
 
+def _series(normalize: bool, _: int, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+    """Arora et al. 2024, Based: the exponential of a score by its series, to the second order."""
+
+    def weigh(i: int, seen: Tensor) -> Tensor:
+        scores = k[seen] @ q[i] / math.sqrt(q.shape[-1])
+        series = 1 + scores + scores * scores / 2
+        return _normalised(series) if normalize else series
+
+    return _rows(visible, weigh)
+
+
 @oracle("linear")
 def linear(q, k, v, *, feature_map="elu", normalize=True, key_mask=None, attn_mask=None, is_causal=False) -> tuple[Tensor, Tensor]:
     """Katharopoulos et al. 2020, equations 4 and 8; `softmax` is Shen et al. 2021. feature_map: a name or a callable."""
     assert attn_mask is None
     if feature_map == "softmax":
         return _by_heads(_efficient, q, k, v, key_mask, is_causal)
+    if feature_map == "taylor":
+        return _by_heads(partial(_series, normalize), q, k, v, key_mask, is_causal)
     phi = feature_map if callable(feature_map) else FEATURE_MAPS[feature_map]
     return _by_heads(_kernel(phi, phi, normalize), q, k, v, key_mask, is_causal)
 

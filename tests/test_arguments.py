@@ -147,7 +147,7 @@ BAD_OPTIONS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("linformer", {"rank": 0}, ["rank=0", "at least 1"]),
     ("linformer", {"sharing": "all"}, ["sharing='all'", "none, headwise, key_value, layerwise"]),
     ("linformer", {"scale": "a"}, ["scale='a'"]),
-    ("linear", {"feature_map": "elo"}, ["feature_map='elo'", "did you mean 'elu'", "relu, squared_relu, identity, softmax", "callable"]),
+    ("linear", {"feature_map": "elo"}, ["feature_map='elo'", "did you mean 'elu'", "relu, squared_relu, identity, taylor, softmax", "callable"]),
     ("linear", {"feature_map": 3}, ["feature_map=3", "callable"]),
     ("linear", {"feature_map": "softmax", "normalize": False}, ["normalize=False", "feature_map='softmax'"]),
     ("performer", {"num_features": 0}, ["num_features=0", "at least 1"]),

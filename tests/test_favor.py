@@ -11,7 +11,7 @@ import torch
 from cases import Case, Situation, gradients_of, tensors
 from torch import Tensor
 
-from attnzoo.feature_maps import RandomFeatures, draw_projection
+from attnzoo.random_features import RandomFeatures, draw_projection
 
 HEAD_DIM = 4
 FEATURES = 4  # one orthogonal block

@@ -261,7 +261,8 @@ def test_a_loss_that_is_not_finite_ends_its_run_and_not_the_study(tmp_path, monk
     monkeypatch.setattr("attnzoo.tasks.run.train", watched)
     rows, _ = rows_of(study("standard", "linear"), tmp_path)
     bad = [row for row in rows if row.learning_rate == 0.01]
-    assert [(row.label, row.stopped_at, row.test, row.validation) for row in bad] == [(label, 2, None, None) for label in ("standard", "standard", "linear", "linear")]
+    assert [row.label for row in bad] == ["standard", "standard", "linear", "linear"]
+    assert {(row.stopped_at, row.test, row.validation) for row in bad} == {(2, None, None)}
     assert "not finite at step 2" in bad[0].reason and len(bad[0].curve or []) == 2
     (problem,) = summed_up(rows)
     summaries = {summary.label: summary for summary in problem.contenders}

@@ -260,6 +260,31 @@ def test_figures_are_drawn_for_what_there_is():
     assert turned_knob(both) == "pairs"
 
 
+def test_models_of_several_sizes_show_what_more_state_buys():
+    """Of each attention the points of all sizes and options, and a line through those that no smaller state of its own reaches."""
+    wide = [replace(row, model={"width": 32}, state_bytes=row.state_bytes and 4 * row.state_bytes) for row in rows(4, 0.7)]
+    window = [
+        replace(
+            BLANK,
+            problem={"length": 64, "pairs": 4},
+            label=f"sliding_window window={w}",
+            layers=[["sliding_window", {"window": w}]],
+            test=t,
+            state_bytes=w,
+        )
+        for w, t in ((16, 0.3), (32, 0.2), (64, 0.6))
+    ]
+    problems = summed_up([*rows(4, 0.9), *wide, *window])
+    assert [drawing.name for drawing in drawings(problems)] == ["state", "state-by-variant", "macs", "curves"]
+    axes = next(drawing for drawing in drawings(problems) if drawing.name == "state-by-variant").whole().axes[0]
+    drawn: Any = axes.lines
+    points = {line.get_label(): list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in drawn if line.get_linestyle() == "None"}
+    assert points["sliding_window"] == [(16, 0.3), (32, 0.2), (64, 0.6)]
+    assert points["linear"] == [(512, pytest.approx(0.8)), (2048, pytest.approx(0.6))]
+    (line,) = [line for line in drawn if len(line.get_xdata()) == 2 and line.get_linestyle() == "-" and line.get_xdata()[0] == 16]
+    assert list(line.get_ydata()) == [0.3, 0.6]
+
+
 def test_every_study_with_a_knob_that_turns_has_its_chart_whatever_else_the_page_holds():
     longer = [replace(row, budget={"steps": 8, "batch_size": 2}, problem={"length": 128, "pairs": pairs}) for pairs in (4, 8) for row in rows(4, 0.7)]
     alone = [replace(row, model={"width": 32}) for row in rows(16, 0.3)]

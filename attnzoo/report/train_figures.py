@@ -40,6 +40,15 @@ def drawings(problems: Sequence[Problem]) -> list[Drawing]:
             partial(_against, number=lambda one: one.state_bytes, label="state", tick=memory_tick),
         ),
         chart(
+            "state-by-variant",
+            "What more state buys",
+            "Models of several sizes and attentions with several options, beside what each carries after one sequence, all layers. A line joins "
+            "those of one attention that no smaller state of its own reaches; bars: standard deviation over the seeds.",
+            _grown(problems),
+            styles((one.variant, one.variant) for problem in problems for one in _trained(problem)),
+            _against_by_variant,
+        ),
+        chart(
             "macs",
             "Score against multiply-accumulates",
             f"Of all attentions with their projections, on one sequence, beside the test score. {front}",
@@ -97,6 +106,16 @@ def _turned(problems: Sequence[Problem]) -> dict[str, list[Problem]]:
     return {_study_title(found[0], [other[0] for other in turned if other[0].task == found[0].task]): found for found in turned}
 
 
+def _grown(problems: Sequence[Problem]) -> dict[str, list[Problem]]:
+    """The problems on which models of several sizes were trained, with one budget, and whose state is known."""
+    alike: dict[str, list[Problem]] = {}
+    for problem in problems:
+        if any(one.state_bytes for one in _trained(problem)):
+            alike.setdefault(str((problem.task, problem.knobs, problem.budget, problem.held_out)), []).append(problem)
+    grown = [found for found in alike.values() if len(found) > 1]
+    return {short_title(found[0], [other[0] for other in grown]): found for found in grown}
+
+
 def _study_title(problem: Problem, others: Sequence[Problem]) -> str:
     """The task, and what tells its studies apart."""
     told = telling(settings_of(problem), list(map(settings_of, others)))
@@ -118,6 +137,22 @@ def _against(axes: Axes, problems: list[Problem], look: Look, *, number: Number,
     log_axis(axes, "x", [cost for _, cost, _ in shown], tick)
     axes.set_xlabel(label)
     _score_axis(axes, problem)
+
+
+def _against_by_variant(axes: Axes, problems: list[Problem], look: Look) -> None:
+    found: dict[str, list[Summary]] = {}
+    for one in (one for problem in problems for one in _trained(problem) if one.state_bytes):
+        found.setdefault(one.variant, []).append(one)
+    for variant, ones in found.items():
+        points = [(float(one.state_bytes or 0), one.test or 0.0) for one in ones]
+        front = pareto_front(points, problems[0].lower_is_better)
+        plot(axes, front, color=look[variant].color, linewidth=1.6, alpha=0.6, zorder=1)
+        plot(axes, points, label=variant, zorder=3, **look[variant].point_options())
+        for one, (state, test) in zip(ones, points, strict=True):
+            axes.vlines(state, test - (one.spread or 0.0), test + (one.spread or 0.0), color=look[variant].color, linewidth=1.6)
+    log_axis(axes, "x", [float(one.state_bytes or 0) for ones in found.values() for one in ones], memory_tick)
+    axes.set_xlabel("state")
+    _score_axis(axes, problems[0])
 
 
 def _curves(axes: Axes, problems: list[Problem], look: Look) -> None:

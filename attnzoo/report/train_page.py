@@ -13,8 +13,8 @@ from attnzoo.tasks.summary import summed_up
 TITLE = "What attention variants learn"
 LEAD = (
     "One small pre-norm transformer, trained on each task with one attention after another: the same weights to start from, the same examples in the "
-    "same order, the same number of steps. Every learning rate is tried with the first seed; the best on validation is taken for the others, and the "
-    "test score is the mean over all of them."
+    "same order, the same number of steps. Every learning rate is tried with every seed; the test score is the mean over the seeds at the rate with "
+    "the best mean on validation."
 )
 
 

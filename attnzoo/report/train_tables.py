@@ -22,7 +22,7 @@ COLUMNS = (
     Column("seconds", "time", duration),
 )
 FORMULA = (
-    "test: {metric}, mean over the seeds at the rate that was best on validation; ±: standard deviation; state: what all attentions carry in "
+    "test: {metric}, mean over the seeds at the rate with the best mean on validation; ±: standard deviation; state: what all attentions carry in "
     "decoding after one sequence; MACs: of all attentions with their projections, one sequence, as kernels run them (a window in "
     "whole blocks); peak: of one training step; time: of a run's training steps"
 )

@@ -85,8 +85,8 @@ def _problem(rows: list[Row]) -> Problem:
 
 
 def _compared(runs: list[Row]) -> dict[float, list[Row]]:
-    """By rate, the runs of those seeds that have run at every rate: an interrupted study, or a result file that others have added to, may hold more of
-    one rate than of another. When no seed has run at all of them: of the seeds with most rates, and only at those."""
+    """By rate, the runs of those seeds that have run at every rate: an interrupted study, or a result file that others have added to, may hold
+    more of one rate than of another. When no seed has run at all of them: of the seeds with most rates, and only at those."""
     rates: dict[int | None, set[float]] = {}
     for row in runs:
         rates.setdefault(row.seed, set()).add(row.learning_rate or 0.0)

@@ -9,7 +9,7 @@ from torch import Tensor
 from attnzoo.arguments import nearest
 from attnzoo.attention import Attention, Spec
 from attnzoo.engines.linear import Linear
-from attnzoo.feature_maps import POINTWISE, FeatureMap, Pointwise, SoftmaxFeatures
+from attnzoo.feature_maps import POINTWISE, FeatureMap, Pointwise, SoftmaxFeatures, TaylorFeatures
 from attnzoo.registry import register
 
 
@@ -24,7 +24,9 @@ class LinearAttention(Attention):
     can single out one key among many. Use it in models trained with it, where the time and memory of a generated token must not grow;
     not in the place of a trained softmax, and not alone where many facts must be recalled: mix in exact layers.
 
-    feature_map: "elu" (elu(x) + 1), "relu", "squared_relu", "identity", a callable from (..., head_dim) to (..., width), or
+    feature_map: "elu" (elu(x) + 1), "relu", "squared_relu", "identity", a callable from (..., head_dim) to (..., width);
+    "taylor": A_ij ∝ 1 + s + s²/2 with s = q_i·k_j/√d, the second order of softmax's exponential (Arora et al. 2024, Based), whose d²/2 features let
+    a row tell more keys apart and cost as much more: meant for heads of 16 numbers; or
     "softmax": Efficient Attention (Shen et al. 2018, equation 5), A = softmax_features(q) · softmax_length(k)ᵀ, whose causal
     row i is taken over the keys up to i, in float32 (a feature whose every key lies over 87 below the key's largest is lost).
     normalize: divide each row by its sum. A map that goes negative (identity) can bring that sum to 0: use False there.
@@ -43,17 +45,19 @@ class LinearAttention(Attention):
     def __init__(
         self, heads: int, head_dim: int, *, feature_map: str | Callable[[Tensor], Tensor] = "elu", normalize: bool = True, backend: str = "auto"
     ) -> None:
-        super().__init__(heads, head_dim, Linear(_named(feature_map, normalize)), backend=backend)
+        super().__init__(heads, head_dim, Linear(_named(feature_map, head_dim, normalize)), backend=backend)
 
 
-def _named(feature_map: str | Callable[[Tensor], Tensor], normalize: bool) -> FeatureMap:
+def _named(feature_map: str | Callable[[Tensor], Tensor], head_dim: int, normalize: bool) -> FeatureMap:
     if feature_map == "softmax":
         if not normalize:
             raise ValueError("normalize=False cannot go with feature_map='softmax', which is itself a normalisation; leave it True")
         return SoftmaxFeatures()
+    if feature_map == "taylor":
+        return TaylorFeatures(head_dim, normalize=normalize)
     if callable(feature_map):
         return Pointwise(feature_map, normalize=normalize)
     if feature_map not in POINTWISE:
-        known = [*POINTWISE, "softmax"]
+        known = [*POINTWISE, "taylor", "softmax"]
         raise ValueError(f"feature_map={feature_map!r} is unknown{nearest(feature_map, known)}; choose one of {', '.join(known)}, or give a callable")
     return Pointwise(POINTWISE[feature_map], normalize=normalize)

@@ -7,7 +7,7 @@ import torch
 from attnzoo.arguments import check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.engines.linear import Linear
-from attnzoo.feature_maps import RandomFeatures
+from attnzoo.random_features import RandomFeatures
 from attnzoo.registry import register
 
 

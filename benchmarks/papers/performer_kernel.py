@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attnzoo.feature_maps import RandomFeatures
+from attnzoo.random_features import RandomFeatures
 from benchmarks.papers.study import Row, panels, run
 
 NAME = "performer_kernel"
