@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.call import can_look
+from attnzoo.exponential import LOG2_E, exp_
 
 Features = tuple[Tensor, Tensor | None]
 Normalizer = Literal["row", "feature", "none"]
@@ -99,7 +100,7 @@ class FeatureMap(nn.Module):
 
 def elu_plus_one(x: Tensor) -> Tensor:
     """elu(x) + 1, written as exp(min(x, 0)) + max(x, 0) so that small values keep their digits (rule 10)."""
-    return x.clamp(min=0).add_(x.clamp(max=0).exp_())
+    return x.clamp(min=0).add_(exp_(x.clamp(max=0)))
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -179,7 +180,7 @@ class SoftmaxFeatures(FeatureMap):
 
     def key(self, k: Tensor) -> Features:
         largest = k.detach().amax(-1, keepdim=True)
-        return (k - largest).exp_(), largest.squeeze(-1)
+        return exp_(k - largest), largest.squeeze(-1)
 
     def vjp(self, x: Tensor, features: Tensor, d_features: Tensor, d_log_scale: Tensor | None) -> Tensor:
         return d_features.mul_(features)
@@ -201,7 +202,7 @@ class _UnscaledSoftmaxFeatures(SoftmaxFeatures):
         return smallest.item() >= math.exp(-EXPONENT) and largest.item() <= math.exp(EXPONENT)
 
     def key(self, k: Tensor) -> Features:
-        return k.exp(), None
+        return (k * LOG2_E).exp2_(), None
 
 
 EXPONENT = 30.0  # exp(±30) leaves a sum of a trillion tokens, divided and multiplied by another, within float32

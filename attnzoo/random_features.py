@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.arguments import check_choice, check_scale, check_seed
+from attnzoo.exponential import LN_2, LOG2_E
 from attnzoo.feature_maps import FeatureMap, Features
 
 
@@ -88,18 +89,19 @@ class RandomFeatures(FeatureMap):
         return self.projection.to(dtype) * self.scale**0.5
 
     def _features(self, x: Tensor) -> Features:
-        """And the largest exponent of each token where it has left the features."""
+        """And the largest exponent of each token where it has left the features. Exponents are of 2, whose power is the fastest on a CPU."""
         directions = self._directions(x.dtype).mT
         if self.kind == "relu":
             return F.relu_(x @ (directions * self.num_features**-0.5)), None
-        projected = x @ directions
         if self.kind == "trigonometric":
+            projected = x @ directions
             return torch.cat([projected.sin(), projected.cos()], -1).mul_(self.num_features**-0.5), None
+        projected = x @ (directions * LOG2_E)
         if self.kind == "hyperbolic":
             projected = torch.cat([projected, -projected], -1)
         # The largest exponent of the token leaves the features; what it is does not change φ, so no gradient goes through it.
         largest = projected.detach().amax(-1, keepdim=True)
-        return projected.sub_(largest).exp_(), largest.squeeze(-1)  # in place: these are the widest tensors
+        return projected.sub_(largest).exp2_(), largest.squeeze(-1).mul_(LN_2)  # in place: these are the widest tensors
 
 
 def draw_projection(rows: int, head_dim: int, *, orthogonal: bool, seed: int) -> Tensor:

@@ -18,7 +18,7 @@ SOFTMAX_OPERATIONS = 3  # a score: exponential, sum, division
 ELEMENTWISE: dict[str, int] = {
     "softmax": SOFTMAX_OPERATIONS,
     "log_softmax": SOFTMAX_OPERATIONS,
-    **dict.fromkeys(("exp", "log", "sin", "cos", "tan", "tanh", "sigmoid", "softplus", "erf", "elu", "gelu", "silu", "mish"), 1),
+    **dict.fromkeys(("exp", "exp2", "log", "sin", "cos", "tan", "tanh", "sigmoid", "softplus", "erf", "elu", "gelu", "silu", "mish"), 1),
     **dict.fromkeys(("sqrt", "rsqrt", "reciprocal", "div"), 1),
     "rms_norm": 4,
     **dict.fromkeys(("layer_norm", "group_norm", "instance_norm", "batch_norm"), 5),

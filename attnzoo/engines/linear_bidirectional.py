@@ -17,6 +17,7 @@ from attnzoo.call import Call, can_look
 from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.linear_chunks import CHUNK, Past, absorb, divisor, finite, keys_of, read_sums
 from attnzoo.engines.linear_layout import add_product_, grouped, ungrouped, with_ones
+from attnzoo.exponential import exp_
 from attnzoo.feature_maps import FeatureMap
 
 IN_CACHE = 2**18  # features of a head that is taken whole
@@ -198,7 +199,7 @@ def backward_absorb(feature_map: FeatureMap, call: Call, past: Past, d_sums: Ten
         weights = None
         if log_scale is not None:
             assert past.log_scale is not None
-            weights = (log_scale - finite(past.log_scale)[..., None]).exp()
+            weights = exp_(log_scale - finite(past.log_scale)[..., None])
         if feature_map.fades:
             gamma = feature_map.decay(features)
             ages = torch.arange(call.key_length - 1 - start, call.key_length - 1 - start - k.shape[2], -1, device=k.device)

@@ -15,6 +15,7 @@ from attnzoo.call import Call
 from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.linear_layout import add_product, grouped, ungrouped, with_ones
 from attnzoo.engines.pieces import at_a_time
+from attnzoo.exponential import exp_
 from attnzoo.feature_maps import FeatureMap
 
 CAUSAL_CHUNK = 64  # tokens that see each other through a small score matrix
@@ -84,7 +85,7 @@ def absorb(feature_map: FeatureMap, k: Tensor, v: Tensor, key_mask: Tensor | Non
             if past is not None and past.log_scale is not None:
                 largest = torch.maximum(largest, past.log_scale)
                 shrink = (past.log_scale - finite(largest)).exp()
-            weights = (log_scale - finite(largest)[..., None]).exp()
+            weights = exp_(log_scale - finite(largest)[..., None])
         if feature_map.fades:
             weights, shrink = fading(feature_map.decay(features), keys.shape[2])
         past = Past(_added(None if past is None else past.sums, shrink, summed(features, weights, values.to(dtype))), largest)
@@ -228,9 +229,8 @@ class Block:
                 running = torch.maximum(running, earlier[..., None])
                 carry = (earlier[..., None] - finite(running)).exp()[..., None, :].expand(-1, -1, -1, group, -1).flatten(3)[..., None]
                 shrink = (earlier - finite(largest)).exp() if remember else None
-            # The exponential of -inf is slow, so later keys are held down and then left out, rather than left out before.
-            relative = (log_scale[..., None, :] - finite(running)[..., None]).clamp_(max=0).exp_().tril()
-            weights = (log_scale - finite(largest)[..., None]).exp() if remember else None
+            relative = exp_((log_scale[..., None, :] - finite(running)[..., None]).clamp_(max=0)).tril()  # a later key may be larger
+            weights = exp_(log_scale - finite(largest)[..., None]) if remember else None
         if feature_map.fades:
             gamma = feature_map.decay(k_features)
             fresh, faded = fading(gamma, k.shape[3])

@@ -16,6 +16,7 @@ from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype, cau
 from attnzoo.engines.hashed_memory import HashedMemory
 from attnzoo.engines.pieces import only_autograd_looks
 from attnzoo.engines.softmax import Softmax, attend_densely, softmax_cost
+from attnzoo.exponential import exp_
 from attnzoo.hashing import NO_KEY, NO_QUERY, AngularHash, Chunks, lay_out, most_tiles, near, number_chunks
 
 
@@ -198,7 +199,7 @@ def _round(hash_round: int, q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, pos
     scores = (_take(q, rows.at) @ fetch(k).mT).masked_fill(~seen, float("-inf"))
     lowest = torch.finfo(q.dtype).min
     largest = scores.detach().amax(-1, keepdim=True).clamp(min=lowest)
-    weights = (scores - largest).exp()
+    weights = exp_(scores - largest)
     total, out = weights.sum(-1, keepdim=True), weights @ fetch(v)
     return Part(_take(largest.flatten(1, 2), rows.slot, lowest), *(_take(x.flatten(1, 2), rows.slot) for x in (total, out)))
 

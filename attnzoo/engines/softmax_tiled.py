@@ -21,6 +21,7 @@ from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype, cau
 from attnzoo.engines.memory import fused
 from attnzoo.engines.pieces import join, only_autograd_looks
 from attnzoo.engines.softmax import Softmax, additive, attend_densely, visible
+from attnzoo.exponential import exp_
 
 
 class Tiled(Softmax):
@@ -104,7 +105,7 @@ def _forward(call: Call, scale: float, size: int) -> tuple[Tensor, list[Tensor]]
                 scores = _scores(q, call, tiles, rows, keys)
                 largest, before = largest.maximum(scores.amax(-1, keepdim=True)), largest
                 finite = largest.clamp(min=torch.finfo(dtype).min)  # -inf while nothing is seen; -inf - finite is -inf, no NaN
-                weights, shrink = (scores - finite).exp(), (before - finite).exp()
+                weights, shrink = exp_(scores - finite), (before - finite).exp()
                 total = total * shrink + weights.sum(-1, keepdim=True)
                 out = out * shrink + weights @ _tile(call.v, keys, call.group, dtype)
             empty = total == 0
@@ -165,7 +166,7 @@ class _Flash(torch.autograd.Function):
             pull = (upstream * out_tile).sum(-1, keepdim=True)  # D_i: what a row's weights, whose sum is fixed, give back together
             for keys in tiles.columns(rows):
                 k_tile, v_tile = _tile(k, keys, group, dtype), _tile(v, keys, group, dtype)
-                weights = (_scores(q_tile, call, tiles, rows, keys) - log_sums[:, :, rows]).exp()
+                weights = exp_(_scores(q_tile, call, tiles, rows, keys) - log_sums[:, :, rows])
                 d_scores = weights * (upstream @ v_tile.mT - pull)
                 dq[:, :, rows] += d_scores @ k_tile * scale
                 dk[:, :, keys] += _summed(d_scores.mT @ q_tile, group)
