@@ -384,6 +384,30 @@ def test_against_an_older_file_exits_with_1_when_something_got_slower(capsys) ->
     assert "the file that gets the rows" in refused(capsys, "bench", "--config", "c.yaml", "--output", "new.jsonl", "--against", "./new.jsonl")
 
 
+def test_a_file_with_nothing_in_common_is_refused_before_the_sweep(capsys) -> None:
+    """SDPA called directly, which every file has, is no setting of a contender's."""
+    Path("c.yaml").write_text(CONFIG)
+    assert bench("--config", "c.yaml", "--output", "old.jsonl") == 0
+    Path("longer.yaml").write_text(CONFIG.replace("[8, 16]", "[9]"))
+    arguments = ("bench", "--config", "longer.yaml", "--output", "new.jsonl", "--against", "old.jsonl")
+    capsys.readouterr()
+    assert "have no timed setting in common" in refused(capsys, *arguments)
+    assert not Path("new.jsonl").exists() or not read_rows("new.jsonl")
+    Path("old.jsonl").rename("new.jsonl")
+    file = ResultFile("older.jsonl")
+    for row in read_rows("new.jsonl"):
+        file.append(row)
+    assert bench("--config", "longer.yaml", "--output", "new.jsonl", "--against", "older.jsonl") == 0, (
+        "the file that gets the rows has some in common"
+    )
+
+
+def test_more_rounds_than_a_decoding_state_has_room_for_are_refused() -> None:
+    with pytest.raises(ValueError, match="rounds=512 is more than the 511"):
+        Sweep(phases=("decode",), rounds=512)
+    assert Sweep(phases=("decode",), rounds=511).rounds == 511 and Sweep(rounds=512).rounds == 512
+
+
 def test_files_of_two_machines_are_refused(capsys) -> None:
     for name, processor in (("a.jsonl", "one"), ("b.jsonl", "another")):
         ResultFile(name).append(timed(1.0, environment={**ENVIRONMENT, "cpu": processor}))

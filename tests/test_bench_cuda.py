@@ -81,6 +81,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
         "stream": lambda _: found.recording("warm-up"),
         "CUDAGraph": lambda: Graph(found),
         "graph": lambda _: found.recording("capture"),
+        "set_device": lambda device: found.asked.append(f"set {device}"),
         "empty_cache": lambda: found.asked.append("empty_cache"),
     }
     for name, value in replaced.items():
@@ -130,6 +131,10 @@ def test_a_pass_that_cannot_be_captured_has_no_replay(device: Device) -> None:
             raise RuntimeError("operation not permitted when stream is capturing")
 
     assert captured(waits, DEVICE) is None and device.asked[-1] == "synchronize"
+
+
+def test_the_device_is_the_current_one_before_anything_runs(bench: Bench, device: Device) -> None:
+    assert device.asked == ["set cuda", *device.asked[1:]] and device.asked.count("set cuda") == 1
 
 
 def test_rows_have_eager_and_graph_times_and_graphs_are_held_one_at_a_time(bench: Bench, device: Device) -> None:

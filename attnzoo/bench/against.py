@@ -44,11 +44,17 @@ def compare_runs(old: Iterable[Row], new: Iterable[Row], *, what: str, against: 
     """
     before, after = list(old), list(new)
     check_one_machine([row.environment for row in after], [row.environment for row in before], what, against)
-    known: dict[Key, Row] = {row.key: row for row in before if row.seconds is not None and row.variant != SDPA}
+    known = check_common(before, (row.key for row in after), what=what, against=against)
     pairs = [(known[row.key], row) for row in after if row.key in known]
-    if not pairs:
-        raise ValueError(f"{what} and {against} have no timed setting in common; give a file of the same configuration")
     return [Slowdown(*pair) for pair in pairs if _is_slower(*pair)], len(pairs)
+
+
+def check_common(old: Iterable[Row], keys: Iterable[Key], *, what: str, against: str) -> dict[Key, Row]:
+    """The timed rows of `old` by key. Raises ValueError when none of the keys is among theirs."""
+    known = {row.key: row for row in old if row.seconds is not None and row.variant != SDPA}
+    if known.keys().isdisjoint(keys):
+        raise ValueError(f"{what} and {against} have no timed setting in common; give a file of the same configuration")
+    return known
 
 
 def sdpa_growth(old: Iterable[Row], new: Iterable[Row]) -> float | None:

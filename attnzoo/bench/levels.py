@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.attention import Attention
-from attnzoo.bench.plan import Cell, Contender
+from attnzoo.bench.plan import DECODE_ROOM, Cell, Contender
 from attnzoo.multihead import MultiheadAttention
 from attnzoo.registry import build, options_of
 
 FEED_FORWARD = 4  # inner width of the feed-forward network, in widths of the model
-DECODE_ROOM = 4096  # tokens that a decoding state has room for beyond the length
 
 Pass = Callable[[], object]
 

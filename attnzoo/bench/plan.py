@@ -16,6 +16,9 @@ from attnzoo.registry import build, names, sized
 
 LEVELS = ("core", "multihead", "layer")
 PHASES = ("forward", "forward+backward", "decode")
+DECODE_ROOM = 4096  # tokens that a decoding state has room for beyond the length
+MOST_TOKENS = 8  # decoded in a turn: the state grows by them
+MOST_DECODE_ROUNDS = DECODE_ROOM // MOST_TOKENS - 1  # beside what is decoded before the first round
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in TOLERANCE)
 
 ParseVariant = Callable[[str], tuple[str, dict[str, Any]]]
@@ -90,6 +93,8 @@ class Sweep:
         check_positive("rounds", self.rounds)
         if not isinstance(self.budget, int | float) or isinstance(self.budget, bool) or not 0 < self.budget < float("inf"):
             raise ValueError(f"budget={self.budget!r} must be a number of seconds above 0")
+        if "decode" in self.phases and self.rounds > MOST_DECODE_ROUNDS:
+            raise ValueError(f"rounds={self.rounds} is more than the {MOST_DECODE_ROUNDS} that a decoding state has room for; give fewer")
         if "decode" in self.phases and self.levels != ("core",):
             raise ValueError("phases: decode is a matter of the core; give it a sweep of its own with levels: [core]")
 

@@ -16,7 +16,7 @@ from attnzoo.bench.cuda import captured, check_answers, stopwatch_of
 from attnzoo.bench.levels import Pass, Work, core_inputs, layer_inputs, options_for, prepare
 from attnzoo.bench.limits import Limits, measure_limits
 from attnzoo.bench.memory import peak_bytes
-from attnzoo.bench.plan import Cell, Contender, ParseVariant, Plan
+from attnzoo.bench.plan import MOST_TOKENS, Cell, Contender, ParseVariant, Plan
 from attnzoo.bench.room import out_of_memory, settle_heap
 from attnzoo.bench.rows import SDPA, Key, Row
 from attnzoo.bench.timing import MINIMUM_ROUNDS, Timing, disagreement, interleave, mistake
@@ -27,7 +27,6 @@ from attnzoo.registry import build
 INPUT_SETS = {"cpu": 1, "cuda": 4}  # on CUDA several, so that no run finds its inputs in a cache
 SHORT_PASS = 0.5  # seconds
 MOST_REPEATS = 64
-MOST_TOKENS = 8  # decoded in a turn: the state grows by them
 
 Progress = Callable[[str, int, int], None]
 
@@ -51,6 +50,11 @@ def run_plan(plan: Plan, parse: ParseVariant, device: torch.device, finished: se
                 done.add(row.key)
                 yield row
     progress("done", len(work), len(work))
+
+
+def planned(plan: Plan, parse: ParseVariant) -> set[Key]:
+    """The keys of all rows of a plan, but for those of SDPA called directly."""
+    return {blank_row(contender, cell).key for sweep in plan.sweeps for contender in sweep.contenders(parse) for cell in sweep.cells()}
 
 
 def blank_row(contender: Contender | None, cell: Cell) -> Row:
@@ -99,6 +103,8 @@ class Bench:
 
     def __init__(self, device: torch.device, seed: int) -> None:
         settle_heap()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # for what asks no tensor where to work: the allocator's cache, Triton's launches
         self.device, self.seed = device, seed
         self.stopwatch = stopwatch_of(device)
         self.facts = environment(seed=seed, device=device)

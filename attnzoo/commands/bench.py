@@ -41,11 +41,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(settings: Namespace) -> int:
     """Check everything, measure what is missing, print, and compare."""
+    from attnzoo.bench.against import check_common
     from attnzoo.bench.cuda import DeviceLost
     from attnzoo.bench.plan import read_plan
     from attnzoo.bench.room import bounded_memory
     from attnzoo.bench.rows import check_one_machine, read_rows
-    from attnzoo.bench.sweep import run_plan
+    from attnzoo.bench.sweep import planned, run_plan
     from attnzoo.environment import environment
     from attnzoo.fidelity import check_device
 
@@ -63,6 +64,8 @@ def run(settings: Namespace) -> int:
     check_one_machine([facts], [row.environment for row in held], "this run", str(results.path))
     if old is not None:
         check_one_machine([facts], [row.environment for row in old], "this run", str(settings.against))
+        keys = planned(plan, parse_variant) | {row.key for row in held}
+        check_common(old, keys, what=f"config {settings.config}", against=str(settings.against))
     if held:
         commits = sorted({(row.environment or {}).get("commit", "") for row in held} - {facts.get("commit", ""), ""})
         console.print(f"attnzoo: {results.path} holds {len(held)} rows, which are kept" + (f", from commit {', '.join(commits)}" if commits else ""))
