@@ -20,7 +20,7 @@ from attnzoo.configuration import configs_folder
 from attnzoo.report.style import INK
 from attnzoo.report.train_figures import drawings, level_lines, pareto_front, turned_knob
 from attnzoo.report.train_page import page
-from attnzoo.report.train_tables import matrix
+from attnzoo.report.train_tables import matrix, problem_tables
 from attnzoo.results import read_rows
 from attnzoo.tasks import loop
 from attnzoo.tasks.rows import Row
@@ -295,6 +295,12 @@ def test_every_study_with_a_knob_that_turns_has_its_chart_whatever_else_the_page
 def test_titles_tell_problems_apart_and_no_more():
     small = summed_up([*rows(4, 0.9), *[replace(row, problem={"length": 128, "pairs": 8, "vocabulary": 128}) for row in rows(8, 0.5)]])
     assert [column.heading for column in matrix(small).columns[1:]] == ["mqar length=64", "mqar length=128"]
+
+
+def test_tables_of_two_models_are_told_apart():
+    wide = [replace(row, model={"width": 32}) for row in rows(4, 0.7)]
+    titles = [table.title for table in problem_tables(summed_up([*rows(4, 0.9), *wide, *rows(8, 0.5)]))]
+    assert titles == ["mqar, length=64 pairs=4 width=16", "mqar, length=64 pairs=4 width=32", "mqar, length=64 pairs=8"]
 
 
 def test_level_lines_do_not_press_the_models_together():

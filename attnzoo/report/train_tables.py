@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from attnzoo.cost.table import Column, Table
@@ -29,9 +29,15 @@ FORMULA = (
 BEST_MARK, BEST_WITHIN = " *", 0.01  # in the matrix
 
 
-def problem_tables(problems: Iterable[Problem]) -> list[Table]:
+def problem_tables(problems: Sequence[Problem]) -> list[Table]:
     """A table a problem, the baselines first; who has no score is a note with its reason."""
-    return [_table(number, problem) for number, problem in enumerate(problems, 1)]
+    return [_table(number, problem, full_title(problem, problems)) for number, problem in enumerate(problems, 1)]
+
+
+def full_title(problem: Problem, problems: Sequence[Problem]) -> str:
+    """The task with all its knobs and, beside problems with the same ones, enough of what else they differ in."""
+    twins = [settings_of(other) for other in problems if other.title == problem.title]
+    return " ".join([problem.title, *(f"{name}={value}" for name, value in telling(settings_of(problem), twins).items())])
 
 
 def score(value: float | None, metric: str) -> str:
@@ -93,11 +99,11 @@ def telling(settings: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[
     return {name: settings[name] for name in told}
 
 
-def _table(number: int, problem: Problem) -> Table:
+def _table(number: int, problem: Problem, title: str) -> Table:
     shown = [contender for contender in problem.contenders if contender.test is not None]
     notes = [f"{contender.label}: {contender.reason}" for contender in problem.contenders if contender.reason]
     rows = tuple(_numbers(contender, problem.metric) for contender in shown)
-    return Table(f"problem-{number}", problem.title, FORMULA.format(metric=problem.metric), COLUMNS, rows, settings_of(problem), tuple(notes))
+    return Table(f"problem-{number}", title, FORMULA.format(metric=problem.metric), COLUMNS, rows, settings_of(problem), tuple(notes))
 
 
 def _numbers(contender: Summary, metric: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attnzoo.report.columns import count, memory
-from attnzoo.report.train_tables import BEST_MARK, matrix, score
+from attnzoo.report.train_tables import BEST_MARK, full_title, matrix, score
 from attnzoo.results import read_rows
 from attnzoo.tasks.rows import Row
 from attnzoo.tasks.summary import Summary, summed_up
@@ -25,7 +25,7 @@ def tasks(size: str) -> str:
 def task(file: str) -> str:
     """A table for each problem of one file: score, its spread over the seeds, the rate, and what it cost."""
     problems = summed_up(read_rows(TASKS / f"{file}.jsonl", Row))
-    titles = [f"**{problem.title}**\n\n" if len(problems) > 1 else "" for problem in problems]
+    titles = [f"**{full_title(problem, problems)}**\n\n" if len(problems) > 1 else "" for problem in problems]
     tables = []
     for problem in problems:
         headings = ["", problem.metric, "seeds", "rate", "state after a sequence", "MACs of a sequence"]
