@@ -84,7 +84,7 @@ def test_peers_take_the_fastest_that_ran(tmp_path: Path, monkeypatch: pytest.Mon
     results(
         tmp_path, monkeypatch, "peers.jsonl", [*found, row("linear", 2.0, 16, "attnzoo"), row("slow linear", 50.0, 16), row("quick linear", None, 16)]
     )
-    line = next(line for line in peers.others("8", "16").splitlines() if line.startswith("| linear, elu"))
+    line = next(line for line in peers.others("peers", "8", "16").splitlines() if line.startswith("| linear, elu"))
     assert line == "| linear, elu + 1 | quick, slow | **0.50** / 25† | | | | 0.50 / 0.50 | |"
 
 

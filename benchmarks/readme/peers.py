@@ -1,6 +1,8 @@
-"""peers.jsonl as one table: the time of the fastest other implementation over ours, and the speed-up that ours keeps."""
+"""A file of benchmarks/peers as one table: the time of the fastest other implementation over ours, and the speed-up that ours keeps."""
 
 from __future__ import annotations
+
+from functools import partial
 
 from benchmarks.readme.files import Row, read_lines
 from benchmarks.readme.regions import markdown_table
@@ -20,14 +22,14 @@ GROUPS = {
 }
 
 
-def others(*lengths: str) -> str:
+def others(file: str, *lengths: str) -> str:
     """A row a mathematics, cells for these lengths; a ratio below 1, where the other is faster, in bold; † where it computes something else."""
-    rows = [row for row in read_lines("peers.jsonl") if str(row["length"]) in lengths]
+    rows = [row for row in read_lines(f"{file}.jsonl") if str(row["length"]) in lengths]
     headings = ["mathematics", "fastest of the others", "forward", "causal", "forward+backward", "causal"]
     return markdown_table([*headings, "kept: forward, causal", "forward+backward, causal"], [_cells(group, rows) for group in GROUPS])
 
 
-TABLES = {"peers": others}
+TABLES = {file: partial(others, file) for file in ("peers", "peers-zen5")}
 
 
 def _cells(group: str, rows: list[Row]) -> list[str]:
