@@ -8,13 +8,15 @@ from dataclasses import replace
 from attnzoo.engines import peaks
 from attnzoo.engines.engine import Shape, accumulation_dtype
 
-SCORES = 4  # tiles at a time: two while weights are made of scores, and those of the tile before
+SCORES = 3  # tiles at a time in a forward: scores, of which weights are made in place, beside scores and weights of the tile before
+SCORES_BACK = 4  # in a backward: weights, and what goes back through them, of two tiles
 
 
 def forward(shape: Shape, size: int) -> int:
     """The output, a statistic of every row, and the tiles of one block of queries."""
     held = shape.query_bytes + peaks.statistic_bytes(shape)
-    return max(peaks.looking_bytes(shape), held + SCORES * _scores(shape, size) + 3 * _queries(shape, size) + _copied_keys(shape, size))
+    tiles = SCORES + shape.is_causal  # hiding later keys makes another
+    return max(peaks.looking_bytes(shape), held + tiles * _scores(shape, size) + 3 * _queries(shape, size) + _copied_keys(shape, size))
 
 
 def training(shape: Shape, size: int) -> int:
@@ -22,7 +24,7 @@ def training(shape: Shape, size: int) -> int:
     wide = replace(shape, dtype=accumulation_dtype(shape.dtype))
     held = shape.query_bytes + peaks.statistic_bytes(shape) + wide.input_bytes
     converted = 3 if wide.dtype != shape.dtype else 0  # queries, their outputs and what comes back to them
-    tiles = SCORES * _scores(shape, size) + (1 + converted) * _queries(shape, size) + 2 * _copied_keys(shape, size)
+    tiles = SCORES_BACK * _scores(shape, size) + (1 + converted) * _queries(shape, size) + 2 * _copied_keys(shape, size)
     rounding = shape.input_bytes if converted else 0
     return max(forward(shape, size), held + max(tiles, rounding))
 
