@@ -192,6 +192,14 @@ def test_every_task_has_a_study_in_three_sizes(task, size):
     assert size == "quick" or len(study.seeds) >= 3
 
 
+def test_recall_by_state_repeats_the_cpu_study_at_its_width():
+    """So that the runs of one serve the other: their rows have the same keys."""
+    cpu, state = (read_study(configs_folder() / "tasks" / "mqar.yaml", size, TASKS["mqar"], {}, parse_variant) for size in ("cpu", "state"))
+    assert set(cpu.models) < set(state.models) and set(state.problems) < set(cpu.problems)
+    assert (state.budget, state.held_out, state.learning_rates) == (cpu.budget, cpu.held_out, cpu.learning_rates)
+    assert set(state.seeds) < set(cpu.seeds)
+
+
 # The report.
 
 BLANK = Row(

@@ -25,7 +25,12 @@ INTERRUPTED = 130
 def add_arguments(parser: ArgumentParser) -> None:
     """The task, its study and what is changed in it."""
     parser.add_argument("--task", type=str, required=True, help="mqar, copy, induction, needle, lookup, listops, pixels or shakespeare")
-    parser.add_argument("--size", type=str, default="quick", help="quick (under 5 minutes on 2 cores), cpu or gpu of the task's study")
+    parser.add_argument(
+        "--size",
+        type=str,
+        default="quick",
+        help="quick (under 5 minutes on 2 cores), cpu or gpu of the task's study; mqar has state too: what more state buys",
+    )
     parser.add_argument("--config", type=str, metavar="FILE", help="a YAML file in the place of the shipped configs/tasks/TASK.yaml")
     parser.add_argument(
         "--variants",
@@ -36,7 +41,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--problem", type=str, metavar="KNOB=VALUE,...", help="knobs of the task, such as pairs=16,length=128")
     parser.add_argument("--steps", type=int, help="training steps of a run")
-    parser.add_argument("--learning-rates", nargs="+", type=float, metavar="RATE", help="of which the best on validation is chosen")
+    parser.add_argument(
+        "--learning-rates", nargs="+", type=float, metavar="RATE", help="all tried with every seed; the one with the best mean on validation counts"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="of the start and of the order of the examples")
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda or cuda:INDEX")
     parser.add_argument(
