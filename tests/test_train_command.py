@@ -293,6 +293,16 @@ def test_models_of_several_sizes_show_what_more_state_buys():
     assert list(line.get_ydata()) == [0.3, 0.6]
 
 
+def test_bars_do_not_leave_what_an_accuracy_can_be():
+    """0.98 and 0.5 have a standard deviation of 0.34 around 0.74."""
+    for metric, high in (("accuracy", 1.0), ("bits per character", 0.74 + 0.48 / 2**0.5)):
+        found = summed_up([replace(row, metric=metric, test={0: 0.98, 1: 0.5}[row.seed or 0]) for row in rows(4, 0.9)[1:]])
+        axes = next(drawing for drawing in drawings(found) if drawing.name == "state").whole().axes[0]
+        collections: Any = axes.collections
+        (bar,) = [bar.get_segments()[0] for bar in collections]
+        assert bar[:, 1].tolist() == [pytest.approx(0.74 - 0.48 / 2**0.5), pytest.approx(high)]
+
+
 def test_every_study_with_a_knob_that_turns_has_its_chart_whatever_else_the_page_holds():
     longer = [replace(row, budget={"steps": 8, "batch_size": 2}, problem={"length": 128, "pairs": pairs}) for pairs in (4, 8) for row in rows(4, 0.7)]
     alone = [replace(row, model={"width": 32}) for row in rows(16, 0.3)]

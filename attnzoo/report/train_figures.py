@@ -132,8 +132,7 @@ def _against(axes: Axes, problems: list[Problem], look: Look, *, number: Number,
         options = look[one.label].point_options()
         plot(axes, [], label=one.label, **options)  # for the legend, where all are of one size
         plot(axes, [(cost, test)], zorder=3, **{**options, "markersize": options["markersize"] + RING * covers})
-        if one.spread:
-            axes.vlines(cost, test - one.spread, test + one.spread, color=look[one.label].color, linewidth=1.6)
+        _spread(axes, cost, one, look[one.label].color, problem)
     log_axis(axes, "x", [cost for _, cost, _ in shown], tick)
     axes.set_xlabel(label)
     _score_axis(axes, problem)
@@ -148,11 +147,18 @@ def _against_by_variant(axes: Axes, problems: list[Problem], look: Look) -> None
         front = pareto_front(points, problems[0].lower_is_better)
         plot(axes, front, color=look[variant].color, linewidth=1.6, alpha=0.6, zorder=1)
         plot(axes, points, label=variant, zorder=3, **look[variant].point_options())
-        for one, (state, test) in zip(ones, points, strict=True):
-            axes.vlines(state, test - (one.spread or 0.0), test + (one.spread or 0.0), color=look[variant].color, linewidth=1.6)
+        for one, (state, _) in zip(ones, points, strict=True):
+            _spread(axes, state, one, look[variant].color, problems[0])
     log_axis(axes, "x", [float(one.state_bytes or 0) for ones in found.values() for one in ones], memory_tick)
     axes.set_xlabel("state")
     _score_axis(axes, problems[0])
+
+
+def _spread(axes: Axes, x: float, one: Summary, color: str, problem: Problem) -> None:
+    """A bar over the standard deviation, of an accuracy no longer than there are accuracies."""
+    if one.spread and one.test is not None:
+        low, high = one.test - one.spread, one.test + one.spread
+        axes.vlines(x, *((low, high) if problem.lower_is_better else (max(low, 0.0), min(high, 1.0))), color=color, linewidth=1.6)
 
 
 def _curves(axes: Axes, problems: list[Problem], look: Look) -> None:
