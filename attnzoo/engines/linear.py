@@ -108,7 +108,7 @@ def _log_weights(log_scale: Tensor | None, key_mask: Tensor | None, k_features: 
 def _chunked(engine: Linear, call: Call) -> Tensor:
     if not call.is_causal:
         return linear_gradient.attend(engine.feature_map, call)
-    blind = max(0, -call.offset)
+    blind = -call.offset if call.offset < 0 else 0  # not max, which a compiler of symbolic lengths would carry along
     out = linear_gradient.attend(engine.feature_map, replace(call, q=call.q[:, :, blind:]))
     return torch.cat([out.new_zeros(*out.shape[:2], blind, out.shape[3]), out], 2) if blind else out
 

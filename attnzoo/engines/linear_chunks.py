@@ -148,7 +148,7 @@ def _piece(call: Call, numerator: Tensor, normalizer: Tensor | None, past: Past 
 def spans(length: int, together: int) -> list[tuple[int, int]]:
     """What causal attention computes side by side: the first chunk, which may have no past, `together` chunks each time, and the last
     chunk, which may be short and need not be remembered. As (tokens, chunks)."""
-    chunks = -(-length // CAUSAL_CHUNK)
+    chunks = len(range(0, length, CAUSAL_CHUNK))  # a number even where a compiler knows the length as a symbol
     if chunks == 1:
         return [(length, 1)]
     between = [min(together, chunks - 1 - first) for first in range(1, chunks - 1, together)]
