@@ -393,6 +393,8 @@ def test_a_file_with_nothing_in_common_is_refused_before_the_sweep(capsys) -> No
     capsys.readouterr()
     assert "have no timed setting in common" in refused(capsys, *arguments)
     assert not Path("new.jsonl").exists() or not read_rows("new.jsonl")
+    assert bench("--config", "c.yaml", "--output", "fresh.jsonl", "--against", "old.jsonl") in (0, 1), "what is planned counts, not only what is held"
+    capsys.readouterr()
     Path("old.jsonl").rename("new.jsonl")
     file = ResultFile("older.jsonl")
     for row in read_rows("new.jsonl"):

@@ -102,6 +102,15 @@ def test_peaks_of_engines_in_pieces(name: str, options: dict[str, Any], left_out
         assert peaks == expected, (n, kv_heads)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_which_moment_of_a_tile_is_the_busiest(head_dim: int, is_causal: bool) -> None:
+    """Short enough that one tile more or less is a tenth of the peak: weighing keys, or adding rows, by the width of a head."""
+    attn = attnzoo.build("flash", heads=2, head_dim=head_dim)
+    formula = attn.cost(1, 1024, kv_heads=2, is_causal=is_causal).forward_bytes
+    assert measured(attn, 1, (1024, 1024), 2, is_causal, torch.float32, False) == pytest.approx(formula, rel=0.03)
+
+
 IN_HALF_PRECISION = [
     ("flash", {}, 0.1),
     ("nystromformer", {}, 0.25),
