@@ -33,7 +33,7 @@ class Neighbours(Factor):
     """Strided attention's first factor: |i - j| <= stride."""
 
     def mask(self, grid: Grid) -> Tensor:
-        return ((grid.query_positions() - grid.key_positions()).abs() <= self.stride)[None]
+        return (grid.query_positions() - grid.key_positions()).abs() <= self.stride
 
     def ranges(self, position: int, limit: int) -> list[range]:
         return [range(max(0, position - self.stride), min(position + self.stride + 1, limit))]
@@ -46,7 +46,7 @@ class Strided(Factor):
     """Strided attention's second factor: stride divides i - j."""
 
     def mask(self, grid: Grid) -> Tensor:
-        return ((grid.query_positions() - grid.key_positions()) % self.stride == 0)[None]
+        return (grid.query_positions() - grid.key_positions()) % self.stride == 0
 
     def ranges(self, position: int, limit: int) -> list[range]:
         return [range(position % self.stride, limit, self.stride)]
@@ -58,9 +58,11 @@ class Strided(Factor):
 class OwnBlock(Factor):
     """Fixed attention's first factor: keys in the query's own block of `stride` positions."""
 
+    counts_positions = True
+
     def mask(self, grid: Grid) -> Tensor:
         queries, keys = (x.div(self.stride, rounding_mode="floor") for x in (grid.query_positions(), grid.key_positions()))
-        return (queries == keys)[None]
+        return queries == keys
 
     def ranges(self, position: int, limit: int) -> list[range]:
         start = position // self.stride * self.stride
@@ -76,6 +78,7 @@ class Summaries(Factor):
     """Fixed attention's second factor: the last `width` positions of every block."""
 
     width: int
+    counts_positions = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,7 +86,8 @@ class Summaries(Factor):
             raise ValueError(f"expressivity={self.width} must be at most stride={self.stride}: it counts positions of a block")
 
     def mask(self, grid: Grid) -> Tensor:
-        return (grid.key_positions() % self.stride >= self.stride - self.width).expand(1, grid.query_length, -1)
+        seen = grid.key_positions() % self.stride >= self.stride - self.width
+        return seen.expand(*seen.shape[:-2], grid.query_length, -1)
 
     def ranges(self, position: int, limit: int) -> list[range]:
         starts = range(self.stride - self.width, limit, self.stride)
@@ -101,6 +105,10 @@ class ByHead(Pattern):
     patterns: tuple[Factor, ...]
     first_head: int = 0
 
+    @property
+    def counts_positions(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return any(pattern.counts_positions for pattern in self.patterns)
+
     def heads_of(self, heads: int) -> list[tuple[Factor, list[int]]]:
         """Every pattern that has heads, and these."""
         turns = [(self.first_head + head) % len(self.patterns) for head in range(heads)]
@@ -109,4 +117,4 @@ class ByHead(Pattern):
 
     def mask(self, grid: Grid) -> Tensor:
         masks = [pattern.mask(grid) for pattern in self.patterns]
-        return torch.cat([masks[(self.first_head + head) % len(masks)] for head in range(grid.heads)])
+        return torch.cat([masks[(self.first_head + head) % len(masks)] for head in range(grid.heads)], -3)

@@ -6,14 +6,15 @@ pattern is told of it only because some (global blocks, random draws) choose dif
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from attnzoo.arguments import check_count, check_positive
-from attnzoo.call import Call
+from attnzoo.call import Call, can_look
+from attnzoo.padding import ends, leading
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,69 @@ class Grid:
         return self.key_length - self.query_length
 
     def query_positions(self) -> Tensor:
-        """(query_length, 1)."""
-        return torch.arange(self.offset, self.key_length, device=self.device)[:, None]
+        """(1, query_length, 1)."""
+        return torch.arange(self.offset, self.key_length, device=self.device)[None, :, None]
 
     def key_positions(self) -> Tensor:
-        """(1, key_length)."""
-        return torch.arange(self.key_length, device=self.device)[None, :]
+        """(1, 1, key_length)."""
+        return torch.arange(self.key_length, device=self.device)[None, None]
 
     def query_blocks(self, block_size: int) -> Tensor:
         """Blocks of positions that hold a query, (query_blocks,); negative where there are more queries than keys."""
         return torch.arange(self.offset // block_size, (self.key_length - 1) // block_size + 1, device=self.device)
 
     def num_key_blocks(self, block_size: int) -> int:
+        """Blocks of slots that hold keys."""
         return -(-self.key_length // block_size)
+
+    def filled_blocks(self, block_size: int) -> Tensor:
+        """Blocks of positions up to the last key, (1, 1), or (batch, 1, 1) in a `PaddedGrid`."""
+        return torch.full((1, 1), self.num_key_blocks(block_size), device=self.device)
+
+
+@dataclass(frozen=True, eq=False)
+class PaddedGrid(Grid):
+    """A grid whose samples are padded: positions count from the first real token of each, so that they
+    have a batch dimension in front.
+
+    length: (batch,), positions from the first real token to the last key. first: (batch,), the slot of
+    position 0; None: slot 0 in every sample.
+    """
+
+    length: Tensor = field(kw_only=True)
+    first: Tensor | None = field(kw_only=True, default=None)
+
+    def query_positions(self) -> Tensor:
+        """(batch, 1, query_length, 1)."""
+        return self._counted(super().query_positions())
+
+    def key_positions(self) -> Tensor:
+        """(batch, 1, 1, key_length); what is padded has a position too, and its key_mask hides it."""
+        return self._counted(super().key_positions())
+
+    def _counted(self, slots: Tensor) -> Tensor:
+        return slots[None] if self.first is None else slots - self.first[:, None, None, None]
+
+    def query_blocks(self, block_size: int) -> Tensor:
+        """Of all samples together."""
+        if self.first is None:
+            return super().query_blocks(block_size)
+        lowest, highest = 0, self.key_length
+        if can_look(self.first):
+            lowest, highest = int(self.first.min()), int(self.first.max())
+        low, high = self.offset - highest, self.key_length - 1 - lowest
+        return torch.arange(low // block_size, high // block_size + 1, device=self.device)
+
+    def filled_blocks(self, block_size: int) -> Tensor:
+        return ((self.length + block_size - 1) // block_size)[:, None, None]
+
+
+def padded(grid: Grid, key_mask: Tensor) -> PaddedGrid:
+    """The grid of a call with this key_mask, (batch, key_length) bool. A causal one does not know where
+    its samples end."""
+    first = leading(key_mask)
+    length = (grid.key_length if grid.is_causal else ends(key_mask)) - first
+    return PaddedGrid(**vars(grid), length=length, first=first)
 
 
 def grid_of(call: Call) -> Grid:
@@ -57,9 +108,15 @@ def _constant(length: int) -> int:
 
 
 class Pattern:
-    """A set of keys for every query. reach: how many keys back a causal query can see, itself included (None: to the first)."""
+    """A set of keys for every query. reach: how many keys back a causal query can see, itself included (None: to the first).
+
+    counts_positions: whether it depends on how far from the first token a key stands, and not on
+    distances alone. tied_to_end: whether, without causality, it depends on how far from the last.
+    """
 
     reach: int | None = None
+    counts_positions: bool = False
+    tied_to_end: bool = False
 
     @property
     def remembers(self) -> int | None:
@@ -67,7 +124,8 @@ class Pattern:
         return self.reach
 
     def mask(self, grid: Grid) -> Tensor:
-        """(heads or 1, query_length, key_length) bool, True = visible, causality left out."""
+        """(heads or 1, query_length, key_length) bool, True = visible, causality left out; in a
+        `PaddedGrid` (batch or 1, heads or 1, query_length, key_length)."""
         raise NotImplementedError
 
     def hides_nothing(self, grid: Grid) -> bool:
@@ -93,6 +151,10 @@ class Union(Pattern):
         reaches = (self.left.reach, self.right.reach)
         return None if None in reaches else max(r for r in reaches if r is not None)
 
+    @property
+    def counts_positions(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.left.counts_positions or self.right.counts_positions
+
     def mask(self, grid: Grid) -> Tensor:
         return self.left.mask(grid) | self.right.mask(grid)
 
@@ -107,6 +169,10 @@ class Intersection(Pattern):
     @property
     def reach(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return min((r for r in (self.left.reach, self.right.reach) if r is not None), default=None)
+
+    @property
+    def counts_positions(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.left.counts_positions or self.right.counts_positions
 
     def mask(self, grid: Grid) -> Tensor:
         return self.left.mask(grid) & self.right.mask(grid)
@@ -210,6 +276,7 @@ class BlockPattern(Pattern):
     """A pattern in whole blocks of `block_size` positions, so that the engine can fetch keys block by block."""
 
     block_size: int
+    counts_positions = True
 
     @property
     def most_blocks(self) -> int:
@@ -222,16 +289,16 @@ class BlockPattern(Pattern):
         raise NotImplementedError
 
     def sees_all(self, grid: Grid) -> Tensor:
-        """Query blocks that see every key, (query_blocks,) bool."""
-        return torch.zeros_like(grid.query_blocks(self.block_size), dtype=torch.bool)
+        """Query blocks that see every key, (1, query_blocks) bool; (batch, 1, query_blocks) in a `PaddedGrid`."""
+        return torch.zeros_like(grid.query_blocks(self.block_size), dtype=torch.bool)[None]
 
     def seen_blocks(self, grid: Grid) -> Tensor:
         """`key_blocks` and `sees_all` as a table, (heads or 1, query_blocks, key_blocks) bool, causality left out."""
         blocks = self.key_blocks(grid)
         count = grid.num_key_blocks(self.block_size)
-        seen = blocks.new_zeros(*blocks.shape[:2], count + 1, dtype=torch.bool)
-        seen.scatter_(2, blocks % (count + 1), torch.ones_like(blocks, dtype=torch.bool))  # -1 lands in the extra column
-        return seen[..., :count] | self.sees_all(grid)[:, None]
+        seen = blocks.new_zeros(*blocks.shape[:-1], count + 1, dtype=torch.bool)
+        seen.scatter_(-1, blocks % (count + 1), torch.ones_like(blocks, dtype=torch.bool))  # -1 lands in the extra column
+        return seen[..., :count] | self.sees_all(grid)[..., None]
 
     def hides_nothing(self, grid: Grid) -> bool:
         if torch.compiler.is_compiling() or grid.num_key_blocks(self.block_size) > self.most_blocks:
@@ -240,8 +307,11 @@ class BlockPattern(Pattern):
 
     def mask(self, grid: Grid) -> Tensor:
         seen = self.seen_blocks(grid)
-        rows = grid.query_positions()[:, 0] // self.block_size - grid.offset // self.block_size
-        return seen[:, rows][:, :, grid.key_positions()[0] // self.block_size]
+        queries, keys = (x // self.block_size for x in (grid.query_positions(), grid.key_positions()))
+        rows = queries - grid.query_blocks(self.block_size)[0]
+        ahead = [torch.arange(size, device=seen.device) for size in seen.shape[:-2]]
+        ahead = [x.view(-1, *[1] * (seen.dim() - 1 - place)) for place, x in enumerate(ahead)]
+        return seen[(*ahead, rows, keys.clamp(min=0))]
 
     def __or__(self, other: Pattern) -> Pattern:
         if isinstance(other, BlockPattern) and other.block_size == self.block_size:
@@ -265,6 +335,10 @@ class BlockUnion(BlockPattern):
     right: BlockPattern
 
     @property
+    def tied_to_end(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.left.tied_to_end or self.right.tied_to_end
+
+    @property
     def block_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.left.block_size
 
@@ -274,8 +348,9 @@ class BlockUnion(BlockPattern):
 
     def key_blocks(self, grid: Grid) -> Tensor:
         left, right = self.left.key_blocks(grid), self.right.key_blocks(grid)
-        heads = max(left.shape[0], right.shape[0])
-        return torch.cat([left.expand(heads, -1, -1), right.expand(heads, -1, -1)], 2)
+        heads = max(left.shape[-3], right.shape[-3])
+        sizes = [(*x.shape[:-3], heads, *x.shape[-2:]) for x in (left, right)]
+        return torch.cat([left.expand(sizes[0]), right.expand(sizes[1])], -1)
 
     def sees_all(self, grid: Grid) -> Tensor:
         return self.left.sees_all(grid) | self.right.sees_all(grid)
@@ -300,8 +375,8 @@ class WindowBlocks(BlockPattern):
     def key_blocks(self, grid: Grid) -> Tensor:
         side = (self.num_blocks - 1) // 2
         blocks = grid.query_blocks(self.block_size)[:, None] + torch.arange(-side, side + 1, device=grid.device)
-        inside = (blocks >= 0) & (blocks < grid.num_key_blocks(self.block_size))
-        return blocks.where(inside, -1)[None]
+        inside = (blocks >= 0) & (blocks < grid.filled_blocks(self.block_size)[..., None])
+        return blocks.where(inside, -1)
 
 
 @dataclass(frozen=True)
@@ -310,6 +385,7 @@ class GlobalBlocks(BlockPattern):
 
     num_blocks: int
     block_size: int
+    tied_to_end = True
 
     def __post_init__(self) -> None:
         check_positive("block_size", self.block_size)
@@ -320,16 +396,17 @@ class GlobalBlocks(BlockPattern):
         return self.num_blocks
 
     def _blocks(self, grid: Grid) -> Tensor:
-        count = grid.num_key_blocks(self.block_size)
+        """(1, 1, num_blocks), with a batch dimension in front in a `PaddedGrid`; -1 for none."""
+        count = grid.filled_blocks(self.block_size)[..., None]
+        index = torch.arange(self.num_blocks, device=grid.device)
         first = self.num_blocks if grid.is_causal else -(-self.num_blocks // 2)
-        last = self.num_blocks - first
-        if first + last >= count:
-            return torch.arange(count, device=grid.device)
-        return torch.cat([torch.arange(first, device=grid.device), torch.arange(count - last, count, device=grid.device)])
+        blocks = torch.where(index < first, index, count - self.num_blocks + index)
+        return blocks.where((blocks >= 0) & (blocks < count), -1)
 
     def key_blocks(self, grid: Grid) -> Tensor:
-        rows = len(grid.query_blocks(self.block_size))
-        return self._blocks(grid).expand(1, rows, -1)
+        rows, blocks = len(grid.query_blocks(self.block_size)), self._blocks(grid)
+        return blocks.expand(*blocks.shape[:-2], rows, -1)
 
     def sees_all(self, grid: Grid) -> Tensor:
-        return (grid.query_blocks(self.block_size)[:, None] == self._blocks(grid)).any(1)
+        blocks = self._blocks(grid)
+        return ((grid.query_blocks(self.block_size)[:, None] == blocks) & (blocks >= 0)).any(-1)

@@ -24,6 +24,7 @@ class RandomBlocks(BlockPattern):
     seed: int
     outside: BlockPattern
     first_head: int = 0
+    tied_to_end = True
 
     def __post_init__(self) -> None:
         check_count("num_random_blocks", self.num_blocks)
@@ -35,17 +36,25 @@ class RandomBlocks(BlockPattern):
 
     def key_blocks(self, grid: Grid) -> Tensor:
         rows = grid.query_blocks(self.block_size)
-        limit = torch.full_like(rows, grid.num_key_blocks(self.block_size))
-        if grid.is_causal:
-            limit = limit.minimum((rows + 1).clamp(min=0))
+        limit = block_limit(grid, self.block_size)
         taken = distinct(self.outside.key_blocks(grid), limit)
-        free = (limit - (taken < limit[:, None]).sum(-1))[..., None]  # (1, query_blocks, 1)
+        free = (limit - (taken < limit[..., None]).sum(-1))[..., None]  # (1, query_blocks, 1)
         index = torch.arange(self.num_blocks, device=grid.device)
         heads = torch.arange(self.first_head, self.first_head + grid.heads, device=grid.device)[:, None, None]
         uniform = hashed_uniform(self.seed, heads, rows[:, None], index)
         left = (free - index).clamp(min=0)
         drawn = (uniform * left).long()  # draw t picks one of the free - t that draws 0..t-1 have left
         return _skip(_skip_each_other(drawn), taken).where(left > 0, -1)
+
+
+def block_limit(grid: Grid, block_size: int) -> Tensor:
+    """The first key block that no query of a query block sees, (1, query_blocks), with a batch dimension
+    in front in a `PaddedGrid`."""
+    rows = grid.query_blocks(block_size)
+    limit = grid.filled_blocks(block_size)
+    if grid.is_causal:
+        return limit.minimum((rows + 1).clamp(min=0))
+    return limit.expand(*limit.shape[:-1], len(rows))
 
 
 def distinct(blocks: Tensor, limit: Tensor | int) -> Tensor:

@@ -61,6 +61,16 @@ def _visible(query_length: int, key_length: int, real: Tensor | None, is_causal:
     return torch.stack(rows)
 
 
+def _real(visible: Tensor) -> list[int]:
+    """Slots of the real keys: the last query sees them all."""
+    return visible[-1].nonzero()[:, 0].tolist()
+
+
+def _lead(visible: Tensor) -> int:
+    """How many padded slots stand ahead of the first real one: positions count from there."""
+    return next(iter(_real(visible)), 0)
+
+
 def _rows(visible: Tensor, weigh: Callable[[int, Tensor], Tensor]) -> Tensor:
     """A matrix whose row i holds weigh(i, seen) at the keys that the row sees, and 0 elsewhere."""
     rows = []
@@ -132,8 +142,11 @@ def linformer(q, k, v, *, key_projection, value_projection, key_mask=None, attn_
     scale = q.shape[3] ** -0.5 if scale is None else scale
 
     def matrix(h: int, q_h: Tensor, k_h: Tensor, visible: Tensor) -> Tensor:
-        e = key_projection[h if key_projection.shape[0] > 1 else 0, :n].double()
-        f = value_projection[h if value_projection.shape[0] > 1 else 0, :n].double()
+        lead = _lead(visible)
+        e, f = (
+            torch.cat([torch.zeros(lead, x.shape[2]), x[h if x.shape[0] > 1 else 0, : n - lead].double()])
+            for x in (key_projection, value_projection)
+        )
         projected = sum((torch.outer(e[j], k_h[j]) for j in range(n)), torch.zeros(e.shape[1], k_h.shape[1], dtype=torch.float64))
         rows = []
         for i in range(q_h.shape[0]):
@@ -244,7 +257,7 @@ def sliding_window(
 ) -> tuple[Tensor, Tensor]:
     """Beltagy et al. 2020, section 3.1: softmax over the keys at position + t · dilation for |t| < window; dilation may differ by head.
 
-    sinks: and the first slots (Xiao et al. 2023). logits: (heads,), each exponentiated in the denominator of every row of its head.
+    sinks: and the first real keys (Xiao et al. 2023). logits: (heads,), each exponentiated in the denominator of every row of its head.
     """
     assert attn_mask is None
 
@@ -256,7 +269,7 @@ def sliding_window(
             for t in range(1 - window, window):
                 if 0 <= position + t * step < k_h.shape[0]:
                     near[i, position + t * step] = True
-            near[i, :sinks] = True
+            near[i, _real(visible)[:sinks]] = True
         if logits is None:
             return _softmax_over(visible & near, q_h, k_h, scale)
         factor, own = q_h.shape[1] ** -0.5 if scale is None else scale, logits[h].double()
@@ -285,10 +298,12 @@ def sparse_transformer(
         return (j // stride == i // stride, j % stride in range(stride - expressivity, stride))[factor]
 
     def matrix(h: int, q_h: Tensor, k_h: Tensor, visible: Tensor) -> Tensor:
-        n, wanted = k_h.shape[0], (0, 1) if factors == "merged" else (h % 2,)
+        n, wanted, lead = k_h.shape[0], (0, 1) if factors == "merged" else (h % 2,), _lead(visible)
         chosen = torch.zeros_like(visible)
         for i in range(q_h.shape[0]):
-            chosen[i] = torch.tensor([any(shows(factor, n - q_h.shape[0] + i, j) for factor in wanted) for j in range(n)])
+            slot = n - q_h.shape[0] + i
+            if pattern == "strided" or not 0 <= slot < lead:  # blocks count from the first real token
+                chosen[i] = torch.tensor([any(shows(factor, slot - lead, j - lead) for factor in wanted) for j in range(n)])
         return _softmax_over(visible & chosen, q_h, k_h, scale)
 
     return _by_heads(matrix, q, k, v, key_mask, is_causal)
@@ -298,26 +313,33 @@ def sparse_transformer(
 def bigbird(
     q, k, v, *, random_blocks, block_size, num_window_blocks, num_global_blocks, scale=None, key_mask=None, attn_mask=None, is_causal=False
 ) -> tuple[Tensor, Tensor]:
-    """Zaheer et al. 2020, section 2: softmax over a *set* of keys, the union of window, global and random blocks.
+    """Zaheer et al. 2020, section 2: softmax over a *set* of keys, the union of window, global and random blocks. Blocks count from the first
+    real key to the last; a row on the padding ahead sees nothing.
 
-    random_blocks: (heads, query_blocks, num_random_blocks) key blocks drawn for each query block, -1 for none; its first
-    row belongs to the block of the first query.
+    random_blocks: a function of which keys of a sample are real, (key_length,) bool, that gives (heads, query_blocks, num_random_blocks) key
+    blocks drawn for each query block, -1 for none; its first row belongs to the block of the first query.
     """
     assert attn_mask is None
     query_length, key_length = q.shape[2], k.shape[2]
-    key_blocks = -(-key_length // block_size)
-    first_block = (key_length - query_length) // block_size
-    global_blocks = bigbird_global_blocks(key_blocks, num_global_blocks, is_causal)
 
     def matrix(h: int, q_h: Tensor, k_h: Tensor, visible: Tensor) -> Tensor:
+        lead = _lead(visible)
+        end = key_length if is_causal else max(_real(visible), default=-1) + 1
+        key_blocks = -(-(end - lead) // block_size)
+        global_blocks = bigbird_global_blocks(key_blocks, num_global_blocks, is_causal)
+        drawn_blocks = random_blocks(visible[-1])
+        first_block = (key_length - query_length - lead) // block_size
         chosen = torch.zeros_like(visible)
         for i in range(query_length):
-            a = (key_length - query_length + i) // block_size
+            slot = key_length - query_length + i
+            if 0 <= slot < lead:
+                continue
+            a = (slot - lead) // block_size
             window = {b for b in range(key_blocks) if abs(a - b) <= (num_window_blocks - 1) // 2}
-            drawn = set(random_blocks[h, a - first_block].tolist()) - {-1}
+            drawn = set(drawn_blocks[h, a - first_block].tolist()) - {-1}
             blocks = set(range(key_blocks)) if a in global_blocks else window | global_blocks | drawn
             for b in blocks:
-                chosen[i, b * block_size : (b + 1) * block_size] = True
+                chosen[i, lead + b * block_size : lead + (b + 1) * block_size] = True
         return _softmax_over(visible & chosen, q_h, k_h, scale)
 
     return _by_heads(matrix, q, k, v, key_mask, is_causal)

@@ -83,10 +83,7 @@ def _(pattern: BlockPattern, grid: Grid) -> int | None:
     count = grid.num_key_blocks(pattern.block_size)
     if count > MOST_BLOCKS:
         return None
-    blocks = pattern.key_blocks(grid)
-    seen = torch.zeros(*blocks.shape[:2], count + 1, dtype=torch.bool)
-    seen.scatter_(2, blocks % (count + 1), torch.ones_like(blocks, dtype=torch.bool))  # -1 lands in the extra column
-    adjacent = seen[..., :count].any(0) | pattern.sees_all(grid)[:, None]
+    adjacent = pattern.seen_blocks(grid).any(0)
     if grid.is_causal:
         adjacent = adjacent.tril()
     if not adjacent.diagonal().all():  # tokens of one block do not see each other directly, so blocks are too coarse

@@ -24,10 +24,20 @@ from attnzoo.engines import (
 )
 from attnzoo.engines.cache import KeyValueCache
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Shape, causal_pairs, never_refuses
-from attnzoo.engines.sink_cache import SinkCache
+from attnzoo.engines.global_cache import GlobalCache
 from attnzoo.engines.softmax import Softmax, attend_densely, causal_mask, sdpa, softmax_cost, visible
 from attnzoo.engines.sparse_columns import Columns
-from attnzoo.patterns import BlockPattern, Grid, Pattern, Window, grid_of
+from attnzoo.padding import (
+    fetched,
+    first_real,
+    moved_back,
+    moved_behind,
+    on_leading_zero,
+    slots_of,
+    squared,
+    starts_real,
+)
+from attnzoo.patterns import BlockPattern, Grid, Pattern, Window, grid_of, padded
 
 MASKED = 2**22  # slots of a dense mask, at most
 
@@ -45,13 +55,35 @@ class Sparse(Softmax):
         self.sink_logits = nn.Parameter(torch.zeros(sink_logits)) if sink_logits else None
 
     def forward(self, call: Call, backend: str = "auto") -> tuple[Tensor, str]:
-        return super().forward(call if self.sink_logits is None else replace(call, sink_logits=self.sink_logits), backend)
+        if self.sink_logits is not None:
+            call = replace(call, sink_logits=self.sink_logits)
+        chosen = self.choose(call, backend)
+        if chosen.run is not reference and self.pattern.counts_positions and not starts_real(call.key_mask):
+            return self._from_first_real(chosen, call), chosen.name
+        return chosen.run(self, call), chosen.name
+
+    def _from_first_real(self, chosen: Backend, call: Call) -> Tensor:
+        """A·v of a padded call by a backend that lays positions out from the first slot."""
+        assert call.key_mask is not None
+        if call.query_length == 1 or call.offset < 0:
+            return reference(self, call)
+        square = squared(call)
+        out = chosen.run(self, moved_behind(square))
+        return moved_back(out, call.key_mask)[:, :, call.offset :]
 
     def init_state(self, batch_size: int, kv_heads: int, head_dim: int, max_length: int | None, dtype: torch.dtype, device: Any) -> Any:
+        sizes, like = (batch_size, kv_heads, head_dim, max_length), (dtype, device)
         if isinstance(self.pattern, Window) and self.pattern.sinks:
-            return SinkCache.empty(batch_size, kv_heads, head_dim, max_length, self.pattern, dtype, device)
+            return GlobalCache.around(KeyValueCache.empty(*sizes, self.pattern.near - 1, *like), self.pattern.sinks)
         reach = self.pattern.reach
-        return KeyValueCache.empty(batch_size, kv_heads, head_dim, max_length, None if reach is None else reach - 1, dtype, device)
+        return KeyValueCache.empty(*sizes, None if reach is None else reach - 1, *like)
+
+    def step(self, call: Call, state: Any, backend: str) -> tuple[Tensor, Any, str]:
+        if not isinstance(state, GlobalCache):
+            return super().step(call, state, backend)
+        mask = state.new_globals(call)
+        out, name = self(replace(state.joined(call, mask), global_mask=None), backend)
+        return out, state.append(call, mask), name
 
     def cost(self, shape: Shape) -> Cost:
         grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
@@ -118,8 +150,16 @@ def _count_pairs(pattern: Pattern, grid: Grid) -> int:
 
 def reference(engine: Sparse, call: Call) -> Tensor:
     """A·v by the pattern's mask over n × n."""
-    mask, pattern = visible(call), engine.pattern.mask(grid_of(call))
-    return attend_densely(engine, call, pattern if mask is None else pattern & mask)
+    pattern, mask = engine.pattern, visible(call)
+    if call.key_mask is None or mask is None:
+        seen = pattern.mask(grid_of(call))
+        return attend_densely(engine, call, seen if mask is None else seen & mask)
+    if isinstance(pattern, Window):
+        seen = replace(pattern, sinks=0).mask(grid_of(call))
+        return attend_densely(engine, call, mask & (seen | first_real(call.key_mask, pattern.sinks)[:, None, None]))
+    if not pattern.counts_positions:
+        return attend_densely(engine, call, mask & pattern.mask(grid_of(call)))
+    return on_leading_zero(attend_densely(engine, call, mask & pattern.mask(padded(grid_of(call), call.key_mask))), call.key_mask)
 
 
 def _blocks(engine: Sparse, call: Call) -> Tensor:
@@ -146,13 +186,17 @@ def _window(engine: Sparse, window: Window, call: Call) -> Tensor:
 
 
 def _with_sinks(call: Call, count: int) -> tuple[Call, Columns]:
-    """The first slots as columns, and the call in whose window they are hidden."""
+    """The first slots, of padded samples the first real ones, as columns, and the call in whose window
+    they are hidden."""
+    if count and call.key_mask is not None:
+        first = first_real(call.key_mask, count)
+        slots = slots_of(first, count)
+        columns = Columns(fetched(call.k, slots), fetched(call.v, slots), first.gather(1, slots), slots)
+        return replace(call, key_mask=call.key_mask & ~first), columns
     slots = torch.arange(call.key_length, device=call.q.device).expand(call.k.shape[0], -1)
-    key_mask, behind = call.key_mask, slots >= count
-    real = ~behind if key_mask is None else key_mask
-    if count:
-        call = replace(call, key_mask=behind if key_mask is None else key_mask & behind)
-    return call, Columns(call.k[:, :, :count], call.v[:, :, :count], real[:, :count], slots[:, :count])
+    behind = slots >= count
+    columns = Columns(call.k[:, :, :count], call.v[:, :, :count], ~behind[:, :count], slots[:, :count])
+    return replace(call, key_mask=behind) if count else call, columns
 
 
 def _blocks_why_not(engine: Sparse, call: Call) -> str | None:

@@ -15,8 +15,9 @@ from attnzoo.call import Call
 from attnzoo.engines import in_cache
 from attnzoo.engines.pieces import at_a_time, join
 from attnzoo.engines.softmax import Softmax, sdpa
-from attnzoo.patterns import BlockPattern, Grid
-from attnzoo.random_blocks import distinct
+from attnzoo.padding import ends, ends_real, fetched, slots_of
+from attnzoo.patterns import BlockPattern, Grid, PaddedGrid
+from attnzoo.random_blocks import block_limit, distinct
 
 GATHERED = 2**18  # numbers of k that are gathered at a time: with as many of v they stay in cache
 
@@ -56,7 +57,7 @@ def _fields_of_runs(pattern: BlockPattern, grid: Grid) -> tuple[tuple, ...]:
     last = grid.num_key_blocks(pattern.block_size) - 1
     ragged = grid.key_length % pattern.block_size > 0 and not grid.is_causal  # when causal, only the diagonal block meets the ragged end
     widths = (blocks <= last).sum(-1)[0]
-    sees_all = torch.zeros_like(widths, dtype=torch.bool) if grid.is_causal else pattern.sees_all(grid)
+    sees_all = torch.zeros_like(widths, dtype=torch.bool) if grid.is_causal else pattern.sees_all(grid)[0]
     tail = (blocks == last).any(-1).any(0).long() * int(ragged)
     fields = torch.stack([torch.where(sees_all, last + 1, widths), sees_all.long(), tail], 1)
     distinct_fields, lengths = fields.unique_consecutive(dim=0, return_counts=True)
@@ -67,10 +68,7 @@ def _fields_of_runs(pattern: BlockPattern, grid: Grid) -> tuple[tuple, ...]:
 
 def sorted_key_blocks(pattern: BlockPattern, grid: Grid) -> Tensor:
     """Distinct key blocks of each query block in ascending order, (heads or 1, query_blocks, width); what is over is past every block."""
-    limit = torch.full_like(grid.query_blocks(pattern.block_size), grid.num_key_blocks(pattern.block_size))
-    if grid.is_causal:
-        limit = limit.minimum((grid.query_blocks(pattern.block_size) + 1).clamp(min=0))
-    return distinct(pattern.key_blocks(grid), limit)
+    return distinct(pattern.key_blocks(grid), block_limit(grid, pattern.block_size))
 
 
 def count_pairs(pattern: BlockPattern, grid: Grid) -> tuple[int, int]:
@@ -97,6 +95,8 @@ def count_pairs(pattern: BlockPattern, grid: Grid) -> tuple[int, int]:
 
 def attend(engine: Softmax, pattern: BlockPattern, call: Call, grid: Grid) -> Tensor:
     """A·v for a block pattern, over whole blocks of queries and keys."""
+    if pattern.tied_to_end and not grid.is_causal and not ends_real(call.key_mask):
+        return _attend_ragged(engine, pattern, call, grid)
     size = pattern.block_size
     ahead, spare = grid.offset % size, -grid.key_length % size  # empty rows before the first query of its block, empty slots at the end
     q, (k, v) = _pad(call.q, ahead, spare), (_pad(x, 0, spare) for x in (call.k, call.v))
@@ -110,6 +110,42 @@ def attend(engine: Softmax, pattern: BlockPattern, call: Call, grid: Grid) -> Te
     else:
         out = _head_by_head(engine, q.unflatten(2, (-1, size)), k.unflatten(2, (-1, size)), v.unflatten(2, (-1, size)), blocks, found, call)
     return out[:, :, ahead : ahead + grid.query_length]
+
+
+def _attend_ragged(engine: Softmax, pattern: BlockPattern, call: Call, grid: Grid) -> Tensor:
+    """A·v where samples end at different slots, and with them their blocks: tables of each sample's own."""
+    assert call.key_mask is not None
+    size, padded = pattern.block_size, PaddedGrid(**vars(grid), length=ends(call.key_mask))
+    ahead, spare = grid.offset % size, -grid.key_length % size
+    q, (k, v) = _pad(call.q, ahead, spare), (_pad(x, 0, spare) for x in (call.k, call.v))
+    key_mask = torch.nn.functional.pad(call.key_mask, (0, spare)).unflatten(1, (-1, size))
+    table = sorted_key_blocks(pattern, padded)  # (batch, heads or 1, query_blocks, width)
+    listed = table < key_mask.shape[1]
+    table = table.where(listed, 0)
+    samples = torch.arange(len(table), device=table.device)[:, None, None]
+
+    def rows() -> Iterator[Tensor]:
+        keys, values = (x.unflatten(2, (-1, size)).unbind(1) for x in (k, v))
+        for head, queries in enumerate(q.unflatten(2, (-1, size)).unbind(1)):
+            chosen, some = table[:, head % table.shape[1]], listed[:, head % table.shape[1]]
+            seen = (key_mask[samples, chosen] & some[..., None]).flatten(2)[:, :, None]
+            own = (x[head // call.group][samples, chosen].flatten(2, 3) for x in (keys, values))
+            yield sdpa(engine, queries, *own, seen).flatten(1, 2)[:, None]
+
+    out = join(rows(), call.q.shape[1], 1)[:, :, ahead : ahead + grid.query_length]
+    return _with_rows_that_see_all(engine, pattern, call, out, padded)
+
+
+def _with_rows_that_see_all(engine: Softmax, pattern: BlockPattern, call: Call, out: Tensor, grid: PaddedGrid) -> Tensor:
+    """`out` with the rows of blocks that see every key made anew."""
+    assert call.key_mask is not None
+    blocks = torch.arange(grid.offset, grid.key_length, device=out.device) // pattern.block_size
+    mask = pattern.sees_all(grid)[:, 0, blocks - grid.offset // pattern.block_size]
+    count = min(pattern.most_blocks * pattern.block_size, grid.query_length)
+    rows = slots_of(mask, count)
+    made = sdpa(engine, fetched(call.q, rows), call.k, call.v, call.key_mask[:, None, None])
+    made = torch.where(mask.gather(1, rows)[:, None, :, None], made, fetched(out, rows))
+    return out.scatter(2, rows[:, None, :, None].expand_as(made), made)
 
 
 @dataclass(frozen=True)

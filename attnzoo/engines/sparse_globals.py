@@ -16,10 +16,11 @@ from attnzoo.arguments import check_count
 from attnzoo.call import Call
 from attnzoo.engines import sparse_columns, sparse_dilated, sparse_flex, sparse_memory, sparse_peaks
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
-from attnzoo.engines.global_cache import GlobalCache, fetched
+from attnzoo.engines.global_cache import GlobalCache
 from attnzoo.engines.softmax import attend_densely, sdpa, softmax_cost, visible
 from attnzoo.engines.sparse import Sparse, attend_windows, grid_of
 from attnzoo.engines.sparse_columns import Columns
+from attnzoo.padding import fetched, first_real, slots_of
 from attnzoo.patterns import Grid, Window
 
 
@@ -43,7 +44,7 @@ class WindowAndGlobals(Sparse):
         if call.key_mask is None:
             mask = (torch.arange(call.key_length, device=call.q.device) < first).expand(call.k.shape[0], -1)
         else:
-            mask = call.key_mask & (call.key_mask.cumsum(1) <= first)
+            mask = first_real(call.key_mask, first)
         if call.global_mask is not None:
             mask = mask | (call.global_mask if call.key_mask is None else call.global_mask & call.key_mask)
             counts = _most(mask), _most(_of_queries(mask, call))
@@ -57,16 +58,13 @@ class WindowAndGlobals(Sparse):
         return GlobalCache.around(super().init_state(batch_size, kv_heads, head_dim, max_length, dtype, device), self.global_tokens)
 
     def step(self, call: Call, state: GlobalCache, backend: str) -> tuple[Tensor, GlobalCache, str]:
-        reach = self.pattern.reach
-        assert reach is not None  # a window without sinks
-        mask = state.new_globals(call, reach)
-        most = 0 if mask is None else _most(mask)
-        counts = (state.kept + most, most)
-        whole = replace(state.joined(call, mask), global_counts=counts)
-        if not counts[0]:
-            whole = replace(whole, key_mask=None if state.is_unmasked(call) else whole.key_mask, global_mask=None, global_qkv=None)
+        mask = state.new_globals(call)
+        new = 0 if mask is None else _most(mask)
+        whole = replace(state.joined(call, mask), global_counts=(state.kept + new, new))
+        if whole.global_counts == (0, 0):
+            whole = replace(whole, global_mask=None, global_qkv=None)
         out, name = super().forward(whole, backend)
-        return out, state.append(call, mask, None if mask is None else slots_of(mask, most)), name
+        return out, state.append(call, mask), name
 
     def cost(self, shape: Shape) -> Cost:
         if not self.global_tokens:
@@ -79,18 +77,9 @@ class WindowAndGlobals(Sparse):
             executed += part.shape.batch_size // shape.batch_size * part.heads * part.shape.query_length * keys
         forward_bytes, training_bytes = sparse_peaks.windows(self.pattern, shape, keys, queries)
         kept_bytes = sparse_memory.windows(self.pattern, shape, keys, queries)
-        cost = softmax_cost(shape, executed, sparse_dilated.count_support(self.pattern, grid, keys), self.pattern.reach, kept_bytes)
-        a_token = 2 * shape.batch_size * shape.kv_heads * shape.head_dim  # numbers of its key and value
-        kept = cost.state_elements + a_token * keys
-        growing = (shape.key_length < self.global_tokens) * a_token * shape.dtype.itemsize
-        return replace(
-            cost,
-            forward_bytes=forward_bytes,
-            training_bytes=training_bytes,
-            state_elements=kept,
-            state_bytes=kept * shape.dtype.itemsize,
-            state_growth=cost.state_growth + growing,
-        )
+        support = sparse_dilated.count_support(self.pattern, grid, keys)
+        cost = softmax_cost(shape, executed, support, self.pattern.near + self.global_tokens, kept_bytes)
+        return replace(cost, forward_bytes=forward_bytes, training_bytes=training_bytes)
 
 
 def _most(mask: Tensor, bound: int | None = None) -> int:
@@ -102,11 +91,6 @@ def _most(mask: Tensor, bound: int | None = None) -> int:
 def _of_queries(mask: Tensor, call: Call) -> Tensor:
     """(batch, key_length) -> (batch, query_length): what stands at the queries' positions, False before the first."""
     return torch.nn.functional.pad(mask, (max(0, -call.offset), 0))[:, max(0, call.offset) :]
-
-
-def slots_of(mask: Tensor, count: int) -> Tensor:
-    """Where the True of every row of (batch, length) stand, ascending, (batch, count); where there are fewer, other slots, each once."""
-    return (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :count].clone()  # not a view: it is kept for the backward pass
 
 
 def _blocks(engine: WindowAndGlobals, call: Call) -> Tensor:

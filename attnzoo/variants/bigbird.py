@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnzoo.attention import Attention, Spec
 from attnzoo.engines.sparse import Sparse
-from attnzoo.patterns import BlockUnion, GlobalBlocks, Grid, WindowBlocks
+from attnzoo.patterns import BlockUnion, GlobalBlocks, Grid, WindowBlocks, padded
 from attnzoo.random_blocks import RandomBlocks
 from attnzoo.registry import register
 
@@ -40,7 +40,6 @@ class BigBird(Attention):
         family="sparse",
         exact=True,
         dropout=True,
-        tied_to_end=True,
     )
     engine: Sparse
 
@@ -76,6 +75,14 @@ class BigBird(Attention):
         self.random = random
         self.engine.pattern = random.outside | random
 
-    def random_blocks(self, query_length: int, key_length: int, is_causal: bool) -> Tensor:
-        """The random key blocks of every query block, (heads, query_blocks, num_random_blocks), -1 where there are no more."""
-        return self.random.key_blocks(Grid(self.heads, query_length, key_length, is_causal))
+    def random_blocks(
+        self, query_length: int, key_length: int, is_causal: bool, key_mask: Tensor | None = None
+    ) -> Tensor:
+        """The random key blocks of every query block, -1 where there are no more.
+
+        key_mask: (batch, key_length) bool, True = real; blocks count from the first real key of a sample.
+        Returns (heads, query_blocks, num_random_blocks), or with a key_mask (batch, heads, query_blocks,
+        num_random_blocks), whose query blocks are those of all samples together.
+        """
+        grid = Grid(self.heads, query_length, key_length, is_causal)
+        return self.random.key_blocks(grid if key_mask is None else padded(grid, key_mask))

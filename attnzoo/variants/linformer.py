@@ -13,6 +13,7 @@ from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Cost, Shape
 from attnzoo.engines.softmax import Softmax
 from attnzoo.length_projection import SHARING, LengthProjection, ProjectedMemory, length_projections
+from attnzoo.padding import ahead_behind, starts_real
 from attnzoo.registry import register
 
 
@@ -78,7 +79,10 @@ class Linformer(Attention):
         check_max_length(self.spec.name, self.max_length, key_length=call.key_length)
 
     def attend(self, call: Call, backend: str) -> tuple[Tensor, str]:
-        k, v = (repeat_heads(x, call.group) if self.sharing == "none" else x for x in (call.k, call.v))
+        k, v = call.k, call.v
+        if call.key_mask is not None and not starts_real(call.key_mask):
+            k, v = (ahead_behind(x, call.key_mask) for x in (k, v))
+        k, v = (repeat_heads(x, call.group) if self.sharing == "none" else x for x in (k, v))
         out, name = self.engine(replace(call, k=self.key_projection(k), v=self.value_projection(v), key_mask=None), backend)
         if call.key_mask is not None:
             out = out.masked_fill(~call.key_mask.any(1)[:, None, None, None], 0.0)

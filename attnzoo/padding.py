@@ -1,0 +1,89 @@
+"""Where the real tokens of padded samples stand, and how a sample's leading padding is moved behind its end (rule 4)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnzoo.call import Call, can_look
+
+
+def first_real(key_mask: Tensor, count: int) -> Tensor:
+    """The first `count` real tokens of every sample, (batch, length) bool."""
+    return key_mask & (key_mask.cumsum(1) <= count)
+
+
+def leading(key_mask: Tensor) -> Tensor:
+    """Padded slots before the first real token of every sample, (batch,); 0 where none is real."""
+    return key_mask.to(torch.uint8).argmax(1)
+
+
+def ends(key_mask: Tensor) -> Tensor:
+    """One more than the slot of the last real token of every sample, (batch,); 0 where none is real."""
+    slots = torch.arange(1, key_mask.shape[1] + 1, device=key_mask.device)
+    return (key_mask * slots).amax(1)
+
+
+def slots_of(mask: Tensor, count: int) -> Tensor:
+    """Where the True of every row of (batch, length) stand, ascending, (batch, count); other slots,
+    each once, where there are fewer."""
+    # Not a view: it is kept for the backward pass.
+    return (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :count].clone()
+
+
+def fetched(x: Tensor, slots: Tensor) -> Tensor:
+    """(batch, heads, length, d) and (batch, count) -> (batch, heads, count, d)."""
+    return x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def starts_real(key_mask: Tensor | None) -> bool:
+    """Whether every sample is known to begin with a real token. False too where finding out would stall."""
+    if key_mask is None:
+        return True
+    return can_look(key_mask) and not bool(leading(key_mask).any())
+
+
+def ends_real(key_mask: Tensor | None) -> bool:
+    """Whether every sample is known to end with a real token."""
+    return key_mask is None or (can_look(key_mask) and bool(key_mask[:, -1:].all()))
+
+
+def ahead_behind(x: Tensor, key_mask: Tensor) -> Tensor:
+    """(batch, heads, length, d) with the leading padding of every sample behind its end, so that a real
+    token stands where it would stand alone."""
+    slots = torch.arange(x.shape[2], device=x.device)
+    return fetched(x, (slots + leading(key_mask)[:, None]) % x.shape[2])
+
+
+def moved_behind(call: Call) -> Call:
+    """The square call with `ahead_behind` of all that it holds. `moved_back` takes its rows back."""
+    mask = call.key_mask
+    assert mask is not None
+    q, k, v = (ahead_behind(x, mask) for x in (call.q, call.k, call.v))
+    moved = ahead_behind(mask[:, None, :, None], mask)[:, 0, :, 0]
+    return replace(call, q=q, k=k, v=v, key_mask=moved)
+
+
+def moved_back(out: Tensor, key_mask: Tensor) -> Tensor:
+    """Rows of the call that `moved_behind` made of one with this key_mask, in the call's own order; rows
+    on leading padding, which sees nothing, are 0."""
+    slots = torch.arange(out.shape[2], device=out.device)
+    slots = (slots - leading(key_mask)[:, None]) % out.shape[2]
+    return on_leading_zero(fetched(out, slots), key_mask)
+
+
+def on_leading_zero(out: Tensor, key_mask: Tensor) -> Tensor:
+    """`out` with 0 in the rows that stand on leading padding."""
+    query_length, key_length = out.shape[2], key_mask.shape[1]
+    ahead = (key_mask.cumsum(1) == 0) & key_mask.any(1, keepdim=True)
+    ahead = F.pad(ahead, (max(0, query_length - key_length), 0))[:, -query_length:]
+    return out.masked_fill(ahead[:, None, :, None], 0.0)
+
+
+def squared(call: Call) -> Call:
+    """The call with rows of zeros before its queries, as many as make it square. It has fewer queries
+    than keys."""
+    return replace(call, q=F.pad(call.q, (0, 0, call.offset, 0)))

@@ -1,0 +1,73 @@
+"""Padding is absence (rule 4): a left- or right-padded run equals the run without the padding."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from cases import CPU_BACKENDS, Case, Situation, can, cases, close, gradients_of, padding, tensors
+from torch import Tensor
+
+from attnzoo import Attention
+
+LENGTHS = (40, 300)
+TOLERANCE = 1e-11
+ALL = pytest.mark.parametrize("case", cases(), ids=str)
+SIDES = pytest.mark.parametrize("side", ["left", "right"])
+
+
+def alone(attn: Attention, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, **kind: bool) -> Tensor:
+    """Every sample without its padding, run by itself and put back where its tokens stand."""
+    out = torch.zeros_like(q)
+    for sample, real in enumerate(mask):
+        one = slice(sample, sample + 1)
+        rows = attn(*(x[one][:, :, real] for x in (q, k, v)), **kind)
+        out = out.index_put((torch.tensor([sample]), *torch.meshgrid(torch.arange(q.shape[1]), real.nonzero()[:, 0], indexing="ij")), rows[0])
+    return out
+
+
+@ALL
+@SIDES
+@pytest.mark.parametrize("length", LENGTHS)
+def test_padded_equals_alone(case: Case, side: str, length: int) -> None:
+    """Outputs and gradients of the real rows, by every backend, though the padding holds NaN."""
+    mask = padding(side, 3, length)
+    assert mask is not None
+    real = mask[:, None, :, None]
+    for backend in [name for name in case.build().engine.backend_names() if name in CPU_BACKENDS]:
+        attn = case.build(dtype=torch.float64, backend=backend)
+        for is_causal in (False, True):
+            if not can(case.spec, is_causal):
+                continue
+            q, k, v, upstream = tensors(Situation(length, length, batch=3), shift=case.shift)
+            inputs = [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), *attn.parameters()]
+            expected = alone(attn, mask, q, k, v, is_causal=is_causal)
+            wanted = gradients_of(expected, upstream * real, *inputs)
+            bad = [x.detach().masked_fill(~real, float("nan")).requires_grad_() for x in (k, v)]
+            out = attn(q, *bad, key_mask=mask, is_causal=is_causal)
+            found = gradients_of(out, upstream * real, q, *bad, *attn.parameters())
+            close(torch.where(real, out, 0.0), expected, TOLERANCE, f"rows of a run padded on the {side}, {backend}, {is_causal=}")
+            for name, one, other in zip("q k v p p p p".split(), found, wanted, strict=False):
+                close(one, other, TOLERANCE, f"gradient of {name}, {backend}, {is_causal=}")
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if case.spec.decodes], ids=str)
+@SIDES
+@pytest.mark.parametrize("pieces", [(150, *[1] * 10), (3, 60, 1, 1, 90, 1, 4)], ids=["prompt", "pieces"])
+def test_padded_decoding_equals_alone(case: Case, side: str, pieces: tuple[int, ...]) -> None:
+    """Rows of a padded prompt and of the tokens behind it, told in pieces."""
+    length = sum(pieces)
+    mask = padding(side, 3, length)
+    assert mask is not None
+    if side == "right":  # tokens that go on behind a padded one would not be the last
+        mask[:, 150:] = False
+    attn = case.build(dtype=torch.float64)
+    q, k, v, _ = tensors(Situation(length, length, batch=3), shift=case.shift)
+    state, rows = attn.init_state(3, kv_heads=2, dtype=q.dtype), []
+    cut = partial(torch.split, split_size_or_sections=list(pieces), dim=2)
+    for q_now, k_now, v_now, mask_now in zip(cut(q), cut(k), cut(v), mask.split(list(pieces), 1), strict=True):
+        out, state = attn.step(q_now, k_now, v_now, state, key_mask=None if bool(mask_now.all()) else mask_now)
+        rows.append(out)
+    found = torch.cat(rows, 2) * mask[:, None, :, None]
+    close(found, alone(attn, mask, q, k, v, is_causal=True), TOLERANCE, f"rows of a prompt padded on the {side}")
