@@ -22,7 +22,6 @@ class Spec:
 
     equation: one line, row by row. complexity: time and memory in the sequence length n.
     exact: A is softmax's own on its support. bidirectional: runs without is_causal. cross: query_length may differ from key_length.
-    tied_to_end: A depends on where the sequence ends, so a right-padded run may differ from the run without padding.
     global_tokens: a call may name tokens that everyone sees and that see everyone, and give their rows projections of their own.
     sink_logits: a call may give one more logit a head, which counts in the sum of every row and weighs nothing.
     data_dependent: which keys a row sees depends on the queries and keys; `Cost.support_macs` is then the most that it can be.
@@ -42,7 +41,6 @@ class Spec:
     dropout: bool = False
     decodes: bool = True
     needs_max_length: bool = False
-    tied_to_end: bool = False
     global_tokens: bool = False
     sink_logits: bool = False
     data_dependent: bool = False

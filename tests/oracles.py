@@ -144,8 +144,7 @@ def linformer(q, k, v, *, key_projection, value_projection, key_mask=None, attn_
     def matrix(h: int, q_h: Tensor, k_h: Tensor, visible: Tensor) -> Tensor:
         lead = _lead(visible)
         e, f = (
-            torch.cat([torch.zeros(lead, x.shape[2]), x[h if x.shape[0] > 1 else 0, : n - lead].double()])
-            for x in (key_projection, value_projection)
+            torch.cat([torch.zeros(lead, x.shape[2]), x[h if x.shape[0] > 1 else 0, : n - lead].double()]) for x in (key_projection, value_projection)
         )
         projected = sum((torch.outer(e[j], k_h[j]) for j in range(n)), torch.zeros(e.shape[1], k_h.shape[1], dtype=torch.float64))
         rows = []
@@ -459,7 +458,8 @@ def retention(q, k, v, *, scale=None, key_mask=None, attn_mask=None, is_causal=F
 
         def weigh(i: int, seen: Tensor) -> Tensor:
             position = k_h.shape[0] - q_h.shape[0] + i
-            return scale * (k_h[seen] @ q_h[i]) * gamma ** (position - seen).double()
+            since = torch.stack([visible[-1, j + 1 : position + 1].sum() for j in seen.tolist()])  # real tokens: padding does not fade
+            return scale * (k_h[seen] @ q_h[i]) * gamma ** since.double()
 
         return _rows(visible, weigh)
 

@@ -48,7 +48,8 @@ def test_padded_equals_alone(case: Case, side: str, length: int) -> None:
             out = attn(q, *bad, key_mask=mask, is_causal=is_causal)
             found = gradients_of(out, upstream * real, q, *bad, *attn.parameters())
             close(torch.where(real, out, 0.0), expected, TOLERANCE, f"rows of a run padded on the {side}, {backend}, {is_causal=}")
-            for name, one, other in zip("q k v p p p p".split(), found, wanted, strict=False):
+            names = ["q", "k", "v", *(name for name, _ in attn.named_parameters())]
+            for name, one, other in zip(names, found, wanted, strict=True):
                 close(one, other, TOLERANCE, f"gradient of {name}, {backend}, {is_causal=}")
 
 
@@ -71,3 +72,44 @@ def test_padded_decoding_equals_alone(case: Case, side: str, pieces: tuple[int, 
         rows.append(out)
     found = torch.cat(rows, 2) * mask[:, None, :, None]
     close(found, alone(attn, mask, q, k, v, is_causal=True), TOLERANCE, f"rows of a prompt padded on the {side}")
+
+
+COUNTING = [
+    Case("bigbird", {"block_size": 4, "num_random_blocks": 2}),
+    Case("sliding_window", {"window": 7, "sinks": 3}),
+    Case("sparse_transformer", {"stride": 8, "pattern": "fixed", "expressivity": 2}),
+    Case("linformer", {"rank": 16}),
+    Case("longformer", {"window": 16, "global_tokens": 3}),
+    Case("retention"),
+]
+
+
+@pytest.mark.parametrize("case", COUNTING, ids=str)
+@SIDES
+def test_padded_equals_alone_where_no_value_may_be_looked_at(case: Case, side: str) -> None:
+    """A graph that cannot be broken moves every sample, whatever its mask says."""
+    mask = padding(side, 3, 60)
+    assert mask is not None
+    torch._dynamo.reset()
+    attn = case.build(dtype=torch.float64)
+    compiled = torch.compile(attn, backend="eager", fullgraph=True)
+    for is_causal in (False, True):
+        if can(case.spec, is_causal):
+            q, k, v, _ = tensors(Situation(60, 60, batch=3), shift=case.shift)
+            out = compiled(q, k, v, key_mask=mask, is_causal=is_causal) * mask[:, None, :, None]
+            close(out, alone(attn, mask, q, k, v, is_causal=is_causal), TOLERANCE, f"rows of a graph, {is_causal=}")
+
+
+def test_padding_inside_neither_fades_nor_moves_first_tokens() -> None:
+    """Retention's decay and a window's sinks count real tokens, wherever padding stands."""
+    mask = padding("interior", 2, 90)
+    assert mask is not None
+    mask[:, :2] = False
+    q, k, v, _ = tensors(Situation(90, 90))
+    retention = Case("retention").build(dtype=torch.float64)
+    out = retention(q, k, v, key_mask=mask, is_causal=True) * mask[:, None, :, None]
+    close(out, alone(retention, mask, q, k, v, is_causal=True), TOLERANCE, "rows of retention")
+    sinks = Case("sliding_window", {"window": 1, "sinks": 3}).build(dtype=torch.float64)
+    seen = sinks.weights(q, k, key_mask=mask, is_causal=True)[:, 0, -1].nonzero()
+    first = [[sample, slot] for sample in range(2) for slot in mask[sample].nonzero()[:3, 0].tolist()]
+    assert [pair for pair in seen.tolist() if pair[1] != 89] == first

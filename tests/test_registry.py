@@ -156,24 +156,6 @@ def test_exact_means_softmax_on_its_own_support(case: Case) -> None:
         assert torch.allclose(a, scores.softmax(-1).nan_to_num(), atol=1e-9) == (case.spec.exact and not case.options.get("sink_logits"))
 
 
-@ALL
-def test_tied_to_end_means_that_padding_at_the_end_shows(case: Case) -> None:
-    """A right-padded run differs from the run without padding only where the spec says so, and never when causal."""
-    attn = case.build(dtype=torch.float64)
-    differs = False
-    for padded in (1, 40, 100):
-        q, k, v, _ = tensors(Situation(200, 200), shift=case.shift)
-        mask = torch.arange(200).expand(2, -1) < 200 - padded
-        for is_causal in (causal for causal in (False, True) if can(case.spec, causal)):
-            cut = attn(*(x[:, :, : 200 - padded] for x in (q, k, v)), is_causal=is_causal)
-            same = torch.allclose(attn(q, k, v, key_mask=mask, is_causal=is_causal)[:, :, : 200 - padded], cut, atol=1e-9)
-            assert same or not is_causal
-            differs |= not same
-    assert not differs or case.spec.tied_to_end
-    if case in usual_cases():
-        assert differs == case.spec.tied_to_end
-
-
 @VARIANTS
 def test_family(case: Case) -> None:
     """exact: every key weighs something. sparse: most weigh nothing. kernel and low_rank: the rank of A is that of features or mixtures."""

@@ -69,10 +69,7 @@ class GlobalCache:
 
     def select(self, rows: Tensor) -> GlobalCache:
         """The state of these rows of the batch, (new_batch,) indices; a row may be taken more than once."""
-        chosen = (
-            None if x is None else x.index_select(0, rows)
-            for x in (self.global_k, self.global_v, self.global_key_mask, self.real)
-        )
+        chosen = (None if x is None else x.index_select(0, rows) for x in (self.global_k, self.global_v, self.global_key_mask, self.real))
         k, v, key_mask, real = chosen
         assert k is not None and v is not None
         window = self.window.select(rows)
@@ -96,10 +93,7 @@ class GlobalCache:
         if mask is None or not (self._counts_slots(call) or bool(mask.any())):
             return None
         if call.global_qkv is not None and self.seen:
-            raise UnsupportedError(
-                "a global token with a projection of its own must come in the first step: "
-                "the state has no such keys of the past"
-            )
+            raise UnsupportedError("a global token with a projection of its own must come in the first step: the state has no such keys of the past")
         return mask
 
     def _counts_slots(self, call: Call) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.call import Call, UnsupportedError, repeat_heads
@@ -78,10 +79,11 @@ def _reference(engine: Linear, call: Call) -> Tensor:
     k_features, log_scale = feature_map.key(repeat_heads(call.k, call.group).to(dtype))
     weights = _relative(_log_weights(log_scale, call.key_mask, k_features), call)
     if feature_map.fades:
-        gamma = feature_map.decay(call.k.to(dtype))
-        positions = torch.arange(call.offset, call.key_length, device=call.q.device)
-        distance = positions[:, None] - torch.arange(call.key_length, device=call.q.device)
-        weights = weights * gamma.repeat_interleave(call.group)[:, None, None] ** distance.clamp(min=0)
+        gamma = feature_map.decay(call.k.to(dtype)).repeat_interleave(call.group)
+        count = linear_chunks.counted(call.key_length, call.key_mask, call.q.device)
+        of_queries = F.pad(count, (max(0, -call.offset), 0))[..., -call.query_length :]
+        since = (of_queries[..., :, None] - count[..., None, :]).clamp(min=0)
+        weights = weights * gamma[:, None, None] ** since
     if feature_map.normalizer == "feature":
         q_features = q_features / divisor(weights @ k_features)
     attention = (q_features @ k_features.mT) * weights

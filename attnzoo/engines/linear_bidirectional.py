@@ -15,7 +15,17 @@ from torch import Tensor
 
 from attnzoo.call import Call, can_look
 from attnzoo.engines.engine import accumulation_dtype
-from attnzoo.engines.linear_chunks import CHUNK, Past, absorb, divisor, finite, keys_of, read_sums
+from attnzoo.engines.linear_chunks import (
+    CHUNK,
+    Past,
+    absorb,
+    counted,
+    divisor,
+    fading,
+    finite,
+    keys_of,
+    read_sums,
+)
 from attnzoo.engines.linear_layout import add_product_, grouped, ungrouped, with_ones
 from attnzoo.exponential import exp_
 from attnzoo.feature_maps import FeatureMap
@@ -201,9 +211,8 @@ def backward_absorb(feature_map: FeatureMap, call: Call, past: Past, d_sums: Ten
             assert past.log_scale is not None
             weights = exp_(log_scale - finite(past.log_scale)[..., None])
         if feature_map.fades:
-            gamma = feature_map.decay(features)
-            ages = torch.arange(call.key_length - 1 - start, call.key_length - 1 - start - k.shape[2], -1, device=k.device)
-            weights = gamma[None, :, None] ** ages
+            count = counted(call.key_length, call.key_mask, k.device)
+            weights = fading(feature_map.decay(features), count)[0][:, :, 0, here]
         d_log_scale = None
         if weights is None:
             _write_product(d_v[:, :, here], features, d_sums[..., :-1])

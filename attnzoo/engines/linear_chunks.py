@@ -87,7 +87,8 @@ def absorb(feature_map: FeatureMap, k: Tensor, v: Tensor, key_mask: Tensor | Non
                 shrink = (past.log_scale - finite(largest)).exp()
             weights = exp_(log_scale - finite(largest)[..., None])
         if feature_map.fades:
-            weights, shrink = fading(feature_map.decay(features), keys.shape[2])
+            fresh, faded = fading(feature_map.decay(features), counted(keys.shape[2], mask, keys.device))
+            weights, shrink = fresh[:, :, 0], faded[:, :, 0]
         past = Past(_added(None if past is None else past.sums, shrink, summed(features, weights, values.to(dtype))), largest)
         del features  # before the next ones stand
     assert past is not None
@@ -101,10 +102,25 @@ def summed(features: Tensor, weights: Tensor | None, v: Tensor) -> Tensor:
     return torch.cat([features.mT @ (v * weights[..., None]), (weights[..., None, :] @ features).mT], -1)
 
 
-def fading(gamma: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """What tokens are worth behind the last of them, γ^(length - 1 - j), (1, kv_heads, length), and what came before them, (1, kv_heads)."""
-    ages = torch.arange(length - 1, -1, -1, device=gamma.device)
-    return gamma[None, :, None] ** ages, gamma[None] ** length
+def counted(length: int, key_mask: Tensor | None, device: torch.device) -> Tensor:
+    """Real tokens of a chunk up to each, itself included, (batch or 1, chunks or 1, length).
+
+    key_mask: (batch, chunks, length), or of one chunk (batch, length).
+    """
+    if key_mask is None:
+        return torch.arange(1, length + 1, device=device)[None, None]
+    count = key_mask.cumsum(-1)
+    return count if count.dim() == 3 else count[:, None]
+
+
+def fading(gamma: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """What tokens are worth behind the last of them, (batch or 1, kv_heads, chunks or 1, length), and what
+    came before them, (batch or 1, kv_heads, chunks or 1): γ for every real token since.
+
+    gamma: (kv_heads,). count: `counted`, (batch or 1, chunks or 1, length).
+    """
+    base, last = gamma[:, None, None], count[:, None, :, -1:]
+    return base ** (last - count[:, None]), (base**last)[..., 0]
 
 
 def _added(sums: Tensor | None, shrink: Tensor | None, more: Tensor) -> Tensor:
@@ -233,11 +249,14 @@ class Block:
             weights = exp_(log_scale - finite(largest)[..., None]) if remember else None
         if feature_map.fades:
             gamma = feature_map.decay(k_features)
-            fresh, faded = fading(gamma, k.shape[3])
-            distance = torch.arange(k.shape[3], device=k.device)[:, None] - torch.arange(k.shape[3], device=k.device)
-            relative = (gamma[:, None, None] ** distance.clamp(min=0)).tril()[None, :, None]
-            carry = None if past is None else relative[..., :1].repeat(1, 1, 1, group, 1) * gamma[:, None, None, None]
-            weights, shrink = (fresh[:, :, None], faded[..., None].expand(-1, -1, chunks)) if remember else (None, None)
+            mask = None if call.key_mask is None else call.key_mask.unflatten(1, (chunks, -1))
+            count = counted(k.shape[3], mask, k.device)
+            fresh, faded = fading(gamma, count)
+            since = (count[..., :, None] - count[..., None, :]).clamp(min=0)
+            relative = (gamma[:, None, None, None] ** since[:, None]).tril()
+            if past is not None:
+                carry = (gamma[:, None, None] ** count[:, None]).repeat(1, 1, 1, group)[..., None]
+            weights, shrink = (fresh, faded.expand(-1, -1, chunks)) if remember else (None, None)
         if feature_map.normalizer == "feature" and relative is None:
             relative = torch.ones(k.shape[3], k.shape[3], dtype=dtype, device=k.device).tril()[None, None, None]
         more = k_features.mT @ (v if weights is None else v * weights[..., None]) if remember else None

@@ -25,7 +25,6 @@ CAPABILITIES = {
     "dropout": "can drop entries of A while training",
     "decodes": "has init_state and step: a few new tokens at a time",
     "needs_max_length": "is built for a longest length, max_length",
-    "tied_to_end": "A depends on where the sequence ends",
 }
 HEADINGS = {"bidirectional": "bi-\ndirectional", "attn_mask": "attn\nmask"}
 LISTED = ("exact", "causal", "bidirectional", "cross", "attn_mask", "decodes")

@@ -75,9 +75,7 @@ class BigBird(Attention):
         self.random = random
         self.engine.pattern = random.outside | random
 
-    def random_blocks(
-        self, query_length: int, key_length: int, is_causal: bool, key_mask: Tensor | None = None
-    ) -> Tensor:
+    def random_blocks(self, query_length: int, key_length: int, is_causal: bool, key_mask: Tensor | None = None) -> Tensor:
         """The random key blocks of every query block, -1 where there are no more.
 
         key_mask: (batch, key_length) bool, True = real; blocks count from the first real key of a sample.
