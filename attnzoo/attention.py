@@ -199,6 +199,8 @@ class Attention(nn.Module):
         if q.shape[2] != k.shape[2]:
             raise ValueError(f"step got {q.shape[2]} queries and {k.shape[2]} keys; every new token brings one of each")
         state.check_room(call)
+        if 0 in q.shape[:3:2]:
+            return self._of_nothing(call), state
         call = clear_padding(call)
         shielded, poisoned = shield_past(call, may_stall=True) if q.shape[2] > 1 else (call, None)
         out, after, self.last_backend = self.engine.step(self.place(shielded, state.seen), state, self.backend)
@@ -297,12 +299,17 @@ class Attention(nn.Module):
         return f"{self.spec.name}, heads={self.heads}, head_dim={self.head_dim}, backend={self.backend!r}"
 
     def _run(self, call: Call, backend: str) -> Tensor:
-        if call.key_length == 0 or call.query_length == 0:
-            self.last_backend = "reference"
-            return call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
+        if 0 in (call.q.shape[0], call.query_length, call.key_length):
+            return self._of_nothing(call)
         call, poisoned = shield_past(clear_padding(call))
         out, self.last_backend = self.attend(self.place(call, 0), backend)
         return out if poisoned is None else _poison(out, poisoned)
+
+    def _of_nothing(self, call: Call) -> Tensor:
+        """Rows of zeros for a call without samples, queries or keys, whose gradients are zeros too."""
+        self.last_backend = "reference"
+        empty = (x.flatten()[:0].sum() for x in (call.q, call.k, call.v, *self.parameters()))
+        return call.q.new_zeros(*call.q.shape[:3], call.v.shape[3]) + sum(x.to(call.q.dtype) for x in empty)
 
     def _others(self, **wanted: bool) -> str:
         """Registered variants whose spec has what this one lacks, for error messages."""

@@ -64,6 +64,10 @@ class FeatureMap(nn.Module):
         """Number of features of a vector of head_dim numbers."""
         return head_dim
 
+    def width_of(self, k: Tensor) -> int:
+        """Number of features of each of these keys, as the engine gets them."""
+        return self.width(k.shape[-1])
+
     def macs(self, head_dim: int) -> int:
         """Multiply-accumulates for the features of one vector."""
         return 0
@@ -133,9 +137,33 @@ class Pointwise(FeatureMap):
         self.normalizer = "row" if normalize else "none"
         self.has_vjp = function in _VJP  # a callable of the user's own may have parameters
         self.is_view = function is identity
+        self.widths: dict[int, int] = {}  # found so far for a callable of the user's own, by head_dim
 
     def width(self, head_dim: int) -> int:
-        return self.function(torch.zeros(1, head_dim)).shape[-1]
+        if self.function in _VJP:
+            return head_dim
+        if head_dim not in self.widths:
+            like = next(self.parameters(), torch.empty(0))  # of a callable that is a module
+            try:
+                return self.width_of(like.new_zeros(1, head_dim))
+            except (RuntimeError, ValueError, TypeError) as error:
+                raise ValueError(
+                    f"feature_map does not take a {like.dtype} vector of {head_dim} numbers on {like.device}, which "
+                    f"would tell its width ({error}); call the attention once with its own inputs before asking for costs"
+                ) from error
+        return self.widths[head_dim]
+
+    def width_of(self, k: Tensor) -> int:
+        if self.function in _VJP:
+            return k.shape[-1]
+        known = self.widths.get(k.shape[-1])
+        if known is not None:
+            return known
+        with torch.no_grad():
+            width = self.function(k.new_zeros(1, k.shape[-1])).shape[-1]
+        if not torch.compiler.is_compiling():
+            self.widths[k.shape[-1]] = width
+        return width
 
     def query_elementwise(self, head_dim: int) -> int:
         return head_dim if self.function is elu_plus_one else 0

@@ -40,15 +40,18 @@ def fetched(x: Tensor, slots: Tensor) -> Tensor:
 
 
 def starts_real(key_mask: Tensor | None) -> bool:
-    """Whether every sample is known to begin with a real token. False too where finding out would stall."""
-    if key_mask is None:
+    """Whether every sample is known to begin with a real token. False too where finding out would stall;
+    a mask on the meta device is taken to hide nothing."""
+    if key_mask is None or key_mask.is_meta:
         return True
     return can_look(key_mask) and not bool(leading(key_mask).any())
 
 
 def ends_real(key_mask: Tensor | None) -> bool:
-    """Whether every sample is known to end with a real token."""
-    return key_mask is None or (can_look(key_mask) and bool(key_mask[:, -1:].all()))
+    """As `starts_real`, of the last token."""
+    if key_mask is None or key_mask.is_meta:
+        return True
+    return can_look(key_mask) and bool(key_mask[:, -1:].all())
 
 
 def ahead_behind(x: Tensor, key_mask: Tensor) -> Tensor:

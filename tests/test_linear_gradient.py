@@ -147,3 +147,29 @@ def test_another_number_of_threads_in_the_backward_pass(case: Case) -> None:
         torch.set_num_threads(before)
     for name, one, other in zip("qkv", *found, strict=True):
         close(other, one, 1e-11, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("as_module", [False, True])
+def test_a_learned_map_is_asked_for_its_width_with_the_keys_own_size_and_dtype(is_causal: bool, dtype: torch.dtype, as_module: bool) -> None:
+    """value_dim differs from head_dim, and the map takes its own dtype alone."""
+    layer = torch.nn.Linear(8, 20).to(torch.float32 if dtype == torch.bfloat16 else dtype)
+    feature_map = torch.nn.Sequential(layer, torch.nn.ReLU()) if as_module else lambda x: layer(x).relu()
+    attn = attnzoo.build("linear", heads=2, head_dim=8, feature_map=feature_map)
+    reference = attnzoo.build("linear", heads=2, head_dim=8, feature_map=feature_map, backend="reference")
+    q, k, v = (torch.rand(2, 2, 130, size).to(dtype) for size in (8, 8, 12))
+    with torch.no_grad():
+        found, expected = (attention(q, k, v, is_causal=is_causal) for attention in (attn, reference))
+    close(found, expected, 1e-12 if dtype == torch.float64 else 1e-2, "rows")
+    x = v.clone().requires_grad_()
+    attn(q, k, x, is_causal=is_causal).float().sum().backward()
+    assert layer.weight.grad is not None and bool(layer.weight.grad.any())
+    assert attn.cost(2, 130, is_causal=is_causal).state_elements == 2 * 2 * 20 * 9
+
+
+def test_a_width_that_cannot_be_asked_for_yet_says_what_to_do() -> None:
+    layer = torch.nn.Linear(8, 20).double()
+    attn = attnzoo.build("linear", heads=2, head_dim=8, feature_map=lambda x: layer(x).relu())
+    with pytest.raises(ValueError, match="call the attention once"):
+        attn.cost(2, 130)

@@ -64,7 +64,7 @@ def slab_sizes(width: int, kv_heads: int, group: int, length: int, threads: int)
 def slabs(feature_map: FeatureMap, call: Call, pasts: Sequence[Past | None] = ()) -> Iterator[Slab]:
     """All heads of the call. pasts: the sums of the forward pass's slabs, taken together again whatever the number of threads is now."""
     (batch_size, kv_heads, keys), group = call.k.shape[:3], call.group
-    width, length = feature_map.width(call.q.shape[3]), max(1, keys, call.query_length)
+    width, length = feature_map.width_of(call.k[:0].to(accumulation_dtype(call.k.dtype))), max(1, keys, call.query_length)
     samples, heads, tokens = slab_sizes(width, kv_heads, group, length, torch.get_num_threads())
     if call.q.device.type != "cpu":  # no cache to fit
         samples, heads, tokens = max(1, batch_size), kv_heads, CHUNK

@@ -20,7 +20,7 @@ def at_a_time(parts: int, numbers: int, limit: int, like: Tensor) -> int:
     elsewhere and in a compiled graph, which a loop would only make longer."""
     if like.device.type != "cpu" or torch.compiler.is_compiling():
         return parts
-    return max(1, min(parts, limit // numbers))
+    return max(1, min(parts, limit // max(1, numbers)))  # 0 numbers in an empty batch
 
 
 def samples_at_a_time(batch_size: int) -> list[slice]:

@@ -27,6 +27,9 @@ class Halves(Pointwise):
     def width(self, head_dim: int) -> int:
         return 2 * head_dim
 
+    def width_of(self, k: Tensor) -> int:
+        return k.shape[-1]
+
 
 @register
 class Cosformer(Attention):

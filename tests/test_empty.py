@@ -1,0 +1,58 @@
+"""Empty batches and empty lengths give empty answers (rule 3): forward, backward, weights, decoding and the layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CPU_BACKENDS, Case, Situation, can, cases, tensors
+from small import layer_masks, small
+
+import attnzoo
+
+ALL = pytest.mark.parametrize("case", cases(), ids=str)
+NOTHING = [Situation(5, 5, batch=0), Situation(80, 80, batch=0), Situation(0, 0), Situation(0, 0, batch=0)]
+CROSS = [Situation(0, 5), Situation(5, 0), Situation(5, 9, batch=0), Situation(9, 5, batch=0)]
+
+
+@ALL
+def test_forward_and_backward(case: Case) -> None:
+    for backend in [name for name in case.build().engine.backend_names() if name in CPU_BACKENDS]:
+        attn = case.build(backend=backend)
+        for situation in [*NOTHING, *(CROSS if case.spec.cross else [])]:
+            for is_causal in (causal for causal in (False, True) if can(case.spec, causal)):
+                for masked in (False, True):
+                    q, k, v = (x.float().requires_grad_() for x in tensors(situation)[:3])
+                    mask = torch.ones(situation.batch, situation.key_length, dtype=torch.bool) if masked else None
+                    out = attn(q, k, v, key_mask=mask, is_causal=is_causal)
+                    assert out.shape == q.shape and not out.any()
+                    weights = attn.weights(q, k, key_mask=mask, is_causal=is_causal)
+                    assert weights.shape == (*q.shape[:3], situation.key_length)
+                    if out.requires_grad:
+                        out.sum().backward()
+                        assert all(x.grad is None or not x.grad.any() for x in (q, k, v, *attn.parameters()))
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if case.spec.decodes], ids=str)
+@pytest.mark.parametrize(("batch", "tokens"), [(2, 0), (2, 3)])
+def test_a_step_of_nothing_leaves_the_state(case: Case, batch: int, tokens: int) -> None:
+    attn = case.build(dtype=torch.float64)
+    q, k, v, _ = tensors(Situation(tokens + 4, tokens + 4, batch=batch), shift=case.shift)
+    state = attn.init_state(batch, kv_heads=2, dtype=q.dtype)
+    _, state = attn.step(q[:, :, :tokens], k[:, :, :tokens], v[:, :, :tokens], state)
+    out, same = attn.step(q[:, :, :0], k[:, :, :0], v[:, :, :0], state)
+    assert out.shape == (batch, 4, 0, 8)
+    rest, _ = attn.step(q[:, :, tokens:], k[:, :, tokens:], v[:, :, tokens:], same)
+    assert torch.allclose(rest, attn(q, k, v, is_causal=True)[:, :, tokens:], atol=1e-9)
+
+
+@pytest.mark.parametrize("name", attnzoo.names())
+@pytest.mark.parametrize("shape", [(0, 6, 16), (2, 0, 16), (0, 0, 16)], ids=str)
+def test_the_layer(name: str, shape: tuple[int, ...]) -> None:
+    layer = attnzoo.MultiheadAttention(16, 2, batch_first=True, attention=name, attention_options=small(name))
+    masks = layer_masks(attnzoo.registry.spec_of(name), shape[1])
+    x = torch.randn(shape, requires_grad=True)
+    mask = masks.get("src_mask")
+    for need_weights in (False, True):
+        out, _ = layer(x, x, x, attn_mask=mask, is_causal=mask is not None, need_weights=need_weights)
+        assert out.shape == shape
+        out.sum().backward()
