@@ -28,6 +28,10 @@ class Factor(Pattern):
         """How many keys each query has."""
         raise NotImplementedError
 
+    def adds(self, grid: Grid) -> bool:
+        """Whether, as a second factor, it shows a query a key that the first does not."""
+        raise NotImplementedError
+
 
 class Neighbours(Factor):
     """Strided attention's first factor: |i - j| <= stride."""
@@ -50,6 +54,10 @@ class Strided(Factor):
 
     def ranges(self, position: int, limit: int) -> list[range]:
         return [range(position % self.stride, limit, self.stride)]
+
+    def adds(self, grid: Grid) -> bool:
+        last, near = grid.key_length - 1, 2 * self.stride  # a key one stride away is a neighbour
+        return last >= near or (not grid.is_causal and max(grid.offset + near, 0) <= last)
 
     def count(self, positions: Tensor, limit: Tensor) -> Tensor:
         return ((limit - positions % self.stride + self.stride - 1).div(self.stride, rounding_mode="floor")).clamp(min=0)
@@ -92,6 +100,13 @@ class Summaries(Factor):
     def ranges(self, position: int, limit: int) -> list[range]:
         starts = range(self.stride - self.width, limit, self.stride)
         return [range(start, min(start + self.width, limit)) for start in starts]
+
+    def adds(self, grid: Grid) -> bool:
+        if grid.is_causal:
+            return grid.key_length > self.stride
+        blocks = range((grid.key_length - self.stride + self.width - 1) // self.stride + 1)  # that have a summary
+        rows = (grid.offset // self.stride, (grid.key_length - 1) // self.stride)
+        return len(blocks) > 1 or (len(blocks) == 1 and rows != (0, 0))
 
     def count(self, positions: Tensor, limit: Tensor) -> Tensor:
         limit = limit.clamp(min=0)

@@ -74,3 +74,32 @@ def test_work_grows_as_n_root_n_when_the_stride_is_the_root() -> None:
 def test_a_bad_option_is_named(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attnzoo.build("sparse_transformer", heads=4, head_dim=8, **options)
+
+
+class _Executed(TorchDispatchMode):
+    """Multiply-accumulates of the calls of torch's flash attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            q, k, v = args[:3]
+            self.macs += q.shape[:3].numel() * k.shape[2] * (q.shape[3] + v.shape[3])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("factors", ["merged", "by_head"])
+@pytest.mark.parametrize("pattern", ["strided", "fixed"])
+@pytest.mark.parametrize("lengths", [(96, 96), (100, 100), (33, 33), (3, 3), (8, 8), (5, 17), (17, 5), (50, 2)], ids=str)
+def test_the_cost_is_what_the_kernel_executes_and_what_a_trace_counts(pattern: str, factors: str, lengths: tuple[int, int]) -> None:
+    """Rows of keys beyond either end are computed by neither, nor a factor that adds nothing to the other."""
+    options = {"expressivity": 2} if pattern == "fixed" else {}
+    attn = attnzoo.build("sparse_transformer", heads=4, head_dim=16, stride=4, pattern=pattern, factors=factors, **options)
+    q, k = (torch.randn(2, 4, length, 16) for length in lengths)
+    for is_causal in (False, True):
+        with _Executed() as executed:
+            attn(q, k, k, is_causal=is_causal)
+        cost = attn.cost(2, *lengths, is_causal=is_causal).macs
+        assert executed.macs == cost == attnzoo.count_flops(attn, q, k, k, is_causal=is_causal).macs

@@ -15,7 +15,7 @@ from attnzoo.call import Call, repeat_heads
 from attnzoo.engines import factorized_flash, peaks
 from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype, never_refuses
 from attnzoo.engines.factorized_flash import shares_of
-from attnzoo.engines.factorized_layout import Rows, part_of, shown
+from attnzoo.engines.factorized_layout import Near, Rows, shown
 from attnzoo.engines.factorized_memory import Layout
 from attnzoo.engines.memory import INDEX_BYTES, fused
 from attnzoo.engines.softmax import masked_softmax, sdpa, softmax_cost
@@ -93,15 +93,16 @@ def _attend(engine: Factorized, factors: tuple[Factor, ...], call: Call, grid: G
     k, v = (rows.keys(repeat_heads(x, call.group).to(dtype)) for x in (call.k, call.v))
     key_mask = None if call.key_mask is None else rows.keys(call.key_mask[:, None, :, None])
     i = (torch.arange(rows.count * rows.stride, device=q.device) + rows.first * rows.stride).view(rows.count, rows.stride, 1)
-    parts, scores = [part_of(factor, rows, grid.is_causal) for factor in factors], []
-    for factor, part in zip(factors, parts, strict=True):
-        seen = shown(factor, None if factor is factors[0] else factors[0], grid, i, part.positions(q.device))
+    shares = shares_of(factors, rows, grid)
+    parts, scores = [share.part for share in shares], []
+    for share, part in zip(shares, parts, strict=True):
+        seen = shown(share.factor, share.near, grid, i, part.positions(q.device))
         if key_mask is not None:
             seen = seen & part.mask(key_mask)
         scores.append(part.scores(q, k).masked_fill(~seen, float("-inf")))
     attention = torch.nn.functional.dropout(masked_softmax(torch.cat(scores, -1)), engine.dropout, engine.training)
-    shares = zip(parts, attention.split([part.width for part in parts], -1), strict=True)
-    out = sum((part.times(share, v) for part, share in shares), start=torch.zeros((), dtype=dtype, device=q.device))
+    weighed = zip(parts, attention.split([part.width for part in parts], -1), strict=True)
+    out = sum((part.times(weights, v) for part, weights in weighed), start=torch.zeros((), dtype=dtype, device=q.device))
     return rows.taken(out).to(call.q.dtype)
 
 
@@ -138,9 +139,15 @@ def _keys_of_one(factors: tuple[Factor, ...], grid: Grid) -> list[int]:
 
 
 def _count_computed(factors: tuple[Factor, ...], grid: Grid) -> int:
-    """(query, key) pairs of one head, as products lay them out; calls on a CPU leave out rows of keys beyond either end."""
-    rows = Rows.of(factors[0].stride, grid)
-    return rows.count * rows.stride * sum(part_of(factor, rows, grid.is_causal).width for factor in factors)
+    """(query, key) pairs of one head, as products lay them out."""
+    rows, total = Rows.of(factors[0].stride, grid), 0
+    for share in shares_of(factors, rows, grid):
+        if isinstance(share.part, Near):
+            keys = sum(len(own) * len(places) * rows.stride for own, places in share.part.runs())
+        else:
+            keys = rows.count * share.part.width
+        total += rows.stride * keys
+    return total
 
 
 def _count_visible(factors: tuple[Factor, ...], grid: Grid) -> int:

@@ -147,8 +147,9 @@ def serves(engine: Softmax, call: Call) -> bool:
 
 
 def shares_of(factors: tuple[Factor, ...], rows: Rows, grid: Grid) -> list[Share]:
-    """What heads see that see these factors together."""
-    return [Share(one, None if one is factors[0] else factors[0], part_of(one, rows, grid.is_causal), grid) for one in factors]
+    """What heads see that see these factors together; without the second where it adds nothing."""
+    some = factors[:1] if len(factors) > 1 and not factors[1].adds(grid) else factors
+    return [Share(one, None if one is factors[0] else factors[0], part_of(one, rows, grid.is_causal), grid) for one in some]
 
 
 def attend(engine: Softmax, groups: Sequence[tuple[tuple[Factor, ...], list[int]]], call: Call, grid: Grid) -> Tensor:
@@ -233,7 +234,7 @@ class _Laid:
                 for share in shares:
                     for span in share.spans(head_dim, self.visible is not None):
                         bias = self._bias(share, span, sample)
-                        if bias is not None and bias.amax() == -torch.inf:
+                        if self.visible is not None and bias is not None and bias.amax() == -torch.inf:
                             continue
                         for head in own:
                             yield share, span, bias, (sample, head), (sample, head // group)

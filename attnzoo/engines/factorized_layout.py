@@ -56,13 +56,28 @@ class Near:
     def width(self) -> int:
         return (self.before + 1 + self.after) * self.rows.stride
 
-    def keys(self, x: Tensor) -> Tensor:
-        """(batch, heads, key_rows, stride, d) -> (batch, heads, count, width, d)."""
-        first = self.rows.first - self.before
-        missing = max(0, -first)
-        x = torch.nn.functional.pad(x, (0, 0, 0, 0, missing, self.after))
-        shifted = [x[:, :, first + missing + place :][:, :, : self.rows.count] for place in range(self.before + 1 + self.after)]
-        return torch.cat(shifted, 3)
+    def runs(self) -> list[tuple[range, range]]:
+        """Rows of queries that have equally many rows of keys, and the places of those among all that there
+        could be: at the ends of the sequence some lie beyond it."""
+        runs: list[tuple[range, range]] = []
+        for row in range(self.rows.count):
+            first = self.rows.first + row - self.before  # the row of the first key
+            most = self.before + 1 + self.after
+            places = range(min(max(0, -first), most), max(0, min(most, self.rows.key_rows - first)))
+            if runs and runs[-1][1] == places:
+                runs[-1] = (range(runs[-1][0].start, row + 1), places)
+            else:
+                runs.append((range(row, row + 1), places))
+        return runs
+
+    def keys(self, x: Tensor, rows: range, places: range) -> Tensor:
+        """(batch, heads, key_rows, stride, d) -> (batch, heads, rows, places · stride, d)."""
+        starts = [self.rows.first - self.before + rows.start + place for place in places]
+        return torch.cat([x[:, :, start : start + len(rows)] for start in starts], 3)
+
+    def _beyond(self, places: range) -> tuple[int, int]:
+        """Keys that are missing before and behind."""
+        return places.start * self.rows.stride, self.width - places.stop * self.rows.stride
 
     def positions(self, device: torch.device) -> Tensor:
         """Of the keys, broadcastable to (count, stride, width)."""
@@ -70,14 +85,33 @@ class Near:
         return rows[:, None, None] * self.rows.stride + torch.arange(self.width, device=device)
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return q @ self.keys(k).mT
+        parts = []
+        for rows, places in self.runs():
+            some = q[:, :, rows.start : rows.stop]
+            if places:
+                found = some @ self.keys(k, rows, places).mT
+                parts.append(torch.nn.functional.pad(found, self._beyond(places)))
+            else:
+                parts.append(some.new_zeros(*some.shape[:4], self.width))
+        return torch.cat(parts, 2)
 
     def times(self, attention: Tensor, v: Tensor) -> Tensor:
-        return attention @ self.keys(v)
+        parts = []
+        for rows, places in self.runs():
+            some = attention[:, :, rows.start : rows.stop]
+            if places:
+                before, behind = self._beyond(places)
+                parts.append(some[..., before : self.width - behind] @ self.keys(v, rows, places))
+            else:
+                parts.append(some.new_zeros(*some.shape[:4], v.shape[4]))
+        return torch.cat(parts, 2)
 
     def mask(self, key_mask: Tensor) -> Tensor:
         """(batch, 1, key_rows, stride, 1) -> broadcastable to (batch, heads, count, stride, width)."""
-        return self.keys(key_mask.to(torch.uint8)).mT.bool()
+        first, most = self.rows.first - self.before, self.before + 1 + self.after
+        padded = torch.nn.functional.pad(key_mask, (0, 0, 0, 0, max(0, -first), most))
+        starts = [max(0, first) + place for place in range(most)]
+        return torch.cat([padded[:, :, start : start + self.rows.count] for start in starts], 3).mT
 
 
 @dataclass(frozen=True)
