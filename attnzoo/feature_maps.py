@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.call import can_look
+from attnzoo.eager import can_look
 from attnzoo.exponential import LOG2_E, exp_
 
 Features = tuple[Tensor, Tensor | None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from attnzoo.arguments import check_dropout, check_scale
 from attnzoo.call import Call, repeat_heads
+from attnzoo.eager import is_open, only_autograd_looks
 from attnzoo.engines import memory, peaks, softmax_xformers
 from attnzoo.engines.cache import KeyValueCache
+from attnzoo.engines.differentiable import followed
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Engine, Shape, accumulation_dtype, causal_pairs, never_refuses
 
 LANES = 8  # features of a head come in multiples of so many, for the sake of kernels
@@ -183,8 +186,21 @@ def sdpa(
     scale = engine.scale if scale is None else scale
     if is_causal and scale is not None and scale <= 0:  # torch hides the future before it scales: -inf would become inf or NaN
         q, scale = q * scale, 1.0
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+    kernel = partial(_kernel, dropout=dropout, is_causal=is_causal, scale=scale, grouped=grouped)
+    out = kernel(q, k, v, mask)
+    if out.requires_grad and not dropout and only_autograd_looks(q, k, v):
+        out = followed(out, kernel, q, k, v, mask)
     return out if empty is None else out.masked_fill(empty, 0.0)
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, is_causal: bool, scale: float | None, grouped: bool) -> Tensor:
+    """torch's SDPA, whose kernels have no second derivative; inside `openly` the one that has."""
+    if is_open():
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+        attend = torch.ops.aten._scaled_dot_product_attention_math  # which adds a bool mask as it is
+        return attend(q, k, v, mask, dropout, is_causal, None, scale=scale, enable_gqa=grouped)[0]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale, enable_gqa=grouped)
 
 
 def _sdpa_masks(call: Call) -> tuple[Tensor | None, Tensor | None]:

@@ -64,7 +64,12 @@ def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid, columns: Co
         assert call.key_mask is not None
         key_cap = in_cache.cap(torch.cat([call.key_mask, columns.real], 1), call.q)
         table = columns.slots if call.is_causal else None
-        return in_cache.attend(engine, call.q, k, v, key_cap, table, partial(_pieces, pattern, grid, columns.count), call.sink_logits)
+
+        def again(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
+            (k, its_k), (v, its_v) = (x.split([call.key_length, columns.count], 2) for x in (k, v))
+            return attend(engine, pattern, replace(call, q=q, k=k, v=v, sink_logits=sink_logits), grid, replace(columns, k=its_k, v=its_v))
+
+        return in_cache.attend(engine, call.q, k, v, key_cap, table, partial(_pieces, pattern, grid, columns.count), again, call.sink_logits)
     return join(_rows(engine, pattern, call, columns, grid), call.query_length, 2)
 
 

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from attnzoo.arguments import check_count
 from attnzoo.call import Call
+from attnzoo.eager import can_look
 from attnzoo.engines import sparse_columns, sparse_dilated, sparse_flex, sparse_memory, sparse_peaks
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
 from attnzoo.engines.global_cache import GlobalCache, fetched
 from attnzoo.engines.softmax import attend_densely, sdpa, softmax_cost, visible
 from attnzoo.engines.sparse import Sparse, attend_windows, grid_of
 from attnzoo.engines.sparse_columns import Columns
+from attnzoo.ordering import true_first
 from attnzoo.patterns import Grid, Window
 
 
@@ -94,9 +96,10 @@ class WindowAndGlobals(Sparse):
 
 
 def _most(mask: Tensor, bound: int | None = None) -> int:
-    """The most True in a row of (batch, length); `bound`, where there is one and a look would stall."""
-    stalls = mask.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    return bound if bound is not None and stalls else int(mask.sum(1).amax()) if mask.numel() else 0
+    """The most True in a row of (batch, length); `bound`, where there is one and a look would stall, and all where nobody may look."""
+    if not can_look(mask, may_stall=bound is None):
+        return mask.shape[1] if bound is None else bound
+    return int(mask.sum(1).amax()) if mask.numel() else 0
 
 
 def _of_queries(mask: Tensor, call: Call) -> Tensor:
@@ -106,7 +109,7 @@ def _of_queries(mask: Tensor, call: Call) -> Tensor:
 
 def slots_of(mask: Tensor, count: int) -> Tensor:
     """Where the True of every row of (batch, length) stand, ascending, (batch, count); where there are fewer, other slots, each once."""
-    return (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :count].clone()  # not a view: it is kept for the backward pass
+    return true_first(mask, count)
 
 
 def _blocks(engine: WindowAndGlobals, call: Call) -> Tensor:

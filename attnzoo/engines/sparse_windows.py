@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnzoo.call import Call
+from attnzoo.eager import is_open
 from attnzoo.engines import in_cache
 from attnzoo.engines.pieces import at_a_time, join, mask_of_heads, samples_at_a_time
 from attnzoo.engines.softmax import Softmax, sdpa
@@ -73,11 +74,23 @@ def count_pairs(pattern: Window, grid: Grid) -> int:
     return found.blocks * BLOCK * found.slice_length + sum((end - first) * (high - low) for first, end, low, high in edges(pattern, grid))
 
 
-def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid) -> Tensor:
-    """A·v for a window pattern: the first edge, the whole blocks, the last edge. Sink logits only where `in_cache` serves."""
+def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid, again: Callable[[Call], Tensor]) -> Tensor:
+    """A·v for a window pattern: the first edge, the whole blocks, the last edge. Sink logits only where `in_cache` serves; again: whatever
+    serves where that does not."""
     if in_cache.serves(engine, call):
         key_cap = None if call.key_mask is None else in_cache.cap(call.key_mask, call.q)
-        return in_cache.attend(engine, call.q, call.k, call.v, key_cap, None, lambda q, _: [pieces(pattern, grid, q)] * grid.heads, call.sink_logits)
+        all_heads: in_cache.Pieces = lambda q, _: [pieces(pattern, grid, q)] * grid.heads  # noqa: E731
+        return in_cache.attend(
+            engine,
+            call.q,
+            call.k,
+            call.v,
+            key_cap,
+            None,
+            all_heads,
+            lambda q, k, v, logits: again(replace(call, q=q, k=k, v=v, sink_logits=logits)),
+            call.sink_logits,
+        )
     found, dense = plan(pattern, grid), edges(pattern, grid)
     if found.blocks:
         dense = sorted([*dense, *middles(found, grid, call)])
@@ -179,14 +192,18 @@ def _slices(engine: Softmax, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, slic
 
 def spans(x: Tensor, ends: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
     """x[:, :, low:high] for each (low, high)."""
-    if len(ends) > 1 and x.requires_grad and torch.is_grad_enabled():
+    if len(ends) > 1 and x.requires_grad and torch.is_grad_enabled() and not is_open():
         return _Spans.apply(x, ends)
     return tuple(x[:, :, low:high] for low, high in ends)
 
 
 def slices_of(x: Tensor, slice_length: int) -> Tensor:
     """(batch, length, d) -> (batch, blocks, slice_length, d): the keys of every block of queries, as views."""
-    return _Slices.apply(x, slice_length)
+    return _sliced(x, slice_length) if is_open() else _Slices.apply(x, slice_length)
+
+
+def _sliced(x: Tensor, slice_length: int) -> Tensor:
+    return x.unfold(1, slice_length, BLOCK).mT
 
 
 class _Spans(torch.autograd.Function):
@@ -220,7 +237,7 @@ class _Slices(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, slice_length: int) -> Tensor:
-        return x.unfold(1, slice_length, BLOCK).mT
+        return _sliced(x, slice_length)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
