@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._python_dispatch import _disable_current_modes
 
 _openly: ContextVar[bool] = ContextVar("openly", default=False)
 
@@ -46,6 +47,18 @@ def only_autograd_looks(*inputs: Tensor) -> bool:
 
 
 @contextmanager
+def unrecorded() -> Iterator[None]:
+    """Inside, nothing is recorded: for what depends on sizes and seeds alone, and is a constant of the graph. torch.export records by a mode."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # pyright: ignore[reportArgumentType]
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        torch._C._set_tracing_state(state)
+
+
+@contextmanager
 def openly() -> Iterator[None]:
     """Inside, everything is computed in operators that can be differentiated any number of times."""
     token = _openly.set(True)
@@ -57,7 +70,7 @@ def openly() -> Iterator[None]:
 
 def is_open() -> bool:
     """Whether this is inside `openly`."""
-    return _openly.get()
+    return not torch.compiler.is_compiling() and _openly.get()
 
 
 def refuse_later(out: Tensor, allowed: Tensor, message: str) -> Tensor:

@@ -32,7 +32,7 @@ class Softmax(Engine):
 
     def scale_of(self, q: Tensor) -> float:
         """The factor of the scores of these queries."""
-        return q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return int(q.shape[-1]) ** -0.5 if self.scale is None else self.scale
 
     def init_state(self, batch_size: int, kv_heads: int, head_dim: int, max_length: int | None, dtype: torch.dtype, device: Any) -> KeyValueCache:
         return KeyValueCache.empty(batch_size, kv_heads, head_dim, max_length, None, dtype, device)

@@ -9,9 +9,9 @@ from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from attnzoo.call import Call
+from attnzoo.eager import unrecorded
 from attnzoo.engines import in_cache
 from attnzoo.engines.pieces import at_a_time, join
 from attnzoo.engines.softmax import Softmax, sdpa
@@ -42,7 +42,7 @@ def runs(pattern: BlockPattern, grid: Grid) -> list[Run]:
 
 def _constant_runs(pattern: BlockPattern, heads: int, query_length: int, key_length: int, is_causal: bool) -> tuple[tuple, ...]:
     """Fields of each run. A compiled or exported graph takes the answer as a constant: it depends on sizes and the seed only."""
-    with _disable_current_modes():  # torch.export records by one
+    with unrecorded():
         return _fields_of_runs(pattern, Grid(heads, query_length, key_length, is_causal, "cpu"))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnzoo.arguments import check_count
 from attnzoo.call import Call
-from attnzoo.eager import can_look
+from attnzoo.eager import can_look, is_recorded
 from attnzoo.engines import sparse_columns, sparse_dilated, sparse_flex, sparse_memory, sparse_peaks
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
 from attnzoo.engines.global_cache import GlobalCache, fetched
@@ -144,7 +144,8 @@ def _with_global_rows(engine: WindowAndGlobals, call: Call, out: Tensor, count: 
     made = sdpa(engine, fetched(q, rows), k, v, visible_keys)
     made = torch.where(mask.gather(1, rows)[:, None, :, None], made, fetched(out, rows))
     index = rows[:, None, :, None].expand_as(made)
-    return out.scatter(2, index, made) if out.requires_grad or made.requires_grad else out.scatter_(2, index, made)
+    in_place = not (out.requires_grad or made.requires_grad or is_recorded())
+    return out.scatter_(2, index, made) if in_place else out.scatter(2, index, made)
 
 
 def _reference(engine: WindowAndGlobals, call: Call) -> Tensor:

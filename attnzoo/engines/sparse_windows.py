@@ -192,14 +192,19 @@ def _slices(engine: Softmax, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, slic
 
 def spans(x: Tensor, ends: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
     """x[:, :, low:high] for each (low, high)."""
-    if len(ends) > 1 and x.requires_grad and torch.is_grad_enabled() and not is_open():
+    if len(ends) > 1 and x.requires_grad and torch.is_grad_enabled() and not _must_be_plain():
         return _Spans.apply(x, ends)
     return tuple(x[:, :, low:high] for low, high in ends)
 
 
 def slices_of(x: Tensor, slice_length: int) -> Tensor:
     """(batch, length, d) -> (batch, blocks, slice_length, d): the keys of every block of queries, as views."""
-    return _sliced(x, slice_length) if is_open() else _Slices.apply(x, slice_length)
+    return _sliced(x, slice_length) if _must_be_plain() else _Slices.apply(x, slice_length)
+
+
+def _must_be_plain() -> bool:
+    """Whether views have autograd's own backward pass: where it is differentiated again, and in a trace, which cannot hold another."""
+    return is_open() or torch.jit.is_tracing()
 
 
 def _sliced(x: Tensor, slice_length: int) -> Tensor:
