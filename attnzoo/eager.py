@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 _openly: ContextVar[bool] = ContextVar("openly", default=False)
+_counted: ContextVar[bool] = ContextVar("counted", default=False)
 
 
 def is_recorded() -> bool:
@@ -24,7 +25,7 @@ def is_recorded() -> bool:
 def can_look(*tensors: Tensor, may_stall: bool = False) -> bool:
     """Whether what stands in these may decide how to go on: not in a graph that is recorded, not inside torch.func, not on the meta device, and
     on CUDA only where it may stall and no stream is captured."""
-    if is_recorded() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or (is_recorded() and not _counted.get()):
         return False
     return not any(x.is_meta or isinstance(x, FakeTensor) or is_batched(x) or (x.is_cuda and _waits(may_stall)) for x in tensors)
 
@@ -35,13 +36,13 @@ def _waits(may_stall: bool) -> bool:
 
 def is_batched(x: Tensor) -> bool:
     """Whether x is a gradient of torch.autograd.grad(..., is_grads_batched=True), which stands for many."""
-    return torch._C._functorch.is_legacy_batchedtensor(x)
+    return torch._C._functorch.is_legacy_batchedtensor(x)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def only_autograd_looks(*inputs: Tensor) -> bool:
     """Whether nothing but autograd looks into what is computed of these. An autograd.Function of our own is dark to a graph that is recorded, to
     torch.func (vmap, grad) and to forward-mode differentiation, which then must see plain operators."""
-    if _openly.get() or is_recorded() or torch._C._are_functorch_transforms_active():
+    if is_recorded() or is_open() or torch._C._are_functorch_transforms_active():
         return False
     return all(unpack_dual(x).tangent is None for x in inputs)
 
@@ -50,22 +51,31 @@ def only_autograd_looks(*inputs: Tensor) -> bool:
 def unrecorded() -> Iterator[None]:
     """Inside, nothing is recorded: for what depends on sizes and seeds alone, and is a constant of the graph. torch.export records by a mode."""
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # pyright: ignore[reportArgumentType]
+    torch._C._set_tracing_state(None)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         with _disable_current_modes():
             yield
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def openly() -> AbstractContextManager[None]:
+    """Inside, everything is computed in operators that can be differentiated any number of times."""
+    return _set(_openly)
+
+
+def only_counted() -> AbstractContextManager[None]:
+    """Inside, a trace is taken to count one call, and never run with other values."""
+    return _set(_counted)
 
 
 @contextmanager
-def openly() -> Iterator[None]:
-    """Inside, everything is computed in operators that can be differentiated any number of times."""
-    token = _openly.set(True)
+def _set(flag: ContextVar[bool]) -> Iterator[None]:
+    token = flag.set(True)
     try:
         yield
     finally:
-        _openly.reset(token)
+        flag.reset(token)
 
 
 def is_open() -> bool:

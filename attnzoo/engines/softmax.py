@@ -187,20 +187,26 @@ def sdpa(
     if is_causal and scale is not None and scale <= 0:  # torch hides the future before it scales: -inf would become inf or NaN
         q, scale = q * scale, 1.0
     kernel = partial(_kernel, dropout=dropout, is_causal=is_causal, scale=scale, grouped=grouped)
-    out = kernel(q, k, v, mask)
-    if out.requires_grad and not dropout and only_autograd_looks(q, k, v):
-        out = followed(out, kernel, q, k, v, mask)
+    records = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, mask))
+    if records and not dropout and only_autograd_looks(q, k, v):
+        mask = _additive(mask, q)  # as torch does, so that one mask is held
+        out = followed(kernel(q, k, v, mask), kernel, q, k, v, mask)
+    else:
+        out = kernel(q, k, v, mask)
     return out if empty is None else out.masked_fill(empty, 0.0)
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, is_causal: bool, scale: float | None, grouped: bool) -> Tensor:
     """torch's SDPA, whose kernels have no second derivative; inside `openly` the one that has."""
     if is_open():
-        if mask is not None and mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
         attend = torch.ops.aten._scaled_dot_product_attention_math  # which adds a bool mask as it is
-        return attend(q, k, v, mask, dropout, is_causal, None, scale=scale, enable_gqa=grouped)[0]
+        return attend(q, k, v, _additive(mask, q), dropout, is_causal, None, scale=scale, enable_gqa=grouped)[0]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+
+
+def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """A bool mask as what is added to scores."""
+    return mask if mask is None or mask.is_floating_point() else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
 
 
 def _sdpa_masks(call: Call) -> tuple[Tensor | None, Tensor | None]:

@@ -4,7 +4,7 @@ equally many distinct key blocks is one SDPA call that needs no mask."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
@@ -101,18 +101,18 @@ def attend(engine: Softmax, pattern: BlockPattern, call: Call, grid: Grid) -> Te
     ahead, spare = grid.offset % size, -grid.key_length % size  # empty rows before the first query of its block, empty slots at the end
     q, (k, v) = _pad(call.q, ahead, spare), (_pad(x, 0, spare) for x in (call.k, call.v))
     blocks, found = sorted_key_blocks(pattern, grid), runs(pattern, grid)
+    key_mask = call.key_mask
 
-    def head_by_head(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None = None) -> Tensor:
-        return _head_by_head(engine, size, q, k, v, blocks, found, call)
+    def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
+        real = Call(q, k[:, :, : grid.key_length], v[:, :, : grid.key_length], key_mask, None, grid.is_causal)
+        return _head_by_head(engine, size, q, k, v, blocks, found, real)
 
     if in_cache.serves(engine, call):
-        key_mask = call.key_mask
-        if key_mask is None and any(run.tail for run in found):
-            key_mask = torch.ones(1, grid.key_length, dtype=torch.bool)
-        key_cap = None if key_mask is None else in_cache.cap(torch.nn.functional.pad(key_mask, (0, spare)), q)
-        out = in_cache.attend(engine, q, k, v, key_cap, blocks, partial(_pieces, size, grid, found), head_by_head)
+        filled = torch.ones(1, grid.key_length, dtype=torch.bool) if key_mask is None and any(run.tail for run in found) else key_mask
+        key_cap = None if filled is None else in_cache.cap(torch.nn.functional.pad(filled, (0, spare)), q)
+        out = in_cache.attend(engine, q, k, v, key_cap, blocks, partial(_pieces, size, grid, found), compute)
     else:
-        out = head_by_head(q, k, v)
+        out = _head_by_head(engine, size, q, k, v, blocks, found, call)
     return out[:, :, ahead : ahead + grid.query_length]
 
 
@@ -163,7 +163,6 @@ def _pieces(size: int, grid: Grid, found: list[Run], q: Tensor, blocks: Tensor |
 
 def _head_by_head(engine: Softmax, size: int, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, found: list[Run], call: Call) -> Tensor:
     """q, k, v: (batch, heads, whole blocks of positions, head_dim)."""
-    call = replace(call, k=k[:, :, : call.key_length], v=v[:, :, : call.key_length])
     q, k, v = (x.unflatten(2, (-1, size)) for x in (q, k, v))
 
     def rows() -> Iterator[Tensor]:

@@ -65,11 +65,14 @@ def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid, columns: Co
         key_cap = in_cache.cap(torch.cat([call.key_mask, columns.real], 1), call.q)
         table = columns.slots if call.is_causal else None
 
-        def again(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
-            (k, its_k), (v, its_v) = (x.split([call.key_length, columns.count], 2) for x in (k, v))
-            return attend(engine, pattern, replace(call, q=q, k=k, v=v, sink_logits=sink_logits), grid, replace(columns, k=its_k, v=its_v))
+        key_mask, real, slots, lengths = call.key_mask, columns.real, columns.slots, [call.key_length, columns.count]
 
-        return in_cache.attend(engine, call.q, k, v, key_cap, table, partial(_pieces, pattern, grid, columns.count), again, call.sink_logits)
+        def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
+            (k, its_k), (v, its_v) = (x.split(lengths, 2) for x in (k, v))
+            near = Call(q, k, v, key_mask, None, grid.is_causal, sink_logits=sink_logits)
+            return attend(engine, pattern, near, grid, Columns(its_k, its_v, real, slots))
+
+        return in_cache.attend(engine, call.q, k, v, key_cap, table, partial(_pieces, pattern, grid, columns.count), compute, call.sink_logits)
     return join(_rows(engine, pattern, call, columns, grid), call.query_length, 2)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,18 +79,15 @@ def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid, again: Call
     serves where that does not."""
     if in_cache.serves(engine, call):
         key_cap = None if call.key_mask is None else in_cache.cap(call.key_mask, call.q)
-        all_heads: in_cache.Pieces = lambda q, _: [pieces(pattern, grid, q)] * grid.heads  # noqa: E731
-        return in_cache.attend(
-            engine,
-            call.q,
-            call.k,
-            call.v,
-            key_cap,
-            None,
-            all_heads,
-            lambda q, k, v, logits: again(replace(call, q=q, k=k, v=v, sink_logits=logits)),
-            call.sink_logits,
-        )
+        key_mask, is_causal = call.key_mask, call.is_causal  # what `compute` holds is freed late
+
+        def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
+            return again(Call(q, k, v, key_mask, None, is_causal, sink_logits=sink_logits))
+
+        def of_heads(q: Tensor, _: Tensor | None) -> list[list[in_cache.Slices]]:
+            return [pieces(pattern, grid, q)] * grid.heads
+
+        return in_cache.attend(engine, call.q, call.k, call.v, key_cap, None, of_heads, compute, call.sink_logits)
     found, dense = plan(pattern, grid), edges(pattern, grid)
     if found.blocks:
         dense = sorted([*dense, *middles(found, grid, call)])
