@@ -83,6 +83,12 @@ class Attention(nn.Module):
         self.global_mask: Tensor | None = None
         self.shares_qk = False  # whether q and k must be one tensor, so that a layer needs one projection for both
 
+    def __prepare_scriptable__(self) -> Attention:
+        """Refuses torch.jit.script, which asks every module inside a model first: it would fail in the middle of our code."""
+        raise UnsupportedError(
+            f"torch.jit.script cannot compile {self.spec.name}, whose Python it does not read; use torch.jit.trace, torch.compile or torch.export"
+        )
+
     def place(self, call: Call, seen: int) -> Call:
         """The call with what depends on positions put into q and k; `seen` tokens stand before its first key."""
         return call

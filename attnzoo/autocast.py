@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -31,6 +32,11 @@ def autocast_inputs_only(method: Callable[Arguments, Result]) -> Callable[Argume
             return same(*[cast[id(value)] for value in args], **{name: cast[id(value)] for name, value in kwargs.items()})
 
     return run
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast would sum in half precision (rule 10), and a backward pass may run inside of it."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from attnzoo.eager import can_look
+
 
 class UnsupportedError(ValueError):
     """A variant or backend was asked for something that its `Spec` or its `why_not` excludes."""
@@ -165,13 +167,13 @@ def shield_past(call: Call, *, may_stall: bool = False) -> tuple[Call, Tensor | 
 
     Returns the call with the bad slots zeroed, and the rows to overwrite with NaN, (batch, query_length) bool: all that
     stand at or after a bad slot. None when there is nothing to do. Looking costs one read of k and v; where a look
-    would stall (CUDA, unless it may_stall, and a compiled graph) the slots are zeroed unconditionally.
+    would stall (CUDA, unless it may_stall) or cannot be (see `can_look`) the slots are zeroed unconditionally.
     """
     k = call.k
     if not call.is_causal or k.is_meta:
         return call, None
     pairs = [(call.k, call.v)] if call.global_qkv is None else [(call.k, call.v), call.global_qkv[1:]]
-    if can_look(k, may_stall=may_stall) and all(_all_finite(keys.detach(), values.detach()) for keys, values in pairs):
+    if can_look(k, call.v, may_stall=may_stall) and all(_all_finite(keys.detach(), values.detach()) for keys, values in pairs):
         return call, None
     wide = _summed_in(k)
     sums = [keys.sum(-1, dtype=wide) + values.sum(-1, dtype=wide) for keys, values in pairs]
@@ -181,11 +183,6 @@ def shield_past(call: Call, *, may_stall: bool = False) -> tuple[Call, Tensor | 
     common = min(call.query_length, call.key_length)
     rows[:, call.query_length - common :] = reached[:, call.key_length - common :]
     return _zeroed(call, bad[..., None]), rows
-
-
-def can_look(x: Tensor, *, may_stall: bool = False) -> bool:
-    """Whether what stands in x may decide how to go on: not in a compiled graph, not inside torch.func, and not on CUDA unless it may stall."""
-    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active() and (may_stall or not x.is_cuda)
 
 
 def _all_finite(k: Tensor, v: Tensor) -> bool:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.call import can_look
+from attnzoo.eager import can_look
 from attnzoo.exponential import LOG2_E, exp_
 
 Features = tuple[Tensor, Tensor | None]
@@ -261,15 +261,15 @@ class TaylorFeatures(FeatureMap):
 
     def query(self, q: Tensor) -> Tensor:
         pairs = (q[..., self.first] * q[..., self.second]).mul_(self._factors(q))
-        return torch.cat([torch.ones_like(q[..., :1]), q * q.shape[-1] ** -0.25, pairs], -1)
+        return torch.cat([torch.ones_like(q[..., :1]), q * int(q.shape[-1]) ** -0.25, pairs], -1)
 
     def vjp(self, x: Tensor, features: Tensor, d_features: Tensor, d_log_scale: Tensor | None) -> Tensor:
         _, d_scaled, d_pairs = d_features.split([1, x.shape[-1], len(self.first)], -1)
         d_pairs = d_pairs * self._factors(x)
-        gradient = d_scaled * x.shape[-1] ** -0.25
+        gradient = d_scaled * int(x.shape[-1]) ** -0.25
         gradient.index_add_(-1, self.first, d_pairs * x[..., self.second])
         return gradient.index_add_(-1, self.second, d_pairs * x[..., self.first])
 
     def _factors(self, x: Tensor) -> Tensor:
         """Of each product."""
-        return ((self.first == self.second).to(x.dtype) * (0.5**0.5 - 1) + 1) * x.shape[-1] ** -0.5
+        return ((self.first == self.second).to(x.dtype) * (0.5**0.5 - 1) + 1) * int(x.shape[-1]) ** -0.5

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.arguments import check_positive, check_seed
+from attnzoo.ordering import running_maximum, search, stable_order
 
 # Numbers of no chunk: of a padded key, and of a query whose bucket holds no key that it may see. They are far from all others and each other.
 NO_KEY, NO_QUERY = 2**60, 2**61
@@ -83,7 +84,7 @@ def number_chunks(queries: Tensor, keys: Tensor, positions: Tensor, key_mask: Te
     buckets = ordered // (length + 1)
     numbers = (buckets * (length + 2) + ranks(buckets) // size).masked_fill(ordered == NO_KEY, NO_KEY)
     wanted = queries * (length + 1) + (positions + 1).clamp(min=0)
-    after = torch.searchsorted(ordered, wanted, right=True)  # the first key behind it in its bucket, or of a later bucket
+    after = search(ordered, wanted, right=True)  # the first key behind it in its bucket, or of a later bucket
     last = _chunk_at(after - 1, queries, buckets, numbers)
     if not is_causal:
         last = torch.where(last == NO_QUERY, _chunk_at(after, queries, buckets, numbers), last)
@@ -102,7 +103,7 @@ def ranks(sorted_groups: Tensor) -> Tensor:
     index = torch.arange(sorted_groups.shape[-1], device=sorted_groups.device)
     differs = sorted_groups[..., 1:] != sorted_groups[..., :-1]
     begins = torch.cat([torch.ones_like(sorted_groups[..., :1], dtype=torch.bool), differs], -1)
-    return index - torch.where(begins, index, 0).cummax(-1).values
+    return index - running_maximum(torch.where(begins, index, 0))
 
 
 def near(queries: Tensor, keys: Tensor, is_causal: bool) -> Tensor:
@@ -127,7 +128,8 @@ class Tiles:
 def lay_out(chunks: Tensor, size: int, tiles: int) -> Tiles:
     """Tiles for tokens in these chunks, (..., tokens). Tokens of no chunk are left out."""
     tokens = chunks.shape[-1]
-    ordered, order = chunks.sort(dim=-1, stable=True)
+    order = stable_order(chunks)
+    ordered = chunks.gather(-1, order)
     rank = ranks(ordered) % size
     tile = (rank == 0).cumsum(-1) - 1
     nowhere = ordered >= NO_KEY

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.engines.engine import accumulation_dtype
+from attnzoo.ordering import true_first
 
 
 def segment_means(x: Tensor, segments: int, key_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -26,7 +27,7 @@ def segment_means(x: Tensor, segments: int, key_mask: Tensor | None) -> tuple[Te
     if key_mask is None:
         found = x.index_select(2, rank[0])
     else:
-        slots = (~key_mask).to(torch.uint8).argsort(stable=True, dim=1).gather(1, rank)  # real tokens first, in order
+        slots = true_first(key_mask, length).gather(1, rank)  # real tokens first, in order
         found = x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
     found = found.unflatten(2, (segments, -1)).masked_fill(~inside[:, None, :, :, None], 0.0)
     filled = inside.sum(-1)  # (batch or 1, segments)

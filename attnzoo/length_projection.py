@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.eager import is_recorded, only_autograd_looks
 from attnzoo.engines import memory, peaks
+from attnzoo.engines.differentiable import is_followed, open_gradients
 from attnzoo.engines.engine import Cost, Shape
-from attnzoo.engines.pieces import join, only_autograd_looks
+from attnzoo.engines.pieces import join
 
 SHARING = ("none", "headwise", "key_value", "layerwise")
 
@@ -53,7 +55,7 @@ def _project(weight: Tensor, x: Tensor) -> Tensor:
 
 def _times(weight: Tensor, x: Tensor) -> Tensor:
     """weight @ x. One product of everything would copy a weight that has heads for every sample."""
-    if weight.shape[0] == 1 or x.shape[0] == 1:
+    if weight.shape[0] == 1 or x.shape[0] == 1 or is_recorded():
         return weight @ x
     return join(((weight @ sample)[None] for sample in x), x.shape[0], 0)
 
@@ -72,6 +74,9 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
         weight, x = ctx.saved_tensors
+        if is_followed(gradients[0]):
+            to_weight, to_x = open_gradients(_project, (weight, x), gradients[0])
+            return to_weight, to_x
         gradient, length = gradients[0].to(x.dtype), x.shape[2]
         to_x = _times(weight[:, :length], gradient) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:

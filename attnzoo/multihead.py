@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attnzoo.arguments import check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import UnsupportedError
+from attnzoo.eager import is_recorded
 from attnzoo.multihead_masks import check_mask, translate
 from attnzoo.registry import build, spec_of
 
@@ -155,8 +156,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         A core without attn_mask (its spec says so) takes the one mask that is the causal mask, with or without the is_causal hint, and runs it
         as is_causal; and a float key_padding_mask of 0 and -inf. Any other mask raises UnsupportedError. To tell, the values of
-        a float key_padding_mask and of any attn_mask are read (on CUDA: one wait). Where they cannot be, in a compiled graph, the
-        hint is_causal=True is required beside such a mask and a wrong one fails when the graph runs. For the other cores,
+        a float key_padding_mask and of any attn_mask are read (on CUDA: one wait). Where they cannot be, in a compiled or traced graph and in
+        torch.func, the hint is_causal=True is required beside such a mask and a wrong one fails when the graph runs, or
+        gives NaN where graphs cannot fail (torch.jit.trace, ONNX, torch.func). For the other cores,
         is_causal=True beside a square attn_mask adds causality to it; beside another shape the mask alone rules.
 
         Returns the output in query's layout and, if need_weights, A: (N, L, S) averaged over heads or (N, num_heads, L, S), without N
@@ -183,9 +185,9 @@ class MultiheadAttention(nn.MultiheadAttention):
                 own = self._project_apart(of_globals, query, key, value, pattern)
             else:
                 own = self._project_by(of_globals.weight, of_globals.bias, query, key, value, pattern)
-        weights = self.attention.weights(q, k, global_qk=own and own[:2], **how) if need_weights else None
+        weights = masks.checked(self.attention.weights(q, k, global_qk=own and own[:2], **how)) if need_weights else None
         out = self.attention(q, k, v, global_qkv=own, **how)
-        out = self.out_proj(rearrange(out, f"{batch} h l d -> {axes} (h d)"))
+        out = self.out_proj(rearrange(masks.checked(out), f"{batch} h l d -> {axes} (h d)"))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         return out, weights if weights is None or batched else weights.squeeze(0)
@@ -257,6 +259,9 @@ class MultiheadAttention(nn.MultiheadAttention):
                 "a nested tensor must be query, key and value at once, batch_first, without masks; pass padded tensors and masks instead"
             )
         lengths = [sequence.shape[0] for sequence in query.unbind()]
+        if not any(lengths):  # torch pads no such tensor
+            heads = () if average_attn_weights else (self.num_heads,)
+            return query.clone(), torch.zeros(len(lengths), *heads, 0, 0, device=query.device) if need_weights else None
         padded = query.to_padded_tensor(0.0)
         slots = torch.arange(padded.shape[1], device=padded.device)
         padding = slots >= torch.tensor(lengths, device=padded.device)[:, None]
@@ -277,8 +282,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 raise ValueError(f"{name} is on {x.device} and the module on {weight.device}; move one of them")
             if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
                 raise ValueError(f"{name} has dtype {x.dtype} and the module {weight.dtype}; convert one of them")
-        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # then one tensor may come in twice as two
-        if self.attention.shares_qk and query is not key and not recorded:
+        if self.attention.shares_qk and query is not key and not is_recorded():  # there one tensor may come in twice as two
             raise ValueError(f"query and key must be one tensor: {self.attention.spec.name} shares them; build the core without that")
         if key.shape[:-1] != value.shape[:-1]:
             raise ValueError(f"key has shape {tuple(key.shape)} and value {tuple(value.shape)}; all but the features must agree")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnzoo.attention import Spec
 from attnzoo.call import UnsupportedError
+from attnzoo.eager import can_look, refuse_later
 from attnzoo.engines.softmax import causal_mask
 
 
@@ -27,11 +28,21 @@ def check_mask(name: str, mask: Tensor | None, shapes: list[tuple[int, ...]], de
 
 @dataclass(frozen=True)
 class Masks:
-    """The masks in this library's dialect: True = attend; see `attnzoo.Attention.forward`."""
+    """The masks in this library's dialect: True = attend; see `attnzoo.Attention.forward`.
+
+    conditions: what must turn out True of masks whose values could not be read, with what is said where it does not.
+    """
 
     key_mask: Tensor | None
     attn_mask: Tensor | None
     is_causal: bool
+    conditions: tuple[tuple[Tensor, str], ...] = ()
+
+    def checked(self, out: Tensor) -> Tensor:
+        """What was computed under these masks, refused where a condition turns out False."""
+        for condition, message in self.conditions:
+            out = refuse_later(out, condition, message)
+        return out
 
     def with_end_keys(self, count: int, q: Tensor, k: Tensor) -> Masks:
         """The masks once `count` keys that every query sees are appended to k; causality, which would hide them, becomes a mask."""
@@ -44,21 +55,22 @@ class Masks:
         key_mask = None if self.key_mask is None else F.pad(self.key_mask, (0, count), value=True)
         if mask is not None:
             mask = F.pad(mask, (0, count), value=True if mask.dtype == torch.bool else 0.0)
-        return Masks(key_mask, mask, False)
+        return Masks(key_mask, mask, False, self.conditions)
 
 
 def translate(spec: Spec, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> Masks:
     """torch's masks in this library's dialect. q, k: projected, (batch, heads, length, head_dim)."""
-    key_mask, bias = _split_padding(spec, key_padding_mask, q)
-    mask, is_causal = _split_causality(spec, attn_mask, is_causal, q, k)
+    conditions: list[tuple[Tensor, str]] = []
+    key_mask, bias = _split_padding(spec, key_padding_mask, q, conditions)
+    mask, is_causal = _split_causality(spec, attn_mask, is_causal, q, k, conditions)
     if mask is not None:
         mask = ~mask if mask.dtype == torch.bool else mask.to(q.dtype)
     if bias is not None and mask is not None:
         mask = bias + mask if mask.is_floating_point() else bias.masked_fill(~mask, float("-inf"))
-    return Masks(key_mask, bias if mask is None else mask, is_causal)
+    return Masks(key_mask, bias if mask is None else mask, is_causal, tuple(conditions))
 
 
-def _split_padding(spec: Spec, mask: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _split_padding(spec: Spec, mask: Tensor | None, q: Tensor, conditions: list[tuple[Tensor, str]]) -> tuple[Tensor | None, Tensor | None]:
     """The keys to attend to, (batch, key_length) bool, and what a float mask adds to their scores, (batch, 1, 1, key_length), if anything."""
     if mask is None:
         return None, None
@@ -67,18 +79,20 @@ def _split_padding(spec: Spec, mask: Tensor | None, q: Tensor) -> tuple[Tensor |
         return ~mask, None
     key_mask = mask != float("-inf")
     bias = mask.masked_fill(~key_mask, 0.0)
-    if _readable(mask) and not mask.requires_grad and not bool(bias.any()):
+    if can_look(mask, may_stall=True) and not mask.requires_grad and not bool(bias.any()):
         return key_mask, None
     if spec.attn_mask:
         return key_mask, bias.to(q.dtype)[:, None, None, :]
     refusal = f"{spec.name} cannot add a float key_padding_mask to its scores; give a bool one (True = ignore) or one of 0 and -inf only"
-    if _readable(mask):
+    if can_look(mask, may_stall=True):
         raise UnsupportedError(refusal)
-    _assert_later(~bias.any(), refusal)
+    conditions.append((~bias.any(), refusal))
     return key_mask, None
 
 
-def _split_causality(spec: Spec, mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> tuple[Tensor | None, bool]:
+def _split_causality(
+    spec: Spec, mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor, conditions: list[tuple[Tensor, str]]
+) -> tuple[Tensor | None, bool]:
     """The mask, in torch's dialect and 4-D, and is_causal; a mask that is the causal mask becomes is_causal."""
     if mask is None:
         return None, is_causal
@@ -86,25 +100,14 @@ def _split_causality(spec: Spec, mask: Tensor | None, is_causal: bool, q: Tensor
     mask = mask.unflatten(0, q.shape[:2]) if mask.dim() == 3 else mask[None, None]
     hidden = ~causal_mask(query_length, key_length, mask.device)
     causal = hidden if mask.dtype == torch.bool else torch.zeros_like(hidden, dtype=mask.dtype).masked_fill(hidden, float("-inf"))
-    if _readable(mask) and not mask.requires_grad and bool((mask == causal).all()):
+    if can_look(mask, may_stall=True) and not mask.requires_grad and bool((mask == causal).all()):
         return None, True
     if spec.attn_mask:
         return mask, bool(is_causal and query_length == key_length)
     refusal = f"{spec.name} cannot apply an attn_mask other than the causal mask; use key_padding_mask for padding, or attention='standard'"
-    if _readable(mask):
+    if can_look(mask, may_stall=True):
         raise UnsupportedError(refusal)
     if not is_causal:
         raise UnsupportedError(f"{refusal}. The values of this one cannot be read here: if it is the causal mask, say so with is_causal=True")
-    _assert_later((mask == causal).all(), refusal)
+    conditions.append(((mask == causal).all(), refusal))
     return None, True
-
-
-def _readable(x: Tensor) -> bool:
-    """Whether Python may branch on the values of x: not in a graph that is being compiled or captured."""
-    return not (x.is_meta or torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
-
-
-def _assert_later(condition: Tensor, message: str) -> None:
-    """Have the graph check itself when it runs, without a wait (RuntimeError)."""
-    if not condition.is_meta:
-        torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]

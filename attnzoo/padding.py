@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.call import Call, can_look
+from attnzoo.call import Call
+from attnzoo.eager import can_look
+from attnzoo.ordering import true_first
 
 
 def first_real(key_mask: Tensor, count: int) -> Tensor:
@@ -30,8 +32,7 @@ def ends(key_mask: Tensor) -> Tensor:
 def slots_of(mask: Tensor, count: int) -> Tensor:
     """Where the True of every row of (batch, length) stand, ascending, (batch, count); other slots,
     each once, where there are fewer."""
-    # Not a view: it is kept for the backward pass.
-    return (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :count].clone()
+    return true_first(mask, count)
 
 
 def fetched(x: Tensor, slots: Tensor) -> Tensor:

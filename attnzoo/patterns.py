@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from attnzoo.arguments import check_count, check_positive
-from attnzoo.call import Call, can_look
+from attnzoo.call import Call
+from attnzoo.eager import can_look, is_recorded
 from attnzoo.padding import ends, leading
 
 
@@ -301,7 +302,7 @@ class BlockPattern(Pattern):
         return seen[..., :count] | self.sees_all(grid)[..., None]
 
     def hides_nothing(self, grid: Grid) -> bool:
-        if torch.compiler.is_compiling() or grid.num_key_blocks(self.block_size) > self.most_blocks:
+        if is_recorded() or grid.num_key_blocks(self.block_size) > self.most_blocks:
             return False
         return _sees_every_block(self, replace(grid, device="cpu"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnzoo
 from attnzoo.engines import factorized_flash

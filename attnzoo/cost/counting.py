@@ -19,6 +19,7 @@ from attnzoo.call import UnsupportedError
 from attnzoo.cost.convolutions import convolution_macs, convolutions_as_one_operator
 from attnzoo.cost.folding import engines_apart
 from attnzoo.cost.handles import ELEMENTWISE, Handle, all_handles
+from attnzoo.eager import only_counted
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _trace(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], *
     analysis.set_op_handle(**all_handles(), **handles).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("all")  # those that say nothing are silenced here
     try:
-        with torch.no_grad(), _plain_operators(), _nothing_leaves_the_trace(), convolutions_as_one_operator(module):
+        with torch.no_grad(), only_counted(), _plain_operators(), _nothing_leaves_the_trace(), convolutions_as_one_operator(module):
             analysis.total()
     except Exception as error:
         if _ran_flex_attention(error):

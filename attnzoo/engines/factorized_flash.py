@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attnzoo.call import Call
+from attnzoo.engines.differentiable import Compute, is_followed, open_gradients
 from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.factorized_layout import Columns, Last, Near, Part, Rows, part_of, shown
 from attnzoo.engines.in_cache import works_alone
@@ -152,17 +152,19 @@ def shares_of(factors: tuple[Factor, ...], rows: Rows, grid: Grid) -> list[Share
     return [Share(one, None if one is factors[0] else factors[0], part_of(one, rows, grid.is_causal), grid) for one in some]
 
 
-def attend(engine: Softmax, groups: Sequence[tuple[tuple[Factor, ...], list[int]]], call: Call, grid: Grid) -> Tensor:
-    """A·v. groups: factors that heads see together, and these heads."""
+def attend(engine: Softmax, groups: Sequence[tuple[tuple[Factor, ...], list[int]]], call: Call, grid: Grid, compute: Compute) -> Tensor:
+    """A·v. groups: factors that heads see together, and these heads. compute: the same of q, k and v, wherever this does not serve."""
     rows = Rows.of(groups[0][0][0].stride, grid)
     heads = [(shares_of(factors, rows, grid), own) for factors, own in groups]
-    out, _ = _Attend.apply(call.q, call.k, call.v, call.key_mask, rows, heads, engine.scale_of(call.q))
+    out, _ = _Attend.apply(call.q, call.k, call.v, call.key_mask, rows, heads, engine.scale_of(call.q), compute)
     return out
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, rows: Rows, heads: Heads, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, rows: Rows, heads: Heads, scale: float, compute: Compute
+    ) -> tuple[Tensor, Tensor]:
         laid = _Laid.of(rows, q, k, v, key_mask)
         out = torch.zeros_like(laid.q)
         log_sums = out.new_full(out.shape[:-1], -torch.inf)
@@ -182,14 +184,15 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, key_mask, ctx.rows, ctx.heads, ctx.scale = inputs
+        q, k, v, key_mask, ctx.rows, ctx.heads, ctx.scale, ctx.compute = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(q, k, v, key_mask, *output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, key_mask, out, log_sums = ctx.saved_tensors
+        if is_followed(gradients[0]):
+            return *open_gradients(ctx.compute, (q, k, v), gradients[0]), None, None, None, None, None
         laid = _Laid.of(ctx.rows, q, k, v, key_mask)
         sent, out = (laid.rows.queries(x.to(laid.q.dtype)) for x in (gradients[0], out))
         d_q, d_k, d_v = (torch.zeros_like(x) for x in (laid.q, laid.k, laid.v))
@@ -205,7 +208,7 @@ class _Attend(torch.autograd.Function):
             share.add(span, to_v[0], d_v[kv])
             del to_q, to_k, to_v, keys, values
         d_keys = (x.flatten(2, 3)[:, :, : k.shape[2]].to(k.dtype) for x in (d_k, d_v))
-        return laid.rows.taken(d_q).to(q.dtype), *d_keys, None, None, None, None
+        return laid.rows.taken(d_q).to(q.dtype), *d_keys, None, None, None, None, None
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attnzoo.call import Call
-from attnzoo.engines.pieces import only_autograd_looks
+from attnzoo.eager import only_autograd_looks
+from attnzoo.engines.differentiable import Compute, is_followed, open_gradients
 from attnzoo.engines.softmax import Softmax
 
 DTYPES = (torch.float32, torch.float64)  # those in which sums run in the inputs' own precision
@@ -97,10 +97,9 @@ def serves(engine: Softmax, call: Call) -> bool:
 def works_alone(engine: Softmax, call: Call) -> bool:
     """Whether a Function of our own may compute the call: on a CPU, without dropout, and where neither a graph nor a transform wants to see
     torch's SDPA."""
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
     drops = engine.dropout > 0 and engine.training
     looked_at = (call.q, call.k, call.v) if call.sink_logits is None else (call.q, call.k, call.v, call.sink_logits)
-    return call.q.device.type == "cpu" and not recorded and not drops and only_autograd_looks(*looked_at)
+    return call.q.device.type == "cpu" and not drops and only_autograd_looks(*looked_at)
 
 
 def attend(
@@ -111,18 +110,27 @@ def attend(
     key_cap: Tensor | None,
     table: Tensor | None,
     pieces: Pieces,
+    compute: Compute,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
     """A·v by pieces that hold every row once. key_cap: `cap` of the keys, (batch or 1, key_length). table: whatever `pieces` wants.
-    sink_logits: (heads,), one more term in the sum of every row."""
+    compute: the same of q, k, v and sink_logits, wherever this must not serve. sink_logits: (heads,), one more term in the sum of every row."""
     scale = engine.scale_of(q)
-    return _Attend.apply(q, k, v, key_cap, table, None if sink_logits is None else sink_logits.to(q.dtype), pieces, scale)
+    return _Attend.apply(q, k, v, key_cap, table, None if sink_logits is None else sink_logits.to(q.dtype), pieces, scale, compute)
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, key_cap: Tensor | None, table: Tensor | None, sink_logits: Tensor | None, pieces: Pieces, scale: float
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_cap: Tensor | None,
+        table: Tensor | None,
+        sink_logits: Tensor | None,
+        pieces: Pieces,
+        scale: float,
+        compute: Compute,
     ) -> Tensor:
         out, memory = q.new_empty(*q.shape[:3], v.shape[3]), Memory(q)
         some_are_empty = key_cap is not None or q.shape[2] > k.shape[2]
@@ -141,13 +149,15 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.pieces, ctx.scale = inputs
+        *tensors, ctx.pieces, ctx.scale, ctx.compute = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, key_cap, table, sink_logits = ctx.saved_tensors
+        if is_followed(gradients[0]):
+            *to_qkv, to_logits = open_gradients(ctx.compute, (q, k, v, sink_logits), gradients[0])
+            return *to_qkv, None, None, to_logits, None, None, None
         gradient, memory = gradients[0].contiguous(), Memory(q)
         dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
         to_logits = None if sink_logits is None else torch.zeros_like(sink_logits)
@@ -174,7 +184,7 @@ class _Attend(torch.autograd.Function):
                 part = memory("gradient", parts, count, k.shape[3])
                 torch.baddbmm(part, slopes.mT, rows, beta=0, alpha=ctx.scale, out=part)
                 piece.add(part, to_keys)
-        return dq, dk, dv, None, None, to_logits, None, None
+        return dq, dk, dv, None, None, to_logits, None, None, None
 
 
 def _heads(q: Tensor, k: Tensor, pieces: Sequence[Sequence[Piece]]) -> Iterator[tuple[tuple[int, int], tuple[int, int], Sequence[Piece]]]:

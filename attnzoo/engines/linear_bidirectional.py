@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.call import Call, can_look
+from attnzoo.call import Call
+from attnzoo.eager import can_look
 from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.linear_chunks import (
     CHUNK,

@@ -17,6 +17,7 @@ from attnzoo.engines.linear_layout import add_product, grouped, ungrouped, with_
 from attnzoo.engines.pieces import at_a_time
 from attnzoo.exponential import exp_
 from attnzoo.feature_maps import FeatureMap
+from attnzoo.ordering import running_maximum
 
 CAUSAL_CHUNK = 64  # tokens that see each other through a small score matrix
 CHUNK = 512  # tokens whose features are held at a time where nobody sees anybody
@@ -236,11 +237,11 @@ class Block:
         relative = carry = weights = shrink = largest = totals = None
         if log_scale is not None:
             log_scale = log_scale.unflatten(2, (chunks, -1))
-            running = log_scale.detach().cummax(-1).values
+            running = running_maximum(log_scale.detach())
             largest = running[..., -1]  # after each chunk
             if past is not None:
                 assert past.log_scale is not None
-                largest = torch.maximum(largest, past.log_scale[..., None]).cummax(-1).values
+                largest = running_maximum(torch.maximum(largest, past.log_scale[..., None]))
                 earlier = torch.cat([past.log_scale[..., None], largest[..., :-1]], -1)
                 running = torch.maximum(running, earlier[..., None])
                 carry = (earlier[..., None] - finite(running)).exp()[..., None, :].expand(-1, -1, -1, group, -1).flatten(3)[..., None]

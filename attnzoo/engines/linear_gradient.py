@@ -4,7 +4,6 @@ each span of chunks, and computes features and scores again, so that nothing as 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,20 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.autocast import without_autocast
 from attnzoo.call import Call
+from attnzoo.eager import is_recorded, only_autograd_looks
 from attnzoo.engines import linear_bidirectional
+from attnzoo.engines.differentiable import is_followed, open_gradients
 from attnzoo.engines.linear_bidirectional import Rows, backward_absorb, through_weighted_sums, visible
 from attnzoo.engines.linear_chunks import Block, Past, Piece, absorb, bidirectional, causal, spans_of, underflow
 from attnzoo.engines.linear_layout import add_product, grouped, ungrouped
-from attnzoo.engines.pieces import join, only_autograd_looks
+from attnzoo.engines.pieces import join
 from attnzoo.feature_maps import FeatureMap
 
 
 def attend(feature_map: FeatureMap, call: Call) -> Tensor:
     """A·v. A causal call has at most as many queries as keys."""
-    if torch.compiler.is_compiling():
+    if is_recorded():
         return _plain(feature_map, call)
-    with _full_precision(call.q.device):
+    with without_autocast(call.q.device):
         if _records(feature_map, call):
             return _Attend.apply(
                 call.q, call.k, call.v, call.key_mask, feature_map.for_keys(call.k) if call.is_causal else feature_map, call.is_causal
@@ -33,11 +35,6 @@ def attend(feature_map: FeatureMap, call: Call) -> Tensor:
         if call.is_causal or torch.is_grad_enabled() or call.q.is_meta or not only_autograd_looks(call.q, call.k, call.v):
             return _plain(feature_map, call)
         return linear_bidirectional.forward(feature_map, call)[0]
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast would sum in half precision (rule 10), and the backward pass may run outside of it."""
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def _records(feature_map: FeatureMap, call: Call) -> bool:
@@ -87,21 +84,16 @@ class _Attend(torch.autograd.Function):
         q, k, v, key_mask, out, divisor, *kept = ctx.saved_tensors
         call = Call(q, k, v, key_mask, None, ctx.is_causal)
         (gradient,) = gradients
-        if torch.is_grad_enabled():  # to be differentiated again
-            found = _differentiable(ctx.feature_map, call, gradient)
+        if is_followed(gradient):
+            feature_map, is_causal = ctx.feature_map, ctx.is_causal
+            found = open_gradients(lambda q, k, v: _plain(feature_map, Call(q, k, v, key_mask, None, is_causal)), (q, k, v), gradient)
         else:
             sums, log_scales = kept[: ctx.kept : 2], kept[1 : ctx.kept : 2]
             pasts = [None if one is None else Past(one, log_scale) for one, log_scale in zip(sums, log_scales, strict=True)]
             rows = Rows(gradient, out, divisor)
-            with _full_precision(q.device):
+            with without_autocast(q.device):
                 found = (_backward_causal if ctx.is_causal else linear_bidirectional.backward)(ctx.feature_map, call, rows, pasts)
         return *found, None, None, None
-
-
-def _differentiable(feature_map: FeatureMap, call: Call, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = [x for x in (call.q, call.k, call.v) if x.requires_grad]
-    found = iter(torch.autograd.grad(_plain(feature_map, call), inputs, gradient, create_graph=True))
-    return tuple(next(found) if x.requires_grad else None for x in (call.q, call.k, call.v))
 
 
 def _forward_causal(feature_map: FeatureMap, call: Call) -> tuple[Tensor, Tensor | None, list[Past | None]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from attnzoo.arguments import check_dropout, check_scale
 from attnzoo.call import Call, repeat_heads
+from attnzoo.eager import is_open, only_autograd_looks
 from attnzoo.engines import memory, peaks, softmax_xformers
 from attnzoo.engines.cache import KeyValueCache
+from attnzoo.engines.differentiable import followed
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Engine, Shape, accumulation_dtype, causal_pairs, never_refuses
 
 LANES = 8  # features of a head come in multiples of so many, for the sake of kernels
@@ -29,7 +32,7 @@ class Softmax(Engine):
 
     def scale_of(self, q: Tensor) -> float:
         """The factor of the scores of these queries."""
-        return q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return int(q.shape[-1]) ** -0.5 if self.scale is None else self.scale
 
     def init_state(self, batch_size: int, kv_heads: int, head_dim: int, max_length: int | None, dtype: torch.dtype, device: Any) -> KeyValueCache:
         return KeyValueCache.empty(batch_size, kv_heads, head_dim, max_length, None, dtype, device)
@@ -183,8 +186,27 @@ def sdpa(
     scale = engine.scale if scale is None else scale
     if is_causal and scale is not None and scale <= 0:  # torch hides the future before it scales: -inf would become inf or NaN
         q, scale = q * scale, 1.0
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+    kernel = partial(_kernel, dropout=dropout, is_causal=is_causal, scale=scale, grouped=grouped)
+    records = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, mask))
+    if records and not dropout and only_autograd_looks(q, k, v):
+        mask = _additive(mask, q)  # as torch does, so that one mask is held
+        out = followed(kernel(q, k, v, mask), kernel, q, k, v, mask)
+    else:
+        out = kernel(q, k, v, mask)
     return out if empty is None else out.masked_fill(empty, 0.0)
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, is_causal: bool, scale: float | None, grouped: bool) -> Tensor:
+    """torch's SDPA, whose kernels have no second derivative; inside `openly` the one that has."""
+    if is_open():
+        attend = torch.ops.aten._scaled_dot_product_attention_math  # which adds a bool mask as it is
+        return attend(q, k, v, _additive(mask, q), dropout, is_causal, None, scale=scale, enable_gqa=grouped)[0]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+
+
+def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """A bool mask as what is added to scores."""
+    return mask if mask is None or mask.is_floating_point() else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
 
 
 def _sdpa_masks(call: Call) -> tuple[Tensor | None, Tensor | None]:

@@ -12,12 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from attnzoo.arguments import check_positive
 from attnzoo.call import Call
+from attnzoo.eager import only_autograd_looks
 from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype, causal_pairs, never_refuses
 from attnzoo.engines.hashed_memory import HashedMemory
-from attnzoo.engines.pieces import only_autograd_looks
 from attnzoo.engines.softmax import Softmax, attend_densely, softmax_cost
 from attnzoo.exponential import LOG2_E
 from attnzoo.hashing import NO_KEY, NO_QUERY, AngularHash, Chunks, lay_out, most_tiles, near, number_chunks
+from attnzoo.ordering import search
 
 
 class Hashed(Softmax):
@@ -158,7 +159,7 @@ def attend(engine: Hashed, call: Call) -> Tensor:
     found = _own_part(q, _own(k, call), own_value, torch.zeros_like(own_is_real) if engine.share_qk else own_is_real)
     sizes = Sizes.of(int(q.shape[1]), int(call.key_length), engine.hashing.num_buckets, engine.chunk_size, call.is_causal)
     compute = partial(_round, chunks=chunks, positions=_positions(call), sizes=sizes, is_causal=call.is_causal)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and only_autograd_looks(q, k, v):
+    if torch.is_grad_enabled() and only_autograd_looks(q, k, v):
         compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)  # the tiles of one round at a time
     for hash_round in range(engine.hashing.num_hashes):
         found = found.with_more(compute(hash_round, q, k, v))
@@ -180,7 +181,7 @@ def _round(hash_round: int, q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, pos
     rows = lay_out(chunks.queries[:, hash_round], sizes.queries, sizes.query_tiles)
     keys = lay_out(chunks.keys[:, hash_round], sizes.keys, sizes.key_tiles)
     neighbours = torch.arange(-1, sizes.seen_tiles - 1, device=q.device)
-    tiles = torch.searchsorted(keys.chunk.contiguous(), rows.chunk.contiguous())[..., None] + neighbours
+    tiles = search(keys.chunk, rows.chunk)[..., None] + neighbours
     tiles = tiles.where((tiles >= 0) & (tiles < sizes.key_tiles), sizes.key_tiles)  # one more tile, which is empty
     key_at = F.pad(keys.at, (0, 0, 0, 1), value=k.shape[1])
 

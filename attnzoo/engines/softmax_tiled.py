@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attnzoo.arguments import check_positive
 from attnzoo.call import Call, repeat_heads
+from attnzoo.eager import only_autograd_looks
 from attnzoo.engines import tiled_peaks
+from attnzoo.engines.differentiable import is_followed, open_gradients
 from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype, causal_pairs, never_refuses
 from attnzoo.engines.memory import fused
-from attnzoo.engines.pieces import join, only_autograd_looks
+from attnzoo.engines.pieces import join
 from attnzoo.engines.softmax import Softmax, additive, attend_densely, visible
 from attnzoo.exponential import exp_
 
@@ -152,10 +153,15 @@ class _Flash(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, key_mask, attn_mask, out, log_sums = ctx.saved_tensors
         is_causal, scale, size = ctx.fixed
+        if is_followed(gradients[0]):
+
+            def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return _forward(Call(q, k, v, key_mask, attn_mask, is_causal), scale, size)[0]
+
+            return *open_gradients(compute, (q, k, v), gradients[0]), *[None] * 5
         call = Call(q, k, v, key_mask, attn_mask, is_causal)
         dtype, group = log_sums.dtype, call.group
         tiles = Tiles(size, call.query_length, call.key_length, is_causal)

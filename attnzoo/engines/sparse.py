@@ -182,7 +182,11 @@ def _window(engine: Sparse, window: Window, call: Call) -> Tensor:
     if window.sinks or not (call.sink_logits is None or in_cache.serves(engine, call)):
         near, columns = _with_sinks(call, min(window.sinks, grid_of(call).key_length))
         return sparse_columns.attend_dilated(engine, window, near, columns)
-    return sparse_dilated.of_one_dilation(window, call, lambda plain, part: sparse_windows.attend(engine, plain, part, grid_of(part)))
+    return sparse_dilated.of_one_dilation(window, call, lambda plain, part: _plain(engine, plain, part))
+
+
+def _plain(engine: Sparse, window: Window, call: Call) -> Tensor:
+    return sparse_windows.attend(engine, window, call, grid_of(call), partial(_window, engine, window))
 
 
 def _with_sinks(call: Call, count: int) -> tuple[Call, Columns]:

@@ -9,9 +9,9 @@ from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from attnzoo.call import Call
+from attnzoo.eager import unrecorded
 from attnzoo.engines import in_cache
 from attnzoo.engines.pieces import at_a_time, join
 from attnzoo.engines.softmax import Softmax, sdpa
@@ -43,7 +43,7 @@ def runs(pattern: BlockPattern, grid: Grid) -> list[Run]:
 
 def _constant_runs(pattern: BlockPattern, heads: int, query_length: int, key_length: int, is_causal: bool) -> tuple[tuple, ...]:
     """Fields of each run. A compiled or exported graph takes the answer as a constant: it depends on sizes and the seed only."""
-    with _disable_current_modes():  # torch.export records by one
+    with unrecorded():
         return _fields_of_runs(pattern, Grid(heads, query_length, key_length, is_causal, "cpu"))
 
 
@@ -101,14 +101,18 @@ def attend(engine: Softmax, pattern: BlockPattern, call: Call, grid: Grid) -> Te
     ahead, spare = grid.offset % size, -grid.key_length % size  # empty rows before the first query of its block, empty slots at the end
     q, (k, v) = _pad(call.q, ahead, spare), (_pad(x, 0, spare) for x in (call.k, call.v))
     blocks, found = sorted_key_blocks(pattern, grid), runs(pattern, grid)
+    key_mask = call.key_mask
+
+    def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
+        real = Call(q, k[:, :, : grid.key_length], v[:, :, : grid.key_length], key_mask, None, grid.is_causal)
+        return _head_by_head(engine, size, q, k, v, blocks, found, real)
+
     if in_cache.serves(engine, call):
-        key_mask = call.key_mask
-        if key_mask is None and any(run.tail for run in found):
-            key_mask = torch.ones(1, grid.key_length, dtype=torch.bool)
-        key_cap = None if key_mask is None else in_cache.cap(torch.nn.functional.pad(key_mask, (0, spare)), q)
-        out = in_cache.attend(engine, q, k, v, key_cap, blocks, partial(_pieces, size, grid, found))
+        filled = torch.ones(1, grid.key_length, dtype=torch.bool) if key_mask is None and any(run.tail for run in found) else key_mask
+        key_cap = None if filled is None else in_cache.cap(torch.nn.functional.pad(filled, (0, spare)), q)
+        out = in_cache.attend(engine, q, k, v, key_cap, blocks, partial(_pieces, size, grid, found), compute)
     else:
-        out = _head_by_head(engine, q.unflatten(2, (-1, size)), k.unflatten(2, (-1, size)), v.unflatten(2, (-1, size)), blocks, found, call)
+        out = _head_by_head(engine, size, q, k, v, blocks, found, call)
     return out[:, :, ahead : ahead + grid.query_length]
 
 
@@ -193,8 +197,9 @@ def _pieces(size: int, grid: Grid, found: list[Run], q: Tensor, blocks: Tensor |
     return pieces if len(pieces) == grid.heads else pieces * grid.heads
 
 
-def _head_by_head(engine: Softmax, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, found: list[Run], call: Call) -> Tensor:
-    """q, k, v: (batch, heads, blocks, block_size, head_dim)."""
+def _head_by_head(engine: Softmax, size: int, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, found: list[Run], call: Call) -> Tensor:
+    """q, k, v: (batch, heads, whole blocks of positions, head_dim)."""
+    q, k, v = (x.unflatten(2, (-1, size)) for x in (q, k, v))
 
     def rows() -> Iterator[Tensor]:
         keys, values = k.unbind(1), v.unbind(1)  # not k[:, head]: the gradient of that is as large as k, once for every head

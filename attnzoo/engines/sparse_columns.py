@@ -64,7 +64,15 @@ def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid, columns: Co
         assert call.key_mask is not None
         key_cap = in_cache.cap(torch.cat([call.key_mask, columns.real], 1), call.q)
         table = columns.slots if call.is_causal else None
-        return in_cache.attend(engine, call.q, k, v, key_cap, table, partial(_pieces, pattern, grid, columns.count), call.sink_logits)
+
+        key_mask, real, slots, lengths = call.key_mask, columns.real, columns.slots, [call.key_length, columns.count]
+
+        def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
+            (k, its_k), (v, its_v) = (x.split(lengths, 2) for x in (k, v))
+            near = Call(q, k, v, key_mask, None, grid.is_causal, sink_logits=sink_logits)
+            return attend(engine, pattern, near, grid, Columns(its_k, its_v, real, slots))
+
+        return in_cache.attend(engine, call.q, k, v, key_cap, table, partial(_pieces, pattern, grid, columns.count), compute, call.sink_logits)
     return join(_rows(engine, pattern, call, columns, grid), call.query_length, 2)
 
 

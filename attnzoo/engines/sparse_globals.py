@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attnzoo.arguments import check_count
 from attnzoo.call import Call
+from attnzoo.eager import can_look, is_recorded
 from attnzoo.engines import sparse_columns, sparse_dilated, sparse_flex, sparse_memory, sparse_peaks
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
 from attnzoo.engines.global_cache import GlobalCache
@@ -83,9 +84,10 @@ class WindowAndGlobals(Sparse):
 
 
 def _most(mask: Tensor, bound: int | None = None) -> int:
-    """The most True in a row of (batch, length); `bound`, where there is one and a look would stall."""
-    stalls = mask.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    return bound if bound is not None and stalls else int(mask.sum(1).amax()) if mask.numel() else 0
+    """The most True in a row of (batch, length); `bound`, where there is one and a look would stall, and all where nobody may look."""
+    if not can_look(mask, may_stall=bound is None):
+        return mask.shape[1] if bound is None else bound
+    return int(mask.sum(1).amax()) if mask.numel() else 0
 
 
 def _of_queries(mask: Tensor, call: Call) -> Tensor:
@@ -125,7 +127,8 @@ def _with_global_rows(engine: WindowAndGlobals, call: Call, out: Tensor, count: 
     made = sdpa(engine, fetched(q, rows), k, v, visible_keys)
     made = torch.where(mask.gather(1, rows)[:, None, :, None], made, fetched(out, rows))
     index = rows[:, None, :, None].expand_as(made)
-    return out.scatter(2, index, made) if out.requires_grad or made.requires_grad else out.scatter_(2, index, made)
+    in_place = not (out.requires_grad or made.requires_grad or is_recorded())
+    return out.scatter_(2, index, made) if in_place else out.scatter(2, index, made)
 
 
 def _reference(engine: WindowAndGlobals, call: Call) -> Tensor:

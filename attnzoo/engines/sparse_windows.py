@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
+from attnzoo.eager import is_open
 from attnzoo.engines import in_cache
 from attnzoo.engines.pieces import at_a_time, join, mask_of_heads, samples_at_a_time
 from attnzoo.engines.softmax import Softmax, sdpa
@@ -73,11 +74,20 @@ def count_pairs(pattern: Window, grid: Grid) -> int:
     return found.blocks * BLOCK * found.slice_length + sum((end - first) * (high - low) for first, end, low, high in edges(pattern, grid))
 
 
-def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid) -> Tensor:
-    """A·v for a window pattern: the first edge, the whole blocks, the last edge. Sink logits only where `in_cache` serves."""
+def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid, again: Callable[[Call], Tensor]) -> Tensor:
+    """A·v for a window pattern: the first edge, the whole blocks, the last edge. Sink logits only where `in_cache` serves; again: whatever
+    serves where that does not."""
     if in_cache.serves(engine, call):
         key_cap = None if call.key_mask is None else in_cache.cap(call.key_mask, call.q)
-        return in_cache.attend(engine, call.q, call.k, call.v, key_cap, None, lambda q, _: [pieces(pattern, grid, q)] * grid.heads, call.sink_logits)
+        key_mask, is_causal = call.key_mask, call.is_causal  # what `compute` holds is freed late
+
+        def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
+            return again(Call(q, k, v, key_mask, None, is_causal, sink_logits=sink_logits))
+
+        def of_heads(q: Tensor, _: Tensor | None) -> list[list[in_cache.Slices]]:
+            return [pieces(pattern, grid, q)] * grid.heads
+
+        return in_cache.attend(engine, call.q, call.k, call.v, key_cap, None, of_heads, compute, call.sink_logits)
     found, dense = plan(pattern, grid), edges(pattern, grid)
     if found.blocks:
         dense = sorted([*dense, *middles(found, grid, call)])
@@ -179,14 +189,23 @@ def _slices(engine: Softmax, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, slic
 
 def spans(x: Tensor, ends: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
     """x[:, :, low:high] for each (low, high)."""
-    if len(ends) > 1 and x.requires_grad and torch.is_grad_enabled():
+    if len(ends) > 1 and x.requires_grad and torch.is_grad_enabled() and not _must_be_plain():
         return _Spans.apply(x, ends)
     return tuple(x[:, :, low:high] for low, high in ends)
 
 
 def slices_of(x: Tensor, slice_length: int) -> Tensor:
     """(batch, length, d) -> (batch, blocks, slice_length, d): the keys of every block of queries, as views."""
-    return _Slices.apply(x, slice_length)
+    return _sliced(x, slice_length) if _must_be_plain() else _Slices.apply(x, slice_length)
+
+
+def _must_be_plain() -> bool:
+    """Whether views have autograd's own backward pass: where it is differentiated again, and in a trace, which cannot hold another."""
+    return is_open() or torch.jit.is_tracing()
+
+
+def _sliced(x: Tensor, slice_length: int) -> Tensor:
+    return x.unfold(1, slice_length, BLOCK).mT
 
 
 class _Spans(torch.autograd.Function):
@@ -220,7 +239,7 @@ class _Slices(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, slice_length: int) -> Tensor:
-        return x.unfold(1, slice_length, BLOCK).mT
+        return _sliced(x, slice_length)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:

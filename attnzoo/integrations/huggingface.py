@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import replace
@@ -22,6 +23,32 @@ from attnzoo.integrations.plan import Site
 #: No "/" (a kernel of the hub) and no "flash" in these names: transformers would read a meaning into them.
 IMPLEMENTATION = "attnzoo"
 PROBE = "attnzoo_probe"
+
+
+class _Registered(str):
+    """The name of our implementation in a swapped model's config. Wherever that is unpickled (a saved model, a spawned worker), it is registered.
+
+    model: the one that was swapped; a copy of its config has none.
+    """
+
+    model: weakref.ref[nn.Module] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _registered, ()
+
+
+def _registered(model: nn.Module | None = None) -> _Registered:
+    _register()
+    name = _Registered(IMPLEMENTATION)
+    name.model = None if model is None else weakref.ref(model)
+    return name
+
+
+def _is_of_a_swap(model: nn.Module, implementation: Any) -> bool:
+    """Whether a config with this implementation is that of a model that is swapped, and not a copy's or a left-over's."""
+    if isinstance(implementation, _Registered) and (implementation.model is None or implementation.model() is None):
+        return any(hasattr(module, SUBMODULE) for module in model.modules())
+    return implementation == IMPLEMENTATION
 
 
 class _Probe:
@@ -68,7 +95,7 @@ def find_sites(model: Any) -> list[Site]:
     """
     _register()
     configs = _configs(model)
-    if any(implementation == IMPLEMENTATION for _, implementation in configs):
+    if any(_is_of_a_swap(model, implementation) for _, implementation in configs):
         raise ValueError(
             f"{type(model).__name__} is part of a model that is swapped already, or shares its config with one; unswap that one first (a mapping "
             "gives each layer an attention of its own)"
@@ -137,6 +164,9 @@ def insert(model: Any, sites: list[Site], attentions: dict[int, Attention]) -> R
     restore.hooks = [part.register_forward_pre_hook(_check_forward, with_kwargs=True) for part in _holders(model, restore.paths)]
     try:
         _set_implementation(model, IMPLEMENTATION)
+        for config, implementation in _configs(model):
+            if implementation == IMPLEMENTATION:
+                config._attn_implementation_internal = _registered(model)
         read_a_little(model)
         idle = [layer for layer, attention in attentions.items() if attention.last_backend is None]
         if idle:
