@@ -240,7 +240,7 @@ def _note(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask
         causal, window, dropout = call_is_causal(module, kwargs.get("is_causal")), kwargs.get("sliding_window"), kwargs.get("dropout") or 0.0
         _refuse_other_causality(module, causal, attention_mask)
         site = probe.sites.get(module) or Site(probe.paths[module], module, query.shape[1], query.shape[3], causal, window, bias, sinks)
-        probe.sites[module] = replace(site, dropout=dropout)
+        probe.sites[module] = replace(site, dropout=dropout, place=(query.device, query.dtype))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
