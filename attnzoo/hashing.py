@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attnzoo.arguments import check_positive, check_seed
+from attnzoo.arguments import check_positive, check_seed, check_set
 from attnzoo.ordering import running_maximum, search, stable_order
 
 # Numbers of no chunk: of a padded key, and of a query whose bucket holds no key that it may see. They are far from all others and each other.
@@ -28,6 +28,7 @@ class AngularHash(nn.Module):
         self.num_buckets, self.num_hashes = num_buckets, check_positive("num_hashes", num_hashes)
         self.rotations: Tensor
         self.register_buffer("rotations", self._draw(head_dim, seed))
+        self.seed = seed
 
     def _draw(self, head_dim: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(check_seed(seed))
@@ -37,6 +38,11 @@ class AngularHash(nn.Module):
     def redraw(self, seed: int) -> None:
         """Replace the rotations by another draw, in place."""
         self.rotations.copy_(self._draw(self.rotations.shape[1], seed))
+        self.seed = seed
+
+    def reset_parameters(self) -> None:
+        """Draw the rotations of the seed again, where they lost their values."""
+        self.redraw(self.seed)
 
     def macs(self, tokens: int) -> int:
         """Multiply-accumulates for the buckets of so many tokens."""
@@ -48,6 +54,7 @@ class AngularHash(nn.Module):
         Projected in float64, where a number as short as float32 times a rotation is exact: a token gets the same bucket in every precision
         and in every product that it is a part of, alone while decoding as among others.
         """
+        check_set("the rotations of its hashes", self.rotations, x)
         x = x.detach().double()
         return torch.stack([self._buckets(x, rotation) for rotation in self.rotations.double()], -2)
 

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
+from attnzoo.eager import can_look
 from attnzoo.integrations.huggingface_attention import SUBMODULE, attend, call_is_causal, refuse_other_attention, refuse_weights
 from attnzoo.integrations.huggingface_masks import is_causal_mask, padding_mask
 from attnzoo.integrations.huggingface_trial import read_a_little
@@ -246,7 +247,7 @@ def _note(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask
 
 def _refuse_other_causality(module: Any, is_causal: bool, mask: Tensor | None) -> None:
     """Raise UnsupportedError where a mask and the layer's own word differ: eager attention goes by the one, a swapped one by the other."""
-    if mask is None or mask.is_meta:
+    if mask is None or not can_look(mask, may_stall=True):
         return
     ahead = mask[..., 0, 1]  # the first query and the key after it
     hides_ahead = not bool((ahead if mask.dtype == torch.bool else ahead > torch.finfo(mask.dtype).min / 2).any())
