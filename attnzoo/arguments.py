@@ -7,6 +7,18 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from torch import Tensor
+
+
+def check_set(what: str, tensor: Tensor, like: Tensor) -> Tensor:
+    """Raise a ValueError on numbers that were left on the meta device, where they have no values."""
+    if tensor.is_meta and not like.is_meta:
+        raise ValueError(
+            f"{what} are on the meta device, where they have no values; call to_empty(device={str(like.device)!r}) on this attention, "
+            "or load a state_dict that has them"
+        )
+    return tensor
+
 
 def nearest(word: Any, known: Iterable[Any]) -> str:
     """' (did you mean ...?)' when a known word is close, else ''."""

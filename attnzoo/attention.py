@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from attnzoo.arguments import check_count, check_kv_heads, check_positive
 from attnzoo.autocast import autocast_inputs_only
 from attnzoo.call import Call, UnsupportedError, check, clear_padding, shield_past
+from attnzoo.eager import can_look
 from attnzoo.engines.engine import Cost, Engine, Shape
 
 Family = Literal["exact", "sparse", "low_rank", "kernel"]
@@ -297,6 +299,20 @@ class Attention(nn.Module):
             raise ValueError(f"heads {first} to {first + count - 1} are not among the {self.heads} heads of this attention, 0 to {self.heads - 1}")
         self.heads = count
 
+    def reset_parameters(self) -> None:
+        """Set all that this attention draws and learns to what it begins with; draws are those of their seed."""
+        for module in self.modules():
+            reset = None if module is self else getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # What `to_empty` makes holds anything; a checkpoint of exact attention, loaded then, says nothing of draws and tables.
+        super()._apply(fn, recurse)
+        if recurse and any(True for _ in (*self.parameters(), *self.buffers())) and _loses_values(fn):
+            self.reset_parameters()
+        return self
+
     def shared_options(self) -> dict[str, Any]:
         """Options that make another layer's attention share what this one learns; none unless the variant shares across layers."""
         return {}
@@ -323,6 +339,13 @@ class Attention(nn.Module):
 
         able = [name for name in names() if all(getattr(spec_of(name), key) == value for key, value in wanted.items())]
         return " or ".join(able)
+
+
+def _loses_values(fn: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a function for `_apply` keeps the shape of a tensor alone, and moves it to where values are."""
+    numbers = torch.arange(1.0, 9.0, device="cpu")
+    moved = fn(numbers)
+    return can_look(moved, may_stall=True) and not torch.equal(moved.to(numbers), numbers)
 
 
 def _poison(out: Tensor, rows: Tensor) -> Tensor:

@@ -41,10 +41,10 @@ def is_batched(x: Tensor) -> bool:
 
 def only_autograd_looks(*inputs: Tensor) -> bool:
     """Whether nothing but autograd looks into what is computed of these. An autograd.Function of our own is dark to a graph that is recorded, to
-    torch.func (vmap, grad) and to forward-mode differentiation, which then must see plain operators."""
+    torch.func (vmap, grad), to forward-mode differentiation and to tensors without values, which then must see plain operators."""
     if is_recorded() or is_open() or torch._C._are_functorch_transforms_active():
         return False
-    return all(unpack_dual(x).tangent is None for x in inputs)
+    return all(unpack_dual(x).tangent is None and not isinstance(x, FakeTensor) for x in inputs)
 
 
 @contextmanager

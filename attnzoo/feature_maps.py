@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnzoo.arguments import check_set
 from attnzoo.eager import can_look
 from attnzoo.exponential import LOG2_E, exp_
 
@@ -255,11 +256,19 @@ class TaylorFeatures(FeatureMap):
         self.second: Tensor
         self.register_buffer("first", first, persistent=False)
         self.register_buffer("second", second, persistent=False)
+        self.head_dim = head_dim
+
+    def reset_parameters(self) -> None:
+        """Write the tables again, where they lost their values."""
+        first, second = torch.triu_indices(self.head_dim, self.head_dim)
+        self.first.copy_(first)
+        self.second.copy_(second)
 
     def width(self, head_dim: int) -> int:
         return 1 + head_dim + head_dim * (head_dim + 1) // 2
 
     def query(self, q: Tensor) -> Tensor:
+        check_set("the tables of its features", self.first, q)
         pairs = (q[..., self.first] * q[..., self.second]).mul_(self._factors(q))
         return torch.cat([torch.ones_like(q[..., :1]), q * int(q.shape[-1]) ** -0.25, pairs], -1)
 

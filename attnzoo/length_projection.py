@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.arguments import check_set
 from attnzoo.eager import is_recorded, only_autograd_looks
 from attnzoo.engines import memory, peaks
 from attnzoo.engines.differentiable import is_followed, open_gradients
@@ -25,14 +26,20 @@ class LengthProjection(nn.Module):
 
     def __init__(self, heads: int, max_length: int, rank: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(heads, max_length, rank) * rank**-0.5)
+        self.weight = nn.Parameter(torch.empty(heads, max_length, rank))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew."""
+        with torch.no_grad():
+            self.weight.copy_(torch.randn_like(self.weight) * self.weight.shape[2] ** -0.5)
 
     def keep_heads(self, first: int, count: int) -> None:
         """Keep the weights of `count` heads from `first` on."""
         self.weight = nn.Parameter(self.weight.detach()[first : first + count].clone(), self.weight.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
+        weight = check_set("the projections along its length", self.weight, x).to(x.dtype)
         records = torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad) and only_autograd_looks(weight, x)
         return _Project.apply(weight, x) if records else _project(weight, x)
 

@@ -184,7 +184,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             if isinstance(of_globals, nn.ModuleDict):
                 own = self._project_apart(of_globals, query, key, value, pattern)
             else:
-                own = self._project_by(of_globals.weight, of_globals.bias, query, key, value, pattern)
+                own = self._project_together(of_globals, query, key, value, pattern)
         weights = masks.checked(self.attention.weights(q, k, global_qk=own and own[:2], **how)) if need_weights else None
         out = self.attention(q, k, v, global_qkv=own, **how)
         out = self.out_proj(rearrange(masks.checked(out), f"{batch} h l d -> {axes} (h d)"))
@@ -212,6 +212,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         inputs = (query, value) if self.attention.shares_qk else (query, key, value)
         made = [rearrange(project(x), pattern, p=1, h=self.num_heads)[0] for project, x in zip(projections.children(), inputs, strict=True)]
         return made[0], made[-2], made[-1]
+
+    def _project_together(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, pattern: str) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_project`, by one layer for all three, which is called: it may be adapted (LoRA) or quantised."""
+        made = {id(x): rearrange(layer(x), pattern, p=3, h=self.num_heads) for x in (query, key, value)}
+        return made[id(query)][0], made[id(key)][1], made[id(value)][2]
 
     def _project_by(
         self, packed: Tensor, bias: Tensor | None, query: Tensor, key: Tensor, value: Tensor, pattern: str

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.arguments import check_choice, check_scale, check_seed
+from attnzoo.arguments import check_choice, check_scale, check_seed, check_set
 from attnzoo.exponential import LN_2, LOG2_E
 from attnzoo.feature_maps import FeatureMap, Features
 
@@ -40,11 +40,17 @@ class RandomFeatures(FeatureMap):
             raise ValueError(f"scale={scale!r} must be positive: the features take its square root")
         self.projection: Tensor
         self.register_buffer("projection", draw_projection(num_features, head_dim, orthogonal=orthogonal, seed=seed))
+        self.seed = seed
 
     def redraw(self, seed: int) -> None:
         """Replace ω by another draw, in place."""
         rows, head_dim = self.projection.shape
         self.projection.copy_(draw_projection(rows, head_dim, orthogonal=self.orthogonal, seed=seed))
+        self.seed = seed
+
+    def reset_parameters(self) -> None:
+        """Draw the directions of the seed again, where they lost their values."""
+        self.redraw(self.seed)
 
     def width(self, head_dim: int) -> int:
         return self.num_features * (2 if self.kind in ("hyperbolic", "trigonometric") else 1)
@@ -90,6 +96,7 @@ class RandomFeatures(FeatureMap):
 
     def _features(self, x: Tensor) -> Features:
         """And the largest exponent of each token where it has left the features. Exponents are of 2, whose power is the fastest on a CPU."""
+        check_set("the directions of its features", self.projection, x)
         directions = self._directions(x.dtype).mT
         if self.kind == "relu":
             return F.relu_(x @ (directions * self.num_features**-0.5)), None

@@ -131,6 +131,7 @@ CASES: dict[str, list[Case]] = {
         Case("reformer", {"num_buckets": 6, "num_hashes": 3, "chunk_size": 5}),
         Case("reformer", {"num_buckets": 2, "num_hashes": 1, "chunk_size": 7}),
         Case("reformer", {"num_buckets": 16, "num_hashes": 2, "chunk_size": 4, "seed": 3, "scale": 0.7}),
+        Case("reformer", {"num_buckets": (4, 2, 6), "num_hashes": 2, "chunk_size": 3}),
         Case("reformer"),
     ],
     "longformer": [

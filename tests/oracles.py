@@ -478,9 +478,15 @@ def reformer(
     assert attn_mask is None
     scale = scale if scale is not None else 1.0 if share_qk else q.shape[3] ** -0.5
 
+    factors = [num_buckets] if isinstance(num_buckets, int) else num_buckets
+
     def bucket(x: Tensor, rotation: Tensor) -> int:
-        turned = x.detach() @ rotation.double()
-        return 0 if num_buckets == 1 else int(torch.cat([turned, -turned]).argmax())
+        number, first = 0, 0
+        for factor in factors:
+            turned = x.detach() @ rotation[:, first : first + factor // 2].double()
+            number = number * factor + (0 if factor == 1 else int(torch.cat([turned, -turned]).argmax()))
+            first += factor // 2
+        return number
 
     def matrix(_: int, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         n, real = k.shape[0], visible[-1]  # the last query sees every real key

@@ -80,6 +80,8 @@ class GlobalCache:
 
         Raises UnsupportedError where a row of theirs would need what the state has dropped.
         """
+        if torch.jit.is_tracing() and not self._counts_slots(call):
+            raise UnsupportedError("which tokens are global decides what a state keeps, so its steps cannot be traced; trace whole sequences instead")
         mask, reach = call.global_mask, self.window.reach
         if mask is not None and call.key_mask is not None:
             mask = mask & call.key_mask

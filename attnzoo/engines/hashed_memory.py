@@ -10,8 +10,9 @@ from attnzoo.engines.memory import INDEX_BYTES
 
 @dataclass(frozen=True)
 class HashedMemory:
-    """Of one call. share_qk: keys are queries, scaled to length 1. slots: rows that tiles have room for, of a key head; tiles:
-    how many; width: keys that each of them sees."""
+    """Of one call. share_qk: keys are queries, scaled to length 1. tiles: of a key head, computed at a time;
+    slots: rows that they have room for; width: keys that each of them sees. joined: rows of all tiles,
+    where they are not computed at once."""
 
     shape: Shape
     rounds: int
@@ -19,6 +20,7 @@ class HashedMemory:
     slots: int
     tiles: int
     width: int
+    joined: int = 0
 
     @property
     def rows(self) -> int:
@@ -79,7 +81,8 @@ class HashedMemory:
         found = 3 * self.row_bytes * self.shape.head_dim + 3 * self.row_bytes + self.chunk_bytes + self._converted_bytes
         weighing = 2 * self.pairs * self.shape.sum_bytes + self.fetched_bytes + self.slot_bytes
         comparing = self.pairs * (INDEX_BYTES + 2)  # chunks instead of scores
-        return found + self.pairs * (INDEX_BYTES + 2) + max(weighing, comparing)
+        results = self.kv_heads * self.joined * (self.shape.head_dim + 2) * self.shape.sum_bytes
+        return found + results + max(results, self.pairs * (INDEX_BYTES + 2) + max(weighing, comparing))
 
     def training(self) -> int:
         """One round made again, held by autograd, and gradients of all that has length."""

@@ -15,10 +15,13 @@ from attnzoo.call import Call
 from attnzoo.eager import only_autograd_looks
 from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype, causal_pairs, never_refuses
 from attnzoo.engines.hashed_memory import HashedMemory
+from attnzoo.engines.pieces import at_a_time
 from attnzoo.engines.softmax import Softmax, attend_densely, softmax_cost
 from attnzoo.exponential import LOG2_E
 from attnzoo.hashing import NO_KEY, NO_QUERY, AngularHash, Chunks, lay_out, most_tiles, near, number_chunks
 from attnzoo.ordering import search
+
+SCORES = 2**24  # of tiles, held at a time: those of all tiles would be n · chunk_size
 
 
 class Hashed(Softmax):
@@ -54,8 +57,10 @@ class Hashed(Softmax):
             hidden = causal_pairs(shape.query_length, shape.key_length - most) if shape.key_length > most else 0
             support = causal_pairs(shape.query_length, shape.key_length) - hidden
         cost = softmax_cost(shape, shape.kv_heads * scores, shape.heads * support, None, None)
-        slots = sizes.query_tiles * sizes.queries
-        memory = HashedMemory(shape, rounds, self.share_qk, slots, sizes.query_tiles, sizes.seen_tiles * sizes.keys)
+        tiles = sizes.tiles_at_a_time(torch.empty(heads, 0))
+        joined = 0 if tiles == sizes.query_tiles else sizes.query_tiles * sizes.queries
+        width = sizes.seen_tiles * sizes.keys
+        memory = HashedMemory(shape, rounds, self.share_qk, tiles * sizes.queries, tiles, width, joined)
         merging = heads * rows * (2 * rounds + shape.head_dim + (0 if self.share_qk else 1))
         return replace(
             cost,
@@ -78,6 +83,11 @@ class Sizes:
     keys: int
     key_tiles: int
     seen_tiles: int
+
+    def tiles_at_a_time(self, like: Tensor) -> int:
+        """Tiles of rows whose scores are held at a time. like: (heads, ...), on the device where they are."""
+        scores = max(1, like.shape[0]) * self.queries * self.seen_tiles * self.keys
+        return at_a_time(self.query_tiles, scores, SCORES, like)
 
     @classmethod
     def of(cls, rows: int, key_length: int, num_buckets: int, chunk_size: int, is_causal: bool) -> Sizes:
@@ -158,11 +168,8 @@ def attend(engine: Hashed, call: Call) -> Tensor:
     own_is_real, own_value = _own_is_real(call), _own(v, call)
     found = _own_part(q, _own(k, call), own_value, torch.zeros_like(own_is_real) if engine.share_qk else own_is_real)
     sizes = Sizes.of(int(q.shape[1]), int(call.key_length), engine.hashing.num_buckets, engine.chunk_size, call.is_causal)
-    compute = partial(_round, chunks=chunks, positions=_positions(call), sizes=sizes, is_causal=call.is_causal)
-    if torch.is_grad_enabled() and only_autograd_looks(q, k, v):
-        compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)  # the tiles of one round at a time
     for hash_round in range(engine.hashing.num_hashes):
-        found = found.with_more(compute(hash_round, q, k, v))
+        found = found.with_more(_round(hash_round, q, k, v, chunks, _positions(call), sizes, call.is_causal))
     alone = found.total == 0
     out = torch.where(alone & own_is_real, own_value, found.out) if engine.share_qk else found.out
     return _heads(out / found.total.masked_fill(alone, 1.0), call).to(call.q.dtype)
@@ -184,25 +191,50 @@ def _round(hash_round: int, q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, pos
     tiles = search(keys.chunk, rows.chunk)[..., None] + neighbours
     tiles = tiles.where((tiles >= 0) & (tiles < sizes.key_tiles), sizes.key_tiles)  # one more tile, which is empty
     key_at = F.pad(keys.at, (0, 0, 0, 1), value=k.shape[1])
+    weigh = partial(_weigh, hash_round, chunks=chunks, positions=positions, is_causal=is_causal)
+    if torch.is_grad_enabled() and only_autograd_looks(q, k, v):  # tiles that are computed together, made again
+        weigh = partial(checkpoint, weigh, use_reentrant=False, preserve_rng_state=False)
+    together = sizes.tiles_at_a_time(q)
+    parts = [
+        weigh(q, k, v, row_at, _select(key_at, some).flatten(2))
+        for row_at, some in zip(rows.at.split(together, 1), tiles.split(together, 1), strict=True)
+    ]
+    lowest = torch.finfo(q.dtype).min
+    whole = parts[0] if len(parts) == 1 else tuple(torch.cat(x, 1) for x in zip(*parts, strict=True))
+    largest, total, out = (x.flatten(1, 2) for x in whole)
+    return Part(_take(largest, rows.slot, lowest), _take(total, rows.slot), _take(out, rows.slot))
 
-    def fetch(x: Tensor, missing: int = 0) -> Tensor:
-        """What x, (heads, key_length, d), has for the keys of every tile of rows: (heads, query tiles, keys, d)."""
-        return _select(_take(x, key_at, missing), tiles).flatten(2, 3)
 
+def _weigh(
+    hash_round: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_at: Tensor,
+    key_at: Tensor,
+    *,
+    chunks: Chunks,
+    positions: Tensor,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest score, sum of weights and numerators of the rows of some tiles, (heads, tiles, rows, 1 or d).
+
+    row_at: (heads, tiles, rows), which rows stand in the tiles; key_at: (heads, tiles, keys), which keys
+    they are multiplied with.
+    """
     row_position = positions[:, None].expand(q.shape[0], -1, -1)
     key_position = torch.arange(k.shape[1], device=q.device)[:, None].expand(k.shape[0], -1, -1)
-    distance = _take(row_position, rows.at) - fetch(key_position).mT
+    distance = _take(row_position, row_at) - _take(key_position, key_at).mT
     seen = distance > 0 if is_causal else distance != 0
     for other in range(hash_round + 1):
-        of_row, of_key = _take(chunks.queries[:, other, :, None], rows.at, NO_QUERY), fetch(chunks.keys[:, other, :, None], NO_KEY)
+        of_row = _take(chunks.queries[:, other, :, None], row_at, NO_QUERY)
+        of_key = _take(chunks.keys[:, other, :, None], key_at, NO_KEY)
         both = near(of_row.squeeze(-1), of_key.squeeze(-1), is_causal)
         seen = seen & (both if other == hash_round else ~both)
-    scores = (_take(q, rows.at) @ fetch(k).mT).masked_fill(~seen, float("-inf"))
-    lowest = torch.finfo(q.dtype).min
-    largest = scores.detach().amax(-1, keepdim=True).clamp(min=lowest)
+    scores = (_take(q, row_at) @ _take(k, key_at).mT).masked_fill(~seen, float("-inf"))
+    largest = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).min)
     weights = (scores - largest).exp2()
-    total, out = weights.sum(-1, keepdim=True), weights @ fetch(v)
-    return Part(_take(largest.flatten(1, 2), rows.slot, lowest), *(_take(x.flatten(1, 2), rows.slot) for x in (total, out)))
+    return largest, weights.sum(-1, keepdim=True), weights @ _take(v, key_at)
 
 
 def _take(x: Tensor, at: Tensor, missing: float = 0) -> Tensor:

@@ -54,6 +54,11 @@ class Sparse(Softmax):
         self.pattern = pattern
         self.sink_logits = nn.Parameter(torch.zeros(sink_logits)) if sink_logits else None
 
+    def reset_parameters(self) -> None:
+        """Set what is learned to what it begins with."""
+        if self.sink_logits is not None:
+            nn.init.zeros_(self.sink_logits)
+
     def forward(self, call: Call, backend: str = "auto") -> tuple[Tensor, str]:
         if self.sink_logits is not None:
             call = replace(call, sink_logits=self.sink_logits)

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
+from attnzoo.eager import can_look
 from attnzoo.integrations.huggingface_attention import SUBMODULE, attend, call_is_causal, refuse_other_attention, refuse_weights
 from attnzoo.integrations.huggingface_masks import is_causal_mask, padding_mask
 from attnzoo.integrations.huggingface_trial import read_a_little
@@ -240,13 +241,13 @@ def _note(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask
         causal, window, dropout = call_is_causal(module, kwargs.get("is_causal")), kwargs.get("sliding_window"), kwargs.get("dropout") or 0.0
         _refuse_other_causality(module, causal, attention_mask)
         site = probe.sites.get(module) or Site(probe.paths[module], module, query.shape[1], query.shape[3], causal, window, bias, sinks)
-        probe.sites[module] = replace(site, dropout=dropout)
+        probe.sites[module] = replace(site, dropout=dropout, place=(query.device, query.dtype))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def _refuse_other_causality(module: Any, is_causal: bool, mask: Tensor | None) -> None:
     """Raise UnsupportedError where a mask and the layer's own word differ: eager attention goes by the one, a swapped one by the other."""
-    if mask is None or mask.is_meta:
+    if mask is None or not can_look(mask, may_stall=True):
         return
     ahead = mask[..., 0, 1]  # the first query and the key after it
     hides_ahead = not bool((ahead if mask.dtype == torch.bool else ahead > torch.finfo(mask.dtype).min / 2).any())

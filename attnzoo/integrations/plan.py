@@ -15,6 +15,9 @@ from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
 from attnzoo.registry import build, options_of
 
+#: In which attention computes; other floating dtypes, such as float8, only store.
+COMPUTES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 #: name of an attention, or (name, options), for a range of layers: {"0-3": "sliding_window", 4: ("performer", {"num_features": 64})}.
 Mix = Mapping[Any, Any]
 Layers = int | str | Iterable[int]
@@ -26,7 +29,8 @@ class Site:
 
     path: of `module` in the model. is_causal: None where only the call tells. window: keys its own sliding window shows, itself
     included (None: all). has_bias: it adds a bias of positions to its scores. has_sink_logits: it has one more score
-    a head, which counts in the sum of every row. dropout: of the entries of A while training.
+    a head, which counts in the sum of every row. dropout: of the entries of A while training. place: device and dtype of its queries, where a
+    trial told them.
     """
 
     path: str
@@ -38,6 +42,7 @@ class Site:
     has_bias: bool = False
     has_sink_logits: bool = False
     dropout: float = 0.0
+    place: tuple[torch.device, torch.dtype] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def choose(name: str | Mix, layers: Layers | None, options: dict[str, Any], coun
     return dict(sorted(choices.items()))
 
 
-def build_attentions(sites: list[Site], choices: dict[int, Choice]) -> tuple[dict[int, Attention], dict[int, Choice]]:
+def build_attentions(model: nn.Module, sites: list[Site], choices: dict[int, Choice]) -> tuple[dict[int, Attention], dict[int, Choice]]:
     """An attention for each chosen layer, and the choices with the options that were settled here (the seeds).
 
     An attention with a `seed` gets seed + layer, so that layers draw differently. Raises what `build` raises, and
@@ -84,11 +89,12 @@ def build_attentions(sites: list[Site], choices: dict[int, Choice]) -> tuple[dic
         more = shared.get(repr(choice), {})
         try:
             attention = build(choice.name, heads=site.heads, head_dim=site.head_dim, **options, **more)
-            _check_fits(attention, site)
+            place = site.place or place_of(site.module, model)
+            _check_fits(attention, site, place[0])
         except UnsupportedError as error:
             raise UnsupportedError(f"layer {layer} ({site.path}): {error}") from None
         shared[repr(choice)] = more or attention.shared_options()
-        attentions[layer] = attention.to(*_place(site.module)).train(site.module.training)
+        attentions[layer] = attention.to(*place).train(site.module.training)
         settled[layer] = Choice(choice.name, options)
     return attentions, settled
 
@@ -114,7 +120,7 @@ def no_dropout(module: str, dropout: float, name: str) -> str:
     )
 
 
-def _check_fits(attention: Attention, site: Site) -> None:
+def _check_fits(attention: Attention, site: Site, device: torch.device) -> None:
     if site.is_causal is not None:
         attention.check_causality(site.is_causal)
     if attention.shares_qk:
@@ -132,7 +138,7 @@ def _check_fits(attention: Attention, site: Site) -> None:
         refusal = no_dropout(type(site.module).__name__, site.dropout, attention.spec.name)
         if site.module.training:
             raise UnsupportedError(refusal)
-        if _place(site.module)[0].type != "meta":
+        if device.type != "meta":
             warnings.warn(refusal, stacklevel=4)  # the caller of `swap`
     reach = getattr(getattr(attention.engine, "pattern", None), "reach", None)
     if site.window is not None and (reach is None or reach > site.window or attention.global_tokens):
@@ -142,9 +148,13 @@ def _check_fits(attention: Attention, site: Site) -> None:
         )
 
 
-def _place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    weight = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
-    return weight.device, weight.dtype
+def place_of(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the first of these modules computes that has a weight to tell: weights that are only stored (8 bits) tell the device alone."""
+    weights = [weight for module in modules for weight in (*module.parameters(), *module.buffers())]
+    computing = next((weight for weight in weights if weight.dtype in COMPUTES), None)
+    if computing is not None:
+        return computing.device, computing.dtype
+    return weights[0].device if weights else torch.device("cpu"), torch.get_default_dtype()
 
 
 def _choice(value: Any, options: dict[str, Any]) -> Choice:

@@ -65,7 +65,7 @@ def swap(model: Model, name: str | Mix, *, layers: Layers | None = None, **optio
     integration = _integration_for(model)
     sites = integration.find_sites(model)
     choices = choose(name, layers, options, len(sites))
-    attentions, choices = build_attentions(sites, choices)
+    attentions, choices = build_attentions(model, sites, choices)
     undo = integration.insert(model, sites, attentions)
     vars(model)[RECORD] = Record(integration.__name__.rpartition(".")[2], sites, choices, attentions, undo)  # a wrapper's setattr may pass it on
     return model

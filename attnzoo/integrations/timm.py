@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
 from attnzoo.integrations.evaluating import evaluating
-from attnzoo.integrations.plan import Site, no_dropout
+from attnzoo.integrations.plan import Site, no_dropout, place_of
 from attnzoo.integrations.replacing import PutBack, replace_modules
 from attnzoo.registry import build
 
@@ -108,10 +108,10 @@ def _refuse_other_attention(module: Any) -> None:
 
 def _refuse_other_formula(module: Any, core: Attention) -> None:
     """Raise UnsupportedError unless the module is softmax attention: what has the same parts may join them otherwise, or read images."""
-    weight = module.qkv.weight
-    if weight.is_meta:
+    device, dtype = place_of(module, core)
+    if device.type == "meta":
         return
-    x = torch.randn(1, 5, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    x = torch.randn(1, 5, module.qkv.in_features, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     exact = TimmAttention(module, build("standard", heads=core.heads, head_dim=core.head_dim))
     with evaluating(module), evaluating(exact):
         wanted = exact(x)
@@ -122,6 +122,6 @@ def _refuse_other_formula(module: Any, core: Attention) -> None:
             raise UnsupportedError(
                 f"{type(module).__name__} does not take (batch, length, features) alone ({reason}); this model cannot be swapped"
             ) from None
-        same = out.shape == wanted.shape and float((out - wanted).abs().max()) <= 32 * torch.finfo(weight.dtype).eps * float(wanted.abs().max())
+        same = out.shape == wanted.shape and float((out - wanted).abs().max()) <= 32 * torch.finfo(dtype).eps * float(wanted.abs().max())
     if not same:
         raise UnsupportedError(f"{type(module).__name__} has the parts of softmax attention and another formula; this model cannot be swapped")

@@ -62,7 +62,7 @@ class BigBird(Attention):
         super().__init__(heads, head_dim, Sparse(near | self.random, scale, dropout), backend=backend)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.random.seed)
+        return torch.tensor(self.random.seed, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         self._draw(replace(self.random, seed=int(state)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from attnzoo.arguments import check_positive
@@ -31,7 +33,8 @@ class Reformer(Attention):
     heaviest keys and one of seven of the top 32, which a window does better (benchmarks/README.md). Decoding keeps all keys and hashes them again
     at every step: right, not fast. Sorting and masks outweigh the products: on a CPU SDPA was faster at every length up to 16,384 causal tokens.
 
-    num_buckets: even, or 1; in the paper about 2·length/chunk_size, here fixed, so that no row changes as it grows. num_hashes: hash rounds.
+    num_buckets: even, or 1; in the paper about 2·length/chunk_size, here fixed, so that no row changes as it grows. Several such numbers
+    are hashed one by one, for as many buckets as their product: [256, 128] names 32,768 by 192 directions. num_hashes: hash rounds.
     share_qk: the paper's form: k is q (pass one tensor), keys are scaled to length 1 and a token sees itself only if it sees nothing else.
     seed: of the rotations, which are kept in state_dict; see `redraw`. scale: of the scores, default 1/sqrt(head_dim), with share_qk 1.
     """
@@ -53,7 +56,7 @@ class Reformer(Attention):
         heads: int,
         head_dim: int,
         *,
-        num_buckets: int = 32,
+        num_buckets: int | Sequence[int] = 32,
         num_hashes: int = 4,
         chunk_size: int = 64,
         share_qk: bool = False,
