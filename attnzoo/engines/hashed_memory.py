@@ -88,5 +88,5 @@ class HashedMemory:
         """One round made again, held by autograd, and gradients of all that has length."""
         given = 0 if self.shape.sum_bytes > self.shape.dtype.itemsize else self.shape.key_bytes * (1 if self.share_qk else 2)
         held = self.kept() - given + self.shape.query_bytes + 4 * self.row_bytes * self.shape.head_dim
-        round_bytes = self.pairs * (INDEX_BYTES + 3 + 2 * self.shape.sum_bytes) + 2 * self.fetched_bytes + 3 * self.slot_bytes
+        round_bytes = self.pairs * (INDEX_BYTES + 3 + 2 * self.shape.sum_bytes) + 2 * self.fetched_bytes + 2 * self.slot_bytes
         return held + round_bytes

@@ -201,6 +201,7 @@ def _round(hash_round: int, q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, pos
     ]
     lowest = torch.finfo(q.dtype).min
     whole = parts[0] if len(parts) == 1 else tuple(torch.cat(x, 1) for x in zip(*parts, strict=True))
+    del parts  # before copies of the whole are made
     largest, total, out = (x.flatten(1, 2) for x in whole)
     return Part(_take(largest, rows.slot, lowest), _take(total, rows.slot), _take(out, rows.slot))
 
