@@ -144,18 +144,31 @@ class Attention(nn.Module):
         global_qk: tuple[Tensor, Tensor] | None = None,
         sink_logits: Tensor | None = None,
     ) -> Tensor:
-        """A itself, without dropout, (batch, heads, query_length, key_length): the reference run on v = identity.
+        """A itself, without dropout, (batch, heads, query_length, key_length), as the reference forms it.
 
         Memory is quadratic in the length. Arguments and errors are those of `forward`; global_qk: the first two of its global_qkv.
         """
-        identity = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
-        global_qkv = None if global_qk is None else (*global_qk, identity)
-        call = Call(q, k, identity, key_mask, attn_mask, is_causal, self._globals_of(k, global_mask), global_qkv, sink_logits=sink_logits)
+        global_qkv = None if global_qk is None else (*global_qk, global_qk[1])
+        call = Call(q, k, k, key_mask, attn_mask, is_causal, self._globals_of(k, global_mask), global_qkv, sink_logits=sink_logits)
         self.refuse(call)
+        self.last_backend = "reference"
+        if 0 in (*q.shape[:3], k.shape[2]):
+            return q.new_zeros(*q.shape[:3], k.shape[2])
+        call, poisoned = shield_past(clear_padding(call))
+        found = self.matrix(self.place(call, 0)).to(q.dtype)
+        return found if poisoned is None else _poison(found, poisoned)
+
+    def matrix(self, call: Call) -> Tensor:
+        """A of a checked call whose padded slots are zero. A variant that mixes its tokens outside the engine
+        multiplies the identity, whatever its engine does."""
+        if type(self).attend is Attention.attend:
+            return self.engine.weights(call)
+        identity = torch.eye(call.key_length, dtype=call.k.dtype, device=call.k.device)
         training = self.engine.training
         self.engine.eval()
         try:
-            return self._run(call, "reference")
+            whole = replace(call, v=identity.expand(*call.k.shape[:2], -1, -1))
+            return self.attend(clear_padding(whole), "reference")[0]
         finally:
             self.engine.train(training)
 

@@ -152,8 +152,24 @@ class Engine(nn.Module):
 
     def forward(self, call: Call, backend: str = "auto") -> tuple[Tensor, str]:
         """Return A·v, (batch, heads, query_length, value_dim) in q's dtype, and the name of the backend that ran."""
+        return self.run(self.completed(call), backend)
+
+    def weights(self, call: Call) -> Tensor:
+        """A itself, without dropout, (batch, heads, query_length, key_length) in the precision of sums."""
+        return self.matrix(self.completed(call))
+
+    def completed(self, call: Call) -> Call:
+        """The call with what the engine itself adds to it."""
+        return call
+
+    def run(self, call: Call, backend: str) -> tuple[Tensor, str]:
+        """As `forward`, of a call that is complete."""
         chosen = self.choose(call, backend)
         return chosen.run(self, call), chosen.name
+
+    def matrix(self, call: Call) -> Tensor:
+        """As `weights`, of a call that is complete: the reference, which every backend must equal."""
+        raise NotImplementedError
 
     def init_state(self, batch_size: int, kv_heads: int, head_dim: int, max_length: int | None, dtype: torch.dtype, device: Any) -> Any:
         """An empty state for decoding."""

@@ -18,8 +18,8 @@ from attnzoo.engines.factorized_flash import shares_of
 from attnzoo.engines.factorized_layout import Near, Rows, shown
 from attnzoo.engines.factorized_memory import Layout
 from attnzoo.engines.memory import INDEX_BYTES, fused
-from attnzoo.engines.softmax import masked_softmax, sdpa, softmax_cost
-from attnzoo.engines.sparse import Sparse, reference
+from attnzoo.engines.softmax import masked_softmax, reference, sdpa, softmax_cost
+from attnzoo.engines.sparse import Sparse
 from attnzoo.factorized_patterns import ByHead, Factor, Strided
 from attnzoo.patterns import Grid, grid_of
 

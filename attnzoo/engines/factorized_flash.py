@@ -148,8 +148,9 @@ def serves(engine: Softmax, call: Call) -> bool:
 
 def shares_of(factors: tuple[Factor, ...], rows: Rows, grid: Grid) -> list[Share]:
     """What heads see that see these factors together; without the second where it adds nothing."""
-    some = factors[:1] if len(factors) > 1 and not factors[1].adds(grid) else factors
-    return [Share(one, None if one is factors[0] else factors[0], part_of(one, rows, grid.is_causal), grid) for one in some]
+    near = factors[0]
+    some = [one for one in factors if one is near or one.adds(grid)]
+    return [Share(one, None if one is near else near, part_of(one, rows, grid.is_causal), grid) for one in some]
 
 
 def attend(engine: Softmax, groups: Sequence[tuple[tuple[Factor, ...], list[int]]], call: Call, grid: Grid, compute: Compute) -> Tensor:

@@ -16,7 +16,7 @@ from attnzoo.engines.cache import check_state
 from attnzoo.engines.engine import Backend, Cost, Engine, Shape, accumulation_dtype, never_refuses
 from attnzoo.engines.linear_chunks import Past, divisor, finite
 from attnzoo.engines.pieces import join
-from attnzoo.engines.softmax import causal_mask
+from attnzoo.engines.softmax import causal_mask, visible
 from attnzoo.feature_maps import FeatureMap
 
 
@@ -57,6 +57,32 @@ class Linear(Engine):
         super().__init__()
         self.feature_map = feature_map
 
+    def matrix(self, call: Call) -> Tensor:
+        feature_map, dtype = self.feature_map, accumulation_dtype(call.q.dtype)
+        q_features = feature_map.query(call.q.to(dtype))
+        k_features, log_scale = feature_map.key(repeat_heads(call.k, call.group).to(dtype))
+        if log_scale is None and not feature_map.fades and feature_map.normalizer != "feature":
+            attention = q_features @ k_features.mT
+            mask = visible(call)
+            if mask is not None:
+                attention = attention.masked_fill(~mask, 0.0)
+            if feature_map.normalizer == "none":
+                return attention
+            return attention / divisor(attention.sum(-1, keepdim=True))
+        weights = _relative(_log_weights(log_scale, call.key_mask, k_features), call)
+        if feature_map.fades:
+            gamma = feature_map.decay(call.k.to(dtype)).repeat_interleave(call.group)
+            count = linear_chunks.counted(call.key_length, call.key_mask, call.q.device)
+            of_queries = F.pad(count, (max(0, -call.offset), 0))[..., -call.query_length :]
+            since = (of_queries[..., :, None] - count[..., None, :]).clamp(min=0)
+            weights = weights * gamma[:, None, None] ** since
+        if feature_map.normalizer == "feature":
+            q_features = q_features / divisor(weights @ k_features)
+        attention = (q_features @ k_features.mT) * weights
+        if feature_map.normalizer == "row":
+            attention = attention / divisor(attention.sum(-1, keepdim=True))
+        return attention
+
     def init_state(self, batch_size: int, kv_heads: int, head_dim: int, max_length: int | None, dtype: torch.dtype, device: Any) -> LinearState:
         return LinearState(batch_size, kv_heads, max_length)
 
@@ -73,23 +99,9 @@ class Linear(Engine):
 
 
 def _reference(engine: Linear, call: Call) -> Tensor:
-    """A formed whole, (batch, heads, query_length, key_length)."""
-    feature_map, dtype = engine.feature_map, accumulation_dtype(call.q.dtype)
-    q_features = feature_map.query(call.q.to(dtype))
-    k_features, log_scale = feature_map.key(repeat_heads(call.k, call.group).to(dtype))
-    weights = _relative(_log_weights(log_scale, call.key_mask, k_features), call)
-    if feature_map.fades:
-        gamma = feature_map.decay(call.k.to(dtype)).repeat_interleave(call.group)
-        count = linear_chunks.counted(call.key_length, call.key_mask, call.q.device)
-        of_queries = F.pad(count, (max(0, -call.offset), 0))[..., -call.query_length :]
-        since = (of_queries[..., :, None] - count[..., None, :]).clamp(min=0)
-        weights = weights * gamma[:, None, None] ** since
-    if feature_map.normalizer == "feature":
-        q_features = q_features / divisor(weights @ k_features)
-    attention = (q_features @ k_features.mT) * weights
-    if feature_map.normalizer == "row":
-        attention = attention / divisor(attention.sum(-1, keepdim=True))
-    return (attention @ repeat_heads(call.v, call.group).to(dtype)).to(call.q.dtype)
+    """A·v by A itself."""
+    weights = engine.matrix(call)
+    return (weights @ repeat_heads(call.v, call.group).to(weights.dtype)).to(call.q.dtype)
 
 
 def _relative(log_weights: Tensor, call: Call) -> Tensor:

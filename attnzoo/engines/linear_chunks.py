@@ -180,8 +180,8 @@ def chunks_held(width: int, batch_size: int, heads: int, length: int, like: Tens
 
 def spans_of(feature_map: FeatureMap, call: Call) -> list[tuple[int, int]]:
     """`spans` of a call with as many queries as keys."""
-    q = call.q
-    return spans(q.shape[2], chunks_held(feature_map.width_of(call.k[:0].to(accumulation_dtype(call.k.dtype))), *q.shape[:3], q))
+    q, width = call.q, feature_map.width_of(call.k[:0].to(accumulation_dtype(call.k.dtype)))
+    return spans(q.shape[2], chunks_held(width, q.shape[0], q.shape[1], q.shape[2], q))
 
 
 def causal(feature_map: FeatureMap, call: Call, past: Past | None, *, remember_last: bool = False) -> Iterator[Piece]:

@@ -34,6 +34,9 @@ class Softmax(Engine):
         """The factor of the scores of these queries."""
         return int(q.shape[-1]) ** -0.5 if self.scale is None else self.scale
 
+    def matrix(self, call: Call) -> Tensor:
+        return dense_weights(self, call, visible(call))
+
     def init_state(self, batch_size: int, kv_heads: int, head_dim: int, max_length: int | None, dtype: torch.dtype, device: Any) -> KeyValueCache:
         return KeyValueCache.empty(batch_size, kv_heads, head_dim, max_length, None, dtype, device)
 
@@ -97,23 +100,24 @@ def additive(call: Call) -> Tensor | None:
     return call.attn_mask if call.attn_mask is not None and call.attn_mask.is_floating_point() else None
 
 
-def attend_densely(engine: Softmax, call: Call, mask: Tensor | None) -> Tensor:
-    """Form A whole under `mask` and the call's additive mask, and multiply."""
-    group, dtype = call.group, accumulation_dtype(call.q.dtype)
-    q, k, v = call.q.to(dtype), repeat_heads(call.k, group).to(dtype), repeat_heads(call.v, group).to(dtype)
+def dense_weights(engine: Softmax, call: Call, mask: Tensor | None) -> Tensor:
+    """A formed whole under `mask` and the call's additive mask, in the precision of sums."""
+    dtype = accumulation_dtype(call.q.dtype)
+    q, k = call.q.to(dtype), repeat_heads(call.k, call.group).to(dtype)
     scores = einsum(q, k, "b h i d, b h j d -> b h i j") * engine.scale_of(call.q)
     bias = additive(call)
     if bias is not None:
         scores = scores + bias.to(dtype)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    logits = None if call.sink_logits is None else call.sink_logits[:, None, None]
-    attention = F.dropout(masked_softmax(scores, logits), engine.dropout, engine.training)
-    return einsum(attention, v, "b h i j, b h j d -> b h i d").to(call.q.dtype)
+    return masked_softmax(scores, None if call.sink_logits is None else call.sink_logits[:, None, None])
 
 
-def _reference(engine: Softmax, call: Call) -> Tensor:
-    return attend_densely(engine, call, visible(call))
+def reference(engine: Softmax, call: Call) -> Tensor:
+    """A·v by A itself, with dropout, in q's dtype."""
+    weights = F.dropout(engine.matrix(call), engine.dropout, engine.training)
+    v = repeat_heads(call.v, call.group).to(weights.dtype)
+    return einsum(weights, v, "b h i j, b h j d -> b h i d").to(call.q.dtype)
 
 
 def attend_openly(engine: Softmax, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sink_logits: Tensor) -> Tensor:
@@ -241,5 +245,5 @@ def _sdpa_why_not(engine: Softmax, call: Call) -> str | None:
 Softmax.backends = (
     Backend("sdpa", _sdpa, _sdpa_why_not),
     Backend("xformers", softmax_xformers.attend, softmax_xformers.why_not),
-    Backend("reference", _reference, never_refuses),
+    Backend("reference", reference, never_refuses),
 )

@@ -16,7 +16,7 @@ from attnzoo.eager import only_autograd_looks
 from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype, causal_pairs, never_refuses
 from attnzoo.engines.hashed_memory import HashedMemory
 from attnzoo.engines.pieces import at_a_time
-from attnzoo.engines.softmax import Softmax, attend_densely, softmax_cost
+from attnzoo.engines.softmax import Softmax, dense_weights, reference, softmax_cost
 from attnzoo.exponential import LOG2_E
 from attnzoo.hashing import NO_KEY, NO_QUERY, AngularHash, Chunks, lay_out, most_tiles, near, number_chunks
 from attnzoo.ordering import search
@@ -45,6 +45,9 @@ class Hashed(Softmax):
             seen = seen | near(of_query, of_key, call.is_causal)
         seen = seen & (distance > 0 if call.is_causal else distance != 0)
         return _heads(seen | (own & ~seen.any(-1, keepdim=True) if self.share_qk else own), call)
+
+    def matrix(self, call: Call) -> Tensor:
+        return dense_weights(self, _prepared(self, call), self.support(call))
 
     def cost(self, shape: Shape) -> Cost:
         rows = shape.query_length * (shape.heads // shape.kv_heads)
@@ -138,10 +141,6 @@ def _prepared(engine: Hashed, call: Call) -> Call:
     k = call.k.to(accumulation_dtype(call.k.dtype))
     square = k.square().sum(-1, keepdim=True)
     return replace(call, k=k * square.clamp(min=torch.finfo(k.dtype).tiny).rsqrt())
-
-
-def _reference(engine: Hashed, call: Call) -> Tensor:
-    return attend_densely(engine, _prepared(engine, call), engine.support(call))
 
 
 @dataclass(frozen=True)
@@ -250,4 +249,4 @@ def _select(x: Tensor, at: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, at.shape)
 
 
-Hashed.backends = (Backend("chunked", attend, never_refuses), Backend("reference", _reference, never_refuses))
+Hashed.backends = (Backend("chunked", attend, never_refuses), Backend("reference", reference, never_refuses))

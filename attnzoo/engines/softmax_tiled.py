@@ -21,7 +21,7 @@ from attnzoo.engines.differentiable import is_followed, open_gradients
 from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype, causal_pairs, never_refuses
 from attnzoo.engines.memory import fused
 from attnzoo.engines.pieces import join
-from attnzoo.engines.softmax import Softmax, additive, attend_densely, visible
+from attnzoo.engines.softmax import Softmax, additive, reference
 from attnzoo.exponential import exp_
 
 
@@ -192,8 +192,4 @@ def _why_not(engine: Tiled, call: Call) -> str | None:
     return None
 
 
-def _reference(engine: Tiled, call: Call) -> Tensor:
-    return attend_densely(engine, call, visible(call))
-
-
-Tiled.backends = (Backend("tiled", attend, _why_not), Backend("reference", _reference, never_refuses))
+Tiled.backends = (Backend("tiled", attend, _why_not), Backend("reference", reference, never_refuses))

@@ -25,7 +25,7 @@ from attnzoo.engines import (
 from attnzoo.engines.cache import KeyValueCache
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Shape, causal_pairs, never_refuses
 from attnzoo.engines.global_cache import GlobalCache
-from attnzoo.engines.softmax import Softmax, attend_densely, causal_mask, sdpa, softmax_cost, visible
+from attnzoo.engines.softmax import Softmax, causal_mask, dense_weights, reference, sdpa, softmax_cost, visible
 from attnzoo.engines.sparse_columns import Columns
 from attnzoo.padding import (
     fetched,
@@ -59,13 +59,28 @@ class Sparse(Softmax):
         if self.sink_logits is not None:
             nn.init.zeros_(self.sink_logits)
 
-    def forward(self, call: Call, backend: str = "auto") -> tuple[Tensor, str]:
-        if self.sink_logits is not None:
-            call = replace(call, sink_logits=self.sink_logits)
+    def completed(self, call: Call) -> Call:
+        return call if self.sink_logits is None else replace(call, sink_logits=self.sink_logits)
+
+    def run(self, call: Call, backend: str) -> tuple[Tensor, str]:
         chosen = self.choose(call, backend)
-        if chosen.run is not reference and self.pattern.counts_positions and not starts_real(call.key_mask):
+        by_slots = chosen.run is not reference and self.pattern.counts_positions
+        if by_slots and not starts_real(call.key_mask):
             return self._from_first_real(chosen, call), chosen.name
         return chosen.run(self, call), chosen.name
+
+    def matrix(self, call: Call) -> Tensor:
+        pattern, mask = self.pattern, visible(call)
+        if call.key_mask is None or mask is None:
+            seen = pattern.mask(grid_of(call))
+            return dense_weights(self, call, seen if mask is None else seen & mask)
+        if isinstance(pattern, Window):
+            seen = replace(pattern, sinks=0).mask(grid_of(call))
+            return dense_weights(self, call, mask & (seen | first_real(call.key_mask, pattern.sinks)[:, None, None]))
+        if not pattern.counts_positions:
+            return dense_weights(self, call, mask & pattern.mask(grid_of(call)))
+        seen = pattern.mask(padded(grid_of(call), call.key_mask))
+        return on_leading_zero(dense_weights(self, call, mask & seen), call.key_mask)
 
     def _from_first_real(self, chosen: Backend, call: Call) -> Tensor:
         """A·v of a padded call by a backend that lays positions out from the first slot."""
@@ -151,20 +166,6 @@ def _count_pairs(pattern: Pattern, grid: Grid) -> int:
     if grid.is_causal:
         mask = mask & torch.ones(grid.query_length, grid.key_length, dtype=torch.bool).tril(grid.offset)
     return int(mask.sum()) * (grid.heads // mask.shape[0])
-
-
-def reference(engine: Sparse, call: Call) -> Tensor:
-    """A·v by the pattern's mask over n × n."""
-    pattern, mask = engine.pattern, visible(call)
-    if call.key_mask is None or mask is None:
-        seen = pattern.mask(grid_of(call))
-        return attend_densely(engine, call, seen if mask is None else seen & mask)
-    if isinstance(pattern, Window):
-        seen = replace(pattern, sinks=0).mask(grid_of(call))
-        return attend_densely(engine, call, mask & (seen | first_real(call.key_mask, pattern.sinks)[:, None, None]))
-    if not pattern.counts_positions:
-        return attend_densely(engine, call, mask & pattern.mask(grid_of(call)))
-    return on_leading_zero(attend_densely(engine, call, mask & pattern.mask(padded(grid_of(call), call.key_mask))), call.key_mask)
 
 
 def _blocks(engine: Sparse, call: Call) -> Tensor:

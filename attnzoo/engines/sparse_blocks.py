@@ -133,8 +133,8 @@ def _attend_ragged(engine: Softmax, pattern: BlockPattern, call: Call, grid: Gri
         for head, queries in enumerate(q.unflatten(2, (-1, size)).unbind(1)):
             chosen, some = table[:, head % table.shape[1]], listed[:, head % table.shape[1]]
             seen = (key_mask[samples, chosen] & some[..., None]).flatten(2)[:, :, None]
-            own = (x[head // call.group][samples, chosen].flatten(2, 3) for x in (keys, values))
-            yield sdpa(engine, queries, *own, seen).flatten(1, 2)[:, None]
+            own_k, own_v = (x[head // call.group][samples, chosen].flatten(2, 3) for x in (keys, values))
+            yield sdpa(engine, queries, own_k, own_v, seen).flatten(1, 2)[:, None]
 
     out = join(rows(), call.q.shape[1], 1)[:, :, ahead : ahead + grid.query_length]
     return _with_rows_that_see_all(engine, pattern, call, out, padded)

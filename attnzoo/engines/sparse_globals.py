@@ -18,7 +18,7 @@ from attnzoo.eager import can_look, is_recorded
 from attnzoo.engines import sparse_columns, sparse_dilated, sparse_flex, sparse_memory, sparse_peaks
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
 from attnzoo.engines.global_cache import GlobalCache
-from attnzoo.engines.softmax import attend_densely, sdpa, softmax_cost, visible
+from attnzoo.engines.softmax import dense_weights, reference, sdpa, softmax_cost, visible
 from attnzoo.engines.sparse import Sparse, attend_windows, grid_of
 from attnzoo.engines.sparse_columns import Columns
 from attnzoo.padding import fetched, first_real, slots_of
@@ -34,10 +34,7 @@ class WindowAndGlobals(Sparse):
         super().__init__(pattern, scale, dropout)
         self.global_tokens = check_count("global_tokens", global_tokens)
 
-    def forward(self, call: Call, backend: str = "auto") -> tuple[Tensor, str]:
-        return super().forward(self._with_globals(call), backend)
-
-    def _with_globals(self, call: Call) -> Call:
+    def completed(self, call: Call) -> Call:
         """The call with all its global tokens in its global_mask, and with their counts."""
         if call.global_mask is None and not self.global_tokens:
             return replace(call, global_qkv=None)
@@ -55,6 +52,15 @@ class WindowAndGlobals(Sparse):
             counts = _most(mask, first), _most(_of_queries(mask, call), min(first, call.query_length))
         return replace(call, global_mask=mask, global_counts=counts) if counts[0] else replace(call, global_mask=None, global_qkv=None)
 
+    def matrix(self, call: Call) -> Tensor:
+        if call.global_mask is None:
+            return super().matrix(call)
+        mask, near = visible(call), self.pattern.mask(grid_of(call)) | call.global_mask[:, None, None]
+        weights = dense_weights(self, call, near if mask is None else near & mask)
+        q, k, _ = (call.q, call.k, call.v) if call.global_qkv is None else call.global_qkv
+        rows = _of_queries(call.global_mask, call)[:, None, :, None]
+        return torch.where(rows, dense_weights(self, replace(call, q=q, k=k), mask), weights)
+
     def init_state(self, batch_size: int, kv_heads: int, head_dim: int, max_length: int | None, dtype: torch.dtype, device: Any) -> GlobalCache:
         return GlobalCache.around(super().init_state(batch_size, kv_heads, head_dim, max_length, dtype, device), self.global_tokens)
 
@@ -64,7 +70,7 @@ class WindowAndGlobals(Sparse):
         whole = replace(state.joined(call, mask), global_counts=(state.kept + new, new))
         if whole.global_counts == (0, 0):
             whole = replace(whole, global_mask=None, global_qkv=None)
-        out, name = super().forward(whole, backend)
+        out, name = self.run(whole, backend)
         return out, state.append(call, mask), name
 
     def cost(self, shape: Shape) -> Cost:
@@ -132,14 +138,13 @@ def _with_global_rows(engine: WindowAndGlobals, call: Call, out: Tensor, count: 
 
 
 def _reference(engine: WindowAndGlobals, call: Call) -> Tensor:
-    mask, pattern = visible(call), engine.pattern.mask(grid_of(call))
-    if call.global_mask is None:
-        return attend_densely(engine, call, pattern if mask is None else pattern & mask)
-    near = pattern | call.global_mask[:, None, None]
-    out = attend_densely(engine, call, near if mask is None else near & mask)
-    q, k, v = (call.q, call.k, call.v) if call.global_qkv is None else call.global_qkv
+    if call.global_qkv is None:
+        return reference(engine, call)
+    q, k, v = call.global_qkv
+    of_globals = reference(engine, replace(call, q=q, k=k, v=v, global_qkv=None))
+    assert call.global_mask is not None
     rows = _of_queries(call.global_mask, call)[:, None, :, None]
-    return torch.where(rows, attend_densely(engine, replace(call, q=q, k=k, v=v), mask), out)
+    return torch.where(rows, of_globals, reference(engine, replace(call, global_qkv=None)))
 
 
 def _flex_why_not(engine: WindowAndGlobals, call: Call) -> str | None:
