@@ -9,7 +9,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -44,7 +44,7 @@ def only_autograd_looks(*inputs: Tensor) -> bool:
     torch.func (vmap, grad), to forward-mode differentiation and to tensors without values, which then must see plain operators."""
     if is_recorded() or is_open() or torch._C._are_functorch_transforms_active():
         return False
-    return all(unpack_dual(x).tangent is None and not isinstance(x, FakeTensor) for x in inputs)
+    return all(forward_ad.unpack_dual(x).tangent is None and not isinstance(x, FakeTensor) for x in inputs)
 
 
 @contextmanager
@@ -79,8 +79,16 @@ def _set(flag: ContextVar[bool]) -> Iterator[None]:
 
 
 def is_open() -> bool:
-    """Whether this is inside `openly`."""
-    return not torch.compiler.is_compiling() and _openly.get()
+    """Whether this is inside `openly`, or more than one backward pass will be taken: forward-mode differentiation, nested transforms."""
+    if torch.compiler.is_compiling():
+        return False
+    return _openly.get() or forward_ad._current_level >= 0 or (torch._C._are_functorch_transforms_active() and _differentiates_again())
+
+
+def _differentiates_again() -> bool:
+    transforms = [one.key() for one in torch._C._functorch.get_interpreter_stack() or ()]  # pyright: ignore[reportAttributeAccessIssue]
+    kinds = torch._C._functorch.TransformType  # pyright: ignore[reportAttributeAccessIssue]
+    return kinds.Jvp in transforms or transforms.count(kinds.Grad) > 1
 
 
 def refuse_later(out: Tensor, allowed: Tensor, message: str) -> Tensor:

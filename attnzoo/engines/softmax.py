@@ -205,6 +205,8 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: fl
     if is_open():
         attend = torch.ops.aten._scaled_dot_product_attention_math  # which adds a bool mask as it is
         return attend(q, k, v, _additive(mask, q), dropout, is_causal, None, scale=scale, enable_gqa=grouped)[0]
+    if mask is not None and torch.compiler.is_exporting():  # ONNX's Attention (opset 23) has no mask that is the same for all queries
+        mask = mask.expand(*mask.shape[:-2], q.shape[2], k.shape[2])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale, enable_gqa=grouped)
 
 
