@@ -1,17 +1,18 @@
-"""torch.nn: `attnzoo.MultiheadAttention` in the place of `nn.MultiheadAttention`, inside torch's Transformer layers or alone."""
+"""torch.nn: `attnzoo.MultiheadAttention`'s forward in `nn.MultiheadAttention`, inside torch's Transformer layers or alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
 from attnzoo.integrations.plan import Site
-from attnzoo.integrations.replacing import PutBack, replace_modules
-from attnzoo.multihead import MultiheadAttention
+from attnzoo.integrations.replacing import PutBack, has_other_forward, replace_forwards
+from attnzoo.integrations.self_attention import which_look_at_themselves
+from attnzoo.multihead import MultiheadAttention, is_called
 
 #: What nn.MultiheadAttention is made of.
 PARTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v", "out_proj")
@@ -20,46 +21,94 @@ PARTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "i
 class SwappedAttention(MultiheadAttention):
     """`attnzoo.MultiheadAttention` that knows its place in a model, for the errors that only a call can bring: causality, masks."""
 
-    place: str
+    place_in_model: str
+
+    def take(self, core: Attention, place: str) -> None:
+        """Let `core`, which `refuse_core` does not refuse, attend between the projections."""
+        self.place_in_model = place
+        if core.spec.dropout:
+            engine: Any = core.engine
+            engine.dropout = self.dropout
+        self._take(core)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As `attnzoo.MultiheadAttention.forward`; what the core cannot do is an UnsupportedError that names the layer."""
         try:
             return super().forward(*args, **kwargs)
         except UnsupportedError as error:
-            raise UnsupportedError(f"{self.place}: {error}") from None
+            raise UnsupportedError(f"{self.place_in_model}: {error}") from None
+
+
+class TakeOut(PutBack):
+    """What makes torch's modules of swapped ones again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: dict[str, set[int]] = {}  # the hooks of every out_proj at the swap
+
+    def check(self, model: nn.Module) -> None:
+        """As `PutBack.check`; torch's own forward reads the weight of out_proj and never calls it."""
+        super().check(model)
+        of_peft = {id(getattr(module, "base_layer", None)) for module in model.modules() if _is_pefts(module)}
+        for path, (module, _, _) in self.swapped.items():
+            if "projections" in module._modules:
+                raise ValueError(f"{path} has its in_proj_weight split over processes; it cannot be put back")
+            last: Any = module.out_proj
+            passed_by = type(last).forward is not nn.Linear.forward or "forward" in vars(last) or _hooks(last) - self.heard[path]
+            if passed_by and id(module) not in of_peft:
+                raise ValueError(
+                    f"{path}.out_proj is a {type(last).__name__} that is called, and torch's nn.MultiheadAttention would read its weight and never call "
+                    "it; take out first what was put there since the swap (an adapter: merge it, in PEFT by merge_and_unload; hooks: remove them)"
+                )
+
+    def __call__(self, model: nn.Module) -> None:
+        super().__call__(model)
+        for module, *_ in self.swapped.values():
+            for number in [number for number, hook in module._forward_pre_hooks.items() if hook is is_called]:
+                del module._forward_pre_hooks[number]
+            vars(module).pop("place_in_model")
+
+
+def _hooks(module: nn.Module) -> set[int]:
+    return {*module._forward_hooks, *module._forward_pre_hooks}
+
+
+def _is_pefts(module: nn.Module) -> bool:
+    """PEFT's layer around an nn.MultiheadAttention, which merges the adapters of out_proj before every call."""
+    return type(module).__name__ == "MultiheadAttention" and type(module).__module__.startswith("peft.")
 
 
 def handles(model: nn.Module) -> bool:
-    """Whether the model has an nn.MultiheadAttention of torch's, the cross-attention of torch's decoder layers apart."""
+    """Whether the model has an nn.MultiheadAttention of torch's."""
     return any(True for _ in _attentions(model))
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """Every nn.MultiheadAttention inside the model, but for the cross-attention of torch's decoder layers.
+    """Every nn.MultiheadAttention inside the model, and whether it is known to be self-attention.
 
-    Raises ValueError when the model itself is one: it has no parent to be replaced in; UnsupportedError on one that does more than torch's.
+    Raises ValueError when the model itself is one: it has no layer around it; UnsupportedError on one that does more than torch's.
     """
     found = list(_attentions(model))
     if any(module is model for _, module in found):
         raise ValueError("an nn.MultiheadAttention cannot be swapped in place; build an attnzoo.MultiheadAttention and load its state_dict")
+    itself = which_look_at_themselves(model, [module for _, module in found])
     for path, module in found:
-        _refuse_other_attention(path, module)
-    return [Site(path, module, module.num_heads, module.head_dim, dropout=module.dropout) for path, module in found]
+        if itself[module] is not False:
+            _refuse_other_attention(path, module)
+    return [Site(path, module, module.num_heads, module.head_dim, dropout=module.dropout, is_self=itself[module]) for path, module in found]
 
 
 def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.MultiheadAttention]]:
-    cross = {id(layer.multihead_attn) for layer in model.modules() if isinstance(layer, nn.TransformerDecoderLayer)}
     for path, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention) and not isinstance(module, MultiheadAttention) and id(module) not in cross:
+        if isinstance(module, nn.MultiheadAttention) and not isinstance(module, MultiheadAttention):
             yield path, module
 
 
 def _refuse_other_attention(path: str, module: nn.MultiheadAttention) -> None:
-    """Raise UnsupportedError on a subclass with a forward of its own, and on parts (a parametrization, a pruned weight) that torch's has not."""
+    """Raise UnsupportedError on a forward that is not torch's, and on parts (a parametrization, a pruned weight) that torch's has not."""
     parts = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False), *module.named_children())]
     extra = [name for name in parts if name not in PARTS]
-    if type(module).forward is not nn.MultiheadAttention.forward:
+    if type(module).forward is not nn.MultiheadAttention.forward or has_other_forward(module):
         extra.append("a forward of its own")
     if extra:
         raise UnsupportedError(
@@ -69,17 +118,14 @@ def _refuse_other_attention(path: str, module: nn.MultiheadAttention) -> None:
 
 
 def insert(model: nn.Module, sites: list[Site], attentions: dict[int, Attention]) -> PutBack:
-    """Put the attentions in place of the modules at `sites`; the answer undoes it."""
-    places = {id(attention): f"layer {layer} ({sites[layer].path})" for layer, attention in attentions.items()}
-
-    def wrap(module: nn.Module, attention: Attention) -> SwappedAttention:
-        swapped = SwappedAttention.around(cast(nn.MultiheadAttention, module), attention)
-        swapped.place = places[id(attention)]
-        return swapped
-
-    put_back = replace_modules(model, sites, attentions, wrap)
-    for path, module in model.named_modules():
+    """Give the modules at `sites` their attentions; the answer undoes it."""
+    for layer in attentions:
+        _refuse_other_attention(sites[layer].path, sites[layer].module)  # pyright: ignore[reportArgumentType]
+    put_back = TakeOut()
+    put_back.heard = {sites[layer].path: _hooks(sites[layer].module.out_proj) for layer in attentions}  # pyright: ignore[reportArgumentType]
+    replace_forwards(sites, attentions, SwappedAttention, MultiheadAttention.refuse_core, SwappedAttention.take, put_back)
+    for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):  # its nested tensors are for layers that run torch's own fast path
-            put_back.nested[path] = module.use_nested_tensor
+            put_back.nested.append((module, module.use_nested_tensor))
             module.use_nested_tensor = False
     return put_back
