@@ -256,12 +256,15 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _check(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:
         if self.training and self.dropout and not self.attention.spec.dropout:
             raise UnsupportedError(_no_dropout(self.attention.spec, self.dropout))
-        weight = self.out_proj.weight
+        # The module's own: what a layer in it computes with (integers, what a hook brings) is that layer's affair.
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
         for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
             if x.dim() not in (2, 3) or x.dim() != query.dim():
                 raise ValueError(f"{name} has shape {tuple(x.shape)}; query, key and value must all be batched (3-D) or all unbatched (2-D)")
             if x.shape[-1] != width:
                 raise ValueError(f"{name} has {x.shape[-1]} features (shape {tuple(x.shape)}); this module was built for {width}")
+            if weight is None or not weight.is_floating_point():
+                continue
             if x.device != weight.device:
                 raise ValueError(f"{name} is on {x.device} and the module on {weight.device}; move one of them")
             if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
@@ -277,8 +280,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError(f"query has shape {tuple(query.shape)} and key {tuple(key.shape)}; their batch sizes must agree in {layout}")
         lengths = (query.shape[length_axis], key.shape[length_axis])
         sizes = (query.shape[1 - length_axis],) if batched else ()
-        check_mask("key_padding_mask", key_padding_mask, [(*sizes, lengths[1])], weight.device)
-        check_mask("attn_mask", attn_mask, [lengths, (self.num_heads * (sizes[0] if sizes else 1), *lengths)], weight.device)
+        check_mask("key_padding_mask", key_padding_mask, [(*sizes, lengths[1])], query.device)
+        check_mask("attn_mask", attn_mask, [lengths, (self.num_heads * (sizes[0] if sizes else 1), *lengths)], query.device)
 
 
 def is_called(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -25,7 +25,6 @@ class PutBack:
 
     def __init__(self) -> None:
         self.swapped: dict[str, tuple[nn.Module, type, type]] = {}
-        self.nested: list[tuple[nn.TransformerEncoder, bool]] = []
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError where something that was put on a module since would not outlive the undoing."""
@@ -43,8 +42,6 @@ class PutBack:
             delattr(module, CORE)
             vars(module).pop("__module__", None)
             _change_class(module, own)
-        for stack, value in self.nested:
-            stack.use_nested_tensor = value
 
 
 def replace_forwards(

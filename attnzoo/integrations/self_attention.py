@@ -61,7 +61,7 @@ def _try(around: nn.Module, attentions: list[nn.MultiheadAttention]) -> dict[nn.
     plain, more = ({attention: set() for attention in attentions} for _ in range(2))
     for length in LENGTHS:
         for seen, optional in ((plain, False), (more, True)):
-            for args, kwargs in _arguments(around, attentions[0], length, optional):
+            for args, kwargs in _arguments(around, attentions, length, optional):
                 with _answering_zeros(seen):
                     try:
                         around(*args, **kwargs)
@@ -98,11 +98,13 @@ def _answering_zeros(seen: dict[nn.Module, set[bool]]) -> Iterator[None]:
                 attention.forward = forward
 
 
-def _arguments(around: nn.Module, like: nn.MultiheadAttention, length: int, optional: bool) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+def _arguments(
+    around: nn.Module, attentions: list[nn.MultiheadAttention], length: int, optional: bool
+) -> Iterator[tuple[list[Any], dict[str, Any]]]:
     """Calls to try: sequences of vectors or of tokens for what must be given, and for what may be and is None by default too if `optional`."""
     if type(around).forward is nn.Module.forward:
         return
-    device, dtype = place_of(like)
+    like, (device, dtype) = attentions[0], place_of(attentions[0])
     parameters = list(inspect.signature(around.forward).parameters.values())
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         parameters = [parameter for parameter in parameters if parameter.default is parameter.empty][:1]
@@ -114,7 +116,7 @@ def _arguments(around: nn.Module, like: nn.MultiheadAttention, length: int, opti
         size = length + LONGER * place
         return torch.zeros(*((BATCH_SIZE, size) if like.batch_first else (size, BATCH_SIZE)), width, device=device, dtype=dtype)
 
-    for width in dict.fromkeys((like.embed_dim, like.kdim)):
+    for width in dict.fromkeys((like.embed_dim, *(attention.kdim for attention in attentions))):
         yield _call(wanted, [vectors(place, width if place else like.embed_dim) for place in range(len(wanted))])
     yield _call(wanted, [vectors(place, 1)[..., 0].long() for place in range(len(wanted))])
 

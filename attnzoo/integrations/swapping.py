@@ -9,7 +9,7 @@ from torch import nn
 from attnzoo.attention import Attention
 from attnzoo.integrations import huggingface, timm, torch_nn
 from attnzoo.integrations.plan import Choice, Layers, Mix, Site, build_attentions, choose
-from attnzoo.integrations.wrappers import without_wrappers
+from attnzoo.wrappers import without_wrappers
 
 Model = TypeVar("Model", bound=nn.Module)
 RECORD = "_attnzoo_swap"
@@ -96,8 +96,7 @@ def swap(model: Model, name: str | Mix, *, layers: Layers | None = None, **optio
     the attention cannot do what the model needs; ValueError on a model without attention, on one swapped already, whole or in part, and on
     layers outside it. The model is then as it was.
     """
-    whole = without_wrappers(model)
-    part, integration = _integration_for(whole)
+    part, integration = _integration_for(_inside(model))
     sites, choices = choose(name, layers, options, integration.find_sites(part))
     attentions, choices = build_attentions(sites, choices)
     undo = integration.insert(part, sites, attentions)
@@ -157,9 +156,22 @@ def _integration_for(model: nn.Module) -> tuple[nn.Module, Any]:
 def has_attention_beside(model: nn.Module, part: nn.Module) -> bool:
     """Whether any attention that can be swapped, or is, stands in the model outside of a part of it; a transformers model stands for its own."""
     inside = set(part.modules())
-    beside = [module for module in model.modules() if module not in inside]
-    known = (Attention, nn.MultiheadAttention)
-    return any(isinstance(module, known) or huggingface.handles(module) or timm.is_attention(module) for module in beside)
+    return any(_is_attention(module) for module in model.modules() if module not in inside)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return isinstance(module, Attention | nn.MultiheadAttention) or huggingface.handles(module) or timm.is_attention(module)
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The model without wrappers; a LightningModule is one too where all its attention is in one model that it holds."""
+    model = without_wrappers(model)
+    if any(kind.__name__ == "LightningModule" for kind in type(model).__mro__):
+        holding = [child for child in model.children() if any(_is_attention(module) for module in child.modules())]
+        runs = len(holding) == 1 and type(holding[0]).forward is not nn.Module.forward  # no list of blocks
+        if runs and (huggingface.handles(holding[0]) or not _is_attention(holding[0])):
+            return _inside(holding[0])
+    return model
 
 
 def record_of(model: nn.Module) -> Record:
@@ -172,7 +184,7 @@ def swapped_part(model: nn.Module) -> tuple[nn.Module, Record]:
 
     Raises ValueError when it is not swapped, or only a part of it is, beside other attentions.
     """
-    whole = without_wrappers(model)
+    whole = _inside(model)
     swapped = {path: part for path, part in whole.named_modules() if RECORD in vars(part)}
     if not swapped:
         raise ValueError(f"this {type(whole).__name__} is not swapped; call attnzoo.swap(model, name) first")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
-from attnzoo.integrations.plan import Site
+from attnzoo.integrations.plan import Site, place_of
 from attnzoo.integrations.replacing import PutBack, has_other_forward, replace_forwards
 from attnzoo.integrations.self_attention import which_look_at_themselves
 from attnzoo.multihead import MultiheadAttention, is_called
@@ -40,42 +40,58 @@ class SwappedAttention(MultiheadAttention):
 
 
 class TakeOut(PutBack):
-    """What makes torch's modules of swapped ones again."""
+    """What makes torch's modules of swapped ones again. model: before the swap."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, modules: list[nn.Module]) -> None:
         super().__init__()
-        self.heard: dict[str, set[int]] = {}  # the hooks of every out_proj at the swap
+        self.heard = [_hooks(module.out_proj) for module in modules]  # pyright: ignore[reportArgumentType]
+        self.whole = [layer for layer in model.modules() if isinstance(layer, nn.TransformerEncoderLayer) and not _holds_more(layer)]
+        self.stacks = [(stack, stack.use_nested_tensor) for stack in model.modules() if isinstance(stack, nn.TransformerEncoder)]
 
     def check(self, model: nn.Module) -> None:
         """As `PutBack.check`; torch's own forward reads the weight of out_proj and never calls it."""
         super().check(model)
         of_peft = {id(getattr(module, "base_layer", None)) for module in model.modules() if _is_pefts(module)}
-        for path, (module, _, _) in self.swapped.items():
+        for (path, (module, _, _)), heard in zip(self.swapped.items(), self.heard, strict=True):
             if "projections" in module._modules:
                 raise ValueError(f"{path} has its in_proj_weight split over processes; it cannot be put back")
             last: Any = module.out_proj
-            passed_by = type(last).forward is not nn.Linear.forward or "forward" in vars(last) or _hooks(last) - self.heard[path]
-            if passed_by and id(module) not in of_peft:
+            if (_is_called(last) or _hooks(last) - heard) and id(module) not in of_peft:
                 raise ValueError(
-                    f"{path}.out_proj is a {type(last).__name__} that is called, and torch's nn.MultiheadAttention would read its weight and never call "
-                    "it; take out first what was put there since the swap (an adapter: merge it, in PEFT by merge_and_unload; hooks: remove them)"
+                    f"{path}.out_proj is a {type(last).__module__}.{type(last).__name__} that is called, and torch's nn.MultiheadAttention would read its "
+                    "weight and never call it; take out first what was put there since the swap (an adapter: merge it, in PEFT by merge_and_unload; "
+                    "hooks: remove them)"
                 )
 
     def __call__(self, model: nn.Module) -> None:
         super().__call__(model)
+        # Where an adapter came into a layer since, the hook stays: torch's fast path would read the weights beneath the adapter.
+        more = {part for layer in self.whole if _holds_more(layer) for part in layer.modules()}
         for module, *_ in self.swapped.values():
-            for number in [number for number, hook in module._forward_pre_hooks.items() if hook is is_called]:
-                del module._forward_pre_hooks[number]
             vars(module).pop("place_in_model")
+            for number in [number for number, hook in module._forward_pre_hooks.items() if hook is is_called and module not in more]:
+                del module._forward_pre_hooks[number]
+        for stack, value in self.stacks:
+            stack.use_nested_tensor = value and more.isdisjoint(stack.modules())
 
 
 def _hooks(module: nn.Module) -> set[int]:
     return {*module._forward_hooks, *module._forward_pre_hooks}
 
 
+def _is_called(linear: nn.Module) -> bool:
+    """Whether a layer in the place of a linear one does more than its weight says; where accelerate keeps that weight is another matter."""
+    return type(linear).forward is not nn.Linear.forward or has_other_forward(linear)
+
+
 def _is_pefts(module: nn.Module) -> bool:
     """PEFT's layer around an nn.MultiheadAttention, which merges the adapters of out_proj before every call."""
     return type(module).__name__ == "MultiheadAttention" and type(module).__module__.startswith("peft.")
+
+
+def _holds_more(layer: nn.TransformerEncoderLayer) -> bool:
+    """Whether torch's fast path, which reads the layer's weights, would pass something by."""
+    return _is_pefts(layer.self_attn) or _is_called(layer.linear1) or _is_called(layer.linear2)
 
 
 def handles(model: nn.Module) -> bool:
@@ -117,15 +133,20 @@ def _refuse_other_attention(path: str, module: nn.MultiheadAttention) -> None:
         )
 
 
+def _refuse(module: nn.Module, core: Attention) -> None:
+    """Raise UnsupportedError where a module has what its attention cannot do, or not what it needs."""
+    MultiheadAttention.refuse_core(cast(nn.MultiheadAttention, module), core)
+    packed: Any = module.in_proj_weight
+    if core.spec.global_tokens and packed is not None and packed.is_meta and place_of(module)[0].type != "meta":
+        raise UnsupportedError(f"its weights are offloaded, and {core.spec.name} begins with copies of them; swap first and offload then")
+
+
 def insert(model: nn.Module, sites: list[Site], attentions: dict[int, Attention]) -> PutBack:
     """Give the modules at `sites` their attentions; the answer undoes it."""
     for layer in attentions:
         _refuse_other_attention(sites[layer].path, sites[layer].module)  # pyright: ignore[reportArgumentType]
-    put_back = TakeOut()
-    put_back.heard = {sites[layer].path: _hooks(sites[layer].module.out_proj) for layer in attentions}  # pyright: ignore[reportArgumentType]
-    replace_forwards(sites, attentions, SwappedAttention, MultiheadAttention.refuse_core, SwappedAttention.take, put_back)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):  # its nested tensors are for layers that run torch's own fast path
-            put_back.nested.append((module, module.use_nested_tensor))
-            module.use_nested_tensor = False
+    put_back = TakeOut(model, [sites[layer].module for layer in attentions])
+    replace_forwards(sites, attentions, SwappedAttention, _refuse, SwappedAttention.take, put_back)
+    for stack, _ in put_back.stacks:
+        stack.use_nested_tensor = False  # its nested tensors are for layers that run torch's own fast path
     return put_back
