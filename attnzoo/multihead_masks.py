@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +68,7 @@ def _split_padding(spec: Spec, mask: Tensor | None, q: Tensor) -> tuple[Tensor |
         return ~mask, None
     key_mask = mask != float("-inf")
     bias = mask.masked_fill(~key_mask, 0.0)
-    if _readable(mask) and not mask.requires_grad and not bool(bias.any()):
+    if _readable(mask) and not _learned(mask) and not _any(bias != 0):
         return key_mask, None
     if spec.attn_mask:
         return key_mask, bias.to(q.dtype)[:, None, None, :]
@@ -86,7 +87,7 @@ def _split_causality(spec: Spec, mask: Tensor | None, is_causal: bool, q: Tensor
     mask = mask.unflatten(0, q.shape[:2]) if mask.dim() == 3 else mask[None, None]
     hidden = ~causal_mask(query_length, key_length, mask.device)
     causal = hidden if mask.dtype == torch.bool else torch.zeros_like(hidden, dtype=mask.dtype).masked_fill(hidden, float("-inf"))
-    if _readable(mask) and not mask.requires_grad and bool((mask == causal).all()):
+    if _readable(mask) and not _learned(mask) and not _any(mask != causal):
         return None, True
     if spec.attn_mask:
         return mask, bool(is_causal and query_length == key_length)
@@ -102,6 +103,23 @@ def _split_causality(spec: Spec, mask: Tensor | None, is_causal: bool, q: Tensor
 def _readable(x: Tensor) -> bool:
     """Whether Python may branch on the values of x: not in a graph that is being compiled or captured."""
     return not (x.is_meta or torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
+
+
+def _any(condition: Tensor) -> bool:
+    """Whether it holds anywhere; inside torch.func in any sample, so that one answer suits them all."""
+    return bool(list(_beneath(condition))[-1].any())
+
+
+def _learned(mask: Tensor) -> bool:
+    return any(tensor.requires_grad for tensor in _beneath(mask))
+
+
+def _beneath(x: Tensor) -> Iterator[Tensor]:
+    """x, and inside torch.func what it wraps, the plain tensor last."""
+    yield x
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+        yield x
 
 
 def _assert_later(condition: Tensor, message: str) -> None:
