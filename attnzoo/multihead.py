@@ -246,12 +246,14 @@ class MultiheadAttention(nn.MultiheadAttention):
                 "a nested tensor must be query, key and value at once, batch_first, without masks; pass padded tensors and masks instead"
             )
         lengths = [sequence.shape[0] for sequence in query.unbind()]
-        padded = query.to_padded_tensor(0.0)
+        # torch cannot pad sequences of nothing, nor nest no sequences again.
+        nothing = torch.zeros(len(lengths), 0, self.embed_dim, dtype=query.dtype, device=query.device)
+        padded = query.to_padded_tensor(0.0) if any(lengths) else nothing
         slots = torch.arange(padded.shape[1], device=padded.device)
         padding = slots >= torch.tensor(lengths, device=padded.device)[:, None]
         out, weights = self(padded, padded, padded, padding, need_weights, None, average_attn_weights, is_causal)
         rows = [sequence[:length] for sequence, length in zip(out.unbind(), lengths, strict=True)]
-        return torch.nested.as_nested_tensor(rows, layout=query.layout), weights
+        return torch.nested.as_nested_tensor(rows, layout=query.layout) if rows else query, weights
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:
         if self.training and self.dropout and not self.attention.spec.dropout:

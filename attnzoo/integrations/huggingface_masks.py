@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.call import UnsupportedError
+from attnzoo.call import UnsupportedError, can_look
 
 
 def padding_mask(
@@ -32,7 +32,7 @@ def padding_mask(
     if attention_mask.shape[1] != filled:  # not cut to these slots before
         attention_mask = attention_mask[:, kv_offset : kv_offset + filled]
         attention_mask = nn.functional.pad(attention_mask, (0, filled - attention_mask.shape[1]), value=False)
-    look = not (attention_mask.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing())
+    look = can_look(attention_mask, may_stall=True) and not (attention_mask.is_meta or torch.jit.is_tracing())
     return None if look and filled == kv_length and bool(attention_mask.all()) else attention_mask
 
 

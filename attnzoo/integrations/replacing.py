@@ -20,7 +20,7 @@ CORE = "attention"
 class PutBack:
     """Gives modules their own classes back; everything else on them stays as it is now.
 
-    swapped: by path at the time of the swap, each module, its own class, and the one that it was given.
+    swapped: by path at the time of the swap, each module, its own class, and the kind that it became (see `class_over`).
     """
 
     def __init__(self) -> None:
@@ -28,10 +28,10 @@ class PutBack:
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError where something that was put on a module since would not outlive the undoing."""
-        for path, (module, _, given) in self.swapped.items():
-            if type(module) is not given:
+        for path, (module, own, kind) in self.swapped.items():
+            if type(module) is not class_over(kind, own):
                 raise ValueError(
-                    f"{path} is a {type(module).__name__} now, made of the {given.__name__} that swap put there (a parametrization?); "
+                    f"{path} is a {type(module).__name__} now, made of the {kind.__name__} that swap put there (a parametrization?); "
                     "undo that first, as with torch.nn.utils.parametrize.remove_parametrizations"
                 )
             if has_other_forward(module):
@@ -68,9 +68,8 @@ def replace_forwards(
             raise UnsupportedError(f"{places[layer]}: {error}") from None
     for layer, attention in attentions.items():
         module = sites[layer].module
-        own, given = type(module), class_over(kind, type(module))
-        put_back.swapped[sites[layer].path] = (module, own, given)
-        _change_class(module, given)
+        put_back.swapped[sites[layer].path] = (module, type(module), kind)
+        _change_class(module, class_over(kind, type(module)))
         take(module, attention, places[layer])
     return put_back
 
