@@ -243,6 +243,9 @@ class Wrapper(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("base_model"), name)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model(*args, **kwargs)
+
 
 @pytest.mark.parametrize("wrap", [Wrapper, lambda model: torch.compile(model, backend="eager")], ids=["handing on", "compiled"])
 def test_a_wrapper_takes_back_what_was_swapped_in_it(wrap: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +29,8 @@ def which_look_at_themselves(model: nn.Module, attentions: list[nn.MultiheadAtte
     found = _known(model)
     unsettled = [attention for attention in attentions if attention not in found]
     if unsettled:
-        with evaluating(model), unheard(model):
+        with evaluating(model), unheard(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             for around in _from_outside(model, unsettled):
                 inside = [attention for attention in around.modules() if attention in unsettled and attention not in found]
                 if inside:
