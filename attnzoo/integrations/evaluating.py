@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,14 +19,19 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, without gradients and without compiling; every module's own mode and torch's CPU generator come back as they were."""
     modes = [(module, module.training) for module in model.modules()]
-    compiling = "torch._dynamo" in sys.modules  # the stance imports it, which takes a second
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager") if compiling else nullcontext():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), uncompiled():
             yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Inside, what was compiled runs as it is written: a graph does not see hooks that came after it."""
+    compiling = "torch._dynamo" in sys.modules  # importing it takes a second
+    return torch.compiler.set_stance("force_eager") if compiling else nullcontext()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.integrations.evaluating import uncompiled
 from attnzoo.integrations.swapping import record_of, swapped_part
 
 
@@ -29,7 +30,7 @@ def recorded_calls(model: nn.Module) -> Iterator[list[RecordedCall]]:
     """Record the calls of every swapped layer's attention block, in the order in which they run, until the context ends.
 
     model: one that `attnzoo.swap` changed. For exact attention swap in "standard": the masks that its blocks are given are then those
-    that any other attention of the zoo takes. Raises ValueError when the model is not swapped or runs with a key-value cache, which a
+    that any other attention of the zoo takes. A compiled model runs uncompiled inside. Raises ValueError when the model is not swapped or runs with a key-value cache, which a
     second call would fill again.
     """
     record, calls = record_of(model), []
@@ -41,7 +42,8 @@ def recorded_calls(model: nn.Module) -> Iterator[list[RecordedCall]]:
 
     hooks = [module.register_forward_hook(partial(keep, layer), with_kwargs=True) for layer, module in record.modules.items()]
     try:
-        yield calls
+        with uncompiled():
+            yield calls
     finally:
         for hook in hooks:
             hook.remove()
