@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -217,7 +218,7 @@ def test_what_torchs_own_forward_would_pass_by_is_in_the_way(change: Any, senten
 
 
 @pytest.mark.parametrize("kind", [*MODELS, "llama"])
-def test_what_would_go_with_the_attention_is_in_the_way(kind: str) -> None:
+def test_what_would_go_with_the_attention_is_in_the_way(kind: str, tmp_path: Path) -> None:
     """The attention, or a part of it, wrapped or replaced; the module itself gone."""
     path, core = ("model.layers.0.self_attn", "attention_core") if kind == "llama" else (MODELS[kind][1], "attention")
 
@@ -229,8 +230,10 @@ def test_what_would_go_with_the_attention_is_in_the_way(kind: str) -> None:
     model, module = swapped()
     attention = getattr(module, core)
     setattr(module, core, nn.Sequential(attention))
-    with pytest.raises(ValueError, match=rf"layer 0 \({path}\): its attention was replaced or wrapped since the swap; put Linear"):
+    with pytest.raises(ValueError, match=rf"layer 0 \({path}\): [\w. ]+ of its linear was replaced, wrapped or taken out"):
         attnzoo.unswap(model)
+    with pytest.raises(ValueError, match=rf"layer 0 \({path}\): its attention was replaced or wrapped in a Sequential since the swap"):
+        attnzoo.save(model, tmp_path / "swap.safetensors")
     setattr(module, core, attention)
     attention.engine.adapter = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=rf"layer 0 \({path}\): engine.adapter of its linear was replaced, wrapped or taken out since the swap"):

@@ -133,3 +133,30 @@ def test_a_shared_projection_is_none_of_three() -> None:
     layer = attnzoo.MultiheadAttention(32, 4, attention="reformer", attention_options={"share_qk": True})
     with pytest.raises(ValueError, match="Only same embed for query/key/value"):
         adapted(nn.ModuleDict({"attn": layer}), ["attn"])
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_what_an_attention_learns_is_trained_beside_adapters(kind: str, tmp_path: Path) -> None:
+    """PEFT trains a copy (modules_to_save): it is what is saved, what decodes, and what merge_and_unload leaves."""
+    name, options = ("sliding_window", {"window": 4, "sink_logits": True}) if kind == "llama" else ("linformer", {"max_length": 32, "rank": 4})
+    torch.manual_seed(3)
+    model = attnzoo.swap(make(kind), name, **options)
+    config = peft.LoraConfig(target_modules=["q_proj" if kind == "llama" else "query"], modules_to_save=["attention_core"])
+    model: Any = peft.get_peft_model(model, config).eval()
+    answer(model, tokens()).square().sum().backward()
+    learned = [weight for path, weight in model.named_parameters() if "attention_core" in path and weight.grad is not None]
+    assert len(learned) >= 3
+    torch.optim.SGD(learned, 1.0).step()
+    wanted = answer(model, tokens())
+    attnzoo.save(model, tmp_path / "swap.safetensors")
+    torch.testing.assert_close(answer(attnzoo.load(make(kind), tmp_path / "swap.safetensors"), tokens()), wanted, rtol=0.0, atol=5e-6)
+    if kind == "llama":
+        settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "input_ids": tokens()}
+        uncached = model.generate(**settings, use_cache=False)
+        assert torch.equal(model.generate(**settings, past_key_values=attnzoo.state_cache(model)), uncached)
+    with pytest.raises(ValueError, match=rf"of its {name} was replaced, wrapped or taken out since the swap .*in PEFT by merge_and_unload"):
+        attnzoo.unswap(model)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(answer(merged, tokens()), wanted, rtol=0.0, atol=5e-6)
+    attnzoo.unswap(merged)
+    assert torch.equal(answer(merged, tokens()), answer(make(kind), tokens()))

@@ -32,7 +32,7 @@ def state_cache(model: Any) -> StateCache:
     if record.integration != "huggingface":
         raise ValueError(f"{type(part).__name__} is no transformers model; decode with Attention.init_state and Attention.step")
     swapped = []
-    for layer, attention in record.attentions.items():
+    for layer, attention in record.cores.items():
         path = record.sites[layer][0]
         swapped.append((record.modules[layer], attention))
         if not call_is_causal(swapped[-1][0], None) or not attention.spec.decodes:

@@ -71,7 +71,7 @@ def attention_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def projection_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Those of `attention_parameters` that are the model's own, and so are not in the file that `attnzoo.save` writes."""
-    learned = {id(parameter) for attention in record_of(model).attentions.values() for parameter in attention.parameters()}
+    learned = {id(parameter) for core in record_of(model).cores.values() for parameter in core.parameters()}
     return {name: parameter for name, parameter in attention_parameters(model).items() if id(parameter) not in learned}
 
 

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from attnzoo.integrations.swapping import Record, record_of, swap, unswap
+from attnzoo.integrations.record import Record
+from attnzoo.integrations.swapping import record_of, swap, unswap
 
 Model = TypeVar("Model", bound=nn.Module)
 #: The key of the recipe in the file's metadata, and the version of its form.

@@ -2,71 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from attnzoo.attention import Attention
 from attnzoo.integrations import huggingface, timm, torch_nn
-from attnzoo.integrations.plan import Choice, Layers, Mix, Site, build_attentions, choose
+from attnzoo.integrations.plan import Layers, Mix, build_attentions, choose
+from attnzoo.integrations.record import RECORD, Record
 from attnzoo.wrappers import without_wrappers
 
 Model = TypeVar("Model", bound=nn.Module)
-RECORD = "_attnzoo_swap"
-
-
-class Undo(Protocol):
-    """What an integration needs to take its attentions out again."""
-
-    def check(self, model: nn.Module) -> None:
-        """Raise ValueError where something that was put in since would be lost."""
-        ...
-
-    def __call__(self, model: nn.Module) -> None: ...
-
-
-class Record:
-    """What `swap` did to a model: kept on it, so that it can be undone, saved and shown.
-
-    integration: the module that did it. sites: every attention layer found, as (path, heads, head_dim). keys: of the layers, as `swap` takes
-    them. choices: by layer, with settled options. modules: those that the attentions are in, and attentions: these, by layer. undo: takes
-    them out.
-    """
-
-    def __init__(self, integration: str, sites: list[Site], choices: dict[int, Choice], attentions: dict[int, Attention], undo: Undo) -> None:
-        self.integration = integration
-        self.sites = [(site.path, site.heads, site.head_dim) for site in sites]
-        self.keys = [str(layer) if site.is_self else site.path for layer, site in enumerate(sites)]
-        self.choices = choices
-        self.modules = {layer: sites[layer].module for layer in choices}
-        self.attentions = attentions
-        self.undo = undo
-        self.made_of = {layer: _kinds(attention) for layer, attention in attentions.items()}
-
-    def check_standing(self, model: nn.Module) -> None:
-        """Raise ValueError where the attentions are not in the model any more as they were put there."""
-        present = set(model.modules())
-        for layer, module in self.modules.items():
-            place = f"layer {layer} ({self.sites[layer][0]})"
-            if module not in present:
-                raise ValueError(
-                    f"{place}: the {type(module).__name__} that was swapped is not in this {type(model).__name__} any more; put it back before "
-                    "attnzoo.unswap"
-                )
-            attention = self.attentions[layer]
-            if attention not in set(module.children()):
-                raise ValueError(f"{place}: its attention was replaced or wrapped since the swap; put {type(attention).__name__} back before attnzoo.unswap")
-            for path, kind in _kinds(attention).items() ^ self.made_of[layer].items():
-                raise ValueError(
-                    f"{place}: {path or 'the attention'} of its {attention.spec.name} was replaced, wrapped or taken out since the swap ({kind}), and "
-                    "would be gone with it; undo that first (an adapter: merge it, in PEFT by merge_and_unload)"
-                )
-
-
-def _kinds(attention: Attention) -> dict[str, str]:
-    return {path: type(module).__name__ for path, module in attention.named_modules()}
-
-
 INTEGRATIONS = (huggingface, torch_nn, timm)
 
 
@@ -82,8 +28,9 @@ def swap(model: Model, name: str | Mix, *, layers: Layers | None = None, **optio
     `clip.vision_model`): save, load and unswap that part then. Modules stay the objects that they are, with their hooks and attributes.
     name: a name in `attnzoo.names()`, or a mapping from layers to a name or a pair (name, options): {"0-3": "sliding_window",
     "4": ("performer", {"num_features": 64})}. layers: which attention layers, counted from 0 in the order in which they run: 2,
-    "0-3,6", [0, 2]; or a path in the model, or a pattern of paths: "layers.*.cross_attn"; default: all self-attentions. options: of the attention, for every layer; an option `seed` is the first layer's, later layers count
-    up from it. Layers that are not named keep exact attention.
+    "0-3,6", [0, 2]; or a path in the model, or a pattern of paths: "layers.*.cross_attn"; default: all self-attentions. options: of the
+    attention, for every layer; an option `seed` is the first layer's, later layers count up from it. Layers that are not named keep exact
+    attention.
 
     What the attention learns or draws lives in a submodule of each layer: it follows `.to()`, trains, and is in `state_dict`. Sequences
     packed into one row with a mask of ones cannot be told from a single sequence.
