@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from attnzoo.attention import Spec
 from attnzoo.call import UnsupportedError
@@ -117,8 +118,8 @@ def _learned(mask: Tensor) -> bool:
 def _beneath(x: Tensor) -> Iterator[Tensor]:
     """x, and inside torch.func what it wraps, the plain tensor last."""
     yield x
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
+    while is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
         yield x
 
 

@@ -215,8 +215,8 @@ def test_what_cannot_be_told_is_not_swapped_without_a_word() -> None:
             attnzoo.swap(model, "linear")
         assert swapped(attnzoo.swap(model, "linear", layers=[path])) == [path]
     assert swapped(attnzoo.swap(Around(), "linear")) == ["inner.a"]  # which never gives a context
-    only = Detr()
-    only.self_attn = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+    only: Any = Detr()
+    only.self_attn = nn.Identity()
     only.forward = lambda tgt, memory: only.cross_attn(tgt, memory, memory)[0]
     with pytest.raises(UnsupportedError, match="cross_attn looks at another sequence, and by itself a swap takes self-attention only"):
         attnzoo.swap(only, "linear")

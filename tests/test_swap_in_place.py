@@ -232,7 +232,7 @@ def test_what_would_go_with_the_attention_is_in_the_way(kind: str, tmp_path: Pat
     setattr(module, core, nn.Sequential(attention))
     with pytest.raises(ValueError, match=rf"layer 0 \({path}\): [\w. ]+ of its linear was replaced, wrapped or taken out"):
         attnzoo.unswap(model)
-    with pytest.raises(ValueError, match=rf"layer 0 \({path}\): its attention was replaced or wrapped in a Sequential since the swap"):
+    with pytest.raises(ValueError, match=rf"layer 0 \({path}\): its attention was replaced or wrapped since the swap, in a Sequential"):
         attnzoo.save(model, tmp_path / "swap.safetensors")
     setattr(module, core, attention)
     attention.engine.adapter = nn.Linear(2, 2)

@@ -30,8 +30,8 @@ def recorded_calls(model: nn.Module) -> Iterator[list[RecordedCall]]:
     """Record the calls of every swapped layer's attention block, in the order in which they run, until the context ends.
 
     model: one that `attnzoo.swap` changed. For exact attention swap in "standard": the masks that its blocks are given are then those
-    that any other attention of the zoo takes. A compiled model runs uncompiled inside. Raises ValueError when the model is not swapped or runs with a key-value cache, which a
-    second call would fill again.
+    that any other attention of the zoo takes. A compiled model runs uncompiled inside. Raises ValueError when the model is not
+    swapped or runs with a key-value cache, which a second call would fill again.
     """
     record, calls = record_of(model), []
 

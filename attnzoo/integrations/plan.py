@@ -18,16 +18,17 @@ from attnzoo.registry import build, options_of
 
 #: name of an attention, or (name, options), for a range of layers: {"0-3": "sliding_window", 4: ("performer", {"num_features": 64})}.
 Mix = Mapping[Any, Any]
-Layers = int | str | Iterable[int]
+Layers = int | str | Iterable[int | str]
 
 
 @dataclass(frozen=True)
 class Site:
     """One attention of a model.
 
-    path: of `module` in the model. is_self: whether it is known to be self-attention (None: it could not be told). is_causal: None where only the call tells. window: keys its own sliding window shows, itself
+    path: of `module` in the model. is_causal: None where only the call tells. window: keys its own sliding window shows, itself
     included (None: all). has_bias: it adds a bias of positions to its scores. has_sink_logits: it has one more score
     a head, which counts in the sum of every row. dropout: of the entries of A while training.
+    is_self: False where it looks at another sequence, None where that is not known.
     """
 
     path: str

@@ -57,7 +57,7 @@ class Record:
         if isinstance(copies, nn.ModuleDict):  # PEFT's, of which it trains one and leaves the original as it was
             core = copies[core.active_adapters[0]] if core.active_adapters else core.original_module
         if not isinstance(core, Attention):
-            raise ValueError(f"{self.place(layer)}: its attention was replaced or wrapped in a {type(core).__name__} since the swap; take that out first")
+            raise ValueError(f"{self.place(layer)}: its attention was replaced or wrapped since the swap, in a {type(core).__name__}; take that out")
         return core
 
     def place(self, layer: int) -> str:

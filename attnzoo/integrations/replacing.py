@@ -83,7 +83,7 @@ def has_other_forward(module: nn.Module) -> bool:
 def _change_class(module: nn.Module, other: type) -> None:
     module.__class__ = other
     if "_old_forward" in vars(module):  # accelerate's hook calls it
-        module._old_forward = MethodType(other.forward, module)  # pyright: ignore[reportAttributeAccessIssue]
+        vars(module)["_old_forward"] = MethodType(other.forward, module)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @cache

@@ -32,7 +32,7 @@ def which_look_at_themselves(model: nn.Module, attentions: list[nn.MultiheadAtte
         with evaluating(model), unheard(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for around in _from_outside(model, unsettled):
-                inside = [attention for attention in around.modules() if attention in unsettled and attention not in found]
+                inside = [attention for attention in unsettled if attention in set(around.modules()) and attention not in found]
                 if inside:
                     found.update(_try(around, inside))
     return {attention: found.get(attention) for attention in attentions}
@@ -41,12 +41,15 @@ def which_look_at_themselves(model: nn.Module, attentions: list[nn.MultiheadAtte
 def _known(model: nn.Module) -> dict[nn.Module, bool | None]:
     known: dict[nn.Module, bool | None] = {}
     for layer in model.modules():
-        for kind in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):
-            if isinstance(layer, kind) and all(getattr(type(layer), name) is getattr(kind, name) for name in ("forward", "_sa_block")):
-                known[layer.self_attn] = True
-                if kind is nn.TransformerDecoderLayer and type(layer)._mha_block is kind._mha_block:  # pyright: ignore[reportAttributeAccessIssue]
-                    known[layer.multihead_attn] = False
+        if isinstance(layer, nn.TransformerEncoderLayer) and _as_torch_wrote(layer, nn.TransformerEncoderLayer, "_sa_block"):
+            known[layer.self_attn] = True
+        if isinstance(layer, nn.TransformerDecoderLayer) and _as_torch_wrote(layer, nn.TransformerDecoderLayer, "_sa_block", "_mha_block"):
+            known.update({layer.self_attn: True, layer.multihead_attn: False})
     return known
+
+
+def _as_torch_wrote(layer: nn.Module, kind: type, *names: str) -> bool:
+    return "forward" not in vars(layer) and all(getattr(type(layer), name) is getattr(kind, name) for name in ("forward", *names))
 
 
 def _from_outside(model: nn.Module, attentions: list[nn.MultiheadAttention]) -> list[nn.Module]:
@@ -60,14 +63,15 @@ def _from_outside(model: nn.Module, attentions: list[nn.MultiheadAttention]) -> 
 
 def _try(around: nn.Module, attentions: list[nn.MultiheadAttention]) -> dict[nn.Module, bool | None]:
     """What the tries of one module tell of the attentions in it; those that they do not reach are left out."""
-    plain, more = ({attention: set() for attention in attentions} for _ in range(2))
+    plain: dict[nn.Module, set[bool]] = {attention: set() for attention in attentions}
+    more: dict[nn.Module, set[bool]] = {attention: set() for attention in attentions}
     for length in LENGTHS:
         for seen, optional in ((plain, False), (more, True)):
             for args, kwargs in _arguments(around, attentions, length, optional):
                 with _answering_zeros(seen):
                     try:
                         around(*args, **kwargs)
-                    except Exception:  # noqa: S112  # what it reached before counts
+                    except Exception:  # what it reached before counts
                         continue
     told: dict[nn.Module, bool | None] = {}
     for attention in attentions:
@@ -100,9 +104,7 @@ def _answering_zeros(seen: dict[nn.Module, set[bool]]) -> Iterator[None]:
                 attention.forward = forward
 
 
-def _arguments(
-    around: nn.Module, attentions: list[nn.MultiheadAttention], length: int, optional: bool
-) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+def _arguments(around: nn.Module, attentions: list[nn.MultiheadAttention], length: int, optional: bool) -> Iterator[tuple[list[Any], dict[str, Any]]]:
     """Calls to try: sequences of vectors or of tokens for what must be given, and for what may be and is None by default too if `optional`."""
     if type(around).forward is nn.Module.forward:
         return
@@ -124,7 +126,7 @@ def _arguments(
 
 
 def _is_wanted(parameter: inspect.Parameter, optional: bool) -> bool:
-    return parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD or (optional and parameter.default is None)
+    return (parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD) or (optional and parameter.default is None)
 
 
 def _call(wanted: list[inspect.Parameter], values: list[Tensor]) -> tuple[list[Any], dict[str, Any]]:

@@ -125,7 +125,8 @@ def _choices(recipe: dict[str, Any], path: str | Path) -> dict[str, tuple[str, d
     # The saved seeds are those of each layer; swap adds the layer's place to what it is given.
     sites = recipe.get("sites")
     places = {site[0]: place for place, site in enumerate(sites) if isinstance(site, list) and site} if isinstance(sites, list) else {}
-    return {layer: (choice["name"], _first_seed(choice["options"], int(layer) if layer.isdigit() else places.get(layer))) for layer, choice in layers.items()}
+    places.update({str(place): place for place in range(len(places))})
+    return {layer: (choice["name"], _first_seed(choice["options"], places.get(layer))) for layer, choice in layers.items()}
 
 
 def _first_seed(options: dict[str, Any], place: int | None) -> dict[str, Any]:

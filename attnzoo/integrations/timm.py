@@ -101,7 +101,7 @@ def _refuse(module: nn.Module, core: Attention) -> None:
 
 def _refuse_other_attention(module: Any) -> None:
     if has_other_forward(module):
-        raise UnsupportedError(f"{type(module).__name__} was given a forward of its own, which a swapped attention would drop; delete that attribute first")
+        raise UnsupportedError(f"{type(module).__name__} was given a forward of its own, which a swap would drop; delete that attribute first")
     arguments = [name for name in inspect.signature(module.forward).parameters if name not in ARGUMENTS]
     own = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
     extra = [name for name, _ in module.named_children() if name not in PARTS] + own + arguments

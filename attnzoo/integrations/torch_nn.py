@@ -58,9 +58,9 @@ class TakeOut(PutBack):
             last: Any = module.out_proj
             if (_is_called(last) or _hooks(last) - heard) and id(module) not in of_peft:
                 raise ValueError(
-                    f"{path}.out_proj is a {type(last).__module__}.{type(last).__name__} that is called, and torch's nn.MultiheadAttention would read its "
-                    "weight and never call it; take out first what was put there since the swap (an adapter: merge it, in PEFT by merge_and_unload; "
-                    "hooks: remove them)"
+                    f"{path}.out_proj is a {type(last).__module__}.{type(last).__name__} that is called, and torch's nn.MultiheadAttention would "
+                    "read its weight and never call it; take out first what was put there since the swap (an adapter: merge it, in PEFT by "
+                    "merge_and_unload; hooks: remove them)"
                 )
 
     def __call__(self, model: nn.Module) -> None:
