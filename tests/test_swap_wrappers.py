@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ from swap_models import answer, make, tokens
 from test_swap_modules import Wrapper, encoder, vision
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.optim.swa_utils import AveragedModel
 
 import attnzoo
+from attnzoo.integrations import timm, torch_nn
 from attnzoo.integrations.healed import load_healed, save_healed
 from attnzoo.integrations.matching import attention_parameters, matching_loss, projection_parameters, recorded_calls
 from attnzoo.integrations.tensor_parallel import tensor_parallel_plan
 
 pytest.importorskip("accelerate")
-from accelerate import Accelerator
+from accelerate import Accelerator, infer_auto_device_map
 
 X = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(1))
 MODELS: dict[str, Callable[[], Any]] = {"transformers": lambda: make("llama"), "torch": encoder, "timm": vision}
@@ -114,6 +117,25 @@ def test_what_a_wrapper_calls_is_counted(kind: str, wrapper: str) -> None:
     inputs = tokens() if kind == "transformers" else X
     wanted = attnzoo.count_flops(model, inputs, **given)
     assert attnzoo.count_flops(WRAPPERS[wrapper](model), inputs, **given).macs == wanted.macs > 0
+
+
+@pytest.mark.parametrize(("kind", "name"), [("torch", "SwappedAttention"), ("timm", "TimmAttention")])
+def test_the_names_that_policies_ask_for(kind: str, name: str) -> None:
+    """Of accelerate by name, of FSDP by class."""
+    model = attnzoo.swap(MODELS[kind](), "linear")
+    attentions = [(path, module) for path, module in model.named_modules() if type(module).__name__ == name]
+    size = sum(parameter.nbytes for parameter in attentions[0][1].parameters())
+
+    def is_split(factor: float, names: list[str]) -> bool:
+        places = infer_auto_device_map(model, max_memory={"cpu": int(factor * size), "disk": 10**9}, no_split_module_classes=names)
+        return any(path.startswith(f"{place}.") for path in places for place, _ in attentions)
+
+    factors = (1.3, 1.5, 2.0)
+    assert any(is_split(factor, []) for factor in factors) and not any(is_split(factor, [name]) for factor in factors)
+    module = torch_nn.SwappedAttention if kind == "torch" else timm.TimmAttention
+    assert len(attentions) == 2 and all(isinstance(attention, module) for _, attention in attentions)
+    policy = partial(transformer_auto_wrap_policy, transformer_layer_cls={module})
+    assert [policy(part, recurse=False, nonwrapped_numel=0) for _, part in model.named_modules()].count(True) == 2
 
 
 def test_a_part_beside_other_attention_is_named() -> None:
