@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from attnzoo.eager import can_look
 from attnzoo.engines.engine import Cost, Engine, Shape
 
 Family = Literal["exact", "sparse", "low_rank", "kernel"]
+#: As the `__module__` of an instance (a class keeps its own): torch.fx's tracers take such a module as a leaf, called and not looked into.
+LEAF = "torch.nn"
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Attention(nn.Module):
 
     def __init__(self, heads: int, head_dim: int, engine: Engine, *, backend: str = "auto") -> None:
         super().__init__()
+        self.__module__ = LEAF
         self.heads = check_positive("heads", heads)
         self.head_dim = check_positive("head_dim", head_dim)
         allowed = ["auto", *engine.backend_names()]
@@ -84,12 +87,6 @@ class Attention(nn.Module):
         self.global_projection: nn.Linear | nn.ModuleDict | None = None  # the latter in a process that has some heads
         self.global_mask: Tensor | None = None
         self.shares_qk = False  # whether q and k must be one tensor, so that a layer needs one projection for both
-
-    def __prepare_scriptable__(self) -> Attention:
-        """Refuses torch.jit.script, which asks every module inside a model first: it would fail in the middle of our code."""
-        raise UnsupportedError(
-            f"torch.jit.script cannot compile {self.spec.name}, whose Python it does not read; use torch.jit.trace, torch.compile or torch.export"
-        )
 
     def place(self, call: Call, seen: int) -> Call:
         """The call with what depends on positions put into q and k; `seen` tokens stand before its first key."""
@@ -329,6 +326,12 @@ class Attention(nn.Module):
     def shared_options(self) -> dict[str, Any]:
         """Options that make another layer's attention share what this one learns; none unless the variant shares across layers."""
         return {}
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise UnsupportedError(
+            f"torch.jit.script cannot compile {self.spec.name}, nor a model that holds it, since its forward chooses a backend in Python; use "
+            "torch.export.export, torch.compile or torch.jit.trace, or attnzoo.unswap before scripting"
+        )
 
     def extra_repr(self) -> str:
         return f"{self.spec.name}, heads={self.heads}, head_dim={self.head_dim}, backend={self.backend!r}"

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -28,6 +29,32 @@ def can_look(*tensors: Tensor, may_stall: bool = False) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or (is_recorded() and not _counted.get()):
         return False
     return not any(x.is_meta or isinstance(x, FakeTensor) or is_batched(x) or (x.is_cuda and _waits(may_stall)) for x in tensors)
+
+
+def may_branch(x: Tensor) -> bool:
+    """As `can_look(x, may_stall=True)`, and inside torch.func too: for a question that `holds_anywhere` answers for all samples at once."""
+    if torch.compiler.is_compiling() or (is_recorded() and not _counted.get()):
+        return False
+    plain = list(_beneath(x))[-1]
+    return not (plain.is_meta or isinstance(plain, FakeTensor) or is_batched(plain) or (plain.is_cuda and _waits(True)))
+
+
+def holds_anywhere(condition: Tensor) -> bool:
+    """Whether it holds anywhere; inside torch.func in any sample, so that one answer suits them all."""
+    return bool(list(_beneath(condition))[-1].any())
+
+
+def is_learned(x: Tensor) -> bool:
+    """Whether a gradient may go to x, inside torch.func to what it wraps."""
+    return any(tensor.requires_grad for tensor in _beneath(x))
+
+
+def _beneath(x: Tensor) -> Iterator[Tensor]:
+    """x, and inside torch.func what it wraps, the plain tensor last."""
+    yield x
+    while is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
+        yield x
 
 
 def _waits(may_stall: bool) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.arguments import check_positive
-from attnzoo.attention import Attention, Spec
+from attnzoo.attention import LEAF, Attention, Spec
 from attnzoo.call import UnsupportedError
 from attnzoo.eager import is_recorded
 from attnzoo.multihead_masks import check_mask, translate
@@ -67,39 +67,27 @@ class MultiheadAttention(nn.MultiheadAttention):
         options = _core_options(spec_of(attention), dropout, add_bias_kv or add_zero_attn, dict(attention_options or {}))
         super().__init__(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
         # After torch's own parameters, so that a seed gives those the values that it gives them in torch.
-        self.attention = build(attention, heads=num_heads, head_dim=self.head_dim, **options).to(device=device, dtype=dtype)
-        self._add_global_projection()
+        self._take(build(attention, heads=num_heads, head_dim=self.head_dim, **options).to(device=device, dtype=dtype))
         if self.attention.shares_qk:
             self._share_projection()
 
-    @classmethod
-    def around(cls, module: nn.MultiheadAttention, attention: Attention) -> Self:
-        """torch's module with `attention` as its core: the parameters and `out_proj` are the module's own, not copies.
+    def _take(self, core: Attention) -> None:
+        """Let `core` be the core, beside parameters that are there."""
+        self.attention = core
+        self.__module__ = LEAF
+        self.register_forward_pre_hook(is_called)
+        self._add_global_projection()
 
-        Raises UnsupportedError where the module has what the core excludes (appended keys), as the constructor does. Dropout that the core
-        excludes does nothing in evaluation, so it is refused when a forward in training mode would need it.
-        """
-        if attention.shares_qk:
-            raise UnsupportedError(f"the module projects queries and keys apart, which {attention.spec.name} with shared ones cannot take")
-        extra_keys = module.bias_k is not None or module.add_zero_attn
-        if "dropout" in _core_options(attention.spec, 0.0, extra_keys, {}):
-            engine: Any = attention.engine
-            engine.dropout = module.dropout
-        widths = (module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None)
-        ends = (module.bias_k is not None, module.add_zero_attn, module.kdim, module.vdim)
-        swapped = cls(*widths, *ends, batch_first=module.batch_first, device="meta")
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(swapped, name, parameter)
-        swapped.out_proj, swapped.attention = module.out_proj, attention
-        swapped._add_global_projection()
-        return swapped.train(module.training)
+    @staticmethod
+    def refuse_core(module: nn.MultiheadAttention, core: Attention) -> None:
+        """Raise UnsupportedError where torch's module has what a core excludes (appended keys), as the constructor does."""
+        _core_options(core.spec, 0.0, module.bias_k is not None or module.add_zero_attn, {})
 
     def _reset_parameters(self) -> None:
-        # torch's encoder layers read the packed weights and compute softmax attention themselves in eval mode, unless this flag
-        # is False. It also tells the drawing below which weights exist, so it is true for that long.
+        same = self._qkv_same_embed_dim  # it tells torch's drawing which weights there are
         self._qkv_same_embed_dim = self.in_proj_weight is not None
         super()._reset_parameters()
-        self._qkv_same_embed_dim = False
+        self._qkv_same_embed_dim = same
 
     def _add_global_projection(self) -> None:
         if not self.attention.spec.global_tokens or self.in_proj_weight is None:
@@ -121,6 +109,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             if packed is not None:
                 of_queries, _, of_values = packed.detach().chunk(3)
                 setattr(self, name, nn.Parameter(torch.cat([of_queries, of_values])))
+        self._qkv_same_embed_dim = False  # as PEFT asks: there are not three projections in one weight
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         own, packed = f"{prefix}attention.", state_dict.get(f"{prefix}in_proj_weight")
@@ -272,17 +261,20 @@ class MultiheadAttention(nn.MultiheadAttention):
         padding = slots >= torch.tensor(lengths, device=padded.device)[:, None]
         out, weights = self(padded, padded, padded, padding, need_weights, None, average_attn_weights, is_causal)
         rows = [sequence[:length] for sequence, length in zip(out.unbind(), lengths, strict=True)]
-        return torch.nested.as_nested_tensor(rows, layout=query.layout), weights
+        return torch.nested.as_nested_tensor(rows, layout=query.layout) if rows else query, weights
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:
         if self.training and self.dropout and not self.attention.spec.dropout:
             raise UnsupportedError(_no_dropout(self.attention.spec, self.dropout))
-        weight = self.out_proj.weight
+        # The module's own: what a layer in it computes with (integers, what a hook brings) is that layer's affair.
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
         for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
             if x.dim() not in (2, 3) or x.dim() != query.dim():
                 raise ValueError(f"{name} has shape {tuple(x.shape)}; query, key and value must all be batched (3-D) or all unbatched (2-D)")
             if x.shape[-1] != width:
                 raise ValueError(f"{name} has {x.shape[-1]} features (shape {tuple(x.shape)}); this module was built for {width}")
+            if weight is None or not weight.is_floating_point():
+                continue
             if x.device != weight.device:
                 raise ValueError(f"{name} is on {x.device} and the module on {weight.device}; move one of them")
             if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
@@ -297,8 +289,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError(f"query has shape {tuple(query.shape)} and key {tuple(key.shape)}; their batch sizes must agree in {layout}")
         lengths = (query.shape[length_axis], key.shape[length_axis])
         sizes = (query.shape[1 - length_axis],) if batched else ()
-        check_mask("key_padding_mask", key_padding_mask, [(*sizes, lengths[1])], weight.device)
-        check_mask("attn_mask", attn_mask, [lengths, (self.num_heads * (sizes[0] if sizes else 1), *lengths)], weight.device)
+        check_mask("key_padding_mask", key_padding_mask, [(*sizes, lengths[1])], query.device)
+        check_mask("attn_mask", attn_mask, [lengths, (self.num_heads * (sizes[0] if sizes else 1), *lengths)], query.device)
+
+
+def is_called(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A forward pre-hook that does nothing. torch's encoder layer, in evaluation mode, reads the weights of its attention and computes softmax
+    attention itself; where there is a hook it calls the module instead, whatever else the module says of itself."""
 
 
 def _core_options(spec: Spec, dropout: float, extra_keys: bool, options: dict[str, Any]) -> dict[str, Any]:

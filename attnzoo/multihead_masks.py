@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnzoo.attention import Spec
 from attnzoo.call import UnsupportedError
-from attnzoo.eager import can_look, refuse_later
+from attnzoo.eager import holds_anywhere, is_learned, may_branch, refuse_later
 from attnzoo.engines.softmax import causal_mask
 
 
@@ -79,12 +79,12 @@ def _split_padding(spec: Spec, mask: Tensor | None, q: Tensor, conditions: list[
         return ~mask, None
     key_mask = mask != float("-inf")
     bias = mask.masked_fill(~key_mask, 0.0)
-    if can_look(mask, may_stall=True) and not mask.requires_grad and not bool(bias.any()):
+    if may_branch(mask) and not is_learned(mask) and not holds_anywhere(bias != 0):
         return key_mask, None
     if spec.attn_mask:
         return key_mask, bias.to(q.dtype)[:, None, None, :]
     refusal = f"{spec.name} cannot add a float key_padding_mask to its scores; give a bool one (True = ignore) or one of 0 and -inf only"
-    if can_look(mask, may_stall=True):
+    if may_branch(mask):
         raise UnsupportedError(refusal)
     conditions.append((~bias.any(), refusal))
     return key_mask, None
@@ -100,12 +100,12 @@ def _split_causality(
     mask = mask.unflatten(0, q.shape[:2]) if mask.dim() == 3 else mask[None, None]
     hidden = ~causal_mask(query_length, key_length, mask.device)
     causal = hidden if mask.dtype == torch.bool else torch.zeros_like(hidden, dtype=mask.dtype).masked_fill(hidden, float("-inf"))
-    if can_look(mask, may_stall=True) and not mask.requires_grad and bool((mask == causal).all()):
+    if may_branch(mask) and not is_learned(mask) and not holds_anywhere(mask != causal):
         return None, True
     if spec.attn_mask:
         return mask, bool(is_causal and query_length == key_length)
     refusal = f"{spec.name} cannot apply an attn_mask other than the causal mask; use key_padding_mask for padding, or attention='standard'"
-    if can_look(mask, may_stall=True):
+    if may_branch(mask):
         raise UnsupportedError(refusal)
     if not is_causal:
         raise UnsupportedError(f"{refusal}. The values of this one cannot be read here: if it is the causal mask, say so with is_causal=True")

@@ -231,6 +231,16 @@ def test_own_state_survives_a_round_trip_and_a_whole_torch_checkpoint_loads(case
     assert torch.equal(second.self_attn.in_proj_weight, checkpoint["self_attn.in_proj_weight"])
 
 
+def runs_in_torchs_layer(module: Any) -> bool:
+    """Whether torch's layer calls it where its fast path would do without; two heads, since that path refuses an odd number."""
+    layer = nn.TransformerEncoderLayer(SIZE, 2, 16, 0.0, batch_first=True, dtype=torch.float64).eval()
+    layer.self_attn, called = module, []
+    module.num_heads, module.forward = 2, lambda x, *args, **kwargs: called.append(x) or (x, None)
+    with torch.no_grad():
+        layer(torch.zeros(BATCH, KEYS, SIZE, dtype=torch.float64))
+    return len(called) == 1
+
+
 @pytest.mark.parametrize("case", usual_cases(), ids=str)
 def test_copies_and_pickles(case: Case) -> None:
     ours = MultiheadAttention(SIZE, HEADS, batch_first=True, dtype=torch.float64, **options_of(case)).eval()
@@ -239,7 +249,7 @@ def test_copies_and_pickles(case: Case) -> None:
     expected = ours(x, x, x, need_weights=False, **possible(case.spec))[0]
     for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert torch.equal(twin(x, x, x, need_weights=False, **possible(case.spec))[0], expected)
-        assert not twin._qkv_same_embed_dim
+        assert twin._qkv_same_embed_dim and runs_in_torchs_layer(twin)
 
 
 def test_reset_parameters_draws_torchs_numbers_again() -> None:
@@ -249,7 +259,7 @@ def test_reset_parameters_draws_torchs_numbers_again() -> None:
         module._reset_parameters()
     for x, y in zip(theirs.parameters(), ours.parameters(), strict=True):
         assert torch.equal(x, y)
-    assert not ours._qkv_same_embed_dim
+    assert ours._qkv_same_embed_dim
 
 
 def test_device_and_dtype_reach_the_core() -> None:

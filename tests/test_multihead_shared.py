@@ -93,8 +93,6 @@ def test_its_state_travels_and_torchs_is_refused() -> None:
     assert torch.equal(other(x, x, x)[0], attn(x, x, x)[0])
     with pytest.raises(ValueError, match="in_proj_weight projects queries and keys apart, and this module has one projection for both"):
         attn.load_state_dict(nn.MultiheadAttention(WIDTH, HEADS).state_dict())
-    with pytest.raises(UnsupportedError, match="the module projects queries and keys apart, which reformer with shared ones cannot take"):
-        attnzoo.MultiheadAttention.around(nn.MultiheadAttention(WIDTH, HEADS), attn.attention)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, HEADS, 16, 0.0, batch_first=True), 1)
     with pytest.raises(UnsupportedError, match=r"layer 0 \(layers.0.self_attn\): the model projects queries and keys apart"):
         attnzoo.swap(model, "reformer", share_qk=True)

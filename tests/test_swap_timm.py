@@ -115,3 +115,41 @@ def test_models_without_such_an_attention() -> None:
     for family in ("resnet18", "poolformer_s12", "vit_base_patch16_xp_224"):
         with pytest.raises(ValueError, match="has no attention that attnzoo can swap"):
             attnzoo.swap(timm.create_model(family), "linear")
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_symbolic_traces_and_scripting(family: str) -> None:
+    """timm's own feature extraction by torch.fx: the names of before, but for the attention itself."""
+    layers = importlib.import_module("timm.layers")
+    model = make(family, **MODELS[family])
+    before = layers.get_graph_node_names(model)[1]
+    attnzoo.swap(model, "performer", num_features=16)
+    after = layers.get_graph_node_names(model)[1]
+    assert {name.rpartition(".")[2] for name in {*after} - {*before}} == {"attention"}
+    heard: dict[str, torch.Tensor] = {}
+    model.blocks[0].register_forward_hook(lambda module, args, out: heard.update(block=out))
+    features = layers.create_feature_extractor(model, {"blocks.0.attn.proj": "attention", "blocks.0": "block"})
+    x = torch.randn(2, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    out = read(model)
+    assert torch.equal(features(x)["block"], heard["block"]) and features(x)["attention"].shape == heard["block"].shape
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), out)
+    with pytest.raises(UnsupportedError, match=r"torch\.jit\.script cannot compile performer"):
+        torch.jit.script(model)
+
+
+@pytest.mark.parametrize("name", attnzoo.names())
+def test_torchvisions_feature_extractor(name: str) -> None:
+    """Of its vision transformer, made of nn.MultiheadAttention, which it takes as a leaf."""
+    vision = importlib.import_module("torchvision.models.vision_transformer")
+    extraction = importlib.import_module("torchvision.models.feature_extraction")
+    model = vision.VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=48, num_classes=5).eval()
+    before = extraction.get_graph_node_names(model)
+    attnzoo.swap(model, name, **small(name))
+    assert extraction.get_graph_node_names(model) == before
+    place, x = "encoder.layers.encoder_layer_0.self_attention", torch.randn(2, 3, 32, 32)
+    features = extraction.create_feature_extractor(model, [place, "heads"])
+    if attnzoo.describe(name).spec.bidirectional:
+        found = features(x)
+        assert found[place][0].shape == (2, 17, 32) and torch.equal(found["heads"], model(x))
+    attnzoo.unswap(model)
+    assert extraction.get_graph_node_names(model) == before

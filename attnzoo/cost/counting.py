@@ -20,6 +20,7 @@ from attnzoo.cost.convolutions import convolution_macs, convolutions_as_one_oper
 from attnzoo.cost.folding import engines_apart
 from attnzoo.cost.handles import ELEMENTWISE, Handle, all_handles
 from attnzoo.eager import only_counted
+from attnzoo.wrappers import called_by
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class FlopReport:
 
 
 def count_flops(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> FlopReport:
-    """Count one forward `module(*inputs, **kwargs)`.
+    """Count one forward `module(*inputs, **kwargs)`. module: of a wrapper that adds nothing (DDP, torch.compile) what it wraps is counted.
 
     The module runs once, without gradients, under torch.jit.trace; with module and inputs on the meta device nothing is
     computed and no memory is taken. What is counted is what is executed: a causal scaled_dot_product_attention counts all
@@ -57,6 +58,7 @@ def count_flops(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> FlopReport
     """
     if not isinstance(module, nn.Module):
         raise ValueError(f"count_flops takes a torch.nn.Module; got {type(module).__name__}: wrap a function in a module")
+    module = called_by(module)
     with engines_apart(module, _count_by_operator) as handle:
         return _report(_trace(module, inputs, kwargs, **{"prim::PythonOp.Apart": handle, "prim::PythonOp.Convolution": convolution_macs}))
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnzoo.call import UnsupportedError
 from attnzoo.integrations.huggingface_attention import call_is_causal
-from attnzoo.integrations.swapping import record_of
+from attnzoo.integrations.swapping import swapped_part
 
 if TYPE_CHECKING:
     from attnzoo.integrations.state_cache import StateCache
@@ -28,18 +28,18 @@ def state_cache(model: Any) -> StateCache:
 
     Raises ValueError when the model is not swapped or is no transformers model, UnsupportedError when it cannot decode.
     """
-    record = record_of(model)
+    part, record = swapped_part(model)
     if record.integration != "huggingface":
-        raise ValueError(f"{type(model).__name__} is no transformers model; decode with Attention.init_state and Attention.step")
+        raise ValueError(f"{type(part).__name__} is no transformers model; decode with Attention.init_state and Attention.step")
     swapped = []
-    for layer, attention in record.attentions.items():
+    for layer, attention in record.cores.items():
         path = record.sites[layer][0]
-        swapped.append((model.get_submodule(path), attention))
+        swapped.append((record.modules[layer], attention))
         if not call_is_causal(swapped[-1][0], None) or not attention.spec.decodes:
             raise UnsupportedError(
-                f"layer {layer} ({path}) of {type(model).__name__} does not read from left to right, so no state can stand for its past (of an "
+                f"layer {layer} ({path}) of {type(part).__name__} does not read from left to right, so no state can stand for its past (of an "
                 "encoder-decoder swap the decoder alone: model.get_decoder())"
             )
     from attnzoo.integrations.state_cache import StateCache
 
-    return StateCache(model.config, swapped)
+    return StateCache(part.config, swapped)

@@ -68,16 +68,19 @@ _probe: ContextVar[_Probe] = ContextVar("probe")
 class Restore:
     """Takes the attentions out again and gives every config its own implementation back."""
 
-    def __init__(self, paths: list[str], configs: list[tuple[Any, Any]]) -> None:
-        self.paths = paths
+    def __init__(self, modules: list[nn.Module], configs: list[tuple[Any, Any]]) -> None:
+        self.modules = modules
         self.configs = configs
         self.hooks: list[RemovableHandle] = []
+
+    def check(self, model: nn.Module) -> None:
+        """A layer's own module is as it was, but for the attention in it."""
 
     def __call__(self, model: nn.Module) -> None:
         for hook in self.hooks:
             hook.remove()
-        for path in self.paths:
-            delattr(model.get_submodule(path), SUBMODULE)
+        for module in self.modules:
+            delattr(module, SUBMODULE)
         for config, implementation in self.configs:
             config._attn_implementation_internal = implementation
 
@@ -159,10 +162,10 @@ def _part(model: Any, path: str, without: list[str]) -> str | None:
 
 def insert(model: Any, sites: list[Site], attentions: dict[int, Attention]) -> Restore:
     """Put the attentions into their layers, switch the model to them, and see that every one of them runs."""
-    restore = Restore([sites[layer].path for layer in attentions], _configs(model))
+    restore, paths = Restore([sites[layer].module for layer in attentions], _configs(model)), [sites[layer].path for layer in attentions]
     for layer, attention in attentions.items():
         sites[layer].module.add_module(SUBMODULE, attention)
-    restore.hooks = [part.register_forward_pre_hook(_check_forward, with_kwargs=True) for part in _holders(model, restore.paths)]
+    restore.hooks = [part.register_forward_pre_hook(_check_forward, with_kwargs=True) for part in _holders(model, paths)]
     try:
         _set_implementation(model, IMPLEMENTATION)
         for config, implementation in _configs(model):

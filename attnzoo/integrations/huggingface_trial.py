@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attnzoo.call import UnsupportedError
 from attnzoo.integrations.evaluating import evaluating
+from attnzoo.integrations.plan import place_of
 
 #: Sequences of tokens: a mask of the wrong shape must not pass by broadcasting.
 BATCH_SIZE = 2
@@ -51,7 +52,7 @@ def _small_inputs(model: Any) -> list[dict[str, Tensor]]:
         inputs["decoder_input_ids"] = _tokens(model, DECODER_LENGTH)
     if model.main_input_name == "input_ids" and "attention_mask" in arguments:
         # The last slot is padding: some families have a use of their own for the mask.
-        inputs["attention_mask"] = torch.tensor([[1] * (LENGTH - 1) + [0]] * BATCH_SIZE, device=model.device)
+        inputs["attention_mask"] = torch.tensor([[1] * (LENGTH - 1) + [0]] * BATCH_SIZE, device=place_of(model)[0])
     vision = getattr(model.config, "vision_config", None)
     if vision is None or "pixel_values" not in arguments or "pixel_values" in inputs:
         return [inputs]
@@ -71,7 +72,7 @@ def _small_input(model: Any) -> Tensor:
         samples = 1
         for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
             samples = (samples - 1) * stride + kernel if samples > 1 else (LENGTH - 1) * stride + kernel
-        return torch.zeros(1, samples, dtype=model.dtype, device=model.device)
+        return torch.zeros(1, samples, dtype=model.dtype, device=place_of(model)[0])
     raise UnsupportedError(_unknown_input(model))
 
 
@@ -81,9 +82,9 @@ def _unknown_input(model: Any) -> str:
 
 def _tokens(model: Any, length: int) -> Tensor:
     token = 1 if getattr(model.config, "pad_token_id", None) == 0 else 0
-    return torch.full((BATCH_SIZE, length), token, device=model.device)
+    return torch.full((BATCH_SIZE, length), token, device=place_of(model)[0])
 
 
 def _pixels(model: Any, config: Any) -> Tensor:
     height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
-    return torch.zeros(BATCH_SIZE, getattr(config, "num_channels", 3), height, width, dtype=model.dtype, device=model.device)
+    return torch.zeros(BATCH_SIZE, getattr(config, "num_channels", 3), height, width, dtype=model.dtype, device=place_of(model)[0])

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.integrations.swapping import record_of
+from attnzoo.integrations.evaluating import uncompiled
+from attnzoo.integrations.swapping import record_of, swapped_part
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ def recorded_calls(model: nn.Module) -> Iterator[list[RecordedCall]]:
     """Record the calls of every swapped layer's attention block, in the order in which they run, until the context ends.
 
     model: one that `attnzoo.swap` changed. For exact attention swap in "standard": the masks that its blocks are given are then those
-    that any other attention of the zoo takes. Raises ValueError when the model is not swapped or runs with a key-value cache, which a
-    second call would fill again.
+    that any other attention of the zoo takes. A compiled model runs uncompiled inside. Raises ValueError when the model is not
+    swapped or runs with a key-value cache, which a second call would fill again.
     """
     record, calls = record_of(model), []
 
@@ -39,10 +40,10 @@ def recorded_calls(model: nn.Module) -> Iterator[list[RecordedCall]]:
             raise ValueError("past_key_values: a recorded model must run without a cache; call it with use_cache=False")
         calls.append(RecordedCall(layer, args, dict(kwargs), _hidden(output).detach()))
 
-    paths = {layer: record.sites[layer][0] for layer in record.choices}
-    hooks = [model.get_submodule(path).register_forward_hook(partial(keep, layer), with_kwargs=True) for layer, path in paths.items()]
+    hooks = [module.register_forward_hook(partial(keep, layer), with_kwargs=True) for layer, module in record.modules.items()]
     try:
-        yield calls
+        with uncompiled():
+            yield calls
     finally:
         for hook in hooks:
             hook.remove()
@@ -53,25 +54,24 @@ def matching_loss(model: nn.Module, call: RecordedCall) -> Tensor:
 
     0 is the same answer, 1 what answering zeros would get. Every slot counts, padded ones too. The gradient reaches this block alone.
     """
-    path = record_of(model).sites[call.layer][0]
     exact = call.output.float()
-    out = _hidden(model.get_submodule(path)(*call.args, **call.kwargs)).float()
+    out = _hidden(record_of(model).modules[call.layer](*call.args, **call.kwargs)).float()
     return (out - exact).square().sum() / exact.square().sum()
 
 
 def attention_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of the swapped layers' attention blocks by name: projections, and what the attentions themselves learn.
 
-    Raises ValueError when the model is not swapped.
+    Names are those in the model that was swapped, whatever wraps it. Raises ValueError when the model is not swapped.
     """
-    record = record_of(model)
-    blocks = {id(parameter) for layer in record.choices for parameter in model.get_submodule(record.sites[layer][0]).parameters()}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in blocks}
+    part, record = swapped_part(model)
+    blocks = {id(parameter) for module in record.modules.values() for parameter in module.parameters()}
+    return {name: parameter for name, parameter in part.named_parameters() if id(parameter) in blocks}
 
 
 def projection_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Those of `attention_parameters` that are the model's own, and so are not in the file that `attnzoo.save` writes."""
-    learned = {id(parameter) for attention in record_of(model).attentions.values() for parameter in attention.parameters()}
+    learned = {id(parameter) for core in record_of(model).cores.values() for parameter in core.parameters()}
     return {name: parameter for name, parameter in attention_parameters(model).items() if id(parameter) not in learned}
 
 

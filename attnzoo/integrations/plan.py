@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -20,17 +21,17 @@ COMPUTES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 #: name of an attention, or (name, options), for a range of layers: {"0-3": "sliding_window", 4: ("performer", {"num_features": 64})}.
 Mix = Mapping[Any, Any]
-Layers = int | str | Iterable[int]
+Layers = int | str | Iterable[int | str]
 
 
 @dataclass(frozen=True)
 class Site:
-    """One self-attention of a model.
+    """One attention of a model.
 
     path: of `module` in the model. is_causal: None where only the call tells. window: keys its own sliding window shows, itself
     included (None: all). has_bias: it adds a bias of positions to its scores. has_sink_logits: it has one more score
     a head, which counts in the sum of every row. dropout: of the entries of A while training. place: device and dtype of its queries, where a
-    trial told them.
+    trial told them. is_self: False where it looks at another sequence, None where that is not known.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Site:
     has_sink_logits: bool = False
     dropout: float = 0.0
     place: tuple[torch.device, torch.dtype] | None = None
+    is_self: bool | None = True
 
 
 @dataclass(frozen=True)
@@ -53,25 +55,47 @@ class Choice:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def choose(name: str | Mix, layers: Layers | None, options: dict[str, Any], count: int) -> dict[int, Choice]:
-    """The choice for each layer of a model with `count` attention layers; a layer that is not named keeps its own attention.
+def choose(name: str | Mix, layers: Layers | None, options: dict[str, Any], sites: list[Site]) -> tuple[list[Site], dict[int, Choice]]:
+    """The layers, and the choice for each of them by its place there; a layer that is not named keeps its own attention.
 
-    Raises ValueError on a layer that the model does not have, one named twice, and a malformed mapping.
+    The layers are the self-attentions of `sites` in their order, and then what else was named, by its path. Raises ValueError on a layer that
+    the model does not have, one named twice, and a malformed mapping; UnsupportedError where every layer is meant and it is not known which are.
     """
-    if isinstance(name, str):
-        chosen = range(count) if layers is None else _parse("layers=", layers, count)
-        return {layer: Choice(name, dict(options)) for layer in chosen}
-    if not isinstance(name, Mapping) or not name:
-        raise ValueError(f"name={name!r} must be the name of an attention, or a mapping such as {{'0-3': 'sliding_window', '4': 'standard'}}")
-    if layers is not None:
-        raise ValueError("layers goes with one name; a mapping names its layers itself")
+    numbered = [site for site in sites if site.is_self]
+    ordered = numbered + [site for site in sites if not site.is_self]
     choices: dict[int, Choice] = {}
-    for key, value in name.items():
-        for layer in _parse("the mapping's key ", key, count):
-            if layer in choices:
-                raise ValueError(f"layer {layer} is named twice in {dict(name)!r}; name it once")
-            choices[layer] = _choice(value, options)
-    return dict(sorted(choices.items()))
+    if isinstance(name, str):
+        if layers is None:
+            _refuse_unknown(ordered)
+        chosen = range(len(numbered)) if layers is None else _parse("layers=", layers, ordered, len(numbered))
+        choices = {layer: Choice(name, dict(options)) for layer in chosen}
+    else:
+        if not isinstance(name, Mapping) or not name:
+            raise ValueError(f"name={name!r} must be the name of an attention, or a mapping such as {{'0-3': 'sliding_window', '4': 'standard'}}")
+        if layers is not None:
+            raise ValueError("layers goes with one name; a mapping names its layers itself")
+        for key, value in name.items():
+            for layer in _parse("the mapping's key ", key, ordered, len(numbered)):
+                if layer in choices:
+                    raise ValueError(f"layer {layer} is named twice in {dict(name)!r}; name it once")
+                choices[layer] = _choice(value, options)
+    kept = [layer for layer in range(len(ordered)) if layer < len(numbered) or layer in choices]
+    return [ordered[layer] for layer in kept], {place: choices[layer] for place, layer in enumerate(kept) if layer in choices}
+
+
+def _refuse_unknown(sites: list[Site]) -> None:
+    """Raise UnsupportedError where not every attention is known to look at itself or at another sequence, or where none looks at itself."""
+    unknown = [site for site in sites if site.is_self is None]
+    if unknown:
+        raise UnsupportedError(
+            f"{' and '.join(site.path for site in unknown)}: attnzoo could not find out by trying whether this is self-attention or looks at another "
+            f"sequence; say what to swap: layers={[site.path for site in unknown]!r}, or the numbers or paths of the others"
+        )
+    if not any(site.is_self for site in sites):
+        raise UnsupportedError(
+            f"{' and '.join(site.path for site in sites)} looks at another sequence, and by itself a swap takes self-attention only; "
+            f"to swap it all the same name it: layers={[site.path for site in sites]!r}"
+        )
 
 
 def build_attentions(model: nn.Module, sites: list[Site], choices: dict[int, Choice]) -> tuple[dict[int, Attention], dict[int, Choice]]:
@@ -123,6 +147,8 @@ def no_dropout(module: str, dropout: float, name: str) -> str:
 def _check_fits(attention: Attention, site: Site, device: torch.device) -> None:
     if site.is_causal is not None:
         attention.check_causality(site.is_causal)
+    if site.is_self is False and not attention.spec.cross:
+        raise UnsupportedError(f"it looks at another sequence, which {attention.spec.name} cannot: it needs as many queries as keys; use standard")
     if attention.shares_qk:
         raise UnsupportedError(f"the model projects queries and keys apart, which {attention.spec.name} with shared ones cannot take")
     if site.has_bias and not attention.spec.attn_mask:
@@ -149,12 +175,27 @@ def _check_fits(attention: Attention, site: Site, device: torch.device) -> None:
 
 
 def place_of(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where the first of these modules computes that has a weight to tell: weights that are only stored (8 bits) tell the device alone."""
+    """Where the first of these modules computes that has a weight to tell, and in which dtype. Weights that are only
+    stored (8 bits) tell the device alone, and accelerate's hooks may keep them elsewhere."""
     weights = [weight for module in modules for weight in (*module.parameters(), *module.buffers())]
     computing = next((weight for weight in weights if weight.dtype in COMPUTES), None)
+    dtype = torch.get_default_dtype() if computing is None else computing.dtype
+    hooked = next((device for module in modules for device in _execution_devices(module)), None)
+    if hooked is not None:
+        return hooked, dtype
     if computing is not None:
-        return computing.device, computing.dtype
-    return weights[0].device if weights else torch.device("cpu"), torch.get_default_dtype()
+        return computing.device, dtype
+    return weights[0].device if weights else torch.device("cpu"), dtype
+
+
+def _execution_devices(module: nn.Module) -> Iterator[torch.device]:
+    """Where accelerate's hooks have the parts of a module compute."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                yield torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
 def _choice(value: Any, options: dict[str, Any]) -> Choice:
@@ -165,18 +206,30 @@ def _choice(value: Any, options: dict[str, Any]) -> Choice:
     raise ValueError(f"{value!r} must be the name of an attention or a pair of its name and its options")
 
 
-def _parse(what: str, layers: Any, count: int) -> list[int]:
-    """Layer indices, in order, from 3, [0, 2], "4", "0-3" or "0-3,6"."""
-    refusal = f"{what}{layers!r} must be distinct layers of the model, such as 4, '0-3' or '0-3,6'; it has {count} attention layers, 0 to {count - 1}"
-    if isinstance(layers, str):
-        found = [re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part) for part in layers.split(",")]
-        ends = [(int(match[1]), int(match[2] or match[1])) for match in found if match]
-        if len(ends) < len(found) or any(first > last or last >= count for first, last in ends):
-            raise ValueError(refusal)
-        indices = [layer for first, last in ends for layer in range(first, last + 1)]
-    else:
-        indices = list(layers) if isinstance(layers, Iterable) else [layers]
-    whole = all(isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer < count for layer in indices)
-    if not indices or not whole or len(set(indices)) < len(indices):
-        raise ValueError(refusal)
-    return sorted(indices)
+def _parse(what: str, layers: Any, sites: list[Site], count: int) -> list[int]:
+    """Indices of sites, in order, from 3, [0, 2], "4", "0-3" or "0-3,6", which count the first `count`; and from paths, or patterns of paths."""
+    parts = layers.split(",") if isinstance(layers, str) else list(layers) if isinstance(layers, Iterable) else [layers]
+    found = [_indices(part, sites, count) for part in parts]
+    indices = sorted(index for some in found for index in some)
+    if not found or not all(found) or len(set(indices)) < len(indices):
+        has = f"it has {count} attention layers, 0 to {count - 1}" if count else "none of its attentions is known to be self-attention"
+        others = "".join(f", {site.path}" for site in sites[count:])
+        raise ValueError(
+            f"{what}{layers!r} must be distinct layers of the model, such as 4, '0-3' or '0-3,6'; {has}"
+            f"{f', and those that are named by their paths{others}' if others else ''}"
+        )
+    return indices
+
+
+def _indices(layer: Any, sites: list[Site], count: int) -> list[int]:
+    """Of one layer, a range, a path or a pattern of paths; empty where the model has none such."""
+    if isinstance(layer, int):
+        return [layer] if not isinstance(layer, bool) and 0 <= layer < count else []
+    if not isinstance(layer, str):
+        return []
+    numbers = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", layer)
+    if numbers:
+        first, last = int(numbers[1]), int(numbers[2] or numbers[1])
+        if first <= last < count:
+            return list(range(first, last + 1))
+    return [index for index, site in enumerate(sites) if fnmatchcase(site.path, layer.strip())]

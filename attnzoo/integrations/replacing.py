@@ -1,8 +1,11 @@
-"""Replacing a model's attention modules by others that hold the same weights."""
+"""Giving attention modules another forward in place: what hangs on a module (hooks, attributes, wrappers, adapters) stays on it, there and back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from types import MethodType
+from typing import Any
 
 from torch import nn
 
@@ -10,49 +13,94 @@ from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
 from attnzoo.integrations.plan import Site
 
+#: Where in a module that has another forward the zoo's attention lives.
+CORE = "attention"
+
 
 class PutBack:
-    """Puts replaced modules back, with the parameters and the mode that their replacements have now."""
+    """Gives modules their own classes back; everything else on them stays as it is now.
+
+    swapped: by path at the time of the swap, each module, its own class, and the kind that it became (see `class_over`).
+    """
 
     def __init__(self) -> None:
-        self.originals: dict[str, nn.Module] = {}
-        self.nested: dict[str, bool] = {}
+        self.swapped: dict[str, tuple[nn.Module, type, type]] = {}
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError where something that was put on a module since would not outlive the undoing."""
+        for path, (module, own, kind) in self.swapped.items():
+            if type(module) is not class_over(kind, own):
+                raise ValueError(
+                    f"{path} is a {type(module).__name__} now, made of the {kind.__name__} that swap put there (a parametrization?); "
+                    "undo that first, as with torch.nn.utils.parametrize.remove_parametrizations"
+                )
+            if has_other_forward(module):
+                raise ValueError(f"{path} was given a forward of its own since the swap; delete that attribute of the module first")
 
     def __call__(self, model: nn.Module) -> None:
-        for path, original in self.originals.items():
-            gone = [name for name, _ in original.named_parameters(recurse=False) if getattr(model.get_submodule(path), name, original) is None]
-            if gone:
-                raise ValueError(f"{path} has its {gone[0]} split over processes; it cannot be put back")
-        for path, original in self.originals.items():
-            replacement = model.get_submodule(path)
-            for name, parameter in list(original.named_parameters(recurse=False)):
-                setattr(original, name, getattr(replacement, name, parameter))
-            original.train(replacement.training)
-            set_submodule(model, path, original)
-        for path, value in self.nested.items():
-            model.get_submodule(path).use_nested_tensor = value  # pyright: ignore[reportArgumentType]
+        for module, own, _ in self.swapped.values():
+            delattr(module, CORE)
+            vars(module).pop("__module__", None)
+            _change_class(module, own)
 
 
-def replace_modules(
-    model: nn.Module, sites: list[Site], attentions: dict[int, Attention], wrap: Callable[[nn.Module, Attention], nn.Module]
+def replace_forwards(
+    sites: list[Site],
+    attentions: dict[int, Attention],
+    kind: type,
+    check: Callable[[nn.Module, Attention], None],
+    take: Callable[[Any, Attention, str], None],
+    put_back: PutBack,
 ) -> PutBack:
-    """Put wrap(module, attention) into the place, or the places, of every chosen layer's module."""
-    replacements = {}
+    """Make every chosen layer's module one of `kind`.
+
+    check: raises UnsupportedError where a module and its attention do not fit; nothing is changed then. take: gives a module of that class
+    its attention; the third argument says where it is. put_back: undoes it.
+    """
+    places = {layer: f"layer {layer} ({sites[layer].path})" for layer in attentions}
     for layer, attention in attentions.items():
-        site = sites[layer]
         try:
-            replacements[id(site.module)] = wrap(site.module, attention)
+            check(sites[layer].module, attention)
+            for name in (CORE, "__module__"):
+                if hasattr(sites[layer].module, name) and (name == CORE or name in vars(sites[layer].module)):
+                    raise UnsupportedError(f"{type(sites[layer].module).__name__} has an attribute {name!r}, the name of what a swap adds; rename it")
         except UnsupportedError as error:
-            raise UnsupportedError(f"layer {layer} ({site.path}): {error}") from None
-    put_back = PutBack()
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in replacements:
-            put_back.originals[path] = module
-            set_submodule(model, path, replacements[id(module)])
+            raise UnsupportedError(f"{places[layer]}: {error}") from None
+    for layer, attention in attentions.items():
+        module = sites[layer].module
+        put_back.swapped[sites[layer].path] = (module, type(module), kind)
+        _change_class(module, class_over(kind, type(module)))
+        take(module, attention, places[layer])
     return put_back
 
 
-def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Assign a submodule by its path, in a ModuleList too."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether the module itself has a forward that hides its class's; accelerate's, which calls the one it found, is none."""
+    found = vars(module).get("_old_forward")
+    return "forward" in vars(module) and getattr(found, "__func__", None) is not type(module).forward
+
+
+def _change_class(module: nn.Module, other: type) -> None:
+    module.__class__ = other
+    if "_old_forward" in vars(module):  # accelerate's hook calls it
+        vars(module)["_old_forward"] = MethodType(other.forward, module)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@cache
+def class_over(kind: type, own: type) -> Any:
+    """`kind` itself where it is a kind of `own`; otherwise a class that is both, first of all `kind`, and pickles by the two."""
+    if issubclass(kind, own):
+        return kind
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        made = super(given, self).__reduce_ex__(protocol)
+        return (_new, (kind, own), *made[2:])
+
+    names: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    given = type(kind.__name__, (kind, own), {**names, "__reduce_ex__": reduce})
+    return given
+
+
+def _new(kind: type, own: type) -> Any:
+    given = class_over(kind, own)
+    return given.__new__(given)

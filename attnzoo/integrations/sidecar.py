@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from attnzoo.integrations.swapping import Record, record_of, swap, unswap
+from attnzoo.integrations.record import Record
+from attnzoo.integrations.swapping import record_of, swap, unswap
 
 Model = TypeVar("Model", bound=nn.Module)
 #: The key of the recipe in the file's metadata, and the version of its form.
@@ -60,7 +61,7 @@ def load(model: Model, path: str | Path) -> Model:
 def _recipe(record: Record) -> dict[str, Any]:
     from attnzoo import __version__
 
-    layers = {str(layer): {"name": choice.name, "options": choice.options} for layer, choice in record.choices.items()}
+    layers = {record.keys[layer]: {"name": choice.name, "options": choice.options} for layer, choice in record.choices.items()}
     versions = {"attnzoo": __version__, "torch": torch.__version__}
     return {"format": FORMAT, "versions": versions, "integration": record.integration, "sites": record.sites, "layers": layers}
 
@@ -121,13 +122,16 @@ def _choices(recipe: dict[str, Any], path: str | Path) -> dict[str, tuple[str, d
     for layer, choice in layers.items():
         if not isinstance(choice, dict) or not isinstance(choice.get("name"), str) or not isinstance(choice.get("options"), dict):
             raise ValueError(f"{path}, layer {layer}: {choice!r} is not a name and its options; write it again with attnzoo.save")
-    # The saved seeds are those of each layer; swap adds the layer's number to what it is given.
-    return {layer: (choice["name"], _first_seed(choice["options"], layer)) for layer, choice in layers.items()}
+    # The saved seeds are those of each layer; swap adds the layer's place to what it is given.
+    sites = recipe.get("sites")
+    places = {site[0]: place for place, site in enumerate(sites) if isinstance(site, list) and site} if isinstance(sites, list) else {}
+    places.update({str(place): place for place in range(len(places))})
+    return {layer: (choice["name"], _first_seed(choice["options"], places.get(layer))) for layer, choice in layers.items()}
 
 
-def _first_seed(options: dict[str, Any], layer: str) -> dict[str, Any]:
+def _first_seed(options: dict[str, Any], place: int | None) -> dict[str, Any]:
     seed = options.get("seed")
-    return {**options, "seed": seed - int(layer)} if isinstance(seed, int) and layer.isdigit() else options
+    return {**options, "seed": seed - place} if isinstance(seed, int) and place is not None else options
 
 
 def _fit(record: Record, recipe: dict[str, Any], extras: dict[str, Tensor], path: str | Path) -> None:

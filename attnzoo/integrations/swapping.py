@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from attnzoo.attention import Attention
 from attnzoo.integrations import huggingface, timm, torch_nn
-from attnzoo.integrations.plan import Choice, Layers, Mix, Site, build_attentions, choose
+from attnzoo.integrations.plan import Layers, Mix, build_attentions, choose
+from attnzoo.integrations.record import RECORD, Record
+from attnzoo.wrappers import without_wrappers
 
 Model = TypeVar("Model", bound=nn.Module)
-RECORD = "_attnzoo_swap"
-
-
-class Undo(Protocol):
-    """What an integration needs to take its attentions out again."""
-
-    def __call__(self, model: nn.Module) -> None: ...
-
-
-class Record:
-    """What `swap` did to a model: kept on it, so that it can be undone, saved and shown.
-
-    integration: the module that did it. sites: every attention layer found, as (path, heads, head_dim). choices: by layer, with settled
-    options. attentions: the modules by layer.
-    """
-
-    def __init__(self, integration: str, sites: list[Site], choices: dict[int, Choice], attentions: dict[int, Attention], undo: Undo) -> None:
-        self.integration = integration
-        self.sites = [(site.path, site.heads, site.head_dim) for site in sites]
-        self.choices = choices
-        self.attentions = attentions
-        self.undo = undo
-
-
 INTEGRATIONS = (huggingface, torch_nn, timm)
 
 
@@ -42,14 +20,17 @@ def swap(model: Model, name: str | Mix, *, layers: Layers | None = None, **optio
     """Give a model another attention, in place, keeping its weights. Returns the model.
 
     model: a Hugging Face transformers model whose attention goes through `AttentionInterface`; one made of nn.MultiheadAttention, in
-    torch's Transformer layers or alone (where `attnzoo.MultiheadAttention` takes its place: a core that cannot be causal then refuses the
-    causal call); or one made of timm's Attention. Only self-attention is swapped: torch's decoder layers keep their `multihead_attn`, and
-    so does an encoder-decoder of transformers, whose layers count on from its encoder's. A part of a composite model can be swapped alone
-    (`model.get_encoder()`, `clip.vision_model`): save, load and unswap that part then.
+    torch's Transformer layers or alone (which then do as `attnzoo.MultiheadAttention`: a core that cannot be causal refuses the
+    causal call); or one made of timm's Attention; or a wrapper of one (PEFT, DDP, torch.compile, Lightning). Only self-attention is swapped,
+    unless another is named: torch's decoder layers keep their `multihead_attn`, and so does an encoder-decoder of transformers, whose layers
+    count on from its encoder's. Which nn.MultiheadAttention of a model of your own looks at itself is found by trying the modules around it; where
+    that tells nothing, the swap is refused until it is named. A part of a composite model can be swapped alone (`model.get_encoder()`,
+    `clip.vision_model`): save, load and unswap that part then. Modules stay the objects that they are, with their hooks and attributes.
     name: a name in `attnzoo.names()`, or a mapping from layers to a name or a pair (name, options): {"0-3": "sliding_window",
     "4": ("performer", {"num_features": 64})}. layers: which attention layers, counted from 0 in the order in which they run: 2,
-    "0-3,6", [0, 2]; default: all. options: of the attention, for every layer; an option `seed` is the first layer's, later layers count
-    up from it. Layers that are not named keep exact attention.
+    "0-3,6", [0, 2]; or a path in the model, or a pattern of paths: "layers.*.cross_attn"; default: all self-attentions. options: of the
+    attention, for every layer; an option `seed` is the first layer's, later layers count up from it. Layers that are not named keep exact
+    attention.
 
     What the attention learns or draws lives in a submodule of each layer: it follows `.to()`, trains, and is in `state_dict`. Sequences
     packed into one row with a mask of ones cannot be told from a single sequence.
@@ -62,47 +43,52 @@ def swap(model: Model, name: str | Mix, *, layers: Layers | None = None, **optio
     the attention cannot do what the model needs; ValueError on a model without attention, on one swapped already, whole or in part, and on
     layers outside it. The model is then as it was.
     """
-    integration = _integration_for(model)
-    sites = integration.find_sites(model)
-    choices = choose(name, layers, options, len(sites))
-    attentions, choices = build_attentions(model, sites, choices)
-    undo = integration.insert(model, sites, attentions)
-    vars(model)[RECORD] = Record(integration.__name__.rpartition(".")[2], sites, choices, attentions, undo)  # a wrapper's setattr may pass it on
+    part, integration = _integration_for(_inside(model))
+    sites, choices = choose(name, layers, options, integration.find_sites(part))
+    attentions, choices = build_attentions(part, sites, choices)
+    undo = integration.insert(part, sites, attentions)
+    vars(part)[RECORD] = Record(integration.__name__.rpartition(".")[2], sites, choices, attentions, undo)
     return model
 
 
 def unswap(model: Model) -> Model:
     """Undo `swap`, in place: the model is what it was, with the weights it has now. Returns the model.
 
-    model: the one that was swapped, or a wrapper that hands its attributes on (PEFT's, torch.compile's). Raises ValueError when the model
-    is not swapped.
+    What was put in since stays: trained weights, hooks, attributes, adapters and wrappers of what is the model's own. model: the one that was
+    swapped, or a wrapper of it or inside it (PEFT's, DDP, torch.compile's, Lightning's). Raises ValueError when the model is not swapped, and
+    where something that was put in since would be lost, naming it: on what the swap added, or on the out_proj of an nn.MultiheadAttention,
+    whose weight torch reads without a call. The model is then as it was.
     """
-    record = record_of(model)
-    swapped = next(part for part in model.modules() if vars(part).get(RECORD) is record)
-    record.undo(swapped)
-    del vars(swapped)[RECORD]
+    part, record = swapped_part(model)
+    record.undo.check(part)
+    record.check_standing(part)
+    record.undo(part)
+    del vars(part)[RECORD]
     return model
 
 
-def _integration_for(model: nn.Module) -> Any:
-    """The module that swaps in models of this kind. Raises ValueError where there is none or more than one, so that a part would stay as it is,
-    and on what is swapped already, whole or in part."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model={model!r} is no torch.nn.Module; give the model itself (of a transformers pipeline: its `.model`)")
+def _integration_for(model: nn.Module) -> tuple[nn.Module, Any]:
+    """The module that swaps in models of this kind, and the model: it, or the transformers model that it holds and that has all of its attention.
+
+    Raises ValueError where there is none or more than one, so that a part would stay as it is, and on what is swapped already, whole or in part.
+    """
     for path, part in model.named_modules():
-        if hasattr(part, RECORD):
+        if RECORD in vars(part):
             place = f"{path} of this {type(model).__name__}" if path else f"this {type(model).__name__}"
             raise ValueError(f"{place} is swapped already; call attnzoo.unswap on it first (a mapping gives each layer an attention of its own)")
     if huggingface.handles(model):
-        return huggingface
+        return model, huggingface
     kinds = [integration for integration in INTEGRATIONS if integration.handles(model)]
     inside = next((path for path, part in model.named_modules() if huggingface.handles(part)), None)
     if inside is not None:
+        part = model.get_submodule(inside)
+        if not has_attention_beside(model, part):
+            return part, huggingface
         raise ValueError(f"this {type(model).__name__} holds a transformers model; swap that part alone: model.get_submodule({inside!r})")
     if len(kinds) > 1:
         raise ValueError(f"this {type(model).__name__} has nn.MultiheadAttention and timm's Attention; swap its parts one by one")
     if kinds:
-        return kinds[0]
+        return model, kinds[0]
     if any(isinstance(module, Attention) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has attnzoo's attention in it already: unswap the model that it was swapped in first, or build its "
@@ -114,13 +100,42 @@ def _integration_for(model: nn.Module) -> Any:
     )
 
 
+def has_attention_beside(model: nn.Module, part: nn.Module) -> bool:
+    """Whether any attention that can be swapped, or is, stands in the model outside of a part of it; a transformers model stands for its own."""
+    inside = set(part.modules())
+    return any(_is_attention(module) for module in model.modules() if module not in inside)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return isinstance(module, Attention | nn.MultiheadAttention) or huggingface.handles(module) or timm.is_attention(module)
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The model without wrappers; a LightningModule is one too where all its attention is in one model that it holds."""
+    model = without_wrappers(model)
+    if any(kind.__name__ == "LightningModule" for kind in type(model).__mro__):
+        holding = [child for child in model.children() if any(_is_attention(module) for module in child.modules())]
+        runs = len(holding) == 1 and type(holding[0]).forward is not nn.Module.forward  # no list of blocks
+        if runs and (huggingface.handles(holding[0]) or not _is_attention(holding[0])):
+            return _inside(holding[0])
+    return model
+
+
 def record_of(model: nn.Module) -> Record:
-    """What `swap` did to the model. Raises ValueError when it is not swapped, or only a part of it is."""
-    record = getattr(model, RECORD, None)
-    if record is not None:
-        return record
-    parts = model.named_modules() if isinstance(model, nn.Module) else ()
-    swapped = next((path for path, part in parts if hasattr(part, RECORD)), None)
-    if swapped is not None:
-        raise ValueError(f"this {type(model).__name__} is not swapped, but its part {swapped} is; give that one: model.get_submodule({swapped!r})")
-    raise ValueError(f"this {type(model).__name__} is not swapped; call attnzoo.swap(model, name) first")
+    """What `swap` did to the model, as `swapped_part` finds it."""
+    return swapped_part(model)[1]
+
+
+def swapped_part(model: nn.Module) -> tuple[nn.Module, Record]:
+    """The model that was swapped, which may be inside of the one given, and what `swap` did to it.
+
+    Raises ValueError when it is not swapped, or only a part of it is, beside other attentions.
+    """
+    whole = _inside(model)
+    swapped = {path: part for path, part in whole.named_modules() if RECORD in vars(part)}
+    if not swapped:
+        raise ValueError(f"this {type(whole).__name__} is not swapped; call attnzoo.swap(model, name) first")
+    path, part = next(iter(swapped.items()))
+    if len(swapped) > 1 or has_attention_beside(whole, part) or (part is not whole and huggingface.handles(whole)):
+        raise ValueError(f"this {type(whole).__name__} is not swapped, but its part {path} is; give that one: model.get_submodule({path!r})")
+    return part, vars(part)[RECORD]

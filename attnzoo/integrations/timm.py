@@ -6,67 +6,69 @@ import inspect
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
-from attnzoo.integrations.evaluating import evaluating
+from attnzoo.integrations.evaluating import evaluating, unheard
 from attnzoo.integrations.plan import Site, no_dropout, place_of
-from attnzoo.integrations.replacing import PutBack, replace_modules
+from attnzoo.integrations.replacing import PutBack, has_other_forward, replace_forwards
 from attnzoo.registry import build
 
-#: The parts of an Attention that TimmAttention runs. Another one (a relative position bias, a rotary embedding) would be dropped.
+#: The parts of an Attention that a swapped one runs. Another one (a relative position bias, a rotary embedding) would be dropped.
 PARTS = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop")
 ARGUMENTS = ("x", "attn_mask", "is_causal")
 
 
 class TimmAttention(nn.Module):
-    """timm's Attention with `core` between its projections; the projections are the module's own, under their own names."""
+    """timm's Attention with `attention`, of the zoo, between its projections: the class of a swapped module, beside its own."""
 
     qkv: nn.Module
     proj: nn.Module
+    num_heads: int
+    attention: Attention
 
-    def __init__(self, module: Any, core: Attention) -> None:
-        super().__init__()
-        _refuse_other_attention(module)
-        self.dropout = _dropout(module)
+    def take(self, core: Attention, place: str) -> None:
+        """Let `core`, which `_refuse` does not refuse, attend between the projections."""
         if core.spec.dropout:
             engine: Any = core.engine
-            engine.dropout = self.dropout
-        self.num_heads = module.num_heads
-        self.head_dim = core.head_dim
-        self.factor = float(getattr(module, "scale", core.head_dim**-0.5)) * core.head_dim**0.5
-        for name, part in module.named_children():
-            self.add_module(name, part)
+            engine.dropout = _dropout(self)
         self.attention = core
-        self.training = module.training
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x: (batch, length, features) -> the same. attn_mask: as in `Attention.forward`."""
-        if self.training and self.dropout and not self.attention.spec.dropout:
-            raise UnsupportedError(no_dropout("timm's Attention", self.dropout, self.attention.spec.name))
-        q, k, v = rearrange(self.qkv(x), "b l (p h d) -> p b h l d", p=3, h=self.num_heads).unbind(0)
-        q, k = self._through("q_norm", q), self._through("k_norm", k)
-        q = q if self.factor == 1.0 else q * self.factor
-        out = rearrange(self.attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal), "b h l d -> b l (h d)")
-        return self._through("proj_drop", self.proj(self._through("norm", out)))
+        dropout = _dropout(self)
+        if self.training and dropout and not self.attention.spec.dropout:
+            raise UnsupportedError(no_dropout("timm's Attention", dropout, self.attention.spec.name))
+        return _between_projections(self, self.attention, x, attn_mask=attn_mask, is_causal=is_causal)
 
-    def _through(self, part: str, x: Tensor) -> Tensor:
-        module = self._modules.get(part)
-        return x if module is None else module(x)
+
+def _between_projections(module: Any, core: Attention, x: Tensor, **masks: Any) -> Tensor:
+    """The answer of a module of timm's with `core` as its attention; plain operators, which torch.fx can record."""
+    batch, length, _ = x.shape
+    q, k, v = module.qkv(x).reshape(batch, length, 3, module.num_heads, core.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = _through(module, "q_norm", q), _through(module, "k_norm", k)
+    factor = float(getattr(module, "scale", core.head_dim**-0.5)) * core.head_dim**0.5
+    q = q if factor == 1.0 else q * factor
+    out = core(q, k, v, **masks).transpose(1, 2).reshape(batch, length, module.num_heads * core.head_dim)
+    return _through(module, "proj_drop", module.proj(_through(module, "norm", out)))
+
+
+def _through(module: nn.Module, part: str, x: Tensor) -> Tensor:
+    inner = module._modules.get(part)
+    return x if inner is None else inner(x)
 
 
 def handles(model: nn.Module) -> bool:
     """Whether the model has a module built as timm's Attention, or is one."""
-    return any(_looks_like_attention(module) for module in model.modules())
+    return any(is_attention(module) for module in model.modules())
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """Every module inside the model that is built as timm's Attention. Raises ValueError when the model itself is, which has no parent."""
-    if _looks_like_attention(model):
+    """Every module inside the model that is built as timm's Attention. Raises ValueError when the model itself is, which has no layer around it."""
+    if is_attention(model):
         raise ValueError(f"{type(model).__name__} cannot be swapped in place; swap the model or the block that it stands in")
-    found: list[tuple[str, Any]] = [(path, module) for path, module in model.named_modules() if _looks_like_attention(module)]
+    found: list[tuple[str, Any]] = [(path, module) for path, module in model.named_modules() if is_attention(module)]
     return [
         Site(path, module, module.num_heads, module.qkv.out_features // 3 // module.num_heads, is_causal=False, dropout=_dropout(module))
         for path, module in found
@@ -74,18 +76,16 @@ def find_sites(model: nn.Module) -> list[Site]:
 
 
 def insert(model: nn.Module, sites: list[Site], attentions: dict[int, Attention]) -> PutBack:
-    """Put the attentions in place of the modules at `sites`; the answer undoes it."""
-
-    def wrap(module: nn.Module, attention: Attention) -> TimmAttention:
-        swapped = TimmAttention(module, attention)
-        _refuse_other_formula(module, attention)
-        return swapped
-
-    return replace_modules(model, sites, attentions, wrap)
+    """Give the modules at `sites` their attentions; the answer undoes it."""
+    return replace_forwards(sites, attentions, TimmAttention, _refuse, TimmAttention.take, PutBack())
 
 
-def _looks_like_attention(module: Any) -> bool:
-    linear = all(isinstance(getattr(module, name, None), nn.Linear) for name in ("qkv", "proj"))
+def is_attention(module: Any) -> bool:
+    """Whether a module is built as timm's Attention, its projections linear layers or what stands for them (adapters, integers)."""
+    projections = [getattr(module, name, None) for name in ("qkv", "proj")]
+    linear = all(
+        isinstance(part, nn.Module) and isinstance(getattr(part, size, None), int) for part in projections for size in ("in_features", "out_features")
+    )
     return linear and isinstance(getattr(module, "num_heads", None), int) and not isinstance(module, TimmAttention)
 
 
@@ -93,7 +93,15 @@ def _dropout(module: nn.Module) -> float:
     return float(getattr(getattr(module, "attn_drop", None), "p", 0.0))
 
 
+def _refuse(module: nn.Module, core: Attention) -> None:
+    """Raise UnsupportedError unless the module is softmax attention and no more."""
+    _refuse_other_attention(module)
+    _refuse_other_formula(module, core)
+
+
 def _refuse_other_attention(module: Any) -> None:
+    if has_other_forward(module):
+        raise UnsupportedError(f"{type(module).__name__} was given a forward of its own, which a swap would drop; delete that attribute first")
     arguments = [name for name in inspect.signature(module.forward).parameters if name not in ARGUMENTS]
     own = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
     extra = [name for name, _ in module.named_children() if name not in PARTS] + own + arguments
@@ -112,9 +120,8 @@ def _refuse_other_formula(module: Any, core: Attention) -> None:
     if device.type == "meta":
         return
     x = torch.randn(1, 5, module.qkv.in_features, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    exact = TimmAttention(module, build("standard", heads=core.heads, head_dim=core.head_dim))
-    with evaluating(module), evaluating(exact):
-        wanted = exact(x)
+    with evaluating(module), unheard(module):
+        wanted = _between_projections(module, build("standard", heads=core.heads, head_dim=core.head_dim).eval(), x)
         try:
             out = module(x)
         except Exception as error:
