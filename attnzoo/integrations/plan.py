@@ -13,7 +13,7 @@ from torch import nn
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
-from attnzoo.registry import build, options_of
+from attnzoo.registry import build, find, options_of, spec_of
 
 #: name of an attention, or (name, options), for a range of layers: {"0-3": "sliding_window", 4: ("performer", {"num_features": 64})}.
 Mix = Mapping[Any, Any]
@@ -26,7 +26,8 @@ class Site:
 
     path: of `module` in the model. is_causal: None where only the call tells. window: keys its own sliding window shows, itself
     included (None: all). has_bias: it adds a bias of positions to its scores. has_sink_logits: it has one more score
-    a head, which counts in the sum of every row. dropout: of the entries of A while training.
+    a head, which counts in the sum of every row. dropout: of the entries of A while training. max_length: of the sequences that
+    it reads, where the model tells.
     """
 
     path: str
@@ -38,6 +39,7 @@ class Site:
     has_bias: bool = False
     has_sink_logits: bool = False
     dropout: float = 0.0
+    max_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,11 @@ class Choice:
 def choose(name: str | Mix, layers: Layers | None, options: dict[str, Any], count: int) -> dict[int, Choice]:
     """The choice for each layer of a model with `count` attention layers; a layer that is not named keeps its own attention.
 
-    Raises ValueError on a layer that the model does not have, one named twice, and a malformed mapping.
+    Raises ValueError on a layer that the model does not have, one named twice, a malformed mapping, and options in the place of layers.
     """
     if isinstance(name, str):
+        if isinstance(layers, Mapping):
+            raise ValueError(f"layers={layers!r} is a mapping; give options by name: attnzoo.swap(model, {name!r}, {_by_name(layers)})")
         chosen = range(count) if layers is None else _parse("layers=", layers, count)
         return {layer: Choice(name, dict(options)) for layer in chosen}
     if not isinstance(name, Mapping) or not name:
@@ -80,9 +84,11 @@ def build_attentions(sites: list[Site], choices: dict[int, Choice]) -> tuple[dic
     shared: dict[str, dict[str, Any]] = {}
     for layer, choice in choices.items():
         site = sites[layer]
-        options = _options(choice, layer)
         more = shared.get(repr(choice), {})
         try:
+            if site.is_causal is not None:
+                find(choice.name).check_causality(site.is_causal)
+            options = _options(choice, layer, site)
             attention = build(choice.name, heads=site.heads, head_dim=site.head_dim, **options, **more)
             _check_fits(attention, site)
         except UnsupportedError as error:
@@ -93,7 +99,7 @@ def build_attentions(sites: list[Site], choices: dict[int, Choice]) -> tuple[dic
     return attentions, settled
 
 
-def _options(choice: Choice, layer: int) -> dict[str, Any]:
+def _options(choice: Choice, layer: int, site: Site) -> dict[str, Any]:
     for option in ("heads", "head_dim", "scale", "dropout"):
         if option in choice.options:
             raise ValueError(f"swap does not take {option!r}: it follows from the model")
@@ -102,6 +108,13 @@ def _options(choice: Choice, layer: int) -> dict[str, Any]:
         if option.name == "seed":
             seed = options.get("seed", option.default)
             options["seed"] = seed + layer if isinstance(seed, int) else seed
+    if spec_of(choice.name).needs_max_length and "max_length" not in options:
+        if site.max_length is None:
+            raise ValueError(
+                f"{choice.name} needs max_length, and this model does not tell how long its sequences get: attnzoo.swap(model, {choice.name!r}, "
+                "max_length=...)"
+            )
+        options["max_length"] = site.max_length
     return options
 
 
@@ -109,14 +122,13 @@ def no_dropout(module: str, dropout: float, name: str) -> str:
     """Why a layer with dropout on A cannot train with the attention of that name."""
     return (
         f"{module} drops entries of A with probability {dropout} while training, which {name} never forms; to train it, build the model with "
-        "its attention dropout at 0 (in BERT's config attention_probs_dropout_prob, in Llama's attention_dropout, in timm attn_drop_rate; of torch's "
-        "layers set self_attn.dropout to 0 before the swap)"
+        "its attention dropout at 0 (in the config or in from_pretrained: BERT's attention_probs_dropout_prob=0.0, Llama's attention_dropout=0.0, "
+        "GPT-2's attn_pdrop=0.0; in timm attn_drop_rate=0.0; of torch's layers set self_attn.dropout to 0 before the swap); to evaluate it only, "
+        "call model.eval() before the swap"
     )
 
 
 def _check_fits(attention: Attention, site: Site) -> None:
-    if site.is_causal is not None:
-        attention.check_causality(site.is_causal)
     if attention.shares_qk:
         raise UnsupportedError(f"the model projects queries and keys apart, which {attention.spec.name} with shared ones cannot take")
     if site.has_bias and not attention.spec.attn_mask:
@@ -153,6 +165,11 @@ def _choice(value: Any, options: dict[str, Any]) -> Choice:
     if isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], Mapping):
         return Choice(value[0], {**options, **value[1]})
     raise ValueError(f"{value!r} must be the name of an attention or a pair of its name and its options")
+
+
+def _by_name(options: Mapping[Any, Any]) -> str:
+    """{"window": 3} as window=3."""
+    return ", ".join(f"{option}={value!r}" for option, value in options.items()) or "..."
 
 
 def _parse(what: str, layers: Any, count: int) -> list[int]:

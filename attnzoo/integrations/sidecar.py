@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from attnzoo.arguments import check_path
 from attnzoo.integrations.swapping import Record, record_of, swap, unswap
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -34,16 +36,16 @@ def save(model: nn.Module, path: str | Path) -> None:
     write_tensors(_extras(record), path, metadata={METADATA: recipe})
 
 
-def load(model: Model, path: str | Path) -> Model:
+def load(model: Model, path: str | Path, *, example_inputs: Mapping[str, Any] | None = None) -> Model:
     """Swap a model as a file of `save` says, and give its attentions what they had learned. Returns the model.
 
-    model: one that is not swapped, of the architecture that the file was saved from. The file is read as data only. Raises ValueError on a
-    file that cannot be read or does not fit the model, naming the place; the model is then as it was.
+    model: one that is not swapped, of the architecture that the file was saved from. The file is read as data only. example_inputs: as in `swap`.
+    Raises ValueError on a file that cannot be read or does not fit the model, naming the place; the model is then as it was.
     """
     recipe, extras = _read(path)
     choices = _choices(recipe, path)
     try:
-        swap(model, choices)
+        swap(model, choices, example_inputs=example_inputs)
     except ValueError as error:
         raise type(error)(f"{path} does not fit this {type(model).__name__}: {error}") from None
     except (TypeError, AttributeError, OverflowError, RuntimeError, MemoryError) as error:  # options of kinds and sizes that no attention has
@@ -72,7 +74,7 @@ def _extras(record: Record) -> dict[str, Tensor]:
 
 def write_tensors(tensors: dict[str, Tensor], path: str | Path, *, metadata: dict[str, str] | None = None) -> None:
     """Write tensors to a safetensors file; copied, since they may share memory and the format does not. Raises OSError where it cannot be written."""
-    save_file, path = _safetensors().save_file, Path(path)
+    save_file, path = _safetensors().save_file, check_path(path)
     from safetensors import SafetensorError
 
     copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
@@ -88,7 +90,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     _safetensors()
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = check_path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the path of the file in it")
     try:

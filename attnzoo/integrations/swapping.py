@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
 from torch import nn
@@ -38,7 +39,14 @@ class Record:
 INTEGRATIONS = (huggingface, torch_nn, timm)
 
 
-def swap(model: Model, name: str | Mix, *, layers: Layers | None = None, **options: Any) -> Model:
+def swap(
+    model: Model,
+    name: str | Mix,
+    layers: Layers | None = None,
+    *,
+    example_inputs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Model:
     """Give a model another attention, in place, keeping its weights. Returns the model.
 
     model: a Hugging Face transformers model whose attention goes through `AttentionInterface`; one made of nn.MultiheadAttention, in
@@ -49,7 +57,8 @@ def swap(model: Model, name: str | Mix, *, layers: Layers | None = None, **optio
     name: a name in `attnzoo.names()`, or a mapping from layers to a name or a pair (name, options): {"0-3": "sliding_window",
     "4": ("performer", {"num_features": 64})}. layers: which attention layers, counted from 0 in the order in which they run: 2,
     "0-3,6", [0, 2]; default: all. options: of the attention, for every layer; an option `seed` is the first layer's, later layers count
-    up from it. Layers that are not named keep exact attention.
+    up from it; `max_length` is the model's own where it tells one. Layers that are not named keep exact attention.
+    example_inputs: keyword arguments of a transformers model's forward, with which it is tried out where attnzoo can make up none.
 
     What the attention learns or draws lives in a submodule of each layer: it follows `.to()`, trains, and is in `state_dict`. Sequences
     packed into one row with a mask of ones cannot be told from a single sequence.
@@ -63,10 +72,11 @@ def swap(model: Model, name: str | Mix, *, layers: Layers | None = None, **optio
     layers outside it. The model is then as it was.
     """
     integration = _integration_for(model)
-    sites = integration.find_sites(model)
+    tried = _tried_with(integration, example_inputs)
+    sites = integration.find_sites(model, **tried)
     choices = choose(name, layers, options, len(sites))
     attentions, choices = build_attentions(sites, choices)
-    undo = integration.insert(model, sites, attentions)
+    undo = integration.insert(model, sites, attentions, **tried)
     vars(model)[RECORD] = Record(integration.__name__.rpartition(".")[2], sites, choices, attentions, undo)  # a wrapper's setattr may pass it on
     return model
 
@@ -82,6 +92,15 @@ def unswap(model: Model) -> Model:
     record.undo(swapped)
     del vars(swapped)[RECORD]
     return model
+
+
+def _tried_with(integration: Any, example_inputs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The inputs to try a model with, for an integration that reads them. Raises ValueError for the others."""
+    if example_inputs is None:
+        return {}
+    if integration is not huggingface:
+        raise ValueError("example_inputs are for transformers models; the attention of this one is found without, leave them out")
+    return {"example_inputs": example_inputs}
 
 
 def _integration_for(model: nn.Module) -> Any:

@@ -67,8 +67,17 @@ def find_sites(model: nn.Module) -> list[Site]:
     if _looks_like_attention(model):
         raise ValueError(f"{type(model).__name__} cannot be swapped in place; swap the model or the block that it stands in")
     found: list[tuple[str, Any]] = [(path, module) for path, module in model.named_modules() if _looks_like_attention(module)]
+    longest = _longest_sequence(model)
     return [
-        Site(path, module, module.num_heads, module.qkv.out_features // 3 // module.num_heads, is_causal=False, dropout=_dropout(module))
+        Site(
+            path,
+            module,
+            module.num_heads,
+            module.qkv.out_features // 3 // module.num_heads,
+            is_causal=False,
+            dropout=_dropout(module),
+            max_length=longest,
+        )
         for path, module in found
     ]
 
@@ -87,6 +96,14 @@ def insert(model: nn.Module, sites: list[Site], attentions: dict[int, Attention]
 def _looks_like_attention(module: Any) -> bool:
     linear = all(isinstance(getattr(module, name, None), nn.Linear) for name in ("qkv", "proj"))
     return linear and isinstance(getattr(module, "num_heads", None), int) and not isinstance(module, TimmAttention)
+
+
+def _longest_sequence(model: Any) -> int | None:
+    """Patches and class tokens of a vision transformer whose images have one size."""
+    patches, prefix = getattr(getattr(model, "patch_embed", None), "num_patches", None), getattr(model, "num_prefix_tokens", None)
+    if not isinstance(patches, int) or not isinstance(prefix, int) or getattr(model, "dynamic_img_size", False):
+        return None
+    return patches + prefix
 
 
 def _dropout(module: nn.Module) -> float:

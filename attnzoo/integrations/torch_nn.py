@@ -45,7 +45,9 @@ def find_sites(model: nn.Module) -> list[Site]:
         raise ValueError("an nn.MultiheadAttention cannot be swapped in place; build an attnzoo.MultiheadAttention and load its state_dict")
     for path, module in found:
         _refuse_other_attention(path, module)
-    return [Site(path, module, module.num_heads, module.head_dim, dropout=module.dropout) for path, module in found]
+    told = getattr(model, "seq_length", None)  # of torchvision's vision transformers, whose images have one size
+    longest = told if isinstance(told, int) else None
+    return [Site(path, module, module.num_heads, module.head_dim, dropout=module.dropout, max_length=longest) for path, module in found]
 
 
 def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.MultiheadAttention]]:
