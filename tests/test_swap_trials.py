@@ -8,8 +8,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+import transformers as hf
 from small import SMALL, small
-from swap_models import answer, answer_of, inputs_of, make, tokens
+from swap_models import SIZES, answer, answer_of, inputs_of, make, tokens
 from torch import nn
 
 import attnzoo
@@ -186,3 +187,22 @@ def test_a_window_in_a_mask_that_no_layer_is_given() -> None:
         with pytest.raises(UnsupportedError, match="masks by a window of 6 that its attention layers do not tell of"):
             attnzoo.swap(model, name, **small(name))
     assert not cores(model)
+
+
+@pytest.mark.parametrize("name", [name for name in attnzoo.names() if attnzoo.describe(name).spec.bidirectional])
+def test_a_bert_that_is_made_from_a_config(name: str) -> None:
+    """It is in training mode and drops entries of A: a variant that forms none says what to do, and both ways out work."""
+
+    def bert(**options: Any) -> Any:
+        return hf.BertForSequenceClassification(hf.BertConfig(**{**SIZES, **options}))
+
+    if attnzoo.describe(name).spec.dropout:
+        attnzoo.swap(bert(), name, **small(name))
+        return
+    model = bert()
+    sentence = "attention_probs_dropout_prob=0.0.*; to evaluate it only, call model.eval\\(\\) before the swap"
+    with pytest.raises(UnsupportedError, match=sentence):
+        attnzoo.swap(model, name, **small(name))
+    with pytest.warns(UserWarning, match=sentence):
+        attnzoo.swap(model.eval(), name, **small(name))
+    attnzoo.swap(bert(attention_probs_dropout_prob=0.0), name, **small(name))

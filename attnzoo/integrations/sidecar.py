@@ -21,8 +21,8 @@ METADATA, FORMAT = "attnzoo", 1
 def save(model: nn.Module, path: str | Path) -> None:
     """Write a swapped model's recipe (names, options, layers, versions) and what its attentions learned or drew.
 
-    The model's own weights are not in the file: save those of the model after `unswap` (transformers' `save_pretrained` writes a swapped one too,
-    but its `from_pretrained` drops what the swap added, and tensors that layers share it refuses to write).
+    The model's own weights are not in the file: save those beside it, with transformers' `save_pretrained` or by `state_dict`. The config
+    that `save_pretrained` writes tells of the swap, and `from_pretrained`, which gives exact attention, then warns: `load` this file.
 
     Raises ValueError when the model is not swapped, or when an option is not plain data (a callable feature map, a shared module); OSError when
     the file cannot be written.
