@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CPU_BACKENDS, Case, Situation, tensors, usual_cases, with_backends
-from small import cannot, possible
+from small import cannot, possible, small
 from torch import Tensor
 
 import attnzoo
