@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -45,6 +47,20 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown{nearest(value, choices)}; choose one of {', '.join(choices)}")
     return value
+
+
+def check_path(value: Any) -> Path:
+    """The path of a file."""
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ValueError(f"path={value!r} must be the path of a file, such as 'swap.safetensors'")
+    return Path(value)
+
+
+def check_options(name: str, value: Any) -> dict[str, Any]:
+    """Options by name; None means none."""
+    if value is not None and not (isinstance(value, Mapping) and all(isinstance(option, str) for option in value)):
+        raise ValueError(f"{name}={value!r} must be a mapping from names to values, such as {{'window': 128}}")
+    return dict(value or {})
 
 
 def check_max_length(variant: str, max_length: int, **lengths: int) -> None:

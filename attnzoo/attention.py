@@ -273,13 +273,14 @@ class Attention(nn.Module):
                 f"{spec.name} needs query_length == key_length (got {call.query_length} and {call.key_length}); use {self._others(cross=True)}"
             )
 
-    def check_causality(self, is_causal: bool) -> None:
+    @classmethod
+    def check_causality(cls, is_causal: bool) -> None:
         """Raise UnsupportedError when the spec excludes such a call."""
-        if is_causal and not self.spec.causal:
-            raise UnsupportedError(f"{self.spec.name} cannot be causal; use {self._others(causal=True)}")
-        if not is_causal and not self.spec.bidirectional:
+        if is_causal and not cls.spec.causal:
+            raise UnsupportedError(f"{cls.spec.name} cannot be causal; use {cls._others(causal=True)}")
+        if not is_causal and not cls.spec.bidirectional:
             raise UnsupportedError(
-                f"{self.spec.name} is causal only; use {self._others(bidirectional=True)}, or is_causal=True where later keys may be hidden"
+                f"{cls.spec.name} is causal only; use {cls._others(bidirectional=True)}, or is_causal=True where later keys may be hidden"
             )
 
     def names_globals(self, global_mask: Tensor | None) -> bool:
@@ -349,7 +350,8 @@ class Attention(nn.Module):
         empty = (x.flatten()[:0].sum() for x in (call.q, call.k, call.v, *self.parameters()))
         return call.q.new_zeros(*call.q.shape[:3], call.v.shape[3]) + sum(x.to(call.q.dtype) for x in empty)
 
-    def _others(self, **wanted: bool) -> str:
+    @classmethod
+    def _others(cls, **wanted: bool) -> str:
         """Registered variants whose spec has what this one lacks, for error messages."""
         from attnzoo.registry import names, spec_of
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -11,12 +12,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import attnzoo
+from attnzoo.bench.room import out_of_memory
+from attnzoo.fidelity.packages import EXTRAS
 
 if TYPE_CHECKING:
     from attnzoo.commands.command import Command, Parser
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
-EXTRA = ("jsonargparse", "rich", "matplotlib", "yaml")  # what attnzoo[cli] installs
 
 
 def commands() -> tuple[Command, ...]:
@@ -41,13 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in EXTRA:
-            return _say(f"{error.name} is not installed and this command needs it: pip install 'attnzoo[cli]'", REFUSED)
-        return _say_unexpected(error)
+        return _say_missing(error)
     except (ValueError, OSError, ImportError) as error:
         return _say(_sentence(error), REFUSED)
     except Exception as error:
-        return _say_unexpected(error)
+        return _say_too_large(error) if out_of_memory(error) else _say_unexpected(error)
 
 
 def run(arguments: list[str]) -> int:
@@ -84,6 +84,19 @@ def _sentence(error: Exception) -> str:
 def _say(sentence: str, code: int) -> int:
     print(f"attnzoo: {sentence}", file=sys.stderr)
     return code
+
+
+def _say_missing(error: ModuleNotFoundError) -> int:
+    module = (error.name or "").split(".")[0]
+    if module not in EXTRAS:
+        return _say_unexpected(error)
+    return _say(f"{module} is not installed and this command needs it: pip install 'attnzoo[{EXTRAS[module]}]'", REFUSED)
+
+
+def _say_too_large(error: Exception) -> int:
+    tried = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", str(error))
+    size = "" if tried is None else f": {tried[2] or f'{int(tried[1]) / 2**30:,.1f} GiB'} at once"
+    return _say(f"there is not enough memory for this{size}; give shorter --lengths, fewer --heads or --variants, or a machine with more", REFUSED)
 
 
 def _say_unexpected(error: Exception) -> int:

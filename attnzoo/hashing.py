@@ -70,8 +70,9 @@ class AngularHash(nn.Module):
         """
         check_set("the rotations of its hashes", self.rotations, x)
         x = x.detach().double()
-        widest = max(1, x.shape[:-2].numel() * max(self.factors))
-        tokens = x.shape[-2] if is_recorded() else max(1, PROJECTED // widest)
+        tokens = x.shape[-2]
+        if not is_recorded():
+            tokens = max(1, PROJECTED // max(1, x.shape[:-2].numel() * max(self.factors)))
         rounds = []
         for rotation in self.rotations.double():
             rounds.append(torch.cat([self._buckets(some, rotation) for some in x.split(tokens, -2)], -1))

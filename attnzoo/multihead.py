@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.arguments import check_positive
+from attnzoo.arguments import check_options, check_positive
 from attnzoo.attention import LEAF, Attention, Spec
 from attnzoo.call import UnsupportedError
 from attnzoo.eager import is_recorded
@@ -64,7 +64,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> None:
         if check_positive("embed_dim", embed_dim) % check_positive("num_heads", num_heads):
             raise ValueError(f"embed_dim={embed_dim} must be a multiple of num_heads={num_heads}")
-        options = _core_options(spec_of(attention), dropout, add_bias_kv or add_zero_attn, dict(attention_options or {}))
+        options = _core_options(spec_of(attention), dropout, add_bias_kv or add_zero_attn, check_options("attention_options", attention_options))
         super().__init__(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
         # After torch's own parameters, so that a seed gives those the values that it gives them in torch.
         self._take(build(attention, heads=num_heads, head_dim=self.head_dim, **options).to(device=device, dtype=dtype))

@@ -13,6 +13,8 @@ from attnzoo.arguments import nearest
 from attnzoo.attention import Attention, Spec
 
 _registered: dict[str, type[Attention]] = {}
+#: What every variant takes first.
+SIZES = ("heads", "head_dim")
 AttentionClass = TypeVar("AttentionClass", bound=type[Attention])
 
 
@@ -56,11 +58,20 @@ def names() -> list[str]:
     return sorted(_registered, key=lambda name: (name != "standard", name))
 
 
-def build(name: str, /, **options: Any) -> Attention:
-    """Build a variant by name. Raises ValueError on an unknown name (with the nearest one), an unknown option (with those that
-    exist) and a missing one."""
+def build(name: str, /, *sizes: int, **options: Any) -> Attention:
+    """Build a variant by name.
+
+    sizes: heads and head_dim, which may stand without their names. options: the variant's own, by name.
+    Raises ValueError on an unknown name (with the nearest one), an unknown option (with those that exist), a missing one, and one given twice.
+    """
     cls = find(name)
     known = {option.name: option for option in options_of(name)}
+    if len(sizes) > len(SIZES):
+        raise ValueError(f"{name} takes heads and head_dim without their names and got {sizes!r}; name the rest: {', '.join(list(known)[2:])}")
+    for size, value in zip(SIZES, sizes, strict=False):
+        if size in options:
+            raise ValueError(f"{size} is given twice, {value!r} and {options[size]!r}; give it once")
+        options[size] = value
     for option in options:
         if option not in known:
             raise ValueError(f"{name} has no option {option!r}{nearest(option, known)}; its options are {', '.join(known)}")
@@ -73,7 +84,7 @@ def build(name: str, /, **options: Any) -> Attention:
 def find(name: str) -> type[Attention]:
     """The class registered under `name`. Raises ValueError, with the nearest name, when there is none."""
     _discover()
-    if name not in _registered:
+    if not isinstance(name, str) or name not in _registered:
         raise ValueError(f"unknown attention {name!r}{nearest(name, _registered)}; the zoo has {', '.join(names())}")
     return _registered[name]
 

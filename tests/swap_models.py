@@ -89,6 +89,36 @@ def _build(family: str, options: dict[str, Any]) -> Any:
         pictures = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4}
         parts = {"text_config": {**SIZES, "num_key_value_heads": 2, **rotary}, "vision_config": pictures}
         return hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(**parts, **_own(options)))
+    if family in ("whisper", "speech_to_text", "time_series"):
+        halves = {f"{half}_{size}": value for half in ("encoder", "decoder") for size, value in _HALF.items()}
+        sizes = {"d_model": 32, **halves, **_own(options)}
+        positions = {"vocab_size": 50, "max_source_positions": 16, "max_target_positions": 24, "pad_token_id": 0, "bos_token_id": 1}
+        if family == "whisper":
+            return hf.WhisperForConditionalGeneration(hf.WhisperConfig(num_mel_bins=8, **positions, **sizes))
+        if family == "speech_to_text":
+            return hf.Speech2TextForConditionalGeneration(hf.Speech2TextConfig(input_feat_per_channel=8, conv_channels=16, **positions, **sizes))
+        series: dict[str, Any] = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1}
+        return hf.TimeSeriesTransformerForPrediction(hf.TimeSeriesTransformerConfig(**series, **sizes))
+    layers = {key: value for key, value in options.items() if key != "vocab_size"}
+    if family == "ast":
+        patches: dict[str, Any] = {"patch_size": 8, "frequency_stride": 8, "time_stride": 8}
+        return hf.ASTModel(hf.ASTConfig(num_mel_bins=16, max_length=24, **patches, **NO_DROPOUT, **layers))
+    if family == "videomae":
+        return hf.VideoMAEModel(hf.VideoMAEConfig(image_size=16, patch_size=8, num_frames=4, **NO_DROPOUT, **layers))
+    if family == "patchtst":
+        series = {"num_input_channels": 2, "context_length": 16, "prediction_length": 4, "patch_length": 4, "patch_stride": 4}
+        return hf.PatchTSTForPrediction(
+            hf.PatchTSTConfig(d_model=32, num_attention_heads=4, num_hidden_layers=2, ffn_dim=48, **series, **_own(options))
+        )
+    if family == "musicgen":
+        text = hf.T5Config(vocab_size=50, d_model=32, num_layers=2, num_heads=4, d_kv=8, d_ff=48, dropout_rate=0.0)
+        audio = hf.EncodecConfig(codebook_size=32, hidden_size=16, num_filters=4, upsampling_ratios=[2, 2], num_lstm_layers=1, codebook_dim=16)
+        ends = {"pad_token_id": 31, "bos_token_id": 31}
+        decoder = hf.MusicgenDecoderConfig(num_codebooks=2, ffn_dim=48, **ends, **{**layers, "vocab_size": 32, "num_hidden_layers": 2})
+        return hf.MusicgenForConditionalGeneration(hf.MusicgenConfig(text_encoder=text, audio_encoder=audio, decoder=decoder))
+    if family == "qwen2_moe":
+        experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+        return hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(num_key_value_heads=2, **experts, **_no_end(options)))
     raise KeyError(family)
 
 
@@ -126,23 +156,41 @@ def answer(model: Any, ids: Tensor, **options: Any) -> Tensor:
 
 def answer_of(family: str, model: Any, **options: Any) -> Tensor:
     """What the model makes of the inputs of its family, padded tokens left out."""
-    inputs = _inputs(family)
+    inputs = inputs_of(family)
     numbers, mask = _numbers(model(**inputs, **options)), inputs.get("attention_mask")
     return numbers[mask.bool()] if mask is not None and mask.shape == numbers.shape[:2] else numbers
 
 
-def _inputs(family: str) -> dict[str, Tensor]:
+def inputs_of(family: str) -> dict[str, Tensor]:
+    """What a model of the family reads, with padding in the second text."""
     generator = torch.Generator().manual_seed(4)
     pixels, samples = torch.randn(2, 3, 16, 16, generator=generator), torch.randn(2, 400, generator=generator)
     if family == "vit":
         return {"pixel_values": pixels}
+    if family == "videomae":
+        return {"pixel_values": torch.randn(2, 4, 3, 16, 16, generator=generator)}
+    if family == "ast":
+        return {"input_values": torch.randn(2, 24, 16, generator=generator)}
+    if family == "patchtst":
+        return {"past_values": torch.randn(2, 16, 2, generator=generator)}
+    if family == "whisper":
+        return {"input_features": torch.randn(2, 8, 32, generator=generator), "decoder_input_ids": tokens(10)}
+    if family == "speech_to_text":
+        return {"input_features": torch.randn(2, 40, 8, generator=generator), "decoder_input_ids": tokens(12)}
+    if family == "time_series":
+        past = {name: torch.randn(2, 10, generator=generator).abs() for name in ("past_values", "past_observed_mask")}
+        times = {f"{when}_time_features": torch.randn(2, length, 1, generator=generator) for when, length in (("past", 10), ("future", 4))}
+        return {**past, **times, "future_values": torch.randn(2, 4, generator=generator)}
     if family == "wav2vec2":
         return {"input_values": samples}
     text = {"input_ids": tokens(), "attention_mask": padded("right")}
+    if family == "musicgen":
+        return {**text, "decoder_input_ids": torch.randint(0, 31, (4, 10), generator=generator)}
     if family == "clip":
         return {**text, "pixel_values": pixels}
     return {**text, "decoder_input_ids": tokens(10)} if family in COMPOSITES else text
 
 
 def _numbers(out: Any) -> Tensor:
-    return next(out[key] for key in ("logits", "logits_per_image", "last_hidden_state") if key in out)
+    names = ("logits", "logits_per_image", "last_hidden_state", "prediction_outputs", "loss")
+    return next(out[key] for key in names if key in out)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CPU_BACKENDS, Case, Situation, tensors, usual_cases, with_backends
-from small import cannot, possible
+from small import cannot, possible, small
 from torch import Tensor
 
 import attnzoo
@@ -309,3 +309,40 @@ def test_dropout_is_for_training_only(name: str) -> None:
         assert not torch.equal(draws[0], draws[1])
         standard_error = draws.std(0) / 20 + 1e-9
         assert ((draws.mean(0) - plain(q, k, v)).abs() < 6 * standard_error).all()
+
+
+def model() -> torch.nn.Module:
+    return torch.nn.TransformerEncoderLayer(32, 4, 48, 0.0, batch_first=True)
+
+
+#: What is given in the wrong place or of the wrong kind, and the sentence for it, which is never Python's own.
+MISPLACED: list[tuple[Callable[[], Any], str]] = [
+    (lambda: attnzoo.swap(model(), "sliding_window", {"window": 3}), "give options by name: attnzoo.swap(model, 'sliding_window', window=3)"),
+    (lambda: attnzoo.swap(model(), "sliding_window", layers={}), "layers={} is a mapping; give options by name"),
+    (lambda: attnzoo.swap(model(), ["linear"]), "name=['linear'] must be the name of an attention, or a mapping"),  # pyright: ignore
+    (lambda: attnzoo.swap(model(), {0: ("linear", None)}), "('linear', None) must be the name of an attention or a pair"),
+    (lambda: attnzoo.swap("linear", model()), "model='linear' is no torch.nn.Module"),  # pyright: ignore
+    (lambda: attnzoo.build("standard", 8, 64, 3), "standard takes heads and head_dim without their names and got (8, 64, 3)"),
+    (lambda: attnzoo.build("standard", 8), "standard needs head_dim"),
+    (lambda: attnzoo.build("standard", 8, 64, heads=4), "heads is given twice, 8 and 4"),
+    (lambda: attnzoo.build("standard", "8", 64), "heads='8' must be a whole number"),  # pyright: ignore
+    (lambda: attnzoo.build(["standard"], 8, 64), "unknown attention ['standard']"),  # pyright: ignore
+    (lambda: attnzoo.describe({}), "unknown attention {}"),  # pyright: ignore
+    (lambda: attnzoo.MultiheadAttention(32, 4, attention=["linear"]), "unknown attention ['linear']"),  # pyright: ignore
+    (lambda: attnzoo.MultiheadAttention(32, 4, attention_options=["window"]), "attention_options=['window'] must be a mapping"),  # pyright: ignore
+    (lambda: attnzoo.MultiheadAttention(32, 4, attention_options=3), "attention_options=3 must be a mapping"),  # pyright: ignore
+    (lambda: attnzoo.MultiheadAttention(32, 4, attention_options={3: 3}), "attention_options={3: 3} must be a mapping"),  # pyright: ignore
+    (lambda: attnzoo.load(model(), 3), "path=3 must be the path of a file"),  # pyright: ignore
+    (lambda: attnzoo.save(attnzoo.swap(model(), "linear"), None), "path=None must be the path of a file"),  # pyright: ignore
+]
+
+
+@pytest.mark.parametrize(("call", "sentence"), MISPLACED, ids=[sentence for _, sentence in MISPLACED])
+def test_what_is_misplaced_is_told_in_a_sentence(call: Callable[[], Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        call()
+
+
+@pytest.mark.parametrize("name", attnzoo.names())
+def test_heads_and_head_dim_need_no_names(name: str) -> None:
+    assert repr(attnzoo.build(name, 4, 8, **small(name))) == repr(attnzoo.build(name, heads=4, head_dim=8, **small(name)))

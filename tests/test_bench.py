@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 
 import attnzoo
 from attnzoo import cli, results
-from attnzoo.bench import amounts, sweep
+from attnzoo.bench import amounts, limits, sweep
 from attnzoo.bench.against import compare_runs
 from attnzoo.bench.crossover import crossover
 from attnzoo.bench.levels import core_inputs, layer_inputs, prepare
@@ -210,6 +210,60 @@ def test_memory_beyond_what_is_free_is_refused_while_bounded() -> None:
     with bounded_memory(CPU), pytest.raises((RuntimeError, MemoryError)) as caught:
         torch.empty(2**46, dtype=torch.int8)
     assert out_of_memory(caught.value)
+
+
+def scripted(seconds: dict[str, float]):
+    """A stopwatch that says what each kernel took, by the name under which torch is called."""
+
+    def stopwatch(call) -> float:
+        return next(time for name, time in seconds.items() if name in call.__code__.co_names)
+
+    return stopwatch
+
+
+def test_the_peak_is_the_best_of_several_kernels(monkeypatch) -> None:
+    """Where a dtype has no fast product, SDPA, which computes in another, sets the limit; and a sum the bandwidth, where it beats a copy."""
+    monkeypatch.setattr(limits, "GEMM", {"cpu": 8})
+    monkeypatch.setattr(limits, "ATTENTION", {"cpu": (2, 16)})
+    monkeypatch.setattr(limits, "COPY_BYTES", {"cpu": 4096})
+    monkeypatch.setattr(limits, "CACHED_BYTES", (64, 1024))
+    times = {"mm": 1.0, "scaled_dot_product_attention": 0.5, "copy_": 0.25, "sum": 0.125}
+    found = limits.measure_limits(CPU, torch.bfloat16, scripted(times))
+    assert found == Limits(2 * 2 * 2 * 2 * 16 * 16 * 128, 4096 / 0.125, ((64, 64 / 0.125), (1024, 1024 / 0.125)))
+    found = limits.measure_limits(CPU, torch.bfloat16, scripted({**times, "mm": 1e-9, "copy_": 0.0625}))
+    assert found.peak_flops == 2 * 8**3 / 1e-9 and found.bandwidth == 4096 / 0.0625
+
+
+def test_what_a_cache_holds_moves_faster() -> None:
+    found = Limits(1.0, 10.0, ((64, 300.0), (1024, 200.0), (4096, 250.0)))
+    assert [found.bandwidth_of(moved) for moved in (1, 64, 1023, 1024, 5000)] == [300.0, 300.0, 300.0, 250.0, 250.0]
+    assert Limits(1.0, 10.0).bandwidth_of(64) == 10.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_no_row_is_beyond_its_limit(phase: str, dtype: str) -> None:
+    """Under limits that are far too low, too: a row raises them to what it reached."""
+    shapes = (Shape(1, 2, 16),)
+    rows = rows_of(Plan(sweeps=(Sweep(variants=("standard", "linear"), lengths=(64,), phases=(phase,), dtypes=(dtype,), shapes=shapes, rounds=1),)))
+    for row in rows:
+        low = replace(row, peak_flops=1.0, bandwidth=1.0).within_limits()
+        assert row.limit_share is not None and row.limit_share <= 1.0 and low.limit_share == pytest.approx(1.0)
+        assert (low.peak_flops, low.bandwidth) == (max(1.0, row.flops_per_second or 0), row.bytes_per_second)
+
+
+def test_rows_over_the_time_budget_are_tried_again(tmp_path) -> None:
+    config, output = tmp_path / "sweep.yaml", tmp_path / "rows.jsonl"
+    command = ["bench", "--config", str(config), "--output", str(output)]
+    config.write_text(CONFIG + "budget: 1.0e-9\n")
+    assert cli.main(command) == 0
+    assert all(row.is_late and row.seconds is None for row in read_rows(output))
+    config.write_text(CONFIG)
+    assert cli.main(command) == 0
+    rows = ResultFile(output).rows()
+    assert len(rows) == 6 and all(row.seconds and not row.reason for row in rows)
+    size = len(read_rows(output))
+    assert cli.main(command) == 0 and len(read_rows(output)) == size
 
 
 def test_the_time_budget_is_a_row_and_longer_lengths_are_not_even_tried(monkeypatch) -> None:

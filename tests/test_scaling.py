@@ -20,11 +20,12 @@ from attnzoo.cli import main
 from attnzoo.cost import article
 from attnzoo.cost.counted import CountedVariant, whole_zoo
 from attnzoo.cost.hardware import GPU, find_gpu, gpu_presets, roofline
-from attnzoo.cost.limits import ACCOUNTS, cache_bytes, crossover, decoding_roofline, flash_bytes, longest
+from attnzoo.cost.limits import ACCOUNTS, cache_bytes, crossover, decoding_roofline, flash_bytes, input_bytes, longest
 from attnzoo.cost.models import TransformerModel, find_model, model_presets
 from attnzoo.cost.paths import known_path, longest_path, support
 from attnzoo.cost.scaling import Scaling, Settings, scaling
 from attnzoo.cost.scaling_figures import drawings
+from attnzoo.cost.variant_tables import variant_limits
 from attnzoo.registry import names
 
 MODELS, GPUS = model_presets(), gpu_presets()
@@ -71,11 +72,43 @@ def test_standard_keeps_what_flash_attention_keeps(name: str, is_causal: bool):
 
 
 @pytest.mark.parametrize(("variant", "is_causal"), WAYS)
-def test_what_is_kept_grows_by_the_token(variant: CountedVariant, is_causal: bool):
-    """Beyond the measured lengths `kept_bytes` goes on as it began: it must pass through a longer count, of whole blocks."""
-    closed = variant.cost(2**18, is_causal).kept_bytes
-    n, longer = (8192, variant._saved_bytes(8192, is_causal)) if closed is None else (2**18, closed)
-    assert variant.kept_bytes(n, is_causal) == pytest.approx(longer, rel=0.01)
+def test_what_is_kept_is_counted_and_not_fitted(variant: CountedVariant, is_causal: bool):
+    """At any length it is `Cost.kept_bytes`, a whole number; where that is not known, autograd's, and no further than measured."""
+    lengths = (1, 100, 4097, 70_001, 2**20) if variant.counted_length(is_causal, 2**20) == 2**20 else (1, 100, 4096)
+    for n in lengths:
+        closed = variant.cost(n, is_causal).kept_bytes
+        assert variant.kept_bytes(n, is_causal) == (variant._saved_bytes(n, is_causal) if closed is None else closed)
+    assert variant.counted_length(is_causal, 2**20) == lengths[-1]
+
+
+def test_what_is_measured_is_not_carried_on():
+    variant = CountedVariant("linear", MODELS["smollm2-135m"], {"feature_map": torch.sigmoid})
+    assert variant.kept_bytes(64, True) and variant.kept_bytes(4097, True) is None
+    row = variant_limits(Settings(MODELS["smollm2-135m"], GPUS["h100"], is_causal=True), [variant]).rows[0]
+    assert row["training"] == row["checkpointed"] == "> 4,096"
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("name", ["llama-3-8b", "smollm2-135m", "gpt2"])
+def test_the_longest_sequence_fits_and_the_next_does_not(name: str, is_causal: bool):
+    """Of every variant, in training and with checkpointing, by its cost in whole numbers."""
+    model, gpu = MODELS[name], GPUS["a100-80gb"]
+    settings, variants = Settings(model, gpu, is_causal=is_causal), whole_zoo(model)[0]
+    budget = gpu.memory_bytes * settings.share
+    for variant, row in zip(variants, variant_limits(settings, variants).rows, strict=True):
+        if not variant.runs(is_causal):
+            continue
+
+        def kept(n: int, variant: CountedVariant = variant) -> int:
+            return variant.cost(n, is_causal).kept_bytes or 0
+
+        whole = {"training": lambda n: model.layers * kept(n), "checkpointed": lambda n: model.layers * input_bytes(model, n) + kept(n)}
+        for column, bytes_at in whole.items():
+            found = row[column]
+            if found == "> 1,048,576":
+                assert bytes_at(2**20) <= budget, variant.label
+            else:
+                assert bytes_at(found) <= budget < bytes_at(found + 1), (variant.label, found)
 
 
 def test_state_of_standard_is_the_cache():

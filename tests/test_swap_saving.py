@@ -1,90 +1,135 @@
-"""A swapped model as a whole, saved, loaded in a process that knows nothing of it, sent to a worker; and copies of its config."""
+"""Swap, train, save_pretrained, from_pretrained: the saved model says that it was swapped, and the whole recipe gives it back."""
 
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from swap_models import make, tokens
+
+pytest.importorskip("transformers")
+import transformers
+from small import small
+from swap_models import answer, make, tokens
 
 import attnzoo
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'attnzoo[models]'")
+hf: Any = transformers
 
-LOAD = """
-import sys, torch
-import attnzoo
-models, ids, answers, exact = torch.load(sys.argv[1], weights_only=False)
-with torch.no_grad():
-    for model, answer in zip(models, answers, strict=True):
-        torch.testing.assert_close(model(ids)[0], answer)
-    torch.testing.assert_close(attnzoo.unswap(models[0])(ids)[0], exact)
+SAVED = r"this {} was saved with its attention swapped \({} in {} layers\), and from_pretrained gives it exact attention: swap it again with attnzoo"
+
+FORMS: list[tuple[str, dict[str, Any]]] = [(name, small(name)) for name in attnzoo.names()]
+FORMS += [("linformer", {**small("linformer"), "sharing": sharing}) for sharing in ("none", "key_value", "layerwise")]
+
+
+def trained(name: str, options: dict[str, Any]) -> Any:
+    """A swapped model after a few steps, in evaluation mode."""
+    model = attnzoo.swap(make("llama" if attnzoo.describe(name).spec.causal else "bert"), name, **options).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        answer(model, tokens()).square().mean().backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize(("name", "options"), FORMS, ids=str)
+def test_the_whole_recipe(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = trained(name, options)
+    wanted = answer(model, tokens())
+    model.save_pretrained(tmp_path)
+    attnzoo.save(model, tmp_path / "attnzoo.safetensors")
+
+    with pytest.warns(UserWarning, match=SAVED.format(type(model).__name__, name, 3)) as caught:
+        loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert {warning.filename for warning in caught if "attnzoo" in str(warning.message)} == {__file__}
+    attnzoo.load(loaded, tmp_path / "attnzoo.safetensors")
+    assert torch.equal(answer(loaded, tokens()), wanted)
+    exact = answer(attnzoo.unswap(loaded), tokens())
+    assert torch.equal(exact, answer(attnzoo.unswap(model), tokens()))
+    assert not hasattr(loaded.config, "attnzoo_swaps") and not hasattr(model.config, "attnzoo_swaps")
+
+
+def loads_silently(kind: Any, folder: Path) -> Any:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = kind.from_pretrained(folder)
+    assert not [warning for warning in caught if "attnzoo" in str(warning.message)]
+    return model
+
+
+def test_what_is_not_swapped_any_more_says_nothing(tmp_path: Path) -> None:
+    model = attnzoo.swap(make("bert"), "linear")
+    attnzoo.unswap(model).save_pretrained(tmp_path / "unswapped")
+    loads_silently(hf.BertModel, tmp_path / "unswapped")
+    attnzoo.swap(model, "linear").save_pretrained(tmp_path / "swapped")
+    with pytest.warns(UserWarning, match="attnzoo"):
+        exact = hf.AutoModel.from_pretrained(tmp_path / "swapped")
+    del exact.config.attnzoo_swaps  # as the warning says
+    exact.save_pretrained(tmp_path / "exact")
+    loads_silently(hf.AutoModel, tmp_path / "exact")
+
+
+def test_parts_tell_of_themselves(tmp_path: Path) -> None:
+    """BART's halves share one config, CLIP's do not; each part that was swapped is named."""
+    bart = make("bart")
+    attnzoo.swap(bart.get_encoder(), "linear")
+    attnzoo.swap(bart.get_decoder(), "sliding_window", window=4)
+    bart.save_pretrained(tmp_path / "bart")
+    with pytest.warns(UserWarning, match="was saved with its attention swapped") as caught:
+        hf.BartForConditionalGeneration.from_pretrained(tmp_path / "bart")
+    told = [str(warning.message) for warning in caught if "attnzoo" in str(warning.message)]
+    assert len(told) == 2 and "this BartEncoder" in told[0] and "(linear in 2" in told[0] and "this BartDecoder" in told[1]
+    clip = make("clip")
+    attnzoo.swap(clip.text_model, "performer", layers=1)
+    clip.save_pretrained(tmp_path / "clip")
+    saved = json.loads((tmp_path / "clip/config.json").read_text())
+    assert "attnzoo_swaps" not in saved and saved["text_config"]["attnzoo_swaps"][0]["layers"] == {"1": "performer"}
+    with pytest.warns(UserWarning, match=r"this CLIPText\w+ was saved with its attention swapped \(performer in 1 layers\)"):
+        hf.CLIPModel.from_pretrained(tmp_path / "clip")
+
+
+def test_options_that_are_no_plain_data_are_saved_by_name(tmp_path: Path) -> None:
+    attnzoo.swap(make("bert"), "linear", feature_map=torch.sigmoid).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=SAVED.format("BertModel", "linear", 3)):
+        hf.BertModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_a_copy_is_undone_apart_from_its_model(duplicate: Any) -> None:
+    model = make("bert")
+    exact = answer(model, tokens())
+    swapped = answer(attnzoo.swap(model, "linear"), tokens())
+    copied = duplicate(model)
+    attnzoo.unswap(copied)
+    assert torch.equal(answer(copied, tokens()), exact) and copied.config._attn_implementation == "eager"
+    assert torch.equal(answer(model, tokens()), swapped) and model.config.attnzoo_swaps
+    attnzoo.unswap(model)
+    assert torch.equal(answer(model, tokens()), exact) and model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("first", ["attnzoo", "transformers"])
+def test_the_warning_does_not_depend_on_what_is_imported_first(first: str, tmp_path: Path) -> None:
+    attnzoo.swap(make("bert"), "linear").save_pretrained(tmp_path)
+    second = {"attnzoo": "transformers", "transformers": "attnzoo"}[first]
+    program = f"""
+import sys, warnings
+import {first}
+assert "transformers.modeling_utils" not in sys.modules
+import {second}
+import attnzoo.integrations
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    transformers.BertModel.from_pretrained({str(tmp_path)!r})
+assert len([w for w in caught if "attnzoo" in str(w.message)]) == 1, caught
+assert not [f for f in sys.meta_path if "attnzoo" in type(f).__module__]
 """
-
-BUILD = """
-import pickle, sys, torch
-config = pickle.load(open(sys.argv[1], "rb"))
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_config(config).eval()
-ids = torch.arange(12)[None]
-with torch.no_grad():
-    found = model(ids).logits
-    model.set_attn_implementation("eager")
-    torch.testing.assert_close(found, model(ids).logits)
-"""
-
-
-def run(script: str, path: Path) -> None:
-    result = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=240)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-
-
-def answer(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(tokens())[0]
-
-
-def test_a_saved_model_its_copy_and_a_part_of_it_run_in_a_fresh_process(tmp_path: Path) -> None:
-    first, second = make("llama").eval(), make("llama").eval()
-    exact = answer(first)
-    for model in (first, second):
-        attnzoo.swap(model, "performer", num_features=8)
-    models = [first, copy.deepcopy(first), second.model]
-    torch.save((models, tokens(), [answer(model) for model in models], exact), tmp_path / "models.pt")
-    run(LOAD, tmp_path / "models.pt")
-
-
-def _answer_in_worker(model: Any, ids: torch.Tensor, path: str) -> None:
-    with torch.no_grad():
-        torch.save(model(ids)[0], path)
-
-
-def test_a_spawned_worker_runs_a_swapped_model(tmp_path: Path) -> None:
-    model = attnzoo.swap(make("bert").eval(), "linear")
-    path = tmp_path / "answer.pt"
-    worker = torch.multiprocessing.get_context("spawn").Process(target=_answer_in_worker, args=(model, tokens(), str(path)))
-    worker.start()
-    worker.join(240)
-    assert worker.exitcode == 0
-    torch.testing.assert_close(torch.load(path), answer(model))
-
-
-def test_a_copied_config_builds_models_of_its_own(tmp_path: Path) -> None:
-    model = make("llama").eval()
-    attnzoo.swap(model, "sliding_window", window=4)
-    swapped, config = answer(model), copy.deepcopy(model.config)
-    (tmp_path / "config.pkl").write_bytes(pickle.dumps(config))
-    run(BUILD, tmp_path / "config.pkl")
-    other = type(model)(config).eval()
-    other.load_state_dict(model.state_dict(), strict=False)
-    assert not torch.allclose(answer(other), swapped)  # exact
-    attnzoo.swap(other, "sliding_window", window=4)
-    torch.testing.assert_close(answer(other), swapped)
-    with pytest.raises(ValueError, match="part of a model that is swapped already, or shares its config"):
-        attnzoo.swap(type(model)(model.config), "linear")

@@ -153,3 +153,18 @@ def test_torchvisions_feature_extractor(name: str) -> None:
         assert found[place][0].shape == (2, 17, 32) and torch.equal(found["heads"], model(x))
     attnzoo.unswap(model)
     assert extraction.get_graph_node_names(model) == before
+
+
+@pytest.mark.parametrize("name", [name for name in attnzoo.names() if attnzoo.describe(name).spec.needs_max_length])
+def test_the_longest_sequence_is_the_models_own(name: str) -> None:
+    """Patches and class tokens; images of any size have none. torchvision's transformers, in torch's attention, tell of theirs."""
+    model = attnzoo.swap(make("vit_tiny_patch16_224"), name)
+    assert {module.max_length for module in model.modules() if isinstance(module, attnzoo.Attention)} == {17}
+    read(model)
+    with pytest.raises(ValueError, match=f"{name} needs max_length, and this model does not tell"):
+        attnzoo.swap(make("vit_tiny_patch16_224", dynamic_img_size=True), name)
+    transformer = importlib.import_module("torchvision.models.vision_transformer").VisionTransformer
+    vision = transformer(image_size=32, patch_size=16, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=16).eval()
+    attnzoo.swap(vision, name)
+    assert {module.max_length for module in vision.modules() if isinstance(module, attnzoo.Attention)} == {5}
+    vision(torch.randn(1, 3, 32, 32))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -12,6 +12,8 @@ from attnzoo import results
 from attnzoo.environment import MACHINE
 
 SDPA = "sdpa"  # the variant of the rows that call torch's SDPA directly
+
+LATE = "over the time budget"  # how the reason of a row begins that another try may give a time
 
 Key = tuple[Any, ...]
 Environment = dict[str, str] | None
@@ -28,7 +30,7 @@ class Row:
     beyond its inputs; sdpa_peak_bytes: the same for SDPA.
     macs: what one pass executes (exact attention: its support, since SDPA skips the masked half; forward+backward: three forwards);
     None when decoding. least_bytes: inputs, outputs, weights and state, each moved once.
-    peak_flops (FLOPs a second), bandwidth (bytes a second): measured on this machine in the same run.
+    peak_flops (FLOPs a second), bandwidth (bytes a second, of as much data): the best that was measured on this machine in the same run.
     """
 
     FORMAT: ClassVar[str] = "attnzoo.bench/1"
@@ -113,6 +115,18 @@ class Row:
         """The fraction of the limit that was reached, 1 being as fast as the machine can."""
         limit = self.limit_seconds
         return None if limit is None or not self.seconds else limit / self.seconds
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the row has no time because there was none for it, so that it is worth another try."""
+        return self.reason.startswith(LATE)
+
+    def within_limits(self) -> Self:
+        """The row with the machine's limits at no less than what the row itself reached: its speed may have risen since they were measured."""
+        flops, moved = self.flops_per_second or 0.0, self.bytes_per_second or 0.0
+        if not self.peak_flops or not self.bandwidth:
+            return self
+        return replace(self, peak_flops=max(self.peak_flops, flops), bandwidth=max(self.bandwidth, moved))
 
     def to_json(self) -> str:
         """One line, with the derived numbers beside the measured ones for readers of the file."""

@@ -18,7 +18,7 @@ from attnzoo.bench.limits import Limits, measure_limits
 from attnzoo.bench.memory import peak_bytes
 from attnzoo.bench.plan import MOST_TOKENS, Cell, Contender, ParseVariant, Plan
 from attnzoo.bench.room import out_of_memory, settle_heap
-from attnzoo.bench.rows import SDPA, Key, Row
+from attnzoo.bench.rows import LATE, SDPA, Key, Row
 from attnzoo.bench.timing import MINIMUM_ROUNDS, Timing, disagreement, interleave, mistake
 from attnzoo.environment import environment
 from attnzoo.fidelity.candidate import Candidate
@@ -202,7 +202,7 @@ class Bench:
             )
             if sdpa is not None:
                 row = replace(row, sdpa_seconds=timings[str(sdpa)].median / repeats[sdpa], sdpa_peak_bytes=entries[sdpa].row.peak_bytes)
-            rows.append(row)
+            rows.append(row.within_limits())
         return rows
 
     def _time_graphs(self, entries: list[Entry], rounds: int, budget: float) -> dict[str, float]:
@@ -226,14 +226,14 @@ class Bench:
     def _with_amounts(self, row: Row, contender: Contender | None, cell: Cell) -> Row:
         exact = amounts.exact(cell)
         attention = exact if contender is None else self.counted(contender, cell)
-        limits = self._limits(cell.dtype)
+        limits, least_bytes = self._limits(cell.dtype), amounts.least_bytes(attention or exact, cell)
         return replace(
             row,
             macs=None if attention is None else amounts.macs(attention, cell),
             sdpa_macs=amounts.macs(exact, cell),
-            least_bytes=amounts.least_bytes(attention or exact, cell),
+            least_bytes=least_bytes,
             peak_flops=limits.peak_flops,
-            bandwidth=limits.bandwidth,
+            bandwidth=limits.bandwidth_of(least_bytes),
         )
 
     def _limits(self, dtype: str) -> Limits:
@@ -256,7 +256,7 @@ class Bench:
         return mistake(attention, q, k, v, is_causal=cell.is_causal, backward=cell.phase == "forward+backward")
 
     def _late(self, row: Row, why: str, room: float) -> Row:
-        return replace(row, reason=f"over the time budget: {why}, and {MINIMUM_ROUNDS} rounds leave {max(room, 0.0):.2g} s for one")
+        return replace(row, reason=f"{LATE}: {why}, and {MINIMUM_ROUNDS} rounds leave {max(room, 0.0):.2g} s for one")
 
     def _expected_seconds(self, row: Row) -> float:
         seen = self.seen.get(self._curve(row))

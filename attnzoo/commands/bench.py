@@ -69,11 +69,15 @@ def run(settings: Namespace) -> int:
     if held:
         commits = sorted({(row.environment or {}).get("commit", "") for row in held} - {facts.get("commit", ""), ""})
         console.print(f"attnzoo: {results.path} holds {len(held)} rows, which are kept" + (f", from commit {', '.join(commits)}" if commits else ""))
+        late = sum(row.is_late for row in held)
+        if late:
+            console.print(f"attnzoo: {late} of them were over the time budget and are tried again")
     if device.type == "cpu" and "OMP_PROC_BIND" not in os.environ:
         console.print("attnzoo: for steadier times set OMP_PROC_BIND=true before the run", soft_wrap=True)
     try:
+        finished = {row.key for row in held if not row.is_late}
         with bounded_memory(device), progress_on(console) as progress:
-            for row in run_plan(plan, parse_variant, device, {row.key for row in held}, progress):
+            for row in run_plan(plan, parse_variant, device, finished, progress):
                 results.append(row)
     except (KeyboardInterrupt, DeviceLost) as error:
         said, code = ("interrupted", INTERRUPTED) if isinstance(error, KeyboardInterrupt) else (f"the device was lost ({error})", DEVICE_LOST)

@@ -95,6 +95,7 @@ def _compare(settings: Namespace) -> int:
     import matplotlib  # noqa: F401  (missing, it must be missed before the work, not after)
 
     import attnzoo.fidelity as fidelity
+    from attnzoo.bench.room import bounded_memory
     from attnzoo.fidelity.samples import LENGTHS
     from attnzoo.report.tables import comparison_view
 
@@ -107,11 +108,11 @@ def _compare(settings: Namespace) -> int:
         raise ValueError(f"seed={settings.seed} is out of range; use 0 to {SEEDS - 1}")
     folder = check_folder(settings.output)
     console = messages()
-    with progress_on(console) as progress:
+    with bounded_memory(device), progress_on(console) as progress:
         samples = _samples(settings, models, lengths, progress)
     _say_cuts(console, models, lengths[-1])
     _say_stand_ins(console, models, samples)
-    with progress_on(console) as progress:
+    with bounded_memory(device), progress_on(console) as progress:
         comparison = fidelity.compare(samples, variants, lengths=lengths, seed=settings.seed, device=device, dtype=dtype, progress=progress)
     interrupted = comparison.environment.get("interrupted")
     if interrupted and not comparison.rows:

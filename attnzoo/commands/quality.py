@@ -28,12 +28,14 @@ def run_quality(settings: Namespace) -> int:
     """Check everything, measure what the result file does not hold, print and write."""
     import matplotlib  # noqa: F401  (missing, it must be missed before the work, not after)
 
+    from attnzoo.bench.room import bounded_memory
     from attnzoo.environment import environment
     from attnzoo.fidelity import check_device
+    from attnzoo.fidelity.packages import require
     from attnzoo.quality.models import find_model
     from attnzoo.quality.rows import Row
     from attnzoo.quality.run import Run
-    from attnzoo.quality.texts import read_text
+    from attnzoo.quality.texts import TEXT_MODULES, read_text
 
     started, console = time.monotonic(), messages()
     for name in SAMPLED_ONLY:
@@ -44,6 +46,7 @@ def run_quality(settings: Namespace) -> int:
     device, dtype = check_device(settings.device), check_dtype(settings.dtype)
     model = find_model(settings.model)
     study = _study(settings, model.kind)
+    require(f"--model {settings.model}", [*model.modules, *(module for name in study.texts for module in TEXT_MODULES.get(name, ()))])
     texts: Mapping[str, Mapping[str, str]] = {name: read_text(name) for name in study.texts}
     folder = check_folder(settings.output)
     results = open_results(folder / f"quality-{model.name.lower()}.jsonl", Row)
@@ -62,7 +65,7 @@ def run_quality(settings: Namespace) -> int:
         facts=environment(seed=settings.seed, device=device, dtype=dtype),
     )
     try:
-        with progress_on(console) as progress:
+        with bounded_memory(device), progress_on(console) as progress:
             rows, interrupted = work.run(progress), False
     except KeyboardInterrupt:
         rows, interrupted = list(work.rows.values()), True

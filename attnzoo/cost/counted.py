@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
@@ -77,19 +76,19 @@ class CountedVariant:
         """What one layer carries to decode token n + 1; None when the variant does not decode."""
         return self.cost(n, is_causal=True).state_bytes if self.spec.decodes else None
 
-    def kept_bytes(self, n: int, is_causal: bool) -> float | None:
+    def kept_bytes(self, n: int, is_causal: bool) -> int | None:
         """What one layer's forward keeps for its backward pass, by the fast pure-torch backend; None when the variant cannot run so.
 
-        `Cost.kept_bytes` up to 65,536 tokens; where that is not known, measured through autograd up to 2,048. Beyond, it is the
-        parabola through there, twice the length and the middle: a straight line, but where a row sees more of a longer sequence.
+        `Cost.kept_bytes`; where that is not known, measured through autograd, and None beyond `MEASURED_LENGTHS`.
         """
-        if not self.runs(is_causal):
+        if not self.runs(is_causal) or n > self.counted_length(is_causal, n):
             return None
-        low, high = self._lengths(is_causal)
-        if n <= low:
-            return self._measured(n, is_causal)
-        middle = (low + high) // 2
-        return _parabola({length: self._measured(length, is_causal) for length in (low, middle, high)}, n)
+        return self._measured(n, is_causal)
+
+    def counted_length(self, is_causal: bool, limit: int) -> int:
+        """The longest sequence, up to `limit` tokens, of which `kept_bytes` is known."""
+        closed = self.cost(1, is_causal).kept_bytes is not None
+        return limit if closed else min(limit, MEASURED_LENGTHS[1])
 
     def kept_bytes_per_token(self, is_causal: bool) -> float | None:
         """How `kept_bytes` grows in the end."""
@@ -133,15 +132,6 @@ class CountedVariant:
             return self.attention(n)
         with torch.device("meta"):
             return self.attention(n)
-
-
-def _parabola(points: dict[int, int], n: int) -> float:
-    """Value at n of the parabola through three points."""
-    total = 0.0
-    for at, value in points.items():
-        others = [other for other in points if other != at]
-        total += value * prod(n - other for other in others) / prod(at - other for other in others)
-    return total
 
 
 def whole_zoo(model: TransformerModel) -> tuple[list[CountedVariant], list[str]]:

@@ -15,6 +15,7 @@ from attnzoo.arguments import check_positive, nearest
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
 from attnzoo.cost.model_flops import CORE, FEED_FORWARD, HEAD, OTHER, PROJECTIONS, Call, Chosen, Subject
+from attnzoo.fidelity.packages import require
 from attnzoo.integrations.swapping import swap
 
 PRODUCTS = ("Linear", "Conv1D")  # GPT-2's Conv1D is a linear layer
@@ -25,6 +26,7 @@ def whole_model(text: str, values: dict[str, Any]) -> Subject:
 
     Raises ValueError on a folder without config.json, an unknown type, an unknown or unfit entry, and a model that does not read tokens.
     """
+    require(f"counting {text!r}", ("transformers", "fvcore"))
     config = _configuration(text, values)
     model = _build(text, config)
     if model.main_input_name != "input_ids" or config.is_encoder_decoder:

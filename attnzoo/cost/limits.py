@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -97,11 +98,12 @@ ACCOUNTS = (
 )
 
 
-def longest(bytes_at: Callable[[int], float], budget: float, limit: int = LONGEST) -> int | None:
+def longest(bytes_at: Callable[[int], int], budget: float, limit: int = LONGEST) -> int | None:
     """Largest n whose bytes, which must not fall with n, fit the budget; 0 when one token does not; None when `limit` tokens do.
 
-    Interpolates, and halves when that converges slowly, so an affine count takes a handful of evaluations.
+    Interpolates, in whole numbers, and halves when that converges slowly, so an affine count takes a handful of evaluations.
     """
+    budget = math.floor(budget)
     if bytes_at(1) > budget:
         return 0
     if bytes_at(limit) <= budget:
@@ -111,7 +113,7 @@ def longest(bytes_at: Callable[[int], float], budget: float, limit: int = LONGES
         middle = (low + high) // 2
         if not halve:
             at_low, at_high = bytes_at(low), bytes_at(high)
-            middle = low + int((high - low) * ((budget - at_low) / (at_high - at_low)))
+            middle = low + (high - low) * (budget - at_low) // (at_high - at_low)
             middle = min(max(middle, low + 1), high - 1)
         halve = not halve
         low, high = (middle, high) if bytes_at(middle) <= budget else (low, middle)

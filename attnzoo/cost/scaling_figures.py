@@ -8,10 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from attnzoo.cost import article
+from attnzoo.cost.counted import CountedVariant
 from attnzoo.cost.hardware import GPU
 from attnzoo.cost.limits import attention_bytes, attention_macs, attention_roofline, matrix_bytes
 from attnzoo.cost.model_tables import causality
-from attnzoo.cost.scaling import Scaling
+from attnzoo.cost.scaling import Scaling, Settings
 from attnzoo.report.axes import log_axis
 from attnzoo.report.columns import count, duration
 from attnzoo.report.figures import Drawing
@@ -230,8 +231,8 @@ def _variant_macs(scaling: Scaling, axes: Axes) -> None:
 
 def _variant_memory(scaling: Scaling, axes: Axes) -> None:
     settings = scaling.settings
-    is_causal, layers = settings.is_causal, settings.model.layers
-    drawn = _variant_lines(scaling, axes, lambda variant, n: layers * (variant.kept_bytes(n, is_causal) or 0) / article.GIB)
+    layers = settings.model.layers
+    drawn = _variant_lines(scaling, axes, partial(_kept_gib, settings))
     stored = [layers * (attention_bytes(settings.model, n) + matrix_bytes(settings.model, n)) / article.GIB for n in VARIANT_LENGTHS]
     axes.plot(VARIANT_LENGTHS, stored, color=INK, linestyle="--", label="standard, matrices stored")
     budget = settings.share * settings.gpu.memory_bytes / article.GIB
@@ -241,14 +242,19 @@ def _variant_memory(scaling: Scaling, axes: Axes) -> None:
     axes.set_ylabel("GiB kept, all layers")
 
 
+def _kept_gib(settings: Settings, variant: CountedVariant, n: int) -> float | None:
+    kept = variant.kept_bytes(n, settings.is_causal)
+    return None if kept is None else settings.model.layers * kept / article.GIB
+
+
 def _variant_lines(scaling: Scaling, axes: Axes, value: Callable) -> list[float]:
     """One line a variant that runs as the settings say; returns every number drawn."""
     look = styles((variant.name, variant.label) for variant in scaling.variants)
     drawn: list[float] = []
     for variant in scaling.variants:
         if variant.runs(scaling.settings.is_causal):
-            values = [value(variant, n) for n in VARIANT_LENGTHS]
-            axes.plot(VARIANT_LENGTHS, values, label=variant.label, **{**look[variant.label].line_options(), "markersize": 5})
+            values = [found for n in VARIANT_LENGTHS if (found := value(variant, n)) is not None]
+            axes.plot(VARIANT_LENGTHS[: len(values)], values, label=variant.label, **{**look[variant.label].line_options(), "markersize": 5})
             drawn += values
     _power_axis(axes, "x", VARIANT_LENGTHS[::3])
     axes.set_xlabel("sequence length n, tokens")

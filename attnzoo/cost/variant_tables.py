@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from attnzoo.cost.scaling import Settings
 
 SEARCHED_LENGTH = 512  # tokens of which every pair is looked at
-VARIANT_LIMIT = 2**20  # tokens up to which a variant's decoding length is searched
+VARIANT_LIMIT = 2**20  # tokens up to which a variant's longest sequence is searched
 CROSSOVER_LIMIT = 2**17
 NEVER, ANY = "never", "any"
 
@@ -76,8 +76,10 @@ def variant_limits(settings: Settings, variants: Sequence[CountedVariant]) -> Ta
         row: dict[str, Any] = {"variant": variant.label}
         if variant.runs(is_causal):
             kept = partial(_kept, variant, is_causal=is_causal)
-            row["training"] = _found(longest(lambda n, kept=kept: model.layers * kept(n), budget))
-            row["checkpointed"] = _found(longest(lambda n, kept=kept: model.layers * input_bytes(model, n) + kept(n), budget))
+            limit = variant.counted_length(is_causal, VARIANT_LIMIT)
+            all_kept = longest(lambda n, kept=kept: model.layers * kept(n), budget, limit)
+            one_kept = longest(lambda n, kept=kept: model.layers * input_bytes(model, n) + kept(n), budget, limit)
+            row |= {"training": _found(all_kept, limit=limit), "checkpointed": _found(one_kept, limit=limit)}
         if variant.spec.decodes:
             carried = partial(_carried, variant)
             row["decoding"] = _found(longest(lambda n, carried=carried: weights + carried(n), budget, VARIANT_LIMIT), _grows(variant))
@@ -91,7 +93,7 @@ def variant_limits(settings: Settings, variants: Sequence[CountedVariant]) -> Ta
     notes = (
         "training: all that attention keeps for the backward pass, all layers; checkpointed: layer inputs, and one layer's at a time.",
         "decoding: the weights and the variant's state.",
-        f"any: the state does not grow. >: more than the {VARIANT_LIMIT:,} tokens that were searched. none: the weights alone do not fit.",
+        "any: the state does not grow. >: more than the tokens that were searched. none: the weights alone do not fit.",
         *_skipped(variants, is_causal),
     )
     title = f"Longest sequence with every variant: {model.title} on {settings.gpu.title}, {causality(settings)}"
@@ -107,13 +109,14 @@ def crossovers(settings: Settings, variants: Sequence[CountedVariant], baseline:
         if variant == baseline:
             continue
         for is_causal in filter(variant.runs, (False, True)):
+            kept, limit = partial(_kept, variant, is_causal=is_causal), variant.counted_length(is_causal, CROSSOVER_LIMIT)
             rows.append(
                 {
                     "variant": variant.label,
                     "causal": "yes" if is_causal else "no",
                     "macs": _cheaper(partial(variant.macs, is_causal=is_causal), partial(baseline.macs, is_causal=is_causal)),
-                    "stored": _cheaper(partial(_kept, variant, is_causal=is_causal), lambda n: attention_bytes(model, n) + matrix_bytes(model, n)),
-                    "flash": _cheaper(partial(_kept, variant, is_causal=is_causal), partial(_kept, baseline, is_causal=is_causal)),
+                    "stored": _cheaper(kept, lambda n: attention_bytes(model, n) + matrix_bytes(model, n), limit),
+                    "flash": _cheaper(kept, partial(_kept, baseline, is_causal=is_causal), limit),
                     "state": _cheaper(partial(_state, variant), partial(_state, baseline)) if variant.spec.decodes else None,
                     "seconds": _cheaper(
                         lambda n, v=variant, c=is_causal: variant_roofline(v, n, c, settings.gpu).seconds,
@@ -177,14 +180,14 @@ def variant_roofline(variant: CountedVariant, n: int, is_causal: bool, gpu: GPU)
     return roofline(layers * variant.macs(n, is_causal), layers * variant.moved_bytes(n), gpu)
 
 
-def _cheaper(variant: Callable[[int], float], standard: Callable[[int], float]) -> int | str:
-    found = crossover(variant, standard, CROSSOVER_LIMIT)
+def _cheaper(variant: Callable[[int], float], standard: Callable[[int], float], limit: int = CROSSOVER_LIMIT) -> int | str:
+    found = crossover(variant, standard, limit)
     return NEVER if found is None else found
 
 
-def _kept(variant: CountedVariant, n: int, is_causal: bool) -> float:
+def _kept(variant: CountedVariant, n: int, is_causal: bool) -> int:
     kept = variant.kept_bytes(n, is_causal)
-    assert kept is not None  # asked of variants that run so
+    assert kept is not None  # asked of variants that run so, and no further than it is known
     return kept
 
 
@@ -202,9 +205,9 @@ def _grows(variant: CountedVariant) -> bool:
     return _state(variant, VARIANT_LIMIT) > _state(variant, VARIANT_LIMIT // 2)
 
 
-def _found(n: int | None, grows: bool = True) -> int | str:
+def _found(n: int | None, grows: bool = True, limit: int = VARIANT_LIMIT) -> int | str:
     if n is None:
-        return f"> {VARIANT_LIMIT:,}" if grows else ANY
+        return f"> {limit:,}" if grows else ANY
     return n
 
 

@@ -89,7 +89,7 @@ class Sizes:
 
     def tiles_at_a_time(self, like: Tensor) -> int:
         """Tiles of rows whose scores are held at a time. like: (heads, ...), on the device where they are."""
-        scores = max(1, like.shape[0]) * self.queries * self.seen_tiles * self.keys
+        scores = like.shape[0] * self.queries * self.seen_tiles * self.keys
         return at_a_time(self.query_tiles, scores, SCORES, like)
 
     @classmethod

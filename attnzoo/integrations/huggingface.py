@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -17,49 +16,30 @@ from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
 from attnzoo.eager import can_look
 from attnzoo.integrations.huggingface_attention import SUBMODULE, attend, call_is_causal, refuse_other_attention, refuse_weights
+from attnzoo.integrations.huggingface_configs import IMPLEMENTATION, Claim, claim, configs_of, mark, release
 from attnzoo.integrations.huggingface_masks import is_causal_mask, padding_mask
-from attnzoo.integrations.huggingface_trial import read_a_little
+from attnzoo.integrations.huggingface_trial import EXAMPLE, Trial, longest_sequence, trial_of
 from attnzoo.integrations.plan import Site
 
-#: No "/" (a kernel of the hub) and no "flash" in these names: transformers would read a meaning into them.
-IMPLEMENTATION = "attnzoo"
 PROBE = "attnzoo_probe"
 
 
-class _Registered(str):
-    """The name of our implementation in a swapped model's config. Wherever that is unpickled (a saved model, a spawned worker), it is registered.
-
-    model: the one that was swapped; a copy of its config has none.
-    """
-
-    model: weakref.ref[nn.Module] | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _registered, ()
-
-
-def _registered(model: nn.Module | None = None) -> _Registered:
-    _register()
-    name = _Registered(IMPLEMENTATION)
-    name.model = None if model is None else weakref.ref(model)
-    return name
-
-
-def _is_of_a_swap(model: nn.Module, implementation: Any) -> bool:
-    """Whether a config with this implementation is that of a model that is swapped, and not a copy's or a left-over's."""
-    if isinstance(implementation, _Registered) and (implementation.model is None or implementation.model() is None):
-        return any(hasattr(module, SUBMODULE) for module in model.modules())
-    return implementation == IMPLEMENTATION
-
-
 class _Probe:
-    """What a model's self-attentions were called with, and the windows in its masks."""
+    """What a model's self-attentions were called with, and the windows in the masks that they were given."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, trial: Trial) -> None:
+        self.trial = trial
         self.paths = {module: path for path, module in model.named_modules()}
         self.sites: dict[nn.Module, Site] = {}
         self.asked: set[nn.Module] = set()
-        self.windows: set[int] = set()
+        self.masks: list[tuple[Tensor, int | None]] = []  # made for this read, with their windows
+        self.lengths: set[int] = set()  # of the sequences
+        self.windows: set[int] = set()  # of masks that a layer was given
+
+    def note_window(self, mask: Tensor | None) -> None:
+        """A layer was given this mask. One that is none of those made may be cut from any of them."""
+        known = [window for made, window in self.masks if made is mask]
+        self.windows.update(window for window in known or [window for _, window in self.masks] if window is not None)
 
 
 _probe: ContextVar[_Probe] = ContextVar("probe")
@@ -68,21 +48,22 @@ _probe: ContextVar[_Probe] = ContextVar("probe")
 class Restore:
     """Takes the attentions out again and gives every config its own implementation back."""
 
-    def __init__(self, modules: list[nn.Module], configs: list[tuple[Any, Any]]) -> None:
+    def __init__(self, modules: list[nn.Module], claims: list[Claim]) -> None:
         self.modules = modules
-        self.configs = configs
+        self.claims = claims
+        self.repeated: set[str] = set()
         self.hooks: list[RemovableHandle] = []
 
     def check(self, model: nn.Module) -> None:
         """A layer's own module is as it was, but for the attention in it."""
 
-    def __call__(self, model: nn.Module) -> None:
+    def __call__(self, model: Any) -> None:
         for hook in self.hooks:
             hook.remove()
         for module in self.modules:
             delattr(module, SUBMODULE)
-        for config, implementation in self.configs:
-            config._attn_implementation_internal = implementation
+        model._keys_to_ignore_on_save = model._keys_to_ignore_on_save - self.repeated
+        release(self.claims)
 
 
 def handles(model: nn.Module) -> bool:
@@ -91,44 +72,51 @@ def handles(model: nn.Module) -> bool:
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
-def find_sites(model: Any) -> list[Site]:
-    """The self-attention layers in the order in which they run, found by letting the model read a few tokens.
+def find_sites(model: Any, example_inputs: Mapping[str, Any] | None = None) -> list[Site]:
+    """The self-attention layers in the order in which they run, found by letting the model read a few tokens, or these inputs.
 
     Raises UnsupportedError when the model does not consult the attention interface, or has an attention that the zoo cannot honour;
     ValueError when it is part of a model that is swapped already.
     """
-    _register()
-    configs = _configs(model)
-    if any(_is_of_a_swap(model, implementation) for _, implementation in configs):
+    register()
+    name = type(model).__name__
+    if any(SUBMODULE in module._modules for module in model.modules()):
         raise ValueError(
-            f"{type(model).__name__} is part of a model that is swapped already, or shares its config with one; unswap that one first (a mapping "
-            "gives each layer an attention of its own)"
+            f"{name} is part of a model that is swapped already; unswap that one first (a mapping gives each layer an attention of its own)"
         )
-    if any(getattr(config, "output_attentions", False) for config, _ in configs):
+    if any(getattr(config, "output_attentions", False) for config in configs_of(model)):
         raise UnsupportedError(
-            f"{type(model).__name__} is configured to return its attention weights, which a swapped attention does not; "
+            f"{name} is configured to return its attention weights, which a swapped attention does not; "
             "set output_attentions = False in its config first, and in those of its parts"
         )
-    restore, probe = Restore([], configs), _Probe(model)
+    trial = trial_of(model, example_inputs)
+    probe = _Probe(model, trial)
+    configs = [(config, config._attn_implementation_internal) for config in configs_of(model)]
     token = _probe.set(probe)
     try:
         _set_implementation(model, PROBE)
-        read_a_little(model)
-        read_a_little(model, training=list(probe.sites))  # only then do they tell of their dropout
+        trial.read()
+        trial.read(training=list(probe.sites))  # only then do they tell of their dropout
     finally:
         _probe.reset(token)
-        restore(model)
+        for config, implementation in configs:
+            config._attn_implementation_internal = implementation
     if not probe.sites:
-        raise UnsupportedError(f"{type(model).__name__} never consulted the attention interface, so a swap would be ignored")
+        raise UnsupportedError(f"{name} never consulted the attention interface, so a swap would be ignored")
     sites = list(probe.sites.values())
-    _refuse_unread(model, probe)
+    _refuse_unread(model, probe, trial)
+    if trial.given and len(probe.lengths) == 1 and getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"the example_inputs give {name}'s encoder and decoder sequences of one length, {min(probe.lengths)}, so that a decoder's look at its "
+            "encoder cannot be told from self-attention; give decoder_input_ids of another length"
+        )
     unknown = probe.windows - {site.window for site in sites}
     if unknown:
-        raise UnsupportedError(f"{type(model).__name__} masks by a window of {min(unknown)} that its attention layers do not tell of")
+        raise UnsupportedError(f"{name} masks by a window of {min(unknown)} that its attention layers do not tell of")
     return sites
 
 
-def _refuse_unread(model: Any, probe: _Probe) -> None:
+def _refuse_unread(model: Any, probe: _Probe, trial: Trial) -> None:
     """Raise UnsupportedError on a part of its own, such as a vision tower beside a reader of text, that the read did not reach: it would stay exact.
 
     The cross-attention of a decoder that stands alone is not reached either, and is not swapped anyway.
@@ -139,8 +127,8 @@ def _refuse_unread(model: Any, probe: _Probe) -> None:
         if tower is not None:
             parts = [repr(part) for part in (_part(model, read[0], without=[path]), tower) if part]
             raise UnsupportedError(
-                f"{type(model).__name__} does not reach {path} by a few {model.main_input_name}, so a swap would leave it as it is; swap the model's "
-                f"parts one by one: model.get_submodule(...) of {' and of '.join(parts)}"
+                f"{type(model).__name__} does not reach {path} by a few {' and '.join(trial.names)}, so a swap would leave it as it is; swap the "
+                f"model's parts one by one: model.get_submodule(...) of {' and of '.join(parts)}; or give inputs that reach it: {EXAMPLE}"
             )
 
 
@@ -160,18 +148,20 @@ def _part(model: Any, path: str, without: list[str]) -> str | None:
     return None
 
 
-def insert(model: Any, sites: list[Site], attentions: dict[int, Attention]) -> Restore:
+def insert(model: Any, sites: list[Site], attentions: dict[int, Attention], example_inputs: Mapping[str, Any] | None = None) -> Restore:
     """Put the attentions into their layers, switch the model to them, and see that every one of them runs."""
-    restore, paths = Restore([sites[layer].module for layer in attentions], _configs(model)), [sites[layer].path for layer in attentions]
+    names = {layer: attention.spec.name for layer, attention in attentions.items()}
+    paths = [sites[layer].path for layer in attentions]
+    restore = Restore([sites[layer].module for layer in attentions], claim(model, names))
     for layer, attention in attentions.items():
         sites[layer].module.add_module(SUBMODULE, attention)
+    restore.repeated = _repeated_keys(model)
+    model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | restore.repeated
     restore.hooks = [part.register_forward_pre_hook(_check_forward, with_kwargs=True) for part in _holders(model, paths)]
     try:
         _set_implementation(model, IMPLEMENTATION)
-        for config, implementation in _configs(model):
-            if implementation == IMPLEMENTATION:
-                config._attn_implementation_internal = _registered(model)
-        read_a_little(model)
+        mark(model, restore.claims)
+        trial_of(model, example_inputs).read()
         idle = [layer for layer, attention in attentions.items() if attention.last_backend is None]
         if idle:
             raise UnsupportedError(f"layer {idle[0]} ({sites[idle[0]].path}) of {type(model).__name__} did not run the attention it was given")
@@ -181,6 +171,13 @@ def insert(model: Any, sites: list[Site], attentions: dict[int, Attention]) -> R
     for attention in attentions.values():
         attention.last_backend = None  # from here on it tells of the caller's own forwards
     return restore
+
+
+def _repeated_keys(model: Any) -> set[str]:
+    """Keys of what attentions share, but for the first of each: `save_pretrained` takes a parameter once, and loading finds all of them by it."""
+    found: dict[int, str] = {}
+    inside = f".{SUBMODULE}."
+    return {key for key, value in model.named_parameters(remove_duplicate=False) if inside in key and found.setdefault(id(value), key) != key}
 
 
 def _holders(model: Any, paths: list[str]) -> list[Any]:
@@ -203,27 +200,14 @@ def _check_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         )
 
 
-def _register() -> None:
+def register() -> None:
+    """Make transformers know the implementation of a swapped model by its name."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(IMPLEMENTATION, attend)
     AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
     AttentionInterface.register(PROBE, _note)
     AttentionMaskInterface.register(PROBE, _note_mask)
-
-
-def _configs(model: Any) -> list[tuple[Any, Any]]:
-    """Every config in the model, with its attention implementation."""
-    from transformers import PreTrainedModel
-
-    waiting: list[Any] = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    found: dict[int, Any] = {}
-    while waiting:
-        config = waiting.pop()
-        if config is not None and id(config) not in found:
-            found[id(config)] = config
-            waiting.extend(getattr(config, key, None) for key in config.sub_configs)
-    return [(config, config._attn_implementation_internal) for config in found.values()]
 
 
 def _set_implementation(model: Any, name: str) -> None:
@@ -239,12 +223,16 @@ def _note(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask
     refuse_other_attention(module, kwargs)
     probe = _probe.get()
     probe.asked.add(module)
+    probe.note_window(attention_mask)
     if query.shape[2] == key.shape[2]:
+        probe.lengths.add(query.shape[2])
         bias, sinks = (kwargs.get(name) is not None for name in ("position_bias", "s_aux"))
         causal, window, dropout = call_is_causal(module, kwargs.get("is_causal")), kwargs.get("sliding_window"), kwargs.get("dropout") or 0.0
         _refuse_other_causality(module, causal, attention_mask)
         site = probe.sites.get(module) or Site(probe.paths[module], module, query.shape[1], query.shape[3], causal, window, bias, sinks)
-        probe.sites[module] = replace(site, dropout=dropout, place=(query.device, query.dtype))
+        longest = longest_sequence(module, causal, query.shape[2] if probe.trial.is_whole else None)
+        place = (query.device, query.dtype)
+        probe.sites[module] = replace(site, dropout=dropout, place=place, max_length=longest)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -265,7 +253,9 @@ def _note_mask(*args: Any, mask_function: Callable[..., Any], local_size: int | 
     from transformers.masking_utils import sdpa_mask
 
     causal = is_causal_mask(mask_function)
-    if local_size is not None:
-        _probe.get().windows.add(local_size if causal else local_size + 1)
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)  # the whole mask, to hold beside what the layer says
-    return sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs)
+    mask = sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs)
+    if mask is not None:
+        window = local_size if local_size is None or causal else local_size + 1
+        _probe.get().masks.append((mask, window))
+    return mask

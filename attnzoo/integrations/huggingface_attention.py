@@ -10,7 +10,7 @@ from torch import Tensor
 from attnzoo.attention import Attention
 from attnzoo.call import Call, UnsupportedError
 from attnzoo.engines.softmax import Softmax
-from attnzoo.integrations.huggingface_masks import mask_function_of
+from attnzoo.integrations.huggingface_masks import filled_slots, mask_function_of
 from attnzoo.integrations.plan import no_dropout
 
 #: Where in a model's own attention module the zoo's attention lives.
@@ -39,9 +39,8 @@ def attend(
     refuse_other_attention(module, kwargs)
     causal = call_is_causal(module, is_causal)
     state_layer = getattr(key, STATE_LAYER, None)
-    if attention_mask is not None and attention_mask.dim() == 2:  # a static cache has slots that are not filled yet
-        key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
-        position_bias = None if position_bias is None else position_bias[..., : attention_mask.shape[1]]
+    if attention_mask is not None and attention_mask.dtype == torch.int8:
+        key, value, attention_mask, position_bias = filled_slots(key, value, attention_mask, position_bias)
     attention = getattr(module, SUBMODULE, None)
     if state_layer is not None:
         state_layer.check_reader(attention, causal)

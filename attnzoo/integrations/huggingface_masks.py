@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from attnzoo.call import UnsupportedError
 from attnzoo.eager import can_look
 
+#: What the mask of a static cache holds where no token has been written yet; elsewhere 1 is attend and 0 is padding.
+UNFILLED = -1
+
 
 def padding_mask(
     batch_size: int,
@@ -24,17 +27,37 @@ def padding_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask function: the keys to attend to, (batch, filled slots) bool, or None when they are all of the kv_length slots."""
-    filled = kv_length
-    if is_causal_mask(mask_function):
-        filled = int(q_offset) + q_length - kv_offset
+    """The mask function: the keys to attend to, (batch, kv_length) bool, or None when they are all of them.
+
+    A static cache has slots that are not filled yet, behind those that are: the mask is then int8, with `UNFILLED` there, and as
+    long at every step, so that a compiled graph serves them all.
+    """
+    filled = q_offset + q_length - kv_offset if is_causal_mask(mask_function) else kv_length
+    whole = not isinstance(filled, Tensor) and filled == kv_length
     if attention_mask is None:
-        return None if filled == kv_length else torch.ones(batch_size, filled, dtype=torch.bool, device=device)
-    if attention_mask.shape[1] != filled:  # not cut to these slots before
-        attention_mask = attention_mask[:, kv_offset : kv_offset + filled]
-        attention_mask = nn.functional.pad(attention_mask, (0, filled - attention_mask.shape[1]), value=False)
-    look = can_look(attention_mask, may_stall=True)
-    return None if look and filled == kv_length and bool(attention_mask.all()) else attention_mask
+        if whole:
+            return None
+        attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+    if attention_mask.shape[1] != kv_length:  # not cut to these slots before
+        attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
+        attention_mask = nn.functional.pad(attention_mask, (0, kv_length - attention_mask.shape[1]), value=False)
+    if not whole:
+        unfilled = torch.arange(kv_length, device=attention_mask.device) >= filled
+        return attention_mask.to(torch.int8).masked_fill(unfilled, UNFILLED)
+    return None if can_look(attention_mask, may_stall=True) and bool(attention_mask.all()) else attention_mask
+
+
+def filled_slots(key: Tensor, value: Tensor, mask: Tensor, position_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Keys, values, mask and bias whose last slot is the last that is filled: without the unfilled ones, or with these as
+    padding on the left where their number may not be looked at. mask: (batch, slots) int8, as `padding_mask` gives it."""
+    unfilled = (mask[0] == UNFILLED).sum()
+    if can_look(mask):
+        cut = slice(0, mask.shape[1] - int(unfilled))
+        bias = None if position_bias is None else position_bias[..., cut]
+        return key[:, :, cut], value[:, :, cut], mask[:, cut] > 0, bias
+    order = (torch.arange(mask.shape[1], device=mask.device) - unfilled) % mask.shape[1]
+    bias = None if position_bias is None else position_bias.index_select(-1, order)
+    return key.index_select(2, order), value.index_select(2, order), mask.index_select(1, order) > 0, bias
 
 
 def is_causal_mask(mask_function: Callable[..., Any] | None) -> bool:

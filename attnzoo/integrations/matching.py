@@ -36,7 +36,7 @@ def recorded_calls(model: nn.Module) -> Iterator[list[RecordedCall]]:
     record, calls = record_of(model), []
 
     def keep(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if kwargs.get("past_key_values") is not None:
+        if any(kwargs.get(name) is not None for name in ("past_key_values", "cache")):
             raise ValueError("past_key_values: a recorded model must run without a cache; call it with use_cache=False")
         calls.append(RecordedCall(layer, args, dict(kwargs), _hidden(output).detach()))
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
-from attnzoo.registry import build, options_of
+from attnzoo.registry import build, find, options_of, spec_of
 
 #: In which attention computes; other floating dtypes, such as float8, only store.
 COMPUTES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -31,7 +31,8 @@ class Site:
     path: of `module` in the model. is_causal: None where only the call tells. window: keys its own sliding window shows, itself
     included (None: all). has_bias: it adds a bias of positions to its scores. has_sink_logits: it has one more score
     a head, which counts in the sum of every row. dropout: of the entries of A while training. place: device and dtype of its queries, where a
-    trial told them. is_self: False where it looks at another sequence, None where that is not known.
+    trial told them. is_self: False where it looks at another sequence, None where that is not known. max_length: of the sequences that it
+    reads, where the model tells.
     """
 
     path: str
@@ -45,6 +46,7 @@ class Site:
     dropout: float = 0.0
     place: tuple[torch.device, torch.dtype] | None = None
     is_self: bool | None = True
+    max_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,15 @@ def choose(name: str | Mix, layers: Layers | None, options: dict[str, Any], site
     """The layers, and the choice for each of them by its place there; a layer that is not named keeps its own attention.
 
     The layers are the self-attentions of `sites` in their order, and then what else was named, by its path. Raises ValueError on a layer that
-    the model does not have, one named twice, and a malformed mapping; UnsupportedError where every layer is meant and it is not known which are.
+    the model does not have, one named twice, a malformed mapping, and options in the place of layers; UnsupportedError where every layer is
+    meant and it is not known which are.
     """
     numbered = [site for site in sites if site.is_self]
     ordered = numbered + [site for site in sites if not site.is_self]
     choices: dict[int, Choice] = {}
     if isinstance(name, str):
+        if isinstance(layers, Mapping):
+            raise ValueError(f"layers={layers!r} is a mapping; give options by name: attnzoo.swap(model, {name!r}, {_by_name(layers)})")
         if layers is None:
             _refuse_unknown(ordered)
         chosen = range(len(numbered)) if layers is None else _parse("layers=", layers, ordered, len(numbered))
@@ -109,9 +114,11 @@ def build_attentions(model: nn.Module, sites: list[Site], choices: dict[int, Cho
     shared: dict[str, dict[str, Any]] = {}
     for layer, choice in choices.items():
         site = sites[layer]
-        options = _options(choice, layer)
         more = shared.get(repr(choice), {})
         try:
+            if site.is_causal is not None:
+                find(choice.name).check_causality(site.is_causal)
+            options = _options(choice, layer, site)
             attention = build(choice.name, heads=site.heads, head_dim=site.head_dim, **options, **more)
             place = site.place or place_of(site.module, model)
             _check_fits(attention, site, place[0])
@@ -123,7 +130,7 @@ def build_attentions(model: nn.Module, sites: list[Site], choices: dict[int, Cho
     return attentions, settled
 
 
-def _options(choice: Choice, layer: int) -> dict[str, Any]:
+def _options(choice: Choice, layer: int, site: Site) -> dict[str, Any]:
     for option in ("heads", "head_dim", "scale", "dropout"):
         if option in choice.options:
             raise ValueError(f"swap does not take {option!r}: it follows from the model")
@@ -132,6 +139,13 @@ def _options(choice: Choice, layer: int) -> dict[str, Any]:
         if option.name == "seed":
             seed = options.get("seed", option.default)
             options["seed"] = seed + layer if isinstance(seed, int) else seed
+    if spec_of(choice.name).needs_max_length and "max_length" not in options:
+        if site.max_length is None:
+            raise ValueError(
+                f"{choice.name} needs max_length, and this model does not tell how long its sequences get: attnzoo.swap(model, {choice.name!r}, "
+                "max_length=...)"
+            )
+        options["max_length"] = site.max_length
     return options
 
 
@@ -139,14 +153,13 @@ def no_dropout(module: str, dropout: float, name: str) -> str:
     """Why a layer with dropout on A cannot train with the attention of that name."""
     return (
         f"{module} drops entries of A with probability {dropout} while training, which {name} never forms; to train it, build the model with "
-        "its attention dropout at 0 (in BERT's config attention_probs_dropout_prob, in Llama's attention_dropout, in timm attn_drop_rate; of torch's "
-        "layers set self_attn.dropout to 0 before the swap)"
+        "its attention dropout at 0 (in the config or in from_pretrained: BERT's attention_probs_dropout_prob=0.0, Llama's attention_dropout=0.0, "
+        "GPT-2's attn_pdrop=0.0; in timm attn_drop_rate=0.0; of torch's layers set self_attn.dropout to 0 before the swap); to evaluate it only, "
+        "call model.eval() before the swap"
     )
 
 
 def _check_fits(attention: Attention, site: Site, device: torch.device) -> None:
-    if site.is_causal is not None:
-        attention.check_causality(site.is_causal)
     if site.is_self is False and not attention.spec.cross:
         raise UnsupportedError(f"it looks at another sequence, which {attention.spec.name} cannot: it needs as many queries as keys; use standard")
     if attention.shares_qk:
@@ -204,6 +217,11 @@ def _choice(value: Any, options: dict[str, Any]) -> Choice:
     if isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], Mapping):
         return Choice(value[0], {**options, **value[1]})
     raise ValueError(f"{value!r} must be the name of an attention or a pair of its name and its options")
+
+
+def _by_name(options: Mapping[Any, Any]) -> str:
+    """{"window": 3} as window=3."""
+    return ", ".join(f"{option}={value!r}" for option, value in options.items()) or "..."
 
 
 def _parse(what: str, layers: Any, sites: list[Site], count: int) -> list[int]:

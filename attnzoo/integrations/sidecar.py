@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from attnzoo.arguments import check_path
 from attnzoo.integrations.record import Record
 from attnzoo.integrations.swapping import record_of, swap, unswap
 
@@ -20,8 +22,8 @@ METADATA, FORMAT = "attnzoo", 1
 def save(model: nn.Module, path: str | Path) -> None:
     """Write a swapped model's recipe (names, options, layers, versions) and what its attentions learned or drew.
 
-    The model's own weights are not in the file: save those of the model after `unswap` (transformers' `save_pretrained` writes a swapped one too,
-    but its `from_pretrained` drops what the swap added, and tensors that layers share it refuses to write).
+    The model's own weights are not in the file: save those beside it, with transformers' `save_pretrained` or by `state_dict`. The config
+    that `save_pretrained` writes tells of the swap, and `from_pretrained`, which gives exact attention, then warns: `load` this file.
 
     Raises ValueError when the model is not swapped, or when an option is not plain data (a callable feature map, a shared module); OSError when
     the file cannot be written.
@@ -35,16 +37,16 @@ def save(model: nn.Module, path: str | Path) -> None:
     write_tensors(_extras(record), path, metadata={METADATA: recipe})
 
 
-def load(model: Model, path: str | Path) -> Model:
+def load(model: Model, path: str | Path, *, example_inputs: Mapping[str, Any] | None = None) -> Model:
     """Swap a model as a file of `save` says, and give its attentions what they had learned. Returns the model.
 
-    model: one that is not swapped, of the architecture that the file was saved from. The file is read as data only. Raises ValueError on a
-    file that cannot be read or does not fit the model, naming the place; the model is then as it was.
+    model: one that is not swapped, of the architecture that the file was saved from. The file is read as data only. example_inputs: as in `swap`.
+    Raises ValueError on a file that cannot be read or does not fit the model, naming the place; the model is then as it was.
     """
     recipe, extras = _read(path)
     choices = _choices(recipe, path)
     try:
-        swap(model, choices)
+        swap(model, choices, example_inputs=example_inputs)
     except ValueError as error:
         raise type(error)(f"{path} does not fit this {type(model).__name__}: {error}") from None
     except (TypeError, AttributeError, OverflowError, RuntimeError, MemoryError) as error:  # options of kinds and sizes that no attention has
@@ -73,7 +75,7 @@ def _extras(record: Record) -> dict[str, Tensor]:
 
 def write_tensors(tensors: dict[str, Tensor], path: str | Path, *, metadata: dict[str, str] | None = None) -> None:
     """Write tensors to a safetensors file; copied, since they may share memory and the format does not. Raises OSError where it cannot be written."""
-    save_file, path = _safetensors().save_file, Path(path)
+    save_file, path = _safetensors().save_file, check_path(path)
     from safetensors import SafetensorError
 
     copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
@@ -89,7 +91,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     _safetensors()
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = check_path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the path of the file in it")
     try:

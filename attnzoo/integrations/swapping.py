@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -16,7 +17,14 @@ Model = TypeVar("Model", bound=nn.Module)
 INTEGRATIONS = (huggingface, torch_nn, timm)
 
 
-def swap(model: Model, name: str | Mix, *, layers: Layers | None = None, **options: Any) -> Model:
+def swap(
+    model: Model,
+    name: str | Mix,
+    layers: Layers | None = None,
+    *,
+    example_inputs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Model:
     """Give a model another attention, in place, keeping its weights. Returns the model.
 
     model: a Hugging Face transformers model whose attention goes through `AttentionInterface`; one made of nn.MultiheadAttention, in
@@ -29,8 +37,9 @@ def swap(model: Model, name: str | Mix, *, layers: Layers | None = None, **optio
     name: a name in `attnzoo.names()`, or a mapping from layers to a name or a pair (name, options): {"0-3": "sliding_window",
     "4": ("performer", {"num_features": 64})}. layers: which attention layers, counted from 0 in the order in which they run: 2,
     "0-3,6", [0, 2]; or a path in the model, or a pattern of paths: "layers.*.cross_attn"; default: all self-attentions. options: of the
-    attention, for every layer; an option `seed` is the first layer's, later layers count up from it. Layers that are not named keep exact
-    attention.
+    attention, for every layer; an option `seed` is the first layer's, later layers count up from it; `max_length` is the model's own where
+    it tells one. Layers that are not named keep exact attention.
+    example_inputs: keyword arguments of a transformers model's forward, with which it is tried out where attnzoo can make up none.
 
     What the attention learns or draws lives in a submodule of each layer: it follows `.to()`, trains, and is in `state_dict`. Sequences
     packed into one row with a mask of ones cannot be told from a single sequence.
@@ -44,9 +53,10 @@ def swap(model: Model, name: str | Mix, *, layers: Layers | None = None, **optio
     layers outside it. The model is then as it was.
     """
     part, integration = _integration_for(_inside(model))
-    sites, choices = choose(name, layers, options, integration.find_sites(part))
+    tried = _tried_with(integration, example_inputs)
+    sites, choices = choose(name, layers, options, integration.find_sites(part, **tried))
     attentions, choices = build_attentions(part, sites, choices)
-    undo = integration.insert(part, sites, attentions)
+    undo = integration.insert(part, sites, attentions, **tried)
     vars(part)[RECORD] = Record(integration.__name__.rpartition(".")[2], sites, choices, attentions, undo)
     return model
 
@@ -67,11 +77,22 @@ def unswap(model: Model) -> Model:
     return model
 
 
+def _tried_with(integration: Any, example_inputs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The inputs to try a model with, for an integration that reads them. Raises ValueError for the others."""
+    if example_inputs is None:
+        return {}
+    if integration is not huggingface:
+        raise ValueError("example_inputs are for transformers models; the attention of this one is found without, leave them out")
+    return {"example_inputs": example_inputs}
+
+
 def _integration_for(model: nn.Module) -> tuple[nn.Module, Any]:
     """The module that swaps in models of this kind, and the model: it, or the transformers model that it holds and that has all of its attention.
 
     Raises ValueError where there is none or more than one, so that a part would stay as it is, and on what is swapped already, whole or in part.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model={model!r} is no torch.nn.Module; give the model itself (of a transformers pipeline: its `.model`)")
     for path, part in model.named_modules():
         if RECORD in vars(part):
             place = f"{path} of this {type(model).__name__}" if path else f"this {type(model).__name__}"

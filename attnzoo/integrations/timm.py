@@ -69,8 +69,17 @@ def find_sites(model: nn.Module) -> list[Site]:
     if is_attention(model):
         raise ValueError(f"{type(model).__name__} cannot be swapped in place; swap the model or the block that it stands in")
     found: list[tuple[str, Any]] = [(path, module) for path, module in model.named_modules() if is_attention(module)]
+    longest = _longest_sequence(model)
     return [
-        Site(path, module, module.num_heads, module.qkv.out_features // 3 // module.num_heads, is_causal=False, dropout=_dropout(module))
+        Site(
+            path,
+            module,
+            module.num_heads,
+            module.qkv.out_features // 3 // module.num_heads,
+            is_causal=False,
+            dropout=_dropout(module),
+            max_length=longest,
+        )
         for path, module in found
     ]
 
@@ -87,6 +96,14 @@ def is_attention(module: Any) -> bool:
         isinstance(part, nn.Module) and isinstance(getattr(part, size, None), int) for part in projections for size in ("in_features", "out_features")
     )
     return linear and isinstance(getattr(module, "num_heads", None), int) and not isinstance(module, TimmAttention)
+
+
+def _longest_sequence(model: Any) -> int | None:
+    """Patches and class tokens of a vision transformer whose images have one size."""
+    patches, prefix = getattr(getattr(model, "patch_embed", None), "num_patches", None), getattr(model, "num_prefix_tokens", None)
+    if not isinstance(patches, int) or not isinstance(prefix, int) or getattr(model, "dynamic_img_size", False):
+        return None
+    return patches + prefix
 
 
 def _dropout(module: nn.Module) -> float:

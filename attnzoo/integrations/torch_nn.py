@@ -111,7 +111,20 @@ def find_sites(model: nn.Module) -> list[Site]:
     for path, module in found:
         if itself[module] is not False:
             _refuse_other_attention(path, module)
-    return [Site(path, module, module.num_heads, module.head_dim, dropout=module.dropout, is_self=itself[module]) for path, module in found]
+    told = getattr(model, "seq_length", None)  # of torchvision's vision transformers, whose images have one size
+    longest = told if isinstance(told, int) else None
+    return [
+        Site(
+            path,
+            module,
+            module.num_heads,
+            module.head_dim,
+            dropout=module.dropout,
+            is_self=itself[module],
+            max_length=longest,
+        )
+        for path, module in found
+    ]
 
 
 def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.MultiheadAttention]]:

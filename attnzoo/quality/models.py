@@ -13,7 +13,7 @@ import torch
 
 from attnzoo.arguments import nearest
 from attnzoo.fidelity.models import SOURCES, Pretrained, load
-from attnzoo.fidelity.packages import MissingPackageError
+from attnzoo.fidelity.packages import require
 from attnzoo.quality.embeddings import EncoderSubject
 from attnzoo.quality.perplexity import CausalSubject
 from attnzoo.quality.subject import Subject
@@ -21,6 +21,7 @@ from attnzoo.quality.subject import Subject
 #: Names on the command line, and the models of `attnzoo.fidelity` that they mean.
 NAMES = {"smollm2": "SmolLM2-135M", "minilm": "MiniLM-L6"}
 CAUSAL, ENCODER = "causal", "encoder"
+FOLDER_MODULES = ("transformers", "safetensors")  # all that a saved model needs
 KINDS: dict[str, type[Subject]] = {CAUSAL: CausalSubject, ENCODER: EncoderSubject}
 
 
@@ -31,6 +32,11 @@ class Model:
     name: str
     kind: str
     folder: Path | None = None
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """All that has to be installed to load it."""
+        return FOLDER_MODULES if self.folder is not None else SOURCES[self.name].modules
 
     def sources(self, texts: Mapping[str, Any]) -> list[str]:
         """What is measured apart, as the subject names it."""
@@ -58,11 +64,10 @@ def find_model(text: str) -> Model:
 
 
 def _kind_of(text: str, folder: Path) -> str:
-    try:
-        from transformers import AutoConfig
-        from transformers.models.auto import modeling_auto
-    except ImportError:
-        raise MissingPackageError(f"{text} needs transformers: pip install 'attnzoo[models]'") from None
+    require(f"the model in {text!r}", FOLDER_MODULES)
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto
+
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
