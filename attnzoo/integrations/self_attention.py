@@ -87,6 +87,8 @@ def _answering_zeros(seen: dict[nn.Module, set[bool]]) -> Iterator[None]:
     before = {attention: vars(attention).get("forward") for attention in seen}
 
     def zeros(attention: Any, query: Tensor, key: Tensor, value: Any = None, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not (query.is_floating_point() and key.is_floating_point()):
+            raise TypeError("tokens are no vectors, so this try tells nothing")
         seen[attention].add(query.shape[:-1] == key.shape[:-1])
         first = attention.batch_first and query.dim() == 3
         q, k = (x if first or x.dim() == 2 else x.transpose(0, 1) for x in (query, key))
