@@ -326,7 +326,8 @@ class GlobalBlocks(BlockPattern):
         last = self.num_blocks - first
         if first + last >= count:
             return torch.arange(count, device=grid.device)
-        return torch.cat([torch.arange(first, device=grid.device), torch.arange(count - last, count, device=grid.device)])
+        blocks = torch.arange(first + last, device=grid.device)
+        return blocks + (count - first - last) * (blocks >= first)
 
     def key_blocks(self, grid: Grid) -> Tensor:
         rows = len(grid.query_blocks(self.block_size))
