@@ -1,4 +1,4 @@
-"""Orders, places in an order and running maxima, in operators that every exporter knows: ONNX has no cummax, no searchsorted and no stable sort."""
+"""Orders, places in an order and running maxima, that every exporter knows: ONNX has no cummax, no searchsorted and no stable sort."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def running_maximum(x: Tensor) -> Tensor:
-    """The largest number so far along the last dimension, by doubling what each has looked at: log n passes."""
+    """The largest number so far along the last dimension; exported, by doubling what each has looked at: log n passes."""
+    if not torch.compiler.is_exporting():
+        return x.cummax(-1).values
     seen = 1
     while seen < x.shape[-1]:
         x = torch.cat([x[..., :seen], torch.maximum(x[..., seen:], x[..., :-seen])], -1)
@@ -23,6 +25,8 @@ def true_first(mask: Tensor, count: int) -> Tensor:
 
 def search(ordered: Tensor, wanted: Tensor, *, right: bool = False) -> Tensor:
     """How many of each ascending row of (..., n) are smaller than each of (..., m), or with `right` not larger: int64 (..., m)."""
+    if not torch.compiler.is_exporting():
+        return torch.searchsorted(ordered.contiguous(), wanted.contiguous(), right=right)
     length = ordered.shape[-1]
     found, step = torch.zeros_like(wanted), 1 << int(length).bit_length() - 1
     while step:
