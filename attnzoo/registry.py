@@ -1,18 +1,22 @@
-"""The zoo's list: `variants/` is discovered, a constructor's signature is its configuration."""
+"""The zoo's list: `variants/` and the entry points of other packages are discovered, a constructor's signature is its configuration."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import pkgutil
+import warnings
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import entry_points
 from typing import Any, TypeVar, get_type_hints
 
 from attnzoo.arguments import nearest
 from attnzoo.attention import Attention, Spec
 
 _registered: dict[str, type[Attention]] = {}
+#: Where a package of its own names the modules whose import registers its variants.
+GROUP = "attnzoo.variants"
 #: What every variant takes first.
 SIZES = ("heads", "head_dim")
 AttentionClass = TypeVar("AttentionClass", bound=type[Attention])
@@ -122,3 +126,12 @@ def _discover() -> None:
     package = importlib.import_module("attnzoo.variants")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"attnzoo.variants.{module.name}")
+    for entry in entry_points(group=GROUP):
+        try:
+            entry.load()  # its `register` does the rest
+        except Exception as error:
+            warnings.warn(
+                f"the variant {entry.name!r} ({entry.value}, an entry point of the group {GROUP}) cannot be loaded and is left out: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=2,
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -260,6 +261,13 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
     monkeypatch.setattr(cli, "run", missing)
     assert cli.main(["list"]) == 2
     assert "pip install 'attnzoo[cli]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", [20_000_000_000, 10**14])
+def test_too_little_memory_is_a_sentence(length: int, capsys):
+    assert cli.main(["compare", "--models", "synthetic", "--lengths", str(length), "--variants", "linear"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"attnzoo: there is not enough memory for this: [\d,.]+ GiB at once; give shorter --lengths, .*", said)
 
 
 def test_a_closed_pipe_is_no_error():

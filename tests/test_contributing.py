@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,11 +31,74 @@ assert "mean" in attnzoo.names()
 """
 
 
-def test_the_worked_example_equals_its_oracle(tmp_path: Path) -> None:
+def printed() -> list[str]:
+    """The variant and its oracle."""
     blocks = re.findall(r"```python\n(.*?)```", (TESTS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 2
-    for name, block in zip(("mean_variant.py", "mean_oracle.py"), blocks, strict=True):
+    return blocks
+
+
+def test_the_worked_example_equals_its_oracle(tmp_path: Path) -> None:
+    for name, block in zip(("mean_variant.py", "mean_oracle.py"), printed(), strict=True):
         (tmp_path / name).write_text(block, encoding="utf-8")
     program = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(TESTS)!r}, {str(TESTS.parent)!r}]\n{COMPARE}"
     result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_worked_example_passes_its_own_command(tmp_path: Path) -> None:
+    """Pasted where CONTRIBUTING.md says, and tested as it says. No test here has the variant's name in its own, or it would start itself."""
+    for name in ("attnzoo", "tests"):
+        shutil.copytree(TESTS.parent / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in TESTS.parent.iterdir():
+        if path.name not in ("attnzoo", "tests") and not path.name.startswith("."):
+            (tmp_path / path.name).symlink_to(path)
+    variant, oracle = printed()
+    (tmp_path / "attnzoo" / "variants" / "mean.py").write_text(variant, encoding="utf-8")
+    with (tmp_path / "tests" / "oracles.py").open("a", encoding="utf-8") as file:
+        file.write(f"\n\n{oracle}")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "mean"]
+    result = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-5000:]
+    assert int(re.findall(r"(\d+) passed", result.stdout)[-1]) > 500
+
+
+def run_beside(folder: Path, program: str) -> str:
+    """What a Python says that finds the folder's packages."""
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(TESTS.parent)])}
+    result = subprocess.run([sys.executable, "-c", program], cwd=folder, env=variables, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+def package(folder: Path, entries: str) -> None:
+    """What pip leaves of a package with the variant and with these entry points."""
+    (folder / "mypackage").mkdir()
+    (folder / "mypackage" / "__init__.py").touch()
+    (folder / "mypackage" / "mean.py").write_text(printed()[0], encoding="utf-8")
+    installed = folder / "mypackage-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: mypackage\nVersion: 1.0\n", encoding="utf-8")
+    (installed / "entry_points.txt").write_text(entries, encoding="utf-8")
+
+
+ENTRY = '[project.entry-points."attnzoo.variants"]\nmean = "mypackage.mean"'
+
+
+def test_a_variant_of_another_package_is_known_everywhere(tmp_path: Path) -> None:
+    assert ENTRY in (TESTS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    package(tmp_path, "[attnzoo.variants]\nmean = mypackage.mean\n")
+    program = """
+import attnzoo, attnzoo.cli, torch
+assert "mean" in attnzoo.names() and attnzoo.build("mean", 2, 8).spec.name == "mean"
+attnzoo.swap(torch.nn.TransformerEncoderLayer(16, 2, 16, 0.0, batch_first=True), "mean")
+for command in (["show", "mean"], ["list"], ["compare", "--models", "synthetic", "--lengths", "16", "--variants", "mean"]):
+    assert attnzoo.cli.main(command) == 0
+"""
+    assert run_beside(tmp_path, program).count("Mean attention") >= 2
+
+
+def test_a_variant_that_cannot_be_loaded_is_left_out_and_said(tmp_path: Path) -> None:
+    package(tmp_path, "[attnzoo.variants]\nbroken = mypackage.absent\nmean = mypackage.mean\n")
+    said = run_beside(tmp_path, "import attnzoo; print(attnzoo.names())")
+    assert "'mean'" in said and "the variant 'broken' (mypackage.absent, an entry point of the group attnzoo.variants) cannot be loaded" in said

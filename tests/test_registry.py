@@ -66,7 +66,7 @@ def test_describe(case: Case) -> None:
     for field in ("name", "title", "paper", "equation", "complexity"):
         assert getattr(description.spec, field)
     assert "O(" in description.spec.complexity
-    assert any(year in description.spec.paper for year in map(str, range(2014, 2030)))
+    assert description.spec.paper.startswith("no paper: ") or any(str(year) in description.spec.paper for year in range(2014, 2030))
     assert len(description.text) > 200
     signature = inspect.signature(type(case.build()))
     assert [option.name for option in description.options] == list(signature.parameters)
