@@ -67,7 +67,8 @@ class Trial:
 
 
 def trial_of(model: Any, example_inputs: Inputs | None = None) -> Trial:
-    """How to try a model: with these inputs, or with made-up ones. Raises UnsupportedError where none can be made up, ValueError on malformed ones."""
+    """How to try a model: with these inputs, or with made-up ones. Raises UnsupportedError where none can be made up,
+    ValueError on malformed ones."""
     if example_inputs is None:
         candidates = list(_candidates(model))
         if not candidates:
