@@ -26,8 +26,8 @@ class Site:
 
     path: of `module` in the model. is_causal: None where only the call tells. window: keys its own sliding window shows, itself
     included (None: all). has_bias: it adds a bias of positions to its scores. has_sink_logits: it has one more score
-    a head, which counts in the sum of every row. dropout: of the entries of A while training. max_length: of the sequences that
-    it reads, where the model tells.
+    a head, which counts in the sum of every row. dropout: of the entries of A while training.
+    max_length: of the sequences that it reads, where the model tells.
     """
 
     path: str
@@ -53,7 +53,8 @@ class Choice:
 def choose(name: str | Mix, layers: Layers | None, options: dict[str, Any], count: int) -> dict[int, Choice]:
     """The choice for each layer of a model with `count` attention layers; a layer that is not named keeps its own attention.
 
-    Raises ValueError on a layer that the model does not have, one named twice, a malformed mapping, and options in the place of layers.
+    Raises ValueError on a layer that the model does not have, one named twice, a malformed mapping,
+    and options in the place of layers.
     """
     if isinstance(name, str):
         if isinstance(layers, Mapping):
@@ -111,7 +112,8 @@ def _options(choice: Choice, layer: int, site: Site) -> dict[str, Any]:
     if spec_of(choice.name).needs_max_length and "max_length" not in options:
         if site.max_length is None:
             raise ValueError(
-                f"{choice.name} needs max_length, and this model does not tell how long its sequences get: attnzoo.swap(model, {choice.name!r}, "
+                f"{choice.name} needs max_length, and this model does not tell how long its "
+                f"sequences get: attnzoo.swap(model, {choice.name!r}, "
                 "max_length=...)"
             )
         options["max_length"] = site.max_length
@@ -122,8 +124,10 @@ def no_dropout(module: str, dropout: float, name: str) -> str:
     """Why a layer with dropout on A cannot train with the attention of that name."""
     return (
         f"{module} drops entries of A with probability {dropout} while training, which {name} never forms; to train it, build the model with "
-        "its attention dropout at 0 (in the config or in from_pretrained: BERT's attention_probs_dropout_prob=0.0, Llama's attention_dropout=0.0, "
-        "GPT-2's attn_pdrop=0.0; in timm attn_drop_rate=0.0; of torch's layers set self_attn.dropout to 0 before the swap); to evaluate it only, "
+        "its attention dropout at 0 (in the config or in from_pretrained: BERT's "
+        "attention_probs_dropout_prob=0.0, Llama's attention_dropout=0.0, "
+        "GPT-2's attn_pdrop=0.0; in timm attn_drop_rate=0.0; of torch's layers set "
+        "self_attn.dropout to 0 before the swap); to evaluate it only, "
         "call model.eval() before the swap"
     )
 

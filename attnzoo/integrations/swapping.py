@@ -57,8 +57,10 @@ def swap(
     name: a name in `attnzoo.names()`, or a mapping from layers to a name or a pair (name, options): {"0-3": "sliding_window",
     "4": ("performer", {"num_features": 64})}. layers: which attention layers, counted from 0 in the order in which they run: 2,
     "0-3,6", [0, 2]; default: all. options: of the attention, for every layer; an option `seed` is the first layer's, later layers count
-    up from it; `max_length` is the model's own where it tells one. Layers that are not named keep exact attention.
-    example_inputs: keyword arguments of a transformers model's forward, with which it is tried out where attnzoo can make up none.
+    up from it; `max_length` is the model's own where it tells one. Layers that are not named keep
+    exact attention.
+    example_inputs: keyword arguments of a transformers model's forward, with which it is tried out
+    where attnzoo can make up none.
 
     What the attention learns or draws lives in a submodule of each layer: it follows `.to()`, trains, and is in `state_dict`. Sequences
     packed into one row with a mask of ones cannot be told from a single sequence.
@@ -95,7 +97,8 @@ def unswap(model: Model) -> Model:
 
 
 def _tried_with(integration: Any, example_inputs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The inputs to try a model with, for an integration that reads them. Raises ValueError for the others."""
+    """The inputs to try a model with, for an integration that reads them. Raises ValueError for the
+    others."""
     if example_inputs is None:
         return {}
     if integration is not huggingface:
