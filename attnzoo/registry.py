@@ -1,4 +1,5 @@
-"""The zoo's list: `variants/` and the entry points of other packages are discovered, a constructor's signature is its configuration."""
+"""The zoo's list: `variants/` and the entry points of other packages are discovered, a
+constructor's signature is its configuration."""
 
 from __future__ import annotations
 
@@ -65,8 +66,9 @@ def names() -> list[str]:
 def build(name: str, /, *sizes: int, **options: Any) -> Attention:
     """Build a variant by name.
 
-    sizes: heads and head_dim, which may stand without their names. options: the variant's own, by name.
-    Raises ValueError on an unknown name (with the nearest one), an unknown option (with those that exist), a missing one, and one given twice.
+    sizes: heads and head_dim, which may stand without their names. options: the variant's own, by
+    name. Raises ValueError on an unknown name (with the nearest one), an unknown option (with those
+    that exist), a missing one, and one given twice.
     """
     cls = find(name)
     known = {option.name: option for option in options_of(name)}
@@ -131,7 +133,8 @@ def _discover() -> None:
             entry.load()  # its `register` does the rest
         except Exception as error:
             warnings.warn(
-                f"the variant {entry.name!r} ({entry.value}, an entry point of the group {GROUP}) cannot be loaded and is left out: "
+                f"the variant {entry.name!r} ({entry.value}, an entry point of the group {GROUP}) "
+                "cannot be loaded and is left out: "
                 f"{type(error).__name__}: {error}",
                 stacklevel=2,
             )

@@ -21,7 +21,8 @@ MAX_LENGTH = 1024
 
 
 def derived_by_hand(case: Case) -> bool:
-    """Whether the library knows the derivative of the case's feature map, if it has one, and so what is kept; a map of a user's own it does not."""
+    """Whether the library knows the derivative of the case's feature map, if it has one, and so
+    what is kept; a map of a user's own it does not."""
     return getattr(getattr(case.build().engine, "feature_map", None), "has_vjp", True)
 
 

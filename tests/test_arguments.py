@@ -315,25 +315,27 @@ def model() -> torch.nn.Module:
     return torch.nn.TransformerEncoderLayer(32, 4, 48, 0.0, batch_first=True)
 
 
-#: What is given in the wrong place or of the wrong kind, and the sentence for it, which is never Python's own.
+zoo: Any = attnzoo  # whose types would be told of before anything runs
+#: What is given in the wrong place or of the wrong kind, and the sentence for it, which is never
+#: Python's own.
 MISPLACED: list[tuple[Callable[[], Any], str]] = [
-    (lambda: attnzoo.swap(model(), "sliding_window", {"window": 3}), "give options by name: attnzoo.swap(model, 'sliding_window', window=3)"),
-    (lambda: attnzoo.swap(model(), "sliding_window", layers={}), "layers={} is a mapping; give options by name"),
-    (lambda: attnzoo.swap(model(), ["linear"]), "name=['linear'] must be the name of an attention, or a mapping"),  # pyright: ignore
-    (lambda: attnzoo.swap(model(), {0: ("linear", None)}), "('linear', None) must be the name of an attention or a pair"),
-    (lambda: attnzoo.swap("linear", model()), "model='linear' is no torch.nn.Module"),  # pyright: ignore
-    (lambda: attnzoo.build("standard", 8, 64, 3), "standard takes heads and head_dim without their names and got (8, 64, 3)"),
-    (lambda: attnzoo.build("standard", 8), "standard needs head_dim"),
-    (lambda: attnzoo.build("standard", 8, 64, heads=4), "heads is given twice, 8 and 4"),
-    (lambda: attnzoo.build("standard", "8", 64), "heads='8' must be a whole number"),  # pyright: ignore
-    (lambda: attnzoo.build(["standard"], 8, 64), "unknown attention ['standard']"),  # pyright: ignore
-    (lambda: attnzoo.describe({}), "unknown attention {}"),  # pyright: ignore
-    (lambda: attnzoo.MultiheadAttention(32, 4, attention=["linear"]), "unknown attention ['linear']"),  # pyright: ignore
-    (lambda: attnzoo.MultiheadAttention(32, 4, attention_options=["window"]), "attention_options=['window'] must be a mapping"),  # pyright: ignore
-    (lambda: attnzoo.MultiheadAttention(32, 4, attention_options=3), "attention_options=3 must be a mapping"),  # pyright: ignore
-    (lambda: attnzoo.MultiheadAttention(32, 4, attention_options={3: 3}), "attention_options={3: 3} must be a mapping"),  # pyright: ignore
-    (lambda: attnzoo.load(model(), 3), "path=3 must be the path of a file"),  # pyright: ignore
-    (lambda: attnzoo.save(attnzoo.swap(model(), "linear"), None), "path=None must be the path of a file"),  # pyright: ignore
+    (lambda: zoo.swap(model(), "sliding_window", {"window": 3}), "give options by name: attnzoo.swap(model, 'sliding_window', window=3)"),
+    (lambda: zoo.swap(model(), "sliding_window", layers={}), "layers={} is a mapping; give options by name"),
+    (lambda: zoo.swap(model(), ["linear"]), "name=['linear'] must be the name of an attention, or a mapping"),
+    (lambda: zoo.swap(model(), {0: ("linear", None)}), "('linear', None) must be the name of an attention or a pair"),
+    (lambda: zoo.swap("linear", model()), "model='linear' is no torch.nn.Module"),
+    (lambda: zoo.build("standard", 8, 64, 3), "standard takes heads and head_dim without their names and got (8, 64, 3)"),
+    (lambda: zoo.build("standard", 8), "standard needs head_dim"),
+    (lambda: zoo.build("standard", 8, 64, heads=4), "heads is given twice, 8 and 4"),
+    (lambda: zoo.build("standard", "8", 64), "heads='8' must be a whole number"),
+    (lambda: zoo.build(["standard"], 8, 64), "unknown attention ['standard']"),
+    (lambda: zoo.describe({}), "unknown attention {}"),
+    (lambda: zoo.MultiheadAttention(32, 4, attention=["linear"]), "unknown attention ['linear']"),
+    (lambda: zoo.MultiheadAttention(32, 4, attention_options=["window"]), "attention_options=['window'] must be a mapping"),
+    (lambda: zoo.MultiheadAttention(32, 4, attention_options=3), "attention_options=3 must be a mapping"),
+    (lambda: zoo.MultiheadAttention(32, 4, attention_options={3: 3}), "attention_options={3: 3} must be a mapping"),
+    (lambda: zoo.load(model(), 3), "path=3 must be the path of a file"),
+    (lambda: zoo.save(zoo.swap(model(), "linear"), None), "path=None must be the path of a file"),
 ]
 
 

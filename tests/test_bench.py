@@ -222,7 +222,8 @@ def scripted(seconds: dict[str, float]):
 
 
 def test_the_peak_is_the_best_of_several_kernels(monkeypatch) -> None:
-    """Where a dtype has no fast product, SDPA, which computes in another, sets the limit; and a sum the bandwidth, where it beats a copy."""
+    """Where a dtype has no fast product, SDPA, which computes in another, sets the limit; and a sum
+    the bandwidth, where it beats a copy."""
     monkeypatch.setattr(limits, "GEMM", {"cpu": 8})
     monkeypatch.setattr(limits, "ATTENTION", {"cpu": (2, 16)})
     monkeypatch.setattr(limits, "COPY_BYTES", {"cpu": 4096})

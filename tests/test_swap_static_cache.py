@@ -1,4 +1,5 @@
-"""Generation of a swapped model with a static cache: the tokens of one without a cache, and one graph where it is compiled."""
+"""Generation of a swapped model with a static cache: the tokens of one without a cache, and one
+graph where it is compiled."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ SETTINGS: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sa
 
 
 def compiled() -> CompileConfig:
-    """Without a change of shape and without a break; transformers compiles on a CPU when it is told so."""
-    config = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
+    """Without a change of shape and without a break; transformers compiles on a CPU when it is told
+    so."""
+    config: Any = CompileConfig(fullgraph=True, dynamic=False, backend="eager")
     config._compile_all_devices = True
     return config
 

@@ -157,7 +157,8 @@ def test_torchvisions_feature_extractor(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in attnzoo.names() if attnzoo.describe(name).spec.needs_max_length])
 def test_the_longest_sequence_is_the_models_own(name: str) -> None:
-    """Patches and class tokens; images of any size have none. torchvision's transformers, in torch's attention, tell of theirs."""
+    """Patches and class tokens; images of any size have none. torchvision's transformers, in
+    torch's attention, tell of theirs."""
     model = attnzoo.swap(make("vit_tiny_patch16_224"), name)
     assert {module.max_length for module in model.modules() if isinstance(module, attnzoo.Attention)} == {17}
     read(model)

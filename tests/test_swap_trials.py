@@ -1,4 +1,5 @@
-"""attnzoo.swap tries a model out: what it makes up, what a caller gives, and what the model tells of its sequences."""
+"""attnzoo.swap tries a model out: what it makes up, what a caller gives, and what the model tells
+of its sequences."""
 
 from __future__ import annotations
 
@@ -64,7 +65,12 @@ def test_halves_that_share_a_config(family: str, first: str) -> None:
     order = sorted(halves, key=lambda half: half != first)
     for half in order:
         attnzoo.swap(halves[half], names[half], **SMALL.get(names[half], {}))
-    assert sorted(core.spec.name for core in cores(model)) == ["linear", "linear", "sliding_window", "sliding_window"]
+    assert sorted(core.spec.name for core in cores(model)) == [
+        "linear",
+        "linear",
+        "sliding_window",
+        "sliding_window",
+    ]
     both = answer_of(family, model)
     assert all(core.last_backend for core in cores(model))
     wanted = make(family)
@@ -97,7 +103,10 @@ def test_inputs_that_attnzoo_cannot_make_up_are_given() -> None:
 def test_inputs_that_reach_every_part() -> None:
     """LLaVA's vision tower is read where there are pixels, and their place among the tokens."""
     model, ids = make("llava"), torch.cat([torch.full((1, 16), 49), tokens(6, 1)], 1)
-    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
+    inputs = {
+        "input_ids": ids,
+        "pixel_values": torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)),
+    }
     exact = model(**inputs).logits
     with pytest.raises(UnsupportedError, match=r"or give inputs that reach it: .*example_inputs="):
         attnzoo.swap(model, "standard")
@@ -123,7 +132,16 @@ def test_malformed_example_inputs() -> None:
 
 
 #: Families that are told apart by how their longest sequence is known, and that length.
-LONGEST = {"bert": 512, "roberta": 514 - 2, "gpt2": 1024, "llama": 2048, "vit": 17, "ast": 8, "videomae": 8, "patchtst": 4}
+LONGEST = {
+    "bert": 512,
+    "roberta": 514 - 2,
+    "gpt2": 1024,
+    "llama": 2048,
+    "vit": 17,
+    "ast": 8,
+    "videomae": 8,
+    "patchtst": 4,
+}
 
 
 @pytest.mark.parametrize("name", SIZED)
@@ -158,7 +176,8 @@ def test_lengths_of_both_halves_of_whisper() -> None:
 
 @pytest.mark.parametrize("name", attnzoo.names())
 def test_models_that_are_made_from_one_config(name: str) -> None:
-    """In a loop, with the one before gone or not: each is swapped, and the config is its own again behind them."""
+    """In a loop, with the one before gone or not: each is swapped, and the config is its own again
+    behind them."""
     spec = attnzoo.describe(name).spec
     made = make("llama" if spec.causal else "bert")
     config, kind = made.config, type(made)
@@ -180,18 +199,23 @@ def test_models_that_are_made_from_one_config(name: str) -> None:
 
 
 def test_a_window_in_a_mask_that_no_layer_is_given() -> None:
-    """Qwen2-MoE makes a mask of a window of 0 where it has none; where it has one, its layers do not tell of it."""
+    """Qwen2-MoE makes a mask of a window of 0 where it has none; where it has one, its layers do
+    not tell of it."""
     assert make("qwen2_moe").config.sliding_window == 0
     model = make("qwen2_moe", use_sliding_window=True, sliding_window=6, max_window_layers=3)
     for name in attnzoo.names():
-        with pytest.raises(UnsupportedError, match="masks by a window of 6 that its attention layers do not tell of"):
+        with pytest.raises(
+            UnsupportedError,
+            match="masks by a window of 6 that its attention layers do not tell of",
+        ):
             attnzoo.swap(model, name, **small(name))
     assert not cores(model)
 
 
 @pytest.mark.parametrize("name", [name for name in attnzoo.names() if attnzoo.describe(name).spec.bidirectional])
 def test_a_bert_that_is_made_from_a_config(name: str) -> None:
-    """It is in training mode and drops entries of A: a variant that forms none says what to do, and both ways out work."""
+    """It is in training mode and drops entries of A: a variant that forms none says what to do, and
+    both ways out work."""
 
     def bert(**options: Any) -> Any:
         return hf.BertForSequenceClassification(hf.BertConfig(**{**SIZES, **options}))

@@ -14,7 +14,8 @@ TURNS = 7
 LONGEST_TURN = 1.0  # seconds
 HOPELESS = 0.1  # of the best rate so far
 GEMM = {"cpu": 2048, "cuda": 8192}  # rows of the square matrices
-#: Heads and tokens of the attentions. On some processors a dtype has no fast matrix product, and SDPA computes in another.
+#: Heads and tokens of the attentions. On some processors a dtype has no fast matrix product, and
+#: SDPA computes in another.
 ATTENTION = {"cpu": (16, 1024), "cuda": (64, 8192)}
 HEAD_DIMS = (64, 128)
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}  # far above any cache
@@ -23,8 +24,9 @@ CACHED_BYTES = tuple(2**power for power in range(14, 28, 2))  # of a processor's
 
 @dataclass(frozen=True)
 class Limits:
-    """peak_flops: FLOPs a second, two a multiply-accumulate; bandwidth: bytes a second, read and written ones counted, of more than
-    any cache holds. cached: (bytes, bandwidth) of smaller amounts."""
+    """peak_flops: FLOPs a second, two a multiply-accumulate; bandwidth: bytes a second, read and
+    written ones counted, of more than any cache holds. cached: (bytes, bandwidth) of smaller
+    amounts."""
 
     peak_flops: float
     bandwidth: float
@@ -37,7 +39,8 @@ class Limits:
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype, stopwatch: Stopwatch) -> Limits:
-    """The best of some turns of every kernel that may set a limit: large products, SDPA itself, copies and sums."""
+    """The best of some turns of every kernel that may set a limit: large products, SDPA itself,
+    copies and sums."""
     rates: list[float] = []
     for flops, call in _products(device, dtype):
         rates.append(flops / _best(call, stopwatch))
@@ -52,7 +55,10 @@ def _products(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[int, C
     heads, n = ATTENTION[device.type]
     for head_dim in HEAD_DIMS:
         q, k, v = (torch.randn(1, heads, n, head_dim, device=device).to(dtype) for _ in range(3))
-        yield 4 * heads * n * n * head_dim, lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v)
+        yield (
+            4 * heads * n * n * head_dim,
+            lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v),
+        )
     for size in (GEMM[device.type] // 8, GEMM[device.type]):
         a = torch.randn(size, size, device=device).to(dtype)
         b, out = a.clone(), torch.empty_like(a)
@@ -60,7 +66,8 @@ def _products(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[int, C
 
 
 def _bandwidth(moved: int, device: torch.device, stopwatch: Stopwatch) -> float:
-    """Bytes a second of the better of a copy, which reads half of them and writes half, and a sum, which reads them all."""
+    """Bytes a second of the better of a copy, which reads half of them and writes half, and a sum,
+    which reads them all."""
     source = torch.zeros(moved // 8, device=device)
     target, whole = torch.empty_like(source), torch.zeros(moved // 4, device=device)
     return moved / min(_best(lambda: target.copy_(source), stopwatch), _best(lambda: whole.sum(), stopwatch))

@@ -30,7 +30,8 @@ class Row:
     beyond its inputs; sdpa_peak_bytes: the same for SDPA.
     macs: what one pass executes (exact attention: its support, since SDPA skips the masked half; forward+backward: three forwards);
     None when decoding. least_bytes: inputs, outputs, weights and state, each moved once.
-    peak_flops (FLOPs a second), bandwidth (bytes a second, of as much data): the best that was measured on this machine in the same run.
+    peak_flops (FLOPs a second), bandwidth (bytes a second, of as much data): the best that was
+    measured on this machine in the same run.
     """
 
     FORMAT: ClassVar[str] = "attnzoo.bench/1"
@@ -118,11 +119,13 @@ class Row:
 
     @property
     def is_late(self) -> bool:
-        """Whether the row has no time because there was none for it, so that it is worth another try."""
+        """Whether the row has no time because there was none for it, so that it is worth another
+        try."""
         return self.reason.startswith(LATE)
 
     def within_limits(self) -> Self:
-        """The row with the machine's limits at no less than what the row itself reached: its speed may have risen since they were measured."""
+        """The row with the machine's limits at no less than what the row itself reached: its speed
+        may have risen since they were measured."""
         flops, moved = self.flops_per_second or 0.0, self.bytes_per_second or 0.0
         if not self.peak_flops or not self.bandwidth:
             return self

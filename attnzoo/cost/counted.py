@@ -79,7 +79,8 @@ class CountedVariant:
     def kept_bytes(self, n: int, is_causal: bool) -> int | None:
         """What one layer's forward keeps for its backward pass, by the fast pure-torch backend; None when the variant cannot run so.
 
-        `Cost.kept_bytes`; where that is not known, measured through autograd, and None beyond `MEASURED_LENGTHS`.
+        `Cost.kept_bytes`; where that is not known, measured through autograd, and None beyond
+        `MEASURED_LENGTHS`.
         """
         if not self.runs(is_causal) or n > self.counted_length(is_causal, n):
             return None

@@ -101,7 +101,8 @@ ACCOUNTS = (
 def longest(bytes_at: Callable[[int], int], budget: float, limit: int = LONGEST) -> int | None:
     """Largest n whose bytes, which must not fall with n, fit the budget; 0 when one token does not; None when `limit` tokens do.
 
-    Interpolates, in whole numbers, and halves when that converges slowly, so an affine count takes a handful of evaluations.
+    Interpolates, in whole numbers, and halves when that converges slowly, so an affine count takes
+    a handful of evaluations.
     """
     budget = math.floor(budget)
     if bytes_at(1) > budget:

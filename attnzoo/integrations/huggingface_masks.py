@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from attnzoo.call import UnsupportedError
 from attnzoo.eager import can_look
 
-#: What the mask of a static cache holds where no token has been written yet; elsewhere 1 is attend and 0 is padding.
+#: What the mask of a static cache holds where no token has been written yet; elsewhere 1 is attend
+#: and 0 is padding.
 UNFILLED = -1
 
 
@@ -27,10 +28,11 @@ def padding_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask function: the keys to attend to, (batch, kv_length) bool, or None when they are all of them.
+    """The mask function: the keys to attend to, (batch, kv_length) bool, or None when they are all
+    of them.
 
-    A static cache has slots that are not filled yet, behind those that are: the mask is then int8, with `UNFILLED` there, and as
-    long at every step, so that a compiled graph serves them all.
+    A static cache has slots that are not filled yet, behind those that are: the mask is then int8,
+    with `UNFILLED` there, and as long at every step, so that a compiled graph serves them all.
     """
     filled = q_offset + q_length - kv_offset if is_causal_mask(mask_function) else kv_length
     whole = not isinstance(filled, Tensor) and filled == kv_length
@@ -48,8 +50,9 @@ def padding_mask(
 
 
 def filled_slots(key: Tensor, value: Tensor, mask: Tensor, position_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Keys, values, mask and bias whose last slot is the last that is filled: without the unfilled ones, or with these as
-    padding on the left where their number may not be looked at. mask: (batch, slots) int8, as `padding_mask` gives it."""
+    """Keys, values, mask and bias whose last slot is the last that is filled: without the unfilled
+    ones, or with these as padding on the left where their number may not be looked at. mask:
+    (batch, slots) int8, as `padding_mask` gives it."""
     unfilled = (mask[0] == UNFILLED).sum()
     if can_look(mask):
         cut = slice(0, mask.shape[1] - int(unfilled))

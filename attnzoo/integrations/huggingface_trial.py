@@ -1,4 +1,5 @@
-"""Trying a Hugging Face model out: a few tokens, pixels or samples of nothing, or the caller's own inputs, read once."""
+"""Trying a Hugging Face model out: a few tokens, pixels or samples of nothing, or the caller's own
+inputs, read once."""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ LENGTH, DECODER_LENGTH = 4, 3
 #: The way out where inputs cannot be made up.
 EXAMPLE = "attnzoo.swap(model, ..., example_inputs={...}) with the keyword arguments of its forward"
 #: What a config calls the longest sequence that its layers read.
-LONGEST = {True: ("max_position_embeddings", "max_target_positions"), False: ("max_position_embeddings", "max_source_positions")}
+LONGEST = {
+    True: ("max_position_embeddings", "max_target_positions"),
+    False: ("max_position_embeddings", "max_source_positions"),
+}
 
 Inputs = Mapping[str, Any]
 
@@ -28,7 +32,8 @@ Inputs = Mapping[str, Any]
 class Trial:
     """Inputs that a model may take; the first of them that it can read are read.
 
-    is_whole: whether the ones being read are as long as the model's inputs get, such as an image of its size.
+    is_whole: whether the ones being read are as long as the model's inputs get, such as an image of
+    its size.
     """
 
     def __init__(self, model: Any, candidates: list[tuple[Inputs, bool]], given: bool) -> None:
@@ -42,9 +47,11 @@ class Trial:
         return list(self.candidates[0][0]) if self.given else [_main_input(self.model)]
 
     def read(self, training: Iterable[nn.Module] = ()) -> None:
-        """One forward in evaluation mode that leaves no trace in the model or in torch's CPU generator.
+        """One forward in evaluation mode that leaves no trace in the model or in torch's CPU
+        generator.
 
-        training: modules that are told they train, themselves and not what is in them. Raises UnsupportedError when the model cannot be tried.
+        training: modules that are told they train, themselves and not what is in them. Raises
+        UnsupportedError when the model cannot be tried.
         """
         reasons = []
         for inputs, is_whole in self.candidates:
@@ -82,7 +89,8 @@ def trial_of(model: Any, example_inputs: Inputs | None = None) -> Trial:
 
 
 def longest_sequence(module: Any, is_causal: bool, whole: int | None) -> int | None:
-    """The longest sequence that a layer reads, where its model tells: in its config, or by an input of the model's own size."""
+    """The longest sequence that a layer reads, where its model tells: in its config, or by an input
+    of the model's own size."""
     told = (getattr(module.config, name, None) for name in LONGEST[is_causal])
     return next((length for length in told if isinstance(length, int) and length > 0), whole)
 
@@ -111,7 +119,8 @@ def _candidates(model: Any) -> Iterator[tuple[Inputs, bool]]:
 
 
 def _main_inputs(model: Any, name: str) -> Iterator[tuple[Tensor, bool]]:
-    """Values of the main input, and whether they are as long as they get; none where the config does not tell their sizes."""
+    """Values of the main input, and whether they are as long as they get; none where the config
+    does not tell their sizes."""
     if name == "input_ids":
         for rows in dict.fromkeys((BATCH_SIZE * _codebooks(model.config), BATCH_SIZE)):
             yield _tokens(model, rows, LENGTH), False
@@ -150,11 +159,19 @@ def _spectrogram(config: Any) -> tuple[int, ...]:
 
 
 def _mel_features(config: Any) -> tuple[int, ...]:
-    return BATCH_SIZE, config.num_mel_bins, 2 * config.max_source_positions  # of which a convolution leaves half
+    return (
+        BATCH_SIZE,
+        config.num_mel_bins,
+        2 * config.max_source_positions,
+    )  # of which a convolution leaves half
 
 
 def _filter_banks(config: Any) -> tuple[int, ...]:
-    return BATCH_SIZE, LENGTH * 2**config.num_conv_layers, config.input_feat_per_channel * config.input_channels
+    return (
+        BATCH_SIZE,
+        LENGTH * 2**config.num_conv_layers,
+        config.input_feat_per_channel * config.input_channels,
+    )
 
 
 def _projected_features(config: Any) -> tuple[int, ...]:
@@ -165,7 +182,8 @@ def _series(config: Any) -> tuple[int, ...]:
     return BATCH_SIZE, config.context_length, config.num_input_channels
 
 
-#: Shapes of what a model may read, in the order in which they are tried, and whether the model reads nothing longer.
+#: Shapes of what a model may read, in the order in which they are tried, and whether the model
+#: reads nothing longer.
 SHAPES = {
     "pixel_values": ((_video, True), (_image, True)),
     "input_values": ((_samples, False), (_spectrogram, True)),

@@ -142,7 +142,8 @@ def _options(choice: Choice, layer: int, site: Site) -> dict[str, Any]:
     if spec_of(choice.name).needs_max_length and "max_length" not in options:
         if site.max_length is None:
             raise ValueError(
-                f"{choice.name} needs max_length, and this model does not tell how long its sequences get: attnzoo.swap(model, {choice.name!r}, "
+                f"{choice.name} needs max_length, and this model does not tell how long its "
+                f"sequences get: attnzoo.swap(model, {choice.name!r}, "
                 "max_length=...)"
             )
         options["max_length"] = site.max_length
@@ -153,8 +154,10 @@ def no_dropout(module: str, dropout: float, name: str) -> str:
     """Why a layer with dropout on A cannot train with the attention of that name."""
     return (
         f"{module} drops entries of A with probability {dropout} while training, which {name} never forms; to train it, build the model with "
-        "its attention dropout at 0 (in the config or in from_pretrained: BERT's attention_probs_dropout_prob=0.0, Llama's attention_dropout=0.0, "
-        "GPT-2's attn_pdrop=0.0; in timm attn_drop_rate=0.0; of torch's layers set self_attn.dropout to 0 before the swap); to evaluate it only, "
+        "its attention dropout at 0 (in the config or in from_pretrained: BERT's "
+        "attention_probs_dropout_prob=0.0, Llama's attention_dropout=0.0, "
+        "GPT-2's attn_pdrop=0.0; in timm attn_drop_rate=0.0; of torch's layers set "
+        "self_attn.dropout to 0 before the swap); to evaluate it only, "
         "call model.eval() before the swap"
     )
 

@@ -22,8 +22,10 @@ METADATA, FORMAT = "attnzoo", 1
 def save(model: nn.Module, path: str | Path) -> None:
     """Write a swapped model's recipe (names, options, layers, versions) and what its attentions learned or drew.
 
-    The model's own weights are not in the file: save those beside it, with transformers' `save_pretrained` or by `state_dict`. The config
-    that `save_pretrained` writes tells of the swap, and `from_pretrained`, which gives exact attention, then warns: `load` this file.
+    The model's own weights are not in the file: save those beside it, with transformers'
+    `save_pretrained` or by `state_dict`. The config that `save_pretrained` writes tells of the
+    swap, and `from_pretrained`, which gives exact
+    attention, then warns: `load` this file.
 
     Raises ValueError when the model is not swapped, or when an option is not plain data (a callable feature map, a shared module); OSError when
     the file cannot be written.
@@ -40,8 +42,9 @@ def save(model: nn.Module, path: str | Path) -> None:
 def load(model: Model, path: str | Path, *, example_inputs: Mapping[str, Any] | None = None) -> Model:
     """Swap a model as a file of `save` says, and give its attentions what they had learned. Returns the model.
 
-    model: one that is not swapped, of the architecture that the file was saved from. The file is read as data only. example_inputs: as in `swap`.
-    Raises ValueError on a file that cannot be read or does not fit the model, naming the place; the model is then as it was.
+    model: one that is not swapped, of the architecture that the file was saved from. The file is
+    read as data only. example_inputs: as in `swap`. Raises ValueError on a file that cannot be read
+    or does not fit the model, naming the place; the model is then as it was.
     """
     recipe, extras = _read(path)
     choices = _choices(recipe, path)

@@ -78,7 +78,8 @@ def unswap(model: Model) -> Model:
 
 
 def _tried_with(integration: Any, example_inputs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The inputs to try a model with, for an integration that reads them. Raises ValueError for the others."""
+    """The inputs to try a model with, for an integration that reads them. Raises ValueError for the
+    others."""
     if example_inputs is None:
         return {}
     if integration is not huggingface:
