@@ -213,9 +213,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         made = [rearrange(project(x), pattern, p=1, h=self.num_heads)[0] for project, x in zip(projections.children(), inputs, strict=True)]
         return made[0], made[-2], made[-1]
 
-    def _project_together(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, pattern: str) -> tuple[Tensor, Tensor, Tensor]:
-        """As `_project`, by one layer for all three, which is called: it may be adapted (LoRA) or quantised."""
-        made = {id(x): rearrange(layer(x), pattern, p=3, h=self.num_heads) for x in (query, key, value)}
+    def _project_together(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, pattern: str) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_project`, by one layer for all three, which is called: it may be adapted (LoRA), quantised or hooked. Three different inputs are
+        multiplied by their own rows of a plain one, lest two thirds of what it makes be thrown away."""
+        if not (query is key and key is value) and _is_plain(layer):
+            return self._project_by(layer.weight, layer.bias, query, key, value, pattern)
+        different = {id(x): x for x in (query, key, value)}
+        made = {which: rearrange(layer(x), pattern, p=3, h=self.num_heads) for which, x in different.items()}
         return made[id(query)][0], made[id(key)][1], made[id(value)][2]
 
     def _project_by(
@@ -299,6 +303,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         sizes = (query.shape[1 - length_axis],) if batched else ()
         check_mask("key_padding_mask", key_padding_mask, [(*sizes, lengths[1])], weight.device)
         check_mask("attn_mask", attn_mask, [lengths, (self.num_heads * (sizes[0] if sizes else 1), *lengths)], weight.device)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling a layer is a product with its weight and nothing else."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is nn.Linear and "forward" not in vars(layer) and not any(hooks)
 
 
 def _core_options(spec: Spec, dropout: float, extra_keys: bool, options: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,9 @@ class Longformer(Attention):
     ones; those of a mask must come before the first key is dropped, and with projections of their own in the first step.
 
     The number of global tokens in a mask is read from it (on CUDA that waits). Where it cannot be (a compiled, traced or exported graph,
-    torch.func), a mask may name all tokens, and costs as much: name them by global_tokens there. window: keys on each side, the query's own included; Longformer's attention_window is
+    torch.func), a mask may name all tokens, and costs as much: name them by global_tokens there.
+
+    window: keys on each side, the query's own included; Longformer's attention_window is
     2 · (window - 1) (`attnzoo.patterns.Window.from_longformer`). dilation: as in sliding_window, one number or one for each head, as the
     paper's character models have it in higher layers. scale, dropout: as in standard.
     """
