@@ -202,9 +202,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         made = [rearrange(project(x), pattern, p=1, h=self.num_heads)[0] for project, x in zip(projections.children(), inputs, strict=True)]
         return made[0], made[-2], made[-1]
 
-    def _project_together(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, pattern: str) -> tuple[Tensor, Tensor, Tensor]:
-        """As `_project`, by one layer for all three, which is called: it may be adapted (LoRA) or quantised."""
-        made = {id(x): rearrange(layer(x), pattern, p=3, h=self.num_heads) for x in (query, key, value)}
+    def _project_together(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, pattern: str) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_project`, by one layer for all three, which is called: it may be adapted (LoRA), quantised or hooked. Three different inputs are
+        multiplied by their own rows of a plain one, lest two thirds of what it makes be thrown away."""
+        if not (query is key and key is value) and _is_plain(layer):
+            return self._project_by(layer.weight, layer.bias, query, key, value, pattern)
+        different = {id(x): x for x in (query, key, value)}
+        made = {which: rearrange(layer(x), pattern, p=3, h=self.num_heads) for which, x in different.items()}
         return made[id(query)][0], made[id(key)][1], made[id(value)][2]
 
     def _project_by(
@@ -296,6 +300,12 @@ class MultiheadAttention(nn.MultiheadAttention):
 def is_called(module: nn.Module, args: tuple[Any, ...]) -> None:
     """A forward pre-hook that does nothing. torch's encoder layer, in evaluation mode, reads the weights of its attention and computes softmax
     attention itself; where there is a hook it calls the module instead, whatever else the module says of itself."""
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling a layer is a product with its weight and nothing else."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is nn.Linear and "forward" not in vars(layer) and not any(hooks)
 
 
 def _core_options(spec: Spec, dropout: float, extra_keys: bool, options: dict[str, Any]) -> dict[str, Any]:

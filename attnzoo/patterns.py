@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnzoo.arguments import check_count, check_positive
 from attnzoo.call import Call
-from attnzoo.eager import can_look, is_recorded
+from attnzoo.eager import can_look, unrecorded
 from attnzoo.padding import ends, leading
 
 
@@ -302,7 +302,7 @@ class BlockPattern(Pattern):
         return seen[..., :count] | self.sees_all(grid)[..., None]
 
     def hides_nothing(self, grid: Grid) -> bool:
-        if is_recorded() or grid.num_key_blocks(self.block_size) > self.most_blocks:
+        if torch.compiler.is_compiling() or grid.num_key_blocks(self.block_size) > self.most_blocks:
             return False
         return _sees_every_block(self, replace(grid, device="cpu"))
 
@@ -322,10 +322,11 @@ class BlockPattern(Pattern):
 
 @lru_cache
 def _sees_every_block(pattern: BlockPattern, grid: Grid) -> bool:
-    hidden = ~pattern.seen_blocks(grid)
-    if grid.is_causal:
-        hidden &= grid.query_blocks(pattern.block_size)[:, None] >= torch.arange(hidden.shape[2], device=hidden.device)
-    return not bool(hidden.any())
+    with unrecorded():
+        hidden = ~pattern.seen_blocks(grid)
+        if grid.is_causal:
+            hidden &= grid.query_blocks(pattern.block_size)[:, None] >= torch.arange(hidden.shape[2], device=hidden.device)
+        return not bool(hidden.any())
 
 
 @dataclass(frozen=True)

@@ -108,3 +108,15 @@ def test_the_layer_of_global_rows_is_adapted_like_any_other(cross: bool) -> None
         adapted.more.weight.zero_()
     torch.testing.assert_close(layer(x, memory, memory)[0], after, rtol=0.0, atol=1e-5)
     assert not torch.allclose(after, before)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_a_hook_on_the_layer_of_global_rows_fires(cross: bool) -> None:
+    layer, x = longformer()
+    calls: list[None] = []
+    projection: Any = layer.attention.global_projection
+    memory = torch.randn(2, 12, 16) if cross else x
+    before = layer(x, memory, memory)[0]
+    projection.register_forward_hook(lambda *_: calls.append(None))
+    torch.testing.assert_close(layer(x, memory, memory)[0], before, rtol=0.0, atol=1e-6)
+    assert len(calls) == 1 + cross

@@ -107,16 +107,19 @@ class _TensorsOnly(nn.Module):
         self.module = module
         leaves, self.structure = tree_flatten((inputs, kwargs))
         self.fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        of_each = [id(tensor) for tensor in self.tensors(inputs, kwargs)]
+        self.places = {place: of_each.index(id(leaf)) for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
 
     @staticmethod
     def tensors(inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        return [leaf for leaf in tree_flatten((inputs, kwargs))[0] if isinstance(leaf, Tensor)]
+        """Each once: a module may ask whether its query is its key."""
+        leaves = tree_flatten((inputs, kwargs))[0]
+        return list({id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values())
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         leaves = list(self.fixed)
-        for place, tensor in zip(self.places, tensors, strict=True):
-            leaves[place] = tensor
+        for place, which in self.places.items():
+            leaves[place] = tensors[which]
         inputs, kwargs = tree_unflatten(leaves, self.structure)
         return tuple(leaf for leaf in tree_flatten(self.module(*inputs, **kwargs))[0] if isinstance(leaf, Tensor))
 
