@@ -13,7 +13,14 @@ from torch import Tensor
 
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines import factorized_flash, peaks
-from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype, never_refuses
+from attnzoo.engines.engine import (
+    SOFTMAX_OPERATIONS,
+    Backend,
+    Cost,
+    Shape,
+    accumulation_dtype,
+    never_refuses,
+)
 from attnzoo.engines.factorized_flash import shares_of
 from attnzoo.engines.factorized_layout import Near, Rows, shown
 from attnzoo.engines.factorized_memory import Layout
@@ -44,17 +51,20 @@ class Factorized(Sparse):
 
     def cost(self, shape: Shape) -> Cost:
         grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
-        executed = support = 0
+        executed = support = weighed = 0
         for factors, heads in self.heads_of(shape.heads):
             support += len(heads) * _count_visible(factors, grid)
-            executed += len(heads) * (len(_keys_of_one(factors, grid)) if grid.query_length == 1 else _count_computed(factors, grid))
+            one = len(_keys_of_one(factors, grid)) if grid.query_length == 1 else None
+            executed += len(heads) * (_count_computed(factors, grid) if one is None else one)
+            weighed += len(heads) * (_count_weighed(factors, grid) if one is None else one)
         if shape.query_length == 1:
             kept, forward, training = self._bytes_of_one(shape, grid)
         else:
             layout = self._layout(shape, grid)
             kept, forward, training = layout.kept(), layout.forward(), layout.training()
         cost = softmax_cost(shape, executed, support, None, kept)
-        return replace(cost, forward_bytes=forward, training_bytes=training)
+        elementwise = SOFTMAX_OPERATIONS * shape.batch_size * weighed
+        return replace(cost, elementwise=elementwise, forward_bytes=forward, training_bytes=training)
 
     def _layout(self, shape: Shape, grid: Grid) -> Layout:
         """What `factorized_flash` lays out."""
@@ -149,6 +159,12 @@ def _count_computed(factors: tuple[Factor, ...], grid: Grid) -> int:
             keys = rows.count * share.part.width
         total += rows.stride * keys
     return total
+
+
+def _count_weighed(factors: tuple[Factor, ...], grid: Grid) -> int:
+    """(query, key) pairs of one head that the softmax of a trace goes over: with what lies beyond either end."""
+    rows = Rows.of(factors[0].stride, grid)
+    return rows.count * rows.stride * sum(share.part.width for share in shares_of(factors, rows, grid))
 
 
 def _count_visible(factors: tuple[Factor, ...], grid: Grid) -> int:
