@@ -1,5 +1,6 @@
 """attnzoo: attention variants behind one interface, tested against oracles, compared with exact attention, with their cost known."""
 
+from attnzoo import oracles
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import UnsupportedError
 from attnzoo.cost.counting import FlopReport, count_flops
@@ -25,6 +26,7 @@ __all__ = [
     "global_mask",
     "load",
     "names",
+    "oracles",
     "register",
     "save",
     "state_cache",

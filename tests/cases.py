@@ -9,11 +9,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from oracles import ORACLES
 from torch import Tensor
 
 import attnzoo
 from attnzoo import Attention
+from attnzoo.oracles import ORACLES
 from attnzoo.registry import options_of, sized, spec_of
 
 CPU_BACKENDS = {"sdpa", "tiled", "blocks", "chunked", "reference"}

@@ -13,16 +13,15 @@ TESTS = Path(__file__).resolve().parent
 
 # In a process of its own: a variant registered here would be one that other tests do not expect.
 COMPARE = """
-import oracles, torch
-import mean_variant, attnzoo
+import torch
+import mean_oracle, mean_variant, attnzoo
 
-exec(open("mean_oracle.py").read(), vars(oracles))
 q, k, v = torch.randn(3, 2, 4, 70, 8, dtype=torch.float64).unbind()
 key_mask = torch.rand(2, 70) > 0.3
 attn = attnzoo.build("mean", heads=4, head_dim=8)
 for is_causal in (False, True):
     masks = {"key_mask": key_mask, "is_causal": is_causal}
-    out, weights = oracles.ORACLES["mean"](q, k, v, **masks)
+    out, weights = attnzoo.oracles.ORACLES["mean"](q, k, v, **masks)
     torch.testing.assert_close(attn(q, k, v, **masks), out)
     torch.testing.assert_close(attn.weights(q, k, **masks), weights)
 rows, _ = attn.step(q, k, v, attn.init_state(2), key_mask=key_mask)
@@ -60,8 +59,7 @@ def test_the_worked_example_passes_its_own_command(tmp_path: Path) -> None:
             (tmp_path / path.name).symlink_to(path)
     variant, oracle = printed()
     (tmp_path / "attnzoo" / "variants" / "mean.py").write_text(variant, encoding="utf-8")
-    with (tmp_path / "tests" / "oracles.py").open("a", encoding="utf-8") as file:
-        file.write(f"\n\n{oracle}")
+    (tmp_path / "attnzoo" / "oracles" / "mean.py").write_text(oracle, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "mean"]
     result = subprocess.run(
         command,

@@ -1,4 +1,4 @@
-"""Every variant, by every backend, against the loops of `oracles.py`: outputs, A and gradients."""
+"""Every variant, by every backend, against the loops of `attnzoo.oracles`: outputs, A and gradients."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import ORACLES
 
 import attnzoo
+from attnzoo.oracles import ORACLES
 
 # Float64 carries 2e-16; sums of a thousand terms and quotients by small normalisers lose four digits of it, not six.
 FLOAT64_TOLERANCE = 1e-10
@@ -48,7 +48,7 @@ EVERYTHING = [
 
 @pytest.mark.parametrize("name", attnzoo.names())
 def test_every_registered_name_has_an_oracle(name: str) -> None:
-    assert name in ORACLES, f"{name} is registered; write its float64 loop in tests/oracles.py"
+    assert name in ORACLES, f"{name} is registered; write its float64 loop in attnzoo/oracles/{name}.py"
 
 
 def test_every_oracle_and_every_case_belongs_to_a_variant() -> None:

@@ -7,12 +7,13 @@ import torch
 from cases import Case, Situation, close, padding, tensors, with_backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import bigbird_global_blocks, standard
 from torch import Tensor
 
 import attnzoo
 from attnzoo.call import Call
 from attnzoo.engines.sparse import Sparse
+from attnzoo.oracles import standard
+from attnzoo.oracles.bigbird import bigbird_global_blocks
 from attnzoo.patterns import BlockUnion, GlobalBlocks, Grid, Pattern, Window, WindowBlocks
 from attnzoo.random_blocks import RandomBlocks
 

@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 from cases import FEW_SITUATIONS, Situation, close, gradients_of, padding, tensors
-from oracles import reformer
 from torch import Tensor
 
 import attnzoo
 from attnzoo.attention import Attention
 from attnzoo.hashing import AngularHash
+from attnzoo.oracles import reformer
 
 SMALL = {"num_buckets": 6, "num_hashes": 3, "chunk_size": 5}
 

@@ -12,11 +12,11 @@ import sys
 import pytest
 import torch
 from cases import Case, Situation, can, cases, tensors, usual_cases
-from oracles import standard
 
 import attnzoo
 from attnzoo import Attention, Spec, registry
 from attnzoo.engines.softmax import Softmax
+from attnzoo.oracles import standard
 
 VARIANTS = pytest.mark.parametrize("case", usual_cases(), ids=str)
 ALL = pytest.mark.parametrize("case", cases(), ids=str)

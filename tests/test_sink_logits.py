@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from cases import FEW_SITUATIONS, Case, Situation, close, gradients_of, tensors
-from oracles import ORACLES
 from small import small
 
 import attnzoo
 from attnzoo import UnsupportedError
+from attnzoo.oracles import ORACLES
 from attnzoo.registry import names, spec_of
 
 TAKE_THEM = [name for name in names() if spec_of(name).sink_logits]

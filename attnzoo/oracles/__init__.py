@@ -1,0 +1,49 @@
+"""What each attention is, in float64 loops written from the papers' equations: one file a variant.
+
+An oracle is slow, complete and independent: it imports nothing of the library that it judges, and says in the
+paper's own terms which number stands where in A. Hold a kernel of your own against it:
+
+    out, weights = attnzoo.oracles.sliding_window(q, k, v, window=128, is_causal=True)
+
+`ORACLES` has them by the name of the variant. `matrix` says what all of them take and return.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from attnzoo.oracles.bigbird import bigbird
+from attnzoo.oracles.cosformer import cosformer
+from attnzoo.oracles.flash import flash
+from attnzoo.oracles.linear import linear
+from attnzoo.oracles.linformer import linformer
+from attnzoo.oracles.longformer import longformer
+from attnzoo.oracles.matrix import ORACLES, Oracle, oracle
+from attnzoo.oracles.nystromformer import nystromformer
+from attnzoo.oracles.performer import performer
+from attnzoo.oracles.reformer import reformer
+from attnzoo.oracles.retention import retention
+from attnzoo.oracles.sliding_window import sliding_window
+from attnzoo.oracles.sparse_transformer import sparse_transformer
+from attnzoo.oracles.standard import standard
+
+__all__ = [
+    "ORACLES",
+    "Oracle",
+    "bigbird",
+    "cosformer",
+    "flash",
+    "linear",
+    "linformer",
+    "longformer",
+    "nystromformer",
+    "oracle",
+    "performer",
+    "reformer",
+    "retention",
+    "sliding_window",
+    "sparse_transformer",
+    "standard",
+]
+
+for _module in iter_modules(__path__):  # those of variants that the list above does not have yet
+    import_module(f"{__name__}.{_module.name}")

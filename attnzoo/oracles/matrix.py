@@ -1,0 +1,104 @@
+"""What the oracles share: loops over samples and heads, and rows that hold weights at the keys they see.
+
+Every oracle takes q, k, v, the masks, and as keyword arguments the variant's options and what it learned or drew, and
+returns (out, A): out is (batch, heads, query_length, value_dim), A is (batch, heads, query_length, key_length).
+All are differentiable. Query i stands at position key_length - query_length + i; a row that sees nothing is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Oracle = Callable[..., tuple[Tensor, Tensor]]
+ORACLES: dict[str, Oracle] = {}
+HeadMatrix = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def oracle(name: str) -> Callable[[Oracle], Oracle]:
+    """Enter a function into `ORACLES` under the name of the variant it specifies."""
+
+    def enter(function: Oracle) -> Oracle:
+        ORACLES[name] = function
+        return function
+
+    return enter
+
+
+def by_heads(matrix: HeadMatrix, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """Loop over samples and heads; `matrix(head, q, k, visible)` gives one head's A, (query_length, key_length)."""
+    batch, heads, query_length, _ = q.shape
+    kv_heads, key_length = k.shape[1], k.shape[2]
+    samples, outputs = [], []
+    for b in range(batch):
+        visible = visible_keys(query_length, key_length, None if key_mask is None else key_mask[b], is_causal)
+        real = torch.ones(key_length, dtype=torch.bool) if key_mask is None else key_mask[b]
+        matrices, rows = [], []
+        for h in range(heads):
+            shared = h // (heads // kv_heads)
+            keys = torch.where(real[:, None], k[b, shared].double(), 0.0)
+            values = torch.where(real[:, None], v[b, shared].double(), 0.0)
+            a = matrix(h, q[b, h].double(), keys, visible)
+            matrices.append(a)
+            rows.append(a @ values)
+        samples.append(torch.stack(matrices))
+        outputs.append(torch.stack(rows))
+    return torch.stack(outputs), torch.stack(samples)
+
+
+def visible_keys(query_length: int, key_length: int, real: Tensor | None, is_causal: bool) -> Tensor:
+    rows = []
+    for i in range(query_length):
+        position = key_length - query_length + i
+        row = torch.ones(key_length, dtype=torch.bool) if real is None else real.clone()
+        if is_causal:
+            row[max(0, position + 1) :] = False
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def real_keys(visible: Tensor) -> list[int]:
+    """Slots of the real keys: the last query sees them all."""
+    return visible[-1].nonzero()[:, 0].tolist()
+
+
+def leading_padding(visible: Tensor) -> int:
+    """How many padded slots stand ahead of the first real one: positions count from there."""
+    return next(iter(real_keys(visible)), 0)
+
+
+def rows(visible: Tensor, weigh: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """A matrix whose row i holds weigh(i, seen) at the keys that the row sees, and 0 elsewhere."""
+    rows = []
+    for i in range(visible.shape[0]):
+        row = torch.zeros(visible.shape[1], dtype=torch.float64)
+        seen = visible[i].nonzero().squeeze(1)
+        rows.append(row if seen.numel() == 0 else row.index_copy(0, seen, weigh(i, seen)))
+    return torch.stack(rows)
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """exp(s_j) / Σ_l exp(s_l); 0 where every score is -inf."""
+    if bool((scores == -math.inf).all()):
+        return torch.zeros_like(scores)
+    shifted = (scores - scores.max().detach()).exp()
+    return shifted / shifted.sum()
+
+
+def normalised(products: Tensor) -> Tensor:
+    """p_j / Σ_l p_l; 0 where the sum is exactly 0."""
+    total = products.sum()
+    return torch.zeros_like(products) if total.item() == 0.0 else products / total
+
+
+def softmax_over(visible: Tensor, q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None = None) -> Tensor:
+    factor = q.shape[1] ** -0.5 if scale is None else scale
+
+    def weigh(i: int, seen: Tensor) -> Tensor:
+        scores = factor * (k[seen] @ q[i])
+        return softmax(scores if bias is None else scores + bias[i, seen])
+
+    return rows(visible, weigh)

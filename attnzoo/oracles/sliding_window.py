@@ -1,0 +1,42 @@
+"""Sliding-window attention, in float64, from the paper's equation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnzoo.oracles.matrix import by_heads, oracle, real_keys, rows, softmax_over
+
+
+@oracle("sliding_window")
+def sliding_window(
+    q, k, v, *, window, dilation=1, sinks=0, logits=None, scale=None, key_mask=None, attn_mask=None, is_causal=False
+) -> tuple[Tensor, Tensor]:
+    """Beltagy et al. 2020, section 3.1: softmax over the keys at position + t · dilation for |t| < window; dilation may differ by head.
+
+    sinks: and the first real keys (Xiao et al. 2023). logits: (heads,), each exponentiated in the denominator of every row of its head.
+    """
+    assert attn_mask is None
+
+    def matrix(h: int, q_h: Tensor, k_h: Tensor, visible: Tensor) -> Tensor:
+        step = dilation if isinstance(dilation, int) else dilation[h]
+        near = torch.zeros_like(visible)
+        for i in range(q_h.shape[0]):
+            position = k_h.shape[0] - q_h.shape[0] + i
+            for t in range(1 - window, window):
+                if 0 <= position + t * step < k_h.shape[0]:
+                    near[i, position + t * step] = True
+            near[i, real_keys(visible)[:sinks]] = True
+        if logits is None:
+            return softmax_over(visible & near, q_h, k_h, scale)
+        factor, own = q_h.shape[1] ** -0.5 if scale is None else scale, logits[h].double()
+
+        def weigh(i: int, seen: Tensor) -> Tensor:
+            scores = factor * (k_h[seen] @ q_h[i])
+            largest = torch.maximum(scores.max(), own).detach()
+            terms = (scores - largest).exp()
+            return terms / (terms.sum() + (own - largest).exp())
+
+        return rows(visible & near, weigh)
+
+    return by_heads(matrix, q, k, v, key_mask, is_causal)
