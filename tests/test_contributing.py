@@ -74,7 +74,8 @@ def test_the_worked_example_passes_its_own_command(tmp_path: Path) -> None:
 
 def run_beside(folder: Path, program: str) -> str:
     """What a Python says that finds the folder's packages."""
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(TESTS.parent)])}
+    path = os.pathsep.join([str(folder), str(TESTS.parent)])
+    variables = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}  # of a table that wraps no title
     result = subprocess.run([sys.executable, "-c", program], cwd=folder, env=variables, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr

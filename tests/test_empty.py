@@ -49,7 +49,7 @@ def test_a_step_of_nothing_leaves_the_state(case: Case, batch: int, tokens: int)
 @pytest.mark.parametrize("shape", [(0, 6, 16), (2, 0, 16), (0, 0, 16)], ids=str)
 def test_the_layer(name: str, shape: tuple[int, ...]) -> None:
     layer = attnzoo.MultiheadAttention(16, 2, batch_first=True, attention=name, attention_options=small(name))
-    masks = layer_masks(attnzoo.registry.spec_of(name), shape[1])
+    masks = layer_masks(attnzoo.describe(name).spec, shape[1])
     x = torch.randn(shape, requires_grad=True)
     mask = masks.get("src_mask")
     for need_weights in (False, True):

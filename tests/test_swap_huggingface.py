@@ -49,7 +49,7 @@ def test_standard_is_eager_without_tokens(family: str) -> None:
 def test_a_layer_left_alone_stays_exact(family: str) -> None:
     model, ids, mask = make(family), tokens(), padded("left")
     exact = answer(model, ids, attention_mask=mask)
-    window = {"window": 5} if family == "modernbert" else {"window": 100}
+    window: dict[str, Any] = {"window": 5} if family == "modernbert" else {"window": 100}
     layers = [1] if family == "modernbert" else [0, 2]
     attnzoo.swap(model, "sliding_window", layers=layers, **window)
     assert len(cores(model)) == len(layers)
@@ -106,7 +106,8 @@ def test_unswap_leaves_no_trace(family: str, name: str) -> None:
     model, ids = make(family), tokens()
     exact, keys, modules = answer(model, ids), list(model.state_dict()), [path for path, _ in model.named_modules()]
     attributes, generator = set(vars(model)), torch.get_rng_state()
-    attnzoo.swap(model, name, **({"max_length": 64} if name == "linformer" else {}))
+    options: dict[str, Any] = {"max_length": 64} if name == "linformer" else {}
+    attnzoo.swap(model, name, **options)
     if name == "performer":
         assert torch.equal(torch.get_rng_state(), generator)
     assert not torch.equal(answer(model, ids), exact)

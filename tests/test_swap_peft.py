@@ -138,6 +138,8 @@ def test_a_shared_projection_is_none_of_three() -> None:
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_what_an_attention_learns_is_trained_beside_adapters(kind: str, tmp_path: Path) -> None:
     """PEFT trains a copy (modules_to_save): it is what is saved, what decodes, and what merge_and_unload leaves."""
+    name: str
+    options: dict[str, Any]
     name, options = ("sliding_window", {"window": 4, "sink_logits": True}) if kind == "llama" else ("linformer", {"max_length": 32, "rank": 4})
     torch.manual_seed(3)
     model = attnzoo.swap(make(kind), name, **options)
