@@ -157,8 +157,8 @@ class Attention(nn.Module):
 
     def matrix(self, call: Call) -> Tensor:
         """A of a checked call whose padded slots are zero. A variant that mixes its tokens outside the engine
-        multiplies the identity, whatever its engine does."""
-        if type(self).attend is Attention.attend:
+        multiplies the identity, and so does one whose engine does not write A out."""
+        if type(self).attend is Attention.attend and type(self.engine).matrix is not Engine.matrix:
             return self.engine.weights(call)
         identity = torch.eye(call.key_length, dtype=call.k.dtype, device=call.k.device)
         training = self.engine.training
@@ -338,7 +338,7 @@ class Attention(nn.Module):
         return f"{self.spec.name}, heads={self.heads}, head_dim={self.head_dim}, backend={self.backend!r}"
 
     def _run(self, call: Call, backend: str) -> Tensor:
-        if 0 in (call.q.shape[0], call.query_length, call.key_length):
+        if 0 in (call.q.shape[0], call.query_length, call.key_length, call.v.shape[3]):
             return self._of_nothing(call)
         call, poisoned = shield_past(clear_padding(call))
         out, self.last_backend = self.attend(self.place(call, 0), backend)

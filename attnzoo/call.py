@@ -87,6 +87,8 @@ def check(call: Call, heads: int, head_dim: int) -> None:
         raise ValueError(f"q and k have head_dim {q.shape[3]} and {k.shape[3]}; this attention was built with head_dim={head_dim}")
     if k.shape[2] != v.shape[2]:
         raise ValueError(f"k has length {k.shape[2]} and v has length {v.shape[2]}; they must agree")
+    if not isinstance(call.is_causal, bool | torch.SymBool):
+        raise ValueError(f"is_causal={call.is_causal!r} is a {type(call.is_causal).__name__}; give True or False")
     _check_token_mask("key_mask", call.key_mask, call, "attend")
     _check_token_mask("global_mask", call.global_mask, call, "global")
     _check_attn_mask(call)

@@ -161,7 +161,7 @@ class Pointwise(FeatureMap):
         if known is not None:
             return known
         with torch.no_grad():
-            width = self.function(k.new_zeros(1, k.shape[-1])).shape[-1]
+            width = self.query(k.new_zeros(1, k.shape[-1])).shape[-1]
         if not torch.compiler.is_compiling():
             self.widths[k.shape[-1]] = width
         return width
@@ -170,7 +170,10 @@ class Pointwise(FeatureMap):
         return head_dim if self.function is elu_plus_one else 0
 
     def query(self, q: Tensor) -> Tensor:
-        return self.function(q)
+        weight = next(self.parameters(), None)  # of a callable that is a module, which takes its own dtype
+        if weight is None or weight.dtype == q.dtype or torch.is_autocast_enabled(q.device.type):
+            return self.function(q)
+        return self.function(q.to(weight.dtype)).to(q.dtype)
 
     def vjp(self, x: Tensor, features: Tensor, d_features: Tensor, d_log_scale: Tensor | None) -> Tensor:
         return _VJP[self.function](x, features, d_features)

@@ -80,10 +80,8 @@ def moved_back(out: Tensor, key_mask: Tensor) -> Tensor:
 
 
 def on_leading_zero(out: Tensor, key_mask: Tensor) -> Tensor:
-    """`out` with 0 in the rows that stand on leading padding."""
-    query_length, key_length = out.shape[2], key_mask.shape[1]
+    """Rows of a square call with 0 in those that stand on leading padding."""
     ahead = (key_mask.cumsum(1) == 0) & key_mask.any(1, keepdim=True)
-    ahead = F.pad(ahead, (max(0, query_length - key_length), 0))[:, -query_length:]
     return out.masked_fill(ahead[:, None, :, None], 0.0)
 
 

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, Namespace, get_loader
+from jsonargparse import ArgumentParser, Namespace
 
 from attnzoo.arguments import check_kv_heads, check_positive
 from attnzoo.commands.command import Command, ConfigFile, screen
 from attnzoo.commands.output import check_folder, write_text
-from attnzoo.commands.variants import parse_variant
+from attnzoo.commands.variants import parse_variant, read_value, split_options
 
 if TYPE_CHECKING:
     from attnzoo.cost.model_flops import Chosen, Subject
@@ -103,10 +103,10 @@ def _split(text: str) -> tuple[str, dict[str, Any]]:
     head, _, rest = text.partition(":")
     if "=" not in rest:
         return text, {}
-    pairs = [part.partition("=") for part in rest.split(",")]
+    pairs = [part.partition("=") for part in split_options(rest)]
     if not all(key and equals for key, equals, _ in pairs):
         raise ValueError(f"{text!r} is not of the form MODEL:ENTRY=VALUE,ENTRY=VALUE")
-    return head, {key.strip(): get_loader("yaml")(value) for key, _, value in pairs}
+    return head, {key.strip(): read_value(value) for key, _, value in pairs}
 
 
 def _readable(subject: Subject) -> list[int]:

@@ -11,7 +11,14 @@ from attnzoo.arguments import nearest
 from attnzoo.registry import build, find, options_of
 
 HEADS, HEAD_DIM, LENGTH = 2, 64, 64  # of the trial build that finds bad values before any work
-KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "None": (type(None),)}
+KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "bool": (bool,),
+    "None": (type(None),),
+    "Sequence[int]": (list, tuple),
+}
 
 
 def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
@@ -22,9 +29,23 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
     """
     name, _, rest = text.strip().partition(":")
     find(name)
-    options = dict(_option(text, name, part) for part in rest.split(",")) if rest else {}
+    options = dict(_option(text, name, part) for part in split_options(rest))
     check_variant(name, options, text)
     return name, options
+
+
+def split_options(text: str) -> list[str]:
+    """The parts of OPTION=VALUE,OPTION=VALUE, where a list may stand as [1, 2]."""
+    return re.split(r",(?![^\[]*\])", text) if text else []
+
+
+def read_value(text: str) -> Any:
+    """A YAML scalar, or a list of them. Raises ValueError on text that is none."""
+    try:
+        return get_loader("yaml")(text)
+    except Exception as error:  # of yaml's many kinds
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the value {text!r} cannot be read ({reason}); quote it, or write a list as [1, 2]") from None
 
 
 def check_variant(name: str, options: dict[str, Any], text: str = "") -> None:
@@ -43,7 +64,7 @@ def _option(text: str, name: str, part: str) -> tuple[str, Any]:
     option, equals, value = part.partition("=")
     if not (option.strip() and equals):
         raise ValueError(f"{text}: {part!r} is not of the form option=value; write {name}:option=value,option=value")
-    return option.strip(), get_loader("yaml")(value)
+    return option.strip(), read_value(value)
 
 
 def _check(name: str, option: str, value: Any, types: dict[str, str]) -> None:

@@ -167,8 +167,11 @@ def attend(engine: Hashed, call: Call) -> Tensor:
     own_is_real, own_value = _own_is_real(call), _own(v, call)
     found = _own_part(q, _own(k, call), own_value, torch.zeros_like(own_is_real) if engine.share_qk else own_is_real)
     sizes = Sizes.of(int(q.shape[1]), int(call.key_length), engine.hashing.num_buckets, engine.chunk_size, call.is_causal)
+    compute = partial(_round, chunks=chunks, positions=_positions(call), sizes=sizes, is_causal=call.is_causal)
+    if torch.is_grad_enabled() and only_autograd_looks(q, k, v):  # the tiles of one round at a time
+        compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
     for hash_round in range(engine.hashing.num_hashes):
-        found = found.with_more(_round(hash_round, q, k, v, chunks, _positions(call), sizes, call.is_causal))
+        found = found.with_more(compute(hash_round, q, k, v))
     alone = found.total == 0
     out = torch.where(alone & own_is_real, own_value, found.out) if engine.share_qk else found.out
     return _heads(out / found.total.masked_fill(alone, 1.0), call).to(call.q.dtype)
@@ -191,9 +194,9 @@ def _round(hash_round: int, q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, pos
     tiles = tiles.where((tiles >= 0) & (tiles < sizes.key_tiles), sizes.key_tiles)  # one more tile, which is empty
     key_at = F.pad(keys.at, (0, 0, 0, 1), value=k.shape[1])
     weigh = partial(_weigh, hash_round, chunks=chunks, positions=positions, is_causal=is_causal)
-    if torch.is_grad_enabled() and only_autograd_looks(q, k, v):  # tiles that are computed together, made again
-        weigh = partial(checkpoint, weigh, use_reentrant=False, preserve_rng_state=False)
     together = sizes.tiles_at_a_time(q)
+    if together < sizes.query_tiles and torch.is_grad_enabled() and only_autograd_looks(q, k, v):
+        weigh = partial(checkpoint, weigh, use_reentrant=False, preserve_rng_state=False)  # some tiles of it at a time
     parts = [
         weigh(q, k, v, row_at, _select(key_at, some).flatten(2))
         for row_at, some in zip(rows.at.split(together, 1), tiles.split(together, 1), strict=True)

@@ -28,6 +28,7 @@ from attnzoo.engines.global_cache import GlobalCache
 from attnzoo.engines.softmax import Softmax, causal_mask, dense_weights, reference, sdpa, softmax_cost, visible
 from attnzoo.engines.sparse_columns import Columns
 from attnzoo.padding import (
+    ends_real,
     fetched,
     first_real,
     moved_back,
@@ -80,12 +81,13 @@ class Sparse(Softmax):
         if not pattern.counts_positions:
             return dense_weights(self, call, mask & pattern.mask(grid_of(call)))
         seen = pattern.mask(padded(grid_of(call), call.key_mask))
-        return on_leading_zero(dense_weights(self, call, mask & seen), call.key_mask)
+        weights = dense_weights(self, call, mask & seen)
+        return on_leading_zero(weights, call.key_mask) if not call.offset else weights
 
     def _from_first_real(self, chosen: Backend, call: Call) -> Tensor:
         """A·v of a padded call by a backend that lays positions out from the first slot."""
         assert call.key_mask is not None
-        if call.query_length == 1 or call.offset < 0:
+        if call.query_length == 1 or call.offset < 0 or (call.offset and not call.is_causal):
             return reference(self, call)
         square = squared(call)
         out = chosen.run(self, moved_behind(square))
@@ -133,6 +135,8 @@ class Sparse(Softmax):
         """A·v as exact attention computes it, where nothing but causality and padding hides a key; else None, as where a mask of both is large."""
         grid, mask = grid_of(call), call.key_mask
         if call.sink_logits is not None or not self._is_whole(grid):
+            return None
+        if self.pattern.tied_to_end and not grid.is_causal and not ends_real(mask):
             return None
         if mask is None:
             return sdpa(self, call.q, call.k, call.v, is_causal=grid.is_causal and grid.query_length > 1)

@@ -126,7 +126,7 @@ def _attend_ragged(engine: Softmax, pattern: BlockPattern, call: Call, grid: Gri
     table = sorted_key_blocks(pattern, padded)  # (batch, heads or 1, query_blocks, width)
     listed = table < key_mask.shape[1]
     table = table.where(listed, 0)
-    samples = torch.arange(len(table), device=table.device)[:, None, None]
+    samples = torch.arange(table.shape[0], device=table.device)[:, None, None]  # not len: a trace serves any batch
 
     def rows() -> Iterator[Tensor]:
         keys, values = (x.unflatten(2, (-1, size)).unbind(1) for x in (k, v))

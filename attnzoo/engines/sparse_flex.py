@@ -174,6 +174,8 @@ def why_not(engine: Sparse, call: Call) -> str | None:
         return f"the pattern {type(engine.pattern).__name__} has no layout in blocks"
     if isinstance(engine.pattern, Window) and (engine.pattern.sinks or call.sink_logits is not None):
         return "its tables have no sinks, and its softmax no sink logits"
+    if engine.pattern.tied_to_end and call.key_mask is not None and not call.is_causal:
+        return "its tables know one end, and padded samples have their own"
     if call.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"FlexAttention has no {call.q.dtype} kernel: use float16, bfloat16 or float32"
     if engine.training and engine.dropout > 0:

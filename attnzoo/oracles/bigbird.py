@@ -13,7 +13,7 @@ def bigbird(
     q, k, v, *, random_blocks, block_size, num_window_blocks, num_global_blocks, scale=None, key_mask=None, attn_mask=None, is_causal=False
 ) -> tuple[Tensor, Tensor]:
     """Zaheer et al. 2020, section 2: softmax over a *set* of keys, the union of window, global and random blocks. Blocks count from the first
-    real key to the last; a row on the padding ahead sees nothing.
+    real key to the last; a row on the padding ahead of as many queries sees nothing.
 
     random_blocks: a function of which keys of a sample are real, (key_length,) bool, that gives (heads, query_blocks, num_random_blocks) key
     blocks drawn for each query block, -1 for none; its first row belongs to the block of the first query.
@@ -31,7 +31,7 @@ def bigbird(
         chosen = torch.zeros_like(visible)
         for i in range(query_length):
             slot = key_length - query_length + i
-            if 0 <= slot < lead:
+            if 0 <= slot < lead and query_length == key_length:
                 continue
             a = (slot - lead) // block_size
             window = {b for b in range(key_blocks) if abs(a - b) <= (num_window_blocks - 1) // 2}

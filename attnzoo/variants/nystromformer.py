@@ -71,7 +71,10 @@ class Nystromformer(Attention):
         seen_by_landmarks, _ = self.engine(Call(q_landmarks, call.k, call.v, call.key_mask), backend)
         values = (inverse @ seen_by_landmarks.to(dtype)).to(call.q.dtype)
         out, name = self.engine(Call(call.q, k_landmarks, values, filled), backend)
-        return (out if self.convolution is None else out + self.convolution(repeat_heads(call.v, call.group)), name)
+        if self.convolution is None:
+            return out, name
+        near = self.convolution(repeat_heads(call.v, call.group).to(self.convolution.weight.dtype))
+        return out + near.to(out.dtype), name
 
     def _pseudo_inverse(self, q: Tensor, k: Tensor, filled: Tensor | None) -> Tensor:
         """softmax(s·Q̃ K̃ᵀ)⁺, (batch, heads, segments, segments), 0 in the rows and columns of empty segments."""
