@@ -20,6 +20,9 @@ Family = Literal["exact", "sparse", "low_rank", "kernel"]
 LEAF = "torch.nn"
 
 
+LARGEST = 2**40  # batch sizes and lengths whose costs are counted
+
+
 @dataclass(frozen=True)
 class Spec:
     """What a variant is and what it can do. A call outside it raises `UnsupportedError`.
@@ -242,8 +245,8 @@ class Attention(nn.Module):
         dtype: of q, k and v. Raises ValueError on a size below 1 and on a dtype that is not floating.
         """
         for name, value in (("batch_size", batch_size), ("query_length", query_length), ("key_length", key_length)):
-            if value is not None:
-                check_positive(name, value)
+            if value is not None and check_positive(name, value) > LARGEST:
+                raise ValueError(f"{name}={value} is above {LARGEST}, the largest that costs are counted for")
         self.check_causality(is_causal)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype!r} is not a floating dtype; give one such as torch.bfloat16")

@@ -348,3 +348,10 @@ def test_what_is_misplaced_is_told_in_a_sentence(call: Callable[[], Any], senten
 @pytest.mark.parametrize("name", attnzoo.names())
 def test_heads_and_head_dim_need_no_names(name: str) -> None:
     assert repr(attnzoo.build(name, 4, 8, **small(name))) == repr(attnzoo.build(name, heads=4, head_dim=8, **small(name)))
+
+
+@pytest.mark.parametrize("name", attnzoo.names())
+def test_costs_of_absurd_lengths_are_refused(name: str) -> None:
+    attn = attnzoo.build(name, heads=2, head_dim=8, **small(name))
+    with pytest.raises(ValueError, match=rf"query_length={10**23} is above"):
+        attn.cost(1, 10**23, is_causal=not attn.spec.bidirectional)
