@@ -113,3 +113,23 @@ def test_padding_inside_neither_fades_nor_moves_first_tokens() -> None:
     seen = sinks.weights(q, k, key_mask=mask, is_causal=True)[:, 0, -1].nonzero()
     first = [[sample, slot] for sample in range(2) for slot in mask[sample].nonzero()[:3, 0].tolist()]
     assert [pair for pair in seen.tolist() if pair[1] != 89] == first
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if case.spec.cross], ids=str)
+@pytest.mark.parametrize("queries", [1, 6, 10, 30])
+def test_queries_of_their_own_and_padded_keys(case: Case, queries: int) -> None:
+    """Keys padded on the left change no row of other queries; by every backend, padded on the right as by the reference."""
+    for is_causal in (causal for causal in (False, True) if can(case.spec, causal)):
+        q, k, v, _ = tensors(Situation(queries, 14, batch=1), shift=case.shift)
+        left, right = torch.arange(14)[None] >= 5, torch.arange(14)[None] < 10
+        reference = case.build(dtype=torch.float64, backend="reference")
+        for backend in [name for name in case.build().engine.backend_names() if name in CPU_BACKENDS]:
+            attn = case.build(dtype=torch.float64, backend=backend)
+            cut = attn(q, k[:, :, 5:], v[:, :, 5:], is_causal=is_causal)
+            close(attn(q, k, v, key_mask=left, is_causal=is_causal), cut, TOLERANCE, f"rows over padded keys, {backend}, {is_causal=}")
+            close(
+                attn(q, k, v, key_mask=right, is_causal=is_causal),
+                reference(q, k, v, key_mask=right, is_causal=is_causal),
+                TOLERANCE,
+                f"rows over keys padded on the right, {backend}, {is_causal=}",
+            )
