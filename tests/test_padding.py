@@ -115,7 +115,11 @@ def test_padding_inside_neither_fades_nor_moves_first_tokens() -> None:
     assert [pair for pair in seen.tolist() if pair[1] != 89] == first
 
 
-@pytest.mark.parametrize("case", [case for case in cases() if case.spec.cross], ids=str)
+#: Five blocks, of which every row sees every one; four that are real, of which a row behind them does not.
+ALL_BUT_SEEN = Case("bigbird", {"block_size": 3, "num_random_blocks": 1})
+
+
+@pytest.mark.parametrize("case", [*(case for case in cases() if case.spec.cross), ALL_BUT_SEEN], ids=str)
 @pytest.mark.parametrize("queries", [1, 6, 10, 30])
 def test_queries_of_their_own_and_padded_keys(case: Case, queries: int) -> None:
     """Keys padded on the left change no row of other queries; by every backend, padded on the right as by the reference."""
