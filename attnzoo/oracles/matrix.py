@@ -50,6 +50,10 @@ def by_heads(matrix: HeadMatrix, q: Tensor, k: Tensor, v: Tensor, key_mask: Tens
 
 
 def visible_keys(query_length: int, key_length: int, real: Tensor | None, is_causal: bool) -> Tensor:
+    """Which keys every query may see by padding and causality, (query_length, key_length) bool.
+
+    real: (key_length,) bool, True = a real key; None: all are.
+    """
     rows = []
     for i in range(query_length):
         position = key_length - query_length + i
@@ -95,6 +99,10 @@ def normalised(products: Tensor) -> Tensor:
 
 
 def softmax_over(visible: Tensor, q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None = None) -> Tensor:
+    """A of one head: softmax(scale · q_i·k_j + bias_ij) over the keys that row i sees, (query_length, key_length).
+
+    visible: (query_length, key_length) bool. scale: None is 1/sqrt(head_dim). bias: (query_length, key_length), added to the scores.
+    """
     factor = q.shape[1] ** -0.5 if scale is None else scale
 
     def weigh(i: int, seen: Tensor) -> Tensor:
