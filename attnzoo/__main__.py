@@ -2,7 +2,7 @@
 
 import sys
 
-from attnzoo.cli import main
+from attnzoo.commands.program import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,5 @@
-"""Checks of arguments: each returns the value or raises a ValueError that names the argument, the value and what is allowed."""
+"""Checks of arguments: each returns the value or raises a ValueError that names the argument, the
+value and what is allowed."""
 
 from __future__ import annotations
 
@@ -13,10 +14,12 @@ from torch import Tensor
 
 
 def check_set(what: str, tensor: Tensor, like: Tensor) -> Tensor:
-    """Raise a ValueError on numbers that were left on the meta device, where they have no values."""
+    """Raise a ValueError on numbers that were left on the meta device, where they have no
+    values."""
     if tensor.is_meta and not like.is_meta:
         raise ValueError(
-            f"{what} are on the meta device, where they have no values; call to_empty(device={str(like.device)!r}) on this attention, "
+            f"{what} are on the meta device, where they have no values; call "
+            f"to_empty(device={str(like.device)!r}) on this attention, "
             "or load a state_dict that has them"
         )
     return tensor
@@ -45,7 +48,10 @@ def check_count(name: str, value: Any) -> int:
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """One of some words."""
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown{nearest(value, choices)}; choose one of {', '.join(choices)}")
+        raise ValueError(
+            f"{name}={value!r} is unknown{nearest(value, choices)}; choose one of "
+            f"{', '.join(choices)}"
+        )
     return value
 
 
@@ -58,8 +64,12 @@ def check_path(value: Any) -> Path:
 
 def check_options(name: str, value: Any) -> dict[str, Any]:
     """Options by name; None means none."""
-    if value is not None and not (isinstance(value, Mapping) and all(isinstance(option, str) for option in value)):
-        raise ValueError(f"{name}={value!r} must be a mapping from names to values, such as {{'window': 128}}")
+    if value is not None and not (
+        isinstance(value, Mapping) and all(isinstance(option, str) for option in value)
+    ):
+        raise ValueError(
+            f"{name}={value!r} must be a mapping from names to values, such as {{'window': 128}}"
+        )
     return dict(value or {})
 
 
@@ -67,7 +77,10 @@ def check_max_length(variant: str, max_length: int, **lengths: int) -> None:
     """Raise on a length over the one that the variant is built for."""
     for name, length in lengths.items():
         if length > max_length:
-            raise ValueError(f"{name}={length} is longer than max_length={max_length}; build {variant} with a larger max_length")
+            raise ValueError(
+                f"{name}={length} is longer than max_length={max_length}; build {variant} with a "
+                "larger max_length"
+            )
 
 
 def check_kv_heads(value: Any, heads: int) -> int:

@@ -16,7 +16,8 @@ from attnzoo.eager import can_look
 from attnzoo.engines.engine import Cost, Engine, Shape
 
 Family = Literal["exact", "sparse", "low_rank", "kernel"]
-#: As the `__module__` of an instance (a class keeps its own): torch.fx's tracers take such a module as a leaf, called and not looked into.
+#: As the `__module__` of an instance (a class keeps its own): torch.fx's tracers take such a module
+#: as a leaf, called and not looked into.
 LEAF = "torch.nn"
 
 
@@ -28,10 +29,14 @@ class Spec:
     """What a variant is and what it can do. A call outside it raises `UnsupportedError`.
 
     equation: one line, row by row. complexity: time and memory in the sequence length n.
-    exact: A is softmax's own on its support. bidirectional: runs without is_causal. cross: query_length may differ from key_length.
-    global_tokens: a call may name tokens that everyone sees and that see everyone, and give their rows projections of their own.
-    sink_logits: a call may give one more logit a head, which counts in the sum of every row and weighs nothing.
-    data_dependent: which keys a row sees depends on the queries and keys; `Cost.support_macs` is then the most that it can be.
+    exact: A is softmax's own on its support. bidirectional: runs without is_causal. cross:
+    query_length may differ from key_length.
+    global_tokens: a call may name tokens that everyone sees and that see everyone, and give their
+    rows projections of their own.
+    sink_logits: a call may give one more logit a head, which counts in the sum of every row and
+    weighs nothing.
+    data_dependent: which keys a row sees depends on the queries and keys; `Cost.support_macs` is
+    then the most that it can be.
     """
 
     name: str
@@ -63,11 +68,12 @@ class Spec:
 
 
 class Attention(nn.Module):
-    """Base of every variant: checks the call, applies the rules of masking, and lets the variant's engine multiply by A.
+    """Base of every variant: checks the call, applies the rules of masking, and lets the variant's
+    engine multiply by A.
 
-    A subclass sets `spec` and builds `self.engine` in its constructor. One that changes q or k by their positions overrides `place`, one that
-    mixes them along the length `attend`.
-    After a call, `last_backend` names the backend that ran.
+    A subclass sets `spec` and builds `self.engine` in its constructor. One that changes q or k by
+    their positions overrides `place`, one that mixes them along the length `attend`. After a call,
+    `last_backend` names the backend that ran.
     """
 
     spec: ClassVar[Spec]
@@ -80,23 +86,31 @@ class Attention(nn.Module):
         self.head_dim = check_positive("head_dim", head_dim)
         allowed = ["auto", *engine.backend_names()]
         if backend not in allowed:
-            raise ValueError(f"backend={backend!r} is unknown to {self.spec.name}; choose one of {allowed}")
+            raise ValueError(
+                f"backend={backend!r} is unknown to {self.spec.name}; choose one of {allowed}"
+            )
         self.backend = backend
         self.engine = engine
         self.last_backend: str | None = None
-        # Of a variant with global tokens: how many of the first real tokens of every sample are global in every call; the packed projections of
-        # their rows, which MultiheadAttention adds; and the global_mask of calls that bring none, see `attnzoo.global_mask`.
+        # Of a variant with global tokens: how many of the first real tokens of every sample are
+        # global in every call; the packed projections of their rows, which MultiheadAttention adds;
+        # and the global_mask of calls that bring none, see `attnzoo.global_mask`.
         self.global_tokens = 0
-        self.global_projection: nn.Linear | nn.ModuleDict | None = None  # the latter in a process that has some heads
+        self.global_projection: nn.Linear | nn.ModuleDict | None = (
+            None  # the latter in a process that has some heads
+        )
         self.global_mask: Tensor | None = None
-        self.shares_qk = False  # whether q and k must be one tensor, so that a layer needs one projection for both
+        # Whether q and k must be one tensor, so that a layer needs one projection for both
+        self.shares_qk = False
 
     def place(self, call: Call, seen: int) -> Call:
-        """The call with what depends on positions put into q and k; `seen` tokens stand before its first key."""
+        """The call with what depends on positions put into q and k; `seen` tokens stand before its
+        first key."""
         return call
 
     def attend(self, call: Call, backend: str) -> tuple[Tensor, str]:
-        """Return A·v and the name of the backend that ran; `call` is checked and its padded slots are zero."""
+        """Return A·v and the name of the backend that ran; `call` is checked and its padded slots
+        are zero."""
         return self.engine(call, backend)
 
     @autocast_inputs_only
@@ -115,19 +129,33 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attention of q to k and v.
 
-        q: (batch, heads, query_length, head_dim); k, v: (batch, kv_heads, key_length, head_dim), kv_heads divides heads.
-        key_mask: (batch, key_length) bool, True = attend. attn_mask: bool (True = attend) or additive float, broadcastable
-        to (batch, heads, query_length, key_length). is_causal: query i sees keys up to position key_length - query_length + i.
-        global_mask: (batch, key_length) bool, True = a token that every row sees and whose own row sees every key; what is padded is none.
-        global_qkv: other q, k and v, shaped alike, of which the rows of global tokens are made (default: q, k and v). Both are for a
-        variant with global tokens, whose docstring says more.
-        sink_logits: (heads,) floating, for a variant that takes them: z in A_ij = exp(s_ij) / (exp(z) + Σ_l exp(s_il)), so that rows of A sum to
-        less than 1, as in gpt-oss (OpenAI 2025); that is an attention sink without a token.
-        Returns (batch, heads, query_length, head_dim) in q's dtype; a row that sees no key is 0. What stands in a padded slot
-        reaches nothing. With is_causal, a NaN or inf in k or v makes every later row NaN and no earlier one.
-        Raises ValueError on a malformed argument, UnsupportedError on what the spec excludes.
+        q: (batch, heads, query_length, head_dim); k, v: (batch, kv_heads, key_length, head_dim),
+        kv_heads divides heads.
+        key_mask: (batch, key_length) bool, True = attend. attn_mask: bool (True = attend) or
+        additive float, broadcastable to (batch, heads, query_length, key_length). is_causal: query
+        i sees keys up to position key_length - query_length + i.
+        global_mask: (batch, key_length) bool, True = a token that every row sees and whose own row
+        sees every key; what is padded is none.
+        global_qkv: other q, k and v, shaped alike, of which the rows of global tokens are made
+        (default: q, k and v). Both are for a variant with global tokens, whose docstring says more.
+        sink_logits: (heads,) floating, for a variant that takes them: z in A_ij = exp(s_ij) /
+        (exp(z) + Σ_l exp(s_il)), so that rows of A sum to less than 1, as in gpt-oss (OpenAI 2025);
+        that is an attention sink without a token. Returns (batch, heads, query_length, head_dim) in
+        q's dtype; a row that sees no key is 0. What stands in a padded slot reaches nothing. With
+        is_causal, a NaN or inf in k or v makes every later row NaN and no earlier one. Raises
+        ValueError on a malformed argument, UnsupportedError on what the spec excludes.
         """
-        call = Call(q, k, v, key_mask, attn_mask, is_causal, self._globals_of(k, global_mask), global_qkv, sink_logits=sink_logits)
+        call = Call(
+            q,
+            k,
+            v,
+            key_mask,
+            attn_mask,
+            is_causal,
+            self._globals_of(k, global_mask),
+            global_qkv,
+            sink_logits=sink_logits,
+        )
         self.refuse(call)
         return self._run(call, self.backend)
 
@@ -144,12 +172,24 @@ class Attention(nn.Module):
         global_qk: tuple[Tensor, Tensor] | None = None,
         sink_logits: Tensor | None = None,
     ) -> Tensor:
-        """A itself, without dropout, (batch, heads, query_length, key_length), as the reference forms it.
+        """A itself, without dropout, (batch, heads, query_length, key_length), as the reference
+        forms it.
 
-        Memory is quadratic in the length. Arguments and errors are those of `forward`; global_qk: the first two of its global_qkv.
+        Memory is quadratic in the length. Arguments and errors are those of `forward`; global_qk:
+        the first two of its global_qkv.
         """
         global_qkv = None if global_qk is None else (*global_qk, global_qk[1])
-        call = Call(q, k, k, key_mask, attn_mask, is_causal, self._globals_of(k, global_mask), global_qkv, sink_logits=sink_logits)
+        call = Call(
+            q,
+            k,
+            k,
+            key_mask,
+            attn_mask,
+            is_causal,
+            self._globals_of(k, global_mask),
+            global_qkv,
+            sink_logits=sink_logits,
+        )
         self.refuse(call)
         self.last_backend = "reference"
         if 0 in (*q.shape[:3], k.shape[2]):
@@ -159,8 +199,8 @@ class Attention(nn.Module):
         return found if poisoned is None else _poison(found, poisoned)
 
     def matrix(self, call: Call) -> Tensor:
-        """A of a checked call whose padded slots are zero. A variant that mixes its tokens outside the engine
-        multiplies the identity, and so does one whose engine does not write A out."""
+        """A of a checked call whose padded slots are zero. A variant that mixes its tokens outside
+        the engine multiplies the identity, and so does one whose engine does not write A out."""
         if type(self).attend is Attention.attend and type(self.engine).matrix is not Engine.matrix:
             return self.engine.weights(call)
         identity = torch.eye(call.key_length, dtype=call.k.dtype, device=call.k.device)
@@ -181,17 +221,27 @@ class Attention(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Any:
-        """An empty decoding state. max_length: tokens it will accept; `step` raises past it (None: no limit).
+        """An empty decoding state. max_length: tokens it will accept; `step` raises past it (None:
+        no limit).
 
         kv_heads: heads of the k and v to come (default: heads). dtype, device: theirs.
         """
         if not self.spec.decodes:
-            raise UnsupportedError(f"{self.spec.name} does not decode token by token; use {self._others(decodes=True)}")
+            raise UnsupportedError(
+                f"{self.spec.name} does not decode token by token; use {self._others(decodes=True)}"
+            )
         check_positive("batch_size", batch_size)
         if max_length is not None:
             check_positive("max_length", max_length)
         kv_heads = check_kv_heads(kv_heads, self.heads)
-        return self.engine.init_state(batch_size, kv_heads, self.head_dim, max_length, dtype or torch.get_default_dtype(), device)
+        return self.engine.init_state(
+            batch_size,
+            kv_heads,
+            self.head_dim,
+            max_length,
+            dtype or torch.get_default_dtype(),
+            device,
+        )
 
     @autocast_inputs_only
     def step(
@@ -206,29 +256,50 @@ class Attention(nn.Module):
         global_qkv: tuple[Tensor, Tensor, Tensor] | None = None,
         sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
-        """Attend to the tokens in `state` and to the new ones, causally: rows equal those of one forward with is_causal=True.
+        """Attend to the tokens in `state` and to the new ones, causally: rows equal those of one
+        forward with is_causal=True.
 
-        q: (batch, heads, new_tokens, head_dim); k, v: (batch, kv_heads, new_tokens, head_dim); key_mask: (batch, new_tokens) bool.
-        global_mask, global_qkv: of the new tokens, as in `forward`; sink_logits: as there, the same in every step.
-        Returns the new rows and the new state; `state` itself stays valid (branching costs a copy).
-        Raises ValueError when the state would pass its max_length.
+        q: (batch, heads, new_tokens, head_dim); k, v: (batch, kv_heads, new_tokens, head_dim);
+        key_mask: (batch, new_tokens) bool. global_mask, global_qkv: of the new tokens, as in
+        `forward`; sink_logits: as there, the same in every step. Returns the new rows and the new
+        state; `state` itself stays valid (branching costs a copy). Raises ValueError when the state
+        would pass its max_length.
         """
         if not self.spec.decodes:
-            raise UnsupportedError(f"{self.spec.name} does not decode token by token; use {self._others(decodes=True)}")
-        call = Call(q, k, v, key_mask, None, True, self._globals_of(k, global_mask, state.seen), global_qkv, sink_logits=sink_logits)
+            raise UnsupportedError(
+                f"{self.spec.name} does not decode token by token; use {self._others(decodes=True)}"
+            )
+        call = Call(
+            q,
+            k,
+            v,
+            key_mask,
+            None,
+            True,
+            self._globals_of(k, global_mask, state.seen),
+            global_qkv,
+            sink_logits=sink_logits,
+        )
         self.refuse(call)
         if q.shape[2] != k.shape[2]:
-            raise ValueError(f"step got {q.shape[2]} queries and {k.shape[2]} keys; every new token brings one of each")
+            raise ValueError(
+                f"step got {q.shape[2]} queries and {k.shape[2]} keys; every new token brings one "
+                "of each"
+            )
         state.check_room(call)
         if 0 in q.shape[:3:2]:
             return self._of_nothing(call), state
         call = clear_padding(call)
         shielded, poisoned = shield_past(call, may_stall=True) if q.shape[2] > 1 else (call, None)
-        out, after, self.last_backend = self.engine.step(self.place(shielded, state.seen), state, self.backend)
+        out, after, self.last_backend = self.engine.step(
+            self.place(shielded, state.seen), state, self.backend
+        )
         if poisoned is None:
             return out, after
         # The rows came from a past without the bad token; the tokens to come must meet it.
-        return _poison(out, poisoned), self.engine.step(self.place(call, state.seen), state, self.backend)[1]
+        return _poison(out, poisoned), self.engine.step(
+            self.place(call, state.seen), state, self.backend
+        )[1]
 
     def cost(
         self,
@@ -240,19 +311,40 @@ class Attention(nn.Module):
         is_causal: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> Cost:
-        """Closed-form cost of one forward at these sizes (see `Cost`). key_length defaults to query_length, kv_heads to heads.
+        """Closed-form cost of one forward at these sizes (see `Cost`). key_length defaults to
+        query_length, kv_heads to heads.
 
-        dtype: of q, k and v. Raises ValueError on a size below 1 and on a dtype that is not floating.
+        dtype: of q, k and v. Raises ValueError on a size below 1 and on a dtype that is not
+        floating.
         """
-        for name, value in (("batch_size", batch_size), ("query_length", query_length), ("key_length", key_length)):
+        for name, value in (
+            ("batch_size", batch_size),
+            ("query_length", query_length),
+            ("key_length", key_length),
+        ):
             if value is not None and check_positive(name, value) > LARGEST:
-                raise ValueError(f"{name}={value} is above {LARGEST}, the largest that costs are counted for")
+                raise ValueError(
+                    f"{name}={value} is above {LARGEST}, the largest that costs are counted for"
+                )
         self.check_causality(is_causal)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"dtype={dtype!r} is not a floating dtype; give one such as torch.bfloat16")
+            raise ValueError(
+                f"dtype={dtype!r} is not a floating dtype; give one such as torch.bfloat16"
+            )
         kv_heads = check_kv_heads(kv_heads, self.heads)
-        shape = Shape(batch_size, self.heads, kv_heads, self.head_dim, query_length, key_length or query_length, is_causal, dtype)
-        return replace(self.count(shape), parameters=sum(parameter.numel() for parameter in self.parameters()))
+        shape = Shape(
+            batch_size,
+            self.heads,
+            kv_heads,
+            self.head_dim,
+            query_length,
+            key_length or query_length,
+            is_causal,
+            dtype,
+        )
+        return replace(
+            self.count(shape), parameters=sum(parameter.numel() for parameter in self.parameters())
+        )
 
     def count(self, shape: Shape) -> Cost:
         """The engine's cost; a variant that works outside its engine adds its own."""
@@ -266,79 +358,109 @@ class Attention(nn.Module):
         self._check_globals(call)
         if call.attn_mask is not None and not spec.attn_mask:
             raise UnsupportedError(
-                f"{spec.name} cannot apply an arbitrary attn_mask; use key_mask for padding, is_causal=True for causality, "
+                f"{spec.name} cannot apply an arbitrary attn_mask; use key_mask for padding, "
+                "is_causal=True for causality, "
                 f"or {self._others(attn_mask=True)}"
             )
         if call.sink_logits is not None and not spec.sink_logits:
-            raise UnsupportedError(f"{spec.name} has no place for sink_logits: leave them out, or use {self._others(sink_logits=True)}")
+            raise UnsupportedError(
+                f"{spec.name} has no place for sink_logits: leave them out, or use "
+                f"{self._others(sink_logits=True)}"
+            )
         if call.query_length != call.key_length and not spec.cross:
             raise UnsupportedError(
-                f"{spec.name} needs query_length == key_length (got {call.query_length} and {call.key_length}); use {self._others(cross=True)}"
+                f"{spec.name} needs query_length == key_length (got {call.query_length} and "
+                f"{call.key_length}); use {self._others(cross=True)}"
             )
 
     @classmethod
     def check_causality(cls, is_causal: bool) -> None:
         """Raise UnsupportedError when the spec excludes such a call."""
         if is_causal and not cls.spec.causal:
-            raise UnsupportedError(f"{cls.spec.name} cannot be causal; use {cls._others(causal=True)}")
+            raise UnsupportedError(
+                f"{cls.spec.name} cannot be causal; use {cls._others(causal=True)}"
+            )
         if not is_causal and not cls.spec.bidirectional:
             raise UnsupportedError(
-                f"{cls.spec.name} is causal only; use {cls._others(bidirectional=True)}, or is_causal=True where later keys may be hidden"
+                f"{cls.spec.name} is causal only; use {cls._others(bidirectional=True)}, or "
+                "is_causal=True where later keys may be hidden"
             )
 
     def names_globals(self, global_mask: Tensor | None) -> bool:
         """Whether a call with this mask may have global tokens."""
         return global_mask is not None or self.global_mask is not None or self.global_tokens > 0
 
-    def _globals_of(self, k: Tensor, given: Tensor | None, seen: int | None = None) -> Tensor | None:
-        """The call's global_mask, or else this attention's own, of the slots from `seen` on; slots behind its end are not global."""
+    def _globals_of(
+        self, k: Tensor, given: Tensor | None, seen: int | None = None
+    ) -> Tensor | None:
+        """The call's global_mask, or else this attention's own, of the slots from `seen` on; slots
+        behind its end are not global."""
         if given is not None or self.global_mask is None:
             return given
         mask = self.global_mask if seen is None else self.global_mask[:, seen : seen + k.shape[2]]
         return nn.functional.pad(mask, (0, max(0, k.shape[2] - mask.shape[1])))
 
     def _check_globals(self, call: Call) -> None:
-        if (call.global_mask is not None or call.global_qkv is not None) and not self.spec.global_tokens:
+        if (
+            call.global_mask is not None or call.global_qkv is not None
+        ) and not self.spec.global_tokens:
             raise UnsupportedError(
-                f"{self.spec.name} has no global tokens: leave out global_mask and global_qkv, or use {self._others(global_tokens=True)}"
+                f"{self.spec.name} has no global tokens: leave out global_mask and global_qkv, or "
+                f"use {self._others(global_tokens=True)}"
             )
 
     def keep_heads(self, first: int, count: int) -> None:
-        """Become the attention of heads `first` to `first + count - 1` alone, in place: for a process that holds only these heads.
+        """Become the attention of heads `first` to `first + count - 1` alone, in place: for a
+        process that holds only these heads.
 
-        What a variant has for each head is cut, into new parameters; what its heads share stays the same object.
-        Raises ValueError on heads that this attention does not have.
+        What a variant has for each head is cut, into new parameters; what its heads share stays the
+        same object. Raises ValueError on heads that this attention does not have.
         """
         if check_count("first", first) + check_positive("count", count) > self.heads:
-            raise ValueError(f"heads {first} to {first + count - 1} are not among the {self.heads} heads of this attention, 0 to {self.heads - 1}")
+            raise ValueError(
+                f"heads {first} to {first + count - 1} are not among the {self.heads} heads of "
+                f"this attention, 0 to {self.heads - 1}"
+            )
         self.heads = count
 
     def reset_parameters(self) -> None:
-        """Set all that this attention draws and learns to what it begins with; draws are those of their seed."""
+        """Set all that this attention draws and learns to what it begins with; draws are those of
+        their seed."""
         for module in self.modules():
             reset = None if module is self else getattr(module, "reset_parameters", None)
             if reset is not None:
                 reset()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # What `to_empty` makes holds anything; a checkpoint of exact attention, loaded then, says nothing of draws and tables.
+        # What `to_empty` makes holds anything; a checkpoint of exact attention, loaded then, says
+        # nothing of draws and tables.
         super()._apply(fn, recurse)
-        if recurse and any(True for _ in (*self.parameters(), *self.buffers())) and _loses_values(fn):
+        if (
+            recurse
+            and any(True for _ in (*self.parameters(), *self.buffers()))
+            and _loses_values(fn)
+        ):
             self.reset_parameters()
         return self
 
     def shared_options(self) -> dict[str, Any]:
-        """Options that make another layer's attention share what this one learns; none unless the variant shares across layers."""
+        """Options that make another layer's attention share what this one learns; none unless the
+        variant shares across layers."""
         return {}
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise UnsupportedError(
-            f"torch.jit.script cannot compile {self.spec.name}, nor a model that holds it, since its forward chooses a backend in Python; use "
-            "torch.export.export, torch.compile or torch.jit.trace, or attnzoo.unswap before scripting"
+            f"torch.jit.script cannot compile {self.spec.name}, nor a model that holds it, since "
+            "its forward chooses a backend in Python; use "
+            "torch.export.export, torch.compile or torch.jit.trace, or attnzoo.unswap before "
+            "scripting"
         )
 
     def extra_repr(self) -> str:
-        return f"{self.spec.name}, heads={self.heads}, head_dim={self.head_dim}, backend={self.backend!r}"
+        return (
+            f"{self.spec.name}, heads={self.heads}, head_dim={self.head_dim}, "
+            f"backend={self.backend!r}"
+        )
 
     def _run(self, call: Call, backend: str) -> Tensor:
         if 0 in (call.q.shape[0], call.query_length, call.key_length, call.v.shape[3]):
@@ -348,22 +470,30 @@ class Attention(nn.Module):
         return out if poisoned is None else _poison(out, poisoned)
 
     def _of_nothing(self, call: Call) -> Tensor:
-        """Rows of zeros for a call without samples, queries or keys, whose gradients are zeros too."""
+        """Rows of zeros for a call without samples, queries or keys, whose gradients are zeros
+        too."""
         self.last_backend = "reference"
         empty = (x.flatten()[:0].sum() for x in (call.q, call.k, call.v, *self.parameters()))
-        return call.q.new_zeros(*call.q.shape[:3], call.v.shape[3]) + sum(x.to(call.q.dtype) for x in empty)
+        return call.q.new_zeros(*call.q.shape[:3], call.v.shape[3]) + sum(
+            x.to(call.q.dtype) for x in empty
+        )
 
     @classmethod
     def _others(cls, **wanted: bool) -> str:
         """Registered variants whose spec has what this one lacks, for error messages."""
         from attnzoo.registry import names, spec_of
 
-        able = [name for name in names() if all(getattr(spec_of(name), key) == value for key, value in wanted.items())]
+        able = [
+            name
+            for name in names()
+            if all(getattr(spec_of(name), key) == value for key, value in wanted.items())
+        ]
         return " or ".join(able)
 
 
 def _loses_values(fn: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a function for `_apply` keeps the shape of a tensor alone, and moves it to where values are."""
+    """Whether a function for `_apply` keeps the shape of a tensor alone, and moves it to where
+    values are."""
     numbers = torch.arange(1.0, 9.0, device="cpu")
     moved = fn(numbers)
     return can_look(moved, may_stall=True) and not torch.equal(moved.to(numbers), numbers)

@@ -1,4 +1,5 @@
-"""Orders, places in an order and running maxima, that every exporter knows: ONNX has no cummax, no searchsorted and no stable sort."""
+"""Orders, places in an order and running maxima, that every exporter knows: ONNX has no cummax, no
+searchsorted and no stable sort."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from torch import Tensor
 
 
 def running_maximum(x: Tensor) -> Tensor:
-    """The largest number so far along the last dimension; exported, by doubling what each has looked at: log n passes."""
+    """The largest number so far along the last dimension; exported, by doubling what each has
+    looked at: log n passes."""
     if not torch.compiler.is_exporting():
         return x.cummax(-1).values
     seen = 1
@@ -18,13 +20,19 @@ def running_maximum(x: Tensor) -> Tensor:
 
 
 def true_first(mask: Tensor, count: int) -> Tensor:
-    """Indices of `count` entries of every row of (batch, length) bool: those that are True first, each of both kinds in order."""
+    """Indices of `count` entries of every row of (batch, length) bool: those that are True first,
+    each of both kinds in order."""
     length = mask.shape[1]
-    return (torch.arange(length, device=mask.device) + length * ~mask).topk(count, dim=1, largest=False, sorted=True).indices
+    return (
+        (torch.arange(length, device=mask.device) + length * ~mask)
+        .topk(count, dim=1, largest=False, sorted=True)
+        .indices
+    )
 
 
 def search(ordered: Tensor, wanted: Tensor, *, right: bool = False) -> Tensor:
-    """How many of each ascending row of (..., n) are smaller than each of (..., m), or with `right` not larger: int64 (..., m)."""
+    """How many of each ascending row of (..., n) are smaller than each of (..., m), or with `right`
+    not larger: int64 (..., m)."""
     if not torch.compiler.is_exporting():
         return torch.searchsorted(ordered.contiguous(), wanted.contiguous(), right=right)
     length = ordered.shape[-1]
@@ -39,6 +47,9 @@ def search(ordered: Tensor, wanted: Tensor, *, right: bool = False) -> Tensor:
 
 
 def stable_order(x: Tensor) -> Tensor:
-    """Indices that sort the last dimension of int64 (..., n), equal ones in order. What is 2**62 / n or more counts as equal."""
+    """Indices that sort the last dimension of int64 (..., n), equal ones in order. What is 2**62 /
+    n or more counts as equal."""
     length = x.shape[-1]
-    return (x.clamp(max=2**62 // length) * length + torch.arange(length, device=x.device)).argsort(-1)
+    return (x.clamp(max=2**62 // length) * length + torch.arange(length, device=x.device)).argsort(
+        -1
+    )

@@ -1,4 +1,5 @@
-"""Where the real tokens of padded samples stand, and how a sample's leading padding is moved behind its end (rule 4)."""
+"""Where the real tokens of padded samples stand, and how a sample's leading padding is moved behind
+its end (rule 4)."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def leading(key_mask: Tensor) -> Tensor:
 
 
 def ends(key_mask: Tensor) -> Tensor:
-    """One more than the slot of the last real token of every sample, (batch,); 0 where none is real."""
+    """One more than the slot of the last real token of every sample, (batch,); 0 where none is
+    real."""
     slots = torch.arange(1, key_mask.shape[1] + 1, device=key_mask.device)
     return (key_mask * slots).amax(1)
 
@@ -41,8 +43,8 @@ def fetched(x: Tensor, slots: Tensor) -> Tensor:
 
 
 def starts_real(key_mask: Tensor | None) -> bool:
-    """Whether every sample is known to begin with a real token. False too where finding out would stall;
-    a mask on the meta device is taken to hide nothing."""
+    """Whether every sample is known to begin with a real token. False too where finding out would
+    stall; a mask on the meta device is taken to hide nothing."""
     if key_mask is None or key_mask.is_meta:
         return True
     return can_look(key_mask) and not bool(leading(key_mask).any())
@@ -56,14 +58,15 @@ def ends_real(key_mask: Tensor | None) -> bool:
 
 
 def ahead_behind(x: Tensor, key_mask: Tensor) -> Tensor:
-    """(batch, heads, length, d) with the leading padding of every sample behind its end, so that a real
-    token stands where it would stand alone."""
+    """(batch, heads, length, d) with the leading padding of every sample behind its end, so that a
+    real token stands where it would stand alone."""
     slots = torch.arange(x.shape[2], device=x.device)
     return fetched(x, (slots + leading(key_mask)[:, None]) % x.shape[2])
 
 
 def moved_behind(call: Call) -> Call:
-    """The square call with `ahead_behind` of all that it holds. `moved_back` takes its rows back."""
+    """The square call with `ahead_behind` of all that it holds. `moved_back` takes its rows
+    back."""
     mask = call.key_mask
     assert mask is not None
     q, k, v = (ahead_behind(x, mask) for x in (call.q, call.k, call.v))
@@ -72,8 +75,8 @@ def moved_behind(call: Call) -> Call:
 
 
 def moved_back(out: Tensor, key_mask: Tensor) -> Tensor:
-    """Rows of the call that `moved_behind` made of one with this key_mask, in the call's own order; rows
-    on leading padding, which sees nothing, are 0."""
+    """Rows of the call that `moved_behind` made of one with this key_mask, in the call's own order;
+    rows on leading padding, which sees nothing, are 0."""
     slots = torch.arange(out.shape[2], device=out.device)
     slots = (slots - leading(key_mask)[:, None]) % out.shape[2]
     return on_leading_zero(fetched(out, slots), key_mask)
@@ -86,6 +89,6 @@ def on_leading_zero(out: Tensor, key_mask: Tensor) -> Tensor:
 
 
 def squared(call: Call) -> Call:
-    """The call with rows of zeros before its queries, as many as make it square. It has fewer queries
-    than keys."""
+    """The call with rows of zeros before its queries, as many as make it square. It has fewer
+    queries than keys."""
     return replace(call, q=F.pad(call.q, (0, 0, call.offset, 0)))

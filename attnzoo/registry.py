@@ -25,7 +25,8 @@ AttentionClass = TypeVar("AttentionClass", bound=type[Attention])
 
 @dataclass(frozen=True)
 class Option:
-    """One constructor argument of a variant. `default` is `inspect.Parameter.empty` when it must be given."""
+    """One constructor argument of a variant. `default` is `inspect.Parameter.empty` when it must be
+    given."""
 
     name: str
     type: str
@@ -46,13 +47,24 @@ class Description:
 
 
 def register(cls: AttentionClass) -> AttentionClass:
-    """Class decorator: put an `Attention` subclass into the zoo under `cls.spec.name`. Raises ValueError if the name is taken."""
-    if not (inspect.isclass(cls) and issubclass(cls, Attention) and isinstance(getattr(cls, "spec", None), Spec)):
+    """Class decorator: put an `Attention` subclass into the zoo under `cls.spec.name`. Raises
+    ValueError if the name is taken."""
+    if not (
+        inspect.isclass(cls)
+        and issubclass(cls, Attention)
+        and isinstance(getattr(cls, "spec", None), Spec)
+    ):
         raise ValueError(f"register takes an Attention subclass with a `spec`; got {cls!r}")
     name = cls.spec.name
     taken = _registered.get(name)
-    if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise ValueError(f"the name {name!r} is taken by {taken.__qualname__}; give the new variant another spec.name")
+    if taken is not None and (taken.__module__, taken.__qualname__) != (
+        cls.__module__,
+        cls.__qualname__,
+    ):
+        raise ValueError(
+            f"the name {name!r} is taken by {taken.__qualname__}; give the new variant another "
+            "spec.name"
+        )
     _registered[name] = cls
     return cls
 
@@ -73,25 +85,42 @@ def build(name: str, /, *sizes: int, **options: Any) -> Attention:
     cls = find(name)
     known = {option.name: option for option in options_of(name)}
     if len(sizes) > len(SIZES):
-        raise ValueError(f"{name} takes heads and head_dim without their names and got {sizes!r}; name the rest: {', '.join(list(known)[2:])}")
+        raise ValueError(
+            f"{name} takes heads and head_dim without their names and got {sizes!r}; name the "
+            f"rest: {', '.join(list(known)[2:])}"
+        )
     for size, value in zip(SIZES, sizes, strict=False):
         if size in options:
-            raise ValueError(f"{size} is given twice, {value!r} and {options[size]!r}; give it once")
+            raise ValueError(
+                f"{size} is given twice, {value!r} and {options[size]!r}; give it once"
+            )
         options[size] = value
     for option in options:
         if option not in known:
-            raise ValueError(f"{name} has no option {option!r}{nearest(option, known)}; its options are {', '.join(known)}")
-    missing = [option.name for option in known.values() if option.required and option.name not in options]
+            raise ValueError(
+                f"{name} has no option {option!r}{nearest(option, known)}; its options are "
+                f"{', '.join(known)}"
+            )
+    missing = [
+        option.name for option in known.values() if option.required and option.name not in options
+    ]
     if missing:
-        raise ValueError(f"{name} needs {' and '.join(missing)}: attnzoo.build({name!r}, {', '.join(f'{m}=...' for m in missing)})")
+        raise ValueError(
+            f"{name} needs {' and '.join(missing)}: attnzoo.build({name!r}, "
+            f"{', '.join(f'{m}=...' for m in missing)})"
+        )
     return cls(**options)
 
 
 def find(name: str) -> type[Attention]:
-    """The class registered under `name`. Raises ValueError, with the nearest name, when there is none."""
+    """The class registered under `name`. Raises ValueError, with the nearest name, when there is
+    none."""
     _discover()
     if not isinstance(name, str) or name not in _registered:
-        raise ValueError(f"unknown attention {name!r}{nearest(name, _registered)}; the zoo has {', '.join(names())}")
+        raise ValueError(
+            f"unknown attention {name!r}{nearest(name, _registered)}; the zoo has "
+            f"{', '.join(names())}"
+        )
     return _registered[name]
 
 
@@ -109,7 +138,8 @@ def options_of(name: str) -> tuple[Option, ...]:
 
 
 def sized(name: str, length: int) -> dict[str, Any]:
-    """The options without which a variant cannot be built for `length` tokens, beside heads and head_dim: max_length, or none."""
+    """The options without which a variant cannot be built for `length` tokens, beside heads and
+    head_dim: max_length, or none."""
     return {"max_length": length} if spec_of(name).needs_max_length else {}
 
 
@@ -120,14 +150,18 @@ def describe(name: str) -> Description:
 
 
 def _type_name(hint: Any) -> str:
-    return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "").replace("collections.abc.", "")
+    return (
+        hint.__name__
+        if inspect.isclass(hint)
+        else str(hint).replace("typing.", "").replace("collections.abc.", "")
+    )
 
 
 @cache
 def _discover() -> None:
     package = importlib.import_module("attnzoo.variants")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"attnzoo.variants.{module.name}")
+    for module in pkgutil.walk_packages(package.__path__, "attnzoo.variants."):
+        importlib.import_module(module.name)
     for entry in entry_points(group=GROUP):
         try:
             entry.load()  # its `register` does the rest

@@ -1,4 +1,5 @@
-"""Result files: one JSON row a line, appended as they finish, read back, repaired when one was cut."""
+"""Result files: one JSON row a line, appended as they finish, read back, repaired when one was
+cut."""
 
 from __future__ import annotations
 
@@ -8,11 +9,22 @@ from collections.abc import Hashable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Generic,
+    Protocol,
+    Self,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 
 class ResultRow(Protocol):
-    """A row of a result file. FORMAT: what the "format" of its line says. COMMAND: the command that writes it, for errors."""
+    """A row of a result file. FORMAT: what the "format" of its line says. COMMAND: the command that
+    writes it, for errors."""
 
     FORMAT: ClassVar[str]
     COMMAND: ClassVar[str]
@@ -28,7 +40,8 @@ class ResultRow(Protocol):
 
     @classmethod
     def from_fields(cls, found: dict[str, Any]) -> Self:
-        """The row of a parsed line. Raises KeyError, TypeError or ValueError when it is another thing."""
+        """The row of a parsed line. Raises KeyError, TypeError or ValueError when it is another
+        thing."""
         ...
 
 
@@ -43,7 +56,8 @@ class ResultFile(Generic[R]):
         self.kind = kind
 
     def repair(self) -> str | None:
-        """Drop a half last line, which an interrupted write leaves, and say so; None when there is none."""
+        """Drop a half last line, which an interrupted write leaves, and say so; None when there is
+        none."""
         if not self.path.exists():
             return None
         content = self.path.read_bytes()
@@ -57,10 +71,14 @@ class ResultFile(Generic[R]):
         with self.path.open("r+b") as file:
             file.truncate(len(whole) + len(newline))
         kept = whole.count(b"\n") + bool(newline)
-        return f"{self.path} was cut in the middle of its last line: that half line is dropped, the {kept} whole ones are kept"
+        return (
+            f"{self.path} was cut in the middle of its last line: that half line is dropped, the "
+            f"{kept} whole ones are kept"
+        )
 
     def rows(self) -> list[R]:
-        """All rows; of two with one key, the later. Raises ValueError, one sentence, on a file that is no result file."""
+        """All rows; of two with one key, the later. Raises ValueError, one sentence, on a file that
+        is no result file."""
         found: dict[Hashable, R] = {}
         for row in read_rows(self.path, self.kind) if self.path.exists() else []:
             found[row.key] = row
@@ -75,11 +93,16 @@ class ResultFile(Generic[R]):
 
 
 def read_rows(path: str | Path, kind: type[R]) -> list[R]:
-    """The rows of a result file in order; a half last line is passed over. Raises ValueError, one sentence, on another file."""
+    """The rows of a result file in order; a half last line is passed over. Raises ValueError, one
+    sentence, on another file."""
     try:
-        lines = Path(path).read_bytes().split(b"\n")  # a cut may lie inside a letter, so each line is decoded alone
+        lines = (
+            Path(path).read_bytes().split(b"\n")
+        )  # a cut may lie inside a letter, so each line is decoded alone
     except OSError as error:
-        raise ValueError(f"{path} cannot be read as results of `{kind.COMMAND}`: {error.strerror or error}") from None
+        raise ValueError(
+            f"{path} cannot be read as results of `{kind.COMMAND}`: {error.strerror or error}"
+        ) from None
     start = f'{{"format": "{kind.FORMAT}"'.encode()
     rows = []
     for number, line in enumerate(lines, 1):
@@ -90,18 +113,27 @@ def read_rows(path: str | Path, kind: type[R]) -> list[R]:
         except (json.JSONDecodeError, UnicodeDecodeError):
             if number == len(lines) and line.startswith(start[: len(line)]):
                 continue
-            raise ValueError(f"{path}, line {number} is no JSON; give a file that `{kind.COMMAND}` wrote, or remove that line") from None
+            raise ValueError(
+                f"{path}, line {number} is no JSON; give a file that `{kind.COMMAND}` wrote, or "
+                "remove that line"
+            ) from None
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number} is no row of this version of `{kind.COMMAND}` ({error})") from None
+            raise ValueError(
+                f"{path}, line {number} is no row of this version of `{kind.COMMAND}` ({error})"
+            ) from None
     return rows
 
 
 def fields_of(kind: Any, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass in a parsed line. Raises KeyError on one that is not there, TypeError on one of another type than its own."""
+    """The fields of a dataclass in a parsed line. Raises KeyError on one that is not there,
+    TypeError on one of another type than its own."""
     hints, known = get_type_hints(kind), {}
     for field in fields(kind):
         value, hint = found[field.name], hints[field.name]
-        kinds = tuple(get_origin(one) or one for one in (get_args(hint) if isinstance(hint, UnionType) else (hint,)))
+        kinds = tuple(
+            get_origin(one) or one
+            for one in (get_args(hint) if isinstance(hint, UnionType) else (hint,))
+        )
         kinds += (int,) * (float in kinds) + (list,) * (tuple in kinds)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise TypeError(f"{field.name} is {value!r}")
@@ -111,7 +143,11 @@ def fields_of(kind: Any, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _row(found: Any, kind: type[R]) -> R:
     if not isinstance(found, dict) or found.get("format") != kind.FORMAT:
-        raise ValueError(f"its format is {found.get('format') if isinstance(found, dict) else type(found).__name__!r}, wanted {kind.FORMAT!r}")
+        raise ValueError(
+            "its format is "
+            f"{found.get('format') if isinstance(found, dict) else type(found).__name__!r}, wanted "
+            f"{kind.FORMAT!r}"
+        )
     return kind.from_fields(found)
 
 

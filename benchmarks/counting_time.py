@@ -1,9 +1,11 @@
-"""Seconds to count one attention at 1,048,576 tokens on the meta device: the first count of a process, and one more.
+"""Seconds to count one attention at 1,048,576 tokens on the meta device: the first count of a
+process, and one more.
 
     python benchmarks/counting_time.py [--output benchmarks/results/counting_time.jsonl]
 
-Each variant has a process of its own; importing attnzoo and building the attention stand before the clock. The first count loads
-fvcore, and torch's meta kernels load its compiler. CPU seconds stand beside those of the clock, which other processes stretch.
+Each variant has a process of its own; importing attnzoo and building the attention stand before the
+clock. The first count loads fvcore, and torch's meta kernels load its compiler. CPU seconds stand
+beside those of the clock, which other processes stretch.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 import torch
 
 import attnzoo
-from attnzoo.environment import environment
+from attnzoo.bench.environment import environment
 
 LENGTH = 2**20
 ONE = """
@@ -43,13 +45,20 @@ print(json.dumps({"variant": name, "length": n, "macs": macs, "first": first, "a
 
 def timed(name: str) -> dict[str, object]:
     """One row, from a process of its own."""
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", ONE, name, str(LENGTH)], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ONE, name, str(LENGTH)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return json.loads(result.stdout)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Seconds of count_flops at 1,048,576 tokens.")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/counting_time.jsonl"))
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmarks/results/counting_time.jsonl")
+    )
     output = parser.parse_args().output
     output.parent.mkdir(parents=True, exist_ok=True)
     where = environment(seed=0, device=torch.device("meta"), dtype=torch.float32)
@@ -60,7 +69,10 @@ def main() -> None:
             file.write(json.dumps({**row, "environment": where}) + "\n")
             first, again = row["first"], row["again"]
             assert isinstance(first, dict) and isinstance(again, dict)
-            print(f"{name:16}{first['seconds']:>10}{first['cpu_seconds']:>8}{again['seconds']:>10}{again['cpu_seconds']:>8}", flush=True)
+            print(
+                f"{name:16}{first['seconds']:>10}{first['cpu_seconds']:>8}{again['seconds']:>10}{again['cpu_seconds']:>8}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
-"""Generation at length n: time per token and bytes of the past, keys and values that grow against states that do not.
+"""Generation at length n: time per token and bytes of the past, keys and values that grow against
+states that do not.
 
-    python benchmarks/generation.py [--output benchmarks/results/generation.jsonl] [--lengths 1024 2048 ...] [--figure docs/generation.png]
+    python benchmarks/generation.py [--output benchmarks/results/generation.jsonl] [--lengths 1024
+        2048 ...] [--figure docs/generation.png]
 
-A model of SmolLM2-135M's shape (30 layers, 9 heads of 64 that share 3 key-value heads), with random weights, since neither time nor bytes depend
-on them; float32, batch 1, CPU. At each length every contender's past is filled with n random tokens, then all generate greedily in turns, one
-token each, so that a slow moment of the machine slows all alike. One layer's state is filled in chunks and lent to the other layers: a state
-is a value. "transformers" is the model as it is, SDPA with DynamicCache; the others are swapped and use `attnzoo.state_cache`.
-Rows are appended length by length, and the lengths are gone through `--repeats` times, since a machine has slow minutes; a run that was interrupted
-goes on where it stopped.
+A model of SmolLM2-135M's shape (30 layers, 9 heads of 64 that share 3 key-value heads), with random
+weights, since neither time nor bytes depend on them; float32, batch 1, CPU. At each length every
+contender's past is filled with n random tokens, then all generate greedily in turns, one token
+each, so that a slow moment of the machine slows all alike. One layer's state is filled in chunks
+and lent to the other layers: a state is a value. "transformers" is the model as it is, SDPA with
+DynamicCache; the others are swapped and use `attnzoo.state_cache`. Rows are appended length by
+length, and the lengths are gone through `--repeats` times, since a machine has slow minutes; a run
+that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -25,15 +29,17 @@ from typing import Any
 import torch
 
 import attnzoo
-from attnzoo.bench.rows import ResultFile
+from attnzoo.bench.bench_rows import ResultFile
+from attnzoo.bench.environment import environment
 from attnzoo.bench.timing import interleave
 from attnzoo.call import Call
-from attnzoo.engines.cache import KeyValueCache
-from attnzoo.environment import environment
+from attnzoo.engines.softmax.cache import KeyValueCache
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 TOKENS, WARMUPS, CHUNK = 15, 2, 512
-BUDGET = 60.0  # seconds of timing at one length, after which no token is begun, once there are 3 of each
+BUDGET = (
+    60.0  # seconds of timing at one length, after which no token is begun, once there are 3 of each
+)
 MIB = 2**20
 #: label: name and options of the attention; no name is the model as it is.
 CONTENDERS: dict[str, tuple[str | None, dict[str, Any]]] = {
@@ -49,7 +55,8 @@ CONTENDERS: dict[str, tuple[str | None, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Generated:
-    """One contender at one length. held_bytes: of the whole cache, reserve included; needed_bytes: what the next token can read."""
+    """One contender at one length. held_bytes: of the whole cache, reserve included; needed_bytes:
+    what the next token can read."""
 
     contender: str
     length: int
@@ -63,14 +70,29 @@ def make_model() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
-    config = LlamaConfig(num_key_value_heads=3, max_position_embeddings=2 * LENGTHS[-1], tie_word_embeddings=True, **sizes)
+    sizes: dict[str, Any] = {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+    }
+    config = LlamaConfig(
+        num_key_value_heads=3,
+        max_position_embeddings=2 * LENGTHS[-1],
+        tie_word_embeddings=True,
+        **sizes,
+    )
     return LlamaForCausalLM(config).eval()
 
 
 def swapped_twin(model: Any, name: str, options: dict[str, Any]) -> Any:
     """A model of its own that shares the parameters."""
-    return attnzoo.swap(copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}), name, **options)
+    return attnzoo.swap(
+        copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}),
+        name,
+        **options,
+    )
 
 
 def filled_state(attention: attnzoo.Attention, length: int) -> Any:
@@ -78,8 +100,13 @@ def filled_state(attention: attnzoo.Attention, length: int) -> Any:
     for start in range(0, length, CHUNK):
         size = min(CHUNK, length - start)
         q, k, v = (torch.randn(1, heads, size, 64) for heads in (9, 3, 3))
-        # Keys and values are kept whatever the queries were, and reading them all at every chunk would take minutes.
-        state = state.append(Call(q, k, v)) if isinstance(state, KeyValueCache) else attention.step(q, k, v, state)[1]
+        # Keys and values are kept whatever the queries were, and reading them all at every chunk
+        # would take minutes.
+        state = (
+            state.append(Call(q, k, v))
+            if isinstance(state, KeyValueCache)
+            else attention.step(q, k, v, state)[1]
+        )
     return state
 
 
@@ -100,7 +127,8 @@ def filled_cache(model: Any, name: str | None, length: int) -> Any:
 
 
 class Generator:
-    """A model that generates one token with every call, greedily, behind a past of `length` tokens."""
+    """A model that generates one token with every call, greedily, behind a past of `length`
+    tokens."""
 
     def __init__(self, model: Any, name: str | None, length: int) -> None:
         self.model = model
@@ -118,19 +146,32 @@ class Generator:
 
     @property
     def needed_bytes(self) -> int:
-        attention = getattr(self.model.model.layers[0].self_attn, "attention_core", None) or attnzoo.build("standard", heads=9, head_dim=64)
+        attention = getattr(
+            self.model.model.layers[0].self_attn, "attention_core", None
+        ) or attnzoo.build("standard", heads=9, head_dim=64)
         cost = attention.cost(1, self.cache.get_seq_length(), kv_heads=3, is_causal=True)
         return len(self.cache.layers) * cost.state_bytes
 
 
 def measure(models: dict[str, Any], length: int) -> list[Generated]:
-    generators = {label: Generator(model, CONTENDERS[label][0], length) for label, model in models.items()}
+    generators = {
+        label: Generator(model, CONTENDERS[label][0], length) for label, model in models.items()
+    }
     timings = interleave(generators, rounds=TOKENS, warmups=WARMUPS, budget=BUDGET)
     for label, generator in generators.items():
         seen = generator.cache.get_seq_length()
-        assert seen == length + WARMUPS + len(timings[label].seconds), f"{label} has seen {seen} tokens"
+        assert seen == length + WARMUPS + len(timings[label].seconds), (
+            f"{label} has seen {seen} tokens"
+        )
     return [
-        Generated(label, length, timings[label].median, timings[label].quartiles, generator.held_bytes, generator.needed_bytes)
+        Generated(
+            label,
+            length,
+            timings[label].median,
+            timings[label].quartiles,
+            generator.held_bytes,
+            generator.needed_bytes,
+        )
         for label, generator in generators.items()
     ]
 
@@ -162,7 +203,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     with matplotlib.rc_context(RC):
         figure = new_figure(8.6, 3.6)
-        look = styles((CONTENDERS[label][0] or "standard", label) for label in ("standard", *CONTENDERS))
+        look = styles(
+            (CONTENDERS[label][0] or "standard", label) for label in ("standard", *CONTENDERS)
+        )
         panels = (
             ("milliseconds a token", lambda row: 1e3 * row["median_seconds"]),
             ("MiB of the past, reserve included", lambda row: row["held_bytes"] / MIB),
@@ -174,7 +217,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                     if row["contender"] == label:
                         best[row["length"]] = min(value(row), best.get(row["length"], math.inf))
                 lengths = sorted(best)
-                axes.plot(lengths, [best[length] for length in lengths], label=label, **look[label].line_options())
+                axes.plot(
+                    lengths,
+                    [best[length] for length in lengths],
+                    label=label,
+                    **look[label].line_options(),
+                )
             lengths = sorted({row["length"] for row in rows})
             axes.set_xscale("log", base=2)
             axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
@@ -183,25 +231,45 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             axes.set_xlabel("tokens before it")
             axes.set_title(title, loc="left")
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        names = ["transformers, DynamicCache" if label == "transformers" else f"{label}, state" for label in labels]
+        names = [
+            "transformers, DynamicCache" if label == "transformers" else f"{label}, state"
+            for label in labels
+        ]
         figure.legend(handles, names, loc="outside lower center", ncols=3)
         figure.savefig(path, dpi=150, facecolor="white")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time per generated token and bytes of the past, against the tokens before it.")
+    parser = argparse.ArgumentParser(
+        description="Time per generated token and bytes of the past, against the tokens before it."
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/generation.jsonl"))
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
-    parser.add_argument("--repeats", type=int, default=2, help="times that each length is measured; the figure shows the fastest")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=2,
+        help="times that each length is measured; the figure shows the fastest",
+    )
     parser.add_argument("--figure", type=Path, default=None)
     arguments = parser.parse_args()
     done = Counter((row["length"], row["contender"]) for row in read_rows(arguments.output))
-    times = {length: min(done[length, label] for label in CONTENDERS) for length in arguments.lengths}
-    missing = [length for repeat in range(arguments.repeats) for length in arguments.lengths if times[length] <= repeat]
+    times = {
+        length: min(done[length, label] for label in CONTENDERS) for length in arguments.lengths
+    }
+    missing = [
+        length
+        for repeat in range(arguments.repeats)
+        for length in arguments.lengths
+        if times[length] <= repeat
+    ]
     if missing:
         where = environment(seed=0, device=torch.device("cpu"), dtype=torch.float32)
         model = make_model()
-        models = {label: swapped_twin(model, name, options) if name else model for label, (name, options) in CONTENDERS.items()}
+        models = {
+            label: swapped_twin(model, name, options) if name else model
+            for label, (name, options) in CONTENDERS.items()
+        }
         print(f"{'contender':16}{'length':>8}{'ms a token':>12}{'MiB held':>12}{'MiB needed':>12}")
         for length in missing:
             with torch.no_grad():
@@ -209,7 +277,10 @@ def main() -> None:
             append(arguments.output, [{**asdict(row), "environment": where} for row in rows])
             for row in rows:
                 held, needed = row.held_bytes / MIB, row.needed_bytes / MIB
-                print(f"{row.contender:16}{length:>8,}{1e3 * row.median_seconds:>12.1f}{held:>12,.1f}{needed:>12,.1f}", flush=True)
+                print(
+                    f"{row.contender:16}{length:>8,}{1e3 * row.median_seconds:>12.1f}{held:>12,.1f}{needed:>12,.1f}",
+                    flush=True,
+                )
     if arguments.figure:
         draw(read_rows(arguments.output), arguments.figure)
 

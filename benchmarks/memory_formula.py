@@ -1,13 +1,16 @@
-"""The allocator's peaks against the closed forms of `Attention.cost`: a forward without gradients, one that records, and both passes.
+"""The allocator's peaks against the closed forms of `Attention.cost`: a forward without gradients,
+one that records, and both passes.
 
-    python benchmarks/memory_formula.py [--output FILE] [--lengths 1024 4096 ...] [--device cpu] [--dtype bfloat16 --append]
+    python benchmarks/memory_formula.py [--output FILE] [--lengths 1024 4096 ...] [--device cpu]
+        [--dtype bfloat16 --append]
 
-Two heads of 64, by default float32; peaks are beyond the inputs, and the ratio is peak over formula. forward: `Cost.forward_bytes`. recording: the
-larger of that and of what autograd holds after the forward, `Cost.kept_bytes`, without q, k and v and with the output. both:
+Two heads of 64, by default float32; peaks are beyond the inputs, and the ratio is peak over
+formula. forward: `Cost.forward_bytes`. recording: the larger of that and of what autograd holds
+after the forward, `Cost.kept_bytes`, without q, k and v and with the output. both:
 `Cost.training_bytes`.
 
-On a GPU (--device cuda) the peaks are those of torch's caching allocator. The formulas are of the CPU's kernels, so the ratios say
-how far they carry; this has not run on a GPU.
+On a GPU (--device cuda) the peaks are those of torch's caching allocator. The formulas are of the
+CPU's kernels, so the ratios say how far they carry; this has not run on a GPU.
 """
 
 from __future__ import annotations
@@ -23,11 +26,11 @@ import torch
 
 import attnzoo
 from attnzoo import Attention
-from attnzoo.bench.memory import peak_bytes
+from attnzoo.bench.environment import environment
+from attnzoo.bench.peak_memory import peak_bytes
 from attnzoo.engines.engine import Cost
-from attnzoo.engines.factorized import Factorized
-from attnzoo.environment import environment
 from attnzoo.registry import sized, spec_of
+from attnzoo.variants.sparse_transformer.factorized import Factorized
 
 LENGTHS = (1024, 4096, 16384, 65536)
 QUADRATIC_LENGTHS = (1024, 4096, 16384)  # where the time is quadratic, so that the study ends
@@ -42,9 +45,21 @@ HEADS, HEAD_DIM = 2, 64
 KINDS = ("forward", "recording", "both")
 
 
-def measured(attention: Attention, n: int, is_causal: bool, kind: str, device: torch.device, dtype: torch.dtype) -> int:
+def measured(
+    attention: Attention,
+    n: int,
+    is_causal: bool,
+    kind: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> int:
     """Peak bytes of one kind of run."""
-    q, k, v = (torch.randn(1, HEADS, n, HEAD_DIM, device=device, dtype=dtype, requires_grad=kind != "forward") for _ in range(3))
+    q, k, v = (
+        torch.randn(
+            1, HEADS, n, HEAD_DIM, device=device, dtype=dtype, requires_grad=kind != "forward"
+        )
+        for _ in range(3)
+    )
     upstream = torch.randn(1, HEADS, n, HEAD_DIM, device=device, dtype=dtype)
 
     def run() -> object:
@@ -71,21 +86,42 @@ def formulas(attention: Attention, cost: Cost, n: int, dtype: torch.dtype) -> di
     return {"forward": cost.forward_bytes, "recording": recording, "both": cost.training_bytes}
 
 
-def rows(name: str, options: dict[str, Any], is_causal: bool, lengths: tuple[int, ...], device: torch.device, dtype: str) -> Iterator[dict[str, Any]]:
+def rows(
+    name: str,
+    options: dict[str, Any],
+    is_causal: bool,
+    lengths: tuple[int, ...],
+    device: torch.device,
+    dtype: str,
+) -> Iterator[dict[str, Any]]:
     """One for each length."""
     for n in lengths:
-        attention = attnzoo.build(name, heads=HEADS, head_dim=HEAD_DIM, **options, **sized(name, n)).to(device, DTYPES[dtype])
-        row: dict[str, Any] = {"variant": name, "options": options, "is_causal": is_causal, "dtype": dtype, "length": n}
+        attention = attnzoo.build(
+            name, heads=HEADS, head_dim=HEAD_DIM, **options, **sized(name, n)
+        ).to(device, DTYPES[dtype])
+        row: dict[str, Any] = {
+            "variant": name,
+            "options": options,
+            "is_causal": is_causal,
+            "dtype": dtype,
+            "length": n,
+        }
         cost = attention.cost(1, n, is_causal=is_causal, dtype=DTYPES[dtype])
         for kind, formula in formulas(attention, cost, n, DTYPES[dtype]).items():
             peak = measured(attention, n, is_causal, kind, device, DTYPES[dtype])
-            row |= {f"{kind}_peak": peak, f"{kind}_formula": formula, f"{kind}_ratio": None if formula is None else round(peak / formula, 4)}
+            row |= {
+                f"{kind}_peak": peak,
+                f"{kind}_formula": formula,
+                f"{kind}_ratio": None if formula is None else round(peak / formula, 4),
+            }
         yield row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Allocator peaks against the closed forms.")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/memory_formula.jsonl"))
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmarks/results/memory_formula.jsonl")
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=None)
     parser.add_argument("--variants", nargs="+", default=None)
     parser.add_argument("--device", default="cpu")
@@ -96,18 +132,29 @@ def main() -> None:
     device = torch.device(arguments.device)
     where = environment(seed=0, device=device, dtype=DTYPES[arguments.dtype])
     torch.manual_seed(0)
-    print(f"{'variant':44}{'form':15}{'length':>8}" + "".join(f"{kind + ', MiB':>16}{'ratio':>8}" for kind in KINDS))
+    print(
+        f"{'variant':44}{'form':15}{'length':>8}"
+        + "".join(f"{kind + ', MiB':>16}{'ratio':>8}" for kind in KINDS)
+    )
     with arguments.output.open("a" if arguments.append else "w") as file:
         for name in arguments.variants or attnzoo.names():
             spec = spec_of(name)
-            lengths = tuple(arguments.lengths or (QUADRATIC_LENGTHS if "n²" in spec.complexity else LENGTHS))
+            lengths = tuple(
+                arguments.lengths or (QUADRATIC_LENGTHS if "n²" in spec.complexity else LENGTHS)
+            )
             for options, is_causal in product([{}, *OPTIONS.get(name, [])], spec.forms):
                 shown = " ".join([name, *(f"{key}={value}" for key, value in options.items())])
                 for row in rows(name, options, is_causal, lengths, device, arguments.dtype):
                     file.write(json.dumps({**row, "environment": where}) + "\n")
                     file.flush()
-                    cells = "".join(f"{row[f'{kind}_peak'] / 2**20:>16,.1f}{row[f'{kind}_ratio'] or '–':>8}" for kind in KINDS)
-                    print(f"{shown:44}{'causal' if is_causal else 'bidirectional':15}{row['length']:>8,}{cells}", flush=True)
+                    cells = "".join(
+                        f"{row[f'{kind}_peak'] / 2**20:>16,.1f}{row[f'{kind}_ratio'] or '–':>8}"
+                        for kind in KINDS
+                    )
+                    print(
+                        f"{shown:44}{'causal' if is_causal else 'bidirectional':15}{row['length']:>8,}{cells}",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""Attention against a recurrent layer, measured: torch.nn.GRU beside attention layers of the same width, and the length at which it gets ahead.
+"""Attention against a recurrent layer, measured: torch.nn.GRU beside attention layers of the same
+width, and the length at which it gets ahead.
 
-    python benchmarks/recurrent.py [--output benchmarks/results/recurrent.jsonl] [--figure docs/recurrent.png] [--longest 8192]
+    python benchmarks/recurrent.py [--output benchmarks/results/recurrent.jsonl] [--figure
+        docs/recurrent.png] [--longest 8192]
 
-Width 512, batch 1, float32, CPU, causal. An attention layer is MultiheadAttention with 8 heads, projections included. Multiply-accumulates are
-counted (`attnzoo.count_flops`): a GRU takes 6·n·d², an attention layer 4·n·d² for its projections and 2·n²·d for its core, half of them
-causal. By counts alone exact attention is the cheaper layer up to n = 2·d; a GRU takes its n steps one after the other, so by the clock it is not.
-Times are medians over interleaved rounds.
+Width 512, batch 1, float32, CPU, causal. An attention layer is MultiheadAttention with 8 heads,
+projections included. Multiply-accumulates are
+counted (`attnzoo.count_flops`): a GRU takes 6·n·d², an attention layer 4·n·d² for its projections
+and 2·n²·d for its core, half of them causal. By counts alone exact attention is the cheaper layer
+up to n = 2·d; a GRU takes its n steps one after the other, so by the clock it is not. Times are
+medians over interleaved rounds.
 """
 
 from __future__ import annotations
@@ -17,15 +21,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_PROC_BIND", "true")  # before torch is imported: unbound, two threads may come to share one core
+os.environ.setdefault(
+    "OMP_PROC_BIND", "true"
+)  # before torch is imported: unbound, two threads may come to share one core
 
 import torch
 from torch import nn
 
 import attnzoo
-from attnzoo.bench.memory import peak_bytes
+from attnzoo.bench.environment import environment
+from attnzoo.bench.peak_memory import peak_bytes
 from attnzoo.bench.timing import Timing, interleave
-from attnzoo.environment import environment
 from attnzoo.report.style import RC, new_figure, styles
 
 WIDTH, HEADS = 512, 8
@@ -41,12 +47,15 @@ def layers() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {GRU: lambda x: recurrent(x)[0]}
     for name in VARIANTS:
         attention = attnzoo.MultiheadAttention(WIDTH, HEADS, batch_first=True, attention=name)
-        found[name] = lambda x, attention=attention: attention(x, x, x, is_causal=True, need_weights=False)[0]
+        found[name] = lambda x, attention=attention: attention(
+            x, x, x, is_causal=True, need_weights=False
+        )[0]
     return found
 
 
 def macs_of(name: str, n: int) -> int:
-    """Multiply-accumulates that a forward executes; of causal exact attention the half that can be seen."""
+    """Multiply-accumulates that a forward executes; of causal exact attention the half that can be
+    seen."""
     x = torch.empty(1, n, WIDTH, device="meta")
     if name == GRU:
         return attnzoo.count_flops(nn.GRU(WIDTH, WIDTH, batch_first=True, device="meta"), x).macs
@@ -54,7 +63,9 @@ def macs_of(name: str, n: int) -> int:
     return 4 * n * WIDTH**2 + (cost.support_macs if name == "standard" else cost.macs)
 
 
-def passes(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, learns: bool) -> Callable[[], None]:
+def passes(
+    layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, learns: bool
+) -> Callable[[], None]:
     def run() -> None:
         with torch.set_grad_enabled(learns):
             out = layer(x)
@@ -77,7 +88,10 @@ def measured(contenders: dict[str, Callable[[], None]]) -> dict[str, Timing]:
         return run
 
     found = interleave({name: turn(name) for name in contenders}, rounds=ROUNDS)
-    return {name: Timing(tuple(seconds / repeats[name] for seconds in timing.seconds)) for name, timing in found.items()}
+    return {
+        name: Timing(tuple(seconds / repeats[name] for seconds in timing.seconds))
+        for name, timing in found.items()
+    }
 
 
 def rows(longest: int) -> Iterator[dict[str, Any]]:
@@ -105,7 +119,11 @@ def crossover(found: list[dict[str, Any]], name: str, phase: str, quantity: str)
     """From which measured length on the GRU needs less than an attention layer."""
 
     def of(layer: str) -> dict[int, float]:
-        return {row["n"]: row[quantity] for row in found if row["layer"] == layer and row["phase"] == phase}
+        return {
+            row["n"]: row[quantity]
+            for row in found
+            if row["layer"] == layer and row["phase"] == phase
+        }
 
     theirs, ours = of(GRU), of(name)
     behind = [n for n in theirs if theirs[n] >= ours[n]]
@@ -120,42 +138,69 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 
     with mpl.rc_context(RC):
         figure = new_figure(8, 3.4)
-        looks: dict[str, dict[str, Any]] = {GRU: {"color": "#7f8c99", "marker": "x", "linestyle": "--"}}
-        looks |= {name: style.line_options() for name, style in styles((name, name) for name in VARIANTS).items()}
-        for place, (quantity, label, scale) in enumerate((("macs", "multiply-accumulates, G", 1e-9), ("seconds", "time of a forward, ms", 1e3))):
+        looks: dict[str, dict[str, Any]] = {
+            GRU: {"color": "#7f8c99", "marker": "x", "linestyle": "--"}
+        }
+        looks |= {
+            name: style.line_options()
+            for name, style in styles((name, name) for name in VARIANTS).items()
+        }
+        for place, (quantity, label, scale) in enumerate(
+            (("macs", "multiply-accumulates, G", 1e-9), ("seconds", "time of a forward, ms", 1e3))
+        ):
             axes = figure.add_subplot(1, 2, place + 1)
             for name, look in looks.items():
-                line = [(row["n"], row[quantity] * scale) for row in found if row["layer"] == name and row["phase"] == "forward"]
+                line = [
+                    (row["n"], row[quantity] * scale)
+                    for row in found
+                    if row["layer"] == name and row["phase"] == "forward"
+                ]
                 axes.plot(*zip(*line, strict=True), label=name, **look)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
-            axes.set_xticks([row["n"] for row in found if row["layer"] == GRU and row["phase"] == "forward"][::2])
+            axes.set_xticks(
+                [row["n"] for row in found if row["layer"] == GRU and row["phase"] == "forward"][
+                    ::2
+                ]
+            )
             axes.xaxis.set_major_formatter(lambda n, _: f"{int(n):,}")
             axes.set_xlabel("tokens")
             axes.set_ylabel(label)
             axes.grid(visible=True, which="major")
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        figure.legend(
+            *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4
+        )
         figure.savefig(path, dpi=150, facecolor="white")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/recurrent.jsonl"))
     parser.add_argument("--figure", type=Path, default=Path("docs/recurrent.png"))
     parser.add_argument("--longest", type=int, default=LENGTHS[-1])
     settings = parser.parse_args()
     if settings.longest < LENGTHS[0]:
-        parser.error(f"--longest {settings.longest} is below the shortest length, {LENGTHS[0]}; give that or more")
+        parser.error(
+            f"--longest {settings.longest} is below the shortest length, {LENGTHS[0]}; give that "
+            "or more"
+        )
     where, found = environment(seed=0, device=torch.device("cpu"), dtype=torch.float32), []
     with settings.output.open("w") as file:
         for row in rows(settings.longest):
             found.append(row)
             file.write(json.dumps({**row, "environment": where}) + "\n")
             file.flush()
-            print(f"{row['layer']:16}{row['n']:>7}  {row['phase']:18}{row['macs'] / 1e9:9.3f} G{row['seconds'] * 1e3:10.2f} ms", flush=True)
+            print(
+                f"{row['layer']:16}{row['n']:>7}  {row['phase']:18}{row['macs'] / 1e9:9.3f} "
+                f"G{row['seconds'] * 1e3:10.2f} ms",
+                flush=True,
+            )
     for name in VARIANTS:
         print(
-            f"GRU needs fewer MACs than {name} {crossover(found, name, 'forward', 'macs')}, less time {crossover(found, name, 'forward', 'seconds')}"
+            f"GRU needs fewer MACs than {name} {crossover(found, name, 'forward', 'macs')}, less "
+            f"time {crossover(found, name, 'forward', 'seconds')}"
         )
     draw(found, settings.figure)
 

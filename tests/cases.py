@@ -1,4 +1,5 @@
-"""Small configurations of every variant, the situations they are tried in, and the oracle's answer to each."""
+"""Small configurations of every variant, the situations they are tried in, and the oracle's answer
+to each."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def derived_by_hand(case: Case) -> bool:
 
 
 def squared_elu(x: Tensor) -> Tensor:
-    """A user's own feature map, of another width than head_dim; at module level so that it pickles."""
+    """A user's own feature map, of another width than head_dim; at module level so that it
+    pickles."""
     positive = torch.nn.functional.elu(x) + 1
     return torch.cat([positive, positive**2], -1)
 
@@ -36,8 +38,8 @@ def squared_elu(x: Tensor) -> Tensor:
 class Case:
     """One variant with options.
 
-    shift: added to q and k where a feature map would else leave next to nothing to normalise by: there every order of
-    operations loses float32's digits, the oracle's too.
+    shift: added to q and k where a feature map would else leave next to nothing to normalise by:
+    there every order of operations loses float32's digits, the oracle's too.
     """
 
     variant: str
@@ -52,15 +54,21 @@ class Case:
         return hash(str(self))
 
     def __str__(self) -> str:
-        shown = [f"{name}={getattr(value, '__name__', value)}" for name, value in self.options.items()]
+        shown = [
+            f"{name}={getattr(value, '__name__', value)}" for name, value in self.options.items()
+        ]
         return f"{self.variant}({', '.join(shown)})"
 
-    def build(self, heads: int = 4, head_dim: int = 8, *, dtype: torch.dtype = torch.float32, **more: Any) -> Attention:
+    def build(
+        self, heads: int = 4, head_dim: int = 8, *, dtype: torch.dtype = torch.float32, **more: Any
+    ) -> Attention:
         """The attention, with the same learned and drawn numbers every time."""
         options = sized(self.variant, MAX_LENGTH)
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            return attnzoo.build(self.variant, heads=heads, head_dim=head_dim, **{**options, **self.options, **more}).to(dtype)
+            return attnzoo.build(
+                self.variant, heads=heads, head_dim=head_dim, **{**options, **self.options, **more}
+            ).to(dtype)
 
 
 CASES: dict[str, list[Case]] = {
@@ -108,15 +116,34 @@ CASES: dict[str, list[Case]] = {
         Case("sparse_transformer", {"stride": 8}),
         Case("sparse_transformer", {"stride": 8, "pattern": "fixed", "expressivity": 2}),
         Case("sparse_transformer", {"stride": 5, "factors": "by_head"}),
-        Case("sparse_transformer", {"stride": 5, "pattern": "fixed", "expressivity": 1, "factors": "by_head"}),
+        Case(
+            "sparse_transformer",
+            {"stride": 5, "pattern": "fixed", "expressivity": 1, "factors": "by_head"},
+        ),
         Case("sparse_transformer", {"stride": 1}),
         Case("sparse_transformer"),
     ],
     "bigbird": [
         Case("bigbird", {"block_size": 4, "num_random_blocks": 2}),
         Case("bigbird", {"block_size": 16, "num_random_blocks": 2, "seed": 3}),
-        Case("bigbird", {"block_size": 3, "num_random_blocks": 0, "num_window_blocks": 1, "num_global_blocks": 0}),
-        Case("bigbird", {"block_size": 5, "num_random_blocks": 3, "num_window_blocks": 5, "num_global_blocks": 3}),
+        Case(
+            "bigbird",
+            {
+                "block_size": 3,
+                "num_random_blocks": 0,
+                "num_window_blocks": 1,
+                "num_global_blocks": 0,
+            },
+        ),
+        Case(
+            "bigbird",
+            {
+                "block_size": 5,
+                "num_random_blocks": 3,
+                "num_window_blocks": 5,
+                "num_global_blocks": 3,
+            },
+        ),
         Case("bigbird", {"block_size": 1, "num_random_blocks": 4}),
         Case("bigbird"),
     ],
@@ -136,7 +163,10 @@ CASES: dict[str, list[Case]] = {
     "reformer": [
         Case("reformer", {"num_buckets": 6, "num_hashes": 3, "chunk_size": 5}),
         Case("reformer", {"num_buckets": 2, "num_hashes": 1, "chunk_size": 7}),
-        Case("reformer", {"num_buckets": 16, "num_hashes": 2, "chunk_size": 4, "seed": 3, "scale": 0.7}),
+        Case(
+            "reformer",
+            {"num_buckets": 16, "num_hashes": 2, "chunk_size": 4, "seed": 3, "scale": 0.7},
+        ),
         Case("reformer", {"num_buckets": (4, 2, 6), "num_hashes": 2, "chunk_size": 3}),
         Case("reformer"),
     ],
@@ -168,12 +198,15 @@ def backends_of(case: Case) -> list[str]:
 
 def with_backends(some: list[Case]) -> list[tuple[Case, str]]:
     """Every case with each of its backends; those that need a GPU are tested where there is one."""
-    return [(case, backend) for case in some for backend in backends_of(case) if backend in CPU_BACKENDS]
+    return [
+        (case, backend) for case in some for backend in backends_of(case) if backend in CPU_BACKENDS
+    ]
 
 
 @dataclass(frozen=True)
 class Situation:
-    """Lengths, heads and padding of a call. padding: none, left, right, interior, or whole (the first sample sees nothing)."""
+    """Lengths, heads and padding of a call. padding: none, left, right, interior, or whole (the
+    first sample sees nothing)."""
 
     query_length: int
     key_length: int
@@ -232,8 +265,11 @@ def padding(kind: str, batch: int, length: int) -> Tensor | None:
     return mask
 
 
-def tensors(situation: Situation, head_dim: int = 8, *, shift: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v and the gradient of the output, rounded to float32 and held in float64, so that both precisions start from the same numbers."""
+def tensors(
+    situation: Situation, head_dim: int = 8, *, shift: float = 0.0, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v and the gradient of the output, rounded to float32 and held in float64, so that both
+    precisions start from the same numbers."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(heads: int, length: int) -> Tensor:
@@ -241,19 +277,33 @@ def tensors(situation: Situation, head_dim: int = 8, *, shift: float = 0.0, seed
 
     q = (draw(situation.heads, situation.query_length) + shift).double()
     k = (draw(situation.kv_heads, situation.key_length) + shift).double()
-    return q, k, draw(situation.kv_heads, situation.key_length).double(), draw(situation.heads, situation.query_length).double()
+    return (
+        q,
+        k,
+        draw(situation.kv_heads, situation.key_length).double(),
+        draw(situation.heads, situation.query_length).double(),
+    )
 
 
 LEARNED: dict[str, Callable[[Attention], dict[str, Tensor]]] = {
-    "sliding_window": lambda attn: {} if attn.engine.sink_logits is None else {"logits": attn.engine.sink_logits},  # type: ignore[union-attr]
-    "linformer": lambda attn: {"key_projection": _parameter(attn, "key_projection"), "value_projection": _parameter(attn, "value_projection")},
-    "nystromformer": lambda attn: {} if attn.convolution is None else {"convolution_weight": _parameter(attn, "convolution")},
+    "sliding_window": lambda attn: (
+        {} if attn.engine.sink_logits is None else {"logits": attn.engine.sink_logits}
+    ),  # type: ignore[union-attr]
+    "linformer": lambda attn: {
+        "key_projection": _parameter(attn, "key_projection"),
+        "value_projection": _parameter(attn, "value_projection"),
+    },
+    "nystromformer": lambda attn: (
+        {} if attn.convolution is None else {"convolution_weight": _parameter(attn, "convolution")}
+    ),
 }
 """What the oracle needs of a variant's parameters, by the name of the oracle's argument."""
 
 DRAWN: dict[str, Callable[[Attention, int, int, bool], dict[str, Any]]] = {
     "performer": lambda attn, *_: {"projection": attn.engine.feature_map.projection},  # type: ignore[union-attr]
-    "bigbird": lambda attn, *call: {"random_blocks": lambda real: attn.random_blocks(*call, real[None])[0]},  # type: ignore[operator]
+    "bigbird": lambda attn, *call: {
+        "random_blocks": lambda real: attn.random_blocks(*call, real[None])[0]
+    },  # type: ignore[operator]
     "reformer": lambda attn, *_: {"rotations": attn.engine.hashing.rotations},  # type: ignore[union-attr]
 }
 """What the oracle needs of a variant's random choices, given (query_length, key_length, is_causal)."""
@@ -278,19 +328,31 @@ def ask_oracle(
     options: dict[str, Any] | None = None,
     **masks: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(out, A) of the variant's oracle. parameters: stand-ins for `learned(attn)`. options: those that attn was built with."""
+    """(out, A) of the variant's oracle. parameters: stand-ins for `learned(attn)`. options: those
+    that attn was built with."""
     name = attn.spec.name
     function = ORACLES[name]
     wanted = inspect.signature(function).parameters
-    values = {option.name: option.default for option in options_of(name)} | sized(name, MAX_LENGTH) | (options or {})
-    drawn = DRAWN[name](attn, q.shape[2], k.shape[2], masks.get("is_causal", False)) if name in DRAWN else {}
+    values = (
+        {option.name: option.default for option in options_of(name)}
+        | sized(name, MAX_LENGTH)
+        | (options or {})
+    )
+    drawn = (
+        DRAWN[name](attn, q.shape[2], k.shape[2], masks.get("is_causal", False))
+        if name in DRAWN
+        else {}
+    )
     given = {option: value for option, value in values.items() if option in wanted}
-    return function(q, k, v, **given, **(learned(attn) if parameters is None else parameters), **drawn, **masks)
+    return function(
+        q, k, v, **given, **(learned(attn) if parameters is None else parameters), **drawn, **masks
+    )
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What an oracle or a backend gives: the output, A where it was asked for, and the gradients by name."""
+    """What an oracle or a backend gives: the output, A where it was asked for, and the gradients by
+    name."""
 
     out: Tensor
     gradients: dict[str, Tensor]
@@ -301,7 +363,11 @@ def gradients_of(out: Tensor, upstream: Tensor, *inputs: Tensor) -> list[Tensor]
     """Gradients by input, 0 where out does not depend on it."""
     if not out.requires_grad:
         return [torch.zeros_like(x) for x in inputs]
-    return list(torch.autograd.grad(out, inputs, upstream.detach(), allow_unused=True, materialize_grads=True))
+    return list(
+        torch.autograd.grad(
+            out, inputs, upstream.detach(), allow_unused=True, materialize_grads=True
+        )
+    )
 
 
 @lru_cache(maxsize=4)
@@ -314,14 +380,25 @@ def oracle_answer(case: Case, situation: Situation, is_causal: bool) -> Answer:
     for parameter in learned(attn).values():  # a shared parameter gets one stand-in
         stand_ins.setdefault(id(parameter), parameter.detach().double().requires_grad_())
     parameters = {name: stand_ins[id(parameter)] for name, parameter in learned(attn).items()}
-    out, a = ask_oracle(attn, q, k, v, parameters=parameters, options=case.options, key_mask=situation.key_mask(), is_causal=is_causal)
+    out, a = ask_oracle(
+        attn,
+        q,
+        k,
+        v,
+        parameters=parameters,
+        options=case.options,
+        key_mask=situation.key_mask(),
+        is_causal=is_causal,
+    )
     leaves.update(parameters)
     found = gradients_of(out, grad, *leaves.values())
     gradients = dict(zip(leaves, found, strict=True))
     return Answer(out.detach(), gradients, a.detach())
 
 
-def library_answer(case: Case, backend: str, situation: Situation, is_causal: bool, dtype: torch.dtype) -> Answer:
+def library_answer(
+    case: Case, backend: str, situation: Situation, is_causal: bool, dtype: torch.dtype
+) -> Answer:
     """What the library computes by a backend asked for by name, forward and backward."""
     q, k, v, grad = (x.to(dtype) for x in tensors(situation, shift=case.shift))
     leaves = {"q": q.requires_grad_(), "k": k.requires_grad_(), "v": v.requires_grad_()}
@@ -342,8 +419,11 @@ def can(spec: attnzoo.Spec, is_causal: bool, situation: Situation | None = None)
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
-    """Fail when an entry differs by more than tolerance times the largest expected one (1 at least)."""
-    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    """Fail when an entry differs by more than tolerance times the largest expected one (1 at
+    least)."""
+    assert actual.shape == expected.shape, (
+        f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    )
     assert bool(torch.isfinite(actual).all()), f"{what} is not finite"
     if expected.numel() == 0:
         return

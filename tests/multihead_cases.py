@@ -1,4 +1,5 @@
-"""What the tests of MultiheadAttention share: sizes, masks in torch's dialect, and modules made from one seed."""
+"""What the tests of MultiheadAttention share: sizes, masks in torch's dialect, and modules made
+from one seed."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ CAUSAL_CASES = [case for case in usual_cases() if case.spec.causal]
 
 def options_of(case: Case) -> dict[str, Any]:
     """The arguments that choose the case's attention."""
-    return {"attention": case.variant, "attention_options": {**sized(case.variant, 64), **case.options}}
+    return {
+        "attention": case.variant,
+        "attention_options": {**sized(case.variant, 64), **case.options},
+    }
 
 
 def as_float(mask: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

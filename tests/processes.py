@@ -19,12 +19,20 @@ def in_two_processes(check: Callable[..., list[str]], *arguments: Any) -> list[s
     """What check(*arguments) finds wrong, run as both ranks of a group of two."""
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(_run, (folder, check, arguments), nprocs=PROCESSES)  # pyright: ignore[reportPrivateImportUsage]
-        return [line for rank in range(PROCESSES) for line in (Path(folder) / f"{rank}").read_text().splitlines()]
+        return [
+            line
+            for rank in range(PROCESSES)
+            for line in (Path(folder) / f"{rank}").read_text().splitlines()
+        ]
 
 
-def _run(rank: int, folder: str, check: Callable[..., list[str]], arguments: tuple[Any, ...]) -> None:
+def _run(
+    rank: int, folder: str, check: Callable[..., list[str]], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES
+    )
     try:
         wrong = check(*arguments)
     except Exception:

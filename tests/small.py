@@ -1,6 +1,8 @@
-"""Any registered variant, built and called as its spec says: what a test over the whole zoo asks instead of assuming.
+"""Any registered variant, built and called as its spec says: what a test over the whole zoo asks
+instead of assuming.
 
-A new variant whose defaults see a whole short input gets its line in `SMALL`, and nothing else here.
+A new variant whose defaults see a whole short input gets its line in `SMALL`, and nothing else
+here.
 """
 
 from __future__ import annotations
@@ -14,9 +16,15 @@ import attnzoo
 from attnzoo import Attention, Spec
 from attnzoo.registry import sized
 
-#: Forms that leave something out of twenty tokens, so that a window, blocks, draws and landmarks matter there.
+#: Forms that leave something out of twenty tokens, so that a window, blocks, draws and landmarks
+#: matter there.
 SMALL: dict[str, dict[str, Any]] = {
-    "bigbird": {"block_size": 2, "num_window_blocks": 1, "num_global_blocks": 1, "num_random_blocks": 1},
+    "bigbird": {
+        "block_size": 2,
+        "num_window_blocks": 1,
+        "num_global_blocks": 1,
+        "num_random_blocks": 1,
+    },
     "linformer": {"rank": 4},
     "longformer": {"window": 4, "global_tokens": 1},
     "nystromformer": {"num_landmarks": 4},

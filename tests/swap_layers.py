@@ -19,14 +19,19 @@ def layer(name: str | None, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.TransformerEncoderLayer(SIZE, HEADS, 24, 0.0, batch_first=True)).eval()
     with torch.no_grad():
-        dict(model.named_parameters())["0.self_attn.in_proj_weight"].mul_(3)  # scores that tell keys apart
+        dict(model.named_parameters())["0.self_attn.in_proj_weight"].mul_(
+            3
+        )  # scores that tell keys apart
     if name is not None:
         attnzoo.swap(model, name, **small(name), **options)
     return model[0]
 
 
-def gradients(model: nn.Module, inputs: tuple[torch.Tensor, ...], **masks: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The output for tokens, and the gradients of a fixed sum of it for the tokens and the parameters."""
+def gradients(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], **masks: Any
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The output for tokens, and the gradients of a fixed sum of it for the tokens and the
+    parameters."""
     x = inputs[0].clone().requires_grad_()
     out = model(x, **masks)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))

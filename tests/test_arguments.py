@@ -34,38 +34,107 @@ def says(error: pytest.ExceptionInfo[BaseException], *fragments: str) -> None:
 
 
 BAD_CALLS: dict[str, tuple[Change, list[str]]] = {
-    "not a tensor": (lambda q, k, v: {"q": q.tolist()}, [r"\bq\b.*list", "torch tensor", r"\(batch, heads, length, head_dim\)"]),
-    "q of rank 3": (lambda q, k, v: {"q": q[0]}, [r"\bq\b.*\(4, 6, 8\)", "4 dimensions", r"\(batch, heads, length, head_dim\)"]),
+    "not a tensor": (
+        lambda q, k, v: {"q": q.tolist()},
+        [r"\bq\b.*list", "torch tensor", r"\(batch, heads, length, head_dim\)"],
+    ),
+    "q of rank 3": (
+        lambda q, k, v: {"q": q[0]},
+        [r"\bq\b.*\(4, 6, 8\)", "4 dimensions", r"\(batch, heads, length, head_dim\)"],
+    ),
     "v of rank 5": (lambda q, k, v: {"v": v[None]}, [r"\bv\b.*\(1, 2, 2, 6, 8\)", "4 dimensions"]),
-    "integer q": (lambda q, k, v: {"q": q.long()}, [r"\bq\b.*torch\.int64", "floating", r"q\.float\(\)"]),
-    "integer k": (lambda q, k, v: {"k": k.int()}, [r"\bk\b.*torch\.int32", "floating", r"k\.float\(\)"]),
-    "complex v": (lambda q, k, v: {"v": v.to(torch.complex64)}, [r"\bv\b.*torch\.complex64", "floating"]),
-    "k of another dtype": (lambda q, k, v: {"k": k.double()}, [r"\bk\b.*torch\.float64.*\bq\b.*torch\.float32", "agree", "convert"]),
-    "v of another dtype": (lambda q, k, v: {"v": v.half()}, [r"\bv\b.*torch\.float16.*\bq\b.*torch\.float32", "agree", "convert"]),
-    "k on another device": (lambda q, k, v: {"k": k.to("meta")}, [r"\bk\b.*meta.*\bq\b.*cpu", "one device"]),
-    "v on another device": (lambda q, k, v: {"v": v.to("meta")}, [r"\bv\b.*meta.*\bq\b.*cpu", "one device"]),
-    "k of another batch": (lambda q, k, v: {"k": k[:1]}, [r"\bk\b.*batch size 1.*\bq\b.*2", "agree"]),
+    "integer q": (
+        lambda q, k, v: {"q": q.long()},
+        [r"\bq\b.*torch\.int64", "floating", r"q\.float\(\)"],
+    ),
+    "integer k": (
+        lambda q, k, v: {"k": k.int()},
+        [r"\bk\b.*torch\.int32", "floating", r"k\.float\(\)"],
+    ),
+    "complex v": (
+        lambda q, k, v: {"v": v.to(torch.complex64)},
+        [r"\bv\b.*torch\.complex64", "floating"],
+    ),
+    "k of another dtype": (
+        lambda q, k, v: {"k": k.double()},
+        [r"\bk\b.*torch\.float64.*\bq\b.*torch\.float32", "agree", "convert"],
+    ),
+    "v of another dtype": (
+        lambda q, k, v: {"v": v.half()},
+        [r"\bv\b.*torch\.float16.*\bq\b.*torch\.float32", "agree", "convert"],
+    ),
+    "k on another device": (
+        lambda q, k, v: {"k": k.to("meta")},
+        [r"\bk\b.*meta.*\bq\b.*cpu", "one device"],
+    ),
+    "v on another device": (
+        lambda q, k, v: {"v": v.to("meta")},
+        [r"\bv\b.*meta.*\bq\b.*cpu", "one device"],
+    ),
+    "k of another batch": (
+        lambda q, k, v: {"k": k[:1]},
+        [r"\bk\b.*batch size 1.*\bq\b.*2", "agree"],
+    ),
     "wrong number of heads": (lambda q, k, v: {"q": q[:, :3]}, [r"\bq\b.*3 heads", "heads=4"]),
-    "k and v of different heads": (lambda q, k, v: {"v": v[:, :1]}, [r"\bk\b.*2 heads.*\bv\b.*1", "agree"]),
-    "kv heads that do not divide": (lambda q, k, v: {"k": q[:, :3], "v": q[:, :3]}, ["3 heads", "divide heads=4"]),
+    "k and v of different heads": (
+        lambda q, k, v: {"v": v[:, :1]},
+        [r"\bk\b.*2 heads.*\bv\b.*1", "agree"],
+    ),
+    "kv heads that do not divide": (
+        lambda q, k, v: {"k": q[:, :3], "v": q[:, :3]},
+        ["3 heads", "divide heads=4"],
+    ),
     "no kv heads": (lambda q, k, v: {"k": k[:, :0], "v": v[:, :0]}, ["0 heads", "divide heads=4"]),
     "wrong head_dim of q": (lambda q, k, v: {"q": q[..., :5]}, [r"head_dim 5 and 8", "head_dim=8"]),
     "wrong head_dim of k": (lambda q, k, v: {"k": k[..., :5]}, [r"head_dim 8 and 5", "head_dim=8"]),
-    "v of another length": (lambda q, k, v: {"v": v[:, :, :5]}, [r"\bk\b.*length 6.*\bv\b.*length 5", "agree"]),
-    "float key_mask": (lambda q, k, v: {"key_mask": torch.ones(2, 6)}, [r"key_mask.*torch\.float32", "bool", "True = attend", r"key_mask\.bool\(\)"]),
-    "integer key_mask": (lambda q, k, v: {"key_mask": torch.ones(2, 6).long()}, [r"key_mask.*torch\.int64", "bool", "True = attend"]),
+    "v of another length": (
+        lambda q, k, v: {"v": v[:, :, :5]},
+        [r"\bk\b.*length 6.*\bv\b.*length 5", "agree"],
+    ),
+    "float key_mask": (
+        lambda q, k, v: {"key_mask": torch.ones(2, 6)},
+        [r"key_mask.*torch\.float32", "bool", "True = attend", r"key_mask\.bool\(\)"],
+    ),
+    "integer key_mask": (
+        lambda q, k, v: {"key_mask": torch.ones(2, 6).long()},
+        [r"key_mask.*torch\.int64", "bool", "True = attend"],
+    ),
     "key_mask of another shape": (
         lambda q, k, v: {"key_mask": torch.ones(2, 5).bool()},
         [r"key_mask.*\(2, 5\)", r"\(batch, key_length\) = \(2, 6\)"],
     ),
-    "key_mask of four dimensions": (lambda q, k, v: {"key_mask": torch.ones(2, 1, 1, 6).bool()}, [r"key_mask.*\(2, 1, 1, 6\)", r"\(2, 6\)"]),
-    "key_mask on another device": (lambda q, k, v: {"key_mask": torch.ones(2, 6, device="meta").bool()}, [r"key_mask.*meta.*cpu", "one device"]),
-    "key_mask that is a list": (lambda q, k, v: {"key_mask": [[True] * 6] * 2}, ["key_mask.*list", "tensor"]),
-    "attn_mask that is a list": (lambda q, k, v: {"attn_mask": [[True] * 6] * 6}, ["attn_mask.*list", "tensor"]),
-    "integer attn_mask": (lambda q, k, v: {"attn_mask": torch.ones(6, 6).long()}, [r"attn_mask.*torch\.int64", "bool", "float"]),
-    "attn_mask of another shape": (lambda q, k, v: {"attn_mask": torch.ones(6, 5).bool()}, [r"attn_mask.*\(6, 5\)", r"broadcast.*\(2, 4, 6, 6\)"]),
-    "attn_mask of five dimensions": (lambda q, k, v: {"attn_mask": torch.ones(1, 1, 1, 6, 6).bool()}, [r"attn_mask.*\(1, 1, 1, 6, 6\)", "broadcast"]),
-    "attn_mask on another device": (lambda q, k, v: {"attn_mask": torch.ones(6, 6, device="meta").bool()}, [r"attn_mask.*meta.*cpu", "one device"]),
+    "key_mask of four dimensions": (
+        lambda q, k, v: {"key_mask": torch.ones(2, 1, 1, 6).bool()},
+        [r"key_mask.*\(2, 1, 1, 6\)", r"\(2, 6\)"],
+    ),
+    "key_mask on another device": (
+        lambda q, k, v: {"key_mask": torch.ones(2, 6, device="meta").bool()},
+        [r"key_mask.*meta.*cpu", "one device"],
+    ),
+    "key_mask that is a list": (
+        lambda q, k, v: {"key_mask": [[True] * 6] * 2},
+        ["key_mask.*list", "tensor"],
+    ),
+    "attn_mask that is a list": (
+        lambda q, k, v: {"attn_mask": [[True] * 6] * 6},
+        ["attn_mask.*list", "tensor"],
+    ),
+    "integer attn_mask": (
+        lambda q, k, v: {"attn_mask": torch.ones(6, 6).long()},
+        [r"attn_mask.*torch\.int64", "bool", "float"],
+    ),
+    "attn_mask of another shape": (
+        lambda q, k, v: {"attn_mask": torch.ones(6, 5).bool()},
+        [r"attn_mask.*\(6, 5\)", r"broadcast.*\(2, 4, 6, 6\)"],
+    ),
+    "attn_mask of five dimensions": (
+        lambda q, k, v: {"attn_mask": torch.ones(1, 1, 1, 6, 6).bool()},
+        [r"attn_mask.*\(1, 1, 1, 6, 6\)", "broadcast"],
+    ),
+    "attn_mask on another device": (
+        lambda q, k, v: {"attn_mask": torch.ones(6, 6, device="meta").bool()},
+        [r"attn_mask.*meta.*cpu", "one device"],
+    ),
 }
 
 
@@ -81,7 +150,13 @@ def test_bad_calls(case: Case, bad: str) -> None:
     says(error, *fragments)
     if case.spec.decodes and not {"attn_mask"} & arguments.keys():
         with pytest.raises(ValueError) as error:  # noqa: PT011
-            attn.step(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), attn.init_state(2, kv_heads=2), **arguments)
+            attn.step(
+                arguments.pop("q"),
+                arguments.pop("k"),
+                arguments.pop("v"),
+                attn.init_state(2, kv_heads=2),
+                **arguments,
+            )
         says(error, *fragments)
 
 
@@ -92,19 +167,30 @@ def test_nothing_is_swallowed(case: Case) -> None:
     with pytest.raises(TypeError, match="dropout_p"):
         attn(q, k, v, dropout_p=0.1)
     with pytest.raises(TypeError):
-        attn(q, k, v, torch.ones(2, 6).bool())  # masks are given by name, for nobody agrees on their order
+        attn(
+            q, k, v, torch.ones(2, 6).bool()
+        )  # masks are given by name, for nobody agrees on their order
 
 
 @CASES
 def test_what_the_spec_excludes(case: Case) -> None:
-    """UnsupportedError, which is a ValueError, names the variant, the feature, and who can instead."""
+    """UnsupportedError, which is a ValueError, names the variant, the feature, and who can
+    instead."""
     q, k, v = inputs()
     attn, spec = case.build(), case.spec
     excluded: list[tuple[bool, dict[str, Any], list[str]]] = [
         (spec.causal, {"is_causal": True}, [spec.name, "causal", "standard"]),
         (spec.bidirectional, {"is_causal": False}, [spec.name, "is_causal=True", "standard"]),
-        (spec.attn_mask, {"attn_mask": torch.ones(6, 6).bool()}, [spec.name, "attn_mask", "key_mask", "standard"]),
-        (spec.cross, {"k": k[:, :, :5], "v": v[:, :, :5]}, [spec.name, "query_length", "6 and 5", "standard"]),
+        (
+            spec.attn_mask,
+            {"attn_mask": torch.ones(6, 6).bool()},
+            [spec.name, "attn_mask", "key_mask", "standard"],
+        ),
+        (
+            spec.cross,
+            {"k": k[:, :, :5], "v": v[:, :, :5]},
+            [spec.name, "query_length", "6 and 5", "standard"],
+        ),
     ]
     for allowed, change, fragments in excluded:
         arguments = {"q": q, "k": k, "v": v, **possible(spec)} | change
@@ -147,12 +233,29 @@ BAD_OPTIONS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("linformer", {"rank": 0}, ["rank=0", "at least 1"]),
     ("linformer", {"sharing": "all"}, ["sharing='all'", "none, headwise, key_value, layerwise"]),
     ("linformer", {"scale": "a"}, ["scale='a'"]),
-    ("linear", {"feature_map": "elo"}, ["feature_map='elo'", "did you mean 'elu'", "relu, squared_relu, identity, taylor, softmax", "callable"]),
+    (
+        "linear",
+        {"feature_map": "elo"},
+        [
+            "feature_map='elo'",
+            "did you mean 'elu'",
+            "relu, squared_relu, identity, taylor, softmax",
+            "callable",
+        ],
+    ),
     ("linear", {"feature_map": 3}, ["feature_map=3", "callable"]),
-    ("linear", {"feature_map": "softmax", "normalize": False}, ["normalize=False", "feature_map='softmax'"]),
+    (
+        "linear",
+        {"feature_map": "softmax", "normalize": False},
+        ["normalize=False", "feature_map='softmax'"],
+    ),
     ("performer", {"num_features": 0}, ["num_features=0", "at least 1"]),
     ("performer", {"num_features": 2.5}, [r"num_features=2\.5", "whole number"]),
-    ("performer", {"features": "positiv"}, ["features='positiv'", "positive, hyperbolic, trigonometric, relu"]),
+    (
+        "performer",
+        {"features": "positiv"},
+        ["features='positiv'", "positive, hyperbolic, trigonometric, relu"],
+    ),
     ("performer", {"scale": 0}, ["scale=0", "positive"]),
     ("performer", {"scale": -1.0}, [r"scale=-1\.0", "positive"]),
     ("performer", {"scale": "a"}, ["scale='a'"]),
@@ -176,7 +279,9 @@ BAD_OPTIONS: list[tuple[str, dict[str, Any], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("variant", "options", "fragments"), BAD_OPTIONS, ids=[f"{v}-{o}" for v, o, _ in BAD_OPTIONS])
+@pytest.mark.parametrize(
+    ("variant", "options", "fragments"), BAD_OPTIONS, ids=[f"{v}-{o}" for v, o, _ in BAD_OPTIONS]
+)
 def test_bad_options(variant: str, options: dict[str, Any], fragments: list[str]) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011
         Case(variant, options).build()
@@ -189,9 +294,16 @@ def test_a_scale_that_is_not_positive_hides_the_future_too(variant: str, scale: 
     """torch's own causal SDPA makes NaN of it."""
     case = Case(variant, {"scale": scale})
     q, k, v = (torch.randn(1, 4, 12, 8, requires_grad=True) for _ in range(3))
-    out, wanted = (case.build(dtype=torch.float32, backend=backend)(q, k, v, is_causal=True) for backend in ("auto", "reference"))
+    out, wanted = (
+        case.build(dtype=torch.float32, backend=backend)(q, k, v, is_causal=True)
+        for backend in ("auto", "reference")
+    )
     torch.testing.assert_close(out, wanted)
-    for found, gradient in zip(torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(wanted.sum(), (q, k, v)), strict=True):
+    for found, gradient in zip(
+        torch.autograd.grad(out.sum(), (q, k, v)),
+        torch.autograd.grad(wanted.sum(), (q, k, v)),
+        strict=True,
+    ):
         torch.testing.assert_close(found, gradient)
 
 
@@ -208,15 +320,24 @@ def test_a_scale_of_zero_means_zero(variant: str) -> None:
 def test_layerwise_sharing() -> None:
     """One projection object for several layers, and nothing else in its place."""
     first = Case("linformer", {"rank": 4, "sharing": "layerwise"}).build()
-    second = Case("linformer", {"rank": 4, "sharing": "layerwise", "projection": first.key_projection}).build()
-    assert second.key_projection is second.value_projection is first.key_projection is first.value_projection
+    second = Case(
+        "linformer", {"rank": 4, "sharing": "layerwise", "projection": first.key_projection}
+    ).build()
+    assert (
+        second.key_projection
+        is second.value_projection
+        is first.key_projection
+        is first.value_projection
+    )
     for wrong in ({"rank": 5, "sharing": "layerwise"}, {"rank": 4, "sharing": "headwise"}):
         with pytest.raises(ValueError) as error:  # noqa: PT011
             Case("linformer", {**wrong, "projection": first.key_projection}).build()
         says(error, "projection", "sharing='layerwise'", r"\(1, 1024, 4\)", wrong["sharing"])
 
 
-@pytest.mark.parametrize("case", [case for case in usual_cases() if case.spec.needs_max_length], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in usual_cases() if case.spec.needs_max_length], ids=str
+)
 def test_longer_than_max_length(case: Case) -> None:
     q, k, v = inputs()
     attn = case.build(max_length=5)
@@ -293,18 +414,27 @@ def test_sdpa_says_why_it_refuses_a_mask_of_another_dtype() -> None:
     mask = torch.zeros(6, 6, dtype=torch.float64)
     with pytest.raises(UnsupportedError) as error:
         Case("standard").build(backend="sdpa")(q, k, v, attn_mask=mask)
-    says(error, "backend='sdpa'", "attn_mask", r"torch\.float64", r"torch\.float32", "backend='auto'")
+    says(
+        error, "backend='sdpa'", "attn_mask", r"torch\.float64", r"torch\.float32", "backend='auto'"
+    )
     assert Case("standard").build()(q, k, v, attn_mask=mask).dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", [name for name in attnzoo.names() if attnzoo.describe(name).spec.dropout])
+@pytest.mark.parametrize(
+    "name", [name for name in attnzoo.names() if attnzoo.describe(name).spec.dropout]
+)
 def test_dropout_is_for_training_only(name: str) -> None:
     """In eval it does nothing; in training the output is unbiased and differs from call to call."""
-    plain, attn = Case(name).build(dtype=torch.float64), Case(name, {"dropout": 0.3}).build(dtype=torch.float64)
+    plain, attn = (
+        Case(name).build(dtype=torch.float64),
+        Case(name, {"dropout": 0.3}).build(dtype=torch.float64),
+    )
     q, k, v, _ = tensors(Situation(20, 20))
     for _, backend in with_backends([Case(name)]):
         attn.backend = backend
-        assert torch.equal(attn.eval()(q, k, v), Case(name).build(dtype=torch.float64, backend=backend)(q, k, v))
+        assert torch.equal(
+            attn.eval()(q, k, v), Case(name).build(dtype=torch.float64, backend=backend)(q, k, v)
+        )
         draws = torch.stack([attn.train()(q, k, v) for _ in range(400)])
         assert not torch.equal(draws[0], draws[1])
         standard_error = draws.std(0) / 20 + 1e-9
@@ -319,27 +449,53 @@ zoo: Any = attnzoo  # whose types would be told of before anything runs
 #: What is given in the wrong place or of the wrong kind, and the sentence for it, which is never
 #: Python's own.
 MISPLACED: list[tuple[Callable[[], Any], str]] = [
-    (lambda: zoo.swap(model(), "sliding_window", {"window": 3}), "give options by name: attnzoo.swap(model, 'sliding_window', window=3)"),
-    (lambda: zoo.swap(model(), "sliding_window", layers={}), "layers={} is a mapping; give options by name"),
-    (lambda: zoo.swap(model(), ["linear"]), "name=['linear'] must be the name of an attention, or a mapping"),
-    (lambda: zoo.swap(model(), {0: ("linear", None)}), "('linear', None) must be the name of an attention or a pair"),
+    (
+        lambda: zoo.swap(model(), "sliding_window", {"window": 3}),
+        "give options by name: attnzoo.swap(model, 'sliding_window', window=3)",
+    ),
+    (
+        lambda: zoo.swap(model(), "sliding_window", layers={}),
+        "layers={} is a mapping; give options by name",
+    ),
+    (
+        lambda: zoo.swap(model(), ["linear"]),
+        "name=['linear'] must be the name of an attention, or a mapping",
+    ),
+    (
+        lambda: zoo.swap(model(), {0: ("linear", None)}),
+        "('linear', None) must be the name of an attention or a pair",
+    ),
     (lambda: zoo.swap("linear", model()), "model='linear' is no torch.nn.Module"),
-    (lambda: zoo.build("standard", 8, 64, 3), "standard takes heads and head_dim without their names and got (8, 64, 3)"),
+    (
+        lambda: zoo.build("standard", 8, 64, 3),
+        "standard takes heads and head_dim without their names and got (8, 64, 3)",
+    ),
     (lambda: zoo.build("standard", 8), "standard needs head_dim"),
     (lambda: zoo.build("standard", 8, 64, heads=4), "heads is given twice, 8 and 4"),
     (lambda: zoo.build("standard", "8", 64), "heads='8' must be a whole number"),
     (lambda: zoo.build(["standard"], 8, 64), "unknown attention ['standard']"),
     (lambda: zoo.describe({}), "unknown attention {}"),
     (lambda: zoo.MultiheadAttention(32, 4, attention=["linear"]), "unknown attention ['linear']"),
-    (lambda: zoo.MultiheadAttention(32, 4, attention_options=["window"]), "attention_options=['window'] must be a mapping"),
-    (lambda: zoo.MultiheadAttention(32, 4, attention_options=3), "attention_options=3 must be a mapping"),
-    (lambda: zoo.MultiheadAttention(32, 4, attention_options={3: 3}), "attention_options={3: 3} must be a mapping"),
+    (
+        lambda: zoo.MultiheadAttention(32, 4, attention_options=["window"]),
+        "attention_options=['window'] must be a mapping",
+    ),
+    (
+        lambda: zoo.MultiheadAttention(32, 4, attention_options=3),
+        "attention_options=3 must be a mapping",
+    ),
+    (
+        lambda: zoo.MultiheadAttention(32, 4, attention_options={3: 3}),
+        "attention_options={3: 3} must be a mapping",
+    ),
     (lambda: zoo.load(model(), 3), "path=3 must be the path of a file"),
     (lambda: zoo.save(zoo.swap(model(), "linear"), None), "path=None must be the path of a file"),
 ]
 
 
-@pytest.mark.parametrize(("call", "sentence"), MISPLACED, ids=[sentence for _, sentence in MISPLACED])
+@pytest.mark.parametrize(
+    ("call", "sentence"), MISPLACED, ids=[sentence for _, sentence in MISPLACED]
+)
 def test_what_is_misplaced_is_told_in_a_sentence(call: Callable[[], Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)):
         call()
@@ -347,7 +503,9 @@ def test_what_is_misplaced_is_told_in_a_sentence(call: Callable[[], Any], senten
 
 @pytest.mark.parametrize("name", attnzoo.names())
 def test_heads_and_head_dim_need_no_names(name: str) -> None:
-    assert repr(attnzoo.build(name, 4, 8, **small(name))) == repr(attnzoo.build(name, heads=4, head_dim=8, **small(name)))
+    assert repr(attnzoo.build(name, 4, 8, **small(name))) == repr(
+        attnzoo.build(name, heads=4, head_dim=8, **small(name))
+    )
 
 
 @pytest.mark.parametrize("name", attnzoo.names())

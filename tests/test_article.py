@@ -10,10 +10,12 @@ import pytest
 
 from attnzoo.cost import article
 from attnzoo.cost.hardware import GPU, gpu_presets
-from attnzoo.cost.models import TransformerModel, model_presets
-from attnzoo.cost.table import Table
+from attnzoo.cost.model_sizes import TransformerModel, model_presets
+from attnzoo.table import Table
 
-PRINTED: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "article_tables.json").read_text(encoding="utf-8"))
+PRINTED: dict[str, Any] = json.loads(
+    (Path(__file__).parent / "data" / "article_tables.json").read_text(encoding="utf-8")
+)
 SMALL = TransformerModel("GPT-2 Small", **PRINTED["max_length"]["model"])
 
 
@@ -22,12 +24,17 @@ def lengths(name: str) -> list[int]:
 
 
 def assert_printed(table: Table, printed: list[dict[str, Any]], digits: dict[str, int]) -> None:
-    """Every printed number equals the table's, rounded to the digits of its column (0: a whole number, exactly as printed)."""
+    """Every printed number equals the table's, rounded to the digits of its column (0: a whole
+    number, exactly as printed)."""
     assert len(table.rows) == len(printed)
     for row, wanted in zip(table.rows, printed, strict=True):
         for key, value in wanted.items():
             if key in digits:
-                assert format(row[key], f".{digits[key]}f") == format(value, f".{digits[key]}f"), (table.name, wanted, key)
+                assert format(row[key], f".{digits[key]}f") == format(value, f".{digits[key]}f"), (
+                    table.name,
+                    wanted,
+                    key,
+                )
             else:
                 assert row[key] == value, (table.name, wanted, key)
 
@@ -42,25 +49,36 @@ def test_attention_flops():
 
 def test_attention_memory():
     printed = PRINTED["attention_memory"]
-    models = [TransformerModel(model["name"], model["d"], model["heads"], model["layers"]) for model in printed["models"]]
+    models = [
+        TransformerModel(model["name"], model["d"], model["heads"], model["layers"])
+        for model in printed["models"]
+    ]
     table = article.attention_memory(models, printed["lengths"])
     assert len(table.rows) == len(models) * len(printed["lengths"])
     found = {(row["model"], row["n"]): row["gib"] for row in table.rows}
     for entry in printed["printed"]:
-        assert format(found[entry["model"], entry["n"]], ".2f") == format(entry["gib"], ".2f"), entry
+        assert format(found[entry["model"], entry["n"]], ".2f") == format(entry["gib"], ".2f"), (
+            entry
+        )
 
 
 def test_rnn_crossover():
     table = article.rnn_crossover(lengths("rnn_crossover"), PRINTED["rnn_crossover"]["d"])
     assert_printed(table, PRINTED["rnn_crossover"]["rows"], {})
-    assert [row["n"] for row in table.rows if row["attention"] == row["rnn"]] == [PRINTED["rnn_crossover"]["d"]]
+    assert [row["n"] for row in table.rows if row["attention"] == row["rnn"]] == [
+        PRINTED["rnn_crossover"]["d"]
+    ]
 
 
 def test_path_length():
     table = article.path_length(lengths("path_length"), PRINTED["path_length"]["d"])
     assert_printed(table, PRINTED["path_length"]["rows"], {})
     for row in table.rows:
-        assert (row["rnn_max"], row["rnn_mean"], row["attention"]) == (row["n"] - 1, (row["n"] - 1) / 2, 1)
+        assert (row["rnn_max"], row["rnn_mean"], row["attention"]) == (
+            row["n"] - 1,
+            (row["n"] - 1) / 2,
+            1,
+        )
 
 
 def test_max_length():
@@ -81,21 +99,34 @@ def test_layer_breakdown():
     assert_printed(table, printed["rows"], {"attention": 1, "projections": 1, "ffn": 1})
     for row in table.rows:
         assert row["attention"] + row["projections"] + row["ffn"] == pytest.approx(100, abs=1e-12)
-        assert row["total_macs"] == 2 * row["n"] ** 2 * printed["d"] + 12 * row["n"] * printed["d"] ** 2
+        assert (
+            row["total_macs"]
+            == 2 * row["n"] ** 2 * printed["d"] + 12 * row["n"] * printed["d"] ** 2
+        )
 
 
 def test_variant_complexity():
     printed = PRINTED["variant_complexity"]
     table = article.variant_complexity(printed["n"], printed["d"])
-    assert [variant.split(",")[0] for variant in table.values("variant")] == [row["variant"].split(",")[0] for row in printed["rows"]]
-    assert_printed(table, [{"flops": row["flops"], "speedup": row["speedup"]} for row in printed["rows"]], {"speedup": 1})
+    assert [variant.split(",")[0] for variant in table.values("variant")] == [
+        row["variant"].split(",")[0] for row in printed["rows"]
+    ]
+    assert_printed(
+        table,
+        [{"flops": row["flops"], "speedup": row["speedup"]} for row in printed["rows"]],
+        {"speedup": 1},
+    )
 
 
 def test_shipped_presets_are_the_articles_models_and_gpus():
     models = {model.title: model for model in model_presets().values()}
     for wanted in PRINTED["attention_memory"]["models"]:
         model = models[wanted["name"]]
-        assert (model.d, model.heads, model.layers) == (wanted["d"], wanted["heads"], wanted["layers"])
+        assert (model.d, model.heads, model.layers) == (
+            wanted["d"],
+            wanted["heads"],
+            wanted["layers"],
+        )
     gpus = {gpu.title: gpu for gpu in gpu_presets().values()}
     for wanted in PRINTED["max_length"]["rows"]:
         assert gpus[wanted["gpu"]].memory_gb == wanted["memory_gb"]
@@ -109,8 +140,24 @@ def test_default_lengths_are_the_articles():
 
 
 def test_contradictions_name_the_tables_numbers():
-    found = " ".join(f"{c.prose}: {c.table}" for c in article.contradictions(SMALL, *(GPU("", gb, 1, 1) for gb in (24, 80))))
-    for number in ("7,637", "13,944", "254", "63.2", "18.2", "47.1", "0.11", "1.27", "18.56", "12.0", "128×", "21×"):
+    found = " ".join(
+        f"{c.prose}: {c.table}"
+        for c in article.contradictions(SMALL, *(GPU("", gb, 1, 1) for gb in (24, 80)))
+    )
+    for number in (
+        "7,637",
+        "13,944",
+        "254",
+        "63.2",
+        "18.2",
+        "47.1",
+        "0.11",
+        "1.27",
+        "18.56",
+        "12.0",
+        "128×",
+        "21×",
+    ):
         assert number in found
 
 

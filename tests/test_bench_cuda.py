@@ -1,4 +1,5 @@
-"""Timing on CUDA, on a device that is not there: in which order things are asked of it, and what a sweep survives."""
+"""Timing on CUDA, on a device that is not there: in which order things are asked of it, and what a
+sweep survives."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.bench import cuda, levels, sweep
-from attnzoo.bench.cuda import DeviceLost, EventClock, captured
+from attnzoo.bench import cuda_timing, levels, sweep
+from attnzoo.bench.bench_rows import Row
+from attnzoo.bench.cuda_timing import DeviceLost, EventClock, captured
 from attnzoo.bench.levels import Work, prepare
-from attnzoo.bench.limits import Limits
+from attnzoo.bench.machine_limits import Limits
 from attnzoo.bench.plan import Cell, Contender, Shape
-from attnzoo.bench.rows import Row
 from attnzoo.bench.sweep import Bench
 from attnzoo.fidelity.candidate import Candidate
 
@@ -41,7 +42,11 @@ class Device:
     def event(self, **_: Any) -> Any:
         name = "stop" if self.asked and self.asked[-1].startswith("made") else "start"
         self.asked.append(f"made {name}")
-        return SimpleNamespace(record=lambda: self.asked.append(name), synchronize=self.synchronize, elapsed_time=lambda _: 2.0)
+        return SimpleNamespace(
+            record=lambda: self.asked.append(name),
+            synchronize=self.synchronize,
+            elapsed_time=lambda _: 2.0,
+        )
 
     @contextmanager
     def recording(self, name: str) -> Iterator[None]:
@@ -86,7 +91,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     }
     for name, value in replaced.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(cuda, "torch", SimpleNamespace(cuda=torch.cuda, empty=empty, int8=torch.int8))
+    monkeypatch.setattr(
+        cuda_timing, "torch", SimpleNamespace(cuda=torch.cuda, empty=empty, int8=torch.int8)
+    )
     return found
 
 
@@ -94,7 +101,13 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 def bench(device: Device, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """A sweep's bench on that device, whose inputs lie in the processor's memory."""
     normal = levels._normal
-    monkeypatch.setattr(levels, "_normal", lambda shape, number, dtype, _, seed: normal(shape, number, dtype, torch.device("cpu"), seed))
+    monkeypatch.setattr(
+        levels,
+        "_normal",
+        lambda shape, number, dtype, _, seed: normal(
+            shape, number, dtype, torch.device("cpu"), seed
+        ),
+    )
     monkeypatch.setattr(sweep, "environment", lambda **_: {"device": "pretended"})
     monkeypatch.setattr(sweep, "measure_limits", lambda *_: Limits(1e11, 1e10))
     monkeypatch.setattr(sweep, "peak_bytes", lambda call, _: call() is None or 1)
@@ -107,21 +120,35 @@ def failing(monkeypatch: pytest.MonkeyPatch, name: str, fail: Callable[[], Any])
 
     def prepared(contender: Contender | None, *arguments: Any) -> Work:
         work = real(contender, *arguments)
-        return Work(fail, work.attention) if contender is not None and contender.candidate.name == name else work
+        return (
+            Work(fail, work.attention)
+            if contender is not None and contender.candidate.name == name
+            else work
+        )
 
     monkeypatch.setattr(sweep, "prepare", prepared)
 
 
-def test_the_cache_is_flushed_before_the_events_and_the_device_awaited_before_they_are_read(device: Device) -> None:
+def test_the_cache_is_flushed_before_the_events_and_the_device_awaited_before_they_are_read(
+    device: Device,
+) -> None:
     clock = EventClock(DEVICE)
     assert vars(clock.flush)["sizes"] == (2 * 64,)
     assert clock(lambda: device.asked.append("call")) == 2e-3
-    assert device.asked == ["made start", "made stop", "flush", "start", "call", "stop", "synchronize"]
+    assert device.asked == [
+        "made start",
+        "made stop",
+        "flush",
+        "start",
+        "call",
+        "stop",
+        "synchronize",
+    ]
 
 
 def test_a_pass_is_warmed_up_beside_the_stream_and_then_captured_once(device: Device) -> None:
     replay = captured(lambda: device.asked.append("call"), DEVICE)
-    warm = ["warm-up begins", *["call"] * cuda.CAPTURE_WARMUPS, "warm-up ends"]
+    warm = ["warm-up begins", *["call"] * cuda_timing.CAPTURE_WARMUPS, "warm-up ends"]
     assert replay is not None and device.asked == [*warm, "capture begins", "call", "capture ends"]
 
 
@@ -137,9 +164,13 @@ def test_the_device_is_the_current_one_before_anything_runs(bench: Bench, device
     assert device.asked == ["set cuda", *device.asked[1:]] and device.asked.count("set cuda") == 1
 
 
-def test_rows_have_eager_and_graph_times_and_graphs_are_held_one_at_a_time(bench: Bench, device: Device) -> None:
+def test_rows_have_eager_and_graph_times_and_graphs_are_held_one_at_a_time(
+    bench: Bench, device: Device
+) -> None:
     rows = list(bench.measure(HERE, [STANDARD, LINEAR], 3, 9.0))
-    assert [(row.label, row.seconds, row.graph_seconds, row.rounds) for row in rows] == [(n, 2e-3, 2e-3, 3) for n in ("sdpa", "standard", "linear")]
+    assert [(row.label, row.seconds, row.graph_seconds, row.rounds) for row in rows] == [
+        (n, 2e-3, 2e-3, 3) for n in ("sdpa", "standard", "linear")
+    ]
     assert device.most_graphs == 1 and device.asked.count("replay") == 3 * (3 + 1)
     flushes = [place for place, what in enumerate(device.asked) if what == "flush"]
     assert all(device.asked[place + 1] == "start" for place in flushes)
@@ -149,17 +180,24 @@ class KernelDoesNotCompile(Exception):
     """Of no kind that Python knows, as Triton's errors are."""
 
 
-def test_an_error_of_any_kind_is_a_row_and_the_sweep_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_any_kind_is_a_row_and_the_sweep_goes_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail() -> None:
         raise KernelDoesNotCompile("out of shared memory")
 
     failing(monkeypatch, "linear", fail)
     rows = {row.label: row for row in bench.measure(HERE, [LINEAR, STANDARD], 3, 9.0)}
-    assert rows["linear"].seconds is None and rows["linear"].reason == "failed with KernelDoesNotCompile: out of shared memory"
+    assert (
+        rows["linear"].seconds is None
+        and rows["linear"].reason == "failed with KernelDoesNotCompile: out of shared memory"
+    )
     assert rows["standard"].seconds
 
 
-def test_a_graph_that_fails_leaves_the_eager_times(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_fails_leaves_the_eager_times(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("capture has broken")
 
@@ -168,7 +206,9 @@ def test_a_graph_that_fails_leaves_the_eager_times(bench: Bench, monkeypatch: py
     assert [(row.seconds, row.graph_seconds, row.reason) for row in rows] == [(2e-3, None, "")] * 2
 
 
-def test_a_lost_device_ends_the_sweep_behind_the_row_that_lost_it(bench: Bench, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_device_ends_the_sweep_behind_the_row_that_lost_it(
+    bench: Bench, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else every later row would be called wrong, and skipped when the sweep is resumed."""
 
     def fail() -> None:
@@ -185,20 +225,29 @@ def test_a_lost_device_ends_the_sweep_behind_the_row_that_lost_it(bench: Bench, 
 @pytest.mark.parametrize("name", attnzoo.names())
 @pytest.mark.parametrize("phase", ["forward", "forward+backward"])
 def test_no_pass_waits_for_the_device_or_copies_to_it(name: str, phase: str) -> None:
-    """What a CUDA graph cannot hold. On the meta device reading a number fails, and a copy shows as an operation on two devices."""
+    """What a CUDA graph cannot hold. On the meta device reading a number fails, and a copy shows as
+    an operation on two devices."""
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             out = func(*args, **(kwargs or {}))
-            devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
+            devices = {
+                x.device.type
+                for x in tree_leaves((args, kwargs, out))
+                if isinstance(x, torch.Tensor)
+            }
             assert len(devices) <= 1, f"{func} on {sorted(devices)}"
             return out
 
     for is_causal in attnzoo.describe(name).spec.forms:
         cell = Cell("core", phase, is_causal, 300, "bfloat16", Shape(2, 2, 16))
-        inputs = [tuple(torch.empty(2, 2, 300, 16, dtype=torch.bfloat16, device="meta") for _ in range(3))]
+        inputs = [
+            tuple(torch.empty(2, 2, 300, 16, dtype=torch.bfloat16, device="meta") for _ in range(3))
+        ]
         run = prepare(Contender(Candidate(name), "auto"), cell, inputs, 0).run
         run()  # tables are made at the first
         with Watch():

@@ -10,13 +10,21 @@ import torch
 from torch import Tensor
 
 import attnzoo
-from attnzoo.fidelity.models import Pretrained, capture, capture_tensors, load, select_heads
 from attnzoo.fidelity.packages import MissingPackageError
-from attnzoo.fidelity.text import play
+from attnzoo.fidelity.plays import play
+from attnzoo.fidelity.pretrained import Pretrained, capture, capture_tensors, load, select_heads
 
-transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'attnzoo[models]'")
+transformers = pytest.importorskip(
+    "transformers", reason="needs transformers: pip install 'attnzoo[models]'"
+)
 
-SIZES = {"hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 3, "vocab_size": 60, "max_position_embeddings": 64}
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "vocab_size": 60,
+    "max_position_embeddings": 64,
+}
 
 
 def tiny_llama() -> Any:
@@ -29,9 +37,13 @@ def tiny_bert() -> Any:
 
 
 def own_attention_outputs(model: Any, modules: list[Any], ids: Tensor, heads: int) -> list[Tensor]:
-    """What the model itself hands to each of the projections behind attention, (1, heads, length, head_dim)."""
+    """What the model itself hands to each of the projections behind attention, (1, heads, length,
+    head_dim)."""
     seen: list[Tensor] = []
-    hooks = [module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for module in modules]
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        for module in modules
+    ]
     with torch.no_grad():
         model.base_model(ids)
     for hook in hooks:
@@ -44,13 +56,19 @@ def test_captured_tensors_reproduce_the_models_own_attention(family: str) -> Non
     causal = family == "llama"
     model = tiny_llama() if causal else tiny_bert()
     heads = model.config.num_attention_heads
-    behind = [layer.self_attn.o_proj for layer in model.model.layers] if causal else [layer.attention.output.dense for layer in model.encoder.layer]
+    behind = (
+        [layer.self_attn.o_proj for layer in model.model.layers]
+        if causal
+        else [layer.attention.output.dense for layer in model.encoder.layer]
+    )
     ids = torch.randint(0, 60, (1, 50))
     own = own_attention_outputs(model, behind, ids, heads)
     q, k, v = capture_tensors(model, ids, [0, 2], is_causal=causal)
     assert k.shape[1] == (2 if causal else 4)
     attention = attnzoo.build("standard", heads=heads, head_dim=q.shape[3])
-    torch.testing.assert_close(attention(q, k, v, is_causal=causal), torch.cat([own[0], own[2]]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        attention(q, k, v, is_causal=causal), torch.cat([own[0], own[2]]), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_the_models_own_scale_is_folded_into_the_queries() -> None:
@@ -78,7 +96,9 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_attention_that_is_not_softmax_over_all_keys_is_refused() -> None:
-    config = transformers.MistralConfig(**SIZES, num_attention_heads=6, num_key_value_heads=2, sliding_window=8)
+    config = transformers.MistralConfig(
+        **SIZES, num_attention_heads=6, num_key_value_heads=2, sliding_window=8
+    )
     ids = torch.randint(0, 60, (1, 20))
     with pytest.raises(ValueError, match="sliding_window"):
         capture_tensors(transformers.MistralForCausalLM(config).eval(), ids, [0], is_causal=True)
@@ -86,13 +106,24 @@ def test_attention_that_is_not_softmax_over_all_keys_is_refused() -> None:
         capture_tensors(tiny_bert(), ids, [0], is_causal=True)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [((0, 1, 3, 4), [0, 1]), ((0, 4), [0, 1]), ((2,), [0]), ((0, 1, 5), [0, 0, 1]), ((5, 0), [1, 0])])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"),
+    [
+        ((0, 1, 3, 4), [0, 1]),
+        ((0, 4), [0, 1]),
+        ((2,), [0]),
+        ((0, 1, 5), [0, 0, 1]),
+        ((5, 0), [1, 0]),
+    ],
+)
 def test_chosen_heads_keep_the_keys_they_share(heads: tuple[int, ...], kv_heads: list[int]) -> None:
     q, k, v = torch.randn(2, 6, 9, 4), torch.randn(2, 2, 9, 4), torch.randn(2, 2, 9, 4)
     chosen = select_heads(q, k, v, heads)
     assert torch.equal(chosen[1], k[:, kv_heads])
     whole = attnzoo.build("standard", heads=6, head_dim=4)(q, k, v)
-    torch.testing.assert_close(attnzoo.build("standard", heads=len(heads), head_dim=4)(*chosen), whole[:, list(heads)])
+    torch.testing.assert_close(
+        attnzoo.build("standard", heads=len(heads), head_dim=4)(*chosen), whole[:, list(heads)]
+    )
 
 
 class Letters:
@@ -120,11 +151,17 @@ def test_what_the_model_does_not_have_is_refused(arguments: dict[str, Any], said
 
 def test_a_sample_names_its_layers_and_heads() -> None:
     sample = capture(Pretrained("tiny", True, tiny_llama(), Letters()), "to be or not to be", 16)
-    assert (sample.layers, sample.heads, sample.length) == (("layer 0", "layer 1", "layer 2"), (0, 3, 5), 16)
+    assert (sample.layers, sample.heads, sample.length) == (
+        ("layer 0", "layer 1", "layer 2"),
+        (0, 3, 5),
+        16,
+    )
     assert sample.q.shape == (3, 3, 16, 8) and sample.score_std > 0
 
 
-def _real_sample(name: str, length: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Pretrained, Tensor]:
+def _real_sample(
+    name: str, length: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Pretrained, Tensor]:
     def no_network(*_: Any, **__: Any) -> None:
         raise AssertionError("the network was used")
 
@@ -138,18 +175,40 @@ def _real_sample(name: str, length: int, monkeypatch: pytest.MonkeyPatch) -> tup
 
 def test_minilm_is_captured_as_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     pretrained, ids = _real_sample("MiniLM-L6", 128, monkeypatch)
-    own = own_attention_outputs(pretrained.model, [layer.attention.output.dense for layer in pretrained.model.encoder.layer], ids, 12)
+    own = own_attention_outputs(
+        pretrained.model,
+        [layer.attention.output.dense for layer in pretrained.model.encoder.layer],
+        ids,
+        12,
+    )
     q, k, v = capture_tensors(pretrained.model, ids, range(6), is_causal=False)
-    torch.testing.assert_close(attnzoo.build("standard", heads=12, head_dim=32)(q, k, v), torch.cat(own), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        attnzoo.build("standard", heads=12, head_dim=32)(q, k, v),
+        torch.cat(own),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 @pytest.mark.slow
-def test_smollm2_is_captured_as_it_computes_and_predicts_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smollm2_is_captured_as_it_computes_and_predicts_the_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pretrained, ids = _real_sample("SmolLM2-135M", 256, monkeypatch)
-    own = own_attention_outputs(pretrained.model, [layer.self_attn.o_proj for layer in pretrained.model.model.layers], ids, 9)
+    own = own_attention_outputs(
+        pretrained.model,
+        [layer.self_attn.o_proj for layer in pretrained.model.model.layers],
+        ids,
+        9,
+    )
     q, k, v = capture_tensors(pretrained.model, ids, range(30), is_causal=True)
     assert k.shape == (30, 3, 256, 64)
-    torch.testing.assert_close(attnzoo.build("standard", heads=9, head_dim=64)(q, k, v, is_causal=True), torch.cat(own), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        attnzoo.build("standard", heads=9, head_dim=64)(q, k, v, is_causal=True),
+        torch.cat(own),
+        rtol=1e-4,
+        atol=1e-4,
+    )
     with torch.no_grad():
         loss = float(pretrained.model(ids, labels=ids).loss)
     assert loss < 5  # weights that were read wrongly give ln 49152 = 10.8

@@ -1,4 +1,5 @@
-"""Gradient checkpointing, torch's and Hugging Face's: the forward runs twice, and no gradient changes by a bit."""
+"""Gradient checkpointing, torch's and Hugging Face's: the forward runs twice, and no gradient
+changes by a bit."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from attnzoo.registry import spec_of
 
 CASES = pytest.mark.parametrize("case", usual_cases(), ids=str)
 FAMILIES = ["bert", "gpt2", "llama", "mistral", "qwen2"]
-REENTRANT = pytest.mark.parametrize("use_reentrant", [False, True], ids=["not reentrant", "reentrant"])
+REENTRANT = pytest.mark.parametrize(
+    "use_reentrant", [False, True], ids=["not reentrant", "reentrant"]
+)
 
 
 def count_calls(model: nn.Module) -> list[int]:
@@ -31,7 +34,8 @@ def count_calls(model: nn.Module) -> list[int]:
 
 
 def gradients(model: nn.Module, x: Tensor, run: Callable[[], Tensor]) -> list[Tensor]:
-    """By `backward`, which is all that reentrant checkpointing knows; every output weighs differently."""
+    """By `backward`, which is all that reentrant checkpointing knows; every output weighs
+    differently."""
     model.zero_grad()
     x.grad = None
     torch.manual_seed(1)  # of the dropout
@@ -50,7 +54,9 @@ def test_checkpointing_a_multihead_attention(case: Case, use_reentrant: bool) ->
     padding[1, :20] = True
 
     def attend(x: Tensor) -> Tensor:
-        return mha(x, x, x, key_padding_mask=padding, is_causal=case.spec.causal, need_weights=False)[0]
+        return mha(
+            x, x, x, key_padding_mask=padding, is_causal=case.spec.causal, need_weights=False
+        )[0]
 
     calls = count_calls(mha)
     plain = gradients(mha, x, lambda: attend(x))
@@ -66,7 +72,11 @@ def test_checkpointing_torchs_layer(case: Case, use_reentrant: bool) -> None:
     """Dropout inside the layer draws the same numbers in the second forward."""
     layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, dropout=0.2)
     layer.self_attn.dropout = 0.2 if case.spec.dropout else 0.0
-    options = {key: value for key, value in options_of(case)["attention_options"].items() if key != "dropout"}
+    options = {
+        key: value
+        for key, value in options_of(case)["attention_options"].items()
+        if key != "dropout"
+    }
     attnzoo.swap(layer, case.variant, **options)
     x = torch.randn(2, 60, 32, requires_grad=True)
     masks = layer_masks(case.spec, 60)
@@ -81,13 +91,20 @@ def test_checkpointing_torchs_layer(case: Case, use_reentrant: bool) -> None:
     assert not torch.equal(run(x), run(x))
 
 
-@pytest.mark.parametrize(("family", "name"), [(f, n) for f in FAMILIES for n in attnzoo.names() if spec_of(n).runs(f != "bert")])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(f, n) for f in FAMILIES for n in attnzoo.names() if spec_of(n).runs(f != "bert")],
+)
 @REENTRANT
 def test_checkpointing_a_transformers_model(family: str, name: str, use_reentrant: bool) -> None:
     pytest.importorskip("transformers")
     from swap_models import make, padded, tokens
 
-    model, ids, mask = attnzoo.swap(make(family), name, **small(name)).train(), tokens(), padded("left")
+    model, ids, mask = (
+        attnzoo.swap(make(family), name, **small(name)).train(),
+        tokens(),
+        padded("left"),
+    )
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -99,7 +116,9 @@ def test_checkpointing_a_transformers_model(family: str, name: str, use_reentran
     calls = count_calls(model)
     plain = gradients(model, embedded, run)
     assert len(calls) == 3
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
+    )
     again = gradients(model, embedded, run)
     assert len(calls) == 9
     assert len(plain) > 20 and all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))

@@ -1,4 +1,5 @@
-"""The command line: what it prints and writes, and one clear sentence for whatever cannot be done."""
+"""The command line: what it prints and writes, and one clear sentence for whatever cannot be
+done."""
 
 from __future__ import annotations
 
@@ -17,14 +18,25 @@ pytest.importorskip("matplotlib")
 
 import attnzoo
 import attnzoo.fidelity
-from attnzoo import cli
+from attnzoo.commands import program
 from attnzoo.commands.command import _console
 from attnzoo.commands.compare import MODELS
 from attnzoo.commands.variants import parse_variant
 from attnzoo.fidelity import LENGTHS, Comparison
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-SMALL = ["compare", "--models", "synthetic", "--lengths", "16", "48", "--variants", "standard", "linear", "sliding_window:window=8"]
+SMALL = [
+    "compare",
+    "--models",
+    "synthetic",
+    "--lengths",
+    "16",
+    "48",
+    "--variants",
+    "standard",
+    "linear",
+    "sliding_window:window=8",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -34,12 +46,14 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 def refused(capsys, *arguments: str) -> str:
     """The one sentence with which a command line is refused."""
-    code = cli.main(list(arguments))
+    code = program.main(list(arguments))
     captured = capsys.readouterr()
     said = captured.err.strip().splitlines()
     assert code == 2, captured
     assert captured.out == ""
-    assert len(said) == 1 and said[0].startswith("attnzoo: ") and "Traceback" not in said[0], captured.err
+    assert len(said) == 1 and said[0].startswith("attnzoo: ") and "Traceback" not in said[0], (
+        captured.err
+    )
     return said[0]
 
 
@@ -49,16 +63,24 @@ def write(name: str, text: str | bytes) -> str:
 
 
 def test_list_prints_every_variant(capsys):
-    assert cli.main(["list"]) == 0
+    assert program.main(["list"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in attnzoo.names())
-    assert all(name in printed for name in ("KV caching", "gradient checkpointing", "grouped-query attention", "recurrent layer"))
+    assert all(
+        name in printed
+        for name in (
+            "KV caching",
+            "gradient checkpointing",
+            "grouped-query attention",
+            "recurrent layer",
+        )
+    )
     assert "\x1b" not in printed
 
 
 @pytest.mark.parametrize("name", attnzoo.names())
 def test_show_prints_equation_paper_options_and_cost(capsys, name):
-    assert cli.main(["show", name]) == 0
+    assert program.main(["show", name]) == 0
     printed = capsys.readouterr().out
     described = attnzoo.describe(name)
     unwrapped = " ".join(printed.split())  # a narrow terminal wraps the equation
@@ -68,27 +90,46 @@ def test_show_prints_equation_paper_options_and_cost(capsys, name):
 
 
 def test_version_and_help(capsys):
-    for arguments, expected in ((["--version"], attnzoo.__version__), (["--help"], "compare"), (["compare", "--help"], "--lengths")):
+    for arguments, expected in (
+        (["--version"], attnzoo.__version__),
+        (["--help"], "compare"),
+        (["compare", "--help"], "--lengths"),
+    ):
         with pytest.raises(SystemExit) as stop:
-            cli.main(arguments)
+            program.main(arguments)
         assert stop.value.code == 0 and expected in capsys.readouterr().out
 
 
 def test_list_and_help_import_nothing_heavy():
-    code = "import sys; from attnzoo.cli import main; main(['list']); print([m for m in ('matplotlib', 'transformers') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CONFIGS.parent)
+    code = (
+        "import sys; from attnzoo.commands.program import main; main(['list']); print([m for m in "
+        "('matplotlib', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CONFIGS.parent
+    )
     assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_compare_writes_page_json_and_figures(capsys):
-    assert cli.main([*SMALL, "--output", "here/deeper"]) == 0
+    assert program.main([*SMALL, "--output", "here/deeper"]) == 0
     captured = capsys.readouterr()
     found = {path.name for path in Path("here/deeper").iterdir()}
-    assert {"compare.html", "compare.json", "compare-error-macs.png", "compare-error-macs.svg", "compare-error-length.svg"} <= found
+    assert {
+        "compare.html",
+        "compare.json",
+        "compare-error-macs.png",
+        "compare-error-macs.svg",
+        "compare-error-length.svg",
+    } <= found
     text = Path("here/deeper/compare.json").read_text()
     comparison = Comparison.from_json(text)
     assert comparison.to_json() + "\n" == text
-    assert {row.label for row in comparison.rows} == {"standard", "linear", "sliding_window window=8"}
+    assert {row.label for row in comparison.rows} == {
+        "standard",
+        "linear",
+        "sliding_window window=8",
+    }
     assert {row.length for row in comparison.rows} == {48}
     assert "score standard deviation" in captured.out and "mean(v)" in captured.out
     assert "\x1b" not in captured.out + captured.err
@@ -107,7 +148,7 @@ def test_an_interrupt_writes_what_is_finished(capsys, monkeypatch):
         return compare(*arguments, progress=stop, **options)
 
     monkeypatch.setattr(attnzoo.fidelity, "compare", interrupted)
-    assert cli.main(SMALL) == 130
+    assert program.main(SMALL) == 130
     assert "interrupted" in capsys.readouterr().err
     written = Comparison.read("report/compare.json")
     assert len(written.rows) >= 3 and "interrupted" in written.environment
@@ -119,14 +160,14 @@ def test_an_interrupt_before_any_result_writes_nothing(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(attnzoo.fidelity, "load_samples", interrupted)
-    assert cli.main(["compare"]) == 130
+    assert program.main(["compare"]) == 130
     assert capsys.readouterr().err.strip().endswith("interrupted")
     assert list(Path("report").iterdir()) == []
 
 
 def test_missing_models_are_replaced_and_said(capsys, monkeypatch):
     monkeypatch.setattr("attnzoo.fidelity.packages.find_spec", lambda module: None)
-    assert cli.main(["compare", "--lengths", "32", "--variants", "standard", "linear"]) == 0
+    assert program.main(["compare", "--lengths", "32", "--variants", "standard", "linear"]) == 0
     said = capsys.readouterr().err
     assert "pip install" in said and "standard deviation 1" in said and "measured" in said
 
@@ -149,7 +190,10 @@ def test_missing_models_are_replaced_and_said(capsys, monkeypatch):
         (["compare", "--dtype", "float23"], ["'float23'", "float32", "bfloat16"]),
         (["compare", "--device", "gpu"], ["'gpu'", "cpu"]),
         (["compare", "--variants", "perfomer"], ["'perfomer'", "'performer'"]),
-        (["compare", "--variants", "performer:num_feature=3"], ["'num_feature'", "'num_features'", "orthogonal"]),
+        (
+            ["compare", "--variants", "performer:num_feature=3"],
+            ["'num_feature'", "'num_features'", "orthogonal"],
+        ),
         (["compare", "--variants", "performer:num_features=many"], ["num_features='many'", "int"]),
         (["compare", "--variants", "performer:num_features=0"], ["num_features=0", "at least 1"]),
         (["compare", "--variants", "performer:orthogonal=3"], ["orthogonal=3", "bool"]),
@@ -191,7 +235,17 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_run(capsys):
         ("- 1\n", ["list", "lengths"]),
         (b"\xff\xfe\x00", ["not a text file"]),
     ],
-    ids=["misspelt", "scalar", "no value", "not a number", "half-written", "variant", "empty", "list", "binary"],
+    ids=[
+        "misspelt",
+        "scalar",
+        "no value",
+        "not a number",
+        "half-written",
+        "variant",
+        "empty",
+        "list",
+        "binary",
+    ],
 )
 def test_a_config_with_a_mistake(capsys, text, words):
     said = refused(capsys, "compare", "--config", write("run.yaml", text))
@@ -199,31 +253,48 @@ def test_a_config_with_a_mistake(capsys, text, words):
 
 
 def test_a_config_that_cannot_be_read(capsys):
-    assert "missing.yaml cannot be read: No such file" in refused(capsys, "compare", "--config", "missing.yaml")
+    assert "missing.yaml cannot be read: No such file" in refused(
+        capsys, "compare", "--config", "missing.yaml"
+    )
     assert ". cannot be read: Is a directory" in refused(capsys, "compare", "--config", ".")
 
 
 def settings_of(*arguments: str) -> dict:
-    found = cli.make_parser().parse_args(["compare", *arguments])["compare"].as_dict()
+    found = program.make_parser().parse_args(["compare", *arguments])["compare"].as_dict()
     del found["config"]
     return found
 
 
 def test_the_default_config_is_the_default_run():
-    settled = {"lengths": list(LENGTHS), "models": list(MODELS)}  # by the run: with --model they have other defaults
+    settled = {
+        "lengths": list(LENGTHS),
+        "models": list(MODELS),
+    }  # by the run: with --model they have other defaults
     assert settings_of("--config", str(CONFIGS / "compare.yaml")) == {**settings_of(), **settled}
 
 
 def test_an_argument_overrides_the_config():
     quick = settings_of("--config", str(CONFIGS / "compare-quick.yaml"), "--seed", "7")
     assert quick["seed"] == 7 and quick["layers"] == [3]
-    assert [parse_variant(text)[0] for text in quick["variants"]] == ["standard", "linear", "linformer", "performer", "sliding_window", "bigbird"]
+    assert [parse_variant(text)[0] for text in quick["variants"]] == [
+        "standard",
+        "linear",
+        "linformer",
+        "performer",
+        "sliding_window",
+        "bigbird",
+    ]
 
 
 def test_variants_are_read_as_yaml_scalars():
     assert parse_variant("standard") == ("standard", {})
-    read = parse_variant("performer:num_features=64,features=hyperbolic,orthogonal=false,scale=1e-1")
-    assert read == ("performer", {"num_features": 64, "features": "hyperbolic", "orthogonal": False, "scale": 0.1})
+    read = parse_variant(
+        "performer:num_features=64,features=hyperbolic,orthogonal=false,scale=1e-1"
+    )
+    assert read == (
+        "performer",
+        {"num_features": 64, "features": "hyperbolic", "orthogonal": False, "scale": 0.1},
+    )
 
 
 class Terminal(io.StringIO):
@@ -245,9 +316,9 @@ def test_a_fault_of_ours_is_a_sentence_that_names_a_file(capsys, monkeypatch, tm
     def faulty(arguments):
         raise KeyError("surprise")
 
-    monkeypatch.setattr(cli, "run", faulty)
+    monkeypatch.setattr(program, "run", faulty)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert cli.main(["list"]) == 1
+    assert program.main(["list"]) == 1
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1 and "KeyError" in said
     report = next(tmp_path.glob("attnzoo-*.txt"))
@@ -258,21 +329,34 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
     def missing(arguments):
         raise ModuleNotFoundError("No module named 'rich'", name="rich.console")
 
-    monkeypatch.setattr(cli, "run", missing)
-    assert cli.main(["list"]) == 2
+    monkeypatch.setattr(program, "run", missing)
+    assert program.main(["list"]) == 2
     assert "pip install 'attnzoo[cli]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("length", [20_000_000_000, 10**14])
 def test_too_little_memory_is_a_sentence(length: int, capsys):
-    assert cli.main(["compare", "--models", "synthetic", "--lengths", str(length), "--variants", "linear"]) == 2
+    assert (
+        program.main(
+            ["compare", "--models", "synthetic", "--lengths", str(length), "--variants", "linear"]
+        )
+        == 2
+    )
     said = capsys.readouterr().err.splitlines()[-1]
-    assert re.fullmatch(r"attnzoo: there is not enough memory for this: [\d,.]+ GiB at once; give shorter --lengths, .*", said)
+    assert re.fullmatch(
+        r"attnzoo: there is not enough memory for this: [\d,.]+ GiB at once; give shorter --lengths, .*",
+        said,
+    )
 
 
 def test_a_closed_pipe_is_no_error():
     done = subprocess.run(
-        f"{sys.executable} -m attnzoo show standard | head -1", shell=True, capture_output=True, text=True, check=True, cwd=CONFIGS.parent
+        f"{sys.executable} -m attnzoo show standard | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=CONFIGS.parent,
     )
     assert "Traceback" not in done.stderr and done.stderr == ""
 
@@ -280,8 +364,8 @@ def test_a_closed_pipe_is_no_error():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_models_limits_are_those_of_the_models(name):
-    from attnzoo.fidelity.models import load
     from attnzoo.fidelity.packages import MissingPackageError
+    from attnzoo.fidelity.pretrained import load
 
     try:
         pretrained = load(MODELS[name].title)

@@ -1,4 +1,5 @@
-"""Every variant goes through torch.compile(fullgraph=True), forward and backward, and says the same as without it."""
+"""Every variant goes through torch.compile(fullgraph=True), forward and backward, and says the same
+as without it."""
 
 from __future__ import annotations
 
@@ -8,8 +9,16 @@ from cases import Case, Situation, can, close, gradients_of, padding, tensors, u
 
 import attnzoo
 
-RUNS = [(case, is_causal) for case in usual_cases() for is_causal in (False, True) if can(case.spec, is_causal)]
-KINDS = pytest.mark.parametrize(("case", "is_causal"), [pytest.param(c, i, id=f"{c}-{'causal' if i else 'full'}") for c, i in RUNS])
+RUNS = [
+    (case, is_causal)
+    for case in usual_cases()
+    for is_causal in (False, True)
+    if can(case.spec, is_causal)
+]
+KINDS = pytest.mark.parametrize(
+    ("case", "is_causal"),
+    [pytest.param(c, i, id=f"{c}-{'causal' if i else 'full'}") for c, i in RUNS],
+)
 
 
 def compare(case: Case, is_causal: bool, compiler: str, situations: list[Situation]) -> None:
@@ -17,7 +26,9 @@ def compare(case: Case, is_causal: bool, compiler: str, situations: list[Situati
     torch._dynamo.reset()
     attn = case.build()
     compiled = torch.compile(attn, fullgraph=True, backend=compiler)
-    for situation in (situation for situation in situations if can(case.spec, is_causal, situation)):
+    for situation in (
+        situation for situation in situations if can(case.spec, is_causal, situation)
+    ):
         q, k, v, upstream = (x.float() for x in tensors(situation, shift=case.shift))
         inputs = [x.requires_grad_() for x in (q, k, v)]
         masks = {"key_mask": situation.key_mask(), "is_causal": is_causal}
@@ -25,14 +36,19 @@ def compare(case: Case, is_causal: bool, compiler: str, situations: list[Situati
         close(out, expected, 1e-5, "output")
         parameters = list(attn.parameters())
         wanted = gradients_of(expected, upstream, *inputs, *parameters)
-        for i, (actual, gradient) in enumerate(zip(gradients_of(out, upstream, *inputs, *parameters), wanted, strict=True)):
+        for i, (actual, gradient) in enumerate(
+            zip(gradients_of(out, upstream, *inputs, *parameters), wanted, strict=True)
+        ):
             close(actual, gradient, 1e-5, f"gradient {i}")
 
 
 @KINDS
 def test_compiles_whole(case: Case, is_causal: bool) -> None:
-    """Traced by dynamo and differentiated by AOTAutograd, run op by op: no graph break, padding and grouped heads included."""
-    compare(case, is_causal, "aot_eager", [Situation(150, 150, "interior"), Situation(170, 170, "left")])
+    """Traced by dynamo and differentiated by AOTAutograd, run op by op: no graph break, padding and
+    grouped heads included."""
+    compare(
+        case, is_causal, "aot_eager", [Situation(150, 150, "interior"), Situation(170, 170, "left")]
+    )
 
 
 @KINDS
@@ -52,7 +68,12 @@ def test_a_compiled_causal_graph_shields_the_past(case: Case, is_causal: bool) -
 @pytest.mark.slow
 @KINDS
 def test_inductor_compiles_whole(case: Case, is_causal: bool) -> None:
-    compare(case, is_causal, "inductor", [Situation(150, 150, "interior"), Situation(170, 170, "left"), Situation(9, 170)])
+    compare(
+        case,
+        is_causal,
+        "inductor",
+        [Situation(150, 150, "interior"), Situation(170, 170, "left"), Situation(9, 170)],
+    )
 
 
 @pytest.mark.slow
@@ -66,9 +87,17 @@ def test_inductor_trains_inside_a_layer(name: str) -> None:
         torch.manual_seed(0)
         attn, project = Case(name).build(2, 8), torch.nn.Linear(16, 48)
 
-        def loss(x: torch.Tensor, mask: torch.Tensor | None, attn=attn, project=project) -> torch.Tensor:
-            q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in project(x).chunk(3, -1))
-            return (attn(q, k, v, key_mask=mask, is_causal=is_causal).transpose(1, 2).flatten(2) - x).square().mean()
+        def loss(
+            x: torch.Tensor, mask: torch.Tensor | None, attn=attn, project=project
+        ) -> torch.Tensor:
+            q, k, v = (
+                part.unflatten(-1, (2, 8)).transpose(1, 2) for part in project(x).chunk(3, -1)
+            )
+            return (
+                (attn(q, k, v, key_mask=mask, is_causal=is_causal).transpose(1, 2).flatten(2) - x)
+                .square()
+                .mean()
+            )
 
         step = torch.compile(loss, fullgraph=True) if compiled else loss
         optimizer = torch.optim.Adam([*attn.parameters(), *project.parameters()], lr=1e-2)
@@ -85,7 +114,8 @@ def test_inductor_trains_inside_a_layer(name: str) -> None:
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 def test_inductor_draws_the_same_random_blocks(is_causal: bool) -> None:
-    """Inductor folds arithmetic on positions into index expressions, where the products of a 64-bit hash would not wrap."""
+    """Inductor folds arithmetic on positions into index expressions, where the products of a 64-bit
+    hash would not wrap."""
     torch._dynamo.reset()
     attn = Case("bigbird").build()
 

@@ -44,8 +44,13 @@ def printed() -> list[str]:
 def test_the_worked_example_equals_its_oracle(tmp_path: Path) -> None:
     for name, block in zip(("mean_variant.py", "mean_oracle.py"), printed(), strict=True):
         (tmp_path / name).write_text(block, encoding="utf-8")
-    program = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(TESTS)!r}, {str(TESTS.parent)!r}]\n{COMPARE}"
-    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    program = (
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(TESTS)!r}, "
+        f"{str(TESTS.parent)!r}]\n{COMPARE}"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -53,7 +58,9 @@ def test_the_worked_example_passes_its_own_command(tmp_path: Path) -> None:
     """Pasted where CONTRIBUTING.md says, and tested as it says. No test here has the variant's name
     in its own, or it would start itself."""
     for name in ("attnzoo", "tests"):
-        shutil.copytree(TESTS.parent / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            TESTS.parent / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
     for path in TESTS.parent.iterdir():
         if path.name not in ("attnzoo", "tests") and not path.name.startswith("."):
             (tmp_path / path.name).symlink_to(path)
@@ -75,8 +82,14 @@ def test_the_worked_example_passes_its_own_command(tmp_path: Path) -> None:
 def run_beside(folder: Path, program: str) -> str:
     """What a Python says that finds the folder's packages."""
     path = os.pathsep.join([str(folder), str(TESTS.parent)])
-    variables = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}  # of a table that wraps no title
-    result = subprocess.run([sys.executable, "-c", program], cwd=folder, env=variables, capture_output=True, text=True)
+    variables = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "COLUMNS": "200",
+    }  # of a table that wraps no title
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env=variables, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 
@@ -88,7 +101,9 @@ def package(folder: Path, entries: str) -> None:
     (folder / "mypackage" / "mean.py").write_text(printed()[0], encoding="utf-8")
     installed = folder / "mypackage-1.0.dist-info"
     installed.mkdir()
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: mypackage\nVersion: 1.0\n", encoding="utf-8")
+    (installed / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: mypackage\nVersion: 1.0\n", encoding="utf-8"
+    )
     (installed / "entry_points.txt").write_text(entries, encoding="utf-8")
 
 
@@ -99,11 +114,11 @@ def test_a_variant_of_another_package_is_known_everywhere(tmp_path: Path) -> Non
     assert ENTRY in (TESTS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
     package(tmp_path, "[attnzoo.variants]\nmean = mypackage.mean\n")
     program = """
-import attnzoo, attnzoo.cli, torch
+import attnzoo, attnzoo.commands.program, torch
 assert "mean" in attnzoo.names() and attnzoo.build("mean", 2, 8).spec.name == "mean"
 attnzoo.swap(torch.nn.TransformerEncoderLayer(16, 2, 16, 0.0, batch_first=True), "mean")
 for command in (["show", "mean"], ["list"], ["compare", "--models", "synthetic", "--lengths", "16", "--variants", "mean"]):
-    assert attnzoo.cli.main(command) == 0
+    assert attnzoo.commands.program.main(command) == 0
 """
     assert run_beside(tmp_path, program).count("Mean attention") >= 2
 
@@ -111,4 +126,9 @@ for command in (["show", "mean"], ["list"], ["compare", "--models", "synthetic",
 def test_a_variant_that_cannot_be_loaded_is_left_out_and_said(tmp_path: Path) -> None:
     package(tmp_path, "[attnzoo.variants]\nbroken = mypackage.absent\nmean = mypackage.mean\n")
     said = run_beside(tmp_path, "import attnzoo; print(attnzoo.names())")
-    assert "'mean'" in said and "the variant 'broken' (mypackage.absent, an entry point of the group attnzoo.variants) cannot be loaded" in said
+    assert (
+        "'mean'" in said
+        and "the variant 'broken' (mypackage.absent, an entry point of the group attnzoo.variants) "
+        "cannot be loaded"
+        in said
+    )

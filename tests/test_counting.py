@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attnzoo
 from attnzoo import UnsupportedError, count_flops
-from attnzoo.cost import counting, folding
-from attnzoo.cost.handles import einsum_macs
 from attnzoo.cost.huggingface_flops import whole_model
 from attnzoo.cost.model_flops import Chosen
-from attnzoo.engines.linear_chunks import CHUNK
+from attnzoo.cost.tracing import counting, engine_counts
+from attnzoo.cost.tracing.operators import einsum_macs
+from attnzoo.engines.linear.chunks import CHUNK
 from attnzoo.registry import sized
 
 pytest.importorskip("fvcore")
@@ -39,7 +39,14 @@ def torch_macs(module: nn.Module, *inputs: Any, **kwargs: Any) -> int:
     return counter.get_total_flops() // 2
 
 
-def agree(case: Case, is_causal: bool, query_length: int, key_length: int, kv_heads: int = 2, batch: int = 2) -> None:
+def agree(
+    case: Case,
+    is_causal: bool,
+    query_length: int,
+    key_length: int,
+    kv_heads: int = 2,
+    batch: int = 2,
+) -> None:
     attn = case.build(HEADS, HEAD_DIM).to("meta")
     q, k = empty(batch, HEADS, query_length, HEAD_DIM), empty(batch, kv_heads, key_length, HEAD_DIM)
     counted = count_flops(attn, q, k, k, is_causal=is_causal)
@@ -47,8 +54,14 @@ def agree(case: Case, is_causal: bool, query_length: int, key_length: int, kv_he
     assert counted.macs == closed.macs == torch_macs(attn, q, k, k, is_causal=is_causal) > 0
     assert counted.flops == closed.flops == 2 * counted.macs
     queries = min(query_length, key_length) if is_causal else query_length
-    own = batch * HEAD_DIM * (HEADS * queries + kv_heads * key_length) if case.options.get("feature_map") is squared_elu else 0
-    assert counted.elementwise == closed.elementwise + own  # a user's own map is not in the closed form: one elu a number here
+    own = (
+        batch * HEAD_DIM * (HEADS * queries + kv_heads * key_length)
+        if case.options.get("feature_map") is squared_elu
+        else 0
+    )
+    assert (
+        counted.elementwise == closed.elementwise + own
+    )  # a user's own map is not in the closed form: one elu a number here
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
@@ -76,7 +89,10 @@ def test_padding_changes_no_count(case: Case):
     """A key mask is traced as an input; the products keep their sizes."""
     attn = case.build(HEADS, HEAD_DIM).to("meta")
     q = empty(2, HEADS, 150, HEAD_DIM)
-    masks = {"key_mask": torch.ones(2, 150, dtype=torch.bool, device="meta"), "is_causal": not case.spec.bidirectional}
+    masks = {
+        "key_mask": torch.ones(2, 150, dtype=torch.bool, device="meta"),
+        "is_causal": not case.spec.bidirectional,
+    }
     closed = attn.cost(2, 150, is_causal=masks["is_causal"]).macs
     assert count_flops(attn, q, q, q, **masks).macs == torch_macs(attn, q, q, q, **masks) == closed
 
@@ -85,13 +101,29 @@ def test_padding_changes_no_count(case: Case):
 def test_multihead_is_its_core_and_its_projections(case: Case):
     options = sized(case.variant, 64)
     width, n, batch = HEADS * HEAD_DIM, 40, 3
-    mha = attnzoo.MultiheadAttention(width, HEADS, batch_first=True, attention=case.variant, attention_options={**options, **case.options})
+    mha = attnzoo.MultiheadAttention(
+        width,
+        HEADS,
+        batch_first=True,
+        attention=case.variant,
+        attention_options={**options, **case.options},
+    )
     x = empty(batch, n, width)
-    masks = {} if case.spec.bidirectional else {"attn_mask": torch.empty(n, n, dtype=torch.bool, device="meta"), "is_causal": True}
+    masks = (
+        {}
+        if case.spec.bidirectional
+        else {"attn_mask": torch.empty(n, n, dtype=torch.bool, device="meta"), "is_causal": True}
+    )
     counted = count_flops(mha.to("meta"), x, x, x, need_weights=False, **masks)
     core = case.build(HEADS, HEAD_DIM).cost(batch, n, is_causal=bool(masks)).macs
-    projections = 4 if mha.attention.global_projection is None else 7  # global tokens have their own q, k and v
-    assert counted.macs == projections * batch * n * width**2 + core == torch_macs(mha, x, x, x, need_weights=False, **masks)
+    projections = (
+        4 if mha.attention.global_projection is None else 7
+    )  # global tokens have their own q, k and v
+    assert (
+        counted.macs
+        == projections * batch * n * width**2 + core
+        == torch_macs(mha, x, x, x, need_weights=False, **masks)
+    )
 
 
 def test_encoder_layer_in_both_modes():
@@ -112,7 +144,11 @@ def test_encoder_of_layers():
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, device="meta")
     encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
     x, padded = empty(2, 20, 32), torch.zeros(2, 20, dtype=torch.bool, device="meta")
-    assert count_flops(encoder, x).macs == 3 * count_flops(layer, x).macs == torch_macs(encoder.train(), x)
+    assert (
+        count_flops(encoder, x).macs
+        == 3 * count_flops(layer, x).macs
+        == torch_macs(encoder.train(), x)
+    )
     assert count_flops(encoder, x, src_key_padding_mask=padded).macs == count_flops(encoder, x).macs
 
 
@@ -121,7 +157,13 @@ def test_encoder_of_layers():
 def test_a_hugging_face_model(family: str, attention: str):
     transformers = pytest.importorskip("transformers")
     batch, n = 2, 33
-    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 100}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "vocab_size": 100,
+    }
     per_token, pooler = 4 * 64**2 + 2 * 64 * 128, 64**2
     if family == "llama":
         per_token, pooler = 2 * 64**2 + 2 * 64 * 32 + 3 * 64 * 128, 0
@@ -130,7 +172,9 @@ def test_a_hugging_face_model(family: str, attention: str):
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(config, attn_implementation=attention).eval()
     tokens = torch.zeros(batch, n, dtype=torch.long, device="meta")
-    assert count_flops(model, input_ids=tokens).macs == batch * (2 * (n * per_token + 2 * n * n * 64) + pooler)
+    assert count_flops(model, input_ids=tokens).macs == batch * (
+        2 * (n * per_token + 2 * n * n * 64) + pooler
+    )
 
 
 def test_tables_add_up_and_softmax_has_its_own_column():
@@ -138,14 +182,20 @@ def test_tables_add_up_and_softmax_has_its_own_column():
     counted = count_flops(model, torch.zeros(3, 8))
     assert counted.by_module == {"": 576, "0": 384, "1": 0, "2": 192, "3": 0}
     assert counted.by_operator == {"linear": 576} and counted.macs == 576 and counted.flops == 1152
-    assert counted.elementwise_by_operator == {"gelu": 48, "softmax": 36} and counted.elementwise == 84
+    assert (
+        counted.elementwise_by_operator == {"gelu": 48, "softmax": 36} and counted.elementwise == 84
+    )
     assert counted.elementwise_by_module["3"] == 36
 
 
 def test_a_convolution_on_the_meta_device():
     """16 outputs of 3 · 4 · 4 products in each of 5 × 5 patches."""
     embedding = nn.Conv2d(3, 16, 4, stride=4, device="meta")
-    assert count_flops(embedding, empty(1, 3, 20, 20)).macs == 25 * 16 * 3 * 16 == torch_macs(embedding, empty(1, 3, 20, 20))
+    assert (
+        count_flops(embedding, empty(1, 3, 20, 20)).macs
+        == 25 * 16 * 3 * 16
+        == torch_macs(embedding, empty(1, 3, 20, 20))
+    )
 
 
 def test_in_place_operators_count_as_their_plain_forms():
@@ -199,7 +249,9 @@ def test_products_with_an_addend():
     assert count_flops(Run(torch.addmm), bias, torch.zeros(3, 5), torch.zeros(5, 7)).macs == 105
     assert count_flops(Run(torch.baddbmm), bias, *batched).macs == 210
     assert count_flops(Run(torch.bmm), *batched).macs == 210
-    assert count_flops(Run(torch.addmv), torch.zeros(3), torch.zeros(3, 5), torch.zeros(5)).macs == 15
+    assert (
+        count_flops(Run(torch.addmv), torch.zeros(3), torch.zeros(3, 5), torch.zeros(5)).macs == 15
+    )
 
 
 EINSUMS = [
@@ -218,7 +270,9 @@ EINSUMS = [
 ]
 
 
-@pytest.mark.parametrize(("equation", "shapes", "macs"), EINSUMS, ids=[equation for equation, *_ in EINSUMS])
+@pytest.mark.parametrize(
+    ("equation", "shapes", "macs"), EINSUMS, ids=[equation for equation, *_ in EINSUMS]
+)
 def test_einsum_in_exact_integers(equation: str, shapes: list[tuple[int, ...]], macs: int):
     tensors = [empty(*shape) for shape in shapes]
     module = Run(lambda *operands: torch.einsum(equation, *operands))
@@ -227,12 +281,21 @@ def test_einsum_in_exact_integers(equation: str, shapes: list[tuple[int, ...]], 
 
 def test_einsum_follows_a_path():
     shapes = [(2, 3), (3, 5), (5, 7), (7, 11)]
-    assert einsum_macs("ab,bc,cd,de->ae", shapes, [2, 3, 1, 2, 0, 1]) == 5 * 7 * 11 + 3 * 5 * 11 + 2 * 3 * 11
-    assert einsum_macs("ab,bc,cd,de->ae", shapes, [0, 1, 0, 1, 0, 1]) == 2 * 3 * 5 + 5 * 7 * 11 + 2 * 5 * 11
+    assert (
+        einsum_macs("ab,bc,cd,de->ae", shapes, [2, 3, 1, 2, 0, 1])
+        == 5 * 7 * 11 + 3 * 5 * 11 + 2 * 3 * 11
+    )
+    assert (
+        einsum_macs("ab,bc,cd,de->ae", shapes, [0, 1, 0, 1, 0, 1])
+        == 2 * 3 * 5 + 5 * 7 * 11 + 2 * 5 * 11
+    )
 
 
 def test_an_operator_that_nobody_counts_is_named():
-    with pytest.raises(UnsupportedError, match=r"Run runs operators that nobody counts: aten::linalg_inv \(1 times\)"):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"Run runs operators that nobody counts: aten::linalg_inv \(1 times\)",
+    ):
         count_flops(Run(torch.linalg.inv), torch.eye(3))
 
 
@@ -261,9 +324,14 @@ def test_bad_input_gets_one_sentence():
         count_flops(torch.relu, torch.zeros(3))  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match="Linear cannot be traced with these inputs"):
         count_flops(nn.Linear(3, 4), torch.zeros(5))
-    refused = pytest.raises(UnsupportedError, match=r"Run cannot be traced with these inputs: it makes a NumPy array .* use torch's operators")
+    refused = pytest.raises(
+        UnsupportedError,
+        match=r"Run cannot be traced with these inputs: it makes a NumPy array .* use torch's operators",
+    )
     with warnings.catch_warnings(), refused:
-        warnings.simplefilter("ignore")  # tracing tells of it by a warning, which must not be missed
+        warnings.simplefilter(
+            "ignore"
+        )  # tracing tells of it by a warning, which must not be missed
         count_flops(Run(lambda x: torch.from_numpy(x.numpy() @ x.numpy())), torch.zeros(3, 3))
     attn = attnzoo.build("standard", heads=4, head_dim=8)
     with pytest.raises(ValueError, match="q has 3 heads"):
@@ -277,7 +345,10 @@ def test_a_missing_fvcore_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_import_leaves_fvcore_alone():
-    subprocess.run([sys.executable, "-c", "import attnzoo, sys; assert 'fvcore' not in sys.modules"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import attnzoo, sys; assert 'fvcore' not in sys.modules"],
+        check=True,
+    )
 
 
 LINEAR = [case for case in cases() if case.variant in ("linear", "performer")]
@@ -300,14 +371,15 @@ FOLDED = [  # query_length, key_length, padded, is_causal
 
 @pytest.mark.parametrize("case", LINEAR, ids=str)
 def test_a_folded_loop_counts_as_the_unrolled_one(case: Case, monkeypatch: pytest.MonkeyPatch):
-    """Every table of the report, with a remainder, without one, under a key mask, and with other queries than keys."""
+    """Every table of the report, with a remainder, without one, under a key mask, and with other
+    queries than keys."""
     attn = case.build(HEADS, HEAD_DIM).to("meta")
     for queries, keys, padded, is_causal in FOLDED:
         q, k = empty(2, HEADS, queries, HEAD_DIM), empty(2, 2, keys, HEAD_DIM)
         masks = {"key_mask": torch.ones(2, keys, dtype=torch.bool, device="meta")} if padded else {}
-        monkeypatch.setattr(folding, "FOLDED_FROM", max(queries, keys) + 1)
+        monkeypatch.setattr(engine_counts, "FOLDED_FROM", max(queries, keys) + 1)
         unrolled = count_flops(attn, q, k, k, is_causal=is_causal, **masks)
-        monkeypatch.setattr(folding, "FOLDED_FROM", max(queries, keys))
+        monkeypatch.setattr(engine_counts, "FOLDED_FROM", max(queries, keys))
         folded = count_flops(attn, q, k, k, is_causal=is_causal, **masks)
         assert folded == unrolled
         closed = attn.cost(2, queries, keys, kv_heads=2, is_causal=is_causal)
@@ -321,14 +393,24 @@ MODELS = [("bert", False, 70), ("llama", True, 100)]
 
 @pytest.mark.parametrize("variant", [name for name in attnzoo.names() if name != "standard"])
 @pytest.mark.parametrize(("family", "is_causal", "n"), MODELS, ids=["bert", "llama"])
-def test_engines_counted_apart_count_as_the_whole_trace(variant: str, family: str, is_causal: bool, n: int):
+def test_engines_counted_apart_count_as_the_whole_trace(
+    variant: str, family: str, is_causal: bool, n: int
+):
     """Every table of a whole model's report, a key mask and a ragged last block included."""
     pytest.importorskip("transformers")
     if not can(Case(variant).spec, is_causal):
         pytest.skip(f"{variant} cannot run so")
-    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 100}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "vocab_size": 100,
+    }
     sizes |= {"num_key_value_heads": 2} if family == "llama" else {}
-    options = {option: value for option, value in small(variant).items() if option != "max_length"}  # which the length decides
+    options = {
+        option: value for option, value in small(variant).items() if option != "max_length"
+    }  # which the length decides
     call = whole_model(family, sizes).call(n, Chosen(variant, options))
     whole = counting._report(counting._trace(call.module, (), call.keywords))
     apart = count_flops(call.module, **call.keywords)
@@ -337,14 +419,23 @@ def test_engines_counted_apart_count_as_the_whole_trace(variant: str, family: st
 
 
 def test_layers_that_compute_the_same_are_traced_once(monkeypatch: pytest.MonkeyPatch):
-    """Layers of BigBird draw different blocks, equally many; a layer of another window is another."""
+    """Layers of BigBird draw different blocks, equally many; a layer of another window is
+    another."""
     traced = []
     trace = counting._count_by_operator
-    monkeypatch.setattr(counting, "_count_by_operator", lambda module, *inputs: traced.append(module) or trace(module, *inputs))
-    layers = [Case("bigbird", {"block_size": 8, "seed": seed}).build(HEADS, HEAD_DIM) for seed in range(4)]
+    monkeypatch.setattr(
+        counting,
+        "_count_by_operator",
+        lambda module, *inputs: traced.append(module) or trace(module, *inputs),
+    )
+    layers = [
+        Case("bigbird", {"block_size": 8, "seed": seed}).build(HEADS, HEAD_DIM) for seed in range(4)
+    ]
     layers += [Case("bigbird", {"block_size": 8, "num_random_blocks": 1}).build(HEADS, HEAD_DIM)]
     q = empty(1, HEADS, 200, HEAD_DIM)
-    counted = count_flops(Run(lambda q: sum(layer(q, q, q) for layer in layers), *layers).to("meta"), q)
+    counted = count_flops(
+        Run(lambda q: sum(layer(q, q, q) for layer in layers), *layers).to("meta"), q
+    )
     assert len(traced) == 2
     assert counted.macs == sum(layer.cost(1, 200).macs for layer in layers)
 
@@ -357,7 +448,10 @@ def test_a_million_tokens(case: Case):
     q, k = empty(1, 8, n, 64), empty(1, 2, n, 64)
     for is_causal in (False, True):
         if can(case.spec, is_causal):
-            counted, closed = count_flops(attn, q, k, k, is_causal=is_causal), attn.cost(1, n, kv_heads=2, is_causal=is_causal)
+            counted, closed = (
+                count_flops(attn, q, k, k, is_causal=is_causal),
+                attn.cost(1, n, kv_heads=2, is_causal=is_causal),
+            )
             assert (counted.macs, counted.elementwise) == (closed.macs, closed.elementwise)
 
 

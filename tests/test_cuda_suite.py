@@ -1,4 +1,5 @@
-"""The script of the CUDA suite on a box that is not there: what it runs, in which order, for how long, and what it survives."""
+"""The script of the CUDA suite on a box that is not there: what it runs, in which order, for how
+long, and what it survives."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ class Box:
     """A folder of stand-ins at the head of PATH, wheels, and a place for results."""
 
     def __init__(self, folder: Path) -> None:
-        self.notes, self.codes, self.out, self.wheels = (folder / name for name in ("notes", "codes", "out", "wheels"))
+        self.notes, self.codes, self.out, self.wheels = (
+            folder / name for name in ("notes", "codes", "out", "wheels")
+        )
         self.bin = folder / "bin"
         for made in (self.bin, self.wheels):
             made.mkdir()
@@ -59,7 +62,9 @@ class Box:
         environment = {**os.environ, **paths, "PATH": f"{self.bin}:{os.environ['PATH']}", **more}
         command = ["bash", str(SCRIPT), str(self.wheels), str(self.out)]
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+        return subprocess.Popen(
+            command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        )
 
     def run(self, **more: str) -> tuple[int, str]:
         started = self.start(**more)
@@ -78,13 +83,30 @@ def box(tmp_path: Path) -> Box:
 def test_everything_runs_in_order_within_nine_minutes(box: Box) -> None:
     code, said = box.run()
     assert code == 0, said
-    order = ["find_spec", "is_available", "pip install", "triton.__version__", "limits.py --gpu h100", "attnzoo bench --config configs/bench/cuda"]
-    places = [next(place for place, line in enumerate(box.notes.read_text().splitlines()) if part in line) for part in [*order, "-m pytest"]]
+    order = [
+        "find_spec",
+        "is_available",
+        "pip install",
+        "triton.__version__",
+        "limits.py --gpu h100",
+        "attnzoo bench --config configs/bench/cuda",
+    ]
+    places = [
+        next(place for place, line in enumerate(box.notes.read_text().splitlines()) if part in line)
+        for part in [*order, "-m pytest"]
+    ]
     assert places == sorted(places)
     sweep, tests = (int(line.split()[-1]) for line in box.noted("timeout"))
-    assert 360 <= sweep <= 375 and tests <= 525  # the tests get what the sweep has left, and both end at the same moment
+    assert (
+        360 <= sweep <= 375 and tests <= 525
+    )  # the tests get what the sweep has left, and both end at the same moment
     assert tests + 10 < 9 * 60  # 10: what a hanging kernel is given before it is killed
-    assert {path.name for path in box.out.iterdir()} == {"box.txt", "limits.jsonl", "bench.jsonl", "tests.txt"}
+    assert {path.name for path in box.out.iterdir()} == {
+        "box.txt",
+        "limits.jsonl",
+        "bench.jsonl",
+        "tests.txt",
+    }
     assert "the tests ended with 1" in said and "3 failed" in said
 
 
@@ -100,11 +122,22 @@ def test_a_wheel_for_another_python_does_not_cost_the_rest(box: Box) -> None:
     (box.wheels / "hypothesis-6-cp310-cp310-linux_x86_64.whl").touch()
     code, said = box.run()
     assert code == 0 and "left out: " in said and "hypothesis-6-cp310" in said
-    assert len([line for line in box.noted("pip install") if "einops" in line and "hypothesis" not in line]) == 1
+    assert (
+        len(
+            [
+                line
+                for line in box.noted("pip install")
+                if "einops" in line and "hypothesis" not in line
+            ]
+        )
+        == 1
+    )
     assert (box.out / "bench.jsonl").exists()
 
 
-@pytest.mark.parametrize(("lacks", "said"), [("NO_TORCH", "has no torch"), ("NO_CUDA", "sees no CUDA device")])
+@pytest.mark.parametrize(
+    ("lacks", "said"), [("NO_TORCH", "has no torch"), ("NO_CUDA", "sees no CUDA device")]
+)
 def test_a_box_that_is_none_is_told_so_at_once(box: Box, lacks: str, said: str) -> None:
     code, found = box.run(**{lacks: "1"})
     assert code == 1 and said in found and not box.noted("pip") and not box.noted("attnzoo bench")
@@ -117,9 +150,12 @@ def test_an_empty_folder_of_wheels_is_told_so(box: Box) -> None:
     assert code == 1 and "no wheels in" in said and not box.noted("pip")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads a terminal's signals as Linux gives them")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="reads a terminal's signals as Linux gives them"
+)
 def test_an_interrupt_reaches_the_sweep(box: Box) -> None:
-    """As Ctrl-C does: to every process of the terminal's group. The real timeout would leave that group, had it not been told to stay."""
+    """As Ctrl-C does: to every process of the terminal's group. The real timeout would leave that
+    group, had it not been told to stay."""
     (box.bin / "timeout").unlink()
     started = box.start(SLOW="1")
     deadline = time.monotonic() + 30

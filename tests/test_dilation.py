@@ -1,4 +1,5 @@
-"""Dilated windows, one dilation for all heads or one for each: against the oracle, in cost, in a process with some heads, and in decoding."""
+"""Dilated windows, one dilation for all heads or one for each: against the oracle, in cost, in a
+process with some heads, and in decoding."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import torch
 from cases import FEW_SITUATIONS, Case, Situation, ask_oracle, close, gradients_of, tensors
 
 import attnzoo
-from attnzoo.patterns import Window
+from attnzoo.engines.sparse.patterns import Window
 
 BY_HEAD = {"window": 5, "dilation": [1, 3, 1, 2]}
 DIRECTION = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
@@ -26,14 +27,21 @@ def test_a_dilation_of_each_head(situation: Situation, backend: str, is_causal: 
     out = attn(q, k, v, **masks)
     close(out, expected, 1e-10, "output")
     close(attn.weights(q, k, **masks), a, 1e-10, "A")
-    for name, found, wanted in zip("qkv", gradients_of(out, upstream, *leaves), gradients_of(expected, upstream, *leaves), strict=True):
+    for name, found, wanted in zip(
+        "qkv",
+        gradients_of(out, upstream, *leaves),
+        gradients_of(expected, upstream, *leaves),
+        strict=True,
+    ):
         close(found, wanted, 1e-10, f"gradient of {name}")
 
 
 @DIRECTION
 @pytest.mark.parametrize("lengths", [(1, 1), (65, 65), (1, 65), (65, 17), (140, 257)], ids=str)
 @pytest.mark.parametrize("dilation", [3, BY_HEAD["dilation"]], ids=str)
-def test_support_is_counted(dilation: int | list[int], lengths: tuple[int, int], is_causal: bool) -> None:
+def test_support_is_counted(
+    dilation: int | list[int], lengths: tuple[int, int], is_causal: bool
+) -> None:
     attn = Case("sliding_window", {"window": 5, "dilation": dilation}).build()
     q, k, _, _ = (x.float() for x in tensors(Situation(*lengths)))
     seen = int((attn.weights(q, k, is_causal=is_causal) != 0).sum())
@@ -45,7 +53,10 @@ def test_support_is_counted(dilation: int | list[int], lengths: tuple[int, int],
 def test_decoding_keeps_what_a_dilated_window_reaches() -> None:
     attn = Case("sliding_window", BY_HEAD).build(dtype=torch.float64)
     q, k, v, _ = tensors(Situation(40, 40))
-    whole, state = attn(q, k, v, is_causal=True), attn.init_state(2, kv_heads=2, dtype=torch.float64)
+    whole, state = (
+        attn(q, k, v, is_causal=True),
+        attn.init_state(2, kv_heads=2, dtype=torch.float64),
+    )
     for i in range(40):
         row, state = attn.step(q[:, :, i : i + 1], k[:, :, i : i + 1], v[:, :, i : i + 1], state)
         close(row, whole[:, :, i : i + 1], 1e-10, f"row {i}")
@@ -62,7 +73,12 @@ def test_some_heads_keep_their_dilation() -> None:
 
 
 def test_bad_dilations() -> None:
-    for dilation, message in ((0, "dilation=0"), ([1, 0, 1, 1], "dilation=0"), ([], r"dilation=\(\)"), ([1, 2], "gives 2 numbers for heads=4")):
+    for dilation, message in (
+        (0, "dilation=0"),
+        ([1, 0, 1, 1], "dilation=0"),
+        ([], r"dilation=\(\)"),
+        ([1, 2], "gives 2 numbers for heads=4"),
+    ):
         with pytest.raises(ValueError, match=message):
             attnzoo.build("sliding_window", heads=4, head_dim=8, dilation=dilation)
     with pytest.raises(ValueError, match="dilation=2 with sinks=0 has no equal in flash-attn"):

@@ -17,7 +17,9 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_a_page_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
@@ -33,8 +35,11 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
 def test_the_variants_that_drop_entries_of_a_are_those_that_are_named() -> None:
     able = [name for name in attnzoo.names() if attnzoo.describe(name).spec.dropout]
     sentences = {
-        "README.md": "call `model.eval()` first | " + ", ".join(f"`{name}`" for name in able) + " |",
-        "docs/swapping.md": f"{', '.join(f'`{name}`' for name in able[:-1])} and `{able[-1]}` do that",
+        "README.md": "call `model.eval()` first | "
+        + ", ".join(f"`{name}`" for name in able)
+        + " |",
+        "docs/swapping.md": f"{', '.join(f'`{name}`' for name in able[:-1])} and `{able[-1]}` do "
+        "that",
     }
     for page, sentence in sentences.items():
         assert sentence in (ROOT / page).read_text(encoding="utf-8").replace("\n", " "), page

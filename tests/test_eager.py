@@ -1,4 +1,5 @@
-"""Where Python may not look at values, nothing is decided by them: masks of a trace, of torch.func and of a graph; what cannot be is refused."""
+"""Where Python may not look at values, nothing is decided by them: masks of a trace, of torch.func
+and of a graph; what cannot be is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ from attnzoo.eager import can_look
 LENGTH = 9
 CASES = pytest.mark.parametrize("case", usual_cases(), ids=str)
 quiet = pytest.mark.filterwarnings(
-    "ignore::torch.jit.TracerWarning", "ignore:.*is deprecated:DeprecationWarning", "ignore:There is a performance drop"
+    "ignore::torch.jit.TracerWarning",
+    "ignore:.*is deprecated:DeprecationWarning",
+    "ignore:There is a performance drop",
 )
 
 
@@ -68,7 +71,8 @@ def test_nobody_looks_where_values_are_not_to_be_had() -> None:
 @quiet
 @CASES
 def test_masks_of_a_traced_layer_are_its_inputs(case: Case) -> None:
-    """Traced with the causal mask and a padding of zeros, which eager code recognises by their values."""
+    """Traced with the causal mask and a padding of zeros, which eager code recognises by their
+    values."""
     if not case.spec.causal:
         pytest.skip(f"{case.variant} cannot be causal")
     layer = WithMasks(layer_of(case))
@@ -90,7 +94,9 @@ def test_masks_of_a_traced_layer_are_its_inputs(case: Case) -> None:
 
 @quiet
 def test_a_mask_without_the_hint_is_refused_while_traced() -> None:
-    layer = MultiheadAttention(SIZE, HEADS, batch_first=True, attention="linear").requires_grad_(False)
+    layer = MultiheadAttention(SIZE, HEADS, batch_first=True, attention="linear").requires_grad_(
+        False
+    )
 
     def call(x: Tensor, mask: Tensor) -> Tensor:
         return layer(x, x, x, attn_mask=mask, need_weights=False)[0]
@@ -103,22 +109,35 @@ def test_a_mask_without_the_hint_is_refused_while_traced() -> None:
 @CASES
 def test_gradients_of_each_sample_of_a_padded_encoder(case: Case) -> None:
     """vmap of grad over torch's encoder, which hands its layers a float mask."""
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(SIZE, HEADS, 8, 0.0, batch_first=True), 1, enable_nested_tensor=False)
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(SIZE, HEADS, 8, 0.0, batch_first=True),
+        1,
+        enable_nested_tensor=False,
+    )
     encoder.layers[0].self_attn = layer_of(case)
     encoder.train()
     x, padding = torch.randn(2, LENGTH, SIZE), torch.arange(LENGTH) >= torch.tensor([[6], [LENGTH]])
-    masks: dict[str, Any] = {} if case.spec.bidirectional else {"mask": causal_bool(LENGTH), "is_causal": True}
+    masks: dict[str, Any] = (
+        {} if case.spec.bidirectional else {"mask": causal_bool(LENGTH), "is_causal": True}
+    )
     parameters = {name: parameter.detach() for name, parameter in encoder.named_parameters()}
 
     def loss(parameters: dict[str, Tensor], x: Tensor, padding: Tensor) -> Tensor:
-        out = torch.func.functional_call(encoder, parameters, (x[None],), {"src_key_padding_mask": padding[None], **masks})
+        out = torch.func.functional_call(
+            encoder, parameters, (x[None],), {"src_key_padding_mask": padding[None], **masks}
+        )
         return out.masked_fill(padding[None, :, None], 0.0).square().sum()
 
     found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, padding)
     for sample in range(2):
         alone = torch.func.grad(loss)(parameters, x[sample], padding[sample])
         for name, gradient in alone.items():
-            torch.testing.assert_close(found[name][sample], gradient, rtol=0.0, atol=1e-4 * max(1.0, float(gradient.abs().max())))
+            torch.testing.assert_close(
+                found[name][sample],
+                gradient,
+                rtol=0.0,
+                atol=1e-4 * max(1.0, float(gradient.abs().max())),
+            )
 
 
 @quiet
@@ -136,17 +155,25 @@ def test_named_globals_that_nobody_may_count() -> None:
         torch.testing.assert_close(traced(q, k, v, mask), call(q, k, v, mask), rtol=0.0, atol=1e-5)
     masks = torch.stack([few, many])
     found = torch.func.vmap(call, in_dims=(None, None, None, 0))(q, k, v, masks)
-    torch.testing.assert_close(found, torch.stack([call(q, k, v, mask) for mask in masks]), rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(
+        found, torch.stack([call(q, k, v, mask) for mask in masks]), rtol=0.0, atol=1e-5
+    )
 
 
 @CASES
 def test_scripting_is_refused_in_a_sentence(case: Case) -> None:
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(SIZE, HEADS, 8, 0.0, batch_first=True), 1, enable_nested_tensor=False)
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(SIZE, HEADS, 8, 0.0, batch_first=True),
+        1,
+        enable_nested_tensor=False,
+    )
     encoder.layers[0].self_attn = layer_of(case)
     for module in (layer_of(case), layer_of(case).attention, encoder):
         with (
             pytest.warns(DeprecationWarning, match="jit.script"),
-            pytest.raises(UnsupportedError, match=f"torch.jit.script cannot compile {case.variant}"),
+            pytest.raises(
+                UnsupportedError, match=f"torch.jit.script cannot compile {case.variant}"
+            ),
         ):
             torch.jit.script(copy.deepcopy(module))
 
@@ -157,7 +184,9 @@ def test_nested_tensors_of_nothing(lengths: list[int]) -> None:
     layer = MultiheadAttention(SIZE, HEADS, batch_first=True)
     x = torch.nested.nested_tensor([torch.randn(length, SIZE) for length in lengths])
     out, weights = layer(x, x, x)
-    assert out.is_nested and [tuple(row.shape) for row in out.unbind()] == [(0, SIZE)] * len(lengths)
+    assert out.is_nested and [tuple(row.shape) for row in out.unbind()] == [(0, SIZE)] * len(
+        lengths
+    )
     assert weights is not None and weights.shape == (len(lengths), 0, 0)
     assert layer(x, x, x, average_attn_weights=False)[1].shape == (len(lengths), HEADS, 0, 0)  # pyright: ignore[reportOptionalMemberAccess]
     assert layer(x, x, x, need_weights=False)[1] is None

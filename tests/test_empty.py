@@ -1,4 +1,5 @@
-"""Empty batches and empty lengths give empty answers (rule 3): forward, backward, weights, decoding and the layer."""
+"""Empty batches and empty lengths give empty answers (rule 3): forward, backward, weights, decoding
+and the layer."""
 
 from __future__ import annotations
 
@@ -10,7 +11,12 @@ from small import layer_masks, small
 import attnzoo
 
 ALL = pytest.mark.parametrize("case", cases(), ids=str)
-NOTHING = [Situation(5, 5, batch=0), Situation(80, 80, batch=0), Situation(0, 0), Situation(0, 0, batch=0)]
+NOTHING = [
+    Situation(5, 5, batch=0),
+    Situation(80, 80, batch=0),
+    Situation(0, 0),
+    Situation(0, 0, batch=0),
+]
 CROSS = [Situation(0, 5), Situation(5, 0), Situation(5, 9, batch=0), Situation(9, 5, batch=0)]
 
 
@@ -22,14 +28,21 @@ def test_forward_and_backward(case: Case) -> None:
             for is_causal in (causal for causal in (False, True) if can(case.spec, causal)):
                 for masked in (False, True):
                     q, k, v = (x.float().requires_grad_() for x in tensors(situation)[:3])
-                    mask = torch.ones(situation.batch, situation.key_length, dtype=torch.bool) if masked else None
+                    mask = (
+                        torch.ones(situation.batch, situation.key_length, dtype=torch.bool)
+                        if masked
+                        else None
+                    )
                     out = attn(q, k, v, key_mask=mask, is_causal=is_causal)
                     assert out.shape == q.shape and not out.any()
                     weights = attn.weights(q, k, key_mask=mask, is_causal=is_causal)
                     assert weights.shape == (*q.shape[:3], situation.key_length)
                     if out.requires_grad:
                         out.sum().backward()
-                        assert all(x.grad is None or not x.grad.any() for x in (q, k, v, *attn.parameters()))
+                        assert all(
+                            x.grad is None or not x.grad.any()
+                            for x in (q, k, v, *attn.parameters())
+                        )
 
 
 @pytest.mark.parametrize("case", [case for case in cases() if case.spec.decodes], ids=str)
@@ -48,11 +61,15 @@ def test_a_step_of_nothing_leaves_the_state(case: Case, batch: int, tokens: int)
 @pytest.mark.parametrize("name", attnzoo.names())
 @pytest.mark.parametrize("shape", [(0, 6, 16), (2, 0, 16), (0, 0, 16)], ids=str)
 def test_the_layer(name: str, shape: tuple[int, ...]) -> None:
-    layer = attnzoo.MultiheadAttention(16, 2, batch_first=True, attention=name, attention_options=small(name))
+    layer = attnzoo.MultiheadAttention(
+        16, 2, batch_first=True, attention=name, attention_options=small(name)
+    )
     masks = layer_masks(attnzoo.describe(name).spec, shape[1])
     x = torch.randn(shape, requires_grad=True)
     mask = masks.get("src_mask")
     for need_weights in (False, True):
-        out, _ = layer(x, x, x, attn_mask=mask, is_causal=mask is not None, need_weights=need_weights)
+        out, _ = layer(
+            x, x, x, attn_mask=mask, is_causal=mask is not None, need_weights=need_weights
+        )
         assert out.shape == shape
         out.sum().backward()

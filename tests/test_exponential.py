@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnzoo.exponential import exp_
+from attnzoo.engines.exponential import exp_
 
 
-@pytest.mark.parametrize(("dtype", "near", "far"), [(torch.float32, 6e-7, 5e-6), (torch.float64, 2e-15, 2e-14)])
+@pytest.mark.parametrize(
+    ("dtype", "near", "far"), [(torch.float32, 6e-7, 5e-6), (torch.float64, 2e-15, 2e-14)]
+)
 def test_it_is_the_exponential(dtype, near, far):
     x = torch.linspace(-87, 88, 200_001, dtype=dtype)
     wanted = x.double().exp()
@@ -30,4 +32,6 @@ def test_half_precision_is_rounded_once(dtype):
 
 def test_its_gradient_is_itself():
     x = torch.randn(50, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: exp_(x * 2), x) and torch.autograd.gradgradcheck(lambda x: exp_(x * 2), x)
+    assert torch.autograd.gradcheck(lambda x: exp_(x * 2), x) and torch.autograd.gradgradcheck(
+        lambda x: exp_(x * 2), x
+    )

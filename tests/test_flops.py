@@ -1,4 +1,5 @@
-"""attnzoo flops: components that add up to the closed forms, what a swap saves, and one sentence for each mistake."""
+"""attnzoo flops: components that add up to the closed forms, what a swap saves, and one sentence
+for each mistake."""
 
 from __future__ import annotations
 
@@ -11,19 +12,49 @@ from cases import Case, can
 from small import cannot
 
 import attnzoo
-from attnzoo import cli
+from attnzoo.commands import program
 from attnzoo.cost.huggingface_flops import whole_model
-from attnzoo.cost.model_flops import CORE, FEED_FORWARD, HEAD, OTHER, PROJECTIONS, Chosen, breakdown, one_attention, one_layer
-from attnzoo.cost.models import TransformerModel
+from attnzoo.cost.model_flops import (
+    CORE,
+    FEED_FORWARD,
+    HEAD,
+    OTHER,
+    PROJECTIONS,
+    Chosen,
+    breakdown,
+    one_attention,
+    one_layer,
+)
+from attnzoo.cost.model_sizes import TransformerModel
 from attnzoo.registry import sized
 
 pytest.importorskip("fvcore")
 pytest.importorskip("transformers")
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 100}
-FAMILIES: dict[str, tuple[dict[str, Any], bool, int, int, int]] = {  # sizes, causal, projections, feed-forward, head: MACs a token
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 100,
+}
+FAMILIES: dict[
+    str, tuple[dict[str, Any], bool, int, int, int]
+] = {  # sizes, causal, projections, feed-forward, head: MACs a token
     "bert": (SMALL, False, 4 * 64**2, 2 * 64 * 128, 64 * 64 + 64 * 100),
-    "llama": ({**SMALL, "num_key_value_heads": 2}, True, 2 * 64**2 + 2 * 64 * 32, 3 * 64 * 128, 64 * 100),
-    "gpt2": ({"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100}, True, 4 * 64**2, 8 * 64**2, 64 * 100),
+    "llama": (
+        {**SMALL, "num_key_value_heads": 2},
+        True,
+        2 * 64**2 + 2 * 64 * 32,
+        3 * 64 * 128,
+        64 * 100,
+    ),
+    "gpt2": (
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100},
+        True,
+        4 * 64**2,
+        8 * 64**2,
+        64 * 100,
+    ),
 }
 
 
@@ -37,7 +68,9 @@ def test_a_model_by_component(family: str, variant: str | None):
         with pytest.raises(attnzoo.UnsupportedError, match=cannot(variant, is_causal)):
             breakdown(whole_model(family, sizes), n, Chosen(variant, {}))
         return
-    found = breakdown(whole_model(family, sizes), n, None if variant is None else Chosen(variant, {}))
+    found = breakdown(
+        whole_model(family, sizes), n, None if variant is None else Chosen(variant, {})
+    )
     core = elementwise = 0
     for layer in range(layers):
         options: dict[str, Any] = {"seed": layer} if variant == "bigbird" else {}
@@ -45,7 +78,13 @@ def test_a_model_by_component(family: str, variant: str | None):
         attention = attnzoo.build(variant or "standard", heads=4, head_dim=16, **options)
         cost = attention.cost(1, n, kv_heads=2 if family == "llama" else 4, is_causal=is_causal)
         core, elementwise = core + cost.macs, elementwise + cost.elementwise
-    expected = {CORE: core, PROJECTIONS: layers * n * projections, FEED_FORWARD: layers * n * feed_forward, HEAD: n * head, OTHER: 0}
+    expected = {
+        CORE: core,
+        PROJECTIONS: layers * n * projections,
+        FEED_FORWARD: layers * n * feed_forward,
+        HEAD: n * head,
+        OTHER: 0,
+    }
     assert found.macs == expected
     assert found.report.macs == sum(expected.values())
     assert found.report.elementwise == sum(found.elementwise.values())
@@ -61,21 +100,50 @@ def test_a_layer_by_component(gated: bool):
     assert found.macs[FEED_FORWARD] == n * model.ffn_parameters
     assert found.macs[CORE] == 2 * n * n * 48
     swapped = breakdown(one_layer(model, True), n, Chosen("performer", {"num_features": 32}))
-    assert swapped.macs[CORE] == attnzoo.build("performer", heads=4, head_dim=12, num_features=32).cost(1, n, kv_heads=2, is_causal=True).macs
+    assert (
+        swapped.macs[CORE]
+        == attnzoo.build("performer", heads=4, head_dim=12, num_features=32)
+        .cost(1, n, kv_heads=2, is_causal=True)
+        .macs
+    )
 
 
 def test_one_attention_at_a_million_tokens():
     n = 2**20
     found = breakdown(one_attention(8, 64, 2, False), n, Chosen("linformer", {}))
-    assert found.report.macs == found.macs[CORE] == attnzoo.build("linformer", heads=8, head_dim=64, max_length=n).cost(1, n, kv_heads=2).macs
+    assert (
+        found.report.macs
+        == found.macs[CORE]
+        == attnzoo.build("linformer", heads=8, head_dim=64, max_length=n)
+        .cost(1, n, kv_heads=2)
+        .macs
+    )
 
 
-def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_the_command_prints_and_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("COLUMNS", "160")
-    arguments = ["flops", "layer:gpt2", "--attention", "linear", "--lengths", "512", "2048", "--modules", "--operators", "--output", str(tmp_path)]
-    assert cli.main(arguments) == 0
+    arguments = [
+        "flops",
+        "layer:gpt2",
+        "--attention",
+        "linear",
+        "--lengths",
+        "512",
+        "2048",
+        "--modules",
+        "--operators",
+        "--output",
+        str(tmp_path),
+    ]
+    assert program.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "one layer of GPT-2 Small, bidirectional" in out and "feed_forward.up" in out and "linear, MACs" in out
+    assert (
+        "one layer of GPT-2 Small, bidirectional" in out
+        and "feed_forward.up" in out
+        and "linear, MACs" in out
+    )
     rows = json.loads((tmp_path / "flops.json").read_text())["components"]["rows"]
     exact = {row["component"]: row["exact_macs"] for row in rows if row["n"] == 2048}
     assert exact == {
@@ -92,7 +160,12 @@ def test_a_folder_with_a_configuration(tmp_path: Path, capsys: pytest.CaptureFix
     import transformers
 
     transformers.AutoConfig.for_model("bert", **SMALL).save_pretrained(tmp_path)
-    assert cli.main(["flops", str(tmp_path), "--attention", "sliding_window:window=16", "--lengths", "128"]) == 0
+    assert (
+        program.main(
+            ["flops", str(tmp_path), "--attention", "sliding_window:window=16", "--lengths", "128"]
+        )
+        == 0
+    )
     assert "BertForMaskedLM" in capsys.readouterr().out
 
 
@@ -105,22 +178,34 @@ MISTAKES = [
     (["layer:d=50,heads=4,layers=1"], "d=50 is not divisible by heads=4"),
     (["layer:gtp2"], "unknown model 'gtp2' (did you mean 'gpt2'"),
     (["bret"], "unknown model 'bret' (did you mean 'bert'"),
-    (["bert:hidden_size=100,num_attention_heads=12"], "hidden_size=100 is not divisible by num_attention_heads=12"),
+    (
+        ["bert:hidden_size=100,num_attention_heads=12"],
+        "hidden_size=100 is not divisible by num_attention_heads=12",
+    ),
     (["bert:hiden_size=100"], "no configuration entry 'hiden_size' (did you mean 'hidden_size'"),
     (["bert", "--lengths", "513"], "length=513 is past the 512 positions"),
     (["bert", "--causal"], "--causal goes with one attention or one layer"),
     (["t5"], "does not read one sequence of tokens"),
-    (["llama:num_hidden_layers=1", "--attention", "linformer", "--lengths", "64"], "linformer cannot be causal"),
+    (
+        ["llama:num_hidden_layers=1", "--attention", "linformer", "--lengths", "64"],
+        "linformer cannot be causal",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
-def test_a_mistake_gets_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["flops", *arguments]) == cli.REFUSED
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    MISTAKES,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_gets_one_sentence(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+):
+    assert program.main(["flops", *arguments]) == program.REFUSED
     told = capsys.readouterr().err
     assert sentence in told and "Traceback" not in told
 
 
 def test_a_folder_without_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["flops", str(tmp_path)]) == cli.REFUSED
+    assert program.main(["flops", str(tmp_path)]) == program.REFUSED
     assert "has no config.json" in capsys.readouterr().err

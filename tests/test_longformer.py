@@ -1,4 +1,5 @@
-"""Longformer's global tokens: against Hugging Face's layer, against the oracle, in MultiheadAttention, and in swapped models."""
+"""Longformer's global tokens: against Hugging Face's layer, against the oracle, in
+MultiheadAttention, and in swapped models."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 import attnzoo
 from attnzoo import MultiheadAttention, UnsupportedError, count_flops
-from attnzoo.engines import sparse_flex
-from attnzoo.patterns import Window
+from attnzoo.engines.sparse import flex
+from attnzoo.engines.sparse.patterns import Window
 
 CASE = Case("longformer", {"window": 16})
 FIRST = Case("longformer", {"window": 16, "global_tokens": 2})
@@ -33,7 +34,8 @@ SITUATIONS = [
 
 
 def global_mask(batch: int, length: int, seed: int = 0) -> Tensor:
-    """A different number of global tokens in every sample, none in the last; neighbours and the two ends among them."""
+    """A different number of global tokens in every sample, none in the last; neighbours and the two
+    ends among them."""
     mask = torch.zeros(batch, length, dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)
     for sample in range(batch - 1):
@@ -52,7 +54,9 @@ def own_projections(situation: Situation) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("case", [CASE, FIRST, DILATED], ids=str)
 @pytest.mark.parametrize("situation", SITUATIONS, ids=str)
-def test_global_tokens_of_the_call(situation: Situation, case: Case, own: bool, is_causal: bool, backend: str) -> None:
+def test_global_tokens_of_the_call(
+    situation: Situation, case: Case, own: bool, is_causal: bool, backend: str
+) -> None:
     """Rows, A, and the gradients of all six tensors."""
     if case is DILATED and situation.heads != 4:
         case = Case("longformer", {"window": 40, "dilation": 2, "global_tokens": 1})
@@ -68,10 +72,17 @@ def test_global_tokens_of_the_call(situation: Situation, case: Case, own: bool, 
     close(out, expected, 1e-10, "output")
     close(attn.weights(q, k, global_qk=own_qkv and own_qkv[:2], **masks), a, 1e-10, "A")
     wanted = gradients_of(expected, upstream, *inputs)
-    for i, (gradient, one) in enumerate(zip(gradients_of(out, upstream, *inputs), wanted, strict=True)):
+    for i, (gradient, one) in enumerate(
+        zip(gradients_of(out, upstream, *inputs), wanted, strict=True)
+    ):
         close(gradient, one, 1e-10, f"gradient {i}")
     with torch.no_grad():
-        close(attn(*inputs[:3], global_qkv=own_qkv, **masks), expected, 1e-10, "output without gradients")
+        close(
+            attn(*inputs[:3], global_qkv=own_qkv, **masks),
+            expected,
+            1e-10,
+            "output without gradients",
+        )
 
 
 @CAUSALITY
@@ -81,16 +92,26 @@ def test_half_precision_with_globals(dtype: torch.dtype, is_causal: bool) -> Non
     q, k, v, _ = (x.to(dtype) for x in tensors(Situation(300, 300)))
     masks = {"is_causal": is_causal, "global_mask": global_mask(2, 300)}
     exact = CASE.build(dtype=torch.float64)(*(x.double() for x in (q, k, v)), **masks)
-    errors = [(CASE.build(dtype=dtype, backend=backend)(q, k, v, **masks) - exact).norm() for backend in ("reference", "blocks")]
+    errors = [
+        (CASE.build(dtype=dtype, backend=backend)(q, k, v, **masks) - exact).norm()
+        for backend in ("reference", "blocks")
+    ]
     assert errors[1] <= 2 * errors[0]
 
 
 @CAUSALITY
 def test_dropout_drops_entries_with_globals(is_causal: bool) -> None:
     """Over many draws the mean is the row without dropout."""
-    attn = Case("longformer", {"window": 4, "dropout": 0.3}).build(1, 4, dtype=torch.float64).train()
-    q, k, v, _ = (x.expand(4000, -1, -1, -1) for x in tensors(Situation(9, 9, batch=1, heads=1, kv_heads=1), 4))
-    mask = torch.tensor([[True, False, False, False, True, False, False, False, False]]).expand(4000, -1)
+    attn = (
+        Case("longformer", {"window": 4, "dropout": 0.3}).build(1, 4, dtype=torch.float64).train()
+    )
+    q, k, v, _ = (
+        x.expand(4000, -1, -1, -1)
+        for x in tensors(Situation(9, 9, batch=1, heads=1, kv_heads=1), 4)
+    )
+    mask = torch.tensor([[True, False, False, False, True, False, False, False, False]]).expand(
+        4000, -1
+    )
     drawn = attn(q, k, v, global_mask=mask, is_causal=is_causal)
     kept = attn.eval()(q[:1], k[:1], v[:1], global_mask=mask[:1], is_causal=is_causal)
     assert (drawn.mean(0) - kept[0]).abs().max() < 6 * drawn.std(0).max() / 4000**0.5
@@ -104,19 +125,33 @@ def test_padding_of_own_projections_reaches_nothing(backend: str, garbage: float
     situation = Situation(70, 70)
     attn, key_mask = CASE.build(backend=backend), padding("left", 2, 70)
     assert key_mask is not None
-    q, k, v, own_q, own_k, own_v = (x.float() for x in (*tensors(situation)[:3], *own_projections(situation)))
+    q, k, v, own_q, own_k, own_v = (
+        x.float() for x in (*tensors(situation)[:3], *own_projections(situation))
+    )
     named = global_mask(2, 70)
-    clean = attn(q, k, v, key_mask=key_mask, global_mask=named & key_mask, global_qkv=(own_q, own_k, own_v))
+    clean = attn(
+        q, k, v, key_mask=key_mask, global_mask=named & key_mask, global_qkv=(own_q, own_k, own_v)
+    )
     bad = ~key_mask[:, None, :, None]
     spoilt = [x.masked_fill(bad, garbage) for x in (k, v, own_k, own_v)]
-    out = attn(q, *spoilt[:2], key_mask=key_mask, global_mask=named | ~key_mask, global_qkv=(own_q, *spoilt[2:]))
+    out = attn(
+        q,
+        *spoilt[:2],
+        key_mask=key_mask,
+        global_mask=named | ~key_mask,
+        global_qkv=(own_q, *spoilt[2:]),
+    )
     assert torch.equal(out, clean)
 
 
 @BACKENDS
 def test_causal_globals_see_and_are_seen_by_no_earlier_row(backend: str) -> None:
-    """Whether token 60 is global, and what it holds, changes no row before it; it changes its own and every later one, also outside the window."""
-    attn, (q, k, v, _) = CASE.build(dtype=torch.float64, backend=backend), tensors(Situation(120, 120))
+    """Whether token 60 is global, and what it holds, changes no row before it; it changes its own
+    and every later one, also outside the window."""
+    attn, (q, k, v, _) = (
+        CASE.build(dtype=torch.float64, backend=backend),
+        tensors(Situation(120, 120)),
+    )
     own = own_projections(Situation(120, 120))
     first = torch.zeros(2, 120, dtype=torch.bool)
     first[:, 3] = True
@@ -138,14 +173,21 @@ def test_causal_globals_see_and_are_seen_by_no_earlier_row(backend: str) -> None
 def hugging_face_layer(dtype: torch.dtype, attention_window: int = 8):
     """A layer of a tiny random model, its padded rows left out of account by its own rules."""
     longformer = pytest.importorskip("transformers.models.longformer.modeling_longformer")
-    config = longformer.LongformerConfig(hidden_size=24, num_attention_heads=3, attention_window=[attention_window], attention_probs_dropout_prob=0.0)
+    config = longformer.LongformerConfig(
+        hidden_size=24,
+        num_attention_heads=3,
+        attention_window=[attention_window],
+        attention_probs_dropout_prob=0.0,
+    )
     torch.manual_seed(4)
     return longformer.LongformerSelfAttention(config, layer_id=0).to(dtype).eval()
 
 
 def ours_with_its_weights(layer: Any, dtype: torch.dtype) -> MultiheadAttention:
     options = {"window": Window.from_longformer(2 * layer.one_sided_attn_window_size).window}
-    mha = MultiheadAttention(24, 3, batch_first=True, dtype=dtype, attention="longformer", attention_options=options)
+    mha = MultiheadAttention(
+        24, 3, batch_first=True, dtype=dtype, attention="longformer", attention_options=options
+    )
     packed: Any = mha.attention.global_projection
     with torch.no_grad():
         for suffix, weight, bias in (
@@ -163,8 +205,11 @@ def ours_with_its_weights(layer: Any, dtype: torch.dtype) -> MultiheadAttention:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("kind", ["none", "right", "interior"])
 @pytest.mark.parametrize("globals_", ["none", "ragged", "all"])
-def test_equals_hugging_face(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, kind: str, globals_: str) -> None:
-    """Rows and the gradients of the input and of all six projections. Their softmax runs in float32 whatever comes in; here in the input's dtype."""
+def test_equals_hugging_face(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, kind: str, globals_: str
+) -> None:
+    """Rows and the gradients of the input and of all six projections. Their softmax runs in float32
+    whatever comes in; here in the input's dtype."""
     softmax = nn.functional.softmax
     monkeypatch.setattr(nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
     layer = hugging_face_layer(dtype)
@@ -172,13 +217,33 @@ def test_equals_hugging_face(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
     batch, length = 3, 64
     torch.manual_seed(0)
     x = torch.randn(batch, length, 24, dtype=dtype)
-    real = padding(kind, batch, length) if kind != "none" else torch.ones(batch, length, dtype=torch.bool)
+    real = (
+        padding(kind, batch, length)
+        if kind != "none"
+        else torch.ones(batch, length, dtype=torch.bool)
+    )
     assert real is not None
-    named = {"none": torch.zeros_like(real), "ragged": global_mask(batch, length) & real, "all": real}[globals_]
-    signs = torch.zeros(batch, length, dtype=dtype).masked_fill(~real, -10000.0).masked_fill(named, 10000.0)
+    named = {
+        "none": torch.zeros_like(real),
+        "ragged": global_mask(batch, length) & real,
+        "all": real,
+    }[globals_]
+    signs = (
+        torch.zeros(batch, length, dtype=dtype)
+        .masked_fill(~real, -10000.0)
+        .masked_fill(named, 10000.0)
+    )
     theirs_x, ours_x = x.clone().requires_grad_(), x.clone().requires_grad_()
-    theirs = layer(theirs_x, attention_mask=signs, is_index_masked=~real, is_index_global_attn=named, is_global_attn=bool(named.any()))[0]
-    ours, _ = mha(ours_x, ours_x, ours_x, key_padding_mask=~real, need_weights=False, global_mask=named)
+    theirs = layer(
+        theirs_x,
+        attention_mask=signs,
+        is_index_masked=~real,
+        is_index_global_attn=named,
+        is_global_attn=bool(named.any()),
+    )[0]
+    ours, _ = mha(
+        ours_x, ours_x, ours_x, key_padding_mask=~real, need_weights=False, global_mask=named
+    )
     rows = real[..., None]  # a padded row is 0 there, and here the row of its query
     close(ours * rows, theirs.detach() * rows, tolerance, "rows")
     upstream = torch.randn(batch, length, 24, dtype=dtype) * rows
@@ -189,17 +254,30 @@ def test_equals_hugging_face(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
     packed: Any = mha.attention.global_projection
     gradients: Any = (("", mha.in_proj_weight.grad), ("_global", packed.weight.grad))
     for suffix, gradient in gradients:
-        of_theirs: Any = [getattr(layer, name + suffix).weight.grad for name in ("query", "key", "value")]
+        of_theirs: Any = [
+            getattr(layer, name + suffix).weight.grad for name in ("query", "key", "value")
+        ]
         if of_theirs[0] is not None:
-            close(gradient, torch.cat(of_theirs), 4 * tolerance, f"gradient of the projections{suffix}")
+            close(
+                gradient,
+                torch.cat(of_theirs),
+                4 * tolerance,
+                f"gradient of the projections{suffix}",
+            )
 
 
 def test_own_projections_begin_as_copies_and_travel() -> None:
-    """As Longformer itself is made from RoBERTa; torch's checkpoint fills them, its own keeps them."""
+    """As Longformer itself is made from RoBERTa; torch's checkpoint fills them, its own keeps
+    them."""
     options = {"batch_first": True, "attention": "longformer", "attention_options": {"window": 3}}
-    plain, mha = nn.MultiheadAttention(12, 3, batch_first=True), MultiheadAttention(12, 3, **options)
+    plain, mha = (
+        nn.MultiheadAttention(12, 3, batch_first=True),
+        MultiheadAttention(12, 3, **options),
+    )
     packed: Any = mha.attention.global_projection
-    assert torch.equal(packed.weight, mha.in_proj_weight) and packed.weight is not mha.in_proj_weight
+    assert (
+        torch.equal(packed.weight, mha.in_proj_weight) and packed.weight is not mha.in_proj_weight
+    )
     mha.load_state_dict(plain.state_dict())
     assert torch.equal(packed.weight, plain.in_proj_weight)
     nn.init.normal_(packed.weight)
@@ -214,7 +292,8 @@ def test_own_projections_begin_as_copies_and_travel() -> None:
 
 @BACKENDS
 def test_decoding_with_named_globals(backend: str) -> None:
-    """A prompt with global tokens of its own projections, left-padded, then tokens in pieces: the rows of one causal forward."""
+    """A prompt with global tokens of its own projections, left-padded, then tokens in pieces: the
+    rows of one causal forward."""
     situation, named = Situation(150, 150), torch.zeros(2, 150, dtype=torch.bool)
     named[0, [3, 20, 25]] = named[1, 39] = True
     key_mask = torch.ones(2, 150, dtype=torch.bool)
@@ -237,11 +316,14 @@ def test_decoding_with_named_globals(backend: str) -> None:
         rows.append(out)
         start += length
     close(torch.cat(rows, 2), expected, 1e-10, "rows")
-    assert state.elements() == 2 * 2 * 2 * 8 * (16 - 1 + 39 + 2)  # the window before the last piece and the piece, and two slots of globals
+    assert state.elements() == 2 * 2 * 2 * 8 * (
+        16 - 1 + 39 + 2
+    )  # the window before the last piece and the piece, and two slots of globals
 
 
 def test_globals_that_come_late() -> None:
-    """Within the first window they may come in any step; later, and with projections of their own, they are refused."""
+    """Within the first window they may come in any step; later, and with projections of their own,
+    they are refused."""
     attn: Any = CASE.build(dtype=torch.float64)
     q, k, v, _ = tensors(Situation(40, 40))
     named = torch.zeros(2, 40, dtype=torch.bool)
@@ -250,7 +332,9 @@ def test_globals_that_come_late() -> None:
     state, rows = attn.init_state(2, kv_heads=2, dtype=q.dtype), []
     for start in range(0, 40, 5):
         some = slice(start, start + 5)
-        out, state = attn.step(q[:, :, some], k[:, :, some], v[:, :, some], state, global_mask=named[:, some])
+        out, state = attn.step(
+            q[:, :, some], k[:, :, some], v[:, :, some], state, global_mask=named[:, some]
+        )
         rows.append(out)
     close(torch.cat(rows, 2), expected, 1e-10, "rows")
     one, yes = [x[:, :, :1] for x in (q, k, v)], torch.ones(2, 1, dtype=torch.bool)
@@ -266,7 +350,12 @@ def test_a_state_branches_and_is_selected_with_its_globals() -> None:
     q, k, v, _ = tensors(Situation(50, 50))
     whole = attn(q, k, v, is_causal=True)
     with torch.no_grad():
-        _, state = attn.step(q[:, :, :30], k[:, :, :30], v[:, :, :30], attn.init_state(2, 50, kv_heads=2, dtype=q.dtype))
+        _, state = attn.step(
+            q[:, :, :30],
+            k[:, :, :30],
+            v[:, :, :30],
+            attn.init_state(2, 50, kv_heads=2, dtype=q.dtype),
+        )
         rest = [x[:, :, 30:].flip(0) for x in (q, k, v)]
         for _ in range(2):
             out, _ = attn.step(*rest, state.select(torch.tensor([1, 0])))
@@ -280,9 +369,18 @@ def test_counted_with_named_globals(is_causal: bool) -> None:
     pytest.importorskip("fvcore")
     attn, q = CASE.build(), torch.randn(2, 4, 300, 8)
     named = torch.arange(300).expand(2, -1) < 5
-    closed = Case("longformer", {"window": 16, "global_tokens": 5}).build().cost(2, 300, is_causal=is_causal)
+    closed = (
+        Case("longformer", {"window": 16, "global_tokens": 5})
+        .build()
+        .cost(2, 300, is_causal=is_causal)
+    )
     assert count_flops(attn, q, q, q, is_causal=is_causal, global_mask=named).macs == closed.macs
-    assert count_flops(attn, q, q, q, is_causal=is_causal, global_mask=named, global_qkv=(q, q, q)).macs == closed.macs
+    assert (
+        count_flops(
+            attn, q, q, q, is_causal=is_causal, global_mask=named, global_qkv=(q, q, q)
+        ).macs
+        == closed.macs
+    )
     assert closed.macs > CASE.build().cost(2, 300, is_causal=is_causal).macs
 
 
@@ -300,7 +398,9 @@ def test_refusals() -> None:
         attn(q, q, q, global_qkv=(q, q[:, :, :3], q))
     for name in ("standard", "performer"):
         with pytest.raises(UnsupportedError, match=f"{name} has no global tokens.*use longformer"):
-            attnzoo.build(name, heads=4, head_dim=8)(q, q, q, global_mask=torch.ones(2, 20, dtype=torch.bool))
+            attnzoo.build(name, heads=4, head_dim=8)(
+                q, q, q, global_mask=torch.ones(2, 20, dtype=torch.bool)
+            )
     with pytest.raises(ValueError, match="global_tokens=-1"):
         attnzoo.build("longformer", heads=1, head_dim=4, global_tokens=-1)
 
@@ -309,13 +409,19 @@ def bert() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=32, vocab_size=50, attention_probs_dropout_prob=0.0
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=32,
+        vocab_size=50,
+        attention_probs_dropout_prob=0.0,
     )
     return transformers.BertModel(config).eval()
 
 
 def test_global_tokens_in_a_swapped_bert() -> None:
-    """[CLS] by the option, any tokens by `attnzoo.global_mask`; all tokens global is exact attention again."""
+    """[CLS] by the option, any tokens by `attnzoo.global_mask`; all tokens global is exact
+    attention again."""
     model = bert()
     ids = torch.randint(50, (2, 60))
     real = padding("right", 2, 60)
@@ -333,10 +439,18 @@ def test_global_tokens_in_a_swapped_bert() -> None:
     with attnzoo.global_mask(model, real):
         everything = model(ids, attention_mask=real.long()).last_hidden_state
     assert torch.equal(model(ids, attention_mask=real.long()).last_hidden_state, without)
-    close(by_mask * real[..., None], by_option * real[..., None], 1e-6, "the first token by mask and by option")
+    close(
+        by_mask * real[..., None],
+        by_option * real[..., None],
+        1e-6,
+        "the first token by mask and by option",
+    )
     close(everything * real[..., None], exact * real[..., None], 1e-5, "every token global")
     assert (by_option - without).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="BertModel has no attention with global tokens"), attnzoo.global_mask(bert(), named):
+    with (
+        pytest.raises(ValueError, match="BertModel has no attention with global tokens"),
+        attnzoo.global_mask(bert(), named),
+    ):
         pass
     with pytest.raises(ValueError, match=r"mask is torch\.int64"), attnzoo.global_mask(model, ids):
         pass
@@ -345,7 +459,11 @@ def test_global_tokens_in_a_swapped_bert() -> None:
 def test_own_projections_in_a_swapped_torch_model(tmp_path) -> None:
     """They begin as copies, train, are saved beside the model, and go when it is unswapped."""
     torch.manual_seed(0)
-    model: Any = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 3, 32, dropout=0.0, batch_first=True), 2, enable_nested_tensor=False)
+    model: Any = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(24, 3, 32, dropout=0.0, batch_first=True),
+        2,
+        enable_nested_tensor=False,
+    )
     x, named = torch.randn(2, 40, 24), global_mask(2, 40)
     exact = model(x)
     names = list(model.state_dict())
@@ -370,7 +488,11 @@ def test_own_projections_in_a_swapped_torch_model(tmp_path) -> None:
 
 def test_flex_refuses_global_tokens_wherever_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU too, where it has nothing else to refuse: its tables would leave them out."""
-    monkeypatch.setattr(sparse_flex, "why_not", lambda *_: None)
+    monkeypatch.setattr(flex, "why_not", lambda *_: None)
     q, k, v, _ = tensors(Situation(20, 20))
-    with pytest.raises(UnsupportedError, match=r"backend='flex' .*global tokens differ from sample to sample"):
-        CASE.build(backend="flex", dtype=torch.float64)(q, k, v, global_mask=torch.ones(2, 20, dtype=torch.bool))
+    with pytest.raises(
+        UnsupportedError, match=r"backend='flex' .*global tokens differ from sample to sample"
+    ):
+        CASE.build(backend="flex", dtype=torch.float64)(
+            q, k, v, global_mask=torch.ones(2, 20, dtype=torch.bool)
+        )

@@ -1,9 +1,11 @@
-"""No sub-quadratic variant forms an n × n tensor: 65,536 tokens, forward and backward, inside 2 GiB.
+"""No sub-quadratic variant forms an n × n tensor: 65,536 tokens, forward and backward, inside 2
+GiB.
 
-Each variant runs in a process of its own whose address space may grow by 2 GiB from where it stands after importing torch
-(RLIMIT_AS): a hard limit that no allocator, thread or library can pass, unlike a sampled resident size or a profiler that
-sees torch's allocator only. One n × n float32 matrix is 16 GiB and one of booleans 4 GiB, so either fails at once; that the
-limit bites is tested too, by the reference backends that form one.
+Each variant runs in a process of its own whose address space may grow by 2 GiB from where it stands
+after importing torch (RLIMIT_AS): a hard limit that no allocator, thread or library can pass,
+unlike a sampled resident size or a profiler that sees torch's allocator only. One n × n float32
+matrix is 16 GiB and one of booleans 4 GiB, so either fails at once; that the limit bites is tested
+too, by the reference backends that form one.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ from cases import Case, usual_cases
 import attnzoo
 
 pytest.importorskip("resource", reason="RLIMIT_AS, which this test rests on, is POSIX's")
-pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of the address space is read from Linux's /proc")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(),
+    reason="the size of the address space is read from Linux's /proc",
+)
 
 LENGTH = 65_536
 LIMIT = 2 * 2**30
@@ -61,12 +66,15 @@ print(json.dumps(found))
 
 
 def test_every_variant_but_the_exact_one_is_subquadratic() -> None:
-    assert {case.variant for case in SUBQUADRATIC} == {name for name in attnzoo.names() if attnzoo.describe(name).spec.family != "exact"}
+    assert {case.variant for case in SUBQUADRATIC} == {
+        name for name in attnzoo.names() if attnzoo.describe(name).spec.family != "exact"
+    }
 
 
 @pytest.mark.parametrize("case", SUBQUADRATIC, ids=[case.variant for case in SUBQUADRATIC])
 def test_65536_tokens_in_2_gib(case: Case) -> None:
-    """Defaults of the variant, one head of 64. Linformer's reference is n × rank, so it passes too; the others' must not."""
+    """Defaults of the variant, one head of 64. Linformer's reference is n × rank, so it passes too;
+    the others' must not."""
     command = [sys.executable, "-c", RUN, case.variant, str(LENGTH), str(LIMIT)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -76,4 +84,6 @@ def test_65536_tokens_in_2_gib(case: Case) -> None:
     assert not set(fast.values()) & {"out of memory"}, found
     assert set(fast.values()) <= set(case.build().engine.backend_names()) - {"reference"}, found
     reference = {what for how, what in found.items() if how.startswith("reference")}
-    assert reference == ({"reference"} if case.spec.family == "low_rank" else {"out of memory"}), found
+    assert reference == ({"reference"} if case.spec.family == "low_rank" else {"out of memory"}), (
+        found
+    )

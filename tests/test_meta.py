@@ -1,4 +1,5 @@
-"""Built or swapped on the meta device, emptied elsewhere: what an attention draws and learns has values, and never those of the memory."""
+"""Built or swapped on the meta device, emptied elsewhere: what an attention draws and learns has
+values, and never those of the memory."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ LENGTH = 20
 
 def encoder() -> nn.TransformerEncoder:
     torch.manual_seed(3)
-    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 8, 0.0, batch_first=True), 2, enable_nested_tensor=False)
+    return nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 4, 8, 0.0, batch_first=True), 2, enable_nested_tensor=False
+    )
 
 
 def numbers(module: nn.Module) -> dict[str, Tensor]:
@@ -45,7 +48,17 @@ def test_a_plain_checkpoint_in_a_model_swapped_on_meta(name: str) -> None:
         assert torch.isfinite(tensor).all(), key
     if name == "linformer":  # learned, so drawn anew
         assert (
-            0.3 < float(torch.cat([x.detach().flatten() for key, x in numbers(model).items() if "projection.weight" in key]).std()) < 0.7
+            0.3
+            < float(
+                torch.cat(
+                    [
+                        x.detach().flatten()
+                        for key, x in numbers(model).items()
+                        if "projection.weight" in key
+                    ]
+                ).std()
+            )
+            < 0.7
         )  # 1/√rank
         model.load_state_dict(swapped.state_dict())
     x, masks = torch.randn(2, LENGTH, 16), layer_masks(spec_of(name), LENGTH)
@@ -54,7 +67,11 @@ def test_a_plain_checkpoint_in_a_model_swapped_on_meta(name: str) -> None:
     torch.testing.assert_close(model(x, **masks), swapped(x, **masks), rtol=0.0, atol=1e-6)
 
 
-MORE = [("linear", {"feature_map": "taylor"}), ("nystromformer", {"convolution": 3}), ("sliding_window", {"sink_logits": True})]
+MORE = [
+    ("linear", {"feature_map": "taylor"}),
+    ("nystromformer", {"convolution": 3}),
+    ("sliding_window", {"sink_logits": True}),
+]
 
 
 @pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in attnzoo.names()), *MORE])
@@ -73,7 +90,9 @@ def test_emptied_is_as_built(name: str, options: dict[str, Any], times: int) -> 
     emptied.to(torch.float64).to(torch.bfloat16).share_memory()
     for key, tensor in numbers(built).items():
         if not isinstance(tensor, nn.Parameter):
-            torch.testing.assert_close(dict(numbers(emptied))[key].to(tensor.dtype), tensor, rtol=0.01, atol=0.0)
+            torch.testing.assert_close(
+                dict(numbers(emptied))[key].to(tensor.dtype), tensor, rtol=0.01, atol=0.0
+            )
 
 
 def test_a_draw_that_was_replaced_comes_back_by_its_own_seed() -> None:
@@ -87,10 +106,16 @@ def test_a_draw_that_was_replaced_comes_back_by_its_own_seed() -> None:
             assert torch.equal(tensor, wanted[key]), key
 
 
-@pytest.mark.parametrize(("name", "options"), [("performer", {}), ("reformer", {}), ("linformer", {}), ("linear", {"feature_map": "taylor"})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("performer", {}), ("reformer", {}), ("linformer", {}), ("linear", {"feature_map": "taylor"})],
+)
 def test_numbers_left_on_meta_are_refused(name: str, options: dict[str, Any]) -> None:
     attn, x = build_small(name, 2, 8, **options).to("meta"), torch.randn(1, 2, LENGTH, 8)
-    with pytest.raises(ValueError, match=r"on the meta device, where they have no values; call to_empty\(device='cpu'\) on this attention"):
+    with pytest.raises(
+        ValueError,
+        match=r"on the meta device, where they have no values; call to_empty\(device='cpu'\) on this attention",
+    ):
         attn(x, x, x)
     assert torch.isfinite(attn.to_empty(device="cpu")(x, x, x)).all()
     assert attn.to("meta")(*[x.to("meta")] * 3).is_meta

@@ -1,4 +1,5 @@
-"""torch's Transformer layers run the core of a MultiheadAttention in every mode; so do autocast and torch.compile."""
+"""torch's Transformer layers run the core of a MultiheadAttention in every mode; so do autocast and
+torch.compile."""
 
 from __future__ import annotations
 
@@ -10,7 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Case, usual_cases
-from multihead_cases import BATCH, CAUSAL_CASES, DOUBLE, HEADS, KEYS, SINGLE, SIZE, as_float, options_of, pair
+from multihead_cases import (
+    BATCH,
+    CAUSAL_CASES,
+    DOUBLE,
+    HEADS,
+    KEYS,
+    SINGLE,
+    SIZE,
+    as_float,
+    options_of,
+    pair,
+)
 from small import causal_bool, layer_masks, possible
 from torch import Tensor, nn
 
@@ -18,7 +30,8 @@ from attnzoo import MultiheadAttention
 
 
 def count_calls(module: Any) -> list[str]:
-    """The list fills with the backend of every call of the core. Not a hook: torch's fast path steps aside for hooks."""
+    """The list fills with the backend of every call of the core. Not a hook: torch's fast path
+    steps aside for hooks."""
     calls: list[str] = []
     inner = module.attention.forward
 
@@ -32,10 +45,14 @@ def count_calls(module: Any) -> list[str]:
     return calls
 
 
-def encoder_layer(case: Case | None, *, norm_first: bool = False, batch_first: bool = True, dropout: float = 0.0) -> nn.TransformerEncoderLayer:
+def encoder_layer(
+    case: Case | None, *, norm_first: bool = False, batch_first: bool = True, dropout: float = 0.0
+) -> nn.TransformerEncoderLayer:
     """torch's own when case is None. Two heads, since torch's fast path refuses an odd number."""
     torch.manual_seed(4)
-    layer = nn.TransformerEncoderLayer(SIZE, 2, 16, dropout, batch_first=batch_first, norm_first=norm_first)
+    layer = nn.TransformerEncoderLayer(
+        SIZE, 2, 16, dropout, batch_first=batch_first, norm_first=norm_first
+    )
     if case is not None:
         made = MultiheadAttention(SIZE, 2, batch_first=batch_first, **options_of(case))
         made.load_state_dict(layer.self_attn.state_dict(), strict=True)
@@ -63,7 +80,12 @@ def compose_decoder(layer: Any, x: Tensor, memory: Tensor, memory_padding: Tenso
     """The decoder layer's equations, by hand; causal."""
     blocks = [
         (layer.norm1, lambda y: layer.self_attn(y, y, y, is_causal=True, need_weights=False)[0]),
-        (layer.norm2, lambda y: layer.multihead_attn(y, memory, memory, key_padding_mask=memory_padding, need_weights=False)[0]),
+        (
+            layer.norm2,
+            lambda y: layer.multihead_attn(
+                y, memory, memory, key_padding_mask=memory_padding, need_weights=False
+            )[0],
+        ),
         (layer.norm3, lambda y: layer.linear2(F.relu(layer.linear1(y)))),
     ]
     for norm, block in blocks:
@@ -71,20 +93,31 @@ def compose_decoder(layer: Any, x: Tensor, memory: Tensor, memory_padding: Tenso
     return x
 
 
-MODES = [(True, nullcontext), (False, nullcontext), (False, torch.no_grad), (False, torch.inference_mode), (True, torch.no_grad)]
+MODES = [
+    (True, nullcontext),
+    (False, nullcontext),
+    (False, torch.no_grad),
+    (False, torch.inference_mode),
+    (True, torch.no_grad),
+]
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("case", usual_cases(), ids=str)
 def test_encoder_layer_runs_the_core_in_every_mode(case: Case, norm_first: bool) -> None:
-    layer, plain = encoder_layer(case, norm_first=norm_first), encoder_layer(None, norm_first=norm_first)
+    layer, plain = (
+        encoder_layer(case, norm_first=norm_first),
+        encoder_layer(None, norm_first=norm_first),
+    )
     calls = count_calls(layer.self_attn)
     x = torch.randn(BATCH, 40, SIZE)
     padding = torch.zeros(BATCH, 40, dtype=torch.bool)
     padding[1, 33:] = True
     causal = case.spec.causal
-    for (training, context), padded, masked in itertools.product(MODES, (None, padding), (None, causal_bool(40)) if causal else (None,)):
+    for (training, context), padded, masked in itertools.product(
+        MODES, (None, padding), (None, causal_bool(40)) if causal else (None,)
+    ):
         if masked is None and not case.spec.bidirectional:
             continue
         layer.train(training)
@@ -100,17 +133,29 @@ def test_encoder_layer_runs_the_core_in_every_mode(case: Case, norm_first: bool)
         assert torch.allclose(out[real], exact[real], **SINGLE) == (case.spec.family == "exact")
         if masked is not None:
             with context():
-                hinted = layer(x, src_mask=as_float(masked, torch.float32), src_key_padding_mask=padded, is_causal=True)
+                hinted = layer(
+                    x,
+                    src_mask=as_float(masked, torch.float32),
+                    src_key_padding_mask=padded,
+                    is_causal=True,
+                )
             assert torch.equal(hinted, out)
 
 
 @pytest.mark.parametrize("swapped", ["before", "after"])
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("case", usual_cases(), ids=str)
-@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True", "ignore:The PyTorch API of nested tensors")
-def test_encoder_stack_runs_the_core_in_every_mode(case: Case, norm_first: bool, swapped: str) -> None:
-    """With nested tensors on, as by default: a stack built before the swap hands them to its layers."""
-    stack = nn.TransformerEncoder(encoder_layer(case if swapped == "before" else None, norm_first=norm_first), 2)
+@pytest.mark.filterwarnings(
+    "ignore:enable_nested_tensor is True", "ignore:The PyTorch API of nested tensors"
+)
+def test_encoder_stack_runs_the_core_in_every_mode(
+    case: Case, norm_first: bool, swapped: str
+) -> None:
+    """With nested tensors on, as by default: a stack built before the swap hands them to its
+    layers."""
+    stack = nn.TransformerEncoder(
+        encoder_layer(case if swapped == "before" else None, norm_first=norm_first), 2
+    )
     if swapped == "after":
         for layer in stack.layers:
             layer.self_attn = encoder_layer(case, norm_first=norm_first).self_attn
@@ -143,11 +188,15 @@ def test_encoder_stack_runs_the_core_in_every_mode(case: Case, norm_first: bool,
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("case", [case for case in CAUSAL_CASES if case.spec.cross and case.spec.bidirectional], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in CAUSAL_CASES if case.spec.cross and case.spec.bidirectional], ids=str
+)
 def test_decoder_stack_runs_both_cores(case: Case, norm_first: bool, batch_first: bool) -> None:
     def decoder(case: Case) -> nn.TransformerDecoder:
         torch.manual_seed(6)
-        layer = nn.TransformerDecoderLayer(SIZE, HEADS, 16, 0.0, batch_first=batch_first, norm_first=norm_first)
+        layer = nn.TransformerDecoderLayer(
+            SIZE, HEADS, 16, 0.0, batch_first=batch_first, norm_first=norm_first
+        )
         for name in ("self_attn", "multihead_attn"):
             made = MultiheadAttention(SIZE, HEADS, batch_first=batch_first, **options_of(case))
             made.load_state_dict(getattr(layer, name).state_dict(), strict=True)
@@ -155,13 +204,19 @@ def test_decoder_stack_runs_both_cores(case: Case, norm_first: bool, batch_first
         return nn.TransformerDecoder(layer, 2)
 
     stack = decoder(case)
-    calls = [count_calls(getattr(layer, name)) for layer in stack.layers for name in ("self_attn", "multihead_attn")]
+    calls = [
+        count_calls(getattr(layer, name))
+        for layer in stack.layers
+        for name in ("self_attn", "multihead_attn")
+    ]
     x, memory = torch.randn(BATCH, 8, SIZE), torch.randn(BATCH, 11, SIZE)
     if not batch_first:
         x, memory = x.transpose(0, 1), memory.transpose(0, 1)
     padding = torch.zeros(BATCH, 11, dtype=torch.bool)
     padding[0, 6:] = True
-    for (training, context), mask in itertools.product(MODES, (causal_bool(8), nn.Transformer.generate_square_subsequent_mask(8))):
+    for (training, context), mask in itertools.product(
+        MODES, (causal_bool(8), nn.Transformer.generate_square_subsequent_mask(8))
+    ):
         stack.train(training)
         for each in calls:
             each.clear()
@@ -180,8 +235,13 @@ def test_gradients_flow_through_a_layer(case: Case) -> None:
     x = torch.randn(BATCH, 9, SIZE, requires_grad=True)
     padding = torch.zeros(BATCH, 9, dtype=torch.bool)
     padding[0, 5:] = True
-    layer(x, src_key_padding_mask=padding, **layer_masks(case.spec, 9))[~padding].square().sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in layer.parameters())
+    layer(x, src_key_padding_mask=padding, **layer_masks(case.spec, 9))[
+        ~padding
+    ].square().sum().backward()
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all()
+        for parameter in layer.parameters()
+    )
 
 
 @pytest.mark.parametrize("case", usual_cases(), ids=str)
@@ -192,12 +252,17 @@ def test_autocast(case: Case) -> None:
     padding[1, 33:] = True
     with torch.autocast("cpu", dtype=torch.bfloat16):
         attended, _ = layer.self_attn(x, x, x, key_padding_mask=padding, **possible(case.spec))
-        out = layer(x, src_key_padding_mask=padding, src_mask=causal_bool(40) if case.spec.causal else None)
+        out = layer(
+            x, src_key_padding_mask=padding, src_mask=causal_bool(40) if case.spec.causal else None
+        )
         out.sum().backward()
     assert attended.dtype == torch.bfloat16
     full, _ = layer.self_attn(x, x, x, key_padding_mask=padding, **possible(case.spec))
     torch.testing.assert_close(attended.float(), full, atol=0.05, rtol=0.05)
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in layer.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all()
+        for parameter in layer.parameters()
+    )
 
 
 def test_autocast_with_float_masks_and_appended_keys_is_torchs() -> None:
@@ -207,7 +272,9 @@ def test_autocast_with_float_masks_and_appended_keys_is_torchs() -> None:
         expected, _ = theirs(x, x, x, attn_mask=bias, need_weights=False)
         found, _ = ours(x, x, x, attn_mask=bias, need_weights=False)
     assert found.dtype == expected.dtype
-    assert ours.attention.last_backend == "sdpa", "the mask follows autocast, or the fast backend refuses it"
+    assert ours.attention.last_backend == "sdpa", (
+        "the mask follows autocast, or the fast backend refuses it"
+    )
     torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
 
 
@@ -241,7 +308,10 @@ def test_a_compiled_graph_checks_the_masks_that_it_cannot_read() -> None:
 def test_a_compiled_standard_core_honours_a_float_padding_mask() -> None:
     torch._dynamo.reset()
     _, ours = pair(batch_first=True)
-    x, bias = torch.randn(BATCH, 9, SIZE, dtype=torch.float64), torch.randn(BATCH, 9, dtype=torch.float64)
+    x, bias = (
+        torch.randn(BATCH, 9, SIZE, dtype=torch.float64),
+        torch.randn(BATCH, 9, dtype=torch.float64),
+    )
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     for mask in (None, causal_bool(9)):
         call = {"key_padding_mask": bias, "attn_mask": mask}

@@ -1,4 +1,5 @@
-"""MultiheadAttention around a core whose queries and keys are one tensor: one projection for both, and what cannot have it says so."""
+"""MultiheadAttention around a core whose queries and keys are one tensor: one projection for both,
+and what cannot have it says so."""
 
 from __future__ import annotations
 
@@ -20,7 +21,14 @@ SHARED: dict[str, Any] = {"share_qk": True, "num_buckets": 4, "num_hashes": 2, "
 
 def module(bias: bool = True, **options: Any) -> attnzoo.MultiheadAttention:
     torch.manual_seed(0)
-    return attnzoo.MultiheadAttention(WIDTH, HEADS, bias=bias, attention="reformer", attention_options=SHARED, **{"batch_first": True, **options})
+    return attnzoo.MultiheadAttention(
+        WIDTH,
+        HEADS,
+        bias=bias,
+        attention="reformer",
+        attention_options=SHARED,
+        **{"batch_first": True, **options},
+    )
 
 
 def inputs(length: int = 21) -> Tensor:
@@ -44,14 +52,18 @@ def test_one_projection_for_both(bias: bool) -> None:
     torch.manual_seed(0)
     of_torch = nn.MultiheadAttention(WIDTH, HEADS, bias=bias)
     rows = [*range(WIDTH), *range(2 * WIDTH, 3 * WIDTH)]
-    assert torch.equal(attn.in_proj_weight, of_torch.in_proj_weight[rows]) and torch.equal(attn.out_proj.weight, of_torch.out_proj.weight)
+    assert torch.equal(attn.in_proj_weight, of_torch.in_proj_weight[rows]) and torch.equal(
+        attn.out_proj.weight, of_torch.out_proj.weight
+    )
     assert sum(p.numel() for p in attn.parameters()) == 3 * WIDTH * WIDTH + bias * 3 * WIDTH
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("other_values", [False, True])
-def test_equals_the_core_between_its_projections(other_values: bool, bias: bool, is_causal: bool) -> None:
+def test_equals_the_core_between_its_projections(
+    other_values: bool, bias: bool, is_causal: bool
+) -> None:
     attn, x = module(bias), inputs().requires_grad_()
     value = inputs().flip(0) if other_values else x
     padding = torch.arange(21) >= torch.tensor([[21], [13]])
@@ -59,8 +71,15 @@ def test_equals_the_core_between_its_projections(other_values: bool, bias: bool,
     wanted = by_hand(attn, x, value, key_mask=~padding, is_causal=is_causal)
     torch.testing.assert_close(out, wanted)
     assert weights is not None and weights.shape == (2, 21, 21)
-    upstream, leaves = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)), [x, *attn.parameters()]
-    for one, other in zip(torch.autograd.grad(out, leaves, upstream), torch.autograd.grad(wanted, leaves, upstream), strict=True):
+    upstream, leaves = (
+        torch.randn(out.shape, generator=torch.Generator().manual_seed(2)),
+        [x, *attn.parameters()],
+    )
+    for one, other in zip(
+        torch.autograd.grad(out, leaves, upstream),
+        torch.autograd.grad(wanted, leaves, upstream),
+        strict=True,
+    ):
         torch.testing.assert_close(one, other)
         assert float(one.norm()) > 0
 
@@ -69,7 +88,9 @@ def test_other_layouts() -> None:
     x = inputs()
     wanted = module()(x, x, x)[0]
     along, first = x.transpose(0, 1), x[0]
-    torch.testing.assert_close(module(batch_first=False)(along, along, along)[0].transpose(0, 1), wanted)
+    torch.testing.assert_close(
+        module(batch_first=False)(along, along, along)[0].transpose(0, 1), wanted
+    )
     torch.testing.assert_close(module()(first, first, first)[0], wanted[0])
 
 
@@ -88,13 +109,24 @@ def test_in_torchs_layer_in_both_modes() -> None:
 def test_its_state_travels_and_torchs_is_refused() -> None:
     attn, x = module(), inputs()
     torch.manual_seed(5)
-    other = attnzoo.MultiheadAttention(WIDTH, HEADS, batch_first=True, attention="reformer", attention_options=SHARED)
+    other = attnzoo.MultiheadAttention(
+        WIDTH, HEADS, batch_first=True, attention="reformer", attention_options=SHARED
+    )
     other.load_state_dict(attn.state_dict())
     assert torch.equal(other(x, x, x)[0], attn(x, x, x)[0])
-    with pytest.raises(ValueError, match="in_proj_weight projects queries and keys apart, and this module has one projection for both"):
+    with pytest.raises(
+        ValueError,
+        match="in_proj_weight projects queries and keys apart, and this module has one projection "
+        "for both",
+    ):
         attn.load_state_dict(nn.MultiheadAttention(WIDTH, HEADS).state_dict())
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, HEADS, 16, 0.0, batch_first=True), 1)
-    with pytest.raises(UnsupportedError, match=r"layer 0 \(layers.0.self_attn\): the model projects queries and keys apart"):
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(WIDTH, HEADS, 16, 0.0, batch_first=True), 1
+    )
+    with pytest.raises(
+        UnsupportedError,
+        match=r"layer 0 \(layers.0.self_attn\): the model projects queries and keys apart",
+    ):
         attnzoo.swap(model, "reformer", share_qk=True)
 
 
@@ -110,7 +142,10 @@ def test_its_macs_are_counted() -> None:
     pytest.importorskip("fvcore")
     attn, x = module().to("meta"), inputs().to("meta")
     core = attn.attention.cost(2, 21)
-    assert attnzoo.count_flops(attn, x, x, x, need_weights=False).macs == core.macs + 3 * 2 * 21 * WIDTH**2
+    assert (
+        attnzoo.count_flops(attn, x, x, x, need_weights=False).macs
+        == core.macs + 3 * 2 * 21 * WIDTH**2
+    )
 
 
 def by_heads() -> list[str]:
@@ -130,11 +165,21 @@ def by_heads() -> list[str]:
         found.append((out.detach(), x.grad))
 
     def whole(name: str) -> Tensor:
-        return torch.cat([split.projections[part].get_parameter(name).grad.full_tensor() for part in ("qk", "v")])
+        return torch.cat(
+            [split.projections[part].get_parameter(name).grad.full_tensor() for part in ("qk", "v")]
+        )
 
-    pairs = [*zip(*found, strict=True), (attn.in_proj_weight.grad, whole("weight")), (attn.in_proj_bias.grad, whole("bias"))]
+    pairs = [
+        *zip(*found, strict=True),
+        (attn.in_proj_weight.grad, whole("weight")),
+        (attn.in_proj_bias.grad, whole("bias")),
+    ]
     names = ("output", "gradient of the input", "gradient of the weights", "gradient of the biases")
-    return [name for name, (wanted, own) in zip(names, pairs, strict=True) if not torch.allclose(own, wanted, rtol=1e-4, atol=1e-5)]
+    return [
+        name
+        for name, (wanted, own) in zip(names, pairs, strict=True)
+        if not torch.allclose(own, wanted, rtol=1e-4, atol=1e-5)
+    ]
 
 
 def test_split_by_heads_over_two_processes() -> None:

@@ -1,4 +1,5 @@
-"""Nyströmformer beyond the rules: padded queries, the limit of many landmarks, and a pseudo-inverse scaled for each matrix."""
+"""Nyströmformer beyond the rules: padded queries, the limit of many landmarks, and a pseudo-inverse
+scaled for each matrix."""
 
 from __future__ import annotations
 
@@ -29,7 +30,12 @@ def test_padding_anywhere_equals_leaving_the_tokens_out(kind: str):
     mask = padding(kind, 1, 50)
     assert mask is not None
     some = mask[0]
-    close(attn(q, k, v, key_mask=mask)[:, :, some], attn(q[:, :, some], k[:, :, some], v[:, :, some]), 1e-10, "real rows")
+    close(
+        attn(q, k, v, key_mask=mask)[:, :, some],
+        attn(q[:, :, some], k[:, :, some], v[:, :, some]),
+        1e-10,
+        "real rows",
+    )
 
 
 def test_a_landmark_for_every_token_and_many_steps_is_exact_attention():
@@ -38,15 +44,20 @@ def test_a_landmark_for_every_token_and_many_steps_is_exact_attention():
     exact = attnzoo.build("standard", heads=4, head_dim=8).double()(3 * q, 3 * k, v)
     errors = []
     for iterations in (6, 12, 40):
-        attn = attnzoo.build("nystromformer", heads=4, head_dim=8, num_landmarks=12, iterations=iterations).double()
+        attn = attnzoo.build(
+            "nystromformer", heads=4, head_dim=8, num_landmarks=12, iterations=iterations
+        ).double()
         errors.append((attn(3 * q, 3 * k, v) - exact).norm().item())
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-8
 
 
 def test_no_sample_moves_another():
-    """One scale for a whole batch, as in the first published code, would let a sample change its neighbours."""
-    attn = attnzoo.build("nystromformer", heads=4, head_dim=8, num_landmarks=8, iterations=2).double()
+    """One scale for a whole batch, as in the first published code, would let a sample change its
+    neighbours."""
+    attn = attnzoo.build(
+        "nystromformer", heads=4, head_dim=8, num_landmarks=8, iterations=2
+    ).double()
     q, k, v, _ = tensors(Situation(40, 40))
     alone = attn(q[:1], k[:1], v[:1])
     beside = attn(torch.cat([q[:1], 9 * q[1:]]), torch.cat([k[:1], 9 * k[1:]]), v)[:1]

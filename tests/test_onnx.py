@@ -1,4 +1,5 @@
-"""Every variant as an ONNX graph, run by onnxruntime, says what it says here, for other values and masks than it was exported with."""
+"""Every variant as an ONNX graph, run by onnxruntime, says what it says here, for other values and
+masks than it was exported with."""
 
 from __future__ import annotations
 
@@ -15,9 +16,15 @@ from torch import Tensor, nn
 
 from attnzoo import Attention, MultiheadAttention
 
-onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnx, onnxscript and onnxruntime: pip install 'attnzoo[test]'")
-pytest.importorskip("onnxscript", reason="needs onnx, onnxscript and onnxruntime: pip install 'attnzoo[test]'")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+onnxruntime = pytest.importorskip(
+    "onnxruntime", reason="needs onnx, onnxscript and onnxruntime: pip install 'attnzoo[test]'"
+)
+pytest.importorskip(
+    "onnxscript", reason="needs onnx, onnxscript and onnxruntime: pip install 'attnzoo[test]'"
+)
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 OPSETS = (20, 23)
 
 
@@ -41,12 +48,16 @@ class Masked(nn.Module):
 def exported(module: nn.Module, inputs: tuple[Tensor, ...], opset: int) -> Any:
     """As a function of other inputs."""
     with torch.no_grad():
-        program: Any = torch.onnx.export(module.eval(), inputs, dynamo=True, opset_version=opset, verbose=False)
+        program: Any = torch.onnx.export(
+            module.eval(), inputs, dynamo=True, opset_version=opset, verbose=False
+        )
     buffer = io.BytesIO()
     program.save(buffer)
     session = onnxruntime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]
-    return lambda *others: torch.from_numpy(session.run(None, {name: x.numpy() for name, x in zip(names, others, strict=True)})[0])
+    return lambda *others: torch.from_numpy(
+        session.run(None, {name: x.numpy() for name, x in zip(names, others, strict=True)})[0]
+    )
 
 
 def masks(length: int) -> tuple[Tensor, Tensor]:
@@ -57,9 +68,14 @@ def masks(length: int) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def check_export(attn: Attention, is_causal: bool, opset: int, length: int, shift: float, *, masked: bool = True) -> None:
+def check_export(
+    attn: Attention, is_causal: bool, opset: int, length: int, shift: float, *, masked: bool = True
+) -> None:
     def inputs(mask: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = (torch.randn(3, heads, length, attn.head_dim) + shift * (heads > 0) for heads in (4, 2, 2))
+        q, k, v = (
+            torch.randn(3, heads, length, attn.head_dim) + shift * (heads > 0)
+            for heads in (4, 2, 2)
+        )
         return (q, k, v, mask) if masked else (q, k, v)
 
     first, second = masks(length)
@@ -68,7 +84,9 @@ def check_export(attn: Attention, is_causal: bool, opset: int, length: int, shif
     for others in (inputs(first), inputs(second)):
         expected = module(*others).detach()
         found = graph(*others)
-        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-4 * max(1.0, float(expected.abs().max())))
+        torch.testing.assert_close(
+            found, expected, rtol=0.0, atol=1e-4 * max(1.0, float(expected.abs().max()))
+        )
         if masked:
             assert not found[~others[3].any(1)].any()
 
@@ -101,8 +119,11 @@ class Padded(nn.Module):
 
 
 @pytest.mark.parametrize("attention", ["standard", "linear"])
-def test_a_mask_that_was_of_zeros_is_applied_and_one_that_cannot_be_gives_nan(attention: str) -> None:
-    """Assertions are lost in ONNX; an additive mask that linear attention cannot apply must not be dropped."""
+def test_a_mask_that_was_of_zeros_is_applied_and_one_that_cannot_be_gives_nan(
+    attention: str,
+) -> None:
+    """Assertions are lost in ONNX; an additive mask that linear attention cannot apply must not be
+    dropped."""
     layer = Padded(attention)
     x, padding = torch.randn(2, 9, 16), torch.zeros(2, 9)
     graph = exported(layer, (x, padding), 20)

@@ -1,4 +1,5 @@
-"""Every variant, by every backend, against the loops of `attnzoo.oracles`: outputs, A and gradients."""
+"""Every variant, by every backend, against the loops of `attnzoo.oracles`: outputs, A and
+gradients."""
 
 from __future__ import annotations
 
@@ -26,9 +27,11 @@ from hypothesis import strategies as st
 import attnzoo
 from attnzoo.oracles import ORACLES
 
-# Float64 carries 2e-16; sums of a thousand terms and quotients by small normalisers lose four digits of it, not six.
+# Float64 carries 2e-16; sums of a thousand terms and quotients by small normalisers lose four
+# digits of it, not six.
 FLOAT64_TOLERANCE = 1e-10
-# Float32's unit is 6e-8. A score of size 5 loses 5 units in exp, a sum over a thousand keys up to sqrt(1000) = 32 of them more.
+# Float32's unit is 6e-8. A score of size 5 loses 5 units in exp, a sum over a thousand keys up to
+# sqrt(1000) = 32 of them more.
 FLOAT32_TOLERANCE = 64 * 2**-24
 
 
@@ -38,7 +41,13 @@ def situations_of(case: Case) -> list[Situation]:
 
 
 EVERYTHING = [
-    pytest.param(case, situation, is_causal, backend, id=f"{case}-{situation}-{'causal' if is_causal else 'full'}-{backend}")
+    pytest.param(
+        case,
+        situation,
+        is_causal,
+        backend,
+        id=f"{case}-{situation}-{'causal' if is_causal else 'full'}-{backend}",
+    )
     for case in cases()
     for situation in situations_of(case)
     for is_causal in (False, True)
@@ -48,7 +57,9 @@ EVERYTHING = [
 
 @pytest.mark.parametrize("name", attnzoo.names())
 def test_every_registered_name_has_an_oracle(name: str) -> None:
-    assert name in ORACLES, f"{name} is registered; write its float64 loop in attnzoo/oracles/{name}.py"
+    assert name in ORACLES, (
+        f"{name} is registered; write its float64 loop in attnzoo/oracles/{name}.py"
+    )
 
 
 def test_every_oracle_and_every_case_belongs_to_a_variant() -> None:
@@ -57,13 +68,18 @@ def test_every_oracle_and_every_case_belongs_to_a_variant() -> None:
 
 
 @pytest.mark.parametrize(("case", "situation", "is_causal", "backend"), EVERYTHING)
-def test_output_and_gradients(case: Case, situation: Situation, is_causal: bool, backend: str) -> None:
+def test_output_and_gradients(
+    case: Case, situation: Situation, is_causal: bool, backend: str
+) -> None:
     if not can(case.spec, is_causal, situation):
         with pytest.raises(attnzoo.UnsupportedError, match=case.variant):
             library_answer(case, backend, situation, is_causal, torch.float64)
         return
     expected = oracle_answer(case, situation, is_causal)
-    for dtype, tolerance in ((torch.float64, FLOAT64_TOLERANCE), (torch.float32, FLOAT32_TOLERANCE)):
+    for dtype, tolerance in (
+        (torch.float64, FLOAT64_TOLERANCE),
+        (torch.float32, FLOAT32_TOLERANCE),
+    ):
         actual = library_answer(case, backend, situation, is_causal, dtype)
         close(actual.out, expected.out, tolerance, f"output in {dtype}")
         for name, gradient in expected.gradients.items():
@@ -134,7 +150,12 @@ OPTIONS: dict[str, st.SearchStrategy[dict]] = {
         }
     ),
     "nystromformer": st.fixed_dictionaries(
-        {"num_landmarks": st.integers(1, 12), "iterations": st.integers(1, 6), "convolution": st.sampled_from([None, 1, 5]), "scale": SCALE}
+        {
+            "num_landmarks": st.integers(1, 12),
+            "iterations": st.integers(1, 6),
+            "convolution": st.sampled_from([None, 1, 5]),
+            "scale": SCALE,
+        }
     ),
 }
 
@@ -143,8 +164,14 @@ OPTIONS: dict[str, st.SearchStrategy[dict]] = {
 def calls(draw: st.DrawFn) -> tuple[Situation, torch.Tensor | None]:
     """Any small lengths, any grouping of heads, any key_mask."""
     kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    query_length, key_length, batch = draw(st.integers(1, 40)), draw(st.integers(1, 40)), draw(st.integers(1, 2))
-    situation = Situation(query_length, key_length, batch=batch, heads=kv_heads * group, kv_heads=kv_heads)
+    query_length, key_length, batch = (
+        draw(st.integers(1, 40)),
+        draw(st.integers(1, 40)),
+        draw(st.integers(1, 2)),
+    )
+    situation = Situation(
+        query_length, key_length, batch=batch, heads=kv_heads * group, kv_heads=kv_heads
+    )
     if draw(st.booleans()):
         return situation, None
     bits = draw(st.lists(st.booleans(), min_size=batch * key_length, max_size=batch * key_length))
@@ -155,7 +182,9 @@ def calls(draw: st.DrawFn) -> tuple[Situation, torch.Tensor | None]:
 @pytest.mark.parametrize("name", attnzoo.names())
 @settings(max_examples=40)
 @given(call=calls(), data=st.data())
-def test_any_shape_mask_and_option(name: str, is_causal: bool, call: tuple[Situation, torch.Tensor | None], data: st.DataObject) -> None:
+def test_any_shape_mask_and_option(
+    name: str, is_causal: bool, call: tuple[Situation, torch.Tensor | None], data: st.DataObject
+) -> None:
     situation, key_mask = call
     case = Case(name, data.draw(OPTIONS.get(name, st.just({}))))
     q, k, v, upstream = (x.requires_grad_() for x in tensors(situation))
@@ -169,23 +198,36 @@ def test_any_shape_mask_and_option(name: str, is_causal: bool, call: tuple[Situa
     out = attn(q, k, v, **masks)
     close(out, expected, FLOAT64_TOLERANCE, f"{case}")
     close(attn.weights(q, k, **masks), a, FLOAT64_TOLERANCE, f"weights of {case}")
-    for what, actual, wanted in zip("qkv", gradients_of(out, upstream, q, k, v), gradients_of(expected, upstream, q, k, v), strict=True):
+    for what, actual, wanted in zip(
+        "qkv",
+        gradients_of(out, upstream, q, k, v),
+        gradients_of(expected, upstream, q, k, v),
+        strict=True,
+    ):
         close(actual, wanted, FLOAT64_TOLERANCE, f"gradient of {what} of {case}")
 
 
-@pytest.mark.parametrize("name", [name for name in attnzoo.names() if attnzoo.describe(name).spec.attn_mask])
+@pytest.mark.parametrize(
+    "name", [name for name in attnzoo.names() if attnzoo.describe(name).spec.attn_mask]
+)
 @settings(max_examples=40)
 @given(call=calls(), data=st.data())
-def test_any_attn_mask(name: str, call: tuple[Situation, torch.Tensor | None], data: st.DataObject) -> None:
+def test_any_attn_mask(
+    name: str, call: tuple[Situation, torch.Tensor | None], data: st.DataObject
+) -> None:
     """Bool and additive masks of every broadcastable shape, alone and with the others."""
     situation, key_mask = call
     full = (situation.batch, situation.heads, situation.query_length, situation.key_length)
     kept = data.draw(st.tuples(*[st.booleans()] * 4))
-    shape = [size if keep else 1 for size, keep in zip(full, kept, strict=True)][data.draw(st.integers(0, 2)) :]
+    shape = [size if keep else 1 for size, keep in zip(full, kept, strict=True)][
+        data.draw(st.integers(0, 2)) :
+    ]
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     mask = torch.rand(shape, generator=generator) < 0.7
     if data.draw(st.booleans()):
-        mask = torch.randn(shape, generator=generator, dtype=torch.float64).masked_fill(~mask, float("-inf"))
+        mask = torch.randn(shape, generator=generator, dtype=torch.float64).masked_fill(
+            ~mask, float("-inf")
+        )
     masks = {"key_mask": key_mask, "attn_mask": mask, "is_causal": data.draw(st.booleans())}
     q, k, v, _ = tensors(situation)
     for case, backend in with_backends([Case(name)]):
@@ -198,8 +240,11 @@ def test_any_attn_mask(name: str, call: tuple[Situation, torch.Tensor | None], d
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("feature_map", ["relu", "squared_relu"])
-def test_a_row_whose_kernel_is_zero_everywhere_is_zero(feature_map: str, is_causal: bool, backend: str) -> None:
-    """A ReLU map can give a query no feature at all: its sum is 0, and 0/0 must not become NaN, forward or backward."""
+def test_a_row_whose_kernel_is_zero_everywhere_is_zero(
+    feature_map: str, is_causal: bool, backend: str
+) -> None:
+    """A ReLU map can give a query no feature at all: its sum is 0, and 0/0 must not become NaN,
+    forward or backward."""
     q, k, v, _ = (x.requires_grad_() for x in tensors(Situation(9, 9, kv_heads=4)))
     blind = torch.where(torch.arange(9)[:, None] == 4, -q.abs(), q)
     attn = Case("linear", {"feature_map": feature_map}).build(dtype=torch.float64, backend=backend)

@@ -18,7 +18,11 @@ def exporting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @LENGTHS
 @pytest.mark.usefixtures("exporting")
 def test_running_maximum(length: int) -> None:
-    for x in (torch.randn(2, 3, length), torch.randint(0, 9, (2, 3, length)), torch.full((1, 1, length), float("-inf"))):
+    for x in (
+        torch.randn(2, 3, length),
+        torch.randint(0, 9, (2, 3, length)),
+        torch.full((1, 1, length), float("-inf")),
+    ):
         assert torch.equal(running_maximum(x), x.cummax(-1).values)
 
 
@@ -26,9 +30,14 @@ def test_running_maximum(length: int) -> None:
 @pytest.mark.parametrize("right", [False, True])
 @pytest.mark.usefixtures("exporting")
 def test_search(length: int, right: bool) -> None:
-    ordered, wanted = torch.randint(0, 2 * length, (2, 3, length)).sort(-1).values, torch.randint(-1, 2 * length + 1, (2, 3, 11))
+    ordered, wanted = (
+        torch.randint(0, 2 * length, (2, 3, length)).sort(-1).values,
+        torch.randint(-1, 2 * length + 1, (2, 3, 11)),
+    )
     ordered[0, 0, length // 2 :] = 2**60
-    assert torch.equal(search(ordered, wanted, right=right), torch.searchsorted(ordered, wanted, right=right))
+    assert torch.equal(
+        search(ordered, wanted, right=right), torch.searchsorted(ordered, wanted, right=right)
+    )
 
 
 @LENGTHS
@@ -37,5 +46,7 @@ def test_orders_are_stable(length: int) -> None:
     x[0, 0, ::2] = 2**60
     assert torch.equal(stable_order(x), x.argsort(dim=-1, stable=True))
     mask = torch.rand(4, length) < 0.5
-    assert torch.equal(true_first(mask, length), (~mask).to(torch.uint8).argsort(dim=1, stable=True))
+    assert torch.equal(
+        true_first(mask, length), (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+    )
     assert torch.equal(true_first(mask, length // 2), true_first(mask, length)[:, : length // 2])

@@ -23,7 +23,13 @@ def alone(attn: Attention, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, **kind
     for sample, real in enumerate(mask):
         one = slice(sample, sample + 1)
         rows = attn(*(x[one][:, :, real] for x in (q, k, v)), **kind)
-        out = out.index_put((torch.tensor([sample]), *torch.meshgrid(torch.arange(q.shape[1]), real.nonzero()[:, 0], indexing="ij")), rows[0])
+        out = out.index_put(
+            (
+                torch.tensor([sample]),
+                *torch.meshgrid(torch.arange(q.shape[1]), real.nonzero()[:, 0], indexing="ij"),
+            ),
+            rows[0],
+        )
     return out
 
 
@@ -41,13 +47,23 @@ def test_padded_equals_alone(case: Case, side: str, length: int) -> None:
             if not can(case.spec, is_causal):
                 continue
             q, k, v, upstream = tensors(Situation(length, length, batch=3), shift=case.shift)
-            inputs = [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), *attn.parameters()]
+            inputs = [
+                q.requires_grad_(),
+                k.requires_grad_(),
+                v.requires_grad_(),
+                *attn.parameters(),
+            ]
             expected = alone(attn, mask, q, k, v, is_causal=is_causal)
             wanted = gradients_of(expected, upstream * real, *inputs)
             bad = [x.detach().masked_fill(~real, float("nan")).requires_grad_() for x in (k, v)]
             out = attn(q, *bad, key_mask=mask, is_causal=is_causal)
             found = gradients_of(out, upstream * real, q, *bad, *attn.parameters())
-            close(torch.where(real, out, 0.0), expected, TOLERANCE, f"rows of a run padded on the {side}, {backend}, {is_causal=}")
+            close(
+                torch.where(real, out, 0.0),
+                expected,
+                TOLERANCE,
+                f"rows of a run padded on the {side}, {backend}, {is_causal=}",
+            )
             names = ["q", "k", "v", *(name for name, _ in attn.named_parameters())]
             for name, one, other in zip(names, found, wanted, strict=True):
                 close(one, other, TOLERANCE, f"gradient of {name}, {backend}, {is_causal=}")
@@ -55,7 +71,9 @@ def test_padded_equals_alone(case: Case, side: str, length: int) -> None:
 
 @pytest.mark.parametrize("case", [case for case in cases() if case.spec.decodes], ids=str)
 @SIDES
-@pytest.mark.parametrize("pieces", [(150, *[1] * 10), (3, 60, 1, 1, 90, 1, 4)], ids=["prompt", "pieces"])
+@pytest.mark.parametrize(
+    "pieces", [(150, *[1] * 10), (3, 60, 1, 1, 90, 1, 4)], ids=["prompt", "pieces"]
+)
 def test_padded_decoding_equals_alone(case: Case, side: str, pieces: tuple[int, ...]) -> None:
     """Rows of a padded prompt and of the tokens behind it, told in pieces."""
     length = sum(pieces)
@@ -67,11 +85,20 @@ def test_padded_decoding_equals_alone(case: Case, side: str, pieces: tuple[int, 
     q, k, v, _ = tensors(Situation(length, length, batch=3), shift=case.shift)
     state, rows = attn.init_state(3, kv_heads=2, dtype=q.dtype), []
     cut = partial(torch.split, split_size_or_sections=list(pieces), dim=2)
-    for q_now, k_now, v_now, mask_now in zip(cut(q), cut(k), cut(v), mask.split(list(pieces), 1), strict=True):
-        out, state = attn.step(q_now, k_now, v_now, state, key_mask=None if bool(mask_now.all()) else mask_now)
+    for q_now, k_now, v_now, mask_now in zip(
+        cut(q), cut(k), cut(v), mask.split(list(pieces), 1), strict=True
+    ):
+        out, state = attn.step(
+            q_now, k_now, v_now, state, key_mask=None if bool(mask_now.all()) else mask_now
+        )
         rows.append(out)
     found = torch.cat(rows, 2) * mask[:, None, :, None]
-    close(found, alone(attn, mask, q, k, v, is_causal=True), TOLERANCE, f"rows of a prompt padded on the {side}")
+    close(
+        found,
+        alone(attn, mask, q, k, v, is_causal=True),
+        TOLERANCE,
+        f"rows of a prompt padded on the {side}",
+    )
 
 
 COUNTING = [
@@ -97,7 +124,12 @@ def test_padded_equals_alone_where_no_value_may_be_looked_at(case: Case, side: s
         if can(case.spec, is_causal):
             q, k, v, _ = tensors(Situation(60, 60, batch=3), shift=case.shift)
             out = compiled(q, k, v, key_mask=mask, is_causal=is_causal) * mask[:, None, :, None]
-            close(out, alone(attn, mask, q, k, v, is_causal=is_causal), TOLERANCE, f"rows of a graph, {is_causal=}")
+            close(
+                out,
+                alone(attn, mask, q, k, v, is_causal=is_causal),
+                TOLERANCE,
+                f"rows of a graph, {is_causal=}",
+            )
 
 
 def test_padding_inside_neither_fades_nor_moves_first_tokens() -> None:
@@ -111,26 +143,39 @@ def test_padding_inside_neither_fades_nor_moves_first_tokens() -> None:
     close(out, alone(retention, mask, q, k, v, is_causal=True), TOLERANCE, "rows of retention")
     sinks = Case("sliding_window", {"window": 1, "sinks": 3}).build(dtype=torch.float64)
     seen = sinks.weights(q, k, key_mask=mask, is_causal=True)[:, 0, -1].nonzero()
-    first = [[sample, slot] for sample in range(2) for slot in mask[sample].nonzero()[:3, 0].tolist()]
+    first = [
+        [sample, slot] for sample in range(2) for slot in mask[sample].nonzero()[:3, 0].tolist()
+    ]
     assert [pair for pair in seen.tolist() if pair[1] != 89] == first
 
 
-#: Five blocks, of which every row sees every one; four that are real, of which a row behind them does not.
+#: Five blocks, of which every row sees every one; four that are real, of which a row behind them
+#: does not.
 ALL_BUT_SEEN = Case("bigbird", {"block_size": 3, "num_random_blocks": 1})
 
 
-@pytest.mark.parametrize("case", [*(case for case in cases() if case.spec.cross), ALL_BUT_SEEN], ids=str)
+@pytest.mark.parametrize(
+    "case", [*(case for case in cases() if case.spec.cross), ALL_BUT_SEEN], ids=str
+)
 @pytest.mark.parametrize("queries", [1, 6, 10, 30])
 def test_queries_of_their_own_and_padded_keys(case: Case, queries: int) -> None:
-    """Keys padded on the left change no row of other queries; by every backend, padded on the right as by the reference."""
+    """Keys padded on the left change no row of other queries; by every backend, padded on the right
+    as by the reference."""
     for is_causal in (causal for causal in (False, True) if can(case.spec, causal)):
         q, k, v, _ = tensors(Situation(queries, 14, batch=1), shift=case.shift)
         left, right = torch.arange(14)[None] >= 5, torch.arange(14)[None] < 10
         reference = case.build(dtype=torch.float64, backend="reference")
-        for backend in [name for name in case.build().engine.backend_names() if name in CPU_BACKENDS]:
+        for backend in [
+            name for name in case.build().engine.backend_names() if name in CPU_BACKENDS
+        ]:
             attn = case.build(dtype=torch.float64, backend=backend)
             cut = attn(q, k[:, :, 5:], v[:, :, 5:], is_causal=is_causal)
-            close(attn(q, k, v, key_mask=left, is_causal=is_causal), cut, TOLERANCE, f"rows over padded keys, {backend}, {is_causal=}")
+            close(
+                attn(q, k, v, key_mask=left, is_causal=is_causal),
+                cut,
+                TOLERANCE,
+                f"rows over padded keys, {backend}, {is_causal=}",
+            )
             close(
                 attn(q, k, v, key_mask=right, is_causal=is_causal),
                 reference(q, k, v, key_mask=right, is_causal=is_causal),

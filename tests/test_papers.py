@@ -1,4 +1,5 @@
-"""benchmarks/papers: its closed forms against quadrature, its reach against a plain search, and that every study has its row, result and figure."""
+"""benchmarks/papers: its closed forms against quadrature, its reach against a plain search, and
+that every study has its row, result and figure."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 import attnzoo
-import attnzoo.bench.memory
-from attnzoo.patterns import Grid
+import attnzoo.bench.peak_memory
+from attnzoo.engines.sparse.patterns import Grid
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks/ is run from the repository's root and not installed
@@ -53,11 +54,14 @@ def test_lemma_2_against_quadrature(kind: str) -> None:
     }[kind]
     mean = terms @ weights
     torch.testing.assert_close(mean, (X * Y).sum(-1).exp())
-    torch.testing.assert_close(kernel.closed_form(kind, X, Y, 5), (terms.square() @ weights - mean**2) / 5)
+    torch.testing.assert_close(
+        kernel.closed_form(kind, X, Y, 5), (terms.square() @ weights - mean**2) / 5
+    )
 
 
 def test_theorem_2_bounds_the_error_of_two_orthogonal_directions() -> None:
-    """In the plane: ω₁ and ω₂ at right angles, norms independent, integrated over both norms and the angle."""
+    """In the plane: ω₁ and ω₂ at right angles, norms independent, integrated over both norms and
+    the angle."""
     radii = torch.linspace(0, 9, 901, dtype=torch.float64)
     density = radii * (-radii.square() / 2).exp()
     density = density / density.sum()
@@ -80,7 +84,10 @@ def test_estimates_reach_the_closed_form(kind: str) -> None:
     found = kernel.estimates(kind, X, Y, 20000, features=4, orthogonal=False, seed=0)
     squared = (found - (X * Y).sum(-1).exp()).square()
     assert found.shape == (20000, len(PAIRS))
-    assert ((squared.mean(0) - kernel.closed_form(kind, X, Y, 4)).abs() < 5 * squared.std(0) / 20000**0.5 + 1e-12).all()
+    assert (
+        (squared.mean(0) - kernel.closed_form(kind, X, Y, 4)).abs()
+        < 5 * squared.std(0) / 20000**0.5 + 1e-12
+    ).all()
 
 
 def test_cumulative_spectrum_and_best_error() -> None:
@@ -88,7 +95,9 @@ def test_cumulative_spectrum_and_best_error() -> None:
     u, values, v = torch.linalg.svd(a)
     assert spectrum.cumulative(torch.tensor([3.0, 1.0, 0.0])).tolist() == [0.75, 1.0, 1.0]
     truncated = u[:, :2] * values[:2] @ v[:2]
-    assert float(spectrum.best_error(values, 2)) == pytest.approx(float((a - truncated).norm() / a.norm()))
+    assert float(spectrum.best_error(values, 2)) == pytest.approx(
+        float((a - truncated).norm() / a.norm())
+    )
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
@@ -105,12 +114,21 @@ def test_shuffled_rows_keep_their_entries_and_the_future_hidden(is_causal: bool)
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("name", reach.ABLATION)
 def test_reach_is_that_of_a_plain_search(name: str, heads: int) -> None:
-    """Every source by itself, one layer after another, over the blocks of the pattern's own mask."""
+    """Every source by itself, one layer after another, over the blocks of the pattern's own
+    mask."""
     blocks = reach.ABLATION[name]
     for length, seed in ((512, 0), (1024, 0), (1024, 1)):
-        options = dict(zip(("num_random_blocks", "num_window_blocks", "num_global_blocks"), blocks, strict=True))
+        options = dict(
+            zip(
+                ("num_random_blocks", "num_window_blocks", "num_global_blocks"), blocks, strict=True
+            )
+        )
         attention: Any = attnzoo.build("bigbird", heads=heads, head_dim=64, seed=seed, **options)
-        seen = attention.engine.pattern.mask(Grid(heads, length, length, False)).any(0)[::64, ::64].tolist()
+        seen = (
+            attention.engine.pattern.mask(Grid(heads, length, length, False))
+            .any(0)[::64, ::64]
+            .tolist()
+        )
         assert reach.layers_needed(blocks, length, heads, seed) == plain_reach(seen)
 
 
@@ -136,7 +154,9 @@ def test_reach_of_known_graphs() -> None:
 
 def test_stored_attention_is_exact_attention() -> None:
     q, k, v = (torch.randn(2, 3, 20, 8, dtype=torch.float64) for _ in range(3))
-    torch.testing.assert_close(study.stored_attention(q, k, v), attnzoo.build("standard", heads=3, head_dim=8)(q, k, v))
+    torch.testing.assert_close(
+        study.stored_attention(q, k, v), attnzoo.build("standard", heads=3, head_dim=8)(q, k, v)
+    )
 
 
 @pytest.mark.parametrize("length", [3, 9, 40])
@@ -147,22 +167,39 @@ def test_a_window_by_diagonals_is_a_window(length: int) -> None:
 
 
 def test_a_window_needs_no_square() -> None:
-    """Whichever way it is computed: twice the tokens take about twice the memory, and of A four times."""
-    peaks = {n: {label: attnzoo.bench.memory.peak_bytes(call) for label, call in longformer.calls(n, 1).items()} for n in (1024, 2048)}
+    """Whichever way it is computed: twice the tokens take about twice the memory, and of A four
+    times."""
+    peaks = {
+        n: {
+            label: attnzoo.bench.peak_memory.peak_bytes(call)
+            for label, call in longformer.calls(n, 1).items()
+        }
+        for n in (1024, 2048)
+    }
     grown = {label: peaks[2048][label] / peaks[1024][label] for label in peaks[1024]}
-    assert grown["A stored"] == pytest.approx(4, rel=0.05) and max(grown["window, by diagonals"], grown["longformer"]) < 2.2, grown
+    assert (
+        grown["A stored"] == pytest.approx(4, rel=0.05)
+        and max(grown["window, by diagonals"], grown["longformer"]) < 2.2
+    ), grown
 
 
 def test_flash_needs_no_square() -> None:
-    """A stored: its scores and their softmax, 2n² numbers. Tiles: far less at the first length where several fit."""
+    """A stored: its scores and their softmax, 2n² numbers. Tiles: far less at the first length
+    where several fit."""
     assert flash.peak(study.stored_attention, 512, False) >= 2 * 512**2 * 4
     assert flash.peak(flash.CONTENDERS["flash"], 512, False) < 512**2 * 4
 
 
 def test_the_past_of_linear_attention_does_not_grow() -> None:
-    read = {(variant, length): decoding.Decoder(variant, length).read_bytes() for variant in ("linear", "standard") for length in (10, 600)}
+    read = {
+        (variant, length): decoding.Decoder(variant, length).read_bytes()
+        for variant in ("linear", "standard")
+        for length in (10, 600)
+    }
     assert read["linear", 600] == read["linear", 10] > 0
-    assert [read["standard", length] for length in (10, 600)] == [2 * 4 * 8 * 32 * length for length in (10, 600)]
+    assert [read["standard", length] for length in (10, 600)] == [
+        2 * 4 * 8 * 32 * length for length in (10, 600)
+    ]
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -194,8 +231,12 @@ def test_record_keeps_the_older_file_when_a_study_stops(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_redraw_without_a_result_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redraw_without_a_result_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["study", "--redraw"])
-    with pytest.raises(SystemExit, match=r"rows\.jsonl is not there: run the study without --redraw first$"):
+    with pytest.raises(
+        SystemExit, match=r"rows\.jsonl is not there: run the study without --redraw first$"
+    ):
         study.run("rows", lambda quick: [], lambda rows, path: None)

@@ -1,4 +1,5 @@
-"""What is computed some blocks at a time equals the reference, also where there are many groups of blocks."""
+"""What is computed some blocks at a time equals the reference, also where there are many groups of
+blocks."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.engines import in_cache, sparse_blocks, sparse_windows
-from attnzoo.engines.pieces import join
+from attnzoo.engines.joining import join
+from attnzoo.engines.softmax import tiles
+from attnzoo.engines.sparse import blocks, windows
 
 LENGTHS = [(500, 500), (333, 500)]  # queries, keys: several blocks of 64 or 16, and a ragged end
 
@@ -16,12 +18,23 @@ LENGTHS = [(500, 500), (333, 500)]  # queries, keys: several blocks of 64 or 16,
 @pytest.mark.parametrize("recording", [True, False])
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize(("queries", "keys"), LENGTHS)
-@pytest.mark.parametrize(("name", "options"), [("sliding_window", {"window": 40}), ("bigbird", {"block_size": 16})])
-def test_a_block_at_a_time(name, options, queries, keys, is_causal, recording, in_memory_used_again, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_cache, "SCORES", 1)
-    monkeypatch.setattr(in_cache, "serves", lambda *_: in_memory_used_again)
-    monkeypatch.setattr(sparse_windows, "SLICED", 1)
-    monkeypatch.setattr(sparse_blocks, "GATHERED", 1)
+@pytest.mark.parametrize(
+    ("name", "options"), [("sliding_window", {"window": 40}), ("bigbird", {"block_size": 16})]
+)
+def test_a_block_at_a_time(
+    name,
+    options,
+    queries,
+    keys,
+    is_causal,
+    recording,
+    in_memory_used_again,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tiles, "SCORES", 1)
+    monkeypatch.setattr(tiles, "serves", lambda *_: in_memory_used_again)
+    monkeypatch.setattr(windows, "SLICED", 1)
+    monkeypatch.setattr(blocks, "GATHERED", 1)
     torch.manual_seed(0)
     shapes = [(2, 4, queries, 8), (2, 2, keys, 8), (2, 2, keys, 8)]
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=recording) for shape in shapes]
@@ -29,8 +42,12 @@ def test_a_block_at_a_time(name, options, queries, keys, is_causal, recording, i
     found = []
     for backend in ("blocks", "reference"):
         with torch.set_grad_enabled(recording):
-            out = attnzoo.build(name, heads=4, head_dim=8, backend=backend, **options)(*inputs, is_causal=is_causal)
-        found.append([out, *(torch.autograd.grad((out * weight).sum(), inputs) if recording else ())])
+            out = attnzoo.build(name, heads=4, head_dim=8, backend=backend, **options)(
+                *inputs, is_causal=is_causal
+            )
+        found.append(
+            [out, *(torch.autograd.grad((out * weight).sum(), inputs) if recording else ())]
+        )
     for fast, wanted in zip(*found, strict=True):
         torch.testing.assert_close(fast, wanted, rtol=1e-10, atol=1e-12)
 

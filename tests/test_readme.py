@@ -24,7 +24,10 @@ def test_every_table_is_what_the_files_say(path: Path) -> None:
 def test_a_changed_digit_is_written_over_and_the_text_around_it_stays() -> None:
     page = "above 1\n<!-- table: two a b -->\n\n| 7 |\n\n<!-- end -->\nbelow 2\n"
     tables = {"two": lambda first, second: f"| {first}{second} |"}
-    assert rewritten(page, tables) == "above 1\n<!-- table: two a b -->\n\n| ab |\n\n<!-- end -->\nbelow 2\n"
+    assert (
+        rewritten(page, tables)
+        == "above 1\n<!-- table: two a b -->\n\n| ab |\n\n<!-- end -->\nbelow 2\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -32,7 +35,10 @@ def test_a_changed_digit_is_written_over_and_the_text_around_it_stays() -> None:
     [
         ("<!-- table: other -->\n<!-- end -->", "table 'other' is unknown; there are one"),
         ("<!-- table: one -->\n| 1 |\n", "the region of table 'one' has no end"),
-        ("<!-- table: one -->\n<!-- table: one -->\n<!-- end -->", "the region of table 'one' has no end"),
+        (
+            "<!-- table: one -->\n<!-- table: one -->\n<!-- end -->",
+            "the region of table 'one' has no end",
+        ),
     ],
 )
 def test_a_wrong_mark_is_an_error(page: str, says: str) -> None:
@@ -44,9 +50,18 @@ def test_markdown_keeps_empty_cells_apart() -> None:
     assert markdown_table(["", "b"], [["1", ""]]) == "| | b |\n|---|---|\n| 1 | |"
 
 
-def results(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, rows: list[dict[str, Any]] | dict[str, Any]) -> None:
+def results(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    rows: list[dict[str, Any]] | dict[str, Any],
+) -> None:
     """Put rows where the tables look for them."""
-    text = json.dumps(rows) if isinstance(rows, dict) else "".join(json.dumps(row) + "\n" for row in rows)
+    text = (
+        json.dumps(rows)
+        if isinstance(rows, dict)
+        else "".join(json.dumps(row) + "\n" for row in rows)
+    )
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
@@ -55,23 +70,57 @@ def results(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, rows: list
     monkeypatch.setattr(trained, "TASKS", folder / "tasks")
 
 
-def test_compare_marks_who_lost_and_says_why_one_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = {"model": "toy", "is_causal": False, "length": 2048, "mean_value_error": 0.5, "total_variation": 0.25, "top_mass_kept": 0.5, "note": ""}
+def test_compare_marks_who_lost_and_says_why_one_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {
+        "model": "toy",
+        "is_causal": False,
+        "length": 2048,
+        "mean_value_error": 0.5,
+        "total_variation": 0.25,
+        "top_mass_kept": 0.5,
+        "note": "",
+    }
     row |= {"macs": 2_000_000, "promised_speedup": 4.0, "speedup": 1.0, "peak_bytes": 3 * 2**20}
     lost = {**row, "variant": "linear", "output_error": 0.75}
-    missing = {**row, "variant": "retention", "output_error": None, "note": "retention is causal only; use linear or standard"}
+    missing = {
+        **row,
+        "variant": "retention",
+        "output_error": None,
+        "note": "retention is causal only; use linear or standard",
+    }
     results(tmp_path, monkeypatch, "compare.json", {"rows": [lost, missing]})
     said = compared.compare("toy")
-    assert said.startswith("**toy on Shakespeare, bidirectional, 2,048 tokens** (answering the mean of the values errs by 0.500)")
+    assert said.startswith(
+        "**toy on Shakespeare, bidirectional, 2,048 tokens** (answering the mean of the values "
+        "errs by 0.500)"
+    )
     assert "| `linear` | 0.750 ✗ | 0.250 | 50% | 2.00 M | 4.00× | 1.00× | 25% | 3.00 MiB |" in said
     assert said.endswith("| `retention` | is causal only | | | | | | | |")
 
 
 def test_peers_take_the_fastest_that_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def row(label: str, seconds: float | None, length: int, package: str = "other 1.0") -> dict[str, Any]:
-        same = {"phase": "forward", "is_causal": False, "group": "linear", "variant": label.split()[0], "kept_speedup": 0.5, "ours_seconds": 2.0}
+    def row(
+        label: str, seconds: float | None, length: int, package: str = "other 1.0"
+    ) -> dict[str, Any]:
+        same = {
+            "phase": "forward",
+            "is_causal": False,
+            "group": "linear",
+            "variant": label.split()[0],
+            "kept_speedup": 0.5,
+            "ours_seconds": 2.0,
+        }
         fault = "off its own formula by 9.0%" if label.startswith("slow") else ""
-        return {**same, "label": label, "package": package, "seconds": seconds, "length": length, "fault": fault}
+        return {
+            **same,
+            "label": label,
+            "package": package,
+            "seconds": seconds,
+            "length": length,
+            "fault": fault,
+        }
 
     found = [
         row("linear", 2.0, 8, "attnzoo"),
@@ -82,22 +131,47 @@ def test_peers_take_the_fastest_that_ran(tmp_path: Path, monkeypatch: pytest.Mon
         row("sdpa", 9.0, 16),
     ]
     results(
-        tmp_path, monkeypatch, "peers.jsonl", [*found, row("linear", 2.0, 16, "attnzoo"), row("slow linear", 50.0, 16), row("quick linear", None, 16)]
+        tmp_path,
+        monkeypatch,
+        "peers.jsonl",
+        [
+            *found,
+            row("linear", 2.0, 16, "attnzoo"),
+            row("slow linear", 50.0, 16),
+            row("quick linear", None, 16),
+        ],
     )
-    line = next(line for line in peers.others("peers", "8", "16").splitlines() if line.startswith("| linear, elu"))
+    line = next(
+        line
+        for line in peers.others("peers", "8", "16").splitlines()
+        if line.startswith("| linear, elu")
+    )
     assert line == "| linear, elu + 1 | quick, slow | **0.50** / 25† | | | | 0.50 / 0.50 | |"
 
 
 def test_generation_is_the_better_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def row(contender: str, length: int, seconds: float) -> dict[str, Any]:
-        return {"contender": contender, "length": length, "median_seconds": seconds, "held_bytes": 2**21, "needed_bytes": 2**20}
+        return {
+            "contender": contender,
+            "length": length,
+            "median_seconds": seconds,
+            "held_bytes": 2**21,
+            "needed_bytes": 2**20,
+        }
 
-    passes = [row(one, length, seconds) for one in measured.GENERATORS for length in measured.PASTS for seconds in (0.5, 0.25)]
+    passes = [
+        row(one, length, seconds)
+        for one in measured.GENERATORS
+        for length in measured.PASTS
+        for seconds in (0.5, 0.25)
+    ]
     results(tmp_path, monkeypatch, "generation.jsonl", passes)
     assert "| `standard`, state | 250 ms | 250 ms | 2.0 | 1.0 |" in measured.generation()
 
 
-def test_perplexity_and_mixes_are_of_text_that_chose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_perplexity_and_mixes_are_of_text_that_chose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     same = {
         "length": swapped.LENGTH,
         "text": swapped.TEXT,
@@ -106,8 +180,16 @@ def test_perplexity_and_mixes_are_of_text_that_chose_nothing(tmp_path: Path, mon
         "exact_attention_macs": 100,
         "tolerance": None,
     }
-    whole = [{**same, "task": "all", "part": "final", "label": label, "perplexity": 128.4} for label in swapped.SHOWN.values()]
+    whole = [
+        {**same, "task": "all", "part": "final", "label": label, "perplexity": 128.4}
+        for label in swapped.SHOWN.values()
+    ]
     mix = {**same, "task": "mix", "label": "0: linear", "tolerance": 0.05, "perplexity": 9.0}
-    results(tmp_path, monkeypatch, swapped.FILE, [*whole, {**mix, "part": "final"}, {**mix, "part": "choice", "perplexity": 80.0}])
+    results(
+        tmp_path,
+        monkeypatch,
+        swapped.FILE,
+        [*whole, {**mix, "part": "final"}, {**mix, "part": "choice", "perplexity": 80.0}],
+    )
     assert "| `linear` | 128 | |" in swapped.perplexity()
     assert "| 5% | 12.5% | 40% |" in swapped.mixes()

@@ -1,4 +1,5 @@
-"""Reformer beyond the rules: determinism, recall and hash rounds, its limits, shared queries and keys."""
+"""Reformer beyond the rules: determinism, recall and hash rounds, its limits, shared queries and
+keys."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo.attention import Attention
-from attnzoo.hashing import AngularHash
 from attnzoo.oracles import reformer
+from attnzoo.variants.reformer.hashing import AngularHash
 
 SMALL = {"num_buckets": 6, "num_hashes": 3, "chunk_size": 5}
 
@@ -30,7 +31,12 @@ def test_one_bucket_and_a_chunk_as_long_as_the_input_is_exact_attention():
     exact = attnzoo.build("standard", heads=4, head_dim=8).double()
     q, k, v, _ = tensors(Situation(60, 60))
     for is_causal in (False, True):
-        close(attn(q, k, v, is_causal=is_causal), exact(q, k, v, is_causal=is_causal), 1e-12, "one bucket")
+        close(
+            attn(q, k, v, is_causal=is_causal),
+            exact(q, k, v, is_causal=is_causal),
+            1e-12,
+            "one bucket",
+        )
 
 
 def test_one_bucket_is_a_window_of_chunks():
@@ -44,10 +50,15 @@ def test_one_bucket_is_a_window_of_chunks():
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 def test_more_rounds_see_more_and_never_less(is_causal: bool):
-    """The first rounds of a longer draw are those of a shorter one, so the supports are nested, and the top key is found more often."""
+    """The first rounds of a longer draw are those of a shorter one, so the supports are nested, and
+    the top key is found more often."""
     q, k, _, _ = tensors(Situation(200, 200, kv_heads=4))
     scores = q @ k.mT
-    top = (scores.masked_fill(~torch.ones(200, 200, dtype=torch.bool).tril(), float("-inf")) if is_causal else scores).argmax(-1, keepdim=True)
+    top = (
+        scores.masked_fill(~torch.ones(200, 200, dtype=torch.bool).tril(), float("-inf"))
+        if is_causal
+        else scores
+    ).argmax(-1, keepdim=True)
     many = build(num_hashes=16, num_buckets=8, chunk_size=16)
     before, recalls = torch.zeros(2, 4, 200, 200, dtype=torch.bool), []
     for rounds in (1, 4, 16):
@@ -65,14 +76,19 @@ def test_the_nearest_direction_shares_a_bucket_more_often():
     generator = torch.Generator().manual_seed(0)
     hashing = AngularHash(16, 8, 400, seed=1)
     x, y = torch.randn(2, 50, 16, generator=generator)
-    rates = [(hashing(x) == hashing(x + far * y)).double().mean().item() for far in (0.0, 0.3, 1.0, 4.0)]
+    rates = [
+        (hashing(x) == hashing(x + far * y)).double().mean().item() for far in (0.0, 0.3, 1.0, 4.0)
+    ]
     assert rates[0] == 1.0 > rates[1] > rates[2] > rates[3]
     assert rates[3] > 1 / 8 - 0.02 and bool((hashing(-x) != hashing(x)).all())
 
 
 def test_a_draw_is_kept_saved_and_repeated():
     first, same, other = build(seed=1), build(seed=1), build(seed=2)
-    assert torch.equal(first.state_dict()["engine.hashing.rotations"], same.state_dict()["engine.hashing.rotations"])
+    assert torch.equal(
+        first.state_dict()["engine.hashing.rotations"],
+        same.state_dict()["engine.hashing.rotations"],
+    )
     q, k, v, _ = tensors(Situation(90, 90))
     out = first(q, k, v)
     assert not torch.equal(out, other(q, k, v))
@@ -96,21 +112,37 @@ def test_a_cast_module_keeps_every_bucket(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("situation", [s for s in FEW_SITUATIONS if s.query_length == s.key_length], ids=str)
+@pytest.mark.parametrize(
+    "situation", [s for s in FEW_SITUATIONS if s.query_length == s.key_length], ids=str
+)
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
 def test_shared_queries_and_keys(backend: str, situation: Situation, is_causal: bool):
     """The oracle's rule: keys of length 1, a token sees itself only where it sees nothing else."""
-    attn = attnzoo.build("reformer", heads=situation.heads, head_dim=8, **SMALL, share_qk=True, backend=backend).double()
+    attn = attnzoo.build(
+        "reformer", heads=situation.heads, head_dim=8, **SMALL, share_qk=True, backend=backend
+    ).double()
     q, _, _, grad = tensors(situation)
-    v = tensors(Situation(situation.query_length, situation.key_length, batch=situation.batch, heads=situation.heads, kv_heads=situation.heads))[2]
+    v = tensors(
+        Situation(
+            situation.query_length,
+            situation.key_length,
+            batch=situation.batch,
+            heads=situation.heads,
+            kv_heads=situation.heads,
+        )
+    )[2]
     inputs = (q.requires_grad_(), v.requires_grad_())
     masks = {"key_mask": situation.key_mask(), "is_causal": is_causal}
     rotations = attn.engine.hashing.rotations  # type: ignore[union-attr]
-    expected, a = reformer(q, q, v, rotations=rotations, num_buckets=6, chunk_size=5, share_qk=True, **masks)
+    expected, a = reformer(
+        q, q, v, rotations=rotations, num_buckets=6, chunk_size=5, share_qk=True, **masks
+    )
     out = attn(q, q, v, **masks)
     close(out, expected, 1e-10, "output")
     close(attn.weights(q, q, **masks), a, 1e-10, "weights")
-    for actual, wanted in zip(gradients_of(out, grad, *inputs), gradients_of(expected, grad, *inputs), strict=True):
+    for actual, wanted in zip(
+        gradients_of(out, grad, *inputs), gradients_of(expected, grad, *inputs), strict=True
+    ):
         close(actual, wanted, 1e-10, "gradient")
 
 
@@ -151,7 +183,9 @@ def test_what_is_not_shared_is_refused():
         lambda: attn(q[:, :, 1:], q, v),
         lambda: attn.step(q, q.clone(), v, attn.init_state(2, dtype=q.dtype)),
     ):
-        with pytest.raises(attnzoo.UnsupportedError, match=r"share_qk=True.*same tensor.*share_qk=False"):
+        with pytest.raises(
+            attnzoo.UnsupportedError, match=r"share_qk=True.*same tensor.*share_qk=False"
+        ):
             call()
 
 
@@ -164,7 +198,12 @@ def test_padding_anywhere_equals_leaving_the_tokens_out(kind: str):
     some = mask[0]
     for is_causal in (False, True):
         padded = attn(q, k, v, key_mask=mask, is_causal=is_causal)[:, :, some]
-        close(padded, attn(q[:, :, some], k[:, :, some], v[:, :, some], is_causal=is_causal), 1e-12, "real rows")
+        close(
+            padded,
+            attn(q[:, :, some], k[:, :, some], v[:, :, some], is_causal=is_causal),
+            1e-12,
+            "real rows",
+        )
 
 
 @pytest.mark.parametrize("shared", ["queries", "keys", "both"])
@@ -174,7 +213,12 @@ def test_everything_in_one_bucket(shared: str):
     q = q[:, :, :1].expand_as(q) if shared != "keys" else q
     k = k[:, :, :1].expand_as(k) if shared != "queries" else k
     for is_causal in (False, True):
-        close(build(backend="chunked")(q, k, v, is_causal=is_causal), build(backend="reference")(q, k, v, is_causal=is_causal), 1e-12, shared)
+        close(
+            build(backend="chunked")(q, k, v, is_causal=is_causal),
+            build(backend="reference")(q, k, v, is_causal=is_causal),
+            1e-12,
+            shared,
+        )
 
 
 def test_macs_grow_with_the_length():
@@ -182,7 +226,10 @@ def test_macs_grow_with_the_length():
     attn = attnzoo.build("reformer", heads=1, head_dim=64)
     small, large = attn.cost(1, 2**14, is_causal=True), attn.cost(1, 2**17, is_causal=True)
     assert 6.0 < large.macs / small.macs < 8.5
-    assert large.macs < attnzoo.build("standard", heads=1, head_dim=64).cost(1, 2**17, is_causal=True).macs / 50
+    assert (
+        large.macs
+        < attnzoo.build("standard", heads=1, head_dim=64).cost(1, 2**17, is_causal=True).macs / 50
+    )
 
 
 def test_bad_options():

@@ -15,7 +15,7 @@ from cases import Case, Situation, can, cases, tensors, usual_cases
 
 import attnzoo
 from attnzoo import Attention, Spec, registry
-from attnzoo.engines.softmax import Softmax
+from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.oracles import standard
 
 VARIANTS = pytest.mark.parametrize("case", usual_cases(), ids=str)
@@ -23,23 +23,36 @@ ALL = pytest.mark.parametrize("case", cases(), ids=str)
 
 
 def test_names_and_their_order() -> None:
-    assert {"standard", "linformer", "performer", "linear", "sliding_window", "bigbird"} <= set(attnzoo.names())
+    assert {"standard", "linformer", "performer", "linear", "sliding_window", "bigbird"} <= set(
+        attnzoo.names()
+    )
     assert attnzoo.names()[0] == "standard"
     assert attnzoo.names()[1:] == sorted(attnzoo.names()[1:])
 
 
 @pytest.mark.parametrize(
-    ("wrong", "near"), [("performr", "performer"), ("big_bird", "bigbird"), ("slidingwindow", "sliding_window"), ("Linear", "linear")]
+    ("wrong", "near"),
+    [
+        ("performr", "performer"),
+        ("big_bird", "bigbird"),
+        ("slidingwindow", "sliding_window"),
+        ("Linear", "linear"),
+    ],
 )
 def test_an_unknown_name_gets_the_nearest(wrong: str, near: str) -> None:
-    with pytest.raises(ValueError, match=rf"unknown attention '{wrong}' \(did you mean '{near}'\?\); the zoo has .*standard"):
+    with pytest.raises(
+        ValueError,
+        match=rf"unknown attention '{wrong}' \(did you mean '{near}'\?\); the zoo has .*standard",
+    ):
         attnzoo.build(wrong, heads=1, head_dim=4)
     with pytest.raises(ValueError, match=f"did you mean '{near}'"):
         attnzoo.describe(wrong)
 
 
 def test_a_name_like_no_other_gets_the_list() -> None:
-    with pytest.raises(ValueError, match=r"unknown attention 'qqqq'; the zoo has standard, bigbird, ") as error:
+    with pytest.raises(
+        ValueError, match=r"unknown attention 'qqqq'; the zoo has standard, bigbird, "
+    ) as error:
         attnzoo.build("qqqq")
     assert "did you mean" not in str(error.value)
 
@@ -47,7 +60,11 @@ def test_a_name_like_no_other_gets_the_list() -> None:
 @VARIANTS
 def test_an_unknown_option_gets_those_that_exist(case: Case) -> None:
     options = [option.name for option in attnzoo.describe(case.variant).options]
-    with pytest.raises(ValueError, match=f"{case.variant} has no option 'head_dims'.*did you mean 'head_dim'.*{', '.join(options)}"):
+    with pytest.raises(
+        ValueError,
+        match=f"{case.variant} has no option 'head_dims'.*did you mean "
+        f"'head_dim'.*{', '.join(options)}",
+    ):
         attnzoo.build(case.variant, heads=1, head_dims=4)
 
 
@@ -66,14 +83,23 @@ def test_describe(case: Case) -> None:
     for field in ("name", "title", "paper", "equation", "complexity"):
         assert getattr(description.spec, field)
     assert "O(" in description.spec.complexity
-    assert description.spec.paper.startswith("no paper: ") or any(str(year) in description.spec.paper for year in range(2014, 2030))
+    assert description.spec.paper.startswith("no paper: ") or any(
+        str(year) in description.spec.paper for year in range(2014, 2030)
+    )
     assert len(description.text) > 200
     signature = inspect.signature(type(case.build()))
     assert [option.name for option in description.options] == list(signature.parameters)
     for option in description.options:
-        assert option.default is signature.parameters[option.name].default or option.default == signature.parameters[option.name].default
+        assert (
+            option.default is signature.parameters[option.name].default
+            or option.default == signature.parameters[option.name].default
+        )
         assert option.type
-        explained = re.search(rf"\b{option.name}\b", description.text) or option.name in ("heads", "head_dim", "backend")
+        explained = re.search(rf"\b{option.name}\b", description.text) or option.name in (
+            "heads",
+            "head_dim",
+            "backend",
+        )
         assert explained, f"the docstring of {case.variant} does not explain {option.name}"
 
 
@@ -85,7 +111,9 @@ def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
     class Own(Attention):
         """Softmax at another temperature."""
 
-        def __init__(self, heads: int, head_dim: int, *, temperature: float = 2.0, backend: str = "auto") -> None:
+        def __init__(
+            self, heads: int, head_dim: int, *, temperature: float = 2.0, backend: str = "auto"
+        ) -> None:
             super().__init__(heads, head_dim, Softmax(1 / temperature), backend=backend)
 
     Own.spec = spec
@@ -94,7 +122,9 @@ def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "own" in attnzoo.names()
     q, k, v, _ = tensors(Situation(7, 7))
     expected, _ = standard(q, k, v, scale=0.25)
-    torch.testing.assert_close(attnzoo.build("own", heads=4, head_dim=8, temperature=4.0)(q, k, v), expected)
+    torch.testing.assert_close(
+        attnzoo.build("own", heads=4, head_dim=8, temperature=4.0)(q, k, v), expected
+    )
 
     class Other(Attention):
         pass
@@ -153,12 +183,15 @@ def test_exact_means_softmax_on_its_own_support(case: Case) -> None:
         a = attn.weights(q, k, is_causal=is_causal)
         scores = (scale * q @ k.mT).masked_fill(a == 0, float("-inf"))
         # A learned logit takes its share of every row, an option that leaves softmax.
-        assert torch.allclose(a, scores.softmax(-1).nan_to_num(), atol=1e-9) == (case.spec.exact and not case.options.get("sink_logits"))
+        assert torch.allclose(a, scores.softmax(-1).nan_to_num(), atol=1e-9) == (
+            case.spec.exact and not case.options.get("sink_logits")
+        )
 
 
 @VARIANTS
 def test_family(case: Case) -> None:
-    """exact: every key weighs something. sparse: most weigh nothing. kernel and low_rank: the rank of A is that of features or mixtures."""
+    """exact: every key weighs something. sparse: most weigh nothing. kernel and low_rank: the rank
+    of A is that of features or mixtures."""
     attn = case.build(1, dtype=torch.float64)
     q, k, _, _ = tensors(Situation(120, 120, heads=1, kv_heads=1, batch=1), shift=case.shift)
     if not case.spec.bidirectional:
@@ -182,9 +215,13 @@ print(json.dumps([sorted(set(sys.modules) - before), seconds]))
 
 def test_import_needs_torch_and_einops_only() -> None:
     """No other package, none of torch's compilers, and half a second of processor time at most."""
-    result = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, timeout=120
+    )
     modules, seconds = json.loads(result.stdout)
     packages = {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names)
-    assert not [module for module in modules if module.startswith(("torch._dynamo", "torch._inductor"))]
+    assert not [
+        module for module in modules if module.startswith(("torch._dynamo", "torch._inductor"))
+    ]
     assert packages <= {"attnzoo", "torch", "einops"}
     assert seconds < 0.5

@@ -1,4 +1,5 @@
-"""The report of a comparison: numbers as they are written, sentences that follow from them, figures and the page."""
+"""The report of a comparison: numbers as they are written, sentences that follow from them, figures
+and the page."""
 
 from __future__ import annotations
 
@@ -13,10 +14,20 @@ pytest.importorskip("matplotlib")
 
 from rich.console import Console
 
-from attnzoo.fidelity.rows import Comparison, HeatMap, Row
+from attnzoo.fidelity.comparison_rows import Comparison, HeatMap, Row
 from attnzoo.registry import names
 from attnzoo.report.axes import ticks
-from attnzoo.report.columns import COLUMNS, count, duration, folded, kept, lost, memory, number, ratio
+from attnzoo.report.columns import (
+    COLUMNS,
+    count,
+    duration,
+    folded,
+    kept,
+    lost,
+    memory,
+    number,
+    ratio,
+)
 from attnzoo.report.export import write_figures
 from attnzoo.report.figures import drawings, pareto_front
 from attnzoo.report.headlines import headlines
@@ -27,7 +38,13 @@ from attnzoo.report.tables import RowsTable, comparison_view
 EXACT_MACS = 10_000_000_000
 
 
-def row(variant: str, error: float | None, macs_share: float = 0.1, speedup: float | None = 2.0, **changes) -> Row:
+def row(
+    variant: str,
+    error: float | None,
+    macs_share: float = 0.1,
+    speedup: float | None = 2.0,
+    **changes,
+) -> Row:
     whole = Row(
         variant=variant,
         options={},
@@ -54,16 +71,33 @@ def row(variant: str, error: float | None, macs_share: float = 0.1, speedup: flo
 ROWS = (
     row("standard", 2e-7, macs_share=1.0, speedup=1.0, backend="sdpa"),
     row("linear", 0.9, macs_share=0.02, speedup=4.0, note="lost to mean(v)"),
-    row("performer", 4.0, macs_share=0.3, label="performer num_features=64 features=hyperbolic", note="lost to mean(v)"),
+    row(
+        "performer",
+        4.0,
+        macs_share=0.3,
+        label="performer num_features=64 features=hyperbolic",
+        note="lost to mean(v)",
+    ),
     row("sliding_window", 0.3),
-    Row("linformer", {}, "linformer", "Model <A>", True, 4096, note="linformer cannot be causal; use <another>"),
+    Row(
+        "linformer",
+        {},
+        "linformer",
+        "Model <A>",
+        True,
+        4096,
+        note="linformer cannot be causal; use <another>",
+    ),
 )
 
 
 @pytest.fixture(scope="module")
 def comparison() -> Comparison:
     cells = tuple(tuple(0.5 if key <= query else 0.0 for key in range(4)) for query in range(4))
-    maps = tuple(HeatMap(name, "Model <A>", True, 512, "layer 3", 0, (0, 512), (0, 512), cells) for name in ("standard", "linear"))
+    maps = tuple(
+        HeatMap(name, "Model <A>", True, 512, "layer 3", 0, (0, 512), (0, 512), cells)
+        for name in ("standard", "linear")
+    )
     shorter = tuple(
         replace(row, length=length, output_error=row.output_error * length / 4096)
         for length in (1024, 2048, 4096)
@@ -114,7 +148,11 @@ def test_numbers_have_three_digits_and_a_unit(written, expected):
 
 
 def test_a_variant_that_only_equals_mean_value_has_lost():
-    assert lost(row("linear", 0.8)) and not lost(row("linear", 0.799)) and not lost(row("linear", None))
+    assert (
+        lost(row("linear", 0.8))
+        and not lost(row("linear", 0.799))
+        and not lost(row("linear", None))
+    )
 
 
 def test_kept_is_measured_over_promised():
@@ -125,8 +163,14 @@ def test_kept_is_measured_over_promised():
 def test_headlines_follow_from_the_rows(comparison):
     said = "\n".join(headlines(comparison)["Model <A>, causal, 4,096 tokens"])
     assert "2 of 3 approximations lost" in said and "linear (error 0.900, mean(v) 0.800)" in said
-    assert "Closest to exact attention with fewer MACs: sliding_window, error 0.300 with 10% of the MACs." in said
-    assert "Fastest: linear, 4.00x the speed of exact attention, where its MACs promise 50.0x (8% kept)." in said
+    assert (
+        "Closest to exact attention with fewer MACs: sliding_window, error 0.300 with 10% of the "
+        "MACs." in said
+    )
+    assert (
+        "Fastest: linear, 4.00x the speed of exact attention, where its MACs promise 50.0x (8% "
+        "kept)." in said
+    )
 
 
 def test_headlines_when_nothing_lost_and_nothing_was_faster():
@@ -170,20 +214,33 @@ def test_notes_are_printed_once_for_all_that_share_them(comparison):
     printed = rendered(comparison, 160)
     assert "linear, performer num_features=64 features=hyperbolic: lost to mean(v)" in printed
     assert "linformer: linformer cannot be causal; use <another>" in printed
-    assert "layer 3; heads 0, 4; score standard deviation 2.35; Hamlet & co" in printed and "torch 2.13.0" in printed
+    assert (
+        "layer 3; heads 0, 4; score standard deviation 2.35; Hamlet & co" in printed
+        and "torch 2.13.0" in printed
+    )
 
 
 def test_labels_fold_at_spaces():
-    assert folded("performer num_features=64 features=relu", 26) == "performer num_features=64\nfeatures=relu"
+    assert (
+        folded("performer num_features=64 features=relu", 26)
+        == "performer num_features=64\nfeatures=relu"
+    )
     assert folded("performer num_features=64", 5) == "performer\nnum_features=64"
 
 
 def test_the_pareto_front_keeps_only_what_nothing_beats():
-    rows = [row("linear", 0.9, 0.02), row("performer", 4.0, 0.3), row("sliding_window", 0.3, 0.1), row("bigbird", 0.3, 0.2)]
+    rows = [
+        row("linear", 0.9, 0.02),
+        row("performer", 4.0, 0.3),
+        row("sliding_window", 0.3, 0.1),
+        row("bigbird", 0.3, 0.2),
+    ]
     assert [error for _, error in pareto_front(rows)] == [0.9, 0.3]
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 0.35), (-0.2, 0.6), (7.0, 8.1), (-3.0, 1.0), (-8.0, 6.0)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 0.35), (-0.2, 0.6), (7.0, 8.1), (-3.0, 1.0), (-8.0, 6.0)]
+)
 def test_logarithmic_axes_have_enough_labels_and_not_too_many(low, high):
     found = ticks(low, high)
     assert 3 <= len(found) <= 8 and found == sorted(found)
@@ -192,7 +249,9 @@ def test_logarithmic_axes_have_enough_labels_and_not_too_many(low, high):
 def test_every_variant_keeps_its_colour_and_marker():
     alone = styles([("performer", "performer")])["performer"]
     assert alone == styles((name, name) for name in names())["performer"]
-    looks = {(style.color, style.marker) for style in styles((name, name) for name in names()).values()}
+    looks = {
+        (style.color, style.marker) for style in styles((name, name) for name in names()).values()
+    }
     assert len(looks) == len(names())
     assert styles([("standard", "standard")])["standard"].color == INK
     twins = styles([("performer", "a"), ("performer", "b")])
@@ -214,14 +273,24 @@ def test_the_page_is_the_same_for_the_same_comparison(comparison, html):
 
 def test_the_page_asks_for_nothing_from_outside(html):
     addresses = re.findall(r"""(?:src|href)=["']([^"']*)|url\(([^)]*)\)""", html)
-    assert all(found.startswith(("#", "data:image/png;base64")) for pair in addresses for found in pair if found)
+    assert all(
+        found.startswith(("#", "data:image/png;base64"))
+        for pair in addresses
+        for found in pair
+        if found
+    )
     assert not re.search(r"<script|<link|@import|@font-face|https?://(?!www\.w3\.org)", html)
     assert "prefers-color-scheme: dark" in html and 'name="viewport"' in html
 
 
 def test_ids_of_the_pages_figures_do_not_collide(comparison, html):
     ids = re.findall(r'\bid="([^"]+)"', html)
-    used = {found for pair in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', html) for found in pair if found}
+    used = {
+        found
+        for pair in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', html)
+        for found in pair
+        if found
+    }
     assert len(ids) == len(set(ids)) and used <= set(ids)
     assert html.count("<svg") == sum(len(drawing.parts) for drawing in drawings(comparison)) == 4
 
@@ -247,14 +316,24 @@ def test_the_page_is_well_formed_and_escapes_what_it_is_given(html):
     parser = Tags()
     parser.feed(html)
     assert parser.open == []
-    assert "Model &lt;A&gt;" in html and "use &lt;another&gt;" in html and "A &lt;fast&gt; one" in html and "Hamlet &amp; co" in html
+    assert (
+        "Model &lt;A&gt;" in html
+        and "use &lt;another&gt;" in html
+        and "A &lt;fast&gt; one" in html
+        and "Hamlet &amp; co" in html
+    )
     assert "<A>" not in html and "<another>" not in html and "<fast>" not in html
 
 
 def test_the_page_has_what_the_screen_has(comparison, html):
     text = re.sub(r"<[^>]+>", "", html)
     assert all(column.meaning.replace("'", "&#x27;") in text for column in COLUMNS)
-    assert "2 of 3 approximations lost" in text and "4.00 !" in text and "seed" in text and "2.13.0" in text
+    assert (
+        "2 of 3 approximations lost" in text
+        and "4.00 !" in text
+        and "seed" in text
+        and "2.13.0" in text
+    )
 
 
 def test_a_comparison_without_results_still_makes_a_page():

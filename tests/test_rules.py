@@ -1,4 +1,5 @@
-"""The twelve rules of meaning, each one test that runs over every registered variant and every CPU backend."""
+"""The twelve rules of meaning, each one test that runs over every registered variant and every CPU
+backend."""
 
 from __future__ import annotations
 
@@ -8,7 +9,18 @@ import pickle
 
 import pytest
 import torch
-from cases import CASES, Case, Situation, can, close, gradients_of, padding, tensors, usual_cases, with_backends
+from cases import (
+    CASES,
+    Case,
+    Situation,
+    can,
+    close,
+    gradients_of,
+    padding,
+    tensors,
+    usual_cases,
+    with_backends,
+)
 from small import possible
 from torch import Tensor
 
@@ -16,7 +28,10 @@ import attnzoo
 from attnzoo.registry import options_of, sized
 
 VARIANTS = pytest.mark.parametrize("case", usual_cases(), ids=str)
-BACKENDS = pytest.mark.parametrize(("case", "backend"), [pytest.param(c, b, id=f"{c}-{b}") for c, b in with_backends(usual_cases())])
+BACKENDS = pytest.mark.parametrize(
+    ("case", "backend"),
+    [pytest.param(c, b, id=f"{c}-{b}") for c, b in with_backends(usual_cases())],
+)
 PADDINGS = ("left", "right", "interior", "whole")
 GARBAGE = (float("nan"), float("inf"), -float("inf"), 1e30)
 LONG = 300  # more than two chunks or blocks of any backend
@@ -37,13 +52,18 @@ def float32(*some: Tensor) -> list[Tensor]:
 
 
 def same_bits(actual: Tensor, expected: Tensor, what: str) -> None:
-    assert bool(torch.isfinite(expected).all()), f"{what}: nothing to compare with, the clean run is not finite"
-    assert torch.equal(actual, expected), f"{what} changed by up to {(actual - expected).abs().max().item():.3g}"
+    assert bool(torch.isfinite(expected).all()), (
+        f"{what}: nothing to compare with, the clean run is not finite"
+    )
+    assert torch.equal(actual, expected), (
+        f"{what} changed by up to {(actual - expected).abs().max().item():.3g}"
+    )
 
 
 @BACKENDS
 def test_rule_1_true_means_attend(case: Case, backend: str) -> None:
-    """Where key_mask is False A is 0; where it is True some query attends. A mask that is not bool is refused, not guessed at."""
+    """Where key_mask is False A is 0; where it is True some query attends. A mask that is not bool
+    is refused, not guessed at."""
     attn = case.build(dtype=torch.float64, backend=backend)
     q, k, v, _ = tensors(Situation(20, 20), shift=case.shift)
     mask = padding("interior", 2, 20)
@@ -52,14 +72,20 @@ def test_rule_1_true_means_attend(case: Case, backend: str) -> None:
         a = attn.weights(q, k, key_mask=mask, is_causal=is_causal)
         reached = (a != 0).any(2).any(1)
         assert torch.equal(reached, mask)
-        close(attn(q, k, v, key_mask=mask, is_causal=is_causal), a @ v.repeat_interleave(2, 1), 1e-12, "output under key_mask")
+        close(
+            attn(q, k, v, key_mask=mask, is_causal=is_causal),
+            a @ v.repeat_interleave(2, 1),
+            1e-12,
+            "output under key_mask",
+        )
         with pytest.raises(ValueError, match=r"key_mask.*bool.*True = attend"):
             attn(q, k, v, key_mask=mask.to(torch.int64), is_causal=is_causal)
 
 
 @BACKENDS
 def test_rule_2_queries_are_the_last_ones(case: Case, backend: str) -> None:
-    """Fewer queries than keys give the last rows of the square call; more queries than keys stand before the beginning."""
+    """Fewer queries than keys give the last rows of the square call; more queries than keys stand
+    before the beginning."""
     if not case.spec.cross:
         with pytest.raises(attnzoo.UnsupportedError, match="query_length"):
             case.build(dtype=torch.float64, backend=backend)(*tensors(Situation(3, 5))[:3])
@@ -69,7 +95,12 @@ def test_rule_2_queries_are_the_last_ones(case: Case, backend: str) -> None:
     for is_causal in kinds(case):
         whole = attn(q, k, v, is_causal=is_causal)
         for count in (1, 2, 63, 130, LONG - 1):
-            close(attn(q[:, :, -count:], k, v, is_causal=is_causal), whole[:, :, -count:], 1e-12, f"last {count} rows")
+            close(
+                attn(q[:, :, -count:], k, v, is_causal=is_causal),
+                whole[:, :, -count:],
+                1e-12,
+                f"last {count} rows",
+            )
         if is_causal:
             early = torch.cat([q[:, :, :7], q], 2)
             rows = attn(early, k, v, is_causal=True)
@@ -94,17 +125,24 @@ def test_rule_3_a_row_with_nothing_to_see_is_zero(case: Case, backend: str) -> N
             assert bool(empty.any())
             assert not out[empty].any(), "an empty row is not 0"
             assert bool(torch.isfinite(out).all())
-            for name, gradient in zip("qkv", gradients_of(out, torch.ones_like(out), q, k, v), strict=True):
+            for name, gradient in zip(
+                "qkv", gradients_of(out, torch.ones_like(out), q, k, v), strict=True
+            ):
                 assert bool(torch.isfinite(gradient).all()), f"gradient of {name} is not finite"
                 dead = empty if name == "q" else bad.expand_as(gradient)
-                assert not gradient[dead].any(), f"gradient of {name} is not 0 where nothing is seen"
-            assert not attn.weights(q, k, key_mask=mask, is_causal=is_causal)[empty[..., :1].expand(-1, -1, -1, 40)].any()
+                assert not gradient[dead].any(), (
+                    f"gradient of {name} is not 0 where nothing is seen"
+                )
+            assert not attn.weights(q, k, key_mask=mask, is_causal=is_causal)[
+                empty[..., :1].expand(-1, -1, -1, 40)
+            ].any()
 
 
 @BACKENDS
 @pytest.mark.parametrize("kind", PADDINGS)
 def test_rule_4_padding_reaches_nothing(case: Case, backend: str, kind: str) -> None:
-    """Whatever sits in padded slots, output and gradients keep every bit. (`test_padding.py`: a padded run equals the run without padding.)"""
+    """Whatever sits in padded slots, output and gradients keep every bit. (`test_padding.py`: a
+    padded run equals the run without padding.)"""
     attn = case.build(backend=backend)
     mask = padding(kind, 2, LONG)
     assert mask is not None
@@ -116,17 +154,22 @@ def test_rule_4_padding_reaches_nothing(case: Case, backend: str, kind: str) -> 
         clean = attn(q, k, v, key_mask=mask, is_causal=is_causal)
         gradients = gradients_of(clean, upstream, q, k, v, *attn.parameters())
         for garbage in GARBAGE:
-            bad_k, bad_v = float32(k.detach().masked_fill(padded, garbage), v.detach().masked_fill(padded, garbage))
+            bad_k, bad_v = float32(
+                k.detach().masked_fill(padded, garbage), v.detach().masked_fill(padded, garbage)
+            )
             out = attn(q, bad_k, bad_v, key_mask=mask, is_causal=is_causal)
             same_bits(out, clean, f"output with {garbage} in the padding")
-            for i, gradient in enumerate(gradients_of(out, upstream, q, bad_k, bad_v, *attn.parameters())):
+            for i, gradient in enumerate(
+                gradients_of(out, upstream, q, bad_k, bad_v, *attn.parameters())
+            ):
                 same_bits(gradient, gradients[i], f"gradient {i} with {garbage} in the padding")
 
 
 @BACKENDS
 @pytest.mark.parametrize("token", [1, 100, 128, 170, LONG - 1])
 def test_rule_5_causal_means_causal(case: Case, backend: str, token: int) -> None:
-    """Changing token j changes no bit of a row before j, nor of what those rows send back, though its key and value be NaN."""
+    """Changing token j changes no bit of a row before j, nor of what those rows send back, though
+    its key and value be NaN."""
     if not case.spec.causal:
         assert kinds(case) == [False]
         return
@@ -145,16 +188,25 @@ def test_rule_5_causal_means_causal(case: Case, backend: str, token: int) -> Non
         out, _ = rows(*(x.masked_fill(here, change) for x in (q, k, v)))
         same_bits(out, clean, f"rows before token {token} = {change}")
         if change == 1e30:
-            continue  # finite, so nothing clears it, and its own row overflows: what flows back from there is not a number
+            # Finite, so nothing clears it, and its own row overflows: what flows back from there is
+            # not a number
+            continue
         # A NaN query spoils its own row's backward in torch itself (0 · NaN), so the query stays.
         _, sent = rows(q, k.masked_fill(here, change), v.masked_fill(here, change))
         for name, gradient, wanted in zip("qkv", sent, gradients, strict=True):
-            assert not gradient[:, :, token:].any(), f"rows before token {token} = {change} send a gradient to {name} from it on"
-            same_bits(gradient, wanted, f"gradient of {name} of the rows before token {token} = {change}")
+            assert not gradient[:, :, token:].any(), (
+                f"rows before token {token} = {change} send a gradient to {name} from it on"
+            )
+            same_bits(
+                gradient, wanted, f"gradient of {name} of the rows before token {token} = {change}"
+            )
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 64, 65, 200])
-@pytest.mark.parametrize("name", [name for name in attnzoo.names() if "window" in [option.name for option in options_of(name)]])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in attnzoo.names() if "window" in [option.name for option in options_of(name)]],
+)
 def test_rule_6_a_window_of_w_is_w_keys(name: str, window: int) -> None:
     """Query i sees key j when |i - j| < window, and j <= i when causal: w keys, itself included."""
     case = Case(name, {"window": window})
@@ -175,14 +227,16 @@ def test_rule_6_a_window_of_w_is_w_keys(name: str, window: int) -> None:
 
 @BACKENDS
 def test_rule_7_a_sparse_row_is_a_set_of_keys(case: Case, backend: str) -> None:
-    """On A's support log A differs from the scores by one constant a row, so that no key counts twice; training draws what eval draws;
-    a short input sees everything."""
+    """On A's support log A differs from the scores by one constant a row, so that no key counts
+    twice; training draws what eval draws; a short input sees everything."""
     attn = case.build(dtype=torch.float64, backend=backend)
     q, k, _, _ = tensors(Situation(LONG, LONG, kv_heads=4), shift=case.shift)
     identity = torch.eye(LONG, dtype=torch.float64).expand(2, 4, -1, -1)
     for is_causal in kinds(case):
         a = attn.train()(q, k, identity, is_causal=is_causal)
-        assert torch.equal(a, attn.eval()(q, k, identity, is_causal=is_causal)), "train and eval differ"
+        assert torch.equal(a, attn.eval()(q, k, identity, is_causal=is_causal)), (
+            "train and eval differ"
+        )
         close(a, attn.weights(q, k, is_causal=is_causal), 1e-12, "A by this backend")
         if not case.spec.exact:
             continue
@@ -196,12 +250,18 @@ def test_rule_7_a_sparse_row_is_a_set_of_keys(case: Case, backend: str) -> None:
         exact = Case("standard").build(dtype=torch.float64)
         short = tensors(Situation(5, 5))[:3]
         for is_causal in kinds(case):
-            close(default(*short, is_causal=is_causal), exact(*short, is_causal=is_causal), 1e-12, "5 tokens against exact attention")
+            close(
+                default(*short, is_causal=is_causal),
+                exact(*short, is_causal=is_causal),
+                1e-12,
+                "5 tokens against exact attention",
+            )
 
 
 @BACKENDS
 def test_heads_kept_alone_say_what_they_said_together(case: Case, backend: str) -> None:
-    """For a process that holds some of the heads; what a head learned, drew or is by its place among the heads goes with it."""
+    """For a process that holds some of the heads; what a head learned, drew or is by its place
+    among the heads goes with it."""
     q, k, v, _ = tensors(Situation(40, 40, kv_heads=4), shift=case.shift)
     for is_causal in kinds(case):
         whole = case.build(dtype=torch.float64, backend=backend)
@@ -210,12 +270,18 @@ def test_heads_kept_alone_say_what_they_said_together(case: Case, backend: str) 
             some.keep_heads(2, 2)
             expected = whole(q, k[:, :kv_heads], v[:, :kv_heads], is_causal=is_causal)
             second = slice(kv_heads // 2, kv_heads)
-            close(some(q[:, 2:], k[:, second], v[:, second], is_causal=is_causal), expected[:, 2:], 1e-12, f"heads 2 and 3, {kv_heads} of keys")
+            close(
+                some(q[:, 2:], k[:, second], v[:, second], is_causal=is_causal),
+                expected[:, 2:],
+                1e-12,
+                f"heads 2 and 3, {kv_heads} of keys",
+            )
 
 
 @BACKENDS
 def test_rule_8_any_length(case: Case, backend: str) -> None:
-    """No length must be a multiple of anything, 0 included; past max_length there is an error that says so."""
+    """No length must be a multiple of anything, 0 included; past max_length there is an error that
+    says so."""
     attn = case.build(dtype=torch.float64, backend=backend)
     for is_causal in kinds(case):
         for length in (*range(34), 127, 128, 129, 191):
@@ -230,14 +296,25 @@ def test_rule_8_any_length(case: Case, backend: str) -> None:
         q, k, v, _ = tensors(Situation(21, 21))
         with pytest.raises(ValueError, match=r"21.*max_length=20"):
             short(q, k, v, **possible(case.spec))
-        assert short(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], **possible(case.spec)).shape == q[:, :, 1:].shape
+        assert (
+            short(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], **possible(case.spec)).shape
+            == q[:, :, 1:].shape
+        )
 
 
 @pytest.mark.parametrize(
-    "case", [case for name in attnzoo.names() for case in CASES.get(name, [Case(name)]) if hasattr(case.build(), "redraw")], ids=str
+    "case",
+    [
+        case
+        for name in attnzoo.names()
+        for case in CASES.get(name, [Case(name)])
+        if hasattr(case.build(), "redraw")
+    ],
+    ids=str,
 )
 def test_rule_9_random_features(case: Case) -> None:
-    """Redrawing is explicit and repeatable, training never does it, and large scores stay finite. (`test_favor.py` has the statistics.)"""
+    """Redrawing is explicit and repeatable, training never does it, and large scores stay finite.
+    (`test_favor.py` has the statistics.)"""
     attn = case.build().train()
     q, k, v, _ = tensors(Situation(200, 200))
     first = copy.deepcopy(attn.state_dict())
@@ -260,26 +337,39 @@ def test_rule_9_random_features(case: Case) -> None:
 @BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_rule_10_sums_run_in_float32(case: Case, backend: str, dtype: torch.dtype) -> None:
-    """Half precision errs at most twice as much as the reference does, over a length at which sums in half precision would be lost."""
+    """Half precision errs at most twice as much as the reference does, over a length at which sums
+    in half precision would be lost."""
     n = 1000
-    for is_causal, mean in ((causal, mean) for causal in kinds(case) for mean in (0.0, 1.0)):  # a mean of 1 does not cancel
-        q, k, v, _ = (x.to(dtype) for x in tensors(Situation(n, n, heads=2, kv_heads=1, batch=1), shift=case.shift))
+    for is_causal, mean in (
+        (causal, mean) for causal in kinds(case) for mean in (0.0, 1.0)
+    ):  # a mean of 1 does not cancel
+        q, k, v, _ = (
+            x.to(dtype)
+            for x in tensors(Situation(n, n, heads=2, kv_heads=1, batch=1), shift=case.shift)
+        )
         v = v + mean
         exact = case.build(2).double()(q.double(), k.double(), v.double(), is_causal=is_causal)
         reference = case.build(2, dtype=dtype, backend="reference")(q, k, v, is_causal=is_causal)
         out = case.build(2, dtype=dtype, backend=backend)(q, k, v, is_causal=is_causal)
         assert out.dtype == dtype
         allowed, error = reference.double() - exact, out.double() - exact
-        assert error.norm() <= 2 * allowed.norm(), f"error {error.norm():.3g}, the reference's is {allowed.norm():.3g}"
-        # One entry of the reference may be lucky; rounding the largest output alone may cost half a unit of it.
-        worst = max(allowed.abs().max().item(), torch.finfo(dtype).eps / 2 * exact.abs().max().item())
-        assert error.abs().max() <= 2 * worst, f"largest error {error.abs().max():.3g}, the reference's is {worst:.3g}"
+        assert error.norm() <= 2 * allowed.norm(), (
+            f"error {error.norm():.3g}, the reference's is {allowed.norm():.3g}"
+        )
+        # One entry of the reference may be lucky; rounding the largest output alone may cost half a
+        # unit of it.
+        worst = max(
+            allowed.abs().max().item(), torch.finfo(dtype).eps / 2 * exact.abs().max().item()
+        )
+        assert error.abs().max() <= 2 * worst, (
+            f"largest error {error.abs().max():.3g}, the reference's is {worst:.3g}"
+        )
 
 
 @VARIANTS
 def test_rule_11_one_number_one_convention(case: Case) -> None:
-    """flops = 2 · macs; the support's MACs of an exact variant are two products of head_dim for every nonzero entry of A, or for as many as
-    there can be."""
+    """flops = 2 · macs; the support's MACs of an exact variant are two products of head_dim for
+    every nonzero entry of A, or for as many as there can be."""
     attn = case.build(dtype=torch.float64)
     for query_length, key_length in ((70, 70), (9, 70), (1, 1)):
         q, k, _, _ = tensors(Situation(query_length, key_length), shift=case.shift)
@@ -289,28 +379,51 @@ def test_rule_11_one_number_one_convention(case: Case) -> None:
             if case.spec.exact:
                 pairs = int((attn.weights(q, k, is_causal=is_causal) != 0).sum())
                 needed = 2 * attn.head_dim * pairs
-                assert cost.support_macs == needed or (case.spec.data_dependent and cost.support_macs > needed)
+                assert cost.support_macs == needed or (
+                    case.spec.data_dependent and cost.support_macs > needed
+                )
 
 
 @BACKENDS
 def test_rule_12_trains_and_travels(case: Case, backend: str) -> None:
-    """Gradcheck in float64; copies, pickles and a state_dict loaded into another draw give the same bits. (`test_compile.py` compiles.)"""
+    """Gradcheck in float64; copies, pickles and a state_dict loaded into another draw give the same
+    bits. (`test_compile.py` compiles.)"""
     attn = case.build(2, 4, dtype=torch.float64, backend=backend)
-    q, k, v, _ = tensors(Situation(5 if case.spec.cross else 6, 6, heads=2, kv_heads=1), 4, shift=case.shift)
+    q, k, v, _ = tensors(
+        Situation(5 if case.spec.cross else 6, 6, heads=2, kv_heads=1), 4, shift=case.shift
+    )
     mask = torch.tensor([[True] * 6, [False, True, True, False, True, False]])
     for is_causal in kinds(case):
         for key_mask in (None, mask):
-            inputs = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), *attn.parameters())
+            inputs = (
+                q.requires_grad_(),
+                k.requires_grad_(),
+                v.requires_grad_(),
+                *attn.parameters(),
+            )
 
-            def run(q: Tensor, k: Tensor, v: Tensor, *_: Tensor, mask: Tensor | None = key_mask, causal: bool = is_causal) -> Tensor:
+            def run(
+                q: Tensor,
+                k: Tensor,
+                v: Tensor,
+                *_: Tensor,
+                mask: Tensor | None = key_mask,
+                causal: bool = is_causal,
+            ) -> Tensor:
                 return attn(q, k, v, key_mask=mask, is_causal=causal)
 
             assert torch.autograd.gradcheck(run, inputs, eps=1e-6, atol=1e-6, fast_mode=True)
     more = {"seed": 99} if "seed" in inspect.signature(type(attn)).parameters else {}
     torch.manual_seed(99)
-    other = attnzoo.build(case.variant, heads=2, head_dim=4, **(sized(case.variant, 1024) | case.options | more)).double()
+    other = attnzoo.build(
+        case.variant, heads=2, head_dim=4, **(sized(case.variant, 1024) | case.options | more)
+    ).double()
     other.load_state_dict(attn.state_dict())
-    twins = {"deepcopy": copy.deepcopy(attn), "pickle": pickle.loads(pickle.dumps(attn)), "state_dict": other}
+    twins = {
+        "deepcopy": copy.deepcopy(attn),
+        "pickle": pickle.loads(pickle.dumps(attn)),
+        "state_dict": other,
+    }
     q, k, v, _ = tensors(Situation(LONG, LONG, heads=2), 4, shift=case.shift)
     for is_causal in kinds(case):
         out = attn(q, k, v, is_causal=is_causal)

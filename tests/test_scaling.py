@@ -1,4 +1,5 @@
-"""Where the article stops: limits, rooflines, crossovers and paths, and the command that prints them."""
+"""Where the article stops: limits, rooflines, crossovers and paths, and the command that prints
+them."""
 
 from __future__ import annotations
 
@@ -16,17 +17,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnzoo.cli import main
+from attnzoo.commands.program import main
 from attnzoo.cost import article
-from attnzoo.cost.counted import CountedVariant, whole_zoo
 from attnzoo.cost.hardware import GPU, find_gpu, gpu_presets, roofline
-from attnzoo.cost.limits import ACCOUNTS, cache_bytes, crossover, decoding_roofline, flash_bytes, input_bytes, longest
-from attnzoo.cost.models import TransformerModel, find_model, model_presets
-from attnzoo.cost.paths import known_path, longest_path, support
-from attnzoo.cost.scaling import Scaling, Settings, scaling
-from attnzoo.cost.scaling_figures import drawings
-from attnzoo.cost.variant_tables import variant_limits
+from attnzoo.cost.layer_costs import CountedVariant, whole_zoo
+from attnzoo.cost.limits import (
+    ACCOUNTS,
+    cache_bytes,
+    crossover,
+    decoding_roofline,
+    flash_bytes,
+    input_bytes,
+    longest,
+)
+from attnzoo.cost.model_sizes import TransformerModel, find_model, model_presets
+from attnzoo.cost.path_lengths import known_path, longest_path, support
 from attnzoo.registry import names
+from attnzoo.report.scaling.scaling import Scaling, Settings, scaling
+from attnzoo.report.scaling.scaling_figures import drawings
+from attnzoo.report.scaling.variant_tables import variant_limits
 
 MODELS, GPUS = model_presets(), gpu_presets()
 TINY = TransformerModel("tiny", d=64, heads=4, kv_heads=2, layers=2)
@@ -34,12 +43,27 @@ ZOO = whole_zoo(TINY)[0]
 OPTIONED = [
     CountedVariant("sliding_window", TINY, {"window": 1}),
     CountedVariant("sliding_window", TINY, {"window": 3}),
-    CountedVariant("bigbird", TINY, {"block_size": 8, "num_random_blocks": 0, "num_global_blocks": 0}),
-    CountedVariant("bigbird", TINY, {"block_size": 8, "num_random_blocks": 1, "num_global_blocks": 0}),
-    CountedVariant("bigbird", TINY, {"block_size": 8, "num_random_blocks": 1, "num_global_blocks": 2}),
-    CountedVariant("bigbird", TINY, {"block_size": 8, "num_random_blocks": 1, "num_window_blocks": 1, "num_global_blocks": 1}),
+    CountedVariant(
+        "bigbird", TINY, {"block_size": 8, "num_random_blocks": 0, "num_global_blocks": 0}
+    ),
+    CountedVariant(
+        "bigbird", TINY, {"block_size": 8, "num_random_blocks": 1, "num_global_blocks": 0}
+    ),
+    CountedVariant(
+        "bigbird", TINY, {"block_size": 8, "num_random_blocks": 1, "num_global_blocks": 2}
+    ),
+    CountedVariant(
+        "bigbird",
+        TINY,
+        {"block_size": 8, "num_random_blocks": 1, "num_window_blocks": 1, "num_global_blocks": 1},
+    ),
 ]
-WAYS = [pytest.param(variant, way, id=f"{variant.label}-{way}") for variant in ZOO + OPTIONED for way in (False, True) if variant.runs(way)]
+WAYS = [
+    pytest.param(variant, way, id=f"{variant.label}-{way}")
+    for variant in ZOO + OPTIONED
+    for way in (False, True)
+    if variant.runs(way)
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +71,8 @@ def found() -> Scaling:
     return scaling(Settings(TINY, GPUS["rtx-3090"], length=2048), MODELS, GPUS)
 
 
-# ---- memory ------------------------------------------------------------------------------------------------------------
+# ---- memory
+# ------------------------------------------------------------------------------------------------------------
 
 
 def account(name: str) -> Callable[[TransformerModel, int], int]:
@@ -56,7 +81,11 @@ def account(name: str) -> Callable[[TransformerModel, int], int]:
 
 def test_the_articles_accounts_are_among_ours():
     model, budget = MODELS["gpt2"], 24e9 * 0.7
-    assert longest(partial(account("matrices"), model), budget) == article.longest_matrices(model, 24e9) == 7637
+    assert (
+        longest(partial(account("matrices"), model), budget)
+        == article.longest_matrices(model, 24e9)
+        == 7637
+    )
     (row,) = article.attention_memory([model], [2048]).rows
     assert account("stored")(model, 2048) / article.GIB == row["gib"]
 
@@ -64,28 +93,39 @@ def test_the_articles_accounts_are_among_ours():
 @pytest.mark.parametrize("name", ["gpt2", "llama-3-8b"])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_standard_keeps_what_flash_attention_keeps(name: str, is_causal: bool):
-    """The formula against autograd: q, k, v, the output and one fp32 statistic a query, with few key heads and many."""
+    """The formula against autograd: q, k, v, the output and one fp32 statistic a query, with few
+    key heads and many."""
     model = MODELS[name]
     variant = CountedVariant("standard", model)
     assert variant.kept_bytes(1000, is_causal) == pytest.approx(flash_bytes(model, 1000), rel=1e-3)
-    assert variant.kept_bytes(100_000, is_causal) == pytest.approx(flash_bytes(model, 100_000), rel=1e-3)
+    assert variant.kept_bytes(100_000, is_causal) == pytest.approx(
+        flash_bytes(model, 100_000), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize(("variant", "is_causal"), WAYS)
 def test_what_is_kept_is_counted_and_not_fitted(variant: CountedVariant, is_causal: bool):
     """At any length it is `Cost.kept_bytes`, a whole number; where that is not known, autograd's,
     and no further than measured."""
-    lengths = (1, 100, 4097, 70_001, 2**20) if variant.counted_length(is_causal, 2**20) == 2**20 else (1, 100, 4096)
+    lengths = (
+        (1, 100, 4097, 70_001, 2**20)
+        if variant.counted_length(is_causal, 2**20) == 2**20
+        else (1, 100, 4096)
+    )
     for n in lengths:
         closed = variant.cost(n, is_causal).kept_bytes
-        assert variant.kept_bytes(n, is_causal) == (variant._saved_bytes(n, is_causal) if closed is None else closed)
+        assert variant.kept_bytes(n, is_causal) == (
+            variant._saved_bytes(n, is_causal) if closed is None else closed
+        )
     assert variant.counted_length(is_causal, 2**20) == lengths[-1]
 
 
 def test_what_is_measured_is_not_carried_on():
     variant = CountedVariant("linear", MODELS["smollm2-135m"], {"feature_map": torch.sigmoid})
     assert variant.kept_bytes(64, True) and variant.kept_bytes(4097, True) is None
-    row = variant_limits(Settings(MODELS["smollm2-135m"], GPUS["h100"], is_causal=True), [variant]).rows[0]
+    row = variant_limits(
+        Settings(MODELS["smollm2-135m"], GPUS["h100"], is_causal=True), [variant]
+    ).rows[0]
     assert row["training"] == row["checkpointed"] == "> 4,096"
 
 
@@ -103,7 +143,10 @@ def test_the_longest_sequence_fits_and_the_next_does_not(name: str, is_causal: b
         def kept(n: int, variant: CountedVariant = variant) -> int:
             return variant.cost(n, is_causal).kept_bytes or 0
 
-        whole = {"training": lambda n: model.layers * kept(n), "checkpointed": lambda n: model.layers * input_bytes(model, n) + kept(n)}
+        whole = {
+            "training": lambda n: model.layers * kept(n),
+            "checkpointed": lambda n: model.layers * input_bytes(model, n) + kept(n),
+        }
         for column, bytes_at in whole.items():
             found = row[column]
             if found == "> 1,048,576":
@@ -114,12 +157,21 @@ def test_the_longest_sequence_fits_and_the_next_does_not(name: str, is_causal: b
 
 def test_state_of_standard_is_the_cache():
     for model in MODELS.values():
-        assert model.layers * (CountedVariant("standard", model).state_bytes(1000) or 0) == cache_bytes(model, 1000)
+        assert model.layers * (
+            CountedVariant("standard", model).state_bytes(1000) or 0
+        ) == cache_bytes(model, 1000)
 
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("gpt2", 124.4), ("gpt2-medium", 354.8), ("gpt2-large", 774.0), ("gpt2-xl", 1557.6), ("llama-3-8b", 8030.3), ("smollm2-135m", 134.5)],
+    [
+        ("gpt2", 124.4),
+        ("gpt2-medium", 354.8),
+        ("gpt2-large", 774.0),
+        ("gpt2-xl", 1557.6),
+        ("llama-3-8b", 8030.3),
+        ("smollm2-135m", 134.5),
+    ],
 )
 def test_parameters_are_the_released_models(name: str, millions: float):
     assert MODELS[name].parameters / 1e6 == pytest.approx(millions, rel=0.01)
@@ -138,13 +190,19 @@ def test_longest_is_the_largest_that_fits(constant: int, slope: int, square: int
         assert n == 0 or bytes_at(n) <= budget
 
 
-# ---- time and crossovers -----------------------------------------------------------------------------------------------
+# ---- time and crossovers
+# -----------------------------------------------------------------------------------------------
 
 
 def test_roofline_by_hand():
     gpu = GPU("toy", memory_gb=1, tflops=2, bandwidth_gb=10)
     slow = roofline(macs=10**12, moved_bytes=10**9, gpu=gpu)
-    assert (slow.compute_seconds, slow.memory_seconds, slow.seconds, slow.bound) == (1.0, 0.1, 1.0, "compute")
+    assert (slow.compute_seconds, slow.memory_seconds, slow.seconds, slow.bound) == (
+        1.0,
+        0.1,
+        1.0,
+        "compute",
+    )
     assert roofline(macs=10**9, moved_bytes=10**9, gpu=gpu).bound == "bandwidth"
 
 
@@ -168,7 +226,11 @@ def test_no_crossover():
 @pytest.mark.parametrize(("variant", "is_causal"), WAYS)
 def test_crossover_in_macs_is_exact(variant: CountedVariant, is_causal: bool):
     standard = CountedVariant("standard", TINY)
-    n = crossover(partial(variant.macs, is_causal=is_causal), partial(standard.macs, is_causal=is_causal), limit=2**13)
+    n = crossover(
+        partial(variant.macs, is_causal=is_causal),
+        partial(standard.macs, is_causal=is_causal),
+        limit=2**13,
+    )
     if n is not None:
         assert variant.macs(n, is_causal) < standard.macs(n, is_causal)
         assert n == 1 or variant.macs(n - 1, is_causal) >= standard.macs(n - 1, is_causal)
@@ -176,11 +238,13 @@ def test_crossover_in_macs_is_exact(variant: CountedVariant, is_causal: bool):
         assert variant.macs(2**13, is_causal) >= standard.macs(2**13, is_causal)
 
 
-# ---- paths -------------------------------------------------------------------------------------------------------------
+# ---- paths
+# -------------------------------------------------------------------------------------------------------------
 
 
 def by_queue(adjacent: torch.Tensor, is_causal: bool) -> int | None:
-    """The longest of all shortest paths from j to i, by the textbook's queue, one source at a time."""
+    """The longest of all shortest paths from j to i, by the textbook's queue, one source at a
+    time."""
     n, longest_found = len(adjacent), 0
     followers = [[i for i in range(n) if adjacent[i, j]] for j in range(n)]
     for source in range(n):
@@ -201,7 +265,9 @@ def by_queue(adjacent: torch.Tensor, is_causal: bool) -> int | None:
 
 @settings(max_examples=60)
 @given(st.integers(1, 24), st.floats(0.02, 0.5), st.booleans(), st.integers(0, 2**31))
-def test_search_by_matrices_equals_search_by_queue(n: int, density: float, is_causal: bool, seed: int):
+def test_search_by_matrices_equals_search_by_queue(
+    n: int, density: float, is_causal: bool, seed: int
+):
     adjacent = torch.rand(n, n, generator=torch.Generator().manual_seed(seed)) < density
     if is_causal:
         adjacent = adjacent.tril() | torch.eye(n, dtype=torch.bool).roll(1, 0).tril()
@@ -224,12 +290,20 @@ def test_paths_that_are_known_by_heart():
     assert known_path(CountedVariant("linear", TINY).attention(1), 16384, True) == 1
 
 
-# ---- presets -----------------------------------------------------------------------------------------------------------
+# ---- presets
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_model_written_out():
     model = find_model("d=4096,heads=32,kv_heads=8,layers=32", MODELS)
-    assert (model.d, model.heads, model.kv_heads, model.layers, model.head_dim, model.ffn) == (4096, 32, 8, 32, 128, 16384)
+    assert (model.d, model.heads, model.kv_heads, model.layers, model.head_dim, model.ffn) == (
+        4096,
+        32,
+        8,
+        32,
+        128,
+        16384,
+    )
     assert find_model("13B", MODELS) is MODELS["13b"]
     assert find_gpu(" memory_gb=48, tflops=150 ,bandwidth_gb=700", GPUS).memory_bytes == 48e9
 
@@ -237,7 +311,9 @@ def test_model_written_out():
 def test_a_user_adds_presets_without_code(tmp_path: Path):
     (tmp_path / "mine.yaml").write_text("mine: {d: 256, heads: 4, layers: 2}\n", encoding="utf-8")
     models = model_presets(tmp_path / "mine.yaml")
-    assert models["mine"] == TransformerModel("mine", 256, 4, 2) and models["gpt2"] == MODELS["gpt2"]
+    assert (
+        models["mine"] == TransformerModel("mine", 256, 4, 2) and models["gpt2"] == MODELS["gpt2"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -298,7 +374,17 @@ def test_refuses_a_preset_file_that_is_not_there(tmp_path: Path):
         gpu_presets(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("bad", [{"length": 0}, {"length": -5}, {"share": 0.0}, {"share": 1.5}, {"tflops": -1.0}, {"tflops": float("nan")}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"length": 0},
+        {"length": -5},
+        {"share": 0.0},
+        {"share": 1.5},
+        {"tflops": -1.0},
+        {"tflops": float("nan")},
+    ],
+)
 def test_refuses_settings(bad: dict[str, Any]):
     (name,) = bad
     with pytest.raises(ValueError, match=f"{name}=.* must be"):
@@ -310,7 +396,8 @@ def test_refuses_options_that_come_from_the_model():
         CountedVariant("linear", TINY, {"heads": 2})
 
 
-# ---- the whole ---------------------------------------------------------------------------------------------------------
+# ---- the whole
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_variant_of_the_zoo_is_there(found: Scaling):
@@ -323,14 +410,27 @@ def test_json_and_csv_hold_the_exact_values(found: Scaling):
     content = json.loads(found.to_json())
     assert set(content["tables"]) == {table.name for table in found.tables}
     for table in found.tables:
-        assert len(content["tables"][table.name]["rows"]) == len(list(csv.DictReader(table.to_csv().splitlines()))) == len(table.rows)
+        assert (
+            len(content["tables"][table.name]["rows"])
+            == len(list(csv.DictReader(table.to_csv().splitlines())))
+            == len(table.rows)
+        )
         assert all(set(row) >= {column.key for column in table.columns} for row in table.rows)
     assert "two FLOPs" in content["convention"]
 
 
 def test_figures_have_labelled_axes(found: Scaling):
     drawn = drawings(found)
-    assert [drawing.name for drawing in drawn] == ["pairs", "contours", "flops", "memory", "rnn", "time", "shares", "variants"]
+    assert [drawing.name for drawing in drawn] == [
+        "pairs",
+        "contours",
+        "flops",
+        "memory",
+        "rnn",
+        "time",
+        "shares",
+        "variants",
+    ]
     for drawing in drawn:
         for part in drawing.parts:
             axes = part().axes[0]
@@ -339,11 +439,27 @@ def test_figures_have_labelled_axes(found: Scaling):
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    arguments = ["scaling", "--variants", "standard", "sliding_window:window=64", "--model", "d=64,heads=2,layers=2", "--causal", "--length", "1000"]
+    arguments = [
+        "scaling",
+        "--variants",
+        "standard",
+        "sliding_window:window=64",
+        "--model",
+        "d=64,heads=2,layers=2",
+        "--causal",
+        "--length",
+        "1000",
+    ]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "7,637" in said and "sliding_window window=64" in said and "\x1b" not in said
-    assert {path.suffix for path in tmp_path.iterdir()} == {".html", ".json", ".csv", ".png", ".svg"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {
+        ".html",
+        ".json",
+        ".csv",
+        ".png",
+        ".svg",
+    }
     page = (tmp_path / "scaling.html").read_text(encoding="utf-8")
     assert not re.search(r'(src|href)="(?!#|data:|https://mbrenndoerfer)|url\((?!#)', page)
     assert page.count("<svg") == 11 and "47.1" in page
@@ -361,7 +477,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         (["--share", "2"], "share=2 must be above 0 and at most 1"),
     ],
 )
-def test_command_refuses_in_one_sentence(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+def test_command_refuses_in_one_sentence(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+):
     assert main(["scaling", *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1

@@ -1,4 +1,5 @@
-"""Attention sinks and sink logits of a window: against the oracle with logits that are not 0, in decoding, and what they promise."""
+"""Attention sinks and sink logits of a window: against the oracle with logits that are not 0, in
+decoding, and what they promise."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo import Attention
-from attnzoo.patterns import Window
+from attnzoo.engines.sparse.patterns import Window
 
 DIRECTION = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 OPTIONS: list[dict[str, Any]] = [
@@ -24,7 +25,9 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def with_logits(options: dict[str, Any], dtype: torch.dtype = torch.float64, **more: Any) -> Attention:
+def with_logits(
+    options: dict[str, Any], dtype: torch.dtype = torch.float64, **more: Any
+) -> Attention:
     attn = Case("sliding_window", options).build(dtype=dtype, **more)
     for parameter in attn.parameters():
         torch.nn.init.normal_(parameter, std=3.0)
@@ -35,11 +38,18 @@ def with_logits(options: dict[str, Any], dtype: torch.dtype = torch.float64, **m
 @pytest.mark.parametrize("situation", [one for one in FEW_SITUATIONS if one.heads == 4], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("way", ["blocks", "reference", "operators"])
-def test_equals_the_oracle(options: dict[str, Any], situation: Situation, way: str, is_causal: bool) -> None:
+def test_equals_the_oracle(
+    options: dict[str, Any], situation: Situation, way: str, is_causal: bool
+) -> None:
     """operators: as where a transform looks in, without the function that computes in cache."""
     attn = with_logits(options, backend="reference" if way == "reference" else "blocks")
     q, k, v, upstream = tensors(situation)
-    leaves = {"q": q.requires_grad_(), "k": k.requires_grad_(), "v": v.requires_grad_(), **dict(attn.named_parameters())}
+    leaves = {
+        "q": q.requires_grad_(),
+        "k": k.requires_grad_(),
+        "v": v.requires_grad_(),
+        **dict(attn.named_parameters()),
+    }
     masks = {"key_mask": situation.key_mask(), "is_causal": is_causal}
     expected, a = ask_oracle(attn, q, k, v, options=options, **masks)
     wanted = gradients_of(expected, upstream, *leaves.values())
@@ -63,7 +73,9 @@ def test_equals_the_oracle(options: dict[str, Any], situation: Situation, way: s
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("lengths", [(65, 65), (1, 65), (65, 17), (140, 257)], ids=str)
 @DIRECTION
-def test_support_is_counted(options: dict[str, Any], lengths: tuple[int, int], is_causal: bool) -> None:
+def test_support_is_counted(
+    options: dict[str, Any], lengths: tuple[int, int], is_causal: bool
+) -> None:
     attn = with_logits(options, torch.float32)
     q, k, _, _ = (x.float() for x in tensors(Situation(*lengths)))
     seen = int((attn.weights(q, k, is_causal=is_causal) != 0).sum())
@@ -77,14 +89,29 @@ def test_decoding_is_bounded(options: dict[str, Any], tokens: int, padding: str)
     attn, situation = with_logits(options), Situation(64, 64, padding)
     q, k, v, _ = tensors(situation)
     mask = situation.key_mask()
-    whole, state = attn(q, k, v, key_mask=mask, is_causal=True), attn.init_state(2, 64, kv_heads=2, dtype=torch.float64)
+    whole, state = (
+        attn(q, k, v, key_mask=mask, is_causal=True),
+        attn.init_state(2, 64, kv_heads=2, dtype=torch.float64),
+    )
     for i in range(0, 64, tokens):
         new = slice(i, i + tokens)
-        row, after = attn.step(q[:, :, new], k[:, :, new], v[:, :, new], state, key_mask=None if mask is None else mask[:, new])
+        row, after = attn.step(
+            q[:, :, new],
+            k[:, :, new],
+            v[:, :, new],
+            state,
+            key_mask=None if mask is None else mask[:, new],
+        )
         close(row, whole[:, :, new], 1e-10, f"rows from {i}")
         chosen = after.select(torch.tensor([1, 1]))
         assert torch.equal(chosen.k[0], after.k[1])
-        again, _ = attn.step(q[:, :, new], k[:, :, new], v[:, :, new], state, key_mask=None if mask is None else mask[:, new])
+        again, _ = attn.step(
+            q[:, :, new],
+            k[:, :, new],
+            v[:, :, new],
+            state,
+            key_mask=None if mask is None else mask[:, new],
+        )
         assert torch.equal(row, again), "the old state stays valid"
         state = after
     pattern: Any = attn.engine.pattern  # type: ignore[union-attr]
@@ -102,14 +129,24 @@ def test_rows_sum_to_less_than_one_by_what_the_logit_takes() -> None:
     z = attn.engine.sink_logits.detach()  # type: ignore[union-attr]
     q, k = torch.zeros(2, 1, 4, 9, 8, dtype=torch.float64)
     seen = torch.arange(1, 10).clamp(max=4)
-    close(attn.weights(q, k, is_causal=True).sum(-1)[0], seen / (seen + z.exp()[:, None]), 1e-12, "row sums")
+    close(
+        attn.weights(q, k, is_causal=True).sum(-1)[0],
+        seen / (seen + z.exp()[:, None]),
+        1e-12,
+        "row sums",
+    )
 
 
 def test_logits_far_above_and_below_every_score() -> None:
     q, k, v, _ = tensors(Situation(65, 65))
     attn = Case("sliding_window", {"window": 7, "sink_logits": True}).build(dtype=torch.float64)
     torch.nn.init.constant_(attn.engine.sink_logits, -1e4)  # type: ignore[union-attr]
-    close(attn(q, k, v), attnzoo.build("sliding_window", heads=4, head_dim=8, window=7)(q, k, v), 1e-12, "without a sink")
+    close(
+        attn(q, k, v),
+        attnzoo.build("sliding_window", heads=4, head_dim=8, window=7)(q, k, v),
+        1e-12,
+        "without a sink",
+    )
     torch.nn.init.constant_(attn.engine.sink_logits, 1e4)  # type: ignore[union-attr]
     assert not attn(q, k, v).any()
 
@@ -131,7 +168,12 @@ def test_half_precision(options: dict[str, Any], dtype: torch.dtype) -> None:
     exact = with_logits(options)
     exact.load_state_dict(attn.state_dict())
     q, k, v, _ = (x.to(dtype) for x in tensors(Situation(140, 140)))
-    close(attn(q, k, v, is_causal=True), exact(q.double(), k.double(), v.double(), is_causal=True), 4 * torch.finfo(dtype).eps, "output")
+    close(
+        attn(q, k, v, is_causal=True),
+        exact(q.double(), k.double(), v.double(), is_causal=True),
+        4 * torch.finfo(dtype).eps,
+        "output",
+    )
 
 
 def test_bad_sinks() -> None:

@@ -1,4 +1,5 @@
-"""Which nn.MultiheadAttention of a model is self-attention is found by trying; what looks at another sequence is swapped by its name only."""
+"""Which nn.MultiheadAttention of a model is self-attention is found by trying; what looks at
+another sequence is swapped by its name only."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import attnzoo
 from attnzoo import UnsupportedError
-from attnzoo.multihead import MultiheadAttention
+from attnzoo.layers.multihead import MultiheadAttention
 
 SIZE = 32
 
@@ -23,14 +24,25 @@ def attention(**options: Any) -> nn.MultiheadAttention:
 
 
 class Detr(nn.Module):
-    """A decoder layer as DETR's: positions of both sequences, masks, no defaults for what must be given."""
+    """A decoder layer as DETR's: positions of both sequences, masks, no defaults for what must be
+    given."""
 
     def __init__(self, batch_first: bool = True) -> None:
         super().__init__()
-        self.self_attn, self.cross_attn = attention(batch_first=batch_first), attention(batch_first=batch_first)
+        self.self_attn, self.cross_attn = (
+            attention(batch_first=batch_first),
+            attention(batch_first=batch_first),
+        )
         self.norm = nn.LayerNorm(SIZE)
 
-    def forward(self, tgt: Tensor, memory: Tensor, tgt_mask: Any = None, pos: Any = None, query_pos: Any = None) -> Tensor:
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Any = None,
+        pos: Any = None,
+        query_pos: Any = None,
+    ) -> Tensor:
         q = k = tgt if query_pos is None else tgt + query_pos
         tgt = self.norm(tgt + self.self_attn(q, k, value=tgt, attn_mask=tgt_mask)[0])
         key = memory if pos is None else memory + pos
@@ -44,7 +56,9 @@ class OptionalContext(nn.Module):
         super().__init__()
         self.a, self.norm, self.c = attention(), nn.LayerNorm(24), attention(kdim=24, vdim=24)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         x = x + self.a(x, x, x, attn_mask=mask)[0]
         return x if context is None else x + self.c(x, *[self.norm(context)] * 2)[0]
 
@@ -63,7 +77,8 @@ class ByKeyword(nn.Module):
 
 
 class Latents(nn.Module):
-    """Three learned queries, and what they say to each other; then the mean that asks all tokens."""
+    """Three learned queries, and what they say to each other; then the mean that asks all
+    tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +133,9 @@ class Subclass(nn.TransformerDecoderLayer):
 
 
 def swapped(model: nn.Module) -> list[str]:
-    return [path for path, module in model.named_modules() if isinstance(module, MultiheadAttention)]
+    return [
+        path for path, module in model.named_modules() if isinstance(module, MultiheadAttention)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +143,10 @@ def swapped(model: nn.Module) -> list[str]:
     [
         (Detr, ["self_attn"]),
         (lambda: Detr(batch_first=False), ["self_attn"]),
-        (lambda: nn.Sequential(nn.Linear(3, SIZE), nn.ModuleList([Detr(), Detr()])), ["1.0.self_attn", "1.1.self_attn"]),
+        (
+            lambda: nn.Sequential(nn.Linear(3, SIZE), nn.ModuleList([Detr(), Detr()])),
+            ["1.0.self_attn", "1.1.self_attn"],
+        ),
         (OptionalContext, ["a"]),
         (ByKeyword, ["a"]),
         (Latents, ["a"]),
@@ -134,16 +154,28 @@ def swapped(model: nn.Module) -> list[str]:
         (OfBatches, ["layer.self_attn"]),
         (lambda: Subclass(SIZE, 4, 48, 0.0, batch_first=True), ["multihead_attn"]),
         (lambda: Detr().to("meta"), ["self_attn"]),
-        (lambda: nn.Transformer(SIZE, 4, 1, 1, 48, 0.0), ["encoder.layers.0.self_attn", "decoder.layers.0.self_attn"]),
+        (
+            lambda: nn.Transformer(SIZE, 4, 1, 1, 48, 0.0),
+            ["encoder.layers.0.self_attn", "decoder.layers.0.self_attn"],
+        ),
     ],
 )
-def test_only_what_looks_at_itself_is_swapped(make: Callable[[], nn.Module], wanted: list[str]) -> None:
+def test_only_what_looks_at_itself_is_swapped(
+    make: Callable[[], nn.Module], wanted: list[str]
+) -> None:
     model = make()
-    state, modes = {key: value.clone() for key, value in model.state_dict().items()}, [module.training for module in model.modules()]
+    state, modes = (
+        {key: value.clone() for key, value in model.state_dict().items()},
+        [module.training for module in model.modules()],
+    )
     attnzoo.swap(model, "linear")
     assert swapped(model) == wanted
-    assert all(value.is_meta or torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert [module.training for module in attnzoo.unswap(model).modules()] == modes and not any("forward" in vars(m) for m in model.modules())
+    assert all(
+        value.is_meta or torch.equal(value, state[key]) for key, value in model.state_dict().items()
+    )
+    assert [module.training for module in attnzoo.unswap(model).modules()] == modes and not any(
+        "forward" in vars(m) for m in model.modules()
+    )
 
 
 def test_a_window_leaves_the_memory_whole() -> None:
@@ -159,7 +191,10 @@ def test_it_is_swapped_by_its_name(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, spec = Detr().eval(), attnzoo.describe(name).spec
     if not spec.cross:
-        with pytest.raises(UnsupportedError, match=rf"layer 1 \(cross_attn\): it looks at another sequence, which {name} cannot"):
+        with pytest.raises(
+            UnsupportedError,
+            match=rf"layer 1 \(cross_attn\): it looks at another sequence, which {name} cannot",
+        ):
             attnzoo.swap(model, name, layers="cross_attn", **small(name))
         return
     attnzoo.swap(model, {"cross_attn": (name, small(name)), "0": "standard"})
@@ -169,22 +204,34 @@ def test_it_is_swapped_by_its_name(name: str, tmp_path: Path) -> None:
         found = model(x, memory)
         attnzoo.save(model, tmp_path / "swap.safetensors")
         torch.manual_seed(0)
-        assert torch.equal(attnzoo.load(Detr().eval(), tmp_path / "swap.safetensors")(x, memory), found)
+        assert torch.equal(
+            attnzoo.load(Detr().eval(), tmp_path / "swap.safetensors")(x, memory), found
+        )
     attnzoo.unswap(model)
     attnzoo.swap(model, name, layers=["*cross*"], **small(name))
     assert swapped(model) == ["cross_attn"]
 
 
 def test_names_in_every_kind_of_model() -> None:
-    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(SIZE, 4, 48, 0.0, batch_first=True), 3)
+    decoder = nn.TransformerDecoder(
+        nn.TransformerDecoderLayer(SIZE, 4, 48, 0.0, batch_first=True), 3
+    )
     attnzoo.swap(decoder, "linear", layers="layers.*.multihead_attn")
     assert swapped(decoder) == [f"layers.{n}.multihead_attn" for n in range(3)]
     attnzoo.unswap(decoder)
     attnzoo.swap(decoder, {"0-1": "linear", "layers.2.*": "standard"})
-    assert swapped(decoder) == ["layers.0.self_attn", "layers.1.self_attn", "layers.2.self_attn", "layers.2.multihead_attn"]
+    assert swapped(decoder) == [
+        "layers.0.self_attn",
+        "layers.1.self_attn",
+        "layers.2.self_attn",
+        "layers.2.multihead_attn",
+    ]
     attnzoo.unswap(decoder)
     for layers in ("layers.7.self_attn", 3, "0,layers.0.self_attn", ["layers.0.self_attn", 0], ""):
-        with pytest.raises(ValueError, match=r"distinct layers of the model.* 3 attention layers, 0 to 2, and those that are named by their paths, "):
+        with pytest.raises(
+            ValueError,
+            match=r"distinct layers of the model.* 3 attention layers, 0 to 2, and those that are named by their paths, ",
+        ):
             attnzoo.swap(decoder, "linear", layers=layers)
 
 
@@ -210,14 +257,25 @@ class Around(nn.Module):
 
 
 def test_what_cannot_be_told_is_not_swapped_without_a_word() -> None:
-    for model, path in ((Default(), "a"), (nn.ModuleDict({"text": attention()}), "text"), (nn.Sequential(attention()), "0")):
-        with pytest.raises(UnsupportedError, match=rf"{path}: attnzoo could not find out by trying .* say what to swap: layers=\['{path}'\]"):
+    for model, path in (
+        (Default(), "a"),
+        (nn.ModuleDict({"text": attention()}), "text"),
+        (nn.Sequential(attention()), "0"),
+    ):
+        with pytest.raises(
+            UnsupportedError,
+            match=rf"{path}: attnzoo could not find out by trying .* say what to swap: layers=\['{path}'\]",
+        ):
             attnzoo.swap(model, "linear")
         assert swapped(attnzoo.swap(model, "linear", layers=[path])) == [path]
     assert swapped(attnzoo.swap(Around(), "linear")) == ["inner.a"]  # which never gives a context
     only: Any = Detr()
     only.self_attn = nn.Identity()
     only.forward = lambda tgt, memory: only.cross_attn(tgt, memory, memory)[0]
-    with pytest.raises(UnsupportedError, match="cross_attn looks at another sequence, and by itself a swap takes self-attention only"):
+    with pytest.raises(
+        UnsupportedError,
+        match="cross_attn looks at another sequence, and by itself a swap takes self-attention "
+        "only",
+    ):
         attnzoo.swap(only, "linear")
     assert not swapped(only)

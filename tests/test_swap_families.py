@@ -1,4 +1,5 @@
-"""attnzoo.swap, family by family and variant by variant: it runs and can prove it, or it is refused in a sentence; nothing between."""
+"""attnzoo.swap, family by family and variant by variant: it runs and can prove it, or it is refused
+in a sentence; nothing between."""
 
 from __future__ import annotations
 
@@ -19,19 +20,29 @@ from attnzoo import UnsupportedError
 ROUNDING: Any = {"rtol": 0.0, "atol": 5e-6}
 SPECS = {name: attnzoo.describe(name).spec for name in attnzoo.names()}
 UNWINDOWED = [name for name in SPECS if name != "sliding_window"]
-WITHOUT_BIAS = {name: "adds a position_bias to its scores" for name, spec in SPECS.items() if not spec.attn_mask}
+WITHOUT_BIAS = {
+    name: "adds a position_bias to its scores" for name, spec in SPECS.items() if not spec.attn_mask
+}
 
 
 def unable(is_causal: bool, layer: str = "") -> dict[str, str]:
     """What variants say that cannot be causal, or nothing but causal, and of which layer."""
-    return {name: rf"{layer}.*{cannot(name, is_causal)}" for name, spec in SPECS.items() if not spec.runs(is_causal)}
+    return {
+        name: rf"{layer}.*{cannot(name, is_causal)}"
+        for name, spec in SPECS.items()
+        if not spec.runs(is_causal)
+    }
 
 
-#: Of every family: the sites that a swap finds, and the refusals of the variants that cannot take its place.
+#: Of every family: the sites that a swap finds, and the refusals of the variants that cannot take
+#: its place.
 FAMILIES: dict[str, tuple[int, dict[str, str]]] = {
     "bert": (3, unable(False)),
     "roberta": (3, unable(False)),
-    "modernbert": (3, {**dict.fromkeys(UNWINDOWED, r"layer 1 \(layers.1.attn\): .*window of 5"), **unable(False)}),
+    "modernbert": (
+        3,
+        {**dict.fromkeys(UNWINDOWED, r"layer 1 \(layers.1.attn\): .*window of 5"), **unable(False)},
+    ),
     "gpt2": (3, unable(True, r"layer 0 \(transformer.h.0.attn\): ")),
     "llama": (3, unable(True)),
     "mistral": (3, unable(True)),
@@ -42,8 +53,20 @@ FAMILIES: dict[str, tuple[int, dict[str, str]]] = {
     "wav2vec2": (3, unable(False)),
     "t5": (2, {**WITHOUT_BIAS, **unable(False)}),
     "t5_whole": (4, {**WITHOUT_BIAS, **unable(False)}),
-    "bart": (4, {**unable(True, r"layer 2 \(model.decoder.layers.0.self_attn\): "), **unable(False, r"layer 0 ")}),
-    "clip": (6, {**unable(True, r"layer 3 \(text_model.encoder.layers.0.self_attn\): "), **unable(False, r"layer 0 ")}),
+    "bart": (
+        4,
+        {
+            **unable(True, r"layer 2 \(model.decoder.layers.0.self_attn\): "),
+            **unable(False, r"layer 0 "),
+        },
+    ),
+    "clip": (
+        6,
+        {
+            **unable(True, r"layer 3 \(text_model.encoder.layers.0.self_attn\): "),
+            **unable(False, r"layer 0 "),
+        },
+    ),
 }
 
 
@@ -61,11 +84,19 @@ def moved(swapped: Tensor, exact: Tensor) -> bool:
 def test_it_runs_or_is_refused(family: str, name: str, tmp_path: Path) -> None:
     sites, refusals = FAMILIES[family]
     model, options = make(family), small(name)
-    exact, keys, before = answer_of(family, model), list(model.state_dict()), model.config._attn_implementation
+    exact, keys, before = (
+        answer_of(family, model),
+        list(model.state_dict()),
+        model.config._attn_implementation,
+    )
     if name in refusals:
         with pytest.raises(UnsupportedError, match=refusals[name]):
             attnzoo.swap(model, name, **options)
-        assert not cores(model) and torch.equal(answer_of(family, model), exact) and model.config._attn_implementation == before
+        assert (
+            not cores(model)
+            and torch.equal(answer_of(family, model), exact)
+            and model.config._attn_implementation == before
+        )
         return
     attnzoo.swap(model, name, **options)
     swapped = answer_of(family, model)
@@ -75,7 +106,9 @@ def test_it_runs_or_is_refused(family: str, name: str, tmp_path: Path) -> None:
     else:
         assert moved(swapped, exact)
     attnzoo.save(model, tmp_path / "swap.safetensors")
-    assert torch.equal(answer_of(family, attnzoo.load(make(family), tmp_path / "swap.safetensors")), swapped)
+    assert torch.equal(
+        answer_of(family, attnzoo.load(make(family), tmp_path / "swap.safetensors")), swapped
+    )
     attnzoo.unswap(model)
     assert torch.equal(answer_of(family, model), exact) and list(model.state_dict()) == keys
 
@@ -83,21 +116,38 @@ def test_it_runs_or_is_refused(family: str, name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "options", "sentence"),
     [
-        ("gemma2", {"attn_logit_softcapping": 50.0}, "Gemma2Attention uses softcap, which a swapped attention would drop"),
-        ("splinter", {"question_token_id": 1}, "SplinterSelfAttention says is_causal=True and is given a mask that is not causal"),
-        ("pegasus_x", {}, "PegasusXAttention says is_causal=False and is given a mask that is causal"),
+        (
+            "gemma2",
+            {"attn_logit_softcapping": 50.0},
+            "Gemma2Attention uses softcap, which a swapped attention would drop",
+        ),
+        (
+            "splinter",
+            {"question_token_id": 1},
+            "SplinterSelfAttention says is_causal=True and is given a mask that is not causal",
+        ),
+        (
+            "pegasus_x",
+            {},
+            "PegasusXAttention says is_causal=False and is given a mask that is causal",
+        ),
     ],
 )
-def test_what_would_be_dropped_is_refused(family: str, options: dict[str, Any], sentence: str) -> None:
+def test_what_would_be_dropped_is_refused(
+    family: str, options: dict[str, Any], sentence: str
+) -> None:
     for name in attnzoo.names():
         with pytest.raises(UnsupportedError, match=sentence):
             attnzoo.swap(make(family, **options), name, **small(name))
 
 
 def test_a_family_with_a_use_of_its_own_for_the_mask() -> None:
-    """Doge cuts a mask of four dimensions. Padding, which brings one, is tried at the swap and does not wait for the first batch."""
+    """Doge cuts a mask of four dimensions. Padding, which brings one, is tried at the swap and does
+    not wait for the first batch."""
     model = make("doge")
-    with pytest.raises(UnsupportedError, match=r"could not be tried out with a few input_ids .*dimension"):
+    with pytest.raises(
+        UnsupportedError, match=r"could not be tried out with a few input_ids .*dimension"
+    ):
         attnzoo.swap(model, "standard")
     assert not cores(model) and model.config._attn_implementation == "eager"
 
@@ -106,14 +156,21 @@ def test_a_family_with_a_use_of_its_own_for_the_mask() -> None:
     ("family", "unread", "part"),
     [
         ("llava", "model.vision_tower.encoder.layers.0.self_attn", "model.vision_tower"),
-        ("qwen2_vl", "model.visual.blocks.0.attn", "model.visual"),  # whose config tells no size of an image
+        (
+            "qwen2_vl",
+            "model.visual.blocks.0.attn",
+            "model.visual",
+        ),  # whose config tells no size of an image
     ],
 )
 def test_layers_that_a_few_tokens_do_not_reach(family: str, unread: str, part: str) -> None:
     """They would stay exact and nobody would know; the half that reads text is swapped alone."""
     model = make(family)
     exact = answer(model, tokens())
-    sentence = f"does not reach {unread} by a few input_ids.* model.get_submodule(...) of 'model.language_model' and of '{part}'"
+    sentence = (
+        f"does not reach {unread} by a few input_ids.* model.get_submodule(...) of "
+        f"'model.language_model' and of '{part}'"
+    )
     with pytest.raises(UnsupportedError, match=sentence.replace("(...)", r"\(\.\.\.\)")):
         attnzoo.swap(model, "linear")
     assert not cores(model) and torch.equal(answer(model, tokens()), exact)
@@ -125,7 +182,8 @@ def test_layers_that_a_few_tokens_do_not_reach(family: str, unread: str, part: s
 
 
 def test_local_and_global_layers_of_modernbert() -> None:
-    """One global layer, then two of |i - j| < 5: the global one takes any variant, the local ones a window within their own."""
+    """One global layer, then two of |i - j| < 5: the global one takes any variant, the local ones a
+    window within their own."""
     model = make("modernbert")
     exact = answer_of("modernbert", model)
     attnzoo.swap(model, {0: "standard", "1-2": ("sliding_window", {"window": 5})})
@@ -133,8 +191,12 @@ def test_local_and_global_layers_of_modernbert() -> None:
     attnzoo.swap(attnzoo.unswap(model), "linear", layers=0)
     assert moved(answer_of("modernbert", model), exact) and len(cores(model)) == 1
     attnzoo.unswap(model)
-    with pytest.raises(UnsupportedError, match=r"layer 2 .*window of 5, which sliding_window would drop"):
-        attnzoo.swap(model, {1: ("sliding_window", {"window": 5}), 2: ("sliding_window", {"window": 6})})
+    with pytest.raises(
+        UnsupportedError, match=r"layer 2 .*window of 5, which sliding_window would drop"
+    ):
+        attnzoo.swap(
+            model, {1: ("sliding_window", {"window": 5}), 2: ("sliding_window", {"window": 6})}
+        )
     assert torch.equal(answer_of("modernbert", model), exact)
 
 
@@ -148,7 +210,13 @@ def test_layers_of_gemma2_in_turn() -> None:
 
 @pytest.mark.parametrize(
     ("family", "part"),
-    [("bart", "get_encoder"), ("bart", "get_decoder"), ("t5_whole", "get_encoder"), ("clip", "vision_model"), ("clip", "text_model")],
+    [
+        ("bart", "get_encoder"),
+        ("bart", "get_decoder"),
+        ("t5_whole", "get_encoder"),
+        ("clip", "vision_model"),
+        ("clip", "text_model"),
+    ],
 )
 def test_a_part_of_a_composite_model(family: str, part: str) -> None:
     model = make(family)
@@ -157,10 +225,16 @@ def test_a_part_of_a_composite_model(family: str, part: str) -> None:
     piece = found() if part.startswith("get_") else found
     attnzoo.swap(piece, "standard")
     torch.testing.assert_close(answer_of(family, model), exact, **ROUNDING)
-    assert all(core.last_backend for core in cores(model)) and len(cores(model)) == len(cores(piece)) > 0
+    assert (
+        all(core.last_backend for core in cores(model))
+        and len(cores(model)) == len(cores(piece)) > 0
+    )
     with pytest.raises(ValueError, match=r"is not swapped, but its part [\w.]+ is; give that one"):
         attnzoo.unswap(model)
-    with pytest.raises(ValueError, match=rf"{part.removeprefix('get_')} of this \w+ is swapped already; call attnzoo.unswap on it first"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{part.removeprefix('get_')} of this \w+ is swapped already; call attnzoo.unswap on it first",
+    ):
         attnzoo.swap(model, "linear")
     attnzoo.unswap(piece)
     attnzoo.swap(model, "standard")
@@ -171,12 +245,22 @@ def test_a_part_of_a_composite_model(family: str, part: str) -> None:
 
 
 def test_both_halves_of_bart() -> None:
-    """Linformer reads the source, a window writes; the decoder's look at its encoder stays exact."""
+    """Linformer reads the source, a window writes; the decoder's look at its encoder stays
+    exact."""
     model = make("bart")
     exact = answer_of("bart", model)
-    attnzoo.swap(model, {"0-1": ("linformer", small("linformer")), "2-3": ("sliding_window", {"window": 3})})
-    assert moved(answer_of("bart", model), exact) and all(core.last_backend for core in cores(model))
-    assert [core.spec.name for core in cores(model)] == ["linformer", "linformer", "sliding_window", "sliding_window"]
+    attnzoo.swap(
+        model, {"0-1": ("linformer", small("linformer")), "2-3": ("sliding_window", {"window": 3})}
+    )
+    assert moved(answer_of("bart", model), exact) and all(
+        core.last_backend for core in cores(model)
+    )
+    assert [core.spec.name for core in cores(model)] == [
+        "linformer",
+        "linformer",
+        "sliding_window",
+        "sliding_window",
+    ]
     encoder = make("bart").get_encoder()
     attnzoo.swap(encoder, "linear")
     attnzoo.swap(attnzoo.unswap(encoder), "performer")
@@ -200,7 +284,9 @@ def test_the_position_bias_of_t5_is_learned() -> None:
     def gradient() -> Any:
         model.zero_grad()
         answer = answer_of("t5", model)
-        (answer * torch.randn(answer.shape, generator=torch.Generator().manual_seed(5))).sum().backward()
+        (
+            answer * torch.randn(answer.shape, generator=torch.Generator().manual_seed(5))
+        ).sum().backward()
         return dict(model.named_parameters())[weight].grad.clone()
 
     exact = gradient()
@@ -211,10 +297,14 @@ def test_the_position_bias_of_t5_is_learned() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_weights_are_refused(family: str) -> None:
-    """Some families keep output_attentions from their layers; a config that asks for them is refused at the swap."""
+    """Some families keep output_attentions from their layers; a config that asks for them is
+    refused at the swap."""
     layers = {"modernbert": 0, "gemma2": 1}.get(family)  # those without a window of their own
     model = attnzoo.swap(make(family), "standard", layers=layers)
-    with pytest.raises(UnsupportedError, match="output_attentions=True: a swapped attention does not return its weights"):
+    with pytest.raises(
+        UnsupportedError,
+        match="output_attentions=True: a swapped attention does not return its weights",
+    ):
         answer_of(family, model, output_attentions=True)
     exact = answer_of(family, attnzoo.unswap(model), output_attentions=True)
     asking = make(family, output_attentions=True)
@@ -224,9 +314,14 @@ def test_attention_weights_are_refused(family: str) -> None:
 
 
 def test_dropout_that_a_variant_never_forms_is_told_of_at_the_swap() -> None:
-    sentence = "LlamaAttention drops entries of A with probability 0.5 while training, which performer never forms; to train it, build"
+    sentence = (
+        "LlamaAttention drops entries of A with probability 0.5 while training, which performer "
+        "never forms; to train it, build"
+    )
     training = make("llama", attention_dropout=0.5).train()
-    with pytest.raises(UnsupportedError, match=rf"layer 0 \(model.layers.0.self_attn\): {sentence}"):
+    with pytest.raises(
+        UnsupportedError, match=rf"layer 0 \(model.layers.0.self_attn\): {sentence}"
+    ):
         attnzoo.swap(training, "performer")
     assert not cores(training)
     evaluated = make("llama", attention_dropout=0.5)

@@ -1,4 +1,5 @@
-"""torch.fx and TorchScript: the zoo's attention is a leaf of a symbolic trace, as torch's is, and torch.jit.script is refused in one sentence."""
+"""torch.fx and TorchScript: the zoo's attention is a leaf of a symbolic trace, as torch's is, and
+torch.jit.script is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -36,10 +37,16 @@ class Block(nn.Module):
 
 def traced(model: nn.Module, leaves: list[str]) -> fx.GraphModule:
     """The trace, whose calls of attention are those of `leaves`; it survives copies and pickles."""
-    before = [str(node.target) for node in fx.symbolic_trace(copy.deepcopy(model)).graph.nodes if node.op == "call_module"]
+    before = [
+        str(node.target)
+        for node in fx.symbolic_trace(copy.deepcopy(model)).graph.nodes
+        if node.op == "call_module"
+    ]
     graph = fx.symbolic_trace(model)
     assert set(leaves) <= set(before)
-    torch.testing.assert_close(pickle.loads(pickle.dumps(copy.deepcopy(graph)))(X), graph(X), rtol=0.0, atol=0.0)
+    torch.testing.assert_close(
+        pickle.loads(pickle.dumps(copy.deepcopy(graph)))(X), graph(X), rtol=0.0, atol=0.0
+    )
     return graph
 
 
@@ -73,25 +80,43 @@ def test_the_zoos_own_modules_are_leaves(name: str) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.core = build_small(name, 4, 8)
-            self.layer = attnzoo.MultiheadAttention(32, 4, batch_first=True, attention=name, attention_options=small(name))
+            self.layer = attnzoo.MultiheadAttention(
+                32, 4, batch_first=True, attention=name, attention_options=small(name)
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             heads = x.unflatten(-1, (4, 8)).transpose(1, 2)
             out = self.core(heads, heads, heads, is_causal=spec.forms[0])
-            return out.transpose(1, 2).flatten(2) + self.layer(x, x, x, is_causal=spec.forms[0], need_weights=False)[0]
+            return (
+                out.transpose(1, 2).flatten(2)
+                + self.layer(x, x, x, is_causal=spec.forms[0], need_weights=False)[0]
+            )
 
     model = Model()
     torch.testing.assert_close(fx.symbolic_trace(model)(X), model(X))
-    assert type(model.core).__module__.startswith("attnzoo.") and type(model.layer).__module__ == "attnzoo.multihead"
+    assert (
+        type(model.core).__module__.startswith("attnzoo.")
+        and type(model.layer).__module__ == "attnzoo.layers.multihead"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scripting_is_refused_in_one_sentence(name: str) -> None:
     spec = attnzoo.describe(name).spec
-    models: list[Any] = [build_small(name, 4, 8), attnzoo.MultiheadAttention(32, 4, attention=name, attention_options=small(name))]
-    models += [attnzoo.swap(make(), name, **small(name)) for make in (encoder, Detr, vision) if spec.bidirectional or make is not vision]
+    models: list[Any] = [
+        build_small(name, 4, 8),
+        attnzoo.MultiheadAttention(32, 4, attention=name, attention_options=small(name)),
+    ]
+    models += [
+        attnzoo.swap(make(), name, **small(name))
+        for make in (encoder, Detr, vision)
+        if spec.bidirectional or make is not vision
+    ]
     for model in models:
-        with pytest.raises(UnsupportedError, match=rf"^torch\.jit\.script cannot compile {name}, .*use torch\.export\.export, torch\.compile or"):
+        with pytest.raises(
+            UnsupportedError,
+            match=rf"^torch\.jit\.script cannot compile {name}, .*use torch\.export\.export, torch\.compile or",
+        ):
             torch.jit.script(model)
         keys = list(model.state_dict())
         assert list(model.state_dict()) == keys

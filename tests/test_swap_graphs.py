@@ -15,7 +15,8 @@ from torch.export import Dim
 
 import attnzoo
 
-#: The backends whose graph must not depend on the length. Others may lay out blocks or chunks for one length.
+#: The backends whose graph must not depend on the length. Others may lay out blocks or chunks for
+#: one length.
 ANY_LENGTH = {
     "standard": "auto",
     "linformer": "auto",
@@ -28,7 +29,9 @@ BATCH_DIM, LENGTH_DIM = Dim("batch_size", min=2, max=64), Dim("length", min=6, m
 
 
 def agree(actual: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(actual, wanted, rtol=0.0, atol=2e-5 * max(1.0, float(wanted.abs().max())))
+    torch.testing.assert_close(
+        actual, wanted, rtol=0.0, atol=2e-5 * max(1.0, float(wanted.abs().max()))
+    )
 
 
 def compiled_is_eager(name: str, backend: str) -> None:
@@ -83,7 +86,10 @@ def test_a_dynamic_length_is_exported_where_no_blocks_are_laid_out(name: str) ->
             raise
         return
     for batch_size, length in ((3, LENGTH), (2, 33), (5, 7)):
-        agree(graph(tokens(batch_size, length), **masks(name, length)), model(tokens(batch_size, length), **masks(name, length)))
+        agree(
+            graph(tokens(batch_size, length), **masks(name, length)),
+            model(tokens(batch_size, length), **masks(name, length)),
+        )
 
 
 class Calls(torch.nn.Module):
@@ -92,19 +98,31 @@ class Calls(torch.nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.attention = attnzoo.MultiheadAttention(SIZE, HEADS, batch_first=True, attention=name, attention_options=small(name))
+        self.attention = attnzoo.MultiheadAttention(
+            SIZE, HEADS, batch_first=True, attention=name, attention_options=small(name)
+        )
         self.is_causal = attnzoo.describe(name).spec.causal
 
     def forward(self, x: Tensor, ignore: Tensor) -> Tensor:
-        return self.attention(x, x, x, key_padding_mask=ignore, need_weights=False, is_causal=self.is_causal)[0]
+        return self.attention(
+            x, x, x, key_padding_mask=ignore, need_weights=False, is_causal=self.is_causal
+        )[0]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_multihead_attention_is_exported_with_a_dynamic_batch(name: str) -> None:
     """Masks are inputs of the graph."""
     model = Calls(name).eval()
-    graph = exported(model, tokens(), padding(), dynamic_shapes={"x": {0: BATCH_DIM}, "ignore": {0: BATCH_DIM}})
-    for ignore in (padding(), padding().roll(1, 0), torch.zeros_like(padding()), padding()[:2], padding().repeat(2, 1)):
+    graph = exported(
+        model, tokens(), padding(), dynamic_shapes={"x": {0: BATCH_DIM}, "ignore": {0: BATCH_DIM}}
+    )
+    for ignore in (
+        padding(),
+        padding().roll(1, 0),
+        torch.zeros_like(padding()),
+        padding()[:2],
+        padding().repeat(2, 1),
+    ):
         x = tokens(len(ignore))
         agree(graph(x, ignore), model(x, ignore))
 
@@ -121,8 +139,15 @@ def test_multihead_attention_is_exported_with_a_dynamic_batch(name: str) -> None
 )
 def test_whole_blocks_are_exported_with_a_dynamic_batch(name: str, options: dict[str, Any]) -> None:
     model = Calls("standard").eval()
-    model.attention = attnzoo.MultiheadAttention(SIZE, HEADS, batch_first=True, attention=name, attention_options=options).eval()
-    x, ignore = torch.randn(3, 230, SIZE, generator=torch.Generator().manual_seed(1)), torch.arange(230) >= torch.tensor([[230], [150], [201]])
-    graph = exported(model, x, ignore, dynamic_shapes={"x": {0: BATCH_DIM}, "ignore": {0: BATCH_DIM}})
+    model.attention = attnzoo.MultiheadAttention(
+        SIZE, HEADS, batch_first=True, attention=name, attention_options=options
+    ).eval()
+    x, ignore = (
+        torch.randn(3, 230, SIZE, generator=torch.Generator().manual_seed(1)),
+        torch.arange(230) >= torch.tensor([[230], [150], [201]]),
+    )
+    graph = exported(
+        model, x, ignore, dynamic_shapes={"x": {0: BATCH_DIM}, "ignore": {0: BATCH_DIM}}
+    )
     for rows in ([0, 1, 2], [2, 0], [1, 1, 0, 2, 2]):
         agree(graph(x[rows], ignore[rows]), model(x[rows], ignore[rows]))

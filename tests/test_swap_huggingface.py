@@ -1,4 +1,5 @@
-"""attnzoo.swap on transformers models: exact where the attention is exact, never ignored, undone without a trace."""
+"""attnzoo.swap on transformers models: exact where the attention is exact, never ignored, undone
+without a trace."""
 
 from __future__ import annotations
 
@@ -53,22 +54,36 @@ def test_a_layer_left_alone_stays_exact(family: str) -> None:
     layers = [1] if family == "modernbert" else [0, 2]
     attnzoo.swap(model, "sliding_window", layers=layers, **window)
     assert len(cores(model)) == len(layers)
-    torch.testing.assert_close(answer(model, ids, attention_mask=mask)[mask.bool()], exact[mask.bool()], **ROUNDING)
+    torch.testing.assert_close(
+        answer(model, ids, attention_mask=mask)[mask.bool()], exact[mask.bool()], **ROUNDING
+    )
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 def test_sliding_window_is_mistrals_own(side: str) -> None:
-    own, swapped, ids, mask = make("mistral", sliding_window=6), make("mistral"), tokens(), padded(side)
+    own, swapped, ids, mask = (
+        make("mistral", sliding_window=6),
+        make("mistral"),
+        tokens(),
+        padded(side),
+    )
     attnzoo.swap(swapped, "sliding_window", window=6)
     expected = answer(own, ids, attention_mask=mask)
-    torch.testing.assert_close(answer(swapped, ids, attention_mask=mask)[mask.bool()], expected[mask.bool()], **ROUNDING)
+    torch.testing.assert_close(
+        answer(swapped, ids, attention_mask=mask)[mask.bool()], expected[mask.bool()], **ROUNDING
+    )
     attnzoo.swap(own, "sliding_window", window=6)
-    torch.testing.assert_close(answer(own, ids, attention_mask=mask)[mask.bool()], expected[mask.bool()], **ROUNDING)
+    torch.testing.assert_close(
+        answer(own, ids, attention_mask=mask)[mask.bool()], expected[mask.bool()], **ROUNDING
+    )
 
 
 def test_a_window_of_the_models_own_is_not_dropped() -> None:
     model = make("mistral", sliding_window=6)
-    with pytest.raises(UnsupportedError, match=r"layer 0 \(model.layers.0.self_attn\).*its own sliding window of 6.*window=6"):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"layer 0 \(model.layers.0.self_attn\).*its own sliding window of 6.*window=6",
+    ):
         attnzoo.swap(model, "standard")
     with pytest.raises(UnsupportedError, match="sliding window of 6"):
         attnzoo.swap(model, "sliding_window", window=7)
@@ -76,35 +91,53 @@ def test_a_window_of_the_models_own_is_not_dropped() -> None:
         attnzoo.swap(make("modernbert"), "performer")
     assert model.config._attn_implementation == "eager" and not cores(model)
     model.config.sliding_window = None  # as the refusal says
-    assert torch.equal(answer(attnzoo.swap(model, "linear"), tokens()), answer(attnzoo.swap(make("mistral"), "linear"), tokens()))
+    assert torch.equal(
+        answer(attnzoo.swap(model, "linear"), tokens()),
+        answer(attnzoo.swap(make("mistral"), "linear"), tokens()),
+    )
 
 
 @pytest.mark.parametrize("name", ["standard", "sliding_window", "bigbird", "linear", "performer"])
 def test_left_padding_reaches_nothing(name: str) -> None:
     """What stands in padded slots changes no real row, bit for bit."""
     model, ids, mask = make("llama"), tokens(), padded("left")
-    options: dict[str, Any] = {"sliding_window": {"window": 4}, "bigbird": {"block_size": 4}}.get(name, {})
+    options: dict[str, Any] = {"sliding_window": {"window": 4}, "bigbird": {"block_size": 4}}.get(
+        name, {}
+    )
     attnzoo.swap(model, name, **options)
     other = ids.clone()
     other[1, :5] = 7
-    before, after = (answer(model, given, attention_mask=mask)[mask.bool()] for given in (ids, other))
+    before, after = (
+        answer(model, given, attention_mask=mask)[mask.bool()] for given in (ids, other)
+    )
     assert torch.equal(before, after)
 
 
 def test_generation_of_mistral_with_its_cropped_cache() -> None:
     """Its cache keeps the last window - 1 keys only."""
     model = make("mistral", sliding_window=6)
-    settings: dict[str, Any] = {"attention_mask": padded("left", 12), "max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    settings: dict[str, Any] = {
+        "attention_mask": padded("left", 12),
+        "max_new_tokens": 10,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     exact = model.generate(tokens(12), **settings)
     attnzoo.swap(model, "sliding_window", window=6)
     assert torch.equal(model.generate(tokens(12), **settings), exact)
     assert torch.equal(model.generate(tokens(12), use_cache=False, **settings), exact)
 
 
-@pytest.mark.parametrize(("family", "name"), [("bert", "performer"), ("bert", "linformer"), ("llama", "performer")])
+@pytest.mark.parametrize(
+    ("family", "name"), [("bert", "performer"), ("bert", "linformer"), ("llama", "performer")]
+)
 def test_unswap_leaves_no_trace(family: str, name: str) -> None:
     model, ids = make(family), tokens()
-    exact, keys, modules = answer(model, ids), list(model.state_dict()), [path for path, _ in model.named_modules()]
+    exact, keys, modules = (
+        answer(model, ids),
+        list(model.state_dict()),
+        [path for path, _ in model.named_modules()],
+    )
     attributes, generator = set(vars(model)), torch.get_rng_state()
     options: dict[str, Any] = {"max_length": 64} if name == "linformer" else {}
     attnzoo.swap(model, name, **options)
@@ -113,7 +146,11 @@ def test_unswap_leaves_no_trace(family: str, name: str) -> None:
     assert not torch.equal(answer(model, ids), exact)
     assert attnzoo.unswap(model) is model
     assert model.config._attn_implementation == "eager"
-    assert list(model.state_dict()) == keys and [path for path, _ in model.named_modules()] == modules and set(vars(model)) == attributes
+    assert (
+        list(model.state_dict()) == keys
+        and [path for path, _ in model.named_modules()] == modules
+        and set(vars(model)) == attributes
+    )
     assert torch.equal(answer(model, ids), exact)
     with pytest.raises(ValueError, match="is not swapped"):
         attnzoo.unswap(model)
@@ -124,7 +161,11 @@ def test_a_swap_that_was_passed_by_is_an_error() -> None:
     exact = answer(model, tokens())
     swapped = answer(attnzoo.swap(model, "linear"), tokens())
     model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match="implementation of this swapped BertModel was set to 'sdpa', which passes its swap by"):
+    with pytest.raises(
+        ValueError,
+        match="implementation of this swapped BertModel was set to 'sdpa', which passes its swap "
+        "by",
+    ):
         model(tokens())
     model.set_attn_implementation("attnzoo")
     assert torch.equal(answer(model, tokens()), swapped)
@@ -138,7 +179,9 @@ def test_a_part_passes_its_swap_by_no_more_than_the_whole() -> None:
     with pytest.raises(UnsupportedError, match="output_attentions=True"):
         model.model(tokens(), output_attentions=True)
     model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match="implementation of this swapped LlamaModel was set to 'sdpa'"):
+    with pytest.raises(
+        ValueError, match="implementation of this swapped LlamaModel was set to 'sdpa'"
+    ):
         model.model(tokens())
     attnzoo.unswap(model).model(tokens(), output_attentions=True)
     both = attnzoo.swap(make("clip"), "linear", layers="0-2")  # the layers that see
@@ -146,15 +189,23 @@ def test_a_part_passes_its_swap_by_no_more_than_the_whole() -> None:
     both.text_model.set_attn_implementation("sdpa")
     torch.testing.assert_close(answer_of("clip", both), swapped, **ROUNDING)
     both.vision_model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match="implementation of this swapped CLIPVisionModel was set to 'sdpa'"):
+    with pytest.raises(
+        ValueError, match="implementation of this swapped CLIPVisionModel was set to 'sdpa'"
+    ):
         answer_of("clip", both)
     both.vision_model.set_attn_implementation("attnzoo")
     torch.testing.assert_close(answer_of("clip", both), swapped, **ROUNDING)
 
 
 def test_a_model_around_one_is_told_of_its_part() -> None:
-    model = nn.Sequential(nn.Identity(), nn.ModuleDict({"bert": make("bert"), "head": nn.TransformerEncoderLayer(32, 4, 48, 0.0)}))
-    with pytest.raises(ValueError, match=r"Sequential holds a transformers model; swap that part alone: model.get_submodule\('1.bert'\)"):
+    model = nn.Sequential(
+        nn.Identity(),
+        nn.ModuleDict({"bert": make("bert"), "head": nn.TransformerEncoderLayer(32, 4, 48, 0.0)}),
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"Sequential holds a transformers model; swap that part alone: model.get_submodule\('1.bert'\)",
+    ):
         attnzoo.swap(model, "linear")
     attnzoo.swap(model.get_submodule("1.bert"), "linear")
 
@@ -169,9 +220,17 @@ def test_swapping_twice_is_refused() -> None:
 def test_performer_trains(family: str) -> None:
     model = attnzoo.swap(make(family), "performer", num_features=16).train()
     answer(model, tokens(), attention_mask=padded("left"))[:, -1].square().sum().backward()
-    wanted = ("query.weight", "key.weight", "value.weight") if family == "bert" else ("q_proj.weight", "k_proj.weight", "v_proj.weight")
-    gradients = [parameter.grad for name, parameter in model.named_parameters() if name.endswith(wanted)]
-    assert len(gradients) == 9 and all(gradient is not None and float(gradient.norm()) > 0 for gradient in gradients)
+    wanted = (
+        ("query.weight", "key.weight", "value.weight")
+        if family == "bert"
+        else ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+    )
+    gradients = [
+        parameter.grad for name, parameter in model.named_parameters() if name.endswith(wanted)
+    ]
+    assert len(gradients) == 9 and all(
+        gradient is not None and float(gradient.norm()) > 0 for gradient in gradients
+    )
     assert all(core.training for core in cores(model))
     assert not any(core.training for core in cores(model.eval()))
 
@@ -200,8 +259,16 @@ def test_layers_draw_differently() -> None:
     performers = cores(attnzoo.swap(make("bert"), "performer", num_features=16, seed=5))
     draws = [performer.state_dict() for performer in performers]
     keys = [key for key, value in draws[0].items() if value.is_floating_point()]
-    assert keys and all(not torch.equal(draws[i][key], draws[j][key]) for key in keys for i, j in ((0, 1), (1, 2), (0, 2)))
-    assert [core.random.seed for core in cores(attnzoo.swap(make("bert"), "bigbird", seed=5))] == [5, 6, 7]
+    assert keys and all(
+        not torch.equal(draws[i][key], draws[j][key])
+        for key in keys
+        for i, j in ((0, 1), (1, 2), (0, 2))
+    )
+    assert [core.random.seed for core in cores(attnzoo.swap(make("bert"), "bigbird", seed=5))] == [
+        5,
+        6,
+        7,
+    ]
     assert [core.random.seed for core in cores(attnzoo.swap(make("bert"), "bigbird"))] == [0, 1, 2]
 
 
@@ -213,7 +280,9 @@ def test_a_deep_copy_is_a_model_of_its_own(family: str) -> None:
     swapped = answer(model, tokens())
     assert torch.equal(answer(copied, tokens()), swapped)
     attnzoo.unswap(copied)
-    assert torch.equal(answer(copied, tokens()), exact) and torch.equal(answer(model, tokens()), swapped)
+    assert torch.equal(answer(copied, tokens()), exact) and torch.equal(
+        answer(model, tokens()), swapped
+    )
 
 
 def test_linformer_in_a_decoder_is_refused() -> None:
@@ -275,7 +344,11 @@ def test_layers_outside_the_model(layers: Any) -> None:
 
 def test_a_mixed_model() -> None:
     mixed = attnzoo.swap(make("llama"), {"0-1": ("sliding_window", {"window": 4}), 2: "standard"})
-    assert [core.spec.name for core in cores(mixed)] == ["sliding_window", "sliding_window", "standard"]
+    assert [core.spec.name for core in cores(mixed)] == [
+        "sliding_window",
+        "sliding_window",
+        "standard",
+    ]
     one = attnzoo.swap(make("llama"), "sliding_window", window=4, layers="0,1")
     torch.testing.assert_close(answer(mixed, tokens()), answer(one, tokens()), **ROUNDING)
     for bad, message in (
@@ -300,7 +373,8 @@ def test_unknown_names_and_models_without_attention() -> None:
 
 
 def test_counted_costs_are_the_closed_form() -> None:
-    """BERT with 3 layers, width d = 32, inner width 48, pooler d²: every product by hand, attention by `cost`."""
+    """BERT with 3 layers, width d = 32, inner width 48, pooler d²: every product by hand, attention
+    by `cost`."""
     pytest.importorskip("fvcore")
     model, length = attnzoo.swap(make("bert"), "sliding_window", window=4), 24
     ids: Tensor = tokens(length, 1)
@@ -310,7 +384,8 @@ def test_counted_costs_are_the_closed_form() -> None:
 
 
 def test_counted_costs_of_a_decoder_are_the_closed_form() -> None:
-    """Llama: q and o of d², k and v of half that, three products of the inner width, and the head over 50 words."""
+    """Llama: q and o of d², k and v of half that, three products of the inner width, and the head
+    over 50 words."""
     pytest.importorskip("fvcore")
     model, length = attnzoo.swap(make("llama"), "sliding_window", window=4), 24
     core = cores(model)[0].cost(1, length, kv_heads=2, is_causal=True).macs
@@ -324,7 +399,9 @@ def test_a_layer_left_alone_keeps_its_own_window() -> None:
     model, ids, mask = make("mistral", sliding_window=6), tokens(), padded("left")
     exact = answer(model, ids, attention_mask=mask)
     attnzoo.swap(model, "sliding_window", window=6, layers=1)
-    torch.testing.assert_close(answer(model, ids, attention_mask=mask)[mask.bool()], exact[mask.bool()], **ROUNDING)
+    torch.testing.assert_close(
+        answer(model, ids, attention_mask=mask)[mask.bool()], exact[mask.bool()], **ROUNDING
+    )
 
 
 @pytest.mark.parametrize("name", ["standard", "bigbird"])
@@ -332,4 +409,8 @@ def test_a_swapped_encoder_compiles_in_one_graph(name: str) -> None:
     model, mask = attnzoo.swap(make("bert"), name), padded("right")
     expected = answer(model, tokens(), attention_mask=mask)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(answer(compiled, tokens(), attention_mask=mask)[mask.bool()], expected[mask.bool()], **ROUNDING)
+    torch.testing.assert_close(
+        answer(compiled, tokens(), attention_mask=mask)[mask.bool()],
+        expected[mask.bool()],
+        **ROUNDING,
+    )

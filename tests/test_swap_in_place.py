@@ -1,4 +1,5 @@
-"""A swapped module stays the object that it is: what hangs on it is there in the swap and after it, or unswap says what is in the way."""
+"""A swapped module stays the object that it is: what hangs on it is there in the swap and after it,
+or unswap says what is in the way."""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ import attnzoo
 from attnzoo import UnsupportedError
 
 X = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(1))
-MODELS: dict[str, tuple[Any, str]] = {"torch": (encoder, "layers.0.self_attn"), "timm": (vision, "0")}
+MODELS: dict[str, tuple[Any, str]] = {
+    "torch": (encoder, "layers.0.self_attn"),
+    "timm": (vision, "0"),
+}
 
 
 def model_and_attention(kind: str) -> tuple[nn.Module, Any]:
@@ -45,7 +49,16 @@ def with_every_hook(module: nn.Module, heard: list[str]) -> None:
     module.register_load_state_dict_post_hook(lambda *_: heard.append("after load"))
 
 
-HEARD = {"before", "after", "before backward", "after backward", "before state", "after state", "before load", "after load"}
+HEARD = {
+    "before",
+    "after",
+    "before backward",
+    "after backward",
+    "before state",
+    "after state",
+    "before load",
+    "after load",
+}
 
 
 @pytest.mark.parametrize("name", attnzoo.names())
@@ -135,10 +148,17 @@ def test_a_class_of_the_users_own_stays_one(kind: str) -> None:
     swapped, given = run(model, kind), type(module)
     for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         found: Any = twin.get_submodule(MODELS[kind][1])
-        assert isinstance(found, own) and found.kind == "mine" and found.twice == 8 and found.parts() == sorted([*before, "attention"])
+        assert (
+            isinstance(found, own)
+            and found.kind == "mine"
+            and found.twice == 8
+            and found.parts() == sorted([*before, "attention"])
+        )
         assert torch.equal(run(twin, kind), swapped) and type(found) is given
         attnzoo.unswap(twin)
-        assert torch.equal(run(twin, kind), exact) and type(found) is own and found.parts() == before
+        assert (
+            torch.equal(run(twin, kind), exact) and type(found) is own and found.parts() == before
+        )
 
 
 class Doubling(nn.Module):
@@ -195,17 +215,36 @@ def test_what_torchs_own_forward_honours_stays() -> None:
     changed = model(X)
     with torch.no_grad():
         attnzoo.unswap(model)
-        torch.testing.assert_close(model(X), changed, **ROUNDING)  # torch's fast path would read the weight beneath
+        torch.testing.assert_close(
+            model(X), changed, **ROUNDING
+        )  # torch's fast path would read the weight beneath
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda module: setattr(module, "out_proj", Doubling(module.out_proj)), r"layers\.0\.self_attn\.out_proj is a .*Doubling that is called"),
-        (lambda module: module.out_proj.register_forward_hook(lambda *_: None), "out_proj is a .* that is called.*hooks: remove them"),
-        (lambda module: setattr(module.out_proj, "forward", lambda x: x), "out_proj is a .* that is called"),
-        (lambda module: parametrize.register_parametrization(module, "in_proj_weight", nn.Tanh()), "is a ParametrizedSwappedAttention now"),
-        (lambda module: setattr(module, "forward", lambda *_, **__: None), "was given a forward of its own since the swap"),
+        (
+            lambda module: setattr(module, "out_proj", Doubling(module.out_proj)),
+            r"layers\.0\.self_attn\.out_proj is a .*Doubling that is called",
+        ),
+        (
+            lambda module: module.out_proj.register_forward_hook(lambda *_: None),
+            "out_proj is a .* that is called.*hooks: remove them",
+        ),
+        (
+            lambda module: setattr(module.out_proj, "forward", lambda x: x),
+            "out_proj is a .* that is called",
+        ),
+        (
+            lambda module: parametrize.register_parametrization(
+                module, "in_proj_weight", nn.Tanh()
+            ),
+            "is a ParametrizedSwappedAttention now",
+        ),
+        (
+            lambda module: setattr(module, "forward", lambda *_, **__: None),
+            "was given a forward of its own since the swap",
+        ),
     ],
 )
 def test_what_torchs_own_forward_would_pass_by_is_in_the_way(change: Any, sentence: str) -> None:
@@ -220,7 +259,11 @@ def test_what_torchs_own_forward_would_pass_by_is_in_the_way(change: Any, senten
 @pytest.mark.parametrize("kind", [*MODELS, "llama"])
 def test_what_would_go_with_the_attention_is_in_the_way(kind: str, tmp_path: Path) -> None:
     """The attention, or a part of it, wrapped or replaced; the module itself gone."""
-    path, core = ("model.layers.0.self_attn", "attention_core") if kind == "llama" else (MODELS[kind][1], "attention")
+    path, core = (
+        ("model.layers.0.self_attn", "attention_core")
+        if kind == "llama"
+        else (MODELS[kind][1], "attention")
+    )
 
     def swapped() -> tuple[nn.Module, nn.Module]:
         model = make("llama") if kind == "llama" else model_and_attention(kind)[0]
@@ -230,18 +273,30 @@ def test_what_would_go_with_the_attention_is_in_the_way(kind: str, tmp_path: Pat
     model, module = swapped()
     attention = getattr(module, core)
     setattr(module, core, nn.Sequential(attention))
-    with pytest.raises(ValueError, match=rf"layer 0 \({path}\): [\w. ]+ of its linear was replaced, wrapped or taken out"):
+    with pytest.raises(
+        ValueError,
+        match=rf"layer 0 \({path}\): [\w. ]+ of its linear was replaced, wrapped or taken out",
+    ):
         attnzoo.unswap(model)
-    with pytest.raises(ValueError, match=rf"layer 0 \({path}\): its attention was replaced or wrapped since the swap, in a Sequential"):
+    with pytest.raises(
+        ValueError,
+        match=rf"layer 0 \({path}\): its attention was replaced or wrapped since the swap, in a Sequential",
+    ):
         attnzoo.save(model, tmp_path / "swap.safetensors")
     setattr(module, core, attention)
     attention.engine.adapter = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=rf"layer 0 \({path}\): engine.adapter of its linear was replaced, wrapped or taken out since the swap"):
+    with pytest.raises(
+        ValueError,
+        match=rf"layer 0 \({path}\): engine.adapter of its linear was replaced, wrapped or taken out since the swap",
+    ):
         attnzoo.unswap(model)
     del attention.engine.adapter
     parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
     setattr(parent, name, nn.Identity())
-    with pytest.raises(ValueError, match=rf"layer 0 \({path}\): the \w+ that was swapped is not in this \w+ any more"):
+    with pytest.raises(
+        ValueError,
+        match=rf"layer 0 \({path}\): the \w+ that was swapped is not in this \w+ any more",
+    ):
         attnzoo.unswap(model)
     setattr(parent, name, nn.Sequential(module))  # wrapped, it is still there
     attnzoo.unswap(model)
@@ -252,7 +307,10 @@ def test_what_would_go_with_the_attention_is_in_the_way(kind: str, tmp_path: Pat
 def test_names_that_a_swap_takes_are_not_the_users(kind: str) -> None:
     model, module = model_and_attention(kind)
     module.attention = "mine"
-    with pytest.raises(UnsupportedError, match=r"layer 0 .*has an attribute 'attention', the name of what a swap adds; rename it"):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"layer 0 .*has an attribute 'attention', the name of what a swap adds; rename it",
+    ):
         attnzoo.swap(model, "linear")
     del module.attention
     module.forward = partial(module.forward)

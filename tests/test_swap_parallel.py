@@ -1,6 +1,8 @@
-"""A swapped encoder on two processes says what it says on one: data parallel, sharded, and split by heads; outputs and gradients.
+"""A swapped encoder on two processes says what it says on one: data parallel, sharded, and split by
+heads; outputs and gradients.
 
-In float64: products of other shapes round otherwise, and Nyström's inverse makes that larger, by how much depends on the processor.
+In float64: products of other shapes round otherwise, and Nyström's inverse makes that larger, by
+how much depends on the processor.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ import attnzoo
 #: Every variant, and what it may have per head or share between layers.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, small(name)) for name in attnzoo.names() if name != "linformer"},
-    **{f"linformer, {sharing}": ("linformer", {**small("linformer"), "sharing": sharing}) for sharing in ("none", "headwise", "layerwise")},
+    **{
+        f"linformer, {sharing}": ("linformer", {**small("linformer"), "sharing": sharing})
+        for sharing in ("none", "headwise", "layerwise")
+    },
 }
 BATCH, LENGTH, SIZE, HEADS = 4, 20, 16, 4
 TOLERANCE = 1e-12
@@ -29,7 +34,9 @@ TOLERANCE = 1e-12
 
 def encoder(case: str) -> nn.TransformerEncoder:
     torch.manual_seed(0)
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(SIZE, HEADS, 24, 0.0, batch_first=True), 2)
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(SIZE, HEADS, 24, 0.0, batch_first=True), 2
+    )
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if path.endswith("in_proj_weight"):
@@ -39,9 +46,12 @@ def encoder(case: str) -> nn.TransformerEncoder:
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, padding (True = ignore), and what to weigh the outputs with; padded rows count for nothing."""
+    """Tokens, padding (True = ignore), and what to weigh the outputs with; padded rows count for
+    nothing."""
     generator = torch.Generator().manual_seed(1)
-    x, upstream = (torch.randn(BATCH, LENGTH, SIZE, generator=generator, dtype=torch.float64) for _ in range(2))
+    x, upstream = (
+        torch.randn(BATCH, LENGTH, SIZE, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     padding = torch.arange(LENGTH) >= torch.tensor([20, 13, 7, 16])[:, None]
     return x, padding, upstream.masked_fill(padding[..., None], 0.0)
 
@@ -53,12 +63,15 @@ def stack_masks(case: str) -> dict[str, Any]:
 
 
 def differs(what: str, actual: Tensor, wanted: Tensor) -> list[str]:
-    error = float((actual - wanted).detach().abs().max()) / max(float(wanted.detach().abs().max()), 0.1)
+    error = float((actual - wanted).detach().abs().max()) / max(
+        float(wanted.detach().abs().max()), 0.1
+    )
     return [f"{what}: {error:.1e} off"] if not error < TOLERANCE else []
 
 
 def run(case: str, model: Any, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-    """The output and the gradient of the input, for some of the rows; parameters keep their gradients."""
+    """The output and the gradient of the input, for some of the rows; parameters keep their
+    gradients."""
     x, padding, upstream = (tensor[rows] for tensor in inputs())
     x = x.clone().requires_grad_()
     out = model(x, src_key_padding_mask=padding, **stack_masks(case))
@@ -69,8 +82,15 @@ def run(case: str, model: Any, rows: slice = slice(None)) -> tuple[Tensor, Tenso
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """By name, whole even where a process holds a part."""
-    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return {name: gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient for name, gradient in found.items()}  # pyright: ignore
+    found = {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    return {
+        name: gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        for name, gradient in found.items()
+    }  # pyright: ignore
 
 
 def own_rows() -> slice:
@@ -98,20 +118,38 @@ def _half_each(case: str, model: nn.Module, parallel: nn.Module) -> list[str]:
     """Each process has half of the batch; gradients come back as the mean over processes."""
     (out, of_input), (own, own_of_input) = run(case, model), run(case, parallel, own_rows())
     wanted, found = gradients(model), gradients(parallel)
-    wrong = differs("output", own, out[own_rows()]) + differs("gradient of the input", own_of_input, of_input[own_rows()])
+    wrong = differs("output", own, out[own_rows()]) + differs(
+        "gradient of the input", own_of_input, of_input[own_rows()]
+    )
     for name, gradient in wanted.items():
-        wrong += differs(f"gradient of {name}", found[name if name in found else f"module.{name}"] * PROCESSES, gradient)
-    return wrong if len(found) == len(wanted) else [*wrong, f"{len(found)} gradients for {len(wanted)}"]
+        wrong += differs(
+            f"gradient of {name}",
+            found[name if name in found else f"module.{name}"] * PROCESSES,
+            gradient,
+        )
+    return (
+        wrong
+        if len(found) == len(wanted)
+        else [*wrong, f"{len(found)} gradients for {len(wanted)}"]
+    )
 
 
 def split_by_heads(case: str) -> list[str]:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
 
     from attnzoo.integrations.tensor_parallel import tensor_parallel_plan
 
     model, split = encoder(case), encoder(case)
-    plan = {**tensor_parallel_plan(split), "layers.*.linear1": ColwiseParallel(), "layers.*.linear2": RowwiseParallel()}
+    plan = {
+        **tensor_parallel_plan(split),
+        "layers.*.linear1": ColwiseParallel(),
+        "layers.*.linear2": RowwiseParallel(),
+    }
     parallelize_module(split, init_device_mesh("cpu", (PROCESSES,)), plan)
     (out, of_input), (own, own_of_input) = run(case, model), run(case, split)
     wrong = differs("output", own, out) + differs("gradient of the input", own_of_input, of_input)
@@ -122,16 +160,26 @@ def split_by_heads(case: str) -> list[str]:
             layer, _, last = name.rpartition(".")
             parts = torch.cat([found.pop(f"{layer}.{part}.{last}") for part in "qkv"])
         else:
-            parts = torch.cat([found.pop(f"{layer}projections.{part}.{last}") for part in "qkv"]) if layer else found.pop(name)
+            parts = (
+                torch.cat([found.pop(f"{layer}projections.{part}.{last}") for part in "qkv"])
+                if layer
+                else found.pop(name)
+            )
         if parts.shape != wanted[name].shape:  # a core's own heads, in a plain tensor
             parts = torch.cat(_gathered(parts))
         wrong += differs(f"gradient of {name}", parts, wanted[name])
     heads = {core.heads for core in split.modules() if isinstance(core, attnzoo.Attention)}
-    return wrong + [f"{name} has a gradient of its own" for name in found] + ([] if heads == {HEADS // PROCESSES} else [f"{heads} heads"])
+    return (
+        wrong
+        + [f"{name} has a gradient of its own" for name in found]
+        + ([] if heads == {HEADS // PROCESSES} else [f"{heads} heads"])
+    )
 
 
 def _gathered(part: Tensor) -> list[Tensor]:
-    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(PROCESSES)]
+    parts = [
+        torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(PROCESSES)
+    ]
     dist.all_gather(parts, part.contiguous())
     return parts
 
@@ -152,11 +200,21 @@ def refusals() -> list[str]:
     split = encoder("standard")
     parallelize_module(split, mesh, tensor_parallel_plan(split))
     attempts: dict[str, Callable[[], Any]] = {
-        "need_weights=True: this process has the weights of its own heads only": lambda: module(x, x, x),
-        "standard has 3 heads, which 2 processes cannot share": lambda: parallelize_module(attnzoo.MultiheadAttention(6, 3), mesh, HeadParallel()),
-        "belong to no process's heads": lambda: parallelize_module(attnzoo.MultiheadAttention(6, 2, add_zero_attn=True), mesh, HeadParallel()),
-        "not Linear; swap the model first": lambda: parallelize_module(nn.Linear(2, 2), mesh, HeadParallel()),
-        "layers.0.self_attn has its in_proj_weight split over processes": lambda: attnzoo.unswap(split),
+        "need_weights=True: this process has the weights of its own heads only": lambda: module(
+            x, x, x
+        ),
+        "standard has 3 heads, which 2 processes cannot share": lambda: parallelize_module(
+            attnzoo.MultiheadAttention(6, 3), mesh, HeadParallel()
+        ),
+        "belong to no process's heads": lambda: parallelize_module(
+            attnzoo.MultiheadAttention(6, 2, add_zero_attn=True), mesh, HeadParallel()
+        ),
+        "not Linear; swap the model first": lambda: parallelize_module(
+            nn.Linear(2, 2), mesh, HeadParallel()
+        ),
+        "layers.0.self_attn has its in_proj_weight split over processes": lambda: attnzoo.unswap(
+            split
+        ),
         "is not swapped": lambda: tensor_parallel_plan(nn.Linear(2, 2)),
     }
     wrong = []
@@ -170,7 +228,9 @@ def refusals() -> list[str]:
 
 
 def every_way() -> list[str]:
-    return [f"{way.__name__}, {case}: {line}" for way in WAYS for case in CASES for line in way(case)] + refusals()
+    return [
+        f"{way.__name__}, {case}: {line}" for way in WAYS for case in CASES for line in way(case)
+    ] + refusals()
 
 
 def test_two_processes_say_what_one_says() -> None:
@@ -181,21 +241,40 @@ def transformers_by_heads() -> list[str]:
     """BERT, and Llama with two query heads for one of keys and values."""
     from swap_models import answer_of, make
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
 
     from attnzoo.integrations.tensor_parallel import tensor_parallel_plan
 
     projections = {
-        "bert": (("attention.self.query", "attention.self.key", "attention.self.value"), "attention.output.dense", "encoder.layer.*."),
-        "llama": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj", "model.layers.*."),
+        "bert": (
+            ("attention.self.query", "attention.self.key", "attention.self.value"),
+            "attention.output.dense",
+            "encoder.layer.*.",
+        ),
+        "llama": (
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "self_attn.o_proj",
+            "model.layers.*.",
+        ),
     }
     wrong = []
     for family, (inward, outward, layers) in projections.items():
-        for case in ("standard", "performer", "bigbird", "linformer, none")[: 4 if family == "bert" else 3]:
+        for case in ("standard", "performer", "bigbird", "linformer, none")[
+            : 4 if family == "bert" else 3
+        ]:
             name, options = CASES[case]
             model, split = (attnzoo.swap(make(family), name, **options) for _ in range(2))
-            own = {**{f"{layers}{path}": ColwiseParallel() for path in inward}, f"{layers}{outward}": RowwiseParallel()}
-            parallelize_module(split, init_device_mesh("cpu", (PROCESSES,)), {**tensor_parallel_plan(split), **own})
+            own = {
+                **{f"{layers}{path}": ColwiseParallel() for path in inward},
+                f"{layers}{outward}": RowwiseParallel(),
+            }
+            parallelize_module(
+                split, init_device_mesh("cpu", (PROCESSES,)), {**tensor_parallel_plan(split), **own}
+            )
             wanted, found = answer_of(family, model), answer_of(family, split)
             upstream = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(5))
             for out in (wanted, found):
@@ -203,7 +282,11 @@ def transformers_by_heads() -> list[str]:
             lines = differs("output", found, wanted)
             for path, gradient in gradients(split).items():
                 whole = gradients(model)[path]
-                lines += differs(f"gradient of {path}", torch.cat(_gathered(gradient)) if gradient.shape != whole.shape else gradient, whole)
+                lines += differs(
+                    f"gradient of {path}",
+                    torch.cat(_gathered(gradient)) if gradient.shape != whole.shape else gradient,
+                    whole,
+                )
             wrong += [f"{family}, {case}: {line}" for line in lines]
     return wrong
 

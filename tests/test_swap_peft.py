@@ -1,4 +1,5 @@
-"""PEFT's adapters on swapped models: they are taken, they learn, and they are there after unswap or unswap says that they are in the way."""
+"""PEFT's adapters on swapped models: they are taken, they learn, and they are there after unswap or
+unswap says that they are in the way."""
 
 from __future__ import annotations
 
@@ -13,11 +14,13 @@ from test_swap_modules import encoder, vision
 from torch import Tensor, nn
 
 import attnzoo
-from attnzoo.integrations.matching import attention_parameters, recorded_calls
+from attnzoo.integrations.healing.imitation import attention_parameters, recorded_calls
 
 peft = pytest.importorskip("peft")
 NAMES = attnzoo.names()
-X = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)  # trained numbers are of any size
+X = torch.randn(
+    2, 10, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+)  # trained numbers are of any size
 ROUNDING: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
 OUT = r"layers\.0\.self_attn\.out_proj is a peft\..*Linear that is called.*in PEFT by merge_and_unload"
 
@@ -25,7 +28,9 @@ OUT = r"layers\.0\.self_attn\.out_proj is a peft\..*Linear that is called.*in PE
 def adapted(model: nn.Module, targets: Any) -> Any:
     """With adapters that do something from the start."""
     torch.manual_seed(5)
-    return peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=2, init_lora_weights=False)).eval()
+    return peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=targets, r=2, init_lora_weights=False)
+    ).eval()
 
 
 def trained(model: Any, **masks: Any) -> Any:
@@ -35,22 +40,35 @@ def trained(model: Any, **masks: Any) -> Any:
     loss = model.train()(X, **masks).square().mean()
     loss.backward()
     torch.optim.SGD(adapters.values(), 0.5).step()
-    still = [path for path, weight in model.named_parameters() if "lora_" in path and torch.equal(weight, before[path])]
+    still = [
+        path
+        for path, weight in model.named_parameters()
+        if "lora_" in path and torch.equal(weight, before[path])
+    ]
     assert adapters and not still
     return model.eval()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_layer_of_torchs_is_adapted_whole(name: str) -> None:
-    """PEFT's layer around nn.MultiheadAttention, which reads its weights: what the exact core answers is what torch's own would."""
+    """PEFT's layer around nn.MultiheadAttention, which reads its weights: what the exact core
+    answers is what torch's own would."""
     spec = attnzoo.describe(name).spec
-    masks: dict[str, Any] = {key.removeprefix("src_"): mask for key, mask in layer_masks(spec, 10).items()}
-    model = trained(adapted(attnzoo.swap(encoder().double(), name, **small(name)), ["self_attn"]), **masks)
+    masks: dict[str, Any] = {
+        key.removeprefix("src_"): mask for key, mask in layer_masks(spec, 10).items()
+    }
+    model = trained(
+        adapted(attnzoo.swap(encoder().double(), name, **small(name)), ["self_attn"]), **masks
+    )
     swapped = model(X, **masks)
     with torch.no_grad():
-        torch.testing.assert_close(model(X, **masks), swapped, **ROUNDING)  # beside torch's fast path
+        torch.testing.assert_close(
+            model(X, **masks), swapped, **ROUNDING
+        )  # beside torch's fast path
     exact = adapted(encoder().double(), ["self_attn"])
-    exact.load_state_dict({key: value for key, value in model.state_dict().items() if ".attention." not in key})
+    exact.load_state_dict(
+        {key: value for key, value in model.state_dict().items() if ".attention." not in key}
+    )
     wanted = exact.train()(X, **masks)  # in evaluation torch's fast path passes the adapters by
     if spec.family == "exact":
         torch.testing.assert_close(swapped, wanted, **ROUNDING)
@@ -66,7 +84,9 @@ def test_the_layer_of_torchs_is_adapted_whole(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_adapters_that_torch_would_pass_by_are_in_the_way(name: str) -> None:
     spec = attnzoo.describe(name).spec
-    masks: dict[str, Any] = {key.removeprefix("src_"): mask for key, mask in layer_masks(spec, 10).items()}
+    masks: dict[str, Any] = {
+        key.removeprefix("src_"): mask for key, mask in layer_masks(spec, 10).items()
+    }
     model = adapted(attnzoo.swap(encoder().double(), name, **small(name)), ["out_proj", "linear1"])
     model = trained(model, **masks)
     swapped = model(X, **masks)
@@ -101,7 +121,11 @@ def test_adapters_beside_the_attention_stay_alive() -> None:
 def test_adapters_in_timms_attention_stay(targets: Any) -> None:
     for before in (False, True):
         model = vision().double()
-        model = attnzoo.swap(adapted(model, targets), "standard") if before else adapted(attnzoo.swap(model, "standard"), targets)
+        model = (
+            attnzoo.swap(adapted(model, targets), "standard")
+            if before
+            else adapted(attnzoo.swap(model, "standard"), targets)
+        )
         swapped = trained(model)(X)
         attnzoo.unswap(model)
         torch.testing.assert_close(model(X), swapped, **ROUNDING)
@@ -113,7 +137,11 @@ def test_adapters_of_a_language_model_and_every_entry(tmp_path: Path) -> None:
     given: dict[str, Tensor] = {"attention_mask": torch.ones(2, 24)}
     for before in (False, True):
         model = make("llama")
-        model = attnzoo.swap(adapted(model, "all-linear"), "linear") if before else adapted(attnzoo.swap(model, "linear"), "all-linear")
+        model = (
+            attnzoo.swap(adapted(model, "all-linear"), "linear")
+            if before
+            else adapted(attnzoo.swap(model, "linear"), "all-linear")
+        )
         swapped = answer(model, tokens(), **given)
         assert any("lora_" in path for path in attention_parameters(model))
         with recorded_calls(model) as calls:
@@ -121,42 +149,73 @@ def test_adapters_of_a_language_model_and_every_entry(tmp_path: Path) -> None:
         assert len(calls) == 3
         settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "input_ids": tokens()}
         wanted = model.generate(**settings, use_cache=False)
-        assert torch.equal(model.generate(**settings, past_key_values=attnzoo.state_cache(model)), wanted)
+        assert torch.equal(
+            model.generate(**settings, past_key_values=attnzoo.state_cache(model)), wanted
+        )
         attnzoo.save(model, tmp_path / "swap.safetensors")
         attnzoo.unswap(model)
         exact = answer(adapted(make("llama"), "all-linear"), tokens(), **given)
         torch.testing.assert_close(answer(model, tokens(), **given), exact, rtol=0.0, atol=5e-6)
-        torch.testing.assert_close(answer(attnzoo.load(model, tmp_path / "swap.safetensors"), tokens(), **given), swapped, rtol=0.0, atol=5e-6)
+        torch.testing.assert_close(
+            answer(attnzoo.load(model, tmp_path / "swap.safetensors"), tokens(), **given),
+            swapped,
+            rtol=0.0,
+            atol=5e-6,
+        )
 
 
 def test_a_shared_projection_is_none_of_three() -> None:
-    layer = attnzoo.MultiheadAttention(32, 4, attention="reformer", attention_options={"share_qk": True})
+    layer = attnzoo.MultiheadAttention(
+        32, 4, attention="reformer", attention_options={"share_qk": True}
+    )
     with pytest.raises(ValueError, match="Only same embed for query/key/value"):
         adapted(nn.ModuleDict({"attn": layer}), ["attn"])
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_what_an_attention_learns_is_trained_beside_adapters(kind: str, tmp_path: Path) -> None:
-    """PEFT trains a copy (modules_to_save): it is what is saved, what decodes, and what merge_and_unload leaves."""
+    """PEFT trains a copy (modules_to_save): it is what is saved, what decodes, and what
+    merge_and_unload leaves."""
     name: str
     options: dict[str, Any]
-    name, options = ("sliding_window", {"window": 4, "sink_logits": True}) if kind == "llama" else ("linformer", {"max_length": 32, "rank": 4})
+    name, options = (
+        ("sliding_window", {"window": 4, "sink_logits": True})
+        if kind == "llama"
+        else ("linformer", {"max_length": 32, "rank": 4})
+    )
     torch.manual_seed(3)
     model = attnzoo.swap(make(kind), name, **options)
-    config = peft.LoraConfig(target_modules=["q_proj" if kind == "llama" else "query"], modules_to_save=["attention_core"])
+    config = peft.LoraConfig(
+        target_modules=["q_proj" if kind == "llama" else "query"],
+        modules_to_save=["attention_core"],
+    )
     model: Any = peft.get_peft_model(model, config).eval()
     answer(model, tokens()).square().sum().backward()
-    learned = [weight for path, weight in model.named_parameters() if "attention_core" in path and weight.grad is not None]
+    learned = [
+        weight
+        for path, weight in model.named_parameters()
+        if "attention_core" in path and weight.grad is not None
+    ]
     assert len(learned) >= 3
     torch.optim.SGD(learned, 1.0).step()
     wanted = answer(model, tokens())
     attnzoo.save(model, tmp_path / "swap.safetensors")
-    torch.testing.assert_close(answer(attnzoo.load(make(kind), tmp_path / "swap.safetensors"), tokens()), wanted, rtol=0.0, atol=5e-6)
+    torch.testing.assert_close(
+        answer(attnzoo.load(make(kind), tmp_path / "swap.safetensors"), tokens()),
+        wanted,
+        rtol=0.0,
+        atol=5e-6,
+    )
     if kind == "llama":
         settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "input_ids": tokens()}
         uncached = model.generate(**settings, use_cache=False)
-        assert torch.equal(model.generate(**settings, past_key_values=attnzoo.state_cache(model)), uncached)
-    with pytest.raises(ValueError, match=rf"of its {name} was replaced, wrapped or taken out since the swap .*in PEFT by merge_and_unload"):
+        assert torch.equal(
+            model.generate(**settings, past_key_values=attnzoo.state_cache(model)), uncached
+        )
+    with pytest.raises(
+        ValueError,
+        match=rf"of its {name} was replaced, wrapped or taken out since the swap .*in PEFT by merge_and_unload",
+    ):
         attnzoo.unswap(model)
     merged = model.merge_and_unload()
     torch.testing.assert_close(answer(merged, tokens()), wanted, rtol=0.0, atol=5e-6)

@@ -1,4 +1,5 @@
-"""A swapped model as a whole, saved, loaded in a process that knows nothing of it, sent to a worker; and copies of its config."""
+"""A swapped model as a whole, saved, loaded in a process that knows nothing of it, sent to a
+worker; and copies of its config."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ with torch.no_grad():
 
 
 def run(script: str, path: Path) -> None:
-    result = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=240)
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=240
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -56,7 +59,9 @@ def test_a_saved_model_its_copy_and_a_part_of_it_run_in_a_fresh_process(tmp_path
     for model in (first, second):
         attnzoo.swap(model, "performer", num_features=8)
     models = [first, copy.deepcopy(first), second.model]
-    torch.save((models, tokens(), [answer(model) for model in models], exact), tmp_path / "models.pt")
+    torch.save(
+        (models, tokens(), [answer(model) for model in models], exact), tmp_path / "models.pt"
+    )
     run(LOAD, tmp_path / "models.pt")
 
 
@@ -65,12 +70,17 @@ def _answer_in_worker(model: Any, ids: torch.Tensor, path: str) -> None:
         torch.save(model(ids)[0], path)
 
 
-def test_a_spawned_worker_runs_a_swapped_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A worker inherits sys.path, and where timm's tests ran before, their torchvision, which beside a CPU torch breaks transformers.
+def test_a_spawned_worker_runs_a_swapped_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A worker inherits sys.path, and where timm's tests ran before, their torchvision, which beside
+    # a CPU torch breaks transformers.
     monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).name != "timm"])
     model = attnzoo.swap(make("bert").eval(), "linear")
     path = tmp_path / "answer.pt"
-    worker = torch.multiprocessing.get_context("spawn").Process(target=_answer_in_worker, args=(model, tokens(), str(path)))
+    worker = torch.multiprocessing.get_context("spawn").Process(
+        target=_answer_in_worker, args=(model, tokens(), str(path))
+    )
     worker.start()
     worker.join(240)
     assert worker.exitcode == 0
@@ -88,7 +98,9 @@ def test_a_copied_config_builds_models_of_its_own(tmp_path: Path) -> None:
     assert not torch.allclose(answer(other), swapped)  # exact
     attnzoo.swap(other, "sliding_window", window=4)
     torch.testing.assert_close(answer(other), swapped)
-    beside = attnzoo.swap(type(model)(model.config).eval(), "linear")  # a model that shares the config itself
+    beside = attnzoo.swap(
+        type(model)(model.config).eval(), "linear"
+    )  # a model that shares the config itself
     attnzoo.unswap(other)
     assert not torch.allclose(answer(other), swapped)
     attnzoo.unswap(model)

@@ -27,12 +27,17 @@ hf: Any = transformers
 SAVED = r"this {} was saved with its attention swapped \({} in {} layers\), and from_pretrained gives it exact attention: swap it again with attnzoo"
 
 FORMS: list[tuple[str, dict[str, Any]]] = [(name, small(name)) for name in attnzoo.names()]
-FORMS += [("linformer", {**small("linformer"), "sharing": sharing}) for sharing in ("none", "key_value", "layerwise")]
+FORMS += [
+    ("linformer", {**small("linformer"), "sharing": sharing})
+    for sharing in ("none", "key_value", "layerwise")
+]
 
 
 def trained(name: str, options: dict[str, Any]) -> Any:
     """A swapped model after a few steps, in evaluation mode."""
-    model = attnzoo.swap(make("llama" if attnzoo.describe(name).spec.causal else "bert"), name, **options).train()
+    model = attnzoo.swap(
+        make("llama" if attnzoo.describe(name).spec.causal else "bert"), name, **options
+    ).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
@@ -50,12 +55,16 @@ def test_the_whole_recipe(name: str, options: dict[str, Any], tmp_path: Path) ->
 
     with pytest.warns(UserWarning, match=SAVED.format(type(model).__name__, name, 3)) as caught:
         loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager").eval()
-    assert {warning.filename for warning in caught if "attnzoo" in str(warning.message)} == {__file__}
+    assert {warning.filename for warning in caught if "attnzoo" in str(warning.message)} == {
+        __file__
+    }
     attnzoo.load(loaded, tmp_path / "attnzoo.safetensors")
     assert torch.equal(answer(loaded, tokens()), wanted)
     exact = answer(attnzoo.unswap(loaded), tokens())
     assert torch.equal(exact, answer(attnzoo.unswap(model), tokens()))
-    assert not hasattr(loaded.config, "attnzoo_swaps") and not hasattr(model.config, "attnzoo_swaps")
+    assert not hasattr(loaded.config, "attnzoo_swaps") and not hasattr(
+        model.config, "attnzoo_swaps"
+    )
 
 
 def loads_silently(kind: Any, folder: Path) -> Any:
@@ -87,12 +96,19 @@ def test_parts_tell_of_themselves(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="was saved with its attention swapped") as caught:
         hf.BartForConditionalGeneration.from_pretrained(tmp_path / "bart")
     told = [str(warning.message) for warning in caught if "attnzoo" in str(warning.message)]
-    assert len(told) == 2 and "this BartEncoder" in told[0] and "(linear in 2" in told[0] and "this BartDecoder" in told[1]
+    assert (
+        len(told) == 2
+        and "this BartEncoder" in told[0]
+        and "(linear in 2" in told[0]
+        and "this BartDecoder" in told[1]
+    )
     clip = make("clip")
     attnzoo.swap(clip.text_model, "performer", layers=1)
     clip.save_pretrained(tmp_path / "clip")
     saved = json.loads((tmp_path / "clip/config.json").read_text())
-    assert "attnzoo_swaps" not in saved and saved["text_config"]["attnzoo_swaps"][0]["layers"] == {"1": "performer"}
+    assert "attnzoo_swaps" not in saved and saved["text_config"]["attnzoo_swaps"][0]["layers"] == {
+        "1": "performer"
+    }
     with pytest.warns(
         UserWarning,
         match=r"this CLIPText\w+ was saved with its attention swapped \(performer in 1 layers\)",
@@ -117,10 +133,15 @@ def test_a_copy_is_undone_apart_from_its_model(duplicate: Any) -> None:
     swapped = answer(attnzoo.swap(model, "linear"), tokens())
     copied = duplicate(model)
     attnzoo.unswap(copied)
-    assert torch.equal(answer(copied, tokens()), exact) and copied.config._attn_implementation == "eager"
+    assert (
+        torch.equal(answer(copied, tokens()), exact)
+        and copied.config._attn_implementation == "eager"
+    )
     assert torch.equal(answer(model, tokens()), swapped) and model.config.attnzoo_swaps
     attnzoo.unswap(model)
-    assert torch.equal(answer(model, tokens()), exact) and model.config._attn_implementation == "eager"
+    assert (
+        torch.equal(answer(model, tokens()), exact) and model.config._attn_implementation == "eager"
+    )
 
 
 @pytest.mark.parametrize("first", ["attnzoo", "transformers"])

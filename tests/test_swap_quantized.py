@@ -1,4 +1,5 @@
-"""Beside weights in integers: an attention takes the dtype that its queries have, and its own layers are called, so that they can be exchanged."""
+"""Beside weights in integers: an attention takes the dtype that its queries have, and its own
+layers are called, so that they can be exchanged."""
 
 from __future__ import annotations
 
@@ -13,18 +14,24 @@ from torch.ao.quantization import quantize_dynamic
 
 import attnzoo
 from attnzoo import MultiheadAttention
-from attnzoo.integrations.plan import place_of
+from attnzoo.integrations.places import place_of
 from attnzoo.registry import spec_of
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'attnzoo[models]'")
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning", "ignore:.*drops entries of A", "ignore:must run observer")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is deprecated:DeprecationWarning",
+    "ignore:.*drops entries of A",
+    "ignore:must run observer",
+)
 
 
 class EightBits(nn.Linear):
     """A linear layer whose weight is stored in 8 bits, as bitsandbytes' is."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        super().__init__(
+            linear.in_features, linear.out_features, linear.bias is not None, device="meta"
+        )
         weight, self.bias = linear.weight.detach(), linear.bias
         factor = float(weight.abs().max()) / 100
         self.factor = factor
@@ -43,8 +50,13 @@ def in_eight_bits(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn, "quantize_dynamic"], ids=str)
-@pytest.mark.parametrize(("family", "name"), [("llama" if spec_of(name).causal else "bert", name) for name in attnzoo.names()])
-def test_the_dtype_of_the_queries_whatever_stores_the_weights(family: str, name: str, stored: Any) -> None:
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama" if spec_of(name).causal else "bert", name) for name in attnzoo.names()],
+)
+def test_the_dtype_of_the_queries_whatever_stores_the_weights(
+    family: str, name: str, stored: Any
+) -> None:
     model = make(family).eval()
     dtype = torch.float32 if stored == "quantize_dynamic" else torch.bfloat16
     if stored == "quantize_dynamic":
@@ -56,7 +68,9 @@ def test_the_dtype_of_the_queries_whatever_stores_the_weights(family: str, name:
     cores = [part for part in model.modules() if isinstance(part, attnzoo.Attention)]
     assert cores
     for core in cores:
-        assert {x.dtype for x in (*core.parameters(), *core.buffers()) if x.is_floating_point()} <= {dtype}
+        assert {
+            x.dtype for x in (*core.parameters(), *core.buffers()) if x.is_floating_point()
+        } <= {dtype}
     assert torch.isfinite(answer_of(family, model)).all()
 
 
@@ -70,7 +84,13 @@ def test_a_module_that_only_stores_asks_the_model_around_it() -> None:
 
 
 def longformer() -> tuple[MultiheadAttention, Tensor]:
-    layer = MultiheadAttention(16, 4, batch_first=True, attention="longformer", attention_options={"window": 3, "global_tokens": 1}).eval()
+    layer = MultiheadAttention(
+        16,
+        4,
+        batch_first=True,
+        attention="longformer",
+        attention_options={"window": 3, "global_tokens": 1},
+    ).eval()
     return layer, torch.randn(2, 12, 16)
 
 

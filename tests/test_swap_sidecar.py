@@ -1,4 +1,5 @@
-"""attnzoo.save and attnzoo.load: what was swapped comes back, and nothing that does not fit gets in."""
+"""attnzoo.save and attnzoo.load: what was swapped comes back, and nothing that does not fit gets
+in."""
 
 from __future__ import annotations
 
@@ -18,7 +19,10 @@ import attnzoo
 
 MIXES: list[Any] = [
     "standard",
-    {"0": ("linformer", {"max_length": 32, "rank": 4}), "1-2": ("bigbird", {"block_size": 4, "seed": 9})},
+    {
+        "0": ("linformer", {"max_length": 32, "rank": 4}),
+        "1-2": ("bigbird", {"block_size": 4, "seed": 9}),
+    },
     {1: ("performer", {"num_features": 16, "seed": 3})},
     {"0-2": ("linformer", {"max_length": 32, "rank": 4, "sharing": "layerwise"})},
 ]
@@ -27,14 +31,19 @@ MIXES: list[Any] = [
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "swap.safetensors"
-    attnzoo.save(attnzoo.swap(make("bert"), "linformer", max_length=32, rank=4, layers=[0, 2]), path)
+    attnzoo.save(
+        attnzoo.swap(make("bert"), "linformer", max_length=32, rank=4, layers=[0, 2]), path
+    )
     return path
 
 
 def rewrite(path: Path, change: Any) -> None:
     """Write the file again with its recipe and tensors passed through change(recipe, tensors)."""
     with safetensors.safe_open(str(path), framework="pt") as file:
-        recipe, tensors = json.loads(file.metadata()["attnzoo"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        recipe, tensors = (
+            json.loads(file.metadata()["attnzoo"]),
+            {key: file.get_tensor(key) for key in file.keys()},
+        )  # noqa: SIM118
     change(recipe, tensors)
     safetensors.torch.save_file(tensors, str(path), metadata={"attnzoo": json.dumps(recipe)})
 
@@ -66,7 +75,9 @@ def test_a_model_that_is_not_swapped_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not swapped"):
         attnzoo.save(make("bert"), tmp_path / "x")
     with pytest.raises(ValueError, match="not plain data"):
-        attnzoo.save(attnzoo.swap(make("bert"), "linear", feature_map=torch.sigmoid), tmp_path / "x")
+        attnzoo.save(
+            attnzoo.swap(make("bert"), "linear", feature_map=torch.sigmoid), tmp_path / "x"
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -106,22 +117,59 @@ def test_files_of_another_kind(saved: Path, tmp_path: Path) -> None:
     [
         (lambda recipe, tensors: recipe.update(format=2), "format 2; this attnzoo reads format 1"),
         (lambda recipe, tensors: recipe.update(layers={}), "without layers"),
-        (lambda recipe, tensors: recipe["layers"].update({"1": "linear"}), "layer 1: 'linear' is not a name"),
-        (lambda recipe, tensors: recipe["layers"].update({"9": recipe["layers"]["0"]}), "9.*0 to 2"),
-        (lambda recipe, tensors: recipe["layers"]["0"].update(name="linfomer"), "did you mean 'linformer'"),
+        (
+            lambda recipe, tensors: recipe["layers"].update({"1": "linear"}),
+            "layer 1: 'linear' is not a name",
+        ),
+        (
+            lambda recipe, tensors: recipe["layers"].update({"9": recipe["layers"]["0"]}),
+            "9.*0 to 2",
+        ),
+        (
+            lambda recipe, tensors: recipe["layers"]["0"].update(name="linfomer"),
+            "did you mean 'linformer'",
+        ),
         (lambda recipe, tensors: recipe["layers"]["0"]["options"].update(rank="x"), "rank='x'"),
-        (lambda recipe, tensors: recipe["layers"]["0"]["options"].update(rank=5), r"layer 0: 'key_projection.weight' has shape \(1, 32, 4\)"),
-        (lambda recipe, tensors: recipe["layers"]["0"]["options"].update(projection="x"), "options that no attention can be built with"),
-        (lambda recipe, tensors: recipe["layers"]["0"]["options"].update(max_length=10**15), "can be built with .*memory"),
-        (lambda recipe, tensors: recipe["layers"]["0"]["options"].update(heads=2), "swap does not take 'heads'"),
-        (lambda recipe, tensors: recipe["layers"]["0"]["options"].update(surprise=2), "linformer has no option 'surprise'"),
-        (lambda recipe, tensors: recipe["sites"].pop(), "a model of 2 attention layers; this one has 3"),
+        (
+            lambda recipe, tensors: recipe["layers"]["0"]["options"].update(rank=5),
+            r"layer 0: 'key_projection.weight' has shape \(1, 32, 4\)",
+        ),
+        (
+            lambda recipe, tensors: recipe["layers"]["0"]["options"].update(projection="x"),
+            "options that no attention can be built with",
+        ),
+        (
+            lambda recipe, tensors: recipe["layers"]["0"]["options"].update(max_length=10**15),
+            "can be built with .*memory",
+        ),
+        (
+            lambda recipe, tensors: recipe["layers"]["0"]["options"].update(heads=2),
+            "swap does not take 'heads'",
+        ),
+        (
+            lambda recipe, tensors: recipe["layers"]["0"]["options"].update(surprise=2),
+            "linformer has no option 'surprise'",
+        ),
+        (
+            lambda recipe, tensors: recipe["sites"].pop(),
+            "a model of 2 attention layers; this one has 3",
+        ),
         (lambda recipe, tensors: recipe.update(sites=3), "write it again"),
         (lambda recipe, tensors: recipe["sites"][1].__setitem__(1, 8), "layer 1: the file has"),
         (lambda recipe, tensors: recipe.update(integration="timm"), "kind 'timm'"),
-        (lambda recipe, tensors: integers(tensors), "layer 0: 'key_projection.weight' has dtype torch.int64; this attention keeps torch.float32"),
-        (lambda recipe, tensors: tensors.pop("2.key_projection.weight"), "layer 2: 'key_projection.weight' is missing"),
-        (lambda recipe, tensors: tensors.update({"1.x": torch.ones(1)}), "layer 1: 'x' is not part"),
+        (
+            lambda recipe, tensors: integers(tensors),
+            "layer 0: 'key_projection.weight' has dtype torch.int64; this attention keeps "
+            "torch.float32",
+        ),
+        (
+            lambda recipe, tensors: tensors.pop("2.key_projection.weight"),
+            "layer 2: 'key_projection.weight' is missing",
+        ),
+        (
+            lambda recipe, tensors: tensors.update({"1.x": torch.ones(1)}),
+            "layer 1: 'x' is not part",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit(change: Any, message: str, saved: Path) -> None:
@@ -137,7 +185,9 @@ def test_a_file_of_another_model(saved: Path) -> None:
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     model = attnzoo.swap(make("bert"), "linear")
-    with pytest.raises(OSError, match=r"nowhere/swap\.safetensors cannot be written: there is no such folder"):
+    with pytest.raises(
+        OSError, match=r"nowhere/swap\.safetensors cannot be written: there is no such folder"
+    ):
         attnzoo.save(model, tmp_path / "nowhere" / "swap.safetensors")
     with pytest.raises(OSError, match="cannot be written: it is a folder"):
         attnzoo.save(model, tmp_path)
@@ -150,4 +200,8 @@ def refused(path: Path, message: str, family: str = "bert", **options: Any) -> N
     with pytest.raises(ValueError, match=message) as caught:
         attnzoo.load(model, path)
     assert path.name in str(caught.value)
-    assert list(model.state_dict()) == keys and torch.equal(answer(model, tokens()), exact) and model.config._attn_implementation == "eager"
+    assert (
+        list(model.state_dict()) == keys
+        and torch.equal(answer(model, tokens()), exact)
+        and model.config._attn_implementation == "eager"
+    )

@@ -1,4 +1,5 @@
-"""gpt-oss, whose softmax has a learned sink logit a head, swapped: transformers' own eager forward, gradients, and generation."""
+"""gpt-oss, whose softmax has a learned sink logit a head, swapped: transformers' own eager forward,
+gradients, and generation."""
 
 from __future__ import annotations
 
@@ -34,13 +35,19 @@ def real(numbers: torch.Tensor, side: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
-@pytest.mark.parametrize("mix", [ITS_OWN, {"1": "standard"}, {"0": ("sliding_window", {"window": 6})}], ids=["all", "whole", "window"])
+@pytest.mark.parametrize(
+    "mix",
+    [ITS_OWN, {"1": "standard"}, {"0": ("sliding_window", {"window": 6})}],
+    ids=["all", "whole", "window"],
+)
 def test_equals_the_eager_model(mix: dict[Any, Any], side: str) -> None:
     """With layers that are not swapped beside them, too."""
     model, mask = model_with_sinks(), padded(side)
     exact = answer(model, tokens(), attention_mask=mask)
     attnzoo.swap(model, mix)
-    torch.testing.assert_close(real(answer(model, tokens(), attention_mask=mask), side), real(exact, side), **ROUNDING)
+    torch.testing.assert_close(
+        real(answer(model, tokens(), attention_mask=mask), side), real(exact, side), **ROUNDING
+    )
     attnzoo.unswap(model)
     assert torch.equal(answer(model, tokens(), attention_mask=mask), exact)
 
@@ -54,9 +61,18 @@ def test_gradients_reach_the_sinks() -> None:
         numbers = real(answer(model, tokens(), attention_mask=padded("left")), "left")
         numbers.square().mean().backward()
         found[name] = {key: parameter.grad for key, parameter in model.named_parameters()}
-    assert all(float(found["eager"][f"model.layers.{layer}.self_attn.sinks"].norm()) > 1e-4 for layer in range(3))
+    assert all(
+        float(found["eager"][f"model.layers.{layer}.self_attn.sinks"].norm()) > 1e-4
+        for layer in range(3)
+    )
     for key, gradient in found["eager"].items():
-        torch.testing.assert_close(found["swapped"][key], gradient, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            found["swapped"][key],
+            gradient,
+            rtol=1e-3,
+            atol=1e-5,
+            msg=lambda text, key=key: f"{key}: {text}",
+        )
 
 
 def test_a_sink_matters() -> None:
@@ -70,11 +86,19 @@ def test_a_sink_matters() -> None:
 @pytest.mark.parametrize("cache", ["none", "dynamic", "static", "state"])
 @pytest.mark.parametrize("mix", [ITS_OWN, {"1": "standard"}], ids=["all", "whole"])
 def test_generates_what_the_eager_model_does(mix: dict[Any, Any], cache: str) -> None:
-    settings: dict[str, Any] = {"attention_mask": padded("left", 12), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    settings: dict[str, Any] = {
+        "attention_mask": padded("left", 12),
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     model = model_with_sinks()
     exact = model.generate(tokens(12), **settings)
     attnzoo.swap(model, mix)
-    more: dict[str, Any] = {"none": {"use_cache": False}, "static": {"cache_implementation": "static"}}.get(cache, {})
+    more: dict[str, Any] = {
+        "none": {"use_cache": False},
+        "static": {"cache_implementation": "static"},
+    }.get(cache, {})
     if cache == "state":
         more = {"past_key_values": attnzoo.state_cache(model)}
     assert torch.equal(model.generate(tokens(12), **settings, **more), exact)

@@ -47,7 +47,9 @@ def test_a_static_cache(name: str) -> None:
     assert torch.equal(out, wanted) and count == 1
 
 
-@pytest.mark.parametrize(("family", "mix"), [("t5_whole", "standard"), ("bart", {3: ("sliding_window", {"window": 3})})])
+@pytest.mark.parametrize(
+    ("family", "mix"), [("t5_whole", "standard"), ("bart", {3: ("sliding_window", {"window": 3})})]
+)
 def test_a_static_cache_of_an_encoder_decoder(family: str, mix: Any) -> None:
     """With T5's bias of positions, and beside a decoder layer that was not swapped."""
     model = attnzoo.swap(make(family), mix)

@@ -1,4 +1,5 @@
-"""Weights that are integers, or that accelerate's hooks bring when a layer is called: a layer is called, its weight not looked at."""
+"""Weights that are integers, or that accelerate's hooks bring when a layer is called: a layer is
+called, its weight not looked at."""
 
 from __future__ import annotations
 
@@ -49,7 +50,11 @@ class EightBits(nn.Module):
 def in_eight_bits(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and path.rpartition(".")[2] in names:
-            setattr(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], EightBits(module))
+            setattr(
+                model.get_submodule(path.rpartition(".")[0]),
+                path.rpartition(".")[2],
+                EightBits(module),
+            )
     return model
 
 
@@ -93,7 +98,11 @@ def test_weights_that_are_brought_for_a_call(kind: str, first: str, name: str) -
             swapped(model, name)
         else:
             accelerate.cpu_offload(model, execution_device="cpu")
-    assert all(parameter.is_meta for path, parameter in model.named_parameters() if "proj" in path and "attention." not in path)
+    assert all(
+        parameter.is_meta
+        for path, parameter in model.named_parameters()
+        if "proj" in path and "attention." not in path
+    )
     assert torch.equal(run(model, kind), wanted)
     attnzoo.unswap(model)
     accelerate.hooks.remove_hook_from_module(model, recurse=True)
@@ -103,5 +112,8 @@ def test_weights_that_are_brought_for_a_call(kind: str, first: str, name: str) -
 def test_copies_of_weights_that_are_elsewhere() -> None:
     model = encoder()
     accelerate.cpu_offload(model, execution_device="cpu")
-    with pytest.raises(UnsupportedError, match=r"layer 0 .*its weights are offloaded, and longformer begins with copies of them; swap first"):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"layer 0 .*its weights are offloaded, and longformer begins with copies of them; swap first",
+    ):
         attnzoo.swap(model, "longformer")

@@ -19,26 +19,33 @@ APART = Path(sys.prefix) / "timm"  # where dev.py puts timm and torchvision
 if APART.is_dir():
     sys.path.append(str(APART))
 if find_spec("timm") is None:
-    pytest.skip("timm is not installed: python3 dev.py setup puts it and its torchvision into .venv/timm", allow_module_level=True)
+    pytest.skip(
+        "timm is not installed: python3 dev.py setup puts it and its torchvision into .venv/timm",
+        allow_module_level=True,
+    )
 
 
 def import_timm() -> Any:
-    """timm, which imports torchvision whole. The index's torchvision is built for CUDA and its operators do not load beside a CPU torch;
-    it then imports once the two that it describes are declared. No vision transformer calls them."""
+    """timm, which imports torchvision whole. The index's torchvision is built for CUDA and its
+    operators do not load beside a CPU torch; it then imports once the two that it describes are
+    declared. No vision transformer calls them."""
     try:
         return importlib.import_module("timm")
     except RuntimeError as error:
         if "operator torchvision::" not in str(error):
             raise
         for operator in ("nms", "qnms"):
-            DECLARED.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            DECLARED.define(
+                f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
         return importlib.import_module("timm")
 
 
 DECLARED = torch.library.Library("torchvision", "FRAGMENT")  # its operators last as long as it does
 timm = import_timm()
 
-#: Plain, with a distillation token, with layer scale, with register tokens, with normalised queries and keys, with SwiGLU and no class token.
+#: Plain, with a distillation token, with layer scale, with register tokens, with normalised queries
+#: and keys, with SwiGLU and no class token.
 MODELS: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {},
     "deit_tiny_distilled_patch16_224": {},
@@ -52,7 +59,11 @@ MODELS: dict[str, dict[str, Any]] = {
 def make(name: str, **options: Any) -> Any:
     """In float64, weights large enough for attention to tell keys apart."""
     torch.manual_seed(0)
-    model = timm.create_model(name, **{"img_size": 64, "depth": 2, "num_classes": 10, **options}).eval().double()
+    model = (
+        timm.create_model(name, **{"img_size": 64, "depth": 2, "num_classes": 10, **options})
+        .eval()
+        .double()
+    )
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if path.endswith("qkv.weight"):
@@ -63,7 +74,11 @@ def make(name: str, **options: Any) -> Any:
 def read(model: Any) -> torch.Tensor:
     size = model.patch_embed.img_size
     with torch.no_grad():
-        return model(torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+        return model(
+            torch.randn(
+                2, 3, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+            )
+        )
 
 
 @pytest.mark.parametrize("name", attnzoo.names())
@@ -71,7 +86,9 @@ def read(model: Any) -> torch.Tensor:
 def test_it_runs(family: str, name: str, tmp_path: Path) -> None:
     model = make(family, **MODELS[family])
     if not attnzoo.describe(name).spec.bidirectional:
-        with pytest.raises(UnsupportedError, match=rf"layer 0 \(blocks.0.attn\): {cannot(name, False)}"):
+        with pytest.raises(
+            UnsupportedError, match=rf"layer 0 \(blocks.0.attn\): {cannot(name, False)}"
+        ):
             attnzoo.swap(model, name, **small(name))
         return
     exact, keys = read(model), list(model.state_dict())
@@ -82,7 +99,9 @@ def test_it_runs(family: str, name: str, tmp_path: Path) -> None:
     moved = float((swapped - exact).abs().max()) / float(exact.abs().max())
     assert moved < 1e-12 if attnzoo.describe(name).spec.family == "exact" else moved > 1e-4
     attnzoo.save(model, tmp_path / "swap.safetensors")
-    assert torch.equal(read(attnzoo.load(make(family, **MODELS[family]), tmp_path / "swap.safetensors")), swapped)
+    assert torch.equal(
+        read(attnzoo.load(make(family, **MODELS[family]), tmp_path / "swap.safetensors")), swapped
+    )
     attnzoo.unswap(model)
     assert torch.equal(read(model), exact) and list(model.state_dict()) == keys
 
@@ -104,7 +123,9 @@ def test_it_runs(family: str, name: str, tmp_path: Path) -> None:
         ("volo_d1_224", {}, r"Attention does not take \(batch, length, features\) alone"),
     ],
 )
-def test_an_attention_with_more_than_softmax_is_refused(family: str, options: dict[str, Any], sentence: str) -> None:
+def test_an_attention_with_more_than_softmax_is_refused(
+    family: str, options: dict[str, Any], sentence: str
+) -> None:
     model = timm.create_model(family, **options).eval()
     with pytest.raises(UnsupportedError, match=sentence):
         attnzoo.swap(model, "linear")
@@ -119,7 +140,8 @@ def test_models_without_such_an_attention() -> None:
 
 @pytest.mark.parametrize("family", MODELS)
 def test_symbolic_traces_and_scripting(family: str) -> None:
-    """timm's own feature extraction by torch.fx: the names of before, but for the attention itself."""
+    """timm's own feature extraction by torch.fx: the names of before, but for the attention
+    itself."""
     layers = importlib.import_module("timm.layers")
     model = make(family, **MODELS[family])
     before = layers.get_graph_node_names(model)[1]
@@ -128,10 +150,21 @@ def test_symbolic_traces_and_scripting(family: str) -> None:
     assert {name.rpartition(".")[2] for name in {*after} - {*before}} == {"attention"}
     heard: dict[str, torch.Tensor] = {}
     model.blocks[0].register_forward_hook(lambda module, args, out: heard.update(block=out))
-    features = layers.create_feature_extractor(model, {"blocks.0.attn.proj": "attention", "blocks.0": "block"})
-    x = torch.randn(2, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    features = layers.create_feature_extractor(
+        model, {"blocks.0.attn.proj": "attention", "blocks.0": "block"}
+    )
+    x = torch.randn(
+        2,
+        3,
+        *model.patch_embed.img_size,
+        generator=torch.Generator().manual_seed(1),
+        dtype=torch.float64,
+    )
     out = read(model)
-    assert torch.equal(features(x)["block"], heard["block"]) and features(x)["attention"].shape == heard["block"].shape
+    assert (
+        torch.equal(features(x)["block"], heard["block"])
+        and features(x)["attention"].shape == heard["block"].shape
+    )
     assert torch.equal(torch.fx.symbolic_trace(model)(x), out)
     with pytest.raises(UnsupportedError, match=r"torch\.jit\.script cannot compile performer"):
         torch.jit.script(model)
@@ -142,7 +175,15 @@ def test_torchvisions_feature_extractor(name: str) -> None:
     """Of its vision transformer, made of nn.MultiheadAttention, which it takes as a leaf."""
     vision = importlib.import_module("torchvision.models.vision_transformer")
     extraction = importlib.import_module("torchvision.models.feature_extraction")
-    model = vision.VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=48, num_classes=5).eval()
+    model = vision.VisionTransformer(
+        image_size=32,
+        patch_size=8,
+        num_layers=2,
+        num_heads=4,
+        hidden_dim=32,
+        mlp_dim=48,
+        num_classes=5,
+    ).eval()
     before = extraction.get_graph_node_names(model)
     attnzoo.swap(model, name, **small(name))
     assert extraction.get_graph_node_names(model) == before
@@ -155,17 +196,25 @@ def test_torchvisions_feature_extractor(name: str) -> None:
     assert extraction.get_graph_node_names(model) == before
 
 
-@pytest.mark.parametrize("name", [name for name in attnzoo.names() if attnzoo.describe(name).spec.needs_max_length])
+@pytest.mark.parametrize(
+    "name", [name for name in attnzoo.names() if attnzoo.describe(name).spec.needs_max_length]
+)
 def test_the_longest_sequence_is_the_models_own(name: str) -> None:
     """Patches and class tokens; images of any size have none. torchvision's transformers, in
     torch's attention, tell of theirs."""
     model = attnzoo.swap(make("vit_tiny_patch16_224"), name)
-    assert {module.max_length for module in model.modules() if isinstance(module, attnzoo.Attention)} == {17}
+    assert {
+        module.max_length for module in model.modules() if isinstance(module, attnzoo.Attention)
+    } == {17}
     read(model)
     with pytest.raises(ValueError, match=f"{name} needs max_length, and this model does not tell"):
         attnzoo.swap(make("vit_tiny_patch16_224", dynamic_img_size=True), name)
     transformer = importlib.import_module("torchvision.models.vision_transformer").VisionTransformer
-    vision = transformer(image_size=32, patch_size=16, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=16).eval()
+    vision = transformer(
+        image_size=32, patch_size=16, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=16
+    ).eval()
     attnzoo.swap(vision, name)
-    assert {module.max_length for module in vision.modules() if isinstance(module, attnzoo.Attention)} == {5}
+    assert {
+        module.max_length for module in vision.modules() if isinstance(module, attnzoo.Attention)
+    } == {5}
     vision(torch.randn(1, 3, 32, 32))

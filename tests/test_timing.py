@@ -19,7 +19,9 @@ from attnzoo.registry import sized
 
 def test_contenders_take_turns_after_the_warm_up() -> None:
     order: list[str] = []
-    timings = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warmups=1)
+    timings = interleave(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warmups=1
+    )
     assert order == ["a", "b"] * 4
     assert {name: len(timing.seconds) for name, timing in timings.items()} == {"a": 3, "b": 3}
 
@@ -31,7 +33,12 @@ def test_time_is_in_seconds() -> None:
 
 def test_a_spent_budget_ends_the_rounds_but_not_before_the_third() -> None:
     seen: list[tuple[int, int]] = []
-    timings = interleave({"sleep": lambda: time.sleep(0.005)}, rounds=50, budget=0.0, progress=lambda done, rounds: seen.append((done, rounds)))
+    timings = interleave(
+        {"sleep": lambda: time.sleep(0.005)},
+        rounds=50,
+        budget=0.0,
+        progress=lambda done, rounds: seen.append((done, rounds)),
+    )
     assert len(timings["sleep"].seconds) == MINIMUM_ROUNDS
     assert seen == [(1, 50), (2, 50), (3, 50)]
 
@@ -43,7 +50,9 @@ def test_another_stopwatch_takes_the_times() -> None:
         call()
         return float(len(runs))
 
-    assert interleave({"a": lambda: runs.append("a")}, rounds=3, warmups=1, stopwatch=stopwatch)["a"].seconds == (2.0, 3.0, 4.0)
+    assert interleave({"a": lambda: runs.append("a")}, rounds=3, warmups=1, stopwatch=stopwatch)[
+        "a"
+    ].seconds == (2.0, 3.0, 4.0)
 
 
 def test_median_and_quartiles() -> None:
@@ -71,11 +80,14 @@ def test_a_wrong_backend_is_found_out() -> None:
     for toy, wrong in ((Uniform(2, 8), False), (Wrong(2, 8), True)):
         toy(q, k, v)
         found = mistake(toy, q, k, v, is_causal=True)
-        assert found == ("backend fast is off its reference by 1 (allowed 0.0001 in float32)" if wrong else None)
+        assert found == (
+            "backend fast is off its reference by 1 (allowed 0.0001 in float32)" if wrong else None
+        )
 
 
 def test_the_check_sees_a_batch_of_its_own_kind() -> None:
-    """Of several samples two, not one: a compiled backend takes one sample for a shape of another kind and compiles anew."""
+    """Of several samples two, not one: a compiled backend takes one sample for a shape of another
+    kind and compiles anew."""
     attention, batches = attnzoo.build("standard", heads=2, head_dim=8), []
     attention.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
     for batch_size, checked in ((1, 1), (2, 2), (8, 2)):

@@ -1,4 +1,5 @@
-"""configs/variants: each paper's own settings build the variant that the file is named after, and it runs."""
+"""configs/variants: each paper's own settings build the variant that the file is named after, and
+it runs."""
 
 from __future__ import annotations
 
@@ -35,4 +36,8 @@ def test_the_papers_settings_name_their_paper(path: Path) -> None:
 def test_the_files_give_no_option_that_is_left_to_the_model() -> None:
     for path in FILES:
         given = set(yaml.safe_load(path.read_text(encoding="utf-8")))
-        assert given <= {option.name for option in options_of(path.stem)} - {"heads", "head_dim", "backend"}
+        assert given <= {option.name for option in options_of(path.stem)} - {
+            "heads",
+            "head_dim",
+            "backend",
+        }

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from attnzoo.call import Call
-from attnzoo.engines.softmax import Softmax, causal_mask
-from attnzoo.engines.softmax_xformers import choose_bias, why_not
+from attnzoo.engines.softmax.softmax import Softmax, causal_mask
+from attnzoo.engines.softmax.xformers_kernel import choose_bias, why_not
 
 
 def call_of(query_length: int, key_length: int, *, is_causal: bool) -> Call:
@@ -15,7 +15,9 @@ def call_of(query_length: int, key_length: int, *, is_causal: bool) -> Call:
     return Call(q, k, k, None, None, is_causal)
 
 
-@pytest.mark.parametrize(("query_length", "key_length"), [(1, 1), (1, 9), (9, 9), (3, 9), (130, 257)])
+@pytest.mark.parametrize(
+    ("query_length", "key_length"), [(1, 1), (1, 9), (9, 9), (3, 9), (130, 257)]
+)
 def test_the_chosen_bias_is_our_mask(query_length: int, key_length: int) -> None:
     pytest.importorskip("xformers")
     assert choose_bias(call_of(query_length, key_length, is_causal=False)) is None

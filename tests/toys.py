@@ -1,4 +1,5 @@
-"""Attention variants that are wrong, random or untrained on purpose, for tests of what measures variants."""
+"""Attention variants that are wrong, random or untrained on purpose, for tests of what measures
+variants."""
 
 from __future__ import annotations
 
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Backend, Cost, Engine, Shape, never_refuses
-from attnzoo.engines.softmax import visible
+from attnzoo.engines.softmax.softmax import visible
 from attnzoo.registry import spec_of
 
 
 class UniformEngine(Engine):
-    """A_ij = 1 / (number of visible keys): answers mean(v), in a reference and in a `fast` backend."""
+    """A_ij = 1 / (number of visible keys): answers mean(v), in a reference and in a `fast`
+    backend."""
 
     def cost(self, shape: Shape) -> Cost:
         return Cost(1000, 1000)
@@ -38,21 +40,34 @@ def not_a_number(engine: Engine, call: Call) -> Tensor:
 
 
 class RightEngine(UniformEngine):
-    backends = (Backend("fast", uniform, never_refuses), Backend("reference", uniform, never_refuses))
+    backends = (
+        Backend("fast", uniform, never_refuses),
+        Backend("reference", uniform, never_refuses),
+    )
 
 
 class WrongEngine(UniformEngine):
-    backends = (Backend("fast", doubled, never_refuses), Backend("reference", uniform, never_refuses))
+    backends = (
+        Backend("fast", doubled, never_refuses),
+        Backend("reference", uniform, never_refuses),
+    )
 
 
 class NaNEngine(UniformEngine):
-    backends = (Backend("fast", not_a_number, never_refuses), Backend("reference", uniform, never_refuses))
+    backends = (
+        Backend("fast", not_a_number, never_refuses),
+        Backend("reference", uniform, never_refuses),
+    )
 
 
 class DrawnEngine(UniformEngine):
     """Answers `factor` · mean(v)."""
 
-    backends = (Backend("reference", lambda engine, call: engine.factor * uniform(engine, call), never_refuses),)
+    backends = (
+        Backend(
+            "reference", lambda engine, call: engine.factor * uniform(engine, call), never_refuses
+        ),
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +75,15 @@ class DrawnEngine(UniformEngine):
 
 
 def _spec(name: str) -> Spec:
-    return replace(spec_of("standard"), name=name, family="kernel", exact=False, attn_mask=False, dropout=False, decodes=False)
+    return replace(
+        spec_of("standard"),
+        name=name,
+        family="kernel",
+        exact=False,
+        attn_mask=False,
+        dropout=False,
+        decodes=False,
+    )
 
 
 class Uniform(Attention):

@@ -1,4 +1,5 @@
-"""From which length on a contender beats SDPA, in time and in memory, between the lengths that were measured."""
+"""From which length on a contender beats SDPA, in time and in memory, between the lengths that were
+measured."""
 
 from __future__ import annotations
 
@@ -6,17 +7,19 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from attnzoo.bench.rows import SDPA, Row
+from attnzoo.bench.bench_rows import SDPA, Row
 
 NOTE = (
-    "Crossover: the length from which on a contender needs less than exact SDPA at every longer length measured, interpolated between two "
+    "Crossover: the length from which on a contender needs less than exact SDPA at every longer "
+    "length measured, interpolated between two "
     "measured lengths on logarithmic scales; ≤ and > name the shortest and longest length measured."
 )
 
 
 @dataclass(frozen=True)
 class Crossover:
-    """length: in tokens, interpolated; None outside the measured lengths, `shortest` to `longest`, where `wins` says on which side."""
+    """length: in tokens, interpolated; None outside the measured lengths, `shortest` to `longest`,
+    where `wins` says on which side."""
 
     length: float | None
     wins: bool
@@ -24,14 +27,16 @@ class Crossover:
     longest: int
 
     def text(self) -> str:
-        """Such as "1,340", "≤ 256" (wins wherever measured) or "> 4,096" (does not win at the longest)."""
+        """Such as "1,340", "≤ 256" (wins wherever measured) or "> 4,096" (does not win at the
+        longest)."""
         if self.length is not None:
             return f"{self.length:,.0f}"
         return f"≤ {self.shortest:,}" if self.wins else f"> {self.longest:,}"
 
 
 def crossover(points: Sequence[tuple[int, float]]) -> Crossover | None:
-    """Where the ratio of SDPA's need to the contender's passes 1 for good. points: (length, ratio); None when there are none."""
+    """Where the ratio of SDPA's need to the contender's passes 1 for good. points: (length, ratio);
+    None when there are none."""
     ordered = sorted(points)
     if not ordered:
         return None
@@ -41,7 +46,9 @@ def crossover(points: Sequence[tuple[int, float]]) -> Crossover | None:
         return Crossover(None, not losing, shortest, longest)
     (low, below), (high, above) = ordered[losing[-1] : losing[-1] + 2]
     part = -math.log(below) / (math.log(above) - math.log(below))
-    return Crossover(math.exp(math.log(low) + part * (math.log(high) - math.log(low))), True, shortest, longest)
+    return Crossover(
+        math.exp(math.log(low) + part * (math.log(high) - math.log(low))), True, shortest, longest
+    )
 
 
 def curves(rows: Iterable[Row]) -> dict[tuple[object, ...], list[Row]]:
@@ -59,7 +66,12 @@ def time_crossover(curve: Iterable[Row]) -> Crossover | None:
 
 def memory_crossover(curve: Iterable[Row]) -> Crossover | None:
     """In peak memory, of one contender in one setting."""
-    return _of(curve, lambda row: row.sdpa_peak_bytes / row.peak_bytes if row.sdpa_peak_bytes and row.peak_bytes else None)
+    return _of(
+        curve,
+        lambda row: (
+            row.sdpa_peak_bytes / row.peak_bytes if row.sdpa_peak_bytes and row.peak_bytes else None
+        ),
+    )
 
 
 def _of(curve: Iterable[Row], ratio: Callable[[Row], float | None]) -> Crossover | None:

@@ -1,4 +1,5 @@
-"""What is timed: an attention alone, with its projections, or in a whole layer; and torch's SDPA, called directly, in its place."""
+"""What is timed: an attention alone, with its projections, or in a whole layer; and torch's SDPA,
+called directly, in its place."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from attnzoo.attention import Attention
 from attnzoo.bench.plan import DECODE_ROOM, Cell, Contender
-from attnzoo.multihead import MultiheadAttention
+from attnzoo.layers.multihead import MultiheadAttention
 from attnzoo.registry import build, options_of
 
 FEED_FORWARD = 4  # inner width of the feed-forward network, in widths of the model
@@ -30,7 +31,8 @@ class Work:
 
 
 class DirectAttention(nn.Module):
-    """The projections of multi-head self-attention around one call of torch's SDPA: the least that the zoo's module could do."""
+    """The projections of multi-head self-attention around one call of torch's SDPA: the least that
+    the zoo's module could do."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -48,20 +50,27 @@ class SelfAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, attention: str, options: dict[str, Any]) -> None:
         super().__init__()
-        self.multihead = MultiheadAttention(width, heads, batch_first=True, attention=attention, attention_options=options)
+        self.multihead = MultiheadAttention(
+            width, heads, batch_first=True, attention=attention, attention_options=options
+        )
 
     def forward(self, x: Tensor, is_causal: bool) -> Tensor:
         return self.multihead(x, x, x, need_weights=False, is_causal=is_causal)[0]
 
 
 class Layer(nn.Module):
-    """A pre-norm Transformer layer, as torch's with norm_first=True and GELU: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """A pre-norm Transformer layer, as torch's with norm_first=True and GELU: x +
+    attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, width: int, attention: nn.Module) -> None:
         super().__init__()
         self.attention = attention
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.feed_forward = nn.Sequential(nn.Linear(width, FEED_FORWARD * width), nn.GELU(), nn.Linear(FEED_FORWARD * width, width))
+        self.feed_forward = nn.Sequential(
+            nn.Linear(width, FEED_FORWARD * width),
+            nn.GELU(),
+            nn.Linear(FEED_FORWARD * width, width),
+        )
 
     def forward(self, x: Tensor, is_causal: bool) -> Tensor:
         x = x + self.attention(self.attention_norm(x), is_causal)
@@ -69,8 +78,12 @@ class Layer(nn.Module):
 
 
 def options_for(contender: Contender, cell: Cell, seed: int) -> dict[str, Any]:
-    """A variant's options beside heads and head_dim: the user's, the backend, and seed and max_length where it takes them."""
-    offered = {"seed": seed, "max_length": cell.length + (DECODE_ROOM if cell.phase == "decode" else 0)}
+    """A variant's options beside heads and head_dim: the user's, the backend, and seed and
+    max_length where it takes them."""
+    offered = {
+        "seed": seed,
+        "max_length": cell.length + (DECODE_ROOM if cell.phase == "decode" else 0),
+    }
     taken = {option.name for option in options_of(contender.candidate.name)}
     supplied = {name: value for name, value in offered.items() if name in taken}
     return {**supplied, **contender.candidate.options, "backend": contender.backend}
@@ -82,14 +95,19 @@ def core_inputs(cell: Cell, sets: int, device: torch.device, seed: int) -> list[
     return [_normal(shape, 3, cell.dtype, device, seed + number) for number in range(sets)]
 
 
-def layer_inputs(cell: Cell, sets: int, device: torch.device, seed: int) -> list[tuple[Tensor, ...]]:
+def layer_inputs(
+    cell: Cell, sets: int, device: torch.device, seed: int
+) -> list[tuple[Tensor, ...]]:
     """Sets of one normal x, (batch, length, heads · head_dim)."""
     shape = (cell.shape.batch_size, cell.length, cell.shape.heads * cell.shape.head_dim)
     return [_normal(shape, 1, cell.dtype, device, seed + number) for number in range(sets)]
 
 
-def prepare(contender: Contender | None, cell: Cell, inputs: Sequence[tuple[Tensor, ...]], seed: int) -> Work:
-    """A contender (None: SDPA called directly) on inputs of `core_inputs` at level core and of `layer_inputs` at the others.
+def prepare(
+    contender: Contender | None, cell: Cell, inputs: Sequence[tuple[Tensor, ...]], seed: int
+) -> Work:
+    """A contender (None: SDPA called directly) on inputs of `core_inputs` at level core and of
+    `layer_inputs` at the others.
 
     Raises ValueError on an option that the variant does not take.
     """
@@ -100,36 +118,66 @@ def prepare(contender: Contender | None, cell: Cell, inputs: Sequence[tuple[Tens
         return _module(contender, cell, inputs, seed)
 
 
-def _core(contender: Contender | None, cell: Cell, inputs: Sequence[tuple[Tensor, ...]], seed: int) -> Work:
+def _core(
+    contender: Contender | None, cell: Cell, inputs: Sequence[tuple[Tensor, ...]], seed: int
+) -> Work:
     if contender is None:
         if cell.phase == "decode":
             return Work(_decode_directly(*inputs[0]), None)
-        return Work(passes(cell, inputs, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=cell.is_causal), ()), None)
+        return Work(
+            passes(
+                cell,
+                inputs,
+                lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=cell.is_causal),
+                (),
+            ),
+            None,
+        )
     options = options_for(contender, cell, seed)
-    attention = build(contender.candidate.name, heads=cell.shape.heads, head_dim=cell.shape.head_dim, **options)
+    attention = build(
+        contender.candidate.name, heads=cell.shape.heads, head_dim=cell.shape.head_dim, **options
+    )
     attention = attention.eval().to(inputs[0][0].device, inputs[0][0].dtype)
     if cell.phase == "decode":
         return Work(_decode(attention, *inputs[0]), attention)
-    run = passes(cell, inputs, lambda q, k, v: attention(q, k, v, is_causal=cell.is_causal), tuple(attention.parameters()))
+    run = passes(
+        cell,
+        inputs,
+        lambda q, k, v: attention(q, k, v, is_causal=cell.is_causal),
+        tuple(attention.parameters()),
+    )
     return Work(run, attention)
 
 
-def _module(contender: Contender | None, cell: Cell, inputs: Sequence[tuple[Tensor, ...]], seed: int) -> Work:
+def _module(
+    contender: Contender | None, cell: Cell, inputs: Sequence[tuple[Tensor, ...]], seed: int
+) -> Work:
     width, heads = cell.shape.heads * cell.shape.head_dim, cell.shape.heads
     attention = None
     if contender is None:
         module: nn.Module = DirectAttention(width, heads)
     else:
-        module = SelfAttention(width, heads, contender.candidate.name, options_for(contender, cell, seed))
+        module = SelfAttention(
+            width, heads, contender.candidate.name, options_for(contender, cell, seed)
+        )
         attention = module.multihead.attention
     if cell.level == "layer":
         module = Layer(width, module)
     module = module.eval().to(inputs[0][0].device, inputs[0][0].dtype)
-    return Work(passes(cell, inputs, lambda x: module(x, cell.is_causal), tuple(module.parameters())), attention)
+    return Work(
+        passes(cell, inputs, lambda x: module(x, cell.is_causal), tuple(module.parameters())),
+        attention,
+    )
 
 
-def passes(cell: Cell, inputs: Sequence[tuple[Tensor, ...]], forward: Callable[..., Tensor], parameters: tuple[Tensor, ...]) -> Pass:
-    """Forward, or forward and backward to all inputs and parameters, on one set of inputs after another."""
+def passes(
+    cell: Cell,
+    inputs: Sequence[tuple[Tensor, ...]],
+    forward: Callable[..., Tensor],
+    parameters: tuple[Tensor, ...],
+) -> Pass:
+    """Forward, or forward and backward to all inputs and parameters, on one set of inputs after
+    another."""
     sets = cycle(inputs)
     if cell.phase == "forward":
 
@@ -143,13 +191,16 @@ def passes(cell: Cell, inputs: Sequence[tuple[Tensor, ...]], forward: Callable[.
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in next(sets)]
             out = forward(*leaves)
-            return torch.autograd.grad(out, [*leaves, *parameters], torch.ones_like(out), allow_unused=True)
+            return torch.autograd.grad(
+                out, [*leaves, *parameters], torch.ones_like(out), allow_unused=True
+            )
 
     return train
 
 
 def _decode(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Pass:
-    """One token after q.shape[2] others. Each run takes the state that the last one left, so that none copies it."""
+    """One token after q.shape[2] others. Each run takes the state that the last one left, so that
+    none copies it."""
     length = q.shape[2]
     one = [x[:, :, -1:].clone() for x in (q, k, v)]
     state: Any = None
@@ -158,7 +209,9 @@ def _decode(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Pass:
         nonlocal state
         with torch.no_grad():
             if state is None:
-                state = attention.init_state(q.shape[0], length + DECODE_ROOM, dtype=q.dtype, device=q.device)
+                state = attention.init_state(
+                    q.shape[0], length + DECODE_ROOM, dtype=q.dtype, device=q.device
+                )
                 state = attention.step(q, k, v, state)[1]
             out, state = attention.step(one[0], one[1], one[2], state)
             return out
@@ -182,6 +235,11 @@ def _decode_directly(q: Tensor, k: Tensor, v: Tensor) -> Pass:
     return step
 
 
-def _normal(shape: tuple[int, ...], number: int, dtype: str, device: torch.device, seed: int) -> tuple[Tensor, ...]:
+def _normal(
+    shape: tuple[int, ...], number: int, dtype: str, device: torch.device, seed: int
+) -> tuple[Tensor, ...]:
     generator = torch.Generator(device).manual_seed(seed % 2**63)
-    return tuple(torch.randn(shape, generator=generator, device=device).to(getattr(torch, dtype)) for _ in range(number))
+    return tuple(
+        torch.randn(shape, generator=generator, device=device).to(getattr(torch, dtype))
+        for _ in range(number)
+    )

@@ -1,4 +1,5 @@
-"""What a benchmark is asked to measure: sweeps over settings, read from YAML, each setting with all its contenders."""
+"""What a benchmark is asked to measure: sweeps over settings, read from YAML, each setting with all
+its contenders."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting, in which all contenders run in turns. See `attnzoo.bench.rows.Row` for the words."""
+    """One setting, in which all contenders run in turns. See `attnzoo.bench.bench_rows.Row` for the
+    words."""
 
     level: str
     phase: str
@@ -51,7 +53,10 @@ class Cell:
     def title(self) -> str:
         """Such as "core forward, causal, n = 4,096, float32, 1×8×64"."""
         shape = f"{self.shape.batch_size}×{self.shape.heads}×{self.shape.head_dim}"
-        return f"{self.level} {self.phase}, {'causal' if self.is_causal else 'not causal'}, n = {self.length:,}, {self.dtype}, {shape}"
+        return (
+            f"{self.level} {self.phase}, {'causal' if self.is_causal else 'not causal'}, n = "
+            f"{self.length:,}, {self.dtype}, {shape}"
+        )
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,11 @@ class Contender:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every combination of these. variants: as on the command line, NAME[:OPTION=VALUE,...]; empty means the whole zoo.
+    """Every combination of these. variants: as on the command line, NAME[:OPTION=VALUE,...]; empty
+    means the whole zoo.
 
-    budget: seconds a setting after which no new round is begun; a contender that three rounds have no room for gets no time.
+    budget: seconds a setting after which no new round is begun; a contender that three rounds have
+    no room for gets no time.
     """
 
     levels: tuple[str, ...] = ("core",)
@@ -84,39 +91,67 @@ class Sweep:
         for name, allowed in (("levels", LEVELS), ("phases", PHASES), ("dtypes", DTYPES)):
             for value in getattr(self, name):
                 if value not in allowed:
-                    raise ValueError(f"{name}: {value!r} is unknown{nearest(value, allowed)}; choose of {', '.join(allowed)}")
+                    raise ValueError(
+                        f"{name}: {value!r} is unknown{nearest(value, allowed)}; choose of "
+                        f"{', '.join(allowed)}"
+                    )
         for value in self.causal:
             if not isinstance(value, bool):
                 raise ValueError(f"causal: {value!r} must be true or false")
         for length in self.lengths:
             check_positive("lengths", length)
         check_positive("rounds", self.rounds)
-        if not isinstance(self.budget, int | float) or isinstance(self.budget, bool) or not 0 < self.budget < float("inf"):
+        if (
+            not isinstance(self.budget, int | float)
+            or isinstance(self.budget, bool)
+            or not 0 < self.budget < float("inf")
+        ):
             raise ValueError(f"budget={self.budget!r} must be a number of seconds above 0")
         if "decode" in self.phases and self.rounds > MOST_DECODE_ROUNDS:
-            raise ValueError(f"rounds={self.rounds} is more than the {MOST_DECODE_ROUNDS} that a decoding state has room for; give fewer")
+            raise ValueError(
+                f"rounds={self.rounds} is more than the {MOST_DECODE_ROUNDS} that a decoding state "
+                "has room for; give fewer"
+            )
         if "decode" in self.phases and self.levels != ("core",):
-            raise ValueError("phases: decode is a matter of the core; give it a sweep of its own with levels: [core]")
+            raise ValueError(
+                "phases: decode is a matter of the core; give it a sweep of its own with levels: "
+                "[core]"
+            )
 
     def cells(self) -> Iterator[Cell]:
         """All settings, short lengths first. Decoding is causal whatever `causal` says."""
-        for length, shape, dtype, level, phase in product(sorted(self.lengths), self.shapes, self.dtypes, self.levels, self.phases):
+        for length, shape, dtype, level, phase in product(
+            sorted(self.lengths), self.shapes, self.dtypes, self.levels, self.phases
+        ):
             for is_causal in (True,) if phase == "decode" else self.causal:
                 yield Cell(level, phase, is_causal, length, dtype, shape)
 
     def contenders(self, parse: ParseVariant) -> list[Contender]:
-        """Every variant with every backend that it has. Raises ValueError on a wrong variant, and on a backend that none of them has."""
+        """Every variant with every backend that it has. Raises ValueError on a wrong variant, and
+        on a backend that none of them has."""
         candidates = [Candidate(*parse(text)) for text in self.variants or names()]
-        known = ["auto", *dict.fromkeys(backend for candidate in candidates for backend in _backends(candidate))]
+        known = [
+            "auto",
+            *dict.fromkeys(backend for candidate in candidates for backend in _backends(candidate)),
+        ]
         for backend in self.backends:
             if backend not in known:
-                raise ValueError(f"backends: none of the variants has {backend!r}{nearest(backend, known)}; choose of {', '.join(known)}")
-        return [Contender(candidate, backend) for candidate in candidates for backend in self.backends if backend in ("auto", *_backends(candidate))]
+                raise ValueError(
+                    f"backends: none of the variants has {backend!r}{nearest(backend, known)}; "
+                    f"choose of {', '.join(known)}"
+                )
+        return [
+            Contender(candidate, backend)
+            for candidate in candidates
+            for backend in self.backends
+            if backend in ("auto", *_backends(candidate))
+        ]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole benchmark. device: cpu, cuda or cuda:INDEX. seed: of inputs and of every random choice."""
+    """A whole benchmark. device: cpu, cuda or cuda:INDEX. seed: of inputs and of every random
+    choice."""
 
     device: str = "cpu"
     seed: int = 0
@@ -127,7 +162,8 @@ class Plan:
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a YAML file: device, seed, the settings of `Sweep`, and optionally `sweeps`, a list of mappings that each override them.
+    """Read a YAML file: device, seed, the settings of `Sweep`, and optionally `sweeps`, a list of
+    mappings that each override them.
 
     Raises ValueError, one sentence that names the file, on whatever it cannot mean.
     """
@@ -143,7 +179,9 @@ def read_plan(path: Path) -> Plan:
         check_mapping(f"{what}, a sweep", override, common, may_be_empty="sweeps" not in found)
     try:
         sweeps = tuple(_sweep({**shared, **override}) for override in overrides)
-        return Plan(sweeps=sweeps, **{key: found[key] for key in ("device", "seed") if key in found})
+        return Plan(
+            sweeps=sweeps, **{key: found[key] for key in ("device", "seed") if key in found}
+        )
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
 
@@ -160,7 +198,9 @@ def _sweep(found: dict[str, Any]) -> Sweep:
             read[key] = value
             continue
         if not isinstance(value, list) or not value:
-            raise ValueError(f"{key} must be a list that is not empty, such as [{value if value else '...'}]")
+            raise ValueError(
+                f"{key} must be a list that is not empty, such as [{value if value else '...'}]"
+            )
         read[key] = tuple(_shape(item) if key == "shapes" else item for item in value)
     for key in ("variants", "backends", "levels", "phases", "dtypes"):
         for item in read.get(key, ()):

@@ -1,4 +1,5 @@
-"""Running a plan: each setting checks its contenders, times them in turns with SDPA, and yields one row a contender."""
+"""Running a plan: each setting checks its contenders, times them in turns with SDPA, and yields one
+row a contender."""
 
 from __future__ import annotations
 
@@ -11,16 +12,16 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention import Attention
-from attnzoo.bench import amounts
-from attnzoo.bench.cuda import captured, check_answers, stopwatch_of
+from attnzoo.bench import arithmetic
+from attnzoo.bench.bench_rows import LATE, SDPA, Key, Row
+from attnzoo.bench.cuda_timing import captured, check_answers, stopwatch_of
+from attnzoo.bench.environment import environment
+from attnzoo.bench.heap import out_of_memory, settle_heap
 from attnzoo.bench.levels import Pass, Work, core_inputs, layer_inputs, options_for, prepare
-from attnzoo.bench.limits import Limits, measure_limits
-from attnzoo.bench.memory import peak_bytes
+from attnzoo.bench.machine_limits import Limits, measure_limits
+from attnzoo.bench.peak_memory import peak_bytes
 from attnzoo.bench.plan import MOST_TOKENS, Cell, Contender, ParseVariant, Plan
-from attnzoo.bench.room import out_of_memory, settle_heap
-from attnzoo.bench.rows import LATE, SDPA, Key, Row
 from attnzoo.bench.timing import MINIMUM_ROUNDS, Timing, disagreement, interleave, mistake
-from attnzoo.environment import environment
 from attnzoo.fidelity.candidate import Candidate
 from attnzoo.registry import build
 
@@ -31,8 +32,11 @@ MOST_REPEATS = 64
 Progress = Callable[[str, int, int], None]
 
 
-def run_plan(plan: Plan, parse: ParseVariant, device: torch.device, finished: set[Key], progress: Progress) -> Iterator[Row]:
-    """The rows of a plan as they finish, without those whose key is `finished`. progress: called with (what comes, settings done, settings).
+def run_plan(
+    plan: Plan, parse: ParseVariant, device: torch.device, finished: set[Key], progress: Progress
+) -> Iterator[Row]:
+    """The rows of a plan as they finish, without those whose key is `finished`. progress: called
+    with (what comes, settings done, settings).
 
     Raises DeviceLost after the row of the contender that a CUDA device did not survive.
     """
@@ -42,7 +46,11 @@ def run_plan(plan: Plan, parse: ParseVariant, device: torch.device, finished: se
     done = set(finished)
     for number, (sweep, cell) in enumerate(work):
         progress(cell.title(), number, len(work))
-        missing = [contender for contender in contenders[id(sweep)] if blank_row(contender, cell).key not in done]
+        missing = [
+            contender
+            for contender in contenders[id(sweep)]
+            if blank_row(contender, cell).key not in done
+        ]
         if not missing and blank_row(None, cell).key in done:
             continue
         for row in bench.measure(cell, missing, sweep.rounds, sweep.budget):
@@ -54,7 +62,12 @@ def run_plan(plan: Plan, parse: ParseVariant, device: torch.device, finished: se
 
 def planned(plan: Plan, parse: ParseVariant) -> set[Key]:
     """The keys of all rows of a plan, but for those of SDPA called directly."""
-    return {blank_row(contender, cell).key for sweep in plan.sweeps for contender in sweep.contenders(parse) for cell in sweep.cells()}
+    return {
+        blank_row(contender, cell).key
+        for sweep in plan.sweeps
+        for contender in sweep.contenders(parse)
+        for cell in sweep.cells()
+    }
 
 
 def blank_row(contender: Contender | None, cell: Cell) -> Row:
@@ -88,7 +101,8 @@ class Entry:
     on_cuda: bool
 
     def repeats(self, shortest: float) -> int:
-        """Enough for a turn of `shortest` seconds; once on CUDA, where the cache is flushed before each turn."""
+        """Enough for a turn of `shortest` seconds; once on CUDA, where the cache is flushed before
+        each turn."""
         if self.on_cuda:
             return 1
         most = MOST_TOKENS if self.row.phase == "decode" else MOST_REPEATS
@@ -96,24 +110,34 @@ class Entry:
 
 
 class Bench:
-    """One device, with the limits measured so far and how long each contender took at shorter lengths."""
+    """One device, with the limits measured so far and how long each contender took at shorter
+    lengths."""
 
     shortest_turn = 0.02  # seconds: a shorter pass is repeated within its turn
-    surely = 4.0  # times over the room for a pass: an expectation so far above it spares the try, a first pass the check
+    # Times over the room for a pass: an expectation so far above it spares the try, a first pass
+    # the check
+    surely = 4.0
 
     def __init__(self, device: torch.device, seed: int) -> None:
         settle_heap()
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # for what asks no tensor where to work: the allocator's cache, Triton's launches
+            torch.cuda.set_device(
+                device
+            )  # for what asks no tensor where to work: the allocator's cache, Triton's launches
         self.device, self.seed = device, seed
         self.stopwatch = stopwatch_of(device)
         self.facts = environment(seed=seed, device=device)
         self.limits: dict[str, Limits] = {}
         self.prepared: tuple[Cell, list[tuple[Tensor, ...]]] | None = None
-        self.seen: dict[Key, tuple[int, float]] = {}  # of a curve: least work and seconds at its last length
+        self.seen: dict[
+            Key, tuple[int, float]
+        ] = {}  # of a curve: least work and seconds at its last length
 
-    def measure(self, cell: Cell, contenders: Sequence[Contender], rounds: int, budget: float) -> Iterator[Row]:
-        """Rows of one setting: those without a time as soon as that is known, the timed ones together at the end."""
+    def measure(
+        self, cell: Cell, contenders: Sequence[Contender], rounds: int, budget: float
+    ) -> Iterator[Row]:
+        """Rows of one setting: those without a time as soon as that is known, the timed ones
+        together at the end."""
         entries: list[Entry] = []
         room = budget / MINIMUM_ROUNDS  # seconds for one round of all contenders
         for contender in [None, *contenders]:
@@ -122,7 +146,9 @@ class Bench:
                 yield found
             else:
                 entries.append(found)
-            check_answers(self.device)  # else all that follow would be called wrong for what this one did
+            check_answers(
+                self.device
+            )  # else all that follow would be called wrong for what this one did
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         if not entries:
@@ -143,25 +169,38 @@ class Bench:
         return prepare(contender, cell, self.inputs(cell), self.seed)
 
     def counted(self, contender: Contender, cell: Cell) -> Attention | None:
-        """The attention whose closed form counts a contender's work, or None when there is no such form."""
+        """The attention whose closed form counts a contender's work, or None when there is no such
+        form."""
         options = options_for(contender, cell, self.seed)
-        return build(contender.candidate.name, heads=cell.shape.heads, head_dim=cell.shape.head_dim, **options)
+        return build(
+            contender.candidate.name,
+            heads=cell.shape.heads,
+            head_dim=cell.shape.head_dim,
+            **options,
+        )
 
     def judge(self, row: Row, work: Work, cell: Cell) -> Row:
-        """The row after a look at what the work computes: with a reason when it must get no time."""
+        """The row after a look at what the work computes: with a reason when it must get no
+        time."""
         if work.attention is None:
             return row
         row = replace(row, ran=work.attention.last_backend)
         return replace(row, reason=self._mistake(work.attention, cell) or "")
 
     def admit(self, contender: Contender | None, cell: Cell, room: float) -> Row | Entry:
-        """Build, run once, check and weigh one contender: an entry for the rounds, or a row with the reason why there is none."""
+        """Build, run once, check and weigh one contender: an entry for the rounds, or a row with
+        the reason why there is none."""
         row = replace(self.blank(contender, cell), environment=self.facts)
         try:
             row = self._with_amounts(row, contender, cell)
             expected = self._expected_seconds(row)
             if expected > self.surely * room:
-                return self._late(row, f"a pass would take about {expected:.2g} s by its work and its time at a shorter length", room)
+                return self._late(
+                    row,
+                    f"a pass would take about {expected:.2g} s by its work and its time at a "
+                    "shorter length",
+                    room,
+                )
             work = self.prepare(contender, cell)
             seconds = self.stopwatch(work.run)
             if seconds > self.surely * room and self.device.type == "cpu":
@@ -170,26 +209,43 @@ class Bench:
             row = self.judge(row, work, cell)
             if row.reason:
                 return row
-            # A first pass is made of what later ones need not do again; one that is long, but not too long, may stand for them all the same.
+            # A first pass is made of what later ones need not do again; one that is long, but not
+            # too long, may stand for them all the same.
             if not SHORT_PASS <= seconds <= room or self.device.type == "cuda":
                 seconds = self.stopwatch(work.run)
             self.seen[self._curve(row)] = (_work(row), seconds)
             if seconds > room:
                 return self._late(row, f"a pass takes {seconds:.2g} s", room)
-            return Entry(replace(row, peak_bytes=peak_bytes(work.run, self.device)), work.run, seconds, self.device.type == "cuda")
+            return Entry(
+                replace(row, peak_bytes=peak_bytes(work.run, self.device)),
+                work.run,
+                seconds,
+                self.device.type == "cuda",
+            )
         except ValueError as error:  # what the variant or the backend cannot do
             return replace(row, reason=str(error))
-        except Exception as error:  # of any kind: Triton's are of its own, and one kernel that does not compile must not end the sweep
+        # Of any kind: Triton's are of its own, and one kernel that does not compile must not end
+        # the sweep
+        except Exception as error:
             return replace(row, reason=_failure(error))
 
     def time(self, entries: list[Entry], rounds: int, budget: float) -> list[Row]:
         """The rows of contenders that passed, timed in turns."""
-        repeats = {number: entry.repeats(self.shortest_turn) for number, entry in enumerate(entries)}
-        calls: dict[str, Pass] = {str(number): partial(_repeat, entry.run, repeats[number]) for number, entry in enumerate(entries)}
+        repeats = {
+            number: entry.repeats(self.shortest_turn) for number, entry in enumerate(entries)
+        }
+        calls: dict[str, Pass] = {
+            str(number): partial(_repeat, entry.run, repeats[number])
+            for number, entry in enumerate(entries)
+        }
         # Every contender has run at least twice by now.
-        timings = interleave(calls, rounds=rounds, warmups=0, budget=budget, stopwatch=self.stopwatch)
+        timings = interleave(
+            calls, rounds=rounds, warmups=0, budget=budget, stopwatch=self.stopwatch
+        )
         graphs = self._time_graphs(entries, rounds, budget) if self.device.type == "cuda" else {}
-        sdpa = next((number for number, entry in enumerate(entries) if entry.row.variant == SDPA), None)
+        sdpa = next(
+            (number for number, entry in enumerate(entries) if entry.row.variant == SDPA), None
+        )
         rows = []
         for number, entry in enumerate(entries):
             timing = _divided(timings[str(number)], repeats[number])
@@ -201,14 +257,19 @@ class Bench:
                 graph_seconds=graphs.get(str(number)),
             )
             if sdpa is not None:
-                row = replace(row, sdpa_seconds=timings[str(sdpa)].median / repeats[sdpa], sdpa_peak_bytes=entries[sdpa].row.peak_bytes)
+                row = replace(
+                    row,
+                    sdpa_seconds=timings[str(sdpa)].median / repeats[sdpa],
+                    sdpa_peak_bytes=entries[sdpa].row.peak_bytes,
+                )
             rows.append(row.within_limits())
         return rows
 
     def _time_graphs(self, entries: list[Entry], rounds: int, budget: float) -> dict[str, float]:
-        """Medians of the passes replayed as CUDA graphs, one after another: each keeps all the memory of its pass while it is there, and
-        all of them at once may have none left. Whatever happens here, the times taken before stand. Decoding changes its state in
-        Python and is left out."""
+        """Medians of the passes replayed as CUDA graphs, one after another: each keeps all the
+        memory of its pass while it is there, and all of them at once may have none left. Whatever
+        happens here, the times taken before stand. Decoding changes its state in Python and is left
+        out."""
         found = {}
         for number, entry in enumerate(entries):
             if entry.row.phase == "decode":
@@ -216,21 +277,30 @@ class Bench:
             try:
                 replay = captured(entry.run, self.device)
                 if replay is not None:
-                    timing = interleave({"": replay}, rounds=rounds, budget=budget / len(entries), stopwatch=self.stopwatch)[""]
+                    timing = interleave(
+                        {"": replay},
+                        rounds=rounds,
+                        budget=budget / len(entries),
+                        stopwatch=self.stopwatch,
+                    )[""]
                     found[str(number)] = timing.median
                     del replay
-            except Exception:  # a graph of its own without a time; a device that is lost is found out by who asks next
+            # A graph of its own without a time; a device that is lost is found out by who asks next
+            except Exception:
                 continue
         return found
 
     def _with_amounts(self, row: Row, contender: Contender | None, cell: Cell) -> Row:
-        exact = amounts.exact(cell)
+        exact = arithmetic.exact(cell)
         attention = exact if contender is None else self.counted(contender, cell)
-        limits, least_bytes = self._limits(cell.dtype), amounts.least_bytes(attention or exact, cell)
+        limits, least_bytes = (
+            self._limits(cell.dtype),
+            arithmetic.least_bytes(attention or exact, cell),
+        )
         return replace(
             row,
-            macs=None if attention is None else amounts.macs(attention, cell),
-            sdpa_macs=amounts.macs(exact, cell),
+            macs=None if attention is None else arithmetic.macs(attention, cell),
+            sdpa_macs=arithmetic.macs(exact, cell),
             least_bytes=least_bytes,
             peak_flops=limits.peak_flops,
             bandwidth=limits.bandwidth_of(least_bytes),
@@ -253,10 +323,16 @@ class Bench:
         q, k, v = core_inputs(cell, 1, self.device, self.seed)[0]
         if cell.phase == "decode":
             return decoding_mistake(attention, q, k, v)
-        return mistake(attention, q, k, v, is_causal=cell.is_causal, backward=cell.phase == "forward+backward")
+        return mistake(
+            attention, q, k, v, is_causal=cell.is_causal, backward=cell.phase == "forward+backward"
+        )
 
     def _late(self, row: Row, why: str, room: float) -> Row:
-        return replace(row, reason=f"{LATE}: {why}, and {MINIMUM_ROUNDS} rounds leave {max(room, 0.0):.2g} s for one")
+        return replace(
+            row,
+            reason=f"{LATE}: {why}, and {MINIMUM_ROUNDS} rounds leave {max(room, 0.0):.2g} s for "
+            "one",
+        )
 
     def _expected_seconds(self, row: Row) -> float:
         seen = self.seen.get(self._curve(row))
@@ -267,7 +343,8 @@ class Bench:
 
 
 def decoding_mistake(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why `attention` must get no time for decoding, or None: its last row after `step` by `step` against the reference's."""
+    """Why `attention` must get no time for decoding, or None: its last row after `step` by `step`
+    against the reference's."""
     q, k, v = (x[:1] for x in (q, k, v))
     last = q.shape[2] - 1
     with torch.no_grad():
@@ -299,4 +376,8 @@ def _divided(timing: Timing, times: int) -> Timing:
 
 def _failure(error: BaseException) -> str:
     said = " ".join(str(error).split())[:300]
-    return f"out of memory: {said}" if out_of_memory(error) else f"failed with {type(error).__name__}: {said}"
+    return (
+        f"out of memory: {said}"
+        if out_of_memory(error)
+        else f"failed with {type(error).__name__}: {said}"
+    )

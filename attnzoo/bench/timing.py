@@ -1,4 +1,5 @@
-"""Time, told honestly: every contender runs in every round, and none gets a time before its result is checked."""
+"""Time, told honestly: every contender runs in every round, and none gets a time before its result
+is checked."""
 
 from __future__ import annotations
 
@@ -14,10 +15,14 @@ from torch import Tensor
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
 
-#: Allowed ||fast - reference||_F / ||reference||_F by dtype: some hundred roundings, far below what a wrong kernel gives.
+#: Allowed ||fast - reference||_F / ||reference||_F by dtype: some hundred roundings, far below what
+#: a wrong kernel gives.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 WHOLE_LENGTH = 1024  # up to which every row is checked
-CHECK_LENGTH, SAMPLED_ROWS = 257, 64  # beyond it: every row of so many tokens, and so many rows of the full length
+CHECK_LENGTH, SAMPLED_ROWS = (
+    257,
+    64,
+)  # beyond it: every row of so many tokens, and so many rows of the full length
 CHECKED_SAMPLES = 2
 MINIMUM_ROUNDS = 3  # a median of fewer says nothing
 
@@ -60,11 +65,14 @@ def interleave(
     stopwatch: Stopwatch = wall_clock,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Timing]:
-    """Time contenders in turns, A B C A B C ..., so that a slow minute of the machine slows all of them alike.
+    """Time contenders in turns, A B C A B C ..., so that a slow minute of the machine slows all of
+    them alike.
 
-    rounds: times that each contender is timed; warmups: untimed turns before. budget: seconds of timing after which no new round is
-    begun, once there are 3 (or `rounds`, if fewer). stopwatch: runs one call and returns its seconds (on CUDA: `attnzoo.bench.cuda.EventClock`).
-    progress: called with (rounds done, rounds) after each. Raises ValueError when rounds is not at least 1.
+    rounds: times that each contender is timed; warmups: untimed turns before. budget: seconds of
+    timing after which no new round is begun, once there are 3 (or `rounds`, if fewer). stopwatch:
+    runs one call and returns its seconds (on CUDA: `attnzoo.bench.cuda_timing.EventClock`).
+    progress: called with (rounds done, rounds) after each. Raises ValueError when rounds is not at
+    least 1.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds} must be at least 1")
@@ -83,14 +91,24 @@ def interleave(
     return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
 
 
-def mistake(attention: Attention, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, backward: bool = False) -> str | None:
-    """Why `attention`'s last backend must get no time, or None when it agrees with its own reference.
+def mistake(
+    attention: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    is_causal: bool,
+    backward: bool = False,
+) -> str | None:
+    """Why `attention`'s last backend must get no time, or None when it agrees with its own
+    reference.
 
-    Call it after a forward. Both run on the first `CHECKED_SAMPLES` batch entries: not on one, for which a compiled backend would compile
-    anew. Up to `WHOLE_LENGTH` tokens every row is compared; beyond, every row of the first `CHECK_LENGTH` tokens (where the backend takes so
-    few), and at the full length `SAMPLED_ROWS` last rows, causal as many about the middle too: a row asks the reference for its own scores
-    only. Agreement: a relative Frobenius error within `TOLERANCE` of the dtype. backward: the gradients of q, k and v, from those rows, must
-    agree too.
+    Call it after a forward. Both run on the first `CHECKED_SAMPLES` batch entries: not on one, for
+    which a compiled backend would compile anew. Up to `WHOLE_LENGTH` tokens every row is compared;
+    beyond, every row of the first `CHECK_LENGTH` tokens (where the backend takes so few), and at
+    the full length `SAMPLED_ROWS` last rows, causal as many about the middle too: a row asks the
+    reference for its own scores only. Agreement: a relative Frobenius error within `TOLERANCE` of
+    the dtype. backward: the gradients of q, k and v, from those rows, must agree too.
     """
     fast, reference = copy.deepcopy(attention), copy.deepcopy(attention)
     fast.backend, reference.backend = attention.last_backend or "auto", "reference"
@@ -98,7 +116,14 @@ def mistake(attention: Attention, q: Tensor, k: Tensor, v: Tensor, *, is_causal:
     length = q.shape[2]
     prefix = length if length <= WHOLE_LENGTH else CHECK_LENGTH
     try:
-        wrong = _mistake_in(fast, reference, [x[:, :, :prefix] for x in inputs], [slice(0, prefix)], is_causal, backward)
+        wrong = _mistake_in(
+            fast,
+            reference,
+            [x[:, :, :prefix] for x in inputs],
+            [slice(0, prefix)],
+            is_causal,
+            backward,
+        )
     except UnsupportedError as error:
         if prefix == length:
             raise UnsupportedError(f"backend {fast.backend} cannot be checked: {error}") from None
@@ -106,25 +131,47 @@ def mistake(attention: Attention, q: Tensor, k: Tensor, v: Tensor, *, is_causal:
     if wrong is not None or prefix == length or not attention.spec.cross:
         return wrong
     ends = [length, length // 2 + 1] if is_causal else [length]
-    return _mistake_in(fast, reference, inputs, [slice(end - SAMPLED_ROWS, end) for end in ends], is_causal, backward)
+    return _mistake_in(
+        fast,
+        reference,
+        inputs,
+        [slice(end - SAMPLED_ROWS, end) for end in ends],
+        is_causal,
+        backward,
+    )
 
 
 def _mistake_in(
-    fast: Attention, reference: Attention, inputs: Sequence[Tensor], parts: Sequence[slice], is_causal: bool, backward: bool
+    fast: Attention,
+    reference: Attention,
+    inputs: Sequence[Tensor],
+    parts: Sequence[slice],
+    is_causal: bool,
+    backward: bool,
 ) -> str | None:
-    """What is wrong in some rows: `fast` gives all, the reference those rows alone, standing at the end of the keys that it is given."""
+    """What is wrong in some rows: `fast` gives all, the reference those rows alone, standing at the
+    end of the keys that it is given."""
     with torch.set_grad_enabled(backward):
         leaves = [x.detach().requires_grad_(backward) for x in inputs]
         out = fast(*leaves, is_causal=is_causal)
         for rows in parts:
             ours = [x.detach().requires_grad_(backward) for x in inputs]
-            wanted = reference(ours[0][:, :, rows], *(x[:, :, : rows.stop] for x in ours[1:]), is_causal=is_causal)
+            wanted = reference(
+                ours[0][:, :, rows], *(x[:, :, : rows.stop] for x in ours[1:]), is_causal=is_causal
+            )
             pairs = [("", out[:, :, rows].detach(), wanted.detach())]
             if backward:
-                direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(0)).to(wanted)
-                found = torch.autograd.grad(out[:, :, rows], leaves, direction, retain_graph=True, materialize_grads=True)
+                direction = torch.randn(
+                    wanted.shape, generator=torch.Generator().manual_seed(0)
+                ).to(wanted)
+                found = torch.autograd.grad(
+                    out[:, :, rows], leaves, direction, retain_graph=True, materialize_grads=True
+                )
                 gradients = torch.autograd.grad(wanted, ours, direction, materialize_grads=True)
-                pairs += [(f"'s gradient of {name}", *pair) for name, *pair in zip("qkv", found, gradients, strict=True)]
+                pairs += [
+                    (f"'s gradient of {name}", *pair)
+                    for name, *pair in zip("qkv", found, gradients, strict=True)
+                ]
             for what, one, other in pairs:
                 wrong = disagreement(one, other)
                 if wrong is not None:
@@ -134,6 +181,12 @@ def _mistake_in(
 
 def disagreement(found: Tensor, wanted: Tensor) -> str | None:
     """The relative Frobenius error beside what the dtype allows, or None when it is within that."""
-    error = float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-300))
+    error = float(
+        (found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-300)
+    )
     tolerance = TOLERANCE[found.dtype]
-    return None if error <= tolerance else f"{error:.2g} (allowed {tolerance:g} in {str(found.dtype).removeprefix('torch.')})"
+    return (
+        None
+        if error <= tolerance
+        else f"{error:.2g} (allowed {tolerance:g} in {str(found.dtype).removeprefix('torch.')})"
+    )

@@ -1,4 +1,5 @@
-"""Where results go: a folder that is known to be writable before the work, and files that are whole or not there."""
+"""Where results go: a folder that is known to be writable before the work, and files that are whole
+or not there."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ Row = TypeVar("Row", bound=ResultRow)
 
 
 def check_folder(path: str | Path) -> Path:
-    """Make the folder if need be and try to write into it. Raises ValueError, one sentence, when that fails."""
+    """Make the folder if need be and try to write into it. Raises ValueError, one sentence, when
+    that fails."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -23,7 +25,10 @@ def check_folder(path: str | Path) -> Path:
     except FileExistsError:
         raise ValueError(f"output={str(folder)!r} is a file; give a folder with --output") from None
     except OSError as error:
-        raise ValueError(f"output={str(folder)!r} cannot be written ({error.strerror}); give another folder with --output") from None
+        raise ValueError(
+            f"output={str(folder)!r} cannot be written ({error.strerror}); give another folder "
+            "with --output"
+        ) from None
     return folder
 
 
@@ -36,7 +41,8 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def open_results(path: Path, kind: type[Row]) -> ResultFile[Row]:
-    """A result file to go on with, repaired if it was cut. Raises ValueError on a file of another kind, before it is touched."""
+    """A result file to go on with, repaired if it was cut. Raises ValueError on a file of another
+    kind, before it is touched."""
     results = ResultFile(path, kind)
     results.rows()
     said = results.repair()

@@ -15,13 +15,19 @@ Progress = Callable[[str, int, int], None]
 
 @contextmanager
 def progress_on(console: Console) -> Iterator[Progress]:
-    """A bar on a terminal, a line per step elsewhere. It is drawn between steps only: a drawing thread would disturb the timings."""
+    """A bar on a terminal, a line per step elsewhere. It is drawn between steps only: a drawing
+    thread would disturb the timings."""
     if not sys.stderr.isatty():
         yield lambda stage, done, total: console.print(f"[{done}/{total}] {stage}", soft_wrap=True)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (
+        BarColumn(24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
         task = bar.add_task("starting", total=None)
 

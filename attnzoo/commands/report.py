@@ -1,4 +1,5 @@
-"""attnzoo report FILES: result files of `attnzoo bench`, `attnzoo train` or `attnzoo compare --model` as figures and HTML pages."""
+"""attnzoo report FILES: result files of `attnzoo bench`, `attnzoo train` or `attnzoo compare
+--model` as figures and HTML pages."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """How rows of one kind are drawn. pages: the rows of every page by the name of its files. table_of: the table that a row stands in, which
-    holds times of one machine; None: no times are in it."""
+    """How rows of one kind are drawn. pages: the rows of every page by the name of its files.
+    table_of: the table that a row stands in, which holds times of one machine; None: no times are
+    in it."""
 
     kind: Any
     pages: Callable[[Sequence[Any]], dict[str, Sequence[Any]]]
@@ -36,10 +38,15 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         type=str,
         metavar="FILE",
-        help="result files, all of `attnzoo bench`, of `attnzoo train` or of `attnzoo compare --model`; the rows of one table are of one machine",
+        help="result files, all of `attnzoo bench`, of `attnzoo train` or of `attnzoo compare "
+        "--model`; the rows of one table are of one machine",
     )
     parser.add_argument(
-        "--output", type=str, default="report", metavar="FOLDER", help="gets bench.html, train.html or quality-MODEL.html, and the figures"
+        "--output",
+        type=str,
+        default="report",
+        metavar="FOLDER",
+        help="gets bench.html, train.html or quality-MODEL.html, and the figures",
     )
 
 
@@ -52,47 +59,75 @@ def run(settings: Namespace) -> int:
     lots = {path: read_rows(path, report.kind) for path in settings.files}
     for path, rows in lots.items():
         if not rows:
-            raise ValueError(f"{path} holds no rows; give a file that `{report.kind.COMMAND}` wrote")
+            raise ValueError(
+                f"{path} holds no rows; give a file that `{report.kind.COMMAND}` wrote"
+            )
     if report.table_of is not None:
         _check_machines(lots, report.table_of)
     rows = list({row.key: row for rows in lots.values() for row in rows}.values())
     folder = check_folder(settings.output)
     for name, own in report.pages(rows).items():
-        for path in [write_text(folder / f"{name}.html", report.page(own)), *write_figures(report.drawings(own), folder, f"{name}-")]:
+        for path in [
+            write_text(folder / f"{name}.html", report.page(own)),
+            *write_figures(report.drawings(own), folder, f"{name}-"),
+        ]:
             screen().print(f"wrote {path}", soft_wrap=True)
     return 0
 
 
-REPORT = Command("report", "Turn result files of bench, train or compare --model into figures and HTML pages.", add_arguments, run)
+REPORT = Command(
+    "report",
+    "Turn result files of bench, train or compare --model into figures and HTML pages.",
+    add_arguments,
+    run,
+)
 
 
 def _report_of(paths: Sequence[str]) -> Report:
-    """What draws the files. Raises ValueError on a file without rows, on rows that nothing here draws, and on files of two kinds."""
+    """What draws the files. Raises ValueError on a file without rows, on rows that nothing here
+    draws, and on files of two kinds."""
     by_format = {report.kind.FORMAT: report for report in (_benchmark(), _training(), _quality())}
     found = {path: _format_of(path) for path in paths}
     commands = ", ".join(f"`{report.kind.COMMAND}`" for report in by_format.values())
     for path, form in found.items():
         if form not in by_format:
-            what = "its rows name no format of attnzoo's" if form is None else f"its rows are of the format {form!r}"
+            what = (
+                "its rows name no format of attnzoo's"
+                if form is None
+                else f"its rows are of the format {form!r}"
+            )
             raise ValueError(
-                f"{path} cannot be drawn: {what}; give result files of one of {commands} (a study of benchmarks/ draws its own: benchmarks/README.md)"
+                f"{path} cannot be drawn: {what}; give result files of one of {commands} (a study "
+                "of benchmarks/ draws its own: benchmarks/README.md)"
             )
     kinds = {form: path for path, form in found.items()}
     if len(kinds) > 1:
-        said = " and ".join(f"{path} holds results of `{by_format[form].kind.COMMAND}`" for form, path in kinds.items() if form is not None)
+        said = " and ".join(
+            f"{path} holds results of `{by_format[form].kind.COMMAND}`"
+            for form, path in kinds.items()
+            if form is not None
+        )
         raise ValueError(f"{said}; draw one kind at a time")
     return by_format[next(form for form in kinds if form is not None)]
 
 
 def _format_of(path: str) -> str | None:
-    """What the first line says its format is; None when it is no result. Raises ValueError on a file that cannot be read or is empty."""
+    """What the first line says its format is; None when it is no result. Raises ValueError on a
+    file that cannot be read or is empty."""
     try:
-        with Path(path).open("rb") as file:  # the last line may be cut inside a letter, which must not cost the first
+        with Path(path).open(
+            "rb"
+        ) as file:  # the last line may be cut inside a letter, which must not cost the first
             line = next((line.decode() for line in file if line.strip()), None)
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}; give a result file") from None
+        raise ValueError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}; give a "
+            "result file"
+        ) from None
     if line is None:
-        raise ValueError(f"{path} holds no rows; give a result file that a command of attnzoo wrote")
+        raise ValueError(
+            f"{path} holds no rows; give a result file that a command of attnzoo wrote"
+        )
     try:
         found = json.loads(line)
     except ValueError:
@@ -103,7 +138,7 @@ def _format_of(path: str) -> str | None:
 
 def _check_machines(lots: Mapping[str, Sequence[Any]], table_of: Callable[[Any], Hashable]) -> None:
     """Raise ValueError when one table would hold times of two machines. lots: the rows by file."""
-    from attnzoo.bench.rows import check_one_machine
+    from attnzoo.bench.bench_rows import check_one_machine
 
     seen: dict[Hashable, tuple[str, list[Any]]] = {}
     for path, rows in lots.items():
@@ -116,25 +151,31 @@ def _check_machines(lots: Mapping[str, Sequence[Any]], table_of: Callable[[Any],
 
 
 def _benchmark() -> Report:
-    from attnzoo.bench.rows import Row
-    from attnzoo.report.bench_figures import drawings
-    from attnzoo.report.bench_page import page
+    from attnzoo.bench.bench_rows import Row
+    from attnzoo.report.bench.bench_figures import drawings
+    from attnzoo.report.bench.bench_page import page
 
     return Report(Row, lambda rows: {"bench": rows}, page, drawings, lambda row: None)
 
 
 def _training() -> Report:
-    from attnzoo.report.train_figures import drawings
-    from attnzoo.report.train_page import page
-    from attnzoo.tasks.rows import Row
-    from attnzoo.tasks.summary import summed_up
+    from attnzoo.report.training.train_figures import drawings
+    from attnzoo.report.training.train_page import page
+    from attnzoo.training.summary import summed_up
+    from attnzoo.training.training_rows import Row
 
-    return Report(Row, lambda rows: {"train": rows}, page, lambda rows: drawings(summed_up(rows)), lambda row: row.group)
+    return Report(
+        Row,
+        lambda rows: {"train": rows},
+        page,
+        lambda rows: drawings(summed_up(rows)),
+        lambda row: row.group,
+    )
 
 
 def _quality() -> Report:
-    from attnzoo.quality.rows import Row, by_page
-    from attnzoo.report.quality_figures import drawings
-    from attnzoo.report.quality_page import page
+    from attnzoo.quality.quality_rows import Row, by_page
+    from attnzoo.report.quality.quality_figures import drawings
+    from attnzoo.report.quality.quality_page import page
 
     return Report(Row, by_page, page, drawings)

@@ -1,4 +1,5 @@
-"""attnzoo train: attentions trained on small tasks that tell them apart, run by run into a result file."""
+"""attnzoo train: attentions trained on small tasks that tell them apart, run by run into a result
+file."""
 
 from __future__ import annotations
 
@@ -15,36 +16,63 @@ from attnzoo.commands.progress import progress_on
 from attnzoo.commands.variants import parse_variant
 
 if TYPE_CHECKING:
-    from attnzoo.tasks.rows import Row
-    from attnzoo.tasks.study import Study
     from attnzoo.tasks.task import Task
+    from attnzoo.training.training_rows import Row
+    from attnzoo.training.training_study import Study
 
 INTERRUPTED = 130
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The task, its study and what is changed in it."""
-    parser.add_argument("--task", type=str, required=True, help="mqar, copy, induction, needle, lookup, listops, pixels or shakespeare")
+    parser.add_argument(
+        "--task",
+        type=str,
+        required=True,
+        help="mqar, copy, induction, needle, lookup, listops, pixels or shakespeare",
+    )
     parser.add_argument(
         "--size",
         type=str,
         default="quick",
-        help="quick (under 5 minutes on 2 cores), cpu or gpu of the task's study; mqar has state too: what more state buys",
+        help="quick (under 5 minutes on 2 cores), cpu or gpu of the task's study; mqar has state "
+        "too: what more state buys",
     )
-    parser.add_argument("--config", type=str, metavar="FILE", help="a YAML file in the place of the shipped configs/tasks/TASK.yaml")
+    parser.add_argument(
+        "--config",
+        type=str,
+        metavar="FILE",
+        help="a YAML file in the place of the shipped configs/tasks/TASK.yaml",
+    )
     parser.add_argument(
         "--variants",
         nargs="+",
         type=str,
         metavar="NAME[:OPTION=VALUE,...]",
-        help="such as sliding_window:window=16, gru, or linear+standard for layers that take turns (default: those of the study)",
+        help="such as sliding_window:window=16, gru, or linear+standard for layers that take turns "
+        "(default: those of the study)",
     )
-    parser.add_argument("--problem", type=str, metavar="KNOB=VALUE,...", help="knobs of the task, such as pairs=16,length=128")
+    parser.add_argument(
+        "--problem",
+        type=str,
+        metavar="KNOB=VALUE,...",
+        help="knobs of the task, such as pairs=16,length=128",
+    )
     parser.add_argument("--steps", type=int, help="training steps of a run")
     parser.add_argument(
-        "--learning-rates", nargs="+", type=float, metavar="RATE", help="all tried with every seed; the one with the best mean on validation counts"
+        "--learning-rates",
+        nargs="+",
+        type=float,
+        metavar="RATE",
+        help="all tried with every seed; the one with the best mean on validation counts",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="of the start and of the order of the examples")
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        metavar="SEED",
+        help="of the start and of the order of the examples",
+    )
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda or cuda:INDEX")
     parser.add_argument(
         "--output",
@@ -57,13 +85,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(settings: Namespace) -> int:
     """Check everything, train what the result file does not hold, print and write."""
-    from attnzoo.bench.rows import check_one_machine
-    from attnzoo.environment import environment
+    from attnzoo.bench.bench_rows import check_one_machine
+    from attnzoo.bench.environment import environment
     from attnzoo.fidelity import check_device
-    from attnzoo.tasks.devices import Devices
-    from attnzoo.tasks.rows import Row
-    from attnzoo.tasks.run import Run
-    from attnzoo.tasks.zoo import find_task
+    from attnzoo.tasks.by_name import find_task
+    from attnzoo.training.devices import Devices
+    from attnzoo.training.training_rows import Row
+    from attnzoo.training.training_run import Run
 
     started, console = time.monotonic(), messages()
     task = find_task(settings.task)
@@ -76,7 +104,9 @@ def run(settings: Namespace) -> int:
     facts = environment(seed=study.seeds[0], device=devices.device)
     check_one_machine([facts], [row.environment for row in held], "this run", str(results.path))
     if held and devices.is_main:
-        console.print(f"attnzoo: {results.path} holds {len(held)} rows, which are kept", soft_wrap=True)
+        console.print(
+            f"attnzoo: {results.path} holds {len(held)} rows, which are kept", soft_wrap=True
+        )
     work = Run(study, devices, held, results.append, folder / "checkpoints", facts)
     try:
         with progress_on(console) as progress:
@@ -88,24 +118,48 @@ def run(settings: Namespace) -> int:
     if devices.is_main:
         _show(rows, folder / f"train-{task.name}.json")
         if interrupted:
-            console.print(f"attnzoo: interrupted; finished runs are in {results.path}, and the same command goes on from there", soft_wrap=True)
+            console.print(
+                f"attnzoo: interrupted; finished runs are in {results.path}, and the same command "
+                "goes on from there",
+                soft_wrap=True,
+            )
         else:
-            console.print(f"finished in {time.monotonic() - started:.0f} s; figures: attnzoo report {results.path}", soft_wrap=True)
+            console.print(
+                f"finished in {time.monotonic() - started:.0f} s; figures: attnzoo report "
+                f"{results.path}",
+                soft_wrap=True,
+            )
     return INTERRUPTED if interrupted else 0
 
 
-TRAIN = Command("train", "Train attentions on a small task that tells them apart, each with several seeds and learning rates.", add_arguments, run)
+TRAIN = Command(
+    "train",
+    "Train attentions on a small task that tells them apart, each with several seeds and learning "
+    "rates.",
+    add_arguments,
+    run,
+)
 
 
 def _study(settings: Namespace, task: type[Task]) -> Study:
     """The task's study, with what the command line says in place of its own."""
     from attnzoo.configuration import configs_folder
-    from attnzoo.tasks.study import read_study
+    from attnzoo.training.training_study import read_study
 
-    path = configs_folder() / "tasks" / f"{task.name}.yaml" if settings.config is None else Path(settings.config)
-    overrides: dict[str, Any] = {name: settings[name] for name in ("variants", "learning_rates", "seeds") if settings[name] is not None}
+    path = (
+        configs_folder() / "tasks" / f"{task.name}.yaml"
+        if settings.config is None
+        else Path(settings.config)
+    )
+    overrides: dict[str, Any] = {
+        name: settings[name]
+        for name in ("variants", "learning_rates", "seeds")
+        if settings[name] is not None
+    }
     if settings.problem is not None:
-        overrides["problem"] = dict(_knob(settings.problem, part) for part in settings.problem.split(","))
+        overrides["problem"] = dict(
+            _knob(settings.problem, part) for part in settings.problem.split(",")
+        )
     if settings.steps is not None:
         overrides["budget"] = {"steps": settings.steps}
     return read_study(path, settings.size, task, overrides, parse_variant)
@@ -116,7 +170,10 @@ def _knob(text: str, part: str) -> tuple[str, int]:
     try:
         return name.strip(), int(value)
     except ValueError:
-        raise ValueError(f"--problem {text}: {part!r} is not of the form knob=number; write knob=number,knob=number") from None
+        raise ValueError(
+            f"--problem {text}: {part!r} is not of the form knob=number; write "
+            "knob=number,knob=number"
+        ) from None
 
 
 def _show(rows: list[Row], path: Path) -> None:
@@ -124,8 +181,8 @@ def _show(rows: list[Row], path: Path) -> None:
     from rich.text import Text
 
     from attnzoo.report.tables import rich_table
-    from attnzoo.report.train_tables import problem_tables
-    from attnzoo.tasks.summary import summed_up
+    from attnzoo.report.training.train_tables import problem_tables
+    from attnzoo.training.summary import summed_up
 
     problems = summed_up(rows)
     for table in problem_tables(problems):
@@ -134,5 +191,9 @@ def _show(rows: list[Row], path: Path) -> None:
         for note in (*table.notes, table.formula):
             screen().print(Text(note, style="dim"))
         screen().print()
-    write_text(path, json.dumps([problem.to_json() for problem in problems], indent=1, ensure_ascii=False) + "\n")
+    write_text(
+        path,
+        json.dumps([problem.to_json() for problem in problems], indent=1, ensure_ascii=False)
+        + "\n",
+    )
     screen().print(f"wrote {path}", soft_wrap=True)

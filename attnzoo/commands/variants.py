@@ -24,8 +24,9 @@ KINDS: dict[str, tuple[type, ...]] = {
 def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
     """Name and options of NAME[:OPTION=VALUE,...], values read as YAML scalars.
 
-    The variant is built once, so that everything wrong with it is found before any work. Raises ValueError on an unknown name or
-    option (with the nearest), a value of another type than the option's, one that the constructor refuses, and a malformed text.
+    The variant is built once, so that everything wrong with it is found before any work. Raises
+    ValueError on an unknown name or option (with the nearest), a value of another type than the
+    option's, one that the constructor refuses, and a malformed text.
     """
     name, _, rest = text.strip().partition(":")
     find(name)
@@ -45,35 +46,58 @@ def read_value(text: str) -> Any:
         return get_loader("yaml")(text)
     except Exception as error:  # of yaml's many kinds
         reason = str(error).splitlines()[0]
-        raise ValueError(f"the value {text!r} cannot be read ({reason}); quote it, or write a list as [1, 2]") from None
+        raise ValueError(
+            f"the value {text!r} cannot be read ({reason}); quote it, or write a list as [1, 2]"
+        ) from None
 
 
 def check_variant(name: str, options: dict[str, Any], text: str = "") -> None:
-    """Build a known variant once. text: what the user wrote, for errors. Raises ValueError as `parse_variant` does."""
+    """Build a known variant once. text: what the user wrote, for errors. Raises ValueError as
+    `parse_variant` does."""
     types = {option.name: option.type for option in options_of(name)}
     for option, value in options.items():
         _check(name, option, value, types)
-    trial: dict[str, Any] = {"heads": HEADS, "head_dim": HEAD_DIM, **({"max_length": LENGTH} if "max_length" in types else {})}
+    trial: dict[str, Any] = {
+        "heads": HEADS,
+        "head_dim": HEAD_DIM,
+        **({"max_length": LENGTH} if "max_length" in types else {}),
+    }
     try:
         build(name, **{**trial, **options})
     except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{text or name}: {name} cannot be built with these options ({str(error).splitlines()[0]})") from None
+        raise ValueError(
+            f"{text or name}: {name} cannot be built with these options "
+            f"({str(error).splitlines()[0]})"
+        ) from None
 
 
 def _option(text: str, name: str, part: str) -> tuple[str, Any]:
     option, equals, value = part.partition("=")
     if not (option.strip() and equals):
-        raise ValueError(f"{text}: {part!r} is not of the form option=value; write {name}:option=value,option=value")
+        raise ValueError(
+            f"{text}: {part!r} is not of the form option=value; write "
+            f"{name}:option=value,option=value"
+        )
     return option.strip(), read_value(value)
 
 
 def _check(name: str, option: str, value: Any, types: dict[str, str]) -> None:
     allowed = [known for known in types if known not in ("heads", "head_dim")]
     if option in ("heads", "head_dim"):
-        raise ValueError(f"{name}: {option} comes from the model that is compared on; leave it out (the options are {', '.join(allowed)})")
+        raise ValueError(
+            f"{name}: {option} comes from the model that is compared on; leave it out (the options "
+            f"are {', '.join(allowed)})"
+        )
     if option not in types:
-        raise ValueError(f"{name} has no option {option!r}{nearest(option, allowed)}; its options are {', '.join(allowed)}")
+        raise ValueError(
+            f"{name} has no option {option!r}{nearest(option, allowed)}; its options are "
+            f"{', '.join(allowed)}"
+        )
     kinds = [kind for part in re.split(r"\s*\|\s*", types[option]) for kind in KINDS.get(part, ())]
-    fits = not kinds or (isinstance(value, tuple(kinds)) and (not isinstance(value, bool) or bool in kinds))
+    fits = not kinds or (
+        isinstance(value, tuple(kinds)) and (not isinstance(value, bool) or bool in kinds)
+    )
     if not fits:
-        raise ValueError(f"{name}: {option}={value!r} must be {types[option].replace(' | ', ' or ')}")
+        raise ValueError(
+            f"{name}: {option}={value!r} must be {types[option].replace(' | ', ' or ')}"
+        )

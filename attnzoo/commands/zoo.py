@@ -31,5 +31,12 @@ def _show(settings: Namespace) -> int:
     return 0
 
 
-LIST = Command("list", "Print the zoo: every variant and what it can do, and the techniques that go with all of them.", _no_arguments, _list)
-SHOW = Command("show", "Print one variant: equation, paper, capabilities, options and cost.", _name, _show)
+LIST = Command(
+    "list",
+    "Print the zoo: every variant and what it can do, and the techniques that go with all of them.",
+    _no_arguments,
+    _list,
+)
+SHOW = Command(
+    "show", "Print one variant: equation, paper, capabilities, options and cost.", _name, _show
+)

@@ -12,7 +12,8 @@ from attnzoo.cost.presets import choose, read_presets
 
 @dataclass(frozen=True)
 class GPU:
-    """A GPU by its datasheet. memory_gb: 10⁹ bytes. tflops: dense bf16 peak, 10¹² FLOPs a second, a multiply and an add being two.
+    """A GPU by its datasheet. memory_gb: 10⁹ bytes. tflops: dense bf16 peak, 10¹² FLOPs a second, a
+    multiply and an add being two.
     bandwidth_gb: of its memory, 10⁹ bytes a second."""
 
     EXAMPLE: ClassVar[str] = "memory_gb: 48, tflops: 150, bandwidth_gb: 700"
@@ -34,7 +35,8 @@ class GPU:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The least time that a GPU can need: all of its FLOPs at the peak rate, or all of its bytes at the full bandwidth."""
+    """The least time that a GPU can need: all of its FLOPs at the peak rate, or all of its bytes at
+    the full bandwidth."""
 
     compute_seconds: float
     memory_seconds: float
@@ -49,7 +51,8 @@ class Roofline:
 
 
 def roofline(macs: int, moved_bytes: int, gpu: GPU) -> Roofline:
-    """Least time of `macs` multiply-accumulates (two FLOPs each) that move `moved_bytes` to or from the GPU's memory."""
+    """Least time of `macs` multiply-accumulates (two FLOPs each) that move `moved_bytes` to or from
+    the GPU's memory."""
     return Roofline(2 * macs / (gpu.tflops * 1e12), moved_bytes / (gpu.bandwidth_gb * 1e9))
 
 

@@ -1,4 +1,5 @@
-"""What one attention, one layer or a whole model costs by component, with exact attention and with another: the counts behind `attnzoo flops`."""
+"""What one attention, one layer or a whole model costs by component, with exact attention and with
+another: the counts behind `attnzoo flops`."""
 
 from __future__ import annotations
 
@@ -10,11 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.attention import Attention
-from attnzoo.cost.counting import FlopReport, count_flops
-from attnzoo.cost.models import TransformerModel
+from attnzoo.cost.model_sizes import TransformerModel
+from attnzoo.cost.tracing.counting import FlopReport, count_flops
 from attnzoo.registry import build, options_of
 
-CORE, PROJECTIONS, FEED_FORWARD, HEAD, OTHER = "attention core", "projections", "feed-forward", "embeddings and head", "other"
+CORE, PROJECTIONS, FEED_FORWARD, HEAD, OTHER = (
+    "attention core",
+    "projections",
+    "feed-forward",
+    "embeddings and head",
+    "other",
+)
 COMPONENTS = (CORE, PROJECTIONS, FEED_FORWARD, HEAD, OTHER)
 
 
@@ -27,17 +34,22 @@ class Chosen:
 
     @property
     def label(self) -> str:
-        return " ".join([self.name, *(f"{option}={value}" for option, value in self.options.items())])
+        return " ".join(
+            [self.name, *(f"{option}={value}" for option, value in self.options.items())]
+        )
 
     def sized(self, n: int) -> dict[str, Any]:
         """The options, with max_length where the variant needs one and none was given."""
-        needed = any(option.name == "max_length" and option.required for option in options_of(self.name))
+        needed = any(
+            option.name == "max_length" and option.required for option in options_of(self.name)
+        )
         return {"max_length": n, **self.options} if needed else self.options
 
 
 @dataclass(frozen=True)
 class Call:
-    """A module on the meta device and what it is called with. component: of each module by its name, of its own operations alone."""
+    """A module on the meta device and what it is called with. component: of each module by its
+    name, of its own operations alone."""
 
     module: nn.Module
     inputs: tuple[Tensor, ...]
@@ -47,7 +59,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is counted. exact: its own attention's name. call: made for n tokens, one sample, with its own attention (None) or another."""
+    """What is counted. exact: its own attention's name. call: made for n tokens, one sample, with
+    its own attention (None) or another."""
 
     title: str
     exact: str
@@ -68,19 +81,28 @@ class Breakdown:
 def breakdown(subject: Subject, n: int, chosen: Chosen | None) -> Breakdown:
     """Count `subject` at n tokens.
 
-    Raises ValueError on a length past its positions, and what building, swapping and `count_flops` raise.
+    Raises ValueError on a length past its positions, and what building, swapping and `count_flops`
+    raise.
     """
     if subject.longest is not None and n > subject.longest:
-        raise ValueError(f"length={n} is past the {subject.longest:,} positions of {subject.title}; {subject.too_long}")
+        raise ValueError(
+            f"length={n} is past the {subject.longest:,} positions of {subject.title}; "
+            f"{subject.too_long}"
+        )
     call = subject.call(n, chosen)
     report = count_flops(call.module, *call.inputs, **call.keywords)
     modules = dict(call.module.named_modules(remove_duplicate=False))
     components = {name: call.component(name, module) for name, module in modules.items()}
-    return Breakdown(report, _by_component(report.by_module, components), _by_component(report.elementwise_by_module, components))
+    return Breakdown(
+        report,
+        _by_component(report.by_module, components),
+        _by_component(report.elementwise_by_module, components),
+    )
 
 
 def _by_component(by_module: dict[str, int], components: dict[str, str]) -> dict[str, int]:
-    """Sum what each module does itself: its count without those of the modules directly inside it."""
+    """Sum what each module does itself: its count without those of the modules directly inside
+    it."""
     own = dict(by_module)
     for name, count in by_module.items():
         if name:
@@ -101,7 +123,11 @@ def one_attention(heads: int, head_dim: int, kv_heads: int, is_causal: bool) -> 
         return Call(core, (q, k, k), {"is_causal": is_causal}, lambda name, module: CORE)
 
     shared = "" if kv_heads == heads else f" on {kv_heads} key heads"
-    return Subject(f"one attention of {heads} heads × {head_dim}{shared}, {_causality(is_causal)}", "standard", call)
+    return Subject(
+        f"one attention of {heads} heads × {head_dim}{shared}, {_causality(is_causal)}",
+        "standard",
+        call,
+    )
 
 
 def one_layer(model: TransformerModel, is_causal: bool) -> Subject:
@@ -110,12 +136,22 @@ def one_layer(model: TransformerModel, is_causal: bool) -> Subject:
     def call(n: int, chosen: Chosen | None) -> Call:
         with torch.device("meta"):
             layer = _Layer(model, _core(chosen, model.heads, model.head_dim, n), is_causal)
-            return Call(layer, (torch.empty(1, n, model.d),), {}, lambda name, module: _LAYER[name.split(".")[0]])
+            return Call(
+                layer,
+                (torch.empty(1, n, model.d),),
+                {},
+                lambda name, module: _LAYER[name.split(".")[0]],
+            )
 
     return Subject(f"one layer of {model.title}, {_causality(is_causal)}", "standard", call)
 
 
-_LAYER = {"": FEED_FORWARD, "core": CORE, "projections": PROJECTIONS, "feed_forward": FEED_FORWARD}  # "": the activation
+_LAYER = {
+    "": FEED_FORWARD,
+    "core": CORE,
+    "projections": PROJECTIONS,
+    "feed_forward": FEED_FORWARD,
+}  # "": the activation
 
 
 class _Layer(nn.Module):
@@ -125,17 +161,28 @@ class _Layer(nn.Module):
         super().__init__()
         self.model, self.core, self.is_causal = model, core, is_causal
         widths = {"query": model.query_width, "key": model.key_width, "value": model.key_width}
-        self.projections = nn.ModuleDict({name: nn.Linear(model.d, width) for name, width in widths.items()})
+        self.projections = nn.ModuleDict(
+            {name: nn.Linear(model.d, width) for name, width in widths.items()}
+        )
         self.projections["output"] = nn.Linear(model.query_width, model.d)
         inner = ["gate", "up"] if model.gated else ["up"]
         self.feed_forward = nn.ModuleDict({name: nn.Linear(model.d, model.ffn) for name in inner})
         self.feed_forward["down"] = nn.Linear(model.ffn, model.d)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (self.projections[name](x).unflatten(2, (-1, self.model.head_dim)).transpose(1, 2) for name in ("query", "key", "value"))
-        x = self.projections["output"](self.core(q, k, v, is_causal=self.is_causal).transpose(1, 2).flatten(2))
+        q, k, v = (
+            self.projections[name](x).unflatten(2, (-1, self.model.head_dim)).transpose(1, 2)
+            for name in ("query", "key", "value")
+        )
+        x = self.projections["output"](
+            self.core(q, k, v, is_causal=self.is_causal).transpose(1, 2).flatten(2)
+        )
         up = self.feed_forward["up"](x)
-        up = nn.functional.silu(self.feed_forward["gate"](x)) * up if self.model.gated else nn.functional.gelu(up)
+        up = (
+            nn.functional.silu(self.feed_forward["gate"](x)) * up
+            if self.model.gated
+            else nn.functional.gelu(up)
+        )
         return self.feed_forward["down"](up)
 
 

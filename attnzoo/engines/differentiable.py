@@ -1,4 +1,5 @@
-"""Gradients of what a fused kernel or a Function of our own computed, where they are to be differentiated again or come in batches."""
+"""Gradients of what a fused kernel or a Function of our own computed, where they are to be
+differentiated again or come in batches."""
 
 from __future__ import annotations
 
@@ -15,23 +16,37 @@ Compute = Callable[..., Tensor]
 
 
 def is_followed(gradient: Tensor) -> bool:
-    """In a backward pass: whether more than numbers is wanted of it (create_graph, is_grads_batched)."""
+    """In a backward pass: whether more than numbers is wanted of it (create_graph,
+    is_grads_batched)."""
     return torch.is_grad_enabled() or is_batched(gradient)
 
 
-def open_gradients(compute: Compute, inputs: Sequence[Tensor | None], gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of inputs from that of `compute(*inputs)`, which is computed once more, in operators that autograd can follow."""
+def open_gradients(
+    compute: Compute, inputs: Sequence[Tensor | None], gradient: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of inputs from that of `compute(*inputs)`, which is computed once more, in
+    operators that autograd can follow."""
     again = torch.is_grad_enabled()
     with torch.enable_grad(), openly(), without_autocast(gradient.device):
         # New nodes: two inputs may be one tensor, or one a function of the other.
         apart = [None if x is None else x.view_as(x) for x in inputs]
         wanted = [x for x in apart if x is not None and x.requires_grad]
-        found = iter(torch.autograd.grad(compute(*apart), wanted, gradient, create_graph=again, allow_unused=True, materialize_grads=True))
+        found = iter(
+            torch.autograd.grad(
+                compute(*apart),
+                wanted,
+                gradient,
+                create_graph=again,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        )
         return tuple(next(found) if x is not None and x.requires_grad else None for x in apart)
 
 
 def followed(out: Tensor, compute: Compute, *inputs: Tensor | None) -> Tensor:
-    """`out`, the result of a kernel without a second derivative, which is that of `compute(*inputs)`, as open operators give it."""
+    """`out`, the result of a kernel without a second derivative, which is that of
+    `compute(*inputs)`, as open operators give it."""
     return _Followed.apply(out, compute, *inputs)
 
 

@@ -1,4 +1,5 @@
-"""What the three engines share: a list of backends that can say why they refuse, a state for decoding, and a cost."""
+"""What the three engines share: a list of backends that can say why they refuse, a state for
+decoding, and a cost."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from attnzoo.call import Call, UnsupportedError
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to multiply by A. `why_not` looks at static facts only (device, dtype, shape, grad) and returns its reason to refuse, or None."""
+    """One way to multiply by A. `why_not` looks at static facts only (device, dtype, shape, grad)
+    and returns its reason to refuse, or None."""
 
     name: str
     run: Callable[[Any, Call], Tensor]
@@ -42,12 +44,16 @@ class Shape:
     @property
     def query_bytes(self) -> int:
         """Bytes of q, and of the output."""
-        return self.batch_size * self.heads * self.query_length * self.head_dim * self.dtype.itemsize
+        return (
+            self.batch_size * self.heads * self.query_length * self.head_dim * self.dtype.itemsize
+        )
 
     @property
     def key_bytes(self) -> int:
         """Bytes of k, and of v."""
-        return self.batch_size * self.kv_heads * self.key_length * self.head_dim * self.dtype.itemsize
+        return (
+            self.batch_size * self.kv_heads * self.key_length * self.head_dim * self.dtype.itemsize
+        )
 
     @property
     def input_bytes(self) -> int:
@@ -57,24 +63,35 @@ class Shape:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one forward costs, without key_mask and attn_mask. One MAC is one multiply-accumulate; flops = 2 · macs.
+    """What one forward costs, without key_mask and attn_mask. One MAC is one multiply-accumulate;
+    flops = 2 · macs.
 
-    macs: what the fast backend executes, counted as torch and fvcore count it (SDPA with is_causal counts in full).
-    skipped_macs: of macs, those of the half that a causal mask hides and that a kernel like FlashAttention passes over; 0 where scores are laid out.
+    macs: what the fast backend executes, counted as torch and fvcore count it (SDPA with is_causal
+    counts in full).
+    skipped_macs: of macs, those of the half that a causal mask hides and that a kernel like
+    FlashAttention passes over; 0 where scores are laid out.
     support_macs: what A's support alone needs (a causal A of length n has n(n+1)/2 pairs).
-    elementwise: operations of softmax (3 a score), exponentials and divisions that the fast backend executes, as `count_flops` counts them.
+    elementwise: operations of softmax (3 a score), exponentials and divisions that the fast backend
+    executes, as `count_flops` counts them.
     parameters: learned numbers; buffers, such as Performer's directions, are not among them.
-    moved_bytes: the least that must move: q, k, v, the parameters used (in the inputs' dtype) and directions read once, the output written once.
-    kept_bytes: what autograd holds after the forward by the fast pure-torch backend on the CPU, to the byte: q, k, v and the output where it
-        holds them, and all between; parameters (taken to be of the inputs' dtype) and buffers left out. None of a feature map
-        that the user wrote, which autograd differentiates.
-    forward_bytes: the most that a forward without gradients has allocated at any moment, by the same backend: the output counts, q, k, v do
-        not. Working memory is for each of torch.get_num_threads() threads. Exact and low-rank attention without landmarks: to the byte in float32
-        and float64, in half precision without what oneDNN packs. The others: without what is small, such as indices; in half precision
-        coarser, and with what oneDNN packs of windows and blocks. None: no form is known.
-    training_bytes: the same of a forward and its backward pass, the gradients of q, k, v and parameters included, the output's left out.
-    state_elements: numbers that decoding carries for the whole batch after key_length tokens; 0 when the variant does not decode.
-    state_bytes: their size; the sums of a linear state are float32 at least. What a buffer holds in reserve is not counted.
+    moved_bytes: the least that must move: q, k, v, the parameters used (in the inputs' dtype) and
+    directions read once, the output written once.
+    kept_bytes: what autograd holds after the forward by the fast pure-torch backend on the CPU, to
+        the byte: q, k, v and the output where it holds them, and all between; parameters (taken to
+        be of the inputs' dtype) and buffers left out. None of a feature map that the user wrote,
+        which autograd differentiates.
+    forward_bytes: the most that a forward without gradients has allocated at any moment, by the
+        same backend: the output counts, q, k, v do not. Working memory is for each of
+        torch.get_num_threads() threads. Exact and low-rank attention without landmarks: to the byte
+        in float32 and float64, in half precision without what oneDNN packs. The others: without
+        what is small, such as indices; in half precision coarser, and with what oneDNN packs of
+        windows and blocks. None: no form is known.
+    training_bytes: the same of a forward and its backward pass, the gradients of q, k, v and
+    parameters included, the output's left out.
+    state_elements: numbers that decoding carries for the whole batch after key_length tokens; 0
+    when the variant does not decode.
+    state_bytes: their size; the sums of a linear state are float32 at least. What a buffer holds in
+    reserve is not counted.
     state_growth: bytes by which one token more makes the state grow; 0 once it is bounded.
     """
 
@@ -102,7 +119,8 @@ class Cost:
 
 
 class State(Protocol):
-    """What a decoding state can tell and do besides being stepped. It is a value: `step` and `select` return another one."""
+    """What a decoding state can tell and do besides being stepped. It is a value: `step` and
+    `select` return another one."""
 
     @property
     def batch_size(self) -> int: ...
@@ -125,12 +143,14 @@ class State(Protocol):
         ...
 
     def select(self, rows: Tensor) -> State:
-        """The state of these rows of the batch, (new_batch,) indices; a row may be taken more than once."""
+        """The state of these rows of the batch, (new_batch,) indices; a row may be taken more than
+        once."""
         ...
 
 
 class Engine(nn.Module):
-    """Multiplies by A without the caller knowing how. `backends` is ordered by preference and ends with the reference."""
+    """Multiplies by A without the caller knowing how. `backends` is ordered by preference and ends
+    with the reference."""
 
     backends: ClassVar[tuple[Backend, ...]]
 
@@ -138,7 +158,8 @@ class Engine(nn.Module):
         return [backend.name for backend in self.backends]
 
     def choose(self, call: Call, requested: str) -> Backend:
-        """The first backend that does not refuse, or the requested one; a backend asked for by name never falls back."""
+        """The first backend that does not refuse, or the requested one; a backend asked for by name
+        never falls back."""
         refusals = []
         for backend in self.backends:
             if requested in ("auto", backend.name):
@@ -147,15 +168,23 @@ class Engine(nn.Module):
                     return backend
                 refusals.append(f"{backend.name}: {reason}")
         if not refusals:
-            raise ValueError(f"backend={requested!r} is unknown here; choose 'auto' or one of {self.backend_names()}")
-        raise UnsupportedError(f"backend={requested!r} refuses this call ({'; '.join(refusals)}); use backend='auto' or change the call")
+            raise ValueError(
+                f"backend={requested!r} is unknown here; choose 'auto' or one of "
+                f"{self.backend_names()}"
+            )
+        raise UnsupportedError(
+            f"backend={requested!r} refuses this call ({'; '.join(refusals)}); use backend='auto' "
+            "or change the call"
+        )
 
     def forward(self, call: Call, backend: str = "auto") -> tuple[Tensor, str]:
-        """Return A·v, (batch, heads, query_length, value_dim) in q's dtype, and the name of the backend that ran."""
+        """Return A·v, (batch, heads, query_length, value_dim) in q's dtype, and the name of the
+        backend that ran."""
         return self.run(self.completed(call), backend)
 
     def weights(self, call: Call) -> Tensor:
-        """A itself, without dropout, (batch, heads, query_length, key_length) in the precision of sums."""
+        """A itself, without dropout, (batch, heads, query_length, key_length) in the precision of
+        sums."""
         return self.matrix(self.completed(call))
 
     def completed(self, call: Call) -> Call:
@@ -168,15 +197,25 @@ class Engine(nn.Module):
         return chosen.run(self, call), chosen.name
 
     def matrix(self, call: Call) -> Tensor:
-        """As `weights`, of a call that is complete: the reference, which every backend must equal."""
+        """As `weights`, of a call that is complete: the reference, which every backend must
+        equal."""
         raise NotImplementedError
 
-    def init_state(self, batch_size: int, kv_heads: int, head_dim: int, max_length: int | None, dtype: torch.dtype, device: Any) -> Any:
+    def init_state(
+        self,
+        batch_size: int,
+        kv_heads: int,
+        head_dim: int,
+        max_length: int | None,
+        dtype: torch.dtype,
+        device: Any,
+    ) -> Any:
         """An empty state for decoding."""
         raise NotImplementedError
 
     def step(self, call: Call, state: Any, backend: str) -> tuple[Tensor, Any, str]:
-        """Attend causally to the tokens in `state` and in `call`; return the rows of `call`, the new state, and the backend that ran."""
+        """Attend causally to the tokens in `state` and in `call`; return the rows of `call`, the
+        new state, and the backend that ran."""
         raise NotImplementedError
 
     def cost(self, shape: Shape) -> Cost:

@@ -1,6 +1,7 @@
 """What autograd keeps of a fused softmax for the backward pass, in bytes.
 
-Without masks in the call, and on the CPU, where torch's SDPA keeps q, k, v, its output, one statistic a row, and a bool mask as numbers.
+Without masks in the call, and on the CPU, where torch's SDPA keeps q, k, v, its output, one
+statistic a row, and a bool mask as numbers.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ def fused(shape: Shape, rows: int) -> int:
 def full(shape: Shape) -> int:
     """One SDPA call over all keys."""
     kept = shape.input_bytes + fused(shape, shape.heads * shape.query_length)
-    if shape.is_causal and shape.query_length not in (1, shape.key_length):  # a mask, and which of its rows are empty
+    if shape.is_causal and shape.query_length not in (
+        1,
+        shape.key_length,
+    ):  # a mask, and which of its rows are empty
         kept += shape.query_length * (shape.key_length * shape.dtype.itemsize + 1)
     return kept

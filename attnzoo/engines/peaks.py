@@ -1,8 +1,10 @@
-"""The most that torch's allocator holds at any moment, in bytes, by torch's SDPA on the CPU and without masks in the call.
+"""The most that torch's allocator holds at any moment, in bytes, by torch's SDPA on the CPU and
+without masks in the call.
 
-SDPA holds its output and one statistic a row; while it runs, every thread has working memory of a fixed size. Its backward pass
-holds the gradients of q, k and v, laid out with the heads inside the length as its output is, so that whatever meets them from outside is
-copied into that order: the output's gradient before, their own after.
+SDPA holds its output and one statistic a row; while it runs, every thread has working memory of a
+fixed size. Its backward pass holds the gradients of q, k and v, laid out with the heads inside the
+length as its output is, so that whatever meets them from outside is copied into that order: the
+output's gradient before, their own after.
 """
 
 from __future__ import annotations
@@ -27,20 +29,35 @@ def forward(shape: Shape) -> int:
 
 def training(shape: Shape) -> int:
     """A forward of SDPA that records, and its backward pass."""
-    out, keys, statistic, mask = shape.query_bytes, 2 * shape.key_bytes, statistic_bytes(shape), causal_mask(shape)
+    out, keys, statistic, mask = (
+        shape.query_bytes,
+        2 * shape.key_bytes,
+        statistic_bytes(shape),
+        causal_mask(shape),
+    )
     held = out + statistic + mask.numbers
     recording = held + mask.held + working_bytes(shape)
-    emptied = out if mask.held else 0  # the output with its empty rows zeroed, and its gradient likewise
+    emptied = (
+        out if mask.held else 0
+    )  # the output with its empty rows zeroed, and its gradient likewise
     emptying = held + mask.held + emptied
     relaid = relaid_bytes(shape.query_bytes, shape.heads, shape.query_length)
-    backward = held + 2 * emptied + shape.query_bytes + keys + relaid + backward_working_bytes(shape)
-    giving = out + shape.query_bytes + keys + max(relaid, relaid_bytes(shape.key_bytes, shape.kv_heads, shape.key_length))
+    backward = (
+        held + 2 * emptied + shape.query_bytes + keys + relaid + backward_working_bytes(shape)
+    )
+    giving = (
+        out
+        + shape.query_bytes
+        + keys
+        + max(relaid, relaid_bytes(shape.key_bytes, shape.kv_heads, shape.key_length))
+    )
     return max(looking_bytes(shape), recording, emptying, backward, giving)
 
 
 @dataclass(frozen=True)
 class CausalMask:
-    """held: the bool mask twice, as drawn and without its empty rows, and which those are. numbers: the mask as SDPA takes it."""
+    """held: the bool mask twice, as drawn and without its empty rows, and which those are. numbers:
+    the mask as SDPA takes it."""
 
     held: int = 0
     numbers: int = 0
@@ -55,7 +72,8 @@ def causal_mask(shape: Shape) -> CausalMask:
 
 
 def looking_bytes(shape: Shape) -> int:
-    """A causal call looks for numbers that are not finite; in half precision it sums k, then v, as float32."""
+    """A causal call looks for numbers that are not finite; in half precision it sums k, then v, as
+    float32."""
     widened = shape.key_bytes // shape.dtype.itemsize * shape.sum_bytes
     return widened if shape.is_causal and shape.sum_bytes > shape.dtype.itemsize else 0
 
@@ -71,17 +89,24 @@ def relaid_bytes(bytes_: int, heads: int, length: int) -> int:
 
 
 def working_bytes(shape: Shape) -> int:
-    """Of the forward kernel: scores, maximum and sum of a row, and the output of a few rows; the scores again in half precision."""
+    """Of the forward kernel: scores, maximum and sum of a row, and the output of a few rows; the
+    scores again in half precision."""
     rows, keys = _tile(shape)
     scores = rows * keys
-    return torch.get_num_threads() * ((scores + 2 * rows + rows * shape.head_dim) * shape.sum_bytes + _halved(shape, scores))
+    return torch.get_num_threads() * (
+        (scores + 2 * rows + rows * shape.head_dim) * shape.sum_bytes + _halved(shape, scores)
+    )
 
 
 def backward_working_bytes(shape: Shape) -> int:
-    """Of the backward kernel: scores and their gradient; and one sum a row, counted once: the profiler sees one thread's."""
+    """Of the backward kernel: scores and their gradient; and one sum a row, counted once: the
+    profiler sees one thread's."""
     rows, keys = _tile(shape)
     scores = 2 * rows * keys
-    return torch.get_num_threads() * (scores * shape.sum_bytes + _halved(shape, scores)) + rows * shape.sum_bytes
+    return (
+        torch.get_num_threads() * (scores * shape.sum_bytes + _halved(shape, scores))
+        + rows * shape.sum_bytes
+    )
 
 
 def _tile(shape: Shape) -> tuple[int, int]:

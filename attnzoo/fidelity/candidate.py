@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention import Attention
-from attnzoo.bench.memory import peak_bytes
-from attnzoo.fidelity.metrics import exact_output, mean_value_output, relative_error, weight_distance
-from attnzoo.fidelity.rows import Row, Sample
+from attnzoo.bench.peak_memory import peak_bytes
+from attnzoo.fidelity.comparison_rows import Row, Sample
+from attnzoo.fidelity.metrics import (
+    exact_output,
+    mean_value_output,
+    relative_error,
+    weight_distance,
+)
 from attnzoo.registry import build, options_of, sized
 
 DRAWS = 3  # of a variant that can draw anew: its error is a mean over them
@@ -29,17 +34,24 @@ class Candidate:
     @property
     def label(self) -> str:
         """Name and options in one line, such as "performer num_features=64"."""
-        return " ".join([self.name, *(f"{option}={value}" for option, value in self.options.items())])
+        return " ".join(
+            [self.name, *(f"{option}={value}" for option, value in self.options.items())]
+        )
 
     def build(self, sample: Sample, length: int, seed: int) -> Attention:
-        """The variant in evaluation mode, with the sample's heads, device and dtype, for sequences up to `length`.
+        """The variant in evaluation mode, with the sample's heads, device and dtype, for sequences
+        up to `length`.
 
-        max_length and seed are given to a variant that takes them, unless the options hold them. Raises ValueError on a bad option.
+        max_length and seed are given to a variant that takes them, unless the options hold them.
+        Raises ValueError on a bad option.
         """
         fixed = {"heads": sample.q.shape[1], "head_dim": sample.q.shape[3]}
         given = sorted(fixed.keys() & self.options.keys())
         if given:
-            raise ValueError(f"{self.name}: {' and '.join(given)} come from the model that is compared on; leave them out of the options")
+            raise ValueError(
+                f"{self.name}: {' and '.join(given)} come from the model that is compared on; "
+                "leave them out of the options"
+            )
         offered = {"seed": seed, **sized(self.name, length)}
         known = {option.name for option in options_of(self.name)}
         supplied = {name: value for name, value in offered.items() if name in known}
@@ -74,7 +86,9 @@ class Subject:
     def exact_macs(self) -> int:
         sample = self.sample
         attention = BASELINE.build(sample, sample.length, 0)
-        return attention.cost(sample.q.shape[0], sample.length, kv_heads=sample.k.shape[1], is_causal=sample.is_causal).support_macs
+        return attention.cost(
+            sample.q.shape[0], sample.length, kv_heads=sample.k.shape[1], is_causal=sample.is_causal
+        ).support_macs
 
     def prefix(self, length: int) -> Subject:
         """The first `length` tokens: for a causal model exactly what it computes on them."""
@@ -101,14 +115,22 @@ def blank_row(candidate: Candidate, subject: Subject, note: str = "") -> Row:
 
 @torch.no_grad()
 def measure(candidate: Candidate, subject: Subject, *, seed: int, thorough: bool) -> Row:
-    """Errors and costs of a candidate; what its spec excludes gives a row with a note. thorough: A itself and peak memory too."""
+    """Errors and costs of a candidate; what its spec excludes gives a row with a note. thorough: A
+    itself and peak memory too."""
     sample = subject.sample
     row = blank_row(candidate, subject)
     try:
         attention = candidate.build(sample, sample.length, seed)
         found = [_distances(drawn, subject, thorough) for drawn in _draws(attention, seed)]
         macs = _macs(attention, sample)
-        peak = peak_bytes(lambda: attention(sample.q, sample.k, sample.v, is_causal=sample.is_causal), sample.q.device) if thorough else None
+        peak = (
+            peak_bytes(
+                lambda: attention(sample.q, sample.k, sample.v, is_causal=sample.is_causal),
+                sample.q.device,
+            )
+            if thorough
+            else None
+        )
     except (ValueError, torch.OutOfMemoryError) as error:
         return replace(row, note=str(error).splitlines()[0])
     errors = torch.stack([errors for errors, _, _ in found])
@@ -117,7 +139,9 @@ def measure(candidate: Candidate, subject: Subject, *, seed: int, thorough: bool
         row,
         output_error=float(errors.mean()) if finite else None,
         output_error_spread=float(errors.std(unbiased=False)) if finite else None,
-        total_variation=_mean([variation for _, variation, _ in found]) if thorough and finite else None,
+        total_variation=_mean([variation for _, variation, _ in found])
+        if thorough and finite
+        else None,
         top_mass_kept=_mean([kept for _, _, kept in found]) if thorough and finite else None,
         macs=macs,
         promised_speedup=subject.exact_macs / macs,
@@ -127,12 +151,25 @@ def measure(candidate: Candidate, subject: Subject, *, seed: int, thorough: bool
     return replace(row, note="; ".join(_notes(attention, row)))
 
 
-def _distances(attention: Attention, subject: Subject, thorough: bool) -> tuple[Tensor, float, float]:
-    """Output error by layer and head, total variation, kept top mass; the last two are 0 when not thorough."""
+def _distances(
+    attention: Attention, subject: Subject, thorough: bool
+) -> tuple[Tensor, float, float]:
+    """Output error by layer and head, total variation, kept top mass; the last two are 0 when not
+    thorough."""
     sample = subject.sample
-    distance = weight_distance(attention, sample.q, sample.k, is_causal=sample.is_causal) if thorough else None
-    errors = relative_error(attention(sample.q, sample.k, sample.v, is_causal=sample.is_causal), subject.exact)
-    return (errors, distance.total_variation, distance.top_mass_kept) if distance else (errors, 0.0, 0.0)
+    distance = (
+        weight_distance(attention, sample.q, sample.k, is_causal=sample.is_causal)
+        if thorough
+        else None
+    )
+    errors = relative_error(
+        attention(sample.q, sample.k, sample.v, is_causal=sample.is_causal), subject.exact
+    )
+    return (
+        (errors, distance.total_variation, distance.top_mass_kept)
+        if distance
+        else (errors, 0.0, 0.0)
+    )
 
 
 def _draws(attention: Attention, seed: int) -> Iterator[Attention]:
@@ -149,11 +186,15 @@ def _draws(attention: Attention, seed: int) -> Iterator[Attention]:
 
 
 def _macs(attention: Attention, sample: Sample) -> int:
-    return attention.cost(sample.q.shape[0], sample.length, kv_heads=sample.k.shape[1], is_causal=sample.is_causal).kernel_macs
+    return attention.cost(
+        sample.q.shape[0], sample.length, kv_heads=sample.k.shape[1], is_causal=sample.is_causal
+    ).kernel_macs
 
 
 def _notes(attention: Attention, row: Row) -> Iterator[str]:
-    untrained = sum(parameter.numel() for parameter in attention.parameters() if parameter.requires_grad)
+    untrained = sum(
+        parameter.numel() for parameter in attention.parameters() if parameter.requires_grad
+    )
     if untrained:
         yield f"untrained: {untrained:,} random parameters"
     if row.output_error is None:

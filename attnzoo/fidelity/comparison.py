@@ -1,4 +1,5 @@
-"""Every variant against exact attention, on every sample: errors, costs, times and pictures of A."""
+"""Every variant against exact attention, on every sample: errors, costs, times and pictures of
+A."""
 
 from __future__ import annotations
 
@@ -8,12 +9,12 @@ from typing import Any
 
 import torch
 
-from attnzoo.bench.cuda import stopwatch_of
+from attnzoo.bench.cuda_timing import stopwatch_of
+from attnzoo.bench.environment import environment
 from attnzoo.bench.timing import interleave, mistake
-from attnzoo.environment import environment
 from attnzoo.fidelity.candidate import BASELINE, Candidate, Subject, measure
+from attnzoo.fidelity.comparison_rows import Comparison, HeatMap, Row, Sample
 from attnzoo.fidelity.metrics import pooled
-from attnzoo.fidelity.rows import Comparison, HeatMap, Row, Sample
 from attnzoo.fidelity.samples import LENGTHS, Progress
 from attnzoo.registry import names
 
@@ -37,18 +38,23 @@ def compare(
 ) -> Comparison:
     """Compare variants with exact attention on queries, keys and values.
 
-    samples: the longest sample of each model gets a row per variant with everything measured. variants: (name, options) pairs
-    (default: the whole zoo). lengths: where the output error alone is measured too, up to the longest sample: on prefixes of a
-    causal one, on the shorter samples given of a bidirectional one. seed: of every random choice. rounds: interleaved timing rounds;
-    time_budget: seconds a sample after which none is begun. progress: called with (what is being done, steps done, steps).
+    samples: the longest sample of each model gets a row per variant with everything measured.
+    variants: (name, options) pairs (default: the whole zoo). lengths: where the output error alone
+    is measured too, up to the longest sample: on prefixes of a causal one, on the shorter samples
+    given of a bidirectional one. seed: of every random choice. rounds: interleaved timing rounds;
+    time_budget: seconds a sample after which none is begun. progress: called with (what is being
+    done, steps done, steps).
 
-    What a variant cannot do becomes a row with a note. Ctrl-C returns what is finished, and `environment["interrupted"]` says so.
-    Raises ValueError, before any work, on an unknown variant or option, a device that is not there and a dtype that is not floating.
+    What a variant cannot do becomes a row with a note. Ctrl-C returns what is finished, and
+    `environment["interrupted"]` says so. Raises ValueError, before any work, on an unknown variant
+    or option, a device that is not there and a dtype that is not floating.
     """
     if not samples:
         raise ValueError("samples is empty; give at least one, such as those of load_samples()")
     if not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype} is not floating; use torch.float32, torch.bfloat16 or torch.float16")
+        raise ValueError(
+            f"dtype={dtype} is not floating; use torch.float32, torch.bfloat16 or torch.float16"
+        )
     target, candidates = check_device(device), _candidates(variants)
     for candidate in candidates:
         candidate.build(samples[0], samples[0].length, seed)
@@ -76,9 +82,12 @@ def compare(
 
 
 class _Work:
-    """Steps that each add to the results, so that an interrupted comparison keeps what was finished."""
+    """Steps that each add to the results, so that an interrupted comparison keeps what was
+    finished."""
 
-    def __init__(self, candidates: list[Candidate], seed: int, rounds: int, time_budget: float) -> None:
+    def __init__(
+        self, candidates: list[Candidate], seed: int, rounds: int, time_budget: float
+    ) -> None:
         self.candidates = candidates
         self.seed = seed
         self.rounds = rounds
@@ -93,13 +102,22 @@ class _Work:
         for place, subject in enumerate(longest):
             where = f"{subject.sample.model} at {subject.sample.length:,}"
             for number, candidate in enumerate(self.candidates):
-                yield f"{where}: {candidate.label}", lambda p=place, n=number, s=subject: self._measure(p, n, s)
-            yield f"{where}: timing {len(self.candidates)} variants", lambda p=place, s=subject: self._time(p, s)
+                yield (
+                    f"{where}: {candidate.label}",
+                    lambda p=place, n=number, s=subject: self._measure(p, n, s),
+                )
+            yield (
+                f"{where}: timing {len(self.candidates)} variants",
+                lambda p=place, s=subject: self._time(p, s),
+            )
         for subject in longest:
             yield f"{subject.sample.model}: pictures of A", lambda s=subject: self._draw(s)
         for subject in longest:
             for shorter in _shorter(subject, subjects, lengths):
-                yield f"{shorter.sample.model} at {shorter.sample.length:,}: errors", lambda s=shorter: self._errors(s)
+                yield (
+                    f"{shorter.sample.model} at {shorter.sample.length:,}: errors",
+                    lambda s=shorter: self._errors(s),
+                )
 
     def _measure(self, place: int, number: int, subject: Subject) -> None:
         row = measure(self.candidates[number], subject, seed=self.seed, thorough=True)
@@ -107,7 +125,10 @@ class _Work:
         self.by_length.append(row)
 
     def _errors(self, subject: Subject) -> None:
-        self.by_length += [measure(candidate, subject, seed=self.seed, thorough=False) for candidate in self.candidates]
+        self.by_length += [
+            measure(candidate, subject, seed=self.seed, thorough=False)
+            for candidate in self.candidates
+        ]
 
     @torch.no_grad()
     def _time(self, place: int, subject: Subject) -> None:
@@ -123,8 +144,15 @@ class _Work:
             if wrong is None:
                 contenders[candidate.label] = self._forward(candidate, sample)
             else:
-                self.rows[place, number] = replace(row, note="; ".join(filter(None, [row.note, f"not timed: {wrong}"])))
-        timings = interleave(contenders, rounds=self.rounds, budget=self.time_budget, stopwatch=stopwatch_of(sample.q.device))
+                self.rows[place, number] = replace(
+                    row, note="; ".join(filter(None, [row.note, f"not timed: {wrong}"]))
+                )
+        timings = interleave(
+            contenders,
+            rounds=self.rounds,
+            budget=self.time_budget,
+            stopwatch=stopwatch_of(sample.q.device),
+        )
         exact = timings[BASELINE.label].median
         for number, candidate in enumerate(self.candidates):
             timing = timings.get(candidate.label)
@@ -143,13 +171,18 @@ class _Work:
 
     @torch.no_grad()
     def _draw(self, subject: Subject) -> None:
-        """Heat maps of the middle layer's first head over the first tokens, exact attention first."""
+        """Heat maps of the middle layer's first head over the first tokens, exact attention
+        first."""
         sample = subject.sample
         length, layer = min(sample.length, HEAT_MAP_LENGTH), sample.q.shape[0] // 2
         q, k = (x[layer : layer + 1, :, :length] for x in (sample.q, sample.k))
-        for candidate in {candidate.label: candidate for candidate in [BASELINE, *self.candidates]}.values():
+        for candidate in {
+            candidate.label: candidate for candidate in [BASELINE, *self.candidates]
+        }.values():
             try:
-                weights = candidate.build(sample, length, self.seed).weights(q, k, is_causal=sample.is_causal)[0, 0]
+                weights = candidate.build(sample, length, self.seed).weights(
+                    q, k, is_causal=sample.is_causal
+                )[0, 0]
             except ValueError:
                 continue  # its row says why
             cells = pooled(weights.float(), HEAT_MAP_CELLS)
@@ -173,12 +206,16 @@ def _candidates(variants: Iterable[tuple[str, dict[str, Any]]] | None) -> list[C
     pairs = [(name, {}) for name in names()] if variants is None else list(variants)
     if not pairs:
         raise ValueError(f"variants is empty; give at least one of {', '.join(names())}")
-    distinct = {candidate.label: candidate for candidate in (Candidate(name, dict(options)) for name, options in pairs)}
+    distinct = {
+        candidate.label: candidate
+        for candidate in (Candidate(name, dict(options)) for name, options in pairs)
+    }
     return list(distinct.values())
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """The device that is asked for. Raises ValueError when it is unknown, cannot be measured, or is not there."""
+    """The device that is asked for. Raises ValueError when it is unknown, cannot be measured, or is
+    not there."""
     try:
         target = torch.device(device)
     except RuntimeError:
@@ -187,12 +224,20 @@ def check_device(device: torch.device | str) -> torch.device:
         raise ValueError(f"device={str(target)!r} cannot be measured; use cpu, cuda or cuda:INDEX")
     count = torch.cuda.device_count()
     if target.type == "cuda" and (target.index or 0) >= count:
-        raise ValueError(f"device={str(target)!r} is not there: torch {torch.__version__} sees {count} CUDA devices; use cpu")
+        raise ValueError(
+            f"device={str(target)!r} is not there: torch {torch.__version__} sees {count} CUDA "
+            "devices; use cpu"
+        )
     return target
 
 
 def _moved(sample: Sample, device: torch.device, dtype: torch.dtype) -> Sample:
-    return replace(sample, q=sample.q.to(device, dtype), k=sample.k.to(device, dtype), v=sample.v.to(device, dtype))
+    return replace(
+        sample,
+        q=sample.q.to(device, dtype),
+        k=sample.k.to(device, dtype),
+        v=sample.v.to(device, dtype),
+    )
 
 
 def _longest(subjects: list[Subject]) -> list[Subject]:
@@ -210,5 +255,12 @@ def _shorter(longest: Subject, subjects: list[Subject], lengths: Sequence[int]) 
     sample = longest.sample
     if sample.is_causal:
         return [longest.prefix(length) for length in sorted(set(lengths)) if length < sample.length]
-    same = [subject for subject in subjects if (subject.sample.model, subject.sample.is_causal) == (sample.model, False)]
-    return sorted((subject for subject in same if subject is not longest), key=lambda subject: subject.sample.length)
+    same = [
+        subject
+        for subject in subjects
+        if (subject.sample.model, subject.sample.is_causal) == (sample.model, False)
+    ]
+    return sorted(
+        (subject for subject in same if subject is not longest),
+        key=lambda subject: subject.sample.length,
+    )

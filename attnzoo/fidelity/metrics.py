@@ -1,6 +1,8 @@
-"""How far a variant's A and A·v are from exact attention's, block of rows by block of rows, in float64.
+"""How far a variant's A and A·v are from exact attention's, block of rows by block of rows, in
+float64.
 
-Exact attention is written out here once more, away from the engines, so that a wrong engine cannot agree with itself.
+Exact attention is written out here once more, away from the engines, so that a wrong engine cannot
+agree with itself.
 """
 
 from __future__ import annotations
@@ -17,14 +19,18 @@ from attnzoo.call import repeat_heads
 
 ROWS = 256  # rows of exact A in memory at a time
 WHOLE_LENGTH = 1024  # up to here every row of A is compared
-SAMPLED_BLOCKS, SAMPLED_ROWS = 4, 64  # beyond it: the 64 rows that end at each quarter of the length
+SAMPLED_BLOCKS, SAMPLED_ROWS = (
+    4,
+    64,
+)  # beyond it: the 64 rows that end at each quarter of the length
 TOP = 16
 
 
 @dataclass(frozen=True)
 class WeightDistance:
-    """A against exact A. total_variation: mean over rows of ½ Σ_j |A_ij - exact_ij|. top_mass_kept: mean over rows of
-    Σ_T A_ij / Σ_T exact_ij within [0, 1], T the 16 keys heaviest in exact. rows: rows compared, per layer and head."""
+    """A against exact A. total_variation: mean over rows of ½ Σ_j |A_ij - exact_ij|. top_mass_kept:
+    mean over rows of Σ_T A_ij / Σ_T exact_ij within [0, 1], T the 16 keys heaviest in exact. rows:
+    rows compared, per layer and head."""
 
     total_variation: float
     top_mass_kept: float
@@ -32,7 +38,8 @@ class WeightDistance:
 
 
 def exact_rows(q: Tensor, k: Tensor, rows: range, *, is_causal: bool) -> Tensor:
-    """Softmax's A in float64 for some query rows: (batch, heads, len(rows), keys), where a causal block stops at its last row's key."""
+    """Softmax's A in float64 for some query rows: (batch, heads, len(rows), keys), where a causal
+    block stops at its last row's key."""
     scores = _scores(q.double(), k.double(), rows, is_causal)
     if is_causal:
         scores.masked_fill_(_future(rows, k.device), float("-inf"))
@@ -47,11 +54,15 @@ def exact_output(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
 
 
 def mean_value_output(v: Tensor, heads: int, *, is_causal: bool) -> Tensor:
-    """What answers every query with the mean of the values it may see, in float64, (batch, heads, length, head_dim): doing nothing."""
+    """What answers every query with the mean of the values it may see, in float64, (batch, heads,
+    length, head_dim): doing nothing."""
     values = repeat_heads(v, heads // v.shape[1]).double()
     if not is_causal:
         return values.mean(2, keepdim=True).expand_as(values)
-    return values.cumsum(2) / torch.arange(1, v.shape[2] + 1, dtype=torch.float64, device=v.device)[:, None]
+    return (
+        values.cumsum(2)
+        / torch.arange(1, v.shape[2] + 1, dtype=torch.float64, device=v.device)[:, None]
+    )
 
 
 def relative_error(found: Tensor, exact: Tensor) -> Tensor:
@@ -59,16 +70,23 @@ def relative_error(found: Tensor, exact: Tensor) -> Tensor:
     return (found.double() - exact).norm(dim=(2, 3)) / exact.norm(dim=(2, 3))
 
 
-def weight_distance(attention: Attention, q: Tensor, k: Tensor, *, is_causal: bool) -> WeightDistance:
+def weight_distance(
+    attention: Attention, q: Tensor, k: Tensor, *, is_causal: bool
+) -> WeightDistance:
     """Compare `attention.weights` with exact A, layer by layer.
 
-    Beyond 1,024 tokens a causal variant is compared on 256 rows: those that end at position b see b keys, and causality makes
-    them the same rows in the prefix of b tokens, which costs less than the whole of A.
+    Beyond 1,024 tokens a causal variant is compared on 256 rows: those that end at position b see b
+    keys, and causality makes them the same rows in the prefix of b tokens, which costs less than
+    the whole of A.
     """
     variation, kept, count = 0.0, 0.0, 0
     for layer in range(q.shape[0]):
-        for rows, weights in _weights(attention, q[layer : layer + 1], k[layer : layer + 1], is_causal):
-            exact = exact_rows(q[layer : layer + 1], k[layer : layer + 1], rows, is_causal=is_causal)
+        for rows, weights in _weights(
+            attention, q[layer : layer + 1], k[layer : layer + 1], is_causal
+        ):
+            exact = exact_rows(
+                q[layer : layer + 1], k[layer : layer + 1], rows, is_causal=is_causal
+            )
             exact = F.pad(exact, (0, weights.shape[3] - exact.shape[3]))  # a causal A is 0 there
             weights = weights.double()
             variation += float((weights - exact).abs().sum() / 2)
@@ -93,12 +111,15 @@ def score_std(q: Tensor, k: Tensor, *, is_causal: bool) -> float:
 
 
 def pooled(weights: Tensor, cells: int) -> Tensor:
-    """(query_length, key_length) -> at most (cells, cells): the mass that a cell's queries put, on average, on all its keys."""
+    """(query_length, key_length) -> at most (cells, cells): the mass that a cell's queries put, on
+    average, on all its keys."""
     queries, keys = (_membership(length, cells, weights) for length in weights.shape)
     return (queries / queries.sum(1, keepdim=True)) @ weights @ keys.T
 
 
-def _weights(attention: Attention, q: Tensor, k: Tensor, is_causal: bool) -> Iterator[tuple[range, Tensor]]:
+def _weights(
+    attention: Attention, q: Tensor, k: Tensor, is_causal: bool
+) -> Iterator[tuple[range, Tensor]]:
     """Rows of one layer's A, with their positions."""
     length = q.shape[2]
     if length <= WHOLE_LENGTH or not is_causal or not attention.spec.cross:
@@ -119,7 +140,8 @@ def _top_mass_kept(weights: Tensor, exact: Tensor) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, rows: range, is_causal: bool) -> Tensor:
-    """(batch, heads, rows, keys) in q's dtype; no causal row sees a key after the block's last row, so those are left out."""
+    """(batch, heads, rows, keys) in q's dtype; no causal row sees a key after the block's last row,
+    so those are left out."""
     keys = repeat_heads(k[:, :, : rows.stop] if is_causal else k, q.shape[1] // k.shape[1])
     return q[:, :, rows.start : rows.stop] @ keys.transpose(2, 3) * q.shape[3] ** -0.5
 

@@ -60,5 +60,7 @@ def package_folder(module: str, *, what: str) -> Path:
     require(what, [module])
     spec = find_spec(module)
     if spec is None or spec.origin is None:
-        raise MissingPackageError(f"{what} needs {CARRIERS[module]}, whose folder has no __init__.py; install it again")
+        raise MissingPackageError(
+            f"{what} needs {CARRIERS[module]}, whose folder has no __init__.py; install it again"
+        )
     return Path(spec.origin).parent

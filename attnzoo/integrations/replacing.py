@@ -1,4 +1,5 @@
-"""Giving attention modules another forward in place: what hangs on a module (hooks, attributes, wrappers, adapters) stays on it, there and back."""
+"""Giving attention modules another forward in place: what hangs on a module (hooks, attributes,
+wrappers, adapters) stays on it, there and back."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
-from attnzoo.integrations.plan import Site
+from attnzoo.integrations.places import Site
 
 #: Where in a module that has another forward the zoo's attention lives.
 CORE = "attention"
@@ -20,22 +21,28 @@ CORE = "attention"
 class PutBack:
     """Gives modules their own classes back; everything else on them stays as it is now.
 
-    swapped: by path at the time of the swap, each module, its own class, and the kind that it became (see `class_over`).
+    swapped: by path at the time of the swap, each module, its own class, and the kind that it
+    became (see `class_over`).
     """
 
     def __init__(self) -> None:
         self.swapped: dict[str, tuple[nn.Module, type, type]] = {}
 
     def check(self, model: nn.Module) -> None:
-        """Raise ValueError where something that was put on a module since would not outlive the undoing."""
+        """Raise ValueError where something that was put on a module since would not outlive the
+        undoing."""
         for path, (module, own, kind) in self.swapped.items():
             if type(module) is not class_over(kind, own):
                 raise ValueError(
-                    f"{path} is a {type(module).__name__} now, made of the {kind.__name__} that swap put there (a parametrization?); "
+                    f"{path} is a {type(module).__name__} now, made of the {kind.__name__} that "
+                    "swap put there (a parametrization?); "
                     "undo that first, as with torch.nn.utils.parametrize.remove_parametrizations"
                 )
             if has_other_forward(module):
-                raise ValueError(f"{path} was given a forward of its own since the swap; delete that attribute of the module first")
+                raise ValueError(
+                    f"{path} was given a forward of its own since the swap; delete that attribute "
+                    "of the module first"
+                )
 
     def __call__(self, model: nn.Module) -> None:
         for module, own, _ in self.swapped.values():
@@ -54,16 +61,22 @@ def replace_forwards(
 ) -> PutBack:
     """Make every chosen layer's module one of `kind`.
 
-    check: raises UnsupportedError where a module and its attention do not fit; nothing is changed then. take: gives a module of that class
-    its attention; the third argument says where it is. put_back: undoes it.
+    check: raises UnsupportedError where a module and its attention do not fit; nothing is changed
+    then. take: gives a module of that class its attention; the third argument says where it is.
+    put_back: undoes it.
     """
     places = {layer: f"layer {layer} ({sites[layer].path})" for layer in attentions}
     for layer, attention in attentions.items():
         try:
             check(sites[layer].module, attention)
             for name in (CORE, "__module__"):
-                if hasattr(sites[layer].module, name) and (name == CORE or name in vars(sites[layer].module)):
-                    raise UnsupportedError(f"{type(sites[layer].module).__name__} has an attribute {name!r}, the name of what a swap adds; rename it")
+                if hasattr(sites[layer].module, name) and (
+                    name == CORE or name in vars(sites[layer].module)
+                ):
+                    raise UnsupportedError(
+                        f"{type(sites[layer].module).__name__} has an attribute {name!r}, the name "
+                        "of what a swap adds; rename it"
+                    )
         except UnsupportedError as error:
             raise UnsupportedError(f"{places[layer]}: {error}") from None
     for layer, attention in attentions.items():
@@ -75,9 +88,12 @@ def replace_forwards(
 
 
 def has_other_forward(module: nn.Module) -> bool:
-    """Whether the module itself has a forward that hides its class's; accelerate's, which calls the one it found, is none."""
+    """Whether the module itself has a forward that hides its class's; accelerate's, which calls the
+    one it found, is none."""
     found = vars(module).get("_old_forward")
-    return "forward" in vars(module) and getattr(found, "__func__", None) is not type(module).forward
+    return (
+        "forward" in vars(module) and getattr(found, "__func__", None) is not type(module).forward
+    )
 
 
 def _change_class(module: nn.Module, other: type) -> None:
@@ -88,7 +104,8 @@ def _change_class(module: nn.Module, other: type) -> None:
 
 @cache
 def class_over(kind: type, own: type) -> Any:
-    """`kind` itself where it is a kind of `own`; otherwise a class that is both, first of all `kind`, and pickles by the two."""
+    """`kind` itself where it is a kind of `own`; otherwise a class that is both, first of all
+    `kind`, and pickles by the two."""
     if issubclass(kind, own):
         return kind
 
@@ -96,7 +113,11 @@ def class_over(kind: type, own: type) -> Any:
         made = super(given, self).__reduce_ex__(protocol)
         return (_new, (kind, own), *made[2:])
 
-    names: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    names: dict[str, Any] = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
     given = type(kind.__name__, (kind, own), {**names, "__reduce_ex__": reduce})
     return given
 

@@ -1,4 +1,5 @@
-"""Tensor parallelism: each process projects, attends and projects back for its own heads, as in Megatron-LM (Shoeybi et al. 2019, section 3)."""
+"""Tensor parallelism: each process projects, attends and projects back for its own heads, as in
+Megatron-LM (Shoeybi et al. 2019, section 3)."""
 
 from __future__ import annotations
 
@@ -9,29 +10,40 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
 from attnzoo.integrations.swapping import record_of
-from attnzoo.multihead import MultiheadAttention
+from attnzoo.layers.multihead import MultiheadAttention
 
 
 class HeadParallel(ParallelStyle):
-    """For `parallelize_module`: the heads of an attention of the zoo are split evenly over a mesh of one dimension.
+    """For `parallelize_module`: the heads of an attention of the zoo are split evenly over a mesh
+    of one dimension.
 
-    On an `attnzoo.MultiheadAttention`, as `attnzoo.swap` puts it into torch's layers, that is the whole plan: its packed projections become
-    linear layers, `projections.q`, `.k` and `.v` (`.qk` and `.v` where the core shares queries and keys), split by ColwiseParallel, as are
-    those of global tokens, `attention.global_projection`; `out_proj` is split by RowwiseParallel. Inputs and outputs are whole on every process;
-    key_padding_mask and a 2-D attn_mask too. The call must say need_weights=False: a process has the weights of its own heads only.
+    On an `attnzoo.MultiheadAttention`, as `attnzoo.swap` puts it into torch's layers, that is the
+    whole plan: its packed projections become linear layers, `projections.q`, `.k` and `.v` (`.qk`
+    and `.v` where the core shares queries and keys), split by ColwiseParallel, as are those of
+    global tokens, `attention.global_projection`; `out_proj` is split by RowwiseParallel. Inputs and
+    outputs are whole on every process; key_padding_mask and a 2-D attn_mask too. The call must say
+    need_weights=False: a process has the weights of its own heads only.
 
-    On an `attnzoo.Attention` (a swapped transformers model has one as `attention_core` in each layer) only the core is cut to its heads: give
-    the model's own projections ColwiseParallel and RowwiseParallel beside it.
+    On an `attnzoo.Attention` (a swapped transformers model has one as `attention_core` in each
+    layer) only the core is cut to its heads: give the model's own projections ColwiseParallel and
+    RowwiseParallel beside it.
 
-    What a core learns per head (Linformer with sharing="none") is cut as well; what its heads share is held by every process, and its gradient is
-    summed over them. Random blocks and directions are those of the whole attention.
+    What a core learns per head (Linformer with sharing="none") is cut as well; what its heads share
+    is held by every process, and its gradient is summed over them. Random blocks and directions are
+    those of the whole attention.
 
-    Raises ValueError where the heads cannot be split evenly and on other modules, UnsupportedError on add_bias_kv and add_zero_attn.
+    Raises ValueError where the heads cannot be split evenly and on other modules, UnsupportedError
+    on add_bias_kv and add_zero_attn.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -41,34 +53,51 @@ class HeadParallel(ParallelStyle):
             _split_module(module, device_mesh)
         else:
             raise ValueError(
-                f"HeadParallel splits an attnzoo.MultiheadAttention or an attnzoo.Attention, not {type(module).__name__}; swap the model first"
+                "HeadParallel splits an attnzoo.MultiheadAttention or an attnzoo.Attention, not "
+                f"{type(module).__name__}; swap the model first"
             )
         return module
 
 
 def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
-    """The entries of a `parallelize_module` plan that a swap adds: HeadParallel for every swapped layer, by path.
+    """The entries of a `parallelize_module` plan that a swap adds: HeadParallel for every swapped
+    layer, by path.
 
-    A transformers model needs the styles of its own projections beside it: {**plan, "layers.*.q_proj": ColwiseParallel(), ...}.
-    Raises ValueError on a model that is not swapped, and on timm's, whose fused qkv no style can split.
+    A transformers model needs the styles of its own projections beside it: {**plan,
+    "layers.*.q_proj": ColwiseParallel(), ...}. Raises ValueError on a model that is not swapped,
+    and on timm's, whose fused qkv no style can split.
     """
     record = record_of(model)
     if record.integration == "timm":
-        raise ValueError("timm's fused qkv projection cannot be split by heads; use FSDP or DDP for this model")
+        raise ValueError(
+            "timm's fused qkv projection cannot be split by heads; use FSDP or DDP for this model"
+        )
     swapped = {id(core) for core in record.attentions.values()}
     places = {path: module for path, module in model.named_modules() if id(module) in swapped}
-    return {path.removesuffix(".attention") if record.integration == "torch_nn" else path: HeadParallel() for path in places}
+    return {
+        path.removesuffix(".attention")
+        if record.integration == "torch_nn"
+        else path: HeadParallel()
+        for path in places
+    }
 
 
 def _split_core(core: Attention, mesh: DeviceMesh) -> None:
     group, processes = mesh.get_group(), mesh.size()
     if core.heads % processes:
-        raise ValueError(f"{core.spec.name} has {core.heads} heads, which {processes} processes cannot share evenly; use a divisor of them")
-    whole = list(core.parameters())  # kept, since a parameter made meanwhile could take the id of one that is gone
+        raise ValueError(
+            f"{core.spec.name} has {core.heads} heads, which {processes} processes cannot share "
+            "evenly; use a divisor of them"
+        )
+    whole = list(
+        core.parameters()
+    )  # kept, since a parameter made meanwhile could take the id of one that is gone
     count = core.heads // processes
     core.keep_heads(mesh.get_local_rank() * count, count)
     for parameter in core.parameters():
-        if any(parameter is one for one in whole) and not getattr(parameter, "sums_over_heads", False):  # layers may share one too
+        if any(parameter is one for one in whole) and not getattr(
+            parameter, "sums_over_heads", False
+        ):  # layers may share one too
             parameter.register_hook(lambda gradient: _sum(gradient, group))
             parameter.sums_over_heads = True  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -81,18 +110,33 @@ def _sum(gradient: Tensor, group: Any) -> Tensor:
 
 def _split_module(module: MultiheadAttention, mesh: DeviceMesh) -> None:
     if module.bias_k is not None or module.add_zero_attn:
-        raise UnsupportedError("add_bias_kv and add_zero_attn belong to no process's heads; build the module without them")
+        raise UnsupportedError(
+            "add_bias_kv and add_zero_attn belong to no process's heads; build the module without "
+            "them"
+        )
     core, of_globals = module.attention, module.attention.global_projection
     names = ("qk", "v") if core.shares_qk else ("q", "k", "v")
     core.global_projection = None  # what stays with the core is cut there, into plain parameters
     _split_core(core, mesh)
     if isinstance(of_globals, nn.Linear):
-        core.global_projection = _linears(names, of_globals.weight.detach().chunk(3), of_globals.bias)
+        core.global_projection = _linears(
+            names, of_globals.weight.detach().chunk(3), of_globals.bias
+        )
         parallelize_module(core.global_projection, mesh, {"*": ColwiseParallel()})
     packed = module.in_proj_weight
-    weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight) if packed is None else packed.detach().chunk(len(names))
+    weights = (
+        (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        if packed is None
+        else packed.detach().chunk(len(names))
+    )
     module.projections = _linears(names, weights, module.in_proj_bias)
-    for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"):
+    for name in (
+        "in_proj_weight",
+        "q_proj_weight",
+        "k_proj_weight",
+        "v_proj_weight",
+        "in_proj_bias",
+    ):
         module.register_parameter(name, None)
     module.num_heads = module.attention.heads
     parallelize_module(module.projections, mesh, {"*": ColwiseParallel()})
@@ -105,7 +149,9 @@ def _linears(names: Sequence[str], weights: Sequence[Tensor], bias: Tensor | Non
     biases = (None,) * len(names) if bias is None else bias.detach().chunk(len(names))
     made = nn.ModuleDict()
     for name, weight, part in zip(names, weights, biases, strict=True):
-        made[name] = linear = nn.Linear(weight.shape[1], weight.shape[0], part is not None, device="meta")
+        made[name] = linear = nn.Linear(
+            weight.shape[1], weight.shape[0], part is not None, device="meta"
+        )
         linear.weight = nn.Parameter(weight.detach().clone())
         if part is not None:
             linear.bias = nn.Parameter(part.clone())
@@ -115,4 +161,7 @@ def _linears(names: Sequence[str], weights: Sequence[Tensor], bias: Tensor | Non
 def _refuse_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given = inspect.signature(MultiheadAttention.forward).bind(module, *args, **kwargs)
     if given.arguments.get("need_weights", True):
-        raise UnsupportedError("need_weights=True: this process has the weights of its own heads only; pass need_weights=False")
+        raise UnsupportedError(
+            "need_weights=True: this process has the weights of its own heads only; pass "
+            "need_weights=False"
+        )

@@ -1,4 +1,5 @@
-"""torch.nn: `attnzoo.MultiheadAttention`'s forward in `nn.MultiheadAttention`, inside torch's Transformer layers or alone."""
+"""torch.nn: `attnzoo.MultiheadAttention`'s forward in `nn.MultiheadAttention`, inside torch's
+Transformer layers or alone."""
 
 from __future__ import annotations
 
@@ -9,17 +10,27 @@ from torch import Tensor, nn
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
-from attnzoo.integrations.plan import Site, place_of
+from attnzoo.integrations.places import Site, place_of
 from attnzoo.integrations.replacing import PutBack, has_other_forward, replace_forwards
 from attnzoo.integrations.self_attention import which_look_at_themselves
-from attnzoo.multihead import MultiheadAttention, is_called
+from attnzoo.layers.multihead import MultiheadAttention, is_called
 
 #: What nn.MultiheadAttention is made of.
-PARTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v", "out_proj")
+PARTS = (
+    "in_proj_weight",
+    "q_proj_weight",
+    "k_proj_weight",
+    "v_proj_weight",
+    "in_proj_bias",
+    "bias_k",
+    "bias_v",
+    "out_proj",
+)
 
 
 class SwappedAttention(MultiheadAttention):
-    """`attnzoo.MultiheadAttention` that knows its place in a model, for the errors that only a call can bring: causality, masks."""
+    """`attnzoo.MultiheadAttention` that knows its place in a model, for the errors that only a call
+    can bring: causality, masks."""
 
     place_in_model: str
 
@@ -32,7 +43,8 @@ class SwappedAttention(MultiheadAttention):
         self._take(core)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As `attnzoo.MultiheadAttention.forward`; what the core cannot do is an UnsupportedError that names the layer."""
+        """As `attnzoo.MultiheadAttention.forward`; what the core cannot do is an UnsupportedError
+        that names the layer."""
         try:
             return super().forward(*args, **kwargs)
         except UnsupportedError as error:
@@ -45,31 +57,53 @@ class TakeOut(PutBack):
     def __init__(self, model: nn.Module, modules: list[nn.Module]) -> None:
         super().__init__()
         self.heard = [_hooks(module.out_proj) for module in modules]  # pyright: ignore[reportArgumentType]
-        self.whole = [layer for layer in model.modules() if isinstance(layer, nn.TransformerEncoderLayer) and not _holds_more(layer)]
-        self.stacks = [(stack, stack.use_nested_tensor) for stack in model.modules() if isinstance(stack, nn.TransformerEncoder)]
+        self.whole = [
+            layer
+            for layer in model.modules()
+            if isinstance(layer, nn.TransformerEncoderLayer) and not _holds_more(layer)
+        ]
+        self.stacks = [
+            (stack, stack.use_nested_tensor)
+            for stack in model.modules()
+            if isinstance(stack, nn.TransformerEncoder)
+        ]
 
     def check(self, model: nn.Module) -> None:
-        """As `PutBack.check`; torch's own forward reads the weight of out_proj and never calls it."""
+        """As `PutBack.check`; torch's own forward reads the weight of out_proj and never calls
+        it."""
         super().check(model)
-        of_peft = {id(getattr(module, "base_layer", None)) for module in model.modules() if _is_pefts(module)}
+        of_peft = {
+            id(getattr(module, "base_layer", None))
+            for module in model.modules()
+            if _is_pefts(module)
+        }
         for (path, (module, _, _)), heard in zip(self.swapped.items(), self.heard, strict=True):
             if "projections" in module._modules:
-                raise ValueError(f"{path} has its in_proj_weight split over processes; it cannot be put back")
+                raise ValueError(
+                    f"{path} has its in_proj_weight split over processes; it cannot be put back"
+                )
             last: Any = module.out_proj
             if (_is_called(last) or _hooks(last) - heard) and id(module) not in of_peft:
                 raise ValueError(
-                    f"{path}.out_proj is a {type(last).__module__}.{type(last).__name__} that is called, and torch's nn.MultiheadAttention would "
-                    "read its weight and never call it; take out first what was put there since the swap (an adapter: merge it, in PEFT by "
+                    f"{path}.out_proj is a {type(last).__module__}.{type(last).__name__} that is "
+                    "called, and torch's nn.MultiheadAttention would "
+                    "read its weight and never call it; take out first what was put there since "
+                    "the swap (an adapter: merge it, in PEFT by "
                     "merge_and_unload; hooks: remove them)"
                 )
 
     def __call__(self, model: nn.Module) -> None:
         super().__call__(model)
-        # Where an adapter came into a layer since, the hook stays: torch's fast path would read the weights beneath the adapter.
+        # Where an adapter came into a layer since, the hook stays: torch's fast path would read the
+        # weights beneath the adapter.
         more = {part for layer in self.whole if _holds_more(layer) for part in layer.modules()}
         for module, *_ in self.swapped.values():
             vars(module).pop("place_in_model")
-            for number in [number for number, hook in module._forward_pre_hooks.items() if hook is is_called and module not in more]:
+            for number in [
+                number
+                for number, hook in module._forward_pre_hooks.items()
+                if hook is is_called and module not in more
+            ]:
                 del module._forward_pre_hooks[number]
         for stack, value in self.stacks:
             stack.use_nested_tensor = value and more.isdisjoint(stack.modules())
@@ -80,13 +114,17 @@ def _hooks(module: nn.Module) -> set[int]:
 
 
 def _is_called(linear: nn.Module) -> bool:
-    """Whether a layer in the place of a linear one does more than its weight says; where accelerate keeps that weight is another matter."""
+    """Whether a layer in the place of a linear one does more than its weight says; where accelerate
+    keeps that weight is another matter."""
     return type(linear).forward is not nn.Linear.forward or has_other_forward(linear)
 
 
 def _is_pefts(module: nn.Module) -> bool:
-    """PEFT's layer around an nn.MultiheadAttention, which merges the adapters of out_proj before every call."""
-    return type(module).__name__ == "MultiheadAttention" and type(module).__module__.startswith("peft.")
+    """PEFT's layer around an nn.MultiheadAttention, which merges the adapters of out_proj before
+    every call."""
+    return type(module).__name__ == "MultiheadAttention" and type(module).__module__.startswith(
+        "peft."
+    )
 
 
 def _holds_more(layer: nn.TransformerEncoderLayer) -> bool:
@@ -102,16 +140,22 @@ def handles(model: nn.Module) -> bool:
 def find_sites(model: nn.Module) -> list[Site]:
     """Every nn.MultiheadAttention inside the model, and whether it is known to be self-attention.
 
-    Raises ValueError when the model itself is one: it has no layer around it; UnsupportedError on one that does more than torch's.
+    Raises ValueError when the model itself is one: it has no layer around it; UnsupportedError on
+    one that does more than torch's.
     """
     found = list(_attentions(model))
     if any(module is model for _, module in found):
-        raise ValueError("an nn.MultiheadAttention cannot be swapped in place; build an attnzoo.MultiheadAttention and load its state_dict")
+        raise ValueError(
+            "an nn.MultiheadAttention cannot be swapped in place; build an "
+            "attnzoo.MultiheadAttention and load its state_dict"
+        )
     itself = which_look_at_themselves(model, [module for _, module in found])
     for path, module in found:
         if itself[module] is not False:
             _refuse_other_attention(path, module)
-    told = getattr(model, "seq_length", None)  # of torchvision's vision transformers, whose images have one size
+    told = getattr(
+        model, "seq_length", None
+    )  # of torchvision's vision transformers, whose images have one size
     longest = told if isinstance(told, int) else None
     return [
         Site(
@@ -134,24 +178,42 @@ def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.MultiheadAttention]]
 
 
 def _refuse_other_attention(path: str, module: nn.MultiheadAttention) -> None:
-    """Raise UnsupportedError on a forward that is not torch's, and on parts (a parametrization, a pruned weight) that torch's has not."""
-    parts = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False), *module.named_children())]
+    """Raise UnsupportedError on a forward that is not torch's, and on parts (a parametrization, a
+    pruned weight) that torch's has not."""
+    parts = [
+        name
+        for name, _ in (
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+            *module.named_children(),
+        )
+    ]
     extra = [name for name in parts if name not in PARTS]
     if type(module).forward is not nn.MultiheadAttention.forward or has_other_forward(module):
         extra.append("a forward of its own")
     if extra:
         raise UnsupportedError(
-            f"{path} is a {type(module).__name__} with {' and '.join(extra)}, which a swapped attention would drop; "
+            f"{path} is a {type(module).__name__} with {' and '.join(extra)}, which a swapped "
+            "attention would drop; "
             "swap the model's other parts one by one"
         )
 
 
 def _refuse(module: nn.Module, core: Attention) -> None:
-    """Raise UnsupportedError where a module has what its attention cannot do, or not what it needs."""
+    """Raise UnsupportedError where a module has what its attention cannot do, or not what it
+    needs."""
     MultiheadAttention.refuse_core(cast(nn.MultiheadAttention, module), core)
     packed: Any = module.in_proj_weight
-    if core.spec.global_tokens and packed is not None and packed.is_meta and place_of(module)[0].type != "meta":
-        raise UnsupportedError(f"its weights are offloaded, and {core.spec.name} begins with copies of them; swap first and offload then")
+    if (
+        core.spec.global_tokens
+        and packed is not None
+        and packed.is_meta
+        and place_of(module)[0].type != "meta"
+    ):
+        raise UnsupportedError(
+            f"its weights are offloaded, and {core.spec.name} begins with copies of them; swap "
+            "first and offload then"
+        )
 
 
 def insert(model: nn.Module, sites: list[Site], attentions: dict[int, Attention]) -> PutBack:
@@ -161,5 +223,7 @@ def insert(model: nn.Module, sites: list[Site], attentions: dict[int, Attention]
     put_back = TakeOut(model, [sites[layer].module for layer in attentions])
     replace_forwards(sites, attentions, SwappedAttention, _refuse, SwappedAttention.take, put_back)
     for stack, _ in put_back.stacks:
-        stack.use_nested_tensor = False  # its nested tensors are for layers that run torch's own fast path
+        stack.use_nested_tensor = (
+            False  # its nested tensors are for layers that run torch's own fast path
+        )
     return put_back

@@ -1,7 +1,7 @@
 """What each attention is, in float64 loops written from the papers' equations: one file a variant.
 
-An oracle is slow, complete and independent: it imports nothing of the library that it judges, and says in the
-paper's own terms which number stands where in A. Hold a kernel of your own against it:
+An oracle is slow, complete and independent: it imports nothing of the library that it judges, and
+says in the paper's own terms which number stands where in A. Hold a kernel of your own against it:
 
     out, weights = attnzoo.oracles.sliding_window(q, k, v, window=128, is_causal=True)
 

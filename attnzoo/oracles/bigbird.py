@@ -10,13 +10,26 @@ from attnzoo.oracles.matrix import by_heads, leading_padding, oracle, real_keys,
 
 @oracle("bigbird")
 def bigbird(
-    q, k, v, *, random_blocks, block_size, num_window_blocks, num_global_blocks, scale=None, key_mask=None, attn_mask=None, is_causal=False
+    q,
+    k,
+    v,
+    *,
+    random_blocks,
+    block_size,
+    num_window_blocks,
+    num_global_blocks,
+    scale=None,
+    key_mask=None,
+    attn_mask=None,
+    is_causal=False,
 ) -> tuple[Tensor, Tensor]:
-    """Zaheer et al. 2020, section 2: softmax over a *set* of keys, the union of window, global and random blocks. Blocks count from the first
-    real key to the last; a row on the padding ahead of as many queries sees nothing.
+    """Zaheer et al. 2020, section 2: softmax over a *set* of keys, the union of window, global and
+    random blocks. Blocks count from the first real key to the last; a row on the padding ahead of
+    as many queries sees nothing.
 
-    random_blocks: a function of which keys of a sample are real, (key_length,) bool, that gives (heads, query_blocks, num_random_blocks) key
-    blocks drawn for each query block, -1 for none; its first row belongs to the block of the first query.
+    random_blocks: a function of which keys of a sample are real, (key_length,) bool, that gives
+    (heads, query_blocks, num_random_blocks) key blocks drawn for each query block, -1 for none; its
+    first row belongs to the block of the first query.
     """
     assert attn_mask is None
     query_length, key_length = q.shape[2], k.shape[2]
@@ -36,7 +49,9 @@ def bigbird(
             a = (slot - lead) // block_size
             window = {b for b in range(key_blocks) if abs(a - b) <= (num_window_blocks - 1) // 2}
             drawn = set(drawn_blocks[h, a - first_block].tolist()) - {-1}
-            blocks = set(range(key_blocks)) if a in global_blocks else window | global_blocks | drawn
+            blocks = (
+                set(range(key_blocks)) if a in global_blocks else window | global_blocks | drawn
+            )
             for b in blocks:
                 chosen[i, lead + b * block_size : lead + (b + 1) * block_size] = True
         return softmax_over(visible & chosen, q_h, k_h, scale)
@@ -45,9 +60,12 @@ def bigbird(
 
 
 def bigbird_global_blocks(key_blocks: int, num_global_blocks: int, is_causal: bool) -> set[int]:
-    """Causal: the first blocks. Otherwise half of them at each end, the odd one at the beginning."""
+    """Causal: the first blocks. Otherwise half of them at each end, the odd one at the
+    beginning."""
     everything = list(range(key_blocks))
     if is_causal:
         return set(everything[:num_global_blocks])
     at_end = num_global_blocks // 2
-    return set(everything[: num_global_blocks - at_end]) | set(everything[max(0, key_blocks - at_end) :])
+    return set(everything[: num_global_blocks - at_end]) | set(
+        everything[max(0, key_blocks - at_end) :]
+    )

@@ -10,7 +10,9 @@ from attnzoo.oracles.matrix import by_heads, normalised, oracle, rows
 
 
 @oracle("cosformer")
-def cosformer(q, k, v, *, max_length, key_mask=None, attn_mask=None, is_causal=False) -> tuple[Tensor, Tensor]:
+def cosformer(
+    q, k, v, *, max_length, key_mask=None, attn_mask=None, is_causal=False
+) -> tuple[Tensor, Tensor]:
     """Qin et al. 2022, equation 10, term by term."""
     assert attn_mask is None
 

@@ -24,7 +24,9 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def kernel(phi_q: Callable[[Tensor], Tensor], phi_k: Callable[[Tensor], Tensor], normalize: bool) -> HeadMatrix:
+def kernel(
+    phi_q: Callable[[Tensor], Tensor], phi_k: Callable[[Tensor], Tensor], normalize: bool
+) -> HeadMatrix:
     """A_ij = phi(q_i)·phi(k_j) / Σ_l phi(q_i)·phi(k_l), the sum over the keys that i sees."""
 
     def matrix(_: int, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
@@ -40,7 +42,8 @@ def kernel(phi_q: Callable[[Tensor], Tensor], phi_k: Callable[[Tensor], Tensor],
 
 
 def _efficient(_: int, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
-    """Shen et al. 2021, equation 5: softmax over the features of a query, softmax over the keys that it sees of each feature."""
+    """Shen et al. 2021, equation 5: softmax over the features of a query, softmax over the keys
+    that it sees of each feature."""
 
     def weigh(i: int, seen: Tensor) -> Tensor:
         weight_of_feature = q[i].softmax(0)
@@ -63,8 +66,11 @@ def _series(normalize: bool, _: int, q: Tensor, k: Tensor, visible: Tensor) -> T
 
 
 @oracle("linear")
-def linear(q, k, v, *, feature_map="elu", normalize=True, key_mask=None, attn_mask=None, is_causal=False) -> tuple[Tensor, Tensor]:
-    """Katharopoulos et al. 2020, equations 4 and 8; `softmax` is Shen et al. 2021. feature_map: a name or a callable."""
+def linear(
+    q, k, v, *, feature_map="elu", normalize=True, key_mask=None, attn_mask=None, is_causal=False
+) -> tuple[Tensor, Tensor]:
+    """Katharopoulos et al. 2020, equations 4 and 8; `softmax` is Shen et al. 2021. feature_map: a
+    name or a callable."""
     assert attn_mask is None
     if feature_map == "softmax":
         return by_heads(_efficient, q, k, v, key_mask, is_causal)

@@ -1,8 +1,11 @@
-"""What the oracles share: loops over samples and heads, and rows that hold weights at the keys they see.
+"""What the oracles share: loops over samples and heads, and rows that hold weights at the keys they
+see.
 
-Every oracle takes q, k, v, the masks, and as keyword arguments the variant's options and what it learned or drew, and
-returns (out, A): out is (batch, heads, query_length, value_dim), A is (batch, heads, query_length, key_length).
-All are differentiable. Query i stands at position key_length - query_length + i; a row that sees nothing is 0.
+Every oracle takes q, k, v, the masks, and as keyword arguments the variant's options and what it
+learned or drew, and
+returns (out, A): out is (batch, heads, query_length, value_dim), A is (batch, heads, query_length,
+key_length). All are differentiable. Query i stands at position key_length - query_length + i; a row
+that sees nothing is 0.
 """
 
 from __future__ import annotations
@@ -28,13 +31,18 @@ def oracle(name: str) -> Callable[[Oracle], Oracle]:
     return enter
 
 
-def by_heads(matrix: HeadMatrix, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Tensor]:
-    """Loop over samples and heads; `matrix(head, q, k, visible)` gives one head's A, (query_length, key_length)."""
+def by_heads(
+    matrix: HeadMatrix, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Loop over samples and heads; `matrix(head, q, k, visible)` gives one head's A, (query_length,
+    key_length)."""
     batch, heads, query_length, _ = q.shape
     kv_heads, key_length = k.shape[1], k.shape[2]
     samples, outputs = [], []
     for b in range(batch):
-        visible = visible_keys(query_length, key_length, None if key_mask is None else key_mask[b], is_causal)
+        visible = visible_keys(
+            query_length, key_length, None if key_mask is None else key_mask[b], is_causal
+        )
         real = torch.ones(key_length, dtype=torch.bool) if key_mask is None else key_mask[b]
         matrices, rows = [], []
         for h in range(heads):
@@ -49,7 +57,9 @@ def by_heads(matrix: HeadMatrix, q: Tensor, k: Tensor, v: Tensor, key_mask: Tens
     return torch.stack(outputs), torch.stack(samples)
 
 
-def visible_keys(query_length: int, key_length: int, real: Tensor | None, is_causal: bool) -> Tensor:
+def visible_keys(
+    query_length: int, key_length: int, real: Tensor | None, is_causal: bool
+) -> Tensor:
     """Which keys every query may see by padding and causality, (query_length, key_length) bool.
 
     real: (key_length,) bool, True = a real key; None: all are.
@@ -98,10 +108,14 @@ def normalised(products: Tensor) -> Tensor:
     return torch.zeros_like(products) if total.item() == 0.0 else products / total
 
 
-def softmax_over(visible: Tensor, q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None = None) -> Tensor:
-    """A of one head: softmax(scale · q_i·k_j + bias_ij) over the keys that row i sees, (query_length, key_length).
+def softmax_over(
+    visible: Tensor, q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None = None
+) -> Tensor:
+    """A of one head: softmax(scale · q_i·k_j + bias_ij) over the keys that row i sees,
+    (query_length, key_length).
 
-    visible: (query_length, key_length) bool. scale: None is 1/sqrt(head_dim). bias: (query_length, key_length), added to the scores.
+    visible: (query_length, key_length) bool. scale: None is 1/sqrt(head_dim). bias: (query_length,
+    key_length), added to the scores.
     """
     factor = q.shape[1] ** -0.5 if scale is None else scale
 

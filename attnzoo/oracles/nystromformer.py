@@ -10,9 +10,20 @@ from attnzoo.oracles.matrix import by_heads, oracle, softmax
 
 @oracle("nystromformer")
 def nystromformer(
-    q, k, v, *, num_landmarks=64, iterations=6, convolution_weight=None, scale=None, key_mask=None, attn_mask=None, is_causal=False
+    q,
+    k,
+    v,
+    *,
+    num_landmarks=64,
+    iterations=6,
+    convolution_weight=None,
+    scale=None,
+    key_mask=None,
+    attn_mask=None,
+    is_causal=False,
 ) -> tuple[Tensor, Tensor]:
-    """Xiong et al. 2021, equations 13 and 14, over the real tokens alone; convolution_weight: (heads, 1, size, 1), added as a band of A."""
+    """Xiong et al. 2021, equations 13 and 14, over the real tokens alone; convolution_weight:
+    (heads, 1, size, 1), added as a band of A."""
     assert not is_causal and attn_mask is None and q.shape[2] == k.shape[2]
     scale = q.shape[3] ** -0.5 if scale is None else scale
 
@@ -43,7 +54,14 @@ def nystromformer(
                     j = i + place - size // 2
                     if 0 <= j < n and bool(visible[0, j]):
                         band[i, j] = 1.0
-            weights = torch.stack([convolution_weight[h, 0, :, 0].double()[(torch.arange(n) - i + size // 2).clamp(0, size - 1)] for i in range(n)])
+            weights = torch.stack(
+                [
+                    convolution_weight[h, 0, :, 0].double()[
+                        (torch.arange(n) - i + size // 2).clamp(0, size - 1)
+                    ]
+                    for i in range(n)
+                ]
+            )
             a = a + band * weights
         return a
 

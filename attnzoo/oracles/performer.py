@@ -12,7 +12,8 @@ from attnzoo.oracles.matrix import by_heads, oracle
 
 
 def random_features(x: Tensor, projection: Tensor, features: str) -> Tensor:
-    """Choromanski et al. 2021, Lemma 1 and equation 5: features whose products estimate exp(x·y) (`relu`: another kernel).
+    """Choromanski et al. 2021, Lemma 1 and equation 5: features whose products estimate exp(x·y)
+    (`relu`: another kernel).
 
     x: (..., head_dim); projection: (num_features, head_dim), its rows the draws of omega.
     """
@@ -22,7 +23,9 @@ def random_features(x: Tensor, projection: Tensor, features: str) -> Tensor:
     if features == "positive":
         return (along - half_norm).exp() / math.sqrt(m)
     if features == "hyperbolic":
-        return torch.cat([(along - half_norm).exp(), (-along - half_norm).exp()], -1) / math.sqrt(2 * m)
+        return torch.cat([(along - half_norm).exp(), (-along - half_norm).exp()], -1) / math.sqrt(
+            2 * m
+        )
     if features == "trigonometric":
         return half_norm.exp() * torch.cat([along.sin(), along.cos()], -1) / math.sqrt(m)
     if features == "relu":
@@ -31,7 +34,18 @@ def random_features(x: Tensor, projection: Tensor, features: str) -> Tensor:
 
 
 @oracle("performer")
-def performer(q, k, v, *, projection, features="positive", scale=None, key_mask=None, attn_mask=None, is_causal=False) -> tuple[Tensor, Tensor]:
+def performer(
+    q,
+    k,
+    v,
+    *,
+    projection,
+    features="positive",
+    scale=None,
+    key_mask=None,
+    attn_mask=None,
+    is_causal=False,
+) -> tuple[Tensor, Tensor]:
     """Choromanski et al. 2021: linear attention with random features of q·√scale and k·√scale."""
     assert attn_mask is None
     scale = q.shape[3] ** -0.5 if scale is None else scale

@@ -9,7 +9,9 @@ from attnzoo.oracles.matrix import by_heads, oracle, rows
 
 
 @oracle("retention")
-def retention(q, k, v, *, scale=None, key_mask=None, attn_mask=None, is_causal=False) -> tuple[Tensor, Tensor]:
+def retention(
+    q, k, v, *, scale=None, key_mask=None, attn_mask=None, is_causal=False
+) -> tuple[Tensor, Tensor]:
     """Sun et al. 2023, equation 5, with a γ for each head of keys."""
     assert is_causal and attn_mask is None
     scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -20,7 +22,9 @@ def retention(q, k, v, *, scale=None, key_mask=None, attn_mask=None, is_causal=F
 
         def weigh(i: int, seen: Tensor) -> Tensor:
             position = k_h.shape[0] - q_h.shape[0] + i
-            since = torch.stack([visible[-1, j + 1 : position + 1].sum() for j in seen.tolist()])  # real tokens: padding does not fade
+            since = torch.stack(
+                [visible[-1, j + 1 : position + 1].sum() for j in seen.tolist()]
+            )  # real tokens: padding does not fade
             return scale * (k_h[seen] @ q_h[i]) * gamma ** since.double()
 
         return rows(visible, weigh)

@@ -10,11 +10,24 @@ from attnzoo.oracles.matrix import by_heads, oracle, real_keys, rows, softmax_ov
 
 @oracle("sliding_window")
 def sliding_window(
-    q, k, v, *, window, dilation=1, sinks=0, logits=None, scale=None, key_mask=None, attn_mask=None, is_causal=False
+    q,
+    k,
+    v,
+    *,
+    window,
+    dilation=1,
+    sinks=0,
+    logits=None,
+    scale=None,
+    key_mask=None,
+    attn_mask=None,
+    is_causal=False,
 ) -> tuple[Tensor, Tensor]:
-    """Beltagy et al. 2020, section 3.1: softmax over the keys at position + t · dilation for |t| < window; dilation may differ by head.
+    """Beltagy et al. 2020, section 3.1: softmax over the keys at position + t · dilation for |t| <
+    window; dilation may differ by head.
 
-    sinks: and the first real keys (Xiao et al. 2023). logits: (heads,), each exponentiated in the denominator of every row of its head.
+    sinks: and the first real keys (Xiao et al. 2023). logits: (heads,), each exponentiated in the
+    denominator of every row of its head.
     """
     assert attn_mask is None
 

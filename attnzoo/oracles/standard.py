@@ -9,7 +9,9 @@ from attnzoo.oracles.matrix import by_heads, oracle, softmax_over
 
 
 @oracle("standard")
-def standard(q, k, v, *, key_mask=None, attn_mask=None, is_causal=False, scale=None) -> tuple[Tensor, Tensor]:
+def standard(
+    q, k, v, *, key_mask=None, attn_mask=None, is_causal=False, scale=None
+) -> tuple[Tensor, Tensor]:
     """Vaswani et al. 2017, equation 1. attn_mask: bool (True = attend) or added to the scores."""
     allowed = torch.ones(q.shape[0], q.shape[1], q.shape[2], k.shape[2], dtype=torch.bool)
     bias = None
@@ -22,7 +24,9 @@ def standard(q, k, v, *, key_mask=None, attn_mask=None, is_causal=False, scale=N
         mask = None if key_mask is None else key_mask[b : b + 1]
 
         def matrix(h, q_h, k_h, visible, b=b):
-            return softmax_over(visible & allowed[b, h], q_h, k_h, scale, None if bias is None else bias[b, h])
+            return softmax_over(
+                visible & allowed[b, h], q_h, k_h, scale, None if bias is None else bias[b, h]
+            )
 
         samples.append(by_heads(matrix, q[b : b + 1], k[b : b + 1], v[b : b + 1], mask, is_causal))
     return torch.cat([out for out, _ in samples]), torch.cat([a for _, a in samples])

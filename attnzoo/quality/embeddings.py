@@ -1,4 +1,5 @@
-"""Sentence embeddings of an encoder with swapped attention, and what they retrieve, beside the exact ones."""
+"""Sentence embeddings of an encoder with swapped attention, and what they retrieve, beside the
+exact ones."""
 
 from __future__ import annotations
 
@@ -20,9 +21,11 @@ WORDS_PER_TOKEN = 0.8  # a passage of so many words fills its tokens, in most En
 
 
 class EncoderSubject(Subject):
-    """An encoder whose embedding is the mean of its last hidden states over the real tokens, at unit length.
+    """An encoder whose embedding is the mean of its last hidden states over the real tokens, at
+    unit length.
 
-    Passages are consecutive paragraphs of all texts, of about `length` tokens and cut to them; `Excerpt.sequences` is how many of each text.
+    Passages are consecutive paragraphs of all texts, of about `length` tokens and cut to them;
+    `Excerpt.sequences` is how many of each text.
     """
 
     is_causal = False
@@ -38,11 +41,14 @@ class EncoderSubject(Subject):
 
     def check(self, excerpt: Excerpt, length: int) -> None:
         if not 3 <= length <= self.longest:
-            raise ValueError(f"length={length} is not one that {self.name} can read; give 3 to {self.longest}")
+            raise ValueError(
+                f"length={length} is not one that {self.name} can read; give 3 to {self.longest}"
+            )
         found = len(self._passages(excerpt, length))
         if found < NEAREST * QUERY_EVERY / (QUERY_EVERY - 1):
             raise ValueError(
-                f"the text {excerpt.text!r} has {found} passages of {length:,} tokens in a part, and the {NEAREST} nearest of them are compared; "
+                f"the text {excerpt.text!r} has {found} passages of {length:,} tokens in a part, "
+                f"and the {NEAREST} nearest of them are compared; "
                 f"give a longer text, a smaller length or more sequences"
             )
 
@@ -79,14 +85,31 @@ class EncoderSubject(Subject):
     def _tokens(self, excerpt: Excerpt, length: int) -> list[dict[str, Tensor]]:
         if (excerpt, length) not in self._batches:
             texts = self._passages(excerpt, length)
-            options: dict[str, Any] = {"truncation": True, "max_length": length, "padding": True, "return_tensors": "pt"}
-            read = [self.tokenizer(texts[start : start + BATCH], **options) for start in range(0, len(texts), BATCH)]
-            self._batches[excerpt, length] = [{"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} for batch in read]
+            options: dict[str, Any] = {
+                "truncation": True,
+                "max_length": length,
+                "padding": True,
+                "return_tensors": "pt",
+            }
+            read = [
+                self.tokenizer(texts[start : start + BATCH], **options)
+                for start in range(0, len(texts), BATCH)
+            ]
+            self._batches[excerpt, length] = [
+                {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+                for batch in read
+            ]
         return self._batches[excerpt, length]
 
     def _passages(self, excerpt: Excerpt, length: int) -> list[str]:
         names = excerpt.text.split("+")
-        return [text for name in names for text in passages(self.texts[name][excerpt.part], round(length * WORDS_PER_TOKEN))[: excerpt.sequences]]
+        return [
+            text
+            for name in names
+            for text in passages(self.texts[name][excerpt.part], round(length * WORDS_PER_TOKEN))[
+                : excerpt.sequences
+            ]
+        ]
 
 
 def _nearest(embeddings: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""A pretrained model whose attention is swapped, measured, and put back: what a decoder and an encoder have in common."""
+"""A pretrained model whose attention is swapped, measured, and put back: what a decoder and an
+encoder have in common."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ from torch import Tensor
 
 from attnzoo.attention import Attention
 from attnzoo.fidelity.candidate import BASELINE, Candidate
-from attnzoo.fidelity.models import Pretrained
-from attnzoo.integrations.huggingface import find_sites
+from attnzoo.fidelity.pretrained import Pretrained
+from attnzoo.integrations.huggingface.interface import find_sites
 from attnzoo.integrations.swapping import swap, unswap
+from attnzoo.quality.later_layers import blocks_of, recording, resumed
 from attnzoo.quality.mixes import Mix, resolved, swap_plan
-from attnzoo.quality.resuming import blocks_of, recording, resumed
 from attnzoo.quality.texts import CHOOSING
 from attnzoo.registry import build
 
@@ -41,7 +42,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class Excerpt:
-    """Which tokens are read: of a text (or of several, joined by "+"), the part, and so many sequences (an encoder: passages) of it."""
+    """Which tokens are read: of a text (or of several, joined by "+"), the part, and so many
+    sequences (an encoder: passages) of it."""
 
     text: str
     part: str
@@ -54,14 +56,28 @@ class Subject(ABC):
     is_causal: bool
 
     def __init__(
-        self, pretrained: Pretrained, texts: Mapping[str, Mapping[str, str]], *, device: torch.device, dtype: torch.dtype, seed: int
+        self,
+        pretrained: Pretrained,
+        texts: Mapping[str, Mapping[str, str]],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
     ) -> None:
-        self.name, self.tokenizer, self.texts, self.seed = pretrained.name, pretrained.tokenizer, texts, seed
+        self.name, self.tokenizer, self.texts, self.seed = (
+            pretrained.name,
+            pretrained.tokenizer,
+            texts,
+            seed,
+        )
         self.longest = pretrained.max_length
         self.model: Any = pretrained.model.to(device=device, dtype=dtype)
         self.sites = find_sites(self.model)
         self.blocks = blocks_of(self.model, [site.path for site in self.sites])
-        self.kept: tuple[Any, list[list[Any]]] = (None, [])  # an excerpt and length, and the blocks' outputs on each of its batches
+        self.kept: tuple[Any, list[list[Any]]] = (
+            None,
+            [],
+        )  # an excerpt and length, and the blocks' outputs on each of its batches
         self._macs: dict[Any, int] = {}
         self.other_macs_per_token = self._other_macs_per_token()
 
@@ -76,20 +92,25 @@ class Subject(ABC):
 
     @abstractmethod
     def check(self, excerpt: Excerpt, length: int) -> None:
-        """Raise ValueError when the text has not so many tokens, or the model not so many positions."""
+        """Raise ValueError when the text has not so many tokens, or the model not so many
+        positions."""
 
     @abstractmethod
     def measure(self, mix: Mix, excerpt: Excerpt, lengths: Sequence[int]) -> dict[int, Scores]:
-        """Scores of the model with this mix, by length. Raises ValueError where an attention cannot do what the model needs."""
+        """Scores of the model with this mix, by length. Raises ValueError where an attention cannot
+        do what the model needs."""
 
     @contextmanager
     def swapped(self, mix: Mix, length: int) -> Iterator[None]:
-        """The model with the mix, for inputs of at most `length` tokens, and its own attention again afterwards."""
+        """The model with the mix, for inputs of at most `length` tokens, and its own attention
+        again afterwards."""
         if not mix:
             yield
             return
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".* drops entries of A ")  # while training, and nothing is trained here
+            warnings.filterwarnings(
+                "ignore", message=".* drops entries of A "
+            )  # while training, and nothing is trained here
             torch.manual_seed(self.seed)
             swap(self.model, swap_plan(mix, length, self.seed))
         try:
@@ -97,17 +118,22 @@ class Subject(ABC):
         finally:
             unswap(self.model)
 
-    def hidden(self, mix: Mix, excerpt: Excerpt, length: int, batches: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:
+    def hidden(
+        self, mix: Mix, excerpt: Excerpt, length: int, batches: Sequence[dict[str, Tensor]]
+    ) -> Iterator[Tensor]:
         """Last hidden states of each batch, (batch, length, width), from the model with this mix.
 
-        On the text to choose by, where one layer after the other is swapped, the exact layers before it are computed once.
+        On the text to choose by, where one layer after the other is swapped, the exact layers
+        before it are computed once.
         """
         first, key = min(mix, default=0), (excerpt, length)
         if first and excerpt.part == CHOOSING and self.kept[0] != key:
             self.kept = (key, [self._recorded(batch) for batch in batches])
         with self.swapped(mix, length):
             for number, batch in enumerate(batches):
-                with resumed(self.blocks, self.kept[1][number] if self.kept[0] == key else [], first):
+                with resumed(
+                    self.blocks, self.kept[1][number] if self.kept[0] == key else [], first
+                ):
                     found = self._read(batch)
                 yield found
 
@@ -124,14 +150,25 @@ class Subject(ABC):
 
     def macs_of_mix(self, mix: Mix, length: int) -> int:
         """MACs of all attentions on one sequence."""
-        return sum(self.macs_of_layer(layer, mix.get(layer, BASELINE), length) for layer in range(self.layers))
+        return sum(
+            self.macs_of_layer(layer, mix.get(layer, BASELINE), length)
+            for layer in range(self.layers)
+        )
 
     def macs_of_layer(self, layer: int, candidate: Candidate, length: int) -> int:
         """MACs of one layer's attention on one sequence."""
-        site, key = self.sites[layer], (candidate.label, self.sites[layer].heads, self.sites[layer].head_dim, length)
+        site, key = (
+            self.sites[layer],
+            (candidate.label, self.sites[layer].heads, self.sites[layer].head_dim, length),
+        )
         if key not in self._macs:
             with torch.device("meta"):
-                attention = build(candidate.name, heads=site.heads, head_dim=site.head_dim, **resolved(candidate, length, self.seed))
+                attention = build(
+                    candidate.name,
+                    heads=site.heads,
+                    head_dim=site.head_dim,
+                    **resolved(candidate, length, self.seed),
+                )
             self._macs[key] = self._count(attention, length)
         return self._macs[key]
 
@@ -141,7 +178,9 @@ class Subject(ABC):
 
     def _read(self, batch: dict[str, Tensor]) -> Tensor:
         options = {"use_cache": False} if self.is_causal else {}
-        return self.model.base_model(**{name: tensor.to(self.model.device) for name, tensor in batch.items()}, **options).last_hidden_state
+        return self.model.base_model(
+            **{name: tensor.to(self.model.device) for name, tensor in batch.items()}, **options
+        ).last_hidden_state
 
     @torch.no_grad()
     def _other_macs_per_token(self) -> int:
@@ -151,7 +190,11 @@ class Subject(ABC):
             if tuple(output.shape[:2]) == (1, TRIED):
                 found.append(module.weight.numel())
 
-        handles = [module.register_forward_hook(count) for module in self.model.modules() if type(module).__name__ in PRODUCTS]
+        handles = [
+            module.register_forward_hook(count)
+            for module in self.model.modules()
+            if type(module).__name__ in PRODUCTS
+        ]
         ids = torch.ones(1, TRIED, dtype=torch.long, device=self.model.device)
         try:
             self.model(input_ids=ids, attention_mask=torch.ones_like(ids))

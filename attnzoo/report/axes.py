@@ -15,8 +15,14 @@ LEADING = (1, 3, 2, 5, 1.5, 7, 4, 1.2)
 NARROWEST = 0.35  # decades: points that nearly coincide still get an axis
 
 
-def log_axis(axes: Axes, which: Literal["x", "y"], values: Iterable[float | None], label: Callable[[float], str]) -> None:
-    """Make one axis logarithmic around the positive `values`, with labelled ticks: powers of ten, or finer ones on a short axis."""
+def log_axis(
+    axes: Axes,
+    which: Literal["x", "y"],
+    values: Iterable[float | None],
+    label: Callable[[float], str],
+) -> None:
+    """Make one axis logarithmic around the positive `values`, with labelled ticks: powers of ten,
+    or finer ones on a short axis."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     logs = [math.log10(value) for value in values if value is not None and value > 0]
@@ -34,12 +40,15 @@ def log_axis(axes: Axes, which: Literal["x", "y"], values: Iterable[float | None
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers between 10**low and 10**high, none closer to another than `CLOSEST`: powers of ten first, then the roundest that fit."""
+    """Round numbers between 10**low and 10**high, none closer to another than `CLOSEST`: powers of
+    ten first, then the roundest that fit."""
     chosen: list[float] = []
     for leading in LEADING:
         for power in range(math.floor(low), math.ceil(high) + 1):
             place = math.log10(leading) + power
-            if low <= place <= high and all(abs(place - other) >= CLOSEST * (high - low) for other in chosen):
+            if low <= place <= high and all(
+                abs(place - other) >= CLOSEST * (high - low) for other in chosen
+            ):
                 chosen.append(place)
     return [float(f"{10**place:.3g}") for place in sorted(chosen)]
 

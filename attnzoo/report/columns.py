@@ -1,20 +1,23 @@
-"""The columns of a comparison, once for the screen and the page: a heading, what it means, and how a row's number is written."""
+"""The columns of a comparison, once for the screen and the page: a heading, what it means, and how
+a row's number is written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from attnzoo.fidelity.rows import Row
+from attnzoo.fidelity.comparison_rows import Row
 from attnzoo.registry import names, spec_of
 
 ABSENT = "-"
-EXACT_BELOW = 1e-4  # an output error below this is rounding: the row is exact attention in another order of sums
+# An output error below this is rounding: the row is exact attention in another order of sums
+EXACT_BELOW = 1e-4
 
 
 @dataclass(frozen=True)
 class Column:
-    """heading: at most two words, so that twelve columns fit a terminal. meaning: one line for the reader. text: the cell, in ASCII."""
+    """heading: at most two words, so that twelve columns fit a terminal. meaning: one line for the
+    reader. text: the cell, in ASCII."""
 
     heading: str
     meaning: str
@@ -24,11 +27,16 @@ class Column:
 
 def lost(row: Row) -> bool:
     """Whether the variant came no closer to exact attention than the mean of the values does."""
-    return row.output_error is not None and row.mean_value_error is not None and row.output_error >= row.mean_value_error
+    return (
+        row.output_error is not None
+        and row.mean_value_error is not None
+        and row.output_error >= row.mean_value_error
+    )
 
 
 def is_reference(row: Row) -> bool:
-    """Whether the row is softmax attention itself, whose error is rounding in whatever dtype it ran."""
+    """Whether the row is softmax attention itself, whose error is rounding in whatever dtype it
+    ran."""
     return row.variant in names() and spec_of(row.variant).family == "exact"
 
 
@@ -39,7 +47,9 @@ def is_exact(row: Row) -> bool:
 
 def kept(row: Row) -> float | None:
     """The share of the promised speed-up that was measured."""
-    return None if not row.speedup or not row.promised_speedup else row.speedup / row.promised_speedup
+    return (
+        None if not row.speedup or not row.promised_speedup else row.speedup / row.promised_speedup
+    )
 
 
 def number(value: float | None) -> str:
@@ -105,26 +115,64 @@ def _total_variation(row: Row) -> str:
 
 
 COLUMNS: tuple[Column, ...] = (
-    Column("variant", "the attention and the options it was given", lambda row: row.label, numeric=False),
-    Column("error", "relative output error, |A v - exact| / |exact|; ! marks a variant that lost to mean(v)", _error),
-    Column("mean(v) error", "the same error for answering the mean of the visible values: the baseline of doing nothing", _mean_value_error),
+    Column(
+        "variant",
+        "the attention and the options it was given",
+        lambda row: row.label,
+        numeric=False,
+    ),
+    Column(
+        "error",
+        "relative output error, |A v - exact| / |exact|; ! marks a variant that lost to mean(v)",
+        _error,
+    ),
+    Column(
+        "mean(v) error",
+        "the same error for answering the mean of the visible values: the baseline of doing "
+        "nothing",
+        _mean_value_error,
+    ),
     Column(
         "TV",
-        "total variation: half the summed difference between a row of A and softmax's; 0: equal, 1: disjoint, above 1: not a distribution",
+        "total variation: half the summed difference between a row of A and softmax's; 0: equal, "
+        "1: disjoint, above 1: not a distribution",
         _total_variation,
     ),
-    Column("top-16 kept", "share of the mass on softmax's 16 heaviest keys that the variant also puts there", lambda row: percent(row.top_mass_kept)),
-    Column("MACs", "multiply-accumulates of one forward, by the closed form; one MAC is two FLOPs", lambda row: count(row.macs)),
-    Column("promised", "speed-up that the MACs promise: exact attention's, divided by the variant's", lambda row: ratio(row.promised_speedup)),
+    Column(
+        "top-16 kept",
+        "share of the mass on softmax's 16 heaviest keys that the variant also puts there",
+        lambda row: percent(row.top_mass_kept),
+    ),
+    Column(
+        "MACs",
+        "multiply-accumulates of one forward, by the closed form; one MAC is two FLOPs",
+        lambda row: count(row.macs),
+    ),
+    Column(
+        "promised",
+        "speed-up that the MACs promise: exact attention's, divided by the variant's",
+        lambda row: ratio(row.promised_speedup),
+    ),
     Column("time", "median time of one forward", lambda row: duration(row.seconds)),
     Column(
         "measured",
-        "speed-up measured: the time of exact attention (SDPA) in the same rounds, divided by the variant's",
+        "speed-up measured: the time of exact attention (SDPA) in the same rounds, divided by the "
+        "variant's",
         lambda row: ratio(row.speedup),
     ),
-    Column("kept", "measured divided by promised: how much of the saved arithmetic became saved time", lambda row: percent(kept(row))),
-    Column("peak memory", "highest sum of allocations of one forward beyond its inputs", lambda row: memory(row.peak_bytes)),
-    Column("backend", "the implementation that ran", lambda row: row.backend or ABSENT, numeric=False),
+    Column(
+        "kept",
+        "measured divided by promised: how much of the saved arithmetic became saved time",
+        lambda row: percent(kept(row)),
+    ),
+    Column(
+        "peak memory",
+        "highest sum of allocations of one forward beyond its inputs",
+        lambda row: memory(row.peak_bytes),
+    ),
+    Column(
+        "backend", "the implementation that ran", lambda row: row.backend or ABSENT, numeric=False
+    ),
 )
 
 
@@ -160,7 +208,8 @@ def notes(rows: Iterable[Row]) -> dict[str, str]:
 
 
 def folded(label: str, width: int) -> str:
-    """A label such as "performer num_features=64 features=relu" on as many lines as `width` characters need, broken at its spaces."""
+    """A label such as "performer num_features=64 features=relu" on as many lines as `width`
+    characters need, broken at its spaces."""
     lines: list[str] = []
     for word in label.split(" "):
         if lines and len(lines[-1]) + 1 + len(word) <= width:

@@ -1,4 +1,5 @@
-"""What every HTML page is made of: the document with its style, figures as inline SVG, tables, and the facts of where it ran."""
+"""What every HTML page is made of: the document with its style, figures as inline SVG, tables, and
+the facts of where it ran."""
 
 from __future__ import annotations
 
@@ -6,9 +7,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 
-from attnzoo.cost.table import Column, Table
 from attnzoo.report.export import inline_svg
 from attnzoo.report.figures import Drawing
+from attnzoo.table import Column, Table
 
 STYLE = """
 :root { color-scheme: light dark;
@@ -49,20 +50,31 @@ dd { margin: 0; color: var(--soft); overflow-wrap: anywhere; }
 def document(title: str, lead: str, body: str) -> str:
     """A page that needs nothing else. title: text; lead, body: HTML."""
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" '
+        'content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n<p>{lead}</p>\n{body}\n</body>\n</html>\n"
     )
 
 
 def results_document(
-    title: str, lead: str, answer: str, drawings: Iterable[Drawing], tables: Iterable[Table], facts: Mapping[str, str], method: str = ""
+    title: str,
+    lead: str,
+    answer: str,
+    drawings: Iterable[Drawing],
+    tables: Iterable[Table],
+    facts: Mapping[str, str],
+    method: str = "",
 ) -> str:
-    """The page of a result file: its answer (HTML), figures, every number, method (HTML, whole sections) and where it ran."""
+    """The page of a result file: its answer (HTML), figures, every number, method (HTML, whole
+    sections) and where it ran."""
     figures, numbers = "\n".join(map(html_figure, drawings)), "\n".join(map(html_table, tables))
-    listed = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
+    listed = "\n".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items()
+    )
     body = (
         f"<section>\n{answer}\n</section>\n<section>\n<h2>Figures</h2>\n{figures}\n</section>\n"
-        f"<section>\n<h2>Every number</h2>\n{numbers}\n</section>\n{method}<section>\n<h2>Where it ran</h2>\n<dl>\n{listed}\n</dl>\n</section>"
+        f"<section>\n<h2>Every number</h2>\n{numbers}\n</section>\n{method}<section>\n<h2>Where it "
+        f"ran</h2>\n<dl>\n{listed}\n</dl>\n</section>"
     )
     return document(title, lead, body)
 
@@ -81,24 +93,38 @@ def html_figure(drawing: Drawing) -> str:
     """A figure's heading, caption and panels."""
     several = len(drawing.parts) > 1
     panels = "\n".join(
-        inline_svg(part, f"{drawing.name}-{index}", f"{drawing.title}, panel {index}" if several else drawing.title)
+        inline_svg(
+            part,
+            f"{drawing.name}-{index}",
+            f"{drawing.title}, panel {index}" if several else drawing.title,
+        )
         for index, part in enumerate(drawing.parts, 1)
     )
-    heading = f"<h3>{escape(drawing.title)}</h3>\n<figcaption>{escape(drawing.caption)}</figcaption>"
+    heading = (
+        f"<h3>{escape(drawing.title)}</h3>\n<figcaption>{escape(drawing.caption)}</figcaption>"
+    )
     return f'<figure>\n{heading}\n<div class="panels">{panels}</div>\n</figure>'
 
 
 def html_table(table: Table) -> str:
     """A table's heading, formula, numbers and notes."""
     parameters = "; ".join(
-        f"{name} = {value:,g}" if isinstance(value, int | float) else f"{name} = {value}" for name, value in table.parameters.items()
+        f"{name} = {value:,g}" if isinstance(value, int | float) else f"{name} = {value}"
+        for name, value in table.parameters.items()
     )
     formula = escape(table.formula + (f"; {parameters}" if parameters else ""))
-    head = "".join(f'<th scope="col"{_aligned(table, column)}>{escape(column.heading)}</th>' for column in table.columns)
-    body = "\n".join("<tr>" + "".join(map(_cell, table.columns, row, _first(table))) + "</tr>" for row in table.cells())
+    head = "".join(
+        f'<th scope="col"{_aligned(table, column)}>{escape(column.heading)}</th>'
+        for column in table.columns
+    )
+    body = "\n".join(
+        "<tr>" + "".join(map(_cell, table.columns, row, _first(table))) + "</tr>"
+        for row in table.cells()
+    )
     notes = f'\n<ul class="notes">{html_items(table.notes)}</ul>' if table.notes else ""
     return (
-        f'<h3>{escape(table.title)}</h3>\n<p class="soft">{formula}</p>\n<div class="scroll" tabindex="0">\n<table>\n'
+        f'<h3>{escape(table.title)}</h3>\n<p class="soft">{formula}</p>\n<div class="scroll" '
+        'tabindex="0">\n<table>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n</div>{notes}"
     )
 

@@ -16,12 +16,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DOTS_PER_INCH = 160
-LARGEST, SMALLEST = 1.33, 0.75  # how much larger and smaller than its natural size a page may draw a figure
+LARGEST, SMALLEST = (
+    1.33,
+    0.75,
+)  # how much larger and smaller than its natural size a page may draw a figure
 NO_SVG_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
 def write_figures(drawings: Iterable[Drawing], folder: Path, prefix: str) -> list[Path]:
-    """Write every figure into `folder` as PNG and SVG, on white, its name behind `prefix`; return the paths. Equal input, equal bytes."""
+    """Write every figure into `folder` as PNG and SVG, on white, its name behind `prefix`; return
+    the paths. Equal input, equal bytes."""
     from matplotlib import rc_context
 
     written = []
@@ -36,8 +40,9 @@ def write_figures(drawings: Iterable[Drawing], folder: Path, prefix: str) -> lis
 
 
 def inline_svg(draw: Callable[[], Figure], name: str, title: str) -> str:
-    """The figure as an <svg> element for an HTML page: it scales with its place, its ids start with `name` so that no two
-    figures share one, and its ink follows the page's colours --ink and --faint. title: what a screen reader says."""
+    """The figure as an <svg> element for an HTML page: it scales with its place, its ids start with
+    `name` so that no two figures share one, and its ink follows the page's colours --ink and
+    --faint. title: what a screen reader says."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()
@@ -53,10 +58,15 @@ def inline_svg(draw: Callable[[], Figure], name: str, title: str) -> str:
 
 
 def _scaled(svg: str, title: str) -> str:
-    """Drop the fixed size and keep the viewBox; the natural width sets limits, so that text stays readable."""
+    """Drop the fixed size and keep the viewBox; the natural width sets limits, so that text stays
+    readable."""
     head, body = svg.split(">", 1)
     width = re.search(r'\bwidth="([\d.]+)pt"', head)
     head = re.sub(r'\s(width|height|xmlns|xmlns:xlink|version)="[^"]*"', "", head)
     pixels = float(width[1]) * 4 / 3 if width else 0.0
-    limits = f' style="max-width:{pixels * LARGEST:.0f}px;min-width:{pixels * SMALLEST:.0f}px"' if width else ""
+    limits = (
+        f' style="max-width:{pixels * LARGEST:.0f}px;min-width:{pixels * SMALLEST:.0f}px"'
+        if width
+        else ""
+    )
     return f'{head} role="img" aria-label="{escape(title)}"{limits}>{body}'.strip()

@@ -1,4 +1,5 @@
-"""Figures of a comparison: error against MACs, error against length, speed-up measured against promised, A beside exact A."""
+"""Figures of a comparison: error against MACs, error against length, speed-up measured against
+promised, A beside exact A."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from attnzoo.fidelity.rows import Comparison, Row
+from attnzoo.fidelity.comparison_rows import Comparison, Row
 from attnzoo.report.axes import log_axis
 from attnzoo.report.columns import count, folded, group_title, grouped, is_exact
 from attnzoo.report.heatmaps import heat_map_figure, heat_map_groups, heat_map_names
@@ -30,7 +31,8 @@ Panels = Mapping[str, list[Any]]  # rows, of a comparison or of a benchmark, by 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure. name: of its files, without the ending. whole draws all panels as one picture; parts draw one panel each, for narrow pages."""
+    """One figure. name: of its files, without the ending. whole draws all panels as one picture;
+    parts draw one panel each, for narrow pages."""
 
     name: str
     title: str
@@ -47,8 +49,10 @@ def drawings(comparison: Comparison) -> list[Drawing]:
         chart(
             "error-macs",
             "Error against multiply-accumulates",
-            "Lower left is better. The grey line is the Pareto front: no other variant beats one on it in both. Above the dashed line a variant "
-            "lost to answering the mean of the values; the dotted line is what exact attention costs.",
+            "Lower left is better. The grey line is the Pareto front: no other variant beats one "
+            "on it in both. Above the dashed line a variant "
+            "lost to answering the mean of the values; the dotted line is what exact attention "
+            "costs.",
             {title: rows for title, rows in results.items() if _approximate(rows)},
             look,
             _error_against_macs,
@@ -56,17 +60,27 @@ def drawings(comparison: Comparison) -> list[Drawing]:
         chart(
             "error-length",
             "Error against length",
-            "The same text, read to shorter lengths. The dashed line is the error of answering the mean of the values. "
+            "The same text, read to shorter lengths. The dashed line is the error of answering the "
+            "mean of the values. "
             "Where a variant sees all that softmax sees it is exact, and has no point.",
-            {title: rows for title, rows in _by_model(comparison.by_length).items() if len({row.length for row in rows}) > 1},
+            {
+                title: rows
+                for title, rows in _by_model(comparison.by_length).items()
+                if len({row.length for row in rows}) > 1
+            },
             look,
             _error_against_length,
         ),
         chart(
             "speed-up",
             "Speed-up, measured against promised",
-            "On the diagonal, saved arithmetic is saved time. Below the dashed line a variant is slower than exact attention.",
-            {title: rows for title, rows in results.items() if any(row.speedup and row.promised_speedup for row in rows)},
+            "On the diagonal, saved arithmetic is saved time. Below the dashed line a variant is "
+            "slower than exact attention.",
+            {
+                title: rows
+                for title, rows in results.items()
+                if any(row.speedup and row.promised_speedup for row in rows)
+            },
             look,
             _measured_against_promised,
         ),
@@ -74,11 +88,15 @@ def drawings(comparison: Comparison) -> list[Drawing]:
     return [drawn for drawn in charts if drawn is not None] + _heat_map_drawings(comparison)
 
 
-def chart(name: str, title: str, caption: str, panels: Panels, look: Look, paint: Paint) -> Drawing | None:
+def chart(
+    name: str, title: str, caption: str, panels: Panels, look: Look, paint: Paint
+) -> Drawing | None:
     """A figure of one panel a heading, each filled by `paint`; None without panels."""
     if not panels:
         return None
-    parts = tuple(partial(_figure, {heading: rows}, look, paint) for heading, rows in panels.items())
+    parts = tuple(
+        partial(_figure, {heading: rows}, look, paint) for heading, rows in panels.items()
+    )
     return Drawing(name, title, caption, partial(_figure, panels, look, paint), parts)
 
 
@@ -89,9 +107,13 @@ def _heat_map_drawings(comparison: Comparison) -> list[Drawing]:
     for group, maps in groups.items():
         draw = partial(heat_map_figure, maps)
         first = maps[0]
-        title = f"A beside exact A: {first.model}, {first.layer}, head {first.head}, the first {first.length:,} tokens"
+        title = (
+            f"A beside exact A: {first.model}, {first.layer}, head {first.head}, the first "
+            f"{first.length:,} tokens"
+        )
         caption = (
-            "Rows are queries, columns are keys. A cell is the mass that its queries put, on average, on all its keys, on a logarithmic scale; "
+            "Rows are queries, columns are keys. A cell is the mass that its queries put, on "
+            "average, on all its keys, on a logarithmic scale; "
             "grey is nothing and red is negative."
         )
         found.append(Drawing(file_names[group], title, caption, draw, (draw,)))
@@ -114,23 +136,29 @@ def _figure(panels: Panels, look: Look, paint: Paint) -> Figure:
 
 
 def _add_legend(figure: Figure, labels: list[str], handles: dict[str, Any]) -> None:
-    """One legend below all panels, in as many columns as the longest label leaves room for; the figure grows by its height."""
+    """One legend below all panels, in as many columns as the longest label leaves room for; the
+    figure grows by its height."""
     labels = list(dict.fromkeys(labels))
     texts = [folded(label, LEGEND_CHARACTERS) for label in labels]
     width, height = figure.get_size_inches()
     widest = max(len(line) for text in texts for line in text.split("\n"))
     columns = max(1, int(width / (LEGEND_INCHES_PER_CHARACTER * widest + 0.55)))
     figure.set_size_inches(width, height + _legend_inches(texts, columns))
-    figure.legend([handles[label] for label in labels], texts, loc="outside lower center", ncols=columns)
+    figure.legend(
+        [handles[label] for label in labels], texts, loc="outside lower center", ncols=columns
+    )
 
 
 def _legend_inches(texts: list[str], columns: int) -> float:
-    """Height of a legend that fills its columns from above, at 9 points: so the panels above it keep one height."""
+    """Height of a legend that fills its columns from above, at 9 points: so the panels above it
+    keep one height."""
     entries = [0.15 * (text.count("\n") + 1) + 0.065 for text in texts]
     tallest, more = divmod(len(entries), columns)
     sizes = [tallest + (column < more) for column in range(columns)]
     stops = [sum(sizes[: column + 1]) for column in range(columns)]
-    return 0.15 + max(sum(entries[stop - size : stop]) for size, stop in zip(sizes, stops, strict=True))
+    return 0.15 + max(
+        sum(entries[stop - size : stop]) for size, stop in zip(sizes, stops, strict=True)
+    )
 
 
 def _error_against_macs(axes: Axes, rows: list[Row], look: Look) -> None:
@@ -138,7 +166,13 @@ def _error_against_macs(axes: Axes, rows: list[Row], look: Look) -> None:
     front = pareto_front(points)
     plot(axes, front, color=INK, alpha=0.35, linewidth=3, drawstyle="steps-post", zorder=1)
     for row in points:
-        plot(axes, [(row.macs, row.output_error)], label=row.label, zorder=3, **look[row.label].point_options())
+        plot(
+            axes,
+            [(row.macs, row.output_error)],
+            label=row.label,
+            zorder=3,
+            **look[row.label].point_options(),
+        )
     exact = next((row.exact_macs for row in rows if row.exact_macs), None)
     if exact is not None:
         axes.axvline(exact, color=INK, linestyle=":", linewidth=1.2, label="exact attention")
@@ -153,7 +187,11 @@ def pareto_front(rows: Iterable[Row]) -> list[tuple[int, float]]:
     """(macs, error) of the rows that no other row beats in both, by rising MACs."""
     front: list[tuple[int, float]] = []
     for row in sorted(rows, key=lambda row: (row.macs or 0, row.output_error or 0.0)):
-        if row.macs and row.output_error is not None and (not front or row.output_error < front[-1][1]):
+        if (
+            row.macs
+            and row.output_error is not None
+            and (not front or row.output_error < front[-1][1])
+        ):
             front.append((row.macs, row.output_error))
     return front
 
@@ -165,13 +203,31 @@ def _error_against_length(axes: Axes, rows: list[Row], look: Look) -> None:
         if row.output_error and not is_exact(row):
             curves.setdefault(row.label, []).append(row)
     for label, curve in curves.items():
-        plot(axes, [(row.length, row.output_error) for row in curve], label=label, **look[label].line_options())
+        plot(
+            axes,
+            [(row.length, row.output_error) for row in curve],
+            label=label,
+            **look[label].line_options(),
+        )
     baseline = {row.length: row.mean_value_error for row in rows if row.mean_value_error}
-    plot(axes, sorted(baseline.items()), color=INK, linestyle="--", linewidth=1.2, label="mean(v)", zorder=4)
+    plot(
+        axes,
+        sorted(baseline.items()),
+        color=INK,
+        linestyle="--",
+        linewidth=1.2,
+        label="mean(v)",
+        zorder=4,
+    )
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
-    log_axis(axes, "y", [*(row.output_error for curve in curves.values() for row in curve), *baseline.values()], _plain)
+    log_axis(
+        axes,
+        "y",
+        [*(row.output_error for curve in curves.values() for row in curve), *baseline.values()],
+        _plain,
+    )
     axes.set_xlabel("length (tokens)")
     axes.set_ylabel("relative output error")
 
@@ -179,7 +235,13 @@ def _error_against_length(axes: Axes, rows: list[Row], look: Look) -> None:
 def _measured_against_promised(axes: Axes, rows: list[Row], look: Look) -> None:
     points = [row for row in rows if row.speedup and row.promised_speedup]
     for row in points:
-        plot(axes, [(row.promised_speedup, row.speedup)], label=row.label, zorder=3, **look[row.label].point_options())
+        plot(
+            axes,
+            [(row.promised_speedup, row.speedup)],
+            label=row.label,
+            zorder=3,
+            **look[row.label].point_options(),
+        )
     axes.axline((1, 1), (10, 10), color=INK, alpha=0.35, linewidth=3, zorder=1)
     axes.axhline(1, color=INK, linestyle="--", linewidth=1.2, label="as fast as SDPA", zorder=1)
     log_axis(axes, "x", [*(row.promised_speedup for row in points), 1.0], ratio_tick)
@@ -225,5 +287,7 @@ def _approximate(rows: list[Row]) -> list[Row]:
 def _by_model(rows: Iterable[Row]) -> dict[str, list[Row]]:
     models: dict[str, list[Row]] = {}
     for row in rows:
-        models.setdefault(f"{row.model}, {'causal' if row.is_causal else 'bidirectional'}", []).append(row)
+        models.setdefault(
+            f"{row.model}, {'causal' if row.is_causal else 'bidirectional'}", []
+        ).append(row)
     return models

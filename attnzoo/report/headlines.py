@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from attnzoo.fidelity.rows import Comparison, Row
-from attnzoo.report.columns import group_title, grouped, is_exact, is_reference, kept, lost, number, percent, ratio
+from attnzoo.fidelity.comparison_rows import Comparison, Row
+from attnzoo.report.columns import (
+    group_title,
+    grouped,
+    is_exact,
+    is_reference,
+    kept,
+    lost,
+    number,
+    percent,
+    ratio,
+)
 
 
 def headlines(comparison: Comparison) -> dict[str, list[str]]:
-    """For every model and length, by title: who lost to mean(v), who came closest at fewer MACs, who was fastest."""
+    """For every model and length, by title: who lost to mean(v), who came closest at fewer MACs,
+    who was fastest."""
     return {
-        group_title(group): [*_indistinct(rows), *_losers(rows), *_closest(rows), *_fastest(rows)] for group, rows in grouped(comparison.rows).items()
+        group_title(group): [*_indistinct(rows), *_losers(rows), *_closest(rows), *_fastest(rows)]
+        for group, rows in grouped(comparison.rows).items()
     }
 
 
@@ -18,9 +30,12 @@ def _approximate(rows: list[Row]) -> list[Row]:
 
 
 def _indistinct(rows: list[Row]) -> list[str]:
-    """Variants that are approximations in general and exact here, such as a window as long as the text."""
+    """Variants that are approximations in general and exact here, such as a window as long as the
+    text."""
     labels = [row.label for row in rows if is_exact(row) and not is_reference(row)]
-    return [f"Exact at this length, where nothing is left out: {', '.join(labels)}."] if labels else []
+    return (
+        [f"Exact at this length, where nothing is left out: {', '.join(labels)}."] if labels else []
+    )
 
 
 def _losers(rows: list[Row]) -> list[str]:
@@ -29,21 +44,36 @@ def _losers(rows: list[Row]) -> list[str]:
     if not judged:
         return []
     if not losers:
-        who = f"All {len(judged)} approximations come" if len(judged) > 1 else "The one approximation comes"
+        who = (
+            f"All {len(judged)} approximations come"
+            if len(judged) > 1
+            else "The one approximation comes"
+        )
         return [f"{who} closer to exact attention than the mean of the values does."]
-    told = ", ".join(f"{row.label} (error {number(row.output_error)}, mean(v) {number(row.mean_value_error)})" for row in losers)
-    return [f"{len(losers)} of {len(judged)} approximations lost to answering the mean of the values: {told}."]
+    told = ", ".join(
+        f"{row.label} (error {number(row.output_error)}, mean(v) {number(row.mean_value_error)})"
+        for row in losers
+    )
+    return [
+        f"{len(losers)} of {len(judged)} approximations lost to answering the mean of the values: "
+        f"{told}."
+    ]
 
 
 def _closest(rows: list[Row]) -> list[str]:
-    cheaper = [row for row in _approximate(rows) if row.macs is not None and row.exact_macs and row.macs < row.exact_macs]
+    cheaper = [
+        row
+        for row in _approximate(rows)
+        if row.macs is not None and row.exact_macs and row.macs < row.exact_macs
+    ]
     if not cheaper:
         return []
     best = min(cheaper, key=lambda row: row.output_error or 0.0)
     assert best.macs is not None and best.exact_macs is not None
     verdict = ", and even it lost to mean(v)" if lost(best) else ""
     return [
-        f"Closest to exact attention with fewer MACs: {best.label}, error {number(best.output_error)}"
+        f"Closest to exact attention with fewer MACs: {best.label}, error "
+        f"{number(best.output_error)}"
         f" with {percent(best.macs / best.exact_macs)} of the MACs{verdict}."
     ]
 
@@ -53,7 +83,14 @@ def _fastest(rows: list[Row]) -> list[str]:
     if not timed:
         return []
     best = max(timed, key=lambda row: row.speedup or 0.0)
-    promise = "" if best.promised_speedup is None else f", where its MACs promise {ratio(best.promised_speedup)} ({percent(kept(best))} kept)"
+    promise = (
+        ""
+        if best.promised_speedup is None
+        else f", where its MACs promise {ratio(best.promised_speedup)} ({percent(kept(best))} kept)"
+    )
     if best.speedup is not None and best.speedup < 1:
-        return [f"No approximation was faster than exact attention; the fastest, {best.label}, ran at {ratio(best.speedup)} its speed{promise}."]
+        return [
+            f"No approximation was faster than exact attention; the fastest, {best.label}, ran at "
+            f"{ratio(best.speedup)} its speed{promise}."
+        ]
     return [f"Fastest: {best.label}, {ratio(best.speedup)} the speed of exact attention{promise}."]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from attnzoo.fidelity.rows import HeatMap
+from attnzoo.fidelity.comparison_rows import HeatMap
 from attnzoo.report.columns import folded
 from attnzoo.report.style import new_figure
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 MAP_INCHES = 2.1
 MAPS_IN_A_ROW = 3
-LEAST, MOST = 1e-4, 1.0  # ends of the colour scale: what lies below LEAST and above zero is drawn as LEAST
+LEAST, MOST = (
+    1e-4,
+    1.0,
+)  # ends of the colour scale: what lies below LEAST and above zero is drawn as LEAST
 NEGATIVE = "#d1242f"
 NOTHING = "#9ba4ae"  # grey: no colour of the scale, and seen on white and on black
 
@@ -32,11 +35,14 @@ def heat_map_groups(maps: Iterable[HeatMap]) -> dict[MapGroup, list[HeatMap]]:
 
 
 def heat_map_names(groups: Iterable[MapGroup]) -> dict[MapGroup, str]:
-    """A file name for the figure of each group: its model and causality, numbered from the second of a kind on."""
+    """A file name for the figure of each group: its model and causality, numbered from the second
+    of a kind on."""
     found: dict[MapGroup, str] = {}
     for group in groups:
         model, is_causal = group[:2]
-        stem = re.sub(r"[^a-z0-9]+", "-", f"heat-{model}-{'causal' if is_causal else 'bidirectional'}".lower()).strip("-")
+        stem = re.sub(
+            r"[^a-z0-9]+", "-", f"heat-{model}-{'causal' if is_causal else 'bidirectional'}".lower()
+        ).strip("-")
         twins = sum(name == stem or name.startswith(f"{stem}-") for name in found.values())
         found[group] = f"{stem}-{twins + 1}" if twins else stem
     return found
@@ -59,10 +65,28 @@ def heat_map_figure(maps: list[HeatMap]) -> Figure:
         (left, right), (top, bottom) = heat_map.key_range, heat_map.query_range
         extent = (left, right, bottom, top)
         shown = np.where(weights > 0, weights.clip(LEAST, MOST), np.nan)
-        image = axes.imshow(shown, norm=LogNorm(LEAST, MOST), cmap=colors, extent=extent, aspect="auto", interpolation="nearest")
+        image = axes.imshow(
+            shown,
+            norm=LogNorm(LEAST, MOST),
+            cmap=colors,
+            extent=extent,
+            aspect="auto",
+            interpolation="nearest",
+        )
         if (weights < 0).any():
-            axes.imshow(np.where(weights < 0, 1.0, np.nan), cmap=ListedColormap([NEGATIVE]), extent=extent, aspect="auto", interpolation="nearest")
-        axes.set_title("exact attention" if index == 0 and heat_map.label == "standard" else folded(heat_map.label, 24), fontsize=9)
+            axes.imshow(
+                np.where(weights < 0, 1.0, np.nan),
+                cmap=ListedColormap([NEGATIVE]),
+                extent=extent,
+                aspect="auto",
+                interpolation="nearest",
+            )
+        axes.set_title(
+            "exact attention"
+            if index == 0 and heat_map.label == "standard"
+            else folded(heat_map.label, 24),
+            fontsize=9,
+        )
         axes.set_box_aspect(1)
         axes.grid(False)
         axes.set_xticks(heat_map.key_range, [f"{token:,}" for token in heat_map.key_range])

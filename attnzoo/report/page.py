@@ -1,4 +1,5 @@
-"""A comparison as one HTML page that needs nothing else: tables, figures as inline SVG, and where the numbers come from."""
+"""A comparison as one HTML page that needs nothing else: tables, figures as inline SVG, and where
+the numbers come from."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import re
 from collections.abc import Iterator
 from html import escape
 
-from attnzoo.fidelity.rows import Comparison, Row
+from attnzoo.fidelity.comparison_rows import Comparison, Row
 from attnzoo.report.columns import COLUMNS, Column, group_title, grouped, lost, notes
 from attnzoo.report.document import document
 from attnzoo.report.export import inline_svg
@@ -16,14 +17,18 @@ from attnzoo.report.tables import describe_sample, sample_of
 
 TITLE = "Attention variants against exact attention"
 LAW = (
-    "Every variant answers A(q, k)&thinsp;·&thinsp;v with an A of its own. Here each A is set beside softmax's, on the same queries, keys and "
-    "values. The first question is whether a variant comes closer than the mean of the values, which looks at nothing."
+    "Every variant answers A(q, k)&thinsp;·&thinsp;v with an A of its own. Here each A is set "
+    "beside softmax's, on the same queries, keys and "
+    "values. The first question is whether a variant comes closer than the mean of the values, "
+    "which looks at nothing."
 )
 
 
 def page(comparison: Comparison) -> str:
     """The whole page, deterministic in `comparison`."""
-    body = "\n".join([*_results(comparison), *_figures(comparison), *_meanings(), *_provenance(comparison)])
+    body = "\n".join(
+        [*_results(comparison), *_figures(comparison), *_meanings(), *_provenance(comparison)]
+    )
     return document(TITLE, LAW, body)
 
 
@@ -35,16 +40,28 @@ def _results(comparison: Comparison) -> Iterator[str]:
         sample = sample_of(comparison, rows[0])
         if sample is not None:
             yield f'<p class="soft">{escape(describe_sample(sample))}</p>'
-        yield "<ul>" + "".join(f"<li>{escape(_typeset(sentence))}</li>" for sentence in said[title]) + "</ul>"
+        yield (
+            "<ul>"
+            + "".join(f"<li>{escape(_typeset(sentence))}</li>" for sentence in said[title])
+            + "</ul>"
+        )
         yield _table(rows)
         yield from _notes(rows)
         yield "</section>"
 
 
 def _table(rows: list[Row]) -> str:
-    head = "".join(f'<th scope="col"{_aligned(column)}>{escape(column.heading).replace(" ", "<br>")}</th>' for column in COLUMNS)
-    body = "\n".join("<tr>" + "".join(_cell(column, row) for column in COLUMNS) + "</tr>" for row in rows)
-    return f'<div class="scroll" tabindex="0">\n<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n</div>'
+    head = "".join(
+        f'<th scope="col"{_aligned(column)}>{escape(column.heading).replace(" ", "<br>")}</th>'
+        for column in COLUMNS
+    )
+    body = "\n".join(
+        "<tr>" + "".join(_cell(column, row) for column in COLUMNS) + "</tr>" for row in rows
+    )
+    return (
+        '<div class="scroll" '
+        f'tabindex="0">\n<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n</div>'
+    )
 
 
 def _cell(column: Column, row: Row) -> str:
@@ -73,7 +90,10 @@ def _typeset(text: str) -> str:
 
 
 def _notes(rows: list[Row]) -> Iterator[str]:
-    noted = [f"<li><strong>{escape(labels)}</strong>: {escape(note)}</li>" for note, labels in notes(rows).items()]
+    noted = [
+        f"<li><strong>{escape(labels)}</strong>: {escape(note)}</li>"
+        for note, labels in notes(rows).items()
+    ]
     if noted:
         yield f'<ul class="notes">{"".join(noted)}</ul>'
 
@@ -89,7 +109,11 @@ def _figures(comparison: Comparison) -> Iterator[str]:
 def _panels(drawing: Drawing) -> str:
     several = len(drawing.parts) > 1
     return "\n".join(
-        inline_svg(part, f"{drawing.name}-{index}", f"{drawing.title}, panel {index}" if several else drawing.title)
+        inline_svg(
+            part,
+            f"{drawing.name}-{index}",
+            f"{drawing.title}, panel {index}" if several else drawing.title,
+        )
         for index, part in enumerate(drawing.parts, 1)
     )
 
@@ -104,7 +128,10 @@ def _meanings() -> Iterator[str]:
 def _provenance(comparison: Comparison) -> Iterator[str]:
     yield "<section>\n<h2>Where the numbers come from</h2>\n<dl>"
     for sample in comparison.samples:
-        yield f"<dt>{escape(sample['model'])}, {sample['length']:,}</dt><dd>{escape(describe_sample(sample))}</dd>"
+        yield (
+            f"<dt>{escape(sample['model'])}, "
+            f"{sample['length']:,}</dt><dd>{escape(describe_sample(sample))}</dd>"
+        )
     for key, value in comparison.environment.items():
         yield f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>"
     yield "</dl>\n</section>"

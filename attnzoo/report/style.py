@@ -1,4 +1,5 @@
-"""How figures look: one colour and marker per variant, in registry order, and ink that a page can recolour for dark mode."""
+"""How figures look: one colour and marker per variant, in registry order, and ink that a page can
+recolour for dark mode."""
 
 from __future__ import annotations
 
@@ -12,9 +13,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, FAINT = "#1f2328", "#d0d7de"  # text and axes, grid: the page swaps these two in dark mode
-# After Okabe and Ito (2008), without the yellow that white paper swallows: told apart with every common colour blindness.
-# Six more, each as far as can be from all before it and from ink, in CIELAB and under simulated colour blindness.
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8700f0", "#784b1e", "#9678ff", "#d2b469", "#962d69", "#f01e5a")
+# After Okabe and Ito (2008), without the yellow that white paper swallows: told apart with every
+# common colour blindness. Six more, each as far as can be from all before it and from ink, in
+# CIELAB and under simulated colour blindness.
+PALETTE = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#e69f00",
+    "#8700f0",
+    "#784b1e",
+    "#9678ff",
+    "#d2b469",
+    "#962d69",
+    "#f01e5a",
+)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", "*", ">", "d", "h")
 LINES = ("-", "--", ":", "-.")
 
@@ -46,7 +61,8 @@ RC: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Style:
-    """color and marker tell the variant; line and filled tell one set of its options from another."""
+    """color and marker tell the variant; line and filled tell one set of its options from
+    another."""
 
     color: str
     marker: str
@@ -56,7 +72,14 @@ class Style:
     def line_options(self) -> dict[str, Any]:
         """Keyword arguments of `Axes.plot`."""
         face = self.color if self.filled else "none"
-        return {"color": self.color, "marker": self.marker, "linestyle": self.line, "markerfacecolor": face, "markersize": 6, "linewidth": 1.6}
+        return {
+            "color": self.color,
+            "marker": self.marker,
+            "linestyle": self.line,
+            "markerfacecolor": face,
+            "markersize": 6,
+            "linewidth": 1.6,
+        }
 
     def point_options(self) -> dict[str, Any]:
         """Keyword arguments of `Axes.plot` for a single point."""
@@ -64,15 +87,19 @@ class Style:
 
 
 def styles(variants: Iterable[tuple[str, str]]) -> dict[str, Style]:
-    """A style for every label, from (variant, label) pairs. Exact attention, which is first in the registry, is drawn in ink.
+    """A style for every label, from (variant, label) pairs. Exact attention, which is first in the
+    registry, is drawn in ink.
 
-    What is not in the registry takes the look of a variant that is not there, as long as there is one.
+    What is not in the registry takes the look of a variant that is not there, as long as there is
+    one.
     """
     pairs = list(dict.fromkeys(variants))
     order = {name: index for index, name in enumerate(names())}
     shown = {variant for variant, _ in pairs}
     free = [index for name, index in order.items() if name not in shown and index > 0]
-    for number, variant in enumerate(dict.fromkeys(variant for variant, _ in pairs if variant not in order)):
+    for number, variant in enumerate(
+        dict.fromkeys(variant for variant, _ in pairs if variant not in order)
+    ):
         order[variant] = free.pop() if free else len(names()) + number
     found: dict[str, Style] = {}
     twins: dict[str, int] = {}
@@ -82,12 +109,15 @@ def styles(variants: Iterable[tuple[str, str]]) -> dict[str, Style]:
         twin = twins[variant] = twins.get(variant, -1) + 1
         index = order[variant]
         color = INK if index == 0 else PALETTE[(index - 1) % len(PALETTE)]
-        found[label] = Style(color, MARKERS[index % len(MARKERS)], LINES[twin % len(LINES)], twin % 2 == 0)
+        found[label] = Style(
+            color, MARKERS[index % len(MARKERS)], LINES[twin % len(LINES)], twin % 2 == 0
+        )
     return found
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, outside pyplot's global state, and so in the style in force: see `attnzoo.report.export`."""
+    """An empty figure of so many inches, outside pyplot's global state, and so in the style in
+    force: see `attnzoo.report.export`."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

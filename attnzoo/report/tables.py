@@ -1,4 +1,5 @@
-"""A comparison on the screen, in rich: one table per model and length, and the sentences that follow from it."""
+"""A comparison on the screen, in rich: one table per model and length, and the sentences that
+follow from it."""
 
 from __future__ import annotations
 
@@ -10,28 +11,47 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from attnzoo.cost.table import Table as NumberTable
-from attnzoo.fidelity.rows import Comparison, Row
-from attnzoo.report.columns import COLUMNS, Column, folded, group_of, group_title, grouped, lost, notes
+from attnzoo.fidelity.comparison_rows import Comparison, Row
+from attnzoo.report.columns import (
+    COLUMNS,
+    Column,
+    folded,
+    group_of,
+    group_title,
+    grouped,
+    lost,
+    notes,
+)
 from attnzoo.report.headlines import headlines
+from attnzoo.table import Table as NumberTable
 
 if TYPE_CHECKING:
-    from attnzoo.cost.table import Table as NumberTable
+    from attnzoo.table import Table as NumberTable
 
 LEGEND = (
-    "error: relative output error; mean(v) error: the same for answering the mean of the values; ! marks who lost to it. TV: total variation of "
-    "A's rows from softmax's. promised, measured: speed-up over exact attention by MACs and by the clock; kept: measured / promised."
+    "error: relative output error; mean(v) error: the same for answering the mean of the values; ! "
+    "marks who lost to it. TV: total variation of "
+    "A's rows from softmax's. promised, measured: speed-up over exact attention by MACs and by the "
+    "clock; kept: measured / promised."
 )
 QUALITY = ("error", "mean(v) error", "TV", "top-16 kept")
 
 
 def comparison_view(comparison: Comparison) -> RenderableType:
-    """Everything a reader needs on the screen: tables, notes, what they say, what the columns mean, and where it ran."""
+    """Everything a reader needs on the screen: tables, notes, what they say, what the columns mean,
+    and where it ran."""
     said = headlines(comparison)
     parts: list[RenderableType] = []
     for group, rows in grouped(comparison.rows).items():
         title = group_title(group)
-        parts += [Text(title, style="bold"), _sample_line(comparison, rows[0]), Text(), RowsTable(rows), Text(), *_notes(rows)]
+        parts += [
+            Text(title, style="bold"),
+            _sample_line(comparison, rows[0]),
+            Text(),
+            RowsTable(rows),
+            Text(),
+            *_notes(rows),
+        ]
         parts += [_bullet(Text(sentence)) for sentence in said[title]]
         parts.append(Text())
     return Group(*parts, Text(LEGEND, style="dim"), Text(), environment_line(comparison))
@@ -39,7 +59,8 @@ def comparison_view(comparison: Comparison) -> RenderableType:
 
 @dataclass(frozen=True)
 class RowsTable:
-    """The rows of one model and length, as one table where the terminal is wide enough for all numbers, else as several."""
+    """The rows of one model and length, as one table where the terminal is wide enough for all
+    numbers, else as several."""
 
     rows: list[Row]
 
@@ -50,7 +71,8 @@ class RowsTable:
             yield self._table((COLUMNS[0], *columns), options.max_width)
 
     def _parts(self, columns: tuple[Column, ...], width: int) -> list[tuple[Column, ...]]:
-        """The columns, parted where quality ends and cost begins, then in halves, until every part fits."""
+        """The columns, parted where quality ends and cost begins, then in halves, until every part
+        fits."""
         if len(columns) == 1 or self._gap((COLUMNS[0], *columns), width):
             return [columns]
         quality = sum(column.heading in QUALITY for column in columns)
@@ -58,37 +80,64 @@ class RowsTable:
         return self._parts(columns[:cut], width) + self._parts(columns[cut:], width)
 
     def _gap(self, columns: tuple[Column, ...], width: int) -> int:
-        """The most spaces between columns, up to 3, that leave room for whole labels, or else for folded ones; 0 when there is no room."""
+        """The most spaces between columns, up to 3, that leave room for whole labels, or else for
+        folded ones; 0 when there is no room."""
         whole = max(len(row.label) for row in self.rows)
         folds = max(len(line) for row in self.rows for line in folded(row.label, 0).split("\n"))
-        return next((gap for least in (whole, folds) for gap in (3, 2, 1) if self._label_room(columns, width, gap) >= least), 0)
+        return next(
+            (
+                gap
+                for least in (whole, folds)
+                for gap in (3, 2, 1)
+                if self._label_room(columns, width, gap) >= least
+            ),
+            0,
+        )
 
     def _table(self, columns: tuple[Column, ...], width: int) -> Table:
         gap = self._gap(columns, width) or 1
         table = plain_table(gap)
         room = self._label_room(columns, width, gap)
         for column in columns:
-            table.add_column(_heading(column), justify="right" if column.numeric else "left", no_wrap=True)
+            table.add_column(
+                _heading(column), justify="right" if column.numeric else "left", no_wrap=True
+            )
         for row in self.rows:
-            table.add_row(Text(folded(row.label, room), style="bold"), *(_cell(column, row) for column in columns[1:]))
+            table.add_row(
+                Text(folded(row.label, room), style="bold"),
+                *(_cell(column, row) for column in columns[1:]),
+            )
         return table
 
     def _label_room(self, columns: tuple[Column, ...], width: int, gap: int) -> int:
         """Characters left for the first column."""
-        headed = [[*_heading(column).split("\n"), *(column.text(row) for row in self.rows)] for column in columns[1:]]
+        headed = [
+            [*_heading(column).split("\n"), *(column.text(row) for row in self.rows)]
+            for column in columns[1:]
+        ]
         return width - sum(max(map(len, texts)) + gap for texts in headed)
 
 
 def plain_table(gap: int = 2) -> Table:
-    """A table of this library: a rule below the headings and nothing else, `gap` spaces between columns."""
-    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0), header_style="bold", safe_box=True)
+    """A table of this library: a rule below the headings and nothing else, `gap` spaces between
+    columns."""
+    return Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, gap - 1, 0, 0),
+        header_style="bold",
+        safe_box=True,
+    )
 
 
 def rich_table(table: NumberTable) -> Table:
     """A table of numbers that knows how to print itself, on the screen."""
     drawn = plain_table()
     for column in table.columns:
-        drawn.add_column(column.heading, justify="left" if column.words else "right", overflow="fold")
+        drawn.add_column(
+            column.heading, justify="left" if column.words else "right", overflow="fold"
+        )
     for cells in table.cells():
         drawn.add_row(*cells)
     return drawn
@@ -123,17 +172,22 @@ def sample_of(comparison: Comparison, row: Row) -> dict[str, Any] | None:
 
 
 def describe_sample(sample: dict[str, Any]) -> str:
-    """Which queries and keys a table is about: "layers 3, 12; heads 0, 4; score standard deviation 2.31; text"."""
+    """Which queries and keys a table is about: "layers 3, 12; heads 0, 4; score standard deviation
+    2.31; text"."""
     layers = ", ".join(sample["layers"])
     if all(layer.startswith("layer ") for layer in sample["layers"]):
-        layers = f"{'layer' if len(sample['layers']) == 1 else 'layers'} {layers.replace('layer ', '')}"
+        layers = (
+            f"{'layer' if len(sample['layers']) == 1 else 'layers'} {layers.replace('layer ', '')}"
+        )
     heads = ", ".join(map(str, sample["heads"]))
     text = f"; {sample['text']}" if sample.get("text") else ""
     return f"{layers}; heads {heads}; score standard deviation {sample['score_std']:.2f}{text}"
 
 
 def _notes(rows: list[Row]) -> list[RenderableType]:
-    return [_bullet(Text.assemble((labels, "bold"), ": ", note)) for note, labels in notes(rows).items()]
+    return [
+        _bullet(Text.assemble((labels, "bold"), ": ", note)) for note, labels in notes(rows).items()
+    ]
 
 
 def _bullet(text: Text) -> Table:

@@ -41,19 +41,37 @@ def zoo_table() -> Table:
     for name in names():
         spec = spec_of(name)
         marks = [_mark(getattr(spec, capability)) for capability in LISTED]
-        table.add_row(Text(name, style="bold"), spec.title, spec.family.replace("_", " "), spec.complexity, *marks)
+        table.add_row(
+            Text(name, style="bold"),
+            spec.title,
+            spec.family.replace("_", " "),
+            spec.complexity,
+            *marks,
+        )
     return table
 
 
 TECHNIQUES = (
-    ("KV caching", "the past is not computed again for every token", "attn.init_state and attn.step; state_cache(model) in generate"),
-    ("gradient checkpointing", "the backward pass computes activations again", "torch's and transformers' own switches, with every variant"),
+    (
+        "KV caching",
+        "the past is not computed again for every token",
+        "attn.init_state and attn.step; state_cache(model) in generate",
+    ),
+    (
+        "gradient checkpointing",
+        "the backward pass computes activations again",
+        "torch's and transformers' own switches, with every variant",
+    ),
     (
         "grouped-query attention",
         "heads of queries share keys and values; one head of them: multi-query",
         "k and v with fewer heads, in every variant",
     ),
-    ("recurrent layer", "the baseline beside attention: n·d² operations, one after the other", "torch.nn.GRU: count_flops, and gru in attnzoo train"),
+    (
+        "recurrent layer",
+        "the baseline beside attention: n·d² operations, one after the other",
+        "torch.nn.GRU: count_flops, and gru in attnzoo train",
+    ),
 )
 """What is no variant, but belongs to the cost of attention: its name, what it does, and where it is."""
 
@@ -70,11 +88,15 @@ def techniques_table() -> Table:
 
 
 def variant_view(name: str) -> RenderableType:
-    """One variant: equation, paper, docstring, capabilities, options, backends and cost. Raises ValueError on an unknown name."""
+    """One variant: equation, paper, docstring, capabilities, options, backends and cost. Raises
+    ValueError on an unknown name."""
     described = describe(name)
     spec = described.spec
     return Group(
-        Text.assemble((spec.title, "bold"), f"  ({spec.name}, {spec.family.replace('_', ' ')}, {spec.complexity})"),
+        Text.assemble(
+            (spec.title, "bold"),
+            f"  ({spec.name}, {spec.family.replace('_', ' ')}, {spec.complexity})",
+        ),
         Text(spec.paper, style="dim"),
         Padding(Text(spec.equation, style="cyan"), (1, 0, 1, 4)),
         *_paragraphs(described.text),
@@ -85,7 +107,8 @@ def variant_view(name: str) -> RenderableType:
 
 
 def _paragraphs(docstring: str) -> Iterator[RenderableType]:
-    """A docstring filled to the terminal's width; indented paragraphs, the equations, stay as they are."""
+    """A docstring filled to the terminal's width; indented paragraphs, the equations, stay as they
+    are."""
     for number, paragraph in enumerate(docstring.split("\n\n")):
         if number:
             yield Text()
@@ -110,21 +133,36 @@ def _options(described: Description) -> Table:
     for heading in ("option", "type", "default"):
         table.add_column(heading)
     for option in described.options:
-        table.add_row(Text(option.name, style="bold"), Text(option.type), "required" if option.required else repr(option.default))
+        table.add_row(
+            Text(option.name, style="bold"),
+            Text(option.type),
+            "required" if option.required else repr(option.default),
+        )
     return table
 
 
 def _cost(name: str) -> Iterator[RenderableType]:
     if unknown := _unknown_requirements(options_of(name)):
-        yield Text(f"It cannot be counted here: {' and '.join(unknown)} must be given; use attnzoo.build({name!r}, ...).cost(...)")
+        yield Text(
+            f"It cannot be counted here: {' and '.join(unknown)} must be given; use "
+            f"attnzoo.build({name!r}, ...).cost(...)"
+        )
         return
     attention = _built(name, LENGTHS[-1])
     yield Text(f"backends, in order of preference: {', '.join(attention.engine.backend_names())}")
     yield Text(
-        f"batch 1, {HEADS} heads of {HEAD_DIM}, other options at their defaults; saving: exact attention's MACs on its support, divided by these"
+        f"batch 1, {HEADS} heads of {HEAD_DIM}, other options at their defaults; saving: exact "
+        "attention's MACs on its support, divided by these"
     )
     table = plain_table()
-    for heading in ("length", "", "MACs", "saving", "MACs on A's support", "decoding state, numbers"):
+    for heading in (
+        "length",
+        "",
+        "MACs",
+        "saving",
+        "MACs on A's support",
+        "decoding state, numbers",
+    ):
         table.add_column(heading, justify="left" if heading == "" else "right")
     for is_causal in attention.spec.forms:
         for length in LENGTHS:
@@ -137,7 +175,14 @@ def _cost_cells(name: str, length: int, is_causal: bool) -> list[str]:
     exact = _built("standard", length).cost(1, length, is_causal=is_causal)
     state = count(cost.state_elements) if cost.state_elements else "-"
     mode = "causal" if is_causal else "bidirectional"
-    return [f"{length:,}", mode, count(cost.macs), ratio(exact.support_macs / cost.macs), count(cost.support_macs), state]
+    return [
+        f"{length:,}",
+        mode,
+        count(cost.macs),
+        ratio(exact.support_macs / cost.macs),
+        count(cost.support_macs),
+        state,
+    ]
 
 
 def _built(name: str, length: int) -> Attention:
@@ -145,7 +190,11 @@ def _built(name: str, length: int) -> Attention:
 
 
 def _unknown_requirements(options: tuple[Option, ...]) -> list[str]:
-    return [option.name for option in options if option.required and option.name not in ("heads", "head_dim", "max_length")]
+    return [
+        option.name
+        for option in options
+        if option.required and option.name not in ("heads", "head_dim", "max_length")
+    ]
 
 
 def _mark(able: bool) -> Text:

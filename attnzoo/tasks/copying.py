@@ -12,8 +12,8 @@ from attnzoo.tasks.task import IGNORED, Batch, Task, at_least
 
 @dataclass(frozen=True)
 class Copy(Task):
-    """Random symbols, a separator, and the symbols again; from the separator on, the answer is the next symbol. The distance is
-    fixed, so that position alone can solve it.
+    """Random symbols, a separator, and the symbols again; from the separator on, the answer is the
+    next symbol. The distance is fixed, so that position alone can solve it.
 
     length: tokens, half of them (rounded down) the symbols to copy. vocabulary: symbols.
     """
@@ -27,7 +27,12 @@ class Copy(Task):
 
     def __post_init__(self) -> None:
         self._check_positive()
-        at_least("length", check_positive("length", self.length), 2, "it holds a symbol and the separator")
+        at_least(
+            "length",
+            check_positive("length", self.length),
+            2,
+            "it holds a symbol and the separator",
+        )
 
     @property
     def vocabulary_size(self) -> int:

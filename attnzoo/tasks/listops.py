@@ -14,18 +14,22 @@ from attnzoo.tasks.task import PARTS, TEST, TRAINING, Batch, Task, at_least
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
 TOKENS = (*map(str, range(10)), *OPERATORS, "]")
 PADDING = len(TOKENS)
-DIGIT_SHARE = 0.75  # Long Range Arena's: an argument is a digit with this probability, above the greatest depth
+# Long Range Arena's: an argument is a digit with this probability, above the greatest depth
+DIGIT_SHARE = 0.75
 HELD_OUT = 2000  # expressions of validation, and of test, as in Long Range Arena
 
 
 @dataclass(frozen=True)
 class ListOps(Task):
-    """Nangia and Bowman 2018, arXiv:1804.06028, in the form of Long Range Arena (Tay et al. 2020, arXiv:2011.04006, section 2.2.1):
-    minimum, maximum, median (its floor) and sum modulo 10 of lists; the answer is a digit. Sequences are padded to `length`.
+    """Nangia and Bowman 2018, arXiv:1804.06028, in the form of Long Range Arena (Tay et al. 2020,
+    arXiv:2011.04006, section 2.2.1): minimum, maximum, median (its floor) and sum modulo 10 of
+    lists; the answer is a digit. Sequences are padded to `length`.
 
-    length: most tokens; shortest: fewest. depth: most operators inside one another, the outer one included. arguments: most of one list (2 at least).
-    expressions: different ones to train on. Long Range Arena: length 2000, shortest 500, depth 9 (its code,
-    lra_benchmarks/data/listops.py, counts the digits of the innermost list as the tenth level), arguments 10, 96,000 expressions.
+    length: most tokens; shortest: fewest. depth: most operators inside one another, the outer one
+    included. arguments: most of one list (2 at least).
+    expressions: different ones to train on. Long Range Arena: length 2000, shortest 500, depth 9
+    (its code, lra_benchmarks/data/listops.py, counts the digits of the innermost list as the tenth
+    level), arguments 10, 96,000 expressions.
     """
 
     length: int = 64
@@ -40,12 +44,20 @@ class ListOps(Task):
 
     def __post_init__(self) -> None:
         self._check_positive()
-        at_least("shortest", self.shortest, 4, "the shortest expression is an operator, two digits and a bracket")
+        at_least(
+            "shortest",
+            self.shortest,
+            4,
+            "the shortest expression is an operator, two digits and a bracket",
+        )
         at_least("length", self.length, self.shortest, f"shortest={self.shortest}")
         at_least("arguments", self.arguments, 2, "a list has two arguments")
         most = 1 + self.arguments if self.depth == 1 else 10**9
         if self.shortest > most + 1:
-            raise ValueError(f"shortest={self.shortest} cannot be reached with depth=1 and arguments={self.arguments}; give a greater depth")
+            raise ValueError(
+                f"shortest={self.shortest} cannot be reached with depth=1 and "
+                f"arguments={self.arguments}; give a greater depth"
+            )
 
     @property
     def vocabulary_size(self) -> int:
@@ -70,26 +82,41 @@ class ListOps(Task):
         elif count <= len(tokens):
             rows = torch.arange(count)
         else:
-            raise ValueError(f"held_out={count} is more than the {len(tokens)} expressions of {part}; give fewer")
+            raise ValueError(
+                f"held_out={count} is more than the {len(tokens)} expressions of {part}; give fewer"
+            )
         inputs = tokens[rows].long()
         return Batch(inputs, values[rows], mask=inputs != PADDING)
 
     def baselines(self, count: int) -> dict[str, float]:
-        """Beside those of every task, two that see the outer list alone: the answer that its operator has most often in the training part, and
-        its operator applied to the digits that stand directly in it (where none does, the former). What scores no more may know of no nesting."""
+        """Beside those of every task, two that see the outer list alone: the answer that its
+        operator has most often in the training part, and its operator applied to the digits that
+        stand directly in it (where none does, the former). What scores no more may know of no
+        nesting."""
         tokens, values = self._parts[TRAINING]
         usual = torch.zeros(len(OPERATORS), self.outputs, dtype=torch.long)
-        usual.index_put_((tokens[:, 0].long() - 10, values), torch.ones_like(values), accumulate=True)
+        usual.index_put_(
+            (tokens[:, 0].long() - 10, values), torch.ones_like(values), accumulate=True
+        )
         asked, right = (part[:count] for part in self._parts[TEST])
         frequent = usual.argmax(1)[asked[:, 0].long() - 10]
         direct = [_direct_value(expression) for expression in asked.tolist()]
-        applied = torch.tensor([own if value is None else value for value, own in zip(direct, frequent.tolist(), strict=True)])
+        applied = torch.tensor(
+            [
+                own if value is None else value
+                for value, own in zip(direct, frequent.tolist(), strict=True)
+            ]
+        )
         found = {"outer operator": frequent, "outer operator and its digits": applied}
-        return {**super().baselines(count), **{label: (guess == right).float().mean().item() for label, guess in found.items()}}
+        return {
+            **super().baselines(count),
+            **{label: (guess == right).float().mean().item() for label, guess in found.items()},
+        }
 
 
 def evaluate(expression: str) -> int:
-    """The value of an expression such as "[MAX 2 9 [MIN 4 7 ] 0 ]". Raises ValueError when it is none."""
+    """The value of an expression such as "[MAX 2 9 [MIN 4 7 ] 0 ]". Raises ValueError when it is
+    none."""
     return evaluate_tokens(tuple(map(_index, expression.split())))
 
 
@@ -112,7 +139,8 @@ def evaluate_tokens(tokens: tuple[int, ...]) -> int:
 
 
 def _direct_value(tokens: list[int]) -> int | None:
-    """The outer operator applied to its own digits, as if no list stood beside them; None when it has none. tokens: padded."""
+    """The outer operator applied to its own digits, as if no list stood beside them; None when it
+    has none. tokens: padded."""
     depth, digits = 0, []
     for token in tokens:
         depth += 1 if 10 <= token < 14 else -1 if token == 14 else 0
@@ -140,7 +168,8 @@ def _index(word: str) -> int:
 
 @cache
 def _generate(task: ListOps) -> dict[str, tuple[Tensor, Tensor]]:
-    """Tokens and values of the three parts; no expression is in two. One seed: every run of a task has the same expressions."""
+    """Tokens and values of the three parts; no expression is in two. One seed: every run of a task
+    has the same expressions."""
     draw = random.Random(0)
     found: dict[tuple[int, ...], None] = {}
     wanted, tries = task.expressions + 2 * HELD_OUT, 0
@@ -151,8 +180,10 @@ def _generate(task: ListOps) -> dict[str, tuple[Tensor, Tensor]]:
         tries += 1
         if tries > 1000 * (len(found) + 100):
             raise ValueError(
-                f"only {len(found)} of {tries} random expressions have {task.shortest} to {task.length} tokens, each a new one, and"
-                f" expressions={task.expressions} need {wanted}; widen the range of lengths, or change depth, arguments or expressions"
+                f"only {len(found)} of {tries} random expressions have {task.shortest} to "
+                f"{task.length} tokens, each a new one, and"
+                f" expressions={task.expressions} need {wanted}; widen the range of lengths, or "
+                "change depth, arguments or expressions"
             )
     expressions = list(found)
     inputs = torch.full((wanted, task.length), PADDING, dtype=torch.int8)

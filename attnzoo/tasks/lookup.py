@@ -11,10 +11,11 @@ from attnzoo.tasks.task import Batch, Task, at_least, draw_distinct
 
 @dataclass(frozen=True)
 class Lookup(Task):
-    """A memory of noise in which every key stands once, anywhere, with its value behind it; a second sequence names all keys in random
-    order, and the answer to each is its value.
+    """A memory of noise in which every key stands once, anywhere, with its value behind it; a
+    second sequence names all keys in random order, and the answer to each is its value.
 
-    length: tokens of the memory. facts: keys, and queries. vocabulary: symbols of the noise and of the values.
+    length: tokens of the memory. facts: keys, and queries. vocabulary: symbols of the noise and of
+    the values.
     """
 
     length: int = 64

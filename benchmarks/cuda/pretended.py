@@ -1,6 +1,8 @@
-"""An H100 that is not there: a CPU build of torch made to generate Inductor's code for one, on tensors without data. Nothing can run on it.
+"""An H100 that is not there: a CPU build of torch made to generate Inductor's code for one, on
+tensors without data. Nothing can run on it.
 
-Reaches into torch's private parts, as they are in torch 2.13 with triton 3.7. Only for `compile_without_gpu.py`, in a process of its own.
+Reaches into torch's private parts, as they are in torch 2.13 with triton 3.7. Only for
+`compile_without_gpu.py`, in a process of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ PROPERTIES = SimpleNamespace(
 
 
 class Kernel(NamedTuple):
-    """One Triton kernel that Inductor wrote. direction: forward or backward. choice: one of several, which only a GPU could choose among."""
+    """One Triton kernel that Inductor wrote. direction: forward or backward. choice: one of
+    several, which only a GPU could choose among."""
 
     name: str
     source: str
@@ -44,7 +47,8 @@ class Kernel(NamedTuple):
 
 
 class Compiled(Exception):
-    """Raised where generated code would start to run: all of it has been written by then, backward too."""
+    """Raised where generated code would start to run: all of it has been written by then, backward
+    too."""
 
 
 class Driver:
@@ -60,7 +64,8 @@ class Driver:
 
 
 def load_device() -> None:
-    """Registers the device of pretended.cpp with torch. Must come before `import torch`, which looks for one once."""
+    """Registers the device of pretended.cpp with torch. Must come before `import torch`, which
+    looks for one once."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         raise ImportError("torch is not installed here")
@@ -69,12 +74,27 @@ def load_device() -> None:
     include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
     linked = [f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-lc10", "-ltorch_cpu"]
     source = str(Path(__file__).with_name("pretended.cpp"))
-    subprocess.run(["g++", "-std=c++20", "-O1", "-fPIC", "-shared", *include, source, "-o", str(library), *linked], check=True)
+    subprocess.run(
+        [
+            "g++",
+            "-std=c++20",
+            "-O1",
+            "-fPIC",
+            "-shared",
+            *include,
+            source,
+            "-o",
+            str(library),
+            *linked,
+        ],
+        check=True,
+    )
     ctypes.CDLL(str(library))
 
 
 def pretend(write: Callable[[Kernel], None]) -> None:
-    """Inductor sees an H100, hands every kernel it writes to `write`, and stops with `Compiled` before running any."""
+    """Inductor sees an H100, hands every kernel it writes to `write`, and stops with `Compiled`
+    before running any."""
     import torch
     from torch._dynamo import device_interface
 
@@ -132,7 +152,14 @@ def _capture(write: Callable[[Kernel], None]) -> None:
         if len(choices) > 1:
             for choice in choices:
                 request = choice.bmreq
-                write(Kernel(request.kernel_name, Path(request.module_path).read_text(), direction(), True))
+                write(
+                    Kernel(
+                        request.kernel_name,
+                        Path(request.module_path).read_text(),
+                        direction(),
+                        True,
+                    )
+                )
         return choose(cache, name, choices[:1], *args, **options)
 
     AsyncCompile.triton = written  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,5 @@
-"""Draw what healing recovered: python benchmarks/heal/figure.py [--results benchmarks/results/heal.jsonl] [--output docs/heal.png]"""
+"""Draw what healing recovered: python benchmarks/heal/figure.py [--results
+benchmarks/results/heal.jsonl] [--output docs/heal.png]"""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from attnzoo.report.style import INK, RC, Style, new_figure, styles
 
 
 def draw(rows: Sequence[dict[str, Any]], output: Path) -> None:
-    """Perplexity over the steps, a panel for each held-out text, and every layer's matching loss before, hollow, and after."""
+    """Perplexity over the steps, a panel for each held-out text, and every layer's matching loss
+    before, hollow, and after."""
     labels = {_label(row): row for row in rows}
     look = styles((row["recipe"]["variant"], label) for label, row in labels.items())
     texts = list(rows[0]["exact"])
@@ -36,7 +38,9 @@ def _label(row: dict[str, Any]) -> str:
     return f"{row['recipe']['variant']} ({options})" if options else row["recipe"]["variant"]
 
 
-def _perplexity(axes: Axes, text: str, labels: dict[str, dict[str, Any]], look: dict[str, Style]) -> None:
+def _perplexity(
+    axes: Axes, text: str, labels: dict[str, dict[str, Any]], look: dict[str, Style]
+) -> None:
     everything = []
     for label, row in labels.items():
         steps = [evaluation["step"] for evaluation in row["evaluations"]]
@@ -44,7 +48,9 @@ def _perplexity(axes: Axes, text: str, labels: dict[str, dict[str, Any]], look: 
         axes.plot(steps, values, label=label, **look[label].line_options())
         everything += [*values, row["exact"][text]]
     row = next(iter(labels.values()))
-    axes.axhline(row["exact"][text], color=INK, linestyle=":", linewidth=1.4, label="exact attention")
+    axes.axhline(
+        row["exact"][text], color=INK, linestyle=":", linewidth=1.4, label="exact attention"
+    )
     axes.axvline(row["recipe"]["matching_steps"], color=INK, linewidth=0.8)
     log_axis(axes, "y", everything, lambda value: f"{value:,g}")
     axes.set_title(f"Perplexity, {text}")
@@ -54,10 +60,21 @@ def _perplexity(axes: Axes, text: str, labels: dict[str, dict[str, Any]], look: 
 def _layers(axes: Axes, labels: dict[str, dict[str, Any]], look: dict[str, Style]) -> None:
     everything = []
     for label, row in labels.items():
-        matched = next(evaluation for evaluation in row["evaluations"] if evaluation["step"] == row["recipe"]["matching_steps"])
-        for evaluation, options in ((row["evaluations"][0], {"markerfacecolor": "none", "linewidth": 0.6}), (matched, {})):
+        matched = next(
+            evaluation
+            for evaluation in row["evaluations"]
+            if evaluation["step"] == row["recipe"]["matching_steps"]
+        )
+        for evaluation, options in (
+            (row["evaluations"][0], {"markerfacecolor": "none", "linewidth": 0.6}),
+            (matched, {}),
+        ):
             losses = evaluation["matching_loss"]
-            axes.plot(range(len(losses)), losses, **{**look[label].line_options(), "markersize": 4, **options})
+            axes.plot(
+                range(len(losses)),
+                losses,
+                **{**look[label].line_options(), "markersize": 4, **options},
+            )
             everything += losses
     log_axis(axes, "y", everything, lambda value: f"{value:,g}")
     axes.axhline(1.0, color=INK, linestyle="--", linewidth=0.8)
@@ -67,7 +84,9 @@ def _layers(axes: Axes, labels: dict[str, dict[str, Any]], look: dict[str, Style
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw perplexity and matching loss of healed models.")
+    parser = argparse.ArgumentParser(
+        description="Draw perplexity and matching loss of healed models."
+    )
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/heal.jsonl"))
     parser.add_argument("--output", type=Path, default=Path("docs/heal.png"))
     args = parser.parse_args()

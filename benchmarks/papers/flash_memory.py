@@ -2,8 +2,9 @@
 
     python -m benchmarks.papers.flash_memory [--quick] [--redraw]
 
-One head of 64, float32; peaks are the allocator's, beyond q, k and v. "A stored" is softmax(QKᵀ)V in three
-calls of torch; `flash` is the algorithm in plain torch; `standard` calls torch's kernel of it, SDPA.
+One head of 64, float32; peaks are the allocator's, beyond q, k and v. "A stored" is softmax(QKᵀ)V
+in three calls of torch; `flash` is the algorithm in plain torch; `standard` calls torch's kernel of
+it, SDPA.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 import attnzoo
-from attnzoo.bench.memory import peak_bytes
+from attnzoo.bench.peak_memory import peak_bytes
 from benchmarks.papers.study import MIB, Row, length_axis, panels, run, stored_attention
 
 NAME = "flash_memory"
@@ -42,9 +43,17 @@ def peak(attention: Callable[[Tensor, Tensor, Tensor], Tensor], length: int, bac
 def measure(quick: bool) -> Iterator[Row]:
     for backward in (False, True):
         for length in LENGTHS[:3] if quick else LENGTHS:
-            found = {label: peak(attention, length, backward) for label, attention in CONTENDERS.items()}
+            found = {
+                label: peak(attention, length, backward) for label, attention in CONTENDERS.items()
+            }
             for label, count in found.items():
-                yield {"contender": label, "length": length, "backward": backward, "bytes": count, "saved": found["A stored"] / count}
+                yield {
+                    "contender": label,
+                    "length": length,
+                    "backward": backward,
+                    "bytes": count,
+                    "saved": found["A stored"] / count,
+                }
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -55,8 +64,16 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     with panels(path) as axes:
         for one, backward in zip(axes, (False, True), strict=True):
             for label, color, marker in zip(CONTENDERS, (INK, *PALETTE), MARKERS, strict=False):
-                found = [row for row in rows if row["contender"] == label and row["backward"] == backward]
-                one.plot([row["length"] for row in found], [row["bytes"] / MIB for row in found], color=color, marker=marker, label=label)
+                found = [
+                    row for row in rows if row["contender"] == label and row["backward"] == backward
+                ]
+                one.plot(
+                    [row["length"] for row in found],
+                    [row["bytes"] / MIB for row in found],
+                    color=color,
+                    marker=marker,
+                    label=label,
+                )
             length_axis(one, (row["length"] for row in rows), "tokens")
             log_axis(one, "y", [row["bytes"] / MIB for row in rows], "{:g}".format)
             one.set_ylabel("peak, MiB")

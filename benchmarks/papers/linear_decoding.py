@@ -1,9 +1,11 @@
-"""Linear attention's constant time and memory for each generated token, against softmax that keeps a cache and softmax that has none.
+"""Linear attention's constant time and memory for each generated token, against softmax that keeps
+a cache and softmax that has none.
 
     OMP_PROC_BIND=true python -m benchmarks.papers.linear_decoding [--quick] [--redraw]
 
-One attention of 8 heads of 32, as in the paper's image models (784 and 3,072 tokens), float32, batch 1: one token behind a past of n random ones.
-Without a cache every token computes all rows again, which is what the paper's speed-up is measured against.
+One attention of 8 heads of 32, as in the paper's image models (784 and 3,072 tokens), float32,
+batch 1: one token behind a past of n random ones. Without a cache every token computes all rows
+again, which is what the paper's speed-up is measured against.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def tokens(count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Decoder:
-    """An attention that takes one more token with every call; it starts with a past of `length` random ones."""
+    """An attention that takes one more token with every call; it starts with a past of `length`
+    random ones."""
 
     def __init__(self, variant: str, length: int) -> None:
         self.attention = attnzoo.build(variant, heads=HEADS, head_dim=HEAD_DIM)
@@ -62,7 +65,8 @@ def recomputation(length: int) -> Callable[[], object]:
 
 
 def following(call: Callable[[], object]) -> float:
-    """Seconds of a call right after another of its own: what the other contenders left in the processor's caches is not its fault."""
+    """Seconds of a call right after another of its own: what the other contenders left in the
+    processor's caches is not its fault."""
     call()
     return wall_clock(call)
 
@@ -76,7 +80,9 @@ def measure(quick: bool) -> Iterator[Row]:
             calls: dict[str, Callable[[], object]] = {"linear": linear, "softmax, cache": cached}
             if length in RECOMPUTED_LENGTHS:
                 calls["softmax, no cache"] = recomputation(length)
-            timings = interleave(calls, rounds=ROUNDS, warmups=3, budget=BUDGET, stopwatch=following)
+            timings = interleave(
+                calls, rounds=ROUNDS, warmups=3, budget=BUDGET, stopwatch=following
+            )
             for label, timing in timings.items():
                 yield {
                     "contender": label,
@@ -96,12 +102,27 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     with panels(path) as axes:
         for one, field, unit in zip(axes, ("seconds", "read_bytes"), (1e-3, MIB), strict=True):
-            for label, color, marker in zip(LABELS, (PALETTE[0], INK, PALETTE[1]), MARKERS, strict=False):
-                found = [row for row in rows if row["contender"] == label and row[field] is not None]
+            for label, color, marker in zip(
+                LABELS, (PALETTE[0], INK, PALETTE[1]), MARKERS, strict=False
+            ):
+                found = [
+                    row for row in rows if row["contender"] == label and row[field] is not None
+                ]
                 if found:
-                    one.plot([row["length"] for row in found], [row[field] / unit for row in found], color=color, marker=marker, label=label)
+                    one.plot(
+                        [row["length"] for row in found],
+                        [row[field] / unit for row in found],
+                        color=color,
+                        marker=marker,
+                        label=label,
+                    )
             length_axis(one, (row["length"] for row in rows), "tokens before it")
-            log_axis(one, "y", [row[field] / unit for row in rows if row[field] is not None], "{:g}".format)
+            log_axis(
+                one,
+                "y",
+                [row[field] / unit for row in rows if row[field] is not None],
+                "{:g}".format,
+            )
         axes[0].set_title("one token of one attention")
         axes[0].set_ylabel("milliseconds")
         axes[1].set_title("past that a token reads")

@@ -1,9 +1,11 @@
-"""Linformer's Figure 1: how much of A's singular values the first 128 of 512 hold, by layer and head, in two real models.
+"""Linformer's Figure 1: how much of A's singular values the first 128 of 512 hold, by layer and
+head, in two real models.
 
     python -m benchmarks.papers.linformer_spectrum [--quick] [--redraw]
 
-The paper sums singular values. Their squares are what a truncated A is wrong by, so the error of the best A of rank 128 stands beside. A
-control has the same rows with each row's entries shuffled: as concentrated, without structure between rows.
+The paper sums singular values. Their squares are what a truncated A is wrong by, so the error of
+the best A of rank 128 stands beside. A control has the same rows with each row's entries shuffled:
+as concentrated, without structure between rows.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import torch
 from torch import Tensor
 
 from attnzoo.fidelity.metrics import exact_rows
-from attnzoo.fidelity.models import SOURCES, capture, load
-from attnzoo.fidelity.text import play
+from attnzoo.fidelity.plays import play
+from attnzoo.fidelity.pretrained import SOURCES, capture, load
 from benchmarks.papers.study import Row, panels, run
 
 NAME = "linformer_spectrum"
@@ -47,10 +49,20 @@ def measure(quick: bool) -> Iterator[Row]:
     rank = length * RANK // LENGTH
     for model in SOURCES:
         pretrained = load(model)
-        layers, heads = pretrained.model.config.num_hidden_layers, pretrained.model.config.num_attention_heads
-        sample = capture(pretrained, play("hamlet"), length, layers=range(layers), heads=range(heads))
+        layers, heads = (
+            pretrained.model.config.num_hidden_layers,
+            pretrained.model.config.num_attention_heads,
+        )
+        sample = capture(
+            pretrained, play("hamlet"), length, layers=range(layers), heads=range(heads)
+        )
         for layer in range(layers):
-            a = exact_rows(sample.q[layer : layer + 1], sample.k[layer : layer + 1], range(length), is_causal=sample.is_causal)[0]
+            a = exact_rows(
+                sample.q[layer : layer + 1],
+                sample.k[layer : layer + 1],
+                range(length),
+                is_causal=sample.is_causal,
+            )[0]
             values = torch.linalg.svdvals(a)
             control = torch.linalg.svdvals(shuffled(a, sample.is_causal))
             held = cumulative(values)
@@ -69,7 +81,8 @@ def measure(quick: bool) -> Iterator[Row]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """A row of panels for each model: the cumulative curve of every layer, and the share that the first 128 hold, by layer and head."""
+    """A row of panels for each model: the cumulative curve of every layer, and the share that the
+    first 128 hold, by layer and head."""
     import matplotlib
 
     from attnzoo.report.style import INK, PALETTE
@@ -82,16 +95,32 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             rank, length = found[0]["rank"], found[0]["length"]
             colors = matplotlib.colormaps["viridis"].resampled(len(found))
             for row in found:
-                left.plot(range(1, length + 1), row["curve"], color=colors(row["layer"]), linewidth=1)
+                left.plot(
+                    range(1, length + 1), row["curve"], color=colors(row["layer"]), linewidth=1
+                )
             control = sum(row["held_when_shuffled"] for row in found) / len(found)
-            left.plot([rank], [control], "X", color=PALETTE[1], markersize=9, markeredgecolor="white", label="rows shuffled, mean of the layers")
+            left.plot(
+                [rank],
+                [control],
+                "X",
+                color=PALETTE[1],
+                markersize=9,
+                markeredgecolor="white",
+                label="rows shuffled, mean of the layers",
+            )
             left.axvline(rank, color=INK, linestyle=":", linewidth=1.2)
             left.set_title(f"{model}, n = {length}: a line is a layer, dark is early")
             left.title.set_fontsize(10)
             left.set_xlabel("largest singular values summed")
             left.set_ylabel("share of their sum")
             left.set_ylim(0, 1.02)
-            image = right.imshow(list(zip(*(row["held_by_head"] for row in found), strict=True)), aspect="auto", vmin=lowest, vmax=1, origin="lower")
+            image = right.imshow(
+                list(zip(*(row["held_by_head"] for row in found), strict=True)),
+                aspect="auto",
+                vmin=lowest,
+                vmax=1,
+                origin="lower",
+            )
             right.grid(False)
             right.figure.colorbar(image, ax=right)
             right.set_title(f"share held by the first {rank}")

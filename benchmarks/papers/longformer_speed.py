@@ -1,10 +1,13 @@
-"""Longformer's Figure 1: time and memory of the attention against length, exact attention, a window looped over by diagonals, and one in chunks.
+"""Longformer's Figure 1: time and memory of the attention against length, exact attention, a window
+looped over by diagonals, and one in chunks.
 
     OMP_PROC_BIND=true python -m benchmarks.papers.longformer_speed [--quick] [--redraw]
 
-The paper's attention window of 512 (here window=257: 256 keys on each side and the query's own) and one global token. 4 heads of 64, forward,
-batch 1, float32; memory: the allocator's peak of one head beyond its inputs. The loop over diagonals is the paper's "loop", without the global token;
-our `longformer` multiplies blocks of neighbouring keys, as its "chunks" do. Exact attention with A stored, as in the paper, and as SDPA.
+The paper's attention window of 512 (here window=257: 256 keys on each side and the query's own) and
+one global token. 4 heads of 64, forward, batch 1, float32; memory: the allocator's peak of one head
+beyond its inputs. The loop over diagonals is the paper's "loop", without the global token; our
+`longformer` multiplies blocks of neighbouring keys, as its "chunks" do. Exact attention with A
+stored, as in the paper, and as SDPA.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor
 
 import attnzoo
-from attnzoo.bench.memory import peak_bytes
+from attnzoo.bench.peak_memory import peak_bytes
 from attnzoo.bench.timing import interleave
 from benchmarks.papers.study import MIB, Row, length_axis, panels, run, stored_attention
 
@@ -29,10 +32,14 @@ LABELS = ("A stored", "SDPA", "window, by diagonals", "longformer")
 
 
 def by_diagonals(q: Tensor, k: Tensor, v: Tensor, window: int = WINDOW) -> Tensor:
-    """Softmax attention over the keys with |i - j| < window, one diagonal of A after another: (batch, heads, length, head_dim)."""
+    """Softmax attention over the keys with |i - j| < window, one diagonal of A after another:
+    (batch, heads, length, head_dim)."""
     length = q.shape[-2]
     reach = min(window, length) - 1
-    spans = [(slice(max(0, -o), min(length, length - o)), slice(max(0, o), min(length, length + o))) for o in range(-reach, reach + 1)]
+    spans = [
+        (slice(max(0, -o), min(length, length - o)), slice(max(0, o), min(length, length + o)))
+        for o in range(-reach, reach + 1)
+    ]
     scores = q.new_full((*q.shape[:-1], len(spans)), float("-inf"))
     for diagonal, (rows, keys) in enumerate(spans):
         scores[..., rows, diagonal] = (q[..., rows, :] * k[..., keys, :]).sum(-1)
@@ -46,9 +53,13 @@ def by_diagonals(q: Tensor, k: Tensor, v: Tensor, window: int = WINDOW) -> Tenso
 def calls(length: int, heads: int) -> dict[str, Callable[[], object]]:
     """A forward of every contender on the same inputs; A is stored where it fits."""
     q, k, v = (torch.randn(1, heads, length, 64) for _ in range(3))
-    found: dict[str, Callable[[], object]] = {"A stored": lambda: stored_attention(q, k, v)} if length <= LARGEST_STORED else {}
+    found: dict[str, Callable[[], object]] = (
+        {"A stored": lambda: stored_attention(q, k, v)} if length <= LARGEST_STORED else {}
+    )
     exact = attnzoo.build("standard", heads=heads, head_dim=64)
-    longformer = attnzoo.build("longformer", heads=heads, head_dim=64, window=WINDOW, global_tokens=1)
+    longformer = attnzoo.build(
+        "longformer", heads=heads, head_dim=64, window=WINDOW, global_tokens=1
+    )
     return {
         **found,
         "SDPA": lambda: exact(q, k, v),
@@ -83,7 +94,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for one, field, unit in zip(axes, ("seconds", "bytes"), (1e-3, MIB), strict=True):
             for label, color, marker in zip(LABELS, (INK, *PALETTE), MARKERS, strict=False):
                 found = [row for row in rows if row["contender"] == label]
-                one.plot([row["length"] for row in found], [row[field] / unit for row in found], color=color, marker=marker, label=label)
+                one.plot(
+                    [row["length"] for row in found],
+                    [row[field] / unit for row in found],
+                    color=color,
+                    marker=marker,
+                    label=label,
+                )
             length_axis(one, (row["length"] for row in rows), "tokens")
             log_axis(one, "y", [row[field] / unit for row in rows], "{:g}".format)
         axes[0].set_title("time of a forward, 4 heads")

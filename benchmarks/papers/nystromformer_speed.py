@@ -1,10 +1,12 @@
-"""Nyströmformer's Table 1, which Longformer's Figure 1 agrees with: time and memory of one attention module against length.
+"""Nyströmformer's Table 1, which Longformer's Figure 1 agrees with: time and memory of one
+attention module against length.
 
     OMP_PROC_BIND=true python -m benchmarks.papers.nystromformer_speed [--quick] [--redraw]
 
-The table's own settings: Linformer with k = 256, Longformer with 257 keys (here `sliding_window`, window=129: the same keys; neither has
-global tokens), 64 and 32 landmarks. 4 heads of 64, forward, batch 1, float32; memory: the allocator's peak of one head beyond its inputs.
-Exact attention with A stored, as in the paper, and as SDPA.
+The table's own settings: Linformer with k = 256, Longformer with 257 keys (here `sliding_window`,
+window=129: the same keys; neither has global tokens), 64 and 32 landmarks. 4 heads of 64, forward,
+batch 1, float32; memory: the allocator's peak of one head beyond its inputs. Exact attention with A
+stored, as in the paper, and as SDPA.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 
 import attnzoo
-from attnzoo.bench.memory import peak_bytes
+from attnzoo.bench.peak_memory import peak_bytes
 from attnzoo.bench.timing import interleave
 from attnzoo.registry import spec_of
 from benchmarks.papers.study import Row, length_axis, panels, run, stored_attention
@@ -32,7 +34,8 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Nyströmformer-64": ("nystromformer", {"num_landmarks": 64}),
     "Nyströmformer-32": ("nystromformer", {"num_landmarks": 32}),
 }
-#: Table 1 of the paper at the lengths above: times faster, and times less memory, than exact attention with A stored.
+#: Table 1 of the paper at the lengths above: times faster, and times less memory, than exact
+#: attention with A stored.
 PAPER_TIME = {
     "Linformer-256": (1.1, 1.8, 3.6, 6.2, 13.8),
     "Longformer-257": (0.3, 0.5, 1.0, 1.8, 4.3),
@@ -78,22 +81,53 @@ def measure(quick: bool) -> Iterator[Row]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Times faster and times less memory than with A stored: ours as lines, the paper's as hollow marks, dotted."""
+    """Times faster and times less memory than with A stored: ours as lines, the paper's as hollow
+    marks, dotted."""
     from attnzoo.report.axes import log_axis
     from attnzoo.report.style import INK, MARKERS, PALETTE
 
     with panels(path) as axes:
-        for one, field, paper in zip(axes, ("faster", "memory_saved"), (PAPER_TIME, PAPER_MEMORY), strict=True):
+        for one, field, paper in zip(
+            axes, ("faster", "memory_saved"), (PAPER_TIME, PAPER_MEMORY), strict=True
+        ):
             for label, color, marker in zip(CONTENDERS, (INK, *PALETTE), MARKERS, strict=False):
                 found = [row for row in rows if row["contender"] == label]
-                one.plot([row["length"] for row in found], [row[field] for row in found], color=color, marker=marker, label=label)
+                one.plot(
+                    [row["length"] for row in found],
+                    [row[field] for row in found],
+                    color=color,
+                    marker=marker,
+                    label=label,
+                )
                 if label in paper:
-                    one.plot(LENGTHS, paper[label], linestyle=":", color=color, marker=marker, markerfacecolor="none", linewidth=1)
+                    one.plot(
+                        LENGTHS,
+                        paper[label],
+                        linestyle=":",
+                        color=color,
+                        marker=marker,
+                        markerfacecolor="none",
+                        linewidth=1,
+                    )
             length_axis(one, LENGTHS, "tokens")
-            log_axis(one, "y", [row[field] for row in rows] + [x for numbers in paper.values() for x in numbers], "{:g}×".format)
+            log_axis(
+                one,
+                "y",
+                [row[field] for row in rows] + [x for numbers in paper.values() for x in numbers],
+                "{:g}×".format,
+            )
             one.set_title("times faster" if field == "faster" else "times less memory")
             one.axhline(1, color=INK, linewidth=0.8, linestyle=":")
-        axes[0].plot([], [], ":", color=INK, marker="o", markerfacecolor="none", linewidth=1, label="the paper (hollow, dotted)")
+        axes[0].plot(
+            [],
+            [],
+            ":",
+            color=INK,
+            marker="o",
+            markerfacecolor="none",
+            linewidth=1,
+            label="the paper (hollow, dotted)",
+        )
 
 
 if __name__ == "__main__":

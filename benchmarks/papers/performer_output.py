@@ -1,9 +1,11 @@
-"""Performer's Figure 4: error of the output against the number of features, with what the paper leaves out: mean(v) and the score scale.
+"""Performer's Figure 4: error of the output against the number of features, with what the paper
+leaves out: mean(v) and the score scale.
 
     python -m benchmarks.papers.performer_output [--quick] [--redraw]
 
-Random inputs of the paper's size (4,096 tokens, head_dim 16, 15 samples) at three score scales, and the queries and keys of two real
-models, as they are and with their scores divided by 4 and 16. Error: relative, of A·v against exact attention.
+Random inputs of the paper's size (4,096 tokens, head_dim 16, 15 samples) at three score scales, and
+the queries and keys of two real models, as they are and with their scores divided by 4 and 16.
+Error: relative, of A·v against exact attention.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ from pathlib import Path
 import torch
 
 import attnzoo
+from attnzoo.fidelity.comparison_rows import Sample
 from attnzoo.fidelity.metrics import exact_output, mean_value_output, relative_error
-from attnzoo.fidelity.models import SOURCES, capture, load
-from attnzoo.fidelity.rows import Sample
+from attnzoo.fidelity.plays import play
+from attnzoo.fidelity.pretrained import SOURCES, capture, load
 from attnzoo.fidelity.synthetic import synthetic_sample
-from attnzoo.fidelity.text import play
 from benchmarks.papers.study import Row, panels, run
 
 NAME = "performer_output"
@@ -36,21 +38,42 @@ def measure(quick: bool) -> Iterator[Row]:
     captured = [capture(load(model), play("hamlet"), REAL_LENGTH) for model in SOURCES]
     for spread in SPREADS:
         inputs = [
-            synthetic_sample(length, is_causal=False, spread=spread, heads=1, kv_heads=1, head_dim=HEAD_DIM, seed=seed) for seed in range(samples)
+            synthetic_sample(
+                length,
+                is_causal=False,
+                spread=spread,
+                heads=1,
+                kv_heads=1,
+                head_dim=HEAD_DIM,
+                seed=seed,
+            )
+            for seed in range(samples)
         ]
         yield from _errors(f"random, score std {spread:g}", inputs, MAPS, features, draws=1)
     for sample in captured:
         for divisor in DIVISORS:
             root = divisor**0.5  # shared out, since the estimate's variance grows with |q + k|²
-            cooled = replace(sample, q=sample.q / root, k=sample.k / root, score_std=sample.score_std / divisor)
+            cooled = replace(
+                sample, q=sample.q / root, k=sample.k / root, score_std=sample.score_std / divisor
+            )
             name = sample.model if divisor == 1 else f"{sample.model}, scores / {divisor}"
             yield from _errors(name, [cooled], MAPS[:1], features, draws=DRAWS)
 
 
-def _errors(source: str, samples: Sequence[Sample], maps: Sequence[tuple[str, bool]], features: Sequence[int], draws: int) -> Iterator[Row]:
-    exact = [exact_output(sample.q, sample.k, sample.v, is_causal=sample.is_causal) for sample in samples]
+def _errors(
+    source: str,
+    samples: Sequence[Sample],
+    maps: Sequence[tuple[str, bool]],
+    features: Sequence[int],
+    draws: int,
+) -> Iterator[Row]:
+    exact = [
+        exact_output(sample.q, sample.k, sample.v, is_causal=sample.is_causal) for sample in samples
+    ]
     nothing = [
-        relative_error(mean_value_output(sample.v, sample.q.shape[1], is_causal=sample.is_causal), wanted).mean()
+        relative_error(
+            mean_value_output(sample.v, sample.q.shape[1], is_causal=sample.is_causal), wanted
+        ).mean()
         for sample, wanted in zip(samples, exact, strict=True)
     ]
     for kind, orthogonal in maps:
@@ -85,31 +108,68 @@ def _errors(source: str, samples: Sequence[Sample], maps: Sequence[tuple[str, bo
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Random inputs at two scales, then the two models; a dotted line is the error of answering mean(v), in the colour of what it belongs to."""
+    """Random inputs at two scales, then the two models; a dotted line is the error of answering
+    mean(v), in the colour of what it belongs to."""
     from attnzoo.report.axes import log_axis
     from attnzoo.report.style import INK, MARKERS, PALETTE
 
     synthetic = [f"random, score std {spread:g}" for spread in SPREADS[:2]]
-    models = list(dict.fromkeys(row["source"].split(",")[0] for row in rows if not row["source"].startswith("random")))[:2]
+    models = list(
+        dict.fromkeys(
+            row["source"].split(",")[0] for row in rows if not row["source"].startswith("random")
+        )
+    )[:2]
     with panels(path, 2, 2) as axes:
         for one, source in zip(axes, synthetic, strict=False):
             found = [row for row in rows if row["source"] == source]
             for (kind, orthogonal), color, marker in zip(MAPS, PALETTE, MARKERS, strict=False):
-                chosen = [row for row in found if (row["features"], row["orthogonal"]) == (kind, orthogonal)]
+                chosen = [
+                    row
+                    for row in found
+                    if (row["features"], row["orthogonal"]) == (kind, orthogonal)
+                ]
                 label = f"{kind}, {'orthogonal' if orthogonal else 'independent'}"
                 line = "-" if orthogonal else "--"
-                one.plot([row["num_features"] for row in chosen], [row["error"] for row in chosen], line, color=color, marker=marker, label=label)
-            one.axhline(found[0]["mean_value_error"], color=INK, linestyle=":", linewidth=1.6, label="mean of v")
+                one.plot(
+                    [row["num_features"] for row in chosen],
+                    [row["error"] for row in chosen],
+                    line,
+                    color=color,
+                    marker=marker,
+                    label=label,
+                )
+            one.axhline(
+                found[0]["mean_value_error"],
+                color=INK,
+                linestyle=":",
+                linewidth=1.6,
+                label="mean of v",
+            )
             one.set_title(f"{source[0].upper()}{source[1:]}")
-            log_axis(one, "y", [row["error"] for row in found] + [found[0]["mean_value_error"]], "{:g}".format)
+            log_axis(
+                one,
+                "y",
+                [row["error"] for row in found] + [found[0]["mean_value_error"]],
+                "{:g}".format,
+            )
         for one, model in zip(axes[2:], models, strict=False):
             sources = [row["source"] for row in rows if row["source"].split(",")[0] == model]
             everything = []
-            for source, color, marker in zip(dict.fromkeys(sources), (PALETTE[4], PALETTE[5], INK), MARKERS[4:], strict=False):
+            for source, color, marker in zip(
+                dict.fromkeys(sources), (PALETTE[4], PALETTE[5], INK), MARKERS[4:], strict=False
+            ):
                 chosen = [row for row in rows if row["source"] == source]
                 label = source.split(", ")[1] if ", " in source else "scores as they are"
-                one.plot([row["num_features"] for row in chosen], [row["error"] for row in chosen], color=color, marker=marker, label=label)
-                one.axhline(chosen[0]["mean_value_error"], color=color, linestyle=":", linewidth=1.6)
+                one.plot(
+                    [row["num_features"] for row in chosen],
+                    [row["error"] for row in chosen],
+                    color=color,
+                    marker=marker,
+                    label=label,
+                )
+                one.axhline(
+                    chosen[0]["mean_value_error"], color=color, linestyle=":", linewidth=1.6
+                )
                 everything += [row["error"] for row in chosen] + [chosen[0]["mean_value_error"]]
             one.set_title(f"{model}, {chosen[0]['length']} tokens: positive, orthogonal")
             one.title.set_fontsize(10)

@@ -1,4 +1,5 @@
-"""What the studies of this folder share: their options, their result files and how a figure is made."""
+"""What the studies of this folder share: their options, their result files and how a figure is
+made."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnzoo.environment import environment
+from attnzoo.bench.environment import environment
 from attnzoo.fidelity.packages import MissingPackageError
 
 if TYPE_CHECKING:
@@ -27,14 +28,27 @@ MIB = 2**20
 Row = dict[str, Any]
 
 
-def run(name: str, measure: Callable[[bool], Iterable[Row]], draw: Callable[[Sequence[Row], Path], None]) -> None:
-    """The command line of a study: measure, record <name>.jsonl, draw <name>.png. What cannot be done ends in one sentence.
+def run(
+    name: str, measure: Callable[[bool], Iterable[Row]], draw: Callable[[Sequence[Row], Path], None]
+) -> None:
+    """The command line of a study: measure, record <name>.jsonl, draw <name>.png. What cannot be
+    done ends in one sentence.
 
-    measure: yields rows as they finish; its argument asks for small sizes. draw: makes the figure from rows.
+    measure: yields rows as they finish; its argument asks for small sizes. draw: makes the figure
+    from rows.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.papers.{name}", description="One claim of a paper, rerun on a CPU.")
-    parser.add_argument("--quick", action="store_true", help="small sizes, seconds instead of minutes, written to report/papers")
-    parser.add_argument("--redraw", action="store_true", help="draw the recorded rows again, measure nothing")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.papers.{name}",
+        description="One claim of a paper, rerun on a CPU.",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small sizes, seconds instead of minutes, written to report/papers",
+    )
+    parser.add_argument(
+        "--redraw", action="store_true", help="draw the recorded rows again, measure nothing"
+    )
     arguments = parser.parse_args()
     results, figures = (QUICK, QUICK) if arguments.quick else (RESULTS, FIGURES)
     path = results / f"{name}.jsonl"
@@ -45,18 +59,28 @@ def run(name: str, measure: Callable[[bool], Iterable[Row]], draw: Callable[[Seq
     except (MissingPackageError, FileNotFoundError) as error:
         raise SystemExit(str(error)) from None
     except ModuleNotFoundError as error:
-        raise SystemExit(f"{error.name} is not installed: pip install 'attnzoo[cli,models]'") from None
+        raise SystemExit(
+            f"{error.name} is not installed: pip install 'attnzoo[cli,models]'"
+        ) from None
 
 
 def record(path: Path, rows: Iterable[Row]) -> list[Row]:
-    """Write rows, each with the environment, as they come; a study that stops half-way leaves the older file as it was."""
+    """Write rows, each with the environment, as they come; a study that stops half-way leaves the
+    older file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     where = environment(seed=0, device=torch.device("cpu"), dtype=torch.float32)
     unfinished, kept = path.with_suffix(".unfinished"), []
     try:
         with unfinished.open("w", encoding="utf-8") as file:
             for row in rows:
-                print("  ".join(f"{key}={_short(value)}" for key, value in row.items() if not isinstance(value, list)), flush=True)
+                print(
+                    "  ".join(
+                        f"{key}={_short(value)}"
+                        for key, value in row.items()
+                        if not isinstance(value, list)
+                    ),
+                    flush=True,
+                )
                 file.write(json.dumps({**row, "environment": where}, ensure_ascii=False) + "\n")
                 file.flush()
                 kept.append(row)
@@ -75,13 +99,15 @@ def read(path: Path) -> list[Row]:
 
 
 def stored_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Exact attention that stores A, (batch, heads, length, head_dim): what the papers before FlashAttention measured themselves against."""
+    """Exact attention that stores A, (batch, heads, length, head_dim): what the papers before
+    FlashAttention measured themselves against."""
     return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
 
 
 @contextmanager
 def panels(path: Path, columns: int = 2, rows: int = 1) -> Iterator[list[Axes]]:
-    """Axes in the house's style, row by row; the figure is saved at the end, with one legend below for what any of them labels."""
+    """Axes in the house's style, row by row; the figure is saved at the end, with one legend below
+    for what any of them labels."""
     import matplotlib
 
     from attnzoo.report.style import RC, new_figure
@@ -90,9 +116,18 @@ def panels(path: Path, columns: int = 2, rows: int = 1) -> Iterator[list[Axes]]:
         figure = new_figure(4.4 * columns, 3.6 * rows + 0.4)
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         yield axes
-        labelled = {label: handle for one in axes for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
+        labelled = {
+            label: handle
+            for one in axes
+            for handle, label in zip(*one.get_legend_handles_labels(), strict=True)
+        }
         if labelled:
-            figure.legend(list(labelled.values()), list(labelled), loc="outside lower center", ncols=min(len(labelled), 4))
+            figure.legend(
+                list(labelled.values()),
+                list(labelled),
+                loc="outside lower center",
+                ncols=min(len(labelled), 4),
+            )
         figure.savefig(path, dpi=120)
 
 

@@ -1,4 +1,5 @@
-"""Measuring peers beside our variants: in the same rounds, each after a look at what it computes."""
+"""Measuring peers beside our variants: in the same rounds, each after a look at what it
+computes."""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ from peer_settings import OURS, Ready
 from torch import Tensor
 
 from attnzoo.attention import Attention
+from attnzoo.bench.bench_rows import Row
 from attnzoo.bench.levels import Work, passes
 from attnzoo.bench.plan import Cell, Contender
-from attnzoo.bench.rows import Row
 from attnzoo.bench.sweep import Bench, Entry, blank_row
 from attnzoo.bench.timing import MINIMUM_ROUNDS
 from attnzoo.fidelity.candidate import Candidate
@@ -42,10 +43,21 @@ class Entrant(Contender):
     peer: Peer | None = None
 
 
-def entrants(groups: Sequence[str], is_causal: bool, peers: Sequence[Peer] = PEERS) -> list[Entrant]:
-    """Ours of each group first, then its peers in their order; those without the form are left out."""
-    ours = [Entrant(candidate, "auto", group) for group, candidate in OURS.items() if group in groups and spec_of(candidate.name).runs(is_causal)]
-    others = [Entrant(Candidate(peer.label), "auto", peer.group, peer) for peer in peers if peer.group in groups and is_causal in peer.causal]
+def entrants(
+    groups: Sequence[str], is_causal: bool, peers: Sequence[Peer] = PEERS
+) -> list[Entrant]:
+    """Ours of each group first, then its peers in their order; those without the form are left
+    out."""
+    ours = [
+        Entrant(candidate, "auto", group)
+        for group, candidate in OURS.items()
+        if group in groups and spec_of(candidate.name).runs(is_causal)
+    ]
+    others = [
+        Entrant(Candidate(peer.label), "auto", peer.group, peer)
+        for peer in peers
+        if peer.group in groups and is_causal in peer.causal
+    ]
     return ours + others
 
 
@@ -66,12 +78,30 @@ class PeerBench(Bench):
     def blank(self, contender: Contender | None, cell: Cell) -> Row:
         row = vars(blank_row(contender, cell))
         if contender is None:
-            return PeerRow(**row, group="exact", package=_package("torch"), includes=CORE, keys=ALL[cell.is_causal])
+            return PeerRow(
+                **row,
+                group="exact",
+                package=_package("torch"),
+                includes=CORE,
+                keys=ALL[cell.is_causal],
+            )
         assert isinstance(contender, Entrant)
         peer = contender.peer
         if peer is None:
-            return PeerRow(**row, group=contender.group, package=OUR_PACKAGE, includes=CORE, keys=OUR_KEYS.get(contender.group, ALL)[cell.is_causal])
-        return PeerRow(**row, group=peer.group, package=_package(peer.package), includes=peer.includes, keys=peer.keys[cell.is_causal])
+            return PeerRow(
+                **row,
+                group=contender.group,
+                package=OUR_PACKAGE,
+                includes=CORE,
+                keys=OUR_KEYS.get(contender.group, ALL)[cell.is_causal],
+            )
+        return PeerRow(
+            **row,
+            group=peer.group,
+            package=_package(peer.package),
+            includes=peer.includes,
+            keys=peer.keys[cell.is_causal],
+        )
 
     def counted(self, contender: Contender, cell: Cell) -> Attention:
         """The arithmetic of our variant stands for all of its group."""
@@ -80,7 +110,13 @@ class PeerBench(Bench):
         offered = {"max_length": cell.length}
         taken = {option.name for option in options_of(candidate.name)}
         supplied = {name: value for name, value in offered.items() if name in taken}
-        return build(candidate.name, heads=cell.shape.heads, head_dim=cell.shape.head_dim, **supplied, **candidate.options)
+        return build(
+            candidate.name,
+            heads=cell.shape.heads,
+            head_dim=cell.shape.head_dim,
+            **supplied,
+            **candidate.options,
+        )
 
     def prepare(self, contender: Contender | None, cell: Cell) -> Work:
         if not isinstance(contender, Entrant) or contender.peer is None:
@@ -99,10 +135,15 @@ class PeerBench(Bench):
         if not isinstance(work, PeerWork):
             return super().judge(row, work, cell)
         error, fault = judged(work.peer, work.ready, self.inputs(cell)[0], cell.is_causal)
-        return replace(cast(PeerRow, row), error=error, fault=fault, compile_seconds=work.ready.compile_seconds)
+        return replace(
+            cast(PeerRow, row), error=error, fault=fault, compile_seconds=work.ready.compile_seconds
+        )
 
-    def measure(self, cell: Cell, contenders: Sequence[Contender], rounds: int, budget: float) -> Iterator[PeerRow]:
-        """As of every bench; the timed rows also say how long our variant of their group took in the same rounds."""
+    def measure(
+        self, cell: Cell, contenders: Sequence[Contender], rounds: int, budget: float
+    ) -> Iterator[PeerRow]:
+        """As of every bench; the timed rows also say how long our variant of their group took in
+        the same rounds."""
         self.room = budget / MINIMUM_ROUNDS
         timed: list[PeerRow] = []
         for row in super().measure(cell, contenders, rounds, budget):
@@ -115,19 +156,27 @@ class PeerBench(Bench):
         yield from (replace(row, ours_seconds=ours.get(row.group)) for row in timed)
 
     def admit(self, contender: Contender | None, cell: Cell, room: float) -> Row | Entry:
-        """SDPA and ours are let in whatever they take; a peer when its own passes fit the budget, whoever else is there."""
+        """SDPA and ours are let in whatever they take; a peer when its own passes fit the budget,
+        whoever else is there."""
         always = contender is None or cast(Entrant, contender).peer is None
         return super().admit(contender, cell, math.inf if always else self.room)
 
     def time(self, entries: list[Entry], rounds: int, budget: float) -> list[Row]:
         """Side by side within a round stand those of one group."""
         groups = list(OURS)
-        return super().time(sorted(entries, key=lambda entry: groups.index(cast(PeerRow, entry.row).group)), rounds, budget)
+        return super().time(
+            sorted(entries, key=lambda entry: groups.index(cast(PeerRow, entry.row).group)),
+            rounds,
+            budget,
+        )
 
 
 @torch.no_grad()
-def judged(peer: Peer, ready: Ready, inputs: Sequence[Tensor], is_causal: bool) -> tuple[float | None, str]:
-    """The relative error of a sample of rows against the peer's own formula, and a sentence on what is wrong, "" when nothing is.
+def judged(
+    peer: Peer, ready: Ready, inputs: Sequence[Tensor], is_causal: bool
+) -> tuple[float | None, str]:
+    """The relative error of a sample of rows against the peer's own formula, and a sentence on what
+    is wrong, "" when nothing is.
 
     A causal form must not change its first half when the second half of the input does.
     """
@@ -143,7 +192,10 @@ def judged(peer: Peer, ready: Ready, inputs: Sequence[Tensor], is_causal: bool) 
     if is_causal:
         half = q.shape[2] // 2
         changed = [torch.cat([x[:, :, :half], x[:, :, half:].roll(1, -1) * 1.5], 2) for x in inputs]
-        leak = _distance(_from_layout(ready.forward(*(_to_layout(x, peer) for x in changed)), q)[:, :, :half], out[:, :, :half].double())
+        leak = _distance(
+            _from_layout(ready.forward(*(_to_layout(x, peer) for x in changed)), q)[:, :, :half],
+            out[:, :, :half].double(),
+        )
         if not leak <= LEAK:
             faults.append(f"leaks: later tokens change earlier rows by {leak:.1%}")
     if faults and peer.known:
@@ -160,18 +212,24 @@ def _to_layout(x: Tensor, peer: Peer) -> Tensor:
 
 
 def _from_layout(out: Tensor, q: Tensor) -> Tensor:
-    """(batch, heads, length, head_dim) of any output: heads first, heads last, or heads folded into the width."""
+    """(batch, heads, length, head_dim) of any output: heads first, heads last, or heads folded into
+    the width."""
     if out.shape == q.shape:
         return out
     return out.reshape(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
 
 
 def missing(distribution: str, error: ImportError) -> str:
-    """Why a package cannot be imported: what its build said when setup.sh tried, else the import itself."""
+    """Why a package cannot be imported: what its build said when setup.sh tried, else the import
+    itself."""
     log = Path(sys.prefix) / BUILD_LOGS / f"{distribution}.txt"
     if not log.is_file():
         return f"{error}; benchmarks/peers/setup.sh installs {distribution}"
-    said = [line.strip() for line in log.read_text(errors="replace").splitlines() if ERROR_LINE.match(line)]
+    said = [
+        line.strip()
+        for line in log.read_text(errors="replace").splitlines()
+        if ERROR_LINE.match(line)
+    ]
     return f"{distribution} could not be built: {said[0] if said else 'see ' + str(log)}"
 
 

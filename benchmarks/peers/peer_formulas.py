@@ -1,4 +1,5 @@
-"""What each contender should compute, for some rows of queries, in float64 and in the plainest way."""
+"""What each contender should compute, for some rows of queries, in float64 and in the plainest
+way."""
 
 from __future__ import annotations
 
@@ -7,10 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: (q, k, v, rows, is_causal) -> (batch, heads, rows, head_dim). q, k, v: (batch, heads, length, head_dim) float64; rows: positions, int64.
+#: (q, k, v, rows, is_causal) -> (batch, heads, rows, head_dim). q, k, v: (batch, heads, length,
+#: head_dim) float64; rows: positions, int64.
 Formula = Callable[[Tensor, Tensor, Tensor, Tensor, bool], Tensor]
 FeatureMap = Callable[[Tensor], Tensor]
-Visible = Callable[[Tensor, Tensor], Tensor]  # (positions of queries (rows, 1), of keys (1, length)) -> bool, maybe with heads in front
+Visible = Callable[
+    [Tensor, Tensor], Tensor
+]  # (positions of queries (rows, 1), of keys (1, length)) -> bool, maybe with heads in front
 
 
 def softmax_over(visible: Visible | None = None) -> Formula:
@@ -41,7 +45,8 @@ def kernel(query_features: FeatureMap, key_features: FeatureMap) -> Formula:
 
 
 def positive_features(directions: Tensor) -> FeatureMap:
-    """FAVOR+'s exp(ω·x - |x|²/2) with x scaled by head_dim^(-1/4), without a constant that cancels. directions: (features, head_dim)."""
+    """FAVOR+'s exp(ω·x - |x|²/2) with x scaled by head_dim^(-1/4), without a constant that cancels.
+    directions: (features, head_dim)."""
 
     def features(x: Tensor) -> Tensor:
         x = x * x.shape[-1] ** -0.25
@@ -56,7 +61,8 @@ def elu_features(x: Tensor) -> Tensor:
 
 
 def efficient(scale: float) -> Formula:
-    """softmax(q) over features times softmax(k) over the length, and `scale` (Shen et al. 2018, equation 5). Not causal."""
+    """softmax(q) over features times softmax(k) over the length, and `scale` (Shen et al. 2018,
+    equation 5). Not causal."""
 
     def rows_of(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, is_causal: bool) -> Tensor:
         return scale * q[:, :, rows].softmax(-1) @ (k.softmax(-2).mT @ v)
@@ -65,7 +71,8 @@ def efficient(scale: float) -> Formula:
 
 
 def projected(keys: Tensor, values: Tensor) -> Formula:
-    """Linformer: softmax over the mixtures keysᵀ·k of values valuesᵀ·v. keys, values: (length, rank)."""
+    """Linformer: softmax over the mixtures keysᵀ·k of values valuesᵀ·v. keys, values: (length,
+    rank)."""
 
     def rows_of(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, is_causal: bool) -> Tensor:
         return softmax_over()(q, keys.to(k).mT @ k, values.to(v).mT @ v, rows, False)
@@ -74,7 +81,8 @@ def projected(keys: Tensor, values: Tensor) -> Formula:
 
 
 def nystrom(landmarks: int, iterations: int) -> Formula:
-    """Nyströmformer (Xiong et al. 2021, equations 13 and 15): segment means, and a pseudo-inverse by `iterations` steps."""
+    """Nyströmformer (Xiong et al. 2021, equations 13 and 15): segment means, and a pseudo-inverse
+    by `iterations` steps."""
 
     def rows_of(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, is_causal: bool) -> Tensor:
         scale = q.shape[-1] ** -0.5

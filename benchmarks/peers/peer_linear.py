@@ -11,7 +11,16 @@ from typing import Any
 import peer_formulas as formulas
 import torch
 import torch.nn.functional as F
-from peer_settings import FEATURES, LANDMARKS, PSEUDO_INVERSE_STEPS, RANK, Given, Ready, Thirds, width_of
+from peer_settings import (
+    FEATURES,
+    LANDMARKS,
+    PSEUDO_INVERSE_STEPS,
+    RANK,
+    Given,
+    Ready,
+    Thirds,
+    width_of,
+)
 from torch import Tensor, nn
 
 from attnzoo.bench.plan import Cell
@@ -24,7 +33,10 @@ def fast_transformers(cell: Cell) -> Ready:
     attend = (CausalLinearAttention if cell.is_causal else LinearAttention)(cell.shape.head_dim)
     mask = TriangularCausalMask(cell.length) if cell.is_causal else FullMask(cell.length)
     lengths = LengthMask(torch.tensor([cell.length]))
-    return Ready(lambda q, k, v: attend(q, k, v, mask, lengths, lengths), formulas.kernel(formulas.elu_features, formulas.elu_features))
+    return Ready(
+        lambda q, k, v: attend(q, k, v, mask, lengths, lengths),
+        formulas.kernel(formulas.elu_features, formulas.elu_features),
+    )
 
 
 def fla_naive(cell: Cell) -> Ready:
@@ -38,7 +50,10 @@ def fla_naive(cell: Cell) -> Ready:
 
 
 def linear_attention_transformer(cell: Cell) -> Ready:
-    from linear_attention_transformer.linear_attention_transformer import causal_linear_attn, linear_attn
+    from linear_attention_transformer.linear_attention_transformer import (
+        causal_linear_attn,
+        linear_attn,
+    )
 
     if cell.is_causal:
         return Ready(causal_linear_attn, formulas.kernel(lambda q: q.softmax(-1), torch.exp))
@@ -57,7 +72,9 @@ def performer_pytorch(cell: Cell) -> Ready:
 def linformer(cell: Cell) -> Ready:
     from linformer import LinformerSelfAttention
 
-    module: Any = LinformerSelfAttention(width_of(cell), cell.length, k=RANK, heads=cell.shape.heads).eval()
+    module: Any = LinformerSelfAttention(
+        width_of(cell), cell.length, k=RANK, heads=cell.shape.heads
+    ).eval()
     module.to_q, module.to_k, module.to_v, module.to_out = Given(), Given(), Given(), nn.Identity()
     hidden = torch.zeros(1, cell.length, width_of(cell))
 
@@ -65,14 +82,23 @@ def linformer(cell: Cell) -> Ready:
         module.to_q.value, module.to_k.value, module.to_v.value = (x.flatten(2) for x in (q, k, v))
         return module(hidden)
 
-    return Ready(forward, formulas.projected(module.proj_k.detach(), module.proj_v.detach()), (module.proj_k, module.proj_v))
+    return Ready(
+        forward,
+        formulas.projected(module.proj_k.detach(), module.proj_v.detach()),
+        (module.proj_k, module.proj_v),
+    )
 
 
 def nystrom_attention(cell: Cell) -> Ready:
     from nystrom_attention import NystromAttention
 
     module: Any = NystromAttention(
-        width_of(cell), cell.shape.head_dim, cell.shape.heads, num_landmarks=LANDMARKS, pinv_iterations=PSEUDO_INVERSE_STEPS, residual=False
+        width_of(cell),
+        cell.shape.head_dim,
+        cell.shape.heads,
+        num_landmarks=LANDMARKS,
+        pinv_iterations=PSEUDO_INVERSE_STEPS,
+        residual=False,
     ).eval()
     module.to_qkv, module.to_out = Given(), nn.Identity()
     hidden = torch.zeros(1, cell.length, width_of(cell))

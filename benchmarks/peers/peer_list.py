@@ -8,14 +8,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from peer_linear import fast_transformers, fla_naive, linear_attention_transformer, linformer, nystrom_attention, performer_pytorch
+from peer_linear import (
+    fast_transformers,
+    fla_naive,
+    linear_attention_transformer,
+    linformer,
+    nystrom_attention,
+    performer_pytorch,
+)
 from peer_settings import Ready
-from peer_sparse import dense_mask, flex, huggingface_bigbird, local_attention, longformer, x_transformers
+from peer_sparse import (
+    dense_mask,
+    flex,
+    huggingface_bigbird,
+    local_attention,
+    longformer,
+    x_transformers,
+)
 
 from attnzoo.bench.plan import Cell
 
 CORE = "the attention alone"
-PROJECTIONS_REPLACED = "the attention alone: its projections are replaced by modules that hand over q, k and v"
+PROJECTIONS_REPLACED = (
+    "the attention alone: its projections are replaced by modules that hand over q, k and v"
+)
 
 
 # Keys that a row sees at most: not causal, causal.
@@ -28,10 +44,11 @@ OUR_KEYS = {"window": OUR_WINDOW, "bigbird": BIGBIRD}  # of the other groups: AL
 
 @dataclass(frozen=True)
 class Peer:
-    """Another implementation. package: its distribution. causal: the forms that it has. heads_last: takes (batch, length, heads, head_dim).
+    """Another implementation. package: its distribution. causal: the forms that it has. heads_last:
+    takes (batch, length, heads, head_dim).
 
-    known: why its results are off its formula, or leak, said only where that is measured. keys: how many keys a row sees at most: not
-    causal, causal.
+    known: why its results are off its formula, or leak, said only where that is measured. keys: how
+    many keys a row sees at most: not causal, causal.
     """
 
     group: str
@@ -47,7 +64,8 @@ class Peer:
 
 WITHOUT_MASK = "the attention alone; its n × n mask is made before"
 
-#: In the order in which they are let into a round: what takes quadratic time comes last, when room is left.
+#: In the order in which they are let into a round: what takes quadratic time comes last, when room
+#: is left.
 PEERS: tuple[Peer, ...] = (
     Peer("window", "local-attention", "local-attention", local_attention, keys=ONE_MORE),
     Peer(
@@ -85,9 +103,16 @@ PEERS: tuple[Peer, ...] = (
         heads_last=True,
         includes=PROJECTIONS_REPLACED + "; it draws its random blocks anew in every pass",
         keys=("512 in 8 blocks of 64", ""),
-        known="the formula counts every block once; a random block that is also a window block counts twice here",
+        known="the formula counts every block once; a random block that is also a window block "
+        "counts twice here",
     ),
-    Peer("linear", "fast-transformers linear", "pytorch-fast-transformers", fast_transformers, heads_last=True),
+    Peer(
+        "linear",
+        "fast-transformers linear",
+        "pytorch-fast-transformers",
+        fast_transformers,
+        heads_last=True,
+    ),
     Peer(
         "linear",
         "fla naive chunk",
@@ -111,7 +136,15 @@ PEERS: tuple[Peer, ...] = (
         performer_pytorch,
         known="1e-4 is added to every feature after a maximum over the whole length was taken out",
     ),
-    Peer("linformer", "linformer", "linformer", linformer, causal=(False,), heads_last=True, includes=PROJECTIONS_REPLACED),
+    Peer(
+        "linformer",
+        "linformer",
+        "linformer",
+        linformer,
+        causal=(False,),
+        heads_last=True,
+        includes=PROJECTIONS_REPLACED,
+    ),
     Peer(
         "nystrom",
         "nystrom-attention",
@@ -120,10 +153,25 @@ PEERS: tuple[Peer, ...] = (
         causal=(False,),
         heads_last=True,
         includes=PROJECTIONS_REPLACED + "; without the convolution of the values",
-        known="its pseudo-inverse starts from one scale for all heads, and six steps do not bring it to the end",
+        known="its pseudo-inverse starts from one scale for all heads, and six steps do not bring it "
+        "to the end",
     ),
     Peer("exact", "x-transformers flash=True", "x-transformers", x_transformers(True)),
-    Peer("window", "SDPA dense window", "torch", dense_mask("window"), includes=WITHOUT_MASK, keys=OUR_WINDOW),
-    Peer("bigbird", "SDPA dense bigbird", "torch", dense_mask("bigbird"), includes=WITHOUT_MASK, keys=BIGBIRD),
+    Peer(
+        "window",
+        "SDPA dense window",
+        "torch",
+        dense_mask("window"),
+        includes=WITHOUT_MASK,
+        keys=OUR_WINDOW,
+    ),
+    Peer(
+        "bigbird",
+        "SDPA dense bigbird",
+        "torch",
+        dense_mask("bigbird"),
+        includes=WITHOUT_MASK,
+        keys=BIGBIRD,
+    ),
     Peer("exact", "x-transformers", "x-transformers", x_transformers(False)),
 )

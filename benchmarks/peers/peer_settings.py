@@ -1,4 +1,5 @@
-"""What all contenders share: the sizes of equal work, our variant of each group, and a peer that was built."""
+"""What all contenders share: the sizes of equal work, our variant of each group, and a peer that
+was built."""
 
 from __future__ import annotations
 
@@ -18,18 +19,29 @@ WINDOW, BLOCK_SIZE, FEATURES, RANK, LANDMARKS, PSEUDO_INVERSE_STEPS = 256, 64, 2
 OURS: dict[str, Candidate] = {
     "exact": Candidate("standard"),
     "window": Candidate("sliding_window", {"window": WINDOW}),
-    "bigbird": Candidate("bigbird", {"block_size": BLOCK_SIZE, "num_window_blocks": 3, "num_global_blocks": 2, "num_random_blocks": 3}),
+    "bigbird": Candidate(
+        "bigbird",
+        {
+            "block_size": BLOCK_SIZE,
+            "num_window_blocks": 3,
+            "num_global_blocks": 2,
+            "num_random_blocks": 3,
+        },
+    ),
     "linear": Candidate("linear"),
     "efficient": Candidate("linear", {"feature_map": "softmax"}),
     "performer": Candidate("performer", {"num_features": FEATURES}),
     "linformer": Candidate("linformer", {"rank": RANK, "sharing": "headwise"}),
-    "nystrom": Candidate("nystromformer", {"num_landmarks": LANDMARKS, "iterations": PSEUDO_INVERSE_STEPS}),
+    "nystrom": Candidate(
+        "nystromformer", {"num_landmarks": LANDMARKS, "iterations": PSEUDO_INVERSE_STEPS}
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A peer, built for one setting. forward: q, k, v in the peer's layout -> output; parameters: learned ones that take gradients."""
+    """A peer, built for one setting. forward: q, k, v in the peer's layout -> output; parameters:
+    learned ones that take gradients."""
 
     forward: Callable[[Tensor, Tensor, Tensor], Tensor]
     formula: Formula | None

@@ -14,8 +14,8 @@ from peer_settings import BLOCK_SIZE, OURS, WINDOW, Given, Ready, width_of
 from torch import Tensor
 
 from attnzoo.bench.plan import Cell
-from attnzoo.engines.sparse_flex import BLOCK, blocks_of_pattern, blocks_of_window
-from attnzoo.patterns import BlockPattern, Grid, Pattern, Window
+from attnzoo.engines.sparse.flex import BLOCK, blocks_of_pattern, blocks_of_window
+from attnzoo.engines.sparse.patterns import BlockPattern, Grid, Pattern, Window
 from attnzoo.registry import build
 
 
@@ -23,7 +23,9 @@ def our_pattern(group: str, cell: Cell) -> tuple[Pattern, Grid]:
     """The support of our variant at this setting."""
     candidate = OURS[group]
     assert candidate is not None
-    engine: Any = build(candidate.name, heads=cell.shape.heads, head_dim=cell.shape.head_dim, **candidate.options).engine
+    engine: Any = build(
+        candidate.name, heads=cell.shape.heads, head_dim=cell.shape.head_dim, **candidate.options
+    ).engine
     return engine.pattern, Grid(cell.shape.heads, cell.length, cell.length, cell.is_causal)
 
 
@@ -45,7 +47,10 @@ def dense_mask(group: str) -> Callable[[Cell], Ready]:
         mask = pattern.mask(grid)
         if cell.is_causal:
             mask &= torch.ones(cell.length, cell.length, dtype=torch.bool).tril_()
-        return Ready(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), formulas.softmax_over(_support(group, cell)))
+        return Ready(
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+            formulas.softmax_over(_support(group, cell)),
+        )
 
     return make
 
@@ -58,12 +63,18 @@ def flex(group: str) -> Callable[[Cell], Ready]:
 
         pattern, grid = our_pattern(group, cell)
         is_window = isinstance(pattern, Window)
-        seen, whole = blocks_of_window(pattern, grid) if is_window else blocks_of_pattern(pattern, grid)
+        seen, whole = (
+            blocks_of_window(pattern, grid) if is_window else blocks_of_pattern(pattern, grid)
+        )
         is_causal, window = cell.is_causal, WINDOW
 
         def near(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             distance = query - key
-            return (distance >= 0) & (distance < window) if is_causal else (distance < window) & (distance > -window)
+            return (
+                (distance >= 0) & (distance < window)
+                if is_causal
+                else (distance < window) & (distance > -window)
+            )
 
         def earlier(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return query >= key if is_causal else query >= 0
@@ -77,18 +88,26 @@ def flex(group: str) -> Callable[[Cell], Ready]:
         )
         compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
         learns = cell.phase == "forward+backward"
-        inputs = [torch.randn(1, cell.shape.heads, cell.length, cell.shape.head_dim, requires_grad=learns) for _ in range(3)]
+        inputs = [
+            torch.randn(1, cell.shape.heads, cell.length, cell.shape.head_dim, requires_grad=learns)
+            for _ in range(3)
+        ]
         started = time.perf_counter()
         with torch.set_grad_enabled(learns):
             compiled(inputs[0], inputs[1], inputs[2], block_mask=mask)
         spent = time.perf_counter() - started
-        return Ready(lambda q, k, v: compiled(q, k, v, block_mask=mask), formulas.softmax_over(_support(group, cell)), compile_seconds=spent)
+        return Ready(
+            lambda q, k, v: compiled(q, k, v, block_mask=mask),
+            formulas.softmax_over(_support(group, cell)),
+            compile_seconds=spent,
+        )
 
     return make
 
 
 def _listed(table: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts and indices of a table of blocks, (heads or 1, query_blocks, key_blocks) bool, as BlockMask takes them."""
+    """Counts and indices of a table of blocks, (heads or 1, query_blocks, key_blocks) bool, as
+    BlockMask takes them."""
     numbers = table[None].int()
     return numbers.sum(-1).int(), numbers.argsort(dim=-1, descending=True, stable=True).int()
 
@@ -122,7 +141,10 @@ def longformer(cell: Cell) -> Ready:
     from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
     config = LongformerConfig(
-        hidden_size=width_of(cell), num_attention_heads=cell.shape.heads, attention_window=[2 * WINDOW], attention_probs_dropout_prob=0.0
+        hidden_size=width_of(cell),
+        num_attention_heads=cell.shape.heads,
+        attention_window=[2 * WINDOW],
+        attention_probs_dropout_prob=0.0,
     )
     module: Any = LongformerSelfAttention(config, 0).eval()
     module.query, module.key, module.value = Given(), Given(), Given()
@@ -130,8 +152,16 @@ def longformer(cell: Cell) -> Ready:
     nobody = torch.zeros(1, cell.length, dtype=torch.bool)
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        module.query.value, module.key.value, module.value.value = (x.flatten(2).transpose(0, 1) for x in (q * 1, k, v))  # q is scaled in place
-        return module(hidden, attention_mask=mask, is_index_masked=nobody, is_index_global_attn=nobody, is_global_attn=False)[0]
+        module.query.value, module.key.value, module.value.value = (
+            x.flatten(2).transpose(0, 1) for x in (q * 1, k, v)
+        )  # q is scaled in place
+        return module(
+            hidden,
+            attention_mask=mask,
+            is_index_masked=nobody,
+            is_index_global_attn=nobody,
+            is_global_attn=False,
+        )[0]
 
     return Ready(forward, formulas.softmax_over(formulas.within(WINDOW)))
 
@@ -148,10 +178,14 @@ def huggingface_bigbird(cell: Cell) -> Ready:
         max_position_embeddings=cell.length,
         attention_probs_dropout_prob=0.0,
     )
-    module: Any = BigBirdBlockSparseAttention(config, seed=0).train()  # in evaluation mode it draws no random blocks
+    module: Any = BigBirdBlockSparseAttention(
+        config, seed=0
+    ).train()  # in evaluation mode it draws no random blocks
     module.query, module.key, module.value = Given(), Given(), Given()
     hidden = torch.zeros(1, cell.length, width_of(cell))
-    blocked, band, rows, keys = BigBirdModel.create_masks_for_block_sparse_attn(torch.ones(1, cell.length), BLOCK_SIZE)
+    blocked, band, rows, keys = BigBirdModel.create_masks_for_block_sparse_attn(
+        torch.ones(1, cell.length), BLOCK_SIZE
+    )
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         module.query.value, module.key.value, module.value.value = q, k, v
@@ -161,7 +195,8 @@ def huggingface_bigbird(cell: Cell) -> Ready:
 
 
 def _over_blocks_attended(forward: Callable[[Tensor, Tensor, Tensor], Tensor]) -> formulas.Formula:
-    """Softmax over the key blocks that get any weight, each once. They are found by attending to values that mark the blocks."""
+    """Softmax over the key blocks that get any weight, each once. They are found by attending to
+    values that mark the blocks."""
 
     def rows_of(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, is_causal: bool) -> Tensor:
         batch, heads, length, width = q.shape
@@ -169,9 +204,19 @@ def _over_blocks_attended(forward: Callable[[Tensor, Tensor, Tensor], Tensor]) -
         masses = []
         marks = torch.eye(-(-length // BLOCK_SIZE)).repeat_interleave(BLOCK_SIZE, 0)[:length]
         for part in marks.split(width, 1):
-            values = F.pad(part, (0, width - part.shape[1]))[None, :, None].expand(batch, -1, heads, -1).contiguous()
-            masses.append(forward(q_last, k_last, values).reshape(batch, length, heads, width)[:, rows, :, : part.shape[1]].transpose(1, 2))
+            values = (
+                F.pad(part, (0, width - part.shape[1]))[None, :, None]
+                .expand(batch, -1, heads, -1)
+                .contiguous()
+            )
+            masses.append(
+                forward(q_last, k_last, values)
+                .reshape(batch, length, heads, width)[:, rows, :, : part.shape[1]]
+                .transpose(1, 2)
+            )
         seen = torch.cat(masses, -1)[0] > 0
-        return formulas.softmax_over(lambda query, key: seen[:, :, key[0] // BLOCK_SIZE])(q, k, v, rows, is_causal)
+        return formulas.softmax_over(lambda query, key: seen[:, :, key[0] // BLOCK_SIZE])(
+            q, k, v, rows, is_causal
+        )
 
     return rows_of

@@ -1,4 +1,5 @@
-"""What a comparison says: a table a group, ours beside the best peer; all peers of each setting; and what was wrong or left out."""
+"""What a comparison says: a table a group, ours beside the best peer; all peers of each setting;
+and what was wrong or left out."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ from collections.abc import Iterable
 from peer_rows import PeerRow
 from peer_settings import OURS
 
-from attnzoo.bench.rows import SDPA
-from attnzoo.cost.table import Column, Table
+from attnzoo.bench.bench_rows import SDPA
 from attnzoo.report.columns import duration, ratio
+from attnzoo.table import Column, Table
 
 SUMMARY = (
     Column("form", "form", words=True),
@@ -24,7 +25,10 @@ SUMMARY = (
     Column("best_kept", "its kept", ".2f"),
     Column("rounds", "rounds"),
 )
-FORMULA = "medians of interleaved rounds; kept = (t of SDPA / t) / (MACs of SDPA / our MACs), all times of one line from the same rounds"
+FORMULA = (
+    "medians of interleaved rounds; kept = (t of SDPA / t) / (MACs of SDPA / our MACs), all times "
+    "of one line from the same rounds"
+)
 WRONG_MARK = " !"  # behind the name of a peer whose results are wrong
 
 
@@ -41,18 +45,27 @@ def _table(group: str, rows: list[PeerRow]) -> Table:
     for row in sorted(rows, key=lambda row: (row.is_causal, row.phase, row.length)):
         settings.setdefault((row.is_causal, row.phase, row.length), []).append(row)
     lines = tuple(_line(found) for found in settings.values())
-    return Table(group, f"{group}: {_contenders(rows)}", FORMULA, SUMMARY, lines, notes=tuple(_notes(rows)))
+    return Table(
+        group, f"{group}: {_contenders(rows)}", FORMULA, SUMMARY, lines, notes=tuple(_notes(rows))
+    )
 
 
 def _contenders(rows: list[PeerRow]) -> str:
     ours = next((row.label for row in rows if row.is_ours), "not in the zoo")
-    return f"attnzoo's {ours} and {', '.join(dict.fromkeys(row.label for row in rows if _is_peer(row))) or 'no peer'}"
+    return (
+        f"attnzoo's {ours} and "
+        f"{', '.join(dict.fromkeys(row.label for row in rows if _is_peer(row))) or 'no peer'}"
+    )
 
 
 def _line(rows: list[PeerRow]) -> dict[str, object]:
     first = rows[0]
     ours = next((row for row in rows if row.is_ours and row.seconds), None)
-    best = min((row for row in rows if _is_peer(row) and row.seconds), key=lambda row: row.times_ours or row.seconds or 0.0, default=None)
+    best = min(
+        (row for row in rows if _is_peer(row) and row.seconds),
+        key=lambda row: row.times_ours or row.seconds or 0.0,
+        default=None,
+    )
     any_timed = ours or best
     return {
         "form": "causal" if first.is_causal else "not causal",
@@ -74,15 +87,19 @@ def _is_peer(row: PeerRow) -> bool:
 
 
 def _notes(rows: list[PeerRow]) -> list[str]:
-    """Faults and reasons, each with the lengths it was found at; the fault's numbers are those of the longest."""
+    """Faults and reasons, each with the lengths it was found at; the fault's numbers are those of
+    the longest."""
     said: dict[tuple[str, bool, str], dict[int, str]] = {}
     for row in sorted(rows, key=lambda row: row.length):
         if row.fault:
             said.setdefault((row.label, row.is_causal, "! "), {})[row.length] = row.fault
         if row.reason:
-            said.setdefault((row.label, row.is_causal, f"no time at {row.phase}: "), {})[row.length] = row.reason
+            said.setdefault((row.label, row.is_causal, f"no time at {row.phase}: "), {})[
+                row.length
+            ] = row.reason
     return [
-        f"{label}, {'causal' if is_causal else 'not causal'}, n = {', '.join(f'{n:,}' for n in found)}: {kind.strip('! ')}"
+        f"{label}, {'causal' if is_causal else 'not causal'}, n = "
+        f"{', '.join(f'{n:,}' for n in found)}: {kind.strip('! ')}"
         f"{' ' if kind != '! ' else ''}{found[max(found)]}"
         for (label, is_causal, kind), found in said.items()
     ]
@@ -111,9 +128,14 @@ def full_tables(rows: Iterable[PeerRow]) -> list[Table]:
             f"{group}, {'causal' if is_causal else 'not causal'}, {phase}",
             FORMULA,
             PEER_COLUMNS,
-            tuple(_numbers(row) for row in sorted(found, key=lambda row: (row.length, row.seconds or 0.0))),
+            tuple(
+                _numbers(row)
+                for row in sorted(found, key=lambda row: (row.length, row.seconds or 0.0))
+            ),
         )
-        for number, ((group, is_causal, phase), found) in enumerate(sorted(parts.items(), key=lambda part: (list(OURS).index(part[0][0]), part[0])))
+        for number, ((group, is_causal, phase), found) in enumerate(
+            sorted(parts.items(), key=lambda part: (list(OURS).index(part[0][0]), part[0]))
+        )
     ]
 
 
@@ -122,7 +144,9 @@ def _numbers(row: PeerRow) -> dict[str, object]:
         "label": row.label + (" (ours)" if row.is_ours else ""),
         "length": row.length,
         "seconds": row.seconds,
-        "quartiles": None if row.seconds_quartiles is None else " to ".join(map(duration, row.seconds_quartiles)),
+        "quartiles": None
+        if row.seconds_quartiles is None
+        else " to ".join(map(duration, row.seconds_quartiles)),
         "times": row.times_ours,
         "kept": row.kept_speedup,
         "error": row.error,

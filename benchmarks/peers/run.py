@@ -1,8 +1,10 @@
-"""Our variants and other libraries' implementations of the same mathematics, in one process and in interleaved rounds, on the CPU.
+"""Our variants and other libraries' implementations of the same mathematics, in one process and in
+interleaved rounds, on the CPU.
 
     python benchmarks/peers/run.py
 
-float32, batch 1, 8 heads, head_dim 64. Every row is written as soon as it is measured; what the file holds is not measured again.
+float32, batch 1, 8 heads, head_dim 64. Every row is written as soon as it is measured; what the
+file holds is not measured again.
 """
 
 from __future__ import annotations
@@ -15,14 +17,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-os.environ.setdefault("OMP_PROC_BIND", "true")  # before torch is imported: unbound, two threads may come to share one core
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compilers beside what is timed
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler warns of memory that was there before it
+os.environ.setdefault(
+    "OMP_PROC_BIND", "true"
+)  # before torch is imported: unbound, two threads may come to share one core
+os.environ.setdefault(
+    "TORCHINDUCTOR_COMPILE_THREADS", "1"
+)  # no pool of compilers beside what is timed
+os.environ.setdefault(
+    "TORCH_CPP_LOG_LEVEL", "ERROR"
+)  # the profiler warns of memory that was there before it
 
 if TYPE_CHECKING:
     from peer_rows import PeerRow
 
-    from attnzoo.bench.rows import ResultFile
+    from attnzoo.bench.bench_rows import ResultFile
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 PHASES = ("forward", "forward+backward")
@@ -40,31 +48,75 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     from peer_settings import OURS
 
-    parser = Parser(prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", nargs="+", default=list(OURS), choices=list(OURS), metavar="GROUP", help=f"of {', '.join(OURS)} (default: all)")
-    parser.add_argument(
-        "--lengths", nargs="+", type=int, default=list(LENGTHS), metavar="N", help="tokens, multiples of 1024 (default: 1024 to 16384)"
+    parser = Parser(
+        prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES, metavar="PASS", help="forward, forward+backward (default: both)")
-    parser.add_argument("--form", choices=("causal", "bidirectional", "both"), default="both", help="default: both")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each setting, if the budget allows; never fewer than 3 (default: 5)")
+    parser.add_argument(
+        "--groups",
+        nargs="+",
+        default=list(OURS),
+        choices=list(OURS),
+        metavar="GROUP",
+        help=f"of {', '.join(OURS)} (default: all)",
+    )
+    parser.add_argument(
+        "--lengths",
+        nargs="+",
+        type=int,
+        default=list(LENGTHS),
+        metavar="N",
+        help="tokens, multiples of 1024 (default: 1024 to 16384)",
+    )
+    parser.add_argument(
+        "--phases",
+        nargs="+",
+        default=list(PHASES),
+        choices=PHASES,
+        metavar="PASS",
+        help="forward, forward+backward (default: both)",
+    )
+    parser.add_argument(
+        "--form", choices=("causal", "bidirectional", "both"), default="both", help="default: both"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="rounds of each setting, if the budget allows; never fewer than 3 (default: 5)",
+    )
     parser.add_argument(
         "--budget",
         type=float,
         default=9.0,
         metavar="SECONDS",
-        help="after which a setting gets no new round, once there are 3; a peer whose pass takes longer than a third of it gets no time, only "
+        help="after which a setting gets no new round, once there are 3; a peer whose pass takes "
+        "longer than a third of it gets no time, only "
         "the reason; ours and SDPA always get one (default: 9)",
     )
-    parser.add_argument("--output", type=Path, default=Path("report/peers.jsonl"), metavar="FILE", help="result file (default: report/peers.jsonl)")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print the tables of --output")
-    parser.add_argument("--full", action="store_true", help="print every contender of every setting too")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("report/peers.jsonl"),
+        metavar="FILE",
+        help="result file (default: report/peers.jsonl)",
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="measure nothing, print the tables of --output"
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="print every contender of every setting too"
+    )
     settings = parser.parse_args(arguments)
     for length in settings.lengths:
         if length < 1 or length % LENGTH_UNIT:
-            raise ValueError(f"--lengths {length} must be a multiple of {LENGTH_UNIT}: some peers take nothing else")
+            raise ValueError(
+                f"--lengths {length} must be a multiple of {LENGTH_UNIT}: some peers take nothing "
+                "else"
+            )
     if settings.rounds < 3:
-        raise ValueError(f"--rounds {settings.rounds} must be at least 3: a median of fewer says nothing")
+        raise ValueError(
+            f"--rounds {settings.rounds} must be at least 3: a median of fewer says nothing"
+        )
     if not 0 < settings.budget < float("inf"):
         raise ValueError(f"--budget {settings.budget:g} must be a number of seconds above 0")
     return settings
@@ -74,7 +126,7 @@ def run(settings: argparse.Namespace) -> int:
     """Measure what is missing, and print the tables."""
     from peer_rows import PeerRow
 
-    from attnzoo.bench.rows import ResultFile
+    from attnzoo.bench.bench_rows import ResultFile
 
     results = ResultFile(settings.output, PeerRow)
     if settings.table and not settings.output.exists():
@@ -97,17 +149,21 @@ def run(settings: argparse.Namespace) -> int:
     return 0
 
 
-def measure(settings: argparse.Namespace, results: ResultFile[PeerRow], held: Sequence[PeerRow]) -> None:
+def measure(
+    settings: argparse.Namespace, results: ResultFile[PeerRow], held: Sequence[PeerRow]
+) -> None:
     """Append the rows that `held` does not have, setting by setting."""
     import torch
     from peer_bench import PeerBench, entrants
 
+    from attnzoo.bench.bench_rows import check_one_machine
+    from attnzoo.bench.heap import bounded_memory
     from attnzoo.bench.plan import Cell, Shape
-    from attnzoo.bench.room import bounded_memory
-    from attnzoo.bench.rows import check_one_machine
 
     bench = PeerBench(torch.device("cpu"), seed=0)
-    check_one_machine([bench.facts], [row.environment for row in held], "this run", str(results.path))
+    check_one_machine(
+        [bench.facts], [row.environment for row in held], "this run", str(results.path)
+    )
     done = {row.key for row in held if not row.is_late}
     forms = {"causal": (True,), "bidirectional": (False,), "both": (False, True)}[settings.form]
     cells = [
@@ -118,16 +174,31 @@ def measure(settings: argparse.Namespace, results: ResultFile[PeerRow], held: Se
     ]
     with bounded_memory(torch.device("cpu")):
         for number, cell in enumerate(cells, 1):
-            torch.compiler.reset()  # graphs of another length serve no one, and count against a limit
+            # Graphs of another length serve no one, and count against a limit
+            torch.compiler.reset()
             all_entrants = entrants(settings.groups, cell.is_causal)
-            missing = {entrant.group for entrant in all_entrants if bench.blank(entrant, cell).key not in done}
+            missing = {
+                entrant.group
+                for entrant in all_entrants
+                if bench.blank(entrant, cell).key not in done
+            }
             if not missing and bench.blank(None, cell).key in done:
                 continue
             started = time.monotonic()
-            # A whole group is measured again for the sake of one missing row, so that its ratios are of the same rounds.
-            for row in bench.measure(cell, [entrant for entrant in all_entrants if entrant.group in missing], settings.rounds, settings.budget):
+            # A whole group is measured again for the sake of one missing row, so that its ratios
+            # are of the same rounds.
+            for row in bench.measure(
+                cell,
+                [entrant for entrant in all_entrants if entrant.group in missing],
+                settings.rounds,
+                settings.budget,
+            ):
                 results.append(row)
-            print(f"[{number}/{len(cells)}] {cell.title()}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"[{number}/{len(cells)}] {cell.title()}: {time.monotonic() - started:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def show(rows: Sequence[PeerRow], full: bool) -> None:

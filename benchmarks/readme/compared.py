@@ -1,4 +1,5 @@
-"""compare.json as the tables at the top of the README: error, cost and time of every variant on real queries and keys."""
+"""compare.json as the tables at the top of the README: error, cost and time of every variant on
+real queries and keys."""
 
 from __future__ import annotations
 
@@ -9,13 +10,27 @@ from attnzoo.report.columns import count, memory
 from benchmarks.readme.files import RESULTS, Row
 from benchmarks.readme.regions import markdown_table
 
-HEADINGS = ["variant", "output error", "total variation", "top-16 mass kept", "MACs", "promised", "measured", "kept", "peak memory"]
+HEADINGS = [
+    "variant",
+    "output error",
+    "total variation",
+    "top-16 mass kept",
+    "MACs",
+    "promised",
+    "measured",
+    "kept",
+    "peak memory",
+]
 ROUNDING = 1e-4  # below it an error is float32's
 
 
 def compare(model: str) -> str:
     """The rows of one model, under the error of answering the mean of the values."""
-    rows = [row for row in json.loads((RESULTS / "compare.json").read_text(encoding="utf-8"))["rows"] if row["model"] == model]
+    rows = [
+        row
+        for row in json.loads((RESULTS / "compare.json").read_text(encoding="utf-8"))["rows"]
+        if row["model"] == model
+    ]
     first = rows[0]
     kind = "causal" if first["is_causal"] else "bidirectional"
     baseline = f"answering the mean of the values errs by {first['mean_value_error']:.3f}"

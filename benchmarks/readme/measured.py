@@ -15,27 +15,58 @@ GENERATORS = {
     "linear": "`linear`, elu + 1",
     "performer": "`performer`, 256 features",
 }
-HEALED = {"sliding_window": "sliding_window, 32 keys", "linear": "linear, elu + 1", "performer": "performer, 256 features"}
+HEALED = {
+    "sliding_window": "sliding_window, 32 keys",
+    "linear": "linear, elu + 1",
+    "performer": "performer, 256 features",
+}
 
 
 def recall() -> str:
-    """What hashing sees of softmax's top keys, beside the nearest ones, without shared queries and keys."""
+    """What hashing sees of softmax's top keys, beside the nearest ones, without shared queries and
+    keys."""
     rows = []
     for row in read_lines("lsh_recall.jsonl"):
         if not row["shared"] and row["num_hashes"] in ROUNDS:
-            pairs = [f"{row['reformer'][what]:.0%}, {row['nearest'][what]:.0%}" for what in ("top_1", "top_8", "top_32", "mass")]
+            pairs = [
+                f"{row['reformer'][what]:.0%}, {row['nearest'][what]:.0%}"
+                for what in ("top_1", "top_8", "top_32", "mass")
+            ]
             keys = f"{row['keys']:.0f} ({row['share_of_keys']:.0%})"
-            rows.append([f"{row['model']}, {row['length']:,} tokens", str(row["num_hashes"]), keys, *pairs])
-    return markdown_table(["model", "rounds", "keys seen", "top 1: hashed, nearest", "top 8", "top 32", "mass of softmax"], rows)
+            rows.append(
+                [f"{row['model']}, {row['length']:,} tokens", str(row["num_hashes"]), keys, *pairs]
+            )
+    return markdown_table(
+        [
+            "model",
+            "rounds",
+            "keys seen",
+            "top 1: hashed, nearest",
+            "top 8",
+            "top 32",
+            "mass of softmax",
+        ],
+        rows,
+    )
 
 
 def checkpointing() -> str:
     """Memory and time of a training step with gradient checkpointing."""
     rows = []
-    for row in sorted(read_lines("checkpointing.jsonl"), key=lambda row: (row["variant"] != "standard", row["variant"])):
+    for row in sorted(
+        read_lines("checkpointing.jsonl"),
+        key=lambda row: (row["variant"] != "standard", row["variant"]),
+    ):
         peak = row["peak_bytes"]
         sizes = [f"{peak[kind] / MIB:.0f}" for kind in ("plain", "checkpointed")]
-        rows.append([f"`{row['variant']}`", *sizes, f"{row['memory_ratio']:.2f}×", f"{row['time_ratio']:.2f}×"])
+        rows.append(
+            [
+                f"`{row['variant']}`",
+                *sizes,
+                f"{row['memory_ratio']:.2f}×",
+                f"{row['time_ratio']:.2f}×",
+            ]
+        )
     return markdown_table(["attention", "peak, MiB", "checkpointed", "memory", "time"], rows)
 
 
@@ -46,27 +77,67 @@ def generation() -> str:
         found.setdefault((row["contender"], row["length"]), []).append(row)
     rows = []
     for contender, said in GENERATORS.items():
-        times = [f"{min(row['median_seconds'] for row in found[contender, length]) * 1e3:,.0f} ms" for length in PASTS]
+        times = [
+            f"{min(row['median_seconds'] for row in found[contender, length]) * 1e3:,.0f} ms"
+            for length in PASTS
+        ]
         last = found[contender, PASTS[-1]][0]
-        rows.append([said, *times, *(f"{last[what] / MIB:,.1f}" for what in ("held_bytes", "needed_bytes"))])
+        rows.append(
+            [said, *times, *(f"{last[what] / MIB:,.1f}" for what in ("held_bytes", "needed_bytes"))]
+        )
     first, last = (f"{length:,}" for length in PASTS)
-    return markdown_table(["past", f"{first} tokens", f"{last} tokens", f"MiB held at {last}", "MiB that a token reads"], rows)
+    return markdown_table(
+        [
+            "past",
+            f"{first} tokens",
+            f"{last} tokens",
+            f"MiB held at {last}",
+            "MiB that a token reads",
+        ],
+        rows,
+    )
 
 
 def healing() -> str:
     """Perplexity on both texts after swapping, after matching and after distilling."""
     runs = read_lines("heal.jsonl")
     texts = list(runs[0]["exact"])
-    headings = ["", *(f"{text}: {stage}" if stage == "swapped" else stage for text in texts for stage in ("swapped", "matched", "distilled"))]
-    rows = [["exact", *(cell for text in texts for cell in (f"{runs[0]['exact'][text]:.1f}", "", ""))]]
+    headings = [
+        "",
+        *(
+            f"{text}: {stage}" if stage == "swapped" else stage
+            for text in texts
+            for stage in ("swapped", "matched", "distilled")
+        ),
+    ]
+    rows = [
+        ["exact", *(cell for text in texts for cell in (f"{runs[0]['exact'][text]:.1f}", "", ""))]
+    ]
     for run in runs:
-        recipe, by_step = run["recipe"], {one["step"]: one["perplexity"] for one in run["evaluations"]}
-        stages = (0, recipe["matching_steps"], recipe["matching_steps"] + recipe["distillation_steps"])
-        rows.append([HEALED[recipe["variant"]], *(_digits(by_step[stage][text]) for text in texts for stage in stages)])
+        recipe, by_step = (
+            run["recipe"],
+            {one["step"]: one["perplexity"] for one in run["evaluations"]},
+        )
+        stages = (
+            0,
+            recipe["matching_steps"],
+            recipe["matching_steps"] + recipe["distillation_steps"],
+        )
+        rows.append(
+            [
+                HEALED[recipe["variant"]],
+                *(_digits(by_step[stage][text]) for text in texts for stage in stages),
+            ]
+        )
     return markdown_table(headings, rows)
 
 
-TABLES = {"recall": recall, "checkpointing": checkpointing, "generation": generation, "healing": healing}
+TABLES = {
+    "recall": recall,
+    "checkpointing": checkpointing,
+    "generation": generation,
+    "healing": healing,
+}
 
 
 def _digits(value: float) -> str:

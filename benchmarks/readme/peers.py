@@ -1,4 +1,5 @@
-"""A file of benchmarks/peers as one table: the time of the fastest other implementation over ours, and the speed-up that ours keeps."""
+"""A file of benchmarks/peers as one table: the time of the fastest other implementation over ours,
+and the speed-up that ours keeps."""
 
 from __future__ import annotations
 
@@ -9,7 +10,12 @@ from benchmarks.readme.regions import markdown_table
 
 OURS, SDPA = "attnzoo", "sdpa"
 ELSE = "†"  # behind the time of what is off its own formula
-PASSES = (("forward", False), ("forward", True), ("forward+backward", False), ("forward+backward", True))  # and whether causal
+PASSES = (
+    ("forward", False),
+    ("forward", True),
+    ("forward+backward", False),
+    ("forward+backward", True),
+)  # and whether causal
 GROUPS = {
     "window": "window of 256",
     "bigbird": "BigBird",
@@ -23,10 +29,21 @@ GROUPS = {
 
 
 def others(file: str, *lengths: str) -> str:
-    """A row a mathematics, cells for these lengths; a ratio below 1, where the other is faster, in bold; † where it computes something else."""
+    """A row a mathematics, cells for these lengths; a ratio below 1, where the other is faster, in
+    bold; † where it computes something else."""
     rows = [row for row in read_lines(f"{file}.jsonl") if str(row["length"]) in lengths]
-    headings = ["mathematics", "fastest of the others", "forward", "causal", "forward+backward", "causal"]
-    return markdown_table([*headings, "kept: forward, causal", "forward+backward, causal"], [_cells(group, rows) for group in GROUPS])
+    headings = [
+        "mathematics",
+        "fastest of the others",
+        "forward",
+        "causal",
+        "forward+backward",
+        "causal",
+    ]
+    return markdown_table(
+        [*headings, "kept: forward, causal", "forward+backward, causal"],
+        [_cells(group, rows) for group in GROUPS],
+    )
 
 
 TABLES = {file: partial(others, file) for file in ("peers", "peers-zen5")}
@@ -35,12 +52,29 @@ TABLES = {file: partial(others, file) for file in ("peers", "peers-zen5")}
 def _cells(group: str, rows: list[Row]) -> list[str]:
     """The names in the order in which they are first the fastest."""
     own = [row for row in rows if row["group"] == group]
-    settings = [[row for row in own if (row["phase"], row["is_causal"]) == setting] for setting in PASSES]
+    settings = [
+        [row for row in own if (row["phase"], row["is_causal"]) == setting] for setting in PASSES
+    ]
     fastest = [_fastest(found) for found in settings]
-    names = dict.fromkeys(_short(row["label"], group) for found in fastest for row in found.values() if row is not None)
-    kept = [" / ".join(f"{row['kept_speedup']:.2f}" for row in _by_length(found) if row["package"] == OURS) for found in settings]
+    names = dict.fromkeys(
+        _short(row["label"], group)
+        for found in fastest
+        for row in found.values()
+        if row is not None
+    )
+    kept = [
+        " / ".join(
+            f"{row['kept_speedup']:.2f}" for row in _by_length(found) if row["package"] == OURS
+        )
+        for found in settings
+    ]
     ratios = [" / ".join(_ratio(row) for row in found.values()) for found in fastest]
-    return [GROUPS[group], ", ".join(names), *ratios, *(", ".join(part for part in pair if part) for pair in (kept[:2], kept[2:]))]
+    return [
+        GROUPS[group],
+        ", ".join(names),
+        *ratios,
+        *(", ".join(part for part in pair if part) for pair in (kept[:2], kept[2:])),
+    ]
 
 
 def _fastest(rows: list[Row]) -> dict[int, Row | None]:
@@ -48,7 +82,12 @@ def _fastest(rows: list[Row]) -> dict[int, Row | None]:
     found: dict[int, Row | None] = {row["length"]: None for row in _by_length(rows)}
     for row in rows:
         best = found[row["length"]]
-        if row["package"] != OURS and row["variant"] != SDPA and row["seconds"] and (best is None or _times(row) < _times(best)):
+        if (
+            row["package"] != OURS
+            and row["variant"] != SDPA
+            and row["seconds"]
+            and (best is None or _times(row) < _times(best))
+        ):
             found[row["length"]] = row
     return found
 
@@ -64,7 +103,9 @@ def _times(row: Row) -> float:
 def _ratio(row: Row | None) -> str:
     if row is None:
         return "none"
-    text = (f"{_times(row):.2f}" if _times(row) < 10 else f"{_times(row):.0f}") + (ELSE if row["fault"] else "")
+    text = (f"{_times(row):.2f}" if _times(row) < 10 else f"{_times(row):.0f}") + (
+        ELSE if row["fault"] else ""
+    )
     return f"**{text}**" if _times(row) < 1 else text
 
 

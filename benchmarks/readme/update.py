@@ -1,4 +1,5 @@
-"""Write the tables of README.md and benchmarks/README.md from the files in benchmarks/results: `python -m benchmarks.readme.update`."""
+"""Write the tables of README.md and benchmarks/README.md from the files in benchmarks/results:
+`python -m benchmarks.readme.update`."""
 
 from __future__ import annotations
 
@@ -7,7 +8,13 @@ from benchmarks.readme.files import ROOT
 from benchmarks.readme.regions import Table, rewritten
 
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
-TABLES: dict[str, Table] = {**compared.TABLES, **trained.TABLES, **swapped.TABLES, **measured.TABLES, **peers.TABLES}
+TABLES: dict[str, Table] = {
+    **compared.TABLES,
+    **trained.TABLES,
+    **swapped.TABLES,
+    **measured.TABLES,
+    **peers.TABLES,
+}
 
 
 def main() -> None:
@@ -16,7 +23,10 @@ def main() -> None:
         before = path.read_text(encoding="utf-8")
         after = rewritten(before, TABLES)
         path.write_text(after, encoding="utf-8")
-        print(f"{path.relative_to(ROOT)}: {'rewritten' if after != before else 'as the result files say'}")
+        print(
+            f"{path.relative_to(ROOT)}: "
+            f"{'rewritten' if after != before else 'as the result files say'}"
+        )
 
 
 if __name__ == "__main__":

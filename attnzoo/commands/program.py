@@ -1,0 +1,132 @@
+"""The command line. A command is one entry of `commands`; whatever goes wrong reaches the user as
+one sentence."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import attnzoo
+from attnzoo.bench.heap import out_of_memory
+from attnzoo.fidelity.packages import EXTRAS
+
+if TYPE_CHECKING:
+    from attnzoo.commands.command import Command, Parser
+
+FAILED, REFUSED, INTERRUPTED = 1, 2, 130
+
+
+def commands() -> tuple[Command, ...]:
+    """All commands, in the order of the help."""
+    from attnzoo.commands import bench, compare, flops, report, scaling, train, zoo
+
+    return (
+        zoo.LIST,
+        zoo.SHOW,
+        compare.COMPARE,
+        flops.FLOPS,
+        scaling.SCALING,
+        bench.BENCH,
+        train.TRAIN,
+        report.REPORT,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 (a fault of ours), 2 (a request that cannot be
+    met), 130 (Ctrl-C)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors="replace"
+            )  # an ASCII terminal gets ? for a Greek letter, not a crash
+    try:
+        code = run(sys.argv[1:] if arguments is None else list(arguments))
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return _say("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ModuleNotFoundError as error:
+        return _say_missing(error)
+    except (ValueError, OSError, ImportError) as error:
+        return _say(_sentence(error), REFUSED)
+    except Exception as error:
+        return _say_too_large(error) if out_of_memory(error) else _say_unexpected(error)
+
+
+def run(arguments: list[str]) -> int:
+    """Parse the arguments and run the command they name. Raises what the command raises."""
+    parser = make_parser()
+    settings = parser.parse_args(arguments)
+    if settings.command is None:
+        parser.print_help()
+        return REFUSED
+    command = next(command for command in commands() if command.name == settings.command)
+    return command.run(settings[command.name])
+
+
+def make_parser() -> Parser:
+    """The parser of the whole command line, a subparser per command."""
+    from attnzoo.commands.command import Parser
+
+    parser = Parser(prog="attnzoo", description=attnzoo.__doc__, version=attnzoo.__version__)
+    subcommands = parser.add_subcommands(dest="command", required=False)
+    for command in commands():
+        subparser = Parser(description=command.help)
+        command.add_arguments(subparser)
+        subcommands.add_subcommand(command.name, subparser, help=command.help)
+    return parser
+
+
+def _sentence(error: Exception) -> str:
+    """An exception's message on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _say(sentence: str, code: int) -> int:
+    print(f"attnzoo: {sentence}", file=sys.stderr)
+    return code
+
+
+def _say_missing(error: ModuleNotFoundError) -> int:
+    module = (error.name or "").split(".")[0]
+    if module not in EXTRAS:
+        return _say_unexpected(error)
+    return _say(
+        f"{module} is not installed and this command needs it: pip install "
+        f"'attnzoo[{EXTRAS[module]}]'",
+        REFUSED,
+    )
+
+
+def _say_too_large(error: Exception) -> int:
+    tried = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", str(error))
+    size = "" if tried is None else f": {tried[2] or f'{int(tried[1]) / 2**30:,.1f} GiB'} at once"
+    return _say(
+        f"there is not enough memory for this{size}; give shorter --lengths, fewer --heads or "
+        "--variants, or a machine with more",
+        REFUSED,
+    )
+
+
+def _say_unexpected(error: Exception) -> int:
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="attnzoo-", suffix=".txt", delete=False, encoding="utf-8"
+    ) as file:
+        traceback.print_exception(error, file=file)
+    return _say(
+        f"unexpected {type(error).__name__}: {_sentence(error)[:300]}. Please report it with "
+        f"{file.name}, which says where it happened",
+        FAILED,
+    )

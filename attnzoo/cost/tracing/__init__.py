@@ -1,0 +1,1 @@
+"""Counting the operations of any module by tracing it, through fvcore."""

@@ -1,0 +1,240 @@
+"""The zoo's engines counted apart from the module they stand in, and their long token loops without
+being unrolled.
+
+An engine that runs many operators is one operator in the module's own trace, and is traced alone:
+what tracing costs grows faster than the number of operators, and engines that run the same
+operators on the same shapes are traced once.
+
+The linear engine walks over the tokens in chunks: over the keys and then over the queries, or
+causally over the keys that every query sees and then over both at once. The first chunk of a walk
+has no past and the last may be short or need not be remembered; every chunk between runs the same
+operators on the same shapes. So with the remainders held fixed the cost of a forward is affine in
+the number of chunks of each walk, from two full ones on, and three short forwards give the cost of
+any long one exactly. So do three of attention in tiles.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.call import Call
+from attnzoo.engines.engine import Engine
+from attnzoo.engines.linear.chunks import CAUSAL_CHUNK, CHUNK
+from attnzoo.engines.linear.linear import Linear
+from attnzoo.engines.sparse import blocks
+from attnzoo.engines.sparse.patterns import BlockPattern, Grid
+from attnzoo.engines.sparse.sparse import Sparse
+from attnzoo.variants.flash.tiled import Tiled
+
+FOLDED_FROM = 6 * CHUNK  # tokens; below, the whole loop is traced
+APART = ("blocks", "chunked", "tiled")  # backends that run many operators
+Count = Callable[..., Counter[str]]
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """One forward of an engine, by its sizes. layout: what else decides which operators run on
+    which shapes."""
+
+    engine: Engine
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+    v: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    padded: bool
+    is_causal: bool
+    backend: str
+    layout: Hashable
+
+    @property
+    def same(self) -> Hashable:
+        """Equal for two forwards whose counts are."""
+        return (
+            self.layout,
+            self.q,
+            self.k,
+            self.v,
+            self.dtype,
+            self.padded,
+            self.is_causal,
+            self.backend,
+        )
+
+    def counted(self, count: Count) -> Counter[str]:
+        """Operations by operator. count: of one call of a module."""
+        if isinstance(self.engine, Tiled) and self.q[2] == self.k[2] >= 4 * self.engine.block_size:
+            return self._in_square_tiles(count, self.engine.block_size)
+        if not isinstance(self.engine, Linear) or max(self.q[2], self.k[2]) < FOLDED_FROM:
+            return count(_OneForward(self), *self._tensors(self.q[2], self.k[2]))
+        walks = self._walks()
+        short = [
+            length if length < 3 * chunk else length % chunk + 2 * chunk for length, chunk in walks
+        ]
+        at_short = count(_OneForward(self), *self._walked(*short))
+        counted = Counter(at_short)
+        for place, (length, chunk) in enumerate(walks):
+            if left_out := (length - short[place]) // chunk:
+                longer = [*short[:place], short[place] + chunk, *short[place + 1 :]]
+                at_next = count(_OneForward(self), *self._walked(*longer))
+                counted.update(
+                    {name: left_out * (at_next[name] - at_short[name]) for name in at_next}
+                )
+        return counted
+
+    def _in_square_tiles(self, count: Count, size: int) -> Counter[str]:
+        """With the remainder held fixed the cost is a polynomial of degree 2 in the number of
+        blocks: Newton's forward differences."""
+        blocks, rest = divmod(self.q[2], size)
+        one, two, three = (
+            count(_OneForward(self), *self._tensors(length, length))
+            for length in (rest + n * size for n in (1, 2, 3))
+        )
+        steps = blocks - 1
+        bends = steps * (steps - 1) // 2
+        return Counter(
+            {
+                name: one[name]
+                + steps * (two[name] - one[name])
+                + bends * (three[name] - 2 * two[name] + one[name])
+                for name in three
+            }
+        )
+
+    def _walks(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Tokens and chunk of both walks: queries and keys, or causally the tokens seen side by
+        side and the keys before them."""
+        queries, keys = self.q[2], self.k[2]
+        if self.is_causal:
+            return (min(queries, keys), CAUSAL_CHUNK), (max(0, keys - queries), CHUNK)
+        return (queries, CHUNK), (keys, CHUNK)
+
+    def _walked(self, first: int, second: int) -> list[Tensor]:
+        """Tensors whose walks have these lengths."""
+        if not self.is_causal:
+            return self._tensors(first, second)
+        blind = max(0, self.q[2] - self.k[2])  # queries before the first key, which nobody computes
+        return self._tensors(first + blind, first + second)
+
+    def _tensors(self, queries: int, keys: int) -> list[Tensor]:
+        lengths = (queries, keys, keys)
+        shapes = zip((self.q, self.k, self.v), lengths, strict=True)
+        tensors = [
+            torch.zeros(*shape[:2], length, shape[3], dtype=self.dtype, device=self.device)
+            for shape, length in shapes
+        ]
+        return (
+            [*tensors, torch.ones(self.k[0], keys, dtype=torch.bool, device=self.device)]
+            if self.padded
+            else tensors
+        )
+
+
+def _layout(engine: Engine, queries: int, keys: int, heads: int, is_causal: bool) -> Hashable:
+    """Two layers' random blocks differ; what is computed with them need not."""
+    if isinstance(engine, Sparse) and isinstance(engine.pattern, BlockPattern):
+        pattern, grid = engine.pattern, Grid(heads, queries, keys, is_causal)
+        return (
+            pattern.block_size,
+            len(blocks.sorted_key_blocks(pattern, grid)),
+            tuple(blocks.runs(pattern, grid)),
+        )
+    return id(engine)
+
+
+class _OneForward(nn.Module):
+    def __init__(self, forward: _Forward) -> None:
+        super().__init__()
+        self.engine, self.is_causal, self.backend = (
+            forward.engine,
+            forward.is_causal,
+            forward.backend,
+        )
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        # Past what stands in the engine's place.
+        return type(self.engine).forward(
+            self.engine, Call(q, k, v, key_mask, None, self.is_causal), self.backend
+        )[0]
+
+
+class Apart(torch.autograd.Function):
+    """Stands in the graph for one forward of an engine; `place` says which."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, place: int) -> Tensor:
+        return q.new_zeros(*q.shape[:3], v.shape[3])
+
+
+def _sizes(x: Tensor) -> tuple[int, ...]:
+    """As plain integers; while tracing they are tensors."""
+    return tuple(int(size) for size in x.shape)
+
+
+@contextmanager
+def engines_apart(
+    module: nn.Module, count: Count
+) -> Iterator[Callable[[list[Any], list[Any]], Counter[str]]]:
+    """Inside, a forward of an engine that runs many operators is one operator,
+    `prim::PythonOp.Apart`, whose handle is given."""
+    found: list[_Forward] = []
+    known: dict[Hashable, Counter[str]] = {}
+
+    def standing_in(engine: Engine) -> Callable[..., tuple[Tensor, str]]:
+        def forward(call: Call, backend: str = "auto") -> tuple[Tensor, str]:
+            chosen = engine.choose(call, backend).name
+            (q, k, v), is_causal = (
+                (_sizes(x) for x in (call.q, call.k, call.v)),
+                bool(call.is_causal),
+            )
+            # What a feature map of the user's own calls by its module has a line of its own in the
+            # table by module.
+            within = max(q[2], k[2]) < FOLDED_FROM and any(
+                any(child.children()) for child in engine.children()
+            )
+            named = (
+                call.global_mask is not None or call.global_qkv is not None
+            )  # from other inputs of the module
+            if chosen not in APART or within or named or call.attn_mask is not None:
+                return type(engine).forward(engine, call, backend)
+            layout = _layout(engine, q[2], k[2], q[1], is_causal)
+            found.append(
+                _Forward(
+                    engine,
+                    q,
+                    k,
+                    v,
+                    call.q.dtype,
+                    call.q.device,
+                    call.key_mask is not None,
+                    is_causal,
+                    chosen,
+                    layout,
+                )
+            )
+            return Apart.apply(call.q, call.k, call.v, len(found) - 1), chosen
+
+        return forward
+
+    def handle(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+        (place,) = outputs[0].node().scalar_args()
+        forward = found[place]
+        if forward.same not in known:
+            known[forward.same] = forward.counted(count)
+        return known[forward.same]
+
+    engines = [engine for engine in module.modules() if isinstance(engine, Linear | Sparse | Tiled)]
+    for engine in engines:
+        engine.forward = standing_in(engine)
+    try:
+        yield handle
+    finally:
+        for engine in engines:
+            del engine.forward

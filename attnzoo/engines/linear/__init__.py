@@ -1,0 +1,1 @@
+"""Engine 3, linear: attention through feature maps and a state of fixed size."""

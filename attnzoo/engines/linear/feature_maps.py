@@ -1,0 +1,331 @@
+"""Feature maps φ with A_ij ∝ φ(q_i) · φ(k_j): pointwise ones, softmax's of each side, and softmax's
+Taylor series (random ones: random_features.py).
+
+A map returns φ of a key in two parts, `features · exp(log_scale)`: features stay in floating range,
+log_scale (..., length) holds what may not (None where it is 0). Of a query it returns the features
+alone: a factor of its own is lost when its row is normalised. No map looks at more than one token,
+so none can look ahead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnzoo.arguments import check_set
+from attnzoo.eager import can_look
+from attnzoo.engines.exponential import LOG2_E, exp_
+
+Features = tuple[Tensor, Tensor | None]
+Normalizer = Literal["row", "feature", "none"]
+
+
+class FeatureMap(nn.Module):
+    """φ of queries and keys.
+
+    normalizer: how A is normalised. "row": each row by its sum. "feature": each key feature by its
+    sum over the visible keys (a softmax along the length). "none": not at all.
+
+    scales_keys: whether `key` gives a log_scale; scale_has_gradient: whether that depends on the
+    key, and is no mere stabiliser.
+    fades: whether a key is worth less with every token that follows, see `decay`; no map both
+    scales keys and fades.
+    has_vjp: whether `vjp` is known, and nothing but queries and keys wants a gradient. is_view:
+    whether features are the very numbers given, so that they take no memory. while_made: numbers
+    held for each feature at the moment when it is made.
+    """
+
+    normalizer: Normalizer = "row"
+    scales_keys: bool = False
+    scale_has_gradient: bool = False
+    fades: bool = False
+    has_vjp: bool = False
+    is_view: bool = False
+    while_made: float = 1.0
+
+    @property
+    def weighs_keys(self) -> bool:
+        """Whether keys are summed with weights."""
+        return self.scales_keys or self.fades
+
+    def for_keys(self, k: Tensor) -> FeatureMap:
+        """The map to use where these are all keys, (batch, kv_heads, length, head_dim): itself, or
+        a cheaper one that is the same there."""
+        return self
+
+    @property
+    def unscaled(self) -> FeatureMap | None:
+        """The map whose keys have no log_scale and that is the same wherever its `in_range` says
+        so; None when there is none."""
+        return None
+
+    def in_range(self, normalizers: Tensor) -> bool:
+        """Whether features that add up to these are neither too large nor too small to have done
+        without a log_scale."""
+        raise NotImplementedError
+
+    def width(self, head_dim: int) -> int:
+        """Number of features of a vector of head_dim numbers."""
+        return head_dim
+
+    def width_of(self, k: Tensor) -> int:
+        """Number of features of each of these keys, as the engine gets them."""
+        return self.width(k.shape[-1])
+
+    def macs(self, head_dim: int) -> int:
+        """Multiply-accumulates for the features of one vector."""
+        return 0
+
+    def query_elementwise(self, head_dim: int) -> int:
+        """Exponentials and divisions for the features of one query, its log_scale left out."""
+        return 0
+
+    def key_elementwise(self, head_dim: int) -> int:
+        """As `query_elementwise`, for a key and its log_scale."""
+        return self.query_elementwise(head_dim)
+
+    def decay(self, like: Tensor) -> Tensor:
+        """γ, (kv_heads,) in the dtype of `like`, keys of shape (batch, kv_heads, ...): what a key
+        is worth after each token that follows, where the map fades."""
+        raise NotImplementedError
+
+    def query(self, q: Tensor) -> Tensor:
+        """(..., length, head_dim) -> features (..., length, width), up to a positive factor of each
+        token's own."""
+        raise NotImplementedError
+
+    def key(self, k: Tensor) -> Features:
+        """(..., length, head_dim) -> features (..., length, width), log_scale (..., length) or
+        None."""
+        return self.query(k), None
+
+    def vjp(
+        self, x: Tensor, features: Tensor, d_features: Tensor, d_log_scale: Tensor | None
+    ) -> Tensor:
+        """Gradient of x, a query or a key, from those of its features (which may be overwritten)
+        and of its log_scale."""
+        raise NotImplementedError
+
+    def query_vjp(self, q: Tensor, features: Tensor, d_features: Tensor) -> Tensor:
+        """`vjp` of a query, for a map whose queries have features of another kind."""
+        return self.vjp(q, features, d_features, None)
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """elu(x) + 1, written as exp(min(x, 0)) + max(x, 0) so that small values keep their digits
+    (rule 10)."""
+    return x.clamp(min=0).add_(exp_(x.clamp(max=0)))
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)²."""
+    return F.relu(x).square()
+
+
+def identity(x: Tensor) -> Tensor:
+    """x itself: A_ij ∝ q_i · k_j, which may be negative."""
+    return x
+
+
+POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu": elu_plus_one,
+    "relu": F.relu,
+    "squared_relu": squared_relu,
+    "identity": identity,
+}
+
+# Gradient of x from x, the features and their gradient.
+_VJP: dict[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    elu_plus_one: lambda x, features, gradient: gradient.mul_(
+        features.clamp(max=1)
+    ),  # exp(x) below 0, and 1 above
+    F.relu: lambda x, features, gradient: gradient.mul_(features > 0),
+    squared_relu: lambda x, features, gradient: gradient.mul_(2 * F.relu(x)),
+    identity: lambda x, features, gradient: gradient,
+}
+
+
+class Pointwise(FeatureMap):
+    """φ(x) = function(x), any callable from (..., head_dim) to (..., width). What a callable of the
+    user's own computes is not counted."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], *, normalize: bool) -> None:
+        super().__init__()
+        self.function = function
+        self.normalizer = "row" if normalize else "none"
+        self.has_vjp = function in _VJP  # a callable of the user's own may have parameters
+        self.is_view = function is identity
+        self.widths: dict[
+            int, int
+        ] = {}  # found so far for a callable of the user's own, by head_dim
+
+    def width(self, head_dim: int) -> int:
+        if self.function in _VJP:
+            return head_dim
+        if head_dim not in self.widths:
+            like = next(self.parameters(), torch.empty(0))  # of a callable that is a module
+            try:
+                return self.width_of(like.new_zeros(1, head_dim))
+            except (RuntimeError, ValueError, TypeError) as error:
+                raise ValueError(
+                    f"feature_map does not take a {like.dtype} vector of {head_dim} numbers on "
+                    f"{like.device}, which "
+                    f"would tell its width ({error}); call the attention once with its own inputs "
+                    "before asking for costs"
+                ) from error
+        return self.widths[head_dim]
+
+    def width_of(self, k: Tensor) -> int:
+        if self.function in _VJP:
+            return k.shape[-1]
+        known = self.widths.get(k.shape[-1])
+        if known is not None:
+            return known
+        with torch.no_grad():
+            width = self.query(k.new_zeros(1, k.shape[-1])).shape[-1]
+        if not torch.compiler.is_compiling():
+            self.widths[k.shape[-1]] = width
+        return width
+
+    def query_elementwise(self, head_dim: int) -> int:
+        return head_dim if self.function is elu_plus_one else 0
+
+    def query(self, q: Tensor) -> Tensor:
+        weight = next(
+            self.parameters(), None
+        )  # of a callable that is a module, which takes its own dtype
+        if weight is None or weight.dtype == q.dtype or torch.is_autocast_enabled(q.device.type):
+            return self.function(q)
+        return self.function(q.to(weight.dtype)).to(q.dtype)
+
+    def vjp(
+        self, x: Tensor, features: Tensor, d_features: Tensor, d_log_scale: Tensor | None
+    ) -> Tensor:
+        return _VJP[self.function](x, features, d_features)
+
+
+class SoftmaxFeatures(FeatureMap):
+    """Efficient Attention (Shen et al. 2018, equation 5): queries softmaxed over features, keys
+    over the visible length.
+
+    A key's exponents are taken relative to its largest, so in float32 those more than 87 below it
+    count as nothing.
+    """
+
+    normalizer = "feature"
+    scales_keys = True
+    has_vjp = True
+
+    def for_keys(self, k: Tensor) -> FeatureMap:
+        if k.is_meta:
+            return UNSCALED
+        if not can_look(k):
+            return self
+        smallest, largest = torch.aminmax(k.detach())
+        return UNSCALED if smallest.item() >= -EXPONENT and largest.item() <= EXPONENT else self
+
+    @property
+    def unscaled(self) -> FeatureMap | None:
+        return UNSCALED
+
+    def query_elementwise(self, head_dim: int) -> int:
+        return 3 * head_dim  # a softmax: exponential, sum, division
+
+    def key_elementwise(self, head_dim: int) -> int:
+        return head_dim
+
+    def query(self, q: Tensor) -> Tensor:
+        return q.softmax(-1)
+
+    def key(self, k: Tensor) -> Features:
+        largest = k.detach().amax(-1, keepdim=True)
+        return exp_(k - largest), largest.squeeze(-1)
+
+    def vjp(
+        self, x: Tensor, features: Tensor, d_features: Tensor, d_log_scale: Tensor | None
+    ) -> Tensor:
+        return d_features.mul_(features)
+
+    def query_vjp(self, q: Tensor, features: Tensor, d_features: Tensor) -> Tensor:
+        return torch.ops.aten._softmax_backward_data(
+            d_features, features, -1, features.dtype
+        )  # what autograd calls
+
+
+class _UnscaledSoftmaxFeatures(SoftmaxFeatures):
+    """The same for keys within ±EXPONENT, whose exponentials, and their sums, are in range as they
+    are."""
+
+    scales_keys = False
+
+    def for_keys(self, k: Tensor) -> FeatureMap:
+        return self
+
+    def in_range(self, normalizers: Tensor) -> bool:
+        smallest, largest = torch.aminmax(normalizers)
+        return smallest.item() >= math.exp(-EXPONENT) and largest.item() <= math.exp(EXPONENT)
+
+    def key(self, k: Tensor) -> Features:
+        return (k * LOG2_E).exp2_(), None
+
+
+# Exp(±30) leaves a sum of a trillion tokens, divided and multiplied by another, within float32
+EXPONENT = 30.0
+UNSCALED = _UnscaledSoftmaxFeatures()
+
+
+class TaylorFeatures(FeatureMap):
+    """φ(q)·φ(k) = 1 + s + s²/2 for s = q·k/√d: the exponential's series to its second order, which
+    is nowhere below 1/2 (Mercat 2020,
+    arXiv:2010.14816; the feature map of Based, Arora et al. 2024, arXiv:2402.18668).
+
+    Of x = q·d^-¼ or k·d^-¼ the features are 1, x_i, x_i·x_j for i < j, and x_i²/√2: the paper's d²
+    products name each pair twice.
+    """
+
+    has_vjp = True
+    while_made = 2.0
+
+    def __init__(self, head_dim: int, *, normalize: bool) -> None:
+        super().__init__()
+        self.normalizer = "row" if normalize else "none"
+        first, second = torch.triu_indices(head_dim, head_dim)
+        self.first: Tensor
+        self.second: Tensor
+        self.register_buffer("first", first, persistent=False)
+        self.register_buffer("second", second, persistent=False)
+        self.head_dim = head_dim
+
+    def reset_parameters(self) -> None:
+        """Write the tables again, where they lost their values."""
+        first, second = torch.triu_indices(self.head_dim, self.head_dim)
+        self.first.copy_(first)
+        self.second.copy_(second)
+
+    def width(self, head_dim: int) -> int:
+        return 1 + head_dim + head_dim * (head_dim + 1) // 2
+
+    def query(self, q: Tensor) -> Tensor:
+        check_set("the tables of its features", self.first, q)
+        pairs = (q[..., self.first] * q[..., self.second]).mul_(self._factors(q))
+        return torch.cat([torch.ones_like(q[..., :1]), q * int(q.shape[-1]) ** -0.25, pairs], -1)
+
+    def vjp(
+        self, x: Tensor, features: Tensor, d_features: Tensor, d_log_scale: Tensor | None
+    ) -> Tensor:
+        _, d_scaled, d_pairs = d_features.split([1, x.shape[-1], len(self.first)], -1)
+        d_pairs = d_pairs * self._factors(x)
+        gradient = d_scaled * int(x.shape[-1]) ** -0.25
+        gradient.index_add_(-1, self.first, d_pairs * x[..., self.second])
+        return gradient.index_add_(-1, self.second, d_pairs * x[..., self.first])
+
+    def _factors(self, x: Tensor) -> Tensor:
+        """Of each product."""
+        return ((self.first == self.second).to(x.dtype) * (0.5**0.5 - 1) + 1) * int(
+            x.shape[-1]
+        ) ** -0.5

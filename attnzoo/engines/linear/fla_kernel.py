@@ -1,0 +1,98 @@
+"""Causal linear attention by flash-linear-attention's fused chunks (CUDA, optional).
+
+Its gated operator has the same mathematics as ours: a key enters the state weighed by
+exp(log_scale_j - m_j), and the gate exp(m_{i-1} - m_i) takes the state from one running maximum m
+to the next, so that row i weighs key j by exp(log_scale_j - m_i). A column of ones beside v gives
+the normaliser in the same pass; fla's own adds an epsilon and cumulates keys in the input's dtype.
+Has not run on a GPU yet, only under Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.call import Call, repeat_heads
+from attnzoo.engines.installed import missing
+from attnzoo.engines.linear.feature_maps import FeatureMap
+
+if TYPE_CHECKING:
+    from attnzoo.engines.linear.linear import Linear
+
+
+def run(engine: Linear, call: Call) -> Tensor:
+    """A·v by flash-linear-attention's own kernel."""
+    from fla.ops.simple_gla import chunk_simple_gla  # pyright: ignore[reportMissingImports]
+
+    return attend(engine.feature_map, call, chunk_simple_gla)
+
+
+def attend(feature_map: FeatureMap, call: Call, gated: Callable[..., Any]) -> Tensor:
+    """A·v by `gated`: fla's chunk_simple_gla, or any function of its signature.
+
+    Features, values and the sums of both stay in float32, which the kernels multiply in TF32; fp16
+    would overflow in the normaliser, and bf16 rounds numerator and normaliser apart.
+    """
+    q_features = feature_map.query(call.q.float())
+    k_features, log_scale = feature_map.key(call.k.float())
+    v = call.v.float()
+    gate = None
+    if log_scale is not None:
+        k_features, gate = _gated(k_features, log_scale, call.key_mask)
+    elif call.key_mask is not None:
+        k_features = k_features.masked_fill(~call.key_mask[:, None, :, None], 0.0)
+    if feature_map.normalizer == "row":
+        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    k_features, v = repeat_heads(k_features, call.group), repeat_heads(v, call.group)
+    gate = None if gate is None else repeat_heads(gate, call.group).transpose(1, 2)
+    out, _ = gated(*(x.transpose(1, 2) for x in (q_features, k_features, v)), g=gate, scale=1.0)
+    out = out.transpose(1, 2)
+    if feature_map.normalizer == "row":
+        total = out[..., -1:]
+        empty = (
+            total.abs() < torch.finfo(total.dtype).tiny ** 0.8
+        )  # nothing to see, or only what underflow left
+        out = (out[..., :-1] / total.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
+    return out.to(call.q.dtype)
+
+
+def _gated(k_features: Tensor, log_scale: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Key features under their running maximum, and the log of the gate that each token puts on the
+    state before it."""
+    if key_mask is not None:
+        log_scale = log_scale.masked_fill(~key_mask[:, None, :], float("-inf"))
+    running = log_scale.detach().cummax(-1).values
+    gate = torch.zeros_like(running)
+    gate[..., 1:] = (running[..., :-1] - running[..., 1:]).masked_fill(
+        running[..., :-1] == float("-inf"), 0.0
+    )  # no state to shrink yet
+    weights = (log_scale - running.clamp(min=torch.finfo(running.dtype).min)).exp()
+    return k_features * weights[..., None], gate
+
+
+def why_not(engine: Linear, call: Call) -> str | None:
+    """Why this backend refuses the call, from static facts only; None when it takes it."""
+    if call.q.device.type != "cuda":
+        return f"flash-linear-attention needs tensors on a CUDA device, got {call.q.device.type}"
+    if engine.feature_map.fades:
+        return "a decay of keys is not passed on to flash-linear-attention"
+    if engine.feature_map.normalizer == "feature":
+        return "flash-linear-attention has no map that is normalised along the length"
+    if call.q.dtype not in (torch.float16, torch.bfloat16):
+        return (
+            f"flash-linear-attention multiplies in TF32 at best, too coarse for {call.q.dtype}: "
+            "use float16 or bfloat16"
+        )
+    if not call.is_causal:
+        return "flash-linear-attention is causal only; without is_causal two matrix products do it"
+    if call.query_length != call.key_length:
+        return (
+            f"flash-linear-attention needs query_length == key_length, got {call.query_length} and "
+            f"{call.key_length}"
+        )
+    if torch.compiler.is_compiling():
+        return "flash-linear-attention breaks a compiled graph"
+    return missing("fla", "pip install 'attnzoo[cuda]'")

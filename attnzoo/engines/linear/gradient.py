@@ -1,0 +1,310 @@
+"""The linear engine's chunks with a backward pass of their own: it keeps the inputs, the output,
+one number a row and the sums before each span of chunks, and computes features and scores again, so
+that nothing as wide as the features outlives its chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnzoo.autocast import without_autocast
+from attnzoo.call import Call
+from attnzoo.eager import is_recorded, only_autograd_looks
+from attnzoo.engines.differentiable import is_followed, open_gradients
+from attnzoo.engines.joining import join
+from attnzoo.engines.linear import bidirectional
+from attnzoo.engines.linear.bidirectional import (
+    Rows,
+    backward_absorb,
+    through_weighted_sums,
+    visible,
+)
+from attnzoo.engines.linear.chunks import Block, Past, Piece, absorb, causal, spans_of, underflow
+from attnzoo.engines.linear.chunks import bidirectional as open_bidirectional
+from attnzoo.engines.linear.feature_maps import FeatureMap
+from attnzoo.engines.linear.layout import add_product, grouped, ungrouped
+
+
+def attend(feature_map: FeatureMap, call: Call) -> Tensor:
+    """A·v. A causal call has at most as many queries as keys."""
+    if is_recorded():
+        return _plain(feature_map, call)
+    with without_autocast(call.q.device):
+        if _records(feature_map, call):
+            return _Attend.apply(
+                call.q,
+                call.k,
+                call.v,
+                call.key_mask,
+                feature_map.for_keys(call.k) if call.is_causal else feature_map,
+                call.is_causal,
+            )
+        if (
+            call.is_causal
+            or torch.is_grad_enabled()
+            or call.q.is_meta
+            or not only_autograd_looks(call.q, call.k, call.v)
+        ):
+            return _plain(feature_map, call)
+        return bidirectional.forward(feature_map, call)[0]
+
+
+def _records(feature_map: FeatureMap, call: Call) -> bool:
+    """Whether autograd records this call, and nothing but autograd looks into it."""
+    inputs = (call.q, call.k, call.v)
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return recorded and feature_map.has_vjp and only_autograd_looks(*inputs)
+
+
+def _plain(feature_map: FeatureMap, call: Call) -> Tensor:
+    return join(
+        (piece.rows for piece in _pieces(feature_map.for_keys(call.k), call)), call.query_length, 2
+    )
+
+
+def _pieces(feature_map: FeatureMap, call: Call) -> Iterator[Piece]:
+    if not call.is_causal:
+        return open_bidirectional(feature_map, call)
+    early, late = _parts(call)
+    return causal(
+        feature_map,
+        late,
+        None if early is None else absorb(feature_map, early.k, early.v, early.key_mask, None),
+    )
+
+
+def _parts(call: Call) -> tuple[Call | None, Call]:
+    """Keys that every query of a causal call sees, and the square call behind them."""
+    if not call.offset:
+        return None, call
+    early, late = slice(None, call.offset), slice(call.offset, None)
+    masks = (
+        (None, None) if call.key_mask is None else (call.key_mask[:, early], call.key_mask[:, late])
+    )
+    return (
+        replace(call, k=call.k[:, :, early], v=call.v[:, :, early], key_mask=masks[0]),
+        replace(call, k=call.k[:, :, late], v=call.v[:, :, late], key_mask=masks[1]),
+    )
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        feature_map: FeatureMap,
+        is_causal: bool,
+    ) -> Tensor:
+        call = Call(q, k, v, key_mask, None, is_causal)
+        out, divisors, pasts = (_forward_causal if is_causal else bidirectional.forward)(
+            feature_map, call
+        )
+        normalized = (None, None) if divisors is None else (out, divisors)
+        kept = [
+            x
+            for past in pasts
+            for x in ((None, None) if past is None else (past.sums, past.log_scale))
+        ]
+        # Buffers, so that torch notices if one is changed (a redraw) before the backward pass reads
+        # it.
+        ctx.save_for_backward(q, k, v, key_mask, *normalized, *kept, *feature_map.buffers())
+        ctx.feature_map, ctx.is_causal, ctx.kept = feature_map, is_causal, len(kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, key_mask, out, divisor, *kept = ctx.saved_tensors
+        call = Call(q, k, v, key_mask, None, ctx.is_causal)
+        (gradient,) = gradients
+        if is_followed(gradient):
+            feature_map, is_causal = ctx.feature_map, ctx.is_causal
+            found = open_gradients(
+                lambda q, k, v: _plain(feature_map, Call(q, k, v, key_mask, None, is_causal)),
+                (q, k, v),
+                gradient,
+            )
+        else:
+            sums, log_scales = kept[: ctx.kept : 2], kept[1 : ctx.kept : 2]
+            pasts = [
+                None if one is None else Past(one, log_scale)
+                for one, log_scale in zip(sums, log_scales, strict=True)
+            ]
+            rows = Rows(gradient, out, divisor)
+            with without_autocast(q.device):
+                found = (_backward_causal if ctx.is_causal else bidirectional.backward)(
+                    ctx.feature_map, call, rows, pasts
+                )
+        return *found, None, None, None
+
+
+def _forward_causal(
+    feature_map: FeatureMap, call: Call
+) -> tuple[Tensor, Tensor | None, list[Past | None]]:
+    """A·v, what its rows were divided by, where they were, and the sums before each span."""
+    divisors: list[Tensor] = []
+    pasts: list[Past | None] = []
+
+    def rows() -> Iterator[Tensor]:
+        for piece in _pieces(feature_map, call):
+            if piece.divisor is not None:
+                divisors.append(piece.divisor)
+            pasts.append(piece.past)
+            yield piece.rows
+
+    out = join(rows(), call.query_length, 2)
+    return out, torch.cat(divisors, 2) if divisors else None, pasts
+
+
+def _rows_of(rows: Rows, start: int, end: int, kv_heads: int, chunks: int) -> Tensor:
+    """Gradient of [numerator, normaliser] of the rows from start to end, as `grouped`: (..., rows,
+    value_dim + 1), without the last column where rows have no normaliser."""
+    numerator, normalizer = rows.of(slice(start, end))
+    if normalizer is not None:
+        return grouped(torch.cat([numerator, normalizer], -1), kv_heads, chunks)
+    # A product copies what has chunks inside of heads inside of a longer tensor, and this is
+    # multiplied several times.
+    return grouped(numerator if chunks == 1 else numerator.contiguous(), kv_heads, chunks)
+
+
+def _backward_causal(
+    feature_map: FeatureMap, call: Call, rows: Rows, pasts: list[Past | None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Span by span from the end, with the gradient of the sums that the later ones read."""
+    d_q, d_k, d_v = (torch.empty_like(x) for x in (call.q, call.k, call.v))
+    early, late = _parts(call)
+    end, d_sums = late.query_length, None
+    found = spans_of(feature_map, late)
+    for (tokens, chunks), past in zip(reversed(found), reversed(pasts), strict=True):
+        start, remember = end - tokens, d_sums is not None
+        here, there = slice(start, end), slice(call.offset + start, call.offset + end)
+        mask = None if late.key_mask is None else late.key_mask[:, here]
+        span = Call(late.q[:, :, here], late.k[:, :, here], late.v[:, :, here], mask, None, True)
+        block = Block.of(feature_map, span, past, chunks, remember)
+        d_rows = _rows_of(rows, start, end, call.k.shape[1], chunks)
+        d_features, d_values, d_log_scale, d_q_features, d_sums = _backward_block(
+            block, d_rows, d_sums, call.group, feature_map.scale_has_gradient
+        )
+        q_features = (
+            block.q_features
+            if block.totals is None
+            else _undivided(block.q_features, block.totals, call.group)
+        )
+        d_q[:, :, here] = ungrouped(
+            feature_map.query_vjp(block.q, q_features, d_q_features), call.group
+        )
+        d_v[:, :, there] = d_values.flatten(2, 3)
+        d_features = visible(d_features.flatten(2, 3), mask)
+        d_log_scale = None if d_log_scale is None else d_log_scale.flatten(2, 3)
+        d_k[:, :, there] = feature_map.vjp(
+            block.k.flatten(2, 3), block.k_features.flatten(2, 3), d_features, d_log_scale
+        )
+        end = start
+    if early is not None:
+        past = pasts[0]
+        assert past is not None and d_sums is not None
+        backward_absorb(
+            feature_map, early, past, d_sums, d_k[:, :, : call.offset], d_v[:, :, : call.offset]
+        )
+    return d_q, d_k, d_v
+
+
+def _backward_block(
+    block: Block, d_rows: Tensor, d_after: Tensor | None, group: int, of_scale: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Gradients of key features, values, log_scale (if of_scale), query features and of the sums
+    before the block, from those of its rows and of the sums after it."""
+    value_dim, width = block.v.shape[-1] - 1, d_rows.shape[-1]
+    normalizes = width > value_dim
+    d_attention = (d_rows @ block.v[..., :width].mT).unflatten(3, (group, -1))
+    d_log_scale = None
+    if block.relative is None:
+        d_scores = d_attention.tril_().flatten(3, 4)
+    else:
+        d_log_scale = (block.attention * d_attention.flatten(3, 4)).sum(3) if of_scale else None
+        d_scores = d_attention.mul_(block.relative[:, :, :, None]).flatten(3, 4)
+    d_q_features, d_k_features = d_scores @ block.k_features, d_scores.mT @ block.q_features
+    d_values = block.attention.mT @ d_rows[..., :value_dim]
+    d_read = None
+    if block.before is not None:
+        carried = d_rows if block.carry is None else d_rows * block.carry
+        d_q_features = add_product(d_q_features, carried, block.before[..., :width].mT)
+        d_read = block.q_features.mT @ carried
+    d_totals = None
+    if block.totals is not None:
+        d_q_features, d_totals = _through_division(block, d_q_features, group)
+        assert block.relative is not None
+        d_k_features = add_product(
+            d_k_features, block.relative.mT.expand(*d_totals.shape[:3], -1, -1), d_totals
+        )
+    if d_read is not None and not normalizes:
+        d_read = (
+            F.pad(d_read, (0, 1))
+            if d_totals is None
+            else torch.cat([d_read, _carried(block, d_totals)], -1)
+        )
+    d_sums, d_before = _gradients_of_sums(d_read, block.shrink, d_after)
+    if d_sums is None:
+        return d_k_features, d_values, d_log_scale, d_q_features, d_before
+    if block.weights is None:
+        d_k_features = add_product(d_k_features, block.v, d_sums.mT)
+        d_values = add_product(d_values, block.k_features, d_sums[..., :-1])
+    else:
+        d_features, d_more, d_log_weights = through_weighted_sums(
+            block.k_features, block.weights, block.v[..., :-1], d_sums, of_scale
+        )
+        d_k_features += d_features
+        d_values += d_more
+        if d_log_scale is not None and d_log_weights is not None:
+            d_log_scale += d_log_weights
+    return d_k_features, d_values, d_log_scale, d_q_features, d_before
+
+
+def _carried(block: Block, d_totals: Tensor) -> Tensor:
+    """What the totals of the rows send to the last column of the sums before them."""
+    if block.carry is None:
+        return d_totals.sum(3)[..., None]
+    return d_totals.mT @ block.carry[..., : d_totals.shape[3], :]
+
+
+def _undivided(quotients: Tensor, totals: Tensor, group: int) -> Tensor:
+    return (quotients.unflatten(3, (group, -1)) * totals[:, :, :, None]).flatten(3, 4)
+
+
+def _through_division(block: Block, d_quotients: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Gradients of the query features and of what they were divided by, `totals`, from that of the
+    quotients."""
+    assert block.totals is not None
+    d_features = d_quotients.unflatten(3, (group, -1)) / block.totals[:, :, :, None]
+    d_totals = d_features * block.q_features.unflatten(3, (group, -1))
+    d_totals = (
+        d_totals.sum(3) if group > 1 else d_totals[:, :, :, 0]
+    ).neg_()  # a sum of one is a pass over memory all the same
+    return d_features.flatten(3, 4), d_totals.masked_fill_(
+        block.totals <= underflow(block.totals), 0.0
+    )
+
+
+def _gradients_of_sums(
+    d_read: Tensor | None, shrink: Tensor | None, d_after: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the sums after each chunk, (batch, kv_heads, chunks, ...), and before the first,
+    from what each chunk's rows send to the sums before it, and from the gradient of those after the
+    last."""
+    if d_after is None:
+        return None, None if d_read is None else d_read[:, :, 0]
+    if d_read is None:  # one chunk without a past
+        return d_after[:, :, None], None
+    d_sums: list[Tensor] = []
+    for chunk in reversed(range(d_read.shape[2])):
+        d_sums.insert(0, d_after)
+        shrunk = d_after if shrink is None else d_after * shrink[:, :, chunk, None, None]
+        d_after = shrunk + d_read[:, :, chunk]
+    return torch.stack(d_sums, 2), d_after

@@ -1,0 +1,1 @@
+"""Engine 1, softmax: exact attention over every key that the masks allow."""

@@ -1,0 +1,200 @@
+"""Keys and values kept for decoding: one buffer that grows, shifts out what no query can reach, and
+survives branching."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.call import Call
+
+
+@dataclass
+class _Buffer:
+    """Storage that several states may share; `written` slots are taken."""
+
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    written: int
+
+
+@dataclass(frozen=True)
+class KeyValueCache:
+    """The visible past of a causal softmax: slots start..end of `buffer`.
+
+    reach: how far back a query can see (None: to the beginning); older slots are dropped, so a
+    window's cache is bounded.
+    seen: tokens taken so far. A cache is a value: `append` returns a new one, and the old one stays
+    valid, since a second continuation of the same cache finds its slots written and copies.
+    """
+
+    buffer: _Buffer
+    start: int
+    end: int
+    seen: int
+    max_length: int | None
+    reach: int | None
+
+    @classmethod
+    def empty(
+        cls,
+        batch_size: int,
+        kv_heads: int,
+        head_dim: int,
+        max_length: int | None,
+        reach: int | None,
+        dtype: torch.dtype,
+        device: Any,
+    ) -> KeyValueCache:
+        room = _room(0, 1, max_length, reach)
+        k = torch.zeros(batch_size, kv_heads, room, head_dim, dtype=dtype, device=device)
+        return cls(_Buffer(k, torch.zeros_like(k), None, 0), 0, 0, 0, max_length, reach)
+
+    @property
+    def k(self) -> Tensor:
+        return self.buffer.k[:, :, self.start : self.end]
+
+    @property
+    def v(self) -> Tensor:
+        return self.buffer.v[:, :, self.start : self.end]
+
+    @property
+    def key_mask(self) -> Tensor | None:
+        return None if self.buffer.mask is None else self.buffer.mask[:, self.start : self.end]
+
+    @property
+    def batch_size(self) -> int:
+        return self.buffer.k.shape[0]
+
+    def elements(self) -> int:
+        """Numbers that the next query can read."""
+        return self.k.numel() + self.v.numel()
+
+    def held_bytes(self) -> int:
+        """Bytes of the buffer, with what it holds in reserve."""
+        held = (self.buffer.k, self.buffer.v, self.buffer.mask)
+        return sum(x.nbytes for x in held if x is not None)
+
+    def select(self, rows: Tensor) -> KeyValueCache:
+        """The cache of these rows of the batch, (new_batch,) indices; a row may be taken more than
+        once."""
+        old = self.buffer
+        mask = None if old.mask is None else old.mask.index_select(0, rows)
+        return replace(
+            self,
+            buffer=_Buffer(
+                old.k.index_select(0, rows), old.v.index_select(0, rows), mask, self.end
+            ),
+        )
+
+    def check_room(self, call: Call) -> None:
+        check_state(call, self.batch_size, self.buffer.k.shape[1], self.seen, self.max_length)
+
+    def append(self, call: Call) -> KeyValueCache:
+        """The cache with the call's keys and values behind it."""
+        new = call.k.shape[2]
+        state = self._without_unreachable()
+        if torch.is_grad_enabled() and any(
+            x.requires_grad for x in (call.q, call.k, call.v, self.buffer.k, self.buffer.v)
+        ):
+            return state._joined(call)
+        if state._must_move(call):
+            state = state._moved(state._room_with(new), call)
+        buffer, stop = state.buffer, state.end + new
+        buffer.k[:, :, state.end : stop] = call.k
+        buffer.v[:, :, state.end : stop] = call.v
+        if buffer.mask is not None:
+            buffer.mask[:, state.end : stop] = True if call.key_mask is None else call.key_mask
+        buffer.written = stop
+        return replace(state, end=stop, seen=state.seen + new)
+
+    def _without_unreachable(self) -> KeyValueCache:
+        if self.reach is None:
+            return self
+        return replace(self, start=max(self.start, self.end - self.reach))
+
+    def _must_move(self, call: Call) -> bool:
+        buffer, new = self.buffer, call.k.shape[2]
+        branched = buffer.written != self.end
+        full = self.end + new > buffer.k.shape[2]
+        oversized = buffer.k.shape[2] > 2 * self._room_with(
+            new
+        )  # a long prefill's, of which a window shows little
+        first_mask = call.key_mask is not None and buffer.mask is None
+        other = (
+            buffer.k.dtype != call.k.dtype
+            or buffer.k.device != call.k.device
+            or buffer.v.shape[3] != call.v.shape[3]
+        )
+        return branched or full or oversized or first_mask or other
+
+    def _room_with(self, new: int) -> int:
+        return _room(self.end - self.start, new, self.max_length, self.reach)
+
+    def _moved(self, room: int, call: Call) -> KeyValueCache:
+        kept = self.end - self.start
+        k = call.k.new_zeros(*call.k.shape[:2], room, call.k.shape[3])
+        v = call.v.new_zeros(*call.v.shape[:2], room, call.v.shape[3])
+        if kept:
+            k[:, :, :kept], v[:, :, :kept] = self.k, self.v
+        mask = None
+        if self.buffer.mask is not None or call.key_mask is not None:
+            mask = torch.ones(k.shape[0], room, dtype=torch.bool, device=k.device)
+            if self.key_mask is not None:
+                mask[:, :kept] = self.key_mask
+        return replace(self, buffer=_Buffer(k, v, mask, kept), start=0, end=kept)
+
+    def _joined(self, call: Call) -> KeyValueCache:
+        """As `append`, by concatenation, so that autograd can follow."""
+        past = self.end > self.start
+        k = torch.cat([self.k, call.k], 2) if past else call.k
+        v = torch.cat([self.v, call.v], 2) if past else call.v
+        mask = None
+        if self.buffer.mask is not None or call.key_mask is not None:
+            ones = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+            old = ones[:, : self.end - self.start] if self.key_mask is None else self.key_mask
+            mask = torch.cat(
+                [old, ones[:, : call.k.shape[2]] if call.key_mask is None else call.key_mask], 1
+            )
+        length = k.shape[2]
+        return replace(
+            self,
+            buffer=_Buffer(k, v, mask, length),
+            start=0,
+            end=length,
+            seen=self.seen + call.k.shape[2],
+        )
+
+
+def check_state(
+    call: Call, batch_size: int, kv_heads: int, seen: int, max_length: int | None
+) -> None:
+    """Raise a ValueError when the call's tokens do not fit the state."""
+    if call.k.shape[0] != batch_size:
+        raise ValueError(
+            f"the state was made for batch_size={batch_size}; k has batch size {call.k.shape[0]}"
+        )
+    if call.k.shape[1] != kv_heads:
+        raise ValueError(
+            f"the state was made for kv_heads={kv_heads}; k has {call.k.shape[1]} heads: pass "
+            "kv_heads to init_state"
+        )
+    if max_length is not None and seen + call.k.shape[2] > max_length:
+        raise ValueError(
+            f"the state has taken {seen} tokens and {call.k.shape[2]} more would pass its "
+            f"max_length={max_length}; make one with a larger max_length"
+        )
+
+
+def _room(kept: int, new: int, max_length: int | None, reach: int | None) -> int:
+    """Slots to allocate: twice what is needed, so that moves are rare, and no more than can ever be
+    used."""
+    if reach is not None:
+        return kept + new + max(reach, 64)
+    if max_length is not None:
+        return max_length
+    return max(64, 2 * (kept + new))

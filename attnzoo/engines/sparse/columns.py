@@ -1,0 +1,260 @@
+"""A window and, beside it, columns: a few keys that every row sees, wherever it stands.
+
+They are laid beside every slice of the window, so that one softmax goes over both; in the window
+itself they are hidden, so that a key counts once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from attnzoo.call import Call
+from attnzoo.engines.joining import join, mask_of_heads, samples_at_a_time
+from attnzoo.engines.softmax import tiles
+from attnzoo.engines.softmax.softmax import Softmax, attend_openly, sdpa
+from attnzoo.engines.sparse import dilated, windows
+from attnzoo.engines.sparse.patterns import Grid, Window, grid_of
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Keys of every row: k, v: (batch, kv_heads, count, head_dim); real: (batch, count), False
+    where a sample has fewer; slots: (batch, count), where they stand among the keys."""
+
+    k: Tensor
+    v: Tensor
+    real: Tensor
+    slots: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.k.shape[2]
+
+    def in_classes(self, dilation: int, places: int) -> Columns:
+        """The same for every residue class, folded into the batch, with slots in places: those that
+        causality shows to the same rows."""
+        k, v, real = (x.repeat_interleave(dilation, 0) for x in (self.k, self.v, self.real))
+        classes = torch.arange(dilation, device=k.device)[:, None]
+        rounded_up = torch.arange(places + 1, device=k.device).repeat_interleave(
+            dilation
+        )  # of a position, by looking it up: no division to count
+        return Columns(
+            k, v, real, rounded_up[self.slots[:, None] - classes + dilation - 1].flatten(0, 1)
+        )
+
+
+def attend_dilated(engine: Softmax, window: Window, call: Call, columns: Columns) -> Tensor:
+    """As `attend`, for a window of one dilation, whatever that is."""
+
+    def attend_plain(plain: Window, part: Call) -> Tensor:
+        its_columns = columns
+        if window.dilation != 1:
+            if call.query_length == 1:  # the last position, which sees every column
+                its_columns = replace(columns, slots=torch.zeros_like(columns.slots))
+            else:
+                its_columns = columns.in_classes(
+                    part.k.shape[0] // call.k.shape[0], part.key_length
+                )
+        return attend(engine, plain, part, grid_of(part), its_columns)
+
+    return dilated.of_one_dilation(window, call, attend_plain)
+
+
+def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid, columns: Columns) -> Tensor:
+    """A·v for a plain window and columns, which the call's key_mask hides from the window."""
+    if tiles.serves(engine, call):
+        k, v = torch.cat([call.k, columns.k], 2), torch.cat([call.v, columns.v], 2)
+        assert call.key_mask is not None
+        key_cap = tiles.cap(torch.cat([call.key_mask, columns.real], 1), call.q)
+        table = columns.slots if call.is_causal else None
+
+        key_mask, real, slots, lengths = (
+            call.key_mask,
+            columns.real,
+            columns.slots,
+            [call.key_length, columns.count],
+        )
+
+        def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
+            (k, its_k), (v, its_v) = (x.split(lengths, 2) for x in (k, v))
+            near = Call(q, k, v, key_mask, None, grid.is_causal, sink_logits=sink_logits)
+            return attend(engine, pattern, near, grid, Columns(its_k, its_v, real, slots))
+
+        return tiles.attend(
+            engine,
+            call.q,
+            k,
+            v,
+            key_cap,
+            table,
+            partial(_pieces, pattern, grid, columns.count),
+            compute,
+            call.sink_logits,
+        )
+    return join(_rows(engine, pattern, call, columns, grid), call.query_length, 2)
+
+
+@dataclass(frozen=True)
+class _WithColumns:
+    """`slices` with the last `count` keys, the columns, beside every part. slots: theirs, where
+    causality hides some."""
+
+    slices: tiles.Slices
+    count: int
+    offset: int
+    slots: Tensor | None
+    like: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        parts, size, keys = self.slices.shape
+        return parts, size, keys + self.count
+
+    @property
+    def caps(self) -> tuple[tiles.Cap, ...]:
+        if self.slots is None:
+            return self.slices.caps
+        parts, size, keys = self.slices.shape
+        positions = (
+            self.offset + self.slices.first + torch.arange(parts * size).view(parts, size, 1)
+        )
+        return (
+            *self.slices.caps,
+            tiles.Cap(keys, keys + self.count, tiles.cap(self.slots <= positions, self.like)),
+        )
+
+    def rows(self, x: Tensor) -> Tensor:
+        return self.slices.rows(x)
+
+    def keys(self, x: Tensor, name: str, memory: tiles.Memory) -> Tensor:
+        parts, _, keys = self.shape
+        fetched = memory(name, parts, keys, x.shape[1])
+        fetched[:, : keys - self.count] = self.slices.keys(x, name, memory)
+        fetched[:, keys - self.count :] = x[len(x) - self.count :]
+        return fetched
+
+    def add(self, gradient: Tensor, total: Tensor) -> None:
+        keys = self.slices.shape[2]
+        self.slices.add(gradient[:, :keys], total)
+        total[len(total) - self.count :] += gradient[:, keys:].sum(0)
+
+
+def _pieces(
+    pattern: Window, grid: Grid, count: int, q: Tensor, slots: Tensor | None
+) -> list[list[_WithColumns]]:
+    """Every head's pieces of the window with the columns; of every sample, where `slots` are
+    given."""
+    slices = windows.pieces(pattern, grid, q, count)
+    of_samples = [None] if slots is None else slots.unbind()
+    heads = []
+    for its_slots in of_samples:
+        last = -1 if its_slots is None else int(its_slots.max())
+        seen = [its_slots if grid.offset + one.first < last else None for one in slices]
+        heads.append(
+            [
+                _WithColumns(one, count, grid.offset, hidden, q)
+                for one, hidden in zip(slices, seen, strict=True)
+            ]
+        )
+    return [pieces for pieces in heads for _ in range(grid.heads)]
+
+
+def _rows(
+    engine: Softmax, pattern: Window, call: Call, columns: Columns, grid: Grid
+) -> Iterator[Tensor]:
+    """The rows of every piece in order, by torch's SDPA: its keys with the columns beside them."""
+    found, pieces = windows.plan(pattern, grid), windows.edges(pattern, grid)
+    if found.blocks:
+        pieces = sorted([*pieces, *windows.middles(found, grid, call)])
+    spans = tuple((low, high) for _, _, low, high in pieces)
+    queries = call.q.split([end - first for first, end, _, _ in pieces], 2)
+    keys, values = windows.spans(call.k, spans), windows.spans(call.v, spans)
+    for (first, end, low, high), q, k, v in zip(pieces, queries, keys, values, strict=True):
+        middle = found.blocks > 0 and found.start <= first < found.stop
+        size, width = (windows.BLOCK, found.slice_length) if middle else (end - first, high - low)
+        yield _piece(
+            engine,
+            pattern,
+            replace(call, q=q, k=k, v=v),
+            columns,
+            grid,
+            (first, low),
+            (size, width),
+        )
+
+
+def _piece(
+    engine: Softmax,
+    pattern: Window,
+    call: Call,
+    columns: Columns,
+    grid: Grid,
+    start: tuple[int, int],
+    shape: tuple[int, int],
+) -> Tensor:
+    """Consecutive rows, `size` to a part, against `width` keys each and the columns. call: its q, k
+    and v are the piece's.
+    start: the first row, and the first key. shape: size, width."""
+    (first, low), (size, width), (batch, heads, rows, head_dim) = start, shape, call.q.shape
+    parts, kv_heads = rows // size, call.k.shape[1]
+    device = call.q.device
+    positions = grid.offset + first + torch.arange(rows, device=device).view(parts, size, 1)
+    slots = (
+        low
+        + torch.arange(parts, device=device)[:, None, None] * size
+        + torch.arange(width, device=device)
+    )
+    near = windows.band(
+        pattern, grid, positions[0, :, 0], slots[0, 0]
+    )  # (size, width), the same in every part
+    q = (
+        call.q.reshape(batch, kv_heads, call.group, parts, size, head_dim)
+        .transpose(2, 3)
+        .flatten(3, 4)
+    )
+    outs = []
+    for some in samples_at_a_time(batch):
+        k, v = (
+            torch.cat(
+                [
+                    _slices(x[some].flatten(0, 1), width, size, parts),
+                    column[some].flatten(0, 1)[:, None].expand(-1, parts, -1, -1),
+                ],
+                2,
+            )
+            for x, column in ((call.k, columns.k), (call.v, columns.v))
+        )
+        real = columns.real[some]
+        visible = (
+            near.expand(real.shape[0], parts, -1, -1)
+            if call.key_mask is None
+            else near & call.key_mask[some][:, slots]
+        )
+        visible_columns = real[:, None, None].expand(-1, parts, size, -1)
+        if grid.is_causal:
+            visible_columns = visible_columns & (columns.slots[some][:, None, None] <= positions)
+        mask = mask_of_heads(
+            torch.cat([visible, visible_columns], 3).repeat(1, 1, call.group, 1), kv_heads
+        )
+        queries = q[some].flatten(0, 1)
+        if call.sink_logits is None:
+            outs.append(sdpa(engine, queries, k, v, mask))
+        else:
+            logits = (
+                call.sink_logits.view(kv_heads, call.group)
+                .repeat_interleave(size, 1)[:, None, :, None]
+                .repeat(real.shape[0], 1, 1, 1)
+            )
+            outs.append(attend_openly(engine, queries, k, v, mask, logits))
+    out = torch.cat(outs).unflatten(0, (-1, kv_heads))  # (batch, kv_heads, parts, group · size, d)
+    return out.unflatten(3, (call.group, size)).transpose(2, 3).reshape(batch, heads, rows, -1)
+
+
+def _slices(x: Tensor, width: int, size: int, parts: int) -> Tensor:
+    """(kv_heads, keys, d) -> (kv_heads, parts, width, d), views `size` keys apart."""
+    return x[:, None] if parts == 1 else windows.slices_of(x, width)

@@ -1,0 +1,200 @@
+"""A decoding state with keys that stay, of global tokens or sinks, beside those that a window still
+reaches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attnzoo.call import Call, UnsupportedError
+from attnzoo.engines.softmax.cache import KeyValueCache, check_state
+from attnzoo.padding import fetched, first_real, slots_of
+
+
+@dataclass(frozen=True)
+class GlobalCache:
+    """The keys that the next query can read: those that stay, then those of the window.
+
+    window: the last keys, in whose key_mask those that stay are hidden. global_k, global_v: keys
+    and values that stay, (batch, kv_heads, kept, head_dim); global_key_mask: (batch, kept), False
+    where a sample has fewer; None where every sample has as many. real: real tokens of every sample
+    so far, (batch,); None where all have been real. first: how many of these stay without being
+    named. all_found: every sample has had that many. seen: tokens taken so far.
+    """
+
+    window: KeyValueCache
+    global_k: Tensor
+    global_v: Tensor
+    global_key_mask: Tensor | None
+    real: Tensor | None
+    first: int
+    all_found: bool
+    seen: int
+    max_length: int | None
+
+    @classmethod
+    def around(cls, window: KeyValueCache, first: int) -> GlobalCache:
+        """An empty state."""
+        return cls(window, window.k, window.v, None, None, first, first == 0, 0, window.max_length)
+
+    @property
+    def k(self) -> Tensor:
+        return _joined(self.global_k, self.window.k)
+
+    @property
+    def v(self) -> Tensor:
+        return _joined(self.global_v, self.window.v)
+
+    @property
+    def kept(self) -> int:
+        """Slots for keys that stay."""
+        return self.global_k.shape[2]
+
+    @property
+    def batch_size(self) -> int:
+        return self.window.batch_size
+
+    def elements(self) -> int:
+        """Numbers that the next query can read."""
+        return self.window.elements() + self.global_k.numel() + self.global_v.numel()
+
+    def held_bytes(self) -> int:
+        """Bytes of its tensors, with what the window's buffer holds in reserve."""
+        held = (self.global_k, self.global_v, self.global_key_mask, self.real)
+        return self.window.held_bytes() + sum(x.nbytes for x in held if x is not None)
+
+    def check_room(self, call: Call) -> None:
+        check_state(
+            call, self.batch_size, self.window.buffer.k.shape[1], self.seen, self.max_length
+        )
+
+    def select(self, rows: Tensor) -> GlobalCache:
+        """The state of these rows of the batch, (new_batch,) indices; a row may be taken more than
+        once."""
+        chosen = (
+            None if x is None else x.index_select(0, rows)
+            for x in (self.global_k, self.global_v, self.global_key_mask, self.real)
+        )
+        k, v, key_mask, real = chosen
+        assert k is not None and v is not None
+        window = self.window.select(rows)
+        return replace(
+            self, window=window, global_k=k, global_v=v, global_key_mask=key_mask, real=real
+        )
+
+    def new_globals(self, call: Call) -> Tensor | None:
+        """The tokens among the call's that stay, (batch, new_tokens) bool; None when there are
+        none.
+
+        Raises UnsupportedError where a row of theirs would need what the state has dropped.
+        """
+        if torch.jit.is_tracing() and not self._counts_slots(call):
+            raise UnsupportedError(
+                "which tokens are global decides what a state keeps, so its steps cannot be "
+                "traced; trace whole sequences instead"
+            )
+        mask, reach = call.global_mask, self.window.reach
+        if mask is not None and call.key_mask is not None:
+            mask = mask & call.key_mask
+        if mask is not None and reach is not None and self.seen > reach and bool(mask.any()):
+            raise UnsupportedError(
+                f"a global token after {self.seen} others needs keys that the state has dropped; "
+                f"name global tokens within the first {reach + 1} tokens"
+            )
+        if not self.all_found:
+            mask = self._among_first(call) if mask is None else self._among_first(call) | mask
+        if mask is None or not (self._counts_slots(call) or bool(mask.any())):
+            return None
+        if call.global_qkv is not None and self.seen:
+            raise UnsupportedError(
+                "a global token with a projection of its own must come in the first step: the "
+                "state has no such keys of the past"
+            )
+        return mask
+
+    def _counts_slots(self, call: Call) -> bool:
+        """Whether every token so far, those of the call included, is real and none is named, so
+        that the first ones are the first slots and nobody must look at a value."""
+        return self.real is None and call.key_mask is None and call.global_mask is None
+
+    def _among_first(self, call: Call) -> Tensor:
+        """Those of the call's tokens that are among the first real ones of their sample."""
+        reals = self._reals(call)
+        if self.real is None:
+            return first_real(reals, self.first - self.seen)
+        return reals & (self.real[:, None] + reals.cumsum(1) <= self.first)
+
+    def joined(self, call: Call, mask: Tensor | None) -> Call:
+        """One call over all keys. mask: those among the call's own that stay."""
+        k, v = (
+            _joined(self.global_k, self.window.k, call.k),
+            _joined(self.global_v, self.window.v, call.v),
+        )
+        new, past = self._reals(call), self.window.k.shape[2]
+        stays = new.new_ones(self.batch_size, self.kept)
+        stays = stays if self.global_key_mask is None else self.global_key_mask
+        near, key_mask = self.window.key_mask, None
+        if near is not None or self.global_key_mask is not None or call.key_mask is not None:
+            near = new.new_ones(self.batch_size, past) if near is None else near
+            key_mask = torch.cat([stays, near, new], 1)
+        named = [
+            stays,
+            new.new_zeros(self.batch_size, past),
+            torch.zeros_like(new) if mask is None else mask,
+        ]
+        own = None if mask is None else call.global_qkv  # then of all keys: there is no past
+        return replace(
+            call, k=k, v=v, key_mask=key_mask, global_mask=torch.cat(named, 1), global_qkv=own
+        )
+
+    def append(self, call: Call, mask: Tensor | None) -> GlobalCache:
+        """The state behind the call's tokens, of which those in `mask` stay."""
+        plain = replace(call, global_mask=None, global_qkv=None)
+        seen = self.seen + call.key_length
+        if self._counts_slots(call):
+            taken = 0 if mask is None else min(self.first - self.seen, call.key_length)
+            k, v = (
+                _joined(old, x[:, :, :taken])
+                for old, x in ((self.global_k, call.k), (self.global_v, call.v))
+            )
+            rest = replace(plain, k=call.k[:, :, taken:], v=call.v[:, :, taken:])
+            window = self.window.append(rest) if taken < call.key_length else self.window
+            found = self.all_found or seen >= self.first
+            return replace(self, window=window, global_k=k, global_v=v, all_found=found, seen=seen)
+        reals = self._reals(call)
+        before = (
+            reals.new_full((self.batch_size,), self.seen, dtype=torch.long)
+            if self.real is None
+            else self.real
+        )
+        real = before + reals.sum(1)
+        found = self.all_found or bool((real >= self.first).all())
+        state = replace(self, real=real, all_found=found, seen=seen)
+        if mask is None:
+            return replace(state, window=self.window.append(plain))
+        slots = slots_of(mask, int(mask.sum(1).amax()))
+        k, v = (
+            _joined(old, fetched(x, slots))
+            for old, x in ((self.global_k, call.k), (self.global_v, call.v))
+        )
+        stayed = reals.new_ones(self.batch_size, self.kept)
+        stayed = stayed if self.global_key_mask is None else self.global_key_mask
+        kept = torch.cat([stayed, mask.gather(1, slots)], 1)
+        most = int(kept.sum(1).amax())
+        if most < kept.shape[1]:  # samples found theirs in different steps
+            slots = slots_of(kept, most)
+            k, v, kept = fetched(k, slots), fetched(v, slots), kept.gather(1, slots)
+        window = self.window.append(replace(plain, key_mask=reals & ~mask))
+        return replace(state, window=window, global_k=k, global_v=v, global_key_mask=kept)
+
+    def _reals(self, call: Call) -> Tensor:
+        ones = torch.ones(self.batch_size, call.key_length, dtype=torch.bool, device=call.k.device)
+        return ones if call.key_mask is None else call.key_mask
+
+
+def _joined(*parts: Tensor) -> Tensor:
+    """Along the length; an empty past says nothing of dtype and width."""
+    filled = [part for part in parts if part.shape[2]]
+    return torch.cat(filled, 2) if len(filled) > 1 else filled[0] if filled else parts[-1]

@@ -1,0 +1,1 @@
+"""Training a swapped model: imitating exact attention, and saving what was trained."""

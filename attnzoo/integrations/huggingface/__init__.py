@@ -1,0 +1,1 @@
+"""Hugging Face transformers: swapping, masks, and generation with bounded states."""

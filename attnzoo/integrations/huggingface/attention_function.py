@@ -1,0 +1,198 @@
+"""Hugging Face's attention function: an attention of the zoo behind the arguments that transformers
+gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.attention import Attention
+from attnzoo.call import Call, UnsupportedError
+from attnzoo.engines.softmax.softmax import Softmax
+from attnzoo.integrations.huggingface.interface_masks import filled_slots, mask_function_of
+from attnzoo.integrations.places import no_dropout
+
+#: Where in a model's own attention module the zoo's attention lives.
+SUBMODULE = "attention_core"
+#: Attribute of the keys that a `StateCache` hands on: its layer, which has a state to step.
+STATE_LAYER = "attnzoo_state_layer"
+#: Arguments of a model's attention that change A and that no `Attention` takes.
+CHANGES_WEIGHTS = (
+    "softcap",
+    "sinks",
+    "head_mask",
+    "indices",
+    "block_indices",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "seq_idx",
+)
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function: transformers' arguments, the answer as (batch, length, heads,
+    head_dim). s_aux: (heads,), sink logits."""
+    refuse_other_attention(module, kwargs)
+    causal = call_is_causal(module, is_causal)
+    state_layer = getattr(key, STATE_LAYER, None)
+    if attention_mask is not None and attention_mask.dtype == torch.int8:
+        key, value, attention_mask, position_bias = filled_slots(
+            key, value, attention_mask, position_bias
+        )
+    attention = getattr(module, SUBMODULE, None)
+    if state_layer is not None:
+        state_layer.check_reader(attention, causal)
+    if attention is None:
+        return _attend_exactly(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout,
+            scaling,
+            causal,
+            sliding_window,
+            position_bias,
+            s_aux,
+        )
+    _set_dropout(module, attention, dropout)
+    if scaling is not None and scaling != query.shape[-1] ** -0.5:
+        query = query * (scaling * query.shape[-1] ** 0.5)
+    if state_layer is not None:
+        out = state_layer.step(query, key, value, attention_mask, s_aux)
+    elif attention_mask is None or attention_mask.dim() == 2:
+        out = attention(
+            query,
+            key,
+            value,
+            key_mask=attention_mask,
+            attn_mask=position_bias,
+            is_causal=causal,
+            sink_logits=s_aux,
+        )
+    else:  # the caller's own, which already says what is causal
+        out = attention(
+            query,
+            key,
+            value,
+            attn_mask=_with_bias(attention_mask, position_bias),
+            sink_logits=s_aux,
+        )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def call_is_causal(module: Any, given: bool | None) -> bool:
+    """Whether a call is causal: as it says, or else as its module says."""
+    if given is not None:
+        return given
+    return (
+        bool(getattr(module, "is_causal", True))
+        and getattr(module.config, "is_causal", True) is not False
+    )
+
+
+def refuse_other_attention(module: Any, kwargs: dict[str, Any]) -> None:
+    """Raise UnsupportedError on arguments that a swapped attention would drop."""
+    extra = [name for name in CHANGES_WEIGHTS if kwargs.get(name) is not None]
+    if extra:
+        raise UnsupportedError(
+            f"{type(module).__name__} uses {' and '.join(extra)}, which a swapped attention would "
+            "drop; this model cannot be swapped"
+        )
+    refuse_weights(kwargs)
+
+
+def refuse_weights(kwargs: dict[str, Any]) -> None:
+    """Raise UnsupportedError on output_attentions among the arguments of a model or of a layer."""
+    if kwargs.get("output_attentions"):
+        raise UnsupportedError(
+            "output_attentions=True: a swapped attention does not return its weights; use "
+            "attnzoo's Attention.weights on q and k"
+        )
+
+
+def _attend_exactly(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool,
+    window: int | None,
+    position_bias: Tensor | None,
+    s_aux: Tensor | None,
+) -> tuple[Tensor, None]:
+    """transformers' own SDPA, for a layer that was not swapped in a model that was; ours where
+    there are sink logits, which theirs drops."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    queries, keys = query.shape[2], key.shape[2]
+    if mask is None or mask.dim() == 2:
+        mask = sdpa_mask(
+            batch_size=query.shape[0],
+            q_length=queries,
+            kv_length=keys,
+            q_offset=keys - queries,
+            mask_function=mask_function_of(is_causal, window),
+            attention_mask=mask,
+            allow_is_causal_skip=is_causal and window is None and queries == keys,
+            allow_is_bidirectional_skip=not is_causal and window is None,
+            device=query.device,
+        )
+    if s_aux is not None:
+        both, only_causal = (
+            (position_bias, is_causal) if mask is None else (_with_bias(mask, position_bias), False)
+        )
+        out, _ = Softmax(scaling, dropout)(
+            Call(query, key, value, attn_mask=both, is_causal=only_causal, sink_logits=s_aux)
+        )
+        return out.transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(
+        module,
+        query,
+        key,
+        value,
+        mask,
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=is_causal,
+        position_bias=position_bias,
+    )
+
+
+def _with_bias(mask: Tensor, position_bias: Tensor | None) -> Tensor:
+    if position_bias is None:
+        return mask
+    return (
+        position_bias.masked_fill(~mask, float("-inf"))
+        if mask.dtype == torch.bool
+        else mask + position_bias
+    )
+
+
+def _set_dropout(module: Any, attention: Attention, dropout: float) -> None:
+    engine: Any = attention.engine
+    if attention.spec.dropout:
+        if engine.training and engine.dropout != dropout:
+            engine.dropout = dropout
+    elif dropout:
+        raise UnsupportedError(no_dropout(type(module).__name__, dropout, attention.spec.name))

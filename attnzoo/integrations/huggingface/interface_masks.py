@@ -1,0 +1,133 @@
+"""Hugging Face's masks: the padding alone, for an attention that knows causality and windows
+itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.call import UnsupportedError
+from attnzoo.eager import can_look
+
+#: What the mask of a static cache holds where no token has been written yet; elsewhere 1 is attend
+#: and 0 is padding.
+UNFILLED = -1
+
+
+def padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask function: the keys to attend to, (batch, kv_length) bool, or None when they are all
+    of them.
+
+    A static cache has slots that are not filled yet, behind those that are: the mask is then int8,
+    with `UNFILLED` there, and as long at every step, so that a compiled graph serves them all.
+    """
+    filled = q_offset + q_length - kv_offset if is_causal_mask(mask_function) else kv_length
+    whole = not isinstance(filled, Tensor) and filled == kv_length
+    if attention_mask is None:
+        if whole:
+            return None
+        attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+    if attention_mask.shape[1] != kv_length:  # not cut to these slots before
+        attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
+        attention_mask = nn.functional.pad(
+            attention_mask, (0, kv_length - attention_mask.shape[1]), value=False
+        )
+    if not whole:
+        unfilled = torch.arange(kv_length, device=attention_mask.device) >= filled
+        return attention_mask.to(torch.int8).masked_fill(unfilled, UNFILLED)
+    return (
+        None
+        if can_look(attention_mask, may_stall=True) and bool(attention_mask.all())
+        else attention_mask
+    )
+
+
+def filled_slots(
+    key: Tensor, value: Tensor, mask: Tensor, position_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Keys, values, mask and bias whose last slot is the last that is filled: without the unfilled
+    ones, or with these as padding on the left where their number may not be looked at. mask:
+    (batch, slots) int8, as `padding_mask` gives it."""
+    unfilled = (mask[0] == UNFILLED).sum()
+    if can_look(mask):
+        cut = slice(0, mask.shape[1] - int(unfilled))
+        bias = None if position_bias is None else position_bias[..., cut]
+        return key[:, :, cut], value[:, :, cut], mask[:, cut] > 0, bias
+    order = (torch.arange(mask.shape[1], device=mask.device) - unfilled) % mask.shape[1]
+    bias = None if position_bias is None else position_bias.index_select(-1, order)
+    return (
+        key.index_select(2, order),
+        value.index_select(2, order),
+        mask.index_select(1, order) > 0,
+        bias,
+    )
+
+
+def is_causal_mask(mask_function: Callable[..., Any] | None) -> bool:
+    """Whether a mask function is causal; a mask that is more than causality and a window raises
+    UnsupportedError."""
+    from transformers import masking_utils
+
+    if mask_function in (
+        masking_utils.causal_mask_function,
+        masking_utils.bidirectional_mask_function,
+    ):
+        return (
+            mask_function is masking_utils.causal_mask_function
+        )  # the two that a compiled graph can tell
+    causal = False
+    for part in _parts(mask_function):
+        if part in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function):
+            causal |= part is masking_utils.causal_mask_function
+        elif not getattr(part, "__qualname__", "").startswith(
+            ("sliding_window_overlay.", "sliding_window_bidirectional_overlay.")
+        ):
+            raise UnsupportedError(
+                "the model asks for a mask that is more than causality, padding and a window "
+                "(packed sequences: position_ids that start "
+                "again; chunks; blocks that see each other); attnzoo would drop it: give one "
+                "sequence per row, and pad with attention_mask. "
+                "A traced or compiled causal model always asks so unless it is given an "
+                "attention_mask"
+            )
+    return causal
+
+
+def _parts(mask_function: Any) -> Iterator[Any]:
+    """The functions whose intersection a mask function is."""
+    if getattr(mask_function, "__qualname__", "").startswith("and_masks."):
+        for part in inspect.getclosurevars(mask_function).nonlocals["mask_functions"]:
+            yield from _parts(part)
+    else:
+        yield mask_function
+
+
+def mask_function_of(is_causal: bool, window: int | None) -> Callable[..., Any]:
+    """transformers' mask function for causality and a window of keys, the query's own included."""
+    from transformers import masking_utils
+
+    if window is None:
+        return (
+            masking_utils.causal_mask_function
+            if is_causal
+            else masking_utils.bidirectional_mask_function
+        )
+    if is_causal:
+        return masking_utils.sliding_window_causal_mask_function(window)
+    return masking_utils.sliding_window_bidirectional_mask_function(
+        window - 1
+    )  # theirs counts the distance, inclusive

@@ -1,0 +1,509 @@
+"""torch.nn.MultiheadAttention with another core: same parameters, same calls, any attention of the
+zoo between the projections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from attnzoo.arguments import check_options, check_positive
+from attnzoo.attention import LEAF, Attention, Spec
+from attnzoo.call import UnsupportedError
+from attnzoo.eager import is_recorded
+from attnzoo.layers.torch_masks import check_mask, translate
+from attnzoo.registry import build, spec_of
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention` whose core, `self.attention`, is any attention of the zoo.
+
+    Constructor, parameters, initialisation under a seed, `forward` and `state_dict` are torch's;
+    with the standard core so are the numbers. It works inside torch's Transformer layers in every
+    mode. What differs from torch:
+
+    - A query that sees no key gets 0 before `out_proj`, where torch gives NaN.
+    - `is_causal=True` needs no `attn_mask`. With L queries and S keys, query i then sees the keys
+      up to S - L + i (bottom-right).
+    - Wrong arguments raise ValueError, what the core cannot do raises UnsupportedError; torch
+      raises AssertionError.
+    - A core's own parameters and buffers (Linformer's projections, Performer's directions) live in
+      `state_dict` under `attention.`. A state_dict without any such key, as torch writes it, loads
+      with strict=True and leaves them as they are.
+
+    It subclasses torch's module, since the parameters, their names and old checkpoints are torch's,
+    and since torch's layers, and code that walks a model with isinstance, ask for that type.
+
+    embed_dim, num_heads, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype:
+    as in torch. add_bias_kv, add_zero_attn: append a key to the sequence, so only for softmax over
+    arbitrary keys (the standard core).
+    dropout: on the entries of A while training; read here, once.
+    A core with global tokens (`longformer`) gets projections for their rows,
+    `attention.global_projection`, packed as `in_proj_weight` is and at first a copy of it, unless
+    kdim or vdim differ; a state_dict of torch's fills them with copies of what it holds. A core
+    that shares queries and keys (`reformer` with share_qk=True) gets one projection for both:
+    `in_proj_weight` is (2 · embed_dim, embed_dim), of queries and keys and then of values, and
+    begins as torch's rows of queries and of values. query and key must be one tensor, kdim and vdim
+    embed_dim, and a state_dict of torch's, whose queries and keys differ, is refused: no two of its
+    projections say the same.
+    attention: a name in `attnzoo.names()`. attention_options: its further options, e.g.
+    {"num_features": 128}. Raises ValueError on a malformed option, UnsupportedError on one that the
+    core excludes (dropout > 0 among them).
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        attention: str = "standard",
+        attention_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if check_positive("embed_dim", embed_dim) % check_positive("num_heads", num_heads):
+            raise ValueError(f"embed_dim={embed_dim} must be a multiple of num_heads={num_heads}")
+        options = _core_options(
+            spec_of(attention),
+            dropout,
+            add_bias_kv or add_zero_attn,
+            check_options("attention_options", attention_options),
+        )
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            device,
+            dtype,
+        )
+        # After torch's own parameters, so that a seed gives those the values that it gives them in
+        # torch.
+        self._take(
+            build(attention, heads=num_heads, head_dim=self.head_dim, **options).to(
+                device=device, dtype=dtype
+            )
+        )
+        if self.attention.shares_qk:
+            self._share_projection()
+
+    def _take(self, core: Attention) -> None:
+        """Let `core` be the core, beside parameters that are there."""
+        self.attention = core
+        self.__module__ = LEAF
+        self.register_forward_pre_hook(is_called)
+        self._add_global_projection()
+
+    @staticmethod
+    def refuse_core(module: nn.MultiheadAttention, core: Attention) -> None:
+        """Raise UnsupportedError where torch's module has what a core excludes (appended keys), as
+        the constructor does."""
+        _core_options(core.spec, 0.0, module.bias_k is not None or module.add_zero_attn, {})
+
+    def _reset_parameters(self) -> None:
+        same = self._qkv_same_embed_dim  # it tells torch's drawing which weights there are
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        super()._reset_parameters()
+        self._qkv_same_embed_dim = same
+
+    def _add_global_projection(self) -> None:
+        if not self.attention.spec.global_tokens or self.in_proj_weight is None:
+            return
+        plain = {"weight": self.in_proj_weight, "bias": self.in_proj_bias}
+        projection = nn.Linear(
+            self.embed_dim, 3 * self.embed_dim, plain["bias"] is not None, device="meta"
+        )
+        for name, parameter in plain.items():
+            if parameter is not None:
+                setattr(projection, name, nn.Parameter(parameter.detach().clone()))
+        self.attention.global_projection = projection
+
+    def _share_projection(self) -> None:
+        if self.in_proj_weight is None:
+            raise UnsupportedError(
+                f"kdim={self.kdim} and vdim={self.vdim} must be embed_dim={self.embed_dim}: "
+                f"{self.attention.spec.name} shares queries and keys"
+            )
+        for name in ("in_proj_weight", "in_proj_bias"):
+            packed = getattr(self, name)
+            if packed is not None:
+                of_queries, _, of_values = packed.detach().chunk(3)
+                setattr(self, name, nn.Parameter(torch.cat([of_queries, of_values])))
+        self._qkv_same_embed_dim = (
+            False  # as PEFT asks: there are not three projections in one weight
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        own, packed = f"{prefix}attention.", state_dict.get(f"{prefix}in_proj_weight")
+        if self.attention.shares_qk and packed is not None and len(packed) == 3 * self.embed_dim:
+            raise ValueError(
+                f"{prefix}in_proj_weight projects queries and keys apart, and this module has one "
+                "projection for both; load it where they are apart"
+            )
+        if not any(key.startswith(own) for key in state_dict):
+            state_dict.update(self.attention.state_dict(prefix=own, keep_vars=True))
+            for name in ("weight", "bias"):
+                if (
+                    f"{own}global_projection.{name}" in state_dict
+                    and f"{prefix}in_proj_{name}" in state_dict
+                ):
+                    state_dict[f"{own}global_projection.{name}"] = state_dict[
+                        f"{prefix}in_proj_{name}"
+                    ]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        global_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Project, attend, project back. Masks are torch's: True, or -inf in a float mask, hides.
+
+        query: (L, N, embed_dim), or (N, L, embed_dim) if batch_first, or (L, embed_dim); key: the
+        same with S and kdim; value: with S and vdim. key_padding_mask: (N, S) or (S). attn_mask:
+        (L, S) or (N · num_heads, L, S). Both bool or float (added to the scores).
+        need_weights=False spares the L x S matrix, which is what most cores are for. global_mask,
+        which torch has not: (N, S) or (S) bool, True = a global token, for a core that has them.
+
+        A core without attn_mask (its spec says so) takes the one mask that is the causal mask, with
+        or without the is_causal hint, and runs it as is_causal; and a float key_padding_mask of 0
+        and -inf. Any other mask raises UnsupportedError. To tell, the values of a float
+        key_padding_mask and of any attn_mask are read (on CUDA: one wait). Where they cannot be, in
+        a compiled or traced graph and in torch.func, the hint is_causal=True is required beside
+        such a mask and a wrong one fails when the graph runs, or gives NaN where graphs cannot fail
+        (torch.jit.trace, ONNX, torch.func). For the other cores, is_causal=True beside a square
+        attn_mask adds causality to it; beside another shape the mask alone rules.
+
+        Returns the output in query's layout and, if need_weights, A: (N, L, S) averaged over heads
+        or (N, num_heads, L, S), without N for 2-D inputs; S counts the keys of add_bias_kv and
+        add_zero_attn. A is the attention before dropout, where torch returns the dropped one.
+        """
+        if query.is_nested or key.is_nested or value.is_nested:
+            if global_mask is not None:
+                raise ValueError(
+                    "a nested tensor takes no global_mask; pass padded tensors and masks instead"
+                )
+            return self._forward_nested(
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+            )
+        self._check(query, key, value, key_padding_mask, attn_mask)
+        batched = query.dim() == 3
+        # The names of an input's leading axes, for einops; "1" is the batch that a 2-D input lacks.
+        axes, batch = (
+            ("l", "1") if not batched else ("b l", "b") if self.batch_first else ("l b", "b")
+        )
+        pattern = f"{axes} (p h d) -> p {batch} h l d"
+        q, k, v = self._project(query, key, value, pattern)
+        masks = translate(self.attention.spec, q, k, key_padding_mask, attn_mask, is_causal)
+        masks = masks.with_end_keys((self.bias_k is not None) + self.add_zero_attn, q, k)
+        k, v = self._with_end_keys(k, self.bias_k), self._with_end_keys(v, self.bias_v)
+        global_mask = global_mask if global_mask is None or batched else global_mask[None]
+        how: dict[str, Any] = {
+            "key_mask": masks.key_mask,
+            "attn_mask": masks.attn_mask,
+            "is_causal": masks.is_causal,
+            "global_mask": global_mask,
+        }
+        own, of_globals = None, self.attention.global_projection
+        if of_globals is not None and self.attention.names_globals(global_mask):
+            if isinstance(of_globals, nn.ModuleDict):
+                own = self._project_apart(of_globals, query, key, value, pattern)
+            else:
+                own = self._project_together(of_globals, query, key, value, pattern)
+        weights = (
+            masks.checked(self.attention.weights(q, k, global_qk=own and own[:2], **how))
+            if need_weights
+            else None
+        )
+        out = self.attention(q, k, v, global_qkv=own, **how)
+        out = self.out_proj(rearrange(masks.checked(out), f"{batch} h l d -> {axes} (h d)"))
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        return out, weights if weights is None or batched else weights.squeeze(0)
+
+    def _project(
+        self, query: Tensor, key: Tensor, value: Tensor, pattern: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as views of (batch, heads, length, head_dim): one matmul for self-attention, two
+        when key is value."""
+        heads, bias = self.num_heads, self.in_proj_bias
+        separate = self._modules.get("projections")
+        if separate is not None:
+            return self._project_apart(separate, query, key, value, pattern)
+        if self.in_proj_weight is not None:
+            return self._project_by(self.in_proj_weight, bias, query, key, value, pattern)
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        q, k, v = (
+            rearrange(F.linear(x, weight, part), pattern, p=1, h=heads)[0]
+            for x, weight, part in zip(
+                (query, key, value),
+                (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight),
+                biases,
+                strict=True,
+            )
+        )
+        return q, k, v
+
+    def _project_apart(
+        self, projections: nn.Module, query: Tensor, key: Tensor, value: Tensor, pattern: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_project`, by modules one for each: in a process of several, which has the
+        projections of its own heads."""
+        inputs = (query, value) if self.attention.shares_qk else (query, key, value)
+        made = [
+            rearrange(project(x), pattern, p=1, h=self.num_heads)[0]
+            for project, x in zip(projections.children(), inputs, strict=True)
+        ]
+        return made[0], made[-2], made[-1]
+
+    def _project_together(
+        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, pattern: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_project`, by one layer for all three, which is called: it may be adapted (LoRA),
+        quantised or hooked. Three different inputs are multiplied by their own rows of a plain one,
+        lest two thirds of what it makes be thrown away."""
+        if not (query is key and key is value) and _is_plain(layer):
+            return self._project_by(layer.weight, layer.bias, query, key, value, pattern)
+        different = {id(x): x for x in (query, key, value)}
+        made = {
+            which: rearrange(layer(x), pattern, p=3, h=self.num_heads)
+            for which, x in different.items()
+        }
+        return made[id(query)][0], made[id(key)][1], made[id(value)][2]
+
+    def _project_by(
+        self,
+        packed: Tensor,
+        bias: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pattern: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_project`, by packed weights, (3 · size, features), or (2 · size, features) where
+        queries and keys are the same."""
+        size, heads = packed.shape[0] // (2 if self.attention.shares_qk else 3), self.num_heads
+
+        def split(x: Tensor, start: int, parts: int) -> Tensor:
+            rows = slice(start * size, (start + parts) * size)
+            return rearrange(
+                F.linear(x, packed[rows], None if bias is None else bias[rows]),
+                pattern,
+                p=parts,
+                h=heads,
+            )
+
+        if self.attention.shares_qk:
+            qk, v = (
+                split(query, 0, 2).unbind(0)
+                if query is value
+                else (split(x, i, 1)[0] for i, x in enumerate((query, value)))
+            )
+            return qk, qk, v
+        if query is key and key is value:
+            q, k, v = split(query, 0, 3).unbind(0)
+        elif key is value:
+            (q,), (k, v) = split(query, 0, 1).unbind(0), split(key, 1, 2).unbind(0)
+        else:
+            q, k, v = (split(x, i, 1)[0] for i, x in enumerate((query, key, value)))
+        return q, k, v
+
+    def _with_end_keys(self, x: Tensor, learned: Tensor | None) -> Tensor:
+        """x, (batch, heads, length, head_dim), and behind it the learned slot of add_bias_kv and
+        the zero slot of add_zero_attn."""
+        shape = (1, self.num_heads, 1, self.head_dim)
+        ends = [] if learned is None else [learned.to(x.dtype).view(shape)]
+        if self.add_zero_attn:
+            ends.append(x.new_zeros(shape))
+        return (
+            torch.cat([x, *(end.expand(x.shape[0], -1, -1, -1) for end in ends)], 2) if ends else x
+        )
+
+    def _forward_nested(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Any,
+        need_weights: bool,
+        attn_mask: Any,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What nn.TransformerEncoder hands its layers in eval mode when it was built before they
+        got this module: sequences without padding."""
+        if (
+            not (query is key and key is value and self.batch_first)
+            or key_padding_mask is not None
+            or attn_mask is not None
+        ):
+            raise ValueError(
+                "a nested tensor must be query, key and value at once, batch_first, without masks; "
+                "pass padded tensors and masks instead"
+            )
+        lengths = [sequence.shape[0] for sequence in query.unbind()]
+        if not any(lengths):  # torch pads no such tensor
+            heads = () if average_attn_weights else (self.num_heads,)
+            return query.clone(), torch.zeros(
+                len(lengths), *heads, 0, 0, device=query.device
+            ) if need_weights else None
+        padded = query.to_padded_tensor(0.0)
+        slots = torch.arange(padded.shape[1], device=padded.device)
+        padding = slots >= torch.tensor(lengths, device=padded.device)[:, None]
+        out, weights = self(
+            padded, padded, padded, padding, need_weights, None, average_attn_weights, is_causal
+        )
+        rows = [sequence[:length] for sequence, length in zip(out.unbind(), lengths, strict=True)]
+        return torch.nested.as_nested_tensor(rows, layout=query.layout) if rows else query, weights
+
+    def _check(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+    ) -> None:
+        if self.training and self.dropout and not self.attention.spec.dropout:
+            raise UnsupportedError(_no_dropout(self.attention.spec, self.dropout))
+        # The module's own: what a layer in it computes with (integers, what a hook brings) is that
+        # layer's affair.
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
+        for name, x, width in (
+            ("query", query, self.embed_dim),
+            ("key", key, self.kdim),
+            ("value", value, self.vdim),
+        ):
+            if x.dim() not in (2, 3) or x.dim() != query.dim():
+                raise ValueError(
+                    f"{name} has shape {tuple(x.shape)}; query, key and value must all be batched "
+                    "(3-D) or all unbatched (2-D)"
+                )
+            if x.shape[-1] != width:
+                raise ValueError(
+                    f"{name} has {x.shape[-1]} features (shape {tuple(x.shape)}); this module was "
+                    f"built for {width}"
+                )
+            if weight is None or not weight.is_floating_point():
+                continue
+            if x.device != weight.device:
+                raise ValueError(
+                    f"{name} is on {x.device} and the module on {weight.device}; move one of them"
+                )
+            if x.dtype != weight.dtype and not (
+                x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
+            ):
+                raise ValueError(
+                    f"{name} has dtype {x.dtype} and the module {weight.dtype}; convert one of them"
+                )
+        if (
+            self.attention.shares_qk and query is not key and not is_recorded()
+        ):  # there one tensor may come in twice as two
+            raise ValueError(
+                f"query and key must be one tensor: {self.attention.spec.name} shares them; build "
+                "the core without that"
+            )
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(
+                f"key has shape {tuple(key.shape)} and value {tuple(value.shape)}; all but the "
+                "features must agree"
+            )
+        batched, length_axis = query.dim() == 3, int(query.dim() == 3 and self.batch_first)
+        if batched and query.shape[1 - length_axis] != key.shape[1 - length_axis]:
+            layout = (
+                "(batch, length, features)"
+                if self.batch_first
+                else "(length, batch, features), since batch_first=False"
+            )
+            raise ValueError(
+                f"query has shape {tuple(query.shape)} and key {tuple(key.shape)}; their batch "
+                f"sizes must agree in {layout}"
+            )
+        lengths = (query.shape[length_axis], key.shape[length_axis])
+        sizes = (query.shape[1 - length_axis],) if batched else ()
+        check_mask("key_padding_mask", key_padding_mask, [(*sizes, lengths[1])], query.device)
+        check_mask(
+            "attn_mask",
+            attn_mask,
+            [lengths, (self.num_heads * (sizes[0] if sizes else 1), *lengths)],
+            query.device,
+        )
+
+
+def is_called(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A forward pre-hook that does nothing. torch's encoder layer, in evaluation mode, reads the
+    weights of its attention and computes softmax attention itself; where there is a hook it calls
+    the module instead, whatever else the module says of itself."""
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling a layer is a product with its weight and nothing else."""
+    hooks = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+    )
+    return type(layer) is nn.Linear and "forward" not in vars(layer) and not any(hooks)
+
+
+def _core_options(
+    spec: Spec, dropout: float, extra_keys: bool, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The core's options, refused where they contradict the module's or exceed the core's spec."""
+    for option, source in (
+        ("heads", "num_heads"),
+        ("head_dim", "embed_dim // num_heads"),
+        ("dropout", "dropout"),
+    ):
+        if option in options:
+            raise ValueError(f"attention_options must not set {option!r}: it follows from {source}")
+    if dropout and not spec.dropout:
+        raise UnsupportedError(_no_dropout(spec, dropout))
+    if extra_keys and not (spec.exact and spec.family == "exact" and spec.attn_mask):
+        raise UnsupportedError(
+            f"add_bias_kv and add_zero_attn append a key that every query sees, which {spec.name} "
+            "cannot place; leave both False,"
+            " or use attention='standard'"
+        )
+    return {**options, "dropout": dropout} if spec.dropout else options
+
+
+def _no_dropout(spec: Spec, dropout: float) -> str:
+    return (
+        f"dropout={dropout} drops entries of the attention matrix, which {spec.name} never forms; "
+        "build with dropout=0.0 (dropout"
+        f" outside attention, in a Transformer layer, is separate), or use attention='standard'"
+    )

@@ -1,0 +1,1 @@
+"""A benchmark shown: tables, figures and a page."""

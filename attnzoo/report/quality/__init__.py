@@ -1,0 +1,1 @@
+"""A quality study shown: tables, figures and a page."""

@@ -1,0 +1,1 @@
+"""Scaling tables and figures, and their page."""

@@ -1,0 +1,1 @@
+"""A training study shown: tables, figures and a page."""

@@ -1,0 +1,1 @@
+"""BigBird, and its random blocks."""

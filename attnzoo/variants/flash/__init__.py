@@ -1,0 +1,1 @@
+"""FlashAttention, and its tiles."""

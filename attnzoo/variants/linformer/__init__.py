@@ -1,0 +1,1 @@
+"""Linformer, and its length projections."""

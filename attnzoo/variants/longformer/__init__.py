@@ -1,0 +1,1 @@
+"""Longformer, and its global tokens."""

@@ -1,0 +1,95 @@
+"""Longformer: a window, and a few tokens that see everything and that everyone sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from attnzoo.attention import Attention, Spec
+from attnzoo.engines.sparse.patterns import Window
+from attnzoo.registry import register
+from attnzoo.variants.longformer.global_tokens import WindowAndGlobals
+
+
+@register
+class Longformer(Attention):
+    """Longformer (Beltagy et al. 2020, section 3.1).
+
+        A_ij = exp(s_ij) / Σ_{l ∈ S(i)} exp(s_il) if j ∈ S(i), else 0, S(i) = {l : |i - l| < window}
+            ∪ G; S(i) = all keys where i ∈ G
+
+    Every row sees its window and the global tokens G, and a global token's row sees every key:
+    softmax is exact on S, a set, in which a global token inside the window counts once. Cost n·(w +
+    g) instead of n². Two tokens that are farther apart than the window reach each other through a
+    global token in two layers; what is not global and outside the window is lost in one. Use it
+    where a few tokens stand for the whole: [CLS] for classification, the question for question
+    answering, prompts. Without such tokens it is `sliding_window`.
+
+    Which tokens are global is told by the call: `global_mask`, (batch, key_length) bool, any number
+    of a sample, none included. global_tokens names them once and for all: the first real tokens of
+    every sample (1 is [CLS]), besides those of the mask; `cost` counts these. As in the paper, the
+    rows of global tokens may have projections of their own, the call's `global_qkv`: they are
+    softmax(s·q_g k_gᵀ) v_g over all keys, while the other rows read plain k and v everywhere.
+    `MultiheadAttention` learns such projections. Causal, a global token sees its past and only
+    later tokens see it. Decoding keeps the last `window` keys and the global ones; those of a mask
+    must come before the first key is dropped, and with projections of their own in the first step.
+
+    The number of global tokens in a mask is read from it (on CUDA that waits). Where it cannot be
+    (a compiled, traced or exported graph, torch.func), a mask may name all tokens, and costs as
+    much: name them by global_tokens there. window: keys on each side, the query's own included;
+    Longformer's attention_window is 2 · (window - 1)
+    (`attnzoo.engines.sparse.patterns.Window.from_longformer`).
+    dilation: as in sliding_window, one number or one for each head, as the paper's character models
+    have it in higher layers. scale, dropout: as in standard.
+    """
+
+    spec = Spec(
+        name="longformer",
+        title="Longformer",
+        paper="Beltagy et al., Longformer: The Long-Document Transformer, 2020, arXiv:2004.05150",
+        equation="A_ij = exp(q_i·k_j/√d) / Σ_{l∈S(i)} exp(q_i·k_l/√d), j ∈ S(i) = window ∪ global, all "
+        "keys where i is global",
+        complexity="O(n·(w+g)) time, O(n) memory",
+        family="sparse",
+        exact=True,
+        dropout=True,
+        global_tokens=True,
+    )
+    engine: WindowAndGlobals
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        *,
+        window: int = 256,
+        dilation: int | Sequence[int] = 1,
+        global_tokens: int = 0,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        pattern = Window(window, tuple(dilation) if isinstance(dilation, Sequence) else dilation)
+        super().__init__(
+            heads,
+            head_dim,
+            WindowAndGlobals(pattern, global_tokens, scale, dropout),
+            backend=backend,
+        )
+        pattern.heads_by_dilation(heads)  # raises where there are not as many
+        self.global_tokens = global_tokens
+
+    def keep_heads(self, first: int, count: int) -> None:
+        heads = self.heads
+        super().keep_heads(first, count)
+        self.engine.pattern = self.engine.pattern.of_heads(first, count)
+        projection = self.global_projection
+        for name, parameter in () if projection is None else list(projection.named_parameters()):
+            kept = (
+                parameter.detach()
+                .unflatten(0, (3, heads, self.head_dim))[:, first : first + count]
+                .flatten(0, 2)
+                .clone()
+            )
+            setattr(projection, name, nn.Parameter(kept, parameter.requires_grad))

@@ -1,0 +1,1 @@
+"""Nyströmformer, and its landmarks."""

@@ -1,0 +1,1 @@
+"""Performer, and its random features."""

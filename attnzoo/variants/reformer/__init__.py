@@ -1,0 +1,1 @@
+"""Reformer, and its hashing."""

@@ -1,0 +1,98 @@
+"""Reformer: softmax over the keys that hash to the query's bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from attnzoo.arguments import check_positive
+from attnzoo.attention import Attention, Spec
+from attnzoo.call import Call, UnsupportedError
+from attnzoo.registry import register
+from attnzoo.variants.reformer.hashed import Hashed
+from attnzoo.variants.reformer.hashing import AngularHash
+
+
+@register
+class Reformer(Attention):
+    """LSH attention (Kitaev et al. 2020, section 2, equations 4 to 6).
+
+        A_ij = exp(s_ij) / Σ_{l ∈ P(i)} exp(s_il) if j ∈ P(i), else 0, P(i) = {i} ∪ ⋃_r {j :
+            h_r(k_j) = h_r(q_i), chunks of j and i near}
+
+    In hash round r a token's bucket is h_r(x) = argmax [xR_r, −xR_r]: tokens of nearly one
+    direction meet. Every bucket is cut into chunks of chunk_size real tokens in order of position;
+    a query sees its own chunk and the one before it (not causal, the one after too), and its own
+    position. P is the union of the rounds as a set, which is what the paper's N_ij restores.
+    Softmax is exact on P; a large score outside it is lost, with a chance that falls with every
+    round. Scores: a few times n·rounds·chunk_size instead of n².
+
+    The paper sorts tokens by bucket and cuts the whole row into equal chunks: there a later token,
+    or padding, moves the borders, and so decides what an earlier one sees, its causal form
+    included. Here ranks within the bucket settle the chunks; the price is tiles that are partly
+    empty. Without share_qk a query of a bucket stands where the last key at or before it does, so
+    that decoding sees what the forward saw.
+
+    Use it at lengths far above 3·rounds·chunk_size, in models trained with it. Swapped into a
+    pretrained decoder, 4 rounds see about two of five heaviest keys and one of seven of the top 32,
+    which a window does better (benchmarks/README.md). Decoding keeps all keys and hashes them again
+    at every step: right, not fast. Sorting and masks outweigh the products: on a CPU SDPA was
+    faster at every length up to 16,384 causal tokens.
+
+    num_buckets: even, or 1; in the paper about 2·length/chunk_size, here fixed, so that no row
+    changes as it grows. Several such numbers are hashed one by one, for as many buckets as their
+    product: [256, 128] names 32,768 by 192 directions. num_hashes: hash rounds.
+    share_qk: the paper's form: k is q (pass one tensor), keys are scaled to length 1 and a token
+    sees itself only if it sees nothing else.
+    seed: of the rotations, which are kept in state_dict; see `redraw`. scale: of the scores,
+    default 1/sqrt(head_dim), with share_qk 1.
+    """
+
+    spec = Spec(
+        name="reformer",
+        title="Reformer (LSH attention)",
+        paper="Kitaev et al., Reformer: The Efficient Transformer, 2020, arXiv:2001.04451",
+        equation="A_ij = exp(q_i·k_j/√d) / Σ_{l∈P(i)} exp(q_i·k_l/√d), j ∈ P(i): same bucket in some "
+        "hash round, near in it",
+        complexity="O(n·(r·c + log n)) time, O(n·c) memory",
+        family="sparse",
+        exact=True,
+        data_dependent=True,
+    )
+    engine: Hashed
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        *,
+        num_buckets: int | Sequence[int] = 32,
+        num_hashes: int = 4,
+        chunk_size: int = 64,
+        share_qk: bool = False,
+        seed: int = 0,
+        scale: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        hashing = AngularHash(check_positive("head_dim", head_dim), num_buckets, num_hashes, seed)
+        super().__init__(
+            heads,
+            head_dim,
+            Hashed(hashing, chunk_size, share_qk=share_qk, scale=scale),
+            backend=backend,
+        )
+        self.shares_qk = share_qk
+
+    def refuse(self, call: Call) -> None:
+        super().refuse(call)
+        if self.shares_qk and call.k is not call.q:
+            raise UnsupportedError(
+                "reformer with share_qk=True has one projection for queries and keys: pass the "
+                "same tensor as q and k, or build with share_qk=False"
+            )
+
+    def redraw(self, seed: int | None = None) -> None:
+        """Draw new rotations, in place. seed=None takes one from torch's global generator, so
+        torch.manual_seed repeats it."""
+        self.engine.hashing.redraw(int(torch.randint(2**31, ())) if seed is None else seed)

@@ -1,0 +1,1 @@
+"""Sparse Transformer, and its factorized patterns."""

@@ -1,0 +1,247 @@
+"""The sparse engine of factorized attention: scores of each factor by products of blocks, side by
+side in one softmax.
+
+Positions stand in rows of `stride`. What is near are the query's own row and those beside it; keys
+a multiple of the stride away are a column; summaries are the last columns of all rows. None needs
+an index, and with the stride at √n all scores together are n·√n.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attnzoo.call import Call, repeat_heads
+from attnzoo.engines import peaks
+from attnzoo.engines.engine import (
+    SOFTMAX_OPERATIONS,
+    Backend,
+    Cost,
+    Shape,
+    accumulation_dtype,
+    never_refuses,
+)
+from attnzoo.engines.memory import INDEX_BYTES, fused
+from attnzoo.engines.softmax.softmax import masked_softmax, reference, sdpa, softmax_cost
+from attnzoo.engines.sparse.patterns import Grid, grid_of
+from attnzoo.engines.sparse.sparse import Sparse
+from attnzoo.variants.sparse_transformer import factorized_flash
+from attnzoo.variants.sparse_transformer.factorized_flash import shares_of
+from attnzoo.variants.sparse_transformer.factorized_layout import Near, Rows, shown
+from attnzoo.variants.sparse_transformer.factorized_memory import Layout
+from attnzoo.variants.sparse_transformer.factorized_patterns import ByHead, Factor, Strided
+
+
+class Factorized(Sparse):
+    """Softmax over the union of two factors, `merged`, or over one of them in every head, in
+    turn."""
+
+    def __init__(
+        self,
+        near: Factor,
+        far: Factor,
+        merged: bool,
+        scale: float | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(near | far if merged else ByHead((near, far)), scale, dropout)
+        self.factors, self.merged = (near, far), merged
+
+    def heads_of(self, heads: int) -> list[tuple[tuple[Factor, ...], list[int]]]:
+        """Factors that heads see together, and these heads."""
+        if not isinstance(self.pattern, ByHead):
+            return [(self.factors, list(range(heads)))]
+        return [((factor,), own) for factor, own in self.pattern.heads_of(heads)]
+
+    def keep_heads(self, first: int) -> None:
+        """Begin at head `first` of those before."""
+        if isinstance(self.pattern, ByHead):
+            self.pattern = replace(self.pattern, first_head=self.pattern.first_head + first)
+
+    def cost(self, shape: Shape) -> Cost:
+        grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
+        executed = support = weighed = 0
+        for factors, heads in self.heads_of(shape.heads):
+            support += len(heads) * _count_visible(factors, grid)
+            one = len(_keys_of_one(factors, grid)) if grid.query_length == 1 else None
+            executed += len(heads) * (_count_computed(factors, grid) if one is None else one)
+            weighed += len(heads) * (_count_weighed(factors, grid) if one is None else one)
+        if shape.query_length == 1:
+            kept, forward, training = self._bytes_of_one(shape, grid)
+        else:
+            layout = self._layout(shape, grid)
+            kept, forward, training = layout.kept(), layout.forward(), layout.training()
+        cost = softmax_cost(shape, executed, support, None, kept)
+        elementwise = SOFTMAX_OPERATIONS * shape.batch_size * weighed
+        return replace(
+            cost, elementwise=elementwise, forward_bytes=forward, training_bytes=training
+        )
+
+    def _layout(self, shape: Shape, grid: Grid) -> Layout:
+        """What `factorized_flash` lays out."""
+        rows = Rows.of(self.factors[0].stride, grid)
+        return Layout(
+            shape,
+            rows,
+            [
+                share
+                for factors, _ in self.heads_of(shape.heads)
+                for share in shares_of(factors, rows, grid)
+            ],
+        )
+
+    def _bytes_of_one(self, shape: Shape, grid: Grid) -> tuple[int, int, int]:
+        """Of a single query: kept, and the peaks of a forward and of both passes; groups of heads
+        in turn, with what those before have left."""
+        groups = self.heads_of(shape.heads)
+        kept = INDEX_BYTES * shape.heads if len(groups) > 1 else 0  # the order of heads
+        forward = training = done = held = 0
+        for factors, heads in groups:
+            keys, own = len(_keys_of_one(factors, grid)), replace(shape, heads=len(heads))
+            if len(groups) > 1:
+                own = replace(own, kv_heads=len(heads))
+            copies = own.input_bytes if len(groups) > 1 else 0
+            one = replace(own, key_length=max(1, keys))
+            forward = max(forward, done + copies + 2 * one.key_bytes + peaks.forward(one))
+            training = max(
+                training,
+                done + held + copies + 2 * one.key_bytes + shape.input_bytes + peaks.training(one),
+            )
+            done, held = done + own.query_bytes, held + 2 * one.key_bytes
+            if keys:
+                one = replace(own, key_length=keys)
+                kept += one.input_bytes + fused(one, len(heads)) + keys * INDEX_BYTES
+                kept += (
+                    2 * len(heads) * INDEX_BYTES if len(groups) > 1 else 0
+                )  # which heads these are, and which keys are theirs
+        if len(groups) == 1:
+            return kept, forward, max(training, forward)
+        every = shape.query_bytes + shape.input_bytes  # the output and all gradients
+        return kept, max(forward, 3 * done), max(training, every + shape.input_bytes, every + held)
+
+
+def _attend(engine: Factorized, factors: tuple[Factor, ...], call: Call, grid: Grid) -> Tensor:
+    """A·v of heads that see these factors together."""
+    rows, dtype = Rows.of(factors[0].stride, grid), accumulation_dtype(call.q.dtype)
+    scale = engine.scale_of(call.q)
+    q = rows.queries(call.q.to(dtype) * scale)
+    k, v = (rows.keys(repeat_heads(x, call.group).to(dtype)) for x in (call.k, call.v))
+    key_mask = None if call.key_mask is None else rows.keys(call.key_mask[:, None, :, None])
+    i = (torch.arange(rows.count * rows.stride, device=q.device) + rows.first * rows.stride).view(
+        rows.count, rows.stride, 1
+    )
+    shares = shares_of(factors, rows, grid)
+    parts, scores = [share.part for share in shares], []
+    for share, part in zip(shares, parts, strict=True):
+        seen = shown(share.factor, share.near, grid, i, part.positions(q.device))
+        if key_mask is not None:
+            seen = seen & part.mask(key_mask)
+        scores.append(part.scores(q, k).masked_fill(~seen, float("-inf")))
+    attention = torch.nn.functional.dropout(
+        masked_softmax(torch.cat(scores, -1)), engine.dropout, engine.training
+    )
+    weighed = zip(parts, attention.split([part.width for part in parts], -1), strict=True)
+    out = sum(
+        (part.times(weights, v) for part, weights in weighed),
+        start=torch.zeros((), dtype=dtype, device=q.device),
+    )
+    return rows.taken(out).to(call.q.dtype)
+
+
+def _attend_one(engine: Factorized, factors: tuple[Factor, ...], call: Call, grid: Grid) -> Tensor:
+    """A·v of a single query: its keys, fetched."""
+    keys = torch.tensor(_keys_of_one(factors, grid), dtype=torch.long, device=call.q.device)
+    if not len(keys):
+        return torch.zeros_like(call.q[..., :1]).expand(*call.q.shape[:3], call.v.shape[3])
+    mask = None if call.key_mask is None else call.key_mask[:, keys][:, None, None]
+    return sdpa(engine, call.q, call.k.index_select(2, keys), call.v.index_select(2, keys), mask)
+
+
+def _blocks(engine: Factorized, call: Call) -> Tensor:
+    grid, groups = grid_of(call), engine.heads_of(call.q.shape[1])
+    if grid.query_length > 1 and factorized_flash.serves(engine, call):
+        key_mask, is_causal = call.key_mask, call.is_causal  # what the function holds is freed late
+        return factorized_flash.attend(
+            engine,
+            groups,
+            call,
+            grid,
+            lambda q, k, v: _blocks(engine, Call(q, k, v, key_mask, None, is_causal)),
+        )
+    attend = _attend_one if grid.query_length == 1 else _attend
+    if len(groups) == 1:
+        return attend(engine, groups[0][0], call, grid)
+    rows, order = [], []
+    for factors, heads in groups:
+        index = torch.tensor(heads, device=call.q.device)
+        shared = index // call.group
+        own = replace(
+            call,
+            q=call.q.index_select(1, index),
+            k=call.k.index_select(1, shared),
+            v=call.v.index_select(1, shared),
+        )
+        rows.append(attend(engine, factors, own, replace(grid, heads=len(heads))))
+        order += heads
+    return torch.cat(rows, 1).index_select(1, torch.tensor(order, device=call.q.device).argsort())
+
+
+def _keys_of_one(factors: tuple[Factor, ...], grid: Grid) -> list[int]:
+    position = grid.offset
+    limit = min(position + 1, grid.key_length) if grid.is_causal else grid.key_length
+    return sorted(
+        {key for factor in factors for some in factor.ranges(position, limit) for key in some}
+    )
+
+
+def _count_computed(factors: tuple[Factor, ...], grid: Grid) -> int:
+    """(query, key) pairs of one head, as products lay them out."""
+    rows, total = Rows.of(factors[0].stride, grid), 0
+    for share in shares_of(factors, rows, grid):
+        if isinstance(share.part, Near):
+            keys = sum(len(own) * len(places) * rows.stride for own, places in share.part.runs())
+        else:
+            keys = rows.count * share.part.width
+        total += rows.stride * keys
+    return total
+
+
+def _count_weighed(factors: tuple[Factor, ...], grid: Grid) -> int:
+    """(query, key) pairs of one head that the softmax of a trace goes over: with what lies beyond
+    either end."""
+    rows = Rows.of(factors[0].stride, grid)
+    return (
+        rows.count * rows.stride * sum(share.part.width for share in shares_of(factors, rows, grid))
+    )
+
+
+def _count_visible(factors: tuple[Factor, ...], grid: Grid) -> int:
+    """(query, key) pairs of one head."""
+    positions = torch.arange(grid.offset, grid.key_length)
+    limit = (
+        (positions + 1).clamp(min=0)
+        if grid.is_causal
+        else torch.full_like(positions, grid.key_length)
+    )
+    total = sum(int(factor.count(positions, limit).sum()) for factor in factors)
+    if len(factors) == 1:
+        return total
+    near, far = factors
+    if isinstance(far, Strided):  # both show the query itself, and the keys one stride away
+        others = [positions + step * far.stride for step in (-1, 0, 1)]
+        return total - sum(int(((other >= 0) & (other < limit)).sum()) for other in others)
+    start = positions.div(near.stride, rounding_mode="floor") * near.stride
+    return total - int(
+        (
+            far.count(positions, limit.minimum(start + near.stride))
+            - far.count(positions, limit.minimum(start))
+        ).sum()
+    )
+
+
+Factorized.backends = (
+    Backend("blocks", _blocks, never_refuses),
+    Backend("reference", reference, never_refuses),
+)
