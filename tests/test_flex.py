@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from attnzoo.call import Call, clear_padding
 from attnzoo.engines.engine import Backend, never_refuses
-from attnzoo.engines.softmax.softmax import visible
+from attnzoo.engines.softmax.reference import visible
 from attnzoo.engines.sparse import flex
 from attnzoo.engines.sparse.patterns import BlockUnion, GlobalBlocks, Pattern, Window, WindowBlocks
 from attnzoo.engines.sparse.sparse import Sparse, grid_of

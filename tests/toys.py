@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Backend, Cost, Engine, Shape, never_refuses
-from attnzoo.engines.softmax.softmax import visible
+from attnzoo.engines.softmax.reference import visible
 from attnzoo.registry import spec_of
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from attnzoo.attention import Spec
 from attnzoo.call import UnsupportedError
 from attnzoo.eager import holds_anywhere, is_learned, may_branch, refuse_later
-from attnzoo.engines.softmax.softmax import causal_mask
+from attnzoo.engines.softmax.reference import causal_mask
 
 
 def check_mask(

@@ -18,7 +18,7 @@ from attnzoo.engines.linear import chunks, fla_kernel, gradient, linear_cost
 from attnzoo.engines.linear.chunks import Past, divisor, finite
 from attnzoo.engines.linear.feature_maps import FeatureMap
 from attnzoo.engines.softmax.cache import check_state
-from attnzoo.engines.softmax.softmax import causal_mask, visible
+from attnzoo.engines.softmax.reference import causal_mask, visible
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from attnzoo.call import Call
 from attnzoo.eager import unrecorded
 from attnzoo.engines.joining import at_a_time, join
 from attnzoo.engines.softmax import tiles
-from attnzoo.engines.softmax.softmax import Softmax, sdpa
+from attnzoo.engines.softmax.softmax import Softmax
+from attnzoo.engines.softmax.sdpa import sdpa
 from attnzoo.engines.sparse.patterns import BlockPattern, Grid, PaddedGrid
 from attnzoo.padding import ends, ends_real, fetched, slots_of
 from attnzoo.variants.bigbird.random_blocks import block_limit, distinct

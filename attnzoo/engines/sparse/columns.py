@@ -16,7 +16,8 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.joining import join, mask_of_heads, samples_at_a_time
 from attnzoo.engines.softmax import tiles
-from attnzoo.engines.softmax.softmax import Softmax, attend_openly, sdpa
+from attnzoo.engines.softmax.softmax import Softmax
+from attnzoo.engines.softmax.sdpa import attend_openly, sdpa
 from attnzoo.engines.sparse import dilated, windows
 from attnzoo.engines.sparse.patterns import Grid, Window, grid_of
 

@@ -22,15 +22,9 @@ from attnzoo.engines.engine import (
 )
 from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.cache import KeyValueCache
-from attnzoo.engines.softmax.softmax import (
-    Softmax,
-    causal_mask,
-    dense_weights,
-    reference,
-    sdpa,
-    softmax_cost,
-    visible,
-)
+from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
+from attnzoo.engines.softmax.reference import causal_mask, weights_of, reference, visible
+from attnzoo.engines.softmax.sdpa import sdpa
 from attnzoo.engines.sparse import blocks, dilated, flex, sparse_memory, sparse_peaks, windows
 from attnzoo.engines.sparse.columns import Columns, attend_dilated
 from attnzoo.engines.sparse.global_cache import GlobalCache
@@ -89,16 +83,16 @@ class Sparse(Softmax):
         pattern, mask = self.pattern, visible(call)
         if call.key_mask is None or mask is None:
             seen = pattern.mask(grid_of(call))
-            return dense_weights(self, call, seen if mask is None else seen & mask)
+            return weights_of(self, call, seen if mask is None else seen & mask)
         if isinstance(pattern, Window):
             seen = replace(pattern, sinks=0).mask(grid_of(call))
-            return dense_weights(
+            return weights_of(
                 self, call, mask & (seen | first_real(call.key_mask, pattern.sinks)[:, None, None])
             )
         if not pattern.counts_positions:
-            return dense_weights(self, call, mask & pattern.mask(grid_of(call)))
+            return weights_of(self, call, mask & pattern.mask(grid_of(call)))
         seen = pattern.mask(padded(grid_of(call), call.key_mask))
-        weights = dense_weights(self, call, mask & seen)
+        weights = weights_of(self, call, mask & seen)
         return on_leading_zero(weights, call.key_mask) if not call.offset else weights
 
     def _from_first_real(self, chosen: Backend, call: Call) -> Tensor:

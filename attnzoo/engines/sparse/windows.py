@@ -14,7 +14,8 @@ from attnzoo.call import Call
 from attnzoo.eager import is_open
 from attnzoo.engines.joining import at_a_time, join, mask_of_heads, samples_at_a_time
 from attnzoo.engines.softmax import tiles
-from attnzoo.engines.softmax.softmax import Softmax, sdpa
+from attnzoo.engines.softmax.softmax import Softmax
+from attnzoo.engines.softmax.sdpa import sdpa
 from attnzoo.engines.sparse.patterns import Grid, Window
 
 # Queries that share a slice: larger wastes scores outside the window, smaller starves the matmuls

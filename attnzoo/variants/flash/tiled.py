@@ -30,7 +30,8 @@ from attnzoo.engines.engine import (
 from attnzoo.engines.exponential import exp_
 from attnzoo.engines.joining import join
 from attnzoo.engines.memory import fused
-from attnzoo.engines.softmax.softmax import Softmax, additive, reference
+from attnzoo.engines.softmax.softmax import Softmax
+from attnzoo.engines.softmax.reference import additive, reference
 from attnzoo.variants.flash import tiled_peaks
 
 

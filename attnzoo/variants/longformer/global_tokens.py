@@ -18,7 +18,9 @@ from attnzoo.arguments import check_count
 from attnzoo.call import Call
 from attnzoo.eager import can_look, is_recorded
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
-from attnzoo.engines.softmax.softmax import dense_weights, reference, sdpa, softmax_cost, visible
+from attnzoo.engines.softmax.reference import weights_of, reference, visible
+from attnzoo.engines.softmax.sdpa import sdpa
+from attnzoo.engines.softmax.softmax import softmax_cost
 from attnzoo.engines.sparse import dilated, flex, sparse_memory, sparse_peaks
 from attnzoo.engines.sparse.columns import Columns, attend_dilated
 from attnzoo.engines.sparse.global_cache import GlobalCache
@@ -79,10 +81,10 @@ class WindowAndGlobals(Sparse):
             visible(call),
             self.pattern.mask(grid_of(call)) | call.global_mask[:, None, None],
         )
-        weights = dense_weights(self, call, near if mask is None else near & mask)
+        weights = weights_of(self, call, near if mask is None else near & mask)
         q, k, _ = (call.q, call.k, call.v) if call.global_qkv is None else call.global_qkv
         rows = _of_queries(call.global_mask, call)[:, None, :, None]
-        return torch.where(rows, dense_weights(self, replace(call, q=q, k=k), mask), weights)
+        return torch.where(rows, weights_of(self, replace(call, q=q, k=k), mask), weights)
 
     def init_state(
         self,

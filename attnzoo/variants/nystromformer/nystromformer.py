@@ -8,7 +8,8 @@ from attnzoo.arguments import check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Cost, Shape, accumulation_dtype
-from attnzoo.engines.softmax.softmax import Softmax, masked_softmax
+from attnzoo.engines.softmax.softmax import Softmax
+from attnzoo.engines.softmax.reference import masked_softmax
 from attnzoo.registry import register
 from attnzoo.variants.nystromformer.landmark_memory import LandmarkMemory
 from attnzoo.variants.nystromformer.landmarks import pseudo_inverse, segment_means

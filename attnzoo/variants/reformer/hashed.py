@@ -24,7 +24,8 @@ from attnzoo.engines.engine import (
 )
 from attnzoo.engines.exponential import LOG2_E
 from attnzoo.engines.joining import at_a_time
-from attnzoo.engines.softmax.softmax import Softmax, dense_weights, reference, softmax_cost
+from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
+from attnzoo.engines.softmax.reference import weights_of, reference
 from attnzoo.ordering import search
 from attnzoo.variants.reformer.hashed_memory import HashedMemory
 from attnzoo.variants.reformer.hashing import (
@@ -69,7 +70,7 @@ class Hashed(Softmax):
         return _heads(seen | (own & ~seen.any(-1, keepdim=True) if self.share_qk else own), call)
 
     def matrix(self, call: Call) -> Tensor:
-        return dense_weights(self, _prepared(self, call), self.support(call))
+        return weights_of(self, _prepared(self, call), self.support(call))
 
     def cost(self, shape: Shape) -> Cost:
         rows = shape.query_length * (shape.heads // shape.kv_heads)

@@ -24,7 +24,9 @@ from attnzoo.engines.engine import (
     never_refuses,
 )
 from attnzoo.engines.memory import INDEX_BYTES, fused
-from attnzoo.engines.softmax.softmax import masked_softmax, reference, sdpa, softmax_cost
+from attnzoo.engines.softmax.reference import masked_softmax, reference
+from attnzoo.engines.softmax.sdpa import sdpa
+from attnzoo.engines.softmax.softmax import softmax_cost
 from attnzoo.engines.sparse.patterns import Grid, grid_of
 from attnzoo.engines.sparse.sparse import Sparse
 from attnzoo.variants.sparse_transformer import factorized_flash

@@ -1,0 +1,107 @@
+"""The softmax engine's reference: A written out, row by row over every key that the masks allow.
+
+    A_ij = exp(s_ij) / Σ_l exp(s_il),    s_ij = scale · q_i·k_j + bias_ij,    l over the visible keys
+
+Every backend must equal it. Memory is quadratic in the length.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import einsum
+from torch import Tensor
+
+from attnzoo.arguments import check_dropout, check_scale
+from attnzoo.call import Call, repeat_heads
+from attnzoo.engines.engine import Backend, Engine, accumulation_dtype, never_refuses
+
+
+class SoftmaxReference(Engine):
+    """Softmax attention without a fast backend.
+
+    scale: factor of the scores (default 1/sqrt(head_dim)).
+    dropout: probability that an entry of A is dropped, in training only.
+    """
+
+    def __init__(self, scale: float | None = None, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.scale = check_scale(scale)
+        self.dropout = check_dropout(dropout)
+
+    def scale_of(self, q: Tensor) -> float:
+        """The factor of the scores of these queries."""
+        return int(q.shape[-1]) ** -0.5 if self.scale is None else self.scale
+
+    def matrix(self, call: Call) -> Tensor:
+        """A of a call, (batch, heads, query_length, key_length) in the precision of sums."""
+        return weights_of(self, call, visible(call))
+
+
+def reference(engine: SoftmaxReference, call: Call) -> Tensor:
+    """A·v by A itself, with dropout, in q's dtype."""
+    weights = F.dropout(engine.matrix(call), engine.dropout, engine.training)
+    v = repeat_heads(call.v, call.group).to(weights.dtype)
+    return einsum(weights, v, "b h i j, b h j d -> b h i d").to(call.q.dtype)
+
+
+def weights_of(engine: SoftmaxReference, call: Call, mask: Tensor | None) -> Tensor:
+    """A formed whole under `mask` and the call's additive mask, in the precision of sums."""
+    dtype = accumulation_dtype(call.q.dtype)
+    q, k = call.q.to(dtype), repeat_heads(call.k, call.group).to(dtype)
+    scores = einsum(q, k, "b h i d, b h j d -> b h i j") * engine.scale_of(call.q)
+    bias = additive(call)
+    if bias is not None:
+        scores = scores + bias.to(dtype)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return masked_softmax(
+        scores, None if call.sink_logits is None else call.sink_logits[:, None, None]
+    )
+
+
+def masked_softmax(scores: Tensor, sink_logits: Tensor | None = None) -> Tensor:
+    """Softmax over the last dimension in which a row of -inf gives 0 and no NaN gradient.
+
+    sink_logits: one more score of every row, broadcastable to (..., rows, 1), that counts in its
+    sum and weighs nothing.
+    """
+    if sink_logits is not None:
+        one_more = sink_logits.to(scores.dtype).expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, one_more], -1).softmax(-1)[..., :-1]
+    empty = (scores == float("-inf")).all(-1, keepdim=True)
+    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+
+
+def visible(call: Call) -> Tensor | None:
+    """The bool part of the masks, broadcastable to (batch, heads, query_length, key_length); None
+    when every key is visible to every query."""
+    mask = None if call.key_mask is None else call.key_mask[:, None, None, :]
+    if call.is_causal:
+        mask = _and(mask, causal_mask(call.query_length, call.key_length, call.q.device))
+    if call.attn_mask is not None and call.attn_mask.dtype == torch.bool:
+        mask = _and(mask, call.attn_mask)
+    return mask
+
+
+def causal_mask(query_length: int, key_length: int, device: torch.device | None = None) -> Tensor:
+    """(query_length, key_length) bool, aligned bottom-right."""
+    ones = torch.ones(query_length, key_length, dtype=torch.bool, device=device)
+    return ones.tril(key_length - query_length)
+
+
+def _and(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a & b
+
+
+def additive(call: Call) -> Tensor | None:
+    """The float part of the masks."""
+    return (
+        call.attn_mask
+        if call.attn_mask is not None and call.attn_mask.is_floating_point()
+        else None
+    )
+
+
+REFERENCE = Backend("reference", reference, never_refuses)
+SoftmaxReference.backends = (REFERENCE,)
