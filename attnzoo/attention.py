@@ -108,10 +108,10 @@ class Attention(nn.Module):
         first key."""
         return call
 
-    def attend(self, call: Call, backend: str) -> tuple[Tensor, str]:
-        """Return A·v and the name of the backend that ran; `call` is checked and its padded slots
-        are zero."""
-        return self.engine(call, backend)
+    def attend(self, call: Call, backend: str, state: Any = None) -> tuple[Tensor, str, Any]:
+        """A·v, the name of the backend that ran, and the state after the call (None without one).
+        `call` is checked and its padded slots are zero."""
+        return self.engine(call, backend, state)
 
     @autocast_inputs_only
     def forward(
@@ -291,15 +291,13 @@ class Attention(nn.Module):
             return self._of_nothing(call), state
         call = clear_padding(call)
         shielded, poisoned = shield_past(call, may_stall=True) if q.shape[2] > 1 else (call, None)
-        out, after, self.last_backend = self.engine.step(
-            self.place(shielded, state.seen), state, self.backend
-        )
+        placed = self.place(shielded, state.seen)
+        out, self.last_backend, after = self.attend(placed, self.backend, state)
         if poisoned is None:
             return out, after
         # The rows came from a past without the bad token; the tokens to come must meet it.
-        return _poison(out, poisoned), self.engine.step(
-            self.place(call, state.seen), state, self.backend
-        )[1]
+        placed = self.place(call, state.seen)
+        return _poison(out, poisoned), self.attend(placed, self.backend, state)[2]
 
     def cost(
         self,
@@ -466,7 +464,7 @@ class Attention(nn.Module):
         if 0 in (call.q.shape[0], call.query_length, call.key_length, call.v.shape[3]):
             return self._of_nothing(call)
         call, poisoned = shield_past(clear_padding(call))
-        out, self.last_backend = self.attend(self.place(call, 0), backend)
+        out, self.last_backend, _ = self.attend(self.place(call, 0), backend)
         return out if poisoned is None else _poison(out, poisoned)
 
     def _of_nothing(self, call: Call) -> Tensor:

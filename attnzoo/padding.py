@@ -57,6 +57,11 @@ def ends_real(key_mask: Tensor | None) -> bool:
     return can_look(key_mask) and bool(key_mask[:, -1:].all())
 
 
+def fills_slots(key_mask: Tensor | None) -> bool:
+    """Whether every sample is known to begin and to end with a real token."""
+    return starts_real(key_mask) and ends_real(key_mask)
+
+
 def ahead_behind(x: Tensor, key_mask: Tensor) -> Tensor:
     """(batch, heads, length, d) with the leading padding of every sample behind its end, so that a
     real token stands where it would stand alone."""
@@ -79,13 +84,14 @@ def moved_back(out: Tensor, key_mask: Tensor) -> Tensor:
     rows on leading padding, which sees nothing, are 0."""
     slots = torch.arange(out.shape[2], device=out.device)
     slots = (slots - leading(key_mask)[:, None]) % out.shape[2]
-    return on_leading_zero(fetched(out, slots), key_mask)
+    leading_rows = stand_on_leading(key_mask)[:, None, :, None]
+    return fetched(out, slots).masked_fill(leading_rows, 0.0)
 
 
-def on_leading_zero(out: Tensor, key_mask: Tensor) -> Tensor:
-    """Rows of a square call with 0 in those that stand on leading padding."""
-    ahead = (key_mask.cumsum(1) == 0) & key_mask.any(1, keepdim=True)
-    return out.masked_fill(ahead[:, None, :, None], 0.0)
+def stand_on_leading(key_mask: Tensor) -> Tensor:
+    """Which rows of a square call stand on leading padding, (batch, length) bool; none where no
+    token of a sample is real."""
+    return (key_mask.cumsum(1) == 0) & key_mask.any(1, keepdim=True)
 
 
 def squared(call: Call) -> Call:

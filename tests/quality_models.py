@@ -14,9 +14,31 @@ from attnzoo.quality.embeddings import EncoderSubject
 from attnzoo.quality.perplexity import CausalSubject
 
 WORDS = tuple(
-    "to be or not to be that is the question whether it is nobler in the mind to suffer slings and "
-    "arrows".split()
-)  # noqa: SIM905
+    [
+        "to",
+        "be",
+        "or",
+        "not",
+        "to",
+        "be",
+        "that",
+        "is",
+        "the",
+        "question",
+        "whether",
+        "it",
+        "is",
+        "nobler",
+        "in",
+        "the",
+        "mind",
+        "to",
+        "suffer",
+        "slings",
+        "and",
+        "arrows",
+    ]
+)
 
 
 class Letters:

@@ -16,8 +16,10 @@ from attnzoo.call import Call, clear_padding
 from attnzoo.engines.engine import Backend, never_refuses
 from attnzoo.engines.softmax.reference import visible
 from attnzoo.engines.sparse import flex
-from attnzoo.engines.sparse.patterns import BlockUnion, GlobalBlocks, Pattern, Window, WindowBlocks
+from attnzoo.engines.sparse.block_patterns import BlockUnion, GlobalBlocks, WindowBlocks
+from attnzoo.engines.sparse.patterns import Pattern
 from attnzoo.engines.sparse.sparse import Sparse, grid_of
+from attnzoo.engines.sparse.window import Window
 from attnzoo.variants.bigbird.random_blocks import RandomBlocks
 
 BIGBIRD = BlockUnion(WindowBlocks(3, 4), GlobalBlocks(2, 4))

@@ -43,7 +43,7 @@ def rewrite(path: Path, change: Any) -> None:
         recipe, tensors = (
             json.loads(file.metadata()["attnzoo"]),
             {key: file.get_tensor(key) for key in file.keys()},
-        )  # noqa: SIM118
+        )
     change(recipe, tensors)
     safetensors.torch.save_file(tensors, str(path), metadata={"attnzoo": json.dumps(recipe)})
 

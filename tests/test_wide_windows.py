@@ -11,7 +11,8 @@ from cases import Case, Situation, close, gradients_of, padding, tensors
 
 import attnzoo
 from attnzoo.engines.sparse import sparse
-from attnzoo.engines.sparse.patterns import GlobalBlocks, Grid
+from attnzoo.engines.sparse.block_patterns import GlobalBlocks
+from attnzoo.engines.sparse.grid import Grid
 
 pytest.importorskip("fvcore")
 from test_counting import agree

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from attnzoo.call import Call
-from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.engines.softmax.reference import causal_mask
+from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.engines.softmax.xformers_kernel import choose_bias, why_not
 
 

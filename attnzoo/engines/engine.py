@@ -3,7 +3,7 @@ decoding, and a cost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -153,6 +153,7 @@ class Engine(nn.Module):
     with the reference."""
 
     backends: ClassVar[tuple[Backend, ...]]
+    square_tiles: int | None = None  # side of the tiles of scores that a loop walks over, if any
 
     def backend_names(self) -> list[str]:
         return [backend.name for backend in self.backends]
@@ -177,10 +178,21 @@ class Engine(nn.Module):
             "or change the call"
         )
 
-    def forward(self, call: Call, backend: str = "auto") -> tuple[Tensor, str]:
-        """Return A·v, (batch, heads, query_length, value_dim) in q's dtype, and the name of the
-        backend that ran."""
-        return self.run(self.completed(call), backend)
+    def forward(
+        self, call: Call, backend: str = "auto", state: Any = None
+    ) -> tuple[Tensor, str, Any]:
+        """A·v, (batch, heads, query_length, value_dim) in q's dtype, the name of the backend that
+        ran, and the state after the call.
+
+        state: what decoding has seen so far, before the call's keys; None: nothing, and no state
+            is made.
+        """
+        if state is None:
+            call = self.completed(call)
+        else:
+            call, state = self.with_past(call, state)
+        chosen = self.choose(call, backend)
+        return chosen.run(self, call), chosen.name, state
 
     def weights(self, call: Call) -> Tensor:
         """A itself, without dropout, (batch, heads, query_length, key_length) in the precision of
@@ -191,10 +203,9 @@ class Engine(nn.Module):
         """The call with what the engine itself adds to it."""
         return call
 
-    def run(self, call: Call, backend: str) -> tuple[Tensor, str]:
-        """As `forward`, of a call that is complete."""
-        chosen = self.choose(call, backend)
-        return chosen.run(self, call), chosen.name
+    def with_past(self, call: Call, state: Any) -> tuple[Call, Any]:
+        """The completed call over the keys of the state and its own, and the state after it."""
+        raise NotImplementedError
 
     def matrix(self, call: Call) -> Tensor:
         """As `weights`, of a call that is complete: the reference, which every backend must
@@ -213,10 +224,10 @@ class Engine(nn.Module):
         """An empty state for decoding."""
         raise NotImplementedError
 
-    def step(self, call: Call, state: Any, backend: str) -> tuple[Tensor, Any, str]:
-        """Attend causally to the tokens in `state` and in `call`; return the rows of `call`, the
-        new state, and the backend that ran."""
-        raise NotImplementedError
+    def layout(self, heads: int, queries: int, keys: int, is_causal: bool) -> Hashable:
+        """What decides, beside these sizes, which operators run on which shapes: equal for two
+        engines that run the same."""
+        return id(self)
 
     def cost(self, shape: Shape) -> Cost:
         raise NotImplementedError

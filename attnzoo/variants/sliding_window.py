@@ -9,8 +9,8 @@ from torch import nn
 from attnzoo.arguments import check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call, UnsupportedError
-from attnzoo.engines.sparse.patterns import Window
-from attnzoo.engines.sparse.sparse import Sparse
+from attnzoo.engines.sparse.window import Window
+from attnzoo.engines.sparse.windowed import Windowed
 from attnzoo.registry import register
 
 
@@ -55,7 +55,7 @@ class SlidingWindow(Attention):
         dropout=True,
         sink_logits=True,
     )
-    engine: Sparse
+    engine: Windowed
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class SlidingWindow(Attention):
         pattern = Window(
             window, tuple(dilation) if isinstance(dilation, Sequence) else dilation, sinks
         )
-        engine = Sparse(
+        engine = Windowed(
             pattern,
             scale,
             dropout,

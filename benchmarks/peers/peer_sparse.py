@@ -14,8 +14,11 @@ from peer_settings import BLOCK_SIZE, OURS, WINDOW, Given, Ready, width_of
 from torch import Tensor
 
 from attnzoo.bench.plan import Cell
+from attnzoo.engines.sparse.block_patterns import BlockPattern
 from attnzoo.engines.sparse.flex import BLOCK, blocks_of_pattern, blocks_of_window
-from attnzoo.engines.sparse.patterns import BlockPattern, Grid, Pattern, Window
+from attnzoo.engines.sparse.grid import Grid
+from attnzoo.engines.sparse.patterns import Pattern
+from attnzoo.engines.sparse.window import Window
 from attnzoo.registry import build
 
 

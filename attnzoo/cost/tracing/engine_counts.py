@@ -28,13 +28,10 @@ from attnzoo.call import Call
 from attnzoo.engines.engine import Engine
 from attnzoo.engines.linear.chunks import CAUSAL_CHUNK, CHUNK
 from attnzoo.engines.linear.linear import Linear
-from attnzoo.engines.sparse import blocks
-from attnzoo.engines.sparse.patterns import BlockPattern, Grid
-from attnzoo.engines.sparse.sparse import Sparse
-from attnzoo.variants.flash.tiled import Tiled
 
 FOLDED_FROM = 6 * CHUNK  # tokens; below, the whole loop is traced
-APART = ("blocks", "chunked", "tiled")  # backends that run many operators
+# Backends that run many operators.
+APART = ("windows", "columns", "blocks", "ragged", "chunked", "open", "tiled")
 Count = Callable[..., Counter[str]]
 
 
@@ -70,8 +67,9 @@ class _Forward:
 
     def counted(self, count: Count) -> Counter[str]:
         """Operations by operator. count: of one call of a module."""
-        if isinstance(self.engine, Tiled) and self.q[2] == self.k[2] >= 4 * self.engine.block_size:
-            return self._in_square_tiles(count, self.engine.block_size)
+        side = self.engine.square_tiles
+        if side is not None and self.q[2] == self.k[2] >= 4 * side:
+            return self._in_square_tiles(count, side)
         if not isinstance(self.engine, Linear) or max(self.q[2], self.k[2]) < FOLDED_FROM:
             return count(_OneForward(self), *self._tensors(self.q[2], self.k[2]))
         walks = self._walks()
@@ -137,18 +135,6 @@ class _Forward:
         )
 
 
-def _layout(engine: Engine, queries: int, keys: int, heads: int, is_causal: bool) -> Hashable:
-    """Two layers' random blocks differ; what is computed with them need not."""
-    if isinstance(engine, Sparse) and isinstance(engine.pattern, BlockPattern):
-        pattern, grid = engine.pattern, Grid(heads, queries, keys, is_causal)
-        return (
-            pattern.block_size,
-            len(blocks.sorted_key_blocks(pattern, grid)),
-            tuple(blocks.runs(pattern, grid)),
-        )
-    return id(engine)
-
-
 class _OneForward(nn.Module):
     def __init__(self, forward: _Forward) -> None:
         super().__init__()
@@ -187,8 +173,12 @@ def engines_apart(
     found: list[_Forward] = []
     known: dict[Hashable, Counter[str]] = {}
 
-    def standing_in(engine: Engine) -> Callable[..., tuple[Tensor, str]]:
-        def forward(call: Call, backend: str = "auto") -> tuple[Tensor, str]:
+    def standing_in(engine: Engine) -> Callable[..., tuple[Tensor, str, Any]]:
+        def forward(
+            call: Call, backend: str = "auto", state: Any = None
+        ) -> tuple[Tensor, str, Any]:
+            if state is not None:
+                return type(engine).forward(engine, call, backend, state)
             chosen = engine.choose(call, backend).name
             (q, k, v), is_causal = (
                 (_sizes(x) for x in (call.q, call.k, call.v)),
@@ -204,7 +194,7 @@ def engines_apart(
             )  # from other inputs of the module
             if chosen not in APART or within or named or call.attn_mask is not None:
                 return type(engine).forward(engine, call, backend)
-            layout = _layout(engine, q[2], k[2], q[1], is_causal)
+            layout = engine.layout(q[1], q[2], k[2], is_causal)
             found.append(
                 _Forward(
                     engine,
@@ -219,7 +209,7 @@ def engines_apart(
                     layout,
                 )
             )
-            return Apart.apply(call.q, call.k, call.v, len(found) - 1), chosen
+            return Apart.apply(call.q, call.k, call.v, len(found) - 1), chosen, None
 
         return forward
 
@@ -230,7 +220,7 @@ def engines_apart(
             known[forward.same] = forward.counted(count)
         return known[forward.same]
 
-    engines = [engine for engine in module.modules() if isinstance(engine, Linear | Sparse | Tiled)]
+    engines = [engine for engine in module.modules() if isinstance(engine, Engine)]
     for engine in engines:
         engine.forward = standing_in(engine)
     try:

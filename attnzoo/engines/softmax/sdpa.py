@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.call import Call
+from attnzoo.call import Call, repeat_heads
 from attnzoo.eager import is_open, only_autograd_looks
 from attnzoo.engines.differentiable import followed
 from attnzoo.engines.engine import accumulation_dtype
@@ -182,12 +182,28 @@ def _with_sink_slot(
     return F.pad(q, (0, 0, int(with_query), 0)), k, F.pad(call.v, (0, spare, 1, 0))
 
 
-def attend_openly(
-    engine: SoftmaxReference, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sink_logits: Tensor
+def attend_rows(
+    engine: SoftmaxReference,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sink_logits: Tensor | None,
+    *,
+    every_row_sees: bool = False,
 ) -> Tensor:
-    """As `sdpa`, which knows no sink logits, with scores that autograd holds. sink_logits: as in
-    `masked_softmax`."""
-    dtype = accumulation_dtype(q.dtype)
-    scores = (q.to(dtype) @ k.to(dtype).mT) * engine.scale_of(q)
-    attention = masked_softmax(scores.masked_fill(~mask, float("-inf")), sink_logits)
-    return (F.dropout(attention, engine.dropout, engine.training) @ v.to(dtype)).to(q.dtype)
+    """As `sdpa`; with sink logits, which torch's knows not, in scores that autograd holds.
+
+    sink_logits: broadcastable to (batch, heads, rows, 1), or (heads,).
+    """
+    if sink_logits is None:
+        return sdpa(engine, q, k, v, mask, every_row_sees=every_row_sees)
+    if sink_logits.dim() == 1:
+        sink_logits = sink_logits[:, None, None]
+    dtype, group = accumulation_dtype(q.dtype), q.shape[1] // k.shape[1]
+    k, v = (repeat_heads(x, group).to(dtype) for x in (k, v))
+    scores = (q.to(dtype) @ k.mT) * engine.scale_of(q)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    attention = masked_softmax(scores, sink_logits)
+    return (F.dropout(attention, engine.dropout, engine.training) @ v).to(q.dtype)

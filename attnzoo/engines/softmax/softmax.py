@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines import memory, peaks

@@ -18,7 +18,7 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.eager import only_autograd_looks
 from attnzoo.engines.differentiable import Compute, is_followed, open_gradients
-from attnzoo.engines.softmax.softmax import Softmax
+from attnzoo.engines.softmax.reference import SoftmaxReference
 
 DTYPES = (torch.float32, torch.float64)  # those in which sums run in the inputs' own precision
 SCORES = (
@@ -98,25 +98,28 @@ def parts_at_a_time(size: int, keys: int, threads: int | None = None) -> int:
     return max(1, SCORES // (size * keys)) * (threads or torch.get_num_threads())
 
 
-def serves(engine: Softmax, call: Call) -> bool:
-    """Whether `attend` is the way."""
-    return call.q.dtype in DTYPES and works_alone(engine, call)
+def why_not(engine: SoftmaxReference, call: Call) -> str | None:
+    """Why tiles refuse the call, whatever its pattern; None when they take it."""
+    if call.q.dtype not in DTYPES:
+        return f"sums of {call.q.dtype} run in float32, and tiles have one dtype"
+    return cannot_work_alone(engine, call)
 
 
-def works_alone(engine: Softmax, call: Call) -> bool:
-    """Whether a Function of our own may compute the call: on a CPU, without dropout, and where
-    neither a graph nor a transform wants to see torch's SDPA."""
-    drops = engine.dropout > 0 and engine.training
-    looked_at = (
-        (call.q, call.k, call.v)
-        if call.sink_logits is None
-        else (call.q, call.k, call.v, call.sink_logits)
-    )
-    return call.q.device.type == "cpu" and not drops and only_autograd_looks(*looked_at)
+def cannot_work_alone(engine: SoftmaxReference, call: Call) -> str | None:
+    """Why a Function of our own may not compute the call; None when it may: on a CPU, without
+    dropout, and where neither a graph nor a transform must see the operators inside."""
+    if call.q.device.type != "cpu":
+        return f"it is for the CPU, got tensors on {call.q.device.type}"
+    if engine.dropout > 0 and engine.training:
+        return f"it has no dropout, and this attention trains with dropout={engine.dropout}"
+    logits = () if call.sink_logits is None else (call.sink_logits,)
+    if not only_autograd_looks(call.q, call.k, call.v, *logits):
+        return "a graph or transform must see the operators inside"
+    return None
 
 
 def attend(
-    engine: Softmax,
+    engine: SoftmaxReference,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -128,8 +131,8 @@ def attend(
 ) -> Tensor:
     """A·v by pieces that hold every row once. key_cap: `cap` of the keys, (batch or 1, key_length).
     table: whatever `pieces` wants.
-    compute: the same of q, k, v and sink_logits, wherever this must not serve. sink_logits:
-    (heads,), one more term in the sum of every row."""
+    compute: the same of q, k, v and sink_logits in operators that autograd can follow, for further
+    derivatives. sink_logits: (heads,), one more term in the sum of every row."""
     scale = engine.scale_of(q)
     return _Attend.apply(
         q,

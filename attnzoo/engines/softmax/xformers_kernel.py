@@ -6,21 +6,19 @@ Has not run on a GPU yet: the choice of mask is tested against its `.materialize
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.installed import missing
-
-if TYPE_CHECKING:
-    from attnzoo.engines.softmax.softmax import Softmax
+from attnzoo.engines.softmax.reference import SoftmaxReference
 
 LARGEST_HEAD_DIM = 256  # of its FlashAttention operators
 
 
-def attend(engine: Softmax, call: Call) -> Tensor:
+def attend(engine: SoftmaxReference, call: Call) -> Tensor:
     """A·v. xformers wants (batch, length, heads, head_dim), and the same number of heads everywhere
     when gradients are asked for."""
     from xformers.ops import memory_efficient_attention
@@ -48,7 +46,7 @@ def choose_bias(call: Call) -> Any:
     )
 
 
-def why_not(engine: Softmax, call: Call) -> str | None:
+def why_not(engine: SoftmaxReference, call: Call) -> str | None:
     """Why this backend refuses the call, from static facts only; None when it takes it."""
     if call.q.device.type != "cuda":
         return f"xformers needs tensors on a CUDA device, got {call.q.device.type}"

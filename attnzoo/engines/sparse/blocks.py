@@ -14,11 +14,11 @@ from attnzoo.call import Call
 from attnzoo.eager import unrecorded
 from attnzoo.engines.joining import at_a_time, join
 from attnzoo.engines.softmax import tiles
-from attnzoo.engines.softmax.softmax import Softmax
+from attnzoo.engines.softmax.reference import SoftmaxReference
 from attnzoo.engines.softmax.sdpa import sdpa
-from attnzoo.engines.sparse.patterns import BlockPattern, Grid, PaddedGrid
-from attnzoo.padding import ends, ends_real, fetched, slots_of
-from attnzoo.variants.bigbird.random_blocks import block_limit, distinct
+from attnzoo.engines.sparse.block_patterns import BlockPattern, block_limit, distinct
+from attnzoo.engines.sparse.grid import Grid, PaddedGrid, grid_of
+from attnzoo.padding import ends, fetched, slots_of
 
 GATHERED = 2**18  # numbers of k that are gathered at a time: with as many of v they stay in cache
 
@@ -116,18 +116,16 @@ def count_pairs(pattern: BlockPattern, grid: Grid) -> tuple[int, int]:
     return computed, int(count.sum()) * (grid.heads // blocks.shape[0])
 
 
-def attend(engine: Softmax, pattern: BlockPattern, call: Call, grid: Grid) -> Tensor:
-    """A·v for a block pattern, over whole blocks of queries and keys."""
-    if pattern.tied_to_end and not grid.is_causal and not ends_real(call.key_mask):
-        return _attend_ragged(engine, pattern, call, grid)
-    size = pattern.block_size
-    ahead, spare = (
-        grid.offset % size,
-        -grid.key_length % size,
-    )  # empty rows before the first query of its block, empty slots at the end
-    q, (k, v) = _pad(call.q, ahead, spare), (_pad(x, 0, spare) for x in (call.k, call.v))
-    blocks, found = sorted_key_blocks(pattern, grid), runs(pattern, grid)
-    key_mask = call.key_mask
+def in_tiles(engine: SoftmaxReference, pattern: BlockPattern, call: Call) -> Tensor:
+    """A·v for a block pattern, in the memory of `tiles`."""
+    grid, key_mask, laid_out = grid_of(call), call.key_mask, LaidOut.of(pattern, call)
+    found, ahead, spare = runs(pattern, grid), laid_out.ahead, laid_out.spare
+    filled = key_mask
+    if key_mask is None and any(run.tail for run in found):
+        filled = torch.ones(1, grid.key_length, dtype=torch.bool)
+    key_cap = None
+    if filled is not None:
+        key_cap = tiles.cap(torch.nn.functional.pad(filled, (0, spare)), call.q)
 
     def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
         real = Call(
@@ -138,43 +136,59 @@ def attend(engine: Softmax, pattern: BlockPattern, call: Call, grid: Grid) -> Te
             None,
             grid.is_causal,
         )
-        return _head_by_head(engine, size, q, k, v, blocks, found, real)
+        return _head_by_head(engine, pattern, real, LaidOut(q, k, v, ahead, spare), found)
 
-    if tiles.serves(engine, call):
-        filled = (
-            torch.ones(1, grid.key_length, dtype=torch.bool)
-            if key_mask is None and any(run.tail for run in found)
-            else key_mask
-        )
-        key_cap = (
-            None if filled is None else tiles.cap(torch.nn.functional.pad(filled, (0, spare)), q)
-        )
-        out = tiles.attend(
-            engine, q, k, v, key_cap, blocks, partial(_pieces, size, grid, found), compute
-        )
-    else:
-        out = _head_by_head(engine, size, q, k, v, blocks, found, call)
-    return out[:, :, ahead : ahead + grid.query_length]
+    pieces = partial(_pieces, pattern.block_size, grid, found)
+    blocks = sorted_key_blocks(pattern, grid)
+    q, k, v = laid_out.q, laid_out.k, laid_out.v
+    return laid_out.rows(tiles.attend(engine, q, k, v, key_cap, blocks, pieces, compute), call)
 
 
-def _attend_ragged(engine: Softmax, pattern: BlockPattern, call: Call, grid: Grid) -> Tensor:
-    """A·v where samples end at different slots, and with them their blocks: tables of each sample's
-    own."""
+def in_gathered(engine: SoftmaxReference, pattern: BlockPattern, call: Call) -> Tensor:
+    """A·v for a block pattern by SDPA on gathered blocks of keys."""
+    laid_out, found = LaidOut.of(pattern, call), runs(pattern, grid_of(call))
+    return laid_out.rows(_head_by_head(engine, pattern, call, laid_out, found), call)
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """q, k and v in whole blocks, (batch, heads, whole blocks of positions, head_dim): `ahead` empty
+    rows stand before the first query of its block, `spare` empty slots at the end."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    ahead: int
+    spare: int
+
+    @classmethod
+    def of(cls, pattern: BlockPattern, call: Call) -> LaidOut:
+        grid, size = grid_of(call), pattern.block_size
+        ahead, spare = grid.offset % size, -grid.key_length % size
+        k, v = (_pad(x, 0, spare) for x in (call.k, call.v))
+        return cls(_pad(call.q, ahead, spare), k, v, ahead, spare)
+
+    def rows(self, out: Tensor, call: Call) -> Tensor:
+        """The rows of the call's queries."""
+        return out[:, :, self.ahead : self.ahead + int(call.query_length)]
+
+
+def in_tables_of_samples(engine: SoftmaxReference, pattern: BlockPattern, call: Call) -> Tensor:
+    """A·v where samples end at different slots, and with them their blocks: every sample has a
+    table of its own."""
     assert call.key_mask is not None
-    size, padded = pattern.block_size, PaddedGrid(**vars(grid), length=ends(call.key_mask))
-    ahead, spare = grid.offset % size, -grid.key_length % size
-    q, (k, v) = _pad(call.q, ahead, spare), (_pad(x, 0, spare) for x in (call.k, call.v))
-    key_mask = torch.nn.functional.pad(call.key_mask, (0, spare)).unflatten(1, (-1, size))
+    grid, size, laid_out = grid_of(call), pattern.block_size, LaidOut.of(pattern, call)
+    padded = PaddedGrid(**vars(grid), length=ends(call.key_mask))
+    key_mask = torch.nn.functional.pad(call.key_mask, (0, laid_out.spare)).unflatten(1, (-1, size))
     table = sorted_key_blocks(pattern, padded)  # (batch, heads or 1, query_blocks, width)
     listed = table < key_mask.shape[1]
     table = table.where(listed, 0)
-    samples = torch.arange(table.shape[0], device=table.device)[
-        :, None, None
-    ]  # not len: a trace serves any batch
+    # Not len(table): a trace serves any batch.
+    samples = torch.arange(table.shape[0], device=table.device)[:, None, None]
 
     def rows() -> Iterator[Tensor]:
-        keys, values = (x.unflatten(2, (-1, size)).unbind(1) for x in (k, v))
-        for head, queries in enumerate(q.unflatten(2, (-1, size)).unbind(1)):
+        keys, values = (x.unflatten(2, (-1, size)).unbind(1) for x in (laid_out.k, laid_out.v))
+        for head, queries in enumerate(laid_out.q.unflatten(2, (-1, size)).unbind(1)):
             chosen, some = table[:, head % table.shape[1]], listed[:, head % table.shape[1]]
             seen = (key_mask[samples, chosen] & some[..., None]).flatten(2)[:, :, None]
             own_k, own_v = (
@@ -182,12 +196,12 @@ def _attend_ragged(engine: Softmax, pattern: BlockPattern, call: Call, grid: Gri
             )
             yield sdpa(engine, queries, own_k, own_v, seen).flatten(1, 2)[:, None]
 
-    out = join(rows(), call.q.shape[1], 1)[:, :, ahead : ahead + grid.query_length]
+    out = laid_out.rows(join(rows(), call.q.shape[1], 1), call)
     return _with_rows_that_see_all(engine, pattern, call, out, padded)
 
 
 def _with_rows_that_see_all(
-    engine: Softmax, pattern: BlockPattern, call: Call, out: Tensor, grid: PaddedGrid
+    engine: SoftmaxReference, pattern: BlockPattern, call: Call, out: Tensor, grid: PaddedGrid
 ) -> Tensor:
     """`out` with the rows of blocks that see every key made anew."""
     assert call.key_mask is not None
@@ -254,50 +268,39 @@ def _pieces(
 
 
 def _head_by_head(
-    engine: Softmax,
-    size: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor,
-    found: list[Run],
+    engine: SoftmaxReference,
+    pattern: BlockPattern,
     call: Call,
+    laid_out: LaidOut,
+    found: list[Run],
 ) -> Tensor:
-    """q, k, v: (batch, heads, whole blocks of positions, head_dim)."""
-    q, k, v = (x.unflatten(2, (-1, size)) for x in (q, k, v))
+    blocks, size = sorted_key_blocks(pattern, grid_of(call)), pattern.block_size
+    q, k, v = (x.unflatten(2, (-1, size)) for x in (laid_out.q, laid_out.k, laid_out.v))
 
     def rows() -> Iterator[Tensor]:
-        keys, values = (
-            k.unbind(1),
-            v.unbind(1),
-        )  # not k[:, head]: the gradient of that is as large as k, once for every head
+        # Not k[:, head]: the gradient of that is as large as k, once for every head.
+        keys, values = k.unbind(1), v.unbind(1)
         for head, queries in enumerate(q.unbind(1)):
-            kv_head = head // call.group
-            for run, part in zip(
-                found, queries.split([run.end - run.first for run in found], 1), strict=True
-            ):
+            kv_head, own = head // call.group, blocks[head % blocks.shape[0]]
+            parts = queries.split([run.end - run.first for run in found], 1)
+            for run, part in zip(found, parts, strict=True):
                 if run.sees_all:
                     yield _attend_to_all(engine, part, call, kv_head)
                 else:
                     yield from _gathered(
-                        engine,
-                        run,
-                        part,
-                        keys[kv_head],
-                        values[kv_head],
-                        blocks[head % blocks.shape[0]],
-                        call,
+                        engine, run, part, keys[kv_head], values[kv_head], own, call
                     )
 
     heads, query_blocks = q.shape[1:3]
-    return join(rows(), heads * query_blocks, 1).unflatten(1, (heads, query_blocks)).flatten(2, 3)
+    out = join(rows(), heads * query_blocks, 1)
+    return out.unflatten(1, (heads, query_blocks)).flatten(2, 3)
 
 
 def _pad(x: Tensor, before: int, after: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, before, after)) if before or after else x
 
 
-def _attend_to_all(engine: Softmax, q: Tensor, call: Call, kv_head: int) -> Tensor:
+def _attend_to_all(engine: SoftmaxReference, q: Tensor, call: Call, kv_head: int) -> Tensor:
     """Query blocks of one head, (batch, blocks, block_size, head_dim), that see every key."""
     mask = None if call.key_mask is None else call.key_mask[:, None, None, :]
     one = slice(kv_head, kv_head + 1)
@@ -307,7 +310,7 @@ def _attend_to_all(engine: Softmax, q: Tensor, call: Call, kv_head: int) -> Tens
 
 
 def _gathered(
-    engine: Softmax, run: Run, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, call: Call
+    engine: SoftmaxReference, run: Run, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, call: Call
 ) -> Iterator[Tensor]:
     """One run of one head, (batch, blocks, block_size, head_dim) each; a few query blocks at a time
     where no gradient will be asked for, so that their keys are still in cache when they are

@@ -6,7 +6,7 @@ itself they are hidden, so that a key counts once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,10 +16,11 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.joining import join, mask_of_heads, samples_at_a_time
 from attnzoo.engines.softmax import tiles
-from attnzoo.engines.softmax.softmax import Softmax
-from attnzoo.engines.softmax.sdpa import attend_openly, sdpa
+from attnzoo.engines.softmax.reference import SoftmaxReference
+from attnzoo.engines.softmax.sdpa import attend_rows
 from attnzoo.engines.sparse import dilated, windows
-from attnzoo.engines.sparse.patterns import Grid, Window, grid_of
+from attnzoo.engines.sparse.grid import Grid, grid_of
+from attnzoo.engines.sparse.window import Window
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,13 @@ class Columns:
         )
 
 
-def attend_dilated(engine: Softmax, window: Window, call: Call, columns: Columns) -> Tensor:
-    """As `attend`, for a window of one dilation, whatever that is."""
+AttendColumns = Callable[[SoftmaxReference, Window, Call, Columns], Tensor]
+
+
+def attend_dilated(
+    engine: SoftmaxReference, window: Window, call: Call, columns: Columns, attend: AttendColumns
+) -> Tensor:
+    """A·v for a window of one dilation, whatever that is, by what attends to a plain one."""
 
     def attend_plain(plain: Window, part: Call) -> Tensor:
         its_columns = columns
@@ -58,45 +64,35 @@ def attend_dilated(engine: Softmax, window: Window, call: Call, columns: Columns
             if call.query_length == 1:  # the last position, which sees every column
                 its_columns = replace(columns, slots=torch.zeros_like(columns.slots))
             else:
-                its_columns = columns.in_classes(
-                    part.k.shape[0] // call.k.shape[0], part.key_length
-                )
-        return attend(engine, plain, part, grid_of(part), its_columns)
+                classes = part.k.shape[0] // call.k.shape[0]
+                its_columns = columns.in_classes(classes, part.key_length)
+        return attend(engine, plain, part, its_columns)
 
     return dilated.of_one_dilation(window, call, attend_plain)
 
 
-def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid, columns: Columns) -> Tensor:
-    """A·v for a plain window and columns, which the call's key_mask hides from the window."""
-    if tiles.serves(engine, call):
-        k, v = torch.cat([call.k, columns.k], 2), torch.cat([call.v, columns.v], 2)
-        assert call.key_mask is not None
-        key_cap = tiles.cap(torch.cat([call.key_mask, columns.real], 1), call.q)
-        table = columns.slots if call.is_causal else None
+def in_tiles(engine: SoftmaxReference, pattern: Window, call: Call, columns: Columns) -> Tensor:
+    """A·v for a plain window and columns, which the call's key_mask hides from the window, in the
+    memory of `tiles`."""
+    grid, key_mask, lengths = grid_of(call), call.key_mask, [call.key_length, columns.count]
+    real, slots = columns.real, columns.slots
+    assert key_mask is not None
+    k, v = torch.cat([call.k, columns.k], 2), torch.cat([call.v, columns.v], 2)
+    key_cap = tiles.cap(torch.cat([key_mask, real], 1), call.q)
+    table = slots if grid.is_causal else None
 
-        key_mask, real, slots, lengths = (
-            call.key_mask,
-            columns.real,
-            columns.slots,
-            [call.key_length, columns.count],
-        )
+    def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
+        (k, its_k), (v, its_v) = (x.split(lengths, 2) for x in (k, v))
+        near = Call(q, k, v, key_mask, None, grid.is_causal, sink_logits=sink_logits)
+        return in_slices(engine, pattern, near, Columns(its_k, its_v, real, slots))
 
-        def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
-            (k, its_k), (v, its_v) = (x.split(lengths, 2) for x in (k, v))
-            near = Call(q, k, v, key_mask, None, grid.is_causal, sink_logits=sink_logits)
-            return attend(engine, pattern, near, grid, Columns(its_k, its_v, real, slots))
+    of_heads = partial(_pieces, pattern, grid, columns.count)
+    return tiles.attend(engine, call.q, k, v, key_cap, table, of_heads, compute, call.sink_logits)
 
-        return tiles.attend(
-            engine,
-            call.q,
-            k,
-            v,
-            key_cap,
-            table,
-            partial(_pieces, pattern, grid, columns.count),
-            compute,
-            call.sink_logits,
-        )
+
+def in_slices(engine: SoftmaxReference, pattern: Window, call: Call, columns: Columns) -> Tensor:
+    """As `in_tiles`, by SDPA on slices of the keys with the columns beside them."""
+    grid = grid_of(call)
     return join(_rows(engine, pattern, call, columns, grid), call.query_length, 2)
 
 
@@ -166,7 +162,7 @@ def _pieces(
 
 
 def _rows(
-    engine: Softmax, pattern: Window, call: Call, columns: Columns, grid: Grid
+    engine: SoftmaxReference, pattern: Window, call: Call, columns: Columns, grid: Grid
 ) -> Iterator[Tensor]:
     """The rows of every piece in order, by torch's SDPA: its keys with the columns beside them."""
     found, pieces = windows.plan(pattern, grid), windows.edges(pattern, grid)
@@ -190,7 +186,7 @@ def _rows(
 
 
 def _piece(
-    engine: Softmax,
+    engine: SoftmaxReference,
     pattern: Window,
     call: Call,
     columns: Columns,
@@ -243,15 +239,8 @@ def _piece(
             torch.cat([visible, visible_columns], 3).repeat(1, 1, call.group, 1), kv_heads
         )
         queries = q[some].flatten(0, 1)
-        if call.sink_logits is None:
-            outs.append(sdpa(engine, queries, k, v, mask))
-        else:
-            logits = (
-                call.sink_logits.view(kv_heads, call.group)
-                .repeat_interleave(size, 1)[:, None, :, None]
-                .repeat(real.shape[0], 1, 1, 1)
-            )
-            outs.append(attend_openly(engine, queries, k, v, mask, logits))
+        logits = windows.logits_of_rows(replace(call, q=call.q[some]), size)
+        outs.append(attend_rows(engine, queries, k, v, mask, logits))
     out = torch.cat(outs).unflatten(0, (-1, kv_heads))  # (batch, kv_heads, parts, group · size, d)
     return out.unflatten(3, (call.group, size)).transpose(2, 3).reshape(batch, heads, rows, -1)
 

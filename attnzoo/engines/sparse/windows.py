@@ -3,8 +3,8 @@ are views of one tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from attnzoo.call import Call
 from attnzoo.eager import is_open
 from attnzoo.engines.joining import at_a_time, join, mask_of_heads, samples_at_a_time
 from attnzoo.engines.softmax import tiles
-from attnzoo.engines.softmax.softmax import Softmax
-from attnzoo.engines.softmax.sdpa import sdpa
-from attnzoo.engines.sparse.patterns import Grid, Window
+from attnzoo.engines.softmax.reference import SoftmaxReference
+from attnzoo.engines.softmax.sdpa import attend_rows, sdpa
+from attnzoo.engines.sparse.grid import Grid, grid_of
+from attnzoo.engines.sparse.window import Window
 
 # Queries that share a slice: larger wastes scores outside the window, smaller starves the matmuls
 BLOCK = 64
@@ -85,24 +86,26 @@ def count_pairs(pattern: Window, grid: Grid) -> int:
     )
 
 
-def attend(
-    engine: Softmax, pattern: Window, call: Call, grid: Grid, again: Callable[[Call], Tensor]
-) -> Tensor:
-    """A·v for a window pattern: the first edge, the whole blocks, the last edge. Sink logits only
-    where `in_cache` serves; again: whatever serves where that does not."""
-    if tiles.serves(engine, call):
-        key_cap = None if call.key_mask is None else tiles.cap(call.key_mask, call.q)
-        key_mask, is_causal = call.key_mask, call.is_causal  # what `compute` holds is freed late
+def in_tiles(engine: SoftmaxReference, pattern: Window, call: Call) -> Tensor:
+    """A·v for a plain window, in the memory of `tiles`. The call may have sink logits."""
+    grid, key_mask, is_causal = grid_of(call), call.key_mask, call.is_causal
+    key_cap = None if key_mask is None else tiles.cap(key_mask, call.q)
 
-        def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
-            return again(Call(q, k, v, key_mask, None, is_causal, sink_logits=sink_logits))
+    def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
+        again = Call(q, k, v, key_mask, None, is_causal, sink_logits=sink_logits)
+        return in_slices(engine, pattern, again)
 
-        def of_heads(q: Tensor, _: Tensor | None) -> list[list[tiles.Slices]]:
-            return [pieces(pattern, grid, q)] * grid.heads
+    def of_heads(q: Tensor, _: Tensor | None) -> list[list[tiles.Slices]]:
+        return [pieces(pattern, grid, q)] * grid.heads
 
-        return tiles.attend(
-            engine, call.q, call.k, call.v, key_cap, None, of_heads, compute, call.sink_logits
-        )
+    return tiles.attend(
+        engine, call.q, call.k, call.v, key_cap, None, of_heads, compute, call.sink_logits
+    )
+
+
+def in_slices(engine: SoftmaxReference, pattern: Window, call: Call) -> Tensor:
+    """A·v for a plain window by SDPA: the first edge, the whole blocks, the last edge."""
+    grid = grid_of(call)
     found, dense = plan(pattern, grid), edges(pattern, grid)
     if found.blocks:
         dense = sorted([*dense, *middles(found, grid, call)])
@@ -113,11 +116,11 @@ def attend(
     def rows() -> Iterator[Tensor]:
         for piece, q, k, v in zip(dense, queries, keys, values, strict=True):
             middle = found.blocks > 0 and found.start <= piece[0] < found.stop
-            yield (
-                _middle(engine, pattern, q, k, v, call, grid, piece[2])
-                if middle
-                else _edge(engine, pattern, q, k, v, call, grid, piece)
-            )
+            part = replace(call, q=q, k=k, v=v)
+            if middle:
+                yield _middle(engine, pattern, part, grid, piece[2])
+            else:
+                yield _edge(engine, pattern, part, grid, piece)
 
     return join(rows(), call.query_length, 2)
 
@@ -182,26 +185,24 @@ def middles(found: Plan, grid: Grid, call: Call) -> list[tuple[int, int, int, in
 
 
 def _edge(
-    engine: Softmax,
+    engine: SoftmaxReference,
     pattern: Window,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
     call: Call,
     grid: Grid,
     piece: tuple[int, int, int, int],
 ) -> Tensor:
-    """Rows first..end over keys low..high, densely."""
+    """Rows first..end over keys low..high, densely. call: its q, k and v are theirs."""
     first, end, low, high = piece
+    q, k, v, logits = call.q, call.k, call.v, call.sink_logits
     if low == high:
         return q.new_zeros(*q.shape[:3], v.shape[3])
     key_mask = None if call.key_mask is None else call.key_mask[:, None, None, low:high]
     seen_by_first = grid.offset + first + (1 if grid.is_causal else pattern.window) >= high
     seen_by_last = grid.offset + end - 1 - pattern.window < low
     if seen_by_first and seen_by_last:
-        return sdpa(engine, q, k, v, key_mask)
+        return attend_rows(engine, q, k, v, key_mask, logits)
     square = grid.offset + first == low and end - first == high - low
-    if grid.is_causal and square and seen_by_last and key_mask is None:
+    if grid.is_causal and square and seen_by_last and key_mask is None and logits is None:
         return sdpa(engine, q, k, v, is_causal=True)
     mask = band(
         pattern,
@@ -209,7 +210,8 @@ def _edge(
         torch.arange(grid.offset + first, grid.offset + end, device=q.device),
         torch.arange(low, high, device=q.device),
     )
-    return sdpa(engine, q, k, v, mask[None, None] if key_mask is None else mask & key_mask)
+    mask = mask[None, None] if key_mask is None else mask & key_mask
+    return attend_rows(engine, q, k, v, mask, logits)
 
 
 def band(pattern: Window, grid: Grid, query_positions: Tensor, key_positions: Tensor) -> Tensor:
@@ -222,19 +224,10 @@ def band(pattern: Window, grid: Grid, query_positions: Tensor, key_positions: Te
     )
 
 
-def _middle(
-    engine: Softmax,
-    pattern: Window,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    call: Call,
-    grid: Grid,
-    low: int,
-) -> Tensor:
+def _middle(engine: SoftmaxReference, pattern: Window, call: Call, grid: Grid, low: int) -> Tensor:
     """Whole blocks, one SDPA call: batch × kv_heads, blocks, (group × block) rows against one slice
-    each of the keys from `low` on."""
-    found = plan(pattern, grid)
+    each of the keys from `low` on. call: its q, k and v are theirs."""
+    found, q, k, v = plan(pattern, grid), call.q, call.k, call.v
     near = band(
         pattern,
         grid,
@@ -243,35 +236,35 @@ def _middle(
     )
     near = near.repeat(call.group, 1)[None, None]
     if call.key_mask is None:
-        return _slices(engine, q, k, v, near, found.slice_length, padded=False)
-    masks = call.key_mask[:, low : low + k.shape[2]].unfold(1, found.slice_length, BLOCK)[
-        :, :, None
-    ]  # (batch, blocks, 1, slice)
+        return _slices(engine, call, near, found.slice_length)
+    own = call.key_mask[:, low : low + k.shape[2]]
+    masks = own.unfold(1, found.slice_length, BLOCK)[:, :, None]  # (batch, blocks, 1, slice)
     outs = []
     for some in samples_at_a_time(q.shape[0]):
         mask = mask_of_heads(near & masks[some], k.shape[1])
-        outs.append(
-            _slices(engine, q[some], k[some], v[some], mask, found.slice_length, padded=True)
-        )
+        part = replace(call, q=q[some], k=k[some], v=v[some])
+        outs.append(_slices(engine, part, mask, found.slice_length))
     return torch.cat(outs)
 
 
-def _slices(
-    engine: Softmax,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    slice_length: int,
-    *,
-    padded: bool,
-) -> Tensor:
-    batch, heads, rows, head_dim = q.shape
-    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    q = q.reshape(batch * kv_heads, group, -1, BLOCK, head_dim).transpose(1, 2).flatten(2, 3)
-    k_slices, v_slices = (slices_of(x.flatten(0, 1), slice_length) for x in (k, v))
-    out = sdpa(engine, q, k_slices, v_slices, mask, every_row_sees=not padded)
-    return out.unflatten(2, (group, BLOCK)).transpose(1, 2).reshape(batch, heads, rows, v.shape[3])
+def _slices(engine: SoftmaxReference, call: Call, mask: Tensor, slice_length: int) -> Tensor:
+    batch, heads, rows, head_dim = call.q.shape
+    kv_heads, group = call.k.shape[1], call.group
+    q = call.q.reshape(batch * kv_heads, group, -1, BLOCK, head_dim).transpose(1, 2).flatten(2, 3)
+    k, v = (slices_of(x.flatten(0, 1), slice_length) for x in (call.k, call.v))
+    logits = logits_of_rows(call, BLOCK)
+    out = attend_rows(engine, q, k, v, mask, logits, every_row_sees=call.key_mask is None)
+    out = out.unflatten(2, (group, BLOCK)).transpose(1, 2)
+    return out.reshape(batch, heads, rows, call.v.shape[3])
+
+
+def logits_of_rows(call: Call, size: int) -> Tensor | None:
+    """The call's sink logits for `size` rows of every head that shares a key head,
+    (batch · kv_heads, 1, group · size, 1)."""
+    if call.sink_logits is None:
+        return None
+    of_rows = call.sink_logits.view(-1, call.group).repeat_interleave(size, 1)
+    return of_rows[:, None, :, None].repeat(call.q.shape[0], 1, 1, 1)
 
 
 def spans(x: Tensor, ends: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:

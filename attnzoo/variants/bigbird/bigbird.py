@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention import Attention, Spec
-from attnzoo.engines.sparse.patterns import BlockUnion, GlobalBlocks, Grid, WindowBlocks, padded
-from attnzoo.engines.sparse.sparse import Sparse
+from attnzoo.engines.sparse.block_patterns import BlockUnion, GlobalBlocks, WindowBlocks
+from attnzoo.engines.sparse.block_sparse import BlockSparse
+from attnzoo.engines.sparse.grid import Grid, padded
 from attnzoo.registry import register
 from attnzoo.variants.bigbird.random_blocks import RandomBlocks
 
@@ -46,7 +47,7 @@ class BigBird(Attention):
         exact=True,
         dropout=True,
     )
-    engine: Sparse
+    engine: BlockSparse
 
     def __init__(
         self,
@@ -67,7 +68,10 @@ class BigBird(Attention):
         )
         self.random = RandomBlocks(num_random_blocks, block_size, seed, near)
         super().__init__(
-            heads, head_dim, Sparse(near | self.random, scale, dropout), backend=backend
+            heads,
+            head_dim,
+            BlockSparse(BlockUnion(near, self.random), scale, dropout),
+            backend=backend,
         )
 
     def get_extra_state(self) -> Tensor:
@@ -82,7 +86,7 @@ class BigBird(Attention):
 
     def _draw(self, random: RandomBlocks) -> None:
         self.random = random
-        self.engine.pattern = random.outside | random
+        self.engine.pattern = BlockUnion(random.outside, random)
 
     def random_blocks(
         self, query_length: int, key_length: int, is_causal: bool, key_mask: Tensor | None = None

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from attnzoo.arguments import check_count, check_seed
-from attnzoo.engines.sparse.patterns import BlockPattern, Grid
+from attnzoo.engines.sparse.block_patterns import BlockPattern, block_limit, distinct
+from attnzoo.engines.sparse.grid import Grid
 
 
 @dataclass(frozen=True)
@@ -51,33 +52,6 @@ class RandomBlocks(BlockPattern):
             uniform * left
         ).long()  # draw t picks one of the free - t that draws 0..t-1 have left
         return _skip(_skip_each_other(drawn), taken).where(left > 0, -1)
-
-
-def block_limit(grid: Grid, block_size: int) -> Tensor:
-    """The first key block that no query of a query block sees, (1, query_blocks), with a batch
-    dimension in front in a `PaddedGrid`."""
-    rows = grid.query_blocks(block_size)
-    limit = grid.filled_blocks(block_size)
-    if grid.is_causal:
-        return limit.minimum((rows + 1).clamp(min=0))
-    return limit.expand(*limit.shape[:-1], len(rows))
-
-
-def distinct(blocks: Tensor, limit: Tensor | int) -> Tensor:
-    """Sort the last dimension ascending; -1, repetitions and blocks at or past `limit` become a
-    number past every block."""
-    nowhere = torch.iinfo(torch.int64).max
-    blocks = (
-        blocks.where(
-            (blocks >= 0) & (blocks < torch.as_tensor(limit, device=blocks.device)[..., None]),
-            nowhere,
-        )
-        .sort(-1)
-        .values
-    )
-    repeated = torch.zeros_like(blocks, dtype=torch.bool)
-    repeated[..., 1:] = blocks[..., 1:] == blocks[..., :-1]
-    return blocks.masked_fill(repeated, nowhere).sort(-1).values
 
 
 def _skip_each_other(drawn: Tensor) -> Tensor:

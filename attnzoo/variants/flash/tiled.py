@@ -30,8 +30,8 @@ from attnzoo.engines.engine import (
 from attnzoo.engines.exponential import exp_
 from attnzoo.engines.joining import join
 from attnzoo.engines.memory import fused
-from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.engines.softmax.reference import additive, reference
+from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.variants.flash import tiled_peaks
 
 
@@ -40,7 +40,7 @@ class Tiled(Softmax):
 
     def __init__(self, scale: float | None = None, block_size: int = 128) -> None:
         super().__init__(scale)
-        self.block_size = check_positive("block_size", block_size)
+        self.block_size = self.square_tiles = check_positive("block_size", block_size)
 
     def cost(self, shape: Shape) -> Cost:
         tiles = Tiles(self.block_size, shape.query_length, shape.key_length, shape.is_causal)

@@ -91,18 +91,18 @@ class Linformer(Attention):
         super().refuse(call)
         check_max_length(self.spec.name, self.max_length, key_length=call.key_length)
 
-    def attend(self, call: Call, backend: str) -> tuple[Tensor, str]:
+    def attend(self, call: Call, backend: str, state: Any = None) -> tuple[Tensor, str, Any]:
         k, v = call.k, call.v
         if call.key_mask is not None and not starts_real(call.key_mask):
             k, v = (ahead_behind(x, call.key_mask) for x in (k, v))
         k, v = (repeat_heads(x, call.group) if self.sharing == "none" else x for x in (k, v))
-        out, name = self.engine(
+        out, name, _ = self.engine(
             replace(call, k=self.key_projection(k), v=self.value_projection(v), key_mask=None),
             backend,
         )
         if call.key_mask is not None:
             out = out.masked_fill(~call.key_mask.any(1)[:, None, None, None], 0.0)
-        return out, name
+        return out, name, None
 
     def count(self, shape: Shape) -> Cost:
         check_max_length(self.spec.name, self.max_length, key_length=shape.key_length)

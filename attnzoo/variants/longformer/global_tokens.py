@@ -18,22 +18,21 @@ from attnzoo.arguments import check_count
 from attnzoo.call import Call
 from attnzoo.eager import can_look, is_recorded
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
-from attnzoo.engines.softmax.reference import weights_of, reference, visible
+from attnzoo.engines.softmax.reference import reference, visible, weights_of
 from attnzoo.engines.softmax.sdpa import sdpa
 from attnzoo.engines.softmax.softmax import softmax_cost
-from attnzoo.engines.sparse import dilated, flex, sparse_memory, sparse_peaks
-from attnzoo.engines.sparse.columns import Columns, attend_dilated
+from attnzoo.engines.sparse import dense, dilated, sparse_memory, sparse_peaks
+from attnzoo.engines.sparse.columns import Columns
 from attnzoo.engines.sparse.global_cache import GlobalCache
-from attnzoo.engines.sparse.patterns import Grid, Window
-from attnzoo.engines.sparse.sparse import Sparse, attend_windows, grid_of
+from attnzoo.engines.sparse.grid import Grid, grid_of
+from attnzoo.engines.sparse.window import Window
+from attnzoo.engines.sparse.windowed import Windowed
 from attnzoo.padding import fetched, first_real, slots_of
 
 
-class WindowAndGlobals(Sparse):
+class WindowAndGlobals(Windowed):
     """Softmax over a window and the global tokens: those of the call's global_mask, and the first
     `global_tokens` real ones of every sample."""
-
-    pattern: Window
 
     def __init__(
         self,
@@ -100,14 +99,32 @@ class WindowAndGlobals(Sparse):
             self.global_tokens,
         )
 
-    def step(self, call: Call, state: GlobalCache, backend: str) -> tuple[Tensor, GlobalCache, str]:
+    def with_past(self, call: Call, state: GlobalCache) -> tuple[Call, GlobalCache]:
         mask = state.new_globals(call)
         new = 0 if mask is None else _most(mask)
         whole = replace(state.joined(call, mask), global_counts=(state.kept + new, new))
         if whole.global_counts == (0, 0):
             whole = replace(whole, global_mask=None, global_qkv=None)
-        out, name = self.run(whole, backend)
-        return out, state.append(call, mask), name
+        return whole, state.append(call, mask)
+
+    def has_columns(self, call: Call) -> bool:
+        return call.global_mask is not None
+
+    def columns_of(self, call: Call) -> tuple[Call, Columns | None]:
+        if call.global_mask is None:
+            return call, None
+        assert call.global_counts is not None
+        slots = slots_of(call.global_mask, call.global_counts[0])
+        k, v = fetched(call.k, slots), fetched(call.v, slots)
+        others = ~call.global_mask if call.key_mask is None else call.key_mask & ~call.global_mask
+        columns = Columns(k, v, call.global_mask.gather(1, slots), slots)
+        return replace(call, key_mask=others), columns
+
+    def finished(self, call: Call, out: Tensor) -> Tensor:
+        """`out` with the rows of global tokens made anew: they see every key."""
+        if call.global_counts is None or not call.global_counts[1]:
+            return out
+        return _with_global_rows(self, call, out, call.global_counts[1])
 
     def cost(self, shape: Shape) -> Cost:
         if not self.global_tokens:
@@ -149,35 +166,8 @@ def _of_queries(mask: Tensor, call: Call) -> Tensor:
     return torch.nn.functional.pad(mask, (max(0, -call.offset), 0))[:, max(0, call.offset) :]
 
 
-def _blocks(engine: WindowAndGlobals, call: Call) -> Tensor:
-    if call.global_mask is None:
-        whole = engine.attend_whole(call)
-        return attend_windows(engine, engine.pattern, call) if whole is None else whole
-    assert call.global_counts is not None
-    keys, queries = call.global_counts
-    slots = slots_of(call.global_mask, keys)
-    out = dilated.by_dilation(
-        engine.pattern, call, lambda window, part: _of_heads(engine, window, part, slots)
-    )
-    return _with_global_rows(engine, call, out, queries) if queries else out
-
-
-def _of_heads(engine: WindowAndGlobals, window: Window, call: Call, slots: Tensor) -> Tensor:
-    """The rows of heads of one dilation, all as if no query were global."""
-    assert call.global_mask is not None
-    columns = Columns(
-        fetched(call.k, slots), fetched(call.v, slots), call.global_mask.gather(1, slots), slots
-    )
-    near = replace(
-        call,
-        key_mask=~call.global_mask if call.key_mask is None else call.key_mask & ~call.global_mask,
-    )
-    return attend_dilated(engine, window, near, columns)
-
-
 def _with_global_rows(engine: WindowAndGlobals, call: Call, out: Tensor, count: int) -> Tensor:
-    """`out` with the rows of global tokens, at most `count` a sample, made anew: they see every
-    key."""
+    """`out` with the rows of global tokens, at most `count` a sample, made anew."""
     assert call.global_mask is not None
     mask = _of_queries(call.global_mask, call)
     rows = slots_of(mask, count)
@@ -205,17 +195,15 @@ def _reference(engine: WindowAndGlobals, call: Call) -> Tensor:
     return torch.where(rows, of_globals, reference(engine, replace(call, global_qkv=None)))
 
 
-def _flex_why_not(engine: WindowAndGlobals, call: Call) -> str | None:
-    differ = (
-        None
-        if call.global_mask is None
-        else "global tokens differ from sample to sample, which its tables do not"
-    )
-    return flex.why_not(engine, call) or differ
+def _dense_why_not(engine: WindowAndGlobals, call: Call) -> str | None:
+    if call.global_mask is not None:
+        return "the rows of global tokens are computed apart"
+    return dense.why_not(engine, call)
 
 
+_, *_FAST, _ = Windowed.backends
 WindowAndGlobals.backends = (
-    Backend("blocks", _blocks, never_refuses),
-    Backend("flex", flex.run, _flex_why_not),
+    Backend("dense", dense.attend, _dense_why_not),
+    *_FAST,
     Backend("reference", _reference, never_refuses),
 )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from attnzoo.attention import Attention, Spec
-from attnzoo.engines.sparse.patterns import Window
+from attnzoo.engines.sparse.window import Window
 from attnzoo.registry import register
 from attnzoo.variants.longformer.global_tokens import WindowAndGlobals
 

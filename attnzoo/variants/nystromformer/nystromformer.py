@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from attnzoo.arguments import check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Cost, Shape, accumulation_dtype
-from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.engines.softmax.reference import masked_softmax
+from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.registry import register
 from attnzoo.variants.nystromformer.landmark_memory import LandmarkMemory
 from attnzoo.variants.nystromformer.landmarks import pseudo_inverse, segment_means
@@ -82,7 +84,7 @@ class Nystromformer(Attention):
                 bias=False,
             )
 
-    def attend(self, call: Call, backend: str) -> tuple[Tensor, str]:
+    def attend(self, call: Call, backend: str, state: Any = None) -> tuple[Tensor, str, Any]:
         segments, dtype = (
             min(self.num_landmarks, int(call.key_length)),
             accumulation_dtype(call.q.dtype),
@@ -90,15 +92,15 @@ class Nystromformer(Attention):
         q_landmarks, filled = segment_means(call.q, segments, call.key_mask)
         k_landmarks = repeat_heads(segment_means(call.k, segments, call.key_mask)[0], call.group)
         inverse = self._pseudo_inverse(q_landmarks.to(dtype), k_landmarks.to(dtype), filled)
-        seen_by_landmarks, _ = self.engine(
+        seen_by_landmarks, _, _ = self.engine(
             Call(q_landmarks, call.k, call.v, call.key_mask), backend
         )
         values = (inverse @ seen_by_landmarks.to(dtype)).to(call.q.dtype)
-        out, name = self.engine(Call(call.q, k_landmarks, values, filled), backend)
+        out, name, _ = self.engine(Call(call.q, k_landmarks, values, filled), backend)
         if self.convolution is None:
-            return out, name
+            return out, name, None
         near = self.convolution(repeat_heads(call.v, call.group).to(self.convolution.weight.dtype))
-        return out + near.to(out.dtype), name
+        return out + near.to(out.dtype), name, None
 
     def _pseudo_inverse(self, q: Tensor, k: Tensor, filled: Tensor | None) -> Tensor:
         """softmax(s·Q̃ K̃ᵀ)⁺, (batch, heads, segments, segments), 0 in the rows and columns of

@@ -24,8 +24,8 @@ from attnzoo.engines.engine import (
 )
 from attnzoo.engines.exponential import LOG2_E
 from attnzoo.engines.joining import at_a_time
+from attnzoo.engines.softmax.reference import reference, weights_of
 from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
-from attnzoo.engines.softmax.reference import weights_of, reference
 from attnzoo.ordering import search
 from attnzoo.variants.reformer.hashed_memory import HashedMemory
 from attnzoo.variants.reformer.hashing import (

@@ -8,7 +8,9 @@ an index, and with the stride at √n all scores together are n·√n.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,18 +19,17 @@ from attnzoo.call import Call, repeat_heads
 from attnzoo.engines import peaks
 from attnzoo.engines.engine import (
     SOFTMAX_OPERATIONS,
-    Backend,
     Cost,
     Shape,
     accumulation_dtype,
     never_refuses,
 )
 from attnzoo.engines.memory import INDEX_BYTES, fused
-from attnzoo.engines.softmax.reference import masked_softmax, reference
+from attnzoo.engines.softmax.reference import REFERENCE, masked_softmax
 from attnzoo.engines.softmax.sdpa import sdpa
 from attnzoo.engines.softmax.softmax import softmax_cost
-from attnzoo.engines.sparse.patterns import Grid, grid_of
-from attnzoo.engines.sparse.sparse import Sparse
+from attnzoo.engines.sparse.grid import Grid, grid_of
+from attnzoo.engines.sparse.sparse import Sparse, from_first_real
 from attnzoo.variants.sparse_transformer import factorized_flash
 from attnzoo.variants.sparse_transformer.factorized_flash import shares_of
 from attnzoo.variants.sparse_transformer.factorized_layout import Near, Rows, shown
@@ -161,33 +162,39 @@ def _attend_one(engine: Factorized, factors: tuple[Factor, ...], call: Call, gri
     return sdpa(engine, call.q, call.k.index_select(2, keys), call.v.index_select(2, keys), mask)
 
 
-def _blocks(engine: Factorized, call: Call) -> Tensor:
+def _by_groups(attend: AttendFactors, engine: Factorized, call: Call) -> Tensor:
+    """A·v, the heads of every group of factors by themselves."""
     grid, groups = grid_of(call), engine.heads_of(call.q.shape[1])
-    if grid.query_length > 1 and factorized_flash.serves(engine, call):
-        key_mask, is_causal = call.key_mask, call.is_causal  # what the function holds is freed late
-        return factorized_flash.attend(
-            engine,
-            groups,
-            call,
-            grid,
-            lambda q, k, v: _blocks(engine, Call(q, k, v, key_mask, None, is_causal)),
-        )
-    attend = _attend_one if grid.query_length == 1 else _attend
     if len(groups) == 1:
         return attend(engine, groups[0][0], call, grid)
     rows, order = [], []
     for factors, heads in groups:
         index = torch.tensor(heads, device=call.q.device)
         shared = index // call.group
-        own = replace(
-            call,
-            q=call.q.index_select(1, index),
-            k=call.k.index_select(1, shared),
-            v=call.v.index_select(1, shared),
-        )
+        k, v = call.k.index_select(1, shared), call.v.index_select(1, shared)
+        own = replace(call, q=call.q.index_select(1, index), k=k, v=v)
         rows.append(attend(engine, factors, own, replace(grid, heads=len(heads))))
         order += heads
     return torch.cat(rows, 1).index_select(1, torch.tensor(order, device=call.q.device).argsort())
+
+
+AttendFactors = Callable[[Factorized, tuple[Factor, ...], Call, Grid], Tensor]
+_one_row = partial(_by_groups, _attend_one)
+_blocks = partial(_by_groups, _attend)
+
+
+def _one_row_why_not(engine: Factorized, call: Call) -> str | None:
+    return None if call.query_length == 1 else f"it is for one query, got {call.query_length}"
+
+
+def _by_flash(engine: Factorized, call: Call) -> Tensor:
+    key_mask, is_causal = call.key_mask, call.is_causal  # what `compute` holds is freed late
+
+    def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _blocks(engine, Call(q, k, v, key_mask, None, is_causal))
+
+    groups = engine.heads_of(call.q.shape[1])
+    return factorized_flash.attend(engine, groups, call, grid_of(call), compute)
 
 
 def _keys_of_one(factors: tuple[Factor, ...], grid: Grid) -> list[int]:
@@ -244,6 +251,8 @@ def _count_visible(factors: tuple[Factor, ...], grid: Grid) -> int:
 
 
 Factorized.backends = (
-    Backend("blocks", _blocks, never_refuses),
-    Backend("reference", reference, never_refuses),
+    from_first_real("one_row", _one_row, _one_row_why_not),
+    from_first_real("flash", _by_flash, factorized_flash.why_not),
+    from_first_real("blocks", _blocks, never_refuses),
+    REFERENCE,
 )

@@ -18,9 +18,9 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.differentiable import Compute, is_followed, open_gradients
 from attnzoo.engines.engine import accumulation_dtype
-from attnzoo.engines.softmax.softmax import Softmax
-from attnzoo.engines.softmax.tiles import works_alone
-from attnzoo.engines.sparse.patterns import Grid
+from attnzoo.engines.softmax.reference import SoftmaxReference
+from attnzoo.engines.softmax.tiles import cannot_work_alone
+from attnzoo.engines.sparse.grid import Grid
 from attnzoo.variants.sparse_transformer.factorized_layout import (
     Columns,
     Last,
@@ -181,9 +181,11 @@ def _together(keys: int, rows: int, head_dim: int) -> int:
 Heads = Sequence[tuple[Sequence[Share], Sequence[int]]]  # what heads see, and these heads
 
 
-def serves(engine: Softmax, call: Call) -> bool:
-    """Whether `attend` is the way: where the kernel takes the call."""
-    return call.v.shape[3] == call.q.shape[3] and call.key_length > 0 and works_alone(engine, call)
+def why_not(engine: SoftmaxReference, call: Call) -> str | None:
+    """Why torch's flash kernel does not take the call; None when it does."""
+    if call.v.shape[3] != call.q.shape[3]:
+        return f"the kernel wants value_dim={call.v.shape[3]} to be head_dim={call.q.shape[3]}"
+    return cannot_work_alone(engine, call)
 
 
 def shares_of(factors: tuple[Factor, ...], rows: Rows, grid: Grid) -> list[Share]:
@@ -197,7 +199,7 @@ def shares_of(factors: tuple[Factor, ...], rows: Rows, grid: Grid) -> list[Share
 
 
 def attend(
-    engine: Softmax,
+    engine: SoftmaxReference,
     groups: Sequence[tuple[tuple[Factor, ...], list[int]]],
     call: Call,
     grid: Grid,

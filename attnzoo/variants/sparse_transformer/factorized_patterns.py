@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from attnzoo.arguments import check_positive
-from attnzoo.engines.sparse.patterns import Grid, Pattern
+from attnzoo.engines.sparse.grid import Grid
+from attnzoo.engines.sparse.patterns import Pattern
 
 
 @dataclass(frozen=True)

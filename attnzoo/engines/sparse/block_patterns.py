@@ -1,0 +1,211 @@
+"""Patterns in whole blocks of positions: near ones, global ones, and lists of blocks as sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from attnzoo.arguments import check_count, check_positive
+from attnzoo.eager import unrecorded
+from attnzoo.engines.sparse.grid import Grid
+from attnzoo.engines.sparse.patterns import BlockTable, Pattern, Union
+
+
+class BlockPattern(Pattern):
+    """A pattern in whole blocks of `block_size` positions, so that the engine can fetch keys block
+    by block."""
+
+    block_size: int
+    counts_positions = True
+
+    @property
+    def most_blocks(self) -> int:
+        """Key blocks that a query block lists at most."""
+        raise NotImplementedError
+
+    def key_blocks(self, grid: Grid) -> Tensor:
+        """Key blocks that each query block sees, (heads or 1, query_blocks, width), -1 for none;
+        repetitions are allowed. A query block that sees everything (`sees_all`) may list any
+        part."""
+        raise NotImplementedError
+
+    def sees_all(self, grid: Grid) -> Tensor:
+        """Query blocks that see every key, (1, query_blocks) bool; (batch, 1, query_blocks) in a
+        `PaddedGrid`."""
+        return torch.zeros_like(grid.query_blocks(self.block_size), dtype=torch.bool)[None]
+
+    def seen_blocks(self, grid: Grid) -> Tensor:
+        """`key_blocks` and `sees_all` as a table, (heads or 1, query_blocks, key_blocks) bool,
+        causality left out."""
+        blocks = self.key_blocks(grid)
+        count = grid.num_key_blocks(self.block_size)
+        seen = blocks.new_zeros(*blocks.shape[:-1], count + 1, dtype=torch.bool)
+        seen.scatter_(
+            -1, blocks % (count + 1), torch.ones_like(blocks, dtype=torch.bool)
+        )  # -1 lands in the extra column
+        return seen[..., :count] | self.sees_all(grid)[..., None]
+
+    @property
+    def table_block_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.block_size
+
+    def table(self, grid: Grid) -> BlockTable:
+        seen, ahead = self.seen_blocks(grid), grid.offset % self.block_size
+        keys = torch.arange(seen.shape[2], device=grid.device)
+        inside = (keys + 1) * self.block_size <= grid.key_length
+        if not grid.is_causal:
+            return BlockTable(ahead, seen, seen & inside)
+        rows = grid.query_blocks(self.block_size)[:, None]
+        return BlockTable(ahead, seen & (keys <= rows), seen & (keys < rows) & inside)
+
+    def hides_nothing(self, grid: Grid) -> bool:
+        if torch.compiler.is_compiling() or grid.num_key_blocks(self.block_size) > self.most_blocks:
+            return False
+        return _sees_every_block(self, replace(grid, device="cpu"))
+
+    def mask(self, grid: Grid) -> Tensor:
+        seen = self.seen_blocks(grid)
+        queries, keys = (
+            x // self.block_size for x in (grid.query_positions(), grid.key_positions())
+        )
+        rows = queries - grid.query_blocks(self.block_size)[0]
+        ahead = [torch.arange(size, device=seen.device) for size in seen.shape[:-2]]
+        ahead = [x.view(-1, *[1] * (seen.dim() - 1 - place)) for place, x in enumerate(ahead)]
+        return seen[(*ahead, rows, keys.clamp(min=0))]
+
+    def __or__(self, other: Pattern) -> Pattern:
+        if isinstance(other, BlockPattern) and other.block_size == self.block_size:
+            return BlockUnion(self, other)
+        return Union(self, other)
+
+
+@lru_cache
+def _sees_every_block(pattern: BlockPattern, grid: Grid) -> bool:
+    with unrecorded():
+        hidden = ~pattern.seen_blocks(grid)
+        if grid.is_causal:
+            hidden &= grid.query_blocks(pattern.block_size)[:, None] >= torch.arange(
+                hidden.shape[2], device=hidden.device
+            )
+        return not bool(hidden.any())
+
+
+@dataclass(frozen=True)
+class BlockUnion(BlockPattern):
+    """Blocks that either pattern shows."""
+
+    left: BlockPattern
+    right: BlockPattern
+
+    @property
+    def tied_to_end(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.left.tied_to_end or self.right.tied_to_end
+
+    @property
+    def block_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.left.block_size
+
+    @property
+    def most_blocks(self) -> int:
+        return self.left.most_blocks + self.right.most_blocks
+
+    def key_blocks(self, grid: Grid) -> Tensor:
+        left, right = self.left.key_blocks(grid), self.right.key_blocks(grid)
+        heads = max(left.shape[-3], right.shape[-3])
+        sizes = [(*x.shape[:-3], heads, *x.shape[-2:]) for x in (left, right)]
+        return torch.cat([left.expand(sizes[0]), right.expand(sizes[1])], -1)
+
+    def sees_all(self, grid: Grid) -> Tensor:
+        return self.left.sees_all(grid) | self.right.sees_all(grid)
+
+
+@dataclass(frozen=True)
+class WindowBlocks(BlockPattern):
+    """The query's own block and (num_blocks - 1) / 2 blocks on each side; num_blocks is odd."""
+
+    num_blocks: int
+    block_size: int
+
+    def __post_init__(self) -> None:
+        check_positive("block_size", self.block_size)
+        if check_positive("num_window_blocks", self.num_blocks) % 2 == 0:
+            raise ValueError(
+                f"num_window_blocks={self.num_blocks} must be odd: the query's own block and as "
+                "many on each side"
+            )
+
+    @property
+    def most_blocks(self) -> int:
+        return self.num_blocks
+
+    def key_blocks(self, grid: Grid) -> Tensor:
+        side = (self.num_blocks - 1) // 2
+        blocks = grid.query_blocks(self.block_size)[:, None] + torch.arange(
+            -side, side + 1, device=grid.device
+        )
+        inside = (blocks >= 0) & (blocks < grid.filled_blocks(self.block_size)[..., None])
+        return blocks.where(inside, -1)
+
+
+@dataclass(frozen=True)
+class GlobalBlocks(BlockPattern):
+    """Blocks that everyone sees and that see everyone: the first and last ones in turn, or the
+    first ones only when causal."""
+
+    num_blocks: int
+    block_size: int
+    tied_to_end = True
+
+    def __post_init__(self) -> None:
+        check_positive("block_size", self.block_size)
+        check_count("num_global_blocks", self.num_blocks)
+
+    @property
+    def most_blocks(self) -> int:
+        return self.num_blocks
+
+    def _blocks(self, grid: Grid) -> Tensor:
+        """(1, 1, num_blocks), with a batch dimension in front in a `PaddedGrid`; -1 for none."""
+        count = grid.filled_blocks(self.block_size)[..., None]
+        index = torch.arange(self.num_blocks, device=grid.device)
+        first = self.num_blocks if grid.is_causal else -(-self.num_blocks // 2)
+        blocks = torch.where(index < first, index, count - self.num_blocks + index)
+        return blocks.where((blocks >= 0) & (blocks < count), -1)
+
+    def key_blocks(self, grid: Grid) -> Tensor:
+        rows, blocks = len(grid.query_blocks(self.block_size)), self._blocks(grid)
+        return blocks.expand(*blocks.shape[:-2], rows, -1)
+
+    def sees_all(self, grid: Grid) -> Tensor:
+        blocks = self._blocks(grid)
+        return ((grid.query_blocks(self.block_size)[:, None] == blocks) & (blocks >= 0)).any(-1)
+
+
+def block_limit(grid: Grid, block_size: int) -> Tensor:
+    """The first key block that no query of a query block sees, (1, query_blocks), with a batch
+    dimension in front in a `PaddedGrid`."""
+    rows = grid.query_blocks(block_size)
+    limit = grid.filled_blocks(block_size)
+    if grid.is_causal:
+        return limit.minimum((rows + 1).clamp(min=0))
+    return limit.expand(*limit.shape[:-1], len(rows))
+
+
+def distinct(blocks: Tensor, limit: Tensor | int) -> Tensor:
+    """Sort the last dimension ascending; -1, repetitions and blocks at or past `limit` become a
+    number past every block."""
+    nowhere = torch.iinfo(torch.int64).max
+    blocks = (
+        blocks.where(
+            (blocks >= 0) & (blocks < torch.as_tensor(limit, device=blocks.device)[..., None]),
+            nowhere,
+        )
+        .sort(-1)
+        .values
+    )
+    repeated = torch.zeros_like(blocks, dtype=torch.bool)
+    repeated[..., 1:] = blocks[..., 1:] == blocks[..., :-1]
+    return blocks.masked_fill(repeated, nowhere).sort(-1).values

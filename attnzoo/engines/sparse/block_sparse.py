@@ -1,0 +1,92 @@
+"""The sparse engine for patterns in whole blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import replace
+
+from torch import Tensor
+
+from attnzoo.call import Call
+from attnzoo.engines.engine import Cost, Shape
+from attnzoo.engines.softmax import tiles
+from attnzoo.engines.softmax.reference import REFERENCE
+from attnzoo.engines.softmax.softmax import softmax_cost
+from attnzoo.engines.sparse import blocks, dense, flex, sparse_memory, sparse_peaks
+from attnzoo.engines.sparse.block_patterns import BlockPattern
+from attnzoo.engines.sparse.grid import Grid
+from attnzoo.engines.sparse.sparse import Sparse, from_first_real
+from attnzoo.padding import fills_slots
+
+
+class BlockSparse(Sparse):
+    """Softmax attention in which a block of queries sees blocks of keys.
+
+    pattern: which blocks. scale, dropout: as in `SoftmaxReference`.
+    """
+
+    pattern: BlockPattern
+
+    def layout(self, heads: int, queries: int, keys: int, is_causal: bool) -> Hashable:
+        """Two layers' random blocks differ; what is computed with them need not."""
+        grid = Grid(heads, queries, keys, is_causal)
+        tables = len(blocks.sorted_key_blocks(self.pattern, grid))
+        return self.pattern.block_size, tables, tuple(blocks.runs(self.pattern, grid))
+
+    def sparse_cost(self, shape: Shape, grid: Grid) -> Cost:
+        executed, support = blocks.count_pairs(self.pattern, grid)
+        kept = sparse_memory.blocks(self.pattern, shape)
+        cost = softmax_cost(shape, executed, support, self.pattern.remembers, kept)
+        forward_bytes, training_bytes = sparse_peaks.blocks(self.pattern, shape)
+        return replace(cost, forward_bytes=forward_bytes, training_bytes=training_bytes)
+
+
+def _in_tiles(engine: BlockSparse, call: Call) -> Tensor:
+    return blocks.in_tiles(engine, engine.pattern, call)
+
+
+def _tiles_why_not(engine: BlockSparse, call: Call) -> str | None:
+    return _one_table_why_not(engine, call) or tiles.why_not(engine, call)
+
+
+def _in_gathered(engine: BlockSparse, call: Call) -> Tensor:
+    return blocks.in_gathered(engine, engine.pattern, call)
+
+
+def _one_table_why_not(engine: BlockSparse, call: Call) -> str | None:
+    """Why one table of blocks does not serve every sample; None when it does."""
+    if not engine.pattern.tied_to_end or call.is_causal or fills_slots(call.key_mask):
+        return None
+    return "samples begin or end at different slots, and blocks count from both: `ragged` does so"
+
+
+def _in_tables_of_samples(engine: BlockSparse, call: Call) -> Tensor:
+    return blocks.in_tables_of_samples(engine, engine.pattern, call)
+
+
+def _ragged_why_not(engine: BlockSparse, call: Call) -> str | None:
+    if call.key_mask is None:
+        return "no sample is padded: one table of blocks serves them all"
+    if not engine.pattern.tied_to_end or call.is_causal:
+        return "nothing of the pattern is tied to the end: one table of blocks serves all samples"
+    return None
+
+
+def _flex(engine: BlockSparse, call: Call) -> Tensor:
+    return flex.attend(engine, engine.pattern, call)
+
+
+def _flex_why_not(engine: BlockSparse, call: Call) -> str | None:
+    if engine.pattern.tied_to_end and call.key_mask is not None and not call.is_causal:
+        return "its tables know one end, and padded samples have their own"
+    return flex.why_not(engine, call)
+
+
+BlockSparse.backends = (
+    from_first_real("dense", dense.attend, dense.why_not),
+    from_first_real("tiles", _in_tiles, _tiles_why_not),
+    from_first_real("blocks", _in_gathered, _one_table_why_not),
+    from_first_real("ragged", _in_tables_of_samples, _ragged_why_not),
+    from_first_real("flex", _flex, _flex_why_not),  # by name only, until it has run on a GPU
+    REFERENCE,
+)

@@ -1,0 +1,50 @@
+"""Sparse attention as exact attention computes it, where the pattern hides nothing."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from attnzoo.call import Call
+from attnzoo.engines.softmax.reference import causal_mask
+from attnzoo.engines.softmax.sdpa import sdpa
+from attnzoo.engines.sparse.grid import Grid, grid_of
+from attnzoo.engines.sparse.patterns import Pattern
+from attnzoo.engines.sparse.reference import SparseReference
+from attnzoo.padding import fills_slots
+
+LARGEST_MASK = 2**22  # entries of a mask of causality and padding together
+
+
+def attend(engine: SparseReference, call: Call) -> Tensor:
+    """A·v by one SDPA call over every key."""
+    is_causal = call.is_causal and call.query_length > 1
+    if call.key_mask is None:
+        return sdpa(engine, call.q, call.k, call.v, is_causal=is_causal)
+    mask = call.key_mask[:, None, None]
+    if is_causal:
+        mask = mask & causal_mask(call.query_length, call.key_length, mask.device)
+    return sdpa(engine, call.q, call.k, call.v, mask)
+
+
+def why_not(engine: SparseReference, call: Call) -> str | None:
+    """Why this backend refuses the call; None when it takes it."""
+    if call.sink_logits is not None:
+        return "SDPA has no place for sink_logits"
+    grid = grid_of(call)
+    if not is_whole(engine.pattern, grid):
+        return "the pattern hides keys, and a dense mask of them is quadratic in the length"
+    if engine.pattern.tied_to_end and not grid.is_causal and not fills_slots(call.key_mask):
+        return "samples begin or end at different slots, and the pattern counts from both"
+    if call.key_mask is not None and grid.is_causal and grid.query_length > 1:
+        entries = call.key_mask.numel() * grid.query_length
+        if entries > LARGEST_MASK:
+            return f"a mask of causality and padding has {entries} entries, over {LARGEST_MASK}"
+    return None
+
+
+def is_whole(pattern: Pattern, grid: Grid) -> bool:
+    """Whether exact attention can stand for the pattern: nothing is hidden, and a causal call is a
+    square, or the last row of one."""
+    return pattern.hides_nothing(grid) and (
+        not grid.is_causal or grid.query_length in (1, grid.key_length)
+    )

@@ -1,0 +1,32 @@
+"""The sparse engine's reference: softmax over the keys that a pattern shows, as a dense mask.
+
+    A_ij = exp(s_ij) / Σ_{l ∈ S(i)} exp(s_il) if j ∈ S(i), else 0,    s_ij = scale · q_i·k_j
+
+S(i) are the keys that the pattern shows to query i and that the masks leave visible: a set, so a
+key that two rules name counts once. Every backend must equal this. Memory is quadratic in the
+length.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from attnzoo.call import Call
+from attnzoo.engines.softmax.reference import SoftmaxReference, visible, weights_of
+from attnzoo.engines.sparse.patterns import Pattern
+
+
+class SparseReference(SoftmaxReference):
+    """Softmax attention on the support that a pattern draws, without a fast backend.
+
+    pattern: which keys each query sees; the masks of a call hide some of them.
+    scale, dropout: as in `SoftmaxReference`.
+    """
+
+    def __init__(self, pattern: Pattern, scale: float | None = None, dropout: float = 0.0) -> None:
+        super().__init__(scale, dropout)
+        self.pattern = pattern
+
+    def matrix(self, call: Call) -> Tensor:
+        support, mask = self.pattern.support(call), visible(call)
+        return weights_of(self, call, support if mask is None else support & mask)

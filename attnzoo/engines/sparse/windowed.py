@@ -1,0 +1,200 @@
+"""The sparse engine for windows, with or without dilation, sinks and sink logits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.call import Call
+from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Shape
+from attnzoo.engines.softmax import tiles
+from attnzoo.engines.softmax.cache import KeyValueCache
+from attnzoo.engines.softmax.reference import REFERENCE
+from attnzoo.engines.softmax.softmax import softmax_cost
+from attnzoo.engines.sparse import (
+    columns,
+    dense,
+    dilated,
+    flex,
+    sparse_memory,
+    sparse_peaks,
+    windows,
+)
+from attnzoo.engines.sparse.columns import Columns
+from attnzoo.engines.sparse.global_cache import GlobalCache
+from attnzoo.engines.sparse.grid import Grid
+from attnzoo.engines.sparse.sparse import Sparse
+from attnzoo.engines.sparse.window import Window
+from attnzoo.padding import fetched, first_real, slots_of
+
+
+class Windowed(Sparse):
+    """Softmax attention over a window.
+
+    pattern: the window. scale, dropout: as in `SoftmaxReference`.
+    sink_logits: learn so many logits, one a head: each is one more score of every row, that counts
+        in the row's sum and weighs no value, so that a row of A may sum to less than 1.
+    """
+
+    pattern: Window
+
+    def __init__(
+        self,
+        pattern: Window,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        *,
+        sink_logits: int = 0,
+    ) -> None:
+        super().__init__(pattern, scale, dropout)
+        self.sink_logits = nn.Parameter(torch.zeros(sink_logits)) if sink_logits else None
+
+    def reset_parameters(self) -> None:
+        """Set what is learned to what it begins with."""
+        if self.sink_logits is not None:
+            nn.init.zeros_(self.sink_logits)
+
+    def completed(self, call: Call) -> Call:
+        return call if self.sink_logits is None else replace(call, sink_logits=self.sink_logits)
+
+    def has_columns(self, call: Call) -> bool:
+        """Whether some keys of the call are seen by every row, wherever it stands."""
+        return self.pattern.sinks > 0
+
+    def columns_of(self, call: Call) -> tuple[Call, Columns | None]:
+        """The keys that every row sees, as columns, and the call in whose window they are hidden."""
+        if not self.pattern.sinks:
+            return call, None
+        return with_sinks(call, min(self.pattern.sinks, call.key_length))
+
+    def finished(self, call: Call, out: Tensor) -> Tensor:
+        """`out` with the rows that see more than the window and the columns."""
+        return out
+
+    def init_state(
+        self,
+        batch_size: int,
+        kv_heads: int,
+        head_dim: int,
+        max_length: int | None,
+        dtype: torch.dtype,
+        device: Any,
+    ) -> Any:
+        sizes, kept = (batch_size, kv_heads, head_dim, max_length), self.pattern.near - 1
+        cache = KeyValueCache.empty(*sizes, kept, dtype, device)
+        return GlobalCache.around(cache, self.pattern.sinks) if self.pattern.sinks else cache
+
+    def with_past(self, call: Call, state: Any) -> tuple[Call, Any]:
+        if not isinstance(state, GlobalCache):
+            call, state = super().with_past(call, state)
+            return self.completed(call), state
+        mask = state.new_globals(call)
+        whole = replace(state.joined(call, mask), global_mask=None)
+        return self.completed(whole), state.append(call, mask)
+
+    def is_dense(self, grid: Grid) -> bool:
+        return self.sink_logits is None and super().is_dense(grid)
+
+    def sparse_cost(self, shape: Shape, grid: Grid) -> Cost:
+        logits, sinks = self.sink_logits is not None, min(self.pattern.sinks, shape.key_length)
+        forward_bytes, training_bytes = sparse_peaks.windows(
+            self.pattern, shape, sinks, logits=logits
+        )
+        executed = dilated.count_executed(self.pattern, shape)
+        support = dilated.count_support(self.pattern, grid)
+        kept = sparse_memory.windows(self.pattern, shape, logits=logits)
+        cost = softmax_cost(shape, executed, support, self.pattern.remembers, kept)
+        cost = replace(cost, forward_bytes=forward_bytes, training_bytes=training_bytes)
+        return self._with_logits(cost, shape)
+
+    def _with_logits(self, cost: Cost, shape: Shape) -> Cost:
+        """One more term in the softmax of every row, where logits are learned."""
+        if self.sink_logits is None:
+            return cost
+        logits, parts = len(self.sink_logits), dilated.parts(self.pattern, shape)
+        rows = sum(part.shape.batch_size * part.heads * part.shape.query_length for part in parts)
+        return replace(
+            cost,
+            parameters=logits,
+            elementwise=cost.elementwise + SOFTMAX_OPERATIONS * rows,
+            moved_bytes=cost.moved_bytes + logits * shape.dtype.itemsize,
+        )
+
+
+def with_sinks(call: Call, count: int) -> tuple[Call, Columns]:
+    """The first slots, of padded samples the first real ones, as columns, and the call in whose
+    window they are hidden."""
+    if call.key_mask is not None:
+        first = first_real(call.key_mask, count)
+        slots = slots_of(first, count)
+        return replace(call, key_mask=call.key_mask & ~first), Columns(
+            fetched(call.k, slots), fetched(call.v, slots), first.gather(1, slots), slots
+        )
+    slots = torch.arange(call.key_length, device=call.q.device).expand(call.k.shape[0], -1)
+    behind = slots >= count
+    return replace(call, key_mask=behind), Columns(
+        call.k[:, :, :count], call.v[:, :, :count], ~behind[:, :count], slots[:, :count]
+    )
+
+
+def _in_tiles(engine: Windowed, call: Call) -> Tensor:
+    def attend_heads(window: Window, part: Call) -> Tensor:
+        near, beside = engine.columns_of(part)
+        if beside is None:
+            return dilated.of_one_dilation(window, near, partial(windows.in_tiles, engine))
+        return columns.attend_dilated(engine, window, near, beside, columns.in_tiles)
+
+    return engine.finished(call, dilated.by_dilation(engine.pattern, call, attend_heads))
+
+
+def _in_slices(engine: Windowed, call: Call) -> Tensor:
+    def attend_heads(window: Window, part: Call) -> Tensor:
+        return dilated.of_one_dilation(window, part, partial(windows.in_slices, engine))
+
+    return dilated.by_dilation(engine.pattern, call, attend_heads)
+
+
+def _slices_why_not(engine: Windowed, call: Call) -> str | None:
+    if engine.has_columns(call):
+        return "some keys are seen by every row, wherever it stands: `columns` has them"
+    return None
+
+
+def _with_columns(engine: Windowed, call: Call) -> Tensor:
+    def attend_heads(window: Window, part: Call) -> Tensor:
+        near, beside = engine.columns_of(part)
+        assert beside is not None
+        return columns.attend_dilated(engine, window, near, beside, columns.in_slices)
+
+    return engine.finished(call, dilated.by_dilation(engine.pattern, call, attend_heads))
+
+
+def _columns_why_not(engine: Windowed, call: Call) -> str | None:
+    return None if engine.has_columns(call) else "no key is seen by every row: `windows` serves"
+
+
+def _by_flex(engine: Windowed, call: Call) -> Tensor:
+    def attend_plain(window: Window, part: Call) -> Tensor:
+        return flex.attend(engine, window, part)
+
+    return dilated.attend(engine.pattern, call, attend_plain)
+
+
+def _flex_why_not(engine: Windowed, call: Call) -> str | None:
+    if engine.has_columns(call) or call.sink_logits is not None:
+        return "its tables have no keys that every row sees, and its softmax no sink logits"
+    return flex.why_not(engine, call, max(engine.pattern.dilations))
+
+
+Windowed.backends = (
+    Backend("dense", dense.attend, dense.why_not),
+    Backend("tiles", _in_tiles, tiles.why_not),
+    Backend("windows", _in_slices, _slices_why_not),
+    Backend("columns", _with_columns, _columns_why_not),
+    Backend("flex", _by_flex, _flex_why_not),  # by name only, until it has run on a GPU
+    REFERENCE,
+)
