@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +17,10 @@ from attnzoo import Attention
 from attnzoo.oracles import ORACLES
 from attnzoo.registry import options_of, sized, spec_of
 
-CPU_BACKENDS = {"sdpa", "tiled", "blocks", "chunked", "reference"}
+CPU_BACKENDS = {
+    *("sdpa", "tiled", "dense", "tiles", "windows", "columns", "blocks", "ragged"),
+    *("one_row", "flash", "chunked", "open", "reference"),
+}
 MAX_LENGTH = 1024
 
 
@@ -25,6 +28,29 @@ def derived_by_hand(case: Case) -> bool:
     """Whether the library knows the derivative of the case's feature map, if it has one, and so
     what is kept; a map of a user's own it does not."""
     return getattr(getattr(case.build().engine, "feature_map", None), "has_vjp", True)
+
+
+def preferring(attn: Attention, backend: str) -> Attention:
+    """The attention whose calls go to this backend wherever it does not refuse them."""
+    first = [one for one in attn.engine.backends if one.name == backend]
+    assert first, f"{backend} is none of {attn.engine.backend_names()}"
+    others = [one for one in attn.engine.backends if one.name != backend]
+    attn.engine.backends = (*first, *others)  # pyright: ignore[reportAttributeAccessIssue]
+    return attn
+
+
+def takes(attn: Attention, backend: str, *tensors: Tensor, **options: Any) -> bool:
+    """Whether the backend, asked for by name, takes such a call rather than refuse it."""
+    named, attn.backend = attn.backend, backend
+    try:
+        with torch.no_grad():
+            attn(*tensors, **options)
+    except attnzoo.UnsupportedError as error:
+        assert f"backend={backend!r} refuses this call" in str(error), error
+        return False
+    finally:
+        attn.backend = named
+    return True
 
 
 def squared_elu(x: Tensor) -> Tensor:
@@ -62,13 +88,14 @@ class Case:
     def build(
         self, heads: int = 4, head_dim: int = 8, *, dtype: torch.dtype = torch.float32, **more: Any
     ) -> Attention:
-        """The attention, with the same learned and drawn numbers every time."""
-        options = sized(self.variant, MAX_LENGTH)
+        """The attention, with the same learned and drawn numbers every time. A backend that is
+        given is the first choice: a call that it refuses goes to the next that does not."""
+        options = {**sized(self.variant, MAX_LENGTH), **self.options, **more}
+        backend = options.pop("backend", "auto")
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            return attnzoo.build(
-                self.variant, heads=heads, head_dim=head_dim, **{**options, **self.options, **more}
-            ).to(dtype)
+            attn = attnzoo.build(self.variant, heads=heads, head_dim=head_dim, **options).to(dtype)
+        return attn if backend == "auto" else preferring(attn, backend)
 
 
 CASES: dict[str, list[Case]] = {
@@ -192,15 +219,24 @@ def usual_cases() -> list[Case]:
     return [CASES.get(name, [Case(name)])[0] for name in attnzoo.names()]
 
 
+@cache
 def backends_of(case: Case) -> list[str]:
-    return case.build().engine.backend_names()
+    """Backends that take a call of this case on a CPU: of few tokens, of many, or padded."""
+    attn, found = case.build(), []
+    for backend in attn.engine.backend_names():
+        if backend in CPU_BACKENDS and any(
+            takes(attn, backend, *tensors(probe)[:3], key_mask=probe.key_mask(), is_causal=causal)
+            for probe in (Situation(5, 5), Situation(40, 40), Situation(40, 40, "left"))
+            for causal in (False, True)
+            if can(case.spec, causal)
+        ):
+            found.append(backend)
+    return found
 
 
 def with_backends(some: list[Case]) -> list[tuple[Case, str]]:
     """Every case with each of its backends; those that need a GPU are tested where there is one."""
-    return [
-        (case, backend) for case in some for backend in backends_of(case) if backend in CPU_BACKENDS
-    ]
+    return [(case, backend) for case in some for backend in backends_of(case)]
 
 
 @dataclass(frozen=True)
@@ -404,7 +440,6 @@ def library_answer(
     leaves = {"q": q.requires_grad_(), "k": k.requires_grad_(), "v": v.requires_grad_()}
     attn = case.build(situation.heads, dtype=dtype, backend=backend)
     out = attn(q, k, v, key_mask=situation.key_mask(), is_causal=is_causal)
-    assert attn.last_backend == backend
     assert out.dtype == dtype
     leaves.update(learned(attn))
     found = gradients_of(out, grad, *leaves.values())

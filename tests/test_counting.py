@@ -20,7 +20,7 @@ from attnzoo.cost.huggingface_flops import whole_model
 from attnzoo.cost.model_flops import Chosen
 from attnzoo.cost.tracing import counting, engine_counts
 from attnzoo.cost.tracing.operators import einsum_macs
-from attnzoo.engines.linear.chunks import CHUNK
+from attnzoo.engines.linear.sums import CHUNK
 from attnzoo.registry import sized
 
 pytest.importorskip("fvcore")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CPU_BACKENDS, Case, Situation, can, cases, tensors
+from cases import Case, Situation, backends_of, can, cases, tensors
 from small import layer_masks, small
 
 import attnzoo
@@ -22,7 +22,7 @@ CROSS = [Situation(0, 5), Situation(5, 0), Situation(5, 9, batch=0), Situation(9
 
 @ALL
 def test_forward_and_backward(case: Case) -> None:
-    for backend in [name for name in case.build().engine.backend_names() if name in CPU_BACKENDS]:
+    for backend in backends_of(case):
         attn = case.build(backend=backend)
         for situation in [*NOTHING, *(CROSS if case.spec.cross else [])]:
             for is_causal in (causal for causal in (False, True) if can(case.spec, causal)):

@@ -158,12 +158,12 @@ def test_softmax_features_of_keys_in_range_and_out_of_it(
     )
     out, wanted = attn(*inputs, is_causal=is_causal), reference(*exact, is_causal=is_causal)
     torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-5)
-    for found, gradient in zip(
+    for found, own in zip(
         torch.autograd.grad(out.sum(), inputs),
         torch.autograd.grad(wanted.sum(), exact),
         strict=True,
     ):
-        torch.testing.assert_close(found.double(), gradient, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found.double(), own, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()

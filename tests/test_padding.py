@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import CPU_BACKENDS, Case, Situation, can, cases, close, gradients_of, padding, tensors
+from cases import Case, Situation, backends_of, can, cases, close, gradients_of, padding, tensors
 from torch import Tensor
 
 from attnzoo import Attention
@@ -41,7 +41,7 @@ def test_padded_equals_alone(case: Case, side: str, length: int) -> None:
     mask = padding(side, 3, length)
     assert mask is not None
     real = mask[:, None, :, None]
-    for backend in [name for name in case.build().engine.backend_names() if name in CPU_BACKENDS]:
+    for backend in backends_of(case):
         attn = case.build(dtype=torch.float64, backend=backend)
         for is_causal in (False, True):
             if not can(case.spec, is_causal):
@@ -165,9 +165,7 @@ def test_queries_of_their_own_and_padded_keys(case: Case, queries: int) -> None:
         q, k, v, _ = tensors(Situation(queries, 14, batch=1), shift=case.shift)
         left, right = torch.arange(14)[None] >= 5, torch.arange(14)[None] < 10
         reference = case.build(dtype=torch.float64, backend="reference")
-        for backend in [
-            name for name in case.build().engine.backend_names() if name in CPU_BACKENDS
-        ]:
+        for backend in backends_of(case):
             attn = case.build(dtype=torch.float64, backend=backend)
             cut = attn(q, k[:, :, 5:], v[:, :, 5:], is_causal=is_causal)
             close(

@@ -10,7 +10,7 @@ import torch
 from cases import Case, Situation, close, gradients_of, padding, tensors
 
 import attnzoo
-from attnzoo.engines.sparse import sparse
+from attnzoo.engines.sparse import dense
 from attnzoo.engines.sparse.block_patterns import GlobalBlocks
 from attnzoo.engines.sparse.grid import Grid
 
@@ -118,7 +118,7 @@ def test_the_last_row_of_a_window_is_exact_attention(options: dict[str, object])
 
 
 @DIRECTION
-@pytest.mark.parametrize("slots", [0, sparse.MASKED], ids=["no dense mask", ""])
+@pytest.mark.parametrize("slots", [0, dense.LARGEST_MASK], ids=["no dense mask", ""])
 @pytest.mark.parametrize(
     ("name", "options"),
     [("sliding_window", {"window": N}), ("bigbird", {"block_size": 128})],
@@ -132,7 +132,7 @@ def test_padding_leaves_it_exact_attention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where a mask of padding and causality would be too large to be made."""
-    monkeypatch.setattr(sparse, "MASKED", slots)
+    monkeypatch.setattr(dense, "LARGEST_MASK", slots)
     q, k, v, _ = tensors(Situation(N, N))
     mask = padding("interior", 2, N)
     attn, exact = (

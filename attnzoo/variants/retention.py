@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from attnzoo.arguments import check_positive, check_scale
 from attnzoo.attention import Attention, Spec
+from attnzoo.engines.linear.decay import ConstantDecay
 from attnzoo.engines.linear.feature_maps import Pointwise, identity
 from attnzoo.engines.linear.linear import Linear
 from attnzoo.registry import register
 
 
-class Fading(Pointwise):
-    """φ(x) = √s · x, and a key is worth γ = 1 - 2^(-5 - h) of itself after every token, in head h
-    of the keys.
+class ScaledIdentity(Pointwise):
+    """φ(x) = √s · x, and a constant decay."""
 
-    first, count: the heads of queries that these are among all, for a process that holds only some.
-    """
-
-    fades = True
-
-    def __init__(self, scale: float, first: int, count: int) -> None:
+    def __init__(self, scale: float, decay: ConstantDecay) -> None:
         super().__init__(identity, normalize=False)
-        self.scale, self.first, self.count = scale, first, count
+        self.scale, self.decay = scale, decay
         self.is_view = False
 
     def query(self, q: Tensor) -> Tensor:
@@ -33,14 +27,6 @@ class Fading(Pointwise):
         self, x: Tensor, features: Tensor, d_features: Tensor, d_log_scale: Tensor | None
     ) -> Tensor:
         return d_features * self.scale**0.5
-
-    def decay(self, like: Tensor) -> Tensor:
-        kv_heads = like.shape[1]
-        heads = (
-            torch.arange(kv_heads, dtype=like.dtype, device=like.device)
-            + self.first * kv_heads // self.count
-        )
-        return 1 - 2.0 ** (-5 - heads)
 
 
 @register
@@ -80,10 +66,11 @@ class Retention(Attention):
             raise ValueError(
                 f"scale={scale!r} must be positive: queries and keys take its square root each"
             )
-        fading = Fading(default if given is None else given, 0, check_positive("heads", heads))
-        super().__init__(heads, head_dim, Linear(fading), backend=backend)
-        self.fading = fading
+        decay = ConstantDecay(0, check_positive("heads", heads))
+        feature_map = ScaledIdentity(default if given is None else given, decay)
+        super().__init__(heads, head_dim, Linear(feature_map), backend=backend)
+        self.decay = decay
 
     def keep_heads(self, first: int, count: int) -> None:
         super().keep_heads(first, count)
-        self.fading.first, self.fading.count = self.fading.first + first, count
+        self.decay.first, self.decay.count = self.decay.first + first, count

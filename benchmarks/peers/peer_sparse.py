@@ -15,7 +15,6 @@ from torch import Tensor
 
 from attnzoo.bench.plan import Cell
 from attnzoo.engines.sparse.block_patterns import BlockPattern
-from attnzoo.engines.sparse.flex import BLOCK, blocks_of_pattern, blocks_of_window
 from attnzoo.engines.sparse.grid import Grid
 from attnzoo.engines.sparse.patterns import Pattern
 from attnzoo.engines.sparse.window import Window
@@ -65,10 +64,7 @@ def flex(group: str) -> Callable[[Cell], Ready]:
         from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
         pattern, grid = our_pattern(group, cell)
-        is_window = isinstance(pattern, Window)
-        seen, whole = (
-            blocks_of_window(pattern, grid) if is_window else blocks_of_pattern(pattern, grid)
-        )
+        is_window, table = isinstance(pattern, Window), pattern.table(grid)
         is_causal, window = cell.is_causal, WINDOW
 
         def near(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -83,9 +79,9 @@ def flex(group: str) -> Callable[[Cell], Ready]:
             return query >= key if is_causal else query >= 0
 
         mask = BlockMask.from_kv_blocks(
-            *_listed(seen & ~whole),
-            *_listed(whole),
-            BLOCK_SIZE=BLOCK if is_window else BLOCK_SIZE,
+            *_listed(table.seen & ~table.whole),
+            *_listed(table.whole),
+            BLOCK_SIZE=pattern.table_block_size or BLOCK_SIZE,
             mask_mod=near if is_window else earlier,
             seq_lengths=(cell.length, cell.length),
         )

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from attnzoo.call import Call
 from attnzoo.engines.engine import Engine
-from attnzoo.engines.linear.chunks import CAUSAL_CHUNK, CHUNK
+from attnzoo.engines.linear.chunks import CAUSAL_CHUNK
 from attnzoo.engines.linear.linear import Linear
+from attnzoo.engines.linear.sums import CHUNK
 
 FOLDED_FROM = 6 * CHUNK  # tokens; below, the whole loop is traced
 # Backends that run many operators.

@@ -2,8 +2,8 @@
 over all keys, then what each query reads of them, for as many heads and tokens at a time as fit the
 caches of all threads.
 
-Autograd cannot look into it; `linear_chunks.bidirectional` is the same forward in operators that it
-can follow.
+Autograd cannot look into it; `gradient.attend_openly` computes the same in operators that it can
+follow.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.eager import can_look
 from attnzoo.engines.engine import accumulation_dtype
-from attnzoo.engines.exponential import exp_
-from attnzoo.engines.linear.chunks import (
+from attnzoo.engines.linear.decay import counted, product
+from attnzoo.engines.linear.feature_maps import FeatureMap
+from attnzoo.engines.linear.layout import add_product_, ungrouped, with_ones
+from attnzoo.engines.linear.sums import (
     CHUNK,
     Past,
     absorb,
-    counted,
     divisor,
-    fading,
-    finite,
     keys_of,
+    of_key_heads,
+    read,
     read_sums,
+    write_product,
 )
-from attnzoo.engines.linear.feature_maps import FeatureMap
-from attnzoo.engines.linear.layout import add_product_, grouped, ungrouped, with_ones
+from attnzoo.engines.linear.write import weights_of
 
 IN_CACHE = 2**18  # features of a head that is taken whole
 ROWS = 2048  # tokens of all its heads that a thread has at a time, unless one whole head has more
@@ -109,19 +110,10 @@ def forward(feature_map: FeatureMap, call: Call) -> tuple[Tensor, Tensor | None,
         sums = read_sums(feature_map, past.sums)
         for start in range(0, part.query_length, slab.tokens):
             here = slice(start, start + slab.tokens)
-            features = feature_map.query(_grouped(part.q[:, :, here], part))
-            divided_by = None
-            if divisors is not None:
-                divided_by = divisor(features @ sums[..., -1:])
-                slab.queries(divisors)[:, :, here] = ungrouped(divided_by[:, :, None], call.group)
-            _write_rows(
-                slab.queries(out)[:, :, here],
-                features,
-                sums[..., : out.shape[3]],
-                divided_by,
-                call.group,
-            )
-            del features  # before the next ones stand
+            rows = replace(part, q=part.q[:, :, here])
+            _, divided_by = read(feature_map, rows, sums, slab.queries(out)[:, :, here])
+            if divisors is not None and divided_by is not None:
+                slab.queries(divisors)[:, :, here] = divided_by
         pasts.append(past)
     return out, divisors, pasts
 
@@ -135,34 +127,6 @@ def _absorbed(feature_map: FeatureMap, part: Call, tokens: int) -> Past:
         if unscaled.in_range(past.sums[..., -1]):
             return past
     return absorb(feature_map, part.k, part.v, part.key_mask, None, tokens)
-
-
-def _grouped(x: Tensor, part: Call) -> Tensor:
-    """(samples, heads, tokens, y) -> (samples, kv_heads, group * tokens, y), in the dtype of
-    sums."""
-    x = x.to(accumulation_dtype(x.dtype))
-    return x if part.group == 1 else grouped(x, part.k.shape[1], 1)[:, :, 0]
-
-
-def _write_rows(
-    out: Tensor, features: Tensor, values: Tensor, divided_by: Tensor | None, group: int
-) -> None:
-    """out = features @ values / divided_by, of rows as `_grouped`."""
-    if group > 1 or out.dtype != features.dtype:
-        rows = features @ values if divided_by is None else (features @ values).div_(divided_by)
-        out.copy_(rows if group == 1 else ungrouped(rows[:, :, None], group))
-    elif divided_by is None:
-        _write_product(out, features, values)
-    else:
-        torch.div(features @ values, divided_by, out=out)
-
-
-def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b, without a tensor between where the layout allows."""
-    if out.is_contiguous() and out.dtype == a.dtype:
-        torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.view(-1, *out.shape[2:]))
-    else:
-        out.copy_(a @ b)
 
 
 @dataclass(frozen=True)
@@ -218,9 +182,11 @@ def _backward_read(
     d_values, d_normalizer = torch.zeros_like(values), torch.zeros_like(sums[..., -1:])
     for start in range(0, part.query_length, tokens):
         here = slice(start, start + tokens)
-        q = _grouped(part.q[:, :, here], part)
+        q = of_key_heads(part.q[:, :, here], part)
         features = feature_map.query(q)
-        d_numerator, d_divisor = (None if x is None else _grouped(x, part) for x in rows.of(here))
+        d_numerator, d_divisor = (
+            None if x is None else of_key_heads(x, part) for x in rows.of(here)
+        )
         assert d_numerator is not None
         add_product_(d_values, features.mT, d_numerator)
         d_features = d_numerator @ values.mT
@@ -265,13 +231,15 @@ def backward_absorb(
         weights = None
         if log_scale is not None:
             assert past.log_scale is not None
-            weights = exp_(log_scale - finite(past.log_scale)[..., None])
-        if feature_map.fades:
+            weights = weights_of(log_scale, past.log_scale)
+        if feature_map.decay.fades:
             count = counted(call.key_length, call.key_mask, k.device)
-            weights = fading(feature_map.decay(features), count)[0][:, :, 0, here]
+            fresh, _ = feature_map.decay.of_keys(features, count)
+            assert fresh is not None
+            weights = product(weights, fresh[:, :, 0, here])
         d_log_scale = None
         if weights is None:
-            _write_product(d_v[:, :, here], features, d_sums[..., :-1])
+            write_product(d_v[:, :, here], features, d_sums[..., :-1])
             d_features = (v @ d_sums[..., :-1].mT).add_(d_sums[..., None, :, -1])
         else:
             d_features, d_v[:, :, here], d_log_scale = through_weighted_sums(

@@ -1,8 +1,8 @@
-"""The linear engine's matrix products, in chunks of tokens: whatever is as wide as the features is
-held for some tokens only.
+"""Causal linear attention in chunks of tokens: inside a chunk rows weigh keys through a small
+score matrix, and what lies before it they read as sums.
 
-Written in operators that autograd, a compiler and a counter can follow. `linear_gradient` has the
-same backward, faster.
+Written in operators that autograd, a compiler and a counter can follow. `gradient` has the same
+backward pass, faster.
 """
 
 from __future__ import annotations
@@ -15,31 +15,17 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.engine import accumulation_dtype
-from attnzoo.engines.exponential import exp_
 from attnzoo.engines.joining import at_a_time
+from attnzoo.engines.linear.decay import counted
 from attnzoo.engines.linear.feature_maps import FeatureMap
 from attnzoo.engines.linear.layout import add_product, grouped, ungrouped, with_ones
-from attnzoo.ordering import running_maximum
+from attnzoo.engines.linear.sums import Past, added, divisor, keys_of, underflow
+from attnzoo.engines.linear.write import write_chunks
 
 CAUSAL_CHUNK = 64  # tokens that see each other through a small score matrix
-CHUNK = 512  # tokens whose features are held at a time where nobody sees anybody
-HELD = (
-    2**20
-    # Numbers that causal chunks computed side by side may have: what a cache holds, and malloc
-    # keeps for the next ones
-)
-
-
-@dataclass(frozen=True)
-class Past:
-    """The keys and values so far, summed: Σ_j φ(k_j) [v_j, 1]ᵀ, divided by exp(log_scale).
-
-    sums: (batch, kv_heads, width, value_dim + 1), its last column the normaliser. log_scale:
-    (batch, kv_heads), the largest of any key so far; None where keys have none.
-    """
-
-    sums: Tensor
-    log_scale: Tensor | None
+# Numbers that chunks computed side by side may have: what a cache holds, and malloc keeps for the
+# next ones.
+HELD = 2**20
 
 
 @dataclass(frozen=True)
@@ -51,141 +37,6 @@ class Piece:
     divisor: Tensor | None
     past: Past | None
     after: Past | None = None
-
-
-def keys_of(
-    feature_map: FeatureMap, k: Tensor, key_mask: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Features of keys and their log_scale (None: 0). A padded key has no features, or a log_scale
-    of -inf."""
-    features, log_scale = feature_map.key(k)
-    if key_mask is None:
-        return features, log_scale
-    padded = ~key_mask[:, None]
-    if log_scale is None:
-        return features.masked_fill(padded[..., None], 0.0), None
-    return features, log_scale.masked_fill(padded, float("-inf"))
-
-
-def finite(stabiliser: Tensor) -> Tensor:
-    """-inf (no key yet) becomes the lowest finite number, so that -inf - stabiliser is -inf and not
-    NaN."""
-    return stabiliser.clamp(min=torch.finfo(stabiliser.dtype).min)
-
-
-def divisor(normalizer: Tensor) -> Tensor:
-    """The normaliser to divide by: inf, so that the quotient is 0, where it is 0 (a row with
-    nothing to see), or so small that only underflow can have left it, since its reciprocal would
-    overflow in the backward pass."""
-    return normalizer.masked_fill(normalizer.abs() < underflow(normalizer), float("inf"))
-
-
-def underflow(x: Tensor) -> float:
-    """What a normaliser of x's dtype must reach to be more than what underflow left of it."""
-    return torch.finfo(x.dtype).tiny ** 0.8
-
-
-def absorb(
-    feature_map: FeatureMap,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    past: Past | None,
-    tokens: int = CHUNK,
-) -> Past:
-    """Add keys and values to the past, some tokens at a time, under a running maximum of their
-    log_scale."""
-    dtype = accumulation_dtype(k.dtype)
-    for start, keys, values in zip(
-        range(0, k.shape[2], tokens), k.split(tokens, 2), v.split(tokens, 2), strict=True
-    ):
-        mask = None if key_mask is None else key_mask[:, start : start + tokens]
-        features, log_scale = keys_of(feature_map, keys.to(dtype), mask)
-        weights = shrink = largest = None
-        if log_scale is not None:
-            largest = log_scale.detach().amax(-1)
-            if past is not None and past.log_scale is not None:
-                largest = torch.maximum(largest, past.log_scale)
-                shrink = (past.log_scale - finite(largest)).exp()
-            weights = exp_(log_scale - finite(largest)[..., None])
-        if feature_map.fades:
-            fresh, faded = fading(
-                feature_map.decay(features), counted(keys.shape[2], mask, keys.device)
-            )
-            weights, shrink = fresh[:, :, 0], faded[:, :, 0]
-        past = Past(
-            _added(
-                None if past is None else past.sums,
-                shrink,
-                summed(features, weights, values.to(dtype)),
-            ),
-            largest,
-        )
-        del features  # before the next ones stand
-    assert past is not None
-    return past
-
-
-def summed(features: Tensor, weights: Tensor | None, v: Tensor) -> Tensor:
-    """Σ_j weights_j φ(k_j) [v_j, 1]ᵀ over the second last dimension."""
-    if weights is None:
-        return torch.cat([features.mT @ v, features.sum(-2)[..., None]], -1)
-    return torch.cat(
-        [features.mT @ (v * weights[..., None]), (weights[..., None, :] @ features).mT], -1
-    )
-
-
-def counted(length: int, key_mask: Tensor | None, device: torch.device) -> Tensor:
-    """Real tokens of a chunk up to each, itself included, (batch or 1, chunks or 1, length).
-
-    key_mask: (batch, chunks, length), or of one chunk (batch, length).
-    """
-    if key_mask is None:
-        return torch.arange(1, length + 1, device=device)[None, None]
-    count = key_mask.cumsum(-1)
-    return count if count.dim() == 3 else count[:, None]
-
-
-def fading(gamma: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """What tokens are worth behind the last of them, (batch or 1, kv_heads, chunks or 1, length),
-    and what came before them, (batch or 1, kv_heads, chunks or 1): γ for every real token since.
-
-    gamma: (kv_heads,). count: `counted`, (batch or 1, chunks or 1, length).
-    """
-    base, last = gamma[:, None, None], count[:, None, :, -1:]
-    return base ** (last - count[:, None]), (base**last)[..., 0]
-
-
-def _added(sums: Tensor | None, shrink: Tensor | None, more: Tensor) -> Tensor:
-    if sums is None:
-        return more
-    return sums + more if shrink is None else torch.addcmul(more, sums, shrink[..., None, None])
-
-
-def bidirectional(feature_map: FeatureMap, call: Call) -> Iterator[Piece]:
-    """Every query reads the sums over all keys."""
-    return read_all(feature_map, call, absorb(feature_map, call.k, call.v, call.key_mask, None))
-
-
-def read_all(feature_map: FeatureMap, call: Call, past: Past) -> Iterator[Piece]:
-    """Every query of the call reads the same past."""
-    sums = read_sums(feature_map, past.sums)[:, :, None]
-    for queries in call.q.split(CHUNK, 2):
-        q = grouped(queries.to(sums.dtype), call.k.shape[1], 1)
-        total = feature_map.query(q) @ sums
-        if feature_map.normalizer == "row":
-            yield _piece(call, total[..., :-1], total[..., -1:], past)
-        else:
-            yield _piece(call, total, None, past)
-
-
-def read_sums(feature_map: FeatureMap, sums: Tensor) -> Tensor:
-    """What the features of a query are multiplied by: the last column is the normaliser's, and
-    there only where a row has one."""
-    if feature_map.normalizer == "row":
-        return sums
-    values = sums[..., :-1]
-    return values / divisor(sums[..., -1:]) if feature_map.normalizer == "feature" else values
 
 
 def _piece(
@@ -311,37 +162,18 @@ class Block:
         q_features = feature_map.query(q)
         k_features, log_scale = keys_of(feature_map, call.k.to(dtype), call.key_mask)
         k_features = k_features.unflatten(2, (chunks, -1))
-        relative = carry = weights = shrink = largest = totals = None
-        if log_scale is not None:
-            log_scale = log_scale.unflatten(2, (chunks, -1))
-            running = running_maximum(log_scale.detach())
-            largest = running[..., -1]  # after each chunk
-            if past is not None:
-                assert past.log_scale is not None
-                largest = running_maximum(torch.maximum(largest, past.log_scale[..., None]))
-                earlier = torch.cat([past.log_scale[..., None], largest[..., :-1]], -1)
-                running = torch.maximum(running, earlier[..., None])
-                carry = (
-                    (earlier[..., None] - finite(running))
-                    .exp()[..., None, :]
-                    .expand(-1, -1, -1, group, -1)
-                    .flatten(3)[..., None]
-                )
-                shrink = (earlier - finite(largest)).exp() if remember else None
-            relative = exp_(
-                (log_scale[..., None, :] - finite(running)[..., None]).clamp_(max=0)
-            ).tril()  # a later key may be larger
-            weights = exp_(log_scale - finite(largest)[..., None]) if remember else None
-        if feature_map.fades:
-            gamma = feature_map.decay(k_features)
+        earlier = None if past is None else past.log_scale
+        log_scale = None if log_scale is None else log_scale.unflatten(2, (chunks, -1))
+        worth, largest = write_chunks(log_scale, earlier, group, remember=remember)
+        if feature_map.decay.fades:
             mask = None if call.key_mask is None else call.key_mask.unflatten(1, (chunks, -1))
-            count = counted(k.shape[3], mask, k.device)
-            fresh, faded = fading(gamma, count)
-            since = (count[..., :, None] - count[..., None, :]).clamp(min=0)
-            relative = (gamma[:, None, None, None] ** since[:, None]).tril()
-            if past is not None:
-                carry = (gamma[:, None, None] ** count[:, None]).repeat(1, 1, 1, group)[..., None]
-            weights, shrink = (fresh, faded.expand(-1, -1, chunks)) if remember else (None, None)
+            count, behind = counted(k.shape[3], mask, k.device), past is not None
+            faded = feature_map.decay.of_chunks(
+                k_features, count, group, behind=behind, remember=remember
+            )
+            worth = worth.times(faded)
+        relative, carry, weights, shrink = vars(worth).values()
+        totals = None
         if feature_map.normalizer == "feature" and relative is None:
             relative = torch.ones(k.shape[3], k.shape[3], dtype=dtype, device=k.device).tril()[
                 None, None, None
@@ -366,9 +198,7 @@ class Block:
             )
         attention = attention.flatten(3, 4)
         remembered = (
-            None
-            if after is None
-            else Past(after, None if largest is None else largest[..., -1].clone())
+            None if after is None else Past(after, None if largest is None else largest.clone())
         )
         return cls(
             q,
@@ -406,9 +236,9 @@ def _sums_of_chunks(
         return (None if past is None else past.sums[:, :, None]), None
     sums, before = None if past is None else past.sums, []
     shrinks = [None] * more.shape[2] if shrink is None else shrink.unbind(2)
-    for factor, added in zip(shrinks, more.unbind(2), strict=True):
+    for factor, of_chunk in zip(shrinks, more.unbind(2), strict=True):
         before.append(sums)
-        sums = _added(sums, factor, added)
+        sums = added(sums, factor, of_chunk)
     return (None if past is None else torch.stack(before, 2)), sums
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from attnzoo.arguments import check_set
 from attnzoo.eager import can_look
 from attnzoo.engines.exponential import LOG2_E, exp_
+from attnzoo.engines.linear.decay import NO_DECAY, Decay
 
 Features = tuple[Tensor, Tensor | None]
 Normalizer = Literal["row", "feature", "none"]
@@ -33,8 +34,7 @@ class FeatureMap(nn.Module):
 
     scales_keys: whether `key` gives a log_scale; scale_has_gradient: whether that depends on the
     key, and is no mere stabiliser.
-    fades: whether a key is worth less with every token that follows, see `decay`; no map both
-    scales keys and fades.
+    decay: what is left of a key after the tokens that follow it.
     has_vjp: whether `vjp` is known, and nothing but queries and keys wants a gradient. is_view:
     whether features are the very numbers given, so that they take no memory. while_made: numbers
     held for each feature at the moment when it is made.
@@ -43,7 +43,7 @@ class FeatureMap(nn.Module):
     normalizer: Normalizer = "row"
     scales_keys: bool = False
     scale_has_gradient: bool = False
-    fades: bool = False
+    decay: Decay = NO_DECAY
     has_vjp: bool = False
     is_view: bool = False
     while_made: float = 1.0
@@ -51,7 +51,7 @@ class FeatureMap(nn.Module):
     @property
     def weighs_keys(self) -> bool:
         """Whether keys are summed with weights."""
-        return self.scales_keys or self.fades
+        return self.scales_keys or self.decay.fades
 
     def for_keys(self, k: Tensor) -> FeatureMap:
         """The map to use where these are all keys, (batch, kv_heads, length, head_dim): itself, or
@@ -88,11 +88,6 @@ class FeatureMap(nn.Module):
     def key_elementwise(self, head_dim: int) -> int:
         """As `query_elementwise`, for a key and its log_scale."""
         return self.query_elementwise(head_dim)
-
-    def decay(self, like: Tensor) -> Tensor:
-        """γ, (kv_heads,) in the dtype of `like`, keys of shape (batch, kv_heads, ...): what a key
-        is worth after each token that follows, where the map fades."""
-        raise NotImplementedError
 
     def query(self, q: Tensor) -> Tensor:
         """(..., length, head_dim) -> features (..., length, width), up to a positive factor of each

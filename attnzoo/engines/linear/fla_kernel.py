@@ -10,7 +10,7 @@ Has not run on a GPU yet, only under Triton's interpreter.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,10 @@ from torch import Tensor
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.installed import missing
 from attnzoo.engines.linear.feature_maps import FeatureMap
-
-if TYPE_CHECKING:
-    from attnzoo.engines.linear.linear import Linear
+from attnzoo.engines.linear.reference import LinearReference
 
 
-def run(engine: Linear, call: Call) -> Tensor:
+def run(engine: LinearReference, call: Call) -> Tensor:
     """A·v by flash-linear-attention's own kernel."""
     from fla.ops.simple_gla import chunk_simple_gla  # pyright: ignore[reportMissingImports]
 
@@ -73,11 +71,11 @@ def _gated(k_features: Tensor, log_scale: Tensor, key_mask: Tensor | None) -> tu
     return k_features * weights[..., None], gate
 
 
-def why_not(engine: Linear, call: Call) -> str | None:
+def why_not(engine: LinearReference, call: Call) -> str | None:
     """Why this backend refuses the call, from static facts only; None when it takes it."""
     if call.q.device.type != "cuda":
         return f"flash-linear-attention needs tensors on a CUDA device, got {call.q.device.type}"
-    if engine.feature_map.fades:
+    if engine.feature_map.decay.fades:
         return "a decay of keys is not passed on to flash-linear-attention"
     if engine.feature_map.normalizer == "feature":
         return "flash-linear-attention has no map that is normalised along the length"

@@ -24,58 +24,56 @@ from attnzoo.engines.linear.bidirectional import (
     through_weighted_sums,
     visible,
 )
-from attnzoo.engines.linear.chunks import Block, Past, Piece, absorb, causal, spans_of, underflow
-from attnzoo.engines.linear.chunks import bidirectional as open_bidirectional
+from attnzoo.engines.linear.chunks import Block, Piece, causal, spans_of
 from attnzoo.engines.linear.feature_maps import FeatureMap
 from attnzoo.engines.linear.layout import add_product, grouped, ungrouped
+from attnzoo.engines.linear.sums import Past, absorb, read_all, underflow
 
 
 def attend(feature_map: FeatureMap, call: Call) -> Tensor:
-    """A·v. A causal call has at most as many queries as keys."""
-    if is_recorded():
-        return _plain(feature_map, call)
+    """A·v of a call that `why_not` takes."""
     with without_autocast(call.q.device):
-        if _records(feature_map, call):
-            return _Attend.apply(
-                call.q,
-                call.k,
-                call.v,
-                call.key_mask,
-                feature_map.for_keys(call.k) if call.is_causal else feature_map,
-                call.is_causal,
-            )
-        if (
-            call.is_causal
-            or torch.is_grad_enabled()
-            or call.q.is_meta
-            or not only_autograd_looks(call.q, call.k, call.v)
-        ):
-            return _plain(feature_map, call)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
+            made_by = feature_map.for_keys(call.k) if call.is_causal else feature_map
+            return _Attend.apply(call.q, call.k, call.v, call.key_mask, made_by, call.is_causal)
+        if call.is_causal:
+            return _in_open_operators(feature_map, call)
         return bidirectional.forward(feature_map, call)[0]
 
 
-def _records(feature_map: FeatureMap, call: Call) -> bool:
-    """Whether autograd records this call, and nothing but autograd looks into it."""
-    inputs = (call.q, call.k, call.v)
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return recorded and feature_map.has_vjp and only_autograd_looks(*inputs)
+def why_not(feature_map: FeatureMap, call: Call) -> str | None:
+    """Why a Function of our own may not compute the call; None when it may."""
+    if call.q.is_meta or is_recorded() or not only_autograd_looks(call.q, call.k, call.v):
+        return "a graph or transform must see the operators inside"
+    if torch.is_grad_enabled() and not feature_map.has_vjp:
+        return "only autograd knows the derivative of this feature map"
+    return None
 
 
-def _plain(feature_map: FeatureMap, call: Call) -> Tensor:
-    return join(
-        (piece.rows for piece in _pieces(feature_map.for_keys(call.k), call)), call.query_length, 2
-    )
+def attend_openly(feature_map: FeatureMap, call: Call) -> Tensor:
+    """A·v in operators that autograd, a graph or a transform can follow."""
+    if is_recorded():
+        return _in_open_operators(feature_map, call)
+    with without_autocast(call.q.device):
+        return _in_open_operators(feature_map, call)
 
 
-def _pieces(feature_map: FeatureMap, call: Call) -> Iterator[Piece]:
-    if not call.is_causal:
-        return open_bidirectional(feature_map, call)
+def _in_open_operators(feature_map: FeatureMap, call: Call) -> Tensor:
+    feature_map = feature_map.for_keys(call.k)
+    if call.is_causal:
+        rows = (piece.rows for piece in _causal_pieces(feature_map, call))
+    else:
+        past = absorb(feature_map, call.k, call.v, call.key_mask, None)
+        rows = read_all(feature_map, call, past)
+    return join(rows, call.query_length, 2)
+
+
+def _causal_pieces(feature_map: FeatureMap, call: Call) -> Iterator[Piece]:
     early, late = _parts(call)
-    return causal(
-        feature_map,
-        late,
-        None if early is None else absorb(feature_map, early.k, early.v, early.key_mask, None),
-    )
+    past = None
+    if early is not None:
+        past = absorb(feature_map, early.k, early.v, early.key_mask, None)
+    return causal(feature_map, late, past)
 
 
 def _parts(call: Call) -> tuple[Call | None, Call]:
@@ -127,7 +125,9 @@ class _Attend(torch.autograd.Function):
         if is_followed(gradient):
             feature_map, is_causal = ctx.feature_map, ctx.is_causal
             found = open_gradients(
-                lambda q, k, v: _plain(feature_map, Call(q, k, v, key_mask, None, is_causal)),
+                lambda q, k, v: _in_open_operators(
+                    feature_map, Call(q, k, v, key_mask, None, is_causal)
+                ),
                 (q, k, v),
                 gradient,
             )
@@ -153,7 +153,7 @@ def _forward_causal(
     pasts: list[Past | None] = []
 
     def rows() -> Iterator[Tensor]:
-        for piece in _pieces(feature_map, call):
+        for piece in _causal_pieces(feature_map, call):
             if piece.divisor is not None:
                 divisors.append(piece.divisor)
             pasts.append(piece.past)

@@ -6,8 +6,9 @@ import torch
 
 from attnzoo.engines.engine import Cost, Shape, causal_pairs
 from attnzoo.engines.linear import linear_peaks
-from attnzoo.engines.linear.chunks import CAUSAL_CHUNK, CHUNK, chunks_held, spans
+from attnzoo.engines.linear.chunks import CAUSAL_CHUNK, chunks_held, spans
 from attnzoo.engines.linear.feature_maps import FeatureMap
+from attnzoo.engines.linear.sums import CHUNK
 
 
 def cost(feature_map: FeatureMap, shape: Shape) -> Cost:
