@@ -88,10 +88,10 @@ class Case:
     def build(
         self, heads: int = 4, head_dim: int = 8, *, dtype: torch.dtype = torch.float32, **more: Any
     ) -> Attention:
-        """The attention, with the same learned and drawn numbers every time. A backend that is
-        given is the first choice: a call that it refuses goes to the next that does not."""
+        """The attention, with the same learned and drawn numbers every time. prefer: a backend that
+        is the first choice: a call that it refuses goes to the next that does not."""
         options = {**sized(self.variant, MAX_LENGTH), **self.options, **more}
-        backend = options.pop("backend", "auto")
+        backend = options.pop("prefer", "auto")
         with torch.random.fork_rng():
             torch.manual_seed(1)
             attn = attnzoo.build(self.variant, heads=heads, head_dim=head_dim, **options).to(dtype)
@@ -438,7 +438,7 @@ def library_answer(
     """What the library computes by a backend asked for by name, forward and backward."""
     q, k, v, grad = (x.to(dtype) for x in tensors(situation, shift=case.shift))
     leaves = {"q": q.requires_grad_(), "k": k.requires_grad_(), "v": v.requires_grad_()}
-    attn = case.build(situation.heads, dtype=dtype, backend=backend)
+    attn = case.build(situation.heads, dtype=dtype, prefer=backend)
     out = attn(q, k, v, key_mask=situation.key_mask(), is_causal=is_causal)
     assert out.dtype == dtype
     leaves.update(learned(attn))

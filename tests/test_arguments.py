@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CPU_BACKENDS, Case, Situation, tensors, usual_cases, with_backends
+from cases import CPU_BACKENDS, Case, Situation, backends_of, tensors, usual_cases
 from small import cannot, possible, small
 from torch import Tensor
 
@@ -295,7 +295,7 @@ def test_a_scale_that_is_not_positive_hides_the_future_too(variant: str, scale: 
     case = Case(variant, {"scale": scale})
     q, k, v = (torch.randn(1, 4, 12, 8, requires_grad=True) for _ in range(3))
     out, wanted = (
-        case.build(dtype=torch.float32, backend=backend)(q, k, v, is_causal=True)
+        case.build(dtype=torch.float32, prefer=backend)(q, k, v, is_causal=True)
         for backend in ("auto", "reference")
     )
     torch.testing.assert_close(out, wanted)
@@ -311,9 +311,8 @@ def test_a_scale_that_is_not_positive_hides_the_future_too(variant: str, scale: 
 def test_a_scale_of_zero_means_zero(variant: str) -> None:
     """Every visible key weighs the same; 0 must not be taken for "not given"."""
     q, k, v = inputs()
-    scores_off = Case(variant, {"scale": 0.0}).build()
-    for _, backend in with_backends([Case(variant)]):
-        scores_off.backend = backend
+    for backend in backends_of(Case(variant)):
+        scores_off = Case(variant, {"scale": 0.0}).build(prefer=backend)
         torch.testing.assert_close(scores_off(q, k, v), scores_off(torch.zeros_like(q), k, v))
 
 
@@ -426,15 +425,12 @@ def test_sdpa_says_why_it_refuses_a_mask_of_another_dtype() -> None:
 )
 def test_dropout_is_for_training_only(name: str) -> None:
     """In eval it does nothing; in training the output is unbiased and differs from call to call."""
-    plain, attn = (
-        Case(name).build(dtype=torch.float64),
-        Case(name, {"dropout": 0.3}).build(dtype=torch.float64),
-    )
+    plain = Case(name).build(dtype=torch.float64)
     q, k, v, _ = tensors(Situation(20, 20))
-    for _, backend in with_backends([Case(name)]):
-        attn.backend = backend
+    for backend in backends_of(Case(name)):
+        attn = Case(name, {"dropout": 0.3}).build(dtype=torch.float64, prefer=backend)
         assert torch.equal(
-            attn.eval()(q, k, v), Case(name).build(dtype=torch.float64, backend=backend)(q, k, v)
+            attn.eval()(q, k, v), Case(name).build(dtype=torch.float64, prefer=backend)(q, k, v)
         )
         draws = torch.stack([attn.train()(q, k, v) for _ in range(400)])
         assert not torch.equal(draws[0], draws[1])

@@ -123,7 +123,7 @@ def test_left_padded_prefill_then_tokens_without_a_mask(case: Case) -> None:
     [pytest.param(c, b, id=f"{c}-{b}") for c, b in with_backends(usual_cases()) if c.spec.decodes],
 )
 def test_every_backend_decodes(case: Case, backend: str) -> None:
-    attn = case.build(dtype=torch.float64, backend=backend)
+    attn = case.build(dtype=torch.float64, prefer=backend)
     q, k, v, _ = tensors(Situation(70, 70), shift=case.shift)
     rows, _ = decode(attn, [30, 1, 1, 38], q, k, v)
     close(rows, attn(q, k, v, is_causal=True), TOLERANCE, "rows in pieces")

@@ -16,10 +16,10 @@ DIRECTION = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "ca
 
 @DIRECTION
 @pytest.mark.parametrize("situation", [one for one in FEW_SITUATIONS if one.heads == 4], ids=str)
-@pytest.mark.parametrize("backend", ["blocks", "reference"])
+@pytest.mark.parametrize("backend", ["tiles", "windows", "reference"])
 def test_a_dilation_of_each_head(situation: Situation, backend: str, is_causal: bool) -> None:
     """Heads 0 and 2 share a dilation and no key-value head."""
-    attn = Case("sliding_window", BY_HEAD).build(dtype=torch.float64, backend=backend)
+    attn = Case("sliding_window", BY_HEAD).build(dtype=torch.float64, prefer=backend)
     q, k, v, upstream = tensors(situation)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     masks = {"key_mask": situation.key_mask(), "is_causal": is_causal}

@@ -23,7 +23,7 @@ CROSS = [Situation(0, 5), Situation(5, 0), Situation(5, 9, batch=0), Situation(9
 @ALL
 def test_forward_and_backward(case: Case) -> None:
     for backend in backends_of(case):
-        attn = case.build(backend=backend)
+        attn = case.build(prefer=backend)
         for situation in [*NOTHING, *(CROSS if case.spec.cross else [])]:
             for is_causal in (causal for causal in (False, True) if can(case.spec, causal)):
                 for masked in (False, True):

@@ -64,11 +64,10 @@ def test_global_tokens_of_the_call(
     inputs = [x.requires_grad_() for x in (q, k, v, *(own_projections(situation) if own else ()))]
     mask = global_mask(situation.batch, situation.key_length)
     masks = {"key_mask": situation.key_mask(), "is_causal": is_causal, "global_mask": mask}
-    attn = case.build(situation.heads, dtype=torch.float64, backend=backend)
+    attn = case.build(situation.heads, dtype=torch.float64, prefer=backend)
     own_qkv: Any = tuple(inputs[3:]) if own else None
     expected, a = ask_oracle(attn, *inputs[:3], options=case.options, global_qkv=own_qkv, **masks)
     out = attn(*inputs[:3], global_qkv=own_qkv, **masks)
-    assert attn.last_backend == backend
     close(out, expected, 1e-10, "output")
     close(attn.weights(q, k, global_qk=own_qkv and own_qkv[:2], **masks), a, 1e-10, "A")
     wanted = gradients_of(expected, upstream, *inputs)
@@ -93,8 +92,8 @@ def test_half_precision_with_globals(dtype: torch.dtype, is_causal: bool) -> Non
     masks = {"is_causal": is_causal, "global_mask": global_mask(2, 300)}
     exact = CASE.build(dtype=torch.float64)(*(x.double() for x in (q, k, v)), **masks)
     errors = [
-        (CASE.build(dtype=dtype, backend=backend)(q, k, v, **masks) - exact).norm()
-        for backend in ("reference", "blocks")
+        (CASE.build(dtype=dtype, prefer=backend)(q, k, v, **masks) - exact).norm()
+        for backend in ("reference", "columns")
     ]
     assert errors[1] <= 2 * errors[0]
 
@@ -123,7 +122,7 @@ def test_dropout_drops_entries_with_globals(is_causal: bool) -> None:
 def test_padding_of_own_projections_reaches_nothing(backend: str, garbage: float) -> None:
     """Bit for bit; and a padded slot that is called global is not."""
     situation = Situation(70, 70)
-    attn, key_mask = CASE.build(backend=backend), padding("left", 2, 70)
+    attn, key_mask = CASE.build(prefer=backend), padding("left", 2, 70)
     assert key_mask is not None
     q, k, v, own_q, own_k, own_v = (
         x.float() for x in (*tensors(situation)[:3], *own_projections(situation))
@@ -149,7 +148,7 @@ def test_causal_globals_see_and_are_seen_by_no_earlier_row(backend: str) -> None
     """Whether token 60 is global, and what it holds, changes no row before it; it changes its own
     and every later one, also outside the window."""
     attn, (q, k, v, _) = (
-        CASE.build(dtype=torch.float64, backend=backend),
+        CASE.build(dtype=torch.float64, prefer=backend),
         tensors(Situation(120, 120)),
     )
     own = own_projections(Situation(120, 120))
@@ -300,7 +299,7 @@ def test_decoding_with_named_globals(backend: str) -> None:
     key_mask[:, :40] = padding("left", 2, 40)  # pyright: ignore[reportArgumentType]
     q, k, v, _ = tensors(situation)
     own = own_projections(situation)
-    attn: Any = CASE.build(dtype=torch.float64, backend=backend)
+    attn: Any = CASE.build(dtype=torch.float64, prefer=backend)
     expected = attn(q, k, v, key_mask=key_mask, global_mask=named, global_qkv=own, is_causal=True)
     prompt = slice(0, 40)
     first, state = attn.step(

@@ -235,7 +235,7 @@ def test_any_attn_mask(
     masks = {"key_mask": key_mask, "attn_mask": mask, "is_causal": data.draw(st.booleans())}
     q, k, v, _ = tensors(situation)
     for case, backend in with_backends([Case(name)]):
-        attn = case.build(situation.heads, dtype=torch.float64, backend=backend)
+        attn = case.build(situation.heads, dtype=torch.float64, prefer=backend)
         out, a = ask_oracle(attn, q, k, v, **masks)
         close(attn(q, k, v, **masks), out, FLOAT64_TOLERANCE, f"{case} by {backend}")
         close(attn.weights(q, k, **masks), a, FLOAT64_TOLERANCE, f"weights of {case}")

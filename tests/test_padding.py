@@ -42,7 +42,7 @@ def test_padded_equals_alone(case: Case, side: str, length: int) -> None:
     assert mask is not None
     real = mask[:, None, :, None]
     for backend in backends_of(case):
-        attn = case.build(dtype=torch.float64, backend=backend)
+        attn = case.build(dtype=torch.float64, prefer=backend)
         for is_causal in (False, True):
             if not can(case.spec, is_causal):
                 continue
@@ -166,7 +166,7 @@ def test_queries_of_their_own_and_padded_keys(case: Case, queries: int) -> None:
         left, right = torch.arange(14)[None] >= 5, torch.arange(14)[None] < 10
         reference = case.build(dtype=torch.float64, backend="reference")
         for backend in backends_of(case):
-            attn = case.build(dtype=torch.float64, backend=backend)
+            attn = case.build(dtype=torch.float64, prefer=backend)
             cut = attn(q, k[:, :, 5:], v[:, :, 5:], is_causal=is_causal)
             close(
                 attn(q, k, v, key_mask=left, is_causal=is_causal),

@@ -53,7 +53,7 @@ def test_xformers_masks(kind: str, window: int, lengths: tuple[int, int]) -> Non
     scores = q @ k.mT * q.shape[-1] ** -0.5 + bias
     expected = torch.where(torch.isneginf(bias).all(-1, keepdim=True), 0.0, scores.softmax(-1))
     for _, backend in with_backends([case]):
-        attn = case.build(dtype=torch.float64, backend=backend)
+        attn = case.build(dtype=torch.float64, prefer=backend)
         close(
             attn(q, k, v, is_causal=kind != "window"), expected @ v, 1e-10, f"output by {backend}"
         )
@@ -259,14 +259,14 @@ def test_reach_of_joined_patterns() -> None:
 @DIRECTION
 @pytest.mark.parametrize("kind", ["none", "interior"])
 def test_a_pattern_of_ones_own(kind: str, is_causal: bool) -> None:
-    """The reference backend runs any pattern; `blocks` says why it cannot, and never falls back
+    """The reference backend runs any pattern; `dense` says why it does not, and never falls back
     when asked for by name."""
     pattern = Window(6) | GlobalBlocks(1, 5)
     engine = Sparse(pattern)
     q, k, v, _ = tensors(Situation(40, 40, kv_heads=4))
     mask = padding(kind, 2, 40)
     call = Call(q, k, v, mask, None, is_causal)
-    out, backend = engine(call)
+    out, backend, _ = engine(call)
     assert backend == "reference"
     allowed = pattern.mask(Grid(4, 40, 40, is_causal))
     if mask is not None:
@@ -275,8 +275,8 @@ def test_a_pattern_of_ones_own(kind: str, is_causal: bool) -> None:
         allowed = allowed & torch.ones(40, 40, dtype=torch.bool).tril()
     expected, _ = standard(q, k, v, attn_mask=allowed)
     close(out, expected, 1e-12, "output")
-    with pytest.raises(attnzoo.UnsupportedError, match=r"blocks: the pattern Union"):
-        engine(call, "blocks")
+    with pytest.raises(attnzoo.UnsupportedError, match=r"dense: the pattern hides keys"):
+        engine(call, "dense")
 
 
 WINDOWS = pytest.mark.parametrize("window", [1, 2, 5, 16])

@@ -32,7 +32,6 @@ def test_a_block_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tiles, "SCORES", 1)
-    monkeypatch.setattr(tiles, "serves", lambda *_: in_memory_used_again)
     monkeypatch.setattr(windows, "SLICED", 1)
     monkeypatch.setattr(blocks, "GATHERED", 1)
     torch.manual_seed(0)
@@ -40,7 +39,8 @@ def test_a_block_at_a_time(
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=recording) for shape in shapes]
     weight = torch.randn(2, 4, queries, 8, dtype=torch.float64)
     found = []
-    for backend in ("blocks", "reference"):
+    slices = "windows" if name == "sliding_window" else "blocks"
+    for backend in ("tiles" if in_memory_used_again else slices, "reference"):
         with torch.set_grad_enabled(recording):
             out = attnzoo.build(name, heads=4, head_dim=8, backend=backend, **options)(
                 *inputs, is_causal=is_causal

@@ -64,7 +64,7 @@ def same_bits(actual: Tensor, expected: Tensor, what: str) -> None:
 def test_rule_1_true_means_attend(case: Case, backend: str) -> None:
     """Where key_mask is False A is 0; where it is True some query attends. A mask that is not bool
     is refused, not guessed at."""
-    attn = case.build(dtype=torch.float64, backend=backend)
+    attn = case.build(dtype=torch.float64, prefer=backend)
     q, k, v, _ = tensors(Situation(20, 20), shift=case.shift)
     mask = padding("interior", 2, 20)
     assert mask is not None
@@ -88,9 +88,9 @@ def test_rule_2_queries_are_the_last_ones(case: Case, backend: str) -> None:
     before the beginning."""
     if not case.spec.cross:
         with pytest.raises(attnzoo.UnsupportedError, match="query_length"):
-            case.build(dtype=torch.float64, backend=backend)(*tensors(Situation(3, 5))[:3])
+            case.build(dtype=torch.float64, prefer=backend)(*tensors(Situation(3, 5))[:3])
         return
-    attn = case.build(dtype=torch.float64, backend=backend)
+    attn = case.build(dtype=torch.float64, prefer=backend)
     q, k, v, _ = tensors(Situation(LONG, LONG), shift=case.shift)
     for is_causal in kinds(case):
         whole = attn(q, k, v, is_causal=is_causal)
@@ -111,7 +111,7 @@ def test_rule_2_queries_are_the_last_ones(case: Case, backend: str) -> None:
 @BACKENDS
 def test_rule_3_a_row_with_nothing_to_see_is_zero(case: Case, backend: str) -> None:
     """Exactly 0, with gradient exactly 0, though NaN sits in the slots that are masked."""
-    attn = case.build(backend=backend)
+    attn = case.build(prefer=backend)
     for is_causal in kinds(case):
         for kind in ("whole", "left") if is_causal else ("whole",):
             q, k, v, _ = tensors(Situation(40, 40), shift=case.shift)
@@ -143,7 +143,7 @@ def test_rule_3_a_row_with_nothing_to_see_is_zero(case: Case, backend: str) -> N
 def test_rule_4_padding_reaches_nothing(case: Case, backend: str, kind: str) -> None:
     """Whatever sits in padded slots, output and gradients keep every bit. (`test_padding.py`: a
     padded run equals the run without padding.)"""
-    attn = case.build(backend=backend)
+    attn = case.build(prefer=backend)
     mask = padding(kind, 2, LONG)
     assert mask is not None
     padded = ~mask[:, None, :, None]
@@ -173,7 +173,7 @@ def test_rule_5_causal_means_causal(case: Case, backend: str, token: int) -> Non
     if not case.spec.causal:
         assert kinds(case) == [False]
         return
-    attn = case.build(backend=backend)
+    attn = case.build(prefer=backend)
     q, k, v, upstream = tensors(Situation(LONG, LONG), shift=case.shift)
     grad = upstream[:, :, :token].float()
 
@@ -211,7 +211,7 @@ def test_rule_6_a_window_of_w_is_w_keys(name: str, window: int) -> None:
     """Query i sees key j when |i - j| < window, and j <= i when causal: w keys, itself included."""
     case = Case(name, {"window": window})
     for backend in [b for _, b in with_backends([case])]:
-        attn = case.build(2, dtype=torch.float64, backend=backend)
+        attn = case.build(2, dtype=torch.float64, prefer=backend)
         for query_length, key_length in ((140, 140), (5, 140), (140, 130)):
             q, k, _, _ = tensors(Situation(query_length, key_length, heads=2))
             identity = torch.eye(key_length, dtype=torch.float64).expand(2, 2, -1, -1)
@@ -229,7 +229,7 @@ def test_rule_6_a_window_of_w_is_w_keys(name: str, window: int) -> None:
 def test_rule_7_a_sparse_row_is_a_set_of_keys(case: Case, backend: str) -> None:
     """On A's support log A differs from the scores by one constant a row, so that no key counts
     twice; training draws what eval draws; a short input sees everything."""
-    attn = case.build(dtype=torch.float64, backend=backend)
+    attn = case.build(dtype=torch.float64, prefer=backend)
     q, k, _, _ = tensors(Situation(LONG, LONG, kv_heads=4), shift=case.shift)
     identity = torch.eye(LONG, dtype=torch.float64).expand(2, 4, -1, -1)
     for is_causal in kinds(case):
@@ -246,7 +246,7 @@ def test_rule_7_a_sparse_row_is_a_set_of_keys(case: Case, backend: str) -> None:
         spread = constant.nan_to_num(nan=-1e9).amax(-1) - constant.nan_to_num(nan=1e9).amin(-1)
         assert spread.max().item() < 1e-9, "a key of a row weighs more than its score"
     if case.spec.family == "sparse" and not case.spec.data_dependent:
-        default = Case(case.variant).build(dtype=torch.float64, backend=backend)
+        default = Case(case.variant).build(dtype=torch.float64, prefer=backend)
         exact = Case("standard").build(dtype=torch.float64)
         short = tensors(Situation(5, 5))[:3]
         for is_causal in kinds(case):
@@ -264,9 +264,9 @@ def test_heads_kept_alone_say_what_they_said_together(case: Case, backend: str) 
     among the heads goes with it."""
     q, k, v, _ = tensors(Situation(40, 40, kv_heads=4), shift=case.shift)
     for is_causal in kinds(case):
-        whole = case.build(dtype=torch.float64, backend=backend)
+        whole = case.build(dtype=torch.float64, prefer=backend)
         for kv_heads in (4, 2):
-            some = case.build(dtype=torch.float64, backend=backend)
+            some = case.build(dtype=torch.float64, prefer=backend)
             some.keep_heads(2, 2)
             expected = whole(q, k[:, :kv_heads], v[:, :kv_heads], is_causal=is_causal)
             second = slice(kv_heads // 2, kv_heads)
@@ -282,7 +282,7 @@ def test_heads_kept_alone_say_what_they_said_together(case: Case, backend: str) 
 def test_rule_8_any_length(case: Case, backend: str) -> None:
     """No length must be a multiple of anything, 0 included; past max_length there is an error that
     says so."""
-    attn = case.build(dtype=torch.float64, backend=backend)
+    attn = case.build(dtype=torch.float64, prefer=backend)
     for is_causal in kinds(case):
         for length in (*range(34), 127, 128, 129, 191):
             q, k, v, _ = tensors(Situation(length, length), shift=case.shift)
@@ -292,7 +292,7 @@ def test_rule_8_any_length(case: Case, backend: str) -> None:
         q, k, v, _ = tensors(Situation(3 if case.spec.cross else 0, 0))
         assert not attn(q, k, v, is_causal=is_causal).any()
     if case.spec.needs_max_length:
-        short = case.build(dtype=torch.float64, backend=backend, max_length=20)
+        short = case.build(dtype=torch.float64, prefer=backend, max_length=20)
         q, k, v, _ = tensors(Situation(21, 21))
         with pytest.raises(ValueError, match=r"21.*max_length=20"):
             short(q, k, v, **possible(case.spec))
@@ -350,7 +350,7 @@ def test_rule_10_sums_run_in_float32(case: Case, backend: str, dtype: torch.dtyp
         v = v + mean
         exact = case.build(2).double()(q.double(), k.double(), v.double(), is_causal=is_causal)
         reference = case.build(2, dtype=dtype, backend="reference")(q, k, v, is_causal=is_causal)
-        out = case.build(2, dtype=dtype, backend=backend)(q, k, v, is_causal=is_causal)
+        out = case.build(2, dtype=dtype, prefer=backend)(q, k, v, is_causal=is_causal)
         assert out.dtype == dtype
         allowed, error = reference.double() - exact, out.double() - exact
         assert error.norm() <= 2 * allowed.norm(), (
@@ -388,7 +388,7 @@ def test_rule_11_one_number_one_convention(case: Case) -> None:
 def test_rule_12_trains_and_travels(case: Case, backend: str) -> None:
     """Gradcheck in float64; copies, pickles and a state_dict loaded into another draw give the same
     bits. (`test_compile.py` compiles.)"""
-    attn = case.build(2, 4, dtype=torch.float64, backend=backend)
+    attn = case.build(2, 4, dtype=torch.float64, prefer=backend)
     q, k, v, _ = tensors(
         Situation(5 if case.spec.cross else 6, 6, heads=2, kv_heads=1), 4, shift=case.shift
     )

@@ -37,7 +37,12 @@ def test_who_takes_them() -> None:
 @pytest.mark.parametrize("situation", FEW_SITUATIONS, ids=str)
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [("standard", "sdpa"), ("standard", "reference"), ("sliding_window", "blocks")],
+    [
+        ("standard", "sdpa"),
+        ("standard", "reference"),
+        ("sliding_window", "tiles"),
+        ("sliding_window", "windows"),
+    ],
 )
 def test_equals_the_oracle(name: str, backend: str, situation: Situation, is_causal: bool) -> None:
     attn = build(name, situation.heads, backend=backend)

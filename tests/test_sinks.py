@@ -37,12 +37,13 @@ def with_logits(
 @DIRECTION
 @pytest.mark.parametrize("situation", [one for one in FEW_SITUATIONS if one.heads == 4], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("way", ["blocks", "reference", "operators"])
+@pytest.mark.parametrize("way", ["tiles", "slices", "reference", "operators"])
 def test_equals_the_oracle(
     options: dict[str, Any], situation: Situation, way: str, is_causal: bool
 ) -> None:
     """operators: as where a transform looks in, without the function that computes in cache."""
-    attn = with_logits(options, backend="reference" if way == "reference" else "blocks")
+    slices = "columns" if "sinks" in options else "windows"
+    attn = with_logits(options, backend={"slices": slices, "operators": "auto"}.get(way, way))
     q, k, v, upstream = tensors(situation)
     leaves = {
         "q": q.requires_grad_(),

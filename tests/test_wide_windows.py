@@ -13,6 +13,7 @@ import attnzoo
 from attnzoo.engines.sparse import dense
 from attnzoo.engines.sparse.block_patterns import GlobalBlocks
 from attnzoo.engines.sparse.grid import Grid
+from attnzoo.engines.sparse.sparse import Sparse
 
 pytest.importorskip("fvcore")
 from test_counting import agree
@@ -33,7 +34,7 @@ def test_equals_the_reference(
     leaves = [x.requires_grad_() for x in (q, k, v)]
     mask = padding("interior", 1, N) if padded else None
     outs, gradients = [], []
-    for backend in ("blocks", "reference"):
+    for backend in ("auto", "reference"):
         attn = Case("sliding_window", {"window": window, **options}).build(
             2, dtype=torch.float64, backend=backend
         )
@@ -150,7 +151,7 @@ def test_padding_leaves_it_exact_attention(
 def test_one_block_more_hides_something() -> None:
     """Of the blocks of 128 tokens each row lists eight at most, and the second row seven."""
     engine = attnzoo.build("bigbird", heads=4, head_dim=8, block_size=128).engine
-    assert isinstance(engine, sparse.Sparse)
+    assert isinstance(engine, Sparse)
     pattern = engine.pattern
     assert [
         pattern.hides_nothing(Grid(4, 128 * count, 128 * count, False)) for count in (5, 6, 8, 9)
@@ -160,7 +161,7 @@ def test_one_block_more_hides_something() -> None:
 @DIRECTION
 def test_what_a_pattern_hides_is_found_out_whatever_the_default_device(is_causal: bool) -> None:
     engine = attnzoo.build("bigbird", heads=4, head_dim=8, block_size=128, seed=7).engine
-    assert isinstance(engine, sparse.Sparse)
+    assert isinstance(engine, Sparse)
     with torch.device("meta"):
         assert engine.pattern.hides_nothing(Grid(4, 600, 600, is_causal))
 

@@ -77,10 +77,9 @@ class Linear(LinearReference):
     ) -> tuple[Tensor, str, Any]:
         if state is None:
             return super().forward(call, backend)
-        call = self.completed(call)
-        name = self.choose(call, backend).name
-        if name == "fla":
+        if backend == "fla":
             raise UnsupportedError("backend='fla' does not decode; use backend='auto'")
+        name = self.choose(call, backend).name
         one_by_one = name == "reference" or call.key_length == 1  # one token has no chunk to share
         out, past = (_recur if one_by_one else _scan)(self.feature_map, call, state.past)
         return out, name, replace(state, seen=state.seen + call.key_length, past=past)

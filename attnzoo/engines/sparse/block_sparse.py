@@ -77,9 +77,12 @@ def _flex(engine: BlockSparse, call: Call) -> Tensor:
 
 
 def _flex_why_not(engine: BlockSparse, call: Call) -> str | None:
-    if engine.pattern.tied_to_end and call.key_mask is not None and not call.is_causal:
+    reason = flex.why_not(engine, call)
+    if reason is not None or call.key_mask is None or call.is_causal:
+        return reason
+    if engine.pattern.tied_to_end:
         return "its tables know one end, and padded samples have their own"
-    return flex.why_not(engine, call)
+    return None
 
 
 BlockSparse.backends = (

@@ -17,12 +17,13 @@ LARGEST_MASK = 2**22  # entries of a mask of causality and padding together
 
 def attend(engine: SparseReference, call: Call) -> Tensor:
     """A·v by one SDPA call over every key."""
-    is_causal = call.is_causal and call.query_length > 1
+    grid = grid_of(call)
+    is_causal = grid.is_causal and grid.query_length > 1
     if call.key_mask is None:
         return sdpa(engine, call.q, call.k, call.v, is_causal=is_causal)
     mask = call.key_mask[:, None, None]
     if is_causal:
-        mask = mask & causal_mask(call.query_length, call.key_length, mask.device)
+        mask = mask & causal_mask(grid.query_length, grid.key_length, mask.device)
     return sdpa(engine, call.q, call.k, call.v, mask)
 
 

@@ -185,9 +185,10 @@ def _by_flex(engine: Windowed, call: Call) -> Tensor:
 
 
 def _flex_why_not(engine: Windowed, call: Call) -> str | None:
-    if engine.has_columns(call) or call.sink_logits is not None:
+    reason = flex.why_not(engine, call, max(engine.pattern.dilations))
+    if reason is None and (engine.has_columns(call) or call.sink_logits is not None):
         return "its tables have no keys that every row sees, and its softmax no sink logits"
-    return flex.why_not(engine, call, max(engine.pattern.dilations))
+    return reason
 
 
 Windowed.backends = (
