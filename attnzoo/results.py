@@ -96,9 +96,8 @@ def read_rows(path: str | Path, kind: type[R]) -> list[R]:
     """The rows of a result file in order; a half last line is passed over. Raises ValueError, one
     sentence, on another file."""
     try:
-        lines = (
-            Path(path).read_bytes().split(b"\n")
-        )  # a cut may lie inside a letter, so each line is decoded alone
+        # A cut may lie inside a letter, so each line is decoded alone.
+        lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise ValueError(
             f"{path} cannot be read as results of `{kind.COMMAND}`: {error.strerror or error}"

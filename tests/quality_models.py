@@ -13,10 +13,11 @@ from attnzoo.fidelity.pretrained import Pretrained
 from attnzoo.quality.embeddings import EncoderSubject
 from attnzoo.quality.perplexity import CausalSubject
 
-WORDS = tuple(
+SENTENCE = (
     "to be or not to be that is the question whether it is nobler in the mind to suffer slings and "
-    "arrows".split()
-)  # noqa: SIM905
+    "arrows"
+)
+WORDS = SENTENCE.split()
 
 
 class Letters:

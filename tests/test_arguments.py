@@ -167,9 +167,8 @@ def test_nothing_is_swallowed(case: Case) -> None:
     with pytest.raises(TypeError, match="dropout_p"):
         attn(q, k, v, dropout_p=0.1)
     with pytest.raises(TypeError):
-        attn(
-            q, k, v, torch.ones(2, 6).bool()
-        )  # masks are given by name, for nobody agrees on their order
+        # Masks are given by name, for nobody agrees on their order.
+        attn(q, k, v, torch.ones(2, 6).bool())
 
 
 @CASES

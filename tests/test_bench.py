@@ -140,13 +140,14 @@ def test_every_level_and_phase_gives_a_timed_row_beside_sdpa(level: str, phase: 
             and row.peak_bytes
             and row.environment
         )
+        assert row.macs and row.sdpa_macs
         assert (
             row.seconds_quartiles
             and row.seconds_quartiles[0] <= row.seconds <= row.seconds_quartiles[1]
         )
         assert row.kept_speedup == pytest.approx(
             row.sdpa_seconds / row.seconds * row.macs / row.sdpa_macs
-        )  # pyright: ignore
+        )
 
 
 def test_the_derived_numbers_by_hand() -> None:
@@ -550,9 +551,8 @@ def test_a_lost_device_is_told_and_keeps_the_rows(monkeypatch, capsys) -> None:
 
     Path("c.yaml").write_text(CONFIG)
     monkeypatch.setattr(Bench, "measure", lost)
-    assert (
-        bench("--config", "c.yaml", "--output", "b.jsonl") == 3
-    )  # which benchmarks/cuda/run.sh goes on from
+    # Which benchmarks/cuda/run.sh goes on from.
+    assert bench("--config", "c.yaml", "--output", "b.jsonl") == 3
     assert (
         "the device was lost (an illegal memory access); 1 new rows are in b.jsonl, and the same "
         "command goes on" in capsys.readouterr().err
@@ -696,11 +696,12 @@ def test_report_writes_figures_and_one_page(capsys) -> None:
     assert bench("--config", "c.yaml", "--output", "b.jsonl") == 0
     assert program.main(["report", "b.jsonl", "--output", "out"]) == 0
     page = Path("out/bench.html").read_text()
+    # Text is drawn as paths.
     assert (
         page.count("<svg") == 4
         and "sliding_window window=4" in page
         and "length n (tokens)" not in page
-    )  # text is drawn as paths
+    )
     assert not any(part in page for part in ("<script", "http-equiv", "src="))
     assert {path.name for path in Path("out").iterdir()} == {"bench.html"} | {
         f"bench-{name}.{ending}"

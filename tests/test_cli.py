@@ -266,10 +266,8 @@ def settings_of(*arguments: str) -> dict:
 
 
 def test_the_default_config_is_the_default_run():
-    settled = {
-        "lengths": list(LENGTHS),
-        "models": list(MODELS),
-    }  # by the run: with --model they have other defaults
+    # By the run: with --model they have other defaults.
+    settled = {"lengths": list(LENGTHS), "models": list(MODELS)}
     assert settings_of("--config", str(CONFIGS / "compare.yaml")) == {**settings_of(), **settled}
 
 
@@ -344,7 +342,8 @@ def test_too_little_memory_is_a_sentence(length: int, capsys):
     )
     said = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(
-        r"attnzoo: there is not enough memory for this: [\d,.]+ GiB at once; give shorter --lengths, .*",
+        r"attnzoo: there is not enough memory for this: [\d,.]+ GiB at once; give "
+        r"shorter --lengths, .*",
         said,
     )
 

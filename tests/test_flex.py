@@ -214,9 +214,8 @@ def numbers(case: Case, situation: Situation, is_causal: bool, *, compiled: bool
             lambda engine, call: flex.attend(engine, engine.pattern, call, grid_of(call), flex),
             never_refuses,
         )
-        aligned = (
-            engine.pattern.counts_positions and situation.padding == "left"
-        )  # as the engine calls it
+        # As the engine calls it.
+        aligned = engine.pattern.counts_positions and situation.padding == "left"
         out = engine._from_first_real(backend, call) if aligned else backend.run(engine, call)
         expected, _ = engine(call, "reference")
     close(out, expected, 2e-6, f"{case} {situation}")

@@ -37,9 +37,8 @@ SMALL = {
     "intermediate_size": 128,
     "vocab_size": 100,
 }
-FAMILIES: dict[
-    str, tuple[dict[str, Any], bool, int, int, int]
-] = {  # sizes, causal, projections, feed-forward, head: MACs a token
+# Sizes, causal, projections, feed-forward, head: MACs a token.
+FAMILIES: dict[str, tuple[dict[str, Any], bool, int, int, int]] = {
     "bert": (SMALL, False, 4 * 64**2, 2 * 64 * 128, 64 * 64 + 64 * 100),
     "llama": (
         {**SMALL, "num_key_value_heads": 2},

@@ -202,9 +202,8 @@ def test_the_formulas_of_features_projections_and_landmarks() -> None:
     torch.testing.assert_close(
         formulas.projected(*weights)(q, k, v, rows, False), linformer(q, k, v).detach()
     )
-    exact = F.scaled_dot_product_attention(
-        q, k, v
-    )  # as many landmarks as tokens leave nothing to approximate
+    # As many landmarks as tokens leave nothing to approximate.
+    exact = F.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(formulas.nystrom(32, 40)(q, k, v, rows, False), exact)
 
 

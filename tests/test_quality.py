@@ -129,8 +129,8 @@ def test_layers_before_the_swapped_one_are_computed_once_and_nothing_differs(lay
     ran: list[int] = []  # by whole sequences: swap itself lets the model read a few tokens
     handles = [
         block.get_submodule("self_attn").register_forward_hook(
-            lambda module, inputs, output, n=n: ran.extend([n] * (output[0].shape[1] == 48))
-        )  # pyright: ignore[reportArgumentType]
+            lambda module, inputs, output, n=n: ran.extend([n] * (output[0].shape[1] == 48))  # pyright: ignore
+        )
         for n, block in enumerate(subject.blocks)
     ]
     with torch.no_grad():
@@ -158,9 +158,8 @@ def test_model_macs_are_attention_and_every_weight_that_each_token_meets():
         if isinstance(module, torch.nn.Linear)
     )
     scores = subject.measure({}, PLACE, [48])[48]
-    assert scores.attention_macs == 3 * 2 * 4 * 8 * (
-        48 * 49 // 2
-    )  # layers × (scores, values) × heads × head_dim × visible pairs
+    # Layers × (scores, values) × heads × head_dim × visible pairs.
+    assert scores.attention_macs == 3 * 2 * 4 * 8 * (48 * 49 // 2)
     assert scores.model_macs - scores.attention_macs == weights * 48
     pooled = encoder()
     assert pooled.other_macs_per_token == sum(

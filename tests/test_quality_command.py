@@ -261,7 +261,8 @@ def test_one_sentence_for_a_command_that_cannot_be_run(capsys, arguments, said):
         (
             "sequences: 1",
             "sequences: 200",
-            r"'one.txt' has [\d,]+ tokens in its part to be reported on, and 200 × 160 are asked for",
+            r"'one.txt' has [\d,]+ tokens in its part to be reported on, and 200 × 160 "
+            r"are asked for",
         ),
         (
             "tolerances: [0.01, 0.9]",
@@ -297,9 +298,8 @@ def test_one_sentence_for_a_folder_that_is_no_model(capsys):
     make("t5").save_pretrained("t5")
     assert "neither a causal language model nor an encoder" in refused(capsys, "--model", "t5")
     make("llama").save_pretrained("untold")
-    assert "the model in '" in refused(
-        capsys, "--model", "untold", "--study", "study.yaml"
-    )  # no tokenizer
+    # No tokenizer.
+    assert "the model in '" in refused(capsys, "--model", "untold", "--study", "study.yaml")
     Path("untold/config.json").write_text("{")
     assert "the configuration in 'untold' cannot be read" in refused(capsys, "--model", "untold")
 

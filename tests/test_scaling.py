@@ -71,8 +71,7 @@ def found() -> Scaling:
     return scaling(Settings(TINY, GPUS["rtx-3090"], length=2048), MODELS, GPUS)
 
 
-# ---- memory
-# ------------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def account(name: str) -> Callable[[TransformerModel, int], int]:
@@ -238,8 +237,7 @@ def test_crossover_in_macs_is_exact(variant: CountedVariant, is_causal: bool):
         assert variant.macs(2**13, is_causal) >= standard.macs(2**13, is_causal)
 
 
-# ---- paths
-# -------------------------------------------------------------------------------------------------------------
+# ---- paths ---------------------------------------------------------------------------------------
 
 
 def by_queue(adjacent: torch.Tensor, is_causal: bool) -> int | None:
@@ -290,8 +288,7 @@ def test_paths_that_are_known_by_heart():
     assert known_path(CountedVariant("linear", TINY).attention(1), 16384, True) == 1
 
 
-# ---- presets
-# -----------------------------------------------------------------------------------------------------------
+# ---- presets -------------------------------------------------------------------------------------
 
 
 def test_model_written_out():
@@ -396,8 +393,7 @@ def test_refuses_options_that_come_from_the_model():
         CountedVariant("linear", TINY, {"heads": 2})
 
 
-# ---- the whole
-# ---------------------------------------------------------------------------------------------------------
+# ---- the whole -----------------------------------------------------------------------------------
 
 
 def test_every_variant_of_the_zoo_is_there(found: Scaling):

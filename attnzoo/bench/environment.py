@@ -13,14 +13,8 @@ import torch
 
 import attnzoo
 
-MACHINE = (
-    "machine",
-    "cpu",
-    "cores",
-    "threads",
-    "device",
-    "driver",
-)  # times from two machines cannot be compared
+# Times from two machines cannot be compared.
+MACHINE = ("machine", "cpu", "cores", "threads", "device", "driver")
 
 
 def environment(

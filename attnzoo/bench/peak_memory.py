@@ -26,9 +26,8 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
 
 
 def _cpu_peak(call: Callable[[], object]) -> int:
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "99"
-    )  # the profiler would announce its start and stop on stderr
+    # The profiler would announce its start and stop on stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     profiler: Any = torch.autograd.profiler.profile(profile_memory=True)
     with profiler:
         result = call()

@@ -121,17 +121,15 @@ class Bench:
     def __init__(self, device: torch.device, seed: int) -> None:
         settle_heap()
         if device.type == "cuda":
-            torch.cuda.set_device(
-                device
-            )  # for what asks no tensor where to work: the allocator's cache, Triton's launches
+            # For what asks no tensor where to work: the allocator's cache, Triton's launches.
+            torch.cuda.set_device(device)
         self.device, self.seed = device, seed
         self.stopwatch = stopwatch_of(device)
         self.facts = environment(seed=seed, device=device)
         self.limits: dict[str, Limits] = {}
         self.prepared: tuple[Cell, list[tuple[Tensor, ...]]] | None = None
-        self.seen: dict[
-            Key, tuple[int, float]
-        ] = {}  # of a curve: least work and seconds at its last length
+        # Of a curve: least work and seconds at its last length.
+        self.seen: dict[Key, tuple[int, float]] = {}
 
     def measure(
         self, cell: Cell, contenders: Sequence[Contender], rounds: int, budget: float
@@ -146,9 +144,8 @@ class Bench:
                 yield found
             else:
                 entries.append(found)
-            check_answers(
-                self.device
-            )  # else all that follow would be called wrong for what this one did
+            # Else all that follow would be called wrong for what this one did.
+            check_answers(self.device)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         if not entries:

@@ -110,9 +110,8 @@ def run(settings: Namespace) -> int:
             if isinstance(error, KeyboardInterrupt)
             else (f"the device was lost ({error})", DEVICE_LOST)
         )
-        fresh = len(results.rows()) - len(
-            held
-        )  # of the file: an interrupt may come between a row and its count
+        # Of the file: an interrupt may come between a row and its count.
+        fresh = len(results.rows()) - len(held)
         console.print(
             f"attnzoo: {said}; {fresh} new rows are in {results.path}, and the same command goes "
             "on from there",

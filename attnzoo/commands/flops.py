@@ -27,8 +27,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "model",
         type=str,
-        help="performer[:OPTION=VALUE,...], layer:gpt2, or bert[:ENTRY=VALUE,...], or a folder with "
-        "config.json",
+        help="performer[:OPTION=VALUE,...], layer:gpt2, or bert[:ENTRY=VALUE,...], or a folder "
+        "with config.json",
     )
     parser.add_argument(
         "--config", action=ConfigFile, help="a YAML file with any of the settings below"

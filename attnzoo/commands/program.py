@@ -43,9 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     met), 130 (Ctrl-C)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="replace"
-            )  # an ASCII terminal gets ? for a Greek letter, not a crash
+            # An ASCII terminal gets ? for a Greek letter, not a crash.
+            stream.reconfigure(errors="replace")
     try:
         code = run(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()

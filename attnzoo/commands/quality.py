@@ -22,11 +22,8 @@ if TYPE_CHECKING:
     from attnzoo.quality.quality_study import Study
 
 SHIPPED = {"quick": "{kind}-quick.yaml", "full": "{kind}.yaml"}
-SAMPLED_ONLY = (
-    "models",
-    "layers",
-    "heads",
-)  # settings of a comparison of attentions that a whole model has no use for
+# Settings of a comparison of attentions that a whole model has no use for.
+SAMPLED_ONLY = ("models", "layers", "heads")
 
 
 def run_quality(settings: Namespace) -> int:

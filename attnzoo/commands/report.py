@@ -115,9 +115,8 @@ def _format_of(path: str) -> str | None:
     """What the first line says its format is; None when it is no result. Raises ValueError on a
     file that cannot be read or is empty."""
     try:
-        with Path(path).open(
-            "rb"
-        ) as file:  # the last line may be cut inside a letter, which must not cost the first
+        # The last line may be cut inside a letter, which must not cost the first.
+        with Path(path).open("rb") as file:
             line = next((line.decode() for line in file if line.strip()), None)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(

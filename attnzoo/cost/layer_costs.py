@@ -15,14 +15,10 @@ from attnzoo.registry import build, names, options_of, spec_of
 
 FROM_THE_MODEL = ("heads", "head_dim", "max_length")
 DTYPE = torch.bfloat16
-MEASURED_LENGTHS = (
-    2048,
-    4096,
-)  # past every variant's edge effects, where what it keeps grows by the token
-CLOSED_LENGTHS = (
-    2**16,
-    2**17,
-)  # the same where a closed form is evaluated, which costs milliseconds
+# Past every variant's edge effects, where what it keeps grows by the token.
+MEASURED_LENGTHS = (2048, 4096)
+# The same where a closed form is evaluated, which costs milliseconds.
+CLOSED_LENGTHS = (2**16, 2**17)
 
 
 @dataclass(frozen=True)

@@ -146,12 +146,8 @@ def one_layer(model: TransformerModel, is_causal: bool) -> Subject:
     return Subject(f"one layer of {model.title}, {_causality(is_causal)}", "standard", call)
 
 
-_LAYER = {
-    "": FEED_FORWARD,
-    "core": CORE,
-    "projections": PROJECTIONS,
-    "feed_forward": FEED_FORWARD,
-}  # "": the activation
+# "": the activation.
+_LAYER = {"": FEED_FORWARD, "core": CORE, "projections": PROJECTIONS, "feed_forward": FEED_FORWARD}
 
 
 class _Layer(nn.Module):

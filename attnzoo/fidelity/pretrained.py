@@ -114,9 +114,8 @@ def load(name: str) -> Pretrained:
     if source.gguf_file is not None:
         options["gguf_file"] = source.gguf_file
     try:
-        with redirect_stderr(
-            io.StringIO()
-        ):  # progress bars, which transformers cannot turn off for GGUF
+        # Progress bars, which transformers cannot turn off for GGUF.
+        with redirect_stderr(io.StringIO()):
             model = kind.from_pretrained(folder, dtype=torch.float32, **options)
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except ImportError as error:

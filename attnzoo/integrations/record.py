@@ -68,9 +68,8 @@ class Record:
 
     def _attention(self, layer: int, core: Any) -> Attention:
         copies = getattr(core, "modules_to_save", None)
-        if isinstance(
-            copies, nn.ModuleDict
-        ):  # PEFT's, of which it trains one and leaves the original as it was
+        # PEFT's, of which it trains one and leaves the original as it was.
+        if isinstance(copies, nn.ModuleDict):
             core = copies[core.active_adapters[0]] if core.active_adapters else core.original_module
         if not isinstance(core, Attention):
             raise ValueError(

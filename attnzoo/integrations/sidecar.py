@@ -60,13 +60,8 @@ def load(
         swap(model, choices, example_inputs=example_inputs)
     except ValueError as error:
         raise type(error)(f"{path} does not fit this {type(model).__name__}: {error}") from None
-    except (
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RuntimeError,
-        MemoryError,
-    ) as error:  # options of kinds and sizes that no attention has
+    except (TypeError, AttributeError, OverflowError, RuntimeError, MemoryError) as error:
+        # Options of kinds and sizes that no attention has.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path} has options that no attention can be built with ({reason}); write it again "

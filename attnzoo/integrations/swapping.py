@@ -184,9 +184,8 @@ def _inside(model: nn.Module) -> nn.Module:
             for child in model.children()
             if any(_is_attention(module) for module in child.modules())
         ]
-        runs = (
-            len(holding) == 1 and type(holding[0]).forward is not nn.Module.forward
-        )  # no list of blocks
+        # No list of blocks.
+        runs = len(holding) == 1 and type(holding[0]).forward is not nn.Module.forward
         if runs and (interface.handles(holding[0]) or not _is_attention(holding[0])):
             return _inside(holding[0])
     return model

@@ -153,9 +153,8 @@ def find_sites(model: nn.Module) -> list[Site]:
     for path, module in found:
         if itself[module] is not False:
             _refuse_other_attention(path, module)
-    told = getattr(
-        model, "seq_length", None
-    )  # of torchvision's vision transformers, whose images have one size
+    # Of torchvision's vision transformers, whose images have one size.
+    told = getattr(model, "seq_length", None)
     longest = told if isinstance(told, int) else None
     return [
         Site(

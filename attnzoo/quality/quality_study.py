@@ -15,9 +15,8 @@ from attnzoo.fidelity.candidate import Candidate
 from attnzoo.quality.mixes import ALL_TOKENS
 from attnzoo.registry import find, names
 
-Check = Callable[
-    [str, dict[str, Any]], None
-]  # raises ValueError on a variant or options that cannot be built
+# Raises ValueError on a variant or options that cannot be built.
+Check = Callable[[str, dict[str, Any]], None]
 
 EXAMPLE = "sliding_window: {window: [64, 256]}"
 

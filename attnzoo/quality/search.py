@@ -80,10 +80,8 @@ def cheapest(
     """
     mix, dropped, left, room = dict(start or {}), [], evaluations, limit
     while waiting and left:
-        fits, breaks = (
-            0,
-            len(waiting) + 1,
-        )  # so many moves from the front fit; so many were seen not to
+        # So many moves from the front fit; so many were seen not to.
+        fits, breaks = (0, len(waiting) + 1)
         while breaks - fits > 1 and left:
             seen = breaks <= len(waiting)
             tried = (

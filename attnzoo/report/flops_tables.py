@@ -14,9 +14,8 @@ CONVENTION = (
     "Elementwise: exponentials, divisions, normalisations."
 )
 TOGETHER = "together"
-Counts = dict[
-    int, list[tuple[str, Breakdown]]
-]  # by length: the exact one, and the other where there is one
+# By length: the exact one, and the other where there is one.
+Counts = dict[int, list[tuple[str, Breakdown]]]
 
 
 def saved_table(subject: Subject, counts: Counts) -> Table:

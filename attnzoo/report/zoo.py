@@ -73,7 +73,7 @@ TECHNIQUES = (
         "torch.nn.GRU: count_flops, and gru in attnzoo train",
     ),
 )
-"""What is no variant, but belongs to the cost of attention: its name, what it does, and where it is."""
+"""Parts of the cost of attention that are no variant: (name, what it does, where it is) each."""
 
 
 def techniques_table() -> Table:

@@ -45,9 +45,8 @@ class Shakespeare(Task):
         if part == TRAINING:
             starts = torch.randint(len(text) - self.length, (count,), generator=generator)
         elif count * self.length < len(text):
-            starts = torch.arange(count) * (
-                (len(text) - 1) // count
-            )  # spread over the plays, none overlapping another
+            # Spread over the plays, none overlapping another.
+            starts = torch.arange(count) * ((len(text) - 1) // count)
         else:
             raise ValueError(
                 f"held_out={count} sequences of length={self.length} are more than the "

@@ -19,10 +19,8 @@ GENERATORS = (
     # Torch's generator on a CPU reads 32 bits of a seed: two that agree in them give the same
     # numbers
 )
-SEEDS = {
-    VALIDATION: GENERATORS - 2,
-    TEST: GENERATORS - 1,
-}  # of the held-out draws; those of training stay below
+# Of the held-out draws; those of training stay below.
+SEEDS = {VALIDATION: GENERATORS - 2, TEST: GENERATORS - 1}
 STEPS = 1_000_003  # most steps of a run: no two (seed, step) share a generator
 SEED_LIMIT = min(SEEDS.values()) // STEPS  # seeds of a run are below it
 IGNORED = -100  # a target that is not asked for: what torch's cross-entropy skips

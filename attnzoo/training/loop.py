@@ -189,9 +189,8 @@ def evaluate(
 ) -> tuple[float, float]:
     """Score on a batch, in the task's metric, and mean loss in nats."""
     model.eval()
-    totals = torch.zeros(
-        3, dtype=torch.float64, device=devices.device
-    )  # loss, right answers, asked answers
+    # Loss, right answers, asked answers.
+    totals = torch.zeros(3, dtype=torch.float64, device=devices.device)
     mine = devices.share(batch)
     for start in range(0, len(mine.inputs), batch_size):
         part = mine[slice(start, start + batch_size)]
@@ -236,9 +235,8 @@ def _gradients(
     with devices.autocast():
         logits = placed(mine)
     loss = _loss(logits, mine.targets) / asked
-    (
-        loss * devices.count
-    ).backward()  # several processes take the mean of their gradients, where the sum is wanted
+    # Several processes take the mean of their gradients, where the sum is wanted.
+    (loss * devices.count).backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     return devices.sum(loss.detach()).item(), norm.item()
 

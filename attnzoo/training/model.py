@@ -147,9 +147,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(sizes.width, hidden), nn.GELU(), nn.Linear(hidden, sizes.width)
         )
-        taps = (
-            0 if is_cross else sizes.convolution
-        )  # the queries of a cross block are no neighbours
+        # The queries of a cross block are no neighbours.
+        taps = 0 if is_cross else sizes.convolution
         self.convolution = (
             nn.Conv1d(sizes.width, sizes.width, taps, padding=taps - 1, groups=sizes.width)
             if taps
@@ -201,9 +200,8 @@ class Transformer(nn.Module):
             for layer, (block, candidate) in enumerate(
                 zip(self.blocks, contender.layers(sizes.layers), strict=True)
             ):
-                torch.manual_seed(
-                    (seed + 1) * 1009 + layer
-                )  # what one attention draws for itself moves no other layer's start
+                # What one attention draws for itself moves no other layer's start.
+                torch.manual_seed((seed + 1) * 1009 + layer)
                 block.mixer = make_mixer(candidate, sizes, task, seed + layer)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -51,18 +51,15 @@ class Run:
         )
         self.held: dict[Key, Row] = {row.key: row for row in held}
         self.rows: dict[Key, Row] = {}
-        self.grid = list(
-            itertools.product(study.seeds, study.learning_rates)
-        )  # the runs of a contender
+        # The runs of a contender.
+        self.grid = list(itertools.product(study.seeds, study.learning_rates))
         self.turned = [
             field.name
             for field in fields(Sizes)
             if len({getattr(sizes, field.name) for sizes in study.models}) > 1
         ]
-        self.started, self.trained = (
-            time.monotonic(),
-            0,
-        )  # for the time left: steps that were trained, not held
+        # For the time left: steps that were trained, not held.
+        self.started, self.trained = (time.monotonic(), 0)
 
     def run(self, progress: Progress) -> list[Row]:
         """All rows of the study. progress: called with (the run, its loss and the time left; steps

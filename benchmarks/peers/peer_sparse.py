@@ -152,9 +152,10 @@ def longformer(cell: Cell) -> Ready:
     nobody = torch.zeros(1, cell.length, dtype=torch.bool)
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Q is scaled in place.
         module.query.value, module.key.value, module.value.value = (
             x.flatten(2).transpose(0, 1) for x in (q * 1, k, v)
-        )  # q is scaled in place
+        )
         return module(
             hidden,
             attention_mask=mask,
@@ -178,9 +179,8 @@ def huggingface_bigbird(cell: Cell) -> Ready:
         max_position_embeddings=cell.length,
         attention_probs_dropout_prob=0.0,
     )
-    module: Any = BigBirdBlockSparseAttention(
-        config, seed=0
-    ).train()  # in evaluation mode it draws no random blocks
+    # In evaluation mode it draws no random blocks.
+    module: Any = BigBirdBlockSparseAttention(config, seed=0).train()
     module.query, module.key, module.value = Given(), Given(), Given()
     hidden = torch.zeros(1, cell.length, width_of(cell))
     blocked, band, rows, keys = BigBirdModel.create_masks_for_block_sparse_attn(

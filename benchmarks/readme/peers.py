@@ -10,12 +10,13 @@ from benchmarks.readme.regions import markdown_table
 
 OURS, SDPA = "attnzoo", "sdpa"
 ELSE = "†"  # behind the time of what is off its own formula
+# What ran, and whether it was causal.
 PASSES = (
     ("forward", False),
     ("forward", True),
     ("forward+backward", False),
     ("forward+backward", True),
-)  # and whether causal
+)
 GROUPS = {
     "window": "window of 256",
     "bigbird": "BigBird",

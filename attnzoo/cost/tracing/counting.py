@@ -173,9 +173,8 @@ def _nothing_leaves_the_trace() -> Iterator[None]:
     """Raise where numpy computes, which the tracer takes for a constant: it warns, and nothing
     would be counted."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter(
-            "always", torch.jit.TracerWarning
-        )  # whatever the caller wants to hear
+        # Whatever the caller wants to hear.
+        warnings.simplefilter("always", torch.jit.TracerWarning)
         yield
     for warning in caught:
         if not issubclass(warning.category, torch.jit.TracerWarning):

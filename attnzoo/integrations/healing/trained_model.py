@@ -43,10 +43,12 @@ def load_healed(model: Model, folder: Path) -> Model:
     for name in sorted(parameters.keys() | tensors.keys()):
         wrong = None
         if name not in tensors or name not in parameters:
-            wrong = (
-                f"{name!r} is "
-                f"{'missing from the file' if name in parameters else 'not a projection of a swapped layer'}"
+            reason = (
+                "missing from the file"
+                if name in parameters
+                else "not a projection of a swapped layer"
             )
+            wrong = f"{name!r} is {reason}"
         elif tensors[name].shape != parameters[name].shape:
             wrong = (
                 f"{name!r} has shape {tuple(tensors[name].shape)}; it must be "

@@ -350,9 +350,8 @@ def _note_mask(
     from transformers.masking_utils import sdpa_mask
 
     causal = is_causal_mask(mask_function)
-    kwargs.update(
-        allow_is_causal_skip=False, allow_is_bidirectional_skip=False
-    )  # the whole mask, to hold beside what the layer says
+    # The whole mask, to hold beside what the layer says.
+    kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     mask = sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs)
     if mask is not None:
         window = local_size if local_size is None or causal else local_size + 1

@@ -86,9 +86,8 @@ def is_causal_mask(mask_function: Callable[..., Any] | None) -> bool:
         masking_utils.causal_mask_function,
         masking_utils.bidirectional_mask_function,
     ):
-        return (
-            mask_function is masking_utils.causal_mask_function
-        )  # the two that a compiled graph can tell
+        # The two that a compiled graph can tell.
+        return mask_function is masking_utils.causal_mask_function
     causal = False
     for part in _parts(mask_function):
         if part in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function):
@@ -128,6 +127,5 @@ def mask_function_of(is_causal: bool, window: int | None) -> Callable[..., Any]:
         )
     if is_causal:
         return masking_utils.sliding_window_causal_mask_function(window)
-    return masking_utils.sliding_window_bidirectional_mask_function(
-        window - 1
-    )  # theirs counts the distance, inclusive
+    # Theirs counts the distance, inclusive.
+    return masking_utils.sliding_window_bidirectional_mask_function(window - 1)

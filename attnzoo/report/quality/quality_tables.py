@@ -181,11 +181,11 @@ def _one_layer(rows: Sequence[Row]) -> Iterable[Table]:
                     max(shares, key=lambda layer: shares[layer]),
                     min(shares, key=lambda layer: abs(shares[layer])),
                 )
+                tolerant = sum(abs(share) < TOLERATED for share in shares.values())
                 found.append(
                     {
                         "label": label,
-                        "tolerant": f"{sum(abs(share) < TOLERATED for share in shares.values())} of "
-                        f"{len(shares)}",
+                        "tolerant": f"{tolerant} of {len(shares)}",
                         "median": median(shares.values()),
                         "least": f"{least} ({signed(shares[least])})",
                         "most": f"{most} ({signed(shares[most])})",

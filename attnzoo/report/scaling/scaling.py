@@ -24,12 +24,8 @@ CONVENTION = (
     "its own tables keep its count, everything else here says MACs, or FLOPs = 2 · MACs. The "
     "softmax's exponentials are in no MAC count."
 )
-ARTICLE_MODELS = (
-    "gpt2",
-    "gpt2-medium",
-    "gpt2-large",
-    "13b",
-)  # presets that the article's tables are about
+# Presets that the article's tables are about.
+ARTICLE_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "13b")
 ARTICLE_GPUS = ("rtx-3090", "a100-40gb", "a100-80gb", "h100")
 
 Progress = Callable[[str], None]

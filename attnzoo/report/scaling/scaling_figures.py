@@ -151,9 +151,8 @@ def _contours(scaling: Scaling, axes: Axes) -> None:
     )
     macs = [[n * n * d for n in lengths] for d in widths]
     levels = [10.0**power for power in range(6, 16)]
-    shades = LinearSegmentedColormap.from_list(
-        "shades", ["#f7fbff", "#6baed6"]
-    )  # light enough for black labels throughout
+    # Light enough for black labels throughout.
+    shades = LinearSegmentedColormap.from_list("shades", ["#f7fbff", "#6baed6"])
     axes.contourf(
         lengths, widths, macs, levels=levels, norm=LogNorm(levels[0], levels[-1]), cmap=shades
     )

@@ -46,7 +46,8 @@ def _article(scaling: Scaling) -> Iterator[str]:
         "each computed from its formula.</p>"
     )
     yield "<h3>Where its prose and its tables part, the tables are right</h3>"
-    yield f"<ul>{html_items(f'“{found.prose}”: {found.table}' for found in scaling.contradictions)}</ul>"
+    contradictions = (f"“{found.prose}”: {found.table}" for found in scaling.contradictions)
+    yield f"<ul>{html_items(contradictions)}</ul>"
     for drawing in drawings(scaling):
         if drawing.name in ARTICLE_FIGURES:
             yield html_figure(drawing)
