@@ -12,6 +12,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, TypeVar, get_type_hints
 
+from attnzoo import attention
 from attnzoo.arguments import nearest
 from attnzoo.attention import Attention, Spec
 
@@ -155,6 +156,13 @@ def _type_name(hint: Any) -> str:
         if inspect.isclass(hint)
         else str(hint).replace("typing.", "").replace("collections.abc.", "")
     )
+
+
+def _specs() -> list[Spec]:
+    return [spec_of(name) for name in names()]
+
+
+attention.registered = _specs
 
 
 @cache

@@ -20,7 +20,6 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 import attnzoo
-from attnzoo import results
 from attnzoo.bench import arithmetic, machine_limits, sweep
 from attnzoo.bench.bench_rows import ResultFile, Row, read_rows
 from attnzoo.bench.crossover import crossover
@@ -34,6 +33,7 @@ from attnzoo.commands import program
 from attnzoo.commands.variants import parse_variant
 from attnzoo.fidelity.candidate import Candidate
 from attnzoo.registry import _registered
+from attnzoo.results import result_file
 
 CPU = torch.device("cpu")
 SMALL = Shape(1, 2, 8)
@@ -530,14 +530,14 @@ def test_an_interrupted_sweep_resumes(monkeypatch, capsys) -> None:
 
 
 def test_an_interrupt_right_after_a_row_counts_it(monkeypatch, capsys) -> None:
-    append = results.ResultFile.append
+    append = result_file.ResultFile.append
 
     def interrupted(self, row):
         append(self, row)
         raise KeyboardInterrupt
 
     Path("c.yaml").write_text(CONFIG)
-    monkeypatch.setattr(results.ResultFile, "append", interrupted)
+    monkeypatch.setattr(result_file.ResultFile, "append", interrupted)
     assert bench("--config", "c.yaml", "--output", "b.jsonl") == 130
     assert "interrupted; 1 new rows are in b.jsonl" in capsys.readouterr().err
 

@@ -166,7 +166,7 @@ def test_an_interrupt_before_any_result_writes_nothing(capsys, monkeypatch):
 
 
 def test_missing_models_are_replaced_and_said(capsys, monkeypatch):
-    monkeypatch.setattr("attnzoo.fidelity.packages.find_spec", lambda module: None)
+    monkeypatch.setattr("attnzoo.packages.find_spec", lambda module: None)
     assert program.main(["compare", "--lengths", "32", "--variants", "standard", "linear"]) == 0
     said = capsys.readouterr().err
     assert "pip install" in said and "standard deviation 1" in said and "measured" in said
@@ -363,8 +363,8 @@ def test_a_closed_pipe_is_no_error():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_models_limits_are_those_of_the_models(name):
-    from attnzoo.fidelity.packages import MissingPackageError
     from attnzoo.fidelity.pretrained import load
+    from attnzoo.packages import MissingPackageError
 
     try:
         pretrained = load(MODELS[name].title)

@@ -13,19 +13,18 @@ import torch
 from toys import TOYS, Uniform
 
 import attnzoo
-from attnzoo import registry
+from attnzoo import packages, registry
 from attnzoo.fidelity import (
     Comparison,
     Sample,
     compare,
     load_samples,
     metrics,
-    packages,
     synthetic_sample,
 )
 from attnzoo.fidelity.candidate import BASELINE, DRAWS, Candidate
-from attnzoo.fidelity.plays import play, titles
 from attnzoo.registry import sized
+from attnzoo.texts.plays import play, titles
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from attnzoo.quality.quality_run import Run
 from attnzoo.quality.quality_study import Layers, Mixes, Study
 from attnzoo.quality.search import Trial, cheapest, moves
 from attnzoo.quality.subject import Excerpt, Subject
-from attnzoo.results import ResultFile
+from attnzoo.results.result_file import ResultFile
 
 PLACE = Excerpt("hamlet", "final", 2)
 NARROW, LINEAR = Candidate("sliding_window", {"window": 4}), Candidate("linear")

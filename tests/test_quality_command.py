@@ -24,9 +24,9 @@ from attnzoo.fidelity.pretrained import Pretrained
 from attnzoo.quality import model_kinds
 from attnzoo.quality.quality_rows import Row
 from attnzoo.quality.quality_study import read_study
-from attnzoo.quality.texts import PARTS, PROSE, read_text
 from attnzoo.registry import names
-from attnzoo.results import read_rows
+from attnzoo.results.result_file import read_rows
+from attnzoo.texts.parts import PARTS, PROSE, read_text
 
 STUDY = """
 texts: [one.txt, two.txt]

@@ -17,23 +17,14 @@ from rich.console import Console
 from attnzoo.fidelity.comparison_rows import Comparison, HeatMap, Row
 from attnzoo.registry import names
 from attnzoo.report.axes import ticks
-from attnzoo.report.columns import (
-    COLUMNS,
-    count,
-    duration,
-    folded,
-    kept,
-    lost,
-    memory,
-    number,
-    ratio,
-)
+from attnzoo.report.comparison_columns import COLUMNS, folded, kept, lost
 from attnzoo.report.export import write_figures
 from attnzoo.report.figures import drawings, pareto_front
 from attnzoo.report.headlines import headlines
 from attnzoo.report.page import page
 from attnzoo.report.style import INK, styles
 from attnzoo.report.tables import RowsTable, comparison_view
+from attnzoo.results.units import count, duration, memory, number, ratio
 
 EXACT_MACS = 10_000_000_000
 

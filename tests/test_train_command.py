@@ -22,7 +22,7 @@ from attnzoo.report.style import INK
 from attnzoo.report.training.train_figures import drawings, level_lines, pareto_front, turned_knob
 from attnzoo.report.training.train_page import page
 from attnzoo.report.training.train_tables import matrix, problem_tables
-from attnzoo.results import read_rows
+from attnzoo.results.result_file import read_rows
 from attnzoo.tasks.by_name import TASKS
 from attnzoo.training import loop
 from attnzoo.training.summary import summed_up

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
-from attnzoo import results
 from attnzoo.bench.environment import MACHINE
+from attnzoo.results import result_file
 
 SDPA = "sdpa"  # the variant of the rows that call torch's SDPA directly
 
@@ -179,7 +179,7 @@ class Row:
     @classmethod
     def from_fields(cls, found: dict[str, Any]) -> Self:
         """The row of a parsed line, whose derived numbers are not read."""
-        known = results.fields_of(cls, found)
+        known = result_file.fields_of(cls, found)
         quartiles = known["seconds_quartiles"]
         return cls(
             **{
@@ -194,7 +194,7 @@ class Row:
 RowKind = TypeVar("RowKind", bound=Row)
 
 
-class ResultFile(results.ResultFile[RowKind]):
+class ResultFile(result_file.ResultFile[RowKind]):
     """A JSONL file of rows of one kind."""
 
     def __init__(self, path: str | Path, kind: type[RowKind] = Row) -> None:
@@ -204,7 +204,7 @@ class ResultFile(results.ResultFile[RowKind]):
 def read_rows(path: str | Path, kind: type[RowKind] = Row) -> list[RowKind]:
     """The rows of a result file in order; a half last line is passed over. Raises ValueError, one
     sentence, on another file."""
-    return results.read_rows(path, kind)
+    return result_file.read_rows(path, kind)
 
 
 def check_one_machine(

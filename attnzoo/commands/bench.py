@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from attnzoo.arguments import nearest
+from attnzoo.commands import DEVICE_LOST, GOT_SLOWER, INTERRUPTED
 from attnzoo.commands.command import Command, messages, screen
 from attnzoo.commands.output import check_folder, open_results
 from attnzoo.commands.progress import progress_on
@@ -18,9 +19,8 @@ from attnzoo.commands.variants import parse_variant
 
 if TYPE_CHECKING:
     from attnzoo.bench.bench_rows import Row
-    from attnzoo.results import ResultFile
+    from attnzoo.results.result_file import ResultFile
 
-GOT_SLOWER, DEVICE_LOST, INTERRUPTED = 1, 3, 130
 PAGE_ONLY = ("quartiles", "rounds")  # columns that a terminal has no room for
 
 

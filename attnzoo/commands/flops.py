@@ -16,7 +16,7 @@ from attnzoo.commands.variants import parse_variant, read_value, split_options
 
 if TYPE_CHECKING:
     from attnzoo.cost.model_flops import Chosen, Subject
-    from attnzoo.table import Table
+    from attnzoo.results.table import Table
 
 LENGTHS = (512, 4096, 32768)
 LAYER = "layer:"

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 
 import attnzoo
 from attnzoo.bench.heap import out_of_memory
-from attnzoo.fidelity.packages import EXTRAS
+from attnzoo.commands import FAILED, INTERRUPTED, REFUSED
+from attnzoo.packages import EXTRAS
 
 if TYPE_CHECKING:
     from attnzoo.commands.command import Command, Parser
-
-FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
 
 def commands() -> tuple[Command, ...]:

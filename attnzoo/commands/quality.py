@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
-from attnzoo.commands.command import messages, screen
-from attnzoo.commands.compare import INTERRUPTED, SEEDS, check_dtype
+from attnzoo.commands import INTERRUPTED
+from attnzoo.commands.command import check_dtype, check_seed, messages, screen
 from attnzoo.commands.output import check_folder, open_results, write_text
 from attnzoo.commands.progress import progress_on
 from attnzoo.commands.variants import check_variant, parse_variant
@@ -33,11 +33,11 @@ def run_quality(settings: Namespace) -> int:
     from attnzoo.bench.environment import environment
     from attnzoo.bench.heap import bounded_memory
     from attnzoo.fidelity import check_device
-    from attnzoo.fidelity.packages import require
+    from attnzoo.packages import require
     from attnzoo.quality.model_kinds import find_model
     from attnzoo.quality.quality_rows import Row
     from attnzoo.quality.quality_run import Run
-    from attnzoo.quality.texts import TEXT_MODULES, read_text
+    from attnzoo.texts.parts import TEXT_MODULES, read_text
 
     started, console = time.monotonic(), messages()
     for name in SAMPLED_ONLY:
@@ -46,8 +46,7 @@ def run_quality(settings: Namespace) -> int:
                 f"--{name} does not go with --model, which swaps every layer, one layer at a time, "
                 "and mixes of them"
             )
-    if not 0 <= settings.seed < SEEDS:
-        raise ValueError(f"seed={settings.seed} is out of range; use 0 to {SEEDS - 1}")
+    check_seed(settings.seed)
     device, dtype = check_device(settings.device), check_dtype(settings.dtype)
     model = find_model(settings.model)
     study = _study(settings, model.kind)

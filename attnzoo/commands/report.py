@@ -53,7 +53,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(settings: Namespace) -> int:
     """Read all files, then write the figures and the pages."""
     from attnzoo.report.export import write_figures
-    from attnzoo.results import read_rows
+    from attnzoo.results.result_file import read_rows
 
     report = _report_of(settings.files)
     lots = {path: read_rows(path, report.kind) for path in settings.files}

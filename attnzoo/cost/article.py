@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from attnzoo.arguments import check_positive
 from attnzoo.cost.hardware import GPU
 from attnzoo.cost.model_sizes import TransformerModel
-from attnzoo.table import Column, Table
+from attnzoo.results.table import Column, Table
 
 LENGTHS = (128, 512, 1024, 2048, 4096, 8192)
 MEMORY_LENGTHS = (512, 2048, 8192, 32768)

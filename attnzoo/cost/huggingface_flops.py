@@ -25,8 +25,8 @@ from attnzoo.cost.model_flops import (
     Chosen,
     Subject,
 )
-from attnzoo.fidelity.packages import require
 from attnzoo.integrations.swapping import swap
+from attnzoo.packages import require
 
 PRODUCTS = ("Linear", "Conv1D")  # GPT-2's Conv1D is a linear layer
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from attnzoo.arguments import nearest
 from attnzoo.fidelity.comparison_rows import Sample
 from attnzoo.fidelity.metrics import score_std
-from attnzoo.fidelity.packages import MissingPackageError, package_folder, require
 from attnzoo.integrations.huggingface import attention_function
+from attnzoo.packages import MissingPackageError, package_folder, require
 
 Recorder = Callable[
     [Any, Tensor, Tensor, Tensor, Tensor | None, float | None, dict[str, Any]], None

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from attnzoo.arguments import check_positive
 from attnzoo.fidelity.comparison_rows import Sample
-from attnzoo.fidelity.packages import MissingPackageError, require
-from attnzoo.fidelity.plays import play
 from attnzoo.fidelity.pretrained import SOURCES, capture, find_source, load
 from attnzoo.fidelity.synthetic import synthetic_sample
+from attnzoo.packages import MissingPackageError, require
+from attnzoo.texts.plays import play
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 TITLE = "hamlet"

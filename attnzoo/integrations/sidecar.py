@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from attnzoo.arguments import check_path
 from attnzoo.integrations.record import Record
 from attnzoo.integrations.swapping import record_of, swap, unswap
+from attnzoo.version import __version__
 
 Model = TypeVar("Model", bound=nn.Module)
 #: The key of the recipe in the file's metadata, and the version of its form.
@@ -76,8 +77,6 @@ def load(
 
 
 def _recipe(record: Record) -> dict[str, Any]:
-    from attnzoo import __version__
-
     layers = {
         record.keys[layer]: {"name": choice.name, "options": choice.options}
         for layer, choice in record.choices.items()

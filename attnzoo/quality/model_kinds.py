@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from attnzoo.arguments import nearest
-from attnzoo.fidelity.packages import require
 from attnzoo.fidelity.pretrained import SOURCES, Pretrained, load
+from attnzoo.packages import require
 from attnzoo.quality.embeddings import EncoderSubject
 from attnzoo.quality.perplexity import CausalSubject
 from attnzoo.quality.subject import Subject

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from attnzoo.results import fields_of
+from attnzoo.results.result_file import fields_of
 
 Key = tuple[Any, ...]
 EXACT = "exact"  # the label of the model's own attention in every layer

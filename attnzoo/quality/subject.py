@@ -20,8 +20,8 @@ from attnzoo.integrations.huggingface.interface import find_sites
 from attnzoo.integrations.swapping import swap, unswap
 from attnzoo.quality.later_layers import blocks_of, recording, resumed
 from attnzoo.quality.mixes import Mix, resolved, swap_plan
-from attnzoo.quality.texts import CHOOSING
 from attnzoo.registry import build
+from attnzoo.texts.parts import CHOOSING
 
 PRODUCTS = ("Linear", "Conv1D")  # GPT-2's Conv1D is a linear layer
 TRIED = 4  # tokens of the read that finds out which products run for every token

@@ -9,7 +9,7 @@ from html import escape
 
 from attnzoo.report.export import inline_svg
 from attnzoo.report.figures import Drawing
-from attnzoo.table import Column, Table
+from attnzoo.results.table import Column, Table
 
 STYLE = """
 :root { color-scheme: light dark;

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from attnzoo.fidelity.comparison_rows import Comparison, Row
 from attnzoo.report.axes import log_axis
-from attnzoo.report.columns import count, folded, group_title, grouped, is_exact
+from attnzoo.report.comparison_columns import folded, group_title, grouped, is_exact
 from attnzoo.report.heatmaps import heat_map_figure, heat_map_groups, heat_map_names
 from attnzoo.report.style import INK, Style, new_figure, styles
+from attnzoo.results.units import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

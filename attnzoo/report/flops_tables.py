@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from attnzoo.cost.model_flops import COMPONENTS, Breakdown, Subject
-from attnzoo.report.columns import count, percent
-from attnzoo.table import Column, Table
+from attnzoo.results.table import Column, Table
+from attnzoo.results.units import count, percent
 
 CONVENTION = (
     "One MAC is two FLOPs. Counted is what runs, for one sample: a causal exact attention computes "

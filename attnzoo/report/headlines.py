@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from attnzoo.fidelity.comparison_rows import Comparison, Row
-from attnzoo.report.columns import (
+from attnzoo.report.comparison_columns import (
     group_title,
     grouped,
     is_exact,
     is_reference,
     kept,
     lost,
-    number,
-    percent,
-    ratio,
 )
+from attnzoo.results.units import number, percent, ratio
 
 
 def headlines(comparison: Comparison) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from attnzoo.fidelity.comparison_rows import HeatMap
-from attnzoo.report.columns import folded
+from attnzoo.report.comparison_columns import folded
 from attnzoo.report.style import new_figure
 
 if TYPE_CHECKING:

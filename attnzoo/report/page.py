@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from html import escape
 
 from attnzoo.fidelity.comparison_rows import Comparison, Row
-from attnzoo.report.columns import COLUMNS, Column, group_title, grouped, lost, notes
+from attnzoo.report.comparison_columns import COLUMNS, Column, group_title, grouped, lost, notes
 from attnzoo.report.document import document
 from attnzoo.report.export import inline_svg
 from attnzoo.report.figures import Drawing, drawings

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnzoo.fidelity.comparison_rows import Comparison, Row
-from attnzoo.report.columns import (
+from attnzoo.report.comparison_columns import (
     COLUMNS,
     Column,
     folded,
@@ -23,10 +23,10 @@ from attnzoo.report.columns import (
     notes,
 )
 from attnzoo.report.headlines import headlines
-from attnzoo.table import Table as NumberTable
+from attnzoo.results.table import Table as NumberTable
 
 if TYPE_CHECKING:
-    from attnzoo.table import Table as NumberTable
+    from attnzoo.results.table import Table as NumberTable
 
 LEGEND = (
     "error: relative output error; mean(v) error: the same for answering the mean of the values; ! "

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from attnzoo.results import fields_of
+from attnzoo.results.result_file import fields_of
 
 Key = tuple[Any, ...]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from attnzoo.report.columns import duration
+from attnzoo.results.units import duration
 from attnzoo.tasks.task import TEST, Task
 from attnzoo.training.contenders import Contender
 from attnzoo.training.devices import Devices

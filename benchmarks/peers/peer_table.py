@@ -9,8 +9,8 @@ from peer_rows import PeerRow
 from peer_settings import OURS
 
 from attnzoo.bench.bench_rows import SDPA
-from attnzoo.report.columns import duration, ratio
-from attnzoo.table import Column, Table
+from attnzoo.results.table import Column, Table
+from attnzoo.results.units import duration, ratio
 
 SUMMARY = (
     Column("form", "form", words=True),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 
-from attnzoo.report.columns import count, memory
+from attnzoo.results.units import count, memory
 from benchmarks.readme.files import RESULTS, Row
 from benchmarks.readme.regions import markdown_table
 

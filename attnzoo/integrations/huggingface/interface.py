@@ -18,7 +18,6 @@ from attnzoo.call import UnsupportedError
 from attnzoo.eager import can_look
 from attnzoo.integrations.huggingface.attention_function import (
     SUBMODULE,
-    attend,
     call_is_causal,
     refuse_other_attention,
     refuse_weights,
@@ -29,9 +28,10 @@ from attnzoo.integrations.huggingface.configs import (
     claim,
     configs_of,
     mark,
+    register,
     release,
 )
-from attnzoo.integrations.huggingface.interface_masks import is_causal_mask, padding_mask
+from attnzoo.integrations.huggingface.interface_masks import is_causal_mask
 from attnzoo.integrations.huggingface.trial import EXAMPLE, Trial, longest_sequence, trial_of
 from attnzoo.integrations.places import Site
 
@@ -99,6 +99,7 @@ def find_sites(model: Any, example_inputs: Mapping[str, Any] | None = None) -> l
     already.
     """
     register()
+    _register_probe()
     name = type(model).__name__
     if any(SUBMODULE in module._modules for module in model.modules()):
         raise ValueError(
@@ -274,12 +275,9 @@ def _check_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         )
 
 
-def register() -> None:
-    """Make transformers know the implementation of a swapped model by its name."""
+def _register_probe() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(IMPLEMENTATION, attend)
-    AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
     AttentionInterface.register(PROBE, _note)
     AttentionMaskInterface.register(PROBE, _note_mask)
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from attnzoo.bench.bench_rows import SDPA, Row
 from attnzoo.report.axes import log_axis
-from attnzoo.report.columns import count, duration
 from attnzoo.report.figures import Drawing, Look, chart, plot, ratio_tick
 from attnzoo.report.style import INK, styles
+from attnzoo.results.units import count, duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

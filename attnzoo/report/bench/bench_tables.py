@@ -9,8 +9,8 @@ from attnzoo.bench.bench_rows import SDPA, Row
 from attnzoo.bench.crossover import NOTE, Crossover, curves, memory_crossover, time_crossover
 from attnzoo.registry import names, spec_of
 from attnzoo.report.bench.bench_figures import panel_title, panels
-from attnzoo.report.columns import count, duration, memory, percent, ratio
-from attnzoo.table import Column, Table
+from attnzoo.results.table import Column, Table
+from attnzoo.results.units import count, duration, memory, percent, ratio
 
 FORMULA = (
     "kept = (t of SDPA / t) / (MACs of SDPA / MACs); limit = least time by measured GEMM rate and "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from attnzoo.quality.quality_rows import EXACT, Row
 from attnzoo.report.axes import log_axis
-from attnzoo.report.columns import folded
+from attnzoo.report.comparison_columns import folded
 from attnzoo.report.figures import Drawing, Look, chart, count_tick, plot
 from attnzoo.report.quality.quality_tables import as_share, change_in_words, sources
 from attnzoo.report.style import INK, new_figure, styles

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from attnzoo.quality.quality_rows import Row
-from attnzoo.quality.texts import SAID
 from attnzoo.report.document import html_items, joined, results_document
 from attnzoo.report.quality.quality_figures import drawings
 from attnzoo.report.quality.quality_headlines import headlines
 from attnzoo.report.quality.quality_tables import embeds, sources, tables
+from attnzoo.texts.parts import SAID
 
 TITLE = "Which attention can be used where"
 LEAD = (

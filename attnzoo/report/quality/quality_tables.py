@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 
 from attnzoo.quality.quality_rows import EXACT, Row
-from attnzoo.report.columns import count, percent
-from attnzoo.table import Column, Table
+from attnzoo.results.table import Column, Table
+from attnzoo.results.units import count, percent
 
 HOPELESS = 1e5  # perplexities from here on, and ratios, are written by their power of ten
 TOLERATED = 0.01  # a layer tolerates a candidate that changes the model by less

@@ -12,11 +12,12 @@ from attnzoo.cost.hardware import GPU
 from attnzoo.cost.layer_costs import CountedVariant
 from attnzoo.cost.limits import attention_bytes, attention_macs, attention_roofline, matrix_bytes
 from attnzoo.report.axes import log_axis
-from attnzoo.report.columns import count, duration
 from attnzoo.report.figures import Drawing
 from attnzoo.report.scaling.model_tables import causality
-from attnzoo.report.scaling.scaling import Scaling, Settings
+from attnzoo.report.scaling.scaling_report import Scaling
+from attnzoo.report.scaling.settings import Settings
 from attnzoo.report.style import INK, LINES, MARKERS, PALETTE, new_figure, styles
+from attnzoo.results.units import count, duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from html import escape
 
 from attnzoo.report.document import document, html_figure, html_items, html_table
-from attnzoo.report.scaling.scaling import CONVENTION, Scaling
 from attnzoo.report.scaling.scaling_figures import drawings
 from attnzoo.report.scaling.scaling_headlines import headlines
+from attnzoo.report.scaling.scaling_report import CONVENTION, Scaling
 
 TITLE = "What an attention costs"
 SOURCE = "https://mbrenndoerfer.com/writing/attention-complexity-quadratic-scaling-memory-efficient-transformers"

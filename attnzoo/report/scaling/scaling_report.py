@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from attnzoo.arguments import check_positive
 from attnzoo.cost import article
 from attnzoo.cost.article import Contradiction, contradictions
 from attnzoo.cost.hardware import GPU
 from attnzoo.cost.layer_costs import CountedVariant, whole_zoo
 from attnzoo.cost.model_sizes import TransformerModel
 from attnzoo.report.scaling import model_tables, variant_tables
-from attnzoo.table import Table
+from attnzoo.report.scaling.settings import Settings
+from attnzoo.results.table import Table
 
 FORMAT = "attnzoo.scaling/1"
 CONVENTION = (
@@ -29,30 +29,6 @@ ARTICLE_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "13b")
 ARTICLE_GPUS = ("rtx-3090", "a100-40gb", "a100-80gb", "h100")
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is computed. length: tokens at which variants are compared. share: of a GPU's memory
-    that may be filled.
-    tflops: the rate, 10¹² FLOPs a second, of the column that is no roofline."""
-
-    model: TransformerModel
-    gpu: GPU
-    length: int = 16384
-    is_causal: bool = False
-    share: float = article.SHARE
-    tflops: float = article.RATE / 1e12
-
-    def __post_init__(self) -> None:
-        check_positive("length", self.length)
-        if not 0 < self.share <= 1:
-            raise ValueError(
-                f"share={self.share:g} must be above 0 and at most 1: the part of a GPU's memory "
-                "that may be filled"
-            )
-        if not 0 < self.tflops < float("inf"):
-            raise ValueError(f"tflops={self.tflops:g} must be above 0")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from attnzoo.arguments import nearest
-from attnzoo.fidelity.packages import MissingPackageError
-from attnzoo.fidelity.plays import play
+from attnzoo.packages import MissingPackageError
+from attnzoo.texts.plays import play
 
 FINAL, CHOOSING, CHECKING = PARTS = ("final", "choosing", "checking")
 #: Tragedies for every part: plays of one kind, the first from its first word.
