@@ -31,8 +31,7 @@ from attnzoo.bench.regressions import compare_runs
 from attnzoo.bench.sweep import Bench, decoding_mistake, run_plan
 from attnzoo.commands import program
 from attnzoo.commands.variants import parse_variant
-from attnzoo.fidelity.candidate import Candidate
-from attnzoo.registry import _registered
+from attnzoo.registry import Choice, _registered
 from attnzoo.results import result_file
 
 CPU = torch.device("cpu")
@@ -71,7 +70,7 @@ def toy(monkeypatch):
 
     def registered(cls):
         monkeypatch.setitem(_registered, cls.spec.name, cls)
-        return Contender(Candidate(cls.spec.name), "auto")
+        return Contender(Choice(cls.spec.name), "auto")
 
     attnzoo.names()
     return registered
@@ -199,7 +198,7 @@ def test_sdpa_in_the_place_of_the_module_computes_the_same(level: str) -> None:
     same work."""
     from attnzoo.bench.levels import DirectAttention, Layer, SelfAttention
 
-    ours, direct = SelfAttention(16, 2, "standard", {}), DirectAttention(16, 2)
+    ours, direct = SelfAttention(16, 2, Choice("standard")), DirectAttention(16, 2)
     direct.in_proj.weight, direct.in_proj.bias = (
         ours.multihead.in_proj_weight,
         ours.multihead.in_proj_bias,
@@ -215,7 +214,7 @@ def test_sdpa_in_the_place_of_the_module_computes_the_same(level: str) -> None:
 def test_a_training_pass_gives_the_gradients_of_inputs_and_parameters() -> None:
     here = cell("layer", "forward+backward")
     gradients = prepare(
-        Contender(Candidate("linear"), "auto"), here, layer_inputs(here, 1, CPU, 0), 0
+        Contender(Choice("linear"), "auto"), here, layer_inputs(here, 1, CPU, 0), 0
     ).run()
     assert (
         isinstance(gradients, tuple)
@@ -229,7 +228,7 @@ def test_decoding_goes_on_from_the_state_it_left() -> None:
     over length + 3 tokens."""
     here = cell(phase="decode")
     q, k, v = core_inputs(here, 1, CPU, 0)[0]
-    for contender in (Contender(Candidate("standard"), "auto"), None):
+    for contender in (Contender(Choice("standard"), "auto"), None):
         run = prepare(contender, here, [(q, k, v)], 0).run
         found = [run() for _ in range(3)][-1]
         longer = [torch.cat([x, x[:, :, -1:].expand(-1, -1, 3, -1)], 2) for x in (q, k, v)]
@@ -301,7 +300,7 @@ def test_running_out_of_memory_is_a_row_and_the_sweep_goes_on(monkeypatch) -> No
     real = sweep.prepare
 
     def hungry(contender, *arguments):
-        if contender is not None and contender.candidate.name == "linear":
+        if contender is not None and contender.choice.name == "linear":
             torch.empty(2**60)
         return real(contender, *arguments)
 
@@ -774,7 +773,7 @@ def test_a_gpu_measures_the_whole_zoo() -> None:
 
     plan = read_plan(config_path("cuda"))
     planned = {
-        (contender.candidate.name, cell.phase, cell.is_causal, cell.length)
+        (contender.choice.name, cell.phase, cell.is_causal, cell.length)
         for sweep in plan.sweeps
         for cell in sweep.cells()
         for contender in sweep.contenders(parse_variant)

@@ -23,6 +23,7 @@ from attnzoo.commands.command import _console
 from attnzoo.commands.compare import MODELS
 from attnzoo.commands.variants import parse_variant
 from attnzoo.fidelity import LENGTHS, Comparison
+from attnzoo.registry import Choice
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = [
@@ -274,7 +275,7 @@ def test_the_default_config_is_the_default_run():
 def test_an_argument_overrides_the_config():
     quick = settings_of("--config", str(CONFIGS / "compare-quick.yaml"), "--seed", "7")
     assert quick["seed"] == 7 and quick["layers"] == [3]
-    assert [parse_variant(text)[0] for text in quick["variants"]] == [
+    assert [parse_variant(text).name for text in quick["variants"]] == [
         "standard",
         "linear",
         "linformer",
@@ -285,11 +286,11 @@ def test_an_argument_overrides_the_config():
 
 
 def test_variants_are_read_as_yaml_scalars():
-    assert parse_variant("standard") == ("standard", {})
+    assert parse_variant("standard") == Choice("standard")
     read = parse_variant(
         "performer:num_features=64,features=hyperbolic,orthogonal=false,scale=1e-1"
     )
-    assert read == (
+    assert read == Choice(
         "performer",
         {"num_features": 64, "features": "hyperbolic", "orthogonal": False, "scale": 0.1},
     )

@@ -17,11 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import attnzoo
 from attnzoo import UnsupportedError, count_flops
 from attnzoo.cost.huggingface_flops import whole_model
-from attnzoo.cost.model_flops import Chosen
 from attnzoo.cost.tracing import counting, engine_counts
 from attnzoo.cost.tracing.operators import einsum_macs
 from attnzoo.engines.linear.chunks import CHUNK
-from attnzoo.registry import sized
+from attnzoo.registry import Choice, sized
 
 pytest.importorskip("fvcore")
 HEADS, HEAD_DIM = 4, 8
@@ -408,7 +407,7 @@ def test_engines_counted_apart_count_as_the_whole_trace(
     sizes |= {"num_key_value_heads": 2} if family == "llama" else {}
     # Which the length decides.
     options = {option: value for option, value in small(variant).items() if option != "max_length"}
-    call = whole_model(family, sizes).call(n, Chosen(variant, options))
+    call = whole_model(family, sizes).call(n, Choice(variant, options))
     whole = counting._report(counting._trace(call.module, (), call.keywords))
     apart = count_flops(call.module, **call.keywords)
     assert apart == whole

@@ -181,7 +181,7 @@ def test_the_shipped_studies_can_be_read(kind):
         and full.mixes is not None
         and quick.mixes is not None
     )
-    assert {candidate.name for candidate in full.variants} == set(names()) - {"standard"}
+    assert {choice.name for choice in full.variants} == set(names()) - {"standard"}
 
 
 def test_a_variant_that_no_study_names_joins_at_its_defaults():
@@ -189,7 +189,7 @@ def test_a_variant_that_no_study_names_joins_at_its_defaults():
         "texts: [one.txt]\nlengths: [16]\nsequences: 1\nvariants: {linear: {}}\nzoo: true\n"
     )
     found = read_study(Path("zoo.yaml"), check_variant).variants
-    assert [candidate.label for candidate in found] == [
+    assert [choice.label for choice in found] == [
         "linear",
         *(name for name in names() if name not in ("linear", "standard")),
     ]

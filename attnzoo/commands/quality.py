@@ -99,7 +99,6 @@ def _study(settings: Namespace, kind: str) -> Study:
     """The study, with the variants and lengths of the command line in place of its own."""
     from attnzoo.arguments import check_positive, nearest
     from attnzoo.configuration import configs_folder
-    from attnzoo.fidelity.candidate import Candidate
     from attnzoo.quality.quality_study import read_study
 
     name = settings.study or "quick"
@@ -120,9 +119,7 @@ def _study(settings: Namespace, kind: str) -> Study:
             ),
         )
     if settings.variants is not None:
-        study = replace(
-            study, variants=tuple(Candidate(*parse_variant(text)) for text in settings.variants)
-        )
+        study = replace(study, variants=tuple(map(parse_variant, settings.variants)))
     return study
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
-from attnzoo.registry import build, find, options_of, spec_of
+from attnzoo.registry import Choice, find, options_of, spec_of
 
 #: In which attention computes; other floating dtypes, such as float8, only store.
 COMPUTES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -50,14 +50,6 @@ class Site:
     place: tuple[torch.device, torch.dtype] | None = None
     is_self: bool | None = True
     max_length: int | None = None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """An attention by name, with its options."""
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 def choose(
@@ -146,17 +138,15 @@ def build_attentions(
         try:
             if site.is_causal is not None:
                 find(choice.name).check_causality(site.is_causal)
-            options = _options(choice, layer, site)
-            attention = build(
-                choice.name, heads=site.heads, head_dim=site.head_dim, **options, **more
-            )
+            own = Choice(choice.name, _options(choice, layer, site))
+            attention = Choice(own.name, {**own.options, **more}).build(site.heads, site.head_dim)
             place = site.place or place_of(site.module, model)
             _check_fits(attention, site, place[0])
         except UnsupportedError as error:
             raise UnsupportedError(f"layer {layer} ({site.path}): {error}") from None
         shared[repr(choice)] = more or attention.shared_options()
         attentions[layer] = attention.to(*place).train(site.module.training)
-        settled[layer] = Choice(choice.name, options)
+        settled[layer] = own
     return attentions, settled
 
 
@@ -265,6 +255,8 @@ def _execution_devices(module: nn.Module) -> Iterator[torch.device]:
 def _choice(value: Any, options: dict[str, Any]) -> Choice:
     if isinstance(value, str):
         return Choice(value, dict(options))
+    if isinstance(value, Choice):
+        return Choice(value.name, {**options, **value.options})
     if (
         isinstance(value, tuple | list)
         and len(value) == 2

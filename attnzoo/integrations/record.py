@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
 from attnzoo.attention import Attention
-from attnzoo.integrations.places import Choice, Site
+from attnzoo.integrations.places import Site
+from attnzoo.integrations.undo import Undo
+from attnzoo.registry import Choice
 
 #: The attribute of a model that holds its `Record`.
 RECORD = "_attnzoo_swap"
-
-
-class Undo(Protocol):
-    """What an integration needs to take its attentions out again."""
-
-    def check(self, model: nn.Module) -> None:
-        """Raise ValueError where something that was put in since would be lost."""
-        ...
-
-    def __call__(self, model: nn.Module) -> None: ...
 
 
 class Record:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from attnzoo.arguments import check_path
 from attnzoo.integrations.record import Record
 from attnzoo.integrations.swapping import record_of, swap, unswap
+from attnzoo.registry import Choice
 from attnzoo.version import __version__
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -164,7 +165,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return recipe, tensors
 
 
-def _choices(recipe: dict[str, Any], path: str | Path) -> dict[str, tuple[str, dict[str, Any]]]:
+def _choices(recipe: dict[str, Any], path: str | Path) -> dict[str, Choice]:
     layers = recipe.get("layers")
     if not isinstance(layers, dict) or not layers:
         raise ValueError(f"{path} has a recipe without layers; write it again with attnzoo.save")
@@ -187,7 +188,7 @@ def _choices(recipe: dict[str, Any], path: str | Path) -> dict[str, tuple[str, d
     )
     places.update({str(place): place for place in range(len(places))})
     return {
-        layer: (choice["name"], _first_seed(choice["options"], places.get(layer)))
+        layer: Choice(choice["name"], _first_seed(choice["options"], places.get(layer)))
         for layer, choice in layers.items()
     }
 

@@ -86,7 +86,6 @@ def unswap(model: Model) -> Model:
     as it was.
     """
     part, record = swapped_part(model)
-    record.undo.check(part)
     record.check_standing(part)
     record.undo(part)
     del vars(part)[RECORD]

@@ -113,7 +113,7 @@ def by_page(rows: Iterable[Row]) -> dict[str, Sequence[Row]]:
 
 
 def in_order(rows: Sequence[Row]) -> list[Row]:
-    """The rows of single candidates by variant, as the study names them, and by rising knob,
+    """The rows of single choices by variant, as the study names them, and by rising knob,
     whenever they were measured; all others before them."""
     variants = list(dict.fromkeys(row.variant for row in rows))
 

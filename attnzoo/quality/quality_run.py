@@ -11,12 +11,12 @@ from functools import cached_property
 
 import torch
 
-from attnzoo.fidelity.candidate import Candidate
 from attnzoo.quality.mixes import Mix, as_json, label_of
 from attnzoo.quality.quality_rows import EXACT, Key, Row
 from attnzoo.quality.quality_study import Study
 from attnzoo.quality.search import Trial, cheapest, moves
 from attnzoo.quality.subject import Excerpt, Scores, Subject
+from attnzoo.registry import Choice
 from attnzoo.texts.parts import CHECKING, CHOOSING, FINAL
 
 Progress = Callable[[str, int, int], None]
@@ -104,13 +104,13 @@ class Run:
                 title = f"{source}: one layer at a time {one.label}"
                 yield title, lambda p=place, c=one: self._try_layers(p, c)
 
-    def _try_layers(self, excerpt: Excerpt, candidate: Candidate) -> None:
+    def _try_layers(self, excerpt: Excerpt, choice: Choice) -> None:
         assert self.study.layers is not None
         lengths = (self.study.layers.length,)
         self._measure("exact", {}, excerpt, lengths)
         for layer in range(self._layer_count()):
             self._measure(
-                "layer", {layer: candidate}, excerpt, lengths, label=candidate.label, layer=layer
+                "layer", {layer: choice}, excerpt, lengths, label=choice.label, layer=layer
             )
 
     def _layer_count(self) -> int:
@@ -170,7 +170,7 @@ class Run:
             if row.task == "layer" and row.layer is not None and row.change is not None:
                 found.setdefault((row.layer, row.label), []).append(row)
         assert self.study.layers is not None
-        by_label = {candidate.label: candidate for candidate in self.study.layers.variants}
+        by_label = {choice.label: choice for choice in self.study.layers.variants}
         for (layer, label), rows in found.items():
             if len(rows) == len(self.sources):
                 change = sum(abs(row.change or 0.0) for row in rows) / len(rows)
@@ -199,7 +199,7 @@ class Run:
     def _measure(
         self,
         task: str,
-        swapped: Mix | Candidate,
+        swapped: Mix | Choice,
         excerpt: Excerpt,
         lengths: Sequence[int],
         *,
@@ -207,9 +207,9 @@ class Run:
         layer: int | None = None,
         tolerance: float | None = None,
     ) -> list[Row]:
-        """The rows of one mix, or of one candidate in every layer, at all lengths: from the file,
+        """The rows of one mix, or of one choice in every layer, at all lengths: from the file,
         or measured and written."""
-        label = label or (swapped.label if isinstance(swapped, Candidate) else EXACT)
+        label = label or (swapped.label if isinstance(swapped, Choice) else EXACT)
         blank = [
             Row(
                 self.model,
@@ -233,7 +233,7 @@ class Run:
         if missing:
             mix = (
                 dict.fromkeys(range(self.subject.layers), swapped)
-                if isinstance(swapped, Candidate)
+                if isinstance(swapped, Choice)
                 else swapped
             )
             self._fill([row for row in blank if row.length in missing], mix, excerpt)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention import Attention
-from attnzoo.fidelity.candidate import BASELINE, Candidate
+from attnzoo.fidelity.measured import BASELINE
 from attnzoo.fidelity.pretrained import Pretrained
 from attnzoo.integrations.huggingface.interface import find_sites
 from attnzoo.integrations.swapping import swap, unswap
 from attnzoo.quality.later_layers import blocks_of, recording, resumed
 from attnzoo.quality.mixes import Mix, resolved, swap_plan
-from attnzoo.registry import build
+from attnzoo.registry import Choice
 from attnzoo.texts.parts import CHOOSING
 
 PRODUCTS = ("Linear", "Conv1D")  # GPT-2's Conv1D is a linear layer
@@ -152,20 +152,15 @@ class Subject(ABC):
             for layer in range(self.layers)
         )
 
-    def macs_of_layer(self, layer: int, candidate: Candidate, length: int) -> int:
+    def macs_of_layer(self, layer: int, choice: Choice, length: int) -> int:
         """MACs of one layer's attention on one sequence."""
         site, key = (
             self.sites[layer],
-            (candidate.label, self.sites[layer].heads, self.sites[layer].head_dim, length),
+            (choice.label, self.sites[layer].heads, self.sites[layer].head_dim, length),
         )
         if key not in self._macs:
             with torch.device("meta"):
-                attention = build(
-                    candidate.name,
-                    heads=site.heads,
-                    head_dim=site.head_dim,
-                    **resolved(candidate, length, self.seed),
-                )
+                attention = resolved(choice, length, self.seed).build(site.heads, site.head_dim)
             self._macs[key] = self._count(attention, length)
         return self._macs[key]
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from attnzoo.arguments import check_count, check_positive
 from attnzoo.call import UnsupportedError
-from attnzoo.fidelity.candidate import Candidate
 from attnzoo.layers.multihead import MultiheadAttention
 from attnzoo.quality.mixes import resolved
+from attnzoo.registry import Choice
 from attnzoo.tasks.task import Batch, Task
 from attnzoo.training.contenders import GRU, Contender
 
@@ -44,16 +44,15 @@ class Attending(nn.Module):
     """attnzoo.MultiheadAttention over x itself or, in a cross block, over a memory."""
 
     def __init__(
-        self, candidate: Candidate, sizes: Sizes, length: int, *, is_causal: bool, seed: int
+        self, choice: Choice, sizes: Sizes, length: int, *, is_causal: bool, seed: int
     ) -> None:
         super().__init__()
-        options = resolved(candidate, length, seed)
         self.attention = MultiheadAttention(
             sizes.width,
             sizes.heads,
             batch_first=True,
-            attention=candidate.name,
-            attention_options=options,
+            attention=choice.name,
+            attention_options=resolved(choice, length, seed).options,
         )
         self.attention.attention.check_causality(is_causal)
         self.is_causal = is_causal
@@ -197,12 +196,12 @@ class Transformer(nn.Module):
                     for layer in range(sizes.layers)
                 ]
             )
-            for layer, (block, candidate) in enumerate(
+            for layer, (block, choice) in enumerate(
                 zip(self.blocks, contender.layers(sizes.layers), strict=True)
             ):
                 # What one attention draws for itself moves no other layer's start.
                 torch.manual_seed((seed + 1) * 1009 + layer)
-                block.mixer = make_mixer(candidate, sizes, task, seed + layer)
+                block.mixer = make_mixer(choice, sizes, task, seed + layer)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits: (batch, length, outputs); of an encoder (batch, outputs)."""
@@ -247,12 +246,12 @@ class Transformer(nn.Module):
         return self.tokens(tokens) + self.positions[: tokens.shape[1]]
 
 
-def make_mixer(candidate: Candidate, sizes: Sizes, task: Task, seed: int) -> Attending | Recurrent:
+def make_mixer(choice: Choice, sizes: Sizes, task: Task, seed: int) -> Attending | Recurrent:
     """What mixes the tokens in one layer."""
     is_causal = task.form == "decoder"
-    if candidate.name == GRU:
+    if choice.name == GRU:
         return Recurrent(sizes, is_causal=is_causal)
-    return Attending(candidate, sizes, task.length, is_causal=is_causal, seed=seed)
+    return Attending(choice, sizes, task.length, is_causal=is_causal, seed=seed)
 
 
 def _sinusoids(length: int, width: int) -> Tensor:

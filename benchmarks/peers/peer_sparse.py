@@ -16,16 +16,11 @@ from torch import Tensor
 from attnzoo.bench.plan import Cell
 from attnzoo.engines.sparse.flex import BLOCK, blocks_of_pattern, blocks_of_window
 from attnzoo.engines.sparse.patterns import BlockPattern, Grid, Pattern, Window
-from attnzoo.registry import build
 
 
 def our_pattern(group: str, cell: Cell) -> tuple[Pattern, Grid]:
     """The support of our variant at this setting."""
-    candidate = OURS[group]
-    assert candidate is not None
-    engine: Any = build(
-        candidate.name, heads=cell.shape.heads, head_dim=cell.shape.head_dim, **candidate.options
-    ).engine
+    engine: Any = OURS[group].build(cell.shape.heads, cell.shape.head_dim).engine
     return engine.pattern, Grid(cell.shape.heads, cell.length, cell.length, cell.is_causal)
 
 

@@ -196,7 +196,7 @@ def _lengths(axes: Axes, rows: list[Row], look: Look, *, words: str) -> None:
 
 
 def _maps(rows: Sequence[Row], words: str) -> list[Drawing]:
-    """One heat map a text, below each other: a column a layer, a row a candidate."""
+    """One heat map a text, below each other: a column a layer, a row a choice."""
     tried = [row for row in rows if row.task == "layer" and as_share(row) is not None]
     if not tried:
         return []

@@ -19,7 +19,7 @@ LEAD = (
     "MACs are what each attention executes, exact attention's on its support alone."
 )
 METHOD = (
-    "Every candidate is tried in each layer alone, on text to choose by. A layer's candidates on "
+    "Every choice is tried in each layer alone, on text to choose by. A layer's choices on "
     "the lower convex hull of (MACs saved, change) "
     "become moves, all put in order of change per MAC saved, the change being the mean size over "
     "the texts.",

@@ -12,7 +12,7 @@ from attnzoo.results.table import Column, Table
 from attnzoo.results.units import count, percent
 
 HOPELESS = 1e5  # perplexities from here on, and ratios, are written by their power of ten
-TOLERATED = 0.01  # a layer tolerates a candidate that changes the model by less
+TOLERATED = 0.01  # a layer tolerates a choice that changes the model by less
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:

@@ -386,7 +386,7 @@ def _kept_gib(settings: Settings, variant: CountedVariant, n: int) -> float | No
 
 def _variant_lines(scaling: Scaling, axes: Axes, value: Callable) -> list[float]:
     """One line a variant that runs as the settings say; returns every number drawn."""
-    look = styles((variant.name, variant.label) for variant in scaling.variants)
+    look = styles((variant.choice.name, variant.label) for variant in scaling.variants)
     drawn: list[float] = []
     for variant in scaling.variants:
         if variant.runs(scaling.settings.is_causal):

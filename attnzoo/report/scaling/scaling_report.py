@@ -13,6 +13,7 @@ from attnzoo.cost.article import Contradiction, contradictions
 from attnzoo.cost.hardware import GPU
 from attnzoo.cost.layer_costs import CountedVariant, whole_zoo
 from attnzoo.cost.model_sizes import TransformerModel
+from attnzoo.registry import Choice
 from attnzoo.report.scaling import model_tables, variant_tables
 from attnzoo.report.scaling.settings import Settings
 from attnzoo.results.table import Table
@@ -70,11 +71,11 @@ def scaling(
     settings: Settings,
     models: dict[str, TransformerModel],
     gpus: dict[str, GPU],
-    variants: Iterable[tuple[str, dict[str, Any]]] | None = None,
+    variants: Iterable[Choice] | None = None,
     progress: Progress = lambda stage: None,
 ) -> Scaling:
     """Compute every table. models, gpus: presets by name, which must hold the article's. variants:
-    names with options (default: the zoo).
+    default: the zoo.
 
     Raises ValueError on a preset that is missing and on a variant or an option that does not exist.
     """
@@ -92,10 +93,10 @@ def scaling(
         counted, need_options = whole_zoo(settings.model)
     else:
         counted, need_options = (
-            [CountedVariant(name, settings.model, options) for name, options in variants],
+            [CountedVariant(choice, settings.model) for choice in variants],
             [],
         )
-    baseline = CountedVariant("standard", settings.model)
+    baseline = CountedVariant(Choice("standard"), settings.model)
     baseline = next((variant for variant in counted if variant == baseline), baseline)
     every_model, every_gpu = (
         _with(models.values(), settings.model),
