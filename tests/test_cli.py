@@ -132,7 +132,7 @@ def test_compare_writes_page_json_and_figures(capsys):
         "sliding_window window=8",
     }
     assert {row.length for row in comparison.rows} == {48}
-    assert "score standard deviation" in captured.out and "mean(v)" in captured.out
+    assert "score standard deviation" in captured.out and "baseline" in captured.out
     assert "\x1b" not in captured.out + captured.err
     assert all(f"wrote here/deeper/{name}" in captured.out for name in found)
 

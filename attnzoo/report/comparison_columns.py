@@ -12,12 +12,17 @@ from attnzoo.results.units import ABSENT, count, duration, memory, number, perce
 
 # An output error below this is rounding: the row is exact attention in another order of sums
 EXACT_BELOW = 1e-4
+BASELINE = "baseline: average of the values"
 
 
 @dataclass(frozen=True)
 class Column:
-    """heading: at most two words, so that twelve columns fit a terminal. meaning: one line for the
-    reader. text: the cell, in ASCII."""
+    """One column of a comparison.
+
+    heading: short words, each on a line of its own, so that twelve columns fit a terminal.
+    meaning: one line for the reader.
+    text: the cell of a row, in ASCII.
+    """
 
     heading: str
     meaning: str
@@ -46,7 +51,7 @@ def is_exact(row: Row) -> bool:
 
 
 def kept(row: Row) -> float | None:
-    """The share of the promised speed-up that was measured."""
+    """Measured speed-up divided by MAC speed-up."""
     return (
         None if not row.speedup or not row.promised_speedup else row.speedup / row.promised_speedup
     )
@@ -73,13 +78,12 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         "error",
-        "relative output error, |A v - exact| / |exact|; ! marks a variant that lost to mean(v)",
+        "relative output error, |A v - exact| / |exact|; ! marks who lost to the baseline",
         _error,
     ),
     Column(
-        "mean(v) error",
-        "the same error for answering the mean of the visible values: the baseline of doing "
-        "nothing",
+        BASELINE,
+        "the same error for answering the average of the visible values",
         _mean_value_error,
     ),
     Column(
@@ -99,20 +103,21 @@ COLUMNS: tuple[Column, ...] = (
         lambda row: count(row.macs),
     ),
     Column(
-        "promised",
+        "MAC speed-up",
         "speed-up that the MACs promise: exact attention's, divided by the variant's",
         lambda row: ratio(row.promised_speedup),
     ),
     Column("time", "median time of one forward", lambda row: duration(row.seconds)),
     Column(
-        "measured",
-        "speed-up measured: the time of exact attention (SDPA) in the same rounds, divided by the "
-        "variant's",
+        "measured speed-up",
+        "speed-up by the clock: the time of exact attention (SDPA) in the same rounds, divided by "
+        "the variant's",
         lambda row: ratio(row.speedup),
     ),
     Column(
-        "kept",
-        "measured divided by promised: how much of the saved arithmetic became saved time",
+        "their ratio",
+        "measured speed-up divided by MAC speed-up: how much of the saved arithmetic became saved "
+        "time",
         lambda row: percent(kept(row)),
     ),
     Column(

@@ -159,7 +159,7 @@ def _cost(name: str) -> Iterator[RenderableType]:
         "length",
         "",
         "MACs",
-        "saving",
+        "MAC speed-up",
         "MACs on A's support",
         "decoding state, numbers",
     ):

@@ -42,7 +42,7 @@ def others(file: str, *lengths: str) -> str:
         "causal",
     ]
     return markdown_table(
-        [*headings, "kept: forward, causal", "forward+backward, causal"],
+        [*headings, "measured / MAC: forward, causal", "forward+backward, causal"],
         [_cells(group, rows) for group in GROUPS],
     )
 

@@ -60,7 +60,7 @@ def variant_costs(
     columns = (
         Column("variant", "variant", words=True),
         Column("macs", "MACs", count),
-        Column("gain", "fewer MACs", ratio),
+        Column("gain", "MAC speed-up", ratio),
         Column("support_macs", "MACs of A's support", count),
         Column("kept_per_token", "kept a token", memory),
         Column("state_bytes", "decoding state", memory),
