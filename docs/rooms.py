@@ -107,13 +107,12 @@ def picture() -> str:
             below[box.get(room, room)].update(box.get(other, other) for other in lower)
     for room, others in below.items():
         others.discard(room)
-    lines = ["graph TD"]
-    for room in (room for room in ROOMS if room in below):
-        files = "<br>".join(BOXES[room]) if room in BOXES else room
-        lines.append(f'    {room}["{files}"]')
+    lines = ["graph TD", *(f'{name}["{"<br>".join(rooms)}"]' for name, rooms in BOXES.items())]
     for room in (room for room in ROOMS if room in below):
         implied = set().union(*(_reached(below, other) for other in below[room]))
-        lines += [f"    {room} --> {other}" for other in sorted(below[room] - implied)]
+        targets = " & ".join(sorted(below[room] - implied))
+        if targets or room not in BOXES:
+            lines.append(f"{room} --> {targets}" if targets else room)
     return "\n".join(lines)
 
 

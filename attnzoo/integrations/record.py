@@ -18,10 +18,13 @@ RECORD = "_attnzoo_swap"
 class Record:
     """What `swap` did to a model.
 
-    integration: the module that did it. sites: every attention layer found, as (path, heads,
-    head_dim). keys: of the layers, as `swap` takes them. choices: by layer, with settled options.
-    modules: those that the attentions are in, by layer, where they are named `core`. undo: takes
-    them out.
+    integration: the kind of model, a key of `swapping.INTEGRATIONS`.
+    sites: every attention layer found, kept as (path, heads, head_dim).
+    choices: by layer, with settled options.
+    attentions: by layer.
+    undo: takes them out.
+    keys: of the layers, as `swap` takes them.
+    modules: those that the attentions are in, by layer, where they are named `core`.
     """
 
     def __init__(

@@ -15,7 +15,8 @@ from attnzoo.integrations.record import RECORD, Record
 from attnzoo.integrations.wrappers import without_wrappers
 
 Model = TypeVar("Model", bound=nn.Module)
-INTEGRATIONS = (interface, torch_nn, timm)
+#: What swaps in each kind of model, by the name that a saved swap has for the kind.
+INTEGRATIONS: dict[str, Any] = {"huggingface": interface, "torch_nn": torch_nn, "timm": timm}
 
 
 def swap(
@@ -68,9 +69,8 @@ def swap(
     sites, choices = choose(name, layers, options, integration.find_sites(part, **tried))
     attentions, choices = build_attentions(part, sites, choices)
     undo = integration.insert(part, sites, attentions, **tried)
-    vars(part)[RECORD] = Record(
-        integration.__name__.rpartition(".")[2], sites, choices, attentions, undo
-    )
+    kind = next(kind for kind, module in INTEGRATIONS.items() if module is integration)
+    vars(part)[RECORD] = Record(kind, sites, choices, attentions, undo)
     return model
 
 
@@ -128,7 +128,7 @@ def _integration_for(model: nn.Module) -> tuple[nn.Module, Any]:
             )
     if interface.handles(model):
         return model, interface
-    kinds = [integration for integration in INTEGRATIONS if integration.handles(model)]
+    kinds = [integration for integration in INTEGRATIONS.values() if integration.handles(model)]
     inside = next((path for path, part in model.named_modules() if interface.handles(part)), None)
     if inside is not None:
         part = model.get_submodule(inside)
