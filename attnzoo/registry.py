@@ -117,9 +117,10 @@ def names() -> list[str]:
 def build(name: str, /, *sizes: int, **options: Any) -> Attention:
     """Build a variant by name.
 
-    sizes: heads and head_dim, which may stand without their names. options: the variant's own, by
-    name. Raises ValueError on an unknown name (with the nearest one), an unknown option (with those
-    that exist), a missing one, and one given twice.
+    sizes: heads and head_dim, which may stand without their names.
+    options: the variant's own, by name.
+    Raises ValueError on an unknown name (with the nearest one), an unknown option (with those that
+    exist), a missing one, and one given twice.
     """
     cls = find(name)
     known = {option.name: option for option in options_of(name)}

@@ -24,17 +24,20 @@ class Row:
     """One attention in one setting. None where there is no number; `reason` then says why.
 
     level: core (attention alone), multihead (with its projections) or layer (a whole pre-norm
-    layer). phase: forward, forward+backward, or decode (one new token after `length`, always
-    causal). backend: as asked for; ran: the one that ran.
-    seconds: median of one pass over `rounds` interleaved rounds, with its quartiles. graph_seconds:
-    the same pass replayed as a CUDA graph.
-    sdpa_seconds: median of exact SDPA, called directly, in the same rounds. peak_bytes: highest sum
-    of allocations during one pass beyond its inputs; sdpa_peak_bytes: the same for SDPA.
+    layer).
+    phase: forward, forward+backward, or decode (one new token after `length`, always causal).
+    backend: as asked for.
+    ran: the one that ran.
+    seconds: median of one pass over `rounds` interleaved rounds, with its quartiles.
+    graph_seconds: the same pass replayed as a CUDA graph.
+    sdpa_seconds: median of exact SDPA, called directly, in the same rounds.
+    peak_bytes: highest sum of allocations during one pass beyond its inputs.
+    sdpa_peak_bytes: the same for SDPA.
     macs: what one pass executes (exact attention: its support, since SDPA skips the masked half;
-    forward+backward: three forwards); None when decoding. least_bytes: inputs, outputs, weights and
-    state, each moved once.
-    peak_flops (FLOPs a second), bandwidth (bytes a second, of as much data): the best that was
-    measured on this machine in the same run.
+    forward+backward: three forwards); None when decoding.
+    least_bytes: inputs, outputs, weights and state, each moved once. peak_flops (FLOPs a second),
+    bandwidth (bytes a second, of as much data): the best that was measured on this machine in the
+    same run.
     """
 
     FORMAT: ClassVar[str] = "attnzoo.bench/1"
@@ -210,8 +213,10 @@ def read_rows(path: str | Path, kind: type[RowKind] = Row) -> list[RowKind]:
 def check_one_machine(
     some: Iterable[Environment], others: Iterable[Environment], what: str, against: str
 ) -> None:
-    """Raise ValueError when environments of rows are of two machines. what, against: where the two
-    lots are from, in words."""
+    """Raise ValueError when environments of rows are of two machines.
+
+    what, against: where the two lots are from, in words.
+    """
     here, there = (
         {tuple((facts or {}).get(name) for name in MACHINE) for facts in lot}
         for lot in (some, others)

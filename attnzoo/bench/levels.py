@@ -24,7 +24,10 @@ Pass = Callable[[], object]
 
 @dataclass(frozen=True)
 class Work:
-    """One contender, ready to run. attention: its core; None for SDPA called directly."""
+    """One contender, ready to run.
+
+    attention: its core; None for SDPA called directly.
+    """
 
     run: Pass
     attention: Attention | None

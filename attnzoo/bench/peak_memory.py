@@ -15,7 +15,8 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
     before it; its result counts.
 
     CPU: the running sum of the allocator's events, which torch's profiler records. CUDA: the
-    caching allocator's own peak. Raises ValueError on any other device.
+    caching allocator's own peak.
+    Raises ValueError on any other device.
     """
     device = torch.device(device)
     if device.type == "cpu":

@@ -66,9 +66,9 @@ class Contender:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every combination of these. variants: as on the command line, NAME[:OPTION=VALUE,...]; empty
-    means the whole zoo.
+    """Every combination of these.
 
+    variants: as on the command line, NAME[:OPTION=VALUE,...]; empty means the whole zoo.
     budget: seconds a setting after which no new round is begun; a contender that three rounds have
     no room for gets no time.
     """
@@ -147,8 +147,11 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole benchmark. device: cpu, cuda or cuda:INDEX. seed: of inputs and of every random
-    choice."""
+    """A whole benchmark.
+
+    device: cpu, cuda or cuda:INDEX.
+    seed: of inputs and of every random choice.
+    """
 
     device: str = "cpu"
     seed: int = 0

@@ -34,9 +34,9 @@ Progress = Callable[[str, int, int], None]
 def run_plan(
     plan: Plan, parse: ParseChoice, device: torch.device, finished: set[Key], progress: Progress
 ) -> Iterator[Row]:
-    """The rows of a plan as they finish, without those whose key is `finished`. progress: called
-    with (what comes, settings done, settings).
+    """The rows of a plan as they finish, without those whose key is `finished`.
 
+    progress: called with (what comes, settings done, settings).
     Raises DeviceLost after the row of the contender that a CUDA device did not survive.
     """
     work = [(sweep, cell) for sweep in plan.sweeps for cell in sweep.cells()]

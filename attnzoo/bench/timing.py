@@ -66,11 +66,14 @@ def interleave(
     """Time contenders in turns, A B C A B C ..., so that a slow minute of the machine slows all of
     them alike.
 
-    rounds: times that each contender is timed; warmups: untimed turns before. budget: seconds of
-    timing after which no new round is begun, once there are 3 (or `rounds`, if fewer). stopwatch:
-    runs one call and returns its seconds (on CUDA: `attnzoo.bench.cuda_timing.EventClock`).
-    progress: called with (rounds done, rounds) after each. Raises ValueError when rounds is not at
-    least 1.
+    rounds: times that each contender is timed.
+    warmups: untimed turns before.
+    budget: seconds of timing after which no new round is begun, once there are 3 (or `rounds`, if
+    fewer).
+    stopwatch: runs one call and returns its seconds (on CUDA:
+    `attnzoo.bench.cuda_timing.EventClock`).
+    progress: called with (rounds done, rounds) after each.
+    Raises ValueError when rounds is not at least 1.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds} must be at least 1")
@@ -106,7 +109,9 @@ def mistake(
     beyond, every row of the first `CHECK_LENGTH` tokens (where the backend takes so few), and at
     the full length `SAMPLED_ROWS` last rows, causal as many about the middle too: a row asks the
     reference for its own scores only. Agreement: a relative Frobenius error within `TOLERANCE` of
-    the dtype. backward: the gradients of q, k and v, from those rows, must agree too.
+    the dtype.
+
+    backward: the gradients of q, k and v, from those rows, must agree too.
     """
     fast, reference = copy.deepcopy(attention), copy.deepcopy(attention)
     fast.backend, reference.backend = attention.last_backend or "auto", "reference"

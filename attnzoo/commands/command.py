@@ -27,8 +27,11 @@ PIPED_WIDTH = 120  # columns, when the output is no terminal and COLUMNS does no
 
 @dataclass(frozen=True)
 class Command:
-    """One command. add_arguments: declares them, and imports nothing heavy. run: does the work and
-    returns the exit code."""
+    """One command.
+
+    add_arguments: declares them, and imports nothing heavy.
+    run: does the work and returns the exit code.
+    """
 
     name: str
     help: str

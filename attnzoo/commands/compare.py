@@ -36,8 +36,11 @@ SYNTHETIC = "synthetic"
 
 @dataclass(frozen=True)
 class Model:
-    """A model as the command line names it. title: its name in `attnzoo.fidelity`. max_length:
-    tokens that it has positions for."""
+    """A model as the command line names it.
+
+    title: its name in `attnzoo.fidelity`.
+    max_length: tokens that it has positions for.
+    """
 
     title: str
     max_length: int

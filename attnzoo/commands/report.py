@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """How rows of one kind are drawn. pages: the rows of every page by the name of its files.
+    """How rows of one kind are drawn.
+
+    pages: the rows of every page by the name of its files.
     table_of: the table that a row stands in, which holds times of one machine; None: no times are
-    in it."""
+    in it.
+    """
 
     kind: Any
     pages: Callable[[Sequence[Any]], dict[str, Sequence[Any]]]
@@ -136,7 +139,10 @@ def _format_of(path: str) -> str | None:
 
 
 def _check_machines(lots: Mapping[str, Sequence[Any]], table_of: Callable[[Any], Hashable]) -> None:
-    """Raise ValueError when one table would hold times of two machines. lots: the rows by file."""
+    """Raise ValueError when one table would hold times of two machines.
+
+    lots: the rows by file.
+    """
     from attnzoo.bench.bench_rows import check_one_machine
 
     seen: dict[Hashable, tuple[str, list[Any]]] = {}

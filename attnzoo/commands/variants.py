@@ -24,9 +24,10 @@ KINDS: dict[str, tuple[type, ...]] = {
 def parse_variant(text: str) -> Choice:
     """The choice that NAME[:OPTION=VALUE,...] says, values read as YAML scalars.
 
-    The variant is built once, so that everything wrong with it is found before any work. Raises
-    ValueError on an unknown name or option (with the nearest), a value of another type than the
-    option's, one that the constructor refuses, and a malformed text.
+    The variant is built once, so that everything wrong with it is found before any work.
+
+    Raises ValueError on an unknown name or option (with the nearest), a value of another type than
+    the option's, one that the constructor refuses, and a malformed text.
     """
     name, _, rest = text.strip().partition(":")
     find(name)
@@ -53,8 +54,11 @@ def read_value(text: str) -> Any:
 
 
 def check_variant(choice: Choice, text: str = "") -> None:
-    """Build a known variant once. text: what the user wrote, for errors. Raises ValueError as
-    `parse_variant` does."""
+    """Build a known variant once.
+
+    text: what the user wrote, for errors.
+    Raises ValueError as `parse_variant` does.
+    """
     types = {option.name: option.type for option in options_of(choice.name)}
     for option, value in choice.options.items():
         _check(choice.name, option, value, types)

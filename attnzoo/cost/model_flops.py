@@ -27,8 +27,10 @@ COMPONENTS = (CORE, PROJECTIONS, FEED_FORWARD, HEAD, OTHER)
 
 @dataclass(frozen=True)
 class Call:
-    """A module on the meta device and what it is called with. component: of each module by its
-    name, of its own operations alone."""
+    """A module on the meta device and what it is called with.
+
+    component: of each module by its name, of its own operations alone.
+    """
 
     module: nn.Module
     inputs: tuple[Tensor, ...]
@@ -38,8 +40,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is counted. exact: its own attention's name. call: made for n tokens, one sample, with
-    its own attention (None) or another."""
+    """What is counted.
+
+    exact: its own attention's name.
+    call: made for n tokens, one sample, with its own attention (None) or another.
+    """
 
     title: str
     exact: str

@@ -38,15 +38,19 @@ def compare(
     """Compare variants with exact attention on queries, keys and values.
 
     samples: the longest sample of each model gets a row per variant with everything measured.
-    variants: default: the whole zoo. lengths: where the output error alone
-    is measured too, up to the longest sample: on prefixes of a causal one, on the shorter samples
-    given of a bidirectional one. seed: of every random choice. rounds: interleaved timing rounds;
-    time_budget: seconds a sample after which none is begun. progress: called with (what is being
-    done, steps done, steps).
+    variants: default: the whole zoo.
+    lengths: where the output error alone is measured too, up to the longest sample: on prefixes of
+    a causal one, on the shorter samples given of a bidirectional one.
+    seed: of every random choice.
+    rounds: interleaved timing rounds.
+    time_budget: seconds a sample after which none is begun.
+    progress: called with (what is being done, steps done, steps).
 
     What a variant cannot do becomes a row with a note. Ctrl-C returns what is finished, and
-    `environment["interrupted"]` says so. Raises ValueError, before any work, on an unknown variant
-    or option, a device that is not there and a dtype that is not floating.
+    `environment["interrupted"]` says so.
+
+    Raises ValueError, before any work, on an unknown variant or option, a device that is not there
+    and a dtype that is not floating.
     """
     if not samples:
         raise ValueError("samples is empty; give at least one, such as those of load_samples()")

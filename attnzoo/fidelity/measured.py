@@ -96,8 +96,10 @@ def blank_row(choice: Choice, subject: Subject, note: str = "") -> Row:
 
 @torch.no_grad()
 def measure(choice: Choice, subject: Subject, *, seed: int, thorough: bool) -> Row:
-    """Errors and costs of a choice; what its spec excludes gives a row with a note. thorough: A
-    itself and peak memory too."""
+    """Errors and costs of a choice; what its spec excludes gives a row with a note.
+
+    thorough: A itself and peak memory too.
+    """
     sample = subject.sample
     row = blank_row(choice, subject)
     try:

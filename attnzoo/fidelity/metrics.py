@@ -26,9 +26,13 @@ TOP = 16
 
 @dataclass(frozen=True)
 class WeightDistance:
-    """A against exact A. total_variation: mean over rows of ½ Σ_j |A_ij - exact_ij|. top_mass_kept:
-    mean over rows of Σ_T A_ij / Σ_T exact_ij within [0, 1], T the 16 keys heaviest in exact. rows:
-    rows compared, per layer and head."""
+    """A against exact A.
+
+    total_variation: mean over rows of ½ Σ_j |A_ij - exact_ij|.
+    top_mass_kept: mean over rows of Σ_T A_ij / Σ_T exact_ij within [0, 1], T the 16 keys heaviest
+    in exact.
+    rows: rows compared, per layer and head.
+    """
 
     total_variation: float
     top_mass_kept: float

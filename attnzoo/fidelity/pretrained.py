@@ -137,9 +137,10 @@ def capture(
     """Let the model read the first `length` tokens of `text` and keep what enters attention in some
     layers and heads.
 
-    layers: indices (default: first, middle and last). heads: query heads (default: first, middle
-    and last); each keeps the key and value head that it shares. Raises ValueError on a length,
-    layer or head that the model does not have.
+    layers: indices (default: first, middle and last).
+    heads: query heads (default: first, middle and last); each keeps the key and value head that it
+    shares.
+    Raises ValueError on a length, layer or head that the model does not have.
     """
     config = pretrained.model.config
     chosen_layers = _indices("layers", layers, config.num_hidden_layers, pretrained.name)
@@ -162,8 +163,9 @@ def capture_tensors(
     """q (layers, heads, length, head_dim), k and v (layers, kv_heads, length, head_dim) of a
     transformers model that reads ids (1, length).
 
-    Scores are q·k/√head_dim: a model with another scale has it folded into q. Raises ValueError
-    when the model's attention is more than softmax over all (or all past) keys.
+    Scores are q·k/√head_dim: a model with another scale has it folded into q.
+
+    Raises ValueError when the model's attention is more than softmax over all (or all past) keys.
     """
     caught: list[tuple[Tensor, Tensor, Tensor] | None] = []
 

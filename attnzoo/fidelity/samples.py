@@ -35,8 +35,11 @@ def load_samples(
 
     A causal model gives one sample at the greatest length: its prefixes are the shorter ones. A
     bidirectional model reads anew at every length. Lengths that a model cannot read are cut to the
-    most it can. layers, heads: see `capture`. progress: called with (what is being done, steps
-    done, steps). Raises ValueError on a bad length, model, layer or head.
+    most it can.
+
+    layers, heads: see `capture`.
+    progress: called with (what is being done, steps done, steps).
+    Raises ValueError on a bad length, model, layer or head.
     """
     lengths = [check_positive("length", length) for length in lengths]
     if not lengths:

@@ -30,12 +30,15 @@ Layers = int | str | Iterable[int | str]
 class Site:
     """One attention of a model.
 
-    path: of `module` in the model. is_causal: None where only the call tells. window: keys its own
-    sliding window shows, itself included (None: all). has_bias: it adds a bias of positions to its
-    scores. has_sink_logits: it has one more score a head, which counts in the sum of every row.
-    dropout: of the entries of A while training. place: device and dtype of its queries, where a
-    trial told them. is_self: False where it looks at another sequence, None where that is not
-    known. max_length: of the sequences that it reads, where the model tells.
+    path: of `module` in the model.
+    is_causal: None where only the call tells.
+    window: keys its own sliding window shows, itself included (None: all).
+    has_bias: it adds a bias of positions to its scores.
+    has_sink_logits: it has one more score a head, which counts in the sum of every row.
+    dropout: of the entries of A while training.
+    place: device and dtype of its queries, where a trial told them.
+    is_self: False where it looks at another sequence, None where that is not known.
+    max_length: of the sequences that it reads, where the model tells.
     """
 
     path: str
@@ -59,9 +62,11 @@ def choose(
     keeps its own attention.
 
     The layers are the self-attentions of `sites` in their order, and then what else was named, by
-    its path. Raises ValueError on a layer that the model does not have, one named twice, a
-    malformed mapping, and options in the place of layers; UnsupportedError where every layer is
-    meant and it is not known which are.
+    its path.
+
+    Raises ValueError on a layer that the model does not have, one named twice, a malformed mapping,
+    and options in the place of layers; UnsupportedError where every layer is meant and it is not
+    known which are.
     """
     numbered = [site for site in sites if site.is_self]
     ordered = numbered + [site for site in sites if not site.is_self]
@@ -126,8 +131,10 @@ def build_attentions(
     """An attention for each chosen layer, and the choices with the options that were settled here
     (the seeds).
 
-    An attention with a `seed` gets seed + layer, so that layers draw differently. Raises what
-    `build` raises, and UnsupportedError when the attention cannot do what the layer does.
+    An attention with a `seed` gets seed + layer, so that layers draw differently.
+
+    Raises what `build` raises, and UnsupportedError when the attention cannot do what the layer
+    does.
     """
     attentions: dict[int, Attention] = {}
     settled: dict[int, Choice] = {}

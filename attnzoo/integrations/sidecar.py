@@ -53,8 +53,10 @@ def load(
     the model.
 
     model: one that is not swapped, of the architecture that the file was saved from. The file is
-    read as data only. example_inputs: as in `swap`. Raises ValueError on a file that cannot be read
-    or does not fit the model, naming the place; the model is then as it was.
+    read as data only.
+    example_inputs: as in `swap`.
+    Raises ValueError on a file that cannot be read or does not fit the model, naming the place; the
+    model is then as it was.
     """
     recipe, extras = _read(path)
     choices = _choices(recipe, path)

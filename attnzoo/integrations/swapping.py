@@ -41,12 +41,13 @@ def swap(
     load and unswap that part then. Modules stay the objects that they are, with their hooks and
     attributes.
     name: a name in `attnzoo.names()`, or a mapping from layers to a name or a pair (name, options):
-    {"0-3": "sliding_window", "4": ("performer", {"num_features": 64})}. layers: which attention
-    layers, counted from 0 in the order in which they run: 2, "0-3,6", [0, 2]; or a path in the
-    model, or a pattern of paths: "layers.*.cross_attn"; default: all self-attentions. options: of
-    the attention, for every layer; an option `seed` is the first layer's, later layers count up
-    from it; `max_length` is the model's own where it tells one. Layers that are not named keep
-    exact attention.
+    {"0-3": "sliding_window", "4": ("performer", {"num_features": 64})}.
+    layers: which attention layers, counted from 0 in the order in which they run: 2, "0-3,6", [0,
+    2]; or a path in the model, or a pattern of paths: "layers.*.cross_attn"; default: all
+    self-attentions.
+    options: of the attention, for every layer; an option `seed` is the first layer's, later layers
+    count up from it; `max_length` is the model's own where it tells one. Layers that are not named
+    keep exact attention.
     example_inputs: keyword arguments of a transformers model's forward, with which it is tried out
     where attnzoo can make up none.
 
@@ -79,11 +80,13 @@ def unswap(model: Model) -> Model:
     model.
 
     What was put in since stays: trained weights, hooks, attributes, adapters and wrappers of what
-    is the model's own. model: the one that was swapped, or a wrapper of it or inside it (PEFT's,
-    DDP, torch.compile's, Lightning's). Raises ValueError when the model is not swapped, and where
-    something that was put in since would be lost, naming it: on what the swap added, or on the
-    out_proj of an nn.MultiheadAttention, whose weight torch reads without a call. The model is then
-    as it was.
+    is the model's own.
+
+    model: the one that was swapped, or a wrapper of it or inside it (PEFT's, DDP, torch.compile's,
+    Lightning's).
+    Raises ValueError when the model is not swapped, and where something that was put in since would
+    be lost, naming it: on what the swap added, or on the out_proj of an nn.MultiheadAttention,
+    whose weight torch reads without a call. The model is then as it was.
     """
     part, record = swapped_part(model)
     record.check_standing(part)

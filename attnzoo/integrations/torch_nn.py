@@ -59,7 +59,8 @@ def _check_out_projections(
     """Raise ValueError where out_proj does more than its weight says: torch's own forward reads
     that weight and never calls the layer.
 
-    modules: the swapped ones by path. heard: of each, the hooks that its out_proj had before.
+    modules: the swapped ones by path.
+    heard: of each, the hooks that its out_proj had before.
     """
     of_peft = {
         id(getattr(module, "base_layer", None)) for module in model.modules() if _is_pefts(module)
@@ -88,8 +89,9 @@ def _restore_fast_path(
 ) -> None:
     """Let torch's fast path run again as it did.
 
-    modules: the swapped ones by path. whole: layers that had no adapter. stacks: with the
-    use_nested_tensor that each had.
+    modules: the swapped ones by path.
+    whole: layers that had no adapter.
+    stacks: with the use_nested_tensor that each had.
     """
     # Where an adapter came into a layer since, the hook stays: torch's fast path would read the
     # weights beneath the adapter.

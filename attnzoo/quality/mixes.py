@@ -23,6 +23,7 @@ def resolved(choice: Choice, length: int, seed: int) -> Choice:
     """A choice for inputs of `length` tokens.
 
     "inf" among its options becomes that length, and so does a max_length that was not given.
+
     seed: of what it draws, unless it holds one.
     """
     options = {

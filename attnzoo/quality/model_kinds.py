@@ -27,8 +27,11 @@ KINDS: dict[str, type[Subject]] = {CAUSAL: CausalSubject, ENCODER: EncoderSubjec
 
 @dataclass(frozen=True)
 class Model:
-    """A model that is not loaded yet. kind: "causal" or "encoder"; folder: None for one of
-    `NAMES`."""
+    """A model that is not loaded yet.
+
+    kind: "causal" or "encoder".
+    folder: None for one of `NAMES`.
+    """
 
     name: str
     kind: str

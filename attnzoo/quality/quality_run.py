@@ -24,11 +24,12 @@ Write = Callable[[Row], None]
 
 
 class Run:
-    """One study of one model. make_subject: loads the model, when something is to be measured.
-    write: gets every new row.
+    """One study of one model.
 
-    held: rows of an earlier run, which are not measured again. facts: the environment, kept in
-    every new row.
+    make_subject: loads the model, when something is to be measured.
+    write: gets every new row.
+    held: rows of an earlier run, which are not measured again.
+    facts: the environment, kept in every new row.
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class Run:
         return subject
 
     def run(self, progress: Progress) -> list[Row]:
-        """All rows of the study, in the order in which it asks for them. progress: called with
-        (what comes, steps done, steps at most)."""
+        """All rows of the study, in the order in which it asks for them.
+
+        progress: called with (what comes, steps done, steps at most).
+        """
         steps, mixes = list(self._steps()), self.study.mixes
         searching = (
             0 if mixes is None else len(mixes.tolerances) * (mixes.evaluations + len(self.sources))

@@ -22,8 +22,11 @@ EXAMPLE = "sliding_window: {window: [64, 256]}"
 
 @dataclass(frozen=True)
 class Layers:
-    """One layer at a time. length: tokens of the reading; variants: what each layer is tried with,
-    and the mixes are made of."""
+    """One layer at a time.
+
+    length: tokens of the reading.
+    variants: what each layer is tried with, and the mixes are made of.
+    """
 
     length: int
     variants: tuple[Choice, ...]
@@ -31,9 +34,13 @@ class Layers:
 
 @dataclass(frozen=True)
 class Mixes:
-    """The search. tolerances: how far from exact a mix may be, as a share (0.01: the perplexity
-    within 1%; an encoder: a mean cosine of 0.99 at least); evaluations: mixes measured for each;
-    lengths: at which the mixes found are measured on text that chose nothing."""
+    """The search.
+
+    tolerances: how far from exact a mix may be, as a share (0.01: the perplexity within 1%; an
+    encoder: a mean cosine of 0.99 at least).
+    evaluations: mixes measured for each.
+    lengths: at which the mixes found are measured on text that chose nothing.
+    """
 
     tolerances: tuple[float, ...]
     evaluations: int

@@ -26,8 +26,11 @@ from attnzoo.registry import Choice
 
 @dataclass(frozen=True)
 class Trial:
-    """A choice alone in one layer. saved: MACs of one sequence, against exact attention; change:
-    how far from exact, 0 or more."""
+    """A choice alone in one layer.
+
+    saved: MACs of one sequence, against exact attention.
+    change: how far from exact, 0 or more.
+    """
 
     layer: int
     choice: Choice
@@ -37,8 +40,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class Move:
-    """To use a choice in a layer from now on. change: how much more than what stood there;
-    price: that per more MAC saved."""
+    """To use a choice in a layer from now on.
+
+    change: how much more than what stood there.
+    price: that per more MAC saved.
+    """
 
     layer: int
     choice: Choice
@@ -73,9 +79,10 @@ def cheapest(
     evaluations: int,
     start: Mix | None = None,
 ) -> tuple[dict[int, Choice], list[Move]]:
-    """The mix found, and the moves that were not made. change_of: measured change of a whole mix;
-    limit: the most that it may be.
+    """The mix found, and the moves that were not made.
 
+    change_of: measured change of a whole mix.
+    limit: the most that it may be.
     start: a mix known to be within the limit. At most `evaluations` mixes are measured.
     """
     mix, dropped, left, room = dict(start or {}), [], evaluations, limit

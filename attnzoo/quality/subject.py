@@ -51,7 +51,10 @@ class Excerpt:
 
 
 class Subject(ABC):
-    """A model on a device. seed: of what the attentions draw; every mix starts from it."""
+    """A model on a device.
+
+    seed: of what the attentions draw; every mix starts from it.
+    """
 
     is_causal: bool
 

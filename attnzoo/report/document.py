@@ -57,7 +57,11 @@ dd { margin: 0; color: var(--soft); overflow-wrap: anywhere; }
 
 
 def document(title: str, lead: str, body: str) -> str:
-    """A page that needs nothing else. title: text; lead, body: HTML."""
+    """A page that needs nothing else.
+
+    title: text.
+    lead, body: HTML.
+    """
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" '
         'content="width=device-width, initial-scale=1">\n'

@@ -33,8 +33,11 @@ Panels = Mapping[str, list[Any]]  # rows, of a comparison or of a benchmark, by 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure. name: of its files, without the ending. whole draws all panels as one picture;
-    parts draw one panel each, for narrow pages."""
+    """One figure.
+
+    name: of its files, without the ending. whole draws all panels as one picture; parts draw one
+    panel each, for narrow pages.
+    """
 
     name: str
     title: str

@@ -23,8 +23,11 @@ from typing import (
 
 
 class ResultRow(Protocol):
-    """A row of a result file. FORMAT: what the "format" of its line says. COMMAND: the command that
-    writes it, for errors."""
+    """A row of a result file.
+
+    FORMAT: what the "format" of its line says.
+    COMMAND: the command that writes it, for errors.
+    """
 
     FORMAT: ClassVar[str]
     COMMAND: ClassVar[str]

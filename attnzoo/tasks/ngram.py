@@ -8,11 +8,11 @@ from torch import Tensor
 
 class NGram:
     """Witten-Bell smoothing (1991; method C), interpolated: p(c | h) = (count(hc) + types(h) · p(c
-    | h')) / (count(h) + types(h)), where types(h) is how many different characters followed h and
-    h' is h without its first character; below the unigram, all are equal.
+    | h')) / (count(h) + types(h)), where types(h) is how many different characters followed h
+    and h' is h without its first character; below the unigram, all are equal.
 
-    text: (characters,) tokens below `vocabulary_size`. order: characters of an n-gram, the
-    predicted one included.
+    text: (characters,) tokens below `vocabulary_size`.
+    order: characters of an n-gram, the predicted one included.
     """
 
     def __init__(self, text: Tensor, order: int, vocabulary_size: int) -> None:

@@ -31,9 +31,8 @@ class Batch:
     """inputs: (batch, length) tokens. targets: answers, IGNORED where none is asked: (batch,
     length), of an encoder (batch,).
 
-    memory: (batch, memory_length) tokens of the second sequence, of a cross task. mask: (batch,
-    length) bool, True at real tokens;
-    None: all are.
+    memory: (batch, memory_length) tokens of the second sequence, of a cross task.
+    mask: (batch, length) bool, True at real tokens; None: all are.
     """
 
     inputs: Tensor
@@ -63,9 +62,12 @@ class Batch:
 
 
 class Task(ABC):
-    """A task; its fields are its knobs. form: decoder (causal), encoder (a class for the whole
-    sequence) or cross (queries from a second sequence). metric: "accuracy" of the answers, or "bits
-    per character"."""
+    """A task; its fields are its knobs.
+
+    form: decoder (causal), encoder (a class for the whole sequence) or cross (queries from a second
+    sequence).
+    metric: "accuracy" of the answers, or "bits per character".
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -142,7 +144,10 @@ class Task(ABC):
 
 
 def at_least(name: str, value: int, least: int, why: str) -> None:
-    """Raise ValueError when a knob is too small for the others. why: what it has to hold."""
+    """Raise ValueError when a knob is too small for the others.
+
+    why: what it has to hold.
+    """
     if value < least:
         raise ValueError(f"{name}={value} is too small: {why}; give at least {least}")
 

@@ -169,11 +169,11 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """Token and position embeddings, blocks, a norm and a linear head; an encoder's head reads the
-    mean over the real tokens. For a cross task all blocks but the last run over the memory, and the
-    last lets the queries attend to it.
+    mean over the real tokens. For a cross task all blocks but the last run over the memory, and
+    the last lets the queries attend to it.
 
-    seed: gives everything but the attention the same start whatever the contender. Raises
-    UnsupportedError, a ValueError, when the contender cannot do the task.
+    seed: gives everything but the attention the same start whatever the contender.
+    Raises UnsupportedError, a ValueError, when the contender cannot do the task.
     """
 
     def __init__(self, task: Task, contender: Contender, sizes: Sizes, seed: int) -> None:
@@ -223,8 +223,10 @@ class Transformer(nn.Module):
         return self.head(self.norm(x))
 
     def macs(self, queries: int) -> int:
-        """Of all mixers, for one sequence. queries: length of the asking sequence of a cross
-        task."""
+        """Of all mixers, for one sequence.
+
+        queries: length of the asking sequence of a cross task.
+        """
         last = len(self.blocks) - 1 if self.form == "cross" else None
         return sum(
             mixer.macs(queries, self.length) if layer == last else mixer.macs(self.length, None)

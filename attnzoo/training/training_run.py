@@ -28,9 +28,13 @@ PAUSE = 2.0  # seconds between two reports of a run
 
 
 class Run:
-    """One study. held: rows of an earlier run, which are not trained again. write: gets every new
-    row. checkpoints: the folder of unfinished runs, one file each. facts: the environment, kept in
-    every new row."""
+    """One study.
+
+    held: rows of an earlier run, which are not trained again.
+    write: gets every new row.
+    checkpoints: the folder of unfinished runs, one file each.
+    facts: the environment, kept in every new row.
+    """
 
     def __init__(
         self,
@@ -62,8 +66,10 @@ class Run:
         self.started, self.trained = (time.monotonic(), 0)
 
     def run(self, progress: Progress) -> list[Row]:
-        """All rows of the study. progress: called with (the run, its loss and the time left; steps
-        done; steps in all)."""
+        """All rows of the study.
+
+        progress: called with (the run, its loss and the time left; steps done; steps in all).
+        """
         places = list(itertools.product(self.study.problems, self.study.models))
         for problem, sizes in places:
             self._add_baselines(problem, sizes)

@@ -40,8 +40,10 @@ Count = Callable[..., Counter[str]]
 
 @dataclass(frozen=True)
 class _Forward:
-    """One forward of an engine, by its sizes. layout: what else decides which operators run on
-    which shapes."""
+    """One forward of an engine, by its sizes.
+
+    layout: what else decides which operators run on which shapes.
+    """
 
     engine: Engine
     q: tuple[int, ...]
@@ -69,7 +71,10 @@ class _Forward:
         )
 
     def counted(self, count: Count) -> Counter[str]:
-        """Operations by operator. count: of one call of a module."""
+        """Operations by operator.
+
+        count: of one call of a module.
+        """
         if isinstance(self.engine, Tiled) and self.q[2] == self.k[2] >= 4 * self.engine.block_size:
             return self._in_square_tiles(count, self.engine.block_size)
         if not isinstance(self.engine, Linear) or max(self.q[2], self.k[2]) < FOLDED_FROM:

@@ -110,8 +110,9 @@ def einsum(inputs: list[Any], outputs: list[Any]) -> int:
 def einsum_macs(
     equation: str, shapes: Sequence[Sequence[int]], path: Sequence[int] | None = None
 ) -> int:
-    """MACs of torch.einsum. path: torch's flat list of pairs, each product going to the end; by
-    default from left to right.
+    """MACs of torch.einsum.
+
+    path: torch's flat list of pairs, each product going to the end; by default from left to right.
 
     A pair that sums nothing is an elementwise product and counts 0, as every other one does.
     """

@@ -33,8 +33,9 @@ def load_healed(model: Model, folder: Path) -> Model:
 
     model: the one that was healed, as it was before. `unswap` takes the attentions out and leaves
     the trained projections, which suit them and not exact attention: load the model anew to have it
-    back. Raises ValueError on files that cannot be read or do not fit the model, naming the place;
-    the model is then as it was.
+    back.
+    Raises ValueError on files that cannot be read or do not fit the model, naming the place; the
+    model is then as it was.
     """
     path = folder / PROJECTIONS
     _, tensors = read_tensors(path)

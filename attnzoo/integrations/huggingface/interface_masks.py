@@ -60,8 +60,10 @@ def filled_slots(
     key: Tensor, value: Tensor, mask: Tensor, position_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Keys, values, mask and bias whose last slot is the last that is filled: without the unfilled
-    ones, or with these as padding on the left where their number may not be looked at. mask:
-    (batch, slots) int8, as `padding_mask` gives it."""
+    ones, or with these as padding on the left where their number may not be looked at.
+
+    mask: (batch, slots) int8, as `padding_mask` gives it.
+    """
     unfilled = (mask[0] == UNFILLED).sum()
     if can_look(mask):
         cut = slice(0, mask.shape[1] - int(unfilled))

@@ -51,8 +51,8 @@ class Trial:
         """One forward in evaluation mode that leaves no trace in the model or in torch's CPU
         generator.
 
-        training: modules that are told they train, themselves and not what is in them. Raises
-        UnsupportedError when the model cannot be tried.
+        training: modules that are told they train, themselves and not what is in them.
+        Raises UnsupportedError when the model cannot be tried.
         """
         reasons = []
         for inputs, is_whole in self.candidates:

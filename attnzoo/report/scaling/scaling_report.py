@@ -74,9 +74,10 @@ def scaling(
     variants: Iterable[Choice] | None = None,
     progress: Progress = lambda stage: None,
 ) -> Scaling:
-    """Compute every table. models, gpus: presets by name, which must hold the article's. variants:
-    default: the zoo.
+    """Compute every table.
 
+    models, gpus: presets by name, which must hold the article's.
+    variants: default: the zoo.
     Raises ValueError on a preset that is missing and on a variant or an option that does not exist.
     """
     for kind, wanted, found in (("model", ARTICLE_MODELS, models), ("gpu", ARTICLE_GPUS, gpus)):

@@ -17,7 +17,6 @@ class Settings:
     length: tokens at which variants are compared.
     share: part of the GPU's memory that may be filled, above 0 and at most 1.
     tflops: 10¹² FLOPs a second, the rate of the column that is no roofline.
-
     Raises ValueError on a value out of range.
     """
 
