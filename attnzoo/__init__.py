@@ -12,8 +12,8 @@ from attnzoo.integrations.sidecar import load, save
 from attnzoo.integrations.swapping import swap, unswap
 from attnzoo.layers.multihead import MultiheadAttention
 from attnzoo.registry import build, describe, names, register
+from attnzoo.version import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "Attention",
     "Cost",

@@ -24,6 +24,14 @@ LEAF = "torch.nn"
 LARGEST = 2**40  # batch sizes and lengths whose costs are counted
 
 
+def _none() -> list[Spec]:
+    return []
+
+
+#: The specs of all registered variants, for errors that say which can; set by the registry.
+registered: Callable[[], list[Spec]] = _none
+
+
 @dataclass(frozen=True)
 class Spec:
     """What a variant is and what it can do. A call outside it raises `UnsupportedError`.
@@ -479,12 +487,10 @@ class Attention(nn.Module):
     @classmethod
     def _others(cls, **wanted: bool) -> str:
         """Registered variants whose spec has what this one lacks, for error messages."""
-        from attnzoo.registry import names, spec_of
-
         able = [
-            name
-            for name in names()
-            if all(getattr(spec_of(name), key) == value for key, value in wanted.items())
+            spec.name
+            for spec in registered()
+            if all(getattr(spec, key) == value for key, value in wanted.items())
         ]
         return " or ".join(able)
 

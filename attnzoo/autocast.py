@@ -37,9 +37,8 @@ def autocast_inputs_only(method: Callable[Arguments, Result]) -> Callable[Argume
             return method(*args, **kwargs)
         dtype = torch.get_autocast_dtype(device)
         same: Callable[..., Result] = method
-        cast = {
-            id(value): _cast(value, dtype) for value in (*args, *kwargs.values())
-        }  # one tensor given twice stays one
+        # One tensor given twice stays one.
+        cast = {id(value): _cast(value, dtype) for value in (*args, *kwargs.values())}
         with torch.autocast(device, enabled=False):
             return same(
                 *[cast[id(value)] for value in args],

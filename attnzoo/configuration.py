@@ -19,8 +19,11 @@ def configs_folder() -> Path:
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """What a YAML file holds. what: the file in words, for errors. Raises ValueError, one sentence,
-    when it cannot be read or parsed."""
+    """What a YAML file holds.
+
+    what: the file in words, for errors.
+    Raises ValueError, one sentence, when it cannot be read or parsed.
+    """
     try:
         import yaml
     except ImportError:

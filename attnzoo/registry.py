@@ -7,11 +7,13 @@ import importlib
 import inspect
 import pkgutil
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, TypeVar, get_type_hints
 
+from attnzoo import attention
 from attnzoo.arguments import nearest
 from attnzoo.attention import Attention, Spec
 
@@ -46,6 +48,43 @@ class Description:
     text: str
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A variant by name, with options for it.
+
+    name: of a registered variant.
+    options: arguments of its constructor, without heads and head_dim.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """Name and options in one line, such as "performer num_features=64"."""
+        return " ".join(
+            [self.name, *(f"{option}={value}" for option, value in self.options.items())]
+        )
+
+    def completed(self, **offered: Any) -> Choice:
+        """The choice with those of the offered options that its variant takes and it lacks."""
+        taken = {option.name for option in options_of(self.name)}
+        supplied = {option: value for option, value in offered.items() if option in taken}
+        return Choice(self.name, {**supplied, **self.options})
+
+    def build(self, heads: int, head_dim: int, **offered: Any) -> Attention:
+        """The variant itself.
+
+        offered: options such as seed and max_length, see `completed`.
+        Raises ValueError as `attnzoo.build` does.
+        """
+        return build(self.name, heads=heads, head_dim=head_dim, **self.completed(**offered).options)
+
+
+#: Reads a choice from what a user wrote; the command line knows how.
+ParseChoice = Callable[[str], Choice]
+
+
 def register(cls: AttentionClass) -> AttentionClass:
     """Class decorator: put an `Attention` subclass into the zoo under `cls.spec.name`. Raises
     ValueError if the name is taken."""
@@ -78,9 +117,10 @@ def names() -> list[str]:
 def build(name: str, /, *sizes: int, **options: Any) -> Attention:
     """Build a variant by name.
 
-    sizes: heads and head_dim, which may stand without their names. options: the variant's own, by
-    name. Raises ValueError on an unknown name (with the nearest one), an unknown option (with those
-    that exist), a missing one, and one given twice.
+    sizes: heads and head_dim, which may stand without their names.
+    options: the variant's own, by name.
+    Raises ValueError on an unknown name (with the nearest one), an unknown option (with those that
+    exist), a missing one, and one given twice.
     """
     cls = find(name)
     known = {option.name: option for option in options_of(name)}
@@ -155,6 +195,13 @@ def _type_name(hint: Any) -> str:
         if inspect.isclass(hint)
         else str(hint).replace("typing.", "").replace("collections.abc.", "")
     )
+
+
+def _specs() -> list[Spec]:
+    return [spec_of(name) for name in names()]
+
+
+attention.registered = _specs
 
 
 @cache

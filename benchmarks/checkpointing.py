@@ -124,7 +124,8 @@ def main() -> None:
     )
     where = environment(seed=0, device=torch.device("cpu"), dtype=torch.float32)
     print(
-        f"{'variant':16}{'peak, MiB':>12}{'checkpointed':>14}{'ratio':>8}{'seconds':>10}{'checkpointed':>14}{'ratio':>8}  same gradients"
+        f"{'variant':16}{'peak, MiB':>12}{'checkpointed':>14}{'ratio':>8}"
+        f"{'seconds':>10}{'checkpointed':>14}{'ratio':>8}  same gradients"
     )
     for name in arguments.variants:
         if name in done:
@@ -139,7 +140,8 @@ def main() -> None:
             for key in ("peak_bytes", "median_seconds")
         )
         print(
-            f"{name:16}{memory[0] / 2**20:>12,.0f}{memory[1] / 2**20:>14,.0f}{row['memory_ratio']:>8.2f}"
+            f"{name:16}{memory[0] / 2**20:>12,.0f}{memory[1] / 2**20:>14,.0f}"
+            f"{row['memory_ratio']:>8.2f}"
             f"{seconds[0]:>10.2f}{seconds[1]:>14.2f}{row['time_ratio']:>8.2f}  "
             f"{'yes' if row['same_gradients'] else 'no'}",
             flush=True,

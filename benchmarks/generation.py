@@ -278,7 +278,8 @@ def main() -> None:
             for row in rows:
                 held, needed = row.held_bytes / MIB, row.needed_bytes / MIB
                 print(
-                    f"{row.contender:16}{length:>8,}{1e3 * row.median_seconds:>12.1f}{held:>12,.1f}{needed:>12,.1f}",
+                    f"{row.contender:16}{length:>8,}{1e3 * row.median_seconds:>12.1f}"
+                    f"{held:>12,.1f}{needed:>12,.1f}",
                     flush=True,
                 )
     if arguments.figure:

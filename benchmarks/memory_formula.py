@@ -78,9 +78,8 @@ def formulas(attention: Attention, cost: Cost, n: int, dtype: torch.dtype) -> di
     recording = None
     if cost.kept_bytes is not None and cost.forward_bytes is not None:
         tensor = HEADS * n * HEAD_DIM * dtype.itemsize
-        returns = attention.spec.family == "sparse" and not isinstance(
-            attention.engine, Factorized
-        )  # the others keep the very output that they return
+        # The others keep the very output that they return.
+        returns = attention.spec.family == "sparse" and not isinstance(attention.engine, Factorized)
         held = cost.kept_bytes - 3 * tensor + (tensor if returns else 0)
         recording = max(cost.forward_bytes, held)
     return {"forward": cost.forward_bytes, "recording": recording, "both": cost.training_bytes}
@@ -152,7 +151,8 @@ def main() -> None:
                         for kind in KINDS
                     )
                     print(
-                        f"{shown:44}{'causal' if is_causal else 'bidirectional':15}{row['length']:>8,}{cells}",
+                        f"{shown:44}{'causal' if is_causal else 'bidirectional':15}"
+                        f"{row['length']:>8,}{cells}",
                         flush=True,
                     )
 

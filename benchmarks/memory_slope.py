@@ -92,7 +92,8 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     where = environment(seed=0, device=torch.device("cpu"), dtype=torch.float32)
     print(
-        f"{'variant':32}{'backend':11}{'form':15}{'pass':18}{'MiB at the longest length':>28}{'slope':>8}"
+        f"{'variant':32}{'backend':11}{'form':15}{'pass':18}"
+        f"{'MiB at the longest length':>28}{'slope':>8}"
     )
     with output.open("w") as file:
         for variant in settings.variants:

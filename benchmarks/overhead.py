@@ -19,9 +19,8 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_PROC_BIND", "true"
-)  # before torch is imported: unbound, two threads may come to share one core
+# Before torch is imported: unbound, two threads may come to share one core.
+os.environ.setdefault("OMP_PROC_BIND", "true")
 
 import torch
 import torch.nn.functional as F

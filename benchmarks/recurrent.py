@@ -21,9 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault(
-    "OMP_PROC_BIND", "true"
-)  # before torch is imported: unbound, two threads may come to share one core
+# Before torch is imported: unbound, two threads may come to share one core.
+os.environ.setdefault("OMP_PROC_BIND", "true")
 
 import torch
 from torch import nn

@@ -13,32 +13,11 @@ from attnzoo.fidelity.pretrained import Pretrained
 from attnzoo.quality.embeddings import EncoderSubject
 from attnzoo.quality.perplexity import CausalSubject
 
-WORDS = tuple(
-    [
-        "to",
-        "be",
-        "or",
-        "not",
-        "to",
-        "be",
-        "that",
-        "is",
-        "the",
-        "question",
-        "whether",
-        "it",
-        "is",
-        "nobler",
-        "in",
-        "the",
-        "mind",
-        "to",
-        "suffer",
-        "slings",
-        "and",
-        "arrows",
-    ]
+SENTENCE = (
+    "to be or not to be that is the question whether it is nobler in the mind to suffer slings and "
+    "arrows"
 )
+WORDS = SENTENCE.split()
 
 
 class Letters:

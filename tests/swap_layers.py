@@ -19,9 +19,8 @@ def layer(name: str | None, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.TransformerEncoderLayer(SIZE, HEADS, 24, 0.0, batch_first=True)).eval()
     with torch.no_grad():
-        dict(model.named_parameters())["0.self_attn.in_proj_weight"].mul_(
-            3
-        )  # scores that tell keys apart
+        # Scores that tell keys apart.
+        dict(model.named_parameters())["0.self_attn.in_proj_weight"].mul_(3)
     if name is not None:
         attnzoo.swap(model, name, **small(name), **options)
     return model[0]

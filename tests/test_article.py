@@ -11,7 +11,7 @@ import pytest
 from attnzoo.cost import article
 from attnzoo.cost.hardware import GPU, gpu_presets
 from attnzoo.cost.model_sizes import TransformerModel, model_presets
-from attnzoo.table import Table
+from attnzoo.results.table import Table
 
 PRINTED: dict[str, Any] = json.loads(
     (Path(__file__).parent / "data" / "article_tables.json").read_text(encoding="utf-8")

@@ -20,7 +20,6 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 import attnzoo
-from attnzoo import results
 from attnzoo.bench import arithmetic, machine_limits, sweep
 from attnzoo.bench.bench_rows import ResultFile, Row, read_rows
 from attnzoo.bench.crossover import crossover
@@ -32,8 +31,8 @@ from attnzoo.bench.regressions import compare_runs
 from attnzoo.bench.sweep import Bench, decoding_mistake, run_plan
 from attnzoo.commands import program
 from attnzoo.commands.variants import parse_variant
-from attnzoo.fidelity.candidate import Candidate
-from attnzoo.registry import _registered
+from attnzoo.registry import Choice, _registered
+from attnzoo.results import result_file
 
 CPU = torch.device("cpu")
 SMALL = Shape(1, 2, 8)
@@ -71,7 +70,7 @@ def toy(monkeypatch):
 
     def registered(cls):
         monkeypatch.setitem(_registered, cls.spec.name, cls)
-        return Contender(Candidate(cls.spec.name), "auto")
+        return Contender(Choice(cls.spec.name), "auto")
 
     attnzoo.names()
     return registered
@@ -140,13 +139,14 @@ def test_every_level_and_phase_gives_a_timed_row_beside_sdpa(level: str, phase: 
             and row.peak_bytes
             and row.environment
         )
+        assert row.macs and row.sdpa_macs
         assert (
             row.seconds_quartiles
             and row.seconds_quartiles[0] <= row.seconds <= row.seconds_quartiles[1]
         )
         assert row.kept_speedup == pytest.approx(
             row.sdpa_seconds / row.seconds * row.macs / row.sdpa_macs
-        )  # pyright: ignore
+        )
 
 
 def test_the_derived_numbers_by_hand() -> None:
@@ -198,7 +198,7 @@ def test_sdpa_in_the_place_of_the_module_computes_the_same(level: str) -> None:
     same work."""
     from attnzoo.bench.levels import DirectAttention, Layer, SelfAttention
 
-    ours, direct = SelfAttention(16, 2, "standard", {}), DirectAttention(16, 2)
+    ours, direct = SelfAttention(16, 2, Choice("standard")), DirectAttention(16, 2)
     direct.in_proj.weight, direct.in_proj.bias = (
         ours.multihead.in_proj_weight,
         ours.multihead.in_proj_bias,
@@ -214,7 +214,7 @@ def test_sdpa_in_the_place_of_the_module_computes_the_same(level: str) -> None:
 def test_a_training_pass_gives_the_gradients_of_inputs_and_parameters() -> None:
     here = cell("layer", "forward+backward")
     gradients = prepare(
-        Contender(Candidate("linear"), "auto"), here, layer_inputs(here, 1, CPU, 0), 0
+        Contender(Choice("linear"), "auto"), here, layer_inputs(here, 1, CPU, 0), 0
     ).run()
     assert (
         isinstance(gradients, tuple)
@@ -228,7 +228,7 @@ def test_decoding_goes_on_from_the_state_it_left() -> None:
     over length + 3 tokens."""
     here = cell(phase="decode")
     q, k, v = core_inputs(here, 1, CPU, 0)[0]
-    for contender in (Contender(Candidate("standard"), "auto"), None):
+    for contender in (Contender(Choice("standard"), "auto"), None):
         run = prepare(contender, here, [(q, k, v)], 0).run
         found = [run() for _ in range(3)][-1]
         longer = [torch.cat([x, x[:, :, -1:].expand(-1, -1, 3, -1)], 2) for x in (q, k, v)]
@@ -300,7 +300,7 @@ def test_running_out_of_memory_is_a_row_and_the_sweep_goes_on(monkeypatch) -> No
     real = sweep.prepare
 
     def hungry(contender, *arguments):
-        if contender is not None and contender.candidate.name == "linear":
+        if contender is not None and contender.choice.name == "linear":
             torch.empty(2**60)
         return real(contender, *arguments)
 
@@ -529,14 +529,14 @@ def test_an_interrupted_sweep_resumes(monkeypatch, capsys) -> None:
 
 
 def test_an_interrupt_right_after_a_row_counts_it(monkeypatch, capsys) -> None:
-    append = results.ResultFile.append
+    append = result_file.ResultFile.append
 
     def interrupted(self, row):
         append(self, row)
         raise KeyboardInterrupt
 
     Path("c.yaml").write_text(CONFIG)
-    monkeypatch.setattr(results.ResultFile, "append", interrupted)
+    monkeypatch.setattr(result_file.ResultFile, "append", interrupted)
     assert bench("--config", "c.yaml", "--output", "b.jsonl") == 130
     assert "interrupted; 1 new rows are in b.jsonl" in capsys.readouterr().err
 
@@ -550,9 +550,8 @@ def test_a_lost_device_is_told_and_keeps_the_rows(monkeypatch, capsys) -> None:
 
     Path("c.yaml").write_text(CONFIG)
     monkeypatch.setattr(Bench, "measure", lost)
-    assert (
-        bench("--config", "c.yaml", "--output", "b.jsonl") == 3
-    )  # which benchmarks/cuda/run.sh goes on from
+    # Which benchmarks/cuda/run.sh goes on from.
+    assert bench("--config", "c.yaml", "--output", "b.jsonl") == 3
     assert (
         "the device was lost (an illegal memory access); 1 new rows are in b.jsonl, and the same "
         "command goes on" in capsys.readouterr().err
@@ -696,11 +695,12 @@ def test_report_writes_figures_and_one_page(capsys) -> None:
     assert bench("--config", "c.yaml", "--output", "b.jsonl") == 0
     assert program.main(["report", "b.jsonl", "--output", "out"]) == 0
     page = Path("out/bench.html").read_text()
+    # Text is drawn as paths.
     assert (
         page.count("<svg") == 4
         and "sliding_window window=4" in page
         and "length n (tokens)" not in page
-    )  # text is drawn as paths
+    )
     assert not any(part in page for part in ("<script", "http-equiv", "src="))
     assert {path.name for path in Path("out").iterdir()} == {"bench.html"} | {
         f"bench-{name}.{ending}"
@@ -773,7 +773,7 @@ def test_a_gpu_measures_the_whole_zoo() -> None:
 
     plan = read_plan(config_path("cuda"))
     planned = {
-        (contender.candidate.name, cell.phase, cell.is_causal, cell.length)
+        (contender.choice.name, cell.phase, cell.is_causal, cell.length)
         for sweep in plan.sweeps
         for cell in sweep.cells()
         for contender in sweep.contenders(parse_variant)

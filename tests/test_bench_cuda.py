@@ -19,11 +19,11 @@ from attnzoo.bench.levels import Work, prepare
 from attnzoo.bench.machine_limits import Limits
 from attnzoo.bench.plan import Cell, Contender, Shape
 from attnzoo.bench.sweep import Bench
-from attnzoo.fidelity.candidate import Candidate
+from attnzoo.registry import Choice
 
 DEVICE = torch.device("cuda")
 HERE = Cell("core", "forward", True, 12, "float32", Shape(2, 2, 8))
-LINEAR, STANDARD = (Contender(Candidate(name), "auto") for name in ("linear", "standard"))
+LINEAR, STANDARD = (Contender(Choice(name), "auto") for name in ("linear", "standard"))
 
 
 class Device:
@@ -122,7 +122,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, name: str, fail: Callable[[], Any])
         work = real(contender, *arguments)
         return (
             Work(fail, work.attention)
-            if contender is not None and contender.candidate.name == name
+            if contender is not None and contender.choice.name == name
             else work
         )
 
@@ -248,7 +248,7 @@ def test_no_pass_waits_for_the_device_or_copies_to_it(name: str, phase: str) -> 
         inputs = [
             tuple(torch.empty(2, 2, 300, 16, dtype=torch.bfloat16, device="meta") for _ in range(3))
         ]
-        run = prepare(Contender(Candidate(name), "auto"), cell, inputs, 0).run
+        run = prepare(Contender(Choice(name), "auto"), cell, inputs, 0).run
         run()  # tables are made at the first
         with Watch():
             run()

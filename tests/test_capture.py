@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import attnzoo
-from attnzoo.fidelity.packages import MissingPackageError
-from attnzoo.fidelity.plays import play
 from attnzoo.fidelity.pretrained import Pretrained, capture, capture_tensors, load, select_heads
+from attnzoo.packages import MissingPackageError
+from attnzoo.texts.plays import play
 
 transformers = pytest.importorskip(
     "transformers", reason="needs transformers: pip install 'attnzoo[models]'"

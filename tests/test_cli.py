@@ -23,6 +23,7 @@ from attnzoo.commands.command import _console
 from attnzoo.commands.compare import MODELS
 from attnzoo.commands.variants import parse_variant
 from attnzoo.fidelity import LENGTHS, Comparison
+from attnzoo.registry import Choice
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = [
@@ -131,7 +132,7 @@ def test_compare_writes_page_json_and_figures(capsys):
         "sliding_window window=8",
     }
     assert {row.length for row in comparison.rows} == {48}
-    assert "score standard deviation" in captured.out and "mean(v)" in captured.out
+    assert "score standard deviation" in captured.out and "baseline" in captured.out
     assert "\x1b" not in captured.out + captured.err
     assert all(f"wrote here/deeper/{name}" in captured.out for name in found)
 
@@ -166,7 +167,7 @@ def test_an_interrupt_before_any_result_writes_nothing(capsys, monkeypatch):
 
 
 def test_missing_models_are_replaced_and_said(capsys, monkeypatch):
-    monkeypatch.setattr("attnzoo.fidelity.packages.find_spec", lambda module: None)
+    monkeypatch.setattr("attnzoo.packages.find_spec", lambda module: None)
     assert program.main(["compare", "--lengths", "32", "--variants", "standard", "linear"]) == 0
     said = capsys.readouterr().err
     assert "pip install" in said and "standard deviation 1" in said and "measured" in said
@@ -266,17 +267,15 @@ def settings_of(*arguments: str) -> dict:
 
 
 def test_the_default_config_is_the_default_run():
-    settled = {
-        "lengths": list(LENGTHS),
-        "models": list(MODELS),
-    }  # by the run: with --model they have other defaults
+    # By the run: with --model they have other defaults.
+    settled = {"lengths": list(LENGTHS), "models": list(MODELS)}
     assert settings_of("--config", str(CONFIGS / "compare.yaml")) == {**settings_of(), **settled}
 
 
 def test_an_argument_overrides_the_config():
     quick = settings_of("--config", str(CONFIGS / "compare-quick.yaml"), "--seed", "7")
     assert quick["seed"] == 7 and quick["layers"] == [3]
-    assert [parse_variant(text)[0] for text in quick["variants"]] == [
+    assert [parse_variant(text).name for text in quick["variants"]] == [
         "standard",
         "linear",
         "linformer",
@@ -287,11 +286,11 @@ def test_an_argument_overrides_the_config():
 
 
 def test_variants_are_read_as_yaml_scalars():
-    assert parse_variant("standard") == ("standard", {})
+    assert parse_variant("standard") == Choice("standard")
     read = parse_variant(
         "performer:num_features=64,features=hyperbolic,orthogonal=false,scale=1e-1"
     )
-    assert read == (
+    assert read == Choice(
         "performer",
         {"num_features": 64, "features": "hyperbolic", "orthogonal": False, "scale": 0.1},
     )
@@ -344,7 +343,8 @@ def test_too_little_memory_is_a_sentence(length: int, capsys):
     )
     said = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(
-        r"attnzoo: there is not enough memory for this: [\d,.]+ GiB at once; give shorter --lengths, .*",
+        r"attnzoo: there is not enough memory for this: [\d,.]+ GiB at once; give "
+        r"shorter --lengths, .*",
         said,
     )
 
@@ -364,8 +364,8 @@ def test_a_closed_pipe_is_no_error():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_models_limits_are_those_of_the_models(name):
-    from attnzoo.fidelity.packages import MissingPackageError
     from attnzoo.fidelity.pretrained import load
+    from attnzoo.packages import MissingPackageError
 
     try:
         pretrained = load(MODELS[name].title)

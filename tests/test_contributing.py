@@ -82,11 +82,8 @@ def test_the_worked_example_passes_its_own_command(tmp_path: Path) -> None:
 def run_beside(folder: Path, program: str) -> str:
     """What a Python says that finds the folder's packages."""
     path = os.pathsep.join([str(folder), str(TESTS.parent)])
-    variables = {
-        **os.environ,
-        "PYTHONPATH": path,
-        "COLUMNS": "200",
-    }  # of a table that wraps no title
+    # Of a table that wraps no title.
+    variables = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=folder, env=variables, capture_output=True, text=True
     )
@@ -117,7 +114,8 @@ def test_a_variant_of_another_package_is_known_everywhere(tmp_path: Path) -> Non
 import attnzoo, attnzoo.commands.program, torch
 assert "mean" in attnzoo.names() and attnzoo.build("mean", 2, 8).spec.name == "mean"
 attnzoo.swap(torch.nn.TransformerEncoderLayer(16, 2, 16, 0.0, batch_first=True), "mean")
-for command in (["show", "mean"], ["list"], ["compare", "--models", "synthetic", "--lengths", "16", "--variants", "mean"]):
+compare = ["compare", "--models", "synthetic", "--lengths", "16", "--variants", "mean"]
+for command in (["show", "mean"], ["list"], compare):
     assert attnzoo.commands.program.main(command) == 0
 """
     assert run_beside(tmp_path, program).count("Mean attention") >= 2

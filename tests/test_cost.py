@@ -107,12 +107,13 @@ def test_kept_bytes_of_hashing_are_what_a_forward_leaves(case: Case, is_causal: 
                 ).kept_bytes
                 given = 2 * batch * kv_heads * lengths[1] * 8 * 4 if dtype == torch.float32 else 0
                 left = given + left_bytes(attn, batch, lengths, kv_heads, is_causal, dtype)
+                # The allocator counts one number more, whatever the sizes.
                 assert closed is not None and left - 8 <= closed <= left, (
                     lengths,
                     batch,
                     kv_heads,
                     dtype,
-                )  # the allocator counts one number more, whatever the sizes
+                )
 
 
 UNKNOWN = [case for case in cases() if not derived_by_hand(case)]

@@ -17,11 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import attnzoo
 from attnzoo import UnsupportedError, count_flops
 from attnzoo.cost.huggingface_flops import whole_model
-from attnzoo.cost.model_flops import Chosen
 from attnzoo.cost.tracing import counting, engine_counts
 from attnzoo.cost.tracing.operators import einsum_macs
 from attnzoo.engines.linear.sums import CHUNK
-from attnzoo.registry import sized
+from attnzoo.registry import Choice, sized
 
 pytest.importorskip("fvcore")
 HEADS, HEAD_DIM = 4, 8
@@ -59,9 +58,8 @@ def agree(
         if case.options.get("feature_map") is squared_elu
         else 0
     )
-    assert (
-        counted.elementwise == closed.elementwise + own
-    )  # a user's own map is not in the closed form: one elu a number here
+    # A user's own map is not in the closed form: one elu a number here.
+    assert counted.elementwise == closed.elementwise + own
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
@@ -116,9 +114,8 @@ def test_multihead_is_its_core_and_its_projections(case: Case):
     )
     counted = count_flops(mha.to("meta"), x, x, x, need_weights=False, **masks)
     core = case.build(HEADS, HEAD_DIM).cost(batch, n, is_causal=bool(masks)).macs
-    projections = (
-        4 if mha.attention.global_projection is None else 7
-    )  # global tokens have their own q, k and v
+    # Global tokens have their own q, k and v.
+    projections = 4 if mha.attention.global_projection is None else 7
     assert (
         counted.macs
         == projections * batch * n * width**2 + core
@@ -326,12 +323,12 @@ def test_bad_input_gets_one_sentence():
         count_flops(nn.Linear(3, 4), torch.zeros(5))
     refused = pytest.raises(
         UnsupportedError,
-        match=r"Run cannot be traced with these inputs: it makes a NumPy array .* use torch's operators",
+        match=r"Run cannot be traced with these inputs: it makes a NumPy array .* use "
+        r"torch's operators",
     )
     with warnings.catch_warnings(), refused:
-        warnings.simplefilter(
-            "ignore"
-        )  # tracing tells of it by a warning, which must not be missed
+        # Tracing tells of it by a warning, which must not be missed.
+        warnings.simplefilter("ignore")
         count_flops(Run(lambda x: torch.from_numpy(x.numpy() @ x.numpy())), torch.zeros(3, 3))
     attn = attnzoo.build("standard", heads=4, head_dim=8)
     with pytest.raises(ValueError, match="q has 3 heads"):
@@ -408,10 +405,9 @@ def test_engines_counted_apart_count_as_the_whole_trace(
         "vocab_size": 100,
     }
     sizes |= {"num_key_value_heads": 2} if family == "llama" else {}
-    options = {
-        option: value for option, value in small(variant).items() if option != "max_length"
-    }  # which the length decides
-    call = whole_model(family, sizes).call(n, Chosen(variant, options))
+    # Which the length decides.
+    options = {option: value for option, value in small(variant).items() if option != "max_length"}
+    call = whole_model(family, sizes).call(n, Choice(variant, options))
     whole = counting._report(counting._trace(call.module, (), call.keywords))
     apart = count_flops(call.module, **call.keywords)
     assert apart == whole

@@ -24,19 +24,17 @@ SITUATIONS = [
     Situation(333, 200),
     Situation(1, 333, kv_heads=4),
 ]
-GRADIENT = {
-    torch.float32: 2e-5,
-    torch.float16: 4e-3,
-    torch.bfloat16: 3e-2,
-}  # of the gradient's norm: about four units of the dtype, float32 more
+# Of the gradient's norm: about four units of the dtype, float32 more.
+GRADIENT = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 CASES = [
     Case(case.variant, OPTIONS.get(case.variant, case.options), case.shift)
     for case in usual_cases()
 ]
+# Forms that flex takes too.
 CASES += [
     Case("longformer", {"window": 100}),
     Case("sliding_window", {"window": 100, "dilation": 2}),
-]  # forms that flex takes too
+]
 
 
 def difference(actual: Tensor, exact: Tensor) -> float:

@@ -17,13 +17,18 @@ PYTHON = """#!/usr/bin/env bash
 # A python3 that notes what it was asked for, and fails where it is told to.
 echo "$*" >> "$NOTES"
 case "$*" in
-    *find_spec*) [ -z "${NO_TORCH:-}" ] || { echo "error: python3 has no torch here" >&2; exit 1; } ;;
-    *is_available*) [ -z "${NO_CUDA:-}" ] || { echo "error: torch sees no CUDA device here" >&2; exit 1; } ;;
+    *find_spec*)
+        [ -z "${NO_TORCH:-}" ] || { echo "error: python3 has no torch here" >&2; exit 1; } ;;
+    *is_available*)
+        [ -z "${NO_CUDA:-}" ] || { echo "error: torch sees no CUDA device here" >&2; exit 1; } ;;
     *"pip install"*) case "$*" in *cp310*) exit 1 ;; esac ;;
     *"triton.__version__"*) echo "torch 2.11" ;;
     *limits.py*) echo '{"limit": 1}' ;;
     *"attnzoo bench"*)
-        [ -z "${SLOW:-}" ] || { trap 'echo interrupted >> "$NOTES"; exit 130' INT; for _ in {1..200}; do sleep 0.1; done; }
+        [ -z "${SLOW:-}" ] || {
+            trap 'echo interrupted >> "$NOTES"; exit 130' INT
+            for _ in {1..200}; do sleep 0.1; done
+        }
         echo '{"row": 1}' >> "$OUT/bench.jsonl"
         read -r code < "$CODES" && sed -i 1d "$CODES"
         exit "${code:-0}" ;;
@@ -97,9 +102,8 @@ def test_everything_runs_in_order_within_nine_minutes(box: Box) -> None:
     ]
     assert places == sorted(places)
     sweep, tests = (int(line.split()[-1]) for line in box.noted("timeout"))
-    assert (
-        360 <= sweep <= 375 and tests <= 525
-    )  # the tests get what the sweep has left, and both end at the same moment
+    # The tests get what the sweep has left, and both end at the same moment.
+    assert 360 <= sweep <= 375 and tests <= 525
     assert tests + 10 < 9 * 60  # 10: what a hanging kernel is given before it is killed
     assert {path.name for path in box.out.iterdir()} == {
         "box.txt",

@@ -209,7 +209,8 @@ def test_call_returns_the_commands_exit_code_and_lets_the_callers_environment_wi
 def test_ctrl_c_waits_for_the_command_and_exits_130(dev, tmp_path):
     patient = (
         "import signal, time, sys; signal.signal(signal.SIGINT, lambda *a: "
-        f"(open(r'{tmp_path}/closed', 'w').close(), sys.exit(1)))"
+        f"(open(r'{tmp_path}/closed', 'w').close(), sys.exit(1))); "
+        "print('ready', flush=True); time.sleep(60)"
     )
     program = f"""
 import importlib.util, signal, sys
@@ -217,7 +218,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 spec = importlib.util.spec_from_file_location("dev", r"{ROOT / "dev.py"}")
 dev = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(dev)
-dev.COMMANDS["wait"] = lambda rest: dev.call([sys.executable, "-c", {(patient + "; print('ready', flush=True); time.sleep(60)")!r}])
+dev.COMMANDS["wait"] = lambda rest: dev.call([sys.executable, "-c", {patient!r}])
 sys.exit(dev.main(["wait"]))
 """
     process = subprocess.Popen(

@@ -187,7 +187,10 @@ LIBRARY = {
     (): """
 import attnzoo, torch
 model = attnzoo.swap(torch.nn.TransformerEncoderLayer(16, 2, 16, 0.0, batch_first=True), "linear")
-for call, extra in ((lambda: attnzoo.save(model, "x"), "models"), (lambda: attnzoo.count_flops(model, torch.ones(1, 2, 16)), "cost")):
+for call, extra in (
+    (lambda: attnzoo.save(model, "x"), "models"),
+    (lambda: attnzoo.count_flops(model, torch.ones(1, 2, 16)), "cost"),
+):
     try:
         call()
     except ImportError as error:
@@ -201,8 +204,10 @@ assert attnzoo.count_flops(attnzoo.MultiheadAttention(16, 2), *[torch.ones(1, 4,
 """,
     ("models",): """
 import attnzoo, torch, transformers
-sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-models = [transformers.BertModel(transformers.BertConfig(**sizes)).eval() for _ in range(2)]
+config = transformers.BertConfig(
+    hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+)
+models = [transformers.BertModel(config).eval() for _ in range(2)]
 attnzoo.save(attnzoo.swap(models[0], "bigbird"), "swap.safetensors")
 attnzoo.load(models[1], "swap.safetensors")
 """,

@@ -172,9 +172,8 @@ def test_large_scores_stay_finite(features: str, scale: int, dtype: torch.dtype)
             )
             for seed in range(3):
                 q, k, v, _ = tensors(Situation(150, 150, heads=2, batch=1), head_dim, seed=seed)
-                spread = (
-                    scale**0.5
-                )  # scores have standard deviation spread² · √head_dim · head_dim^-½
+                # Scores have standard deviation spread² · √head_dim · head_dim^-½.
+                spread = scale**0.5
                 q, k, v = (
                     (x * s).to(dtype).requires_grad_()
                     for x, s in ((q, spread), (k, spread), (v, 1.0))

@@ -13,19 +13,18 @@ import torch
 from toys import TOYS, Uniform
 
 import attnzoo
-from attnzoo import registry
+from attnzoo import packages, registry
 from attnzoo.fidelity import (
     Comparison,
     Sample,
     compare,
     load_samples,
     metrics,
-    packages,
     synthetic_sample,
 )
-from attnzoo.fidelity.candidate import BASELINE, DRAWS, Candidate
-from attnzoo.fidelity.plays import play, titles
-from attnzoo.registry import sized
+from attnzoo.fidelity.measured import BASELINE, DRAWS, build_for
+from attnzoo.registry import Choice, sized
+from attnzoo.texts.plays import play, titles
 
 
 @pytest.fixture
@@ -161,13 +160,13 @@ def test_synthetic_scores_have_the_stated_spread() -> None:
         synthetic_sample(30, is_causal=True, spread=0.0)
 
 
-def one(variants: list[tuple[str, dict[str, Any]]], sample: Sample | None = None, **options: Any):
+def one(variants: list[Choice], sample: Sample | None = None, **options: Any):
     """The only row of a comparison."""
     return compare([sample or grouped_sample()], variants, rounds=3, **options).rows[0]
 
 
 def test_the_exact_row_is_the_measure_of_the_others() -> None:
-    row = one([("standard", {})])
+    row = one([Choice("standard")])
     assert row.output_error is not None and row.output_error < 1e-6
     assert row.total_variation is not None and row.total_variation < 1e-6
     assert row.top_mass_kept == pytest.approx(1.0, abs=1e-6)
@@ -189,7 +188,7 @@ def test_the_exact_row_is_the_measure_of_the_others() -> None:
 
 @pytest.mark.usefixtures("toys")
 def test_doing_nothing_loses_to_itself() -> None:
-    row = one([("uniform", {})])
+    row = one([Choice("uniform")])
     assert row.output_error == pytest.approx(row.mean_value_error, rel=1e-5)
     assert row.exact_macs is not None and row.promised_speedup == pytest.approx(
         row.exact_macs / 1000
@@ -199,7 +198,7 @@ def test_doing_nothing_loses_to_itself() -> None:
 
 @pytest.mark.usefixtures("toys")
 def test_a_wrong_backend_gets_an_error_but_no_time() -> None:
-    row = one([("wrong", {})])
+    row = one([Choice("wrong")])
     assert (
         row.output_error is not None
         and row.mean_value_error is not None
@@ -213,7 +212,7 @@ def test_a_wrong_backend_gets_an_error_but_no_time() -> None:
 
 @pytest.mark.usefixtures("toys")
 def test_nan_is_said_and_neither_averaged_nor_timed() -> None:
-    comparison = compare([grouped_sample()], [("not_a_number", {})], rounds=1)
+    comparison = compare([grouped_sample()], [Choice("not_a_number")], rounds=1)
     row = comparison.rows[0]
     assert (
         row.output_error is row.total_variation is row.seconds is None
@@ -224,13 +223,13 @@ def test_nan_is_said_and_neither_averaged_nor_timed() -> None:
 
 @pytest.mark.usefixtures("toys")
 def test_parameters_that_nothing_trained_are_counted() -> None:
-    assert "untrained: 5 random parameters" in one([("untrained", {})]).note
+    assert "untrained: 5 random parameters" in one([Choice("untrained")]).note
 
 
 @pytest.mark.usefixtures("toys")
 def test_a_variant_that_draws_is_averaged_over_draws() -> None:
     sample = synthetic_sample(40, is_causal=False, spread=1.0, heads=1, kv_heads=1, head_dim=8)
-    row = one([("drawn", {})], sample)
+    row = one([Choice("drawn")], sample)
     exact = metrics.exact_output(sample.q, sample.k, sample.v, is_causal=False)
     mean = metrics.mean_value_output(sample.v, 1, is_causal=False)
     errors = []
@@ -246,7 +245,7 @@ def test_a_variant_that_draws_is_averaged_over_draws() -> None:
 
 def test_what_a_spec_excludes_is_a_row_with_its_reason() -> None:
     causal, bidirectional = grouped_sample(), grouped_sample(is_causal=False)
-    comparison = compare([causal, bidirectional], [("linformer", {"rank": 8})], rounds=1)
+    comparison = compare([causal, bidirectional], [Choice("linformer", {"rank": 8})], rounds=1)
     refused, ran = comparison.rows
     assert refused.output_error is None and refused.note.startswith("linformer cannot be causal")
     assert (
@@ -298,9 +297,9 @@ def test_the_whole_zoo_is_compared_by_default_and_the_file_reads_back(tmp_path: 
 
 
 def test_the_same_seed_gives_the_same_errors_whatever_was_drawn_before() -> None:
-    variants: list[tuple[str, dict[str, Any]]] = [
-        ("performer", {"num_features": 16}),
-        ("bigbird", {"block_size": 4}),
+    variants = [
+        Choice("performer", {"num_features": 16}),
+        Choice("bigbird", {"block_size": 4}),
     ]
     first = compare([grouped_sample()], variants, seed=3, rounds=1)
     torch.rand(7)
@@ -314,13 +313,13 @@ def test_the_same_seed_gives_the_same_errors_whatever_was_drawn_before() -> None
 
 def test_the_seed_goes_to_a_variant_that_takes_one_unless_it_was_given() -> None:
     sample = grouped_sample()
-    given = Candidate("bigbird", {"seed": 5, "block_size": 4}).build(sample, 40, 0)
-    taken = Candidate("bigbird", {"block_size": 4}).build(sample, 40, 5)
+    given = build_for(Choice("bigbird", {"seed": 5, "block_size": 4}), sample, 40, 0)
+    taken = build_for(Choice("bigbird", {"block_size": 4}), sample, 40, 5)
     assert torch.equal(given.weights(sample.q, sample.k), taken.weights(sample.q, sample.k))
 
 
 def test_half_precision_is_measured_against_exact_attention_of_the_same_inputs() -> None:
-    row = one([("standard", {})], dtype=torch.bfloat16)
+    row = one([Choice("standard")], dtype=torch.bfloat16)
     assert (
         row.output_error is not None and 1e-4 < row.output_error < 1e-2 and row.seconds is not None
     )
@@ -332,7 +331,7 @@ def test_an_interrupt_returns_what_is_finished() -> None:
             raise KeyboardInterrupt
 
     comparison = compare(
-        [grouped_sample()], [("standard", {}), ("linear", {})], progress=interrupt_at_the_timing
+        [grouped_sample()], [Choice("standard"), Choice("linear")], progress=interrupt_at_the_timing
     )
     assert [row.variant for row in comparison.rows] == ["standard", "linear"]
     assert all(row.output_error is not None and row.seconds is None for row in comparison.rows)
@@ -342,13 +341,13 @@ def test_an_interrupt_returns_what_is_finished() -> None:
 @pytest.mark.parametrize(
     ("variants", "options", "said"),
     [
-        ([("standrad", {})], {}, "did you mean 'standard'"),
-        ([("standard", {"window": 3})], {}, "standard has no option 'window'"),
-        ([("standard", {"heads": 3})], {}, "heads come from the model that is compared on"),
+        ([Choice("standrad")], {}, "did you mean 'standard'"),
+        ([Choice("standard", {"window": 3})], {}, "standard has no option 'window'"),
+        ([Choice("standard", {"heads": 3})], {}, "heads come from the model that is compared on"),
         ([], {}, "variants is empty"),
-        ([("standard", {})], {"device": "tpux"}, "device='tpux' is unknown"),
-        ([("standard", {})], {"device": "meta"}, "device='meta' cannot be measured"),
-        ([("standard", {})], {"dtype": torch.int32}, "dtype=torch.int32 is not floating"),
+        ([Choice("standard")], {"device": "tpux"}, "device='tpux' is unknown"),
+        ([Choice("standard")], {"device": "meta"}, "device='meta' cannot be measured"),
+        ([Choice("standard")], {"dtype": torch.int32}, "dtype=torch.int32 is not floating"),
     ],
 )
 def test_a_bad_argument_is_refused_before_any_work(
@@ -369,7 +368,7 @@ def test_no_sample_is_refused() -> None:
 
 
 def test_a_broken_or_foreign_file_gives_one_sentence(tmp_path: Path) -> None:
-    written = compare([grouped_sample()], [(BASELINE.name, {})], rounds=1).to_json()
+    written = compare([grouped_sample()], [BASELINE], rounds=1).to_json()
     missing_field = json.loads(written)
     del missing_field["rows"][0]["label"]
     cases = {

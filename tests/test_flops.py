@@ -20,13 +20,12 @@ from attnzoo.cost.model_flops import (
     HEAD,
     OTHER,
     PROJECTIONS,
-    Chosen,
     breakdown,
     one_attention,
     one_layer,
 )
 from attnzoo.cost.model_sizes import TransformerModel
-from attnzoo.registry import sized
+from attnzoo.registry import Choice, sized
 
 pytest.importorskip("fvcore")
 pytest.importorskip("transformers")
@@ -37,9 +36,8 @@ SMALL = {
     "intermediate_size": 128,
     "vocab_size": 100,
 }
-FAMILIES: dict[
-    str, tuple[dict[str, Any], bool, int, int, int]
-] = {  # sizes, causal, projections, feed-forward, head: MACs a token
+# Sizes, causal, projections, feed-forward, head: MACs a token.
+FAMILIES: dict[str, tuple[dict[str, Any], bool, int, int, int]] = {
     "bert": (SMALL, False, 4 * 64**2, 2 * 64 * 128, 64 * 64 + 64 * 100),
     "llama": (
         {**SMALL, "num_key_value_heads": 2},
@@ -66,10 +64,10 @@ def test_a_model_by_component(family: str, variant: str | None):
     n, layers = 70, 2
     if variant is not None and not can(Case(variant).spec, is_causal):
         with pytest.raises(attnzoo.UnsupportedError, match=cannot(variant, is_causal)):
-            breakdown(whole_model(family, sizes), n, Chosen(variant, {}))
+            breakdown(whole_model(family, sizes), n, Choice(variant, {}))
         return
     found = breakdown(
-        whole_model(family, sizes), n, None if variant is None else Chosen(variant, {})
+        whole_model(family, sizes), n, None if variant is None else Choice(variant, {})
     )
     core = elementwise = 0
     for layer in range(layers):
@@ -99,7 +97,7 @@ def test_a_layer_by_component(gated: bool):
     assert found.macs[PROJECTIONS] == n * model.projection_parameters
     assert found.macs[FEED_FORWARD] == n * model.ffn_parameters
     assert found.macs[CORE] == 2 * n * n * 48
-    swapped = breakdown(one_layer(model, True), n, Chosen("performer", {"num_features": 32}))
+    swapped = breakdown(one_layer(model, True), n, Choice("performer", {"num_features": 32}))
     assert (
         swapped.macs[CORE]
         == attnzoo.build("performer", heads=4, head_dim=12, num_features=32)
@@ -110,7 +108,7 @@ def test_a_layer_by_component(gated: bool):
 
 def test_one_attention_at_a_million_tokens():
     n = 2**20
-    found = breakdown(one_attention(8, 64, 2, False), n, Chosen("linformer", {}))
+    found = breakdown(one_attention(8, 64, 2, False), n, Choice("linformer", {}))
     assert (
         found.report.macs
         == found.macs[CORE]

@@ -277,7 +277,8 @@ def test_models_that_have_no_state_to_keep() -> None:
         attnzoo.state_cache(make("llama"))
     with pytest.raises(
         UnsupportedError,
-        match=r"layer 0 \(encoder.layer.0.attention.self\) of BertModel does not read from left to right",
+        match=r"layer 0 \(encoder.layer.0.attention.self\) of BertModel does not read "
+        r"from left to right",
     ):
         attnzoo.state_cache(attnzoo.swap(make("bert"), "linear"))
     with pytest.raises(

@@ -35,9 +35,8 @@ from attnzoo.integrations.healing.trained_model import load_healed, save_healed
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "heal"
 
 
-sys.path.insert(
-    0, str(FOLDER)
-)  # heal.py stands beside checkpoints.py, as in the folder that a user copies
+# Heal.py stands beside checkpoints.py, as in the folder that a user copies.
+sys.path.insert(0, str(FOLDER))
 heal_module: Any = import_module("heal")
 SMALL: dict[str, Any] = {
     "length": 16,
@@ -361,9 +360,8 @@ def test_the_recipe_for_a_gpu_takes_a_step_of_each_stage(variant: str, tmp_path:
         peaked(), short, train, held_out, tmp_path, lambda stage, done, total: None
     )
     assert state["step"] == 2 and all(math.isfinite(loss) for loss in state["curve"])
-    assert all(
-        0.01 < loss < 10 for loss in state["evaluations"][0]["matching_loss"]
-    )  # it is not exact, and not lost either
+    # It is not exact, and not lost either.
+    assert all(0.01 < loss < 10 for loss in state["evaluations"][0]["matching_loss"])
 
 
 def test_a_whole_command_its_interrupt_and_its_figure(

@@ -60,7 +60,8 @@ for causal in kinds:
         try:
             found[f"{backend} {causal}"] = run(causal, backend)
         except (RuntimeError, MemoryError) as error:
-            found[f"{backend} {causal}"] = "out of memory" if "memory" in str(error) else repr(error)
+            said = "out of memory" if "memory" in str(error) else repr(error)
+            found[f"{backend} {causal}"] = said
 print(json.dumps(found))
 """
 

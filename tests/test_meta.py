@@ -47,6 +47,7 @@ def test_a_plain_checkpoint_in_a_model_swapped_on_meta(name: str) -> None:
     for key, tensor in numbers(model).items():
         assert torch.isfinite(tensor).all(), key
     if name == "linformer":  # learned, so drawn anew
+        # 1/√rank.
         assert (
             0.3
             < float(
@@ -59,7 +60,7 @@ def test_a_plain_checkpoint_in_a_model_swapped_on_meta(name: str) -> None:
                 ).std()
             )
             < 0.7
-        )  # 1/√rank
+        )
         model.load_state_dict(swapped.state_dict())
     x, masks = torch.randn(2, LENGTH, 16), layer_masks(spec_of(name), LENGTH)
     if masks:
@@ -114,7 +115,8 @@ def test_numbers_left_on_meta_are_refused(name: str, options: dict[str, Any]) ->
     attn, x = build_small(name, 2, 8, **options).to("meta"), torch.randn(1, 2, LENGTH, 8)
     with pytest.raises(
         ValueError,
-        match=r"on the meta device, where they have no values; call to_empty\(device='cpu'\) on this attention",
+        match=r"on the meta device, where they have no values; call "
+        r"to_empty\(device='cpu'\) on this attention",
     ):
         attn(x, x, x)
     assert torch.isfinite(attn.to_empty(device="cpu")(x, x, x)).all()

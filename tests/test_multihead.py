@@ -303,9 +303,8 @@ def test_state_dict_goes_both_ways(case: Case, widths: dict[str, int]) -> None:
     for (
         key,
         value,
-    ) in (
-        own.items()
-    ):  # what torch has not stays, but for projections of global tokens, which begin as copies
+        # What torch has not stays, but for projections of global tokens, which begin as copies.
+    ) in own.items():
         copied = (
             theirs.state_dict()[key.replace("global_projection.", "in_proj_")]
             if "global_projection" in key

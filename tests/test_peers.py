@@ -24,7 +24,7 @@ from attnzoo.bench import sweep
 from attnzoo.bench.bench_rows import SDPA, ResultFile
 from attnzoo.bench.machine_limits import Limits
 from attnzoo.bench.plan import Cell, Shape
-from attnzoo.fidelity.candidate import Candidate
+from attnzoo.registry import Choice
 
 CPU = torch.device("cpu")
 
@@ -202,9 +202,8 @@ def test_the_formulas_of_features_projections_and_landmarks() -> None:
     torch.testing.assert_close(
         formulas.projected(*weights)(q, k, v, rows, False), linformer(q, k, v).detach()
     )
-    exact = F.scaled_dot_product_attention(
-        q, k, v
-    )  # as many landmarks as tokens leave nothing to approximate
+    # As many landmarks as tokens leave nothing to approximate.
+    exact = F.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(formulas.nystrom(32, 40)(q, k, v, rows, False), exact)
 
 
@@ -212,8 +211,8 @@ def test_the_formulas_of_features_projections_and_landmarks() -> None:
 @pytest.mark.parametrize("group", ["window", "bigbird"])
 def test_a_dense_mask_is_our_pattern(group: str, is_causal: bool) -> None:
     here, tensors = cell(640, is_causal), inputs(640)
-    candidate = OURS[group]
-    ours = attnzoo.build(candidate.name, heads=2, head_dim=16, **candidate.options)
+    choice = OURS[group]
+    ours = attnzoo.build(choice.name, heads=2, head_dim=16, **choice.options)
     ready = dense_mask(group)(here)
     torch.testing.assert_close(ready.forward(*tensors), ours(*tensors, is_causal=is_causal))
     assert our_pattern(group, here)[1].is_causal is is_causal
@@ -280,7 +279,7 @@ def test_bad_input_is_one_sentence(arguments: list[str], said: str, capsys) -> N
 
 
 def test_the_table_names_the_best_peer_and_marks_a_wrong_one() -> None:
-    base = PeerBench(CPU, 0).blank(Entrant(Candidate("standard"), "auto", "exact"), cell())
+    base = PeerBench(CPU, 0).blank(Entrant(Choice("standard"), "auto", "exact"), cell())
     assert isinstance(base, PeerRow)
     common = {"sdpa_seconds": 8.0, "ours_seconds": 2.0, "macs": 10, "sdpa_macs": 80, "rounds": 3}
     ours = replace(base, seconds=2.0, **common)

@@ -12,34 +12,34 @@ pytest.importorskip("transformers")
 
 from quality_models import TEXTS, causal, encoder
 
-from attnzoo.fidelity.candidate import Candidate
 from attnzoo.quality.mixes import label_of, ranges
 from attnzoo.quality.quality_rows import Row
 from attnzoo.quality.quality_run import Run
 from attnzoo.quality.quality_study import Layers, Mixes, Study
 from attnzoo.quality.search import Trial, cheapest, moves
 from attnzoo.quality.subject import Excerpt, Subject
-from attnzoo.results import ResultFile
+from attnzoo.registry import Choice
+from attnzoo.results.result_file import ResultFile
 
 PLACE = Excerpt("hamlet", "final", 2)
-NARROW, LINEAR = Candidate("sliding_window", {"window": 4}), Candidate("linear")
-EVERYWHERE = Candidate("sliding_window", {"window": "inf"})
+NARROW, LINEAR = Choice("sliding_window", {"window": 4}), Choice("linear")
+EVERYWHERE = Choice("sliding_window", {"window": "inf"})
 STUDY = Study(
     ("hamlet", "macbeth"),
     (16, 48),
     2,
-    (EVERYWHERE, NARROW, LINEAR, Candidate("linformer", {"rank": 4})),
-    Layers(200, (NARROW, Candidate("bigbird", {"block_size": 4}))),
+    (EVERYWHERE, NARROW, LINEAR, Choice("linformer", {"rank": 4})),
+    Layers(200, (NARROW, Choice("bigbird", {"block_size": 4}))),
     Mixes((0.0, 0.01, 10.0), 4, (48,)),
 )
 
 
-def everywhere(subject: Subject, candidate: Candidate) -> dict[int, Candidate]:
-    return dict.fromkeys(range(subject.layers), candidate)
+def everywhere(subject: Subject, choice: Choice) -> dict[int, Choice]:
+    return dict.fromkeys(range(subject.layers), choice)
 
 
 def perplexity(
-    subject: Subject, mix: dict[int, Candidate], length: int = 48, place: Excerpt = PLACE
+    subject: Subject, mix: dict[int, Choice], length: int = 48, place: Excerpt = PLACE
 ) -> float:
     found = subject.measure(mix, place, [length])[length].perplexity
     assert found is not None
@@ -81,7 +81,7 @@ def test_a_window_as_long_as_the_text_is_exact(family):
     exact = perplexity(subject, {})
     assert perplexity(subject, everywhere(subject, EVERYWHERE)) == pytest.approx(exact, rel=1e-9)
     assert perplexity(
-        subject, everywhere(subject, Candidate("sliding_window", {"window": 48}))
+        subject, everywhere(subject, Choice("sliding_window", {"window": 48}))
     ) == pytest.approx(exact, rel=1e-9)
     assert abs(math.log(perplexity(subject, everywhere(subject, NARROW)) / exact)) > 1e-6
 
@@ -90,22 +90,22 @@ def test_standard_in_one_layer_changes_nothing():
     subject = causal()
     exact = perplexity(subject, {})
     for layer in range(subject.layers):
-        assert perplexity(subject, {layer: Candidate("standard")}) == pytest.approx(exact, rel=1e-9)
+        assert perplexity(subject, {layer: Choice("standard")}) == pytest.approx(exact, rel=1e-9)
 
 
 @pytest.mark.parametrize(
-    "candidate",
+    "choice",
     [
         NARROW,
         LINEAR,
-        Candidate("bigbird", {"block_size": 4}),
-        Candidate("performer", {"num_features": 16}),
+        Choice("bigbird", {"block_size": 4}),
+        Choice("performer", {"num_features": 16}),
     ],
     ids=str,
 )
-def test_one_reading_holds_the_shorter_ones(candidate):
+def test_one_reading_holds_the_shorter_ones(choice):
     subject = causal()
-    mix = everywhere(subject, candidate)
+    mix = everywhere(subject, choice)
     together = subject.measure(mix, PLACE, [16, 48])
     ids = subject.tokens(PLACE, 48)[:, :16]
     with torch.no_grad():
@@ -129,8 +129,8 @@ def test_layers_before_the_swapped_one_are_computed_once_and_nothing_differs(lay
     ran: list[int] = []  # by whole sequences: swap itself lets the model read a few tokens
     handles = [
         block.get_submodule("self_attn").register_forward_hook(
-            lambda module, inputs, output, n=n: ran.extend([n] * (output[0].shape[1] == 48))
-        )  # pyright: ignore[reportArgumentType]
+            lambda module, inputs, output, n=n: ran.extend([n] * (output[0].shape[1] == 48))  # pyright: ignore
+        )
         for n, block in enumerate(subject.blocks)
     ]
     with torch.no_grad():
@@ -158,9 +158,8 @@ def test_model_macs_are_attention_and_every_weight_that_each_token_meets():
         if isinstance(module, torch.nn.Linear)
     )
     scores = subject.measure({}, PLACE, [48])[48]
-    assert scores.attention_macs == 3 * 2 * 4 * 8 * (
-        48 * 49 // 2
-    )  # layers × (scores, values) × heads × head_dim × visible pairs
+    # Layers × (scores, values) × heads × head_dim × visible pairs.
+    assert scores.attention_macs == 3 * 2 * 4 * 8 * (48 * 49 // 2)
     assert scores.model_macs - scores.attention_macs == weights * 48
     pooled = encoder()
     assert pooled.other_macs_per_token == sum(
@@ -178,9 +177,7 @@ def test_exact_embeddings_agree_with_themselves_and_with_a_full_window():
         assert (scores.cosine, scores.top1, scores.top10) == pytest.approx(
             (1.0, 1.0, 1.0), abs=1e-9
         )
-    worse = subject.measure(everywhere(subject, Candidate("linformer", {"rank": 4})), place, [24])[
-        24
-    ]
+    worse = subject.measure(everywhere(subject, Choice("linformer", {"rank": 4})), place, [24])[24]
     assert worse.cosine is not None and worse.cosine < 1 - 1e-4
 
 
@@ -202,7 +199,7 @@ def test_embeddings_do_not_depend_on_the_padding_of_their_batch():
 
 
 def test_moves_follow_the_lower_hull_of_each_layer():
-    a, b, c = Candidate("a"), Candidate("b"), Candidate("c")
+    a, b, c = Choice("a"), Choice("b"), Choice("c")
     found = moves(
         [
             Trial(0, a, 10, 1.0),
@@ -213,7 +210,7 @@ def test_moves_follow_the_lower_hull_of_each_layer():
             Trial(2, a, 0, 0.0),
         ]
     )
-    assert [(move.layer, move.candidate.name, round(move.price, 3)) for move in found] == [
+    assert [(move.layer, move.choice.name, round(move.price, 3)) for move in found] == [
         (1, "a", 0.01),
         (0, "b", 0.05),
         (0, "c", 0.3),
@@ -263,10 +260,10 @@ def test_a_study_has_a_row_for_everything_and_the_reason_where_there_is_no_numbe
     rows = study_of(causal(), [], lambda row: None).run(silent)
     swept = {(row.text, row.length, row.label) for row in rows if row.task == "all"}
     assert swept == {
-        (text, length, candidate.label)
+        (text, length, choice.label)
         for text in TEXTS
         for length in STUDY.lengths
-        for candidate in STUDY.variants
+        for choice in STUDY.variants
     }
     refused = [row for row in rows if row.reason]
     assert {row.label for row in refused} == {"linformer rank=4"} and all(

@@ -24,9 +24,9 @@ from attnzoo.fidelity.pretrained import Pretrained
 from attnzoo.quality import model_kinds
 from attnzoo.quality.quality_rows import Row
 from attnzoo.quality.quality_study import read_study
-from attnzoo.quality.texts import PARTS, PROSE, read_text
 from attnzoo.registry import names
-from attnzoo.results import read_rows
+from attnzoo.results.result_file import read_rows
+from attnzoo.texts.parts import PARTS, PROSE, read_text
 
 STUDY = """
 texts: [one.txt, two.txt]
@@ -181,7 +181,7 @@ def test_the_shipped_studies_can_be_read(kind):
         and full.mixes is not None
         and quick.mixes is not None
     )
-    assert {candidate.name for candidate in full.variants} == set(names()) - {"standard"}
+    assert {choice.name for choice in full.variants} == set(names()) - {"standard"}
 
 
 def test_a_variant_that_no_study_names_joins_at_its_defaults():
@@ -189,7 +189,7 @@ def test_a_variant_that_no_study_names_joins_at_its_defaults():
         "texts: [one.txt]\nlengths: [16]\nsequences: 1\nvariants: {linear: {}}\nzoo: true\n"
     )
     found = read_study(Path("zoo.yaml"), check_variant).variants
-    assert [candidate.label for candidate in found] == [
+    assert [choice.label for choice in found] == [
         "linear",
         *(name for name in names() if name not in ("linear", "standard")),
     ]
@@ -261,7 +261,8 @@ def test_one_sentence_for_a_command_that_cannot_be_run(capsys, arguments, said):
         (
             "sequences: 1",
             "sequences: 200",
-            r"'one.txt' has [\d,]+ tokens in its part to be reported on, and 200 × 160 are asked for",
+            r"'one.txt' has [\d,]+ tokens in its part to be reported on, and 200 × 160 "
+            r"are asked for",
         ),
         (
             "tolerances: [0.01, 0.9]",
@@ -297,9 +298,8 @@ def test_one_sentence_for_a_folder_that_is_no_model(capsys):
     make("t5").save_pretrained("t5")
     assert "neither a causal language model nor an encoder" in refused(capsys, "--model", "t5")
     make("llama").save_pretrained("untold")
-    assert "the model in '" in refused(
-        capsys, "--model", "untold", "--study", "study.yaml"
-    )  # no tokenizer
+    # No tokenizer.
+    assert "the model in '" in refused(capsys, "--model", "untold", "--study", "study.yaml")
     Path("untold/config.json").write_text("{")
     assert "the configuration in 'untold' cannot be read" in refused(capsys, "--model", "untold")
 

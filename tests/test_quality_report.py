@@ -17,8 +17,10 @@ from attnzoo.report.quality.quality_page import page
 from attnzoo.report.quality.quality_tables import change_of, signed, tables
 
 EXACT = Row(
-    "tiny", "exact", "play", "final", 64, 1, "exact", {}, "float32", 0, predictions=63, perplexity=10.0, exact_perplexity=10.0,
-    attention_macs=1000, exact_attention_macs=1000, model_macs=4000, exact_model_macs=4000, environment={"seed": "0"},
+    "tiny", "exact", "play", "final", 64, 1, "exact", {}, "float32", 0,
+    predictions=63, perplexity=10.0, exact_perplexity=10.0,
+    attention_macs=1000, exact_attention_macs=1000, model_macs=4000, exact_model_macs=4000,
+    environment={"seed": "0"},
 )  # fmt: skip
 
 
@@ -126,9 +128,8 @@ def test_nothing_within_the_tolerance_is_said_so():
         "no attention that saves MACs can be put into every layer; nearest is sliding_window "
         "window=4 (4x)" in said[0]
     )
-    assert headlines([EXACT, SWEPT[3]])[0].endswith(
-        "none of these attentions saves MACs"
-    )  # as a window of everything
+    # As a window of everything.
+    assert headlines([EXACT, SWEPT[3]])[0].endswith("none of these attentions saves MACs")
 
 
 def test_rows_that_were_measured_late_stand_with_their_variant():
@@ -161,12 +162,8 @@ def test_a_knob_is_what_the_rows_of_a_variant_differ_in():
 
 def test_the_front_keeps_what_nothing_beats_in_both():
     beaten = swept(5, 50.0, 200)
-    assert [macs for macs, _ in pareto_front([*SWEPT, beaten])] == [
-        100,
-        300,
-        500,
-        1000,
-    ]  # exact attention beats a window of everything
+    # Exact attention beats a window of everything.
+    assert [macs for macs, _ in pareto_front([*SWEPT, beaten])] == [100, 300, 500, 1000]
 
 
 def test_shares_are_signed_and_large_ones_are_ratios():

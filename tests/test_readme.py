@@ -93,8 +93,8 @@ def test_compare_marks_who_lost_and_says_why_one_is_missing(
     results(tmp_path, monkeypatch, "compare.json", {"rows": [lost, missing]})
     said = compared.compare("toy")
     assert said.startswith(
-        "**toy on Shakespeare, bidirectional, 2,048 tokens** (answering the mean of the values "
-        "errs by 0.500)"
+        "**toy on Shakespeare, bidirectional, 2,048 tokens** (baseline: answering the average "
+        "of the values errs by 0.500)"
     )
     assert "| `linear` | 0.750 ✗ | 0.250 | 50% | 2.00 M | 4.00× | 1.00× | 25% | 3.00 MiB |" in said
     assert said.endswith("| `retention` | is causal only | | | | | | | |")

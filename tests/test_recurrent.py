@@ -12,11 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import attnzoo
 
 pytest.importorskip("fvcore")
-GATES: dict[type[nn.RNNBase], tuple[int, int]] = {
-    nn.GRU: (3, 3),
-    nn.LSTM: (4, 5),
-    nn.RNN: (1, 1),
-}  # and sigmoids and tangents of a unit
+# And sigmoids and tangents of a unit.
+GATES: dict[type[nn.RNNBase], tuple[int, int]] = {nn.GRU: (3, 3), nn.LSTM: (4, 5), nn.RNN: (1, 1)}
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -39,9 +36,8 @@ def test_every_token_meets_every_matrix_once(
     found = attnzoo.count_flops(layer, x)
     assert found.macs == 5 * 7 * gates * wide
     assert found.elementwise == 5 * 7 * functions * 40 * layers * directions
-    if (
-        kind is not nn.LSTM and device == "cpu"
-    ):  # torch counts no LSTM, and on the meta device no recurrence
+    # Torch counts no LSTM, and on the meta device no recurrence.
+    if kind is not nn.LSTM and device == "cpu":
         with FlopCounterMode(display=False) as theirs:
             layer(x)
         assert theirs.get_total_flops() == found.flops

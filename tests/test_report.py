@@ -17,23 +17,14 @@ from rich.console import Console
 from attnzoo.fidelity.comparison_rows import Comparison, HeatMap, Row
 from attnzoo.registry import names
 from attnzoo.report.axes import ticks
-from attnzoo.report.columns import (
-    COLUMNS,
-    count,
-    duration,
-    folded,
-    kept,
-    lost,
-    memory,
-    number,
-    ratio,
-)
+from attnzoo.report.comparison_columns import COLUMNS, folded, kept, lost
 from attnzoo.report.export import write_figures
 from attnzoo.report.figures import drawings, pareto_front
 from attnzoo.report.headlines import headlines
 from attnzoo.report.page import page
 from attnzoo.report.style import INK, styles
 from attnzoo.report.tables import RowsTable, comparison_view
+from attnzoo.results.units import count, duration, memory, number, ratio
 
 EXACT_MACS = 10_000_000_000
 
@@ -162,14 +153,14 @@ def test_kept_is_measured_over_promised():
 
 def test_headlines_follow_from_the_rows(comparison):
     said = "\n".join(headlines(comparison)["Model <A>, causal, 4,096 tokens"])
-    assert "2 of 3 approximations lost" in said and "linear (error 0.900, mean(v) 0.800)" in said
+    assert "2 of 3 approximations lost" in said and "linear (error 0.900, baseline 0.800)" in said
     assert (
         "Closest to exact attention with fewer MACs: sliding_window, error 0.300 with 10% of the "
         "MACs." in said
     )
     assert (
-        "Fastest: linear, 4.00x the speed of exact attention, where its MACs promise 50.0x (8% "
-        "kept)." in said
+        "Fastest: linear, 4.00x the speed of exact attention, 8% of the 50.0x that its MACs "
+        "promise." in said
     )
 
 

@@ -16,8 +16,10 @@ from attnzoo.quality.quality_rows import Row
 from attnzoo.report.quality.quality_page import page
 
 EXACT = Row(
-    "Tiny", "exact", "play", "final", 64, 1, "exact", {}, "float32", 0, predictions=63, perplexity=10.0, exact_perplexity=10.0,
-    attention_macs=1000, exact_attention_macs=1000, model_macs=4000, exact_model_macs=4000, environment={"cpu": "one"},
+    "Tiny", "exact", "play", "final", 64, 1, "exact", {}, "float32", 0,
+    predictions=63, perplexity=10.0, exact_perplexity=10.0,
+    attention_macs=1000, exact_attention_macs=1000, model_macs=4000, exact_model_macs=4000,
+    environment={"cpu": "one"},
 )  # fmt: skip
 SWAPPED = replace(
     EXACT,
@@ -57,21 +59,28 @@ def test_a_study_of_quality_is_drawn_a_page_a_model_whatever_machine_its_rows_ar
     [
         (None, "a.jsonl cannot be read: No such file or directory; give a result file"),
         ("\n", "a.jsonl holds no rows; give a result file that a command of attnzoo wrote"),
-        ("no "
-            "json", "a.jsonl cannot be drawn: its rows name no format of attnzoo's; give result files "
-                "of one of `attnzoo bench`, "),
+        (
+            "no json",
+            "a.jsonl cannot be drawn: its rows name no format of attnzoo's; give result files of "
+            "one of `attnzoo bench`, ",
+        ),
         ("[1]", "its rows name no format of attnzoo's"),
         ('{"contender": "A stored"}', "a study of benchmarks/ draws its own: benchmarks/README.md"),
-        ('{"format": '
-            '"attnzoo.peers/1"}', "its rows are of the format 'attnzoo.peers/1'; give result files of one of "
-                "`attnzoo bench`"),
-        ('{"format": '
-            '"attnzoo.quality/1"}', "a.jsonl, line 1 is no row of this version of `attnzoo compare --model` "
-                "('model')"),
-        ('{"format": '
-            '"attnzoo.bench/1"}', "a.jsonl, line 1 is no row of this version of `attnzoo bench`"),
+        (
+            '{"format": "attnzoo.peers/1"}',
+            "its rows are of the format 'attnzoo.peers/1'; give result files of one of "
+            "`attnzoo bench`",
+        ),
+        (
+            '{"format": "attnzoo.quality/1"}',
+            "a.jsonl, line 1 is no row of this version of `attnzoo compare --model` ('model')",
+        ),
+        (
+            '{"format": "attnzoo.bench/1"}',
+            "a.jsonl, line 1 is no row of this version of `attnzoo bench`",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_cannot_be_drawn_is_one_sentence(text: str | None, said: str, capsys) -> None:
     if text is not None:
         Path("a.jsonl").write_text(text)

@@ -54,9 +54,8 @@ def test_parallel_chunked_and_recurrent_agree(kv_heads: int, scale: float | None
             out, state = attn.step(q[:, :, part], k[:, :, part], v[:, :, part], state)
             rows.append(out)
         close(torch.cat(rows, 2), wanted, 1e-12, f"in pieces, {backend}")
-        held = (
-            state.past.sums[..., :-1] * factor**0.5
-        )  # the engine's state holds √s·k; its last column is a sum that nobody reads
+        # The engine's state holds √s·k; its last column is a sum that nobody reads.
+        held = state.past.sums[..., :-1] * factor**0.5
         close(held, last * factor, 1e-12, f"the state, {backend}")
 
 

@@ -340,9 +340,8 @@ def test_rule_10_sums_run_in_float32(case: Case, backend: str, dtype: torch.dtyp
     """Half precision errs at most twice as much as the reference does, over a length at which sums
     in half precision would be lost."""
     n = 1000
-    for is_causal, mean in (
-        (causal, mean) for causal in kinds(case) for mean in (0.0, 1.0)
-    ):  # a mean of 1 does not cancel
+    # A mean of 1 does not cancel.
+    for is_causal, mean in ((causal, mean) for causal in kinds(case) for mean in (0.0, 1.0)):
         q, k, v, _ = (
             x.to(dtype)
             for x in tensors(Situation(n, n, heads=2, kv_heads=1, batch=1), shift=case.shift)

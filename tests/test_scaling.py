@@ -32,30 +32,38 @@ from attnzoo.cost.limits import (
 )
 from attnzoo.cost.model_sizes import TransformerModel, find_model, model_presets
 from attnzoo.cost.path_lengths import known_path, longest_path, support
-from attnzoo.registry import names
-from attnzoo.report.scaling.scaling import Scaling, Settings, scaling
+from attnzoo.registry import Choice, names
 from attnzoo.report.scaling.scaling_figures import drawings
+from attnzoo.report.scaling.scaling_report import Scaling, scaling
+from attnzoo.report.scaling.settings import Settings
 from attnzoo.report.scaling.variant_tables import variant_limits
 
 MODELS, GPUS = model_presets(), gpu_presets()
 TINY = TransformerModel("tiny", d=64, heads=4, kv_heads=2, layers=2)
 ZOO = whole_zoo(TINY)[0]
 OPTIONED = [
-    CountedVariant("sliding_window", TINY, {"window": 1}),
-    CountedVariant("sliding_window", TINY, {"window": 3}),
+    CountedVariant(Choice("sliding_window", {"window": 1}), TINY),
+    CountedVariant(Choice("sliding_window", {"window": 3}), TINY),
     CountedVariant(
-        "bigbird", TINY, {"block_size": 8, "num_random_blocks": 0, "num_global_blocks": 0}
+        Choice("bigbird", {"block_size": 8, "num_random_blocks": 0, "num_global_blocks": 0}), TINY
     ),
     CountedVariant(
-        "bigbird", TINY, {"block_size": 8, "num_random_blocks": 1, "num_global_blocks": 0}
+        Choice("bigbird", {"block_size": 8, "num_random_blocks": 1, "num_global_blocks": 0}), TINY
     ),
     CountedVariant(
-        "bigbird", TINY, {"block_size": 8, "num_random_blocks": 1, "num_global_blocks": 2}
+        Choice("bigbird", {"block_size": 8, "num_random_blocks": 1, "num_global_blocks": 2}), TINY
     ),
     CountedVariant(
-        "bigbird",
+        Choice(
+            "bigbird",
+            {
+                "block_size": 8,
+                "num_random_blocks": 1,
+                "num_window_blocks": 1,
+                "num_global_blocks": 1,
+            },
+        ),
         TINY,
-        {"block_size": 8, "num_random_blocks": 1, "num_window_blocks": 1, "num_global_blocks": 1},
     ),
 ]
 WAYS = [
@@ -71,8 +79,7 @@ def found() -> Scaling:
     return scaling(Settings(TINY, GPUS["rtx-3090"], length=2048), MODELS, GPUS)
 
 
-# ---- memory
-# ------------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def account(name: str) -> Callable[[TransformerModel, int], int]:
@@ -96,7 +103,7 @@ def test_standard_keeps_what_flash_attention_keeps(name: str, is_causal: bool):
     """The formula against autograd: q, k, v, the output and one fp32 statistic a query, with few
     key heads and many."""
     model = MODELS[name]
-    variant = CountedVariant("standard", model)
+    variant = CountedVariant(Choice("standard"), model)
     assert variant.kept_bytes(1000, is_causal) == pytest.approx(flash_bytes(model, 1000), rel=1e-3)
     assert variant.kept_bytes(100_000, is_causal) == pytest.approx(
         flash_bytes(model, 100_000), rel=1e-3
@@ -121,7 +128,9 @@ def test_what_is_kept_is_counted_and_not_fitted(variant: CountedVariant, is_caus
 
 
 def test_what_is_measured_is_not_carried_on():
-    variant = CountedVariant("linear", MODELS["smollm2-135m"], {"feature_map": torch.sigmoid})
+    variant = CountedVariant(
+        Choice("linear", {"feature_map": torch.sigmoid}), MODELS["smollm2-135m"]
+    )
     assert variant.kept_bytes(64, True) and variant.kept_bytes(4097, True) is None
     row = variant_limits(
         Settings(MODELS["smollm2-135m"], GPUS["h100"], is_causal=True), [variant]
@@ -158,7 +167,7 @@ def test_the_longest_sequence_fits_and_the_next_does_not(name: str, is_causal: b
 def test_state_of_standard_is_the_cache():
     for model in MODELS.values():
         assert model.layers * (
-            CountedVariant("standard", model).state_bytes(1000) or 0
+            CountedVariant(Choice("standard"), model).state_bytes(1000) or 0
         ) == cache_bytes(model, 1000)
 
 
@@ -225,7 +234,7 @@ def test_no_crossover():
 
 @pytest.mark.parametrize(("variant", "is_causal"), WAYS)
 def test_crossover_in_macs_is_exact(variant: CountedVariant, is_causal: bool):
-    standard = CountedVariant("standard", TINY)
+    standard = CountedVariant(Choice("standard"), TINY)
     n = crossover(
         partial(variant.macs, is_causal=is_causal),
         partial(standard.macs, is_causal=is_causal),
@@ -238,8 +247,7 @@ def test_crossover_in_macs_is_exact(variant: CountedVariant, is_causal: bool):
         assert variant.macs(2**13, is_causal) >= standard.macs(2**13, is_causal)
 
 
-# ---- paths
-# -------------------------------------------------------------------------------------------------------------
+# ---- paths ---------------------------------------------------------------------------------------
 
 
 def by_queue(adjacent: torch.Tensor, is_causal: bool) -> int | None:
@@ -284,14 +292,13 @@ def test_known_path_is_what_the_search_finds(variant: CountedVariant, is_causal:
 
 
 def test_paths_that_are_known_by_heart():
-    window = CountedVariant("sliding_window", TINY, {"window": 4}).attention(1)
+    window = CountedVariant(Choice("sliding_window", {"window": 4}), TINY).attention(1)
     assert known_path(window, 16384, False) == known_path(window, 16384, True) == 5461
-    assert known_path(CountedVariant("bigbird", TINY).attention(1), 16384, False) == 2
-    assert known_path(CountedVariant("linear", TINY).attention(1), 16384, True) == 1
+    assert known_path(CountedVariant(Choice("bigbird"), TINY).attention(1), 16384, False) == 2
+    assert known_path(CountedVariant(Choice("linear"), TINY).attention(1), 16384, True) == 1
 
 
-# ---- presets
-# -----------------------------------------------------------------------------------------------------------
+# ---- presets -------------------------------------------------------------------------------------
 
 
 def test_model_written_out():
@@ -393,11 +400,10 @@ def test_refuses_settings(bad: dict[str, Any]):
 
 def test_refuses_options_that_come_from_the_model():
     with pytest.raises(ValueError, match="leave out heads, which the model"):
-        CountedVariant("linear", TINY, {"heads": 2})
+        CountedVariant(Choice("linear", {"heads": 2}), TINY)
 
 
-# ---- the whole
-# ---------------------------------------------------------------------------------------------------------
+# ---- the whole -----------------------------------------------------------------------------------
 
 
 def test_every_variant_of_the_zoo_is_there(found: Scaling):

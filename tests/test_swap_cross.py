@@ -230,7 +230,8 @@ def test_names_in_every_kind_of_model() -> None:
     for layers in ("layers.7.self_attn", 3, "0,layers.0.self_attn", ["layers.0.self_attn", 0], ""):
         with pytest.raises(
             ValueError,
-            match=r"distinct layers of the model.* 3 attention layers, 0 to 2, and those that are named by their paths, ",
+            match=r"distinct layers of the model.* 3 attention layers, 0 to 2, and those "
+            r"that are named by their paths, ",
         ):
             attnzoo.swap(decoder, "linear", layers=layers)
 
@@ -264,7 +265,8 @@ def test_what_cannot_be_told_is_not_swapped_without_a_word() -> None:
     ):
         with pytest.raises(
             UnsupportedError,
-            match=rf"{path}: attnzoo could not find out by trying .* say what to swap: layers=\['{path}'\]",
+            match=rf"{path}: attnzoo could not find out by trying .* say what to swap: "
+            rf"layers=\['{path}'\]",
         ):
             attnzoo.swap(model, "linear")
         assert swapped(attnzoo.swap(model, "linear", layers=[path])) == [path]

@@ -156,11 +156,12 @@ def test_a_family_with_a_use_of_its_own_for_the_mask() -> None:
     ("family", "unread", "part"),
     [
         ("llava", "model.vision_tower.encoder.layers.0.self_attn", "model.vision_tower"),
+        # Whose config tells no size of an image.
         (
             "qwen2_vl",
             "model.visual.blocks.0.attn",
             "model.visual",
-        ),  # whose config tells no size of an image
+        ),
     ],
 )
 def test_layers_that_a_few_tokens_do_not_reach(family: str, unread: str, part: str) -> None:
@@ -233,7 +234,8 @@ def test_a_part_of_a_composite_model(family: str, part: str) -> None:
         attnzoo.unswap(model)
     with pytest.raises(
         ValueError,
-        match=rf"{part.removeprefix('get_')} of this \w+ is swapped already; call attnzoo.unswap on it first",
+        match=rf"{part.removeprefix('get_')} of this \w+ is swapped already; call "
+        rf"attnzoo.unswap on it first",
     ):
         attnzoo.swap(model, "linear")
     attnzoo.unswap(piece)

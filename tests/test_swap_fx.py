@@ -115,7 +115,8 @@ def test_scripting_is_refused_in_one_sentence(name: str) -> None:
     for model in models:
         with pytest.raises(
             UnsupportedError,
-            match=rf"^torch\.jit\.script cannot compile {name}, .*use torch\.export\.export, torch\.compile or",
+            match=rf"^torch\.jit\.script cannot compile {name}, .*use "
+            rf"torch\.export\.export, torch\.compile or",
         ):
             torch.jit.script(model)
         keys = list(model.state_dict())

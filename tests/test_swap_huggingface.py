@@ -204,7 +204,8 @@ def test_a_model_around_one_is_told_of_its_part() -> None:
     )
     with pytest.raises(
         ValueError,
-        match=r"Sequential holds a transformers model; swap that part alone: model.get_submodule\('1.bert'\)",
+        match=r"Sequential holds a transformers model; swap that part alone: "
+        r"model.get_submodule\('1.bert'\)",
     ):
         attnzoo.swap(model, "linear")
     attnzoo.swap(model.get_submodule("1.bert"), "linear")

@@ -215,9 +215,8 @@ def test_what_torchs_own_forward_honours_stays() -> None:
     changed = model(X)
     with torch.no_grad():
         attnzoo.unswap(model)
-        torch.testing.assert_close(
-            model(X), changed, **ROUNDING
-        )  # torch's fast path would read the weight beneath
+        # Torch's fast path would read the weight beneath.
+        torch.testing.assert_close(model(X), changed, **ROUNDING)
 
 
 @pytest.mark.parametrize(
@@ -280,14 +279,16 @@ def test_what_would_go_with_the_attention_is_in_the_way(kind: str, tmp_path: Pat
         attnzoo.unswap(model)
     with pytest.raises(
         ValueError,
-        match=rf"layer 0 \({path}\): its attention was replaced or wrapped since the swap, in a Sequential",
+        match=rf"layer 0 \({path}\): its attention was replaced or wrapped since the "
+        rf"swap, in a Sequential",
     ):
         attnzoo.save(model, tmp_path / "swap.safetensors")
     setattr(module, core, attention)
     attention.engine.adapter = nn.Linear(2, 2)
     with pytest.raises(
         ValueError,
-        match=rf"layer 0 \({path}\): engine.adapter of its linear was replaced, wrapped or taken out since the swap",
+        match=rf"layer 0 \({path}\): engine.adapter of its linear was replaced, wrapped "
+        rf"or taken out since the swap",
     ):
         attnzoo.unswap(model)
     del attention.engine.adapter

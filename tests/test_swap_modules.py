@@ -248,7 +248,8 @@ def test_models_of_several_kinds_are_swapped_part_by_part() -> None:
     both = nn.ModuleDict({"text": encoder(), "image": vision()})
     with pytest.raises(
         ValueError,
-        match=r"ModuleDict has nn\.MultiheadAttention and timm's Attention; swap its parts one by one",
+        match=r"ModuleDict has nn\.MultiheadAttention and timm's Attention; swap its "
+        r"parts one by one",
     ):
         attnzoo.swap(both, "linear")
     assert not any(isinstance(module, attnzoo.Attention) for module in both.modules())

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from processes import PROCESSES, in_two_processes
 from small import layer_masks, small
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import attnzoo
 
@@ -88,9 +89,9 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
         if parameter.grad is not None
     }
     return {
-        name: gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        name: gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
         for name, gradient in found.items()
-    }  # pyright: ignore
+    }
 
 
 def own_rows() -> slice:

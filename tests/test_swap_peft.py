@@ -18,11 +18,13 @@ from attnzoo.integrations.healing.imitation import attention_parameters, recorde
 
 peft = pytest.importorskip("peft")
 NAMES = attnzoo.names()
-X = torch.randn(
-    2, 10, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64
-)  # trained numbers are of any size
+X = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+# Trained numbers are of any size.
 ROUNDING: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
-OUT = r"layers\.0\.self_attn\.out_proj is a peft\..*Linear that is called.*in PEFT by merge_and_unload"
+OUT = (
+    r"layers\.0\.self_attn\.out_proj is a peft\..*Linear that is called.*in PEFT by "
+    r"merge_and_unload"
+)
 
 
 def adapted(model: nn.Module, targets: Any) -> Any:
@@ -62,9 +64,8 @@ def test_the_layer_of_torchs_is_adapted_whole(name: str) -> None:
     )
     swapped = model(X, **masks)
     with torch.no_grad():
-        torch.testing.assert_close(
-            model(X, **masks), swapped, **ROUNDING
-        )  # beside torch's fast path
+        # Beside torch's fast path.
+        torch.testing.assert_close(model(X, **masks), swapped, **ROUNDING)
     exact = adapted(encoder().double(), ["self_attn"])
     exact.load_state_dict(
         {key: value for key, value in model.state_dict().items() if ".attention." not in key}
@@ -214,7 +215,8 @@ def test_what_an_attention_learns_is_trained_beside_adapters(kind: str, tmp_path
         )
     with pytest.raises(
         ValueError,
-        match=rf"of its {name} was replaced, wrapped or taken out since the swap .*in PEFT by merge_and_unload",
+        match=rf"of its {name} was replaced, wrapped or taken out since the swap .*in "
+        rf"PEFT by merge_and_unload",
     ):
         attnzoo.unswap(model)
     merged = model.merge_and_unload()

@@ -98,9 +98,8 @@ def test_a_copied_config_builds_models_of_its_own(tmp_path: Path) -> None:
     assert not torch.allclose(answer(other), swapped)  # exact
     attnzoo.swap(other, "sliding_window", window=4)
     torch.testing.assert_close(answer(other), swapped)
-    beside = attnzoo.swap(
-        type(model)(model.config).eval(), "linear"
-    )  # a model that shares the config itself
+    # A model that shares the config itself.
+    beside = attnzoo.swap(type(model)(model.config).eval(), "linear")
     attnzoo.unswap(other)
     assert not torch.allclose(answer(other), swapped)
     attnzoo.unswap(model)

@@ -24,7 +24,10 @@ import attnzoo
 
 hf: Any = transformers
 
-SAVED = r"this {} was saved with its attention swapped \({} in {} layers\), and from_pretrained gives it exact attention: swap it again with attnzoo"
+SAVED = (
+    r"this {} was saved with its attention swapped \({} in {} layers\), and "
+    r"from_pretrained gives it exact attention: swap it again with attnzoo"
+)
 
 FORMS: list[tuple[str, dict[str, Any]]] = [(name, small(name)) for name in attnzoo.names()]
 FORMS += [

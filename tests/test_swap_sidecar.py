@@ -40,10 +40,8 @@ def saved(tmp_path: Path) -> Path:
 def rewrite(path: Path, change: Any) -> None:
     """Write the file again with its recipe and tensors passed through change(recipe, tensors)."""
     with safetensors.safe_open(str(path), framework="pt") as file:
-        recipe, tensors = (
-            json.loads(file.metadata()["attnzoo"]),
-            {key: file.get_tensor(key) for key in file.keys()},
-        )
+        recipe = json.loads(file.metadata()["attnzoo"])
+        tensors = {key: file.get_tensor(key) for key in list(file.keys())}
     change(recipe, tensors)
     safetensors.torch.save_file(tensors, str(path), metadata={"attnzoo": json.dumps(recipe)})
 

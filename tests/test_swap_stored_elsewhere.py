@@ -114,6 +114,7 @@ def test_copies_of_weights_that_are_elsewhere() -> None:
     accelerate.cpu_offload(model, execution_device="cpu")
     with pytest.raises(
         UnsupportedError,
-        match=r"layer 0 .*its weights are offloaded, and longformer begins with copies of them; swap first",
+        match=r"layer 0 .*its weights are offloaded, and longformer begins with copies "
+        r"of them; swap first",
     ):
         attnzoo.swap(model, "longformer")

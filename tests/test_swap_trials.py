@@ -95,7 +95,10 @@ def test_halves_that_share_a_config(family: str, first: str) -> None:
 def test_inputs_that_attnzoo_cannot_make_up_are_given() -> None:
     model = make("time_series")
     exact, inputs = answer_of("time_series", model), inputs_of("time_series")
-    sentence = r"reads past_values, which attnzoo cannot make up to try the swap; give some: .*example_inputs=\{\.\.\.\}"
+    sentence = (
+        r"reads past_values, which attnzoo cannot make up to try the swap; give "
+        r"some: .*example_inputs=\{\.\.\.\}"
+    )
     with pytest.raises(UnsupportedError, match=sentence):
         attnzoo.swap(model, "standard")
     attnzoo.swap(model, "standard", example_inputs=inputs)
@@ -160,9 +163,8 @@ LONGEST = {
 def test_the_longest_sequence_is_the_models_own(family: str, name: str) -> None:
     model, spec = make(family), attnzoo.describe(name).spec
     if family in ("gpt2", "llama") and not spec.causal:
-        with pytest.raises(
-            UnsupportedError, match=f"layer 0 .*{name} cannot be causal"
-        ):  # before it asks for a length
+        # Before it asks for a length.
+        with pytest.raises(UnsupportedError, match=f"layer 0 .*{name} cannot be causal"):
             attnzoo.swap(model, name)
         return
     attnzoo.swap(model, name)
@@ -177,7 +179,10 @@ def test_the_longest_sequence_is_the_models_own(family: str, name: str) -> None:
 @pytest.mark.parametrize("name", SIZED)
 def test_a_model_that_does_not_tell_how_long_its_sequences_get(name: str) -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, 0.0, batch_first=True), 1)
-    sentence = rf"{name} needs max_length, and this model does not tell how long its sequences get: attnzoo\.swap\(model, '{name}', max_length"
+    sentence = (
+        rf"{name} needs max_length, and this model does not tell how long its "
+        rf"sequences get: attnzoo\.swap\(model, '{name}', max_length"
+    )
     for model in (make("wav2vec2"), encoder):
         with pytest.raises(ValueError, match=sentence):
             attnzoo.swap(model, name)

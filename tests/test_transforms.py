@@ -38,9 +38,8 @@ def test_vmap_and_grad_see_into_the_engine(case: Case, is_causal: bool) -> None:
         return attn(q, k, v, is_causal=is_causal)
 
     def total(q: Tensor) -> Tensor:
-        return (
-            out(q) * upstream
-        ).sum() + 0.0 * q.sum()  # what looks at no query has a gradient too: 0
+        # What looks at no query has a gradient too: 0.
+        return (out(q) * upstream).sum() + 0.0 * q.sum()
 
     one = some[1].clone().requires_grad_()
     expected = torch.autograd.grad(total(one), one)[0]

@@ -91,9 +91,8 @@ def test_what_hides_nothing_is_exact_attention(
     found, wanted = (
         one.cost(2, N, kv_heads=2, is_causal=is_causal, dtype=dtype) for one in (attn, exact)
     )
-    assert found == replace(
-        wanted, state_growth=found.state_growth
-    )  # a window's state has reached its bound
+    # A window's state has reached its bound.
+    assert found == replace(wanted, state_growth=found.state_growth)
     assert found.kernel_macs == found.support_macs
 
 

@@ -10,16 +10,14 @@ from attnzoo.bench.levels import FEED_FORWARD
 from attnzoo.bench.plan import Cell
 from attnzoo.registry import build
 
-# Of forward+backward, in forwards: every product has two gradients; nothing is computed again
+# MACs of forward+backward over those of forward: every product has two gradients, and nothing is
+# computed again.
 TRAINING_MACS = 3
-TENSORS = {
-    "forward": 4,
-    "forward+backward": 12,
-}  # q, k, v, out; backward reads them and out's gradient, and writes three gradients
-ACTIVATIONS = {
-    "forward": 2,
-    "forward+backward": 5,
-}  # x, out; backward reads x and out's gradient, and writes x's
+# Tensors read or written: q, k, v and out; backward reads them and out's gradient, and writes three
+# gradients.
+TENSORS = {"forward": 4, "forward+backward": 12}
+# Tensors read or written: x, out; backward reads x and out's gradient, and writes x's.
+ACTIVATIONS = {"forward": 2, "forward+backward": 5}
 WEIGHTS = {"forward": 1, "forward+backward": 3}  # read; read again, and a gradient written
 
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
-from attnzoo import results
 from attnzoo.bench.environment import MACHINE
+from attnzoo.results import result_file
 
 SDPA = "sdpa"  # the variant of the rows that call torch's SDPA directly
 
@@ -24,17 +24,20 @@ class Row:
     """One attention in one setting. None where there is no number; `reason` then says why.
 
     level: core (attention alone), multihead (with its projections) or layer (a whole pre-norm
-    layer). phase: forward, forward+backward, or decode (one new token after `length`, always
-    causal). backend: as asked for; ran: the one that ran.
-    seconds: median of one pass over `rounds` interleaved rounds, with its quartiles. graph_seconds:
-    the same pass replayed as a CUDA graph.
-    sdpa_seconds: median of exact SDPA, called directly, in the same rounds. peak_bytes: highest sum
-    of allocations during one pass beyond its inputs; sdpa_peak_bytes: the same for SDPA.
+    layer).
+    phase: forward, forward+backward, or decode (one new token after `length`, always causal).
+    backend: as asked for.
+    ran: the one that ran.
+    seconds: median of one pass over `rounds` interleaved rounds, with its quartiles.
+    graph_seconds: the same pass replayed as a CUDA graph.
+    sdpa_seconds: median of exact SDPA, called directly, in the same rounds.
+    peak_bytes: highest sum of allocations during one pass beyond its inputs.
+    sdpa_peak_bytes: the same for SDPA.
     macs: what one pass executes (exact attention: its support, since SDPA skips the masked half;
-    forward+backward: three forwards); None when decoding. least_bytes: inputs, outputs, weights and
-    state, each moved once.
-    peak_flops (FLOPs a second), bandwidth (bytes a second, of as much data): the best that was
-    measured on this machine in the same run.
+    forward+backward: three forwards); None when decoding.
+    least_bytes: inputs, outputs, weights and state, each moved once. peak_flops (FLOPs a second),
+    bandwidth (bytes a second, of as much data): the best that was measured on this machine in the
+    same run.
     """
 
     FORMAT: ClassVar[str] = "attnzoo.bench/1"
@@ -179,7 +182,7 @@ class Row:
     @classmethod
     def from_fields(cls, found: dict[str, Any]) -> Self:
         """The row of a parsed line, whose derived numbers are not read."""
-        known = results.fields_of(cls, found)
+        known = result_file.fields_of(cls, found)
         quartiles = known["seconds_quartiles"]
         return cls(
             **{
@@ -194,7 +197,7 @@ class Row:
 RowKind = TypeVar("RowKind", bound=Row)
 
 
-class ResultFile(results.ResultFile[RowKind]):
+class ResultFile(result_file.ResultFile[RowKind]):
     """A JSONL file of rows of one kind."""
 
     def __init__(self, path: str | Path, kind: type[RowKind] = Row) -> None:
@@ -204,14 +207,16 @@ class ResultFile(results.ResultFile[RowKind]):
 def read_rows(path: str | Path, kind: type[RowKind] = Row) -> list[RowKind]:
     """The rows of a result file in order; a half last line is passed over. Raises ValueError, one
     sentence, on another file."""
-    return results.read_rows(path, kind)
+    return result_file.read_rows(path, kind)
 
 
 def check_one_machine(
     some: Iterable[Environment], others: Iterable[Environment], what: str, against: str
 ) -> None:
-    """Raise ValueError when environments of rows are of two machines. what, against: where the two
-    lots are from, in words."""
+    """Raise ValueError when environments of rows are of two machines.
+
+    what, against: where the two lots are from, in words.
+    """
     here, there = (
         {tuple((facts or {}).get(name) for name in MACHINE) for facts in lot}
         for lot in (some, others)

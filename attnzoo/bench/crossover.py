@@ -35,8 +35,10 @@ class Crossover:
 
 
 def crossover(points: Sequence[tuple[int, float]]) -> Crossover | None:
-    """Where the ratio of SDPA's need to the contender's passes 1 for good. points: (length, ratio);
-    None when there are none."""
+    """Where the ratio of SDPA's need to the contender's passes 1 for good.
+
+    points: (length, ratio); None when there are none.
+    """
     ordered = sorted(points)
     if not ordered:
         return None

@@ -58,9 +58,8 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], o
             with torch.cuda.graph(graph):
                 call()
             return graph.replay
-    except (
-        RuntimeError
-    ):  # the call waits for the device, or allocates in a way that a graph cannot hold
+    except RuntimeError:
+        # The call waits for the device, or allocates in a way that a graph cannot hold.
         torch.cuda.synchronize(device)
         return None
 

@@ -11,16 +11,10 @@ from pathlib import Path
 
 import torch
 
-import attnzoo
+from attnzoo.version import __version__
 
-MACHINE = (
-    "machine",
-    "cpu",
-    "cores",
-    "threads",
-    "device",
-    "driver",
-)  # times from two machines cannot be compared
+# Times from two machines cannot be compared.
+MACHINE = ("machine", "cpu", "cores", "threads", "device", "driver")
 
 
 def environment(
@@ -31,7 +25,7 @@ def environment(
     found = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": str(seed),
-        "attnzoo": attnzoo.__version__,
+        "attnzoo": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -73,7 +67,7 @@ def _driver(device: torch.device) -> str:
 def _commit() -> str:
     """The commit of the checkout that attnzoo runs from, with "+" when it was changed since; ""
     when it is not a checkout."""
-    root = Path(attnzoo.__file__).parent.parent
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""
     try:

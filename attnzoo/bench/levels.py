@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attnzoo.attention import Attention
 from attnzoo.bench.plan import DECODE_ROOM, Cell, Contender
 from attnzoo.layers.multihead import MultiheadAttention
-from attnzoo.registry import build, options_of
+from attnzoo.registry import Choice
 
 FEED_FORWARD = 4  # inner width of the feed-forward network, in widths of the model
 
@@ -24,7 +24,10 @@ Pass = Callable[[], object]
 
 @dataclass(frozen=True)
 class Work:
-    """One contender, ready to run. attention: its core; None for SDPA called directly."""
+    """One contender, ready to run.
+
+    attention: its core; None for SDPA called directly.
+    """
 
     run: Pass
     attention: Attention | None
@@ -48,10 +51,14 @@ class DirectAttention(nn.Module):
 class SelfAttention(nn.Module):
     """`attnzoo.MultiheadAttention` as self-attention without weights."""
 
-    def __init__(self, width: int, heads: int, attention: str, options: dict[str, Any]) -> None:
+    def __init__(self, width: int, heads: int, choice: Choice) -> None:
         super().__init__()
         self.multihead = MultiheadAttention(
-            width, heads, batch_first=True, attention=attention, attention_options=options
+            width,
+            heads,
+            batch_first=True,
+            attention=choice.name,
+            attention_options=choice.options,
         )
 
     def forward(self, x: Tensor, is_causal: bool) -> Tensor:
@@ -77,16 +84,11 @@ class Layer(nn.Module):
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
-def options_for(contender: Contender, cell: Cell, seed: int) -> dict[str, Any]:
-    """A variant's options beside heads and head_dim: the user's, the backend, and seed and
-    max_length where it takes them."""
-    offered = {
-        "seed": seed,
-        "max_length": cell.length + (DECODE_ROOM if cell.phase == "decode" else 0),
-    }
-    taken = {option.name for option in options_of(contender.candidate.name)}
-    supplied = {name: value for name, value in offered.items() if name in taken}
-    return {**supplied, **contender.candidate.options, "backend": contender.backend}
+def choice_for(contender: Contender, cell: Cell, seed: int) -> Choice:
+    """A contender's choice with its backend, and with seed and max_length where it takes them."""
+    length = cell.length + (DECODE_ROOM if cell.phase == "decode" else 0)
+    choice = contender.choice.completed(seed=seed, max_length=length)
+    return Choice(choice.name, {**choice.options, "backend": contender.backend})
 
 
 def core_inputs(cell: Cell, sets: int, device: torch.device, seed: int) -> list[tuple[Tensor, ...]]:
@@ -133,10 +135,7 @@ def _core(
             ),
             None,
         )
-    options = options_for(contender, cell, seed)
-    attention = build(
-        contender.candidate.name, heads=cell.shape.heads, head_dim=cell.shape.head_dim, **options
-    )
+    attention = choice_for(contender, cell, seed).build(cell.shape.heads, cell.shape.head_dim)
     attention = attention.eval().to(inputs[0][0].device, inputs[0][0].dtype)
     if cell.phase == "decode":
         return Work(_decode(attention, *inputs[0]), attention)
@@ -157,9 +156,7 @@ def _module(
     if contender is None:
         module: nn.Module = DirectAttention(width, heads)
     else:
-        module = SelfAttention(
-            width, heads, contender.candidate.name, options_for(contender, cell, seed)
-        )
+        module = SelfAttention(width, heads, choice_for(contender, cell, seed))
         attention = module.multihead.attention
     if cell.level == "layer":
         module = Layer(width, module)

@@ -15,7 +15,8 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
     before it; its result counts.
 
     CPU: the running sum of the allocator's events, which torch's profiler records. CUDA: the
-    caching allocator's own peak. Raises ValueError on any other device.
+    caching allocator's own peak.
+    Raises ValueError on any other device.
     """
     device = torch.device(device)
     if device.type == "cpu":
@@ -26,9 +27,8 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
 
 
 def _cpu_peak(call: Callable[[], object]) -> int:
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "99"
-    )  # the profiler would announce its start and stop on stderr
+    # The profiler would announce its start and stop on stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     profiler: Any = torch.autograd.profiler.profile(profile_memory=True)
     with profiler:
         result = call()

@@ -3,7 +3,7 @@ its contenders."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
@@ -12,8 +12,7 @@ from typing import Any
 from attnzoo.arguments import check_positive, check_seed, nearest
 from attnzoo.bench.timing import TOLERANCE
 from attnzoo.configuration import check_mapping, read_yaml
-from attnzoo.fidelity.candidate import Candidate
-from attnzoo.registry import build, names, sized
+from attnzoo.registry import Choice, ParseChoice, names
 
 LEVELS = ("core", "multihead", "layer")
 PHASES = ("forward", "forward+backward", "decode")
@@ -21,8 +20,6 @@ DECODE_ROOM = 4096  # tokens that a decoding state has room for beyond the lengt
 MOST_TOKENS = 8  # decoded in a turn: the state grows by them
 MOST_DECODE_ROUNDS = DECODE_ROOM // MOST_TOKENS - 1  # beside what is decoded before the first round
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in TOLERANCE)
-
-ParseVariant = Callable[[str], tuple[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -63,15 +60,15 @@ class Cell:
 class Contender:
     """An attention with its options and the backend asked for."""
 
-    candidate: Candidate
+    choice: Choice
     backend: str
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every combination of these. variants: as on the command line, NAME[:OPTION=VALUE,...]; empty
-    means the whole zoo.
+    """Every combination of these.
 
+    variants: as on the command line, NAME[:OPTION=VALUE,...]; empty means the whole zoo.
     budget: seconds a setting after which no new round is begun; a contender that three rounds have
     no room for gets no time.
     """
@@ -126,13 +123,13 @@ class Sweep:
             for is_causal in (True,) if phase == "decode" else self.causal:
                 yield Cell(level, phase, is_causal, length, dtype, shape)
 
-    def contenders(self, parse: ParseVariant) -> list[Contender]:
+    def contenders(self, parse: ParseChoice) -> list[Contender]:
         """Every variant with every backend that it has. Raises ValueError on a wrong variant, and
         on a backend that none of them has."""
-        candidates = [Candidate(*parse(text)) for text in self.variants or names()]
+        choices = [parse(text) for text in self.variants or names()]
         known = [
             "auto",
-            *dict.fromkeys(backend for candidate in candidates for backend in _backends(candidate)),
+            *dict.fromkeys(backend for choice in choices for backend in _backends(choice)),
         ]
         for backend in self.backends:
             if backend not in known:
@@ -141,17 +138,20 @@ class Sweep:
                     f"choose of {', '.join(known)}"
                 )
         return [
-            Contender(candidate, backend)
-            for candidate in candidates
+            Contender(choice, backend)
+            for choice in choices
             for backend in self.backends
-            if backend in ("auto", *_backends(candidate))
+            if backend in ("auto", *_backends(choice))
         ]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole benchmark. device: cpu, cuda or cuda:INDEX. seed: of inputs and of every random
-    choice."""
+    """A whole benchmark.
+
+    device: cpu, cuda or cuda:INDEX.
+    seed: of inputs and of every random choice.
+    """
 
     device: str = "cpu"
     seed: int = 0
@@ -186,9 +186,8 @@ def read_plan(path: Path) -> Plan:
         raise ValueError(f"{what}: {error}") from None
 
 
-def _backends(candidate: Candidate) -> list[str]:
-    fixed = {"heads": 1, "head_dim": 8, **sized(candidate.name, 8)}
-    return build(candidate.name, **{**fixed, **candidate.options}).engine.backend_names()
+def _backends(choice: Choice) -> list[str]:
+    return choice.build(1, 8, max_length=8).engine.backend_names()
 
 
 def _sweep(found: dict[str, Any]) -> Sweep:

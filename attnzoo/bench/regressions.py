@@ -45,6 +45,7 @@ def compare_runs(
     old: Iterable[Row], new: Iterable[Row], *, what: str, against: str
 ) -> tuple[list[Slowdown], int]:
     """What got slower by `RULE` or lost its time, and how many rows of `new` could be compared.
+
     what, against: the two files in words.
 
     A machine's speed changes by half within minutes, so what grew no more than SDPA in the same

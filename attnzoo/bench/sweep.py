@@ -17,13 +17,12 @@ from attnzoo.bench.bench_rows import LATE, SDPA, Key, Row
 from attnzoo.bench.cuda_timing import captured, check_answers, stopwatch_of
 from attnzoo.bench.environment import environment
 from attnzoo.bench.heap import out_of_memory, settle_heap
-from attnzoo.bench.levels import Pass, Work, core_inputs, layer_inputs, options_for, prepare
+from attnzoo.bench.levels import Pass, Work, choice_for, core_inputs, layer_inputs, prepare
 from attnzoo.bench.machine_limits import Limits, measure_limits
 from attnzoo.bench.peak_memory import peak_bytes
-from attnzoo.bench.plan import MOST_TOKENS, Cell, Contender, ParseVariant, Plan
+from attnzoo.bench.plan import MOST_TOKENS, Cell, Contender, Plan
 from attnzoo.bench.timing import MINIMUM_ROUNDS, Timing, disagreement, interleave, mistake
-from attnzoo.fidelity.candidate import Candidate
-from attnzoo.registry import build
+from attnzoo.registry import Choice, ParseChoice
 
 INPUT_SETS = {"cpu": 1, "cuda": 4}  # on CUDA several, so that no run finds its inputs in a cache
 SHORT_PASS = 0.5  # seconds
@@ -33,11 +32,11 @@ Progress = Callable[[str, int, int], None]
 
 
 def run_plan(
-    plan: Plan, parse: ParseVariant, device: torch.device, finished: set[Key], progress: Progress
+    plan: Plan, parse: ParseChoice, device: torch.device, finished: set[Key], progress: Progress
 ) -> Iterator[Row]:
-    """The rows of a plan as they finish, without those whose key is `finished`. progress: called
-    with (what comes, settings done, settings).
+    """The rows of a plan as they finish, without those whose key is `finished`.
 
+    progress: called with (what comes, settings done, settings).
     Raises DeviceLost after the row of the contender that a CUDA device did not survive.
     """
     work = [(sweep, cell) for sweep in plan.sweeps for cell in sweep.cells()]
@@ -60,7 +59,7 @@ def run_plan(
     progress("done", len(work), len(work))
 
 
-def planned(plan: Plan, parse: ParseVariant) -> set[Key]:
+def planned(plan: Plan, parse: ParseChoice) -> set[Key]:
     """The keys of all rows of a plan, but for those of SDPA called directly."""
     return {
         blank_row(contender, cell).key
@@ -73,15 +72,15 @@ def planned(plan: Plan, parse: ParseVariant) -> set[Key]:
 def blank_row(contender: Contender | None, cell: Cell) -> Row:
     """The row of a contender (None: SDPA called directly) before anything is measured."""
     shape = cell.shape
-    candidate = Candidate(SDPA) if contender is None else contender.candidate
+    choice = Choice(SDPA) if contender is None else contender.choice
     backend = "auto" if contender is None else contender.backend
     return Row(
         cell.level,
         cell.phase,
         cell.is_causal,
-        candidate.name,
-        dict(candidate.options),
-        candidate.label,
+        choice.name,
+        dict(choice.options),
+        choice.label,
         backend,
         cell.length,
         cell.dtype,
@@ -121,17 +120,15 @@ class Bench:
     def __init__(self, device: torch.device, seed: int) -> None:
         settle_heap()
         if device.type == "cuda":
-            torch.cuda.set_device(
-                device
-            )  # for what asks no tensor where to work: the allocator's cache, Triton's launches
+            # For what asks no tensor where to work: the allocator's cache, Triton's launches.
+            torch.cuda.set_device(device)
         self.device, self.seed = device, seed
         self.stopwatch = stopwatch_of(device)
         self.facts = environment(seed=seed, device=device)
         self.limits: dict[str, Limits] = {}
         self.prepared: tuple[Cell, list[tuple[Tensor, ...]]] | None = None
-        self.seen: dict[
-            Key, tuple[int, float]
-        ] = {}  # of a curve: least work and seconds at its last length
+        # Of a curve: least work and seconds at its last length.
+        self.seen: dict[Key, tuple[int, float]] = {}
 
     def measure(
         self, cell: Cell, contenders: Sequence[Contender], rounds: int, budget: float
@@ -146,9 +143,8 @@ class Bench:
                 yield found
             else:
                 entries.append(found)
-            check_answers(
-                self.device
-            )  # else all that follow would be called wrong for what this one did
+            # Else all that follow would be called wrong for what this one did.
+            check_answers(self.device)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         if not entries:
@@ -171,13 +167,8 @@ class Bench:
     def counted(self, contender: Contender, cell: Cell) -> Attention | None:
         """The attention whose closed form counts a contender's work, or None when there is no such
         form."""
-        options = options_for(contender, cell, self.seed)
-        return build(
-            contender.candidate.name,
-            heads=cell.shape.heads,
-            head_dim=cell.shape.head_dim,
-            **options,
-        )
+        choice = choice_for(contender, cell, self.seed)
+        return choice.build(cell.shape.heads, cell.shape.head_dim)
 
     def judge(self, row: Row, work: Work, cell: Cell) -> Row:
         """The row after a look at what the work computes: with a reason when it must get no

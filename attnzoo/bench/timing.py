@@ -19,10 +19,8 @@ from attnzoo.call import UnsupportedError
 #: a wrong kernel gives.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 WHOLE_LENGTH = 1024  # up to which every row is checked
-CHECK_LENGTH, SAMPLED_ROWS = (
-    257,
-    64,
-)  # beyond it: every row of so many tokens, and so many rows of the full length
+# Beyond it: every row of so many tokens, and so many rows of the full length.
+CHECK_LENGTH, SAMPLED_ROWS = (257, 64)
 CHECKED_SAMPLES = 2
 MINIMUM_ROUNDS = 3  # a median of fewer says nothing
 
@@ -68,11 +66,14 @@ def interleave(
     """Time contenders in turns, A B C A B C ..., so that a slow minute of the machine slows all of
     them alike.
 
-    rounds: times that each contender is timed; warmups: untimed turns before. budget: seconds of
-    timing after which no new round is begun, once there are 3 (or `rounds`, if fewer). stopwatch:
-    runs one call and returns its seconds (on CUDA: `attnzoo.bench.cuda_timing.EventClock`).
-    progress: called with (rounds done, rounds) after each. Raises ValueError when rounds is not at
-    least 1.
+    rounds: times that each contender is timed.
+    warmups: untimed turns before.
+    budget: seconds of timing after which no new round is begun, once there are 3 (or `rounds`, if
+    fewer).
+    stopwatch: runs one call and returns its seconds (on CUDA:
+    `attnzoo.bench.cuda_timing.EventClock`).
+    progress: called with (rounds done, rounds) after each.
+    Raises ValueError when rounds is not at least 1.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds} must be at least 1")
@@ -108,7 +109,9 @@ def mistake(
     beyond, every row of the first `CHECK_LENGTH` tokens (where the backend takes so few), and at
     the full length `SAMPLED_ROWS` last rows, causal as many about the middle too: a row asks the
     reference for its own scores only. Agreement: a relative Frobenius error within `TOLERANCE` of
-    the dtype. backward: the gradients of q, k and v, from those rows, must agree too.
+    the dtype.
+
+    backward: the gradients of q, k and v, from those rows, must agree too.
     """
     fast, reference = copy.deepcopy(attention), copy.deepcopy(attention)
     fast.backend, reference.backend = attention.last_backend or "auto", "reference"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from attnzoo.arguments import nearest
+from attnzoo.commands import DEVICE_LOST, GOT_SLOWER, INTERRUPTED
 from attnzoo.commands.command import Command, messages, screen
 from attnzoo.commands.output import check_folder, open_results
 from attnzoo.commands.progress import progress_on
@@ -18,9 +19,8 @@ from attnzoo.commands.variants import parse_variant
 
 if TYPE_CHECKING:
     from attnzoo.bench.bench_rows import Row
-    from attnzoo.results import ResultFile
+    from attnzoo.results.result_file import ResultFile
 
-GOT_SLOWER, DEVICE_LOST, INTERRUPTED = 1, 3, 130
 PAGE_ONLY = ("quartiles", "rounds")  # columns that a terminal has no room for
 
 
@@ -110,9 +110,8 @@ def run(settings: Namespace) -> int:
             if isinstance(error, KeyboardInterrupt)
             else (f"the device was lost ({error})", DEVICE_LOST)
         )
-        fresh = len(results.rows()) - len(
-            held
-        )  # of the file: an interrupt may come between a row and its count
+        # Of the file: an interrupt may come between a row and its count.
+        fresh = len(results.rows()) - len(held)
         console.print(
             f"attnzoo: {said}; {fresh} new rows are in {results.path}, and the same command goes "
             "on from there",

@@ -1,5 +1,5 @@
 """What all commands share: how one is declared, a parser that raises sentences, configuration
-files, and consoles."""
+files, dtypes and seeds, and consoles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # pyright: ignore[reportPrivateImportUsage]
 from rich.console import Console
@@ -17,13 +17,21 @@ from rich.console import Console
 from attnzoo.arguments import nearest
 from attnzoo.configuration import check_mapping, read_yaml
 
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+SEEDS = 2**32
 PIPED_WIDTH = 120  # columns, when the output is no terminal and COLUMNS does not say
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command. add_arguments: declares them, and imports nothing heavy. run: does the work and
-    returns the exit code."""
+    """One command.
+
+    add_arguments: declares them, and imports nothing heavy.
+    run: does the work and returns the exit code.
+    """
 
     name: str
     help: str
@@ -96,6 +104,23 @@ def check_config(path: str, known: dict[str, Any]) -> None:
                 f"--config {path}: {key} must be a list that is not empty, such as "
                 f"[{value if value else '...'}]"
             )
+
+
+def check_dtype(text: str) -> torch.dtype:
+    """The dtype. Raises ValueError when it is none of `DTYPES`."""
+    import torch
+
+    if text not in DTYPES:
+        raise ValueError(
+            f"dtype={text!r} is unknown{nearest(text, DTYPES)}; use one of {', '.join(DTYPES)}"
+        )
+    return getattr(torch, text)
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError on a seed that has more than 32 bits."""
+    if not 0 <= seed < SEEDS:
+        raise ValueError(f"seed={seed} is out of range; use 0 to {SEEDS - 1}")
 
 
 def screen() -> Console:

@@ -12,27 +12,35 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from attnzoo.arguments import check_positive, nearest
-from attnzoo.commands.command import Command, ConfigFile, messages, screen
+from attnzoo.commands import INTERRUPTED
+from attnzoo.commands.command import (
+    DTYPES,
+    Command,
+    ConfigFile,
+    check_dtype,
+    check_seed,
+    messages,
+    screen,
+)
 from attnzoo.commands.output import check_folder, write_text
 from attnzoo.commands.progress import Progress, progress_on
 from attnzoo.commands.variants import parse_variant
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
 
     from attnzoo.fidelity import Comparison, Sample
 
-INTERRUPTED = 130
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 SYNTHETIC = "synthetic"
-SEEDS = 2**32
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model as the command line names it. title: its name in `attnzoo.fidelity`. max_length:
-    tokens that it has positions for."""
+    """A model as the command line names it.
+
+    title: its name in `attnzoo.fidelity`.
+    max_length: tokens that it has positions for.
+    """
 
     title: str
     max_length: int
@@ -142,8 +150,7 @@ def _compare(settings: Namespace) -> int:
     )
     models = list(MODELS) if settings.models is None else settings.models
     lengths = check_lengths(LENGTHS if settings.lengths is None else settings.lengths, models)
-    if not 0 <= settings.seed < SEEDS:
-        raise ValueError(f"seed={settings.seed} is out of range; use 0 to {SEEDS - 1}")
+    check_seed(settings.seed)
     folder = check_folder(settings.output)
     console = messages()
     with bounded_memory(device), progress_on(console) as progress:
@@ -217,17 +224,6 @@ def check_lengths(lengths: Sequence[int], models: Sequence[str]) -> list[int]:
             f"{SYNTHETIC}"
         )
     return sorted(set(lengths))
-
-
-def check_dtype(text: str) -> torch.dtype:
-    """The dtype. Raises ValueError when it is none of `DTYPES`."""
-    import torch
-
-    if text not in DTYPES:
-        raise ValueError(
-            f"dtype={text!r} is unknown{nearest(text, DTYPES)}; use one of {', '.join(DTYPES)}"
-        )
-    return getattr(torch, text)
 
 
 def _spaced(values: Iterable[object]) -> str:

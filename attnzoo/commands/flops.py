@@ -15,8 +15,9 @@ from attnzoo.commands.output import check_folder, write_text
 from attnzoo.commands.variants import parse_variant, read_value, split_options
 
 if TYPE_CHECKING:
-    from attnzoo.cost.model_flops import Chosen, Subject
-    from attnzoo.table import Table
+    from attnzoo.cost.model_flops import Subject
+    from attnzoo.registry import Choice
+    from attnzoo.results.table import Table
 
 LENGTHS = (512, 4096, 32768)
 LAYER = "layer:"
@@ -27,8 +28,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "model",
         type=str,
-        help="performer[:OPTION=VALUE,...], layer:gpt2, or bert[:ENTRY=VALUE,...], or a folder with "
-        "config.json",
+        help="performer[:OPTION=VALUE,...], layer:gpt2, or bert[:ENTRY=VALUE,...], or a folder "
+        "with config.json",
     )
     parser.add_argument(
         "--config", action=ConfigFile, help="a YAML file with any of the settings below"
@@ -117,16 +118,16 @@ def write_results(tables: list[Table], folder: Path) -> list[Path]:
     ]
 
 
-def _subject(settings: Namespace) -> tuple[Subject, Chosen | None]:
+def _subject(settings: Namespace) -> tuple[Subject, Choice | None]:
     """What is counted, and the attention that is put into it. Raises ValueError on what does not go
     together."""
     from attnzoo.cost.huggingface_flops import whole_model
-    from attnzoo.cost.model_flops import Chosen, one_attention, one_layer
+    from attnzoo.cost.model_flops import one_attention, one_layer
     from attnzoo.cost.model_sizes import find_model, model_presets
     from attnzoo.registry import names
 
     text = settings.model
-    chosen = None if settings.attention is None else Chosen(*parse_variant(settings.attention))
+    chosen = None if settings.attention is None else parse_variant(settings.attention)
     if text.startswith(LAYER):
         return one_layer(
             find_model(text.removeprefix(LAYER), model_presets()), settings.causal
@@ -144,7 +145,7 @@ def _subject(settings: Namespace) -> tuple[Subject, Chosen | None]:
         subject = one_attention(
             heads, head_dim, check_kv_heads(settings.kv_heads, heads), settings.causal
         )
-        return subject, None if head == subject.exact else Chosen(*parse_variant(text))
+        return subject, None if head == subject.exact else parse_variant(text)
     if settings.causal:
         raise ValueError(
             "--causal goes with one attention or one layer; a whole model is causal or not by "
@@ -171,6 +172,6 @@ def _readable(subject: Subject) -> list[int]:
     ]
 
 
-def _sides(subject: Subject, chosen: Chosen | None) -> list[tuple[str, Chosen | None]]:
-    exact: list[tuple[str, Chosen | None]] = [(subject.exact, None)]
+def _sides(subject: Subject, chosen: Choice | None) -> list[tuple[str, Choice | None]]:
+    exact: list[tuple[str, Choice | None]] = [(subject.exact, None)]
     return exact if chosen is None else [*exact, (chosen.label, chosen)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from attnzoo.commands.command import messages
-from attnzoo.results import ResultFile, ResultRow
+from attnzoo.results.result_file import ResultFile, ResultRow
 
 Row = TypeVar("Row", bound=ResultRow)
 

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 
 import attnzoo
 from attnzoo.bench.heap import out_of_memory
-from attnzoo.fidelity.packages import EXTRAS
+from attnzoo.commands import FAILED, INTERRUPTED, REFUSED
+from attnzoo.packages import EXTRAS
 
 if TYPE_CHECKING:
     from attnzoo.commands.command import Command, Parser
-
-FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
 
 def commands() -> tuple[Command, ...]:
@@ -43,9 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     met), 130 (Ctrl-C)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="replace"
-            )  # an ASCII terminal gets ? for a Greek letter, not a crash
+            # An ASCII terminal gets ? for a Greek letter, not a crash.
+            stream.reconfigure(errors="replace")
     try:
         code = run(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
-from attnzoo.commands.command import messages, screen
-from attnzoo.commands.compare import INTERRUPTED, SEEDS, check_dtype
+from attnzoo.commands import INTERRUPTED
+from attnzoo.commands.command import check_dtype, check_seed, messages, screen
 from attnzoo.commands.output import check_folder, open_results, write_text
 from attnzoo.commands.progress import progress_on
 from attnzoo.commands.variants import check_variant, parse_variant
@@ -22,11 +22,8 @@ if TYPE_CHECKING:
     from attnzoo.quality.quality_study import Study
 
 SHIPPED = {"quick": "{kind}-quick.yaml", "full": "{kind}.yaml"}
-SAMPLED_ONLY = (
-    "models",
-    "layers",
-    "heads",
-)  # settings of a comparison of attentions that a whole model has no use for
+# Settings of a comparison of attentions that a whole model has no use for.
+SAMPLED_ONLY = ("models", "layers", "heads")
 
 
 def run_quality(settings: Namespace) -> int:
@@ -36,11 +33,11 @@ def run_quality(settings: Namespace) -> int:
     from attnzoo.bench.environment import environment
     from attnzoo.bench.heap import bounded_memory
     from attnzoo.fidelity import check_device
-    from attnzoo.fidelity.packages import require
+    from attnzoo.packages import require
     from attnzoo.quality.model_kinds import find_model
     from attnzoo.quality.quality_rows import Row
     from attnzoo.quality.quality_run import Run
-    from attnzoo.quality.texts import TEXT_MODULES, read_text
+    from attnzoo.texts.parts import TEXT_MODULES, read_text
 
     started, console = time.monotonic(), messages()
     for name in SAMPLED_ONLY:
@@ -49,8 +46,7 @@ def run_quality(settings: Namespace) -> int:
                 f"--{name} does not go with --model, which swaps every layer, one layer at a time, "
                 "and mixes of them"
             )
-    if not 0 <= settings.seed < SEEDS:
-        raise ValueError(f"seed={settings.seed} is out of range; use 0 to {SEEDS - 1}")
+    check_seed(settings.seed)
     device, dtype = check_device(settings.device), check_dtype(settings.dtype)
     model = find_model(settings.model)
     study = _study(settings, model.kind)
@@ -103,7 +99,6 @@ def _study(settings: Namespace, kind: str) -> Study:
     """The study, with the variants and lengths of the command line in place of its own."""
     from attnzoo.arguments import check_positive, nearest
     from attnzoo.configuration import configs_folder
-    from attnzoo.fidelity.candidate import Candidate
     from attnzoo.quality.quality_study import read_study
 
     name = settings.study or "quick"
@@ -124,9 +119,7 @@ def _study(settings: Namespace, kind: str) -> Study:
             ),
         )
     if settings.variants is not None:
-        study = replace(
-            study, variants=tuple(Candidate(*parse_variant(text)) for text in settings.variants)
-        )
+        study = replace(study, variants=tuple(map(parse_variant, settings.variants)))
     return study
 
 

@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """How rows of one kind are drawn. pages: the rows of every page by the name of its files.
+    """How rows of one kind are drawn.
+
+    pages: the rows of every page by the name of its files.
     table_of: the table that a row stands in, which holds times of one machine; None: no times are
-    in it."""
+    in it.
+    """
 
     kind: Any
     pages: Callable[[Sequence[Any]], dict[str, Sequence[Any]]]
@@ -53,7 +56,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(settings: Namespace) -> int:
     """Read all files, then write the figures and the pages."""
     from attnzoo.report.export import write_figures
-    from attnzoo.results import read_rows
+    from attnzoo.results.result_file import read_rows
 
     report = _report_of(settings.files)
     lots = {path: read_rows(path, report.kind) for path in settings.files}
@@ -115,9 +118,8 @@ def _format_of(path: str) -> str | None:
     """What the first line says its format is; None when it is no result. Raises ValueError on a
     file that cannot be read or is empty."""
     try:
-        with Path(path).open(
-            "rb"
-        ) as file:  # the last line may be cut inside a letter, which must not cost the first
+        # The last line may be cut inside a letter, which must not cost the first.
+        with Path(path).open("rb") as file:
             line = next((line.decode() for line in file if line.strip()), None)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
@@ -137,7 +139,10 @@ def _format_of(path: str) -> str | None:
 
 
 def _check_machines(lots: Mapping[str, Sequence[Any]], table_of: Callable[[Any], Hashable]) -> None:
-    """Raise ValueError when one table would hold times of two machines. lots: the rows by file."""
+    """Raise ValueError when one table would hold times of two machines.
+
+    lots: the rows by file.
+    """
     from attnzoo.bench.bench_rows import check_one_machine
 
     seen: dict[Hashable, tuple[str, list[Any]]] = {}

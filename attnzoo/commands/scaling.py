@@ -19,7 +19,7 @@ from attnzoo.commands.variants import parse_variant
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from attnzoo.report.scaling.scaling import Progress, Scaling
+    from attnzoo.report.scaling.scaling_report import Progress, Scaling
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -91,7 +91,8 @@ def run(settings: Namespace) -> int:
 
     from attnzoo.cost.hardware import find_gpu, gpu_presets
     from attnzoo.cost.model_sizes import find_model, model_presets
-    from attnzoo.report.scaling.scaling import Settings, scaling
+    from attnzoo.report.scaling.scaling_report import scaling
+    from attnzoo.report.scaling.settings import Settings
 
     started = time.monotonic()
     models, gpus = (
@@ -145,8 +146,8 @@ def scaling_view(found: Scaling) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    from attnzoo.report.scaling.scaling import CONVENTION
     from attnzoo.report.scaling.scaling_headlines import headlines
+    from attnzoo.report.scaling.scaling_report import CONVENTION
     from attnzoo.report.tables import rich_table
 
     parts: list[RenderableType] = [Text(CONVENTION), Text()]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from attnzoo.commands import INTERRUPTED
 from attnzoo.commands.command import Command, messages, screen
 from attnzoo.commands.output import check_folder, open_results, write_text
 from attnzoo.commands.progress import progress_on
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from attnzoo.tasks.task import Task
     from attnzoo.training.training_rows import Row
     from attnzoo.training.training_study import Study
-
-INTERRUPTED = 130
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from jsonargparse import get_loader
 
 from attnzoo.arguments import nearest
-from attnzoo.registry import build, find, options_of
+from attnzoo.registry import Choice, find, options_of
 
 HEADS, HEAD_DIM, LENGTH = 2, 64, 64  # of the trial build that finds bad values before any work
 KINDS: dict[str, tuple[type, ...]] = {
@@ -21,18 +21,20 @@ KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and options of NAME[:OPTION=VALUE,...], values read as YAML scalars.
+def parse_variant(text: str) -> Choice:
+    """The choice that NAME[:OPTION=VALUE,...] says, values read as YAML scalars.
 
-    The variant is built once, so that everything wrong with it is found before any work. Raises
-    ValueError on an unknown name or option (with the nearest), a value of another type than the
-    option's, one that the constructor refuses, and a malformed text.
+    The variant is built once, so that everything wrong with it is found before any work.
+
+    Raises ValueError on an unknown name or option (with the nearest), a value of another type than
+    the option's, one that the constructor refuses, and a malformed text.
     """
     name, _, rest = text.strip().partition(":")
     find(name)
     options = dict(_option(text, name, part) for part in split_options(rest))
-    check_variant(name, options, text)
-    return name, options
+    choice = Choice(name, options)
+    check_variant(choice, text)
+    return choice
 
 
 def split_options(text: str) -> list[str]:
@@ -51,22 +53,20 @@ def read_value(text: str) -> Any:
         ) from None
 
 
-def check_variant(name: str, options: dict[str, Any], text: str = "") -> None:
-    """Build a known variant once. text: what the user wrote, for errors. Raises ValueError as
-    `parse_variant` does."""
-    types = {option.name: option.type for option in options_of(name)}
-    for option, value in options.items():
-        _check(name, option, value, types)
-    trial: dict[str, Any] = {
-        "heads": HEADS,
-        "head_dim": HEAD_DIM,
-        **({"max_length": LENGTH} if "max_length" in types else {}),
-    }
+def check_variant(choice: Choice, text: str = "") -> None:
+    """Build a known variant once.
+
+    text: what the user wrote, for errors.
+    Raises ValueError as `parse_variant` does.
+    """
+    types = {option.name: option.type for option in options_of(choice.name)}
+    for option, value in choice.options.items():
+        _check(choice.name, option, value, types)
     try:
-        build(name, **{**trial, **options})
+        choice.build(HEADS, HEAD_DIM, max_length=LENGTH)
     except (TypeError, RuntimeError) as error:
         raise ValueError(
-            f"{text or name}: {name} cannot be built with these options "
+            f"{text or choice.name}: {choice.name} cannot be built with these options "
             f"({str(error).splitlines()[0]})"
         ) from None
 

@@ -12,7 +12,7 @@ def _no_arguments(parser: ArgumentParser) -> None:
 
 
 def _list(settings: Namespace) -> int:
-    from attnzoo.report.zoo import techniques_table, zoo_table
+    from attnzoo.report.zoo_tables import techniques_table, zoo_table
 
     screen().print(zoo_table())
     screen().print()
@@ -25,7 +25,7 @@ def _name(parser: ArgumentParser) -> None:
 
 
 def _show(settings: Namespace) -> int:
-    from attnzoo.report.zoo import variant_view
+    from attnzoo.report.zoo_tables import variant_view
 
     screen().print(variant_view(settings.name))
     return 0

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from attnzoo.arguments import check_positive
 from attnzoo.cost.hardware import GPU
 from attnzoo.cost.model_sizes import TransformerModel
-from attnzoo.table import Column, Table
+from attnzoo.results.table import Column, Table
 
 LENGTHS = (128, 512, 1024, 2048, 4096, 8192)
 MEMORY_LENGTHS = (512, 2048, 8192, 32768)
@@ -330,8 +330,10 @@ class Contradiction:
 def contradictions(
     small: TransformerModel, small_gpu: GPU, large_gpu: GPU
 ) -> tuple[Contradiction, ...]:
-    """Every place where the prose says something else than the tables. small: GPT-2 Small; the
-    GPUs: 24 GB and 80 GB."""
+    """Every place where the prose says something else than the tables.
+
+    small: GPT-2 Small; the GPUs: 24 GB and 80 GB.
+    """
     gib = {row["n"]: row["gib"] for row in attention_memory([small], (512, 2048, 8192)).rows}
     shares = {row["n"]: row for row in layer_breakdown((256, 1024, 4096)).rows}
     efficiency = path_length((128,)).rows[0]["efficiency"]

@@ -12,9 +12,12 @@ from attnzoo.cost.presets import choose, read_presets
 
 @dataclass(frozen=True)
 class GPU:
-    """A GPU by its datasheet. memory_gb: 10⁹ bytes. tflops: dense bf16 peak, 10¹² FLOPs a second, a
-    multiply and an add being two.
-    bandwidth_gb: of its memory, 10⁹ bytes a second."""
+    """A GPU by its datasheet.
+
+    memory_gb: 10⁹ bytes.
+    tflops: dense bf16 peak, 10¹² FLOPs a second, a multiply and an add being two.
+    bandwidth_gb: of its memory, 10⁹ bytes a second.
+    """
 
     EXAMPLE: ClassVar[str] = "memory_gb: 48, tflops: 150, bandwidth_gb: 700"
 

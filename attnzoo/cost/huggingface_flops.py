@@ -22,11 +22,11 @@ from attnzoo.cost.model_flops import (
     OTHER,
     PROJECTIONS,
     Call,
-    Chosen,
     Subject,
 )
-from attnzoo.fidelity.packages import require
 from attnzoo.integrations.swapping import swap
+from attnzoo.packages import require
+from attnzoo.registry import Choice
 
 PRODUCTS = ("Linear", "Conv1D")  # GPT-2's Conv1D is a linear layer
 
@@ -47,10 +47,11 @@ def whole_model(text: str, values: dict[str, Any]) -> Subject:
             "encoders and decoders of text"
         )
 
-    def call(n: int, chosen: Chosen | None) -> Call:
+    def call(n: int, chosen: Choice | None) -> Call:
         model = _build(text, config)
         if chosen is not None:
-            swap(model, chosen.name, **chosen.sized(n))
+            completed = chosen.completed(max_length=n)
+            swap(model, completed.name, **completed.options)
         # Tokenizers give a mask too; without one, transformers would look for packed sequences,
         # which a trace cannot.
         tokens = {

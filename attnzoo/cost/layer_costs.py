@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -11,51 +10,44 @@ from torch.autograd.graph import saved_tensors_hooks
 from attnzoo.attention import Attention, Spec
 from attnzoo.cost.model_sizes import TransformerModel
 from attnzoo.engines.engine import Cost
-from attnzoo.registry import build, names, options_of, spec_of
+from attnzoo.registry import Choice, names, options_of, spec_of
 
 FROM_THE_MODEL = ("heads", "head_dim", "max_length")
 DTYPE = torch.bfloat16
-MEASURED_LENGTHS = (
-    2048,
-    4096,
-)  # past every variant's edge effects, where what it keeps grows by the token
-CLOSED_LENGTHS = (
-    2**16,
-    2**17,
-)  # the same where a closed form is evaluated, which costs milliseconds
+# Past every variant's edge effects, where what it keeps grows by the token.
+MEASURED_LENGTHS = (2048, 4096)
+# The same where a closed form is evaluated, which costs milliseconds.
+CLOSED_LENGTHS = (2**16, 2**17)
 
 
 @dataclass(frozen=True)
 class CountedVariant:
-    """A variant with its options, at the heads of `model`. Costs are of one layer, for one sample
+    """A choice at the heads of `model`. Costs are of one layer, for one sample
     in bf16."""
 
-    name: str
+    choice: Choice
     model: TransformerModel
-    options: dict[str, Any] = field(default_factory=dict)
     _costs: dict[tuple[int, bool], Cost] = field(default_factory=dict, repr=False, compare=False)
     _saved: dict[tuple[int, bool], int] = field(default_factory=dict, repr=False, compare=False)
     _built: dict[int, Attention] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        taken = [option for option in FROM_THE_MODEL if option in self.options]
+        taken = [option for option in FROM_THE_MODEL if option in self.choice.options]
         if taken:
             raise ValueError(
-                f"{self.name}: leave out {' and '.join(taken)}, which the model and the length "
-                "decide"
+                f"{self.choice.name}: leave out {' and '.join(taken)}, which the model and the "
+                "length decide"
             )
         self.attention(1)
 
     @property
     def label(self) -> str:
-        """Name and options in one line, such as "performer num_features=64"."""
-        return " ".join(
-            [self.name, *(f"{option}={value}" for option, value in self.options.items())]
-        )
+        """Name and options in one line, see `Choice.label`."""
+        return self.choice.label
 
     @property
     def spec(self) -> Spec:
-        return spec_of(self.name)
+        return spec_of(self.choice.name)
 
     def runs(self, is_causal: bool) -> bool:
         """Whether the variant can be causal, or not causal, at all."""
@@ -66,13 +58,9 @@ class CountedVariant:
         ValueError on a bad option."""
         heads = heads or self.model.heads
         if self.spec.needs_max_length:
-            return build(
-                self.name, heads=heads, head_dim=self.model.head_dim, max_length=n, **self.options
-            )
+            return self.choice.build(heads, self.model.head_dim, max_length=n)
         if heads not in self._built:
-            self._built[heads] = build(
-                self.name, heads=heads, head_dim=self.model.head_dim, **self.options
-            )
+            self._built[heads] = self.choice.build(heads, self.model.head_dim)
         return self._built[heads]
 
     def cost(self, n: int, is_causal: bool) -> Cost:
@@ -179,5 +167,5 @@ def whole_zoo(model: TransformerModel) -> tuple[list[CountedVariant], list[str]]
         if required:
             need_options.append(name)
         else:
-            counted.append(CountedVariant(name, model))
+            counted.append(CountedVariant(Choice(name), model))
     return counted, need_options

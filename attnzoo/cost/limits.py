@@ -57,8 +57,11 @@ def layer_bytes(model: TransformerModel, n: int) -> int:
 
 @dataclass(frozen=True)
 class Account:
-    """One way to count the memory of n tokens. name: a column; bytes_at: as a function of the model
-    and n."""
+    """One way to count the memory of n tokens.
+
+    name: a column.
+    bytes_at: as a function of the model and n.
+    """
 
     name: str
     heading: str

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attnzoo.attention import Attention
 from attnzoo.cost.model_sizes import TransformerModel
 from attnzoo.cost.tracing.counting import FlopReport, count_flops
-from attnzoo.registry import build, options_of
+from attnzoo.registry import Choice
 
 CORE, PROJECTIONS, FEED_FORWARD, HEAD, OTHER = (
     "attention core",
@@ -26,30 +26,11 @@ COMPONENTS = (CORE, PROJECTIONS, FEED_FORWARD, HEAD, OTHER)
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A variant of the zoo and its options."""
-
-    name: str
-    options: dict[str, Any]
-
-    @property
-    def label(self) -> str:
-        return " ".join(
-            [self.name, *(f"{option}={value}" for option, value in self.options.items())]
-        )
-
-    def sized(self, n: int) -> dict[str, Any]:
-        """The options, with max_length where the variant needs one and none was given."""
-        needed = any(
-            option.name == "max_length" and option.required for option in options_of(self.name)
-        )
-        return {"max_length": n, **self.options} if needed else self.options
-
-
-@dataclass(frozen=True)
 class Call:
-    """A module on the meta device and what it is called with. component: of each module by its
-    name, of its own operations alone."""
+    """A module on the meta device and what it is called with.
+
+    component: of each module by its name, of its own operations alone.
+    """
 
     module: nn.Module
     inputs: tuple[Tensor, ...]
@@ -59,12 +40,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is counted. exact: its own attention's name. call: made for n tokens, one sample, with
-    its own attention (None) or another."""
+    """What is counted.
+
+    exact: its own attention's name.
+    call: made for n tokens, one sample, with its own attention (None) or another.
+    """
 
     title: str
     exact: str
-    call: Callable[[int, Chosen | None], Call]
+    call: Callable[[int, Choice | None], Call]
     longest: int | None = None
     too_long: str = ""
 
@@ -78,7 +62,7 @@ class Breakdown:
     elementwise: dict[str, int]
 
 
-def breakdown(subject: Subject, n: int, chosen: Chosen | None) -> Breakdown:
+def breakdown(subject: Subject, n: int, chosen: Choice | None) -> Breakdown:
     """Count `subject` at n tokens.
 
     Raises ValueError on a length past its positions, and what building, swapping and `count_flops`
@@ -116,7 +100,7 @@ def _by_component(by_module: dict[str, int], components: dict[str, str]) -> dict
 def one_attention(heads: int, head_dim: int, kv_heads: int, is_causal: bool) -> Subject:
     """A core alone, beside `standard` at the same heads."""
 
-    def call(n: int, chosen: Chosen | None) -> Call:
+    def call(n: int, chosen: Choice | None) -> Call:
         with torch.device("meta"):
             q, k = torch.empty(1, heads, n, head_dim), torch.empty(1, kv_heads, n, head_dim)
             core = _core(chosen, heads, head_dim, n)
@@ -133,7 +117,7 @@ def one_attention(heads: int, head_dim: int, kv_heads: int, is_causal: bool) -> 
 def one_layer(model: TransformerModel, is_causal: bool) -> Subject:
     """Projections, core and feed-forward network of one layer of a model given by its sizes."""
 
-    def call(n: int, chosen: Chosen | None) -> Call:
+    def call(n: int, chosen: Choice | None) -> Call:
         with torch.device("meta"):
             layer = _Layer(model, _core(chosen, model.heads, model.head_dim, n), is_causal)
             return Call(
@@ -146,12 +130,8 @@ def one_layer(model: TransformerModel, is_causal: bool) -> Subject:
     return Subject(f"one layer of {model.title}, {_causality(is_causal)}", "standard", call)
 
 
-_LAYER = {
-    "": FEED_FORWARD,
-    "core": CORE,
-    "projections": PROJECTIONS,
-    "feed_forward": FEED_FORWARD,
-}  # "": the activation
+# "": the activation.
+_LAYER = {"": FEED_FORWARD, "core": CORE, "projections": PROJECTIONS, "feed_forward": FEED_FORWARD}
 
 
 class _Layer(nn.Module):
@@ -186,9 +166,8 @@ class _Layer(nn.Module):
         return self.feed_forward["down"](up)
 
 
-def _core(chosen: Chosen | None, heads: int, head_dim: int, n: int) -> Attention:
-    chosen = chosen or Chosen("standard", {})
-    return build(chosen.name, heads=heads, head_dim=head_dim, **chosen.sized(n))
+def _core(chosen: Choice | None, heads: int, head_dim: int, n: int) -> Attention:
+    return (chosen or Choice("standard")).build(heads, head_dim, max_length=n)
 
 
 def _causality(is_causal: bool) -> str:

@@ -17,9 +17,11 @@ class TransformerModel:
     """A transformer by its sizes. Zero stands for the usual value: kv_heads = heads, head_dim = d /
     heads, ffn = 4 · d.
 
-    d: width of the embedding. ffn: width inside the feed-forward network; gated: it has a third
-    matrix (SwiGLU).
-    vocab: entries of the embedding, 0 to leave it out; tied: the output layer reuses it.
+    d: width of the embedding.
+    ffn: width inside the feed-forward network.
+    gated: it has a third matrix (SwiGLU).
+    vocab: entries of the embedding, 0 to leave it out.
+    tied: the output layer reuses it.
     """
 
     EXAMPLE: ClassVar[str] = "d: 4096, heads: 32, kv_heads: 8, layers: 32"

@@ -53,9 +53,8 @@ def longest_path(adjacent: Tensor, is_causal: bool) -> int | None:
             return None
         powers.append(_joined(powers[-1], powers[-1]))
     taken, reached = 0, torch.eye(n)
-    for power in range(
-        len(powers) - 1, -1, -1
-    ):  # the most layers that still do not connect every pair
+    # The most layers that still do not connect every pair.
+    for power in range(len(powers) - 1, -1, -1):
         further = _joined(reached, powers[power])
         if not _covers(further, wanted):
             taken, reached = taken + 2**power, further
@@ -100,9 +99,8 @@ def _(pattern: BlockPattern, grid: Grid) -> int | None:
     adjacent = pattern.seen_blocks(grid).any(0)
     if grid.is_causal:
         adjacent = adjacent.tril()
-    if (
-        not adjacent.diagonal().all()
-    ):  # tokens of one block do not see each other directly, so blocks are too coarse
+    # Tokens of one block do not see each other directly, so blocks are too coarse.
+    if not adjacent.diagonal().all():
         return None
     path = longest_path(adjacent, grid.is_causal)
     return path if path is None or grid.key_length == 1 else max(1, path)

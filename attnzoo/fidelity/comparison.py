@@ -5,18 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from attnzoo.bench.cuda_timing import stopwatch_of
 from attnzoo.bench.environment import environment
 from attnzoo.bench.timing import interleave, mistake
-from attnzoo.fidelity.candidate import BASELINE, Candidate, Subject, measure
 from attnzoo.fidelity.comparison_rows import Comparison, HeatMap, Row, Sample
+from attnzoo.fidelity.measured import BASELINE, Subject, build_for, measure
 from attnzoo.fidelity.metrics import pooled
 from attnzoo.fidelity.samples import LENGTHS, Progress
-from attnzoo.registry import names
+from attnzoo.registry import Choice, names
 
 HEAT_MAP_LENGTH, HEAT_MAP_CELLS = 512, 64
 ROUNDS, TIME_BUDGET = 7, 20.0
@@ -26,7 +25,7 @@ Step = tuple[str, Callable[[], None]]
 
 def compare(
     samples: Sequence[Sample],
-    variants: Iterable[tuple[str, dict[str, Any]]] | None = None,
+    variants: Iterable[Choice] | None = None,
     *,
     lengths: Sequence[int] = LENGTHS,
     seed: int = 0,
@@ -39,15 +38,19 @@ def compare(
     """Compare variants with exact attention on queries, keys and values.
 
     samples: the longest sample of each model gets a row per variant with everything measured.
-    variants: (name, options) pairs (default: the whole zoo). lengths: where the output error alone
-    is measured too, up to the longest sample: on prefixes of a causal one, on the shorter samples
-    given of a bidirectional one. seed: of every random choice. rounds: interleaved timing rounds;
-    time_budget: seconds a sample after which none is begun. progress: called with (what is being
-    done, steps done, steps).
+    variants: default: the whole zoo.
+    lengths: where the output error alone is measured too, up to the longest sample: on prefixes of
+    a causal one, on the shorter samples given of a bidirectional one.
+    seed: of every random choice.
+    rounds: interleaved timing rounds.
+    time_budget: seconds a sample after which none is begun.
+    progress: called with (what is being done, steps done, steps).
 
     What a variant cannot do becomes a row with a note. Ctrl-C returns what is finished, and
-    `environment["interrupted"]` says so. Raises ValueError, before any work, on an unknown variant
-    or option, a device that is not there and a dtype that is not floating.
+    `environment["interrupted"]` says so.
+
+    Raises ValueError, before any work, on an unknown variant or option, a device that is not there
+    and a dtype that is not floating.
     """
     if not samples:
         raise ValueError("samples is empty; give at least one, such as those of load_samples()")
@@ -55,11 +58,11 @@ def compare(
         raise ValueError(
             f"dtype={dtype} is not floating; use torch.float32, torch.bfloat16 or torch.float16"
         )
-    target, candidates = check_device(device), _candidates(variants)
-    for candidate in candidates:
-        candidate.build(samples[0], samples[0].length, seed)
+    target, choices = check_device(device), _choices(variants)
+    for choice in choices:
+        build_for(choice, samples[0], samples[0].length, seed)
     subjects = [Subject(_moved(sample, target, dtype)) for sample in samples]
-    work = _Work(candidates, seed, rounds, time_budget)
+    work = _Work(choices, seed, rounds, time_budget)
     steps = list(work.steps(subjects, lengths))
     facts = environment(seed=seed, device=target, dtype=dtype)
     stage, done = "", 0
@@ -85,10 +88,8 @@ class _Work:
     """Steps that each add to the results, so that an interrupted comparison keeps what was
     finished."""
 
-    def __init__(
-        self, candidates: list[Candidate], seed: int, rounds: int, time_budget: float
-    ) -> None:
-        self.candidates = candidates
+    def __init__(self, choices: list[Choice], seed: int, rounds: int, time_budget: float) -> None:
+        self.choices = choices
         self.seed = seed
         self.rounds = rounds
         self.time_budget = time_budget
@@ -101,13 +102,13 @@ class _Work:
         longest = _longest(subjects)
         for place, subject in enumerate(longest):
             where = f"{subject.sample.model} at {subject.sample.length:,}"
-            for number, candidate in enumerate(self.candidates):
+            for number, choice in enumerate(self.choices):
                 yield (
-                    f"{where}: {candidate.label}",
+                    f"{where}: {choice.label}",
                     lambda p=place, n=number, s=subject: self._measure(p, n, s),
                 )
             yield (
-                f"{where}: timing {len(self.candidates)} variants",
+                f"{where}: timing {len(self.choices)} variants",
                 lambda p=place, s=subject: self._time(p, s),
             )
         for subject in longest:
@@ -120,29 +121,28 @@ class _Work:
                 )
 
     def _measure(self, place: int, number: int, subject: Subject) -> None:
-        row = measure(self.candidates[number], subject, seed=self.seed, thorough=True)
+        row = measure(self.choices[number], subject, seed=self.seed, thorough=True)
         self.rows[place, number] = row
         self.by_length.append(row)
 
     def _errors(self, subject: Subject) -> None:
         self.by_length += [
-            measure(candidate, subject, seed=self.seed, thorough=False)
-            for candidate in self.candidates
+            measure(choice, subject, seed=self.seed, thorough=False) for choice in self.choices
         ]
 
     @torch.no_grad()
     def _time(self, place: int, subject: Subject) -> None:
         sample = subject.sample
         contenders = {BASELINE.label: self._forward(BASELINE, sample)}
-        for number, candidate in enumerate(self.candidates):
+        for number, choice in enumerate(self.choices):
             row = self.rows[place, number]
             if row.output_error is None:
                 continue
-            attention = candidate.build(sample, sample.length, self.seed)
+            attention = build_for(choice, sample, sample.length, self.seed)
             attention(sample.q, sample.k, sample.v, is_causal=sample.is_causal)
             wrong = mistake(attention, sample.q, sample.k, sample.v, is_causal=sample.is_causal)
             if wrong is None:
-                contenders[candidate.label] = self._forward(candidate, sample)
+                contenders[choice.label] = self._forward(choice, sample)
             else:
                 self.rows[place, number] = replace(
                     row, note="; ".join(filter(None, [row.note, f"not timed: {wrong}"]))
@@ -154,8 +154,8 @@ class _Work:
             stopwatch=stopwatch_of(sample.q.device),
         )
         exact = timings[BASELINE.label].median
-        for number, candidate in enumerate(self.candidates):
-            timing = timings.get(candidate.label)
+        for number, choice in enumerate(self.choices):
+            timing = timings.get(choice.label)
             if timing is not None and self.rows[place, number].output_error is not None:
                 self.rows[place, number] = replace(
                     self.rows[place, number],
@@ -165,8 +165,8 @@ class _Work:
                     speedup=exact / timing.median,
                 )
 
-    def _forward(self, candidate: Candidate, sample: Sample) -> Callable[[], object]:
-        attention = candidate.build(sample, sample.length, self.seed)
+    def _forward(self, choice: Choice, sample: Sample) -> Callable[[], object]:
+        attention = build_for(choice, sample, sample.length, self.seed)
         return lambda: attention(sample.q, sample.k, sample.v, is_causal=sample.is_causal)
 
     @torch.no_grad()
@@ -176,11 +176,9 @@ class _Work:
         sample = subject.sample
         length, layer = min(sample.length, HEAT_MAP_LENGTH), sample.q.shape[0] // 2
         q, k = (x[layer : layer + 1, :, :length] for x in (sample.q, sample.k))
-        for candidate in {
-            candidate.label: candidate for candidate in [BASELINE, *self.candidates]
-        }.values():
+        for choice in {choice.label: choice for choice in [BASELINE, *self.choices]}.values():
             try:
-                weights = candidate.build(sample, length, self.seed).weights(
+                weights = build_for(choice, sample, length, self.seed).weights(
                     q, k, is_causal=sample.is_causal
                 )[0, 0]
             except ValueError:
@@ -189,7 +187,7 @@ class _Work:
             if bool(torch.isfinite(cells).all()):
                 self.heat_maps.append(
                     HeatMap(
-                        label=candidate.label,
+                        label=choice.label,
                         model=sample.model,
                         is_causal=sample.is_causal,
                         length=length,
@@ -202,14 +200,11 @@ class _Work:
                 )
 
 
-def _candidates(variants: Iterable[tuple[str, dict[str, Any]]] | None) -> list[Candidate]:
-    pairs = [(name, {}) for name in names()] if variants is None else list(variants)
-    if not pairs:
+def _choices(variants: Iterable[Choice] | None) -> list[Choice]:
+    chosen = [Choice(name) for name in names()] if variants is None else list(variants)
+    if not chosen:
         raise ValueError(f"variants is empty; give at least one of {', '.join(names())}")
-    distinct = {
-        candidate.label: candidate
-        for candidate in (Candidate(name, dict(options)) for name, options in pairs)
-    }
+    distinct = {choice.label: choice for choice in chosen}
     return list(distinct.values())
 
 

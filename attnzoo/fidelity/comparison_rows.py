@@ -17,11 +17,12 @@ FORMAT = "attnzoo.comparison/1"
 class Sample:
     """Queries, keys and values of a few layers and heads of one model, on one text.
 
-    layers: one name per batch entry, such as "layer 3"; heads: the query heads that were kept.
-    score_std: standard deviation of q·k/√head_dim over the visible pairs. text: what the model
-    read.
-    q: (layers, heads, length, head_dim); k, v: (layers, kv_heads, length, head_dim), kv_heads
-    divides heads.
+    layers: one name per batch entry, such as "layer 3".
+    heads: the query heads that were kept.
+    score_std: standard deviation of q·k/√head_dim over the visible pairs.
+    text: what the model read.
+    q: (layers, heads, length, head_dim).
+    k, v: (layers, kv_heads, length, head_dim), kv_heads divides heads.
     """
 
     model: str
@@ -54,18 +55,19 @@ class Row:
     """One variant with its options on one sample at one length. None where there is no number;
     `note` says why.
 
-    output_error: ||A v - exact||_F / ||exact||_F, mean over layers, heads and draws;
+    output_error: ||A v - exact||_F / ||exact||_F, mean over layers, heads and draws.
     output_error_spread: its standard deviation.
     mean_value_error: the same error for answering the mean of the visible v (causal: the running
     mean), the baseline of doing nothing.
     total_variation: mean over rows of ½ Σ_j |A_ij - exact_ij|.
     top_mass_kept: mean over rows of Σ_T A_ij / Σ_T exact_ij, kept within [0, 1], where T are the
     row's 16 heaviest keys in exact.
-    macs: what the variant executes in one forward; exact_macs: what exact attention needs on its
-    support, and its own `macs` too, since SDPA skips the masked half.
+    macs: what the variant executes in one forward.
+    exact_macs: what exact attention needs on its support, and its own `macs` too, since SDPA skips
+    the masked half.
     seconds: median of one forward over `rounds` interleaved rounds, with the first and third
     quartile.
-    speedup: median time of exact attention (SDPA) in the same rounds, divided by `seconds`;
+    speedup: median time of exact attention (SDPA) in the same rounds, divided by `seconds`.
     promised_speedup: exact_macs / macs.
     peak_bytes: highest sum of allocations during one forward beyond the inputs.
     """
@@ -97,9 +99,10 @@ class Row:
 class HeatMap:
     """A of one variant, one layer and one head; the map labelled "standard" is exact A.
 
-    query_range, key_range: (start, stop) in tokens. weights: at most 64 × 64 numbers, rows are
-    queries; where a cell covers several tokens it is the mass that its queries put, on average, on
-    all its keys, so every row still sums to the row sum of A.
+    query_range, key_range: (start, stop) in tokens.
+    weights: at most 64 × 64 numbers, rows are queries; where a cell covers several tokens it is the
+    mass that its queries put, on average, on all its keys, so every row still sums to the row sum
+    of A.
     """
 
     label: str
@@ -115,10 +118,13 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything `compare` found. rows: one per variant and sample; by_length: the same without
-    times, from short lengths to the longest; below the longest, output errors and costs alone.
+    """Everything `compare` found.
 
-    environment: date, seed, versions, machine. samples: `Sample.summary()` of each sample.
+    rows: one per variant and sample.
+    by_length: the same without times, from short lengths to the longest; below the longest, output
+    errors and costs alone.
+    environment: date, seed, versions, machine.
+    samples: `Sample.summary()` of each sample.
     """
 
     rows: tuple[Row, ...]

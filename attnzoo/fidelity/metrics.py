@@ -19,18 +19,20 @@ from attnzoo.call import repeat_heads
 
 ROWS = 256  # rows of exact A in memory at a time
 WHOLE_LENGTH = 1024  # up to here every row of A is compared
-SAMPLED_BLOCKS, SAMPLED_ROWS = (
-    4,
-    64,
-)  # beyond it: the 64 rows that end at each quarter of the length
+# Beyond it: the 64 rows that end at each quarter of the length.
+SAMPLED_BLOCKS, SAMPLED_ROWS = (4, 64)
 TOP = 16
 
 
 @dataclass(frozen=True)
 class WeightDistance:
-    """A against exact A. total_variation: mean over rows of ½ Σ_j |A_ij - exact_ij|. top_mass_kept:
-    mean over rows of Σ_T A_ij / Σ_T exact_ij within [0, 1], T the 16 keys heaviest in exact. rows:
-    rows compared, per layer and head."""
+    """A against exact A.
+
+    total_variation: mean over rows of ½ Σ_j |A_ij - exact_ij|.
+    top_mass_kept: mean over rows of Σ_T A_ij / Σ_T exact_ij within [0, 1], T the 16 keys heaviest
+    in exact.
+    rows: rows compared, per layer and head.
+    """
 
     total_variation: float
     top_mass_kept: float

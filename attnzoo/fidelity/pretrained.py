@@ -16,8 +16,8 @@ from torch import Tensor
 from attnzoo.arguments import nearest
 from attnzoo.fidelity.comparison_rows import Sample
 from attnzoo.fidelity.metrics import score_std
-from attnzoo.fidelity.packages import MissingPackageError, package_folder, require
 from attnzoo.integrations.huggingface import attention_function
+from attnzoo.packages import MissingPackageError, package_folder, require
 
 Recorder = Callable[
     [Any, Tensor, Tensor, Tensor, Tensor | None, float | None, dict[str, Any]], None
@@ -114,9 +114,8 @@ def load(name: str) -> Pretrained:
     if source.gguf_file is not None:
         options["gguf_file"] = source.gguf_file
     try:
-        with redirect_stderr(
-            io.StringIO()
-        ):  # progress bars, which transformers cannot turn off for GGUF
+        # Progress bars, which transformers cannot turn off for GGUF.
+        with redirect_stderr(io.StringIO()):
             model = kind.from_pretrained(folder, dtype=torch.float32, **options)
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except ImportError as error:
@@ -138,9 +137,10 @@ def capture(
     """Let the model read the first `length` tokens of `text` and keep what enters attention in some
     layers and heads.
 
-    layers: indices (default: first, middle and last). heads: query heads (default: first, middle
-    and last); each keeps the key and value head that it shares. Raises ValueError on a length,
-    layer or head that the model does not have.
+    layers: indices (default: first, middle and last).
+    heads: query heads (default: first, middle and last); each keeps the key and value head that it
+    shares.
+    Raises ValueError on a length, layer or head that the model does not have.
     """
     config = pretrained.model.config
     chosen_layers = _indices("layers", layers, config.num_hidden_layers, pretrained.name)
@@ -163,8 +163,9 @@ def capture_tensors(
     """q (layers, heads, length, head_dim), k and v (layers, kv_heads, length, head_dim) of a
     transformers model that reads ids (1, length).
 
-    Scores are q·k/√head_dim: a model with another scale has it folded into q. Raises ValueError
-    when the model's attention is more than softmax over all (or all past) keys.
+    Scores are q·k/√head_dim: a model with another scale has it folded into q.
+
+    Raises ValueError when the model's attention is more than softmax over all (or all past) keys.
     """
     caught: list[tuple[Tensor, Tensor, Tensor] | None] = []
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from attnzoo.arguments import check_positive
 from attnzoo.fidelity.comparison_rows import Sample
-from attnzoo.fidelity.packages import MissingPackageError, require
-from attnzoo.fidelity.plays import play
 from attnzoo.fidelity.pretrained import SOURCES, capture, find_source, load
 from attnzoo.fidelity.synthetic import synthetic_sample
+from attnzoo.packages import MissingPackageError, require
+from attnzoo.texts.plays import play
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 TITLE = "hamlet"
@@ -35,8 +35,11 @@ def load_samples(
 
     A causal model gives one sample at the greatest length: its prefixes are the shorter ones. A
     bidirectional model reads anew at every length. Lengths that a model cannot read are cut to the
-    most it can. layers, heads: see `capture`. progress: called with (what is being done, steps
-    done, steps). Raises ValueError on a bad length, model, layer or head.
+    most it can.
+
+    layers, heads: see `capture`.
+    progress: called with (what is being done, steps done, steps).
+    Raises ValueError on a bad length, model, layer or head.
     """
     lengths = [check_positive("length", length) for length in lengths]
     if not lengths:

@@ -23,8 +23,10 @@ def synthetic_sample(
     """Independent normal q, k and v, (1, heads or kv_heads, length, head_dim), with q·k/√head_dim
     of standard deviation `spread`.
 
-    `score_std` of the sample is the measured one. reason: why it stands in for a real model, added
-    to `text`. Raises ValueError when spread is not positive.
+    `score_std` of the sample is the measured one.
+
+    reason: why it stands in for a real model, added to `text`.
+    Raises ValueError when spread is not positive.
     """
     if not spread > 0:
         raise ValueError(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
-from attnzoo.registry import build, find, options_of, spec_of
+from attnzoo.registry import Choice, find, options_of, spec_of
 
 #: In which attention computes; other floating dtypes, such as float8, only store.
 COMPUTES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -30,12 +30,15 @@ Layers = int | str | Iterable[int | str]
 class Site:
     """One attention of a model.
 
-    path: of `module` in the model. is_causal: None where only the call tells. window: keys its own
-    sliding window shows, itself included (None: all). has_bias: it adds a bias of positions to its
-    scores. has_sink_logits: it has one more score a head, which counts in the sum of every row.
-    dropout: of the entries of A while training. place: device and dtype of its queries, where a
-    trial told them. is_self: False where it looks at another sequence, None where that is not
-    known. max_length: of the sequences that it reads, where the model tells.
+    path: of `module` in the model.
+    is_causal: None where only the call tells.
+    window: keys its own sliding window shows, itself included (None: all).
+    has_bias: it adds a bias of positions to its scores.
+    has_sink_logits: it has one more score a head, which counts in the sum of every row.
+    dropout: of the entries of A while training.
+    place: device and dtype of its queries, where a trial told them.
+    is_self: False where it looks at another sequence, None where that is not known.
+    max_length: of the sequences that it reads, where the model tells.
     """
 
     path: str
@@ -52,14 +55,6 @@ class Site:
     max_length: int | None = None
 
 
-@dataclass(frozen=True)
-class Choice:
-    """An attention by name, with its options."""
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-
 def choose(
     name: str | Mix, layers: Layers | None, options: dict[str, Any], sites: list[Site]
 ) -> tuple[list[Site], dict[int, Choice]]:
@@ -67,9 +62,11 @@ def choose(
     keeps its own attention.
 
     The layers are the self-attentions of `sites` in their order, and then what else was named, by
-    its path. Raises ValueError on a layer that the model does not have, one named twice, a
-    malformed mapping, and options in the place of layers; UnsupportedError where every layer is
-    meant and it is not known which are.
+    its path.
+
+    Raises ValueError on a layer that the model does not have, one named twice, a malformed mapping,
+    and options in the place of layers; UnsupportedError where every layer is meant and it is not
+    known which are.
     """
     numbered = [site for site in sites if site.is_self]
     ordered = numbered + [site for site in sites if not site.is_self]
@@ -134,8 +131,10 @@ def build_attentions(
     """An attention for each chosen layer, and the choices with the options that were settled here
     (the seeds).
 
-    An attention with a `seed` gets seed + layer, so that layers draw differently. Raises what
-    `build` raises, and UnsupportedError when the attention cannot do what the layer does.
+    An attention with a `seed` gets seed + layer, so that layers draw differently.
+
+    Raises what `build` raises, and UnsupportedError when the attention cannot do what the layer
+    does.
     """
     attentions: dict[int, Attention] = {}
     settled: dict[int, Choice] = {}
@@ -146,17 +145,15 @@ def build_attentions(
         try:
             if site.is_causal is not None:
                 find(choice.name).check_causality(site.is_causal)
-            options = _options(choice, layer, site)
-            attention = build(
-                choice.name, heads=site.heads, head_dim=site.head_dim, **options, **more
-            )
+            own = Choice(choice.name, _options(choice, layer, site))
+            attention = Choice(own.name, {**own.options, **more}).build(site.heads, site.head_dim)
             place = site.place or place_of(site.module, model)
             _check_fits(attention, site, place[0])
         except UnsupportedError as error:
             raise UnsupportedError(f"layer {layer} ({site.path}): {error}") from None
         shared[repr(choice)] = more or attention.shared_options()
         attentions[layer] = attention.to(*place).train(site.module.training)
-        settled[layer] = Choice(choice.name, options)
+        settled[layer] = own
     return attentions, settled
 
 
@@ -265,6 +262,8 @@ def _execution_devices(module: nn.Module) -> Iterator[torch.device]:
 def _choice(value: Any, options: dict[str, Any]) -> Choice:
     if isinstance(value, str):
         return Choice(value, dict(options))
+    if isinstance(value, Choice):
+        return Choice(value.name, {**options, **value.options})
     if (
         isinstance(value, tuple | list)
         and len(value) == 2

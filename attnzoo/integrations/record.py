@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
 from attnzoo.attention import Attention
-from attnzoo.integrations.places import Choice, Site
+from attnzoo.integrations.places import Site
+from attnzoo.integrations.undo import Undo
+from attnzoo.registry import Choice
 
 #: The attribute of a model that holds its `Record`.
 RECORD = "_attnzoo_swap"
 
 
-class Undo(Protocol):
-    """What an integration needs to take its attentions out again."""
-
-    def check(self, model: nn.Module) -> None:
-        """Raise ValueError where something that was put in since would be lost."""
-        ...
-
-    def __call__(self, model: nn.Module) -> None: ...
-
-
 class Record:
     """What `swap` did to a model.
 
-    integration: the module that did it. sites: every attention layer found, as (path, heads,
-    head_dim). keys: of the layers, as `swap` takes them. choices: by layer, with settled options.
-    modules: those that the attentions are in, by layer, where they are named `core`. undo: takes
-    them out.
+    integration: the kind of model, a key of `swapping.INTEGRATIONS`.
+    sites: every attention layer found, kept as (path, heads, head_dim).
+    choices: by layer, with settled options.
+    attentions: by layer.
+    undo: takes them out.
+    keys: of the layers, as `swap` takes them.
+    modules: those that the attentions are in, by layer, where they are named `core`.
     """
 
     def __init__(
@@ -68,9 +63,8 @@ class Record:
 
     def _attention(self, layer: int, core: Any) -> Attention:
         copies = getattr(core, "modules_to_save", None)
-        if isinstance(
-            copies, nn.ModuleDict
-        ):  # PEFT's, of which it trains one and leaves the original as it was
+        # PEFT's, of which it trains one and leaves the original as it was.
+        if isinstance(copies, nn.ModuleDict):
             core = copies[core.active_adapters[0]] if core.active_adapters else core.original_module
         if not isinstance(core, Attention):
             raise ValueError(

@@ -4,7 +4,7 @@ wrappers, adapters) stays on it, there and back."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import MethodType
 from typing import Any
 
@@ -13,42 +13,15 @@ from torch import nn
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
 from attnzoo.integrations.places import Site
+from attnzoo.integrations.undo import Undo
 
 #: Where in a module that has another forward the zoo's attention lives.
 CORE = "attention"
 
 
-class PutBack:
-    """Gives modules their own classes back; everything else on them stays as it is now.
-
-    swapped: by path at the time of the swap, each module, its own class, and the kind that it
-    became (see `class_over`).
-    """
-
-    def __init__(self) -> None:
-        self.swapped: dict[str, tuple[nn.Module, type, type]] = {}
-
-    def check(self, model: nn.Module) -> None:
-        """Raise ValueError where something that was put on a module since would not outlive the
-        undoing."""
-        for path, (module, own, kind) in self.swapped.items():
-            if type(module) is not class_over(kind, own):
-                raise ValueError(
-                    f"{path} is a {type(module).__name__} now, made of the {kind.__name__} that "
-                    "swap put there (a parametrization?); "
-                    "undo that first, as with torch.nn.utils.parametrize.remove_parametrizations"
-                )
-            if has_other_forward(module):
-                raise ValueError(
-                    f"{path} was given a forward of its own since the swap; delete that attribute "
-                    "of the module first"
-                )
-
-    def __call__(self, model: nn.Module) -> None:
-        for module, own, _ in self.swapped.values():
-            delattr(module, CORE)
-            vars(module).pop("__module__", None)
-            _change_class(module, own)
+#: By path at the time of the swap: a module, its own class, and the kind that it became, see
+#: `class_over`.
+Swapped = dict[str, tuple[nn.Module, type, type]]
 
 
 def replace_forwards(
@@ -57,13 +30,13 @@ def replace_forwards(
     kind: type,
     check: Callable[[nn.Module, Attention], None],
     take: Callable[[Any, Attention, str], None],
-    put_back: PutBack,
-) -> PutBack:
+) -> Undo:
     """Make every chosen layer's module one of `kind`.
 
     check: raises UnsupportedError where a module and its attention do not fit; nothing is changed
-    then. take: gives a module of that class its attention; the third argument says where it is.
-    put_back: undoes it.
+    then.
+    take: gives a module of that class its attention; the third argument says where it is.
+    Returns what gives the modules their own classes back; everything else on them stays as it is.
     """
     places = {layer: f"layer {layer} ({sites[layer].path})" for layer in attentions}
     for layer, attention in attentions.items():
@@ -79,12 +52,37 @@ def replace_forwards(
                     )
         except UnsupportedError as error:
             raise UnsupportedError(f"{places[layer]}: {error}") from None
+    swapped: Swapped = {}
     for layer, attention in attentions.items():
         module = sites[layer].module
-        put_back.swapped[sites[layer].path] = (module, type(module), kind)
+        swapped[sites[layer].path] = (module, type(module), kind)
         _change_class(module, class_over(kind, type(module)))
         take(module, attention, places[layer])
-    return put_back
+    return Undo([partial(_check_classes, swapped)], [partial(_give_classes_back, swapped)])
+
+
+def _check_classes(swapped: Swapped, model: nn.Module) -> None:
+    """Raise ValueError where something that was put on a module since would not outlive the
+    undoing."""
+    for path, (module, own, kind) in swapped.items():
+        if type(module) is not class_over(kind, own):
+            raise ValueError(
+                f"{path} is a {type(module).__name__} now, made of the {kind.__name__} that "
+                "swap put there (a parametrization?); "
+                "undo that first, as with torch.nn.utils.parametrize.remove_parametrizations"
+            )
+        if has_other_forward(module):
+            raise ValueError(
+                f"{path} was given a forward of its own since the swap; delete that attribute "
+                "of the module first"
+            )
+
+
+def _give_classes_back(swapped: Swapped, model: nn.Module) -> None:
+    for module, own, _ in swapped.values():
+        delattr(module, CORE)
+        vars(module).pop("__module__", None)
+        _change_class(module, own)
 
 
 def has_other_forward(module: nn.Module) -> bool:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from attnzoo.arguments import check_path
 from attnzoo.integrations.record import Record
 from attnzoo.integrations.swapping import record_of, swap, unswap
+from attnzoo.registry import Choice
+from attnzoo.version import __version__
 
 Model = TypeVar("Model", bound=nn.Module)
 #: The key of the recipe in the file's metadata, and the version of its form.
@@ -51,8 +53,10 @@ def load(
     the model.
 
     model: one that is not swapped, of the architecture that the file was saved from. The file is
-    read as data only. example_inputs: as in `swap`. Raises ValueError on a file that cannot be read
-    or does not fit the model, naming the place; the model is then as it was.
+    read as data only.
+    example_inputs: as in `swap`.
+    Raises ValueError on a file that cannot be read or does not fit the model, naming the place; the
+    model is then as it was.
     """
     recipe, extras = _read(path)
     choices = _choices(recipe, path)
@@ -60,13 +64,8 @@ def load(
         swap(model, choices, example_inputs=example_inputs)
     except ValueError as error:
         raise type(error)(f"{path} does not fit this {type(model).__name__}: {error}") from None
-    except (
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RuntimeError,
-        MemoryError,
-    ) as error:  # options of kinds and sizes that no attention has
+    except (TypeError, AttributeError, OverflowError, RuntimeError, MemoryError) as error:
+        # Options of kinds and sizes that no attention has.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path} has options that no attention can be built with ({reason}); write it again "
@@ -81,8 +80,6 @@ def load(
 
 
 def _recipe(record: Record) -> dict[str, Any]:
-    from attnzoo import __version__
-
     layers = {
         record.keys[layer]: {"name": choice.name, "options": choice.options}
         for layer, choice in record.choices.items()
@@ -170,7 +167,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return recipe, tensors
 
 
-def _choices(recipe: dict[str, Any], path: str | Path) -> dict[str, tuple[str, dict[str, Any]]]:
+def _choices(recipe: dict[str, Any], path: str | Path) -> dict[str, Choice]:
     layers = recipe.get("layers")
     if not isinstance(layers, dict) or not layers:
         raise ValueError(f"{path} has a recipe without layers; write it again with attnzoo.save")
@@ -193,7 +190,7 @@ def _choices(recipe: dict[str, Any], path: str | Path) -> dict[str, tuple[str, d
     )
     places.update({str(place): place for place in range(len(places))})
     return {
-        layer: (choice["name"], _first_seed(choice["options"], places.get(layer)))
+        layer: Choice(choice["name"], _first_seed(choice["options"], places.get(layer)))
         for layer, choice in layers.items()
     }
 

@@ -15,7 +15,8 @@ from attnzoo.integrations.record import RECORD, Record
 from attnzoo.integrations.wrappers import without_wrappers
 
 Model = TypeVar("Model", bound=nn.Module)
-INTEGRATIONS = (interface, torch_nn, timm)
+#: What swaps in each kind of model, by the name that a saved swap has for the kind.
+INTEGRATIONS: dict[str, Any] = {"huggingface": interface, "torch_nn": torch_nn, "timm": timm}
 
 
 def swap(
@@ -40,12 +41,13 @@ def swap(
     load and unswap that part then. Modules stay the objects that they are, with their hooks and
     attributes.
     name: a name in `attnzoo.names()`, or a mapping from layers to a name or a pair (name, options):
-    {"0-3": "sliding_window", "4": ("performer", {"num_features": 64})}. layers: which attention
-    layers, counted from 0 in the order in which they run: 2, "0-3,6", [0, 2]; or a path in the
-    model, or a pattern of paths: "layers.*.cross_attn"; default: all self-attentions. options: of
-    the attention, for every layer; an option `seed` is the first layer's, later layers count up
-    from it; `max_length` is the model's own where it tells one. Layers that are not named keep
-    exact attention.
+    {"0-3": "sliding_window", "4": ("performer", {"num_features": 64})}.
+    layers: which attention layers, counted from 0 in the order in which they run: 2, "0-3,6", [0,
+    2]; or a path in the model, or a pattern of paths: "layers.*.cross_attn"; default: all
+    self-attentions.
+    options: of the attention, for every layer; an option `seed` is the first layer's, later layers
+    count up from it; `max_length` is the model's own where it tells one. Layers that are not named
+    keep exact attention.
     example_inputs: keyword arguments of a transformers model's forward, with which it is tried out
     where attnzoo can make up none.
 
@@ -68,9 +70,8 @@ def swap(
     sites, choices = choose(name, layers, options, integration.find_sites(part, **tried))
     attentions, choices = build_attentions(part, sites, choices)
     undo = integration.insert(part, sites, attentions, **tried)
-    vars(part)[RECORD] = Record(
-        integration.__name__.rpartition(".")[2], sites, choices, attentions, undo
-    )
+    kind = next(kind for kind, module in INTEGRATIONS.items() if module is integration)
+    vars(part)[RECORD] = Record(kind, sites, choices, attentions, undo)
     return model
 
 
@@ -79,14 +80,15 @@ def unswap(model: Model) -> Model:
     model.
 
     What was put in since stays: trained weights, hooks, attributes, adapters and wrappers of what
-    is the model's own. model: the one that was swapped, or a wrapper of it or inside it (PEFT's,
-    DDP, torch.compile's, Lightning's). Raises ValueError when the model is not swapped, and where
-    something that was put in since would be lost, naming it: on what the swap added, or on the
-    out_proj of an nn.MultiheadAttention, whose weight torch reads without a call. The model is then
-    as it was.
+    is the model's own.
+
+    model: the one that was swapped, or a wrapper of it or inside it (PEFT's, DDP, torch.compile's,
+    Lightning's).
+    Raises ValueError when the model is not swapped, and where something that was put in since would
+    be lost, naming it: on what the swap added, or on the out_proj of an nn.MultiheadAttention,
+    whose weight torch reads without a call. The model is then as it was.
     """
     part, record = swapped_part(model)
-    record.undo.check(part)
     record.check_standing(part)
     record.undo(part)
     del vars(part)[RECORD]
@@ -129,7 +131,7 @@ def _integration_for(model: nn.Module) -> tuple[nn.Module, Any]:
             )
     if interface.handles(model):
         return model, interface
-    kinds = [integration for integration in INTEGRATIONS if integration.handles(model)]
+    kinds = [integration for integration in INTEGRATIONS.values() if integration.handles(model)]
     inside = next((path for path, part in model.named_modules() if interface.handles(part)), None)
     if inside is not None:
         part = model.get_submodule(inside)
@@ -184,9 +186,8 @@ def _inside(model: nn.Module) -> nn.Module:
             for child in model.children()
             if any(_is_attention(module) for module in child.modules())
         ]
-        runs = (
-            len(holding) == 1 and type(holding[0]).forward is not nn.Module.forward
-        )  # no list of blocks
+        # No list of blocks.
+        runs = len(holding) == 1 and type(holding[0]).forward is not nn.Module.forward
         if runs and (interface.handles(holding[0]) or not _is_attention(holding[0])):
             return _inside(holding[0])
     return model

@@ -13,7 +13,8 @@ from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
 from attnzoo.integrations.evaluating import evaluating, unheard
 from attnzoo.integrations.places import Site, no_dropout, place_of
-from attnzoo.integrations.replacing import PutBack, has_other_forward, replace_forwards
+from attnzoo.integrations.replacing import has_other_forward, replace_forwards
+from attnzoo.integrations.undo import Undo
 from attnzoo.registry import build
 
 #: The parts of an Attention that a swapped one runs. Another one (a relative position bias, a
@@ -109,11 +110,9 @@ def find_sites(model: nn.Module) -> list[Site]:
     ]
 
 
-def insert(model: nn.Module, sites: list[Site], attentions: dict[int, Attention]) -> PutBack:
+def insert(model: nn.Module, sites: list[Site], attentions: dict[int, Attention]) -> Undo:
     """Give the modules at `sites` their attentions; the answer undoes it."""
-    return replace_forwards(
-        sites, attentions, TimmAttention, _refuse, TimmAttention.take, PutBack()
-    )
+    return replace_forwards(sites, attentions, TimmAttention, _refuse, TimmAttention.take)
 
 
 def is_attention(module: Any) -> bool:

@@ -4,6 +4,7 @@ Transformer layers or alone."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
 from attnzoo.integrations.places import Site, place_of
-from attnzoo.integrations.replacing import PutBack, has_other_forward, replace_forwards
+from attnzoo.integrations.replacing import has_other_forward, replace_forwards
 from attnzoo.integrations.self_attention import which_look_at_themselves
+from attnzoo.integrations.undo import Undo
 from attnzoo.layers.multihead import MultiheadAttention, is_called
 
 #: What nn.MultiheadAttention is made of.
@@ -51,62 +53,59 @@ class SwappedAttention(MultiheadAttention):
             raise UnsupportedError(f"{self.place_in_model}: {error}") from None
 
 
-class TakeOut(PutBack):
-    """What makes torch's modules of swapped ones again. model: before the swap."""
+def _check_out_projections(
+    modules: dict[str, nn.Module], heard: list[set[int]], model: nn.Module
+) -> None:
+    """Raise ValueError where out_proj does more than its weight says: torch's own forward reads
+    that weight and never calls the layer.
 
-    def __init__(self, model: nn.Module, modules: list[nn.Module]) -> None:
-        super().__init__()
-        self.heard = [_hooks(module.out_proj) for module in modules]  # pyright: ignore[reportArgumentType]
-        self.whole = [
-            layer
-            for layer in model.modules()
-            if isinstance(layer, nn.TransformerEncoderLayer) and not _holds_more(layer)
-        ]
-        self.stacks = [
-            (stack, stack.use_nested_tensor)
-            for stack in model.modules()
-            if isinstance(stack, nn.TransformerEncoder)
-        ]
+    modules: the swapped ones by path.
+    heard: of each, the hooks that its out_proj had before.
+    """
+    of_peft = {
+        id(getattr(module, "base_layer", None)) for module in model.modules() if _is_pefts(module)
+    }
+    for (path, module), before in zip(modules.items(), heard, strict=True):
+        if "projections" in module._modules:
+            raise ValueError(
+                f"{path} has its in_proj_weight split over processes; it cannot be put back"
+            )
+        last: Any = module.out_proj
+        if (_is_called(last) or _hooks(last) - before) and id(module) not in of_peft:
+            raise ValueError(
+                f"{path}.out_proj is a {type(last).__module__}.{type(last).__name__} that is "
+                "called, and torch's nn.MultiheadAttention would "
+                "read its weight and never call it; take out first what was put there since "
+                "the swap (an adapter: merge it, in PEFT by "
+                "merge_and_unload; hooks: remove them)"
+            )
 
-    def check(self, model: nn.Module) -> None:
-        """As `PutBack.check`; torch's own forward reads the weight of out_proj and never calls
-        it."""
-        super().check(model)
-        of_peft = {
-            id(getattr(module, "base_layer", None))
-            for module in model.modules()
-            if _is_pefts(module)
-        }
-        for (path, (module, _, _)), heard in zip(self.swapped.items(), self.heard, strict=True):
-            if "projections" in module._modules:
-                raise ValueError(
-                    f"{path} has its in_proj_weight split over processes; it cannot be put back"
-                )
-            last: Any = module.out_proj
-            if (_is_called(last) or _hooks(last) - heard) and id(module) not in of_peft:
-                raise ValueError(
-                    f"{path}.out_proj is a {type(last).__module__}.{type(last).__name__} that is "
-                    "called, and torch's nn.MultiheadAttention would "
-                    "read its weight and never call it; take out first what was put there since "
-                    "the swap (an adapter: merge it, in PEFT by "
-                    "merge_and_unload; hooks: remove them)"
-                )
 
-    def __call__(self, model: nn.Module) -> None:
-        super().__call__(model)
-        # Where an adapter came into a layer since, the hook stays: torch's fast path would read the
-        # weights beneath the adapter.
-        more = {part for layer in self.whole if _holds_more(layer) for part in layer.modules()}
-        for module, *_ in self.swapped.values():
-            vars(module).pop("place_in_model")
-            for number in [
-                number
-                for number, hook in module._forward_pre_hooks.items()
-                if hook is is_called and module not in more
-            ]:
-                del module._forward_pre_hooks[number]
-        for stack, value in self.stacks:
-            stack.use_nested_tensor = value and more.isdisjoint(stack.modules())
+def _restore_fast_path(
+    modules: dict[str, nn.Module],
+    whole: list[nn.TransformerEncoderLayer],
+    stacks: list[tuple[nn.TransformerEncoder, bool]],
+    model: nn.Module,
+) -> None:
+    """Let torch's fast path run again as it did.
+
+    modules: the swapped ones by path.
+    whole: layers that had no adapter.
+    stacks: with the use_nested_tensor that each had.
+    """
+    # Where an adapter came into a layer since, the hook stays: torch's fast path would read the
+    # weights beneath the adapter.
+    more = {part for layer in whole if _holds_more(layer) for part in layer.modules()}
+    for module in modules.values():
+        vars(module).pop("place_in_model")
+        for number in [
+            number
+            for number, hook in module._forward_pre_hooks.items()
+            if hook is is_called and module not in more
+        ]:
+            del module._forward_pre_hooks[number]
+    for stack, value in stacks:
+        stack.use_nested_tensor = value and more.isdisjoint(stack.modules())
 
 
 def _hooks(module: nn.Module) -> set[int]:
@@ -153,9 +152,8 @@ def find_sites(model: nn.Module) -> list[Site]:
     for path, module in found:
         if itself[module] is not False:
             _refuse_other_attention(path, module)
-    told = getattr(
-        model, "seq_length", None
-    )  # of torchvision's vision transformers, whose images have one size
+    # Of torchvision's vision transformers, whose images have one size.
+    told = getattr(model, "seq_length", None)
     longest = told if isinstance(told, int) else None
     return [
         Site(
@@ -216,14 +214,23 @@ def _refuse(module: nn.Module, core: Attention) -> None:
         )
 
 
-def insert(model: nn.Module, sites: list[Site], attentions: dict[int, Attention]) -> PutBack:
+def insert(model: nn.Module, sites: list[Site], attentions: dict[int, Attention]) -> Undo:
     """Give the modules at `sites` their attentions; the answer undoes it."""
-    for layer in attentions:
-        _refuse_other_attention(sites[layer].path, sites[layer].module)  # pyright: ignore[reportArgumentType]
-    put_back = TakeOut(model, [sites[layer].module for layer in attentions])
-    replace_forwards(sites, attentions, SwappedAttention, _refuse, SwappedAttention.take, put_back)
-    for stack, _ in put_back.stacks:
-        stack.use_nested_tensor = (
-            False  # its nested tensors are for layers that run torch's own fast path
-        )
-    return put_back
+    modules = {sites[layer].path: sites[layer].module for layer in attentions}
+    for path, module in modules.items():
+        _refuse_other_attention(path, module)  # pyright: ignore[reportArgumentType]
+    heard = [_hooks(module.out_proj) for module in modules.values()]  # pyright: ignore[reportArgumentType]
+    layers = [part for part in model.modules() if isinstance(part, nn.TransformerEncoderLayer)]
+    whole = [layer for layer in layers if not _holds_more(layer)]
+    stacks = [
+        (stack, stack.use_nested_tensor)
+        for stack in model.modules()
+        if isinstance(stack, nn.TransformerEncoder)
+    ]
+    undo = replace_forwards(sites, attentions, SwappedAttention, _refuse, SwappedAttention.take)
+    for stack, _ in stacks:
+        # Its nested tensors are for layers that run torch's own fast path.
+        stack.use_nested_tensor = False
+    undo.checks.append(partial(_check_out_projections, modules, heard))
+    undo.steps.append(partial(_restore_fast_path, modules, whole, stacks))
+    return undo

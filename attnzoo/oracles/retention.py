@@ -22,9 +22,8 @@ def retention(
 
         def weigh(i: int, seen: Tensor) -> Tensor:
             position = k_h.shape[0] - q_h.shape[0] + i
-            since = torch.stack(
-                [visible[-1, j + 1 : position + 1].sum() for j in seen.tolist()]
-            )  # real tokens: padding does not fade
+            # Real tokens: padding does not fade.
+            since = torch.stack([visible[-1, j + 1 : position + 1].sum() for j in seen.tolist()])
             return scale * (k_h[seen] @ q_h[i]) * gamma ** since.double()
 
         return rows(visible, weigh)

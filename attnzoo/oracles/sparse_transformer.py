@@ -43,9 +43,8 @@ def sparse_transformer(
         chosen = torch.zeros_like(visible)
         for i in range(q_h.shape[0]):
             slot = n - q_h.shape[0] + i
-            if (
-                pattern == "strided" or n != q_h.shape[0] or not 0 <= slot < lead
-            ):  # blocks count from the first real token
+            # Blocks count from the first real token.
+            if pattern == "strided" or n != q_h.shape[0] or not 0 <= slot < lead:
                 chosen[i] = torch.tensor(
                     [
                         any(shows(factor, slot - lead, j - lead) for factor in wanted)

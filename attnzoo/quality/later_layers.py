@@ -25,11 +25,10 @@ def blocks_of(model: nn.Module, paths: Sequence[str]) -> list[nn.Module]:
             return []
         found.append((".".join(steps[: lists[0]]), int(steps[lists[0]])))
     stacks = {stack for stack, _ in found}
-    if len(stacks) != 1 or [number for _, number in found] != list(
-        range(len(model.get_submodule(found[0][0])))
-    ):  # type: ignore[arg-type]
+    if len(stacks) != 1:
         return []
-    return list(model.get_submodule(found[0][0]).children())
+    blocks = list(model.get_submodule(stacks.pop()).children())
+    return blocks if [number for _, number in found] == list(range(len(blocks))) else []
 
 
 @contextmanager

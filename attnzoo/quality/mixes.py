@@ -6,40 +6,33 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from attnzoo.fidelity.candidate import Candidate
 from attnzoo.quality.quality_rows import EXACT
-from attnzoo.registry import options_of
+from attnzoo.registry import Choice
 
 ALL_TOKENS = "inf"  # an option's value that stands for as many tokens as there are
 
-Mix = Mapping[int, Candidate]  # layers that are not named keep the model's own attention
+Mix = Mapping[int, Choice]  # layers that are not named keep the model's own attention
 
 
-def swap_plan(mix: Mix, length: int, seed: int) -> dict[int, tuple[str, dict[str, Any]]]:
-    """What `swap` takes, for inputs of `length` tokens: "inf" is that length, and so is a
-    max_length that was not given."""
-    return {
-        layer: (candidate.name, resolved(candidate, length, seed))
-        for layer, candidate in mix.items()
+def swap_plan(mix: Mix, length: int, seed: int) -> dict[int, Choice]:
+    """What `swap` takes, for inputs of `length` tokens."""
+    return {layer: resolved(choice, length, seed) for layer, choice in mix.items()}
+
+
+def resolved(choice: Choice, length: int, seed: int) -> Choice:
+    """A choice for inputs of `length` tokens.
+
+    "inf" among its options becomes that length, and so does a max_length that was not given.
+
+    seed: of what it draws, unless it holds one.
+    """
+    options = {
+        name: length if value == ALL_TOKENS else value for name, value in choice.options.items()
     }
+    return Choice(choice.name, options).completed(max_length=length, seed=seed)
 
 
-def resolved(candidate: Candidate, length: int, seed: int) -> dict[str, Any]:
-    """The options for inputs of `length` tokens."""
-    known = {option.name: option for option in options_of(candidate.name)}
-    offered = {
-        "seed": seed,
-        **(
-            {"max_length": length} if "max_length" in known and known["max_length"].required else {}
-        ),
-    }
-    given = {
-        name: length if value == ALL_TOKENS else value for name, value in candidate.options.items()
-    }
-    return {**{name: value for name, value in offered.items() if name in known}, **given}
-
-
-def grouped(mix: Mix) -> dict[str, Candidate]:
+def grouped(mix: Mix) -> dict[str, Choice]:
     """The mix by ranges of layers, such as "0-3,6"."""
     by_label: dict[str, list[int]] = {}
     for layer in sorted(mix):
@@ -50,17 +43,13 @@ def grouped(mix: Mix) -> dict[str, Candidate]:
 def label_of(mix: Mix) -> str:
     """The mix in words: "0-3,6: sliding_window window=64; 4: linear"."""
     return (
-        "; ".join(f"{layers}: {candidate.label}" for layers, candidate in grouped(mix).items())
-        or EXACT
+        "; ".join(f"{layers}: {choice.label}" for layers, choice in grouped(mix).items()) or EXACT
     )
 
 
 def as_json(mix: Mix) -> dict[str, list[Any]]:
     """The mix as a result file holds it."""
-    return {
-        layers: [candidate.name, dict(candidate.options)]
-        for layers, candidate in grouped(mix).items()
-    }
+    return {layers: [choice.name, dict(choice.options)] for layers, choice in grouped(mix).items()}
 
 
 def ranges(layers: Iterable[int]) -> str:

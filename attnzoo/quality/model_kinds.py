@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from attnzoo.arguments import nearest
-from attnzoo.fidelity.packages import require
 from attnzoo.fidelity.pretrained import SOURCES, Pretrained, load
+from attnzoo.packages import require
 from attnzoo.quality.embeddings import EncoderSubject
 from attnzoo.quality.perplexity import CausalSubject
 from attnzoo.quality.subject import Subject
@@ -27,8 +27,11 @@ KINDS: dict[str, type[Subject]] = {CAUSAL: CausalSubject, ENCODER: EncoderSubjec
 
 @dataclass(frozen=True)
 class Model:
-    """A model that is not loaded yet. kind: "causal" or "encoder"; folder: None for one of
-    `NAMES`."""
+    """A model that is not loaded yet.
+
+    kind: "causal" or "encoder".
+    folder: None for one of `NAMES`.
+    """
 
     name: str
     kind: str

@@ -70,7 +70,7 @@ class CausalSubject(Subject):
         that the longest reading holds the shorter ones; another is read anew at every length. The
         shorter ones are the beginnings of the longest's sequences."""
         found: dict[int, Scores] = {}
-        one_reading = all(spec_of(candidate.name).decodes for candidate in mix.values())
+        one_reading = all(spec_of(choice.name).decodes for choice in mix.values())
         longest = self.tokens(excerpt, max(lengths))
         for group in [sorted(lengths)] if one_reading else [[length] for length in lengths]:
             losses = self._losses(mix, excerpt, longest[:, : group[-1]])

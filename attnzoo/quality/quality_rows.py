@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from attnzoo.results import fields_of
+from attnzoo.results.result_file import fields_of
 
 Key = tuple[Any, ...]
 EXACT = "exact"  # the label of the model's own attention in every layer
@@ -22,16 +22,18 @@ class Row:
     `reason` then says why.
 
     task: "exact" (nothing swapped), "all" (every layer), "layer" (only `layer`), "search" (a mix
-    that the search tried) or "mix" (what it chose for `tolerance`). part: of the text, "final",
-    "choosing" or "checking": parts share no token. length: tokens that the model sees, at most.
-    sequences: how many of them (an encoder: passages). mix: attention by layers, as `attnzoo.swap`
-    takes it.
-    perplexity: of a causal model, over `predictions` tokens. cosine: mean cosine of an encoder's
-    embeddings to its exact ones;
-    top1: share of queries whose nearest passage is the exact one's; top10: mean share of the ten
-    nearest that are.
+    that the search tried) or "mix" (what it chose for `tolerance`).
+    part: of the text, "final", "choosing" or "checking": parts share no token.
+    length: tokens that the model sees, at most.
+    sequences: how many of them (an encoder: passages).
+    mix: attention by layers, as `attnzoo.swap` takes it.
+    perplexity: of a causal model, over `predictions` tokens.
+    cosine: mean cosine of an encoder's embeddings to its exact ones.
+    top1: share of queries whose nearest passage is the exact one's.
+    top10: mean share of the ten nearest that are.
     attention_macs: of all layers for one sequence of this length, as executed (exact attention: its
-    support); model_macs: with all linear layers.
+    support).
+    model_macs: with all linear layers.
     """
 
     FORMAT: ClassVar[str] = "attnzoo.quality/1"
@@ -113,7 +115,7 @@ def by_page(rows: Iterable[Row]) -> dict[str, Sequence[Row]]:
 
 
 def in_order(rows: Sequence[Row]) -> list[Row]:
-    """The rows of single candidates by variant, as the study names them, and by rising knob,
+    """The rows of single choices by variant, as the study names them, and by rising knob,
     whenever they were measured; all others before them."""
     variants = list(dict.fromkeys(row.variant for row in rows))
 

@@ -11,24 +11,25 @@ from functools import cached_property
 
 import torch
 
-from attnzoo.fidelity.candidate import Candidate
 from attnzoo.quality.mixes import Mix, as_json, label_of
 from attnzoo.quality.quality_rows import EXACT, Key, Row
 from attnzoo.quality.quality_study import Study
 from attnzoo.quality.search import Trial, cheapest, moves
 from attnzoo.quality.subject import Excerpt, Scores, Subject
-from attnzoo.quality.texts import CHECKING, CHOOSING, FINAL
+from attnzoo.registry import Choice
+from attnzoo.texts.parts import CHECKING, CHOOSING, FINAL
 
 Progress = Callable[[str, int, int], None]
 Write = Callable[[Row], None]
 
 
 class Run:
-    """One study of one model. make_subject: loads the model, when something is to be measured.
-    write: gets every new row.
+    """One study of one model.
 
-    held: rows of an earlier run, which are not measured again. facts: the environment, kept in
-    every new row.
+    make_subject: loads the model, when something is to be measured.
+    write: gets every new row.
+    held: rows of an earlier run, which are not measured again.
+    facts: the environment, kept in every new row.
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class Run:
         return subject
 
     def run(self, progress: Progress) -> list[Row]:
-        """All rows of the study, in the order in which it asks for them. progress: called with
-        (what comes, steps done, steps at most)."""
+        """All rows of the study, in the order in which it asks for them.
+
+        progress: called with (what comes, steps done, steps at most).
+        """
         steps, mixes = list(self._steps()), self.study.mixes
         searching = (
             0 if mixes is None else len(mixes.tolerances) * (mixes.evaluations + len(self.sources))
@@ -104,13 +107,13 @@ class Run:
                 title = f"{source}: one layer at a time {one.label}"
                 yield title, lambda p=place, c=one: self._try_layers(p, c)
 
-    def _try_layers(self, excerpt: Excerpt, candidate: Candidate) -> None:
+    def _try_layers(self, excerpt: Excerpt, choice: Choice) -> None:
         assert self.study.layers is not None
         lengths = (self.study.layers.length,)
         self._measure("exact", {}, excerpt, lengths)
         for layer in range(self._layer_count()):
             self._measure(
-                "layer", {layer: candidate}, excerpt, lengths, label=candidate.label, layer=layer
+                "layer", {layer: choice}, excerpt, lengths, label=choice.label, layer=layer
             )
 
     def _layer_count(self) -> int:
@@ -170,7 +173,7 @@ class Run:
             if row.task == "layer" and row.layer is not None and row.change is not None:
                 found.setdefault((row.layer, row.label), []).append(row)
         assert self.study.layers is not None
-        by_label = {candidate.label: candidate for candidate in self.study.layers.variants}
+        by_label = {choice.label: choice for choice in self.study.layers.variants}
         for (layer, label), rows in found.items():
             if len(rows) == len(self.sources):
                 change = sum(abs(row.change or 0.0) for row in rows) / len(rows)
@@ -199,7 +202,7 @@ class Run:
     def _measure(
         self,
         task: str,
-        swapped: Mix | Candidate,
+        swapped: Mix | Choice,
         excerpt: Excerpt,
         lengths: Sequence[int],
         *,
@@ -207,9 +210,9 @@ class Run:
         layer: int | None = None,
         tolerance: float | None = None,
     ) -> list[Row]:
-        """The rows of one mix, or of one candidate in every layer, at all lengths: from the file,
+        """The rows of one mix, or of one choice in every layer, at all lengths: from the file,
         or measured and written."""
-        label = label or (swapped.label if isinstance(swapped, Candidate) else EXACT)
+        label = label or (swapped.label if isinstance(swapped, Choice) else EXACT)
         blank = [
             Row(
                 self.model,
@@ -233,7 +236,7 @@ class Run:
         if missing:
             mix = (
                 dict.fromkeys(range(self.subject.layers), swapped)
-                if isinstance(swapped, Candidate)
+                if isinstance(swapped, Choice)
                 else swapped
             )
             self._fill([row for row in blank if row.length in missing], mix, excerpt)

@@ -11,31 +11,36 @@ from typing import Any
 
 from attnzoo.arguments import check_positive
 from attnzoo.configuration import check_mapping, read_yaml
-from attnzoo.fidelity.candidate import Candidate
-from attnzoo.quality.mixes import ALL_TOKENS
-from attnzoo.registry import find, names
+from attnzoo.quality.mixes import resolved
+from attnzoo.registry import Choice, find, names
 
-Check = Callable[
-    [str, dict[str, Any]], None
-]  # raises ValueError on a variant or options that cannot be built
+# Raises ValueError on a variant or options that cannot be built.
+Check = Callable[[Choice], None]
 
 EXAMPLE = "sliding_window: {window: [64, 256]}"
 
 
 @dataclass(frozen=True)
 class Layers:
-    """One layer at a time. length: tokens of the reading; variants: what each layer is tried with,
-    and the mixes are made of."""
+    """One layer at a time.
+
+    length: tokens of the reading.
+    variants: what each layer is tried with, and the mixes are made of.
+    """
 
     length: int
-    variants: tuple[Candidate, ...]
+    variants: tuple[Choice, ...]
 
 
 @dataclass(frozen=True)
 class Mixes:
-    """The search. tolerances: how far from exact a mix may be, as a share (0.01: the perplexity
-    within 1%; an encoder: a mean cosine of 0.99 at least); evaluations: mixes measured for each;
-    lengths: at which the mixes found are measured on text that chose nothing."""
+    """The search.
+
+    tolerances: how far from exact a mix may be, as a share (0.01: the perplexity within 1%; an
+    encoder: a mean cosine of 0.99 at least).
+    evaluations: mixes measured for each.
+    lengths: at which the mixes found are measured on text that chose nothing.
+    """
 
     tolerances: tuple[float, ...]
     evaluations: int
@@ -52,7 +57,7 @@ class Study:
     texts: tuple[str, ...]
     lengths: tuple[int, ...]
     sequences: int
-    variants: tuple[Candidate, ...]
+    variants: tuple[Choice, ...]
     layers: Layers | None = None
     mixes: Mixes | None = None
 
@@ -74,7 +79,7 @@ def read_study(path: Path, check: Check) -> Study:
             lengths=lengths,
             sequences=check_positive("sequences", found["sequences"]),
             variants=(
-                *_candidates("variants", found["variants"], lengths[-1], check),
+                *_choices("variants", found["variants"], lengths[-1], check),
                 *_rest(found, lengths[-1], check),
             ),
             layers=layers,
@@ -84,20 +89,14 @@ def read_study(path: Path, check: Check) -> Study:
         raise ValueError(f"{what}: {error}") from None
 
 
-def check_candidate(candidate: Candidate, length: int, check: Check) -> Candidate:
-    """The candidate, when it can be built for inputs of `length` tokens. Raises ValueError."""
-    find(candidate.name)
-    check(
-        candidate.name,
-        {
-            name: length if value == ALL_TOKENS else value
-            for name, value in candidate.options.items()
-        },
-    )
-    return candidate
+def check_choice(choice: Choice, length: int, check: Check) -> Choice:
+    """The choice, when it can be built for inputs of `length` tokens. Raises ValueError."""
+    find(choice.name)
+    check(resolved(choice, length, seed=0))
+    return choice
 
 
-def _rest(found: dict[str, Any], length: int, check: Check) -> Iterator[Candidate]:
+def _rest(found: dict[str, Any], length: int, check: Check) -> Iterator[Choice]:
     """The variants of the zoo that the study does not name, at their defaults, where it says `zoo:
     true`."""
     if not isinstance(found.get("zoo", False), bool):
@@ -107,19 +106,19 @@ def _rest(found: dict[str, Any], length: int, check: Check) -> Iterator[Candidat
         )
     if found.get("zoo"):
         yield from (
-            check_candidate(Candidate(name), length, check)
+            check_choice(Choice(name), length, check)
             for name in names()
             if name not in found["variants"] and name != "standard"
         )
 
 
-def _candidates(what: str, found: Any, length: int, check: Check) -> tuple[Candidate, ...]:
+def _choices(what: str, found: Any, length: int, check: Check) -> tuple[Choice, ...]:
     """Every combination of the values given for a variant's options."""
     if not isinstance(found, dict) or not found:
         raise ValueError(
             f"{what} must be a mapping from variants to their options, such as {{{EXAMPLE}}}"
         )
-    candidates: list[Candidate] = []
+    choices: list[Choice] = []
     for name, options in found.items():
         find(str(name))
         if not isinstance(options, dict):
@@ -131,20 +130,20 @@ def _candidates(what: str, found: Any, length: int, check: Check) -> tuple[Candi
             [(option, value) for value in (given if isinstance(given, list) else [given])]
             for option, given in options.items()
         ]
-        candidates += [
-            check_candidate(Candidate(name, dict(chosen)), length, check)
+        choices += [
+            check_choice(Choice(name, dict(chosen)), length, check)
             for chosen in itertools.product(*values)
         ]
-    if len({candidate.label for candidate in candidates}) < len(candidates):
+    if len({choice.label for choice in choices}) < len(choices):
         raise ValueError(f"{what} names the same options twice")
-    return tuple(candidates)
+    return tuple(choices)
 
 
 def _layers(found: Any, check: Check) -> Layers:
     check_mapping("layers", found, {"length", "variants"})
     _need(found, "length", "variants")
     length = check_positive("layers: length", found["length"])
-    return Layers(length, _candidates("layers: variants", found["variants"], length, check))
+    return Layers(length, _choices("layers: variants", found["variants"], length, check))
 
 
 def _mixes(found: Any) -> Mixes:

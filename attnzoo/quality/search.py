@@ -1,10 +1,10 @@
 """The cheapest mix of attentions that stays within a tolerance of exact: greedy by change per saved
 MAC, checked on another text.
 
-1. Every candidate was tried in every layer alone; each trial is a point (MACs saved, change), the
-   change being its distance from exact on the text to choose by. A layer's useful candidates are
+1. Every choice was tried in every layer alone; each trial is a point (MACs saved, change), the
+   change being its distance from exact on the text to choose by. A layer's useful choices are
    those on the lower convex hull of its points and of (0, 0), exact attention.
-2. A move takes a layer from one of its useful candidates to the next, which saves more. All moves
+2. A move takes a layer from one of its useful choices to the next, which saves more. All moves
    are put in order of change per MAC saved; on a hull the moves of one layer stand in their order.
 3. From the mix found for the next smaller tolerance (at first: exact everywhere), as many moves
    from the front are tried together as their changes, added, leave room for. Doubling and bisection
@@ -20,28 +20,34 @@ import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from attnzoo.fidelity.candidate import Candidate
 from attnzoo.quality.mixes import Mix
+from attnzoo.registry import Choice
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate alone in one layer. saved: MACs of one sequence, against exact attention; change:
-    how far from exact, 0 or more."""
+    """A choice alone in one layer.
+
+    saved: MACs of one sequence, against exact attention.
+    change: how far from exact, 0 or more.
+    """
 
     layer: int
-    candidate: Candidate
+    choice: Choice
     saved: int
     change: float
 
 
 @dataclass(frozen=True)
 class Move:
-    """To use a candidate in a layer from now on. change: how much more than what stood there;
-    price: that per more MAC saved."""
+    """To use a choice in a layer from now on.
+
+    change: how much more than what stood there.
+    price: that per more MAC saved.
+    """
 
     layer: int
-    candidate: Candidate
+    choice: Choice
     change: float
     price: float
 
@@ -61,7 +67,7 @@ def moves(trials: Iterable[Trial]) -> list[Move]:
                 key=lambda point: ((point.change - change) / (point.saved - saved), -point.saved),
             )
             more = best.change - change
-            found.append(Move(layer, best.candidate, more, more / (best.saved - saved)))
+            found.append(Move(layer, best.choice, more, more / (best.saved - saved)))
             saved, change = best.saved, best.change
     return sorted(found, key=lambda move: move.price)
 
@@ -72,18 +78,17 @@ def cheapest(
     limit: float,
     evaluations: int,
     start: Mix | None = None,
-) -> tuple[dict[int, Candidate], list[Move]]:
-    """The mix found, and the moves that were not made. change_of: measured change of a whole mix;
-    limit: the most that it may be.
+) -> tuple[dict[int, Choice], list[Move]]:
+    """The mix found, and the moves that were not made.
 
+    change_of: measured change of a whole mix.
+    limit: the most that it may be.
     start: a mix known to be within the limit. At most `evaluations` mixes are measured.
     """
     mix, dropped, left, room = dict(start or {}), [], evaluations, limit
     while waiting and left:
-        fits, breaks = (
-            0,
-            len(waiting) + 1,
-        )  # so many moves from the front fit; so many were seen not to
+        # So many moves from the front fit; so many were seen not to.
+        fits, breaks = (0, len(waiting) + 1)
         while breaks - fits > 1 and left:
             seen = breaks <= len(waiting)
             tried = (
@@ -111,5 +116,5 @@ def _expected(waiting: list[Move], room: float) -> int:
     return max(1, sum(1 for _ in itertools.takewhile(lambda total: total <= room, sums)))
 
 
-def _after(mix: Mix, made: Iterable[Move]) -> dict[int, Candidate]:
-    return {**mix, **{move.layer: move.candidate for move in made}}
+def _after(mix: Mix, made: Iterable[Move]) -> dict[int, Choice]:
+    return {**mix, **{move.layer: move.choice for move in made}}

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention import Attention
-from attnzoo.fidelity.candidate import BASELINE, Candidate
+from attnzoo.fidelity.measured import BASELINE
 from attnzoo.fidelity.pretrained import Pretrained
 from attnzoo.integrations.huggingface.interface import find_sites
 from attnzoo.integrations.swapping import swap, unswap
 from attnzoo.quality.later_layers import blocks_of, recording, resumed
 from attnzoo.quality.mixes import Mix, resolved, swap_plan
-from attnzoo.quality.texts import CHOOSING
-from attnzoo.registry import build
+from attnzoo.registry import Choice
+from attnzoo.texts.parts import CHOOSING
 
 PRODUCTS = ("Linear", "Conv1D")  # GPT-2's Conv1D is a linear layer
 TRIED = 4  # tokens of the read that finds out which products run for every token
@@ -51,7 +51,10 @@ class Excerpt:
 
 
 class Subject(ABC):
-    """A model on a device. seed: of what the attentions draw; every mix starts from it."""
+    """A model on a device.
+
+    seed: of what the attentions draw; every mix starts from it.
+    """
 
     is_causal: bool
 
@@ -74,10 +77,8 @@ class Subject(ABC):
         self.model: Any = pretrained.model.to(device=device, dtype=dtype)
         self.sites = find_sites(self.model)
         self.blocks = blocks_of(self.model, [site.path for site in self.sites])
-        self.kept: tuple[Any, list[list[Any]]] = (
-            None,
-            [],
-        )  # an excerpt and length, and the blocks' outputs on each of its batches
+        # An excerpt and length, and the blocks' outputs on each of its batches.
+        self.kept: tuple[Any, list[list[Any]]] = (None, [])
         self._macs: dict[Any, int] = {}
         self.other_macs_per_token = self._other_macs_per_token()
 
@@ -108,9 +109,8 @@ class Subject(ABC):
             yield
             return
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message=".* drops entries of A "
-            )  # while training, and nothing is trained here
+            # While training, and nothing is trained here.
+            warnings.filterwarnings("ignore", message=".* drops entries of A ")
             torch.manual_seed(self.seed)
             swap(self.model, swap_plan(mix, length, self.seed))
         try:
@@ -155,20 +155,15 @@ class Subject(ABC):
             for layer in range(self.layers)
         )
 
-    def macs_of_layer(self, layer: int, candidate: Candidate, length: int) -> int:
+    def macs_of_layer(self, layer: int, choice: Choice, length: int) -> int:
         """MACs of one layer's attention on one sequence."""
         site, key = (
             self.sites[layer],
-            (candidate.label, self.sites[layer].heads, self.sites[layer].head_dim, length),
+            (choice.label, self.sites[layer].heads, self.sites[layer].head_dim, length),
         )
         if key not in self._macs:
             with torch.device("meta"):
-                attention = build(
-                    candidate.name,
-                    heads=site.heads,
-                    head_dim=site.head_dim,
-                    **resolved(candidate, length, self.seed),
-                )
+                attention = resolved(choice, length, self.seed).build(site.heads, site.head_dim)
             self._macs[key] = self._count(attention, length)
         return self._macs[key]
 

@@ -16,10 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DOTS_PER_INCH = 160
-LARGEST, SMALLEST = (
-    1.33,
-    0.75,
-)  # how much larger and smaller than its natural size a page may draw a figure
+# How much larger and smaller than its natural size a page may draw a figure.
+LARGEST, SMALLEST = (1.33, 0.75)
 NO_SVG_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
@@ -42,7 +40,10 @@ def write_figures(drawings: Iterable[Drawing], folder: Path, prefix: str) -> lis
 def inline_svg(draw: Callable[[], Figure], name: str, title: str) -> str:
     """The figure as an <svg> element for an HTML page: it scales with its place, its ids start with
     `name` so that no two figures share one, and its ink follows the page's colours --ink and
-    --faint. title: what a screen reader says."""
+    --faint.
+
+    title: what a screen reader says.
+    """
     from matplotlib import rc_context
 
     buffer = io.StringIO()

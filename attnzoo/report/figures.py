@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from attnzoo.fidelity.comparison_rows import Comparison, Row
 from attnzoo.report.axes import log_axis
-from attnzoo.report.columns import count, folded, group_title, grouped, is_exact
+from attnzoo.report.comparison_columns import folded, group_title, grouped, is_exact
 from attnzoo.report.heatmaps import heat_map_figure, heat_map_groups, heat_map_names
 from attnzoo.report.style import INK, Style, new_figure, styles
+from attnzoo.results.units import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,13 +27,17 @@ LEGEND_INCHES_PER_CHARACTER = 0.078  # at 9 points
 
 Look = Mapping[str, Style]
 Paint = Callable[["Axes", list[Any], Look], None]
+AVERAGE = "average of the values"
 Panels = Mapping[str, list[Any]]  # rows, of a comparison or of a benchmark, by the panel's heading
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure. name: of its files, without the ending. whole draws all panels as one picture;
-    parts draw one panel each, for narrow pages."""
+    """One figure.
+
+    name: of its files, without the ending. whole draws all panels as one picture; parts draw one
+    panel each, for narrow pages.
+    """
 
     name: str
     title: str
@@ -51,7 +56,7 @@ def drawings(comparison: Comparison) -> list[Drawing]:
             "Error against multiply-accumulates",
             "Lower left is better. The grey line is the Pareto front: no other variant beats one "
             "on it in both. Above the dashed line a variant "
-            "lost to answering the mean of the values; the dotted line is what exact attention "
+            "lost to answering the average of the values; the dotted line is what exact attention "
             "costs.",
             {title: rows for title, rows in results.items() if _approximate(rows)},
             look,
@@ -61,7 +66,7 @@ def drawings(comparison: Comparison) -> list[Drawing]:
             "error-length",
             "Error against length",
             "The same text, read to shorter lengths. The dashed line is the error of answering the "
-            "mean of the values. "
+            "average of the values. "
             "Where a variant sees all that softmax sees it is exact, and has no point.",
             {
                 title: rows
@@ -73,7 +78,7 @@ def drawings(comparison: Comparison) -> list[Drawing]:
         ),
         chart(
             "speed-up",
-            "Speed-up, measured against promised",
+            "Measured speed-up against MAC speed-up",
             "On the diagonal, saved arithmetic is saved time. Below the dashed line a variant is "
             "slower than exact attention.",
             {
@@ -82,7 +87,7 @@ def drawings(comparison: Comparison) -> list[Drawing]:
                 if any(row.speedup and row.promised_speedup for row in rows)
             },
             look,
-            _measured_against_promised,
+            _measured_against_macs,
         ),
     ]
     return [drawn for drawn in charts if drawn is not None] + _heat_map_drawings(comparison)
@@ -216,7 +221,7 @@ def _error_against_length(axes: Axes, rows: list[Row], look: Look) -> None:
         color=INK,
         linestyle="--",
         linewidth=1.2,
-        label="mean(v)",
+        label=AVERAGE,
         zorder=4,
     )
     axes.set_xscale("log", base=2)
@@ -232,7 +237,7 @@ def _error_against_length(axes: Axes, rows: list[Row], look: Look) -> None:
     axes.set_ylabel("relative output error")
 
 
-def _measured_against_promised(axes: Axes, rows: list[Row], look: Look) -> None:
+def _measured_against_macs(axes: Axes, rows: list[Row], look: Look) -> None:
     points = [row for row in rows if row.speedup and row.promised_speedup]
     for row in points:
         plot(
@@ -246,8 +251,8 @@ def _measured_against_promised(axes: Axes, rows: list[Row], look: Look) -> None:
     axes.axhline(1, color=INK, linestyle="--", linewidth=1.2, label="as fast as SDPA", zorder=1)
     log_axis(axes, "x", [*(row.promised_speedup for row in points), 1.0], ratio_tick)
     log_axis(axes, "y", [*(row.speedup for row in points), 1.0], ratio_tick)
-    axes.set_xlabel("speed-up that the MACs promise")
-    axes.set_ylabel("speed-up measured over SDPA")
+    axes.set_xlabel("MAC speed-up")
+    axes.set_ylabel("measured speed-up over SDPA")
 
 
 def plot(axes: Axes, points: Sequence[tuple[float | None, float | None]], **options: Any) -> None:
@@ -273,7 +278,7 @@ def _plain(value: float) -> str:
 def _draw_mean_value(axes: Axes, rows: list[Row]) -> None:
     error = _mean_value_error(rows)
     if error:
-        axes.axhline(error, color=INK, linestyle="--", linewidth=1.2, label="mean(v)", zorder=1)
+        axes.axhline(error, color=INK, linestyle="--", linewidth=1.2, label=AVERAGE, zorder=1)
 
 
 def _mean_value_error(rows: list[Row]) -> float | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from attnzoo.cost.model_flops import COMPONENTS, Breakdown, Subject
-from attnzoo.report.columns import count, percent
-from attnzoo.table import Column, Table
+from attnzoo.results.table import Column, Table
+from attnzoo.results.units import count, percent
 
 CONVENTION = (
     "One MAC is two FLOPs. Counted is what runs, for one sample: a causal exact attention computes "
@@ -14,9 +14,8 @@ CONVENTION = (
     "Elementwise: exponentials, divisions, normalisations."
 )
 TOGETHER = "together"
-Counts = dict[
-    int, list[tuple[str, Breakdown]]
-]  # by length: the exact one, and the other where there is one
+# By length: the exact one, and the other where there is one.
+Counts = dict[int, list[tuple[str, Breakdown]]]
 
 
 def saved_table(subject: Subject, counts: Counts) -> Table:

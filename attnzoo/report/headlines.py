@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from attnzoo.fidelity.comparison_rows import Comparison, Row
-from attnzoo.report.columns import (
+from attnzoo.report.comparison_columns import (
     group_title,
     grouped,
     is_exact,
     is_reference,
     kept,
     lost,
-    number,
-    percent,
-    ratio,
 )
+from attnzoo.results.units import number, percent, ratio
 
 
 def headlines(comparison: Comparison) -> dict[str, list[str]]:
-    """For every model and length, by title: who lost to mean(v), who came closest at fewer MACs,
-    who was fastest."""
+    """For every model and length, by title: who lost to the average of the values, who came closest
+    at fewer MACs, who was fastest."""
     return {
         group_title(group): [*_indistinct(rows), *_losers(rows), *_closest(rows), *_fastest(rows)]
         for group, rows in grouped(comparison.rows).items()
@@ -49,14 +47,14 @@ def _losers(rows: list[Row]) -> list[str]:
             if len(judged) > 1
             else "The one approximation comes"
         )
-        return [f"{who} closer to exact attention than the mean of the values does."]
+        return [f"{who} closer to exact attention than the average of the values does."]
     told = ", ".join(
-        f"{row.label} (error {number(row.output_error)}, mean(v) {number(row.mean_value_error)})"
+        f"{row.label} (error {number(row.output_error)}, baseline {number(row.mean_value_error)})"
         for row in losers
     )
     return [
-        f"{len(losers)} of {len(judged)} approximations lost to answering the mean of the values: "
-        f"{told}."
+        f"{len(losers)} of {len(judged)} approximations lost to the baseline, the average of the "
+        f"values: {told}."
     ]
 
 
@@ -70,7 +68,7 @@ def _closest(rows: list[Row]) -> list[str]:
         return []
     best = min(cheaper, key=lambda row: row.output_error or 0.0)
     assert best.macs is not None and best.exact_macs is not None
-    verdict = ", and even it lost to mean(v)" if lost(best) else ""
+    verdict = ", and even it lost to the baseline" if lost(best) else ""
     return [
         f"Closest to exact attention with fewer MACs: {best.label}, error "
         f"{number(best.output_error)}"
@@ -86,7 +84,7 @@ def _fastest(rows: list[Row]) -> list[str]:
     promise = (
         ""
         if best.promised_speedup is None
-        else f", where its MACs promise {ratio(best.promised_speedup)} ({percent(kept(best))} kept)"
+        else f", {percent(kept(best))} of the {ratio(best.promised_speedup)} that its MACs promise"
     )
     if best.speedup is not None and best.speedup < 1:
         return [

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from attnzoo.fidelity.comparison_rows import HeatMap
-from attnzoo.report.columns import folded
+from attnzoo.report.comparison_columns import folded
 from attnzoo.report.style import new_figure
 
 if TYPE_CHECKING:
@@ -15,10 +15,8 @@ if TYPE_CHECKING:
 
 MAP_INCHES = 2.1
 MAPS_IN_A_ROW = 3
-LEAST, MOST = (
-    1e-4,
-    1.0,
-)  # ends of the colour scale: what lies below LEAST and above zero is drawn as LEAST
+# Ends of the colour scale: what lies below LEAST and above zero is drawn as LEAST.
+LEAST, MOST = (1e-4, 1.0)
 NEGATIVE = "#d1242f"
 NOTHING = "#9ba4ae"  # grey: no colour of the scale, and seen on white and on black
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from html import escape
 
 from attnzoo.fidelity.comparison_rows import Comparison, Row
-from attnzoo.report.columns import COLUMNS, Column, group_title, grouped, lost, notes
+from attnzoo.report.comparison_columns import COLUMNS, Column, group_title, grouped, lost, notes
 from attnzoo.report.document import document
 from attnzoo.report.export import inline_svg
 from attnzoo.report.figures import Drawing, drawings
@@ -101,7 +101,8 @@ def _notes(rows: list[Row]) -> Iterator[str]:
 def _figures(comparison: Comparison) -> Iterator[str]:
     yield "<section>\n<h2>Figures</h2>"
     for drawing in drawings(comparison):
-        yield f"<figure>\n<h3>{escape(drawing.title)}</h3>\n<figcaption>{escape(drawing.caption)}</figcaption>"
+        yield f"<figure>\n<h3>{escape(drawing.title)}</h3>"
+        yield f"<figcaption>{escape(drawing.caption)}</figcaption>"
         yield f'<div class="panels">{_panels(drawing)}</div>\n</figure>'
     yield "</section>"
 

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from attnzoo.fidelity.comparison_rows import Comparison, Row
-from attnzoo.report.columns import (
+from attnzoo.report.comparison_columns import (
+    BASELINE,
     COLUMNS,
     Column,
     folded,
@@ -23,18 +24,17 @@ from attnzoo.report.columns import (
     notes,
 )
 from attnzoo.report.headlines import headlines
-from attnzoo.table import Table as NumberTable
+from attnzoo.results.table import Table as NumberTable
 
 if TYPE_CHECKING:
-    from attnzoo.table import Table as NumberTable
+    from attnzoo.results.table import Table as NumberTable
 
 LEGEND = (
-    "error: relative output error; mean(v) error: the same for answering the mean of the values; ! "
-    "marks who lost to it. TV: total variation of "
-    "A's rows from softmax's. promised, measured: speed-up over exact attention by MACs and by the "
-    "clock; kept: measured / promised."
+    "error: relative output error; baseline: the same for answering the average of the values; ! "
+    "marks who lost to it. TV: total variation of A's rows from softmax's. MAC speed-up, "
+    "measured speed-up: over exact attention, by multiply-accumulates and by the clock."
 )
-QUALITY = ("error", "mean(v) error", "TV", "top-16 kept")
+QUALITY = ("error", BASELINE, "TV", "top-16 kept")
 
 
 def comparison_view(comparison: Comparison) -> RenderableType:

@@ -15,7 +15,8 @@ class Copy(Task):
     """Random symbols, a separator, and the symbols again; from the separator on, the answer is the
     next symbol. The distance is fixed, so that position alone can solve it.
 
-    length: tokens, half of them (rounded down) the symbols to copy. vocabulary: symbols.
+    length: tokens, half of them (rounded down) the symbols to copy.
+    vocabulary: symbols.
     """
 
     length: int = 64

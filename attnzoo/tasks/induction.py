@@ -16,7 +16,9 @@ class Induction(Task):
     its second token on, the answer is the next token. The distance changes, so that only content
     finds it.
 
-    length: tokens. stretch: tokens that come back. vocabulary: tokens.
+    length: tokens.
+    stretch: tokens that come back.
+    vocabulary: tokens.
     """
 
     length: int = 64

@@ -25,8 +25,10 @@ class ListOps(Task):
     arXiv:2011.04006, section 2.2.1): minimum, maximum, median (its floor) and sum modulo 10 of
     lists; the answer is a digit. Sequences are padded to `length`.
 
-    length: most tokens; shortest: fewest. depth: most operators inside one another, the outer one
-    included. arguments: most of one list (2 at least).
+    length: most tokens.
+    shortest: fewest.
+    depth: most operators inside one another, the outer one included.
+    arguments: most of one list (2 at least).
     expressions: different ones to train on. Long Range Arena: length 2000, shortest 500, depth 9
     (its code, lra_benchmarks/data/listops.py, counts the digits of the innermost list as the tenth
     level), arguments 10, 96,000 expressions.
@@ -140,7 +142,10 @@ def evaluate_tokens(tokens: tuple[int, ...]) -> int:
 
 def _direct_value(tokens: list[int]) -> int | None:
     """The outer operator applied to its own digits, as if no list stood beside them; None when it
-    has none. tokens: padded."""
+    has none.
+
+    tokens: padded.
+    """
     depth, digits = 0, []
     for token in tokens:
         depth += 1 if 10 <= token < 14 else -1 if token == 14 else 0

@@ -14,8 +14,9 @@ class Lookup(Task):
     """A memory of noise in which every key stands once, anywhere, with its value behind it; a
     second sequence names all keys in random order, and the answer to each is its value.
 
-    length: tokens of the memory. facts: keys, and queries. vocabulary: symbols of the noise and of
-    the values.
+    length: tokens of the memory.
+    facts: keys, and queries.
+    vocabulary: symbols of the noise and of the values.
     """
 
     length: int = 64

@@ -17,11 +17,12 @@ class MQAR(Task):
     every key once more, in slots whose distance follows a power law; at such a key the answer is
     its value.
 
-    length: tokens. pairs: keys with their values. vocabulary: tokens, half of them keys and half
-    values, beside a blank. Slots between the queries are blank; Zoology fills them with random
-    tokens of 8,192, of which few are a key by chance. As there, training mixes sizes: a batch has
-    all, half or a quarter of the pairs. With all of them only, softmax attention stays on a plateau
-    for as long as chance will have it.
+    length: tokens.
+    pairs: keys with their values.
+    vocabulary: tokens, half of them keys and half values, beside a blank. Slots between the queries
+    are blank; Zoology fills them with random tokens of 8,192, of which few are a key by chance. As
+    there, training mixes sizes: a batch has all, half or a quarter of the pairs. With all of them
+    only, softmax attention stays on a plateau for as long as chance will have it.
     """
 
     length: int = 64

@@ -15,7 +15,8 @@ class Needle(Task):
     the end asks for it. (The single associative lookup of Fu et al. 2023, H3, arXiv:2212.14052,
     section 3.1, under the name that long-context tests gave it.)
 
-    length: tokens. vocabulary: symbols of the noise and of the fact.
+    length: tokens.
+    vocabulary: symbols of the noise and of the fact.
     """
 
     length: int = 64

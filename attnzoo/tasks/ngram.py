@@ -8,11 +8,11 @@ from torch import Tensor
 
 class NGram:
     """Witten-Bell smoothing (1991; method C), interpolated: p(c | h) = (count(hc) + types(h) · p(c
-    | h')) / (count(h) + types(h)), where types(h) is how many different characters followed h and
-    h' is h without its first character; below the unigram, all are equal.
+    | h')) / (count(h) + types(h)), where types(h) is how many different characters followed h
+    and h' is h without its first character; below the unigram, all are equal.
 
-    text: (characters,) tokens below `vocabulary_size`. order: characters of an n-gram, the
-    predicted one included.
+    text: (characters,) tokens below `vocabulary_size`.
+    order: characters of an n-gram, the predicted one included.
     """
 
     def __init__(self, text: Tensor, order: int, vocabulary_size: int) -> None:
@@ -30,9 +30,8 @@ class NGram:
         predicted = sequences.shape[1] - 1
         p = torch.full((len(sequences), predicted), 1 / self.vocabulary_size, dtype=torch.float64)
         for n, (grams, counts, histories, totals, types) in enumerate(self.tables, 1):
-            codes = _codes(sequences, n, self.vocabulary_size)[
-                :, 1 if n == 1 else 0 :
-            ]  # those that end at a predicted character
+            # Those that end at a predicted character.
+            codes = _codes(sequences, n, self.vocabulary_size)[:, 1 if n == 1 else 0 :]
             first = predicted - codes.shape[1]
             count = _look_up(grams, counts, codes)
             history = codes // self.vocabulary_size

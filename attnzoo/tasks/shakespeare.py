@@ -8,10 +8,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from attnzoo.fidelity.plays import play, titles
-from attnzoo.quality.texts import CHOOSING, FINAL, PLAYS
 from attnzoo.tasks.ngram import NGram
 from attnzoo.tasks.task import TEST, TRAINING, VALIDATION, Batch, Task
+from attnzoo.texts.parts import CHOOSING, FINAL, PLAYS
+from attnzoo.texts.plays import play, titles
 
 HELD_OUT = {VALIDATION: PLAYS[CHOOSING], TEST: PLAYS[FINAL]}
 ORDERS = (1, 3, 6)  # of the n-gram baselines, in characters
@@ -45,9 +45,8 @@ class Shakespeare(Task):
         if part == TRAINING:
             starts = torch.randint(len(text) - self.length, (count,), generator=generator)
         elif count * self.length < len(text):
-            starts = torch.arange(count) * (
-                (len(text) - 1) // count
-            )  # spread over the plays, none overlapping another
+            # Spread over the plays, none overlapping another.
+            starts = torch.arange(count) * ((len(text) - 1) // count)
         else:
             raise ValueError(
                 f"held_out={count} sequences of length={self.length} are more than the "

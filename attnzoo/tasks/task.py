@@ -19,10 +19,8 @@ GENERATORS = (
     # Torch's generator on a CPU reads 32 bits of a seed: two that agree in them give the same
     # numbers
 )
-SEEDS = {
-    VALIDATION: GENERATORS - 2,
-    TEST: GENERATORS - 1,
-}  # of the held-out draws; those of training stay below
+# Of the held-out draws; those of training stay below.
+SEEDS = {VALIDATION: GENERATORS - 2, TEST: GENERATORS - 1}
 STEPS = 1_000_003  # most steps of a run: no two (seed, step) share a generator
 SEED_LIMIT = min(SEEDS.values()) // STEPS  # seeds of a run are below it
 IGNORED = -100  # a target that is not asked for: what torch's cross-entropy skips
@@ -33,9 +31,8 @@ class Batch:
     """inputs: (batch, length) tokens. targets: answers, IGNORED where none is asked: (batch,
     length), of an encoder (batch,).
 
-    memory: (batch, memory_length) tokens of the second sequence, of a cross task. mask: (batch,
-    length) bool, True at real tokens;
-    None: all are.
+    memory: (batch, memory_length) tokens of the second sequence, of a cross task.
+    mask: (batch, length) bool, True at real tokens; None: all are.
     """
 
     inputs: Tensor
@@ -65,9 +62,12 @@ class Batch:
 
 
 class Task(ABC):
-    """A task; its fields are its knobs. form: decoder (causal), encoder (a class for the whole
-    sequence) or cross (queries from a second sequence). metric: "accuracy" of the answers, or "bits
-    per character"."""
+    """A task; its fields are its knobs.
+
+    form: decoder (causal), encoder (a class for the whole sequence) or cross (queries from a second
+    sequence).
+    metric: "accuracy" of the answers, or "bits per character".
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -144,7 +144,10 @@ class Task(ABC):
 
 
 def at_least(name: str, value: int, least: int, why: str) -> None:
-    """Raise ValueError when a knob is too small for the others. why: what it has to hold."""
+    """Raise ValueError when a knob is too small for the others.
+
+    why: what it has to hold.
+    """
     if value < least:
         raise ValueError(f"{name}={value} is too small: {why}; give at least {least}")
 

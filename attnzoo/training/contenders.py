@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from attnzoo.arguments import nearest
-from attnzoo.fidelity.candidate import Candidate
-from attnzoo.registry import names
+from attnzoo.registry import Choice, ParseChoice, names
 
 GRU = "gru"  # torch.nn.GRU in the place of attention: the baseline without any
-
-ParseVariant = Callable[[str], tuple[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Contender:
     """parts: layer i has part i, and again from the first when there are more layers than parts."""
 
-    parts: tuple[Candidate, ...]
+    parts: tuple[Choice, ...]
 
     @property
     def label(self) -> str:
         """Such as "linear", or "linear + standard" where layers take turns."""
         return " + ".join(part.label for part in self.parts)
 
-    def layers(self, count: int) -> list[Candidate]:
+    def layers(self, count: int) -> list[Choice]:
         """The part of each layer. Raises ValueError when the parts do not come out even."""
         if count % len(self.parts):
             raise ValueError(
@@ -36,15 +31,15 @@ class Contender:
         return [self.parts[layer % len(self.parts)] for layer in range(count)]
 
 
-def parse_contender(text: str, parse_variant: ParseVariant) -> Contender:
+def parse_contender(text: str, parse_variant: ParseChoice) -> Contender:
     """The contender of PART[+PART...], a part being gru or what `parse_variant` reads. Raises
     ValueError."""
     return Contender(tuple(_part(part.strip(), parse_variant) for part in text.split("+")))
 
 
-def _part(text: str, parse_variant: ParseVariant) -> Candidate:
+def _part(text: str, parse_variant: ParseChoice) -> Choice:
     if text == GRU:
-        return Candidate(GRU)
+        return Choice(GRU)
     name = text.partition(":")[0]
     if name == GRU:
         raise ValueError(f"{text}: {GRU} has no options; it has the model's width")
@@ -53,4 +48,4 @@ def _part(text: str, parse_variant: ParseVariant) -> Candidate:
         raise ValueError(
             f"unknown variant {name!r}{nearest(name, known)}; there are {', '.join(known)}"
         )
-    return Candidate(*parse_variant(text))
+    return parse_variant(text)

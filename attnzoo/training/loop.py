@@ -27,8 +27,10 @@ CURVE_POINTS = 100  # of the curve in a result row: means over as many stretches
 
 @dataclass(frozen=True)
 class Budget:
-    """What every contender gets. evaluate_every: steps between two validations, at which a
-    checkpoint is written too."""
+    """What every contender gets.
+
+    evaluate_every: steps between two validations, at which a checkpoint is written too.
+    """
 
     steps: int = 500
     batch_size: int = 64
@@ -65,7 +67,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run depends on. held_out: sequences of validation, and of test."""
+    """What a run depends on.
+
+    held_out: sequences of validation, and of test.
+    """
 
     task: Task
     contender: Contender
@@ -91,9 +96,11 @@ class Setup:
 
 @dataclass
 class Outcome:
-    """What a run found. curve: the loss of every step. validations: (steps done, score). seconds:
-    of the training steps.
+    """What a run found.
 
+    curve: the loss of every step.
+    validations: (steps done, score).
+    seconds: of the training steps.
     stopped_at: the step, from 0, whose loss or gradient was not finite, before it moved a weight,
     or after which the loss on held-out examples was not; the run ended there.
     """
@@ -189,9 +196,8 @@ def evaluate(
 ) -> tuple[float, float]:
     """Score on a batch, in the task's metric, and mean loss in nats."""
     model.eval()
-    totals = torch.zeros(
-        3, dtype=torch.float64, device=devices.device
-    )  # loss, right answers, asked answers
+    # Loss, right answers, asked answers.
+    totals = torch.zeros(3, dtype=torch.float64, device=devices.device)
     mine = devices.share(batch)
     for start in range(0, len(mine.inputs), batch_size):
         part = mine[slice(start, start + batch_size)]
@@ -236,9 +242,8 @@ def _gradients(
     with devices.autocast():
         logits = placed(mine)
     loss = _loss(logits, mine.targets) / asked
-    (
-        loss * devices.count
-    ).backward()  # several processes take the mean of their gradients, where the sum is wanted
+    # Several processes take the mean of their gradients, where the sum is wanted.
+    (loss * devices.count).backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     return devices.sum(loss.detach()).item(), norm.item()
 

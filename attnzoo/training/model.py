@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from attnzoo.arguments import check_count, check_positive
 from attnzoo.call import UnsupportedError
-from attnzoo.fidelity.candidate import Candidate
 from attnzoo.layers.multihead import MultiheadAttention
 from attnzoo.quality.mixes import resolved
+from attnzoo.registry import Choice
 from attnzoo.tasks.task import Batch, Task
 from attnzoo.training.contenders import GRU, Contender
 
@@ -44,16 +44,15 @@ class Attending(nn.Module):
     """attnzoo.MultiheadAttention over x itself or, in a cross block, over a memory."""
 
     def __init__(
-        self, candidate: Candidate, sizes: Sizes, length: int, *, is_causal: bool, seed: int
+        self, choice: Choice, sizes: Sizes, length: int, *, is_causal: bool, seed: int
     ) -> None:
         super().__init__()
-        options = resolved(candidate, length, seed)
         self.attention = MultiheadAttention(
             sizes.width,
             sizes.heads,
             batch_first=True,
-            attention=candidate.name,
-            attention_options=options,
+            attention=choice.name,
+            attention_options=resolved(choice, length, seed).options,
         )
         self.attention.attention.check_causality(is_causal)
         self.is_causal = is_causal
@@ -147,9 +146,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(sizes.width, hidden), nn.GELU(), nn.Linear(hidden, sizes.width)
         )
-        taps = (
-            0 if is_cross else sizes.convolution
-        )  # the queries of a cross block are no neighbours
+        # The queries of a cross block are no neighbours.
+        taps = 0 if is_cross else sizes.convolution
         self.convolution = (
             nn.Conv1d(sizes.width, sizes.width, taps, padding=taps - 1, groups=sizes.width)
             if taps
@@ -171,11 +169,11 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """Token and position embeddings, blocks, a norm and a linear head; an encoder's head reads the
-    mean over the real tokens. For a cross task all blocks but the last run over the memory, and the
-    last lets the queries attend to it.
+    mean over the real tokens. For a cross task all blocks but the last run over the memory, and
+    the last lets the queries attend to it.
 
-    seed: gives everything but the attention the same start whatever the contender. Raises
-    UnsupportedError, a ValueError, when the contender cannot do the task.
+    seed: gives everything but the attention the same start whatever the contender.
+    Raises UnsupportedError, a ValueError, when the contender cannot do the task.
     """
 
     def __init__(self, task: Task, contender: Contender, sizes: Sizes, seed: int) -> None:
@@ -198,13 +196,12 @@ class Transformer(nn.Module):
                     for layer in range(sizes.layers)
                 ]
             )
-            for layer, (block, candidate) in enumerate(
+            for layer, (block, choice) in enumerate(
                 zip(self.blocks, contender.layers(sizes.layers), strict=True)
             ):
-                torch.manual_seed(
-                    (seed + 1) * 1009 + layer
-                )  # what one attention draws for itself moves no other layer's start
-                block.mixer = make_mixer(candidate, sizes, task, seed + layer)
+                # What one attention draws for itself moves no other layer's start.
+                torch.manual_seed((seed + 1) * 1009 + layer)
+                block.mixer = make_mixer(choice, sizes, task, seed + layer)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits: (batch, length, outputs); of an encoder (batch, outputs)."""
@@ -226,8 +223,10 @@ class Transformer(nn.Module):
         return self.head(self.norm(x))
 
     def macs(self, queries: int) -> int:
-        """Of all mixers, for one sequence. queries: length of the asking sequence of a cross
-        task."""
+        """Of all mixers, for one sequence.
+
+        queries: length of the asking sequence of a cross task.
+        """
         last = len(self.blocks) - 1 if self.form == "cross" else None
         return sum(
             mixer.macs(queries, self.length) if layer == last else mixer.macs(self.length, None)
@@ -249,12 +248,12 @@ class Transformer(nn.Module):
         return self.tokens(tokens) + self.positions[: tokens.shape[1]]
 
 
-def make_mixer(candidate: Candidate, sizes: Sizes, task: Task, seed: int) -> Attending | Recurrent:
+def make_mixer(choice: Choice, sizes: Sizes, task: Task, seed: int) -> Attending | Recurrent:
     """What mixes the tokens in one layer."""
     is_causal = task.form == "decoder"
-    if candidate.name == GRU:
+    if choice.name == GRU:
         return Recurrent(sizes, is_causal=is_causal)
-    return Attending(candidate, sizes, task.length, is_causal=is_causal, seed=seed)
+    return Attending(choice, sizes, task.length, is_causal=is_causal, seed=seed)
 
 
 def _sinusoids(length: int, width: int) -> Tensor:

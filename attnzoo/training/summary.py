@@ -13,9 +13,14 @@ from attnzoo.training.training_rows import Key, Row
 
 @dataclass(frozen=True)
 class Summary:
-    """One contender on one problem. validations: mean over the seeds by learning rate; None: the
-    loss of one of the runs was not finite. test: mean over the seeds at the rate with the best of
-    them; spread: their standard deviation (n - 1), None of one seed. seconds: mean of a run."""
+    """One contender on one problem.
+
+    validations: mean over the seeds by learning rate; None: the loss of one of the runs was not
+    finite.
+    test: mean over the seeds at the rate with the best of them.
+    spread: their standard deviation (n - 1), None of one seed.
+    seconds: mean of a run.
+    """
 
     label: str
     variant: str
@@ -34,8 +39,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class Problem:
-    """All contenders on one task with its knobs, one model and one budget. rows: those they were
-    summed up from."""
+    """All contenders on one task with its knobs, one model and one budget.
+
+    rows: those they were summed up from.
+    """
 
     task: str
     knobs: dict[str, Any]

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from attnzoo.results import fields_of
+from attnzoo.results.result_file import fields_of
 
 Key = tuple[Any, ...]
 
@@ -15,14 +15,21 @@ Key = tuple[Any, ...]
 class Row:
     """None where there is no number; `reason` then says why.
 
-    task, problem: the task and its knobs. model, budget, held_out: as in the study. label, layers:
-    the contender, and its parts as [name, options]; a baseline has no layers, rate or seed.
-    validation, test: scores in `metric`, after the last step. validation_loss: nats.
-    curve: (steps done, mean training loss since the point before). validations: (steps done,
-    score). stopped_at: the step, from 0, with a loss or gradient that was not finite, or after
-    which the loss of held-out examples was not. seconds: of the training steps. macs: of all mixers
-    with their projections, for one sequence, as kernels run them. peak_bytes: of one training step.
-    state_bytes: what all mixers carry in decoding after one sequence. parameters: learned numbers.
+    task, problem: the task and its knobs.
+    model, budget, held_out: as in the study.
+    label, layers: the contender, and its parts as [name, options]; a baseline has no layers, rate
+    or seed.
+    validation, test: scores in `metric`, after the last step.
+    validation_loss: nats.
+    curve: (steps done, mean training loss since the point before).
+    validations: (steps done, score).
+    stopped_at: the step, from 0, with a loss or gradient that was not finite, or after which the
+    loss of held-out examples was not.
+    seconds: of the training steps.
+    macs: of all mixers with their projections, for one sequence, as kernels run them.
+    peak_bytes: of one training step.
+    state_bytes: what all mixers carry in decoding after one sequence.
+    parameters: learned numbers.
     """
 
     FORMAT: ClassVar[str] = "attnzoo.train/1"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from attnzoo.report.columns import duration
+from attnzoo.results.units import duration
 from attnzoo.tasks.task import TEST, Task
 from attnzoo.training.contenders import Contender
 from attnzoo.training.devices import Devices
@@ -28,9 +28,13 @@ PAUSE = 2.0  # seconds between two reports of a run
 
 
 class Run:
-    """One study. held: rows of an earlier run, which are not trained again. write: gets every new
-    row. checkpoints: the folder of unfinished runs, one file each. facts: the environment, kept in
-    every new row."""
+    """One study.
+
+    held: rows of an earlier run, which are not trained again.
+    write: gets every new row.
+    checkpoints: the folder of unfinished runs, one file each.
+    facts: the environment, kept in every new row.
+    """
 
     def __init__(
         self,
@@ -51,22 +55,21 @@ class Run:
         )
         self.held: dict[Key, Row] = {row.key: row for row in held}
         self.rows: dict[Key, Row] = {}
-        self.grid = list(
-            itertools.product(study.seeds, study.learning_rates)
-        )  # the runs of a contender
+        # The runs of a contender.
+        self.grid = list(itertools.product(study.seeds, study.learning_rates))
         self.turned = [
             field.name
             for field in fields(Sizes)
             if len({getattr(sizes, field.name) for sizes in study.models}) > 1
         ]
-        self.started, self.trained = (
-            time.monotonic(),
-            0,
-        )  # for the time left: steps that were trained, not held
+        # For the time left: steps that were trained, not held.
+        self.started, self.trained = (time.monotonic(), 0)
 
     def run(self, progress: Progress) -> list[Row]:
-        """All rows of the study. progress: called with (the run, its loss and the time left; steps
-        done; steps in all)."""
+        """All rows of the study.
+
+        progress: called with (the run, its loss and the time left; steps done; steps in all).
+        """
         places = list(itertools.product(self.study.problems, self.study.models))
         for problem, sizes in places:
             self._add_baselines(problem, sizes)

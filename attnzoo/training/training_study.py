@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from attnzoo.arguments import check_count, check_positive, nearest
 from attnzoo.configuration import check_mapping, read_yaml
+from attnzoo.registry import ParseChoice
 from attnzoo.tasks.task import SEED_LIMIT, Task
-from attnzoo.training.contenders import Contender, ParseVariant, parse_contender
+from attnzoo.training.contenders import Contender, parse_contender
 from attnzoo.training.loop import Budget
 from attnzoo.training.model import Sizes
 
@@ -36,7 +37,7 @@ class Study:
 
 
 def read_study(
-    path: Path, size: str, task: type[Task], overrides: dict[str, Any], parse_variant: ParseVariant
+    path: Path, size: str, task: type[Task], overrides: dict[str, Any], parse_variant: ParseChoice
 ) -> Study:
     """A size of a file, with overrides by key as the file has them. Raises ValueError, one sentence
     that names the file, on what it cannot mean."""
@@ -74,7 +75,7 @@ def _changed(settings: dict[str, Any], changes: dict[str, Any], what: str) -> di
     return settings
 
 
-def _stands(settings: dict[str, Any], task: type[Task], parse_variant: ParseVariant) -> bool:
+def _stands(settings: dict[str, Any], task: type[Task], parse_variant: ParseChoice) -> bool:
     """Whether the settings are a study."""
     try:
         make_study(settings, task, parse_variant)
@@ -83,7 +84,7 @@ def _stands(settings: dict[str, Any], task: type[Task], parse_variant: ParseVari
     return True
 
 
-def make_study(found: dict[str, Any], task: type[Task], parse_variant: ParseVariant) -> Study:
+def make_study(found: dict[str, Any], task: type[Task], parse_variant: ParseChoice) -> Study:
     """The study of a mapping with the keys KEYS. Raises ValueError on what it cannot mean."""
     missing = [key for key in KEYS if key not in found and key not in ("problem", "model")]
     if missing:

@@ -104,9 +104,8 @@ def kernels_of(case: Case, found: list[pretended.Kernel]) -> list[pretended.Kern
         key_mask = (
             torch.ones(BATCH, LENGTH, dtype=torch.bool, device="cuda") if case.padded else None
         )
-        call = (
-            attn if case.backend == "flex" else torch.compile(attn, fullgraph=True)
-        )  # flex compiles what it needs by itself
+        # Flex compiles what it needs by itself.
+        call = attn if case.backend == "flex" else torch.compile(attn, fullgraph=True)
         try:
             call(q, k, v, key_mask=key_mask, is_causal=case.is_causal)
         except pretended.Compiled:

@@ -45,7 +45,6 @@ from attnzoo.arguments import check_count, check_positive, check_seed, nearest
 from attnzoo.bench.environment import environment
 from attnzoo.commands.progress import Progress, progress_on
 from attnzoo.configuration import check_mapping, read_yaml
-from attnzoo.fidelity.plays import play, titles
 from attnzoo.fidelity.pretrained import load as load_pretrained
 from attnzoo.integrations.healing.imitation import (
     RecordedCall,
@@ -55,6 +54,7 @@ from attnzoo.integrations.healing.imitation import (
 )
 from attnzoo.integrations.healing.trained_model import load_healed
 from attnzoo.registry import spec_of
+from attnzoo.texts.plays import play, titles
 
 __all__ = ["Recipe", "heal", "load_healed", "read_recipes"]
 SHAKESPEARE, PROSE = "Hamlet", "Python's reference"

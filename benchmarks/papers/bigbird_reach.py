@@ -75,10 +75,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             for index, name in enumerate(ABLATION):
                 found = [row for row in rows if row["attention"] == name and row["heads"] == heads]
                 line = LINES[index % len(LINES)]
+                # None leaves a gap.
                 lengths, layers = (
                     [row["length"] for row in found],
                     [row["layers"] for row in found],
-                )  # None leaves a gap
+                )
                 one.plot(
                     lengths,
                     layers,

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from attnzoo.fidelity.metrics import exact_rows
-from attnzoo.fidelity.plays import play
 from attnzoo.fidelity.pretrained import SOURCES, capture, load
+from attnzoo.texts.plays import play
 from benchmarks.papers.study import Row, panels, run
 
 NAME = "linformer_spectrum"

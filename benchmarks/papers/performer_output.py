@@ -19,9 +19,9 @@ import torch
 import attnzoo
 from attnzoo.fidelity.comparison_rows import Sample
 from attnzoo.fidelity.metrics import exact_output, mean_value_output, relative_error
-from attnzoo.fidelity.plays import play
 from attnzoo.fidelity.pretrained import SOURCES, capture, load
 from attnzoo.fidelity.synthetic import synthetic_sample
+from attnzoo.texts.plays import play
 from benchmarks.papers.study import Row, panels, run
 
 NAME = "performer_output"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.bench.environment import environment
-from attnzoo.fidelity.packages import MissingPackageError
+from attnzoo.packages import MissingPackageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -25,8 +25,7 @@ from attnzoo.bench.levels import Work, passes
 from attnzoo.bench.plan import Cell, Contender
 from attnzoo.bench.sweep import Bench, Entry, blank_row
 from attnzoo.bench.timing import MINIMUM_ROUNDS
-from attnzoo.fidelity.candidate import Candidate
-from attnzoo.registry import build, options_of, spec_of
+from attnzoo.registry import Choice, spec_of
 
 SAMPLED_ROWS = 64  # queries whose rows are compared with the formula
 WRONG = 1e-3  # relative error from which a peer's results are called wrong
@@ -49,12 +48,12 @@ def entrants(
     """Ours of each group first, then its peers in their order; those without the form are left
     out."""
     ours = [
-        Entrant(candidate, "auto", group)
-        for group, candidate in OURS.items()
-        if group in groups and spec_of(candidate.name).runs(is_causal)
+        Entrant(choice, "auto", group)
+        for group, choice in OURS.items()
+        if group in groups and spec_of(choice.name).runs(is_causal)
     ]
     others = [
-        Entrant(Candidate(peer.label), "auto", peer.group, peer)
+        Entrant(Choice(peer.label), "auto", peer.group, peer)
         for peer in peers
         if peer.group in groups and is_causal in peer.causal
     ]
@@ -106,16 +105,8 @@ class PeerBench(Bench):
     def counted(self, contender: Contender, cell: Cell) -> Attention:
         """The arithmetic of our variant stands for all of its group."""
         assert isinstance(contender, Entrant)
-        candidate = OURS[contender.group]
-        offered = {"max_length": cell.length}
-        taken = {option.name for option in options_of(candidate.name)}
-        supplied = {name: value for name, value in offered.items() if name in taken}
-        return build(
-            candidate.name,
-            heads=cell.shape.heads,
-            head_dim=cell.shape.head_dim,
-            **supplied,
-            **candidate.options,
+        return OURS[contender.group].build(
+            cell.shape.heads, cell.shape.head_dim, max_length=cell.length
         )
 
     def prepare(self, contender: Contender | None, cell: Cell) -> Work:

@@ -12,9 +12,8 @@ from torch import Tensor
 #: head_dim) float64; rows: positions, int64.
 Formula = Callable[[Tensor, Tensor, Tensor, Tensor, bool], Tensor]
 FeatureMap = Callable[[Tensor], Tensor]
-Visible = Callable[
-    [Tensor, Tensor], Tensor
-]  # (positions of queries (rows, 1), of keys (1, length)) -> bool, maybe with heads in front
+# (positions of queries (rows, 1), of keys (1, length)) -> bool, maybe with heads in front.
+Visible = Callable[[Tensor, Tensor], Tensor]
 
 
 def softmax_over(visible: Visible | None = None) -> Formula:

@@ -153,8 +153,8 @@ PEERS: tuple[Peer, ...] = (
         causal=(False,),
         heads_last=True,
         includes=PROJECTIONS_REPLACED + "; without the convolution of the values",
-        known="its pseudo-inverse starts from one scale for all heads, and six steps do not bring it "
-        "to the end",
+        known="its pseudo-inverse starts from one scale for all heads, and six steps do not bring "
+        "it to the end",
     ),
     Peer("exact", "x-transformers flash=True", "x-transformers", x_transformers(True)),
     Peer(

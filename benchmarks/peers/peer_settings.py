@@ -11,15 +11,15 @@ from peer_formulas import Formula
 from torch import Tensor, nn
 
 from attnzoo.bench.plan import Cell
-from attnzoo.fidelity.candidate import Candidate
+from attnzoo.registry import Choice
 
 WINDOW, BLOCK_SIZE, FEATURES, RANK, LANDMARKS, PSEUDO_INVERSE_STEPS = 256, 64, 256, 256, 256, 6
 
 #: Our variant of each group's mathematics.
-OURS: dict[str, Candidate] = {
-    "exact": Candidate("standard"),
-    "window": Candidate("sliding_window", {"window": WINDOW}),
-    "bigbird": Candidate(
+OURS: dict[str, Choice] = {
+    "exact": Choice("standard"),
+    "window": Choice("sliding_window", {"window": WINDOW}),
+    "bigbird": Choice(
         "bigbird",
         {
             "block_size": BLOCK_SIZE,
@@ -28,11 +28,11 @@ OURS: dict[str, Candidate] = {
             "num_random_blocks": 3,
         },
     ),
-    "linear": Candidate("linear"),
-    "efficient": Candidate("linear", {"feature_map": "softmax"}),
-    "performer": Candidate("performer", {"num_features": FEATURES}),
-    "linformer": Candidate("linformer", {"rank": RANK, "sharing": "headwise"}),
-    "nystrom": Candidate(
+    "linear": Choice("linear"),
+    "efficient": Choice("linear", {"feature_map": "softmax"}),
+    "performer": Choice("performer", {"num_features": FEATURES}),
+    "linformer": Choice("linformer", {"rank": RANK, "sharing": "headwise"}),
+    "nystrom": Choice(
         "nystromformer", {"num_landmarks": LANDMARKS, "iterations": PSEUDO_INVERSE_STEPS}
     ),
 }

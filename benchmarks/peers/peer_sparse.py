@@ -18,16 +18,11 @@ from attnzoo.engines.sparse.block_patterns import BlockPattern
 from attnzoo.engines.sparse.grid import Grid
 from attnzoo.engines.sparse.patterns import Pattern
 from attnzoo.engines.sparse.window import Window
-from attnzoo.registry import build
 
 
 def our_pattern(group: str, cell: Cell) -> tuple[Pattern, Grid]:
     """The support of our variant at this setting."""
-    candidate = OURS[group]
-    assert candidate is not None
-    engine: Any = build(
-        candidate.name, heads=cell.shape.heads, head_dim=cell.shape.head_dim, **candidate.options
-    ).engine
+    engine: Any = OURS[group].build(cell.shape.heads, cell.shape.head_dim).engine
     return engine.pattern, Grid(cell.shape.heads, cell.length, cell.length, cell.is_causal)
 
 
@@ -151,9 +146,10 @@ def longformer(cell: Cell) -> Ready:
     nobody = torch.zeros(1, cell.length, dtype=torch.bool)
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Q is scaled in place.
         module.query.value, module.key.value, module.value.value = (
             x.flatten(2).transpose(0, 1) for x in (q * 1, k, v)
-        )  # q is scaled in place
+        )
         return module(
             hidden,
             attention_mask=mask,
@@ -177,9 +173,8 @@ def huggingface_bigbird(cell: Cell) -> Ready:
         max_position_embeddings=cell.length,
         attention_probs_dropout_prob=0.0,
     )
-    module: Any = BigBirdBlockSparseAttention(
-        config, seed=0
-    ).train()  # in evaluation mode it draws no random blocks
+    # In evaluation mode it draws no random blocks.
+    module: Any = BigBirdBlockSparseAttention(config, seed=0).train()
     module.query, module.key, module.value = Given(), Given(), Given()
     hidden = torch.zeros(1, cell.length, width_of(cell))
     blocked, band, rows, keys = BigBirdModel.create_masks_for_block_sparse_attn(

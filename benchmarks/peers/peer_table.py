@@ -9,8 +9,8 @@ from peer_rows import PeerRow
 from peer_settings import OURS
 
 from attnzoo.bench.bench_rows import SDPA
-from attnzoo.report.columns import duration, ratio
-from attnzoo.table import Column, Table
+from attnzoo.results.table import Column, Table
+from attnzoo.results.units import duration, ratio
 
 SUMMARY = (
     Column("form", "form", words=True),
@@ -21,13 +21,13 @@ SUMMARY = (
     Column("best", "best peer", words=True),
     Column("best_seconds", "its time", duration),
     Column("times", "peer / ours", ratio),
-    Column("kept", "kept", ".2f"),
-    Column("best_kept", "its kept", ".2f"),
+    Column("kept", "measured / MAC", ".2f"),
+    Column("best_kept", "its measured / MAC", ".2f"),
     Column("rounds", "rounds"),
 )
 FORMULA = (
-    "medians of interleaved rounds; kept = (t of SDPA / t) / (MACs of SDPA / our MACs), all times "
-    "of one line from the same rounds"
+    "medians of interleaved rounds; measured / MAC = (t of SDPA / t) / (MACs of SDPA / our MACs), "
+    "all times of one line from the same rounds"
 )
 WRONG_MARK = " !"  # behind the name of a peer whose results are wrong
 
@@ -111,7 +111,7 @@ PEER_COLUMNS = (
     Column("seconds", "median", duration),
     Column("quartiles", "quartiles", words=True),
     Column("times", "/ ours", ratio),
-    Column("kept", "kept", ".2f"),
+    Column("kept", "measured / MAC", ".2f"),
     Column("error", "error", ".1g"),
 )
 

@@ -17,15 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-os.environ.setdefault(
-    "OMP_PROC_BIND", "true"
-)  # before torch is imported: unbound, two threads may come to share one core
-os.environ.setdefault(
-    "TORCHINDUCTOR_COMPILE_THREADS", "1"
-)  # no pool of compilers beside what is timed
-os.environ.setdefault(
-    "TORCH_CPP_LOG_LEVEL", "ERROR"
-)  # the profiler warns of memory that was there before it
+# Before torch is imported: unbound, two threads may come to share one core.
+os.environ.setdefault("OMP_PROC_BIND", "true")
+# No pool of compilers beside what is timed.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# The profiler warns of memory that was there before it.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 if TYPE_CHECKING:
     from peer_rows import PeerRow

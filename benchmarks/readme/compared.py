@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 
-from attnzoo.report.columns import count, memory
+from attnzoo.results.units import count, memory
 from benchmarks.readme.files import RESULTS, Row
 from benchmarks.readme.regions import markdown_table
 
@@ -16,16 +16,16 @@ HEADINGS = [
     "total variation",
     "top-16 mass kept",
     "MACs",
-    "promised",
-    "measured",
-    "kept",
+    "MAC speed-up",
+    "measured speed-up",
+    "their ratio",
     "peak memory",
 ]
 ROUNDING = 1e-4  # below it an error is float32's
 
 
 def compare(model: str) -> str:
-    """The rows of one model, under the error of answering the mean of the values."""
+    """The rows of one model, under the error of answering the average of the values."""
     rows = [
         row
         for row in json.loads((RESULTS / "compare.json").read_text(encoding="utf-8"))["rows"]
@@ -33,7 +33,9 @@ def compare(model: str) -> str:
     ]
     first = rows[0]
     kind = "causal" if first["is_causal"] else "bidirectional"
-    baseline = f"answering the mean of the values errs by {first['mean_value_error']:.3f}"
+    baseline = (
+        f"baseline: answering the average of the values errs by {first['mean_value_error']:.3f}"
+    )
     heading = f"**{model} on Shakespeare, {kind}, {first['length']:,} tokens** ({baseline})"
     return f"{heading}\n\n{markdown_table(HEADINGS, [_cells(row) for row in rows])}"
 

@@ -3,9 +3,9 @@ one task with its costs."""
 
 from __future__ import annotations
 
-from attnzoo.report.columns import count, memory
 from attnzoo.report.training.train_tables import BEST_MARK, full_title, matrix, score
-from attnzoo.results import read_rows
+from attnzoo.results.result_file import read_rows
+from attnzoo.results.units import count, memory
 from attnzoo.training.summary import Summary, summed_up
 from attnzoo.training.training_rows import Row
 from benchmarks.readme.files import RESULTS

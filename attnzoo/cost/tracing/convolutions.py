@@ -31,8 +31,10 @@ class Convolution(torch.autograd.Function):
 
 
 def convolution_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    """A product for each number of a filter at each place of the output. inputs: x, weight,
-    bias."""
+    """A product for each number of a filter at each place of the output.
+
+    inputs: x, weight, bias.
+    """
     return Counter({"conv": prod(shape_of(outputs[0])) * prod(shape_of(inputs[1])[1:])})
 
 

@@ -27,12 +27,12 @@ from attnzoo.integrations.wrappers import called_by
 class FlopReport:
     """Operations of one forward.
 
-    macs: multiply-accumulates of all products; flops = 2 · macs. elementwise: what softmax,
-    exponentials, divisions and normalisations take, apart from the macs (3 operations for a
-    softmax's score). by_operator, by_module: the macs by operator and by module, "" being the
-    whole; elementwise_by_...: the same of elementwise. A submodule whose weights its parent reads
-    without calling it, such as the out_proj of torch.nn.MultiheadAttention, is counted at the
-    parent.
+    macs: multiply-accumulates of all products; flops = 2 · macs.
+    elementwise: what softmax, exponentials, divisions and normalisations take, apart from the macs
+    (3 operations for a softmax's score).
+    by_operator, by_module: the macs by operator and by module, "" being the whole;
+    elementwise_by_...: the same of elementwise. A submodule whose weights its parent reads without
+    calling it, such as the out_proj of torch.nn.MultiheadAttention, is counted at the parent.
     """
 
     macs: int
@@ -49,8 +49,9 @@ class FlopReport:
 
 
 def count_flops(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> FlopReport:
-    """Count one forward `module(*inputs, **kwargs)`. module: of a wrapper that adds nothing (DDP,
-    torch.compile) what it wraps is counted.
+    """Count one forward `module(*inputs, **kwargs)`.
+
+    module: of a wrapper that adds nothing (DDP, torch.compile) what it wraps is counted.
 
     The module runs once, without gradients, under torch.jit.trace; with module and inputs on the
     meta device nothing is computed and no memory is taken. What is counted is what is executed: a
@@ -173,9 +174,8 @@ def _nothing_leaves_the_trace() -> Iterator[None]:
     """Raise where numpy computes, which the tracer takes for a constant: it warns, and nothing
     would be counted."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter(
-            "always", torch.jit.TracerWarning
-        )  # whatever the caller wants to hear
+        # Whatever the caller wants to hear.
+        warnings.simplefilter("always", torch.jit.TracerWarning)
         yield
     for warning in caught:
         if not issubclass(warning.category, torch.jit.TracerWarning):

@@ -38,8 +38,10 @@ Count = Callable[..., Counter[str]]
 
 @dataclass(frozen=True)
 class _Forward:
-    """One forward of an engine, by its sizes. layout: what else decides which operators run on
-    which shapes."""
+    """One forward of an engine, by its sizes.
+
+    layout: what else decides which operators run on which shapes.
+    """
 
     engine: Engine
     q: tuple[int, ...]
@@ -190,9 +192,8 @@ def engines_apart(
             within = max(q[2], k[2]) < FOLDED_FROM and any(
                 any(child.children()) for child in engine.children()
             )
-            named = (
-                call.global_mask is not None or call.global_qkv is not None
-            )  # from other inputs of the module
+            # From other inputs of the module.
+            named = call.global_mask is not None or call.global_qkv is not None
             if chosen not in APART or within or named or call.attn_mask is not None:
                 return type(engine).forward(engine, call, backend)
             layout = engine.layout(q[1], q[2], k[2], is_causal)

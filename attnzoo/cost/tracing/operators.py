@@ -45,17 +45,20 @@ ELEMENTWISE: dict[str, int] = {
     **dict.fromkeys(("upsample_nearest2d", "adaptive_avg_pool2d"), 1),
     **dict.fromkeys(("upsample_bilinear2d", "grid_sampler"), 4),
 }
-"""Operations for each number that comes out, by operator: exponentials and other functions, divisions, normalisations."""
+"""Operations for each number of the output, by operator: functions, divisions, normalisations."""
 
 # Sums, comparisons, masks, copies, indices and shapes, beside those that fvcore ignores by itself.
 _IGNORED = """
-Bool Float FloatImplicit IntImplicit __lshift__ __or__ __rshift__ __xor__ abs add addcmul add_ alias all amax amin any argmax argsort as_strided
-avg_pool2d bernoulli bitwise_and bitwise_or bool broadcast_tensors broadcast_to ceil clamp_max clamp_min clone cummax cumsum diagonal diff
-dim dropout_ embedding empty_like expand_as eye feature_dropout fill_ flip float hardtanh im2col index_select isfinite isinf isnan item le
-leaky_relu lift_fresh logical_and logical_not logical_or lt mT masked_fill_ matrix_H max_pool2d maximum mean meshgrid min minimum movedim
-mul mul_ ne neg new_ones norm numel numpy_T one_hot ones_like pad pow rand rand_like randn randn_like repeat repeat_interleave resolve_conj
-round rsub scalar_tensor scatter scatter_ searchsorted sign sort square sub sub_ sum take_along_dim tensor_split tile topk tril tril_ triu type
-unflatten unfold view_as where zero_
+Bool Float FloatImplicit IntImplicit __lshift__ __or__ __rshift__ __xor__ abs add addcmul add_ alias
+all amax amin any argmax argsort as_strided avg_pool2d bernoulli bitwise_and bitwise_or bool
+broadcast_tensors broadcast_to ceil clamp_max clamp_min clone cummax cumsum diagonal diff dim
+dropout_ embedding empty_like expand_as eye feature_dropout fill_ flip float hardtanh im2col
+index_select isfinite isinf isnan item le leaky_relu lift_fresh logical_and logical_not logical_or
+lt mT masked_fill_ matrix_H max_pool2d maximum mean meshgrid min minimum movedim mul mul_ ne neg
+new_ones norm numel numpy_T one_hot ones_like pad pow rand rand_like randn randn_like repeat
+repeat_interleave resolve_conj round rsub scalar_tensor scatter scatter_ searchsorted sign sort
+square sub sub_ sum take_along_dim tensor_split tile topk tril tril_ triu type unflatten unfold
+view_as where zero_
 """
 
 # The zoo's own autograd functions whose forward is a view.
@@ -107,8 +110,9 @@ def einsum(inputs: list[Any], outputs: list[Any]) -> int:
 def einsum_macs(
     equation: str, shapes: Sequence[Sequence[int]], path: Sequence[int] | None = None
 ) -> int:
-    """MACs of torch.einsum. path: torch's flat list of pairs, each product going to the end; by
-    default from left to right.
+    """MACs of torch.einsum.
+
+    path: torch's flat list of pairs, each product going to the end; by default from left to right.
 
     A pair that sums nothing is an elementwise product and counts 0, as every other one does.
     """
@@ -173,13 +177,11 @@ def recurrent(name: str) -> Handle:
 
     def count(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
         tokens = prod(shape_of(inputs[0])[:-1])
-        listed = [
-            value for value in inputs[1:4] if value.node().kind() == "prim::ListConstruct"
-        ]  # the weights come last
+        # The weights come last.
+        listed = [value for value in inputs[1:4] if value.node().kind() == "prim::ListConstruct"]
         matrices = [shape for shape in map(shape_of, listed[-1].node().inputs()) if len(shape) == 2]
-        units = (
-            tokens * sum(rows for rows, _ in matrices) // (2 * gates)
-        )  # each unit has its rows in two matrices
+        # Each unit has its rows in two matrices.
+        units = tokens * sum(rows for rows, _ in matrices) // (2 * gates)
         return Counter(
             {
                 name: tokens * sum(map(prod, matrices)),
@@ -219,9 +221,8 @@ def all_handles() -> dict[str, Handle | None]:
         for name, rate in ELEMENTWISE.items()
         for in_place in ("", "_")
     }
-    views = {
-        f"prim::PythonOp.{name}": _nothing for name in VIEWS
-    }  # fvcore cannot ignore a Python function by its name
+    # fvcore cannot ignore a Python function by its name.
+    views = {f"prim::PythonOp.{name}": _nothing for name in VIEWS}
     return {
         **dict.fromkeys(f"aten::{name}" for name in _IGNORED.split()),
         **products,

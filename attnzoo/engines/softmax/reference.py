@@ -1,6 +1,6 @@
 """The softmax engine's reference: A written out, row by row over every key that the masks allow.
 
-    A_ij = exp(s_ij) / Σ_l exp(s_il),    s_ij = scale · q_i·k_j + bias_ij,    l over the visible keys
+    A_ij = exp(s_ij) / Σ_l exp(s_il),    s_ij = scale · q_i·k_j + bias_ij,    l: visible keys
 
 Every backend must equal it. Memory is quadratic in the length.
 """

@@ -152,8 +152,10 @@ def in_gathered(engine: SoftmaxReference, pattern: BlockPattern, call: Call) -> 
 
 @dataclass(frozen=True)
 class LaidOut:
-    """q, k and v in whole blocks, (batch, heads, whole blocks of positions, head_dim): `ahead` empty
-    rows stand before the first query of its block, `spare` empty slots at the end."""
+    """q, k and v in whole blocks, (batch, heads, whole blocks of positions, head_dim).
+
+    ahead: empty rows before the first query of its block. spare: empty slots at the end.
+    """
 
     q: Tensor
     k: Tensor

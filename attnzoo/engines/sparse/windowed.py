@@ -66,7 +66,7 @@ class Windowed(Sparse):
         return self.pattern.sinks > 0
 
     def columns_of(self, call: Call) -> tuple[Call, Columns | None]:
-        """The keys that every row sees, as columns, and the call in whose window they are hidden."""
+        """The keys that every row sees, and the call in whose window they are hidden."""
         if not self.pattern.sinks:
             return call, None
         return with_sinks(call, min(self.pattern.sinks, call.key_length))

@@ -34,8 +34,9 @@ def recorded_calls(model: nn.Module) -> Iterator[list[RecordedCall]]:
 
     model: one that `attnzoo.swap` changed. For exact attention swap in "standard": the masks that
     its blocks are given are then those that any other attention of the zoo takes. A compiled model
-    runs uncompiled inside. Raises ValueError when the model is not swapped or runs with a key-value
-    cache, which a second call would fill again.
+    runs uncompiled inside.
+    Raises ValueError when the model is not swapped or runs with a key-value cache, which a second
+    call would fill again.
     """
     record, calls = record_of(model), []
 
@@ -77,8 +78,9 @@ def attention_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of the swapped layers' attention blocks by name: projections, and what the
     attentions themselves learn.
 
-    Names are those in the model that was swapped, whatever wraps it. Raises ValueError when the
-    model is not swapped.
+    Names are those in the model that was swapped, whatever wraps it.
+
+    Raises ValueError when the model is not swapped.
     """
     part, record = swapped_part(model)
     blocks = {

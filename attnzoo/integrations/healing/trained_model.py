@@ -33,8 +33,9 @@ def load_healed(model: Model, folder: Path) -> Model:
 
     model: the one that was healed, as it was before. `unswap` takes the attentions out and leaves
     the trained projections, which suit them and not exact attention: load the model anew to have it
-    back. Raises ValueError on files that cannot be read or do not fit the model, naming the place;
-    the model is then as it was.
+    back.
+    Raises ValueError on files that cannot be read or do not fit the model, naming the place; the
+    model is then as it was.
     """
     path = folder / PROJECTIONS
     _, tensors = read_tensors(path)
@@ -43,10 +44,12 @@ def load_healed(model: Model, folder: Path) -> Model:
     for name in sorted(parameters.keys() | tensors.keys()):
         wrong = None
         if name not in tensors or name not in parameters:
-            wrong = (
-                f"{name!r} is "
-                f"{'missing from the file' if name in parameters else 'not a projection of a swapped layer'}"
+            reason = (
+                "missing from the file"
+                if name in parameters
+                else "not a projection of a swapped layer"
             )
+            wrong = f"{name!r} is {reason}"
         elif tensors[name].shape != parameters[name].shape:
             wrong = (
                 f"{name!r} has shape {tuple(tensors[name].shape)}; it must be "

@@ -46,7 +46,10 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: transformers' arguments, the answer as (batch, length, heads,
-    head_dim). s_aux: (heads,), sink logits."""
+    head_dim).
+
+    s_aux: (heads,), sink logits.
+    """
     refuse_other_attention(module, kwargs)
     causal = call_is_causal(module, is_causal)
     state_layer = getattr(key, STATE_LAYER, None)

@@ -6,6 +6,9 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+from attnzoo.integrations.huggingface.attention_function import attend
+from attnzoo.integrations.huggingface.interface_masks import padding_mask
+
 #: No "/" (a kernel of the hub) and no "flash" in this name: transformers would read a meaning into
 #: them.
 IMPLEMENTATION = "attnzoo"
@@ -37,10 +40,16 @@ class Registered(str):
 
 
 def _unpickled() -> Registered:
-    from attnzoo.integrations.huggingface.interface import register
-
     register()
     return Registered()
+
+
+def register() -> None:
+    """Make transformers know the implementation of a swapped model by its name."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(IMPLEMENTATION, attend)
+    AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
 
 
 def configs_of(model: Any) -> list[Any]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from attnzoo.call import UnsupportedError
 from attnzoo.eager import can_look
 from attnzoo.integrations.huggingface.attention_function import (
     SUBMODULE,
-    attend,
     call_is_causal,
     refuse_other_attention,
     refuse_weights,
@@ -29,11 +29,13 @@ from attnzoo.integrations.huggingface.configs import (
     claim,
     configs_of,
     mark,
+    register,
     release,
 )
-from attnzoo.integrations.huggingface.interface_masks import is_causal_mask, padding_mask
+from attnzoo.integrations.huggingface.interface_masks import is_causal_mask
 from attnzoo.integrations.huggingface.trial import EXAMPLE, Trial, longest_sequence, trial_of
 from attnzoo.integrations.places import Site
+from attnzoo.integrations.undo import Undo
 
 PROBE = "attnzoo_probe"
 
@@ -63,27 +65,6 @@ class _Probe:
 _probe: ContextVar[_Probe] = ContextVar("probe")
 
 
-class Restore:
-    """Takes the attentions out again and gives every config its own implementation back."""
-
-    def __init__(self, modules: list[nn.Module], claims: list[Claim]) -> None:
-        self.modules = modules
-        self.claims = claims
-        self.repeated: set[str] = set()
-        self.hooks: list[RemovableHandle] = []
-
-    def check(self, model: nn.Module) -> None:
-        """A layer's own module is as it was, but for the attention in it."""
-
-    def __call__(self, model: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        for module in self.modules:
-            delattr(module, SUBMODULE)
-        model._keys_to_ignore_on_save = model._keys_to_ignore_on_save - self.repeated
-        release(self.claims)
-
-
 def handles(model: nn.Module) -> bool:
     """Whether this is a transformers model; transformers is not imported for it."""
     transformers = sys.modules.get("transformers.modeling_utils")
@@ -99,6 +80,7 @@ def find_sites(model: Any, example_inputs: Mapping[str, Any] | None = None) -> l
     already.
     """
     register()
+    _register_probe()
     name = type(model).__name__
     if any(SUBMODULE in module._modules for module in model.modules()):
         raise ValueError(
@@ -202,23 +184,24 @@ def insert(
     sites: list[Site],
     attentions: dict[int, Attention],
     example_inputs: Mapping[str, Any] | None = None,
-) -> Restore:
+) -> Undo:
     """Put the attentions into their layers, switch the model to them, and see that every one of
-    them runs."""
+    them runs. The answer undoes it."""
     names = {layer: attention.spec.name for layer, attention in attentions.items()}
-    paths = [sites[layer].path for layer in attentions]
-    restore = Restore([sites[layer].module for layer in attentions], claim(model, names))
+    modules = [sites[layer].module for layer in attentions]
+    claims = claim(model, names)
     for layer, attention in attentions.items():
         sites[layer].module.add_module(SUBMODULE, attention)
-    restore.repeated = _repeated_keys(model)
-    model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | restore.repeated
-    restore.hooks = [
+    repeated = _repeated_keys(model)
+    model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | repeated
+    hooks = [
         part.register_forward_pre_hook(_check_forward, with_kwargs=True)
-        for part in _holders(model, paths)
+        for part in _holders(model, [sites[layer].path for layer in attentions])
     ]
+    undo = Undo(steps=[partial(_take_out, modules, claims, repeated, hooks)])
     try:
         _set_implementation(model, IMPLEMENTATION)
-        mark(model, restore.claims)
+        mark(model, claims)
         trial_of(model, example_inputs).read()
         idle = [layer for layer, attention in attentions.items() if attention.last_backend is None]
         if idle:
@@ -227,11 +210,27 @@ def insert(
                 "the attention it was given"
             )
     except BaseException:
-        restore(model)
+        undo(model)
         raise
     for attention in attentions.values():
         attention.last_backend = None  # from here on it tells of the caller's own forwards
-    return restore
+    return undo
+
+
+def _take_out(
+    modules: list[nn.Module],
+    claims: list[Claim],
+    repeated: set[str],
+    hooks: list[RemovableHandle],
+    model: Any,
+) -> None:
+    """Take the attentions out again, and give every config its own implementation back."""
+    for hook in hooks:
+        hook.remove()
+    for module in modules:
+        delattr(module, SUBMODULE)
+    model._keys_to_ignore_on_save = model._keys_to_ignore_on_save - repeated
+    release(claims)
 
 
 def _repeated_keys(model: Any) -> set[str]:
@@ -274,12 +273,9 @@ def _check_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         )
 
 
-def register() -> None:
-    """Make transformers know the implementation of a swapped model by its name."""
+def _register_probe() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(IMPLEMENTATION, attend)
-    AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
     AttentionInterface.register(PROBE, _note)
     AttentionMaskInterface.register(PROBE, _note_mask)
 
@@ -350,9 +346,8 @@ def _note_mask(
     from transformers.masking_utils import sdpa_mask
 
     causal = is_causal_mask(mask_function)
-    kwargs.update(
-        allow_is_causal_skip=False, allow_is_bidirectional_skip=False
-    )  # the whole mask, to hold beside what the layer says
+    # The whole mask, to hold beside what the layer says.
+    kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     mask = sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs)
     if mask is not None:
         window = local_size if local_size is None or causal else local_size + 1

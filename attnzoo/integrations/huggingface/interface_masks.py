@@ -60,8 +60,10 @@ def filled_slots(
     key: Tensor, value: Tensor, mask: Tensor, position_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Keys, values, mask and bias whose last slot is the last that is filled: without the unfilled
-    ones, or with these as padding on the left where their number may not be looked at. mask:
-    (batch, slots) int8, as `padding_mask` gives it."""
+    ones, or with these as padding on the left where their number may not be looked at.
+
+    mask: (batch, slots) int8, as `padding_mask` gives it.
+    """
     unfilled = (mask[0] == UNFILLED).sum()
     if can_look(mask):
         cut = slice(0, mask.shape[1] - int(unfilled))
@@ -86,9 +88,8 @@ def is_causal_mask(mask_function: Callable[..., Any] | None) -> bool:
         masking_utils.causal_mask_function,
         masking_utils.bidirectional_mask_function,
     ):
-        return (
-            mask_function is masking_utils.causal_mask_function
-        )  # the two that a compiled graph can tell
+        # The two that a compiled graph can tell.
+        return mask_function is masking_utils.causal_mask_function
     causal = False
     for part in _parts(mask_function):
         if part in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function):
@@ -128,6 +129,5 @@ def mask_function_of(is_causal: bool, window: int | None) -> Callable[..., Any]:
         )
     if is_causal:
         return masking_utils.sliding_window_causal_mask_function(window)
-    return masking_utils.sliding_window_bidirectional_mask_function(
-        window - 1
-    )  # theirs counts the distance, inclusive
+    # Theirs counts the distance, inclusive.
+    return masking_utils.sliding_window_bidirectional_mask_function(window - 1)

@@ -94,9 +94,11 @@ class StateLayer(CacheLayerMixin):
         mask: Tensor | None,
         sink_logits: Tensor | None,
     ) -> Tensor:
-        """The rows of the new tokens. mask: (batch, length) bool over the keys up to the new ones,
-        the last columns being theirs.
-        sink_logits: (heads,), as in `Attention.step`."""
+        """The rows of the new tokens.
+
+        mask: (batch, length) bool over the keys up to the new ones, the last columns being theirs.
+        sink_logits: (heads,), as in `Attention.step`.
+        """
         if mask is not None and mask.dim() != 2:
             raise UnsupportedError(
                 "a 4-D attention_mask cannot hide keys that a state has summed; give a 2-D mask of "

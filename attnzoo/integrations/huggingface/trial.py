@@ -51,8 +51,8 @@ class Trial:
         """One forward in evaluation mode that leaves no trace in the model or in torch's CPU
         generator.
 
-        training: modules that are told they train, themselves and not what is in them. Raises
-        UnsupportedError when the model cannot be tried.
+        training: modules that are told they train, themselves and not what is in them.
+        Raises UnsupportedError when the model cannot be tried.
         """
         reasons = []
         for inputs, is_whole in self.candidates:
@@ -180,11 +180,8 @@ def _spectrogram(config: Any) -> tuple[int, ...]:
 
 
 def _mel_features(config: Any) -> tuple[int, ...]:
-    return (
-        BATCH_SIZE,
-        config.num_mel_bins,
-        2 * config.max_source_positions,
-    )  # of which a convolution leaves half
+    # A convolution leaves half of the positions.
+    return (BATCH_SIZE, config.num_mel_bins, 2 * config.max_source_positions)
 
 
 def _filter_banks(config: Any) -> tuple[int, ...]:

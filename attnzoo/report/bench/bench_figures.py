@@ -1,5 +1,5 @@
-"""Figures of a benchmark: time, memory, kept speed-up and fraction of the limit against length, a
-panel a setting."""
+"""Figures of a benchmark, against length and a panel a setting: time, memory, measured over MAC
+speed-up, fraction of the limit."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from attnzoo.bench.bench_rows import SDPA, Row
 from attnzoo.report.axes import log_axis
-from attnzoo.report.columns import count, duration
 from attnzoo.report.figures import Drawing, Look, chart, plot, ratio_tick
 from attnzoo.report.style import INK, styles
+from attnzoo.results.units import count, duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,13 +49,13 @@ def drawings(rows: Iterable[Row]) -> list[Drawing]:
         ),
         _against_length(
             "kept",
-            "Kept speed-up against length",
+            "Measured over MAC speed-up, against length",
             "Speed-up over exact SDPA in the same rounds, divided by the speed-up that the MACs "
             "promise. At 1 every saved MAC is saved time.",
             rows,
             look,
             lambda row: row.kept_speedup,
-            "kept speed-up",
+            "measured / MAC speed-up",
             ratio_tick,
         ),
         _against_length(

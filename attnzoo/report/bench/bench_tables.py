@@ -9,12 +9,12 @@ from attnzoo.bench.bench_rows import SDPA, Row
 from attnzoo.bench.crossover import NOTE, Crossover, curves, memory_crossover, time_crossover
 from attnzoo.registry import names, spec_of
 from attnzoo.report.bench.bench_figures import panel_title, panels
-from attnzoo.report.columns import count, duration, memory, percent, ratio
-from attnzoo.table import Column, Table
+from attnzoo.results.table import Column, Table
+from attnzoo.results.units import count, duration, memory, percent, ratio
 
 FORMULA = (
-    "kept = (t of SDPA / t) / (MACs of SDPA / MACs); limit = least time by measured GEMM rate and "
-    "copy bandwidth / t, "
+    "measured speed-up = t of SDPA / t; MAC speed-up = MACs of SDPA / MACs; limit = least time by "
+    "measured GEMM rate and copy bandwidth / t, "
     "above 100% where data stays in a cache, or the machine runs faster than when its limit was "
     "measured; shapes are batch × heads × head_dim"
 )
@@ -28,8 +28,8 @@ COLUMNS = (
     Column("tokens_per_second", "tokens/s", lambda value: count(int(value))),
     Column("gflops", "GFLOP/s", ",.1f"),
     Column("gigabytes", "GB/s", ",.1f"),
-    Column("speedup", "speed-up", ratio),
-    Column("kept", "kept", ".2f"),
+    Column("speedup", "measured speed-up", ratio),
+    Column("kept", "measured / MAC", ".2f"),
     Column("limit", "limit", percent),
     Column("peak_bytes", "peak", memory),
     Column("ran", "ran", words=True),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from attnzoo.quality.quality_rows import EXACT, Row
 from attnzoo.report.axes import log_axis
-from attnzoo.report.columns import folded
+from attnzoo.report.comparison_columns import folded
 from attnzoo.report.figures import Drawing, Look, chart, count_tick, plot
 from attnzoo.report.quality.quality_tables import as_share, change_in_words, sources
 from attnzoo.report.style import INK, new_figure, styles
@@ -196,7 +196,7 @@ def _lengths(axes: Axes, rows: list[Row], look: Look, *, words: str) -> None:
 
 
 def _maps(rows: Sequence[Row], words: str) -> list[Drawing]:
-    """One heat map a text, below each other: a column a layer, a row a candidate."""
+    """One heat map a text, below each other: a column a layer, a row a choice."""
     tried = [row for row in rows if row.task == "layer" and as_share(row) is not None]
     if not tried:
         return []

@@ -53,7 +53,7 @@ def _cheapest(rows: list[Row], tolerance: float) -> str:
 
 
 def _layers(rows: Sequence[Row]) -> Iterator[str]:
-    """For each candidate, the layers that tolerate it on every text."""
+    """For each choice, the layers that tolerate it on every text."""
     tried = [row for row in rows if row.task == "layer" and row.layer is not None]
     for label in dict.fromkeys(row.label for row in tried):
         worst: dict[int, tuple[float, Row]] = {}

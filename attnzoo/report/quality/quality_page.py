@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from attnzoo.quality.quality_rows import Row
-from attnzoo.quality.texts import SAID
 from attnzoo.report.document import html_items, joined, results_document
 from attnzoo.report.quality.quality_figures import drawings
 from attnzoo.report.quality.quality_headlines import headlines
 from attnzoo.report.quality.quality_tables import embeds, sources, tables
+from attnzoo.texts.parts import SAID
 
 TITLE = "Which attention can be used where"
 LEAD = (
@@ -19,7 +19,7 @@ LEAD = (
     "MACs are what each attention executes, exact attention's on its support alone."
 )
 METHOD = (
-    "Every candidate is tried in each layer alone, on text to choose by. A layer's candidates on "
+    "Every choice is tried in each layer alone, on text to choose by. A layer's choices on "
     "the lower convex hull of (MACs saved, change) "
     "become moves, all put in order of change per MAC saved, the change being the mean size over "
     "the texts.",

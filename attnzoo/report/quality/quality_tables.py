@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 
 from attnzoo.quality.quality_rows import EXACT, Row
-from attnzoo.report.columns import count, percent
-from attnzoo.table import Column, Table
+from attnzoo.results.table import Column, Table
+from attnzoo.results.units import count, percent
 
 HOPELESS = 1e5  # perplexities from here on, and ratios, are written by their power of ten
-TOLERATED = 0.01  # a layer tolerates a candidate that changes the model by less
+TOLERATED = 0.01  # a layer tolerates a choice that changes the model by less
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
@@ -181,11 +181,11 @@ def _one_layer(rows: Sequence[Row]) -> Iterable[Table]:
                     max(shares, key=lambda layer: shares[layer]),
                     min(shares, key=lambda layer: abs(shares[layer])),
                 )
+                tolerant = sum(abs(share) < TOLERATED for share in shares.values())
                 found.append(
                     {
                         "label": label,
-                        "tolerant": f"{sum(abs(share) < TOLERATED for share in shares.values())} of "
-                        f"{len(shares)}",
+                        "tolerant": f"{tolerant} of {len(shares)}",
                         "median": median(shares.values()),
                         "least": f"{least} ({signed(shares[least])})",
                         "most": f"{most} ({signed(shares[most])})",

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attnzoo.cost.hardware import GPU
 from attnzoo.cost.limits import (
@@ -18,11 +18,9 @@ from attnzoo.cost.limits import (
     longest,
 )
 from attnzoo.cost.model_sizes import TransformerModel
-from attnzoo.report.columns import count, duration
-from attnzoo.table import Column, Table
-
-if TYPE_CHECKING:
-    from attnzoo.report.scaling.scaling import Settings
+from attnzoo.report.scaling.settings import Settings
+from attnzoo.results.table import Column, Table
+from attnzoo.results.units import count, duration
 
 TIME_LENGTHS = tuple(2**power for power in range(9, 18, 2))
 

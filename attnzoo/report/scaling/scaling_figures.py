@@ -12,11 +12,12 @@ from attnzoo.cost.hardware import GPU
 from attnzoo.cost.layer_costs import CountedVariant
 from attnzoo.cost.limits import attention_bytes, attention_macs, attention_roofline, matrix_bytes
 from attnzoo.report.axes import log_axis
-from attnzoo.report.columns import count, duration
 from attnzoo.report.figures import Drawing
 from attnzoo.report.scaling.model_tables import causality
-from attnzoo.report.scaling.scaling import Scaling, Settings
+from attnzoo.report.scaling.scaling_report import Scaling
+from attnzoo.report.scaling.settings import Settings
 from attnzoo.report.style import INK, LINES, MARKERS, PALETTE, new_figure, styles
+from attnzoo.results.units import count, duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,9 +152,8 @@ def _contours(scaling: Scaling, axes: Axes) -> None:
     )
     macs = [[n * n * d for n in lengths] for d in widths]
     levels = [10.0**power for power in range(6, 16)]
-    shades = LinearSegmentedColormap.from_list(
-        "shades", ["#f7fbff", "#6baed6"]
-    )  # light enough for black labels throughout
+    # Light enough for black labels throughout.
+    shades = LinearSegmentedColormap.from_list("shades", ["#f7fbff", "#6baed6"])
     axes.contourf(
         lengths, widths, macs, levels=levels, norm=LogNorm(levels[0], levels[-1]), cmap=shades
     )
@@ -386,7 +386,7 @@ def _kept_gib(settings: Settings, variant: CountedVariant, n: int) -> float | No
 
 def _variant_lines(scaling: Scaling, axes: Axes, value: Callable) -> list[float]:
     """One line a variant that runs as the settings say; returns every number drawn."""
-    look = styles((variant.name, variant.label) for variant in scaling.variants)
+    look = styles((variant.choice.name, variant.label) for variant in scaling.variants)
     drawn: list[float] = []
     for variant in scaling.variants:
         if variant.runs(scaling.settings.is_causal):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from attnzoo.report.scaling.scaling import Scaling
-from attnzoo.table import Table
+from attnzoo.report.scaling.scaling_report import Scaling
+from attnzoo.results.table import Table
 
 
 def headlines(scaling: Scaling) -> list[str]:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from html import escape
 
 from attnzoo.report.document import document, html_figure, html_items, html_table
-from attnzoo.report.scaling.scaling import CONVENTION, Scaling
 from attnzoo.report.scaling.scaling_figures import drawings
 from attnzoo.report.scaling.scaling_headlines import headlines
+from attnzoo.report.scaling.scaling_report import CONVENTION, Scaling
 
 TITLE = "What an attention costs"
 SOURCE = "https://mbrenndoerfer.com/writing/attention-complexity-quadratic-scaling-memory-efficient-transformers"
@@ -46,7 +46,8 @@ def _article(scaling: Scaling) -> Iterator[str]:
         "each computed from its formula.</p>"
     )
     yield "<h3>Where its prose and its tables part, the tables are right</h3>"
-    yield f"<ul>{html_items(f'“{found.prose}”: {found.table}' for found in scaling.contradictions)}</ul>"
+    contradictions = (f"“{found.prose}”: {found.table}" for found in scaling.contradictions)
+    yield f"<ul>{html_items(contradictions)}</ul>"
     for drawing in drawings(scaling):
         if drawing.name in ARTICLE_FIGURES:
             yield html_figure(drawing)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attnzoo.cost.hardware import GPU, Roofline, roofline
 from attnzoo.cost.layer_costs import CountedVariant
@@ -19,12 +19,10 @@ from attnzoo.cost.limits import (
 )
 from attnzoo.cost.model_sizes import TransformerModel
 from attnzoo.cost.path_lengths import known_path, longest_path, support
-from attnzoo.report.columns import count, duration, memory, ratio
 from attnzoo.report.scaling.model_tables import causality, fitting
-from attnzoo.table import Column, Table
-
-if TYPE_CHECKING:
-    from attnzoo.report.scaling.scaling import Settings
+from attnzoo.report.scaling.settings import Settings
+from attnzoo.results.table import Column, Table
+from attnzoo.results.units import count, duration, memory, ratio
 
 SEARCHED_LENGTH = 512  # tokens of which every pair is looked at
 VARIANT_LIMIT = 2**20  # tokens up to which a variant's longest sequence is searched
@@ -62,7 +60,7 @@ def variant_costs(
     columns = (
         Column("variant", "variant", words=True),
         Column("macs", "MACs", count),
-        Column("gain", "fewer MACs", ratio),
+        Column("gain", "MAC speed-up", ratio),
         Column("support_macs", "MACs of A's support", count),
         Column("kept_per_token", "kept a token", memory),
         Column("state_bytes", "decoding state", memory),

@@ -27,14 +27,8 @@ NEAR, RING = (
     # marker
 )
 FAR = 0.2  # of the worst model's bits, or of the models' span: baselines beyond it are not drawn
-GUESSES = (
-    ":",
-    "--",
-    "-.",
-    (0, (5, 1)),
-    (0, (1, 3)),
-    (0, (4, 2, 1, 2, 1, 2)),
-)  # lines of the baselines, more than any task has
+# Lines of the baselines, more than any task has.
+GUESSES = (":", "--", "-.", (0, (5, 1)), (0, (1, 3)), (0, (4, 2, 1, 2, 1, 2)))
 
 
 def drawings(problems: Sequence[Problem]) -> list[Drawing]:

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from attnzoo.report.columns import count, duration, memory
-from attnzoo.table import Column, Table
+from attnzoo.results.table import Column, Table
+from attnzoo.results.units import count, duration, memory
 from attnzoo.training.summary import Problem, Summary
 
 COLUMNS = (

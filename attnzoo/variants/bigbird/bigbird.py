@@ -40,8 +40,8 @@ class BigBird(Attention):
         name="bigbird",
         title="BigBird",
         paper="Zaheer et al., Big Bird: Transformers for Longer Sequences, 2020, arXiv:2007.14062",
-        equation="A_ij = exp(q_i·k_j/√d) / Σ_{l∈S(i)} exp(q_i·k_l/√d), j ∈ S(i) = window ∪ global ∪ "
-        "random",
+        equation="A_ij = exp(q_i·k_j/√d) / Σ_{l∈S(i)} exp(q_i·k_l/√d), "
+        "j ∈ S(i) = window ∪ global ∪ random",
         complexity="O(n·(w+g+r)) time, O(n) memory",
         family="sparse",
         exact=True,

@@ -48,8 +48,8 @@ class Longformer(Attention):
         name="longformer",
         title="Longformer",
         paper="Beltagy et al., Longformer: The Long-Document Transformer, 2020, arXiv:2004.05150",
-        equation="A_ij = exp(q_i·k_j/√d) / Σ_{l∈S(i)} exp(q_i·k_l/√d), j ∈ S(i) = window ∪ global, all "
-        "keys where i is global",
+        equation="A_ij = exp(q_i·k_j/√d) / Σ_{l∈S(i)} exp(q_i·k_l/√d), "
+        "j ∈ S(i) = window ∪ global, all keys where i is global",
         complexity="O(n·(w+g)) time, O(n) memory",
         family="sparse",
         exact=True,

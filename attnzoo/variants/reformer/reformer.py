@@ -53,8 +53,8 @@ class Reformer(Attention):
         name="reformer",
         title="Reformer (LSH attention)",
         paper="Kitaev et al., Reformer: The Efficient Transformer, 2020, arXiv:2001.04451",
-        equation="A_ij = exp(q_i·k_j/√d) / Σ_{l∈P(i)} exp(q_i·k_l/√d), j ∈ P(i): same bucket in some "
-        "hash round, near in it",
+        equation="A_ij = exp(q_i·k_j/√d) / Σ_{l∈P(i)} exp(q_i·k_l/√d), "
+        "j ∈ P(i): same bucket in some hash round, near in it",
         complexity="O(n·(r·c + log n)) time, O(n·c) memory",
         family="sparse",
         exact=True,

@@ -204,7 +204,7 @@ _SHOWN: dict[type[Factor], Callable[[Tensor, Tensor, int], Tensor]] = {
     Neighbours: lambda i, j, stride: (i - j).abs() <= stride,
     OwnBlock: lambda i, j, stride: i - i % stride == j - j % stride,
 }
-"""Which of the keys that are computed for the first factor it shows; those of the second are all its own."""
+"""Which of the keys computed for the first factor belong to it; the second owns all of its keys."""
 
 
 def shown(factor: Factor, near: Factor | None, grid: Grid, i: Tensor, j: Tensor) -> Tensor:

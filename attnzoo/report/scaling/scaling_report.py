@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from attnzoo.arguments import check_positive
 from attnzoo.cost import article
 from attnzoo.cost.article import Contradiction, contradictions
 from attnzoo.cost.hardware import GPU
 from attnzoo.cost.layer_costs import CountedVariant, whole_zoo
 from attnzoo.cost.model_sizes import TransformerModel
+from attnzoo.registry import Choice
 from attnzoo.report.scaling import model_tables, variant_tables
-from attnzoo.table import Table
+from attnzoo.report.scaling.settings import Settings
+from attnzoo.results.table import Table
 
 FORMAT = "attnzoo.scaling/1"
 CONVENTION = (
@@ -24,39 +25,11 @@ CONVENTION = (
     "its own tables keep its count, everything else here says MACs, or FLOPs = 2 · MACs. The "
     "softmax's exponentials are in no MAC count."
 )
-ARTICLE_MODELS = (
-    "gpt2",
-    "gpt2-medium",
-    "gpt2-large",
-    "13b",
-)  # presets that the article's tables are about
+# Presets that the article's tables are about.
+ARTICLE_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "13b")
 ARTICLE_GPUS = ("rtx-3090", "a100-40gb", "a100-80gb", "h100")
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is computed. length: tokens at which variants are compared. share: of a GPU's memory
-    that may be filled.
-    tflops: the rate, 10¹² FLOPs a second, of the column that is no roofline."""
-
-    model: TransformerModel
-    gpu: GPU
-    length: int = 16384
-    is_causal: bool = False
-    share: float = article.SHARE
-    tflops: float = article.RATE / 1e12
-
-    def __post_init__(self) -> None:
-        check_positive("length", self.length)
-        if not 0 < self.share <= 1:
-            raise ValueError(
-                f"share={self.share:g} must be above 0 and at most 1: the part of a GPU's memory "
-                "that may be filled"
-            )
-        if not 0 < self.tflops < float("inf"):
-            raise ValueError(f"tflops={self.tflops:g} must be above 0")
 
 
 @dataclass(frozen=True)
@@ -98,12 +71,13 @@ def scaling(
     settings: Settings,
     models: dict[str, TransformerModel],
     gpus: dict[str, GPU],
-    variants: Iterable[tuple[str, dict[str, Any]]] | None = None,
+    variants: Iterable[Choice] | None = None,
     progress: Progress = lambda stage: None,
 ) -> Scaling:
-    """Compute every table. models, gpus: presets by name, which must hold the article's. variants:
-    names with options (default: the zoo).
+    """Compute every table.
 
+    models, gpus: presets by name, which must hold the article's.
+    variants: default: the zoo.
     Raises ValueError on a preset that is missing and on a variant or an option that does not exist.
     """
     for kind, wanted, found in (("model", ARTICLE_MODELS, models), ("gpu", ARTICLE_GPUS, gpus)):
@@ -120,10 +94,10 @@ def scaling(
         counted, need_options = whole_zoo(settings.model)
     else:
         counted, need_options = (
-            [CountedVariant(name, settings.model, options) for name, options in variants],
+            [CountedVariant(choice, settings.model) for choice in variants],
             [],
         )
-    baseline = CountedVariant("standard", settings.model)
+    baseline = CountedVariant(Choice("standard"), settings.model)
     baseline = next((variant for variant in counted if variant == baseline), baseline)
     every_model, every_gpu = (
         _with(models.values(), settings.model),

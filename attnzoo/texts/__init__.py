@@ -1,0 +1,1 @@
+"""Texts for models to read: plays, plain prose, files."""
