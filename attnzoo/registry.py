@@ -7,6 +7,7 @@ import importlib
 import inspect
 import pkgutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -127,6 +128,16 @@ def find(name: str) -> type[Attention]:
 def spec_of(name: str) -> Spec:
     """The spec of a variant by name."""
     return find(name).spec
+
+
+def with_spec(able: Callable[[Spec], bool]) -> list[str]:
+    """Names of the variants whose spec is so, for errors that say what to use instead."""
+    return [name for name in names() if able(spec_of(name))]
+
+
+def inputs_of_all() -> list[str]:
+    """Names of all that any variant takes beside q, k and v."""
+    return list({one.name: one for name in names() for one in spec_of(name).inputs})
 
 
 def options_of(name: str) -> tuple[Option, ...]:

@@ -154,6 +154,11 @@ class Engine(nn.Module):
 
     backends: ClassVar[tuple[Backend, ...]]
 
+    @property
+    def reach(self) -> int | None:
+        """How many keys back a causal query can see, itself included; None: to the first."""
+        return None
+
     def backend_names(self) -> list[str]:
         return [backend.name for backend in self.backends]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attnzoo.attention import Attention, Spec
-from attnzoo.engines.softmax.softmax import Softmax
+from attnzoo.engines.softmax.softmax import SINK_LOGITS, Softmax
 from attnzoo.registry import register
 
 
@@ -33,7 +33,7 @@ class Standard(Attention):
         family="exact",
         exact=True,
         attn_mask=True,
-        sink_logits=True,
+        inputs=(SINK_LOGITS,),
         dropout=True,
     )
 

@@ -199,10 +199,8 @@ def engines_apart(
             within = max(q[2], k[2]) < FOLDED_FROM and any(
                 any(child.children()) for child in engine.children()
             )
-            named = (
-                call.global_mask is not None or call.global_qkv is not None
-            )  # from other inputs of the module
-            if chosen not in APART or within or named or call.attn_mask is not None:
+            more = any(one.has_length for one, _ in call.given())  # what the module makes besides
+            if chosen not in APART or within or more or call.attn_mask is not None:
                 return type(engine).forward(engine, call, backend)
             layout = _layout(engine, q[2], k[2], q[1], is_causal)
             found.append(

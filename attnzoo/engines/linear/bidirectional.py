@@ -9,7 +9,7 @@ can follow.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -47,10 +47,7 @@ class Slab:
     tokens: int
 
     def of(self, call: Call) -> Call:
-        mask = None if call.key_mask is None else call.key_mask[self.samples]
-        return replace(
-            call, q=self.queries(call.q), k=self.keys(call.k), v=self.keys(call.v), key_mask=mask
-        )
+        return call.select(batch=self.samples, heads=self.heads)
 
     def queries(self, x: Tensor) -> Tensor:
         return x[self.samples, self.heads]

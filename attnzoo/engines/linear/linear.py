@@ -148,7 +148,8 @@ def _chunked(engine: Linear, call: Call) -> Tensor:
     blind = (
         -call.offset if call.offset < 0 else 0
     )  # not max, which a compiler of symbolic lengths would carry along
-    out = gradient.attend(engine.feature_map, replace(call, q=call.q[:, :, blind:]))
+    seeing = call.select(queries=slice(blind, None)) if blind else call
+    out = gradient.attend(engine.feature_map, seeing)
     return torch.cat([out.new_zeros(*out.shape[:2], blind, out.shape[3]), out], 2) if blind else out
 
 
@@ -171,13 +172,10 @@ def _recur(feature_map: FeatureMap, call: Call, past: Past | None) -> tuple[Tens
     it."""
     rows = []
     for token in range(call.key_length):
-        one = slice(token, token + 1)
-        mask = None if call.key_mask is None else call.key_mask[:, one]
-        past = chunks.absorb(feature_map, call.k[:, :, one], call.v[:, :, one], mask, past)
-        rows += [
-            piece.rows
-            for piece in chunks.read_all(feature_map, replace(call, q=call.q[:, :, one]), past)
-        ]
+        here = slice(token, token + 1)
+        one = call if call.key_length == 1 else call.select(queries=here, keys=here)
+        past = chunks.absorb(feature_map, one.k, one.v, one.key_mask, past)
+        rows += [piece.rows for piece in chunks.read_all(feature_map, one, past)]
     return torch.cat(rows, 2), past
 
 

@@ -29,7 +29,9 @@ from attnzoo.engines.engine import (
 )
 from attnzoo.engines.softmax import xformers_kernel
 from attnzoo.engines.softmax.cache import KeyValueCache
+from attnzoo.spec import Input
 
+SINK_LOGITS = Input("sink_logits", "heads")
 LANES = 8  # features of a head come in multiples of so many, for the sake of kernels
 
 
@@ -108,10 +110,7 @@ def attend_to_cache(
     """Decode with any engine that reads keys and values: append, then one causal call, aligned
     bottom-right."""
     state = state.append(call)
-    out, name = engine(
-        Call(call.q, state.k, state.v, state.key_mask, None, True, sink_logits=call.sink_logits),
-        backend,
-    )
+    out, name = engine(call.over(call.q, state.k, state.v, state.key_mask), backend)
     return out, state, name
 
 
@@ -155,9 +154,8 @@ def dense_weights(engine: Softmax, call: Call, mask: Tensor | None) -> Tensor:
         scores = scores + bias.to(dtype)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return masked_softmax(
-        scores, None if call.sink_logits is None else call.sink_logits[:, None, None]
-    )
+    logits = call.get("sink_logits")
+    return masked_softmax(scores, None if logits is None else logits[:, None, None])
 
 
 def reference(engine: Softmax, call: Call) -> Tensor:
@@ -194,9 +192,10 @@ def masked_softmax(scores: Tensor, sink_logits: Tensor | None = None) -> Tensor:
 def _sdpa(engine: Softmax, call: Call) -> Tensor:
     mask, bias = _sdpa_masks(call)
     is_causal = bool(call.is_causal and mask is None and call.query_length > 1)
-    if call.sink_logits is None:
+    logits = call.get("sink_logits")
+    if logits is None:
         return sdpa(engine, call.q, call.k, call.v, mask, bias, is_causal=is_causal)
-    q, k, v = _with_sink_slot(call, call.sink_logits, engine.scale_of(call.q), with_query=is_causal)
+    q, k, v = _with_sink_slot(call, logits, engine.scale_of(call.q), with_query=is_causal)
     mask, bias = (
         None
         if x is None
@@ -333,7 +332,7 @@ def merge_masks(mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def _sdpa_why_not(engine: Softmax, call: Call) -> str | None:
-    if call.sink_logits is not None and engine.scale == 0:
+    if "sink_logits" in call.inputs and engine.scale == 0:
         return "SDPA makes scores of products, and scale=0 leaves none to make sink_logits of"
     if (
         call.attn_mask is not None

@@ -107,11 +107,7 @@ def works_alone(engine: Softmax, call: Call) -> bool:
     """Whether a Function of our own may compute the call: on a CPU, without dropout, and where
     neither a graph nor a transform wants to see torch's SDPA."""
     drops = engine.dropout > 0 and engine.training
-    looked_at = (
-        (call.q, call.k, call.v)
-        if call.sink_logits is None
-        else (call.q, call.k, call.v, call.sink_logits)
-    )
+    looked_at = (call.q, call.k, call.v, *call.inputs.values())
     return call.q.device.type == "cpu" and not drops and only_autograd_looks(*looked_at)
 
 

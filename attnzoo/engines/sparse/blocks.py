@@ -126,17 +126,10 @@ def attend(engine: Softmax, pattern: BlockPattern, call: Call, grid: Grid) -> Te
     )  # empty rows before the first query of its block, empty slots at the end
     q, (k, v) = _pad(call.q, ahead, spare), (_pad(x, 0, spare) for x in (call.k, call.v))
     blocks, found = sorted_key_blocks(pattern, grid), runs(pattern, grid)
-    key_mask = call.key_mask
+    key_mask, frame = call.key_mask, call.frame()
 
     def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
-        real = Call(
-            q,
-            k[:, :, : grid.key_length],
-            v[:, :, : grid.key_length],
-            key_mask,
-            None,
-            grid.is_causal,
-        )
+        real = frame(q, k[:, :, : grid.key_length], v[:, :, : grid.key_length])
         return _head_by_head(engine, size, q, k, v, blocks, found, real)
 
     if tiles.serves(engine, call):

@@ -16,7 +16,7 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.joining import join, mask_of_heads, samples_at_a_time
 from attnzoo.engines.softmax import tiles
-from attnzoo.engines.softmax.softmax import Softmax, attend_openly, sdpa
+from attnzoo.engines.softmax.softmax import SINK_LOGITS, Softmax, attend_openly, sdpa
 from attnzoo.engines.sparse import dilated, windows
 from attnzoo.engines.sparse.patterns import Grid, Window, grid_of
 
@@ -73,16 +73,13 @@ def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid, columns: Co
         key_cap = tiles.cap(torch.cat([call.key_mask, columns.real], 1), call.q)
         table = columns.slots if call.is_causal else None
 
-        key_mask, real, slots, lengths = (
-            call.key_mask,
-            columns.real,
-            columns.slots,
-            [call.key_length, columns.count],
-        )
+        real, slots, lengths = columns.real, columns.slots, [call.key_length, columns.count]
+        frame = call.frame()
 
-        def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
+        def compute(q: Tensor, k: Tensor, v: Tensor, logits: Tensor | None) -> Tensor:
             (k, its_k), (v, its_v) = (x.split(lengths, 2) for x in (k, v))
-            near = Call(q, k, v, key_mask, None, grid.is_causal, sink_logits=sink_logits)
+            near = frame(q, k, v)
+            near = near if logits is None else near.giving(SINK_LOGITS, logits)
             return attend(engine, pattern, near, grid, Columns(its_k, its_v, real, slots))
 
         return tiles.attend(
@@ -94,7 +91,7 @@ def attend(engine: Softmax, pattern: Window, call: Call, grid: Grid, columns: Co
             table,
             partial(_pieces, pattern, grid, columns.count),
             compute,
-            call.sink_logits,
+            call.get("sink_logits"),
         )
     return join(_rows(engine, pattern, call, columns, grid), call.query_length, 2)
 
@@ -202,7 +199,7 @@ def _piece(
     start: the first row, and the first key. shape: size, width."""
     (first, low), (size, width), (batch, heads, rows, head_dim) = start, shape, call.q.shape
     parts, kv_heads = rows // size, call.k.shape[1]
-    device = call.q.device
+    device, sink_logits = call.q.device, call.get("sink_logits")
     positions = grid.offset + first + torch.arange(rows, device=device).view(parts, size, 1)
     slots = (
         low
@@ -242,11 +239,11 @@ def _piece(
             torch.cat([visible, visible_columns], 3).repeat(1, 1, call.group, 1), kv_heads
         )
         queries = q[some].flatten(0, 1)
-        if call.sink_logits is None:
+        if sink_logits is None:
             outs.append(sdpa(engine, queries, k, v, mask))
         else:
             logits = (
-                call.sink_logits.view(kv_heads, call.group)
+                sink_logits.view(kv_heads, call.group)
                 .repeat_interleave(size, 1)[:, None, :, None]
                 .repeat(real.shape[0], 1, 1, 1)
             )

@@ -222,7 +222,7 @@ def why_not(engine: Sparse, call: Call) -> str | None:
     if not isinstance(engine.pattern, Window | BlockPattern):
         return f"the pattern {type(engine.pattern).__name__} has no layout in blocks"
     if isinstance(engine.pattern, Window) and (
-        engine.pattern.sinks or call.sink_logits is not None
+        engine.pattern.sinks or "sink_logits" in call.inputs
     ):
         return "its tables have no sinks, and its softmax no sink logits"
     if engine.pattern.tied_to_end and call.key_mask is not None and not call.is_causal:

@@ -23,6 +23,7 @@ from attnzoo.engines.engine import (
 from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.softmax.softmax import (
+    SINK_LOGITS,
     Softmax,
     causal_mask,
     dense_weights,
@@ -70,13 +71,17 @@ class Sparse(Softmax):
         self.pattern = pattern
         self.sink_logits = nn.Parameter(torch.zeros(sink_logits)) if sink_logits else None
 
+    @property
+    def reach(self) -> int | None:
+        return self.pattern.reach
+
     def reset_parameters(self) -> None:
         """Set what is learned to what it begins with."""
         if self.sink_logits is not None:
             nn.init.zeros_(self.sink_logits)
 
     def completed(self, call: Call) -> Call:
-        return call if self.sink_logits is None else replace(call, sink_logits=self.sink_logits)
+        return call if self.sink_logits is None else call.giving(SINK_LOGITS, self.sink_logits)
 
     def run(self, call: Call, backend: str) -> tuple[Tensor, str]:
         chosen = self.choose(call, backend)
@@ -124,14 +129,14 @@ class Sparse(Softmax):
             return GlobalCache.around(
                 KeyValueCache.empty(*sizes, self.pattern.near - 1, *like), self.pattern.sinks
             )
-        reach = self.pattern.reach
+        reach = self.reach
         return KeyValueCache.empty(*sizes, None if reach is None else reach - 1, *like)
 
     def step(self, call: Call, state: Any, backend: str) -> tuple[Tensor, Any, str]:
         if not isinstance(state, GlobalCache):
             return super().step(call, state, backend)
         mask = state.new_globals(call)
-        out, name = self(replace(state.joined(call, mask), global_mask=None), backend)
+        out, name = self(state.joined(call)[0], backend)
         return out, state.append(call, mask), name
 
     def cost(self, shape: Shape) -> Cost:
@@ -178,7 +183,7 @@ class Sparse(Softmax):
         """A·v as exact attention computes it, where nothing but causality and padding hides a key;
         else None, as where a mask of both is large."""
         grid, mask = grid_of(call), call.key_mask
-        if call.sink_logits is not None or not self._is_whole(grid):
+        if "sink_logits" in call.inputs or not self._is_whole(grid):
             return None
         if self.pattern.tied_to_end and not grid.is_causal and not ends_real(mask):
             return None
@@ -241,7 +246,7 @@ def attend_windows(engine: Sparse, pattern: Window, call: Call) -> Tensor:
 
 def _window(engine: Sparse, window: Window, call: Call) -> Tensor:
     """For heads of one dilation."""
-    if window.sinks or not (call.sink_logits is None or tiles.serves(engine, call)):
+    if window.sinks or not ("sink_logits" not in call.inputs or tiles.serves(engine, call)):
         near, columns = _with_sinks(call, min(window.sinks, grid_of(call).key_length))
         return attend_dilated(engine, window, near, columns)
     return dilated.of_one_dilation(window, call, lambda plain, part: _plain(engine, plain, part))

@@ -14,7 +14,7 @@ from attnzoo.call import Call
 from attnzoo.eager import is_open
 from attnzoo.engines.joining import at_a_time, join, mask_of_heads, samples_at_a_time
 from attnzoo.engines.softmax import tiles
-from attnzoo.engines.softmax.softmax import Softmax, sdpa
+from attnzoo.engines.softmax.softmax import SINK_LOGITS, Softmax, sdpa
 from attnzoo.engines.sparse.patterns import Grid, Window
 
 # Queries that share a slice: larger wastes scores outside the window, smaller starves the matmuls
@@ -91,16 +91,17 @@ def attend(
     where `in_cache` serves; again: whatever serves where that does not."""
     if tiles.serves(engine, call):
         key_cap = None if call.key_mask is None else tiles.cap(call.key_mask, call.q)
-        key_mask, is_causal = call.key_mask, call.is_causal  # what `compute` holds is freed late
+        logits, frame = call.get("sink_logits"), call.frame()  # what `compute` holds is freed late
 
-        def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
-            return again(Call(q, k, v, key_mask, None, is_causal, sink_logits=sink_logits))
+        def compute(q: Tensor, k: Tensor, v: Tensor, logits: Tensor | None) -> Tensor:
+            near = frame(q, k, v)
+            return again(near if logits is None else near.giving(SINK_LOGITS, logits))
 
         def of_heads(q: Tensor, _: Tensor | None) -> list[list[tiles.Slices]]:
             return [pieces(pattern, grid, q)] * grid.heads
 
         return tiles.attend(
-            engine, call.q, call.k, call.v, key_cap, None, of_heads, compute, call.sink_logits
+            engine, call.q, call.k, call.v, key_cap, None, of_heads, compute, logits
         )
     found, dense = plan(pattern, grid), edges(pattern, grid)
     if found.blocks:

@@ -90,10 +90,10 @@ class Nystromformer(Attention):
         k_landmarks = repeat_heads(segment_means(call.k, segments, call.key_mask)[0], call.group)
         inverse = self._pseudo_inverse(q_landmarks.to(dtype), k_landmarks.to(dtype), filled)
         seen_by_landmarks, _ = self.engine(
-            Call(q_landmarks, call.k, call.v, call.key_mask), backend
+            call.over(q_landmarks, call.k, call.v, call.key_mask), backend
         )
         values = (inverse @ seen_by_landmarks.to(dtype)).to(call.q.dtype)
-        out, name = self.engine(Call(call.q, k_landmarks, values, filled), backend)
+        out, name = self.engine(call.over(call.q, k_landmarks, values, filled), backend)
         if self.convolution is None:
             return out, name
         near = self.convolution(repeat_heads(call.v, call.group).to(self.convolution.weight.dtype))

@@ -82,11 +82,14 @@ class Reformer(Attention):
             Hashed(hashing, chunk_size, share_qk=share_qk, scale=scale),
             backend=backend,
         )
-        self.shares_qk = share_qk
+
+    @property
+    def projected(self) -> tuple[str, ...]:
+        return ("qk", "v") if self.engine.share_qk else super().projected
 
     def refuse(self, call: Call) -> None:
         super().refuse(call)
-        if self.shares_qk and call.k is not call.q:
+        if self.engine.share_qk and call.k is not call.q:
             raise UnsupportedError(
                 "reformer with share_qk=True has one projection for queries and keys: pass the "
                 "same tensor as q and k, or build with share_qk=False"

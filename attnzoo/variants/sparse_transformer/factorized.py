@@ -162,13 +162,13 @@ def _attend_one(engine: Factorized, factors: tuple[Factor, ...], call: Call, gri
 def _blocks(engine: Factorized, call: Call) -> Tensor:
     grid, groups = grid_of(call), engine.heads_of(call.q.shape[1])
     if grid.query_length > 1 and factorized_flash.serves(engine, call):
-        key_mask, is_causal = call.key_mask, call.is_causal  # what the function holds is freed late
+        frame = call.frame()  # what the function holds is freed late
         return factorized_flash.attend(
             engine,
             groups,
             call,
             grid,
-            lambda q, k, v: _blocks(engine, Call(q, k, v, key_mask, None, is_causal)),
+            lambda q, k, v: _blocks(engine, frame(q, k, v)),
         )
     attend = _attend_one if grid.query_length == 1 else _attend
     if len(groups) == 1:
