@@ -18,6 +18,7 @@ from attnzoo.spec import Input
 QUERIES = ("batch", "heads", "queries", "width")
 KEYS = ("batch", "kv_heads", "keys", "width")
 MASK = ("batch", "heads", "queries", "keys")
+ALL = slice(None)
 #: What chooses along an axis: a slice, numbers, or a tensor of numbers.
 Index = slice | Sequence[int] | Tensor
 #: What changes a tensor along the dimension given, and keeps the number of dimensions.
@@ -77,7 +78,7 @@ class Call:
 
     def given(self) -> Iterator[tuple[Input, Tensor]]:
         """The inputs that the call brings, with their declarations."""
-        for one in self.declared:
+        for one in self.declared if self.inputs else ():
             if one.name in self.inputs:
                 yield one, self.inputs[one.name]
 
@@ -114,13 +115,12 @@ class Call:
         if heads is not None:
             chosen["kv_heads"] = _kv_index(heads, self.q.shape[1], self.group)
         device = self.q.device
-        return self.mapped(
-            {
-                axis: partial(_chosen, index=_on_device(index, device))
-                for axis, index in chosen.items()
-                if index is not None
-            }
-        )
+        given = {
+            axis: index if isinstance(index, slice) else torch.as_tensor(index, device=device)
+            for axis, index in chosen.items()
+            if index is not None
+        }
+        return self._of_each(partial(_chosen, given=given))
 
     def mapped(self, along: Mapping[str, Along]) -> Self:
         """The call with every tensor changed along the named axes."""
@@ -131,13 +131,20 @@ class Call:
                     x = along[axis](x, dim)
             return x
 
-        changed = {"q": of(self.q, QUERIES), "k": of(self.k, KEYS), "v": of(self.v, KEYS)}
-        if self.key_mask is not None:
-            changed["key_mask"] = of(self.key_mask, ("batch", "keys"))
-        if self.attn_mask is not None:
-            changed["attn_mask"] = of(self.attn_mask, _mask_axes(self.attn_mask))
-        inputs = {one.name: of(x, one.names) for one, x in self.given()}
-        return replace(self, **changed, inputs=inputs)  # pyright: ignore[reportArgumentType]
+        return self._of_each(of)
+
+    def _of_each(self, of: Callable[[Tensor, tuple[str, ...]], Tensor]) -> Self:
+        """The call of what `of` makes of every tensor and the names of its axes."""
+        key_mask, attn_mask = self.key_mask, self.attn_mask
+        return replace(
+            self,
+            q=of(self.q, QUERIES),
+            k=of(self.k, KEYS),
+            v=of(self.v, KEYS),
+            key_mask=None if key_mask is None else of(key_mask, ("batch", "keys")),
+            attn_mask=None if attn_mask is None else of(attn_mask, _mask_axes(attn_mask)),
+            inputs={one.name: of(x, one.names) for one, x in self.given()},
+        )
 
     def split(self, lengths: list[int]) -> list[Self]:
         """The calls of consecutive tokens of this square call. Not slices: the gradient of a slice
@@ -177,14 +184,15 @@ def _kv_index(heads: Index, all_heads: int, group: int) -> Index:
     return kv_heads_of(heads.tolist() if isinstance(heads, Tensor) else heads, group)
 
 
-def _on_device(index: Index, device: torch.device) -> slice | Tensor:
-    return index if isinstance(index, slice | Tensor) else torch.tensor(index, device=device)
-
-
-def _chosen(x: Tensor, dim: int, *, index: slice | Tensor) -> Tensor:
-    if isinstance(index, slice):
-        return x[(slice(None),) * dim + (index,)]
-    return x.index_select(dim, index)
+def _chosen(x: Tensor, axes: tuple[str, ...], *, given: Mapping[str, slice | Tensor]) -> Tensor:
+    slices = []
+    for dim, axis in enumerate(axes):
+        index = given.get(axis)
+        if isinstance(index, slice):
+            slices += [ALL] * (dim - len(slices)) + [index]
+        elif index is not None:
+            x = x.index_select(dim, index)
+    return x[tuple(slices)] if slices else x
 
 
 def _mask_axes(mask: Tensor) -> tuple[str, ...]:

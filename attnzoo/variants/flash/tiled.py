@@ -117,7 +117,7 @@ def attend(engine: Tiled, call: Call) -> Tensor:
             call.v,
             call.key_mask,
             call.attn_mask,
-            call.is_causal,
+            call.frame(),
             scale,
             engine.block_size,
         )
