@@ -378,11 +378,10 @@ class Attention(nn.Module):
         seen: int | None = None,
     ) -> Call:
         """The call, not yet checked, of what a caller gave. seen: as in `with_own_inputs`."""
-        declared = self.spec.inputs
-        if inputs or declared:
-            own = self.with_own_inputs(inputs, k, seen)
-            inputs = {name: x for name, x in own.items() if x is not None}
-        return Call(q, k, v, key_mask, attn_mask, is_causal, inputs, declared)
+        given = self.with_own_inputs(inputs, k, seen)
+        if given:
+            given = {name: x for name, x in given.items() if x is not None}
+        return Call(q, k, v, key_mask, attn_mask, is_causal, given, self.spec.inputs)
 
     def _run(self, call: Call, backend: str) -> Tensor:
         if 0 in (call.q.shape[0], call.query_length, call.key_length, call.v.shape[3]):

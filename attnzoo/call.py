@@ -78,7 +78,7 @@ class Call:
 
     def given(self) -> Iterator[tuple[Input, Tensor]]:
         """The inputs that the call brings, with their declarations."""
-        for one in self.declared if self.inputs else ():
+        for one in self.declared:
             if one.name in self.inputs:
                 yield one, self.inputs[one.name]
 
@@ -95,8 +95,10 @@ class Call:
     def over(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Self:
         """The same request of other tokens. Left out is what speaks of the call's own tokens:
         attn_mask, and inputs along the length."""
-        inputs = {one.name: x for one, x in self.given() if not one.has_length}
-        return replace(self, q=q, k=k, v=v, key_mask=key_mask, attn_mask=None, inputs=inputs)
+        inputs = self.inputs and {one.name: x for one, x in self.given() if not one.has_length}
+        changed = {"q": q, "k": k, "v": v, "key_mask": key_mask, "attn_mask": None}
+        # As `replace`, in half the time, which a step of decoding feels.
+        return type(self)(**{**vars(self), **changed, "inputs": inputs})
 
     def select(
         self,

@@ -101,9 +101,8 @@ def _check_inputs(call: Call, spec: Spec) -> None:
         if not spec.takes(name):
             _refuse(name, spec)
     for one in spec.inputs:
-        x = call.get(one.name)
-        if x is not None:
-            _check_input(one, x, call)
+        if one.name in call.inputs:
+            _check_input(one, call.inputs[one.name], call)
         elif one.required:
             raise ValueError(
                 f"{spec.name} needs {one.name}, ({', '.join(one.names)}): attn(q, k, v, "

@@ -129,7 +129,7 @@ class Sparse(Softmax):
             return GlobalCache.around(
                 KeyValueCache.empty(*sizes, self.pattern.near - 1, *like), self.pattern.sinks
             )
-        reach = self.reach
+        reach = self.pattern.reach
         return KeyValueCache.empty(*sizes, None if reach is None else reach - 1, *like)
 
     def step(self, call: Call, state: Any, backend: str) -> tuple[Tensor, Any, str]:
