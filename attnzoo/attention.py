@@ -40,6 +40,8 @@ class Attention(nn.Module):
     #: The attribute in which a layer puts one linear layer, packed as its own of q, k and v and at
     #: first a copy of it, which makes the inputs that are `like` these. None: there are none.
     own_projection: ClassVar[str | None] = None
+    #: What a layer around this attention projects; "qk" and "v" where one tensor is q and k.
+    projected: tuple[str, ...] = ("q", "k", "v")
     engine: Engine
 
     def __init__(self, heads: int, head_dim: int, engine: Engine, *, backend: str = "auto") -> None:
@@ -55,12 +57,6 @@ class Attention(nn.Module):
         self.backend = backend
         self.engine = engine
         self.last_backend: str | None = None
-
-    @property
-    def projected(self) -> tuple[str, ...]:
-        """What a layer around this attention projects: "q", "k" and "v", or "qk" and "v" where one
-        tensor is both."""
-        return ("q", "k", "v")
 
     def with_own_inputs(
         self, inputs: dict[str, Any], k: Tensor, seen: int | None

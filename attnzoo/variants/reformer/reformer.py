@@ -82,10 +82,8 @@ class Reformer(Attention):
             Hashed(hashing, chunk_size, share_qk=share_qk, scale=scale),
             backend=backend,
         )
-
-    @property
-    def projected(self) -> tuple[str, ...]:
-        return ("qk", "v") if self.engine.share_qk else super().projected
+        if share_qk:
+            self.projected = ("qk", "v")
 
     def refuse(self, call: Call) -> None:
         super().refuse(call)
