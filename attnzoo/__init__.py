@@ -2,22 +2,23 @@
 attention, with their cost known."""
 
 from attnzoo import oracles
-from attnzoo.attention import Attention, Spec
+from attnzoo.attention import Attention, Input, Spec
 from attnzoo.call import UnsupportedError
 from attnzoo.cost.tracing.counting import FlopReport, count_flops
 from attnzoo.engines.engine import Cost
-from attnzoo.integrations.global_tokens import global_mask
 from attnzoo.integrations.huggingface.generation import state_cache
 from attnzoo.integrations.sidecar import load, save
 from attnzoo.integrations.swapping import swap, unswap
 from attnzoo.layers.multihead import MultiheadAttention
 from attnzoo.registry import build, describe, names, register
+from attnzoo.variants.longformer.global_mask import global_mask
 from attnzoo.version import __version__ as __version__
 
 __all__ = [
     "Attention",
     "Cost",
     "FlopReport",
+    "Input",
     "MultiheadAttention",
     "Spec",
     "UnsupportedError",

@@ -1,21 +1,24 @@
-"""The one interface: `Attention` computes `A(q, k) · v`, `Spec` says what a variant can do."""
+"""The one interface: `Attention` computes `A(q, k, inputs) · v`; its `Spec` says what it can do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NoReturn, Self
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
 
 from attnzoo.arguments import check_count, check_kv_heads, check_positive
 from attnzoo.autocast import autocast_inputs_only
-from attnzoo.call import Call, UnsupportedError, check, clear_padding, shield_past
+from attnzoo.call import Call, UnsupportedError, clear_padding, shield_past
+from attnzoo.call_checks import check
 from attnzoo.eager import can_look
 from attnzoo.engines.engine import Cost, Engine, Shape
+from attnzoo.spec import Input, Spec
 
-Family = Literal["exact", "sparse", "low_rank", "kernel"]
+__all__ = ["Attention", "Input", "Spec"]
+
 #: As the `__module__` of an instance (a class keeps its own): torch.fx's tracers take such a module
 #: as a leaf, called and not looked into.
 LEAF = "torch.nn"
@@ -32,49 +35,6 @@ def _none() -> list[Spec]:
 registered: Callable[[], list[Spec]] = _none
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What a variant is and what it can do. A call outside it raises `UnsupportedError`.
-
-    equation: one line, row by row. complexity: time and memory in the sequence length n.
-    exact: A is softmax's own on its support. bidirectional: runs without is_causal. cross:
-    query_length may differ from key_length.
-    global_tokens: a call may name tokens that everyone sees and that see everyone, and give their
-    rows projections of their own.
-    sink_logits: a call may give one more logit a head, which counts in the sum of every row and
-    weighs nothing.
-    data_dependent: which keys a row sees depends on the queries and keys; `Cost.support_macs` is
-    then the most that it can be.
-    """
-
-    name: str
-    title: str
-    paper: str
-    equation: str
-    complexity: str
-    family: Family
-    exact: bool
-    causal: bool = True
-    bidirectional: bool = True
-    cross: bool = True
-    attn_mask: bool = False
-    dropout: bool = False
-    decodes: bool = True
-    needs_max_length: bool = False
-    global_tokens: bool = False
-    sink_logits: bool = False
-    data_dependent: bool = False
-
-    def runs(self, is_causal: bool) -> bool:
-        """Whether calls of this kind are inside the spec."""
-        return self.causal if is_causal else self.bidirectional
-
-    @property
-    def forms(self) -> tuple[bool, ...]:
-        """is_causal of every kind of call inside the spec."""
-        return tuple(is_causal for is_causal in (False, True) if self.runs(is_causal))
-
-
 class Attention(nn.Module):
     """Base of every variant: checks the call, applies the rules of masking, and lets the variant's
     engine multiply by A.
@@ -85,6 +45,11 @@ class Attention(nn.Module):
     """
 
     spec: ClassVar[Spec]
+    #: The attribute in which a layer puts one linear layer, packed as its own of q, k and v and at
+    #: first a copy of it, which makes the inputs that are `like` these. None: there are none.
+    own_projection: ClassVar[str | None] = None
+    #: What a layer around this attention projects; "qk" and "v" where one tensor is q and k.
+    projected: tuple[str, ...] = ("q", "k", "v")
     engine: Engine
 
     def __init__(self, heads: int, head_dim: int, engine: Engine, *, backend: str = "auto") -> None:
@@ -100,16 +65,17 @@ class Attention(nn.Module):
         self.backend = backend
         self.engine = engine
         self.last_backend: str | None = None
-        # Of a variant with global tokens: how many of the first real tokens of every sample are
-        # global in every call; the packed projections of their rows, which MultiheadAttention adds;
-        # and the global_mask of calls that bring none, see `attnzoo.global_mask`.
-        self.global_tokens = 0
-        self.global_projection: nn.Linear | nn.ModuleDict | None = (
-            None  # the latter in a process that has some heads
-        )
-        self.global_mask: Tensor | None = None
-        # Whether q and k must be one tensor, so that a layer needs one projection for both
-        self.shares_qk = False
+
+    def with_own_inputs(
+        self, inputs: dict[str, Any], k: Tensor, seen: int | None
+    ) -> dict[str, Any]:
+        """The inputs of a call with what this attention adds of its own. seen: tokens before the
+        call's, in a step; else None."""
+        return inputs
+
+    def wants_own_projection(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a call with these inputs reads what `own_projection` makes."""
+        return True
 
     def place(self, call: Call, seen: int) -> Call:
         """The call with what depends on positions put into q and k; `seen` tokens stand before its
@@ -131,39 +97,23 @@ class Attention(nn.Module):
         key_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        global_mask: Tensor | None = None,
-        global_qkv: tuple[Tensor, Tensor, Tensor] | None = None,
-        sink_logits: Tensor | None = None,
+        **inputs: Tensor | None,
     ) -> Tensor:
         """Attention of q to k and v.
 
-        q: (batch, heads, query_length, head_dim); k, v: (batch, kv_heads, key_length, head_dim),
-        kv_heads divides heads.
-        key_mask: (batch, key_length) bool, True = attend. attn_mask: bool (True = attend) or
-        additive float, broadcastable to (batch, heads, query_length, key_length). is_causal: query
-        i sees keys up to position key_length - query_length + i.
-        global_mask: (batch, key_length) bool, True = a token that every row sees and whose own row
-        sees every key; what is padded is none.
-        global_qkv: other q, k and v, shaped alike, of which the rows of global tokens are made
-        (default: q, k and v). Both are for a variant with global tokens, whose docstring says more.
-        sink_logits: (heads,) floating, for a variant that takes them: z in A_ij = exp(s_ij) /
-        (exp(z) + Σ_l exp(s_il)), so that rows of A sum to less than 1, as in gpt-oss (OpenAI 2025);
-        that is an attention sink without a token. Returns (batch, heads, query_length, head_dim) in
-        q's dtype; a row that sees no key is 0. What stands in a padded slot reaches nothing. With
-        is_causal, a NaN or inf in k or v makes every later row NaN and no earlier one. Raises
-        ValueError on a malformed argument, UnsupportedError on what the spec excludes.
+        q: (batch, heads, query_length, head_dim)
+        k, v: (batch, kv_heads, key_length, head_dim), kv_heads divides heads
+        key_mask: (batch, key_length) bool, True = attend
+        attn_mask: bool (True = attend) or additive float, broadcastable to (batch, heads,
+            query_length, key_length)
+        is_causal: query i sees keys up to position key_length - query_length + i
+        inputs: what the variant takes beside these, as `spec.inputs` declares it; None is left out
+        returns: (batch, heads, query_length, head_dim) in q's dtype; a row that sees no key is 0.
+            What stands in a padded slot reaches nothing. With is_causal, a NaN or inf in k, v or an
+            input makes every later row NaN and no earlier one.
+        raises: ValueError on a malformed argument, UnsupportedError on what the spec excludes
         """
-        call = Call(
-            q,
-            k,
-            v,
-            key_mask,
-            attn_mask,
-            is_causal,
-            self._globals_of(k, global_mask),
-            global_qkv,
-            sink_logits=sink_logits,
-        )
+        call = self._call(q, k, v, key_mask, attn_mask, is_causal, inputs)
         self.refuse(call)
         return self._run(call, self.backend)
 
@@ -176,28 +126,17 @@ class Attention(nn.Module):
         key_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        global_mask: Tensor | None = None,
-        global_qk: tuple[Tensor, Tensor] | None = None,
-        sink_logits: Tensor | None = None,
+        **inputs: Tensor | None,
     ) -> Tensor:
         """A itself, without dropout, (batch, heads, query_length, key_length), as the reference
         forms it.
 
-        Memory is quadratic in the length. Arguments and errors are those of `forward`; global_qk:
-        the first two of its global_qkv.
+        Memory is quadratic in the length. Arguments and errors are those of `forward`; inputs that
+        take the place of v are not read.
         """
-        global_qkv = None if global_qk is None else (*global_qk, global_qk[1])
-        call = Call(
-            q,
-            k,
-            k,
-            key_mask,
-            attn_mask,
-            is_causal,
-            self._globals_of(k, global_mask),
-            global_qkv,
-            sink_logits=sink_logits,
-        )
+        values = {one.name for one in self.spec.inputs if "value_width" in one.names}
+        inputs = {name: x for name, x in inputs.items() if name not in values}
+        call = self._call(q, k, k, key_mask, attn_mask, is_causal, inputs)
         self.refuse(call)
         self.last_backend = "reference"
         if 0 in (*q.shape[:3], k.shape[2]):
@@ -260,34 +199,24 @@ class Attention(nn.Module):
         state: Any,
         *,
         key_mask: Tensor | None = None,
-        global_mask: Tensor | None = None,
-        global_qkv: tuple[Tensor, Tensor, Tensor] | None = None,
-        sink_logits: Tensor | None = None,
+        **inputs: Tensor | None,
     ) -> tuple[Tensor, Any]:
         """Attend to the tokens in `state` and to the new ones, causally: rows equal those of one
         forward with is_causal=True.
 
-        q: (batch, heads, new_tokens, head_dim); k, v: (batch, kv_heads, new_tokens, head_dim);
-        key_mask: (batch, new_tokens) bool. global_mask, global_qkv: of the new tokens, as in
-        `forward`; sink_logits: as there, the same in every step. Returns the new rows and the new
-        state; `state` itself stays valid (branching costs a copy). Raises ValueError when the state
-        would pass its max_length.
+        q: (batch, heads, new_tokens, head_dim)
+        k, v: (batch, kv_heads, new_tokens, head_dim)
+        state: of `init_state` or of the step before
+        key_mask: (batch, new_tokens) bool
+        inputs: as in `forward`, of the new tokens; one without a length is the same in every step
+        returns: the new rows and the new state; `state` itself stays valid (branching costs a copy)
+        raises: ValueError when the state would pass its max_length
         """
         if not self.spec.decodes:
             raise UnsupportedError(
                 f"{self.spec.name} does not decode token by token; use {self._others(decodes=True)}"
             )
-        call = Call(
-            q,
-            k,
-            v,
-            key_mask,
-            None,
-            True,
-            self._globals_of(k, global_mask, state.seen),
-            global_qkv,
-            sink_logits=sink_logits,
-        )
+        call = self._call(q, k, v, key_mask, None, True, inputs, state.seen)
         self.refuse(call)
         if q.shape[2] != k.shape[2]:
             raise ValueError(
@@ -358,20 +287,14 @@ class Attention(nn.Module):
 
     def refuse(self, call: Call) -> None:
         """Raise on a malformed call, and on a feature that the spec excludes."""
-        check(call, self.heads, self.head_dim)
+        check(call, self.spec, self.heads, self.head_dim)
         spec = self.spec
         self.check_causality(call.is_causal)
-        self._check_globals(call)
         if call.attn_mask is not None and not spec.attn_mask:
             raise UnsupportedError(
                 f"{spec.name} cannot apply an arbitrary attn_mask; use key_mask for padding, "
                 "is_causal=True for causality, "
                 f"or {self._others(attn_mask=True)}"
-            )
-        if call.sink_logits is not None and not spec.sink_logits:
-            raise UnsupportedError(
-                f"{spec.name} has no place for sink_logits: leave them out, or use "
-                f"{self._others(sink_logits=True)}"
             )
         if call.query_length != call.key_length and not spec.cross:
             raise UnsupportedError(
@@ -390,29 +313,6 @@ class Attention(nn.Module):
             raise UnsupportedError(
                 f"{cls.spec.name} is causal only; use {cls._others(bidirectional=True)}, or "
                 "is_causal=True where later keys may be hidden"
-            )
-
-    def names_globals(self, global_mask: Tensor | None) -> bool:
-        """Whether a call with this mask may have global tokens."""
-        return global_mask is not None or self.global_mask is not None or self.global_tokens > 0
-
-    def _globals_of(
-        self, k: Tensor, given: Tensor | None, seen: int | None = None
-    ) -> Tensor | None:
-        """The call's global_mask, or else this attention's own, of the slots from `seen` on; slots
-        behind its end are not global."""
-        if given is not None or self.global_mask is None:
-            return given
-        mask = self.global_mask if seen is None else self.global_mask[:, seen : seen + k.shape[2]]
-        return nn.functional.pad(mask, (0, max(0, k.shape[2] - mask.shape[1])))
-
-    def _check_globals(self, call: Call) -> None:
-        if (
-            call.global_mask is not None or call.global_qkv is not None
-        ) and not self.spec.global_tokens:
-            raise UnsupportedError(
-                f"{self.spec.name} has no global tokens: leave out global_mask and global_qkv, or "
-                f"use {self._others(global_tokens=True)}"
             )
 
     def keep_heads(self, first: int, count: int) -> None:
@@ -468,6 +368,23 @@ class Attention(nn.Module):
             f"backend={self.backend!r}"
         )
 
+    def _call(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        inputs: dict[str, Any],
+        seen: int | None = None,
+    ) -> Call:
+        """The call, not yet checked, of what a caller gave. seen: as in `with_own_inputs`."""
+        given = self.with_own_inputs(inputs, k, seen)
+        if given:
+            given = {name: x for name, x in given.items() if x is not None}
+        return Call(q, k, v, key_mask, attn_mask, is_causal, given, self.spec.inputs)
+
     def _run(self, call: Call, backend: str) -> Tensor:
         if 0 in (call.q.shape[0], call.query_length, call.key_length, call.v.shape[3]):
             return self._of_nothing(call)
@@ -479,7 +396,8 @@ class Attention(nn.Module):
         """Rows of zeros for a call without samples, queries or keys, whose gradients are zeros
         too."""
         self.last_backend = "reference"
-        empty = (x.flatten()[:0].sum() for x in (call.q, call.k, call.v, *self.parameters()))
+        given = (call.q, call.k, call.v, *call.inputs.values(), *self.parameters())
+        empty = (x.flatten()[:0].sum() for x in given)
         return call.q.new_zeros(*call.q.shape[:3], call.v.shape[3]) + sum(
             x.to(call.q.dtype) for x in empty
         )

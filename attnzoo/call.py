@@ -1,15 +1,28 @@
-"""One request for attention: its tensors, the checks that guard them, and the two rules that keep
-bad slots from spreading."""
+"""One request for attention: its tensors, how they are sliced, and the two rules that keep bad
+slots from spreading."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from attnzoo.eager import can_look
+from attnzoo.spec import Input
+
+QUERIES = ("batch", "heads", "queries", "width")
+KEYS = ("batch", "kv_heads", "keys", "width")
+MASK = ("batch", "heads", "queries", "keys")
+ALL = slice(None)
+#: What chooses along an axis: a slice, numbers, or a tensor of numbers.
+Index = slice | Sequence[int] | Tensor
+#: What changes a tensor along the dimension given, and keeps the number of dimensions.
+Along = Callable[[Tensor, int], Tensor]
 
 
 class UnsupportedError(ValueError):
@@ -18,18 +31,17 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True)
 class Call:
-    """What an engine is asked to do: `A(q, k) · v` under the given masks.
+    """What an engine is asked to do: `A(q, k, inputs) · v` under the given masks.
 
-    q: (batch, heads, query_length, head_dim); k: (batch, kv_heads, key_length, head_dim); v:
-    (batch, kv_heads, key_length, value_dim).
-    key_mask: (batch, key_length) bool, True = attend. attn_mask: bool (True = attend) or additive
-    float, broadcastable to (batch, heads, query_length, key_length). Query i stands at position
-    key_length - query_length + i.
-    global_mask: (batch, key_length) bool, True = a token that everyone sees and that sees everyone.
-    global_qkv: other q, k and v of the same shapes, from which the rows of global tokens are made.
-    global_counts: the most global keys, and the most global queries, of a sample, where the engine
-    knows them. sink_logits: (heads,) floating, one more score of every row, that counts in its sum
-    and weighs nothing.
+    q: (batch, heads, query_length, head_dim)
+    k: (batch, kv_heads, key_length, head_dim)
+    v: (batch, kv_heads, key_length, value_dim)
+    key_mask: (batch, key_length) bool, True = attend
+    attn_mask: bool (True = attend) or additive float, broadcastable to (batch, heads, query_length,
+        key_length)
+    is_causal: query i sees keys up to its position, key_length - query_length + i
+    inputs: what else the variant takes, by name
+    declared: what the variant says of each; those that the call does not bring are among them
     """
 
     q: Tensor
@@ -38,10 +50,8 @@ class Call:
     key_mask: Tensor | None = None
     attn_mask: Tensor | None = None
     is_causal: bool = False
-    global_mask: Tensor | None = None
-    global_qkv: tuple[Tensor, Tensor, Tensor] | None = None
-    global_counts: tuple[int, int] | None = None
-    sink_logits: Tensor | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    declared: tuple[Input, ...] = ()
 
     @property
     def query_length(self) -> int:
@@ -62,6 +72,136 @@ class Call:
         """Query heads that share one key-value head."""
         return self.q.shape[1] // self.k.shape[1]
 
+    def get(self, name: str) -> Tensor | None:
+        """The input of this name, where the call brings it."""
+        return self.inputs.get(name)
+
+    def given(self) -> Iterator[tuple[Input, Tensor]]:
+        """The inputs that the call brings, with their declarations."""
+        for one in self.declared:
+            if one.name in self.inputs:
+                yield one, self.inputs[one.name]
+
+    def giving(self, one: Input, x: Tensor) -> Self:
+        """The call with one input more, or another one in its place."""
+        declared = self.declared if one in self.declared else (*self.declared, one)
+        return replace(self, inputs={**self.inputs, one.name: x}, declared=declared)
+
+    def frame(self) -> Callable[..., Self]:
+        """What makes this call again of other q, k and v, by a closure that must not keep these."""
+        rest = {name: x for name, x in vars(self).items() if name not in ("q", "k", "v")}
+        return partial(type(self), **rest)
+
+    def over(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Self:
+        """The same request of other tokens. Left out is what speaks of the call's own tokens:
+        attn_mask, and inputs along the length."""
+        inputs = self.inputs and {one.name: x for one, x in self.given() if not one.has_length}
+        changed = {"q": q, "k": k, "v": v, "key_mask": key_mask, "attn_mask": None}
+        # As `replace`, in half the time, which a step of decoding feels.
+        return type(self)(**{**vars(self), **changed, "inputs": inputs})
+
+    def select(
+        self,
+        *,
+        batch: Index | None = None,
+        heads: Index | None = None,
+        queries: Index | None = None,
+        keys: Index | None = None,
+    ) -> Self:
+        """The call of some samples, heads, queries and keys: every tensor is sliced by its axes.
+
+        heads: query heads. Their key-value heads come along, each once where the heads of all are
+        equally many here, else one for every head.
+        """
+        chosen = {"batch": batch, "heads": heads, "queries": queries, "keys": keys}
+        if heads is not None:
+            chosen["kv_heads"] = _kv_index(heads, self.q.shape[1], self.group)
+        device = self.q.device
+        given = {
+            axis: index if isinstance(index, slice) else torch.as_tensor(index, device=device)
+            for axis, index in chosen.items()
+            if index is not None
+        }
+        return self._of_each(partial(_chosen, given=given))
+
+    def mapped(self, along: Mapping[str, Along]) -> Self:
+        """The call with every tensor changed along the named axes."""
+
+        def of(x: Tensor, axes: tuple[str, ...]) -> Tensor:
+            for dim, axis in enumerate(axes):
+                if axis in along:
+                    x = along[axis](x, dim)
+            return x
+
+        return self._of_each(of)
+
+    def _of_each(self, of: Callable[[Tensor, tuple[str, ...]], Tensor]) -> Self:
+        """The call of what `of` makes of every tensor and the names of its axes."""
+        key_mask, attn_mask = self.key_mask, self.attn_mask
+        return replace(
+            self,
+            q=of(self.q, QUERIES),
+            k=of(self.k, KEYS),
+            v=of(self.v, KEYS),
+            key_mask=None if key_mask is None else of(key_mask, ("batch", "keys")),
+            attn_mask=None if attn_mask is None else of(attn_mask, _mask_axes(attn_mask)),
+            inputs={one.name: of(x, one.names) for one, x in self.given()},
+        )
+
+    def split(self, lengths: list[int]) -> list[Self]:
+        """The calls of consecutive tokens of this square call. Not slices: the gradient of a slice
+        is as long as the sequence, and there would be one for every call."""
+        q, k, v = (x.split(lengths, 2) for x in (self.q, self.k, self.v))
+        masks = [None] * len(lengths) if self.key_mask is None else self.key_mask.split(lengths, 1)
+        inputs: list[dict[str, Tensor]] = [{} for _ in lengths]
+        for one, x in self.given():
+            dim = next((d for d, axis in enumerate(one.names) if axis in ("queries", "keys")), None)
+            parts = [x] * len(lengths) if dim is None else x.split(lengths, dim)
+            for own, part in zip(inputs, parts, strict=True):
+                own[one.name] = part
+        return [
+            replace(self, q=q[i], k=k[i], v=v[i], key_mask=masks[i], inputs=inputs[i])
+            for i in range(len(lengths))
+        ]
+
+
+def kv_heads_of(heads: Sequence[int], group: int) -> list[int]:
+    """Key-value heads for these heads, in equal groups: each once where that is possible, else one
+    for every head."""
+    wanted = [head // group for head in heads]
+    distinct = sorted(set(wanted))
+    once = [one for one in distinct for _ in range(len(heads) // len(distinct))]
+    return distinct if wanted == once else wanted
+
+
+def _kv_index(heads: Index, all_heads: int, group: int) -> Index:
+    """What chooses the key-value heads of these heads."""
+    if group == 1:
+        return heads
+    if isinstance(heads, slice):
+        first, end, step = heads.indices(all_heads)
+        if step == 1 and first % group == 0 and end % group == 0:
+            return slice(first // group, end // group)
+        return kv_heads_of(range(first, end, step), group)
+    return kv_heads_of(heads.tolist() if isinstance(heads, Tensor) else heads, group)
+
+
+def _chosen(x: Tensor, axes: tuple[str, ...], *, given: Mapping[str, slice | Tensor]) -> Tensor:
+    slices = []
+    for dim, axis in enumerate(axes):
+        index = given.get(axis)
+        if isinstance(index, slice):
+            slices += [ALL] * (dim - len(slices)) + [index]
+        elif index is not None:
+            x = x.index_select(dim, index)
+    return x[tuple(slices)] if slices else x
+
+
+def _mask_axes(mask: Tensor) -> tuple[str, ...]:
+    """Axes of an attn_mask; one along which it is the same for all has no name."""
+    axes = MASK[len(MASK) - mask.dim() :]
+    return tuple("" if size == 1 else axis for axis, size in zip(axes, mask.shape, strict=True))
+
 
 def repeat_heads(x: Tensor, group: int) -> Tensor:
     """(batch, kv_heads, ...) -> (batch, kv_heads * group, ...): every query head gets its own copy
@@ -69,197 +209,63 @@ def repeat_heads(x: Tensor, group: int) -> Tensor:
     return x if group == 1 else x.repeat_interleave(group, dim=1)
 
 
-def check(call: Call, heads: int, head_dim: int) -> None:
-    """Raise a ValueError that names the argument, its value and what is allowed."""
-    q, k, v = call.q, call.k, call.v
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, x, "(batch, heads, length, head_dim)")
-        if x.dim() != 4:
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}; it must have 4 dimensions: (batch, heads, "
-                "length, head_dim)"
-            )
-        if not x.is_floating_point():
-            raise ValueError(
-                f"{name} has dtype {x.dtype}; attention needs a floating dtype: convert it with "
-                f"{name}.float()"
-            )
-        if x.dtype != q.dtype:
-            raise ValueError(
-                f"{name} has dtype {x.dtype} and q has {q.dtype}; they must agree: convert one of "
-                "them"
-            )
-        if x.device != q.device:
-            raise ValueError(
-                f"{name} is on {x.device} and q is on {q.device}; they must be on one device"
-            )
-        if x.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"{name} has batch size {x.shape[0]} and q has {q.shape[0]}; they must agree"
-            )
-    if q.shape[1] != heads:
-        raise ValueError(
-            f"q has {q.shape[1]} heads (shape {tuple(q.shape)}); this attention was built with "
-            f"heads={heads}"
-        )
-    if k.shape[1] != v.shape[1]:
-        raise ValueError(f"k has {k.shape[1]} heads and v has {v.shape[1]}; they must agree")
-    if k.shape[1] == 0 or heads % k.shape[1]:
-        raise ValueError(
-            f"k and v have {k.shape[1]} heads; that must divide heads={heads} (grouped-query "
-            "attention)"
-        )
-    if q.shape[3] != head_dim or k.shape[3] != head_dim:
-        raise ValueError(
-            f"q and k have head_dim {q.shape[3]} and {k.shape[3]}; this attention was built with "
-            f"head_dim={head_dim}"
-        )
-    if k.shape[2] != v.shape[2]:
-        raise ValueError(
-            f"k has length {k.shape[2]} and v has length {v.shape[2]}; they must agree"
-        )
-    if not isinstance(call.is_causal, bool | torch.SymBool):
-        raise ValueError(
-            f"is_causal={call.is_causal!r} is a {type(call.is_causal).__name__}; give True or False"
-        )
-    _check_token_mask("key_mask", call.key_mask, call, "attend")
-    _check_token_mask("global_mask", call.global_mask, call, "global")
-    _check_attn_mask(call)
-    _check_global_qkv(call)
-    _check_sink_logits(call)
-
-
-def _check_token_mask(name: str, mask: Tensor | None, call: Call, true: str) -> None:
-    if mask is None:
-        return
-    wanted = (call.k.shape[0], call.key_length)
-    _check_tensor(name, mask, "(batch, key_length)")
-    if mask.dtype != torch.bool:
-        raise ValueError(
-            f"{name} has dtype {mask.dtype}; it must be bool with True = {true}: use {name}.bool()"
-        )
-    if tuple(mask.shape) != wanted:
-        raise ValueError(
-            f"{name} has shape {tuple(mask.shape)}; it must be (batch, key_length) = {wanted}"
-        )
-    if mask.device != call.q.device:
-        raise ValueError(
-            f"{name} is on {mask.device} and q is on {call.q.device}; they must be on one device"
-        )
-
-
-def _check_global_qkv(call: Call) -> None:
-    if call.global_qkv is None:
-        return
-    if not isinstance(call.global_qkv, tuple) or len(call.global_qkv) != 3:
-        raise ValueError(
-            "global_qkv must be a tuple of three tensors: q, k and v of the global tokens' rows, "
-            "shaped as q, k and v"
-        )
-    for name, x, like in zip("qkv", call.global_qkv, (call.q, call.k, call.v), strict=True):
-        _check_tensor(f"global_qkv's {name}", x, f"as {name}")
-        if x.shape != like.shape or x.dtype != like.dtype or x.device != like.device:
-            found, wanted = ((tuple(y.shape), y.dtype, str(y.device)) for y in (x, like))
-            raise ValueError(
-                f"global_qkv's {name} is {found}; in shape, dtype and device it must be as {name}: "
-                f"{wanted}"
-            )
-
-
-def _check_sink_logits(call: Call) -> None:
-    logits, heads = call.sink_logits, call.q.shape[1]
-    if logits is None:
-        return
-    _check_tensor("sink_logits", logits, "(heads,)")
-    if tuple(logits.shape) != (heads,) or not logits.is_floating_point():
-        raise ValueError(
-            f"sink_logits is {tuple(logits.shape)} {logits.dtype}; it must be floating, one logit "
-            f"a head: ({heads},)"
-        )
-    if logits.device != call.q.device:
-        raise ValueError(
-            f"sink_logits is on {logits.device} and q is on {call.q.device}; they must be on one "
-            "device"
-        )
-
-
-def _check_attn_mask(call: Call) -> None:
-    mask = call.attn_mask
-    if mask is None:
-        return
-    _check_tensor(
-        "attn_mask", mask, "(batch, heads, query_length, key_length), or one that broadcasts to it"
-    )
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(
-            f"attn_mask has dtype {mask.dtype}; it must be bool (True = attend) or floating (added "
-            "to the scores)"
-        )
-    wanted = (*call.q.shape[:3], call.key_length)
-    if mask.dim() > 4 or any(
-        m not in (1, w) for m, w in zip(mask.shape[::-1], wanted[::-1], strict=False)
-    ):
-        raise ValueError(
-            f"attn_mask has shape {tuple(mask.shape)}; it must broadcast to (batch, heads, "
-            f"query_length, key_length) = {wanted}"
-        )
-    if mask.device != call.q.device:
-        raise ValueError(
-            f"attn_mask is on {mask.device} and q is on {call.q.device}; they must be on one device"
-        )
-
-
-def _check_tensor(name: str, value: object, shape: str) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(
-            f"{name} is a {type(value).__name__}; give a torch tensor of shape {shape}"
-        )
-
-
 def clear_padding(call: Call) -> Call:
-    """Zero the padded slots of k and v, so that nothing in them (NaN included) can reach a real
-    row, forward or backward (rules 3, 4)."""
-    return call if call.key_mask is None else _zeroed(call, ~call.key_mask[:, None, :, None])
+    """Clear the padded slots of k, v and the inputs, so that nothing in them (NaN included) can
+    reach a real row, forward or backward (rules 3, 4)."""
+    return call if call.key_mask is None else _cleared(call, ~call.key_mask)
 
 
-def _zeroed(call: Call, slots: Tensor) -> Call:
-    """The call with k and v (those of global rows too) zeroed at `slots`, which broadcast to
-    them."""
-    k, v, own = call.k.masked_fill(slots, 0.0), call.v.masked_fill(slots, 0.0), call.global_qkv
-    if own is not None:
-        own = (own[0], own[1].masked_fill(slots, 0.0), own[2].masked_fill(slots, 0.0))
-    return replace(call, k=k, v=v, global_qkv=own)
+def _cleared(call: Call, slots: Tensor) -> Call:
+    """The call with 0 in k and v, and what padding holds in inputs, at `slots`, (batch,
+    key_length)."""
+    at = slots[:, None, :, None]
+    inputs = dict(call.inputs)
+    for one, x in call.given():
+        if "keys" in one.names and one.padded is not None:
+            shown = [size if axis in ("batch", "keys") else 1 for axis, size in _sizes(one, x)]
+            inputs[one.name] = x.masked_fill(slots.reshape(shown), one.padded)
+    k, v = call.k.masked_fill(at, 0.0), call.v.masked_fill(at, 0.0)
+    return replace(call, k=k, v=v, inputs=inputs)
+
+
+def _sizes(one: Input, x: Tensor) -> Iterator[tuple[str, int]]:
+    return zip(one.names, x.shape, strict=True)
 
 
 def shield_past(call: Call, *, may_stall: bool = False) -> tuple[Call, Tensor | None]:
     """Keep a NaN or inf at slot j from the rows before j (rule 5): 0 · NaN is NaN in every matmul,
     whatever the mask says.
 
-    Returns the call with the bad slots zeroed, and the rows to overwrite with NaN, (batch,
+    Returns the call with the bad slots cleared, and the rows to overwrite with NaN, (batch,
     query_length) bool: all that stand at or after a bad slot. None when there is nothing to do.
-    Looking costs one read of k and v; where a look would stall (CUDA, unless it may_stall) or
-    cannot be (see `can_look`) the slots are zeroed unconditionally.
+    Looking costs one read of k, v and the inputs along the keys; where a look would stall (CUDA,
+    unless it may_stall) or cannot be (see `can_look`) the slots are cleared unconditionally.
     """
-    k = call.k
+    k, v = call.k, call.v
     if not call.is_causal or k.is_meta:
         return call, None
-    pairs = (
-        [(call.k, call.v)] if call.global_qkv is None else [(call.k, call.v), call.global_qkv[1:]]
-    )
-    if can_look(k, call.v, may_stall=may_stall) and all(
-        _all_finite(keys.detach(), values.detach()) for keys, values in pairs
+    read = [
+        (one, x.detach())
+        for one, x in call.given()
+        if "keys" in one.names and one.padded is not None and x.is_floating_point()
+    ]
+    if (
+        can_look(k, v, may_stall=may_stall)
+        and _all_finite(k.detach(), v.detach())
+        and all(math.isfinite(x.sum(dtype=_summed_in(x)).item()) for _, x in read)
     ):
         return call, None
     wide = _summed_in(k)
-    sums = [keys.sum(-1, dtype=wide) + values.sum(-1, dtype=wide) for keys, values in pairs]
-    bad = ~torch.isfinite(
-        sums[0] if len(sums) == 1 else sums[0] + sums[1]
-    )  # (batch, kv_heads, key_length)
-    reached = bad.any(1).cumsum(-1) > 0
+    bad = ~torch.isfinite(k.sum(-1, dtype=wide) + v.sum(-1, dtype=wide)).all(1)
+    for one, x in read:
+        others = [dim for dim, axis in enumerate(one.names) if axis not in ("batch", "keys")]
+        found = ~torch.isfinite(x)
+        bad = bad | (found.sum(others) > 0 if others else found)
+    reached = bad.cumsum(-1) > 0
     rows = reached.new_zeros(k.shape[0], call.query_length)
     common = min(call.query_length, call.key_length)
     rows[:, call.query_length - common :] = reached[:, call.key_length - common :]
-    return _zeroed(call, bad[..., None]), rows
+    return _cleared(call, bad), rows
 
 
 def _all_finite(k: Tensor, v: Tensor) -> bool:

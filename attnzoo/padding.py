@@ -3,8 +3,6 @@ its end (rule 4)."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,9 +35,14 @@ def slots_of(mask: Tensor, count: int) -> Tensor:
     return true_first(mask, count)
 
 
-def fetched(x: Tensor, slots: Tensor) -> Tensor:
-    """(batch, heads, length, d) and (batch, count) -> (batch, heads, count, d)."""
-    return x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+def fetched(x: Tensor, slots: Tensor, dim: int = 2) -> Tensor:
+    """What stands at `slots`, (batch, count), of the length, which is dimension `dim`: (batch,
+    heads, length, d) -> (batch, heads, count, d)."""
+    at = slots.reshape(
+        slots.shape[:1] + (1,) * (dim - 1) + slots.shape[1:] + (1,) * (x.dim() - dim - 1)
+    )
+    sizes = [-1 if axis in (0, dim) else size for axis, size in enumerate(x.shape)]
+    return x.gather(dim, at.expand(sizes))
 
 
 def starts_real(key_mask: Tensor | None) -> bool:
@@ -62,11 +65,11 @@ def fills_slots(key_mask: Tensor | None) -> bool:
     return starts_real(key_mask) and ends_real(key_mask)
 
 
-def ahead_behind(x: Tensor, key_mask: Tensor) -> Tensor:
-    """(batch, heads, length, d) with the leading padding of every sample behind its end, so that a
-    real token stands where it would stand alone."""
-    slots = torch.arange(x.shape[2], device=x.device)
-    return fetched(x, (slots + leading(key_mask)[:, None]) % x.shape[2])
+def ahead_behind(x: Tensor, key_mask: Tensor, dim: int = 2) -> Tensor:
+    """x, whose dimension `dim` is the length, with the leading padding of every sample behind its
+    end, so that a real token stands where it would stand alone."""
+    slots = torch.arange(x.shape[dim], device=x.device)
+    return fetched(x, (slots + leading(key_mask)[:, None]) % x.shape[dim], dim)
 
 
 def moved_behind(call: Call) -> Call:
@@ -74,9 +77,9 @@ def moved_behind(call: Call) -> Call:
     back."""
     mask = call.key_mask
     assert mask is not None
-    q, k, v = (ahead_behind(x, mask) for x in (call.q, call.k, call.v))
-    moved = ahead_behind(mask[:, None, :, None], mask)[:, 0, :, 0]
-    return replace(call, q=q, k=k, v=v, key_mask=moved)
+    return call.mapped(
+        dict.fromkeys(("queries", "keys"), lambda x, dim: ahead_behind(x, mask, dim))
+    )
 
 
 def moved_back(out: Tensor, key_mask: Tensor) -> Tensor:
@@ -97,4 +100,7 @@ def stand_on_leading(key_mask: Tensor) -> Tensor:
 def squared(call: Call) -> Call:
     """The call with rows of zeros before its queries, as many as make it square. It has fewer
     queries than keys."""
-    return replace(call, q=F.pad(call.q, (0, 0, call.offset, 0)))
+    offset = call.offset
+    return call.mapped(
+        {"queries": lambda x, dim: F.pad(x, (0, 0) * (x.dim() - dim - 1) + (offset, 0))}
+    )

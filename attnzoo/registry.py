@@ -169,6 +169,16 @@ def spec_of(name: str) -> Spec:
     return find(name).spec
 
 
+def with_spec(able: Callable[[Spec], bool]) -> list[str]:
+    """Names of the variants whose spec is so, for errors that say what to use instead."""
+    return [name for name in names() if able(spec_of(name))]
+
+
+def inputs_of_all() -> list[str]:
+    """Names of all that any variant takes beside q, k and v."""
+    return list({one.name: one for name in names() for one in spec_of(name).inputs})
+
+
 def options_of(name: str) -> tuple[Option, ...]:
     """The constructor arguments of a variant, in order, heads and head_dim included."""
     constructor = find(name).__init__

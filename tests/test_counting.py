@@ -115,7 +115,7 @@ def test_multihead_is_its_core_and_its_projections(case: Case):
     counted = count_flops(mha.to("meta"), x, x, x, need_weights=False, **masks)
     core = case.build(HEADS, HEAD_DIM).cost(batch, n, is_causal=bool(masks)).macs
     # Global tokens have their own q, k and v.
-    projections = 4 if mha.attention.global_projection is None else 7
+    projections = 4 if mha.attention.own_projection is None else 7
     assert (
         counted.macs
         == projections * batch * n * width**2 + core

@@ -47,7 +47,7 @@ def by_hand(
 
     q, k, v = (project(x, i) for i, x in enumerate((query, key, value)))
     own: Any = None
-    if (packed := module.attention.global_projection) is not None:
+    if (packed := getattr(module.attention, "global_projection", None)) is not None:
         assert isinstance(packed, nn.Linear)
         own = tuple(
             project(x, i, packed.weight, packed.bias) for i, x in enumerate((query, key, value))
@@ -66,7 +66,7 @@ def core(
     )
     nn.init.normal_(made.in_proj_bias)
     nn.init.normal_(made.out_proj.bias)
-    if (packed := made.attention.global_projection) is not None:
+    if (packed := getattr(made.attention, "global_projection", None)) is not None:
         assert isinstance(packed, nn.Linear)
         nn.init.normal_(packed.weight, std=0.3)
         nn.init.normal_(packed.bias)

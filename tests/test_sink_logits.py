@@ -15,7 +15,7 @@ from attnzoo import UnsupportedError
 from attnzoo.oracles import ORACLES
 from attnzoo.registry import names, spec_of
 
-TAKE_THEM = [name for name in names() if spec_of(name).sink_logits]
+TAKE_THEM = [name for name in names() if spec_of(name).takes("sink_logits")]
 DIRECTION = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 WINDOW = {"standard": 2000, "sliding_window": 7}  # for the oracle of windows
 
@@ -125,7 +125,7 @@ def test_decoding(name: str, tokens: int) -> None:
 def test_bad_sink_logits() -> None:
     q, k, v, _ = tensors(Situation(5, 5))
     for logits, message in (
-        (torch.zeros(3), r"sink_logits is \(3,\)"),
+        (torch.zeros(3), r"sink_logits has shape \(3,\)"),
         (torch.zeros(4, dtype=torch.long), "torch.int64"),
         (0.0, "is a float"),
     ):

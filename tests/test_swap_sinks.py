@@ -107,7 +107,7 @@ def test_generates_what_the_eager_model_does(mix: dict[Any, Any], cache: str) ->
 
 def test_who_has_no_place_for_sinks_is_refused() -> None:
     for name in names():
-        if spec_of(name).causal and not spec_of(name).sink_logits:
+        if spec_of(name).causal and not spec_of(name).takes("sink_logits"):
             sentence = (
                 rf"layer 1 .*GptOssAttention has sink logits \(s_aux\) in its "
                 rf"softmax, which {name} would drop"

@@ -59,7 +59,7 @@ def exact(cell: Cell) -> Attention:
 def _weights(attention: Attention, cell: Cell) -> int:
     """Numbers in the matrices around the core, each met once by every token."""
     width = cell.shape.heads * cell.shape.head_dim
-    around_core = 3 if attention.shares_qk else 4
+    around_core = len(attention.projected) + 1
     return {"core": 0, "multihead": around_core, "layer": around_core + 2 * FEED_FORWARD}[
         cell.level
     ] * width**2

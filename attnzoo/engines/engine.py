@@ -155,6 +155,11 @@ class Engine(nn.Module):
     backends: ClassVar[tuple[Backend, ...]]
     square_tiles: int | None = None  # side of the tiles of scores that a loop walks over, if any
 
+    @property
+    def reach(self) -> int | None:
+        """How many keys back a causal query can see, itself included; None: to the first."""
+        return None
+
     def backend_names(self) -> list[str]:
         return [backend.name for backend in self.backends]
 

@@ -196,7 +196,7 @@ def _check_fits(attention: Attention, site: Site, device: torch.device) -> None:
             f"it looks at another sequence, which {attention.spec.name} cannot: it needs as many "
             "queries as keys; use standard"
         )
-    if attention.shares_qk:
+    if "k" not in attention.projected:
         raise UnsupportedError(
             f"the model projects queries and keys apart, which {attention.spec.name} with shared "
             "ones cannot take"
@@ -206,7 +206,7 @@ def _check_fits(attention: Attention, site: Site, device: torch.device) -> None:
             f"{type(site.module).__name__} adds a position_bias to its scores, which "
             f"{attention.spec.name} would drop; use standard"
         )
-    if site.has_sink_logits and not attention.spec.sink_logits:
+    if site.has_sink_logits and not attention.spec.takes("sink_logits"):
         raise UnsupportedError(
             f"{type(site.module).__name__} has sink logits (s_aux) in its softmax, which "
             f"{attention.spec.name} would drop; "
@@ -218,10 +218,8 @@ def _check_fits(attention: Attention, site: Site, device: torch.device) -> None:
             raise UnsupportedError(refusal)
         if device.type != "meta":
             warnings.warn(refusal, stacklevel=4)  # the caller of `swap`
-    reach = getattr(getattr(attention.engine, "pattern", None), "reach", None)
-    if site.window is not None and (
-        reach is None or reach > site.window or attention.global_tokens
-    ):
+    reach = attention.engine.reach
+    if site.window is not None and (reach is None or reach > site.window):
         raise UnsupportedError(
             f"the model attends within its own sliding window of {site.window}, which "
             f"{attention.spec.name} would drop; use sliding_window with "

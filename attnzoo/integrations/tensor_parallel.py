@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch.distributed.tensor.parallel import (
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
 from attnzoo.integrations.swapping import record_of
+from attnzoo.layers.input_projections import INPUT_PROJECTIONS
 from attnzoo.layers.multihead import MultiheadAttention
 
 
@@ -29,10 +31,11 @@ class HeadParallel(ParallelStyle):
 
     On an `attnzoo.MultiheadAttention`, as `attnzoo.swap` puts it into torch's layers, that is the
     whole plan: its packed projections become linear layers, `projections.q`, `.k` and `.v` (`.qk`
-    and `.v` where the core shares queries and keys), split by ColwiseParallel, as are those of
-    global tokens, `attention.global_projection`; `out_proj` is split by RowwiseParallel. Inputs and
-    outputs are whole on every process; key_padding_mask and a 2-D attn_mask too. The call must say
-    need_weights=False: a process has the weights of its own heads only.
+    and `.v` where the core shares queries and keys), split by ColwiseParallel, as are those of the
+    core's inputs (`Attention.own_projection`, `attention.input_projections`); `out_proj` is split
+    by RowwiseParallel. Inputs and outputs are whole on every process; key_padding_mask, a 2-D
+    attn_mask and the core's inputs too. The call must say need_weights=False: a process has the
+    weights of its own heads only.
 
     On an `attnzoo.Attention` (a swapped transformers model has one as `attention_core` in each
     layer) only the core is cut to its heads: give the model's own projections ColwiseParallel and
@@ -114,15 +117,25 @@ def _split_module(module: MultiheadAttention, mesh: DeviceMesh) -> None:
             "add_bias_kv and add_zero_attn belong to no process's heads; build the module without "
             "them"
         )
-    core, of_globals = module.attention, module.attention.global_projection
-    names = ("qk", "v") if core.shares_qk else ("q", "k", "v")
-    core.global_projection = None  # what stays with the core is cut there, into plain parameters
-    _split_core(core, mesh)
-    if isinstance(of_globals, nn.Linear):
-        core.global_projection = _linears(
-            names, of_globals.weight.detach().chunk(3), of_globals.bias
+    core = module.attention
+    names = core.projected
+    shared = [one.name for one in core.spec.inputs if one.is_projected and not one.has_heads]
+    if shared:
+        raise UnsupportedError(
+            f"{core.spec.name} has {' and '.join(shared)} in common for all heads, whose "
+            "projection no process's heads can have alone; use FSDP or DDP for this model"
         )
-        parallelize_module(core.global_projection, mesh, {"*": ColwiseParallel()})
+    # What stays with the core would be cut there, into plain parameters.
+    own = core._modules.pop(core.own_projection, None) if core.own_projection else None
+    projections = core._modules.pop(INPUT_PROJECTIONS, None)
+    _split_core(core, mesh)
+    if isinstance(own, nn.Linear):
+        made = _linears(names, own.weight.detach().chunk(len(names)), own.bias)
+        setattr(core, str(core.own_projection), made)
+        parallelize_module(made, mesh, {"*": ColwiseParallel()})
+    if projections is not None:
+        setattr(core, INPUT_PROJECTIONS, projections)
+        parallelize_module(projections, mesh, {"*": ColwiseParallel()})
     packed = module.in_proj_weight
     weights = (
         (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
@@ -142,6 +155,9 @@ def _split_module(module: MultiheadAttention, mesh: DeviceMesh) -> None:
     parallelize_module(module.projections, mesh, {"*": ColwiseParallel()})
     parallelize_module(module.out_proj, mesh, RowwiseParallel())
     module.register_forward_pre_hook(_refuse_weights, with_kwargs=True)
+    first = mesh.get_local_rank() * core.heads
+    heads = slice(first, first + core.heads)
+    module.register_forward_pre_hook(partial(_own_inputs, heads=heads), with_kwargs=True)
 
 
 def _linears(names: Sequence[str], weights: Sequence[Tensor], bias: Tensor | None) -> nn.ModuleDict:
@@ -156,6 +172,19 @@ def _linears(names: Sequence[str], weights: Sequence[Tensor], bias: Tensor | Non
         if part is not None:
             linear.bias = nn.Parameter(part.clone())
     return made
+
+
+def _own_inputs(
+    module: MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], *, heads: slice
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with the inputs of this process's heads alone."""
+    for one in module.attention.spec.inputs:
+        x = kwargs.get(one.name)
+        if x is not None and one.has_heads:
+            names = one.names[len(one.names) - x.dim() :]  # without the batch of a call of 2-D
+            dim = next(i for i, axis in enumerate(names) if axis in ("heads", "kv_heads"))
+            kwargs = {**kwargs, one.name: x.narrow(dim, heads.start, heads.stop - heads.start)}
+    return args, kwargs
 
 
 def _refuse_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

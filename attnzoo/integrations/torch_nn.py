@@ -203,7 +203,7 @@ def _refuse(module: nn.Module, core: Attention) -> None:
     MultiheadAttention.refuse_core(cast(nn.MultiheadAttention, module), core)
     packed: Any = module.in_proj_weight
     if (
-        core.spec.global_tokens
+        core.own_projection is not None
         and packed is not None
         and packed.is_meta
         and place_of(module)[0].type != "meta"

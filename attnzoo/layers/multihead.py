@@ -15,6 +15,7 @@ from attnzoo.arguments import check_options, check_positive
 from attnzoo.attention import LEAF, Attention, Spec
 from attnzoo.call import UnsupportedError
 from attnzoo.eager import is_recorded
+from attnzoo.layers.input_projections import add_projections, project_inputs
 from attnzoo.layers.torch_masks import check_mask, translate
 from attnzoo.registry import build, spec_of
 
@@ -42,14 +43,16 @@ class MultiheadAttention(nn.MultiheadAttention):
     as in torch. add_bias_kv, add_zero_attn: append a key to the sequence, so only for softmax over
     arbitrary keys (the standard core).
     dropout: on the entries of A while training; read here, once.
-    A core with global tokens (`longformer`) gets projections for their rows,
-    `attention.global_projection`, packed as `in_proj_weight` is and at first a copy of it, unless
-    kdim or vdim differ; a state_dict of torch's fills them with copies of what it holds. A core
-    that shares queries and keys (`reformer` with share_qk=True) gets one projection for both:
-    `in_proj_weight` is (2 · embed_dim, embed_dim), of queries and keys and then of values, and
-    begins as torch's rows of queries and of values. query and key must be one tensor, kdim and vdim
-    embed_dim, and a state_dict of torch's, whose queries and keys differ, is refused: no two of its
-    projections say the same.
+    Inputs along the length that the core's spec declares are projected too, by linear layers in
+    `attention.input_projections`, from query or key; those that are `like` q, k and v (the global
+    tokens of `longformer`: `attention.global_projection`) by one layer, packed as `in_proj_weight`
+    is and at first a copy of it, unless kdim or vdim differ; a state_dict of torch's fills it with
+    copies of what it holds. What a call brings itself is not projected. A core that shares queries
+    and keys (`reformer` with share_qk=True) gets one projection for both: `in_proj_weight` is (2 ·
+    embed_dim, embed_dim), of queries and keys and then of values, and begins as torch's rows of
+    queries and of values. query and key must be one tensor, kdim and vdim embed_dim, and a
+    state_dict of torch's, whose queries and keys differ, is refused: no two of its projections say
+    the same.
     attention: a name in `attnzoo.names()`. attention_options: its further options, e.g.
     {"num_features": 128}. Raises ValueError on a malformed option, UnsupportedError on one that the
     core excludes (dropout > 0 among them).
@@ -100,15 +103,21 @@ class MultiheadAttention(nn.MultiheadAttention):
                 device=device, dtype=dtype
             )
         )
-        if self.attention.shares_qk:
+        if self._shares_qk:
             self._share_projection()
+
+    @property
+    def _shares_qk(self) -> bool:
+        """Whether one projection makes queries and keys."""
+        return "qk" in self.attention.projected
 
     def _take(self, core: Attention) -> None:
         """Let `core` be the core, beside parameters that are there."""
         self.attention = core
         self.__module__ = LEAF
         self.register_forward_pre_hook(is_called)
-        self._add_global_projection()
+        self._add_own_projection()
+        add_projections(self)
 
     @staticmethod
     def refuse_core(module: nn.MultiheadAttention, core: Attention) -> None:
@@ -122,8 +131,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         super()._reset_parameters()
         self._qkv_same_embed_dim = same
 
-    def _add_global_projection(self) -> None:
-        if not self.attention.spec.global_tokens or self.in_proj_weight is None:
+    def _add_own_projection(self) -> None:
+        if self.attention.own_projection is None or self.in_proj_weight is None:
             return
         plain = {"weight": self.in_proj_weight, "bias": self.in_proj_bias}
         projection = nn.Linear(
@@ -132,7 +141,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         for name, parameter in plain.items():
             if parameter is not None:
                 setattr(projection, name, nn.Parameter(parameter.detach().clone()))
-        self.attention.global_projection = projection
+        setattr(self.attention, self.attention.own_projection, projection)
 
     def _share_projection(self) -> None:
         if self.in_proj_weight is None:
@@ -153,7 +162,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         own, packed = f"{prefix}attention.", state_dict.get(f"{prefix}in_proj_weight")
-        if self.attention.shares_qk and packed is not None and len(packed) == 3 * self.embed_dim:
+        if self._shares_qk and packed is not None and len(packed) == 3 * self.embed_dim:
             raise ValueError(
                 f"{prefix}in_proj_weight projects queries and keys apart, and this module has one "
                 "projection for both; load it where they are apart"
@@ -161,13 +170,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not any(key.startswith(own) for key in state_dict):
             state_dict.update(self.attention.state_dict(prefix=own, keep_vars=True))
             for name in ("weight", "bias"):
-                if (
-                    f"{own}global_projection.{name}" in state_dict
-                    and f"{prefix}in_proj_{name}" in state_dict
-                ):
-                    state_dict[f"{own}global_projection.{name}"] = state_dict[
-                        f"{prefix}in_proj_{name}"
-                    ]
+                copy, original = (
+                    f"{own}{self.attention.own_projection}.{name}",
+                    f"{prefix}in_proj_{name}",
+                )
+                if copy in state_dict and original in state_dict:
+                    state_dict[copy] = state_dict[original]
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(
@@ -180,15 +188,16 @@ class MultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-        global_mask: Tensor | None = None,
+        **inputs: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Project, attend, project back. Masks are torch's: True, or -inf in a float mask, hides.
 
         query: (L, N, embed_dim), or (N, L, embed_dim) if batch_first, or (L, embed_dim); key: the
         same with S and kdim; value: with S and vdim. key_padding_mask: (N, S) or (S). attn_mask:
         (L, S) or (N · num_heads, L, S). Both bool or float (added to the scores).
-        need_weights=False spares the L x S matrix, which is what most cores are for. global_mask,
-        which torch has not: (N, S) or (S) bool, True = a global token, for a core that has them.
+        need_weights=False spares the L x S matrix, which is what most cores are for. inputs, which
+        torch has not: what the core takes beside q, k and v, as its spec declares it, without the
+        axis of samples where query has none: global_mask, (N, S) or (S), of `longformer`.
 
         A core without attn_mask (its spec says so) takes the one mask that is the causal mask, with
         or without the is_causal hint, and runs it as is_causal; and a float key_padding_mask of 0
@@ -204,9 +213,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         add_zero_attn. A is the attention before dropout, where torch returns the dropped one.
         """
         if query.is_nested or key.is_nested or value.is_nested:
-            if global_mask is not None:
+            if given := [name for name, x in inputs.items() if x is not None]:
                 raise ValueError(
-                    "a nested tensor takes no global_mask; pass padded tensors and masks instead"
+                    f"a nested tensor takes no {' and no '.join(given)}; pass padded tensors and "
+                    "masks instead"
                 )
             return self._forward_nested(
                 query,
@@ -229,29 +239,47 @@ class MultiheadAttention(nn.MultiheadAttention):
         masks = translate(self.attention.spec, q, k, key_padding_mask, attn_mask, is_causal)
         masks = masks.with_end_keys((self.bias_k is not None) + self.add_zero_attn, q, k)
         k, v = self._with_end_keys(k, self.bias_k), self._with_end_keys(v, self.bias_v)
-        global_mask = global_mask if global_mask is None or batched else global_mask[None]
         how: dict[str, Any] = {
             "key_mask": masks.key_mask,
             "attn_mask": masks.attn_mask,
             "is_causal": masks.is_causal,
-            "global_mask": global_mask,
+            **self._inputs(query, key, value, inputs, pattern),
         }
-        own, of_globals = None, self.attention.global_projection
-        if of_globals is not None and self.attention.names_globals(global_mask):
-            if isinstance(of_globals, nn.ModuleDict):
-                own = self._project_apart(of_globals, query, key, value, pattern)
-            else:
-                own = self._project_together(of_globals, query, key, value, pattern)
-        weights = (
-            masks.checked(self.attention.weights(q, k, global_qk=own and own[:2], **how))
-            if need_weights
-            else None
-        )
-        out = self.attention(q, k, v, global_qkv=own, **how)
+        weights = masks.checked(self.attention.weights(q, k, **how)) if need_weights else None
+        out = self.attention(q, k, v, **how)
         out = self.out_proj(rearrange(masks.checked(out), f"{batch} h l d -> {axes} (h d)"))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         return out, weights if weights is None or batched else weights.squeeze(0)
+
+    def _inputs(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        inputs: Mapping[str, Tensor | None],
+        pattern: str,
+    ) -> dict[str, Tensor]:
+        """The core's inputs: those given, and those that are projected. pattern: as `_project`."""
+        core = self.attention
+        if not core.spec.inputs and not inputs:
+            return {}
+        batched = {one.name for one in core.spec.inputs if "batch" in one.names}
+        made = {
+            name: x[None] if query.dim() == 2 and name in batched else x
+            for name, x in inputs.items()
+            if x is not None
+        }
+        packed = core.own_projection and core._modules.get(core.own_projection)
+        if packed and core.wants_own_projection(made):
+            project = (
+                self._project_apart if isinstance(packed, nn.ModuleDict) else self._project_together
+            )
+            own = dict(zip("qkv", project(packed, query, key, value, pattern), strict=True))
+            for one in core.spec.inputs:
+                if one.like is not None:
+                    made.setdefault(one.name, own[one.like])
+        return {**project_inputs(self, query, key, made), **made}
 
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor, pattern: str
@@ -281,10 +309,10 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `_project`, by modules one for each: in a process of several, which has the
         projections of its own heads."""
-        inputs = (query, value) if self.attention.shares_qk else (query, key, value)
+        sources = (query, value) if self._shares_qk else (query, key, value)
         made = [
             rearrange(project(x), pattern, p=1, h=self.num_heads)[0]
-            for project, x in zip(projections.children(), inputs, strict=True)
+            for project, x in zip(projections.children(), sources, strict=True)
         ]
         return made[0], made[-2], made[-1]
 
@@ -314,7 +342,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `_project`, by packed weights, (3 · size, features), or (2 · size, features) where
         queries and keys are the same."""
-        size, heads = packed.shape[0] // (2 if self.attention.shares_qk else 3), self.num_heads
+        size, heads = packed.shape[0] // len(self.attention.projected), self.num_heads
 
         def split(x: Tensor, start: int, parts: int) -> Tensor:
             rows = slice(start * size, (start + parts) * size)
@@ -325,7 +353,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 h=heads,
             )
 
-        if self.attention.shares_qk:
+        if self._shares_qk:
             qk, v = (
                 split(query, 0, 2).unbind(0)
                 if query is value
@@ -429,7 +457,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                     f"{name} has dtype {x.dtype} and the module {weight.dtype}; convert one of them"
                 )
         if (
-            self.attention.shares_qk and query is not key and not is_recorded()
+            self._shares_qk and query is not key and not is_recorded()
         ):  # there one tensor may come in twice as two
             raise ValueError(
                 f"query and key must be one tensor: {self.attention.spec.name} shares them; build "

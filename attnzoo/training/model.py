@@ -75,9 +75,8 @@ class Attending(nn.Module):
         scores where it can."""
         attention, width = self.attention.attention, self.attention.embed_dim
         core = attention.cost(1, length, memory_length, is_causal=self.is_causal).kernel_macs
-        projected = 2 * (length + (memory_length or length)) - (
-            length if attention.shares_qk else 0
-        )
+        sources = [memory_length if name in ("k", "v") else None for name in attention.projected]
+        projected = length + sum(source or length for source in sources)  # and the way back
         return projected * width**2 + core
 
     def state_bytes(self, length: int) -> int | None:

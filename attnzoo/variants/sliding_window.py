@@ -9,6 +9,7 @@ from torch import nn
 from attnzoo.arguments import check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call, UnsupportedError
+from attnzoo.engines.softmax.reference import SINK_LOGITS
 from attnzoo.engines.sparse.window import Window
 from attnzoo.engines.sparse.windowed import Windowed
 from attnzoo.registry import register
@@ -53,7 +54,7 @@ class SlidingWindow(Attention):
         family="sparse",
         exact=True,
         dropout=True,
-        sink_logits=True,
+        inputs=(SINK_LOGITS,),
     )
     engine: Windowed
 
@@ -84,7 +85,7 @@ class SlidingWindow(Attention):
 
     def refuse(self, call: Call) -> None:
         super().refuse(call)
-        if call.sink_logits is not None and self.engine.sink_logits is not None:
+        if "sink_logits" in call.inputs and self.engine.sink_logits is not None:
             raise UnsupportedError(
                 "the call brings sink_logits and this attention learns its own: build it with "
                 "sink_logits=False"

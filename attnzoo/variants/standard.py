@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attnzoo.attention import Attention, Spec
+from attnzoo.engines.softmax.reference import SINK_LOGITS
 from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.registry import register
 
@@ -33,7 +34,7 @@ class Standard(Attention):
         family="exact",
         exact=True,
         attn_mask=True,
-        sink_logits=True,
+        inputs=(SINK_LOGITS,),
         dropout=True,
     )
 

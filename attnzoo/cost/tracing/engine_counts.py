@@ -192,9 +192,8 @@ def engines_apart(
             within = max(q[2], k[2]) < FOLDED_FROM and any(
                 any(child.children()) for child in engine.children()
             )
-            # From other inputs of the module.
-            named = call.global_mask is not None or call.global_qkv is not None
-            if chosen not in APART or within or named or call.attn_mask is not None:
+            more = any(one.has_length for one, _ in call.given())  # what the module makes besides
+            if chosen not in APART or within or more or call.attn_mask is not None:
                 return type(engine).forward(engine, call, backend)
             layout = engine.layout(q[1], q[2], k[2], is_causal)
             found.append(

@@ -9,7 +9,7 @@ follow.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -48,10 +48,7 @@ class Slab:
     tokens: int
 
     def of(self, call: Call) -> Call:
-        mask = None if call.key_mask is None else call.key_mask[self.samples]
-        return replace(
-            call, q=self.queries(call.q), k=self.keys(call.k), v=self.keys(call.v), key_mask=mask
-        )
+        return call.select(batch=self.samples, heads=self.heads)
 
     def queries(self, x: Tensor) -> Tensor:
         return x[self.samples, self.heads]
@@ -110,7 +107,7 @@ def forward(feature_map: FeatureMap, call: Call) -> tuple[Tensor, Tensor | None,
         sums = read_sums(feature_map, past.sums)
         for start in range(0, part.query_length, slab.tokens):
             here = slice(start, start + slab.tokens)
-            rows = replace(part, q=part.q[:, :, here])
+            rows = part.select(queries=here)
             _, divided_by = read(feature_map, rows, sums, slab.queries(out)[:, :, here])
             if divisors is not None and divided_by is not None:
                 slab.queries(divisors)[:, :, here] = divided_by

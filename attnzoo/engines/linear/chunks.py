@@ -94,24 +94,10 @@ def causal(
 ) -> Iterator[Piece]:
     """Causal attention of as many queries as keys, behind the past. With remember_last the last
     piece has the sums after it."""
-    found, start = spans_of(feature_map, call), 0
-    # split, not slices: the gradient of a slice is as long as the sequence, and there would be one
-    # for every span.
-    parts = zip(
-        *(x.split([tokens for tokens, _ in found], 2) for x in (call.q, call.k, call.v)),
-        strict=True,
-    )
-    for place, (q, k, v) in enumerate(parts):
-        tokens, chunks = found[place]
-        mask = None if call.key_mask is None else call.key_mask[:, start : start + tokens]
-        start += tokens
-        block = Block.of(
-            feature_map,
-            Call(q, k, v, mask, None, True),
-            past,
-            chunks,
-            remember_last or place < len(found) - 1,
-        )
+    found = spans_of(feature_map, call)
+    for place, span in enumerate(call.split([tokens for tokens, _ in found])):
+        remember = remember_last or place < len(found) - 1
+        block = Block.of(feature_map, span, past, found[place][1], remember)
         yield _piece(call, *block.read(feature_map.normalizer == "row"), past, block.after)
         past = block.after
 

@@ -4,8 +4,7 @@ that nothing as wide as the features outlives its chunk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ def attend(feature_map: FeatureMap, call: Call) -> Tensor:
     with without_autocast(call.q.device):
         if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
             made_by = feature_map.for_keys(call.k) if call.is_causal else feature_map
-            return _Attend.apply(call.q, call.k, call.v, call.key_mask, made_by, call.is_causal)
+            return _Attend.apply(call.q, call.k, call.v, call.key_mask, made_by, call.frame())
         if call.is_causal:
             return _in_open_operators(feature_map, call)
         return bidirectional.forward(feature_map, call)[0]
@@ -80,13 +79,9 @@ def _parts(call: Call) -> tuple[Call | None, Call]:
     """Keys that every query of a causal call sees, and the square call behind them."""
     if not call.offset:
         return None, call
-    early, late = slice(None, call.offset), slice(call.offset, None)
-    masks = (
-        (None, None) if call.key_mask is None else (call.key_mask[:, early], call.key_mask[:, late])
-    )
     return (
-        replace(call, k=call.k[:, :, early], v=call.v[:, :, early], key_mask=masks[0]),
-        replace(call, k=call.k[:, :, late], v=call.v[:, :, late], key_mask=masks[1]),
+        call.select(keys=slice(None, call.offset)),
+        call.select(keys=slice(call.offset, None)),
     )
 
 
@@ -99,10 +94,10 @@ class _Attend(torch.autograd.Function):
         v: Tensor,
         key_mask: Tensor | None,
         feature_map: FeatureMap,
-        is_causal: bool,
+        frame: Callable[..., Call],
     ) -> Tensor:
-        call = Call(q, k, v, key_mask, None, is_causal)
-        out, divisors, pasts = (_forward_causal if is_causal else bidirectional.forward)(
+        call = frame(q, k, v)
+        out, divisors, pasts = (_forward_causal if call.is_causal else bidirectional.forward)(
             feature_map, call
         )
         normalized = (None, None) if divisors is None else (out, divisors)
@@ -114,20 +109,18 @@ class _Attend(torch.autograd.Function):
         # Buffers, so that torch notices if one is changed (a redraw) before the backward pass reads
         # it.
         ctx.save_for_backward(q, k, v, key_mask, *normalized, *kept, *feature_map.buffers())
-        ctx.feature_map, ctx.is_causal, ctx.kept = feature_map, is_causal, len(kept)
+        ctx.feature_map, ctx.frame, ctx.kept = feature_map, frame, len(kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, key_mask, out, divisor, *kept = ctx.saved_tensors
-        call = Call(q, k, v, key_mask, None, ctx.is_causal)
+        q, k, v, _, out, divisor, *kept = ctx.saved_tensors
+        call = ctx.frame(q, k, v)
         (gradient,) = gradients
         if is_followed(gradient):
-            feature_map, is_causal = ctx.feature_map, ctx.is_causal
+            feature_map, frame = ctx.feature_map, ctx.frame
             found = open_gradients(
-                lambda q, k, v: _in_open_operators(
-                    feature_map, Call(q, k, v, key_mask, None, is_causal)
-                ),
+                lambda q, k, v: _in_open_operators(feature_map, frame(q, k, v)),
                 (q, k, v),
                 gradient,
             )
@@ -139,7 +132,7 @@ class _Attend(torch.autograd.Function):
             ]
             rows = Rows(gradient, out, divisor)
             with without_autocast(q.device):
-                found = (_backward_causal if ctx.is_causal else bidirectional.backward)(
+                found = (_backward_causal if call.is_causal else bidirectional.backward)(
                     ctx.feature_map, call, rows, pasts
                 )
         return *found, None, None, None
@@ -185,8 +178,7 @@ def _backward_causal(
     for (tokens, chunks), past in zip(reversed(found), reversed(pasts), strict=True):
         start, remember = end - tokens, d_sums is not None
         here, there = slice(start, end), slice(call.offset + start, call.offset + end)
-        mask = None if late.key_mask is None else late.key_mask[:, here]
-        span = Call(late.q[:, :, here], late.k[:, :, here], late.v[:, :, here], mask, None, True)
+        span = late.select(queries=here, keys=here)
         block = Block.of(feature_map, span, past, chunks, remember)
         d_rows = _rows_of(rows, start, end, call.k.shape[1], chunks)
         d_features, d_values, d_log_scale, d_q_features, d_sums = _backward_block(
@@ -201,7 +193,7 @@ def _backward_causal(
             feature_map.query_vjp(block.q, q_features, d_q_features), call.group
         )
         d_v[:, :, there] = d_values.flatten(2, 3)
-        d_features = visible(d_features.flatten(2, 3), mask)
+        d_features = visible(d_features.flatten(2, 3), span.key_mask)
         d_log_scale = None if d_log_scale is None else d_log_scale.flatten(2, 3)
         d_k[:, :, there] = feature_map.vjp(
             block.k.flatten(2, 3), block.k_features.flatten(2, 3), d_features, d_log_scale

@@ -108,7 +108,7 @@ def _behind_blind_rows(
     blind = -call.offset if call.is_causal and call.offset < 0 else 0
     if not blind:
         return attend(engine.feature_map, call)
-    out = attend(engine.feature_map, replace(call, q=call.q[:, :, blind:]))
+    out = attend(engine.feature_map, call.select(queries=slice(blind, None)))
     return torch.cat([out.new_zeros(*out.shape[:2], blind, out.shape[3]), out], 2)
 
 
@@ -131,10 +131,10 @@ def _recur(feature_map: FeatureMap, call: Call, past: Past | None) -> tuple[Tens
     it."""
     rows = []
     for token in range(call.key_length):
-        one = slice(token, token + 1)
-        mask = None if call.key_mask is None else call.key_mask[:, one]
-        past = absorb(feature_map, call.k[:, :, one], call.v[:, :, one], mask, past)
-        rows += read_all(feature_map, replace(call, q=call.q[:, :, one]), past)
+        here = slice(token, token + 1)
+        one = call if call.key_length == 1 else call.select(queries=here, keys=here)
+        past = absorb(feature_map, one.k, one.v, one.key_mask, past)
+        rows += read_all(feature_map, one, past)
     return torch.cat(rows, 2), past
 
 

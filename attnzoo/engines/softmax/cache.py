@@ -128,6 +128,7 @@ class KeyValueCache:
         other = (
             buffer.k.dtype != call.k.dtype
             or buffer.k.device != call.k.device
+            or buffer.k.shape[3] != call.k.shape[3]
             or buffer.v.shape[3] != call.v.shape[3]
         )
         return branched or full or oversized or first_mask or other

@@ -15,6 +15,10 @@ from torch import Tensor
 from attnzoo.arguments import check_dropout, check_scale
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Backend, Engine, accumulation_dtype, never_refuses
+from attnzoo.spec import Input
+
+#: One more score of every row, a number for each head, that counts in the row's sum alone.
+SINK_LOGITS = Input("sink_logits", "heads")
 
 
 class SoftmaxReference(Engine):
@@ -55,9 +59,8 @@ def weights_of(engine: SoftmaxReference, call: Call, mask: Tensor | None) -> Ten
         scores = scores + bias.to(dtype)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return masked_softmax(
-        scores, None if call.sink_logits is None else call.sink_logits[:, None, None]
-    )
+    logits = call.get("sink_logits")
+    return masked_softmax(scores, None if logits is None else logits[:, None, None])
 
 
 def masked_softmax(scores: Tensor, sink_logits: Tensor | None = None) -> Tensor:

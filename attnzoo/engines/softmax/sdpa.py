@@ -29,9 +29,10 @@ LANES = 8  # kernels want heads whose width is a multiple of so many features
 def attend(engine: SoftmaxReference, call: Call) -> Tensor:
     mask, bias = _masks(call)
     is_causal = bool(call.is_causal and mask is None and call.query_length > 1)
-    if call.sink_logits is None:
+    logits = call.get("sink_logits")
+    if logits is None:
         return sdpa(engine, call.q, call.k, call.v, mask, bias, is_causal=is_causal)
-    q, k, v = _with_sink_slot(call, call.sink_logits, engine.scale_of(call.q), with_query=is_causal)
+    q, k, v = _with_sink_slot(call, logits, engine.scale_of(call.q), with_query=is_causal)
     mask, bias = (
         None
         if x is None
@@ -43,7 +44,7 @@ def attend(engine: SoftmaxReference, call: Call) -> Tensor:
 
 
 def why_not(engine: SoftmaxReference, call: Call) -> str | None:
-    if call.sink_logits is not None and engine.scale == 0:
+    if "sink_logits" in call.inputs and engine.scale == 0:
         return "SDPA makes scores of products, and scale=0 leaves none to make sink_logits of"
     if (
         call.attn_mask is not None

@@ -41,7 +41,7 @@ class Softmax(SoftmaxReference):
     def with_past(self, call: Call, state: KeyValueCache) -> tuple[Call, KeyValueCache]:
         """The call over the keys of the state and its own, and the state after it."""
         state = state.append(call)
-        return replace(call, k=state.k, v=state.v, key_mask=state.key_mask), state
+        return call.over(call.q, state.k, state.v, state.key_mask), state
 
     def cost(self, shape: Shape) -> Cost:
         pairs = shape.query_length * shape.key_length

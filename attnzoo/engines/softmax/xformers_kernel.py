@@ -57,7 +57,7 @@ def why_not(engine: SoftmaxReference, call: Call) -> str | None:
             "a key_mask or attn_mask would have to be laid out as a dense bias for xformers: leave "
             "it to sdpa"
         )
-    if call.sink_logits is not None:
+    if "sink_logits" in call.inputs:
         return "xformers has no place for sink_logits: leave them to sdpa"
     if call.is_causal and call.offset < 0:
         return (

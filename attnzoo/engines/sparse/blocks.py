@@ -127,15 +127,10 @@ def in_tiles(engine: SoftmaxReference, pattern: BlockPattern, call: Call) -> Ten
     if filled is not None:
         key_cap = tiles.cap(torch.nn.functional.pad(filled, (0, spare)), call.q)
 
+    frame = call.frame()  # what `compute` holds is freed late
+
     def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
-        real = Call(
-            q,
-            k[:, :, : grid.key_length],
-            v[:, :, : grid.key_length],
-            key_mask,
-            None,
-            grid.is_causal,
-        )
+        real = frame(q, k[:, :, : grid.key_length], v[:, :, : grid.key_length])
         return _head_by_head(engine, pattern, real, LaidOut(q, k, v, ahead, spare), found)
 
     pieces = partial(_pieces, pattern.block_size, grid, found)

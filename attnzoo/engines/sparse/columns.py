@@ -81,13 +81,16 @@ def in_tiles(engine: SoftmaxReference, pattern: Window, call: Call, columns: Col
     key_cap = tiles.cap(torch.cat([key_mask, real], 1), call.q)
     table = slots if grid.is_causal else None
 
-    def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
+    frame = call.frame()
+
+    def compute(q: Tensor, k: Tensor, v: Tensor, logits: Tensor | None) -> Tensor:
         (k, its_k), (v, its_v) = (x.split(lengths, 2) for x in (k, v))
-        near = Call(q, k, v, key_mask, None, grid.is_causal, sink_logits=sink_logits)
+        near = windows.with_logits(frame(q, k, v), logits)
         return in_slices(engine, pattern, near, Columns(its_k, its_v, real, slots))
 
     of_heads = partial(_pieces, pattern, grid, columns.count)
-    return tiles.attend(engine, call.q, k, v, key_cap, table, of_heads, compute, call.sink_logits)
+    logits = call.get("sink_logits")
+    return tiles.attend(engine, call.q, k, v, key_cap, table, of_heads, compute, logits)
 
 
 def in_slices(engine: SoftmaxReference, pattern: Window, call: Call, columns: Columns) -> Tensor:

@@ -29,7 +29,7 @@ def attend(engine: SparseReference, call: Call) -> Tensor:
 
 def why_not(engine: SparseReference, call: Call) -> str | None:
     """Why this backend refuses the call; None when it takes it."""
-    if call.sink_logits is not None:
+    if "sink_logits" in call.inputs:
         return "SDPA has no place for sink_logits"
     grid = grid_of(call)
     if not is_whole(engine.pattern, grid):

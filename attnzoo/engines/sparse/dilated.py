@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.call import Call
+from attnzoo.call import Call, kv_heads_of
 from attnzoo.engines.engine import Shape
 from attnzoo.engines.sparse import windows
 from attnzoo.engines.sparse.grid import Grid
@@ -98,40 +98,13 @@ def by_dilation(pattern: Window, call: Call, attend_heads: AttendWindow) -> Tens
         (dilation,) = groups
         return attend_heads(replace(pattern, dilation=dilation), call)
     outs = [
-        attend_heads(replace(pattern, dilation=dilation), _heads(call, heads))
+        attend_heads(replace(pattern, dilation=dilation), call.select(heads=heads))
         for dilation, heads in groups.items()
     ]
     order = torch.tensor(
         [head for heads in groups.values() for head in heads], device=call.q.device
     )
     return torch.cat(outs, 1).index_select(1, order.argsort())
-
-
-def _heads(call: Call, heads: list[int]) -> Call:
-    """The call of some heads alone. A key-value head is repeated where the heads that share it are
-    not all equally many here."""
-    kv_heads = kv_heads_of(heads, call.group)
-    q, kv = (torch.tensor(some, device=call.q.device) for some in (heads, kv_heads))
-    logits = None if call.sink_logits is None else call.sink_logits.index_select(0, q)
-    return replace(
-        call,
-        q=call.q.index_select(1, q),
-        k=call.k.index_select(1, kv),
-        v=call.v.index_select(1, kv),
-        sink_logits=logits,
-    )
-
-
-def kv_heads_of(heads: list[int], group: int) -> list[int]:
-    """Key-value heads for these heads, in equal groups: each once where that is possible, else one
-    for every head."""
-    wanted = [head // group for head in heads]
-    distinct = sorted(set(wanted))
-    return (
-        distinct
-        if wanted == [one for one in distinct for _ in range(len(heads) // len(distinct))]
-        else wanted
-    )
 
 
 def of_one_dilation(pattern: Window, call: Call, attend_window: AttendWindow) -> Tensor:
@@ -144,17 +117,10 @@ def of_one_dilation(pattern: Window, call: Call, attend_window: AttendWindow) ->
         return attend_window(plain, call)
     if call.query_length == 1:  # decoding: the last position sees its own class alone
         own = slice((call.key_length - 1) % dilation, None, dilation)
-        key_mask = None if call.key_mask is None else call.key_mask[:, own]
-        return attend_window(
-            plain, replace(call, k=call.k[:, :, own], v=call.v[:, :, own], key_mask=key_mask)
-        )
+        return attend_window(plain, call.select(keys=own))
     fold = Fold.of(dilation, call.query_length, call.key_length)
-    folded = replace(
-        call,
-        q=fold.queries(call.q),
-        k=fold.keys(call.k),
-        v=fold.keys(call.v),
-        key_mask=fold.key_mask(call),
+    folded = call.over(
+        fold.queries(call.q), fold.keys(call.k), fold.keys(call.v), fold.key_mask(call)
     )
     return fold.rows(attend_window(plain, folded), call.query_length)
 

@@ -95,9 +95,7 @@ class GlobalCache:
                 "which tokens are global decides what a state keeps, so its steps cannot be "
                 "traced; trace whole sequences instead"
             )
-        mask, reach = call.global_mask, self.window.reach
-        if mask is not None and call.key_mask is not None:
-            mask = mask & call.key_mask
+        mask, reach = call.get("global_mask"), self.window.reach
         if mask is not None and reach is not None and self.seen > reach and bool(mask.any()):
             raise UnsupportedError(
                 f"a global token after {self.seen} others needs keys that the state has dropped; "
@@ -107,17 +105,12 @@ class GlobalCache:
             mask = self._among_first(call) if mask is None else self._among_first(call) | mask
         if mask is None or not (self._counts_slots(call) or bool(mask.any())):
             return None
-        if call.global_qkv is not None and self.seen:
-            raise UnsupportedError(
-                "a global token with a projection of its own must come in the first step: the "
-                "state has no such keys of the past"
-            )
         return mask
 
     def _counts_slots(self, call: Call) -> bool:
         """Whether every token so far, those of the call included, is real and none is named, so
         that the first ones are the first slots and nobody must look at a value."""
-        return self.real is None and call.key_mask is None and call.global_mask is None
+        return self.real is None and call.key_mask is None and "global_mask" not in call.inputs
 
     def _among_first(self, call: Call) -> Tensor:
         """Those of the call's tokens that are among the first real ones of their sample."""
@@ -126,8 +119,9 @@ class GlobalCache:
             return first_real(reals, self.first - self.seen)
         return reals & (self.real[:, None] + reals.cumsum(1) <= self.first)
 
-    def joined(self, call: Call, mask: Tensor | None) -> Call:
-        """One call over all keys. mask: those among the call's own that stay."""
+    def joined(self, call: Call, mask: Tensor | None = None) -> tuple[Call, Tensor]:
+        """One call over all keys, and which of these are global, (batch, key_length) bool. mask:
+        those among the call's own that stay."""
         k, v = (
             _joined(self.global_k, self.window.k, call.k),
             _joined(self.global_v, self.window.v, call.v),
@@ -144,14 +138,10 @@ class GlobalCache:
             new.new_zeros(self.batch_size, past),
             torch.zeros_like(new) if mask is None else mask,
         ]
-        own = None if mask is None else call.global_qkv  # then of all keys: there is no past
-        return replace(
-            call, k=k, v=v, key_mask=key_mask, global_mask=torch.cat(named, 1), global_qkv=own
-        )
+        return call.over(call.q, k, v, key_mask), torch.cat(named, 1)
 
     def append(self, call: Call, mask: Tensor | None) -> GlobalCache:
         """The state behind the call's tokens, of which those in `mask` stay."""
-        plain = replace(call, global_mask=None, global_qkv=None)
         seen = self.seen + call.key_length
         if self._counts_slots(call):
             taken = 0 if mask is None else min(self.first - self.seen, call.key_length)
@@ -159,7 +149,7 @@ class GlobalCache:
                 _joined(old, x[:, :, :taken])
                 for old, x in ((self.global_k, call.k), (self.global_v, call.v))
             )
-            rest = replace(plain, k=call.k[:, :, taken:], v=call.v[:, :, taken:])
+            rest = call.select(keys=slice(taken, None))
             window = self.window.append(rest) if taken < call.key_length else self.window
             found = self.all_found or seen >= self.first
             return replace(self, window=window, global_k=k, global_v=v, all_found=found, seen=seen)
@@ -173,7 +163,7 @@ class GlobalCache:
         found = self.all_found or bool((real >= self.first).all())
         state = replace(self, real=real, all_found=found, seen=seen)
         if mask is None:
-            return replace(state, window=self.window.append(plain))
+            return replace(state, window=self.window.append(call))
         slots = slots_of(mask, int(mask.sum(1).amax()))
         k, v = (
             _joined(old, fetched(x, slots))
@@ -186,7 +176,7 @@ class GlobalCache:
         if most < kept.shape[1]:  # samples found theirs in different steps
             slots = slots_of(kept, most)
             k, v, kept = fetched(k, slots), fetched(v, slots), kept.gather(1, slots)
-        window = self.window.append(replace(plain, key_mask=reals & ~mask))
+        window = self.window.append(replace(call, key_mask=reals & ~mask))
         return replace(state, window=window, global_k=k, global_v=v, global_key_mask=kept)
 
     def _reals(self, call: Call) -> Tensor:

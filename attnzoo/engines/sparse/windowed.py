@@ -13,7 +13,7 @@ from attnzoo.call import Call
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Shape
 from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.cache import KeyValueCache
-from attnzoo.engines.softmax.reference import REFERENCE
+from attnzoo.engines.softmax.reference import REFERENCE, SINK_LOGITS
 from attnzoo.engines.softmax.softmax import softmax_cost
 from attnzoo.engines.sparse import (
     columns,
@@ -59,7 +59,7 @@ class Windowed(Sparse):
             nn.init.zeros_(self.sink_logits)
 
     def completed(self, call: Call) -> Call:
-        return call if self.sink_logits is None else replace(call, sink_logits=self.sink_logits)
+        return call if self.sink_logits is None else call.giving(SINK_LOGITS, self.sink_logits)
 
     def has_columns(self, call: Call) -> bool:
         """Whether some keys of the call are seen by every row, wherever it stands."""
@@ -93,7 +93,7 @@ class Windowed(Sparse):
             call, state = super().with_past(call, state)
             return self.completed(call), state
         mask = state.new_globals(call)
-        whole = replace(state.joined(call, mask), global_mask=None)
+        whole, _ = state.joined(call, mask)
         return self.completed(whole), state.append(call, mask)
 
     def is_dense(self, grid: Grid) -> bool:
@@ -186,7 +186,7 @@ def _by_flex(engine: Windowed, call: Call) -> Tensor:
 
 def _flex_why_not(engine: Windowed, call: Call) -> str | None:
     reason = flex.why_not(engine, call, max(engine.pattern.dilations))
-    if reason is None and (engine.has_columns(call) or call.sink_logits is not None):
+    if reason is None and (engine.has_columns(call) or "sink_logits" in call.inputs):
         return "its tables have no keys that every row sees, and its softmax no sink logits"
     return reason
 

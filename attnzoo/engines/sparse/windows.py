@@ -14,7 +14,7 @@ from attnzoo.call import Call
 from attnzoo.eager import is_open
 from attnzoo.engines.joining import at_a_time, join, mask_of_heads, samples_at_a_time
 from attnzoo.engines.softmax import tiles
-from attnzoo.engines.softmax.reference import SoftmaxReference
+from attnzoo.engines.softmax.reference import SINK_LOGITS, SoftmaxReference
 from attnzoo.engines.softmax.sdpa import attend_rows, sdpa
 from attnzoo.engines.sparse.grid import Grid, grid_of
 from attnzoo.engines.sparse.window import Window
@@ -88,18 +88,17 @@ def count_pairs(pattern: Window, grid: Grid) -> int:
 
 def in_tiles(engine: SoftmaxReference, pattern: Window, call: Call) -> Tensor:
     """A·v for a plain window, in the memory of `tiles`. The call may have sink logits."""
-    grid, key_mask, is_causal = grid_of(call), call.key_mask, call.is_causal
-    key_cap = None if key_mask is None else tiles.cap(key_mask, call.q)
+    grid, frame = grid_of(call), call.frame()  # what `compute` holds is freed late
+    key_cap = None if call.key_mask is None else tiles.cap(call.key_mask, call.q)
 
-    def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
-        again = Call(q, k, v, key_mask, None, is_causal, sink_logits=sink_logits)
-        return in_slices(engine, pattern, again)
+    def compute(q: Tensor, k: Tensor, v: Tensor, logits: Tensor | None) -> Tensor:
+        return in_slices(engine, pattern, with_logits(frame(q, k, v), logits))
 
     def of_heads(q: Tensor, _: Tensor | None) -> list[list[tiles.Slices]]:
         return [pieces(pattern, grid, q)] * grid.heads
 
     return tiles.attend(
-        engine, call.q, call.k, call.v, key_cap, None, of_heads, compute, call.sink_logits
+        engine, call.q, call.k, call.v, key_cap, None, of_heads, compute, call.get("sink_logits")
     )
 
 
@@ -193,7 +192,7 @@ def _edge(
 ) -> Tensor:
     """Rows first..end over keys low..high, densely. call: its q, k and v are theirs."""
     first, end, low, high = piece
-    q, k, v, logits = call.q, call.k, call.v, call.sink_logits
+    q, k, v, logits = call.q, call.k, call.v, call.get("sink_logits")
     if low == high:
         return q.new_zeros(*q.shape[:3], v.shape[3])
     key_mask = None if call.key_mask is None else call.key_mask[:, None, None, low:high]
@@ -258,12 +257,18 @@ def _slices(engine: SoftmaxReference, call: Call, mask: Tensor, slice_length: in
     return out.reshape(batch, heads, rows, call.v.shape[3])
 
 
+def with_logits(call: Call, logits: Tensor | None) -> Call:
+    """The call with these sink logits, where there are some."""
+    return call if logits is None else call.giving(SINK_LOGITS, logits)
+
+
 def logits_of_rows(call: Call, size: int) -> Tensor | None:
     """The call's sink logits for `size` rows of every head that shares a key head,
     (batch · kv_heads, 1, group · size, 1)."""
-    if call.sink_logits is None:
+    logits = call.get("sink_logits")
+    if logits is None:
         return None
-    of_rows = call.sink_logits.view(-1, call.group).repeat_interleave(size, 1)
+    of_rows = logits.view(-1, call.group).repeat_interleave(size, 1)
     return of_rows[:, None, :, None].repeat(call.q.shape[0], 1, 1, 1)
 
 

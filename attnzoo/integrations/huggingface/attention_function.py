@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnzoo.attention import Attention
 from attnzoo.call import Call, UnsupportedError
+from attnzoo.engines.softmax.reference import SINK_LOGITS
 from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.integrations.huggingface.interface_masks import filled_slots, mask_function_of
 from attnzoo.integrations.places import no_dropout
@@ -77,8 +78,9 @@ def attend(
     _set_dropout(module, attention, dropout)
     if scaling is not None and scaling != query.shape[-1] ** -0.5:
         query = query * (scaling * query.shape[-1] ** 0.5)
+    inputs = {} if s_aux is None else {SINK_LOGITS.name: s_aux}
     if state_layer is not None:
-        out = state_layer.step(query, key, value, attention_mask, s_aux)
+        out = state_layer.step(query, key, value, attention_mask, inputs)
     elif attention_mask is None or attention_mask.dim() == 2:
         out = attention(
             query,
@@ -87,7 +89,7 @@ def attend(
             key_mask=attention_mask,
             attn_mask=position_bias,
             is_causal=causal,
-            sink_logits=s_aux,
+            **inputs,
         )
     else:  # the caller's own, which already says what is causal
         out = attention(
@@ -95,7 +97,7 @@ def attend(
             key,
             value,
             attn_mask=_with_bias(attention_mask, position_bias),
-            sink_logits=s_aux,
+            **inputs,
         )
     return out.transpose(1, 2).contiguous(), None
 
@@ -165,9 +167,8 @@ def _attend_exactly(
         both, only_causal = (
             (position_bias, is_causal) if mask is None else (_with_bias(mask, position_bias), False)
         )
-        out, _ = Softmax(scaling, dropout)(
-            Call(query, key, value, attn_mask=both, is_causal=only_causal, sink_logits=s_aux)
-        )
+        call = Call(query, key, value, attn_mask=both, is_causal=only_causal)
+        out, _ = Softmax(scaling, dropout)(call.giving(SINK_LOGITS, s_aux))
         return out.transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(
         module,

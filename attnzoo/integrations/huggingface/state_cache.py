@@ -92,13 +92,11 @@ class StateLayer(CacheLayerMixin):
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
-        sink_logits: Tensor | None,
+        inputs: dict[str, Tensor],
     ) -> Tensor:
-        """The rows of the new tokens.
-
-        mask: (batch, length) bool over the keys up to the new ones, the last columns being theirs.
-        sink_logits: (heads,), as in `Attention.step`.
-        """
+        """The rows of the new tokens. mask: (batch, length) bool over the keys up to the new ones,
+        the last columns being theirs.
+        inputs: as in `Attention.step`."""
         if mask is not None and mask.dim() != 2:
             raise UnsupportedError(
                 "a 4-D attention_mask cannot hide keys that a state has summed; give a 2-D mask of "
@@ -106,7 +104,7 @@ class StateLayer(CacheLayerMixin):
             )
         key_mask = None if mask is None else mask[:, mask.shape[1] - key.shape[2] :]
         out, self.state = self.attention.step(
-            query, key, value, self.state, key_mask=key_mask, sink_logits=sink_logits
+            query, key, value, self.state, key_mask=key_mask, **inputs
         )
         self.waiting = False
         return out

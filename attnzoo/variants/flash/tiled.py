@@ -118,7 +118,7 @@ def attend(engine: Tiled, call: Call) -> Tensor:
             call.v,
             call.key_mask,
             call.attn_mask,
-            call.is_causal,
+            call.frame(),
             scale,
             engine.block_size,
         )
@@ -203,25 +203,25 @@ class _Flash(torch.autograd.Function):
         attn_mask: Tensor | None,
         *fixed: Any,
     ) -> Tensor:
-        is_causal, scale, size = fixed
-        out, log_sums = _forward(Call(q, k, v, key_mask, attn_mask, is_causal), scale, size)
+        frame, scale, size = fixed
+        out, log_sums = _forward(frame(q, k, v), scale, size)
         ctx.save_for_backward(q, k, v, key_mask, attn_mask, out, torch.cat(log_sums, 2))
         ctx.fixed = fixed
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, key_mask, attn_mask, out, log_sums = ctx.saved_tensors
-        is_causal, scale, size = ctx.fixed
+        q, k, v, _, _, out, log_sums = ctx.saved_tensors
+        frame, scale, size = ctx.fixed
         if is_followed(gradients[0]):
 
             def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return _forward(Call(q, k, v, key_mask, attn_mask, is_causal), scale, size)[0]
+                return _forward(frame(q, k, v), scale, size)[0]
 
             return *open_gradients(compute, (q, k, v), gradients[0]), *[None] * 5
-        call = Call(q, k, v, key_mask, attn_mask, is_causal)
+        call = frame(q, k, v)
         dtype, group = log_sums.dtype, call.group
-        tiles = Tiles(size, call.query_length, call.key_length, is_causal)
+        tiles = Tiles(size, call.query_length, call.key_length, call.is_causal)
         dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
         for rows in tiles.rows():
             q_tile, upstream, out_tile = (x[:, :, rows].to(dtype) for x in (q, gradients[0], out))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -96,10 +95,8 @@ class Linformer(Attention):
         if call.key_mask is not None and not starts_real(call.key_mask):
             k, v = (ahead_behind(x, call.key_mask) for x in (k, v))
         k, v = (repeat_heads(x, call.group) if self.sharing == "none" else x for x in (k, v))
-        out, name, _ = self.engine(
-            replace(call, k=self.key_projection(k), v=self.value_projection(v), key_mask=None),
-            backend,
-        )
+        mixed = call.over(call.q, self.key_projection(k), self.value_projection(v), None)
+        out, name, _ = self.engine(mixed, backend)
         if call.key_mask is not None:
             out = out.masked_fill(~call.key_mask.any(1)[:, None, None, None], 0.0)
         return out, name, None

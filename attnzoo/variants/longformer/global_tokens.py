@@ -8,14 +8,14 @@ The rows of the global tokens are computed apart and written over.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from attnzoo.arguments import check_count
-from attnzoo.call import Call
+from attnzoo.call import Call, UnsupportedError
 from attnzoo.eager import can_look, is_recorded
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
 from attnzoo.engines.softmax.reference import reference, visible, weights_of
@@ -28,6 +28,58 @@ from attnzoo.engines.sparse.grid import Grid, grid_of
 from attnzoo.engines.sparse.window import Window
 from attnzoo.engines.sparse.windowed import Windowed
 from attnzoo.padding import fetched, first_real, slots_of
+from attnzoo.spec import Input
+
+GLOBAL_MASK = Input("global_mask", "batch keys", "bool", padded=False)
+#: q, k and v of the rows of global tokens.
+OWN = (
+    Input("global_q", "batch heads queries width", like="q"),
+    Input("global_k", "batch kv_heads keys width", padded=0.0, like="k"),
+    Input("global_v", "batch kv_heads keys value_width", padded=0.0, like="v"),
+)
+
+
+@dataclass(frozen=True)
+class GlobalCall(Call):
+    """A call with global tokens: its input global_mask names them all.
+
+    counts: the most global keys, and the most global queries, of a sample.
+    """
+
+    counts: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(cls, call: Call, mask: Tensor, counts: tuple[int, int]) -> Self:
+        return cls(**{**vars(call.giving(GLOBAL_MASK, mask)), "counts": counts})
+
+    @property
+    def mask(self) -> Tensor:
+        """Which keys are global, (batch, key_length)."""
+        return self.inputs["global_mask"]
+
+    @property
+    def query_mask(self) -> Tensor:
+        """Which queries are, (batch, query_length)."""
+        return _of_queries(self.mask, self)
+
+    @property
+    def has_own(self) -> bool:
+        """Whether the rows of global tokens have other q, k or v."""
+        return any(one.name in self.inputs for one in OWN)
+
+    @property
+    def own(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of the rows of global tokens."""
+        q, k, v = (
+            self.inputs.get(one.name, x)
+            for one, x in zip(OWN, (self.q, self.k, self.v), strict=True)
+        )
+        return q, k, v
+
+
+def _plain(call: Call) -> Call:
+    """The call without what global tokens alone need."""
+    return call.over(call.q, call.k, call.v, call.key_mask)
 
 
 class WindowAndGlobals(Windowed):
@@ -44,10 +96,15 @@ class WindowAndGlobals(Windowed):
         super().__init__(pattern, scale, dropout)
         self.global_tokens = check_count("global_tokens", global_tokens)
 
+    @property
+    def reach(self) -> int | None:
+        return None if self.global_tokens else super().reach
+
     def completed(self, call: Call) -> Call:
-        """The call with all its global tokens in its global_mask, and with their counts."""
-        if call.global_mask is None and not self.global_tokens:
-            return replace(call, global_qkv=None)
+        """A `GlobalCall`, or a call without global tokens."""
+        named = call.get("global_mask")
+        if named is None and not self.global_tokens:
+            return _plain(call)
         first = min(self.global_tokens, call.key_length)
         if call.key_mask is None:
             mask = (torch.arange(call.key_length, device=call.q.device) < first).expand(
@@ -55,10 +112,8 @@ class WindowAndGlobals(Windowed):
             )
         else:
             mask = first_real(call.key_mask, first)
-        if call.global_mask is not None:
-            mask = mask | (
-                call.global_mask if call.key_mask is None else call.global_mask & call.key_mask
-            )
+        if named is not None:
+            mask = mask | (named if call.key_mask is None else named & call.key_mask)
             counts = _most(mask), _most(_of_queries(mask, call))
         elif call.key_mask is None:
             counts = first, min(max(0, first - call.offset), call.query_length, first)
@@ -67,22 +122,15 @@ class WindowAndGlobals(Windowed):
                 _most(mask, first),
                 _most(_of_queries(mask, call), min(first, call.query_length)),
             )
-        return (
-            replace(call, global_mask=mask, global_counts=counts)
-            if counts[0]
-            else replace(call, global_mask=None, global_qkv=None)
-        )
+        return GlobalCall.of(call, mask, counts) if counts[0] else _plain(call)
 
     def matrix(self, call: Call) -> Tensor:
-        if call.global_mask is None:
+        if not isinstance(call, GlobalCall):
             return super().matrix(call)
-        mask, near = (
-            visible(call),
-            self.pattern.mask(grid_of(call)) | call.global_mask[:, None, None],
-        )
+        mask, near = visible(call), self.pattern.mask(grid_of(call)) | call.mask[:, None, None]
         weights = weights_of(self, call, near if mask is None else near & mask)
-        q, k, _ = (call.q, call.k, call.v) if call.global_qkv is None else call.global_qkv
-        rows = _of_queries(call.global_mask, call)[:, None, :, None]
+        q, k, _ = call.own
+        rows = call.query_mask[:, None, :, None]
         return torch.where(rows, weights_of(self, replace(call, q=q, k=k), mask), weights)
 
     def init_state(
@@ -101,30 +149,37 @@ class WindowAndGlobals(Windowed):
 
     def with_past(self, call: Call, state: GlobalCache) -> tuple[Call, GlobalCache]:
         mask = state.new_globals(call)
+        own = {one: call.inputs[one.name] for one in OWN if one.name in call.inputs}
+        if mask is not None and own and state.seen:
+            raise UnsupportedError(
+                "a global token with a projection of its own must come in the first step: the "
+                "state has no such keys of the past"
+            )
         new = 0 if mask is None else _most(mask)
-        whole = replace(state.joined(call, mask), global_counts=(state.kept + new, new))
-        if whole.global_counts == (0, 0):
-            whole = replace(whole, global_mask=None, global_qkv=None)
+        whole, named = state.joined(call, mask)
+        if state.kept or new:
+            for one, x in own.items() if new else ():  # of all keys: there is no past
+                whole = whole.giving(one, x)
+            whole = GlobalCall.of(whole, named, (state.kept + new, new))
         return whole, state.append(call, mask)
 
     def has_columns(self, call: Call) -> bool:
-        return call.global_mask is not None
+        return isinstance(call, GlobalCall)
 
     def columns_of(self, call: Call) -> tuple[Call, Columns | None]:
-        if call.global_mask is None:
+        if not isinstance(call, GlobalCall):
             return call, None
-        assert call.global_counts is not None
-        slots = slots_of(call.global_mask, call.global_counts[0])
+        slots = slots_of(call.mask, call.counts[0])
         k, v = fetched(call.k, slots), fetched(call.v, slots)
-        others = ~call.global_mask if call.key_mask is None else call.key_mask & ~call.global_mask
-        columns = Columns(k, v, call.global_mask.gather(1, slots), slots)
-        return replace(call, key_mask=others), columns
+        others = ~call.mask if call.key_mask is None else call.key_mask & ~call.mask
+        columns = Columns(k, v, call.mask.gather(1, slots), slots)
+        return replace(_plain(call), key_mask=others), columns
 
     def finished(self, call: Call, out: Tensor) -> Tensor:
         """`out` with the rows of global tokens made anew: they see every key."""
-        if call.global_counts is None or not call.global_counts[1]:
+        if not isinstance(call, GlobalCall) or not call.counts[1]:
             return out
-        return _with_global_rows(self, call, out, call.global_counts[1])
+        return _with_global_rows(self, call, out, call.counts[1])
 
     def cost(self, shape: Shape) -> Cost:
         if not self.global_tokens:
@@ -166,12 +221,13 @@ def _of_queries(mask: Tensor, call: Call) -> Tensor:
     return torch.nn.functional.pad(mask, (max(0, -call.offset), 0))[:, max(0, call.offset) :]
 
 
-def _with_global_rows(engine: WindowAndGlobals, call: Call, out: Tensor, count: int) -> Tensor:
+def _with_global_rows(
+    engine: WindowAndGlobals, call: GlobalCall, out: Tensor, count: int
+) -> Tensor:
     """`out` with the rows of global tokens, at most `count` a sample, made anew."""
-    assert call.global_mask is not None
-    mask = _of_queries(call.global_mask, call)
+    mask = call.query_mask
     rows = slots_of(mask, count)
-    q, k, v = (call.q, call.k, call.v) if call.global_qkv is None else call.global_qkv
+    q, k, v = call.own
     visible_keys = None if call.key_mask is None else call.key_mask[:, None, None]
     if call.is_causal:
         past = (
@@ -186,17 +242,17 @@ def _with_global_rows(engine: WindowAndGlobals, call: Call, out: Tensor, count: 
 
 
 def _reference(engine: WindowAndGlobals, call: Call) -> Tensor:
-    if call.global_qkv is None:
+    if not (isinstance(call, GlobalCall) and call.has_own):
         return reference(engine, call)
-    q, k, v = call.global_qkv
-    of_globals = reference(engine, replace(call, q=q, k=k, v=v, global_qkv=None))
-    assert call.global_mask is not None
-    rows = _of_queries(call.global_mask, call)[:, None, :, None]
-    return torch.where(rows, of_globals, reference(engine, replace(call, global_qkv=None)))
+    plain = GlobalCall.of(_plain(call), call.mask, call.counts)
+    q, k, v = call.own
+    of_globals = reference(engine, replace(plain, q=q, k=k, v=v))
+    rows = call.query_mask[:, None, :, None]
+    return torch.where(rows, of_globals, reference(engine, plain))
 
 
 def _dense_why_not(engine: WindowAndGlobals, call: Call) -> str | None:
-    if call.global_mask is not None:
+    if isinstance(call, GlobalCall):
         return "the rows of global tokens are computed apart"
     return dense.why_not(engine, call)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from attnzoo.attention import Attention, Spec
 from attnzoo.engines.sparse.window import Window
 from attnzoo.registry import register
-from attnzoo.variants.longformer.global_tokens import WindowAndGlobals
+from attnzoo.variants.longformer.global_tokens import GLOBAL_MASK, OWN, WindowAndGlobals
 
 
 @register
@@ -29,8 +30,10 @@ class Longformer(Attention):
     Which tokens are global is told by the call: `global_mask`, (batch, key_length) bool, any number
     of a sample, none included. global_tokens names them once and for all: the first real tokens of
     every sample (1 is [CLS]), besides those of the mask; `cost` counts these. As in the paper, the
-    rows of global tokens may have projections of their own, the call's `global_qkv`: they are
-    softmax(s·q_g k_gᵀ) v_g over all keys, while the other rows read plain k and v everywhere.
+    rows of global tokens may have projections of their own, the call's `global_q`, `global_k` and
+    `global_v` (shaped as q, k and v, which stand in for one that is not given), or all three as
+    `global_qkv`: they are softmax(s·q_g k_gᵀ) v_g over all keys, while the other rows read plain k
+    and v everywhere.
     `MultiheadAttention` learns such projections. Causal, a global token sees its past and only
     later tokens see it. Decoding keeps the last `window` keys and the global ones; those of a mask
     must come before the first key is dropped, and with projections of their own in the first step.
@@ -54,8 +57,9 @@ class Longformer(Attention):
         family="sparse",
         exact=True,
         dropout=True,
-        global_tokens=True,
+        inputs=(GLOBAL_MASK, *OWN),
     )
+    own_projection = "global_projection"
     engine: WindowAndGlobals
 
     def __init__(
@@ -79,6 +83,35 @@ class Longformer(Attention):
         )
         pattern.heads_by_dilation(heads)  # raises where there are not as many
         self.global_tokens = global_tokens
+        #: The global_mask of calls that bring none, see `attnzoo.global_mask`.
+        self.global_mask: Tensor | None = None
+        #: What a layer makes global_q, global_k and global_v with; a process of several has one
+        #: linear layer for each.
+        self.global_projection: nn.Linear | nn.ModuleDict | None = None
+
+    def with_own_inputs(
+        self, inputs: dict[str, Any], k: Tensor, seen: int | None
+    ) -> dict[str, Any]:
+        inputs = dict(inputs)
+        for packed, count in (("global_qkv", 3), ("global_qk", 2)):
+            own = inputs.pop(packed, None)
+            if own is None:
+                continue
+            if not isinstance(own, tuple) or len(own) != count:
+                raise ValueError(
+                    f"{packed} must be a tuple of {'three' if count == 3 else 'two'} tensors: "
+                    f"{', '.join(packed.removeprefix('global_'))} of the global tokens' rows"
+                )
+            inputs.update(zip((one.name for one in OWN), own, strict=False))
+        if self.global_mask is not None and inputs.get("global_mask") is None:
+            first = 0 if seen is None else seen
+            mask = self.global_mask[:, first : None if seen is None else first + k.shape[2]]
+            inputs["global_mask"] = nn.functional.pad(mask, (0, max(0, k.shape[2] - mask.shape[1])))
+        return inputs
+
+    def wants_own_projection(self, inputs: Mapping[str, Any]) -> bool:
+        named = inputs.get("global_mask") is not None or self.global_mask is not None
+        return named or self.global_tokens > 0
 
     def keep_heads(self, first: int, count: int) -> None:
         heads = self.heads

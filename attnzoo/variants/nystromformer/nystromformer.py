@@ -92,11 +92,10 @@ class Nystromformer(Attention):
         q_landmarks, filled = segment_means(call.q, segments, call.key_mask)
         k_landmarks = repeat_heads(segment_means(call.k, segments, call.key_mask)[0], call.group)
         inverse = self._pseudo_inverse(q_landmarks.to(dtype), k_landmarks.to(dtype), filled)
-        seen_by_landmarks, _, _ = self.engine(
-            Call(q_landmarks, call.k, call.v, call.key_mask), backend
-        )
+        of_landmarks = call.over(q_landmarks, call.k, call.v, call.key_mask)
+        seen_by_landmarks, _, _ = self.engine(of_landmarks, backend)
         values = (inverse @ seen_by_landmarks.to(dtype)).to(call.q.dtype)
-        out, name, _ = self.engine(Call(call.q, k_landmarks, values, filled), backend)
+        out, name, _ = self.engine(call.over(call.q, k_landmarks, values, filled), backend)
         if self.convolution is None:
             return out, name, None
         near = self.convolution(repeat_heads(call.v, call.group).to(self.convolution.weight.dtype))

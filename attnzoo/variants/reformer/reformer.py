@@ -82,11 +82,12 @@ class Reformer(Attention):
             Hashed(hashing, chunk_size, share_qk=share_qk, scale=scale),
             backend=backend,
         )
-        self.shares_qk = share_qk
+        if share_qk:
+            self.projected = ("qk", "v")
 
     def refuse(self, call: Call) -> None:
         super().refuse(call)
-        if self.shares_qk and call.k is not call.q:
+        if self.engine.share_qk and call.k is not call.q:
             raise UnsupportedError(
                 "reformer with share_qk=True has one projection for queries and keys: pass the "
                 "same tensor as q and k, or build with share_qk=False"

@@ -188,10 +188,10 @@ def _one_row_why_not(engine: Factorized, call: Call) -> str | None:
 
 
 def _by_flash(engine: Factorized, call: Call) -> Tensor:
-    key_mask, is_causal = call.key_mask, call.is_causal  # what `compute` holds is freed late
+    frame = call.frame()  # what `compute` holds is freed late
 
     def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _blocks(engine, Call(q, k, v, key_mask, None, is_causal))
+        return _blocks(engine, frame(q, k, v))
 
     groups = engine.heads_of(call.q.shape[1])
     return factorized_flash.attend(engine, groups, call, grid_of(call), compute)

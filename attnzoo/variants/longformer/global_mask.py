@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from attnzoo.attention import Attention
+from attnzoo.variants.longformer.longformer import Longformer
 
 
 @contextmanager
@@ -31,11 +31,7 @@ def global_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
         raise ValueError(
             f"mask is {found}; give a bool tensor of shape (batch, length), True = a global token"
         )
-    attentions = [
-        module
-        for module in model.modules()
-        if isinstance(module, Attention) and module.spec.global_tokens
-    ]
+    attentions = [module for module in model.modules() if isinstance(module, Longformer)]
     if not attentions:
         raise ValueError(
             f"{type(model).__name__} has no attention with global tokens; swap one in first: "

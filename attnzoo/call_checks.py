@@ -1,0 +1,188 @@
+"""What a call must be: the one check of q, k, v, the masks and the inputs that a variant
+declares."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnzoo.arguments import nearest
+from attnzoo.call import Call, UnsupportedError
+from attnzoo.spec import Input, Spec
+
+
+def check(call: Call, spec: Spec, heads: int, head_dim: int) -> None:
+    """Raise a ValueError that names the argument, its value and what is allowed.
+
+    call: not yet checked; what it brings that spec does not declare is among its inputs
+    spec: of the variant, for its inputs and its name
+    heads: of q
+    head_dim: of q and k
+    raises: ValueError on a malformed tensor and on an input that nobody takes, UnsupportedError on
+        one that only other variants take
+    """
+    q, k, v = call.q, call.k, call.v
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, x, "(batch, heads, length, head_dim)")
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; it must have 4 dimensions: (batch, heads, "
+                "length, head_dim)"
+            )
+        if not x.is_floating_point():
+            raise ValueError(
+                f"{name} has dtype {x.dtype}; attention needs a floating dtype: convert it with "
+                f"{name}.float()"
+            )
+        if x.dtype != q.dtype:
+            raise ValueError(
+                f"{name} has dtype {x.dtype} and q has {q.dtype}; they must agree: convert one of "
+                "them"
+            )
+        if x.device != q.device:
+            raise ValueError(
+                f"{name} is on {x.device} and q is on {q.device}; they must be on one device"
+            )
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"{name} has batch size {x.shape[0]} and q has {q.shape[0]}; they must agree"
+            )
+    if q.shape[1] != heads:
+        raise ValueError(
+            f"q has {q.shape[1]} heads (shape {tuple(q.shape)}); this attention was built with "
+            f"heads={heads}"
+        )
+    if k.shape[1] != v.shape[1]:
+        raise ValueError(f"k has {k.shape[1]} heads and v has {v.shape[1]}; they must agree")
+    if k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(
+            f"k and v have {k.shape[1]} heads; that must divide heads={heads} (grouped-query "
+            "attention)"
+        )
+    if q.shape[3] != head_dim or k.shape[3] != head_dim:
+        raise ValueError(
+            f"q and k have head_dim {q.shape[3]} and {k.shape[3]}; this attention was built with "
+            f"head_dim={head_dim}"
+        )
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(
+            f"k has length {k.shape[2]} and v has length {v.shape[2]}; they must agree"
+        )
+    if not isinstance(call.is_causal, bool | torch.SymBool):
+        raise ValueError(
+            f"is_causal={call.is_causal!r} is a {type(call.is_causal).__name__}; give True or False"
+        )
+    _check_key_mask(call)
+    _check_attn_mask(call)
+    if call.inputs or spec.inputs:
+        _check_inputs(call, spec)
+
+
+def _check_key_mask(call: Call) -> None:
+    mask = call.key_mask
+    if mask is None:
+        return
+    wanted = (call.k.shape[0], call.key_length)
+    _check_tensor("key_mask", mask, "(batch, key_length)")
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"key_mask has dtype {mask.dtype}; it must be bool with True = attend: use "
+            "key_mask.bool()"
+        )
+    if tuple(mask.shape) != wanted:
+        raise ValueError(
+            f"key_mask has shape {tuple(mask.shape)}; it must be (batch, key_length) = {wanted}"
+        )
+    _check_device("key_mask", mask, call)
+
+
+def _check_inputs(call: Call, spec: Spec) -> None:
+    for name in call.inputs:
+        if not spec.takes(name):
+            _refuse(name, spec)
+    for one in spec.inputs:
+        if one.name in call.inputs:
+            _check_input(one, call.inputs[one.name], call)
+        elif one.required:
+            raise ValueError(
+                f"{spec.name} needs {one.name}, ({', '.join(one.names)}): attn(q, k, v, "
+                f"{one.name}=...)"
+            )
+
+
+def _refuse(name: str, spec: Spec) -> None:
+    """Raise on an input that the variant does not take."""
+    from attnzoo.registry import (  # which knows the variants, as this file must not
+        inputs_of_all,
+        with_spec,
+    )
+
+    if able := with_spec(lambda other: other.takes(name)):
+        raise UnsupportedError(
+            f"{spec.name} has no place for {name}: leave it out, or use {' or '.join(able)}"
+        )
+    known = [one.name for one in spec.inputs]
+    takes = f"its inputs are {', '.join(known)}" if known else "it takes q, k, v and masks alone"
+    near = nearest(name, ["key_mask", "attn_mask", "is_causal", *known, *inputs_of_all()])
+    raise ValueError(f"{spec.name} has no input {name!r}{near}; {takes}")
+
+
+def _check_input(one: Input, x: Tensor, call: Call) -> None:
+    name, axes = one.name, f"({', '.join(one.names)})"
+    _check_tensor(name, x, axes)
+    if one.dtype == "bool" and x.dtype != torch.bool:
+        raise ValueError(f"{name} has dtype {x.dtype}; it must be bool: use {name}.bool()")
+    if one.dtype == "int" and (x.is_floating_point() or x.dtype == torch.bool):
+        raise ValueError(f"{name} has dtype {x.dtype}; it must be an integer dtype, as torch.long")
+    if one.dtype == "float" and not x.is_floating_point():
+        raise ValueError(f"{name} has dtype {x.dtype}; it must be floating: use {name}.float()")
+    if one.like is not None and x.dtype != call.q.dtype:
+        raise ValueError(
+            f"{name} has dtype {x.dtype} and {one.like} has {call.q.dtype}; they must agree: "
+            "convert one of them"
+        )
+    sizes = {
+        **dict(zip(("batch", "heads", "queries", "width"), call.q.shape, strict=True)),
+        **dict(zip(("kv_heads", "keys", "value_width"), call.v.shape[1:], strict=True)),
+    }
+    wanted = tuple(sizes[axis] for axis in one.names)
+    if tuple(x.shape) != wanted:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {axes} = {wanted}")
+    _check_device(name, x, call)
+
+
+def _check_device(name: str, x: Tensor, call: Call) -> None:
+    if x.device != call.q.device:
+        raise ValueError(
+            f"{name} is on {x.device} and q is on {call.q.device}; they must be on one device"
+        )
+
+
+def _check_attn_mask(call: Call) -> None:
+    mask = call.attn_mask
+    if mask is None:
+        return
+    _check_tensor(
+        "attn_mask", mask, "(batch, heads, query_length, key_length), or one that broadcasts to it"
+    )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"attn_mask has dtype {mask.dtype}; it must be bool (True = attend) or floating (added "
+            "to the scores)"
+        )
+    wanted = (*call.q.shape[:3], call.key_length)
+    if mask.dim() > 4 or any(
+        m not in (1, w) for m, w in zip(mask.shape[::-1], wanted[::-1], strict=False)
+    ):
+        raise ValueError(
+            f"attn_mask has shape {tuple(mask.shape)}; it must broadcast to (batch, heads, "
+            f"query_length, key_length) = {wanted}"
+        )
+    _check_device("attn_mask", mask, call)
+
+
+def _check_tensor(name: str, value: object, shape: str) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{name} is a {type(value).__name__}; give a torch tensor of shape {shape}"
+        )

@@ -1,0 +1,120 @@
+"""What a variant says of itself: its `Spec`, and the `Input`s it takes beside q, k and v."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Family = Literal["exact", "sparse", "low_rank", "kernel"]
+#: The axes that an input may have. width: of q and k; value_width: of v.
+AXES = ("batch", "heads", "kv_heads", "queries", "keys", "width", "value_width")
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a variant takes beside q, k and v: a tensor whose axes have names.
+
+    From this alone follow the check of a call, what a padded slot holds, what a NaN reaches, how
+    decoding, tensor parallelism and engines slice it, and what a layer must project for it.
+
+    name: as an argument of a call.
+    axes: names of `AXES` in the tensor's order, "batch kv_heads keys"; batch first, where there is
+        a length.
+    dtype: its kind; a floating one may be more precise than q.
+    padded: what a padded slot holds in its place; None: what stands there is never read.
+    required: whether every call must bring it.
+    like: "q", "k" or "v", where it is another one of these: of its dtype, and made by a layer with
+        a projection that begins as a copy of that one's, see `Attention.own_projection`.
+    activation: makes it of what a layer has projected, as log_sigmoid makes a decay. A layer
+        projects every floating input along the length.
+    """
+
+    name: str
+    axes: str
+    dtype: Literal["float", "bool", "int"] = "float"
+    padded: float | None = None
+    required: bool = False
+    like: Literal["q", "k", "v"] | None = None
+    activation: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [axis for axis in self.names if axis not in AXES]
+        if unknown:
+            raise ValueError(
+                f"the input {self.name} has the axis {unknown[0]!r}; axes are {', '.join(AXES)}"
+            )
+        if self.has_length and self.names[0] != "batch":
+            raise ValueError(
+                f"the input {self.name} has a length, so its first axis must be batch; got "
+                f"{self.axes!r}"
+            )
+        if self.padded is not None and "keys" not in self.names:
+            raise ValueError(
+                f"the input {self.name} has padded={self.padded} and no axis of keys to be padded"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The axes one by one."""
+        return tuple(self.axes.split())
+
+    @property
+    def has_length(self) -> bool:
+        """Whether it has an entry for every token."""
+        return "queries" in self.names or "keys" in self.names
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether every head has its own."""
+        return "heads" in self.names or "kv_heads" in self.names
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether a layer has a linear projection for it alone."""
+        return self.has_length and self.dtype == "float" and self.like is None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a variant is and what it can do. A call outside it raises `UnsupportedError`.
+
+    equation: one line, row by row. complexity: time and memory in the sequence length n.
+    exact: A is softmax's own on its support. bidirectional: runs without is_causal. cross:
+    query_length may differ from key_length.
+    inputs: what a call may or must bring beside q, k and v.
+    data_dependent: which keys a row sees depends on the queries and keys; `Cost.support_macs` is
+    then the most that it can be.
+    """
+
+    name: str
+    title: str
+    paper: str
+    equation: str
+    complexity: str
+    family: Family
+    exact: bool
+    causal: bool = True
+    bidirectional: bool = True
+    cross: bool = True
+    attn_mask: bool = False
+    dropout: bool = False
+    decodes: bool = True
+    needs_max_length: bool = False
+    data_dependent: bool = False
+    inputs: tuple[Input, ...] = ()
+
+    def runs(self, is_causal: bool) -> bool:
+        """Whether calls of this kind are inside the spec."""
+        return self.causal if is_causal else self.bidirectional
+
+    @property
+    def forms(self) -> tuple[bool, ...]:
+        """is_causal of every kind of call inside the spec."""
+        return tuple(is_causal for is_causal in (False, True) if self.runs(is_causal))
+
+    def takes(self, name: str) -> bool:
+        """Whether a call may bring the input of this name."""
+        return any(one.name == name for one in self.inputs)
