@@ -15,7 +15,7 @@ from attnzoo.call import Call, UnsupportedError, clear_padding, shield_past
 from attnzoo.call_checks import check
 from attnzoo.eager import can_look
 from attnzoo.engines.engine import Cost, Engine, Shape
-from attnzoo.spec import Input, Spec
+from attnzoo.spec import Input, Spec, with_spec
 
 __all__ = ["Attention", "Input", "Spec"]
 
@@ -25,14 +25,6 @@ LEAF = "torch.nn"
 
 
 LARGEST = 2**40  # batch sizes and lengths whose costs are counted
-
-
-def _none() -> list[Spec]:
-    return []
-
-
-#: The specs of all registered variants, for errors that say which can; set by the registry.
-registered: Callable[[], list[Spec]] = _none
 
 
 class Attention(nn.Module):
@@ -405,12 +397,9 @@ class Attention(nn.Module):
     @classmethod
     def _others(cls, **wanted: bool) -> str:
         """Registered variants whose spec has what this one lacks, for error messages."""
-        able = [
-            spec.name
-            for spec in registered()
-            if all(getattr(spec, key) == value for key, value in wanted.items())
-        ]
-        return " or ".join(able)
+        return " or ".join(
+            with_spec(lambda spec: all(getattr(spec, key) == x for key, x in wanted.items()))
+        )
 
 
 def _loses_values(fn: Callable[[Tensor], Tensor]) -> bool:

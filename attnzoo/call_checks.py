@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnzoo.arguments import nearest
 from attnzoo.call import Call, UnsupportedError
-from attnzoo.spec import Input, Spec
+from attnzoo.spec import Input, Spec, registered, with_spec
 
 
 def check(call: Call, spec: Spec, heads: int, head_dim: int) -> None:
@@ -112,18 +112,14 @@ def _check_inputs(call: Call, spec: Spec) -> None:
 
 def _refuse(name: str, spec: Spec) -> None:
     """Raise on an input that the variant does not take."""
-    from attnzoo.registry import (  # which knows the variants, as this file must not
-        inputs_of_all,
-        with_spec,
-    )
-
     if able := with_spec(lambda other: other.takes(name)):
         raise UnsupportedError(
             f"{spec.name} has no place for {name}: leave it out, or use {' or '.join(able)}"
         )
     known = [one.name for one in spec.inputs]
     takes = f"its inputs are {', '.join(known)}" if known else "it takes q, k, v and masks alone"
-    near = nearest(name, ["key_mask", "attn_mask", "is_causal", *known, *inputs_of_all()])
+    others = {one.name: one for some in registered() for one in some.inputs}
+    near = nearest(name, ["key_mask", "attn_mask", "is_causal", *known, *others])
     raise ValueError(f"{spec.name} has no input {name!r}{near}; {takes}")
 
 

@@ -13,9 +13,9 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, TypeVar, get_type_hints
 
-from attnzoo import attention
 from attnzoo.arguments import nearest
-from attnzoo.attention import Attention, Spec
+from attnzoo.attention import Attention
+from attnzoo.spec import Spec, ask
 
 _registered: dict[str, type[Attention]] = {}
 #: Where a package of its own names the modules whose import registers its variants.
@@ -169,16 +169,6 @@ def spec_of(name: str) -> Spec:
     return find(name).spec
 
 
-def with_spec(able: Callable[[Spec], bool]) -> list[str]:
-    """Names of the variants whose spec is so, for errors that say what to use instead."""
-    return [name for name in names() if able(spec_of(name))]
-
-
-def inputs_of_all() -> list[str]:
-    """Names of all that any variant takes beside q, k and v."""
-    return list({one.name: one for name in names() for one in spec_of(name).inputs})
-
-
 def options_of(name: str) -> tuple[Option, ...]:
     """The constructor arguments of a variant, in order, heads and head_dim included."""
     constructor = find(name).__init__
@@ -211,7 +201,7 @@ def _specs() -> list[Spec]:
     return [spec_of(name) for name in names()]
 
 
-attention.registered = _specs
+ask(_specs)
 
 
 @cache

@@ -118,3 +118,23 @@ class Spec:
     def takes(self, name: str) -> bool:
         """Whether a call may bring the input of this name."""
         return any(one.name == name for one in self.inputs)
+
+
+def registered() -> list[Spec]:
+    """The specs of all registered variants."""
+    return _registry()
+
+
+def with_spec(able: Callable[[Spec], bool]) -> list[str]:
+    """Names of the registered variants whose spec is so, for errors that say what to use
+    instead."""
+    return [spec.name for spec in registered() if able(spec)]
+
+
+def ask(registry: Callable[[], list[Spec]]) -> None:
+    """Take the answer of `registered` from here: the registry, which this file must not import."""
+    global _registry
+    _registry = registry
+
+
+_registry: Callable[[], list[Spec]] = list

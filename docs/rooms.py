@@ -22,7 +22,9 @@ ROOMS = (
     "packages",
     "configuration",
     "results",
+    "spec",
     "call",
+    "call_checks",
     "ordering",
     "padding",
     "autocast",
@@ -47,7 +49,7 @@ ROOMS = (
 #: Files that the picture draws as one box, by its first word.
 BOXES = {
     "arguments": ("arguments", "configuration", "packages", "results", "version"),
-    "call": ("call", "eager", "ordering", "padding", "autocast"),
+    "call": ("call", "call_checks", "spec", "eager", "ordering", "padding", "autocast"),
     "attention": ("attention", "registry"),
 }
 #: What the picture leaves out: the public names and the entry point import most rooms.

@@ -8,7 +8,7 @@ import torch
 from cases import FEW_SITUATIONS, Case, Situation, ask_oracle, close, gradients_of, tensors
 
 import attnzoo
-from attnzoo.engines.sparse.window import Window
+from attnzoo.engines.sparse.patterns.window import Window
 
 BY_HEAD = {"window": 5, "dilation": [1, 3, 1, 2]}
 DIRECTION = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])

@@ -18,11 +18,11 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from attnzoo.call import Call, clear_padding
 from attnzoo.engines.softmax.reference import visible
 from attnzoo.engines.sparse import flex
-from attnzoo.engines.sparse.block_patterns import BlockUnion, GlobalBlocks, WindowBlocks
-from attnzoo.engines.sparse.grid import grid_of
-from attnzoo.engines.sparse.patterns import Pattern
+from attnzoo.engines.sparse.patterns.block_patterns import BlockUnion, GlobalBlocks, WindowBlocks
+from attnzoo.engines.sparse.patterns.grid import grid_of
+from attnzoo.engines.sparse.patterns.pattern import Pattern
+from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.sparse import Sparse
-from attnzoo.engines.sparse.window import Window
 from attnzoo.engines.sparse.windowed import Windowed
 from attnzoo.padding import fills_slots
 from attnzoo.variants.bigbird.random_blocks import RandomBlocks

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import attnzoo
 from attnzoo import MultiheadAttention, UnsupportedError, count_flops
 from attnzoo.engines.sparse import flex
-from attnzoo.engines.sparse.window import Window
+from attnzoo.engines.sparse.patterns.window import Window
 
 CASE = Case("longformer", {"window": 16})
 FIRST = Case("longformer", {"window": 16, "global_tokens": 2})

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import attnzoo
 import attnzoo.bench.peak_memory
-from attnzoo.engines.sparse.grid import Grid
+from attnzoo.engines.sparse.patterns.grid import Grid
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks/ is run from the repository's root and not installed

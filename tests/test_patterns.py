@@ -12,11 +12,11 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo.call import Call
-from attnzoo.engines.sparse.block_patterns import BlockUnion, GlobalBlocks, WindowBlocks
-from attnzoo.engines.sparse.grid import Grid
-from attnzoo.engines.sparse.patterns import Pattern
+from attnzoo.engines.sparse.patterns.block_patterns import BlockUnion, GlobalBlocks, WindowBlocks
+from attnzoo.engines.sparse.patterns.grid import Grid
+from attnzoo.engines.sparse.patterns.pattern import Pattern
+from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.sparse import Sparse
-from attnzoo.engines.sparse.window import Window
 from attnzoo.oracles import standard
 from attnzoo.oracles.bigbird import bigbird_global_blocks
 from attnzoo.variants.bigbird.random_blocks import RandomBlocks

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo import Attention
-from attnzoo.engines.sparse.window import Window
+from attnzoo.engines.sparse.patterns.window import Window
 
 DIRECTION = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 OPTIONS: list[dict[str, Any]] = [

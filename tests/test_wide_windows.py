@@ -11,8 +11,8 @@ from cases import Case, Situation, close, gradients_of, padding, tensors
 
 import attnzoo
 from attnzoo.engines.sparse import dense
-from attnzoo.engines.sparse.block_patterns import GlobalBlocks
-from attnzoo.engines.sparse.grid import Grid
+from attnzoo.engines.sparse.patterns.block_patterns import GlobalBlocks
+from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.sparse import Sparse
 
 pytest.importorskip("fvcore")

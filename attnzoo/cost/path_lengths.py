@@ -16,11 +16,11 @@ from torch import Tensor
 from attnzoo.attention import Attention
 from attnzoo.engines.linear.linear import Linear
 from attnzoo.engines.softmax.softmax import Softmax
-from attnzoo.engines.sparse.block_patterns import BlockPattern
-from attnzoo.engines.sparse.grid import Grid
-from attnzoo.engines.sparse.patterns import Pattern
+from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
+from attnzoo.engines.sparse.patterns.grid import Grid
+from attnzoo.engines.sparse.patterns.pattern import Pattern
+from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.sparse import Sparse
-from attnzoo.engines.sparse.window import Window
 
 MOST_BLOCKS = 1024  # that the search over blocks takes on
 

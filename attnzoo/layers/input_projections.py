@@ -4,20 +4,30 @@ declares."""
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from attnzoo.attention import Attention
 from attnzoo.spec import Input
-
-if TYPE_CHECKING:
-    from attnzoo.layers.multihead import MultiheadAttention
 
 #: Where they live: with the attention, as all that a state_dict of torch's lacks.
 INPUT_PROJECTIONS = "input_projections"
 
 
-def add_projections(layer: MultiheadAttention) -> None:
+class Layer(Protocol):
+    """What is read of a layer, such as `attnzoo.MultiheadAttention`."""
+
+    attention: Attention
+    out_proj: Any
+    embed_dim: Any
+    kdim: Any
+    num_heads: Any
+    head_dim: Any
+    batch_first: bool
+
+
+def add_projections(layer: Layer) -> None:
     """Give the layer's attention a linear layer for each such input."""
     made = nn.ModuleDict()
     like = layer.out_proj.weight
@@ -32,7 +42,7 @@ def add_projections(layer: MultiheadAttention) -> None:
 
 
 def project_inputs(
-    layer: MultiheadAttention, query: Tensor, key: Tensor, given: Collection[str]
+    layer: Layer, query: Tensor, key: Tensor, given: Collection[str]
 ) -> dict[str, Tensor]:
     """The inputs that are projected, but for those that are given.
 
@@ -58,7 +68,7 @@ def project_inputs(
     return made
 
 
-def _features(one: Input, layer: MultiheadAttention) -> int:
+def _features(one: Input, layer: Layer) -> int:
     """Numbers of a token."""
     sizes = _sizes(layer)
     features = 1
@@ -67,12 +77,12 @@ def _features(one: Input, layer: MultiheadAttention) -> int:
     return features
 
 
-def _sizes(layer: MultiheadAttention) -> dict[str, int]:
+def _sizes(layer: Layer) -> dict[str, int]:
     heads, width = layer.num_heads, layer.head_dim
     return {"heads": heads, "kv_heads": heads, "width": width, "value_width": width}
 
 
-def _with_axes(x: Tensor, one: Input, layer: MultiheadAttention) -> Tensor:
+def _with_axes(x: Tensor, one: Input, layer: Layer) -> Tensor:
     """(batch, length, features) -> the axes of the input."""
     sizes = _sizes(layer)
     inner = [axis for axis in one.names if axis in sizes]

@@ -10,7 +10,7 @@ from attnzoo.arguments import check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call, UnsupportedError
 from attnzoo.engines.softmax.reference import SINK_LOGITS
-from attnzoo.engines.sparse.window import Window
+from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.windowed import Windowed
 from attnzoo.registry import register
 

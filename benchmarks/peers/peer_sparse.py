@@ -14,10 +14,10 @@ from peer_settings import BLOCK_SIZE, OURS, WINDOW, Given, Ready, width_of
 from torch import Tensor
 
 from attnzoo.bench.plan import Cell
-from attnzoo.engines.sparse.block_patterns import BlockPattern
-from attnzoo.engines.sparse.grid import Grid
-from attnzoo.engines.sparse.patterns import Pattern
-from attnzoo.engines.sparse.window import Window
+from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
+from attnzoo.engines.sparse.patterns.grid import Grid
+from attnzoo.engines.sparse.patterns.pattern import Pattern
+from attnzoo.engines.sparse.patterns.window import Window
 
 
 def our_pattern(group: str, cell: Cell) -> tuple[Pattern, Grid]:

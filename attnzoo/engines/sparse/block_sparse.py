@@ -13,8 +13,8 @@ from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.reference import REFERENCE
 from attnzoo.engines.softmax.softmax import softmax_cost
 from attnzoo.engines.sparse import blocks, dense, flex, sparse_memory, sparse_peaks
-from attnzoo.engines.sparse.block_patterns import BlockPattern
-from attnzoo.engines.sparse.grid import Grid
+from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
+from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.sparse import Sparse, from_first_real
 from attnzoo.padding import fills_slots
 

@@ -19,8 +19,8 @@ from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.reference import SoftmaxReference
 from attnzoo.engines.softmax.sdpa import attend_rows
 from attnzoo.engines.sparse import dilated, windows
-from attnzoo.engines.sparse.grid import Grid, grid_of
-from attnzoo.engines.sparse.window import Window
+from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
+from attnzoo.engines.sparse.patterns.window import Window
 
 
 @dataclass(frozen=True)

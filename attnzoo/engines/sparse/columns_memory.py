@@ -8,8 +8,8 @@ from attnzoo.engines.memory import INDEX_BYTES, fused
 from attnzoo.engines.softmax import tiles
 from attnzoo.engines.sparse import windows
 from attnzoo.engines.sparse.dilated import Part
-from attnzoo.engines.sparse.grid import Grid
-from attnzoo.engines.sparse.window import Window
+from attnzoo.engines.sparse.patterns.grid import Grid
+from attnzoo.engines.sparse.patterns.window import Window
 
 Piece = tuple[int, int, int]  # parts, rows of a part, its keys
 

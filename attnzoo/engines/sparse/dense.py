@@ -7,8 +7,8 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.softmax.reference import causal_mask
 from attnzoo.engines.softmax.sdpa import sdpa
-from attnzoo.engines.sparse.grid import Grid, grid_of
-from attnzoo.engines.sparse.patterns import Pattern
+from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
+from attnzoo.engines.sparse.patterns.pattern import Pattern
 from attnzoo.engines.sparse.reference import SparseReference
 from attnzoo.padding import fills_slots
 

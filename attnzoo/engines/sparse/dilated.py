@@ -17,8 +17,8 @@ from torch import Tensor
 from attnzoo.call import Call, kv_heads_of
 from attnzoo.engines.engine import Shape
 from attnzoo.engines.sparse import windows
-from attnzoo.engines.sparse.grid import Grid
-from attnzoo.engines.sparse.window import Window
+from attnzoo.engines.sparse.patterns.grid import Grid
+from attnzoo.engines.sparse.patterns.window import Window
 
 AttendWindow = Callable[[Window, Call], Tensor]  # a window's A·v
 

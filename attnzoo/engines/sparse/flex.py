@@ -19,8 +19,8 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.installed import missing
 from attnzoo.engines.softmax.reference import SoftmaxReference
-from attnzoo.engines.sparse.grid import Grid, grid_of
-from attnzoo.engines.sparse.patterns import Pattern
+from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
+from attnzoo.engines.sparse.patterns.pattern import Pattern
 from attnzoo.engines.sparse.reference import SparseReference
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.softmax.reference import SoftmaxReference, visible, weights_of
-from attnzoo.engines.sparse.patterns import Pattern
+from attnzoo.engines.sparse.patterns.pattern import Pattern
 
 
 class SparseReference(SoftmaxReference):

@@ -21,8 +21,8 @@ from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.softmax.reference import REFERENCE
 from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
 from attnzoo.engines.sparse import dense
-from attnzoo.engines.sparse.grid import Grid
-from attnzoo.engines.sparse.patterns import Pattern
+from attnzoo.engines.sparse.patterns.grid import Grid
+from attnzoo.engines.sparse.patterns.pattern import Pattern
 from attnzoo.engines.sparse.reference import SparseReference
 from attnzoo.padding import moved_back, moved_behind, squared, starts_real
 

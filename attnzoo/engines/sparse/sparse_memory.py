@@ -15,9 +15,9 @@ from attnzoo.engines.softmax import tiles
 from attnzoo.engines.sparse import blocks as sparse_blocks
 from attnzoo.engines.sparse import columns_memory, dilated
 from attnzoo.engines.sparse import windows as sparse_windows
-from attnzoo.engines.sparse.block_patterns import BlockPattern
-from attnzoo.engines.sparse.grid import Grid
-from attnzoo.engines.sparse.window import Window
+from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
+from attnzoo.engines.sparse.patterns.grid import Grid
+from attnzoo.engines.sparse.patterns.window import Window
 
 
 def windows(

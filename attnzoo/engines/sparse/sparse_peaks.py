@@ -17,9 +17,9 @@ from attnzoo.engines.softmax import tiles
 from attnzoo.engines.sparse import blocks as sparse_blocks
 from attnzoo.engines.sparse import columns_memory, dilated, sparse_memory
 from attnzoo.engines.sparse import windows as sparse_windows
-from attnzoo.engines.sparse.block_patterns import BlockPattern
-from attnzoo.engines.sparse.grid import Grid
-from attnzoo.engines.sparse.window import Window
+from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
+from attnzoo.engines.sparse.patterns.grid import Grid
+from attnzoo.engines.sparse.patterns.window import Window
 
 # Bytes a score while a band is drawn: two distances as int64, and whether they are short enough
 POSITIONS = 17

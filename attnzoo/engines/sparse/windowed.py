@@ -26,9 +26,9 @@ from attnzoo.engines.sparse import (
 )
 from attnzoo.engines.sparse.columns import Columns
 from attnzoo.engines.sparse.global_cache import GlobalCache
-from attnzoo.engines.sparse.grid import Grid
+from attnzoo.engines.sparse.patterns.grid import Grid
+from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.sparse import Sparse
-from attnzoo.engines.sparse.window import Window
 from attnzoo.padding import fetched, first_real, slots_of
 
 

@@ -16,8 +16,8 @@ from attnzoo.engines.joining import at_a_time, join, mask_of_heads, samples_at_a
 from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.reference import SINK_LOGITS, SoftmaxReference
 from attnzoo.engines.softmax.sdpa import attend_rows, sdpa
-from attnzoo.engines.sparse.grid import Grid, grid_of
-from attnzoo.engines.sparse.window import Window
+from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
+from attnzoo.engines.sparse.patterns.window import Window
 
 # Queries that share a slice: larger wastes scores outside the window, smaller starves the matmuls
 BLOCK = 64

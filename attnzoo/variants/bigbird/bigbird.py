@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention import Attention, Spec
-from attnzoo.engines.sparse.block_patterns import BlockUnion, GlobalBlocks, WindowBlocks
 from attnzoo.engines.sparse.block_sparse import BlockSparse
-from attnzoo.engines.sparse.grid import Grid, padded
+from attnzoo.engines.sparse.patterns.block_patterns import BlockUnion, GlobalBlocks, WindowBlocks
+from attnzoo.engines.sparse.patterns.grid import Grid, padded
 from attnzoo.registry import register
 from attnzoo.variants.bigbird.random_blocks import RandomBlocks
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from attnzoo.arguments import check_count, check_seed
-from attnzoo.engines.sparse.block_patterns import BlockPattern, block_limit, distinct
-from attnzoo.engines.sparse.grid import Grid
+from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern, block_limit, distinct
+from attnzoo.engines.sparse.patterns.grid import Grid
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from attnzoo.engines.softmax.softmax import softmax_cost
 from attnzoo.engines.sparse import dense, dilated, sparse_memory, sparse_peaks
 from attnzoo.engines.sparse.columns import Columns
 from attnzoo.engines.sparse.global_cache import GlobalCache
-from attnzoo.engines.sparse.grid import Grid, grid_of
-from attnzoo.engines.sparse.window import Window
+from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
+from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.windowed import Windowed
 from attnzoo.padding import fetched, first_real, slots_of
 from attnzoo.spec import Input

@@ -28,7 +28,7 @@ from attnzoo.engines.memory import INDEX_BYTES, fused
 from attnzoo.engines.softmax.reference import REFERENCE, masked_softmax
 from attnzoo.engines.softmax.sdpa import sdpa
 from attnzoo.engines.softmax.softmax import softmax_cost
-from attnzoo.engines.sparse.grid import Grid, grid_of
+from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.sparse import Sparse, from_first_real
 from attnzoo.variants.sparse_transformer import factorized_flash
 from attnzoo.variants.sparse_transformer.factorized_flash import shares_of

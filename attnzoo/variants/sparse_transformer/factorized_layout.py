@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnzoo.engines.sparse.grid import Grid
+from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.variants.sparse_transformer.factorized_patterns import (
     Factor,
     Neighbours,

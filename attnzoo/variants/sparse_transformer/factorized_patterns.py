@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from attnzoo.arguments import check_positive
-from attnzoo.engines.sparse.grid import Grid
-from attnzoo.engines.sparse.patterns import Pattern
+from attnzoo.engines.sparse.patterns.grid import Grid
+from attnzoo.engines.sparse.patterns.pattern import Pattern
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from attnzoo.arguments import check_count, check_positive
 from attnzoo.call import Call
-from attnzoo.engines.sparse.grid import Grid, grid_of
-from attnzoo.engines.sparse.patterns import BlockTable, Pattern
+from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
+from attnzoo.engines.sparse.patterns.pattern import BlockTable, Pattern
 from attnzoo.padding import first_real
 
 TABLE_BLOCK = 128  # positions in a block of a window's table: what FlexAttention is tuned for

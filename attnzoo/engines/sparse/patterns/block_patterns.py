@@ -10,8 +10,8 @@ from torch import Tensor
 
 from attnzoo.arguments import check_count, check_positive
 from attnzoo.eager import unrecorded
-from attnzoo.engines.sparse.grid import Grid
-from attnzoo.engines.sparse.patterns import BlockTable, Pattern, Union
+from attnzoo.engines.sparse.patterns.grid import Grid
+from attnzoo.engines.sparse.patterns.pattern import BlockTable, Pattern, Union
 
 
 class BlockPattern(Pattern):

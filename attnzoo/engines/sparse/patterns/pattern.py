@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines.sparse.grid import Grid, grid_of, padded
+from attnzoo.engines.sparse.patterns.grid import Grid, grid_of, padded
 from attnzoo.padding import stand_on_leading
 
 

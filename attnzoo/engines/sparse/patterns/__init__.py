@@ -1,0 +1,1 @@
+"""Which keys a query may see: the support of a sparse A."""
