@@ -24,6 +24,10 @@ for is_causal in (False, True):
     out, weights = attnzoo.oracles.ORACLES["mean"](q, k, v, **masks)
     torch.testing.assert_close(attn(q, k, v, **masks), out)
     torch.testing.assert_close(attn.weights(q, k, **masks), weights)
+    masks["chosen"] = torch.rand(2, 70) > 0.5
+    out, weights = attnzoo.oracles.ORACLES["mean"](q, k, v, **masks)
+    torch.testing.assert_close(attn(q, k, v, **masks), out)
+    torch.testing.assert_close(attn.weights(q, k, **masks), weights)
 rows, _ = attn.step(q, k, v, attn.init_state(2), key_mask=key_mask)
 torch.testing.assert_close(rows, attn(q, k, v, key_mask=key_mask, is_causal=True))
 assert "mean" in attnzoo.names()

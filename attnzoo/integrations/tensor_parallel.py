@@ -126,7 +126,9 @@ def _split_module(module: MultiheadAttention, mesh: DeviceMesh) -> None:
             "projection no process's heads can have alone; use FSDP or DDP for this model"
         )
     # What stays with the core would be cut there, into plain parameters.
-    own = core._modules.pop(core.own_projection, None) if core.own_projection else None
+    own = getattr(core, core.own_projection) if core.own_projection else None
+    if own is not None:
+        setattr(core, str(core.own_projection), None)
     projections = core._modules.pop(INPUT_PROJECTIONS, None)
     _split_core(core, mesh)
     if isinstance(own, nn.Linear):
