@@ -193,3 +193,22 @@ def disagreement(found: Tensor, wanted: Tensor) -> str | None:
         if error <= tolerance
         else f"{error:.2g} (allowed {tolerance:g} in {str(found.dtype).removeprefix('torch.')})"
     )
+
+
+def decoding_mistake(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why `attention` must get no time for decoding, or None: its last row after `step` by `step`
+    against the reference's."""
+    q, k, v = (x[:1] for x in (q, k, v))
+    last = q.shape[2] - 1
+    with torch.no_grad():
+        state = attention.init_state(1, last + 1, dtype=q.dtype, device=q.device)
+        if last:
+            state = attention.step(q[:, :, :last], k[:, :, :last], v[:, :, :last], state)[1]
+        found = attention.step(q[:, :, last:], k[:, :, last:], v[:, :, last:], state)[0]
+        asked, attention.backend = attention.backend, "reference"
+        try:
+            wanted = attention(q[:, :, last:], k, v, is_causal=True)
+        finally:
+            attention.backend = asked
+    wrong = disagreement(found, wanted)
+    return None if wrong is None else f"a decoded row is off the reference by {wrong}"

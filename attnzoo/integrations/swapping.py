@@ -9,8 +9,9 @@ from torch import nn
 
 from attnzoo.attention import Attention
 from attnzoo.integrations import timm, torch_nn
+from attnzoo.integrations.chosen_layers import Layers, Mix, choose
 from attnzoo.integrations.huggingface import interface
-from attnzoo.integrations.places import Layers, Mix, build_attentions, choose
+from attnzoo.integrations.places import build_attentions
 from attnzoo.integrations.record import RECORD, Record
 from attnzoo.integrations.wrappers import without_wrappers
 
@@ -89,7 +90,6 @@ def unswap(model: Model) -> Model:
     whose weight torch reads without a call. The model is then as it was.
     """
     part, record = swapped_part(model)
-    record.check_standing(part)
     record.undo(part)
     del vars(part)[RECORD]
     return model

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from attnzoo.cost import article
-from attnzoo.cost.article import Contradiction, contradictions
+from attnzoo.cost.contradictions import Contradiction, contradictions
 from attnzoo.cost.hardware import GPU
 from attnzoo.cost.layer_costs import CountedVariant, whole_zoo
 from attnzoo.cost.model_sizes import TransformerModel
 from attnzoo.registry import Choice
-from attnzoo.report.scaling import model_tables, variant_tables
+from attnzoo.report.scaling import model_tables, path_table, variant_tables
 from attnzoo.report.scaling.settings import Settings
 from attnzoo.results.table import Table
 
@@ -110,7 +110,7 @@ def scaling(
         ("variants", lambda: variant_tables.variant_costs(settings, counted, baseline)),
         ("longest sequences by variant", lambda: variant_tables.variant_limits(settings, counted)),
         ("crossovers", lambda: variant_tables.crossovers(settings, counted, baseline)),
-        ("paths", lambda: variant_tables.paths(settings, counted, baseline)),
+        ("paths", lambda: path_table.paths(settings, counted, baseline)),
     ]
     tables = []
     for stage, compute in steps:
