@@ -121,8 +121,7 @@ class Row:
 
     @property
     def kept_speedup(self) -> float | None:
-        """(t_sdpa / t) / (macs_sdpa / macs): the share of the promised speed-up that was
-        measured."""
+        """Measured speed-up over MAC speed-up: (t_sdpa / t) / (macs_sdpa / macs)."""
         speedup = self.speedup
         return (
             None

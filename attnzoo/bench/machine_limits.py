@@ -25,9 +25,12 @@ CACHED_BYTES = tuple(2**power for power in range(14, 28, 2))
 
 @dataclass(frozen=True)
 class Limits:
-    """peak_flops: FLOPs a second, two a multiply-accumulate; bandwidth: bytes a second, read and
-    written ones counted, of more than any cache holds. cached: (bytes, bandwidth) of smaller
-    amounts."""
+    """The best rates that were measured.
+
+    peak_flops: FLOPs a second, two a multiply-accumulate.
+    bandwidth: bytes a second, read and written ones counted, of more data than any cache holds.
+    cached: (bytes, bandwidth) of smaller amounts.
+    """
 
     peak_flops: float
     bandwidth: float

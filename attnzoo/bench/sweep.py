@@ -1,4 +1,4 @@
-"""Running a plan: the rows of all its settings that are not there yet."""
+"""Running a plan: a row for each setting and contender that the result file does not hold."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Time, told honestly: every contender runs in every round, and none gets a time before its result
-is checked."""
+"""Time in interleaved rounds: every contender runs in every round, and none is timed before its
+result is checked."""
 
 from __future__ import annotations
 

@@ -125,7 +125,9 @@ class _Forward:
         """Tensors whose walks have these lengths."""
         if not self.is_causal:
             return self._tensors(first, second)
-        blind = max(0, self.q[2] - self.k[2])  # queries before the first key, which nobody computes
+        blind = max(
+            0, self.q[2] - self.k[2]
+        )  # queries before the first key, which are not computed
         return self._tensors(first + blind, first + second)
 
     def _tensors(self, queries: int, keys: int) -> list[Tensor]:
@@ -143,7 +145,8 @@ class _Forward:
 
 
 def _layout(engine: Engine, queries: int, keys: int, heads: int, is_causal: bool) -> Hashable:
-    """Two layers' random blocks differ; what is computed with them need not."""
+    """What decides which operators run on which shapes; the random blocks of two layers may
+    differ."""
     if isinstance(engine, Sparse) and isinstance(engine.pattern, BlockPattern):
         pattern, grid = engine.pattern, Grid(heads, queries, keys, is_causal)
         return (

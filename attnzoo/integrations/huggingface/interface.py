@@ -117,9 +117,11 @@ def _holders(model: Any, paths: list[str]) -> list[Any]:
 
 
 def _check_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook: what the layers of some families are not told of, and what would pass the
-    swapped attentions by. Every part has it, since a part may be called alone and its attention set
-    alone."""
+    """A forward pre-hook that refuses arguments and settings by which the swapped attentions would
+    be skipped.
+
+    Every part has it, since a part may be called alone and its attention set alone.
+    """
     refuse_weights(kwargs)
     implementation = model.config._attn_implementation
     if implementation != IMPLEMENTATION:

@@ -43,8 +43,8 @@ class _Probe:
         self.windows: set[int] = set()  # of masks that a layer was given
 
     def note_window(self, mask: Tensor | None) -> None:
-        """A layer was given this mask. One that is none of those made may be cut from any of
-        them."""
+        """Note that a layer was given this mask. A mask that is none of those made may be cut from
+        any of them."""
         known = [window for made, window in self.masks if made is mask]
         self.windows.update(
             window for window in known or [window for _, window in self.masks] if window is not None
@@ -113,8 +113,8 @@ def find_sites(model: Any, example_inputs: Mapping[str, Any] | None = None) -> l
 
 
 def _refuse_unread(model: Any, probe: _Probe, trial: Trial) -> None:
-    """Raise UnsupportedError on a part of its own, such as a vision tower beside a reader of text,
-    that the read did not reach: it would stay exact.
+    """Raise UnsupportedError on a part with attention of its own that the read did not reach, such
+    as a vision tower beside a reader of text: it would stay exact.
 
     The cross-attention of a decoder that stands alone is not reached either, and is not swapped
     anyway.
@@ -217,8 +217,8 @@ def _note(
 
 
 def _refuse_other_causality(module: Any, is_causal: bool, mask: Tensor | None) -> None:
-    """Raise UnsupportedError where a mask and the layer's own word differ: eager attention goes by
-    the one, a swapped one by the other."""
+    """Raise UnsupportedError where a mask and the layer's own is_causal differ: eager attention
+    follows the mask, a swapped attention is_causal."""
     if mask is None or not can_look(mask, may_stall=True):
         return
     ahead = mask[..., 0, 1]  # the first query and the key after it

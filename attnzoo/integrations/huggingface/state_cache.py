@@ -73,8 +73,8 @@ class StateLayer(CacheLayerMixin):
         return key_states, value_states
 
     def check_reader(self, attention: Attention | None, is_causal: bool) -> None:
-        """Raise UnsupportedError when who attends to the keys handed on is not the attention that
-        they were meant for."""
+        """Raise UnsupportedError when another attention reads the keys than the one that they were
+        handed to."""
         if attention is not self.attention:
             raise UnsupportedError(
                 f"{type(self.module).__name__} attends to another layer's keys, whose state it "

@@ -1,5 +1,5 @@
-"""Trying a Hugging Face model out: a few tokens, pixels or samples of nothing, or the caller's own
-inputs, read once."""
+"""Trying a Hugging Face model out: it reads a few made-up tokens, pixels or samples, or the
+caller's own inputs, once."""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ SEARCHED_LENGTH = 512  # tokens of which every pair is looked at
 def paths(
     settings: Settings, variants: Sequence[CountedVariant], baseline: CountedVariant
 ) -> Table:
-    """Layers after which every token has seen every other, and what those layers cost together."""
+    """Layers after which every token has seen every other, and the MACs of those layers
+    together."""
     n, is_causal = settings.length, settings.is_causal
     exact = baseline.macs(n, is_causal)
     rows: list[dict[str, Any]] = []

@@ -1,5 +1,5 @@
-"""Where the article stops, for every variant of the zoo: costs, longest sequences, crossovers and
-paths, through `Attention.cost` alone."""
+"""What the article does not compute, for every variant: costs, longest sequences and crossovers,
+from `Attention.cost` alone."""
 
 from __future__ import annotations
 
