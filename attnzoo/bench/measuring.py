@@ -84,14 +84,14 @@ class Bench:
     def __init__(self, device: torch.device, seed: int) -> None:
         settle_heap()
         if device.type == "cuda":
-            # For what asks no tensor where to work: the allocator's cache, Triton's launches.
+            # The allocator's cache and Triton's launches go by the current device.
             torch.cuda.set_device(device)
         self.device, self.seed = device, seed
         self.stopwatch = stopwatch_of(device)
         self.facts = environment(seed=seed, device=device)
         self.limits: dict[str, Limits] = {}
         self.prepared: tuple[Cell, list[tuple[Tensor, ...]]] | None = None
-        # Of a curve: least work and seconds at its last length.
+        # By curve: work and seconds at the last length that was measured.
         self.seen: dict[Key, tuple[int, float]] = {}
 
     def measure(
@@ -107,7 +107,7 @@ class Bench:
                 yield found
             else:
                 entries.append(found)
-            # Else all that follow would be called wrong for what this one did.
+            # Without this check, all that follow would be called wrong because of this one.
             check_answers(self.device)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -179,9 +179,9 @@ class Bench:
             )
         except ValueError as error:  # what the variant or the backend cannot do
             return replace(row, reason=str(error))
-        # Of any kind: Triton's are of its own, and one kernel that does not compile must not end
-        # the sweep
         except Exception as error:
+            # Any error: Triton has its own, and a kernel that does not compile must not end the
+            # sweep.
             return replace(row, reason=_failure(error))
 
     def time(self, entries: list[Entry], rounds: int, budget: float) -> list[Row]:

@@ -19,7 +19,7 @@ from attnzoo.call import UnsupportedError
 #: a wrong kernel gives.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 WHOLE_LENGTH = 1024  # up to which every row is checked
-# Beyond it: every row of so many tokens, and so many rows of the full length.
+# Of longer inputs: tokens up to which every row is checked, and rows of the full length.
 CHECK_LENGTH, SAMPLED_ROWS = (257, 64)
 CHECKED_SAMPLES = 2
 MINIMUM_ROUNDS = 3  # a median of fewer says nothing

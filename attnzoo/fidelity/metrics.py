@@ -19,7 +19,7 @@ from attnzoo.call import repeat_heads
 
 ROWS = 256  # rows of exact A in memory at a time
 WHOLE_LENGTH = 1024  # up to here every row of A is compared
-# Beyond it: the 64 rows that end at each quarter of the length.
+# Of longer inputs: the 64 rows that end at each quarter of the length.
 SAMPLED_BLOCKS, SAMPLED_ROWS = (4, 64)
 TOP = 16
 

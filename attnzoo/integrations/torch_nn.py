@@ -152,7 +152,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     for path, module in found:
         if itself[module] is not False:
             _refuse_other_attention(path, module)
-    # Of torchvision's vision transformers, whose images have one size.
+    # torchvision's vision transformers have it: their images are of one size.
     told = getattr(model, "seq_length", None)
     longest = told if isinstance(told, int) else None
     return [

@@ -19,7 +19,7 @@ GENERATORS = (
     # Torch's generator on a CPU reads 32 bits of a seed: two that agree in them give the same
     # numbers
 )
-# Of the held-out draws; those of training stay below.
+# Seeds of the held-out parts; those of training are smaller.
 SEEDS = {VALIDATION: GENERATORS - 2, TEST: GENERATORS - 1}
 STEPS = 1_000_003  # most steps of a run: no two (seed, step) share a generator
 SEED_LIMIT = min(SEEDS.values()) // STEPS  # seeds of a run are below it

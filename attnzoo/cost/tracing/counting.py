@@ -174,7 +174,7 @@ def _nothing_leaves_the_trace() -> Iterator[None]:
     """Raise where numpy computes: the tracer takes its results for constants, and would count
     nothing of them."""
     with warnings.catch_warnings(record=True) as caught:
-        # Whatever the caller wants to hear.
+        # Recorded even where the caller ignores warnings.
         warnings.simplefilter("always", torch.jit.TracerWarning)
         yield
     for warning in caught:

@@ -167,7 +167,7 @@ class _OneForward(nn.Module):
         )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        # Past what stands in the engine's place.
+        # The class's own forward, since the instance's is replaced.
         return type(self.engine).forward(
             self.engine, Call(q, k, v, key_mask, None, self.is_causal), self.backend
         )[0]
@@ -207,7 +207,7 @@ def engines_apart(
             within = max(q[2], k[2]) < FOLDED_FROM and any(
                 any(child.children()) for child in engine.children()
             )
-            # From other inputs of the module.
+            # Inputs that the traced call does not have.
             named = call.global_mask is not None or call.global_qkv is not None
             if chosen not in APART or within or named or call.attn_mask is not None:
                 return type(engine).forward(engine, call, backend)
