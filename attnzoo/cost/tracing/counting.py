@@ -30,9 +30,11 @@ class FlopReport:
     macs: multiply-accumulates of all products; flops = 2 · macs.
     elementwise: what softmax, exponentials, divisions and normalisations take, apart from the macs
     (3 operations for a softmax's score).
-    by_operator, by_module: the macs by operator and by module, "" being the whole;
-    elementwise_by_...: the same of elementwise. A submodule whose weights its parent reads without
-    calling it, such as the out_proj of torch.nn.MultiheadAttention, is counted at the parent.
+    by_operator, by_module: the macs by operator and by module, "" being the whole.
+    elementwise_by_operator, elementwise_by_module: the same of elementwise.
+
+    A submodule whose weights its parent reads without calling it, such as the out_proj of
+    torch.nn.MultiheadAttention, is counted at the parent.
     """
 
     macs: int
