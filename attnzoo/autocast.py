@@ -1,5 +1,4 @@
-"""Autocast: it chooses the dtype of what comes in, and what is computed from there on is the
-attention's own affair."""
+"""Autocast: it chooses the dtype of an attention's inputs and of nothing inside the attention."""
 
 from __future__ import annotations
 
@@ -17,10 +16,10 @@ Result = TypeVar("Result")
 
 def autocast_inputs_only(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Cast floating tensors to autocast's dtype, as it does for torch's SDPA (float64 stays), and
-    run the method without it.
+    run the method with autocast off.
 
-    Inside, autocast would turn every product into a low-precision one, also those that are to be
-    summed in float32.
+    Inside the method autocast would run every product in low precision, also those whose sums must
+    be in float32.
     """
 
     @wraps(method)

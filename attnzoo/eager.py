@@ -1,5 +1,5 @@
-"""The one answer to "may Python look at values here?", and to "may a Function of our own compute?",
-of whose inside only autograd knows."""
+"""Whether Python may read the values of tensors here, and whether an autograd.Function of this
+library may run here."""
 
 from __future__ import annotations
 
@@ -26,9 +26,12 @@ def is_recorded() -> bool:
 
 
 def can_look(*tensors: Tensor, may_stall: bool = False) -> bool:
-    """Whether what stands in these may decide how to go on: not in a graph that is recorded, not
-    inside torch.func, not on the meta device, and on CUDA only where it may stall and no stream is
-    captured."""
+    """Whether Python may read the values of these tensors, to decide by them how to go on.
+
+    Not while a graph is recorded, not inside torch.func, not on the meta device; on CUDA only where
+    waiting for the device is allowed and no stream is captured.
+    may_stall: waiting for the device is allowed.
+    """
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -42,8 +45,8 @@ def can_look(*tensors: Tensor, may_stall: bool = False) -> bool:
 
 
 def may_branch(x: Tensor) -> bool:
-    """As `can_look(x, may_stall=True)`, and inside torch.func too: for a question that
-    `holds_anywhere` answers for all samples at once."""
+    """As `can_look(x, may_stall=True)`, and true inside torch.func too: for conditions that
+    `holds_anywhere` evaluates for all samples together."""
     if torch.compiler.is_compiling() or (is_recorded() and not _counted.get()):
         return False
     plain = list(_beneath(x))[-1]
@@ -56,13 +59,12 @@ def may_branch(x: Tensor) -> bool:
 
 
 def holds_anywhere(condition: Tensor) -> bool:
-    """Whether it holds anywhere; inside torch.func in any sample, so that one answer suits them
-    all."""
+    """Whether any entry of a condition is true; inside torch.func, any entry of any sample."""
     return bool(list(_beneath(condition))[-1].any())
 
 
 def is_learned(x: Tensor) -> bool:
-    """Whether a gradient may go to x, inside torch.func to what it wraps."""
+    """Whether x, or what torch.func wraps in it, requires a gradient."""
     return any(tensor.requires_grad for tensor in _beneath(x))
 
 
@@ -85,9 +87,12 @@ def is_batched(x: Tensor) -> bool:
 
 
 def only_autograd_looks(*inputs: Tensor) -> bool:
-    """Whether nothing but autograd looks into what is computed of these. An autograd.Function of
-    our own is dark to a graph that is recorded, to torch.func (vmap, grad), to forward-mode
-    differentiation and to tensors without values, which then must see plain operators."""
+    """Whether an autograd.Function of this library may compute with these inputs.
+
+    Only autograd knows the derivative of such a function. Where a graph is recorded, inside
+    torch.func (vmap, grad), in forward-mode differentiation and for tensors without values, plain
+    operators must run.
+    """
     if is_recorded() or is_open() or torch._C._are_functorch_transforms_active():
         return False
     return all(
@@ -97,8 +102,8 @@ def only_autograd_looks(*inputs: Tensor) -> bool:
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
-    """Inside, nothing is recorded: for what depends on sizes and seeds alone, and is a constant of
-    the graph. torch.export records by a mode."""
+    """Inside, nothing is recorded into a graph: for constants, which depend on sizes and seeds
+    alone."""
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # pyright: ignore[reportAttributeAccessIssue]
     try:
@@ -109,8 +114,7 @@ def unrecorded() -> Iterator[None]:
 
 
 def openly() -> AbstractContextManager[None]:
-    """Inside, everything is computed in operators that can be differentiated any number of
-    times."""
+    """Inside, only operators run that can be differentiated any number of times."""
     return _set(_openly)
 
 
@@ -147,9 +151,14 @@ def _differentiates_again() -> bool:
 
 
 def refuse_later(out: Tensor, allowed: Tensor, message: str) -> Tensor:
-    """`out`, refused where `allowed`, a bool that nobody can look at now, turns out False: by a
-    RuntimeError with this message where a graph can raise one, by NaN where assertions are lost
-    (torch.jit.trace, ONNX, torch.func)."""
+    """Refuse `out` if a condition turns out False that cannot be read now.
+
+    out: any shape, the result.
+    allowed: bool, a scalar or broadcastable to out.
+    message: of the RuntimeError, where a graph can raise one; elsewhere (torch.jit.trace, ONNX,
+    torch.func) out becomes NaN.
+    Returns out.
+    """
     if out.is_meta:
         return out
     raises = torch.compiler.is_compiling() or not (

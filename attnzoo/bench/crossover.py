@@ -18,8 +18,12 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Crossover:
-    """length: in tokens, interpolated; None outside the measured lengths, `shortest` to `longest`,
-    where `wins` says on which side."""
+    """From which length on a contender wins.
+
+    length: tokens, interpolated; None outside the measured lengths.
+    shortest, longest: the measured lengths.
+    wins: where length is None, whether it wins at all of them.
+    """
 
     length: float | None
     wins: bool
@@ -35,9 +39,10 @@ class Crossover:
 
 
 def crossover(points: Sequence[tuple[int, float]]) -> Crossover | None:
-    """Where the ratio of SDPA's need to the contender's passes 1 for good.
+    """The length from which on a ratio of SDPA's need to the contender's stays above 1.
 
-    points: (length, ratio); None when there are none.
+    points: (length, ratio) each.
+    Returns None when there are no points.
     """
     ordered = sorted(points)
     if not ordered:

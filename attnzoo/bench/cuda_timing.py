@@ -14,8 +14,8 @@ FLUSH_CACHES = 2  # bytes written between calls, in sizes of the L2 cache
 
 
 class DeviceLost(Exception):
-    """The device answers nothing any more, whoever asks: after an illegal access every later call
-    of the process fails, whatever it computes."""
+    """The CUDA device does not answer any more: after an illegal access every later call of the
+    process fails."""
 
 
 class EventClock:

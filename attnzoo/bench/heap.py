@@ -37,9 +37,12 @@ def bounded_memory(device: torch.device) -> Iterator[None]:
 
 
 def settle_heap() -> None:
-    """Let malloc keep what a pass frees. glibc gives blocks back to the system until one as large
-    has been freed before, and the next pass pays for every page of its results again; a process
-    that trains is beyond that after its first step."""
+    """Let malloc keep the memory that a pass frees.
+
+    Until a block of a size has been freed once, glibc gives such blocks back to the system, and the
+    next pass pays for every page of its results again. A process that trains is past that after its
+    first step.
+    """
     torch.empty(LARGEST_KEPT, dtype=torch.uint8)  # made, and freed at once
 
 

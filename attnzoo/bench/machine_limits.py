@@ -19,15 +19,18 @@ GEMM = {"cpu": 2048, "cuda": 8192}  # rows of the square matrices
 ATTENTION = {"cpu": (16, 1024), "cuda": (64, 8192)}
 HEAD_DIMS = (64, 128)
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}  # far above any cache
-# Of a processor's caches; on CUDA they are flushed before each turn.
+# Amounts that fit a processor's caches; on CUDA the cache is flushed before each turn.
 CACHED_BYTES = tuple(2**power for power in range(14, 28, 2))
 
 
 @dataclass(frozen=True)
 class Limits:
-    """peak_flops: FLOPs a second, two a multiply-accumulate; bandwidth: bytes a second, read and
-    written ones counted, of more than any cache holds. cached: (bytes, bandwidth) of smaller
-    amounts."""
+    """The best rates that were measured.
+
+    peak_flops: FLOPs a second, two a multiply-accumulate.
+    bandwidth: bytes a second, read and written ones counted, of more data than any cache holds.
+    cached: (bytes, bandwidth) of smaller amounts.
+    """
 
     peak_flops: float
     bandwidth: float

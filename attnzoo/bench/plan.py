@@ -165,7 +165,8 @@ def read_plan(path: Path) -> Plan:
     """Read a YAML file: device, seed, the settings of `Sweep`, and optionally `sweeps`, a list of
     mappings that each override them.
 
-    Raises ValueError, one sentence that names the file, on whatever it cannot mean.
+    Raises ValueError, one sentence that names the file, on an unknown key or a value that is not
+    allowed.
     """
     what = f"config {path}"
     found = read_yaml(path, what)

@@ -46,12 +46,10 @@ def compare_runs(
 ) -> tuple[list[Slowdown], int]:
     """What got slower by `RULE` or lost its time, and how many rows of `new` could be compared.
 
+    A machine's speed changes by half within minutes. So a time is compared after division by the
+    growth of SDPA, called directly, in the same rounds; SDPA itself is not compared.
+
     what, against: the two files in words.
-
-    A machine's speed changes by half within minutes, so what grew no more than SDPA in the same
-    rounds is not the attention's doing; and SDPA, called directly, is the measure of that and no
-    contender.
-
     Raises ValueError, one sentence, when they come from different machines or share no setting.
     """
     before, after = list(old), list(new)

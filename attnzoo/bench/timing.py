@@ -1,5 +1,5 @@
-"""Time, told honestly: every contender runs in every round, and none gets a time before its result
-is checked."""
+"""Time in interleaved rounds: every contender runs in every round, and none is timed before its
+result is checked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from attnzoo.call import UnsupportedError
 #: a wrong kernel gives.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 WHOLE_LENGTH = 1024  # up to which every row is checked
-# Beyond it: every row of so many tokens, and so many rows of the full length.
+# Of longer inputs: tokens up to which every row is checked, and rows of the full length.
 CHECK_LENGTH, SAMPLED_ROWS = (257, 64)
 CHECKED_SAMPLES = 2
 MINIMUM_ROUNDS = 3  # a median of fewer says nothing
@@ -193,3 +193,22 @@ def disagreement(found: Tensor, wanted: Tensor) -> str | None:
         if error <= tolerance
         else f"{error:.2g} (allowed {tolerance:g} in {str(found.dtype).removeprefix('torch.')})"
     )
+
+
+def decoding_mistake(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why `attention` must get no time for decoding, or None: its last row after `step` by `step`
+    against the reference's."""
+    q, k, v = (x[:1] for x in (q, k, v))
+    last = q.shape[2] - 1
+    with torch.no_grad():
+        state = attention.init_state(1, last + 1, dtype=q.dtype, device=q.device)
+        if last:
+            state = attention.step(q[:, :, :last], k[:, :, :last], v[:, :, :last], state)[1]
+        found = attention.step(q[:, :, last:], k[:, :, last:], v[:, :, last:], state)[0]
+        asked, attention.backend = attention.backend, "reference"
+        try:
+            wanted = attention(q[:, :, last:], k, v, is_causal=True)
+        finally:
+            attention.backend = asked
+    wrong = disagreement(found, wanted)
+    return None if wrong is None else f"a decoded row is off the reference by {wrong}"

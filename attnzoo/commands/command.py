@@ -50,7 +50,7 @@ class Parser(ArgumentParser):
 
 
 def _plain(message: str, options: list[str]) -> str:
-    """jsonargparse's complaint in the reader's words, with the nearest of what is allowed."""
+    """jsonargparse's complaint in plain words, with the nearest of what is allowed."""
     message = " ".join(message.split())
     if match := re.fullmatch(r"unrecognized arguments: (\S+)(.*)", message):
         return f"unknown argument {match[1]!r}{nearest(match[1], options)}"

@@ -115,7 +115,7 @@ def _configuration(text: str, values: dict[str, Any]) -> Any:
 
 
 def _made(text: str, make: Callable[[], Any]) -> Any:
-    """What transformers makes; whatever it raises on a bad configuration becomes one ValueError."""
+    """What transformers makes; any error on a bad configuration becomes one ValueError."""
     try:
         return make()
     except Exception as error:

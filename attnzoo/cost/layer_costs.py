@@ -14,9 +14,9 @@ from attnzoo.registry import Choice, names, options_of, spec_of
 
 FROM_THE_MODEL = ("heads", "head_dim", "max_length")
 DTYPE = torch.bfloat16
-# Past every variant's edge effects, where what it keeps grows by the token.
+# Long enough that the kept bytes of every variant grow by a constant a token.
 MEASURED_LENGTHS = (2048, 4096)
-# The same where a closed form is evaluated, which costs milliseconds.
+# As above, where a closed form is evaluated, which takes milliseconds.
 CLOSED_LENGTHS = (2**16, 2**17)
 
 

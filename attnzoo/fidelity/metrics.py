@@ -19,7 +19,7 @@ from attnzoo.call import repeat_heads
 
 ROWS = 256  # rows of exact A in memory at a time
 WHOLE_LENGTH = 1024  # up to here every row of A is compared
-# Beyond it: the 64 rows that end at each quarter of the length.
+# Of longer inputs: the 64 rows that end at each quarter of the length.
 SAMPLED_BLOCKS, SAMPLED_ROWS = (4, 64)
 TOP = 16
 
@@ -56,8 +56,8 @@ def exact_output(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
 
 
 def mean_value_output(v: Tensor, heads: int, *, is_causal: bool) -> Tensor:
-    """What answers every query with the mean of the values it may see, in float64, (batch, heads,
-    length, head_dim): doing nothing."""
+    """The mean of the values that each query may see, the baseline of every comparison: float64,
+    (batch, heads, length, head_dim)."""
     values = repeat_heads(v, heads // v.shape[1]).double()
     if not is_causal:
         return values.mean(2, keepdim=True).expand_as(values)

@@ -1,4 +1,4 @@
-"""One evaluation that leaves no trace: how an integration tries a module out."""
+"""Running a module once to try it out, without changing it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def uncompiled() -> AbstractContextManager[Any]:
 
 @contextmanager
 def unheard(model: nn.Module) -> Iterator[None]:
-    """No forward hook of any module runs, and torch's encoder layers call their attention."""
+    """Inside, no forward hook of any module runs, and torch's encoder layers call their
+    attention."""
     hooks = [
         (vars(module), name, vars(module)[name])
         for module in model.modules()

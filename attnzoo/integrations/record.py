@@ -41,6 +41,7 @@ class Record:
         self.choices = choices
         self.modules = {layer: sites[layer].module for layer in choices}
         self.undo = undo
+        undo.checks.append(self.check_standing)
         layer = next(iter(choices))
         self.core = next(
             name

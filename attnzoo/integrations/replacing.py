@@ -1,5 +1,5 @@
-"""Giving attention modules another forward in place: what hangs on a module (hooks, attributes,
-wrappers, adapters) stays on it, there and back."""
+"""Giving attention modules another forward in place: hooks, attributes, wrappers and adapters stay
+on the module, in the swap and when it is undone."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def _give_classes_back(swapped: Swapped, model: nn.Module) -> None:
 
 
 def has_other_forward(module: nn.Module) -> bool:
-    """Whether the module itself has a forward that hides its class's; accelerate's, which calls the
-    one it found, is none."""
+    """Whether the module itself has a forward that hides its class's. accelerate's does not count:
+    it calls the one that it found."""
     found = vars(module).get("_old_forward")
     return (
         "forward" in vars(module) and getattr(found, "__func__", None) is not type(module).forward

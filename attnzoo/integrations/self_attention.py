@@ -1,4 +1,4 @@
-"""Which nn.MultiheadAttention of a model looks at itself, found by letting the modules around it
+"""Which nn.MultiheadAttention of a model is self-attention, found by letting the modules around it
 run on a few numbers."""
 
 from __future__ import annotations

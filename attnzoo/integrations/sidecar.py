@@ -26,13 +26,14 @@ def save(model: nn.Module, path: str | Path) -> None:
     """Write a swapped model's recipe (names, options, layers, versions) and what its attentions
     learned or drew.
 
-    The model's own weights are not in the file: save those beside it, with transformers'
-    `save_pretrained` or by `state_dict`. The config that `save_pretrained` writes tells of the
-    swap, and `from_pretrained`, which gives exact
-    attention, then warns: `load` this file.
-
+    model: one that `swap` changed.
+    path: of the safetensors file.
     Raises ValueError when the model is not swapped, or when an option is not plain data (a callable
     feature map, a shared module); OSError when the file cannot be written.
+
+    The model's own weights are not in the file: save those beside it, with transformers'
+    `save_pretrained` or by `state_dict`. The config that `save_pretrained` writes tells of the
+    swap, and `from_pretrained`, which gives exact attention, then warns: `load` this file.
     """
     _safetensors()
     record = record_of(model)

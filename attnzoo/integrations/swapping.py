@@ -9,8 +9,9 @@ from torch import nn
 
 from attnzoo.attention import Attention
 from attnzoo.integrations import timm, torch_nn
+from attnzoo.integrations.chosen_layers import Layers, Mix, choose
 from attnzoo.integrations.huggingface import interface
-from attnzoo.integrations.places import Layers, Mix, build_attentions, choose
+from attnzoo.integrations.places import build_attentions
 from attnzoo.integrations.record import RECORD, Record
 from attnzoo.integrations.wrappers import without_wrappers
 
@@ -30,26 +31,33 @@ def swap(
     """Give a model another attention, in place, keeping its weights. Returns the model.
 
     model: a Hugging Face transformers model whose attention goes through `AttentionInterface`; one
-    made of nn.MultiheadAttention, in torch's Transformer layers or alone (which then do as
-    `attnzoo.MultiheadAttention`: a core that cannot be causal refuses the causal call); or one made
-    of timm's Attention; or a wrapper of one (PEFT, DDP, torch.compile, Lightning). Only
-    self-attention is swapped, unless another is named: torch's decoder layers keep their
-    `multihead_attn`, and so does an encoder-decoder of transformers, whose layers count on from its
-    encoder's. Which nn.MultiheadAttention of a model of your own looks at itself is found by trying
-    the modules around it; where that tells nothing, the swap is refused until it is named. A part
-    of a composite model can be swapped alone (`model.get_encoder()`, `clip.vision_model`): save,
-    load and unswap that part then. Modules stay the objects that they are, with their hooks and
-    attributes.
+    made of nn.MultiheadAttention, in torch's Transformer layers or alone; one made of timm's
+    Attention; or a wrapper of one (PEFT, DDP, torch.compile, Lightning). A part of a composite
+    model can be swapped alone (`model.get_encoder()`, `clip.vision_model`): save, load and unswap
+    that part then.
     name: a name in `attnzoo.names()`, or a mapping from layers to a name or a pair (name, options):
-    {"0-3": "sliding_window", "4": ("performer", {"num_features": 64})}.
+    {"0-3": "sliding_window", "4": ("performer", {"num_features": 64})}. Layers that are not named
+    keep exact attention.
     layers: which attention layers, counted from 0 in the order in which they run: 2, "0-3,6", [0,
     2]; or a path in the model, or a pattern of paths: "layers.*.cross_attn"; default: all
     self-attentions.
-    options: of the attention, for every layer; an option `seed` is the first layer's, later layers
-    count up from it; `max_length` is the model's own where it tells one. Layers that are not named
-    keep exact attention.
     example_inputs: keyword arguments of a transformers model's forward, with which it is tried out
     where attnzoo can make up none.
+    options: of the attention, for every layer. An option `seed` is the first layer's, later layers
+    count up from it; `max_length` is the model's own where it tells one.
+    Raises UnsupportedError when the swap would be ignored or would drop part of the model's
+    attention (soft-capping, sink logits where the attention takes none, packed sequences, a window
+    of its own, a bias of positions where the attention takes no attn_mask), or when the attention
+    cannot do what the model needs; ValueError on a model without attention, on one swapped already,
+    whole or in part, and on layers outside it. The model is then as it was.
+
+    Only self-attention is swapped, unless another is named: torch's decoder layers keep their
+    `multihead_attn`, and so does an encoder-decoder of transformers, whose layers count on from its
+    encoder's. Which nn.MultiheadAttention of a model of your own is self-attention is found by
+    trying the modules around it; where that tells nothing, the swap is refused until it is named. A
+    swapped nn.MultiheadAttention does as `attnzoo.MultiheadAttention`: a core that cannot be causal
+    refuses the causal call. Modules stay the objects that they are, with their hooks and
+    attributes.
 
     What the attention learns or draws lives in a submodule of each layer: it follows `.to()`,
     trains, and is in `state_dict`. Sequences packed into one row with a mask of ones cannot be told
@@ -58,12 +66,6 @@ def swap(
     A model that drops entries of A while training (torch's layers do by default), and an attention
     that never forms A, go together for evaluation only: the swap warns (UserWarning), and is
     refused while the model is in training mode.
-
-    Raises UnsupportedError when the swap would be ignored or would drop part of the model's
-    attention (soft-capping, sink logits where the attention takes none, packed sequences, a window
-    of its own, a bias of positions where the attention takes no attn_mask), or when the attention
-    cannot do what the model needs; ValueError on a model without attention, on one swapped already,
-    whole or in part, and on layers outside it. The model is then as it was.
     """
     part, integration = _integration_for(_inside(model))
     tried = _tried_with(integration, example_inputs)
@@ -89,7 +91,6 @@ def unswap(model: Model) -> Model:
     whose weight torch reads without a call. The model is then as it was.
     """
     part, record = swapped_part(model)
-    record.check_standing(part)
     record.undo(part)
     del vars(part)[RECORD]
     return model

@@ -113,8 +113,7 @@ def _hooks(module: nn.Module) -> set[int]:
 
 
 def _is_called(linear: nn.Module) -> bool:
-    """Whether a layer in the place of a linear one does more than its weight says; where accelerate
-    keeps that weight is another matter."""
+    """Whether a layer in the place of a linear one does more than multiply by its weight."""
     return type(linear).forward is not nn.Linear.forward or has_other_forward(linear)
 
 
@@ -127,7 +126,8 @@ def _is_pefts(module: nn.Module) -> bool:
 
 
 def _holds_more(layer: nn.TransformerEncoderLayer) -> bool:
-    """Whether torch's fast path, which reads the layer's weights, would pass something by."""
+    """Whether torch's fast path, which reads the layer's weights, would skip something that the
+    layer does."""
     return _is_pefts(layer.self_attn) or _is_called(layer.linear1) or _is_called(layer.linear2)
 
 
@@ -152,7 +152,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     for path, module in found:
         if itself[module] is not False:
             _refuse_other_attention(path, module)
-    # Of torchvision's vision transformers, whose images have one size.
+    # torchvision's vision transformers have it: their images are of one size.
     told = getattr(model, "seq_length", None)
     longest = told if isinstance(told, int) else None
     return [

@@ -13,8 +13,8 @@ HELD = ("_fsdp_wrapped_module", "base_model")
 
 
 def called_by(model: nn.Module) -> nn.Module:
-    """The module that DDP, torch.compile, accelerate and their like call and add nothing to; a
-    model that is none of these is the answer itself."""
+    """The module that DDP, torch.compile, accelerate and their like only call; a model that is none
+    of these is returned itself."""
     inside = _only_child(model, CALLED)
     return model if inside is None else called_by(inside)
 

@@ -1,5 +1,5 @@
-"""Running a model from a later layer on: what the layers before it gave an exact run is put in
-their place."""
+"""Running a model from a later layer on: the layers before it return what they gave in a recorded
+exact run."""
 
 from __future__ import annotations
 

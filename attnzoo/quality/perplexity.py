@@ -66,9 +66,12 @@ class CausalSubject(Subject):
 
     @torch.no_grad()
     def measure(self, mix: Mix, excerpt: Excerpt, lengths: Sequence[int]) -> dict[int, Scores]:
-        """A mix that decodes token by token has rows that do not depend on what follows them, so
-        that the longest reading holds the shorter ones; another is read anew at every length. The
-        shorter ones are the beginnings of the longest's sequences."""
+        """Scores by length.
+
+        A mix that decodes token by token has rows that do not depend on what follows them, so that
+        the longest reading holds the shorter ones; any other mix reads anew at every length. The
+        shorter sequences are the beginnings of the longest ones.
+        """
         found: dict[int, Scores] = {}
         one_reading = all(spec_of(choice.name).decodes for choice in mix.values())
         longest = self.tokens(excerpt, max(lengths))

@@ -115,8 +115,8 @@ def by_page(rows: Iterable[Row]) -> dict[str, Sequence[Row]]:
 
 
 def in_order(rows: Sequence[Row]) -> list[Row]:
-    """The rows of single choices by variant, as the study names them, and by rising knob,
-    whenever they were measured; all others before them."""
+    """The rows in the order of the tables: those of single choices by variant, as the study names
+    them, and by rising knob, whenever they were measured; all others before them."""
     variants = list(dict.fromkeys(row.variant for row in rows))
 
     def place(row: Row) -> tuple[int, list[int | str]]:

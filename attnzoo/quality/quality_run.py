@@ -131,7 +131,7 @@ class Run:
 
     def _find_mixes(self, progress: Progress) -> None:
         """Search within each tolerance, going on from the mix of the last, and measure what was
-        found on text that chose nothing."""
+        found on text that was not used to find it."""
         mixes = self.study.mixes
         assert mixes is not None
         steps = mixes.evaluations + len(self.sources)  # of each tolerance, at most
@@ -185,8 +185,8 @@ class Run:
                 )
 
     def _change_of(self, mix: Mix) -> float:
-        """The change of a whole mix on the text to check against, the greatest of all texts; either
-        way counts: within is within."""
+        """The change of a whole mix on the text to check against, the greatest of all texts. Its
+        sign does not count."""
         assert self.study.layers is not None
         changes = []
         for source in self.sources:

@@ -34,12 +34,12 @@ class Layers:
 
 @dataclass(frozen=True)
 class Mixes:
-    """The search.
+    """The search for mixes.
 
     tolerances: how far from exact a mix may be, as a share (0.01: the perplexity within 1%; an
     encoder: a mean cosine of 0.99 at least).
-    evaluations: mixes measured for each.
-    lengths: at which the mixes found are measured on text that chose nothing.
+    evaluations: mixes measured for each tolerance.
+    lengths: tokens, at which the mixes found are measured, on text that was not used to find them.
     """
 
     tolerances: tuple[float, ...]
@@ -49,10 +49,14 @@ class Mixes:
 
 @dataclass(frozen=True)
 class Study:
-    """texts: names of texts, or files. lengths: of every layer's swap, in tokens. sequences: read
-    of each text (an encoder: passages of each).
-    variants: what all layers are swapped to. layers, mixes: None leaves that part out; mixes need
-    layers."""
+    """What is measured.
+
+    texts: names of texts, or files.
+    lengths: tokens, at which every layer is swapped.
+    sequences: read of each text (an encoder: passages of each).
+    variants: what all layers are swapped to.
+    layers, mixes: None leaves that part out; mixes need layers.
+    """
 
     texts: tuple[str, ...]
     lengths: tuple[int, ...]
@@ -63,8 +67,13 @@ class Study:
 
 
 def read_study(path: Path, check: Check) -> Study:
-    """Read and check a whole study. Raises ValueError, one sentence that names the file, on
-    whatever it cannot mean."""
+    """Read and check a whole study.
+
+    path: a YAML file.
+    check: raises ValueError on a choice that cannot be built.
+    Raises ValueError, one sentence that names the file, on an unknown key or a value that is not
+    allowed.
+    """
     what = f"study {path}"
     found = read_yaml(path, what)
     check_mapping(what, found, {*(field.name for field in fields(Study)), "zoo"})

@@ -42,8 +42,8 @@ class Trial:
 class Move:
     """To use a choice in a layer from now on.
 
-    change: how much more than what stood there.
-    price: that per more MAC saved.
+    change: how much more than with what stood there.
+    price: change per MAC saved.
     """
 
     layer: int

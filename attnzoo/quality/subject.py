@@ -16,7 +16,7 @@ from torch import Tensor
 from attnzoo.attention import Attention
 from attnzoo.fidelity.measured import BASELINE
 from attnzoo.fidelity.pretrained import Pretrained
-from attnzoo.integrations.huggingface.interface import find_sites
+from attnzoo.integrations.huggingface.probe import find_sites
 from attnzoo.integrations.swapping import swap, unswap
 from attnzoo.quality.later_layers import blocks_of, recording, resumed
 from attnzoo.quality.mixes import Mix, resolved, swap_plan

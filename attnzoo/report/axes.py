@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from attnzoo.results.units import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,3 +60,19 @@ def _widened(low: float, high: float) -> tuple[float, float]:
     missing = max(0.0, NARROWEST - (high - low)) / 2
     margin = MARGIN * max(high - low, NARROWEST)
     return low - missing - margin, high + missing + margin
+
+
+def rounded(value: float, write: Callable[[Any], str] = count) -> str:
+    """A tick's number: 10 G, not 10.0 G."""
+    return re.sub(r"\.0+(?= )", "", write(value)).replace("us", "µs")
+
+
+def power_axis(axes: Axes, which: str, values: Iterable[int]) -> None:
+    """A base-2 logarithmic axis with ticks at `values`."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log", base=2)
+    axis.set_major_locator(FixedLocator(list(values)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

@@ -31,7 +31,7 @@ class Column:
 
 
 def lost(row: Row) -> bool:
-    """Whether the variant came no closer to exact attention than the mean of the values does."""
+    """Whether the variant came no closer to exact attention than the average of the values does."""
     return (
         row.output_error is not None
         and row.mean_value_error is not None

@@ -1,5 +1,5 @@
-"""Figures of a comparison: error against MACs, error against length, speed-up measured against
-promised, A beside exact A."""
+"""Figures of a comparison: error against MACs, error against length, measured speed-up against MAC
+speed-up, A beside exact A."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ Panels = Mapping[str, list[Any]]  # rows, of a comparison or of a benchmark, by 
 class Drawing:
     """One figure.
 
-    name: of its files, without the ending. whole draws all panels as one picture; parts draw one
-    panel each, for narrow pages.
+    name: of its files, without the ending.
+    whole: draws all panels as one picture.
+    parts: each draws one panel, for narrow pages.
     """
 
     name: str

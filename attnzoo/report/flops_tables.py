@@ -14,7 +14,7 @@ CONVENTION = (
     "Elementwise: exponentials, divisions, normalisations."
 )
 TOGETHER = "together"
-# By length: the exact one, and the other where there is one.
+# By length: (name, count) of exact attention, and of the other where there is one.
 Counts = dict[int, list[tuple[str, Breakdown]]]
 
 

@@ -87,11 +87,11 @@ class Style:
 
 
 def styles(variants: Iterable[tuple[str, str]]) -> dict[str, Style]:
-    """A style for every label, from (variant, label) pairs. Exact attention, which is first in the
-    registry, is drawn in ink.
+    """A style for every label, from (variant, label) pairs. Exact attention, first in the registry,
+    is drawn in ink.
 
-    What is not in the registry takes the look of a variant that is not there, as long as there is
-    one.
+    A label whose variant is not in the registry takes the look of a variant that is not drawn, as
+    long as there is one.
     """
     pairs = list(dict.fromkeys(variants))
     order = {name: index for index, name in enumerate(names())}

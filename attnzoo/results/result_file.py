@@ -59,7 +59,7 @@ class ResultFile(Generic[R]):
         self.kind = kind
 
     def repair(self) -> str | None:
-        """Drop a half last line, which an interrupted write leaves, and say so; None when there is
+        """Drop a last line that an interrupted write has cut, and say so; None when there is
         none."""
         if not self.path.exists():
             return None
@@ -96,8 +96,10 @@ class ResultFile(Generic[R]):
 
 
 def read_rows(path: str | Path, kind: type[R]) -> list[R]:
-    """The rows of a result file in order; a half last line is passed over. Raises ValueError, one
-    sentence, on another file."""
+    """The rows of a result file in order; a last line that was cut is passed over.
+
+    Raises ValueError, one sentence, on another file.
+    """
     try:
         # A cut may lie inside a letter, so each line is decoded alone.
         lines = Path(path).read_bytes().split(b"\n")

@@ -11,9 +11,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Column:
-    """One column: `heading` names the quantity and its unit; `format` writes its numbers, by a
-    format specification or a function; `words` says that it is read, not compared, and so aligned
-    left."""
+    """One column.
+
+    key: of its values in the rows.
+    heading: names the quantity and its unit.
+    format: writes its numbers, a format specification or a function.
+    words: it holds text, aligned left.
+    """
 
     key: str
     heading: str
@@ -31,8 +35,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of exact values under columns. formula says what is computed, parameters at which sizes,
-    notes how to read it."""
+    """Rows of exact values under columns.
+
+    name: of its files.
+    title: above it.
+    formula: what is computed.
+    parameters: the sizes it is computed at.
+    notes: how to read it.
+    """
 
     name: str
     title: str

@@ -19,10 +19,12 @@ class MQAR(Task):
 
     length: tokens.
     pairs: keys with their values.
-    vocabulary: tokens, half of them keys and half values, beside a blank. Slots between the queries
-    are blank; Zoology fills them with random tokens of 8,192, of which few are a key by chance. As
-    there, training mixes sizes: a batch has all, half or a quarter of the pairs. With all of them
-    only, softmax attention stays on a plateau for as long as chance will have it.
+    vocabulary: tokens, half of them keys and half values, beside a blank.
+
+    Slots between the queries are blank; Zoology fills them with random tokens of 8,192, of which
+    few are a key by chance. As there, training mixes sizes: a batch has all, half or a quarter of
+    the pairs. With all of them only, softmax attention stays on a plateau for a number of steps
+    that differs much from seed to seed.
     """
 
     length: int = 64

@@ -19,7 +19,7 @@ GENERATORS = (
     # Torch's generator on a CPU reads 32 bits of a seed: two that agree in them give the same
     # numbers
 )
-# Of the held-out draws; those of training stay below.
+# Seeds of the held-out parts; those of training are smaller.
 SEEDS = {VALIDATION: GENERATORS - 2, TEST: GENERATORS - 1}
 STEPS = 1_000_003  # most steps of a run: no two (seed, step) share a generator
 SEED_LIMIT = min(SEEDS.values()) // STEPS  # seeds of a run are below it
@@ -28,9 +28,10 @@ IGNORED = -100  # a target that is not asked for: what torch's cross-entropy ski
 
 @dataclass(frozen=True)
 class Batch:
-    """inputs: (batch, length) tokens. targets: answers, IGNORED where none is asked: (batch,
-    length), of an encoder (batch,).
+    """Examples of a task.
 
+    inputs: (batch, length) tokens.
+    targets: (batch, length) answers, of an encoder (batch,); IGNORED where none is asked.
     memory: (batch, memory_length) tokens of the second sequence, of a cross task.
     mask: (batch, length) bool, True at real tokens; None: all are.
     """
@@ -146,7 +147,7 @@ class Task(ABC):
 def at_least(name: str, value: int, least: int, why: str) -> None:
     """Raise ValueError when a knob is too small for the others.
 
-    why: what it has to hold.
+    why: what the knob has to hold, in words.
     """
     if value < least:
         raise ValueError(f"{name}={value} is too small: {why}; give at least {least}")

@@ -12,7 +12,10 @@ GRU = "gru"  # torch.nn.GRU in the place of attention: the baseline without any
 
 @dataclass(frozen=True)
 class Contender:
-    """parts: layer i has part i, and again from the first when there are more layers than parts."""
+    """What is trained.
+
+    parts: layer i has part i, and again from the first when there are more layers than parts.
+    """
 
     parts: tuple[Choice, ...]
 

@@ -16,9 +16,10 @@ PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 class Devices:
-    """device: of a single process; of several, whether they take GPUs (cuda) or not (cpu).
-    precision: a key of PRECISIONS, for autocast.
+    """Where a run happens.
 
+    device: of a single process; of several, whether they take GPUs (cuda) or not (cpu).
+    precision: a key of PRECISIONS, for autocast.
     Raises ImportError, naming the extra, when several processes were launched and accelerate is
     missing.
     """

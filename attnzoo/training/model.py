@@ -21,10 +21,15 @@ POSITION_SCALE = 10_000.0  # Vaswani et al. 2017, section 3.5
 
 @dataclass(frozen=True)
 class Sizes:
-    """width: of the residual stream. expansion: of the hidden layer of an MLP, in widths.
-    convolution: taps of a causal depthwise convolution before every mixer, 0 for none: with it a
-    token knows its neighbours whatever the attention (Zoology's models, and most linear-time ones,
-    have it), so that recall is told apart from the step before it."""
+    """The sizes of a model.
+
+    width: of the residual stream.
+    expansion: of the hidden layer of an MLP, in widths.
+    convolution: taps of a causal depthwise convolution before every mixer, 0 for none.
+
+    With a convolution a token knows its neighbours whatever the attention (Zoology's models, and
+    most linear-time ones, have it), so that a task measures recall and not the step before it.
+    """
 
     width: int = 64
     layers: int = 2

@@ -112,9 +112,12 @@ def _problem(rows: list[Row]) -> Problem:
 
 
 def _compared(runs: list[Row]) -> dict[float, list[Row]]:
-    """By rate, the runs of those seeds that have run at every rate: an interrupted study, or a
-    result file that others have added to, may hold more of one rate than of another. When no seed
-    has run at all of them: of the seeds with most rates, and only at those."""
+    """By learning rate, the runs of those seeds that have run at every rate.
+
+    An interrupted study, or a result file that others have added to, may hold more runs of one rate
+    than of another. When no seed has run at all rates: the runs of the seeds with most rates, at
+    only those rates.
+    """
     rates: dict[int | None, set[float]] = {}
     for row in runs:
         rates.setdefault(row.seed, set()).add(row.learning_rate or 0.0)
@@ -127,9 +130,11 @@ def _compared(runs: list[Row]) -> dict[float, list[Row]]:
 
 
 def best_rate(tried: dict[float, list[Row]], lower_is_better: bool) -> float | None:
-    """The rate with the best mean score on validation, of equal ones the one with the smaller loss.
-    A rate at which more runs than at another were not finite is behind it; None when none was
-    finite."""
+    """The rate with the best mean score on validation, of equal ones the one with the smaller loss;
+    None when no run was finite.
+
+    A rate at which more runs were not finite than at another comes after it.
+    """
 
     def rank(rate: float) -> tuple[int, float, float]:
         ended = [row for row in tried[rate] if row.validation is not None]

@@ -13,7 +13,8 @@ Key = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Row:
-    """None where there is no number; `reason` then says why.
+    """One run, one baseline, or a contender that has neither. None where there is no number;
+    `reason` then says why.
 
     task, problem: the task and its knobs.
     model, budget, held_out: as in the study.

@@ -62,7 +62,7 @@ class Run:
             for field in fields(Sizes)
             if len({getattr(sizes, field.name) for sizes in study.models}) > 1
         ]
-        # For the time left: steps that were trained, not held.
+        # The time left is estimated from the steps that this run trained.
         self.started, self.trained = (time.monotonic(), 0)
 
     def run(self, progress: Progress) -> list[Row]:

@@ -24,8 +24,12 @@ T = TypeVar("T", Sizes, Budget)
 
 @dataclass(frozen=True)
 class Study:
-    """problems: the task with each combination of its knobs. models: each combination of the sizes.
-    held_out: sequences of validation, and of test."""
+    """What is trained.
+
+    problems: the task with each combination of its knobs.
+    models: each combination of the sizes.
+    held_out: sequences of validation, and of test.
+    """
 
     problems: tuple[Task, ...]
     models: tuple[Sizes, ...]
@@ -39,8 +43,11 @@ class Study:
 def read_study(
     path: Path, size: str, task: type[Task], overrides: dict[str, Any], parse_variant: ParseChoice
 ) -> Study:
-    """A size of a file, with overrides by key as the file has them. Raises ValueError, one sentence
-    that names the file, on what it cannot mean."""
+    """A size of a file, with overrides by key as the file has them.
+
+    Raises ValueError, one sentence that names the file, on an unknown key or a value that is not
+    allowed.
+    """
     what = f"--config {path}"
     found = read_yaml(path, what)
     check_mapping(what, found, (*KEYS, "sizes"))
@@ -85,7 +92,10 @@ def _stands(settings: dict[str, Any], task: type[Task], parse_variant: ParseChoi
 
 
 def make_study(found: dict[str, Any], task: type[Task], parse_variant: ParseChoice) -> Study:
-    """The study of a mapping with the keys KEYS. Raises ValueError on what it cannot mean."""
+    """The study of a mapping with the keys KEYS.
+
+    Raises ValueError on an unknown key or a value that is not allowed.
+    """
     missing = [key for key in KEYS if key not in found and key not in ("problem", "model")]
     if missing:
         raise ValueError(f"{' and '.join(missing)} must be given; see the shipped configs/tasks")
@@ -119,7 +129,7 @@ def _problems(task: type[Task], knobs: Any) -> tuple[Task, ...]:
 
 
 def _combinations(settings: Any) -> list[Any]:
-    """The mapping with every combination of the values of its lists; what is no mapping alone, for
+    """The mapping with every combination of the values of its lists; anything else unchanged, for
     its reader to refuse."""
     if not isinstance(settings, dict):
         return [settings]

@@ -30,9 +30,11 @@ class FlopReport:
     macs: multiply-accumulates of all products; flops = 2 · macs.
     elementwise: what softmax, exponentials, divisions and normalisations take, apart from the macs
     (3 operations for a softmax's score).
-    by_operator, by_module: the macs by operator and by module, "" being the whole;
-    elementwise_by_...: the same of elementwise. A submodule whose weights its parent reads without
-    calling it, such as the out_proj of torch.nn.MultiheadAttention, is counted at the parent.
+    by_operator, by_module: the macs by operator and by module, "" being the whole.
+    elementwise_by_operator, elementwise_by_module: the same of elementwise.
+
+    A submodule whose weights its parent reads without calling it, such as the out_proj of
+    torch.nn.MultiheadAttention, is counted at the parent.
     """
 
     macs: int
@@ -51,15 +53,15 @@ class FlopReport:
 def count_flops(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> FlopReport:
     """Count one forward `module(*inputs, **kwargs)`.
 
-    module: of a wrapper that adds nothing (DDP, torch.compile) what it wraps is counted.
+    module: any module; of a wrapper that adds nothing (DDP, torch.compile) what it wraps is
+    counted.
+    Raises UnsupportedError on a module that cannot be traced and on an operator that has no count,
+    which it names; ImportError when fvcore is not installed.
 
     The module runs once, without gradients, under torch.jit.trace; with module and inputs on the
     meta device nothing is computed and no memory is taken. What is counted is what is executed: a
     causal scaled_dot_product_attention counts all its scores, the masked half too, as torch's own
     counter does. What no output depends on is not counted.
-
-    Raises UnsupportedError on a module that cannot be traced and on an operator that nobody counts,
-    which it names; ImportError when fvcore is not installed.
     """
     if not isinstance(module, nn.Module):
         raise ValueError(
@@ -119,7 +121,7 @@ def _trace(
     if unknown:
         named = ", ".join(f"{name} ({times} times)" for name, times in sorted(unknown.items()))
         raise UnsupportedError(
-            f"{type(module).__name__} runs operators that nobody counts: {named}; the count would "
+            f"{type(module).__name__} runs operators that have no count: {named}; the count would "
             "be too small"
         )
     return analysis.by_module_and_operator()
@@ -171,10 +173,10 @@ class _TensorsOnly(nn.Module):
 
 @contextmanager
 def _nothing_leaves_the_trace() -> Iterator[None]:
-    """Raise where numpy computes, which the tracer takes for a constant: it warns, and nothing
-    would be counted."""
+    """Raise where numpy computes: the tracer takes its results for constants, and would count
+    nothing of them."""
     with warnings.catch_warnings(record=True) as caught:
-        # Whatever the caller wants to hear.
+        # Recorded even where the caller ignores warnings.
         warnings.simplefilter("always", torch.jit.TracerWarning)
         yield
     for warning in caught:
@@ -191,7 +193,7 @@ def _nothing_leaves_the_trace() -> Iterator[None]:
 
 @contextmanager
 def _plain_operators() -> Iterator[None]:
-    """torch's fused encoder layer hides a whole layer in one operator."""
+    """Switch off torch's fused encoder layer, which would be one operator for a whole layer."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

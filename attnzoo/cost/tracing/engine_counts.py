@@ -121,7 +121,9 @@ class _Forward:
         """Tensors whose walks have these lengths."""
         if not self.is_causal:
             return self._tensors(first, second)
-        blind = max(0, self.q[2] - self.k[2])  # queries before the first key, which nobody computes
+        blind = max(
+            0, self.q[2] - self.k[2]
+        )  # queries before the first key, which are not computed
         return self._tensors(first + blind, first + second)
 
     def _tensors(self, queries: int, keys: int) -> list[Tensor]:
@@ -148,7 +150,7 @@ class _OneForward(nn.Module):
         )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        # Past what stands in the engine's place.
+        # The class's own forward, since the instance's is replaced.
         return type(self.engine).forward(
             self.engine, Call(q, k, v, key_mask, None, self.is_causal), self.backend
         )[0]

@@ -130,7 +130,7 @@ def einsum_macs(
             label: max(left.get(label, 1), right.get(label, 1)) for label in {**left, **right}
         }
         kept = {label: size for label, size in product.items() if label in later}
-        # What one operand alone has, and nobody asks for later, is summed before the product.
+        # An axis of one operand alone that the result does not have is summed before the product.
         summed = [
             size
             for label, size in product.items()

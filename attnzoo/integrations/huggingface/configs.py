@@ -127,7 +127,8 @@ def swaps_told_of(model: Any) -> list[dict[str, Any]]:
 
 
 def _entries(config: Any) -> list[dict[str, Any]]:
-    """The swaps that a config is part of now: what it was saved or copied with counts no more."""
+    """The swaps that a config is part of now; entries that it was saved or copied with do not
+    count."""
     name = config._attn_implementation_internal
     is_left_over = name != IMPLEMENTATION or (isinstance(name, Registered) and not name.models)
     return [] if is_left_over else getattr(config, ENTRIES, [])

@@ -13,7 +13,7 @@ from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
 from attnzoo.engines.engine import State
 from attnzoo.integrations.huggingface.attention_function import STATE_LAYER, SUBMODULE
-from attnzoo.integrations.huggingface.interface import IMPLEMENTATION
+from attnzoo.integrations.huggingface.configs import IMPLEMENTATION
 
 NEW_CACHE = "make a new cache with attnzoo.state_cache(model)"
 
@@ -73,8 +73,8 @@ class StateLayer(CacheLayerMixin):
         return key_states, value_states
 
     def check_reader(self, attention: Attention | None, is_causal: bool) -> None:
-        """Raise UnsupportedError when who attends to the keys handed on is not the attention that
-        they were meant for."""
+        """Raise UnsupportedError when another attention reads the keys than the one that they were
+        handed to."""
         if attention is not self.attention:
             raise UnsupportedError(
                 f"{type(self.module).__name__} attends to another layer's keys, whose state it "

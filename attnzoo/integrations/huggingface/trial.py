@@ -1,5 +1,5 @@
-"""Trying a Hugging Face model out: a few tokens, pixels or samples of nothing, or the caller's own
-inputs, read once."""
+"""Trying a Hugging Face model out: it reads a few made-up tokens, pixels or samples, or the
+caller's own inputs, once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from attnzoo.integrations.places import place_of
 
 #: Sequences of tokens: a mask of the wrong shape must not pass by broadcasting.
 BATCH_SIZE = 2
-#: Of the tokens of an encoder and of a decoder. They differ, so that queries and keys differ in
+#: Tokens that an encoder and a decoder read. They differ, so that queries and keys differ in
 #: number where a decoder looks at its encoder.
 LENGTH, DECODER_LENGTH = 4, 3
 #: The way out where inputs cannot be made up.

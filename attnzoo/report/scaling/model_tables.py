@@ -1,5 +1,5 @@
-"""Where the article stops, for a model: the longest sequence that fits any GPU by any account of
-memory, and rooflines of its time."""
+"""What the article does not compute, for a model: the longest sequence that fits any GPU by any
+account of memory, and rooflines of its time."""
 
 from __future__ import annotations
 

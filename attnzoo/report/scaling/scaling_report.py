@@ -1,4 +1,4 @@
-"""Everything that `attnzoo scaling` says, in one value: the article's tables, and where they go for
+"""Everything that `attnzoo scaling` says, in one value: the article's tables, and further ones for
 a model, a GPU and the whole zoo."""
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from attnzoo.cost import article
-from attnzoo.cost.article import Contradiction, contradictions
+from attnzoo.cost.contradictions import Contradiction, contradictions
 from attnzoo.cost.hardware import GPU
 from attnzoo.cost.layer_costs import CountedVariant, whole_zoo
 from attnzoo.cost.model_sizes import TransformerModel
 from attnzoo.registry import Choice
-from attnzoo.report.scaling import model_tables, variant_tables
+from attnzoo.report.scaling import model_tables, path_table, variant_tables
 from attnzoo.report.scaling.settings import Settings
 from attnzoo.results.table import Table
 
@@ -34,8 +34,16 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Scaling:
-    """article: its tables, by its own parameters. extension: the tables of the settings' model and
-    GPU. variants: what they counted."""
+    """All tables of one run.
+
+    settings: what was computed.
+    article: the article's tables, by its own parameters.
+    extension: the tables of the settings' model and GPU.
+    contradictions: where the article's prose differs from its tables.
+    remarks: what was left out, in sentences.
+    variants: what the tables counted.
+    models, gpus: the presets and the settings' own.
+    """
 
     settings: Settings
     article: tuple[Table, ...]
@@ -76,8 +84,10 @@ def scaling(
 ) -> Scaling:
     """Compute every table.
 
+    settings: the model, the GPU and the length.
     models, gpus: presets by name, which must hold the article's.
-    variants: default: the zoo.
+    variants: default: the whole zoo.
+    progress: called with what comes next.
     Raises ValueError on a preset that is missing and on a variant or an option that does not exist.
     """
     for kind, wanted, found in (("model", ARTICLE_MODELS, models), ("gpu", ARTICLE_GPUS, gpus)):
@@ -110,7 +120,7 @@ def scaling(
         ("variants", lambda: variant_tables.variant_costs(settings, counted, baseline)),
         ("longest sequences by variant", lambda: variant_tables.variant_limits(settings, counted)),
         ("crossovers", lambda: variant_tables.crossovers(settings, counted, baseline)),
-        ("paths", lambda: variant_tables.paths(settings, counted, baseline)),
+        ("paths", lambda: path_table.paths(settings, counted, baseline)),
     ]
     tables = []
     for stage, compute in steps:

@@ -1,5 +1,5 @@
-"""Where the article stops, for every variant of the zoo: costs, longest sequences, crossovers and
-paths, through `Attention.cost` alone."""
+"""What the article does not compute, for every variant: costs, longest sequences and crossovers,
+from `Attention.cost` alone."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ from attnzoo.cost.limits import (
     matrix_bytes,
 )
 from attnzoo.cost.model_sizes import TransformerModel
-from attnzoo.cost.path_lengths import known_path, longest_path, support
 from attnzoo.report.scaling.model_tables import causality, fitting
 from attnzoo.report.scaling.settings import Settings
 from attnzoo.results.table import Column, Table
 from attnzoo.results.units import count, duration, memory, ratio
 
-SEARCHED_LENGTH = 512  # tokens of which every pair is looked at
 VARIANT_LIMIT = 2**20  # tokens up to which a variant's longest sequence is searched
 CROSSOVER_LIMIT = 2**17
 NEVER, ANY = "never", "any"
@@ -78,7 +76,7 @@ def variant_costs(
         "decoding state: what decoding carries after n tokens; a state of sums is in fp32.",
         "The roofline moves q, k, v, the output and the parameters used once, and nothing in "
         "between.",
-        *_skipped(variants, is_causal),
+        *skipped(variants, is_causal),
     )
     title = (
         f"Every variant at n = {n:,}: {model.title}, all layers, on {settings.gpu.title}, "
@@ -89,7 +87,7 @@ def variant_costs(
         title,
         "Attention.cost and rooflines; bf16, one sample",
         columns,
-        _filled(rows, columns),
+        filled(rows, columns),
         {"n": n},
         notes,
     )
@@ -133,7 +131,7 @@ def variant_limits(settings: Settings, variants: Sequence[CountedVariant]) -> Ta
         "decoding: the weights and the variant's state.",
         "any: the state does not grow. >: more than the tokens that were searched. none: the "
         "weights alone do not fit.",
-        *_skipped(variants, is_causal),
+        *skipped(variants, is_causal),
     )
     title = (
         f"Longest sequence with every variant: {model.title} on {settings.gpu.title}, "
@@ -145,7 +143,7 @@ def variant_limits(settings: Settings, variants: Sequence[CountedVariant]) -> Ta
         title,
         formula,
         columns,
-        _filled(rows, columns),
+        filled(rows, columns),
         {"share": settings.share},
         notes,
     )
@@ -220,67 +218,6 @@ def crossovers(
     )
 
 
-def paths(
-    settings: Settings, variants: Sequence[CountedVariant], baseline: CountedVariant
-) -> Table:
-    """Layers after which every token has seen every other, and what those layers cost together."""
-    n, is_causal = settings.length, settings.is_causal
-    exact = baseline.macs(n, is_causal)
-    rows: list[dict[str, Any]] = []
-    for variant in variants:
-        row: dict[str, Any] = {"variant": variant.label}
-        if variant.runs(is_causal):
-            small = variant.attention(SEARCHED_LENGTH)
-            seen = support(small, SEARCHED_LENGTH, is_causal)
-            pairs = (
-                SEARCHED_LENGTH * (SEARCHED_LENGTH + 1) // 2 if is_causal else SEARCHED_LENGTH**2
-            )
-            found, known = (
-                longest_path(seen, is_causal),
-                known_path(variant.attention(n), n, is_causal),
-            )
-            row |= {
-                "density": 100 * int(seen.sum()) / pairs,
-                "searched": NEVER if found is None else found,
-                "path": known,
-            }
-            row["cost"] = None if known is None else known * variant.macs(n, is_causal) / exact
-        rows.append(row)
-    rows.append(
-        {
-            "variant": "a recurrent layer",
-            "searched": SEARCHED_LENGTH - 1,
-            "path": n - 1,
-            "cost": n * settings.model.d**2 / exact,
-        }
-    )
-    columns = (
-        Column("variant", "variant", words=True),
-        Column("density", f"pairs seen at {SEARCHED_LENGTH}, %", ",.1f"),
-        Column("searched", f"longest path at {SEARCHED_LENGTH}"),
-        Column("path", f"longest path at {n:,}"),
-        Column("cost", "MACs until all is seen, of standard's", ",.3g"),
-    )
-    notes = (
-        f"At {SEARCHED_LENGTH} tokens by breadth-first search over the pairs where A is not 0, "
-        "heads joined.",
-        f"At {n:,} by the closed form, or by a search over blocks; -: neither is known. Causal, a "
-        "token need only be connected to those before it.",
-        "A recurrent layer passes one token at a time, n·d² MACs: its row counts steps in one "
-        "layer.",
-    )
-    title = f"Longest path between two tokens, in layers, {causality(settings)}"
-    return Table(
-        "paths",
-        title,
-        "fewest layers t with (I + A)ᵗ > 0 on all pairs",
-        columns,
-        _filled(rows, columns),
-        {"n": n},
-        notes,
-    )
-
-
 def variant_roofline(variant: CountedVariant, n: int, is_causal: bool, gpu: GPU) -> Roofline:
     """Least time of the variant in every layer of its model."""
     layers = variant.model.layers
@@ -324,12 +261,12 @@ def _all_layers(model: TransformerModel, value: float | None) -> float | None:
     return None if value is None else model.layers * value
 
 
-def _filled(rows: list[dict[str, Any]], columns: tuple[Column, ...]) -> tuple[dict[str, Any], ...]:
+def filled(rows: list[dict[str, Any]], columns: tuple[Column, ...]) -> tuple[dict[str, Any], ...]:
     """The rows with None under every column that they lack."""
     return tuple({column.key: row.get(column.key) for column in columns} for row in rows)
 
 
-def _skipped(variants: Sequence[CountedVariant], is_causal: bool) -> tuple[str, ...]:
+def skipped(variants: Sequence[CountedVariant], is_causal: bool) -> tuple[str, ...]:
     unable = [variant.label for variant in variants if not variant.runs(is_causal)]
     return (
         (f"{', '.join(unable)}: cannot be {'causal' if is_causal else 'bidirectional'}.",)

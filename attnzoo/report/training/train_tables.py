@@ -33,7 +33,8 @@ BEST_MARK, BEST_WITHIN = " *", 0.01  # in the matrix
 
 
 def problem_tables(problems: Sequence[Problem]) -> list[Table]:
-    """A table a problem, the baselines first; who has no score is a note with its reason."""
+    """A table a problem, the baselines first. A contender without a score is a note with its
+    reason."""
     return [
         _table(number, problem, full_title(problem, problems))
         for number, problem in enumerate(problems, 1)
