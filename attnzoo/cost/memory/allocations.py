@@ -46,7 +46,7 @@ class Allocations(TorchDispatchMode):
         given = list(tensors_in((args, kwargs.values())))
         found = self._run(func, args, kwargs, given)
         before = {address_of(x) for x in given}
-        working = working_bytes(func, args, kwargs, found)
+        working = working_bytes(func, args, found)
         for x in tensors_in((found,)):
             if address_of(x) not in before:
                 self._follow(x)

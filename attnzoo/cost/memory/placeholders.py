@@ -89,21 +89,26 @@ _LAYOUTS: dict[tuple[Any, ...], tuple[tuple[int, ...], tuple[int, ...], torch.dt
 
 
 def _sized(func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """func on the meta device. Shapes of new tensors are remembered: some operators take long to
-    find them."""
-    if any(x.alias_info is not None for x in (*func._schema.arguments, *func._schema.returns)):
+    """func on the meta device. The layouts of new tensors are remembered: some operators take long
+    to find them."""
+    if func.is_view or func._schema.is_mutable:
         return func(*args, **kwargs)
-    key = (func, _key(args), _key(list(kwargs.items())))
-    if key not in _LAYOUTS:
-        found = func(*args, **kwargs)
-        if not isinstance(found, Tensor) or any(found is x for x in args):
-            return found
+    key = (func, _key(args), _key(tuple(kwargs.items())))
+    if key in _LAYOUTS:
+        shape, stride, dtype = _LAYOUTS[key]
+        return torch.empty_strided(shape, stride, dtype=dtype, device=META)
+    found = func(*args, **kwargs)
+    if isinstance(found, Tensor) and not _shares_storage(found, args):
         if len(_LAYOUTS) > 4096:
             _LAYOUTS.clear()
         _LAYOUTS[key] = found.shape, found.stride(), found.dtype
-        return found
-    shape, stride, dtype = _LAYOUTS[key]
-    return torch.empty_strided(shape, stride, dtype=dtype, device=META)
+    return found
+
+
+def _shares_storage(found: Tensor, args: list[Any]) -> bool:
+    """Whether it is a view of an argument, as `_unsafe_view` gives without saying so."""
+    address = found.untyped_storage()._cdata
+    return any(isinstance(x, Tensor) and x.untyped_storage()._cdata == address for x in args)
 
 
 def _key(x: Any) -> Any:
