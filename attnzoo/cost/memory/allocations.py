@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from attnzoo.cost.memory.placeholders import Placeholder, run
 from attnzoo.cost.memory.working_memory import working_bytes
 
 CONSTANT_BYTES = 2**26  # what is larger is not computed, even where it depends on no input
-FEW = 1024  # numbers that are computed without asking how many come of them
+FEW = 2**20  # pairs of numbers that are computed without asking how many come of them
 
 aten = torch.ops.aten
 #: What is answered where Python looks at numbers that nobody has: that none of them is special.
@@ -43,23 +45,21 @@ class Allocations(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        given = list(tensors_in((args, kwargs.values())))
+        given = tensors_in(args, tensors_in(kwargs.values()))
         found = self._run(func, args, kwargs, given)
-        before = {address_of(x) for x in given}
-        working = working_bytes(func, args, found)
-        for x in tensors_in((found,)):
-            if address_of(x) not in before:
-                self._follow(x)
-        if not _is_accumulation(func, args):
-            self.peak = max(self.peak, self.held + working)
+        if not _makes_nothing(func):
+            before = {address_of(x) for x in given}
+            for x in tensors_in((found,)):
+                if address_of(x) not in before:
+                    self._follow(x)
+        self.peak = max(self.peak, self.held + working_bytes(func, args, found))
         return found
 
     def _run(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]
     ) -> Any:
         unknown = any(isinstance(x, Placeholder) for x in given)
-        lost = any(x.untyped_storage() in self._overwritten for x in given) if given else False
-        if not unknown and not lost and not _makes_much(func, args, kwargs, given):
+        if not unknown and not self._lost(given) and not _makes_much(func, args, kwargs, given):
             return func(*args, **kwargs)
         if func in ANSWERS:
             answer = ANSWERS[func]
@@ -71,6 +71,12 @@ class Allocations(TorchDispatchMode):
                 if not isinstance(x, Placeholder):
                     self._overwritten.add(x.untyped_storage())
         return run(func, args, kwargs)
+
+    def _lost(self, given: list[Tensor]) -> bool:
+        """Whether one was overwritten by what has no values."""
+        return len(self._overwritten) > 0 and any(
+            x.untyped_storage() in self._overwritten for x in given
+        )
 
     def _follow(self, x: Tensor) -> None:
         storage = storage_of(x)
@@ -87,13 +93,21 @@ class Allocations(TorchDispatchMode):
         return forget
 
 
-def tensors_in(values: Any) -> Iterator[Tensor]:
-    """Those among the values, and in the lists among them."""
+def tensors_in(values: Iterable[Any], found: list[Tensor] | None = None) -> list[Tensor]:
+    """Those among the values, and in the lists among them, after those `found` before."""
+    found = [] if found is None else found
     for x in values:
         if isinstance(x, Tensor):
-            yield x
-        elif isinstance(x, (list, tuple)) or type(x) is type({}.values()):
-            yield from tensors_in(x)
+            found.append(x)
+        elif isinstance(x, (list, tuple)):
+            tensors_in(x, found)
+    return found
+
+
+@cache
+def _makes_nothing(func: Any) -> bool:
+    """Whether all that comes out of it was there before: views, and what it writes to."""
+    return all(x.alias_info is not None for x in func._schema.returns)
 
 
 def storage_of(x: Tensor) -> Any:
@@ -110,14 +124,10 @@ def _makes_much(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]
 ) -> bool:
     """Whether this would make more than is worth computing."""
-    if func.is_view or (given and max(x.numel() for x in given) <= FEW):
+    if func.is_view or (given and math.prod(x.numel() for x in given) <= FEW):
         return False
     try:
         found = run(func, args, kwargs)
     except (RuntimeError, NotImplementedError):  # its size depends on values
         return False
     return sum(x.nbytes for x in tensors_in((found,))) > CONSTANT_BYTES
-
-
-def _is_accumulation(func: Any, args: tuple[Any, ...]) -> bool:
-    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,12 +58,19 @@ class Placeholder(Tensor):
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One operator on placeholders, and on tensors with values beside them: what comes out has
     none."""
-    if func._schema.name.endswith("_") and isinstance(args[0], Tensor) and func not in RESHAPING:
-        return args[0]  # in place: no size changes
+    if _is_in_place(func):
+        return args[0]
     given: dict[int, Tensor] = {}
     on_meta = [_on_meta(x, given) for x in args]
     named = {name: _on_meta(x, given) for name, x in kwargs.items() if name != "pin_memory"}
     return _on_cpu(_sized(func, on_meta, named), given)
+
+
+@cache
+def _is_in_place(func: Any) -> bool:
+    """Whether it writes to its first argument and changes no size."""
+    name = func._schema.name
+    return name.endswith("_") and not name.endswith("__") and func not in RESHAPING
 
 
 def _on_meta(x: Any, given: dict[int, Tensor]) -> Any:
@@ -91,7 +99,7 @@ _LAYOUTS: dict[tuple[Any, ...], tuple[tuple[int, ...], tuple[int, ...], torch.dt
 def _sized(func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """func on the meta device. The layouts of new tensors are remembered: some operators take long
     to find them."""
-    if func.is_view or func._schema.is_mutable:
+    if _may_alias(func):
         return func(*args, **kwargs)
     key = (func, _key(args), _key(tuple(kwargs.items())))
     if key in _LAYOUTS:
@@ -103,6 +111,11 @@ def _sized(func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
             _LAYOUTS.clear()
         _LAYOUTS[key] = found.shape, found.stride(), found.dtype
     return found
+
+
+@cache
+def _may_alias(func: Any) -> bool:
+    return func.is_view or func._schema.is_mutable
 
 
 def _shares_storage(found: Tensor, args: list[Any]) -> bool:

@@ -26,10 +26,14 @@ Working = Callable[..., int]
 
 def working_bytes(func: Any, args: tuple[Any, ...], found: Any) -> int:
     """Bytes beyond the operands and the results of one operator."""
-    known = OPERATORS.get(func.overloadpacket)
-    if known is not None:
-        return known(args, found)
-    return _promoted(args) if torch.Tag.pointwise in func.tags else 0
+    known = _working_of(func)
+    return 0 if known is None else known(args, found)
+
+
+@cache
+def _working_of(func: Any) -> Working | None:
+    pointwise = _promoted if torch.Tag.pointwise in func.tags else None
+    return OPERATORS.get(func.overloadpacket, pointwise)
 
 
 def flash(args: tuple[Any, ...], found: Any) -> int:
@@ -132,10 +136,10 @@ def _is_copied(x: Tensor) -> bool:
     return 1 not in x.stride()[-2:] and min(x.shape[-2:]) > 1
 
 
-def _promoted(args: tuple[Any, ...]) -> int:
+def _promoted(args: tuple[Any, ...], found: Any) -> int:
     """Operands as the dtype that they are computed in, where that is another."""
     given = [x for x in _tensors(args) if x.dim() > 0]
-    if len({x.dtype for x in given}) < 2:
+    if all(x.dtype == given[0].dtype for x in given):
         return 0
     common = reduce(torch.promote_types, [x.dtype for x in given])
     return sum(x.numel() * common.itemsize for x in given if x.dtype != common)
@@ -169,7 +173,7 @@ OPERATORS: dict[Any, Working] = {
     aten.addmm: _product,
     aten.bmm: _product,
     aten.baddbmm: _product,
-    # of dtypes that are never the same
+    # pointwise, of operands whose dtypes may differ
     aten.where: _nothing,
     aten.masked_fill: _nothing,
     aten.masked_fill_: _nothing,
