@@ -4,6 +4,7 @@ attention, with their cost known."""
 from attnzoo import oracles
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import UnsupportedError
+from attnzoo.cost.memory.memory import Memory, memory
 from attnzoo.cost.tracing.counting import FlopReport, count_flops
 from attnzoo.engines.engine import Cost
 from attnzoo.integrations.global_tokens import global_mask
@@ -18,6 +19,7 @@ __all__ = [
     "Attention",
     "Cost",
     "FlopReport",
+    "Memory",
     "MultiheadAttention",
     "Spec",
     "UnsupportedError",
@@ -26,6 +28,7 @@ __all__ = [
     "describe",
     "global_mask",
     "load",
+    "memory",
     "names",
     "oracles",
     "register",

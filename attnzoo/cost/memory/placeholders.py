@@ -31,7 +31,7 @@ class Placeholder(Tensor):
     sizes: Tensor
 
     @staticmethod
-    def __new__(cls, sizes: Tensor) -> Placeholder:  # noqa: PYI034
+    def __new__(cls, sizes: Tensor) -> Placeholder:
         self: Placeholder = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
             cls,
             sizes.shape,

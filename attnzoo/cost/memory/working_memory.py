@@ -6,7 +6,6 @@ What is small beside the operands, such as what oneDNN needs to multiply one til
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache, reduce
 from typing import Any

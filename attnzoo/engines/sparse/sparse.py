@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.call import Call
-from attnzoo.engines import memory, peaks
 from attnzoo.engines.engine import (
     SOFTMAX_OPERATIONS,
     Backend,
@@ -31,7 +30,7 @@ from attnzoo.engines.softmax.softmax import (
     softmax_cost,
     visible,
 )
-from attnzoo.engines.sparse import blocks, dilated, flex, sparse_memory, sparse_peaks, windows
+from attnzoo.engines.sparse import blocks, dilated, flex, windows
 from attnzoo.engines.sparse.columns import Columns, attend_dilated
 from attnzoo.engines.sparse.global_cache import GlobalCache
 from attnzoo.engines.sparse.patterns import BlockPattern, Grid, Pattern, Window, grid_of, padded
@@ -144,30 +143,18 @@ class Sparse(Softmax):
                 if shape.is_causal
                 else executed
             )
-            kept, found = memory.full(shape), (peaks.forward(shape), peaks.training(shape))
         elif isinstance(self.pattern, Window):
             executed, support = (
                 dilated.count_executed(self.pattern, shape),
                 dilated.count_support(self.pattern, grid),
             )
-            logits, sinks = self.sink_logits is not None, min(self.pattern.sinks, shape.key_length)
-            kept = sparse_memory.windows(self.pattern, shape, logits=logits)
-            found = sparse_peaks.windows(self.pattern, shape, sinks, logits=logits)
         elif isinstance(self.pattern, BlockPattern):
             executed, support = blocks.count_pairs(self.pattern, grid)
-            kept, found = (
-                sparse_memory.blocks(self.pattern, shape),
-                sparse_peaks.blocks(self.pattern, shape),
-            )
         else:
             executed = shape.heads * shape.query_length * shape.key_length
-            support, kept, found = _count_pairs(self.pattern, grid), None, None
-        forward_bytes, training_bytes = found or (None, None)
-        cost = softmax_cost(shape, executed, support, self.pattern.remembers, kept)
-        skipped = cost.macs - cost.support_macs if whole else 0
-        cost = replace(
-            cost, skipped_macs=skipped, forward_bytes=forward_bytes, training_bytes=training_bytes
-        )
+            support = _count_pairs(self.pattern, grid)
+        cost = softmax_cost(shape, executed, support, self.pattern.remembers)
+        cost = replace(cost, skipped_macs=cost.macs - cost.support_macs if whole else 0)
         return (
             cost
             if self.sink_logits is None

@@ -19,7 +19,7 @@ from attnzoo.call import Call
 from attnzoo.eager import can_look, is_recorded
 from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
 from attnzoo.engines.softmax.softmax import dense_weights, reference, sdpa, softmax_cost, visible
-from attnzoo.engines.sparse import dilated, flex, sparse_memory, sparse_peaks
+from attnzoo.engines.sparse import dilated, flex
 from attnzoo.engines.sparse.columns import Columns, attend_dilated
 from attnzoo.engines.sparse.global_cache import GlobalCache
 from attnzoo.engines.sparse.patterns import Grid, Window
@@ -124,13 +124,8 @@ class WindowAndGlobals(Sparse):
                 * part.shape.query_length
                 * keys
             )
-        forward_bytes, training_bytes = sparse_peaks.windows(self.pattern, shape, keys, queries)
-        kept_bytes = sparse_memory.windows(self.pattern, shape, keys, queries)
         support = dilated.count_support(self.pattern, grid, keys)
-        cost = softmax_cost(
-            shape, executed, support, self.pattern.near + self.global_tokens, kept_bytes
-        )
-        return replace(cost, forward_bytes=forward_bytes, training_bytes=training_bytes)
+        return softmax_cost(shape, executed, support, self.pattern.near + self.global_tokens)
 
 
 def _most(mask: Tensor, bound: int | None = None) -> int:
