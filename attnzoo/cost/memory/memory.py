@@ -47,7 +47,9 @@ def memory(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> Memory:
 
     Floating tensors have no values. Where Python looks at some all the same, none of them is
     special: all are finite and none is masked. What is followed is what this machine's CPU runs, by
-    torch.get_num_threads() threads.
+    torch.get_num_threads() threads; torch's fused encoder layer, which takes less without
+    gradients, is not. Where a module writes in place to a view, the peak of a backward pass may be
+    one copy of it higher.
     Raises UnsupportedError where a shape, or what is computed, depends on values; ValueError on
     what is no module.
     """

@@ -16,6 +16,7 @@ from torch import Tensor
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
 CHANNELS = 16  # that oneDNN lays side by side in a convolution
+PLAIN_CHANNELS = 3
 FLASH_KEYS = 512  # that a thread of the fused softmax works on at a time
 FLASH_ROWS = ((768, 256), (192, 64), (0, 32))  # so many of its rows from so many queries on
 PACKED = 64  # rows and keys from which on the fused softmax packs what it multiplies
@@ -84,16 +85,28 @@ def _sum_bytes(x: Tensor) -> int:
 
 
 def _convolution(args: tuple[Any, ...], found: Any) -> int:
-    """What goes in and what comes out in blocks of channels, before it is laid out as asked."""
-    return max(0, _blocked(args[0]) + _blocked(found) - found.nbytes)
+    """What goes in and what comes out in blocks of channels; what comes out is then laid out as
+    asked."""
+    x, weight, *_ = args
+    before, after = _blocked_input(x, weight), _blocked(found)
+    return max(before + after - found.nbytes, after)
 
 
 def _convolution_backward(args: tuple[Any, ...], found: Any) -> int:
-    gradient, x, *_ = args
-    return _blocked(gradient) + _blocked(x)
+    """First for the gradient of what went in, then for that of the weight."""
+    gradient, x, weight, *_ = args
+    to_input = 0 if found[0] is None else _blocked(x) - x.nbytes
+    return _blocked(gradient) + max(to_input, _blocked_input(x, weight))
+
+
+def _blocked_input(x: Tensor, weight: Tensor) -> int:
+    """0 of a picture's few channels, which are read as they lie."""
+    is_plain = x.shape[1] <= PLAIN_CHANNELS and weight.shape[1] == x.shape[1]
+    return 0 if is_plain else _blocked(x)
 
 
 def _blocked(x: Tensor) -> int:
+    """Bytes of x with whole blocks of channels."""
     return x.nbytes // x.shape[1] * (-(-x.shape[1] // CHANNELS) * CHANNELS) if x.numel() else 0
 
 
