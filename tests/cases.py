@@ -21,12 +21,6 @@ CPU_BACKENDS = {"sdpa", "tiled", "blocks", "chunked", "reference"}
 MAX_LENGTH = 1024
 
 
-def derived_by_hand(case: Case) -> bool:
-    """Whether the library knows the derivative of the case's feature map, if it has one, and so
-    what is kept; a map of a user's own it does not."""
-    return getattr(getattr(case.build().engine, "feature_map", None), "has_vjp", True)
-
-
 def squared_elu(x: Tensor) -> Tensor:
     """A user's own feature map, of another width than head_dim; at module level so that it
     pickles."""

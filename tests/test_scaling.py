@@ -105,7 +105,7 @@ def test_standard_keeps_what_flash_attention_keeps(name: str, is_causal: bool):
 
 @pytest.mark.parametrize(("variant", "is_causal"), WAYS)
 def test_what_is_kept_beyond_counting_lies_on_the_line(variant: CountedVariant, is_causal: bool):
-    """Counted as far as that is quick, and within 2% of the count at other lengths."""
+    """Counted as far as that is quick, and within 5% of the count beyond, where a ragged end may cost a block."""
     for n in (1, 100):
         counted = variant._counted(n, is_causal)
         assert variant.kept_bytes(n, is_causal) == counted > 0
@@ -113,7 +113,7 @@ def test_what_is_kept_beyond_counting_lies_on_the_line(variant: CountedVariant, 
     if variant.name != "flash":  # tile by tile, in seconds
         for n in (2 * COUNTED_LENGTH + 1, 10_000):
             counted = variant._counted(n, is_causal)
-            assert variant.kept_bytes(n, is_causal) == pytest.approx(counted, rel=0.02)
+            assert variant.kept_bytes(n, is_causal) == pytest.approx(counted, rel=0.05)
 
 
 def test_what_grows_faster_is_known_as_far_as_it_is_counted():
