@@ -251,7 +251,9 @@ def test_shapes_depend_on_values() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x[x > 0]
 
-    with pytest.raises(attnzoo.UnsupportedError, match=r"cannot be followed.*depends on values"):
+    with pytest.raises(
+        attnzoo.UnsupportedError, match=r"Chosen cannot be followed without values.*Measure it"
+    ):
         attnzoo.memory(Chosen(), (4, 4))
 
 

@@ -134,7 +134,8 @@ def _refusals(module: nn.Module) -> Iterator[None]:
     try:
         yield
     except NotImplementedError as error:
+        reason = str(error).strip().splitlines()[0]
         raise UnsupportedError(
-            f"the memory of {type(module).__name__} cannot be followed: {error} depends on values; "
-            "measure it instead (attnzoo.bench.peak_memory.peak_bytes)"
+            f"{type(module).__name__} cannot be followed without values: {reason} Measure it "
+            "instead, with attnzoo.bench.peak_bytes"
         ) from error
