@@ -31,7 +31,8 @@ VARIANT_LIMIT = 2**20  # tokens up to which a variant's longest sequence is sear
 CROSSOVER_LIMIT = 2**17
 CARRIED_ON = (
     f"Kept bytes are counted up to {COUNTED_LENGTH:,} tokens; beyond, the straight line through "
-    f"the counts at {COUNTED_LENGTH // 2:,} and {COUNTED_LENGTH:,} tokens is taken."
+    f"the counts at {COUNTED_LENGTH // 2:,} and {COUNTED_LENGTH:,} tokens is taken, and what a "
+    "ragged end keeps is left out."
 )
 NEVER, ANY = "never", "any"
 
