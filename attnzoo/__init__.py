@@ -4,6 +4,7 @@ attention, with their cost known."""
 from attnzoo import oracles
 from attnzoo.attention import Attention, Input, Spec
 from attnzoo.call import UnsupportedError
+from attnzoo.cost.memory.memory import Memory, memory
 from attnzoo.cost.tracing.counting import FlopReport, count_flops
 from attnzoo.engines.engine import Cost
 from attnzoo.integrations.huggingface.generation import state_cache
@@ -19,6 +20,7 @@ __all__ = [
     "Cost",
     "FlopReport",
     "Input",
+    "Memory",
     "MultiheadAttention",
     "Spec",
     "UnsupportedError",
@@ -27,6 +29,7 @@ __all__ = [
     "describe",
     "global_mask",
     "load",
+    "memory",
     "names",
     "oracles",
     "register",

@@ -24,12 +24,6 @@ CPU_BACKENDS = {
 MAX_LENGTH = 1024
 
 
-def derived_by_hand(case: Case) -> bool:
-    """Whether the library knows the derivative of the case's feature map, if it has one, and so
-    what is kept; a map of a user's own it does not."""
-    return getattr(getattr(case.build().engine, "feature_map", None), "has_vjp", True)
-
-
 def preferring(attn: Attention, backend: str) -> Attention:
     """The attention whose calls go to this backend wherever it does not refuse them."""
     first = [one for one in attn.engine.backends if one.name == backend]

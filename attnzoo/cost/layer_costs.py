@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
 from attnzoo.attention import Attention, Spec
+from attnzoo.cost.memory.memory import kept_bytes
 from attnzoo.cost.model_sizes import TransformerModel
 from attnzoo.engines.engine import Cost
 from attnzoo.registry import Choice, names, options_of, spec_of
 
 FROM_THE_MODEL = ("heads", "head_dim", "max_length")
 DTYPE = torch.bfloat16
-# Long enough that the kept bytes of every variant grow by a constant a token.
-MEASURED_LENGTHS = (2048, 4096)
-# As above, where a closed form is evaluated, which takes milliseconds.
-CLOSED_LENGTHS = (2**16, 2**17)
+COUNTED_LENGTH = 4096  # up to which memory is counted, which takes longer with every token
+SAME_SLOPE = 1.1  # lines whose slopes differ by no more are one
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class CountedVariant:
     choice: Choice
     model: TransformerModel
     _costs: dict[tuple[int, bool], Cost] = field(default_factory=dict, repr=False, compare=False)
-    _saved: dict[tuple[int, bool], int] = field(default_factory=dict, repr=False, compare=False)
-    _built: dict[int, Attention] = field(default_factory=dict, repr=False, compare=False)
+    _kept: dict[tuple[int, bool], int] = field(default_factory=dict, repr=False, compare=False)
+    _built: list[Attention] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         taken = [option for option in FROM_THE_MODEL if option in self.choice.options]
@@ -53,15 +52,15 @@ class CountedVariant:
         """Whether the variant can be causal, or not causal, at all."""
         return self.spec.runs(is_causal)
 
-    def attention(self, n: int, heads: int | None = None) -> Attention:
-        """The variant built for up to n tokens, by default with the model's heads. Raises
-        ValueError on a bad option."""
-        heads = heads or self.model.heads
+    def attention(self, n: int) -> Attention:
+        """The variant built for up to n tokens, with the model's heads. Raises ValueError on a bad
+        option."""
+        sizes = {"heads": self.model.heads, "head_dim": self.model.head_dim}
         if self.spec.needs_max_length:
-            return self.choice.build(heads, self.model.head_dim, max_length=n)
-        if heads not in self._built:
-            self._built[heads] = self.choice.build(heads, self.model.head_dim)
-        return self._built[heads]
+            return self.choice.build(**sizes, max_length=n)
+        if not self._built:
+            self._built.append(self.choice.build(**sizes))
+        return self._built[0]
 
     def cost(self, n: int, is_causal: bool) -> Cost:
         """`Attention.cost` at n tokens. A variant sized by the length is built without storage, so
@@ -86,72 +85,53 @@ class CountedVariant:
         return self.cost(n, is_causal=True).state_bytes if self.spec.decodes else None
 
     def kept_bytes(self, n: int, is_causal: bool) -> int | None:
-        """What one layer's forward keeps for its backward pass, by the fast pure-torch backend;
-        None when the variant cannot run so.
+        """What one layer's forward keeps for its backward pass (`attnzoo.memory`); None when the
+        variant cannot run so.
 
-        `Cost.kept_bytes`; where that is not known, measured through autograd, and None beyond
-        `MEASURED_LENGTHS`.
+        Counted up to `COUNTED_LENGTH` tokens. Beyond, the straight line through the count there and
+        at half of it, where what is kept grows by the token; None where it grows faster.
         """
-        if not self.runs(is_causal) or n > self.counted_length(is_causal, n):
+        if not self.runs(is_causal) or n > self.known_length(is_causal, n):
             return None
-        return self._measured(n, is_causal)
+        if n <= COUNTED_LENGTH:
+            return self._counted(n, is_causal)
+        beyond = n - COUNTED_LENGTH
+        return self._counted(COUNTED_LENGTH, is_causal) + math.ceil(
+            beyond * self._slope(COUNTED_LENGTH, is_causal)
+        )
 
-    def counted_length(self, is_causal: bool, limit: int) -> int:
+    def known_length(self, is_causal: bool, limit: int) -> int:
         """The longest sequence, up to `limit` tokens, of which `kept_bytes` is known."""
-        closed = self.cost(1, is_causal).kept_bytes is not None
-        return limit if closed else min(limit, MEASURED_LENGTHS[1])
+        if limit <= COUNTED_LENGTH:
+            return limit
+        before, last = (self._slope(n, is_causal) for n in (COUNTED_LENGTH // 2, COUNTED_LENGTH))
+        return limit if last <= SAME_SLOPE * before else COUNTED_LENGTH
 
     def kept_bytes_per_token(self, is_causal: bool) -> float | None:
-        """How `kept_bytes` grows in the end."""
-        if not self.runs(is_causal):
-            return None
-        low, high = self._lengths(is_causal)
-        return (self._measured(high, is_causal) - self._measured(low, is_causal)) / (high - low)
+        """How `kept_bytes` grows up to `COUNTED_LENGTH` tokens."""
+        return self._slope(COUNTED_LENGTH, is_causal) if self.runs(is_causal) else None
 
-    def _lengths(self, is_causal: bool) -> tuple[int, int]:
-        """Two lengths between which what is kept grows as it does beyond."""
-        return MEASURED_LENGTHS if self.cost(1, is_causal).kept_bytes is None else CLOSED_LENGTHS
+    def _slope(self, n: int, is_causal: bool) -> float:
+        """Bytes a token between n / 2 and n tokens."""
+        low = n // 2
+        return (self._counted(n, is_causal) - self._counted(low, is_causal)) / (n - low)
 
-    def _measured(self, n: int, is_causal: bool) -> int:
-        if (n, is_causal) not in self._saved:
-            known = self.cost(n, is_causal).kept_bytes
-            self._saved[n, is_causal] = self._saved_bytes(n, is_causal) if known is None else known
-        return self._saved[n, is_causal]
-
-    def _saved_bytes(self, n: int, is_causal: bool) -> int:
-        """Storage that autograd holds after one forward: of one group of query heads with its key
-        head, times the key heads."""
-        group = self.model.heads // self.model.kv_heads
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            attention = self.attention(n, heads=group)
-            q = torch.randn(1, group, n, self.model.head_dim, dtype=DTYPE, requires_grad=True)
-            k, v = (
-                torch.randn(1, 1, n, self.model.head_dim, dtype=DTYPE, requires_grad=True)
-                for _ in "kv"
+    def _counted(self, n: int, is_causal: bool) -> int:
+        if (n, is_causal) not in self._kept:
+            model = self.model
+            q, k, v = (
+                torch.empty(1, heads, n, model.head_dim, dtype=DTYPE, device="meta")
+                for heads in (model.heads, model.kv_heads, model.kv_heads)
             )
-        own = {
-            tensor.untyped_storage().data_ptr()
-            for tensor in (*attention.parameters(), *attention.buffers())
-        }
-        held: dict[int, torch.UntypedStorage] = {}
-
-        def hold(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            held[storage.data_ptr()] = storage
-            return tensor
-
-        with saved_tensors_hooks(hold, lambda tensor: tensor):
-            attention(q, k, v, is_causal=is_causal)
-        return self.model.kv_heads * sum(
-            storage.nbytes() for pointer, storage in held.items() if pointer not in own
-        )
+            attention = self._without_storage(n)
+            self._kept[n, is_causal] = kept_bytes(attention, q, k, v, is_causal=is_causal)
+        return self._kept[n, is_causal]
 
     def _without_storage(self, n: int) -> Attention:
         if not self.spec.needs_max_length:
             return self.attention(n)
         with torch.device("meta"):
-            return self.attention(n)
+            return self.attention(n).to(DTYPE)
 
 
 def whole_zoo(model: TransformerModel) -> tuple[list[CountedVariant], list[str]]:

@@ -63,7 +63,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one forward costs, without key_mask and attn_mask. One MAC is one multiply-accumulate;
+    """What one forward costs, without key_mask and attn_mask; its memory is found by
+    `attnzoo.memory`. One MAC is one multiply-accumulate;
     flops = 2 · macs.
 
     macs: what the fast backend executes, counted as torch and fvcore count it (SDPA with is_causal
@@ -76,18 +77,6 @@ class Cost:
     parameters: learned numbers; buffers, such as Performer's directions, are not among them.
     moved_bytes: the least that must move: q, k, v, the parameters used (in the inputs' dtype) and
     directions read once, the output written once.
-    kept_bytes: what autograd holds after the forward by the fast pure-torch backend on the CPU, to
-        the byte: q, k, v and the output where it holds them, and all between; parameters (taken to
-        be of the inputs' dtype) and buffers left out. None of a feature map that the user wrote,
-        which autograd differentiates.
-    forward_bytes: the most that a forward without gradients has allocated at any moment, by the
-        same backend: the output counts, q, k, v do not. Working memory is for each of
-        torch.get_num_threads() threads. Exact and low-rank attention without landmarks: to the byte
-        in float32 and float64, in half precision without what oneDNN packs. The others: without
-        what is small, such as indices; in half precision coarser, and with what oneDNN packs of
-        windows and blocks. None: no form is known.
-    training_bytes: the same of a forward and its backward pass, the gradients of q, k, v and
-    parameters included, the output's left out.
     state_elements: numbers that decoding carries for the whole batch after key_length tokens; 0
     when the variant does not decode.
     state_bytes: their size; the sums of a linear state are float32 at least. What a buffer holds in
@@ -101,9 +90,6 @@ class Cost:
     elementwise: int = 0
     parameters: int = 0
     moved_bytes: int = 0
-    kept_bytes: int | None = None
-    forward_bytes: int | None = None
-    training_bytes: int | None = None
     state_elements: int = 0
     state_bytes: int = 0
     state_growth: int = 0

@@ -87,27 +87,5 @@ class Cosformer(Attention):
         return (F.relu(x)[..., None, :] * turned[..., None]).flatten(-2)
 
     def count(self, shape: Shape) -> Cost:
-        cost, lengths, inputs = (
-            self.engine.cost(shape),
-            shape.query_length + shape.key_length,
-            shape.query_bytes + shape.key_bytes,
-        )
-        assert (
-            cost.kept_bytes is not None
-            and cost.forward_bytes is not None
-            and cost.training_bytes is not None
-        )
-        rectified = (
-            inputs + 2 * lengths * shape.dtype.itemsize
-        )  # relu(q) and relu(k), and the cosines and sines
-        return replace(
-            cost,
-            elementwise=cost.elementwise + 2 * lengths,
-            kept_bytes=cost.kept_bytes
-            + inputs
-            + rectified,  # what the engine keeps is twice as wide
-            forward_bytes=cost.forward_bytes + 2 * inputs,
-            training_bytes=cost.training_bytes
-            + 3 * inputs
-            + rectified,  # and so are the gradients that it gives back
-        )
+        cost, lengths = self.engine.cost(shape), shape.query_length + shape.key_length
+        return replace(cost, elementwise=cost.elementwise + 2 * lengths)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from attnzoo.engines.engine import Cost, Shape, causal_pairs
-from attnzoo.engines.linear import linear_peaks
-from attnzoo.engines.linear.chunks import CAUSAL_CHUNK, chunks_held, spans
+from attnzoo.engines.linear.chunks import CAUSAL_CHUNK
 from attnzoo.engines.linear.feature_maps import FeatureMap
 from attnzoo.engines.linear.sums import CHUNK
 
@@ -39,7 +38,6 @@ def cost(feature_map: FeatureMap, shape: Shape) -> Cost:
         per_kv_head -= (keys - queries if shape.is_causal else keys) * width
     pairs = causal_pairs(shape.query_length, keys) if shape.is_causal else shape.query_length * keys
     state = shape.batch_size * shape.kv_heads * sums
-    kept_bytes = _kept_bytes(feature_map, shape) if feature_map.has_vjp else None
     return Cost(
         macs=shape.batch_size * (shape.heads * per_head + shape.kv_heads * per_kv_head),
         support_macs=2 * shape.batch_size * shape.heads * d * pairs,
@@ -47,11 +45,6 @@ def cost(feature_map: FeatureMap, shape: Shape) -> Cost:
         moved_bytes=shape.input_bytes
         + shape.query_bytes
         + sum(buffer.nbytes for buffer in feature_map.buffers()),
-        kept_bytes=kept_bytes,
-        forward_bytes=linear_peaks.forward(feature_map, shape),
-        training_bytes=None
-        if kept_bytes is None
-        else linear_peaks.training(feature_map, shape, kept_bytes),
         state_elements=state,
         state_bytes=state * shape.sum_bytes,
     )
@@ -101,23 +94,3 @@ def _elementwise(feature_map: FeatureMap, shape: Shape) -> int:
                 queries - chunks[-1] + max(0, len(chunks) - (1 if early else 2))
             )  # and the sums, all but the last chunk's
     return shape.heads * per_head + shape.kv_heads * per_kv_head
-
-
-def _kept_bytes(feature_map: FeatureMap, shape: Shape) -> int:
-    """q, k and v; the output and what normalised its rows; the sums that rows read, causally those
-    before each span of chunks."""
-    width, queries = feature_map.width(shape.head_dim), _queries(shape)
-    kept = shape.input_bytes
-    if feature_map.normalizer == "row":
-        kept += (
-            shape.batch_size
-            * shape.heads
-            * queries
-            * (shape.head_dim * shape.dtype.itemsize + shape.sum_bytes)
-        )
-    pasts = 1
-    if shape.is_causal:
-        together = chunks_held(width, shape.batch_size, shape.heads, queries, torch.empty(0))
-        pasts = len(spans(queries, together)) - (1 if queries == shape.key_length else 0)
-    past = width * (shape.head_dim + 1) + (1 if feature_map.scales_keys else 0)
-    return kept + pasts * shape.batch_size * shape.kv_heads * past * shape.sum_bytes

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from attnzoo.call import Call
-from attnzoo.engines import memory, peaks
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Shape, causal_pairs
 from attnzoo.engines.softmax import sdpa, xformers_kernel
 from attnzoo.engines.softmax.cache import KeyValueCache
@@ -46,21 +45,11 @@ class Softmax(SoftmaxReference):
     def cost(self, shape: Shape) -> Cost:
         pairs = shape.query_length * shape.key_length
         support = causal_pairs(shape.query_length, shape.key_length) if shape.is_causal else pairs
-        cost = softmax_cost(
-            shape, shape.heads * pairs, shape.heads * support, None, memory.full(shape)
-        )
-        skipped = cost.macs - cost.support_macs
-        return replace(
-            cost,
-            skipped_macs=skipped,
-            forward_bytes=peaks.forward(shape),
-            training_bytes=peaks.training(shape),
-        )
+        cost = softmax_cost(shape, shape.heads * pairs, shape.heads * support, None)
+        return replace(cost, skipped_macs=cost.macs - cost.support_macs)
 
 
-def softmax_cost(
-    shape: Shape, pairs: int, support: int, reach: int | None, kept_bytes: int | None
-) -> Cost:
+def softmax_cost(shape: Shape, pairs: int, support: int, reach: int | None) -> Cost:
     """Cost of a softmax over so many (head, query, key) scores of one sample: those computed, and
     those visible. reach: as a pattern's."""
     per_pair = 2 * shape.batch_size * shape.head_dim
@@ -71,7 +60,6 @@ def softmax_cost(
         support_macs=support * per_pair,
         elementwise=SOFTMAX_OPERATIONS * shape.batch_size * pairs,
         moved_bytes=shape.input_bytes + shape.query_bytes,
-        kept_bytes=kept_bytes,
         state_elements=a_token * remembered,
         state_bytes=a_token * remembered * shape.dtype.itemsize,
         state_growth=0

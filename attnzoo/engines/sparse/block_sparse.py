@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -12,7 +11,7 @@ from attnzoo.engines.engine import Cost, Shape
 from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.reference import REFERENCE
 from attnzoo.engines.softmax.softmax import softmax_cost
-from attnzoo.engines.sparse import blocks, dense, flex, sparse_memory, sparse_peaks
+from attnzoo.engines.sparse import blocks, dense, flex
 from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
 from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.sparse import Sparse, from_first_real
@@ -35,10 +34,7 @@ class BlockSparse(Sparse):
 
     def sparse_cost(self, shape: Shape, grid: Grid) -> Cost:
         executed, support = blocks.count_pairs(self.pattern, grid)
-        kept = sparse_memory.blocks(self.pattern, shape)
-        cost = softmax_cost(shape, executed, support, self.pattern.remembers, kept)
-        forward_bytes, training_bytes = sparse_peaks.blocks(self.pattern, shape)
-        return replace(cost, forward_bytes=forward_bytes, training_bytes=training_bytes)
+        return softmax_cost(shape, executed, support, self.pattern.remembers)
 
 
 def _in_tiles(engine: BlockSparse, call: Call) -> Tensor:

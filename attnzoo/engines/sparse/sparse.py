@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines import memory, peaks
 from attnzoo.engines.engine import Backend, Cost, Shape, causal_pairs
 from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.softmax.reference import REFERENCE
@@ -58,13 +57,8 @@ class Sparse(SparseReference, Softmax):
         executed = support = shape.heads * shape.query_length * shape.key_length
         if shape.is_causal:
             support = shape.heads * causal_pairs(shape.query_length, shape.key_length)
-        cost = softmax_cost(shape, executed, support, self.pattern.remembers, memory.full(shape))
-        return replace(
-            cost,
-            skipped_macs=cost.macs - cost.support_macs,
-            forward_bytes=peaks.forward(shape),
-            training_bytes=peaks.training(shape),
-        )
+        cost = softmax_cost(shape, executed, support, self.pattern.remembers)
+        return replace(cost, skipped_macs=cost.macs - cost.support_macs)
 
     def is_dense(self, grid: Grid) -> bool:
         """Whether `auto` takes the backend `dense` for a call of this size without masks."""
@@ -74,7 +68,7 @@ class Sparse(SparseReference, Softmax):
         """The cost where the pattern hides keys."""
         executed = shape.heads * shape.query_length * shape.key_length
         support = _count_pairs(self.pattern, grid)
-        return softmax_cost(shape, executed, support, self.pattern.remembers, None)
+        return softmax_cost(shape, executed, support, self.pattern.remembers)
 
 
 def _count_pairs(pattern: Pattern, grid: Grid) -> int:

@@ -20,8 +20,6 @@ from attnzoo.engines.sparse import (
     dense,
     dilated,
     flex,
-    sparse_memory,
-    sparse_peaks,
     windows,
 )
 from attnzoo.engines.sparse.columns import Columns
@@ -100,15 +98,9 @@ class Windowed(Sparse):
         return self.sink_logits is None and super().is_dense(grid)
 
     def sparse_cost(self, shape: Shape, grid: Grid) -> Cost:
-        logits, sinks = self.sink_logits is not None, min(self.pattern.sinks, shape.key_length)
-        forward_bytes, training_bytes = sparse_peaks.windows(
-            self.pattern, shape, sinks, logits=logits
-        )
         executed = dilated.count_executed(self.pattern, shape)
         support = dilated.count_support(self.pattern, grid)
-        kept = sparse_memory.windows(self.pattern, shape, logits=logits)
-        cost = softmax_cost(shape, executed, support, self.pattern.remembers, kept)
-        cost = replace(cost, forward_bytes=forward_bytes, training_bytes=training_bytes)
+        cost = softmax_cost(shape, executed, support, self.pattern.remembers)
         return self._with_logits(cost, shape)
 
     def _with_logits(self, cost: Cost, shape: Shape) -> Cost:

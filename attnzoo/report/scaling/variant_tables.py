@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from attnzoo.cost.hardware import GPU, Roofline, roofline
-from attnzoo.cost.layer_costs import CountedVariant
+from attnzoo.cost.layer_costs import COUNTED_LENGTH, CountedVariant
 from attnzoo.cost.limits import (
     ELEMENT_BYTES,
     attention_bytes,
@@ -25,6 +25,11 @@ from attnzoo.results.units import count, duration, memory, ratio
 
 VARIANT_LIMIT = 2**20  # tokens up to which a variant's longest sequence is searched
 CROSSOVER_LIMIT = 2**17
+CARRIED_ON = (
+    f"Kept bytes are counted up to {COUNTED_LENGTH:,} tokens; beyond, the straight line through "
+    f"the counts at {COUNTED_LENGTH // 2:,} and {COUNTED_LENGTH:,} tokens is taken, and what a "
+    "ragged end keeps is left out."
+)
 NEVER, ANY = "never", "any"
 
 
@@ -71,8 +76,8 @@ def variant_costs(
         "masked scores executes.",
         "MACs of A's support: those of the pairs where A is not 0, if each were computed by "
         "itself.",
-        "kept a token: bytes that the pure-torch backend keeps for the backward pass; for kernels "
-        "with features measured through autograd.",
+        "kept a token: bytes that the pure-torch backend keeps for the backward pass, counted by "
+        f"attnzoo.memory between {COUNTED_LENGTH // 2:,} and {COUNTED_LENGTH:,} tokens.",
         "decoding state: what decoding carries after n tokens; a state of sums is in fp32.",
         "The roofline moves q, k, v, the output and the parameters used once, and nothing in "
         "between.",
@@ -103,7 +108,7 @@ def variant_limits(settings: Settings, variants: Sequence[CountedVariant]) -> Ta
         row: dict[str, Any] = {"variant": variant.label}
         if variant.runs(is_causal):
             kept = partial(_kept, variant, is_causal=is_causal)
-            limit = variant.counted_length(is_causal, VARIANT_LIMIT)
+            limit = variant.known_length(is_causal, VARIANT_LIMIT)
             all_kept = longest(lambda n, kept=kept: model.layers * kept(n), budget, limit)
             one_kept = longest(
                 lambda n, kept=kept: model.layers * input_bytes(model, n) + kept(n), budget, limit
@@ -128,6 +133,7 @@ def variant_limits(settings: Settings, variants: Sequence[CountedVariant]) -> Ta
     notes = (
         "training: all that attention keeps for the backward pass, all layers; checkpointed: layer "
         "inputs, and one layer's at a time.",
+        CARRIED_ON,
         "decoding: the weights and the variant's state.",
         "any: the state does not grow. >: more than the tokens that were searched. none: the "
         "weights alone do not fit.",
@@ -162,7 +168,7 @@ def crossovers(
         for is_causal in filter(variant.runs, (False, True)):
             kept, limit = (
                 partial(_kept, variant, is_causal=is_causal),
-                variant.counted_length(is_causal, CROSSOVER_LIMIT),
+                variant.known_length(is_causal, CROSSOVER_LIMIT),
             )
             rows.append(
                 {
@@ -203,6 +209,7 @@ def crossovers(
         "not decode.",
         "kept bytes: beside a standard attention that stores its matrices, and beside "
         "FlashAttention.",
+        CARRIED_ON,
         f"Searched down the powers of two from {CROSSOVER_LIMIT:,} and halved to the token; never: "
         f"not less at {CROSSOVER_LIMIT:,}.",
     )

@@ -29,10 +29,8 @@ from attnzoo.engines.engine import (
 )
 from attnzoo.engines.exponential import exp_
 from attnzoo.engines.joining import join
-from attnzoo.engines.memory import fused
 from attnzoo.engines.softmax.reference import additive, reference
 from attnzoo.engines.softmax.softmax import Softmax
-from attnzoo.variants.flash import tiled_peaks
 
 
 class Tiled(Softmax):
@@ -60,9 +58,6 @@ class Tiled(Softmax):
             skipped_macs=2 * heads * (pairs - support) * shape.head_dim,
             elementwise=heads * (pairs + rescaled + shape.query_length * shape.head_dim),
             moved_bytes=whole.moved_bytes,
-            kept_bytes=shape.input_bytes + fused(shape, shape.heads * shape.query_length),
-            forward_bytes=tiled_peaks.forward(shape, self.block_size),
-            training_bytes=tiled_peaks.training(shape, self.block_size),
             state_elements=whole.state_elements,
             state_bytes=whole.state_bytes,
             state_growth=whole.state_growth,

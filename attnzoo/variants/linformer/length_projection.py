@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from attnzoo.arguments import check_set
 from attnzoo.eager import is_recorded, only_autograd_looks
-from attnzoo.engines import memory, peaks
 from attnzoo.engines.differentiable import is_followed, open_gradients
 from attnzoo.engines.engine import Cost, Shape
 from attnzoo.engines.joining import join
@@ -109,18 +108,16 @@ class _Project(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class ProjectedMemory:
-    """Bytes of softmax attention to projected keys and values, in `Cost`'s terms. shape: before the
-    projection.
+class ProjectedCost:
+    """What softmax attention to projected keys and values costs.
 
-    per_head: the weights have heads, (heads, max_length, rank) and not (1, max_length, rank), in
-    which case grouped keys and values are copied for every query head. Weights are taken to be of
-    the inputs' dtype.
+    shape: before the projection. per_head: the weights have heads, (heads, max_length, rank) and
+    not (1, max_length, rank), in which case grouped keys and values are projected once for every
+    query head. Weights are taken to be of the inputs' dtype.
     """
 
     shape: Shape
     rank: int
-    max_length: int
     per_head: bool
 
     @property
@@ -131,20 +128,6 @@ class ProjectedMemory:
     def projected(self) -> Shape:
         """What the softmax is asked for."""
         return replace(self.shape, kv_heads=self.shape.kv_heads * self.group, key_length=self.rank)
-
-    @property
-    def copied_bytes(self) -> int:
-        """k and v with a copy of a head for every query head."""
-        return 2 * self.group * self.shape.key_bytes if self.group > 1 else 0
-
-    @property
-    def weight_bytes(self) -> int:
-        return (
-            (self.shape.heads if self.per_head else 1)
-            * self.max_length
-            * self.rank
-            * self.shape.dtype.itemsize
-        )
 
     def cost(self, attending: Cost, projections: int) -> Cost:
         """Of projecting with so many different weights, 1 or 2, and then attending."""
@@ -166,52 +149,4 @@ class ProjectedMemory:
             moved_bytes=self.shape.input_bytes
             + self.shape.query_bytes
             + rows_read * self.rank * self.shape.dtype.itemsize,
-            kept_bytes=self.kept(),
-            forward_bytes=self.forward(),
-            training_bytes=self.training(),
-        )
-
-    def kept(self) -> int:
-        """The projected keys and values as the softmax keeps them, and k and v, which the gradients
-        of the weights are made of."""
-        return memory.full(self.projected) + 2 * self.group * self.shape.key_bytes
-
-    def forward(self) -> int:
-        """The projected keys and values stay for as long as the softmax runs."""
-        one = self.projected.key_bytes
-        return self.copied_bytes + max(
-            2 * one + peaks.forward(self.projected), one + self._multiplying(one)
-        )
-
-    def training(self) -> int:
-        """The softmax's two passes, then both projections' backward passes, the gradients of q and
-        of both projected tensors being there."""
-        one, keys = self.projected.key_bytes, self.group * self.shape.key_bytes
-        softmax = self.copied_bytes + 2 * one + peaks.training(self.projected)
-        gradients = 2 * self.shape.query_bytes + 2 * one  # with the output
-        relaid = (
-            peaks.relaid_bytes(one, self.projected.kv_heads, self.rank)
-            if self.shape.batch_size > 1 and not self.per_head
-            else 0
-        )
-        step = max(relaid, self._multiplying(keys) - keys, self.weight_bytes)
-        first = self.copied_bytes + gradients + keys + step
-        second = (
-            self.copied_bytes
-            + gradients
-            + 2 * keys
-            + self.weight_bytes
-            + step
-            - one
-            - self.copied_bytes // 2
-        )
-        return max(softmax, first, second)
-
-    def _multiplying(self, product: int) -> int:
-        """A product that is made sample by sample: the one before is still there when the next is
-        done."""
-        return (
-            product + 2 * product // self.shape.batch_size
-            if self.per_head and self.shape.batch_size > 1
-            else product
         )

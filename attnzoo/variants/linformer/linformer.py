@@ -16,7 +16,7 @@ from attnzoo.registry import register
 from attnzoo.variants.linformer.length_projection import (
     SHARING,
     LengthProjection,
-    ProjectedMemory,
+    ProjectedCost,
     length_projections,
 )
 
@@ -103,8 +103,8 @@ class Linformer(Attention):
 
     def count(self, shape: Shape) -> Cost:
         check_max_length(self.spec.name, self.max_length, key_length=shape.key_length)
-        memory = ProjectedMemory(shape, self.rank, self.max_length, per_head=self.sharing == "none")
-        return memory.cost(
-            self.engine.cost(memory.projected),
+        whole = ProjectedCost(shape, self.rank, per_head=self.sharing == "none")
+        return whole.cost(
+            self.engine.cost(whole.projected),
             projections=1 if self.value_projection is self.key_projection else 2,
         )

@@ -21,7 +21,7 @@ from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
 from attnzoo.engines.softmax.reference import reference, visible, weights_of
 from attnzoo.engines.softmax.sdpa import sdpa
 from attnzoo.engines.softmax.softmax import softmax_cost
-from attnzoo.engines.sparse import dense, dilated, sparse_memory, sparse_peaks
+from attnzoo.engines.sparse import dense, dilated
 from attnzoo.engines.sparse.columns import Columns
 from attnzoo.engines.sparse.global_cache import GlobalCache
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
@@ -198,13 +198,8 @@ class WindowAndGlobals(Windowed):
                 * part.shape.query_length
                 * keys
             )
-        forward_bytes, training_bytes = sparse_peaks.windows(self.pattern, shape, keys, queries)
-        kept_bytes = sparse_memory.windows(self.pattern, shape, keys, queries)
         support = dilated.count_support(self.pattern, grid, keys)
-        cost = softmax_cost(
-            shape, executed, support, self.pattern.near + self.global_tokens, kept_bytes
-        )
-        return replace(cost, forward_bytes=forward_bytes, training_bytes=training_bytes)
+        return softmax_cost(shape, executed, support, self.pattern.near + self.global_tokens)
 
 
 def _most(mask: Tensor, bound: int | None = None) -> int:

@@ -13,7 +13,7 @@ from attnzoo.engines.engine import Cost, Shape, accumulation_dtype
 from attnzoo.engines.softmax.reference import masked_softmax
 from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.registry import register
-from attnzoo.variants.nystromformer.landmark_memory import LandmarkMemory
+from attnzoo.variants.nystromformer.landmark_cost import landmark_cost
 from attnzoo.variants.nystromformer.landmarks import pseudo_inverse, segment_means
 
 
@@ -113,6 +113,5 @@ class Nystromformer(Attention):
 
     def count(self, shape: Shape) -> Cost:
         kernel_size = 0 if self.convolution is None else self.convolution.kernel_size[0]
-        return LandmarkMemory(
-            shape, min(self.num_landmarks, shape.key_length), self.iterations, kernel_size
-        ).cost()
+        segments = min(self.num_landmarks, shape.key_length)
+        return landmark_cost(shape, segments, self.iterations, kernel_size)

@@ -27,7 +27,6 @@ from attnzoo.engines.joining import at_a_time
 from attnzoo.engines.softmax.reference import reference, weights_of
 from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
 from attnzoo.ordering import search
-from attnzoo.variants.reformer.hashed_memory import HashedMemory
 from attnzoo.variants.reformer.hashing import (
     NO_KEY,
     NO_QUERY,
@@ -88,13 +87,7 @@ class Hashed(Softmax):
                 else 0
             )
             support = causal_pairs(shape.query_length, shape.key_length) - hidden
-        cost = softmax_cost(shape, shape.kv_heads * scores, shape.heads * support, None, None)
-        tiles = sizes.tiles_at_a_time(torch.empty(heads, 0))
-        joined = 0 if tiles == sizes.query_tiles else sizes.query_tiles * sizes.queries
-        width = sizes.seen_tiles * sizes.keys
-        memory = HashedMemory(
-            shape, rounds, self.share_qk, tiles * sizes.queries, tiles, width, joined
-        )
+        cost = softmax_cost(shape, shape.kv_heads * scores, shape.heads * support, None)
         merging = heads * rows * (2 * rounds + shape.head_dim + (0 if self.share_qk else 1))
         return replace(
             cost,
@@ -103,9 +96,6 @@ class Hashed(Softmax):
             + merging
             + (heads * shape.key_length if self.share_qk else 0),
             moved_bytes=cost.moved_bytes + self.hashing.rotations.nbytes,
-            kept_bytes=memory.kept(),
-            forward_bytes=memory.forward(),
-            training_bytes=memory.training(),
         )
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call, repeat_heads
-from attnzoo.engines import peaks
 from attnzoo.engines.engine import (
     SOFTMAX_OPERATIONS,
     Cost,
@@ -24,7 +23,6 @@ from attnzoo.engines.engine import (
     accumulation_dtype,
     never_refuses,
 )
-from attnzoo.engines.memory import INDEX_BYTES, fused
 from attnzoo.engines.softmax.reference import REFERENCE, masked_softmax
 from attnzoo.engines.softmax.sdpa import sdpa
 from attnzoo.engines.softmax.softmax import softmax_cost
@@ -33,7 +31,6 @@ from attnzoo.engines.sparse.sparse import Sparse, from_first_real
 from attnzoo.variants.sparse_transformer import factorized_flash
 from attnzoo.variants.sparse_transformer.factorized_flash import shares_of
 from attnzoo.variants.sparse_transformer.factorized_layout import Near, Rows, shown
-from attnzoo.variants.sparse_transformer.factorized_memory import Layout
 from attnzoo.variants.sparse_transformer.factorized_patterns import ByHead, Factor, Strided
 
 
@@ -71,58 +68,8 @@ class Factorized(Sparse):
             one = len(_keys_of_one(factors, grid)) if grid.query_length == 1 else None
             executed += len(heads) * (_count_computed(factors, grid) if one is None else one)
             weighed += len(heads) * (_count_weighed(factors, grid) if one is None else one)
-        if shape.query_length == 1:
-            kept, forward, training = self._bytes_of_one(shape, grid)
-        else:
-            layout = self._layout(shape, grid)
-            kept, forward, training = layout.kept(), layout.forward(), layout.training()
-        cost = softmax_cost(shape, executed, support, None, kept)
-        elementwise = SOFTMAX_OPERATIONS * shape.batch_size * weighed
-        return replace(
-            cost, elementwise=elementwise, forward_bytes=forward, training_bytes=training
-        )
-
-    def _layout(self, shape: Shape, grid: Grid) -> Layout:
-        """What `factorized_flash` lays out."""
-        rows = Rows.of(self.factors[0].stride, grid)
-        return Layout(
-            shape,
-            rows,
-            [
-                share
-                for factors, _ in self.heads_of(shape.heads)
-                for share in shares_of(factors, rows, grid)
-            ],
-        )
-
-    def _bytes_of_one(self, shape: Shape, grid: Grid) -> tuple[int, int, int]:
-        """Of a single query: kept, and the peaks of a forward and of both passes; groups of heads
-        in turn, with what those before have left."""
-        groups = self.heads_of(shape.heads)
-        kept = INDEX_BYTES * shape.heads if len(groups) > 1 else 0  # the order of heads
-        forward = training = done = held = 0
-        for factors, heads in groups:
-            keys, own = len(_keys_of_one(factors, grid)), replace(shape, heads=len(heads))
-            if len(groups) > 1:
-                own = replace(own, kv_heads=len(heads))
-            copies = own.input_bytes if len(groups) > 1 else 0
-            one = replace(own, key_length=max(1, keys))
-            forward = max(forward, done + copies + 2 * one.key_bytes + peaks.forward(one))
-            training = max(
-                training,
-                done + held + copies + 2 * one.key_bytes + shape.input_bytes + peaks.training(one),
-            )
-            done, held = done + own.query_bytes, held + 2 * one.key_bytes
-            if keys:
-                one = replace(own, key_length=keys)
-                kept += one.input_bytes + fused(one, len(heads)) + keys * INDEX_BYTES
-                kept += (
-                    2 * len(heads) * INDEX_BYTES if len(groups) > 1 else 0
-                )  # which heads these are, and which keys are theirs
-        if len(groups) == 1:
-            return kept, forward, max(training, forward)
-        every = shape.query_bytes + shape.input_bytes  # the output and all gradients
-        return kept, max(forward, 3 * done), max(training, every + shape.input_bytes, every + held)
+        cost = softmax_cost(shape, executed, support, None)
+        return replace(cost, elementwise=SOFTMAX_OPERATIONS * shape.batch_size * weighed)
 
 
 def _attend(engine: Factorized, factors: tuple[Factor, ...], call: Call, grid: Grid) -> Tensor:
