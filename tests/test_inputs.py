@@ -16,6 +16,7 @@ import attnzoo
 from attnzoo import Input, UnsupportedError, registry
 from attnzoo.call import Call
 from attnzoo.integrations import tensor_parallel
+from attnzoo.layers.projections import project
 from attnzoo.registry import names, spec_of
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
@@ -283,7 +284,7 @@ def test_a_layer_projects_them() -> None:
     assert list(projections) == ["log_weight", "sharpness"]
     for name, projection in projections.items():
         assert projection.weight.grad.abs().max() > 0, name
-    q, k, v = mha._project(x, x, x, "b l (p h d) -> p b h l d")
+    q, k, v = project(mha, x, x, x, "b l (p h d) -> p b h l d")
     by_hand = {
         "log_weight": nn.functional.logsigmoid(projections["log_weight"](x)).transpose(1, 2),
         "sharpness": nn.functional.softplus(projections["sharpness"](x)).transpose(1, 2),

@@ -4,27 +4,14 @@ declares."""
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from attnzoo.attention import Attention
+from attnzoo.layers.layer import Layer
 from attnzoo.spec import Input
 
 #: Where they live: with the attention, as all that a state_dict of torch's lacks.
 INPUT_PROJECTIONS = "input_projections"
-
-
-class Layer(Protocol):
-    """What is read of a layer, such as `attnzoo.MultiheadAttention`."""
-
-    attention: Attention
-    out_proj: Any
-    embed_dim: Any
-    kdim: Any
-    num_heads: Any
-    head_dim: Any
-    batch_first: bool
 
 
 def add_projections(layer: Layer) -> None:

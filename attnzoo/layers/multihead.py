@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.arguments import check_options, check_positive
-from attnzoo.attention import LEAF, Attention, Spec
+from attnzoo.attention import LEAF, Attention
 from attnzoo.call import UnsupportedError
-from attnzoo.eager import is_recorded
 from attnzoo.layers.input_projections import add_projections, project_inputs
-from attnzoo.layers.torch_masks import check_mask, translate
+from attnzoo.layers.layer import shares_qk
+from attnzoo.layers.layer_checks import check_call, core_options
+from attnzoo.layers.projections import project, project_apart, project_together
+from attnzoo.layers.torch_masks import translate
 from attnzoo.registry import build, spec_of
 
 
@@ -77,7 +78,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> None:
         if check_positive("embed_dim", embed_dim) % check_positive("num_heads", num_heads):
             raise ValueError(f"embed_dim={embed_dim} must be a multiple of num_heads={num_heads}")
-        options = _core_options(
+        options = core_options(
             spec_of(attention),
             dropout,
             add_bias_kv or add_zero_attn,
@@ -103,13 +104,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                 device=device, dtype=dtype
             )
         )
-        if self._shares_qk:
+        if shares_qk(self):
             self._share_projection()
-
-    @property
-    def _shares_qk(self) -> bool:
-        """Whether one projection makes queries and keys."""
-        return "qk" in self.attention.projected
 
     def _take(self, core: Attention) -> None:
         """Let `core` be the core, beside parameters that are there."""
@@ -123,7 +119,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def refuse_core(module: nn.MultiheadAttention, core: Attention) -> None:
         """Raise UnsupportedError where torch's module has what a core excludes (appended keys), as
         the constructor does."""
-        _core_options(core.spec, 0.0, module.bias_k is not None or module.add_zero_attn, {})
+        core_options(core.spec, 0.0, module.bias_k is not None or module.add_zero_attn, {})
 
     def _reset_parameters(self) -> None:
         same = self._qkv_same_embed_dim  # it tells torch's drawing which weights there are
@@ -162,7 +158,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         own, packed = f"{prefix}attention.", state_dict.get(f"{prefix}in_proj_weight")
-        if self._shares_qk and packed is not None and len(packed) == 3 * self.embed_dim:
+        if shares_qk(self) and packed is not None and len(packed) == 3 * self.embed_dim:
             raise ValueError(
                 f"{prefix}in_proj_weight projects queries and keys apart, and this module has one "
                 "projection for both; load it where they are apart"
@@ -228,14 +224,14 @@ class MultiheadAttention(nn.MultiheadAttention):
                 average_attn_weights,
                 is_causal,
             )
-        self._check(query, key, value, key_padding_mask, attn_mask)
+        check_call(self, query, key, value, key_padding_mask, attn_mask)
         batched = query.dim() == 3
         # The names of an input's leading axes, for einops; "1" is the batch that a 2-D input lacks.
         axes, batch = (
             ("l", "1") if not batched else ("b l", "b") if self.batch_first else ("l b", "b")
         )
         pattern = f"{axes} (p h d) -> p {batch} h l d"
-        q, k, v = self._project(query, key, value, pattern)
+        q, k, v = project(self, query, key, value, pattern)
         masks = translate(self.attention.spec, q, k, key_padding_mask, attn_mask, is_causal)
         masks = masks.with_end_keys((self.bias_k is not None) + self.add_zero_attn, q, k)
         k, v = self._with_end_keys(k, self.bias_k), self._with_end_keys(v, self.bias_v)
@@ -260,7 +256,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         inputs: Mapping[str, Tensor | None],
         pattern: str,
     ) -> dict[str, Tensor]:
-        """The core's inputs: those given, and those that are projected. pattern: as `_project`."""
+        """The core's inputs: those given, and those that are projected. pattern: as `project`."""
         core = self.attention
         if not core.spec.inputs and not inputs:
             return {}
@@ -272,101 +268,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         }
         packed = core.own_projection and core._modules.get(core.own_projection)
         if packed and core.wants_own_projection(made):
-            project = (
-                self._project_apart if isinstance(packed, nn.ModuleDict) else self._project_together
-            )
-            own = dict(zip("qkv", project(packed, query, key, value, pattern), strict=True))
+            by = project_apart if isinstance(packed, nn.ModuleDict) else project_together
+            own = dict(zip("qkv", by(self, packed, query, key, value, pattern), strict=True))
             for one in core.spec.inputs:
                 if one.like is not None:
                     made.setdefault(one.name, own[one.like])
         return {**project_inputs(self, query, key, made), **made}
-
-    def _project(
-        self, query: Tensor, key: Tensor, value: Tensor, pattern: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as views of (batch, heads, length, head_dim): one matmul for self-attention, two
-        when key is value."""
-        heads, bias = self.num_heads, self.in_proj_bias
-        separate = self._modules.get("projections")
-        if separate is not None:
-            return self._project_apart(separate, query, key, value, pattern)
-        if self.in_proj_weight is not None:
-            return self._project_by(self.in_proj_weight, bias, query, key, value, pattern)
-        biases = (None, None, None) if bias is None else bias.chunk(3)
-        q, k, v = (
-            rearrange(F.linear(x, weight, part), pattern, p=1, h=heads)[0]
-            for x, weight, part in zip(
-                (query, key, value),
-                (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight),
-                biases,
-                strict=True,
-            )
-        )
-        return q, k, v
-
-    def _project_apart(
-        self, projections: nn.Module, query: Tensor, key: Tensor, value: Tensor, pattern: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `_project`, by modules one for each: in a process of several, which has the
-        projections of its own heads."""
-        sources = (query, value) if self._shares_qk else (query, key, value)
-        made = [
-            rearrange(project(x), pattern, p=1, h=self.num_heads)[0]
-            for project, x in zip(projections.children(), sources, strict=True)
-        ]
-        return made[0], made[-2], made[-1]
-
-    def _project_together(
-        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, pattern: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `_project`, by one layer for all three, which is called: it may be adapted (LoRA),
-        quantised or hooked. Three different inputs are multiplied by their own rows of a plain one,
-        lest two thirds of what it makes be thrown away."""
-        if not (query is key and key is value) and _is_plain(layer):
-            return self._project_by(layer.weight, layer.bias, query, key, value, pattern)
-        different = {id(x): x for x in (query, key, value)}
-        made = {
-            which: rearrange(layer(x), pattern, p=3, h=self.num_heads)
-            for which, x in different.items()
-        }
-        return made[id(query)][0], made[id(key)][1], made[id(value)][2]
-
-    def _project_by(
-        self,
-        packed: Tensor,
-        bias: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        pattern: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `_project`, by packed weights, (3 · size, features), or (2 · size, features) where
-        queries and keys are the same."""
-        size, heads = packed.shape[0] // len(self.attention.projected), self.num_heads
-
-        def split(x: Tensor, start: int, parts: int) -> Tensor:
-            rows = slice(start * size, (start + parts) * size)
-            return rearrange(
-                F.linear(x, packed[rows], None if bias is None else bias[rows]),
-                pattern,
-                p=parts,
-                h=heads,
-            )
-
-        if self._shares_qk:
-            qk, v = (
-                split(query, 0, 2).unbind(0)
-                if query is value
-                else (split(x, i, 1)[0] for i, x in enumerate((query, value)))
-            )
-            return qk, qk, v
-        if query is key and key is value:
-            q, k, v = split(query, 0, 3).unbind(0)
-        elif key is value:
-            (q,), (k, v) = split(query, 0, 1).unbind(0), split(key, 1, 2).unbind(0)
-        else:
-            q, k, v = (split(x, i, 1)[0] for i, x in enumerate((query, key, value)))
-        return q, k, v
 
     def _with_end_keys(self, x: Tensor, learned: Tensor | None) -> Tensor:
         """x, (batch, heads, length, head_dim), and behind it the learned slot of add_bias_kv and
@@ -416,122 +323,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         rows = [sequence[:length] for sequence, length in zip(out.unbind(), lengths, strict=True)]
         return torch.nested.as_nested_tensor(rows, layout=query.layout) if rows else query, weights
 
-    def _check(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-    ) -> None:
-        if self.training and self.dropout and not self.attention.spec.dropout:
-            raise UnsupportedError(_no_dropout(self.attention.spec, self.dropout))
-        # The module's own: what a layer in it computes with (integers, what a hook brings) is that
-        # layer's affair.
-        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
-        for name, x, width in (
-            ("query", query, self.embed_dim),
-            ("key", key, self.kdim),
-            ("value", value, self.vdim),
-        ):
-            if x.dim() not in (2, 3) or x.dim() != query.dim():
-                raise ValueError(
-                    f"{name} has shape {tuple(x.shape)}; query, key and value must all be batched "
-                    "(3-D) or all unbatched (2-D)"
-                )
-            if x.shape[-1] != width:
-                raise ValueError(
-                    f"{name} has {x.shape[-1]} features (shape {tuple(x.shape)}); this module was "
-                    f"built for {width}"
-                )
-            if weight is None or not weight.is_floating_point():
-                continue
-            if x.device != weight.device:
-                raise ValueError(
-                    f"{name} is on {x.device} and the module on {weight.device}; move one of them"
-                )
-            if x.dtype != weight.dtype and not (
-                x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
-            ):
-                raise ValueError(
-                    f"{name} has dtype {x.dtype} and the module {weight.dtype}; convert one of them"
-                )
-        if (
-            self._shares_qk and query is not key and not is_recorded()
-        ):  # there one tensor may come in twice as two
-            raise ValueError(
-                f"query and key must be one tensor: {self.attention.spec.name} shares them; build "
-                "the core without that"
-            )
-        if key.shape[:-1] != value.shape[:-1]:
-            raise ValueError(
-                f"key has shape {tuple(key.shape)} and value {tuple(value.shape)}; all but the "
-                "features must agree"
-            )
-        batched, length_axis = query.dim() == 3, int(query.dim() == 3 and self.batch_first)
-        if batched and query.shape[1 - length_axis] != key.shape[1 - length_axis]:
-            layout = (
-                "(batch, length, features)"
-                if self.batch_first
-                else "(length, batch, features), since batch_first=False"
-            )
-            raise ValueError(
-                f"query has shape {tuple(query.shape)} and key {tuple(key.shape)}; their batch "
-                f"sizes must agree in {layout}"
-            )
-        lengths = (query.shape[length_axis], key.shape[length_axis])
-        sizes = (query.shape[1 - length_axis],) if batched else ()
-        check_mask("key_padding_mask", key_padding_mask, [(*sizes, lengths[1])], query.device)
-        check_mask(
-            "attn_mask",
-            attn_mask,
-            [lengths, (self.num_heads * (sizes[0] if sizes else 1), *lengths)],
-            query.device,
-        )
-
 
 def is_called(module: nn.Module, args: tuple[Any, ...]) -> None:
     """A forward pre-hook that does nothing. torch's encoder layer, in evaluation mode, reads the
     weights of its attention and computes softmax attention itself; where there is a hook it calls
     the module instead, whatever else the module says of itself."""
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether calling a layer is a product with its weight and nothing else."""
-    hooks = (
-        layer._forward_hooks,
-        layer._forward_pre_hooks,
-        layer._backward_hooks,
-        layer._backward_pre_hooks,
-    )
-    return type(layer) is nn.Linear and "forward" not in vars(layer) and not any(hooks)
-
-
-def _core_options(
-    spec: Spec, dropout: float, extra_keys: bool, options: dict[str, Any]
-) -> dict[str, Any]:
-    """The core's options, refused where they contradict the module's or exceed the core's spec."""
-    for option, source in (
-        ("heads", "num_heads"),
-        ("head_dim", "embed_dim // num_heads"),
-        ("dropout", "dropout"),
-    ):
-        if option in options:
-            raise ValueError(f"attention_options must not set {option!r}: it follows from {source}")
-    if dropout and not spec.dropout:
-        raise UnsupportedError(_no_dropout(spec, dropout))
-    if extra_keys and not (spec.exact and spec.family == "exact" and spec.attn_mask):
-        raise UnsupportedError(
-            f"add_bias_kv and add_zero_attn append a key that every query sees, which {spec.name} "
-            "cannot place; leave both False,"
-            " or use attention='standard'"
-        )
-    return {**options, "dropout": dropout} if spec.dropout else options
-
-
-def _no_dropout(spec: Spec, dropout: float) -> str:
-    return (
-        f"dropout={dropout} drops entries of the attention matrix, which {spec.name} never forms; "
-        "build with dropout=0.0 (dropout"
-        f" outside attention, in a Transformer layer, is separate), or use attention='standard'"
-    )

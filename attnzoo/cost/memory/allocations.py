@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnzoo.cost.memory.placeholders import Placeholder, run
@@ -19,6 +20,8 @@ CONSTANT_BYTES = 2**26  # what is larger is not computed, even where it depends 
 FEW = 2**20  # pairs of numbers that are computed without asking how many come of them
 
 aten = torch.ops.aten
+#: What autograd makes anew where tensors are followed, and elsewhere in place.
+WRITES_IN_BACKWARD = (aten.index_add.default, aten.index_put.default, aten.scatter_add.default)
 #: What is answered where Python looks at numbers that nobody has: that none of them is special.
 ANSWERS = {aten.any.default: False, aten.all.default: True, aten.equal.default: True}
 
@@ -52,7 +55,8 @@ class Allocations(TorchDispatchMode):
             for x in tensors_in((found,)):
                 if address_of(x) not in before:
                     self._follow(x)
-        self.peak = max(self.peak, self.held + working_bytes(func, args, found))
+        if not _is_in_place_elsewhere(func):
+            self.peak = max(self.peak, self.held + working_bytes(func, args, found))
         return found
 
     def _run(
@@ -108,6 +112,15 @@ def tensors_in(values: Iterable[Any], found: list[Tensor] | None = None) -> list
 def _makes_nothing(func: Any) -> bool:
     """Whether all that comes out of it was there before: views, and what it writes to."""
     return all(x.alias_info is not None for x in func._schema.returns)
+
+
+def _is_in_place_elsewhere(func: Any) -> bool:
+    """Whether autograd's own formulas, which are followed here, would otherwise write to the first
+    argument, which is let go."""
+    if func not in WRITES_IN_BACKWARD:
+        return False
+    node = torch._C._current_autograd_node()  # pyright: ignore[reportAttributeAccessIssue]
+    return node is not None and not isinstance(node, BackwardCFunction)
 
 
 def storage_of(x: Tensor) -> Any:
