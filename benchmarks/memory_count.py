@@ -117,16 +117,8 @@ def main() -> None:
                         f"{row[f'{kind}_peak'] / 2**20:>16,.1f}{row[f'{kind}_ratio']:>8}"
                         for kind in KINDS
                     )
-<<<<<<< HEAD
-                    print(
-                        f"{shown:44}{'causal' if is_causal else 'bidirectional':15}"
-                        f"{row['length']:>8,}{cells}",
-                        flush=True,
-                    )
-=======
                     form = "causal" if is_causal else "bidirectional"
                     print(f"{shown:44}{form:15}{row['length']:>8,}{cells}", flush=True)
->>>>>>> memory
 
 
 if __name__ == "__main__":
