@@ -164,7 +164,7 @@ def test_bad_calls(case: Case, bad: str) -> None:
 def test_nothing_is_swallowed(case: Case) -> None:
     q, k, v = inputs()
     attn = case.build()
-    with pytest.raises(TypeError, match="dropout_p"):
+    with pytest.raises(ValueError, match=f"{attn.spec.name} has no input 'dropout_p'"):
         attn(q, k, v, dropout_p=0.1)
     with pytest.raises(TypeError):
         # Masks are given by name, for nobody agrees on their order.

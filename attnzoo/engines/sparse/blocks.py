@@ -119,7 +119,8 @@ def count_pairs(pattern: BlockPattern, grid: Grid) -> tuple[int, int]:
 def in_tiles(engine: SoftmaxReference, pattern: BlockPattern, call: Call) -> Tensor:
     """A·v for a block pattern, in the memory of `tiles`."""
     grid, key_mask, laid_out = grid_of(call), call.key_mask, LaidOut.of(pattern, call)
-    found, ahead, spare = runs(pattern, grid), laid_out.ahead, laid_out.spare
+    found, size = runs(pattern, grid), laid_out.size
+    ahead, spare = laid_out.ahead, laid_out.spare
     filled = key_mask
     if key_mask is None and any(run.tail for run in found):
         filled = torch.ones(1, grid.key_length, dtype=torch.bool)
@@ -131,7 +132,7 @@ def in_tiles(engine: SoftmaxReference, pattern: BlockPattern, call: Call) -> Ten
 
     def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
         real = frame(q, k[:, :, : grid.key_length], v[:, :, : grid.key_length])
-        return _head_by_head(engine, pattern, real, LaidOut(q, k, v, ahead, spare), found)
+        return _head_by_head(engine, real, LaidOut(q, k, v, size, ahead, spare), blocks, found)
 
     pieces = partial(_pieces, pattern.block_size, grid, found)
     blocks = sorted_key_blocks(pattern, grid)
@@ -141,20 +142,23 @@ def in_tiles(engine: SoftmaxReference, pattern: BlockPattern, call: Call) -> Ten
 
 def in_gathered(engine: SoftmaxReference, pattern: BlockPattern, call: Call) -> Tensor:
     """A·v for a block pattern by SDPA on gathered blocks of keys."""
-    laid_out, found = LaidOut.of(pattern, call), runs(pattern, grid_of(call))
-    return laid_out.rows(_head_by_head(engine, pattern, call, laid_out, found), call)
+    laid_out, grid = LaidOut.of(pattern, call), grid_of(call)
+    blocks, found = sorted_key_blocks(pattern, grid), runs(pattern, grid)
+    return laid_out.rows(_head_by_head(engine, call, laid_out, blocks, found), call)
 
 
 @dataclass(frozen=True)
 class LaidOut:
     """q, k and v in whole blocks, (batch, heads, whole blocks of positions, head_dim).
 
-    ahead: empty rows before the first query of its block. spare: empty slots at the end.
+    size: positions of a block. ahead: empty rows before the first query of its block. spare: empty
+    slots at the end.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
+    size: int
     ahead: int
     spare: int
 
@@ -163,7 +167,7 @@ class LaidOut:
         grid, size = grid_of(call), pattern.block_size
         ahead, spare = grid.offset % size, -grid.key_length % size
         k, v = (_pad(x, 0, spare) for x in (call.k, call.v))
-        return cls(_pad(call.q, ahead, spare), k, v, ahead, spare)
+        return cls(_pad(call.q, ahead, spare), k, v, size, ahead, spare)
 
     def rows(self, out: Tensor, call: Call) -> Tensor:
         """The rows of the call's queries."""
@@ -265,14 +269,9 @@ def _pieces(
 
 
 def _head_by_head(
-    engine: SoftmaxReference,
-    pattern: BlockPattern,
-    call: Call,
-    laid_out: LaidOut,
-    found: list[Run],
+    engine: SoftmaxReference, call: Call, laid_out: LaidOut, blocks: Tensor, found: list[Run]
 ) -> Tensor:
-    blocks, size = sorted_key_blocks(pattern, grid_of(call)), pattern.block_size
-    q, k, v = (x.unflatten(2, (-1, size)) for x in (laid_out.q, laid_out.k, laid_out.v))
+    q, k, v = (x.unflatten(2, (-1, laid_out.size)) for x in (laid_out.q, laid_out.k, laid_out.v))
 
     def rows() -> Iterator[Tensor]:
         # Not k[:, head]: the gradient of that is as large as k, once for every head.
