@@ -37,6 +37,10 @@ class Sparse(SparseReference, Softmax):
 
     backends = (Backend("dense", dense.attend, dense.why_not), REFERENCE)
 
+    @property
+    def reach(self) -> int | None:
+        return self.pattern.reach
+
     def init_state(
         self,
         batch_size: int,
@@ -46,8 +50,7 @@ class Sparse(SparseReference, Softmax):
         dtype: torch.dtype,
         device: Any,
     ) -> Any:
-        reach = self.pattern.reach
-        kept = None if reach is None else reach - 1
+        kept = None if self.pattern.reach is None else self.pattern.reach - 1
         return KeyValueCache.empty(batch_size, kv_heads, head_dim, max_length, kept, dtype, device)
 
     def cost(self, shape: Shape) -> Cost:
