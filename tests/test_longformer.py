@@ -491,7 +491,7 @@ def test_flex_refuses_global_tokens_wherever_it_runs(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(flex, "why_not", lambda *_: None)
     q, k, v, _ = tensors(Situation(20, 20))
     with pytest.raises(
-        UnsupportedError, match=r"backend='flex' .*global tokens differ from sample to sample"
+        UnsupportedError, match=r"backend='flex' .*its tables have no keys that every row sees"
     ):
         CASE.build(backend="flex", dtype=torch.float64)(
             q, k, v, global_mask=torch.ones(2, 20, dtype=torch.bool)
