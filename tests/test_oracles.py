@@ -77,7 +77,9 @@ def test_output_and_gradients(
             library_answer(case, backend, situation, is_causal, torch.float64)
         return
     calls = {"key_mask": situation.key_mask(), "is_causal": is_causal}
-    if not takes(case.build(situation.heads), backend, *(x.float() for x in tensors(situation)[:3]), **calls):
+    if not takes(
+        case.build(situation.heads), backend, *(x.float() for x in tensors(situation)[:3]), **calls
+    ):
         return  # some other situation reaches it: `backends_of`
     expected = oracle_answer(case, situation, is_causal)
     for dtype, tolerance in (
