@@ -124,9 +124,9 @@ class Attention(nn.Module):
         forms it.
 
         Memory is quadratic in the length. Arguments and errors are those of `forward`; inputs that
-        take the place of v are not read.
+        are `like` v are not read.
         """
-        values = {one.name for one in self.spec.inputs if "value_width" in one.names}
+        values = {one.name for one in self.spec.inputs if one.like == "v"}
         inputs = {name: x for name, x in inputs.items() if name not in values}
         call = self._call(q, k, k, key_mask, attn_mask, is_causal, inputs)
         self.refuse(call)

@@ -223,7 +223,9 @@ def _cleared(call: Call, slots: Tensor) -> Call:
     for one, x in call.given():
         if "keys" in one.names and one.padded is not None:
             shown = [size if axis in ("batch", "keys") else 1 for axis, size in _sizes(one, x)]
-            inputs[one.name] = x.masked_fill(slots.reshape(shown), one.padded)
+            # A bool as a number: a trace knows no masked_fill by a bool.
+            value = int(one.padded) if isinstance(one.padded, bool) else one.padded
+            inputs[one.name] = x.masked_fill(slots.reshape(shown), value)
     k, v = call.k.masked_fill(at, 0.0), call.v.masked_fill(at, 0.0)
     return replace(call, k=k, v=v, inputs=inputs)
 

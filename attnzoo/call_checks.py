@@ -96,6 +96,10 @@ def _check_key_mask(call: Call) -> None:
     _check_device("key_mask", mask, call)
 
 
+#: Dtypes of an integer input.
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
 def _check_inputs(call: Call, spec: Spec) -> None:
     for name in call.inputs:
         if not spec.takes(name):
@@ -128,7 +132,7 @@ def _check_input(one: Input, x: Tensor, call: Call) -> None:
     _check_tensor(name, x, axes)
     if one.dtype == "bool" and x.dtype != torch.bool:
         raise ValueError(f"{name} has dtype {x.dtype}; it must be bool: use {name}.bool()")
-    if one.dtype == "int" and (x.is_floating_point() or x.dtype == torch.bool):
+    if one.dtype == "int" and x.dtype not in INTEGERS:
         raise ValueError(f"{name} has dtype {x.dtype}; it must be an integer dtype, as torch.long")
     if one.dtype == "float" and not x.is_floating_point():
         raise ValueError(f"{name} has dtype {x.dtype}; it must be floating: use {name}.float()")

@@ -10,6 +10,8 @@ from torch import Tensor
 
 Family = Literal["exact", "sparse", "low_rank", "kernel"]
 #: The axes that an input may have. width: of q and k; value_width: of v.
+#: Names of a call's own arguments, which no input can have.
+TAKEN = ("q", "k", "v", "key_mask", "attn_mask", "is_causal", "state")
 AXES = ("batch", "heads", "kv_heads", "queries", "keys", "width", "value_width")
 
 
@@ -41,6 +43,23 @@ class Input:
     activation: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.isidentifier() or self.name in TAKEN:
+            raise ValueError(
+                f"an input cannot be called {self.name!r}: give a Python name that is none of "
+                f"{', '.join(TAKEN)}"
+            )
+        if not isinstance(self.axes, str):
+            raise ValueError(
+                f"the input {self.name} has the axes {self.axes!r}; give names in one string, such "
+                'as "batch kv_heads keys"'
+            )
+        if self.dtype not in ("float", "bool", "int") or self.like not in (None, "q", "k", "v"):
+            raise ValueError(
+                f"the input {self.name} has dtype={self.dtype!r} and like={self.like!r}; dtype is "
+                "float, bool or int, and like is q, k, v or None"
+            )
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"the input {self.name} names an axis twice: {self.axes!r}")
         unknown = [axis for axis in self.names if axis not in AXES]
         if unknown:
             raise ValueError(
@@ -73,8 +92,9 @@ class Input:
 
     @property
     def is_projected(self) -> bool:
-        """Whether a layer has a linear projection for it alone."""
-        return self.has_length and self.dtype == "float" and self.like is None
+        """Whether a layer has a linear projection for it alone: of a token, not of a pair."""
+        of_pairs = "queries" in self.names and "keys" in self.names
+        return self.has_length and not of_pairs and self.dtype == "float" and self.like is None
 
 
 @dataclass(frozen=True)
@@ -105,6 +125,13 @@ class Spec:
     needs_max_length: bool = False
     data_dependent: bool = False
     inputs: tuple[Input, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(one, Input) for one in self.inputs):
+            raise ValueError(f"{self.name} has inputs={self.inputs!r}; give an Input for each")
+        known = [one.name for one in self.inputs]
+        if len(set(known)) < len(known):
+            raise ValueError(f"{self.name} declares two inputs of one name: {', '.join(known)}")
 
     def runs(self, is_causal: bool) -> bool:
         """Whether calls of this kind are inside the spec."""

@@ -3,6 +3,7 @@ declaration."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from toy_with_inputs import Weighted
 
 import attnzoo
-from attnzoo import Input, UnsupportedError, registry
+from attnzoo import Input, Spec, UnsupportedError, registry
 from attnzoo.call import Call
 from attnzoo.integrations import tensor_parallel
 from attnzoo.layers.projections import project
@@ -461,3 +462,37 @@ def test_the_first_step_is_the_forward(name: str) -> None:
     state = attn.init_state(2, kv_heads=KV_HEADS, dtype=torch.float64)
     rows, _ = attn.step(call.q, call.k, call.v, state, **call.inputs)
     close(rows, run(attn, call), 1e-10, "rows")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"name": "q"}, "an input cannot be called 'q'"),
+        ({"name": "two words"}, "an input cannot be called 'two words'"),
+        ({"axes": ["batch", "keys"]}, "give names in one string"),
+        ({"axes": "batch keys keys"}, "names an axis twice"),
+        ({"dtype": "complex"}, "dtype is float, bool or int"),
+        ({"like": "z"}, "like is q, k, v or None"),
+    ],
+)
+def test_a_declaration_that_cannot_be(wrong: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Input(**{"name": "gate", "axes": "batch keys", **wrong})
+
+
+def test_a_spec_declares_inputs_once() -> None:
+    gate, make = (
+        Input("gate", "batch keys"),
+        partial(Spec, "gated", "", "", "", "", "kernel", False),
+    )
+    for inputs, sentence in (
+        ((gate, gate), "two inputs of one name"),
+        (("gate",), "give an Input"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            make(inputs=inputs)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_layer_projects_no_input_of_pairs() -> None:
+    assert Input("gate", "batch heads keys").is_projected
+    assert not Input("bias", "batch heads queries keys").is_projected

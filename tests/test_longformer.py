@@ -496,3 +496,18 @@ def test_flex_refuses_global_tokens_wherever_it_runs(monkeypatch: pytest.MonkeyP
         CASE.build(backend="flex", dtype=torch.float64)(
             q, k, v, global_mask=torch.ones(2, 20, dtype=torch.bool)
         )
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*is deprecated")
+def test_a_trace_with_padding_and_global_tokens() -> None:
+    """Of masks, which a trace takes by value."""
+    q, k, v, _ = tensors(Situation(20, 20, "left"))
+    attn, mask = CASE.build(dtype=torch.float64), padding("left", 2, 20)
+    assert mask is not None
+    named = global_mask(2, 20)
+
+    def run(q: Tensor, real: Tensor, named: Tensor) -> Tensor:
+        return attn(q, k, v, key_mask=real, global_mask=named)
+
+    traced: Any = torch.jit.trace(run, (q, mask, named), check_trace=False)
+    close(traced(q + 1, mask, named), run(q + 1, mask, named), 1e-12, "traced")

@@ -283,3 +283,21 @@ def test_nothing_is_computed_and_nothing_stays() -> None:
     assert torch.equal(state, torch.random.get_rng_state())
     assert before == {name: id(x) for name, x in layer.state_dict(keep_vars=True).items()}
     assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+class Leaves(nn.Module):
+    """Values that are asked for outside of torch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * len(x.detach().tolist())
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.LSTM(8, 8), nn.TransformerEncoderLayer(8, 2, 8, batch_first=True).eval(), Leaves()],
+    ids=["LSTM", "fused layer", "tolist"],
+)
+def test_what_cannot_be_seen_is_refused(module: nn.Module) -> None:
+    """Tensors that torch makes inside one operator, and values that leave it."""
+    with pytest.raises(attnzoo.UnsupportedError, match=r"without values: .*attnzoo\.bench"):
+        attnzoo.memory(module, (2, 4, 8))

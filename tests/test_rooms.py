@@ -15,12 +15,9 @@ KNOWN_UPWARD: set[tuple[str, str]] = set()
 KNOWN_CIRCLES: set[tuple[str, str]] = set()
 KNOWN_LONG = {
     "attnzoo.attention",
-    "attnzoo.engines.linear.chunks",
     "attnzoo.engines.linear.feature_maps",
-    "attnzoo.engines.softmax.softmax",
     "attnzoo.engines.softmax.tiles",
     "attnzoo.engines.sparse.blocks",
-    "attnzoo.engines.sparse.patterns.pattern",
     "attnzoo.engines.sparse.windows",
     "attnzoo.layers.multihead",
     "attnzoo.variants.reformer.hashed",

@@ -22,6 +22,12 @@ FEW = 2**20  # pairs of numbers that are computed without asking how many come o
 aten = torch.ops.aten
 #: What autograd makes anew where tensors are followed, and elsewhere in place.
 WRITES_IN_BACKWARD = (aten.index_add.default, aten.index_put.default, aten.scatter_add.default)
+#: Operators of torch that hold tensors of their own while they run, which nobody outside sees.
+HIDING = (
+    aten.mkldnn_rnn_layer.default,
+    aten._transformer_encoder_layer_fwd.default,
+    aten._native_multi_head_attention.default,
+)
 #: What is answered where Python looks at numbers that nobody has: that none of them is special.
 ANSWERS = {aten.any.default: False, aten.all.default: True, aten.equal.default: True}
 
@@ -70,6 +76,10 @@ class Allocations(TorchDispatchMode):
             return answer if func is aten.equal.default else torch.tensor(answer)
         if func is aten._local_scalar_dense.default:
             return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
+        if func in HIDING:
+            raise NotImplementedError(
+                f"torch's operator {func} makes tensors inside that cannot be seen."
+            )
         if unknown and func._schema.is_mutable:
             for x in given:
                 if not isinstance(x, Placeholder):

@@ -45,13 +45,15 @@ def memory(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> Memory:
         gradients.
     kwargs: the same without shapes; a tensor takes a gradient where it requires one.
 
-    Floating tensors have no values. Where Python looks at some all the same, none of them is
-    special: all are finite and none is masked. What is followed is what this machine's CPU runs, by
-    torch.get_num_threads() threads; torch's fused encoder layer, which takes less without
-    gradients, is not. Where a module writes in place to a view, the peak of a backward pass may be
-    one copy of it higher.
-    Raises UnsupportedError where a shape, or what is computed, depends on values; ValueError on
-    what is no module.
+    Floating tensors have no values. Where Python asks for one all the same, it is 1, and none is
+    masked or infinite: a module whose sizes or branches depend on values is followed for these
+    alone. What is followed is what this machine's CPU runs, by torch.get_num_threads() threads.
+    Where a module writes in place to a view, the peak of a backward pass may be one copy of it
+    higher.
+    Raises UnsupportedError where an operator's sizes depend on values, where values leave torch
+    (`numpy`, `tolist`), and where torch holds tensors inside one operator (nn.LSTM, its fused
+    encoder layer and attention in evaluation mode without gradients): measure these with
+    attnzoo.bench.peak_bytes. ValueError on what is no module.
     """
     if not isinstance(module, nn.Module):
         raise ValueError(
@@ -129,12 +131,19 @@ class _Call:
         return [x for x in tensors if x.requires_grad], sum(kept.values())
 
 
+#: What torch says where a tensor's values are asked for outside of it.
+LEAVING = ("not supported for tensor subclasses", "got Placeholder")
+
+
 @contextmanager
 def _refusals(module: nn.Module) -> Iterator[None]:
     try:
         yield
-    except NotImplementedError as error:
-        reason = str(error).strip().splitlines()[0]
+    except (NotImplementedError, RuntimeError) as error:
+        leaves = any(words in str(error) for words in LEAVING)
+        if not leaves and not isinstance(error, NotImplementedError):
+            raise
+        reason = str(error).strip().splitlines()[0].split(" (")[0].rstrip(".") + "."
         raise UnsupportedError(
             f"{type(module).__name__} cannot be followed without values: {reason} Measure it "
             "instead, with attnzoo.bench.peak_bytes"

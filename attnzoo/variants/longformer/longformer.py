@@ -42,7 +42,7 @@ class Longformer(Attention):
     (a compiled, traced or exported graph, torch.func), a mask may name all tokens, and costs as
     much: name them by global_tokens there. window: keys on each side, the query's own included;
     Longformer's attention_window is 2 · (window - 1)
-    (`attnzoo.engines.sparse.patterns.pattern.Window.from_longformer`).
+    (`attnzoo.engines.sparse.patterns.window.Window.from_longformer`).
     dilation: as in sliding_window, one number or one for each head, as the paper's character models
     have it in higher layers. scale, dropout: as in standard.
     """
