@@ -58,6 +58,9 @@ class LinearState:
 class Linear(LinearReference):
     """Kernel attention through a feature map.
 
+    Its backends in order: `chunked`, with a backward pass of its own; `open`, the same in operators
+    that graphs and transforms can follow; `fla`, flash-linear-attention on CUDA; the reference.
+
     feature_map: as in `LinearReference`.
     """
 

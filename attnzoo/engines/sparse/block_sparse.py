@@ -21,6 +21,11 @@ from attnzoo.padding import fills_slots
 class BlockSparse(Sparse):
     """Softmax attention in which a block of queries sees blocks of keys.
 
+    Its backends in order: `dense`, one SDPA call, where the pattern hides nothing; `tiles`, a few
+    rows at a time in memory that stays in a CPU's cache; `blocks`, SDPA on gathered blocks of keys;
+    `ragged`, the same for padded samples whose blocks count from their own ends; `flex`,
+    FlexAttention on CUDA; the reference.
+
     pattern: which blocks. scale, dropout: as in `SoftmaxReference`.
     """
 
@@ -53,7 +58,7 @@ def _one_table_why_not(engine: BlockSparse, call: Call) -> str | None:
     """Why one table of blocks does not serve every sample; None when it does."""
     if not engine.pattern.tied_to_end or call.is_causal or fills_slots(call.key_mask):
         return None
-    return "samples begin or end at different slots, and blocks count from both: `ragged` does so"
+    return "samples may begin or end at different slots, for which `ragged` is"
 
 
 def _in_tables_of_samples(engine: BlockSparse, call: Call) -> Tensor:
@@ -62,9 +67,9 @@ def _in_tables_of_samples(engine: BlockSparse, call: Call) -> Tensor:
 
 def _ragged_why_not(engine: BlockSparse, call: Call) -> str | None:
     if call.key_mask is None:
-        return "no sample is padded: one table of blocks serves them all"
+        return "it is for padded samples, and there is no key_mask"
     if not engine.pattern.tied_to_end or call.is_causal:
-        return "nothing of the pattern is tied to the end: one table of blocks serves all samples"
+        return "it is for patterns that count from the end, and this call's does not"
     return None
 
 

@@ -35,7 +35,7 @@ def why_not(engine: SparseReference, call: Call) -> str | None:
     if not is_whole(engine.pattern, grid):
         return "the pattern hides keys, and a dense mask of them is quadratic in the length"
     if engine.pattern.tied_to_end and not grid.is_causal and not fills_slots(call.key_mask):
-        return "samples begin or end at different slots, and the pattern counts from both"
+        return "samples may begin or end at different slots, and the pattern counts from both ends"
     if call.key_mask is not None and grid.is_causal and grid.query_length > 1:
         entries = call.key_mask.numel() * grid.query_length
         if entries > LARGEST_MASK:

@@ -103,8 +103,8 @@ def from_first_real(name: str, run: Run, why_not: WhyNot) -> Backend:
             call.query_length == 1 or call.offset < 0 or (call.offset and not call.is_causal)
         ):
             return (
-                "samples begin with padding, and there are not as many queries as keys: their "
-                "positions are counted one by one"
+                "samples may begin with padding, and there are not as many queries as keys: only "
+                "the reference counts their positions"
             )
         return why_not(engine, call)
 

@@ -33,6 +33,11 @@ from attnzoo.padding import fetched, first_real, slots_of
 class Windowed(Sparse):
     """Softmax attention over a window.
 
+    Its backends in order: `dense`, one SDPA call, where the window hides nothing; `tiles`, a few
+    rows at a time in memory that stays in a CPU's cache; `windows`, SDPA on a slice of the keys for
+    every block of queries; `columns`, the same with keys beside each slice that every row sees;
+    `flex`, FlexAttention on CUDA; the reference.
+
     pattern: the window. scale, dropout: as in `SoftmaxReference`.
     sink_logits: learn so many logits, one a head: each is one more score of every row, that counts
         in the row's sum and weighs no value, so that a row of A may sum to less than 1.
@@ -152,7 +157,7 @@ def _in_slices(engine: Windowed, call: Call) -> Tensor:
 
 def _slices_why_not(engine: Windowed, call: Call) -> str | None:
     if engine.has_columns(call):
-        return "some keys are seen by every row, wherever it stands: `columns` has them"
+        return "it has no keys that every row sees (sinks, global tokens); `columns` has"
     return None
 
 
@@ -166,7 +171,9 @@ def _with_columns(engine: Windowed, call: Call) -> Tensor:
 
 
 def _columns_why_not(engine: Windowed, call: Call) -> str | None:
-    return None if engine.has_columns(call) else "no key is seen by every row: `windows` serves"
+    if engine.has_columns(call):
+        return None
+    return "it is for keys that every row sees (sinks, global tokens), and there are none"
 
 
 def _by_flex(engine: Windowed, call: Call) -> Tensor:
