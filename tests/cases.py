@@ -34,11 +34,13 @@ def preferring(attn: Attention, backend: str) -> Attention:
 
 
 def takes(attn: Attention, backend: str, *tensors: Tensor, **options: Any) -> bool:
-    """Whether the backend, asked for by name, takes such a call rather than refuse it."""
+    """Whether the backend, asked for by name, takes such a call, without gradients and with those
+    that the tensors ask for, rather than refuse it."""
     named, attn.backend = attn.backend, backend
     try:
-        with torch.no_grad():
-            attn(*tensors, **options)
+        for learns in (False, True):
+            with torch.set_grad_enabled(learns):
+                attn(*tensors, **options)
     except attnzoo.UnsupportedError as error:
         if f"backend={backend!r} refuses this call" in str(error):
             return False

@@ -184,7 +184,7 @@ def engines_apart(
         ) -> tuple[Tensor, str, Any]:
             if state is not None:
                 return type(engine).forward(engine, call, backend, state)
-            chosen = engine.choose(call, backend).name
+            chosen = engine.choose(engine.completed(call), backend).name
             (q, k, v), is_causal = (
                 (_sizes(x) for x in (call.q, call.k, call.v)),
                 bool(call.is_causal),
