@@ -139,6 +139,8 @@ class Engine(nn.Module):
     with the reference."""
 
     backends: ClassVar[tuple[Backend, ...]]
+    #: Whether a forward is long to trace and has no modules inside that do work of their own.
+    counted_apart: bool = False
     square_tiles: int | None = None  # side of the tiles of scores that a loop walks over, if any
 
     @property

@@ -223,7 +223,9 @@ def engines_apart(
             known[forward.same] = forward.counted(count)
         return known[forward.same]
 
-    engines = [engine for engine in module.modules() if isinstance(engine, Engine)]
+    engines = [
+        engine for engine in module.modules() if isinstance(engine, Engine) and engine.counted_apart
+    ]
     for engine in engines:
         engine.forward = standing_in(engine)
     try:

@@ -64,6 +64,8 @@ class Linear(LinearReference):
     feature_map: as in `LinearReference`.
     """
 
+    counted_apart = True
+
     def init_state(
         self,
         batch_size: int,

@@ -35,6 +35,8 @@ class Sparse(SparseReference, Softmax):
     pattern, scale, dropout: as in `SparseReference`.
     """
 
+    counted_apart = True
+
     backends = (Backend("dense", dense.attend, dense.why_not), REFERENCE)
 
     @property

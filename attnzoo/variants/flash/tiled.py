@@ -36,6 +36,8 @@ from attnzoo.engines.softmax.softmax import Softmax
 class Tiled(Softmax):
     """Softmax attention in tiles of block_size queries and block_size keys."""
 
+    counted_apart = True
+
     def __init__(self, scale: float | None = None, block_size: int = 128) -> None:
         super().__init__(scale)
         self.block_size = self.square_tiles = check_positive("block_size", block_size)
