@@ -33,20 +33,27 @@ def preferring(attn: Attention, backend: str) -> Attention:
     return attn
 
 
-def takes(attn: Attention, backend: str, *tensors: Tensor, **options: Any) -> bool:
+def takes(
+    attn: Attention,
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    **inputs: Tensor,
+) -> bool:
     """Whether the backend, asked for by name, takes such a call, without gradients and with those
     that the tensors ask for, rather than refuse it."""
-    named, attn.backend = attn.backend, backend
+    call = attn._call(q, k, v, key_mask, None, is_causal, inputs)
+    attn.refuse(call)
     try:
         for learns in (False, True):
             with torch.set_grad_enabled(learns):
-                attn(*tensors, **options)
-    except attnzoo.UnsupportedError as error:
-        if f"backend={backend!r} refuses this call" in str(error):
-            return False
-        raise
-    finally:
-        attn.backend = named
+                attn.engine.choose(attn.engine.completed(attn.place(call, 0)), backend)
+    except attnzoo.UnsupportedError:
+        return False
     return True
 
 

@@ -400,6 +400,7 @@ def test_a_backend_asked_for_by_name_never_falls_back(case: Case) -> None:
     for backend in case.build().engine.backend_names():
         attn = case.build(backend=backend)
         if takes(attn, backend, q, k, v, **possible(case.spec)):
+            attn(q, k, v, **possible(case.spec))
             assert attn.last_backend == backend
             ran.append(backend)
             continue
