@@ -168,7 +168,7 @@ def _attend_exactly(
             (position_bias, is_causal) if mask is None else (_with_bias(mask, position_bias), False)
         )
         call = Call(query, key, value, attn_mask=both, is_causal=only_causal)
-        out, _ = Softmax(scaling, dropout)(call.giving(SINK_LOGITS, s_aux))
+        out, _, _ = Softmax(scaling, dropout)(call.giving(SINK_LOGITS, s_aux))
         return out.transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(
         module,
