@@ -37,6 +37,7 @@ def core_options(
 
 
 def no_dropout(spec: Spec, dropout: float) -> str:
+    """The sentence that refuses dropout to a core that has none."""
     return (
         f"dropout={dropout} drops entries of the attention matrix, which {spec.name} never forms; "
         "build with dropout=0.0 (dropout"

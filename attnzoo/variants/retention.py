@@ -18,7 +18,6 @@ class ScaledIdentity(Pointwise):
     def __init__(self, scale: float, decay: ConstantDecay) -> None:
         super().__init__(identity, normalize=False)
         self.scale, self.decay = scale, decay
-        self.is_view = False
 
     def query(self, q: Tensor) -> Tensor:
         return q * self.scale**0.5

@@ -35,9 +35,7 @@ class FeatureMap(nn.Module):
     scales_keys: whether `key` gives a log_scale; scale_has_gradient: whether that depends on the
     key, and is no mere stabiliser.
     decay: what is left of a key after the tokens that follow it.
-    has_vjp: whether `vjp` is known, and nothing but queries and keys wants a gradient. is_view:
-    whether features are the very numbers given, so that they take no memory. while_made: numbers
-    held for each feature at the moment when it is made.
+    has_vjp: whether `vjp` is known, and nothing but queries and keys wants a gradient.
     """
 
     normalizer: Normalizer = "row"
@@ -45,8 +43,6 @@ class FeatureMap(nn.Module):
     scale_has_gradient: bool = False
     decay: Decay = NO_DECAY
     has_vjp: bool = False
-    is_view: bool = False
-    while_made: float = 1.0
 
     @property
     def weighs_keys(self) -> bool:
@@ -154,7 +150,6 @@ class Pointwise(FeatureMap):
         self.function = function
         self.normalizer = "row" if normalize else "none"
         self.has_vjp = function in _VJP  # a callable of the user's own may have parameters
-        self.is_view = function is identity
         self.widths: dict[
             int, int
         ] = {}  # found so far for a callable of the user's own, by head_dim
@@ -284,7 +279,6 @@ class TaylorFeatures(FeatureMap):
     """
 
     has_vjp = True
-    while_made = 2.0
 
     def __init__(self, head_dim: int, *, normalize: bool) -> None:
         super().__init__()

@@ -93,6 +93,7 @@ def summed(features: Tensor, weights: Tensor | None, v: Tensor) -> Tensor:
 
 
 def added(sums: Tensor | None, shrink: Tensor | None, more: Tensor) -> Tensor:
+    """sums · shrink + more, where a missing sum is 0 and a missing factor 1."""
     if sums is None:
         return more
     return sums + more if shrink is None else torch.addcmul(more, sums, shrink[..., None, None])

@@ -27,6 +27,7 @@ LANES = 8  # kernels want heads whose width is a multiple of so many features
 
 
 def attend(engine: SoftmaxReference, call: Call) -> Tensor:
+    """A·v of any call, sink logits among them."""
     mask, bias = _masks(call)
     is_causal = bool(call.is_causal and mask is None and call.query_length > 1)
     logits = call.get("sink_logits")
@@ -44,6 +45,7 @@ def attend(engine: SoftmaxReference, call: Call) -> Tensor:
 
 
 def why_not(engine: SoftmaxReference, call: Call) -> str | None:
+    """Why this backend refuses the call; None when it takes it."""
     if "sink_logits" in call.inputs and engine.scale == 0:
         return "SDPA makes scores of products, and scale=0 leaves none to make sink_logits of"
     if (

@@ -125,53 +125,30 @@ def of_one_dilation(pattern: Window, call: Call, attend_window: AttendWindow) ->
     return fold.rows(attend_window(plain, folded), call.query_length)
 
 
-@dataclass(frozen=True)
-class Part:
-    """A plain window that `attend` asks for. shape: what it attends to. key_bytes: of k, and of v,
-    as they are held."""
-
-    dilation: int
-    heads: int
-    kv_heads: int
-    fold: Fold | None
-    shape: Shape
-    key_bytes: int
-
-
-def parts(pattern: Window, shape: Shape) -> list[Part]:
-    """One for each dilation."""
-    found: list[Part] = []
+def plain_shapes(pattern: Window, shape: Shape) -> list[Shape]:
+    """Sizes of the calls with a plain window that `attend` makes, one for each dilation."""
+    found: list[Shape] = []
     for dilation, heads in pattern.heads_by_dilation(shape.heads).items():
         kv_heads = kv_heads_of(heads, shape.heads // shape.kv_heads)
         own = replace(shape, heads=len(heads), kv_heads=len(kv_heads))
-        fold, plain = None, own
         if shape.query_length == 1:
-            plain = replace(own, key_length=-(-shape.key_length // dilation))
+            own = replace(own, key_length=-(-shape.key_length // dilation))
         elif dilation > 1:
-            fold = Fold.of(dilation, shape.query_length, shape.key_length)
-            plain = fold.shape(own)
-        found.append(
-            Part(
-                dilation,
-                len(heads),
-                len(kv_heads),
-                fold,
-                plain,
-                plain.key_bytes if fold else own.key_bytes,
-            )
-        )
+            own = Fold.of(dilation, shape.query_length, shape.key_length).shape(own)
+        found.append(own)
     return found
 
 
-def count_executed(pattern: Window, shape: Shape) -> int:
-    """(head, query, key) triples of one sample that are computed."""
+def count_executed(pattern: Window, shape: Shape, columns: int = 0) -> int:
+    """(head, query, key) triples of one sample that are computed.
+
+    columns: keys that every row sees beside its window.
+    """
     plain, total = replace(pattern, dilation=1), 0
-    for part in parts(pattern, shape):
-        grid = Grid(part.heads, part.shape.query_length, part.shape.key_length, shape.is_causal)
-        pairs = windows.count_pairs(plain, grid) + grid.query_length * min(
-            pattern.sinks, shape.key_length
-        )
-        total += part.shape.batch_size // shape.batch_size * part.heads * pairs
+    for own in plain_shapes(pattern, shape):
+        grid = Grid(own.heads, own.query_length, own.key_length, shape.is_causal)
+        pairs = windows.count_pairs(plain, grid) + grid.query_length * columns
+        total += own.batch_size // shape.batch_size * own.heads * pairs
     return total
 
 

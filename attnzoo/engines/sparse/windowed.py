@@ -103,7 +103,8 @@ class Windowed(Sparse):
         return self.sink_logits is None and super().is_dense(grid)
 
     def sparse_cost(self, shape: Shape, grid: Grid) -> Cost:
-        executed = dilated.count_executed(self.pattern, shape)
+        sinks = min(self.pattern.sinks, shape.key_length)
+        executed = dilated.count_executed(self.pattern, shape, sinks)
         support = dilated.count_support(self.pattern, grid)
         cost = softmax_cost(shape, executed, support, self.pattern.remembers)
         return self._with_logits(cost, shape)
@@ -112,8 +113,8 @@ class Windowed(Sparse):
         """One more term in the softmax of every row, where logits are learned."""
         if self.sink_logits is None:
             return cost
-        logits, parts = len(self.sink_logits), dilated.parts(self.pattern, shape)
-        rows = sum(part.shape.batch_size * part.heads * part.shape.query_length for part in parts)
+        logits, calls = len(self.sink_logits), dilated.plain_shapes(self.pattern, shape)
+        rows = sum(own.batch_size * own.heads * own.query_length for own in calls)
         return replace(
             cost,
             parameters=logits,

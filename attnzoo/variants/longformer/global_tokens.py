@@ -187,17 +187,8 @@ class WindowAndGlobals(Windowed):
         grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
         keys = min(self.global_tokens, shape.key_length)
         queries = min(max(0, keys - grid.offset), shape.query_length, keys)
-        executed = (
-            dilated.count_executed(self.pattern, shape) + shape.heads * queries * shape.key_length
-        )
-        for part in dilated.parts(self.pattern, shape):
-            executed += (
-                part.shape.batch_size
-                // shape.batch_size
-                * part.heads
-                * part.shape.query_length
-                * keys
-            )
+        executed = dilated.count_executed(self.pattern, shape, keys)
+        executed += shape.heads * queries * shape.key_length
         support = dilated.count_support(self.pattern, grid, keys)
         return softmax_cost(shape, executed, support, self.pattern.near + self.global_tokens)
 

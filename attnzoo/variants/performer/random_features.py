@@ -42,7 +42,6 @@ class RandomFeatures(FeatureMap):
         self.kind = check_choice("features", kind, self.KINDS)
         self.num_features = num_features
         self.scales_keys = self.scale_has_gradient = kind != "relu"
-        self.while_made = {"hyperbolic": 2.0, "trigonometric": 2.5}.get(kind, 1.0)
         self.orthogonal = orthogonal
         given = check_scale(scale)
         self.scale = head_dim**-0.5 if given is None else given

@@ -141,13 +141,6 @@ class Share:
             keys,
         )
 
-    def hidden_scores(self, span: Span) -> int:
-        """How many scores `seen` tells of."""
-        groups, rows, keys = self.sizes(span)
-        return keys * (
-            groups * (1 if self._alike else rows) if isinstance(self.part, Last) else rows
-        )
-
     @property
     def _alike(self) -> bool:
         """Whether Last hides the same from every row of a group."""
