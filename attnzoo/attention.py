@@ -14,7 +14,7 @@ from attnzoo.autocast import autocast_inputs_only
 from attnzoo.call import Call, UnsupportedError, clear_padding, shield_past
 from attnzoo.call_checks import check
 from attnzoo.eager import can_look
-from attnzoo.engines.engine import Cost, Engine, Shape
+from attnzoo.engines.engine import Cost, Engine, Shape, StateSizes
 from attnzoo.spec import Input, Spec, with_spec
 
 __all__ = ["Attention", "Input", "Spec"]
@@ -173,13 +173,9 @@ class Attention(nn.Module):
         if max_length is not None:
             check_positive("max_length", max_length)
         kv_heads = check_kv_heads(kv_heads, self.heads)
+        dtype = dtype or torch.get_default_dtype()
         return self.engine.init_state(
-            batch_size,
-            kv_heads,
-            self.head_dim,
-            max_length,
-            dtype or torch.get_default_dtype(),
-            device,
+            StateSizes(batch_size, kv_heads, self.head_dim, max_length, dtype, device)
         )
 
     @autocast_inputs_only

@@ -15,7 +15,6 @@ KNOWN_UPWARD: set[tuple[str, str]] = set()
 KNOWN_CIRCLES: set[tuple[str, str]] = set()
 KNOWN_LONG = {
     "attnzoo.attention",
-    "attnzoo.engines.linear.feature_maps",
     "attnzoo.engines.softmax.tiles",
     "attnzoo.engines.sparse.blocks",
     "attnzoo.engines.sparse.windows",

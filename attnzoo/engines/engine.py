@@ -104,6 +104,21 @@ class Cost:
         return self.macs - self.skipped_macs
 
 
+@dataclass(frozen=True)
+class StateSizes:
+    """What an empty decoding state is made for: the keys and values to come.
+
+    max_length: tokens that it will take; None: any number.
+    """
+
+    batch_size: int
+    kv_heads: int
+    head_dim: int
+    max_length: int | None
+    dtype: torch.dtype
+    device: Any
+
+
 class State(Protocol):
     """What a decoding state can tell and do besides being stepped. It is a value: `step` and
     `select` return another one."""
@@ -205,15 +220,7 @@ class Engine(nn.Module):
         equal."""
         raise NotImplementedError
 
-    def init_state(
-        self,
-        batch_size: int,
-        kv_heads: int,
-        head_dim: int,
-        max_length: int | None,
-        dtype: torch.dtype,
-        device: Any,
-    ) -> Any:
+    def init_state(self, sizes: StateSizes) -> Any:
         """An empty state for decoding."""
         raise NotImplementedError
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call, UnsupportedError
-from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
+from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes, never_refuses
 from attnzoo.engines.joining import join
 from attnzoo.engines.linear import chunks, fla_kernel, gradient, linear_cost
 from attnzoo.engines.linear.feature_maps import FeatureMap
@@ -66,16 +66,8 @@ class Linear(LinearReference):
 
     counted_apart = True
 
-    def init_state(
-        self,
-        batch_size: int,
-        kv_heads: int,
-        head_dim: int,
-        max_length: int | None,
-        dtype: torch.dtype,
-        device: Any,
-    ) -> LinearState:
-        return LinearState(batch_size, kv_heads, max_length)
+    def init_state(self, sizes: StateSizes) -> LinearState:
+        return LinearState(sizes.batch_size, sizes.kv_heads, sizes.max_length)
 
     def forward(
         self, call: Call, backend: str = "auto", state: LinearState | None = None

@@ -4,12 +4,12 @@ survives branching."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnzoo.call import Call
+from attnzoo.engines.engine import StateSizes
 
 
 @dataclass
@@ -40,19 +40,11 @@ class KeyValueCache:
     reach: int | None
 
     @classmethod
-    def empty(
-        cls,
-        batch_size: int,
-        kv_heads: int,
-        head_dim: int,
-        max_length: int | None,
-        reach: int | None,
-        dtype: torch.dtype,
-        device: Any,
-    ) -> KeyValueCache:
-        room = _room(0, 1, max_length, reach)
-        k = torch.zeros(batch_size, kv_heads, room, head_dim, dtype=dtype, device=device)
-        return cls(_Buffer(k, torch.zeros_like(k), None, 0), 0, 0, 0, max_length, reach)
+    def empty(cls, sizes: StateSizes, reach: int | None) -> KeyValueCache:
+        room = _room(0, 1, sizes.max_length, reach)
+        shape = (sizes.batch_size, sizes.kv_heads, room, sizes.head_dim)
+        k = torch.zeros(shape, dtype=sizes.dtype, device=sizes.device)
+        return cls(_Buffer(k, torch.zeros_like(k), None, 0), 0, 0, 0, sizes.max_length, reach)
 
     @property
     def k(self) -> Tensor:

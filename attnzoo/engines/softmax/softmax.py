@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
-
-import torch
 
 from attnzoo.call import Call
-from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Shape, causal_pairs
+from attnzoo.engines.engine import (
+    SOFTMAX_OPERATIONS,
+    Backend,
+    Cost,
+    Shape,
+    StateSizes,
+    causal_pairs,
+)
 from attnzoo.engines.softmax import sdpa, xformers_kernel
 from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.softmax.reference import REFERENCE, SoftmaxReference
@@ -26,16 +30,8 @@ class Softmax(SoftmaxReference):
         REFERENCE,
     )
 
-    def init_state(
-        self,
-        batch_size: int,
-        kv_heads: int,
-        head_dim: int,
-        max_length: int | None,
-        dtype: torch.dtype,
-        device: Any,
-    ) -> KeyValueCache:
-        return KeyValueCache.empty(batch_size, kv_heads, head_dim, max_length, None, dtype, device)
+    def init_state(self, sizes: StateSizes) -> KeyValueCache:
+        return KeyValueCache.empty(sizes, None)
 
     def with_past(self, call: Call, state: KeyValueCache) -> tuple[Call, KeyValueCache]:
         """The call over the keys of the state and its own, and the state after it."""

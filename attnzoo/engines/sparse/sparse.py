@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines.engine import Backend, Cost, Shape, causal_pairs
+from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes, causal_pairs
 from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.softmax.reference import REFERENCE
 from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
@@ -43,17 +43,9 @@ class Sparse(SparseReference, Softmax):
     def reach(self) -> int | None:
         return self.pattern.reach
 
-    def init_state(
-        self,
-        batch_size: int,
-        kv_heads: int,
-        head_dim: int,
-        max_length: int | None,
-        dtype: torch.dtype,
-        device: Any,
-    ) -> Any:
+    def init_state(self, sizes: StateSizes) -> Any:
         kept = None if self.pattern.reach is None else self.pattern.reach - 1
-        return KeyValueCache.empty(batch_size, kv_heads, head_dim, max_length, kept, dtype, device)
+        return KeyValueCache.empty(sizes, kept)
 
     def cost(self, shape: Shape) -> Cost:
         grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)

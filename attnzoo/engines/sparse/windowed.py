@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.call import Call
-from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Shape
+from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Shape, StateSizes
 from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.softmax.reference import REFERENCE, SINK_LOGITS
@@ -78,17 +78,8 @@ class Windowed(Sparse):
         """`out` with the rows that see more than the window and the columns."""
         return out
 
-    def init_state(
-        self,
-        batch_size: int,
-        kv_heads: int,
-        head_dim: int,
-        max_length: int | None,
-        dtype: torch.dtype,
-        device: Any,
-    ) -> Any:
-        sizes, kept = (batch_size, kv_heads, head_dim, max_length), self.pattern.near - 1
-        cache = KeyValueCache.empty(*sizes, kept, dtype, device)
+    def init_state(self, sizes: StateSizes) -> Any:
+        cache = KeyValueCache.empty(sizes, self.pattern.near - 1)
         return GlobalCache.around(cache, self.pattern.sinks) if self.pattern.sinks else cache
 
     def with_past(self, call: Call, state: Any) -> tuple[Call, Any]:

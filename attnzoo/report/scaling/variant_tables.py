@@ -274,6 +274,7 @@ def filled(rows: list[dict[str, Any]], columns: tuple[Column, ...]) -> tuple[dic
 
 
 def skipped(variants: Sequence[CountedVariant], is_causal: bool) -> tuple[str, ...]:
+    """A note on the variants that cannot be called so; none where all can."""
     unable = [variant.label for variant in variants if not variant.runs(is_causal)]
     return (
         (f"{', '.join(unable)}: cannot be {'causal' if is_causal else 'bidirectional'}.",)

@@ -9,7 +9,7 @@ The rows of the global tokens are computed apart and written over.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from attnzoo.arguments import check_count
 from attnzoo.call import Call, UnsupportedError
 from attnzoo.eager import can_look, is_recorded
-from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
+from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes, never_refuses
 from attnzoo.engines.softmax.reference import reference, visible, weights_of
 from attnzoo.engines.softmax.sdpa import sdpa
 from attnzoo.engines.softmax.softmax import softmax_cost
@@ -133,19 +133,8 @@ class WindowAndGlobals(Windowed):
         rows = call.query_mask[:, None, :, None]
         return torch.where(rows, weights_of(self, replace(call, q=q, k=k), mask), weights)
 
-    def init_state(
-        self,
-        batch_size: int,
-        kv_heads: int,
-        head_dim: int,
-        max_length: int | None,
-        dtype: torch.dtype,
-        device: Any,
-    ) -> GlobalCache:
-        return GlobalCache.around(
-            super().init_state(batch_size, kv_heads, head_dim, max_length, dtype, device),
-            self.global_tokens,
-        )
+    def init_state(self, sizes: StateSizes) -> GlobalCache:
+        return GlobalCache.around(super().init_state(sizes), self.global_tokens)
 
     def with_past(self, call: Call, state: GlobalCache) -> tuple[Call, GlobalCache]:
         mask = state.new_globals(call)
