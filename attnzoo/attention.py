@@ -9,13 +9,13 @@ from typing import Any, ClassVar, NoReturn, Self
 import torch
 from torch import Tensor, nn
 
+from attnzoo import execution
 from attnzoo.arguments import check_count, check_kv_heads, check_positive
 from attnzoo.autocast import autocast_inputs_only
-from attnzoo.call import Call, UnsupportedError, clear_padding, shield_past
+from attnzoo.call import Call, UnsupportedError, clear_padding
 from attnzoo.call_checks import check
 from attnzoo.eager import can_look
 from attnzoo.engines.engine import Cost, Engine, Shape, StateSizes
-from attnzoo.sequences.packing import apart, may_cut, weights_apart
 from attnzoo.spec import Input, Spec, with_spec
 
 __all__ = ["Attention", "Input", "Spec"]
@@ -111,9 +111,7 @@ class Attention(nn.Module):
         """
         call = self._call(q, k, v, key_mask, attn_mask, is_causal, inputs, segments=segments)
         self.refuse(call)
-        if segments is not None and may_cut(call):
-            return self._run_apart(call)
-        return self._run(call, self.backend)
+        return execution.run(self, call)
 
     @autocast_inputs_only
     def weights(
@@ -138,18 +136,7 @@ class Attention(nn.Module):
         call = self._call(q, k, k, key_mask, attn_mask, is_causal, inputs, segments=segments)
         self.refuse(call)
         self.last_backend = "reference"
-        if segments is not None and may_cut(call):
-            return weights_apart(call, self._weights)
-        return self._weights(call)
-
-    def _weights(self, call: Call) -> Tensor:
-        """A of a checked call, in q's dtype."""
-        q = call.q
-        if 0 in (*q.shape[:3], call.key_length):
-            return q.new_zeros(*q.shape[:3], call.key_length)
-        call, poisoned = shield_past(clear_padding(call))
-        found = self.matrix(self.place(call, 0)).to(q.dtype)
-        return found if poisoned is None else _poison(found, poisoned)
+        return execution.weights(self, call)
 
     def matrix(self, call: Call) -> Tensor:
         """A of a checked call whose padded slots are zero. A variant that mixes its tokens outside
@@ -201,6 +188,7 @@ class Attention(nn.Module):
         state: Any,
         *,
         key_mask: Tensor | None = None,
+        segments: Tensor | None = None,
         **inputs: Tensor | None,
     ) -> tuple[Tensor, Any]:
         """Attend to the tokens in `state` and to the new ones, causally: rows equal those of one
@@ -210,15 +198,18 @@ class Attention(nn.Module):
         k, v: (batch, kv_heads, new_tokens, head_dim)
         state: of `init_state` or of the step before
         key_mask: (batch, new_tokens) bool
+        segments: (batch, new_tokens) integer, the piece that each belongs to: a token of another id
+            than the one before begins anew. None: they go on with the last piece.
         inputs: as in `forward`, of the new tokens; one without a length is the same in every step
         returns: the new rows and the new state; `state` itself stays valid (branching costs a copy)
-        raises: ValueError when the state would pass its max_length
+        raises: ValueError when the state would pass its max_length, or a piece goes on after
+            another one has begun
         """
         if not self.spec.decodes:
             raise UnsupportedError(
                 f"{self.spec.name} does not decode token by token; use {self._others(decodes=True)}"
             )
-        call = self._call(q, k, v, key_mask, None, True, inputs, state.seen)
+        call = self._call(q, k, v, key_mask, None, True, inputs, state.seen, segments=segments)
         self.refuse(call)
         if q.shape[2] != k.shape[2]:
             raise ValueError(
@@ -226,17 +217,7 @@ class Attention(nn.Module):
                 "of each"
             )
         state.check_room(call)
-        if 0 in q.shape[:3:2]:
-            return self._of_nothing(call), state
-        call = clear_padding(call)
-        shielded, poisoned = shield_past(call, may_stall=True) if q.shape[2] > 1 else (call, None)
-        placed = self.place(shielded, state.seen)
-        out, self.last_backend, after = self.attend(placed, self.backend, state)
-        if poisoned is None:
-            return out, after
-        # The rows came from a past without the bad token; the tokens to come must meet it.
-        placed = self.place(call, state.seen)
-        return _poison(out, poisoned), self.attend(placed, self.backend, state)[2]
+        return execution.step(self, call, state)
 
     def cost(
         self,
@@ -389,39 +370,6 @@ class Attention(nn.Module):
             given = {name: x for name, x in given.items() if x is not None}
         return Call(q, k, v, key_mask, attn_mask, is_causal, given, self.spec.inputs, segments)
 
-    def _run(self, call: Call, backend: str) -> Tensor:
-        if 0 in (call.q.shape[0], call.query_length, call.key_length, call.v.shape[3]):
-            return self._of_nothing(call)
-        call, poisoned = shield_past(clear_padding(call))
-        out, self.last_backend, _ = self.attend(self.place(call, 0), backend)
-        return out if poisoned is None else _poison(out, poisoned)
-
-    def _run_apart(self, call: Call) -> Tensor:
-        """A·v of a packed call, piece by piece."""
-        ran: set[str] = set()
-
-        def run(piece: Call) -> Tensor:
-            out = self._run(piece, self.backend)
-            assert self.last_backend is not None
-            ran.add(self.last_backend)
-            return out
-
-        if 0 in call.q.shape[::2] or not call.key_length:
-            return self._of_nothing(call)
-        out = apart(call, run)
-        self.last_backend = " and ".join(sorted(ran))
-        return out
-
-    def _of_nothing(self, call: Call) -> Tensor:
-        """Rows of zeros for a call without samples, queries or keys, whose gradients are zeros
-        too."""
-        self.last_backend = "reference"
-        given = (call.q, call.k, call.v, *call.inputs.values(), *self.parameters())
-        empty = (x.flatten()[:0].sum() for x in given)
-        return call.q.new_zeros(*call.q.shape[:3], call.v.shape[3]) + sum(
-            x.to(call.q.dtype) for x in empty
-        )
-
     @classmethod
     def _others(cls, **wanted: bool) -> str:
         """Registered variants whose spec has what this one lacks, for error messages."""
@@ -436,7 +384,3 @@ def _loses_values(fn: Callable[[Tensor], Tensor]) -> bool:
     numbers = torch.arange(1.0, 9.0, device="cpu")
     moved = fn(numbers)
     return can_look(moved, may_stall=True) and not torch.equal(moved.to(numbers), numbers)
-
-
-def _poison(out: Tensor, rows: Tensor) -> Tensor:
-    return out.masked_fill(rows[:, None, :, None], float("nan"))

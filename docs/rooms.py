@@ -27,11 +27,10 @@ ROOMS = (
     "spec",
     "call",
     "call_checks",
-    "ordering",
-    "padding",
     "sequences",
     "autocast",
     "engines",
+    "execution",
     "attention",
     "registry",
     "variants",
@@ -52,10 +51,8 @@ ROOMS = (
 #: Files that the picture draws as one box, by its first word.
 BOXES = {
     "arguments": ("arguments", "configuration", "packages", "results", "version"),
-    "call": (
-        *("call", "call_checks", "spec", "eager", "ordering", "padding", "sequences", "autocast"),
-    ),
-    "attention": ("attention", "registry"),
+    "call": ("call", "call_checks", "spec", "eager", "sequences", "autocast"),
+    "attention": ("attention", "execution", "registry"),
 }
 #: What the picture leaves out: the public names and the entry point import most rooms.
 NOT_DRAWN = ("attnzoo", "__main__")

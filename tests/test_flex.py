@@ -24,7 +24,7 @@ from attnzoo.engines.sparse.patterns.pattern import Pattern
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.sparse import Sparse
 from attnzoo.engines.sparse.windowed import Windowed
-from attnzoo.padding import fills_slots
+from attnzoo.sequences.padding import fills_slots
 from attnzoo.variants.bigbird.random_blocks import RandomBlocks
 
 BIGBIRD = BlockUnion(WindowBlocks(3, 4), GlobalBlocks(2, 4))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnzoo.ordering import running_maximum, search, stable_order, true_first
+from attnzoo.sequences.ordering import running_maximum, search, stable_order, true_first
 
 LENGTHS = pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 64, 65])
 

@@ -1,17 +1,19 @@
 """What the oracles share: loops over samples and heads, and rows that hold weights at the keys they
 see.
 
-Every oracle takes q, k, v, the masks, and as keyword arguments the variant's options and what it
-learned or drew, and
-returns (out, A): out is (batch, heads, query_length, value_dim), A is (batch, heads, query_length,
-key_length). All are differentiable. Query i stands at position key_length - query_length + i; a row
-that sees nothing is 0.
+Every oracle takes q, k, v, the masks, segments, and as keyword arguments the variant's options and
+what it learned or drew, and returns (out, A): out is (batch, heads, query_length, value_dim), A is
+(batch, heads, query_length, key_length). All are differentiable. Query i stands at position
+key_length - query_length + i; a row that sees nothing is 0. segments, (batch, key_length) integer,
+tells which piece of a packed row a token belongs to: every piece is asked about alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +24,58 @@ HeadMatrix = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def oracle(name: str) -> Callable[[Oracle], Oracle]:
-    """Enter a function into `ORACLES` under the name of the variant it specifies."""
+    """Enter a function into `ORACLES` under the name of the variant it specifies, and let it take
+    `segments`."""
 
     def enter(function: Oracle) -> Oracle:
-        ORACLES[name] = function
-        return function
+        @wraps(function)
+        def of_packed(
+            q: Tensor, k: Tensor, v: Tensor, *, segments: Tensor | None = None, **given: Any
+        ) -> tuple[Tensor, Tensor]:
+            if segments is None:
+                return function(q, k, v, **given)
+            return by_segments(function, q, k, v, segments, given)
+
+        ORACLES[name] = of_packed
+        return of_packed
 
     return enter
+
+
+def by_segments(
+    function: Oracle, q: Tensor, k: Tensor, v: Tensor, segments: Tensor, given: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """What an oracle says of every piece of every sample, put where the tokens of the piece
+    stand."""
+    batch, heads, query_length, _ = q.shape
+    offset = k.shape[2] - query_length
+    out = torch.zeros(batch, heads, query_length, v.shape[3], dtype=torch.float64)
+    weights = torch.zeros(batch, heads, query_length, k.shape[2], dtype=torch.float64)
+    for b in range(batch):
+        one = slice(b, b + 1)
+        for piece in segments[b].unique():
+            keys = [j for j in range(k.shape[2]) if segments[b, j] == piece]
+            rows = [j - offset for j in keys if j >= offset]
+            own = {name: _of_piece(name, x, one, rows, keys) for name, x in given.items()}
+            if rows:
+                found, a = function(
+                    q[one][:, :, rows], k[one][:, :, keys], v[one][:, :, keys], **own
+                )
+                out[b, :, rows] = found[0].to(out)
+                weights[b, :, torch.tensor(rows)[:, None], torch.tensor(keys)] = a[0].to(weights)
+    return out, weights
+
+
+def _of_piece(name: str, x: Any, one: slice, rows: list[int], keys: list[int]) -> Any:
+    """What an argument of an oracle says of some rows and keys of one sample."""
+    if x is None or name not in ("key_mask", "attn_mask", "global_mask", "global_qkv"):
+        return x
+    if name == "attn_mask":
+        return x[one][..., rows, :][..., keys]
+    if name == "global_qkv":
+        q, k, v = x
+        return q[one][:, :, rows], k[one][:, :, keys], v[one][:, :, keys]
+    return x[one][:, keys]
 
 
 def by_heads(

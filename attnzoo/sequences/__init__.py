@@ -1,1 +1,1 @@
-"""Which tokens of a row belong together: packed pieces, and how other libraries tell them."""
+"""Which tokens of a row are real, in which order they stand, and which belong together."""

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from attnzoo.call import Call
 from attnzoo.eager import can_look
-from attnzoo.padding import fetched, squared
+from attnzoo.sequences.padding import fetched, squared
 
 Run = Callable[[Call], Tensor]
 #: Pieces below so many tokens are padded to one length and run together; a longer one is worth a

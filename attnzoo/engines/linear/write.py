@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnzoo.engines.exponential import exp_
 from attnzoo.engines.linear.decay import Worth
-from attnzoo.ordering import running_maximum
+from attnzoo.sequences.ordering import running_maximum
 
 
 def write_chunks(

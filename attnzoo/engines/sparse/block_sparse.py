@@ -15,7 +15,7 @@ from attnzoo.engines.sparse import blocks, dense, flex
 from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
 from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.sparse import Sparse, from_first_real
-from attnzoo.padding import fills_slots
+from attnzoo.sequences.padding import fills_slots
 
 
 class BlockSparse(Sparse):

@@ -18,7 +18,7 @@ from attnzoo.engines.softmax.reference import SoftmaxReference
 from attnzoo.engines.softmax.sdpa import sdpa
 from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern, block_limit, distinct
 from attnzoo.engines.sparse.patterns.grid import Grid, PaddedGrid, grid_of
-from attnzoo.padding import ends, fetched, slots_of
+from attnzoo.sequences.padding import ends, fetched, slots_of
 
 GATHERED = 2**18  # numbers of k that are gathered at a time: with as many of v they stay in cache
 

@@ -10,7 +10,7 @@ from attnzoo.engines.softmax.sdpa import sdpa
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.pattern import Pattern
 from attnzoo.engines.sparse.reference import SparseReference
-from attnzoo.padding import fills_slots
+from attnzoo.sequences.padding import fills_slots
 
 LARGEST_MASK = 2**22  # entries of a mask of causality and padding together
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnzoo.call import Call, UnsupportedError
 from attnzoo.engines.softmax.cache import KeyValueCache, check_state
-from attnzoo.padding import fetched, first_real, slots_of
+from attnzoo.sequences.padding import fetched, first_real, slots_of
 
 
 @dataclass(frozen=True)

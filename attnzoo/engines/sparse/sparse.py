@@ -23,7 +23,7 @@ from attnzoo.engines.sparse import dense
 from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.patterns.pattern import Pattern
 from attnzoo.engines.sparse.reference import SparseReference
-from attnzoo.padding import moved_back, moved_behind, squared, starts_real
+from attnzoo.sequences.padding import moved_back, moved_behind, squared, starts_real
 
 Run = Callable[[Any, Call], Tensor]
 WhyNot = Callable[[Any, Call], str | None]

@@ -27,7 +27,7 @@ from attnzoo.engines.sparse.global_cache import GlobalCache
 from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.sparse import Sparse
-from attnzoo.padding import fetched, first_real, slots_of
+from attnzoo.sequences.padding import fetched, first_real, slots_of
 
 
 class Windowed(Sparse):

@@ -11,8 +11,8 @@ from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Cost, Shape
 from attnzoo.engines.softmax.softmax import Softmax
-from attnzoo.padding import ahead_behind, starts_real
 from attnzoo.registry import register
+from attnzoo.sequences.padding import ahead_behind, starts_real
 from attnzoo.variants.linformer.length_projection import (
     SHARING,
     LengthProjection,

@@ -27,7 +27,7 @@ from attnzoo.engines.sparse.global_cache import GlobalCache
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.windowed import Windowed
-from attnzoo.padding import fetched, first_real, slots_of
+from attnzoo.sequences.padding import fetched, first_real, slots_of
 from attnzoo.spec import Input
 
 GLOBAL_MASK = Input("global_mask", "batch keys", "bool", padded=False)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.engines.engine import accumulation_dtype
-from attnzoo.ordering import true_first
+from attnzoo.sequences.ordering import true_first
 
 
 def segment_means(

@@ -26,7 +26,7 @@ from attnzoo.engines.exponential import LOG2_E
 from attnzoo.engines.joining import at_a_time
 from attnzoo.engines.softmax.reference import reference, weights_of
 from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
-from attnzoo.ordering import search
+from attnzoo.sequences.ordering import search
 from attnzoo.variants.reformer.hashing import (
     NO_KEY,
     NO_QUERY,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attnzoo.arguments import check_positive, check_seed, check_set
 from attnzoo.eager import is_recorded
-from attnzoo.ordering import running_maximum, search, stable_order
+from attnzoo.sequences.ordering import running_maximum, search, stable_order
 
 # Numbers of no chunk: of a padded key, and of a query whose bucket holds no key that it may see.
 # They are far from all others and each other.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.eager import can_look
-from attnzoo.padding import ends, leading
+from attnzoo.sequences.padding import ends, leading
 
 
 @dataclass(frozen=True)

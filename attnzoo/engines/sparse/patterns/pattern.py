@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of, padded
-from attnzoo.padding import stand_on_leading
+from attnzoo.sequences.padding import stand_on_leading
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from attnzoo.arguments import check_count, check_positive
 from attnzoo.call import Call
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.pattern import BlockTable, Pattern
-from attnzoo.padding import first_real
+from attnzoo.sequences.padding import first_real
 
 TABLE_BLOCK = 128  # positions in a block of a window's table: what FlexAttention is tuned for
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.eager import can_look
-from attnzoo.ordering import true_first
+from attnzoo.sequences.ordering import true_first
 
 
 def first_real(key_mask: Tensor, count: int) -> Tensor:

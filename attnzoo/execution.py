@@ -1,0 +1,133 @@
+"""How an attention carries out a checked call: padded slots are cleared, a bad slot is kept from
+the rows before it, packed rows are cut into their pieces, and a call of nothing gives nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from attnzoo.call import Call, UnsupportedError, clear_padding, shield_past
+from attnzoo.engines.engine import Engine, State, StateSizes
+from attnzoo.engines.packed_state import PackedState, step_apart
+from attnzoo.sequences.packing import apart, may_cut, weights_apart
+
+
+class Core(Protocol):
+    """What is asked of an attention here; `attnzoo.attention.Attention` says what each means."""
+
+    engine: Engine
+    backend: str
+    last_backend: str | None
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def place(self, call: Call, seen: int) -> Call: ...
+
+    def matrix(self, call: Call) -> Tensor: ...
+
+    def attend(self, call: Call, backend: str, state: Any = None) -> tuple[Tensor, str, Any]: ...
+
+
+def run(core: Core, call: Call) -> Tensor:
+    """A·v. `core.last_backend` becomes the backend that ran, or several with "and" between."""
+    if 0 in (call.q.shape[0], call.query_length, call.key_length, call.v.shape[3]):
+        return _of_nothing(core, call)
+    if call.segments is None or not may_cut(call):
+        return _run(core, call)
+    ran: set[str | None] = set()
+
+    def piece(part: Call) -> Tensor:
+        out = _run(core, part)
+        ran.add(core.last_backend)
+        return out
+
+    out = apart(call, piece)
+    core.last_backend = " and ".join(sorted(name for name in ran if name))
+    return out
+
+
+def _run(core: Core, call: Call) -> Tensor:
+    """A·v of a call that is not cut."""
+    call, poisoned = shield_past(clear_padding(call))
+    out, core.last_backend, _ = core.attend(core.place(call, 0), core.backend)
+    return out if poisoned is None else _poison(out, poisoned)
+
+
+def weights(core: Core, call: Call) -> Tensor:
+    """A, in q's dtype."""
+    core.last_backend = "reference"
+    if 0 in (*call.q.shape[:3], call.key_length):
+        return call.q.new_zeros(*call.q.shape[:3], call.key_length)
+    if call.segments is None or not may_cut(call):
+        return _weights(core, call)
+    return weights_apart(call, partial(_weights, core))
+
+
+def _weights(core: Core, call: Call) -> Tensor:
+    """A of a call that is not cut."""
+    call, poisoned = shield_past(clear_padding(call))
+    found = core.matrix(core.place(call, 0)).to(call.q.dtype)
+    return found if poisoned is None else _poison(found, poisoned)
+
+
+def step(core: Core, call: Call, state: State) -> tuple[Tensor, State]:
+    """Rows of the call's tokens behind the state, and the state after them."""
+    if 0 in call.q.shape[:3:2]:
+        return _of_nothing(core, call), state
+    if call.segments is None and not isinstance(state, PackedState):
+        return _step(core, call, state)
+    if call.segments is not None and not may_cut(call):
+        raise UnsupportedError(
+            "a step with segments reads their values to tell where a piece begins, which a graph "
+            "or transform cannot; step outside of it, or cut the row into its pieces"
+        )
+    return step_apart(call, state, Steps(core))
+
+
+class Steps:
+    """What `step_apart` asks of an attention."""
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+
+    def forward(self, call: Call) -> Tensor:
+        return run(self.core, call)
+
+    def step(self, call: Call, state: State) -> tuple[Tensor, State]:
+        return _step(self.core, call, state)
+
+    def empty_state(self, call: Call) -> State:
+        batch_size, kv_heads, _, head_dim = call.k.shape
+        sizes = StateSizes(batch_size, kv_heads, head_dim, None, call.k.dtype, call.k.device)
+        return self.core.engine.init_state(sizes)
+
+
+def _step(core: Core, call: Call, state: State) -> tuple[Tensor, State]:
+    """As `step`, of a call without segments."""
+    call = clear_padding(call)
+    many = call.query_length > 1
+    shielded, poisoned = shield_past(call, may_stall=True) if many else (call, None)
+    placed = core.place(shielded, state.seen)
+    out, core.last_backend, after = core.attend(placed, core.backend, state)
+    if poisoned is None:
+        return out, after
+    # The rows came from a past without the bad token; the tokens to come must meet it.
+    placed = core.place(call, state.seen)
+    return _poison(out, poisoned), core.attend(placed, core.backend, state)[2]
+
+
+def _of_nothing(core: Core, call: Call) -> Tensor:
+    """Rows of zeros for a call without samples, queries or keys, whose gradients are zeros too."""
+    core.last_backend = "reference"
+    given = (call.q, call.k, call.v, *call.inputs.values(), *core.parameters())
+    empty = (x.flatten()[:0].sum() for x in given)
+    return call.q.new_zeros(*call.q.shape[:3], call.v.shape[3]) + sum(
+        x.to(call.q.dtype) for x in empty
+    )
+
+
+def _poison(out: Tensor, rows: Tensor) -> Tensor:
+    return out.masked_fill(rows[:, None, :, None], float("nan"))
