@@ -9,7 +9,8 @@ import torch
 import attnzoo
 from attnzoo.engines.joining import join
 from attnzoo.engines.softmax import tiles
-from attnzoo.engines.sparse import blocks, windows
+from attnzoo.engines.sparse import blocks
+from attnzoo.engines.sparse.windows import window_slices
 
 LENGTHS = [(500, 500), (333, 500)]  # queries, keys: several blocks of 64 or 16, and a ragged end
 
@@ -32,7 +33,7 @@ def test_a_block_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tiles, "SCORES", 1)
-    monkeypatch.setattr(windows, "SLICED", 1)
+    monkeypatch.setattr(window_slices, "SLICED", 1)
     monkeypatch.setattr(blocks, "GATHERED", 1)
     torch.manual_seed(0)
     shapes = [(2, 4, queries, 8), (2, 2, keys, 8), (2, 2, keys, 8)]

@@ -17,7 +17,6 @@ KNOWN_LONG = {
     "attnzoo.attention",
     "attnzoo.engines.softmax.tiles",
     "attnzoo.engines.sparse.blocks",
-    "attnzoo.engines.sparse.windows",
     "attnzoo.layers.multihead",
     "attnzoo.variants.reformer.hashed",
     "attnzoo.variants.sparse_transformer.factorized_flash",
