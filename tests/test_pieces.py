@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.engines.joining import join
+from attnzoo.engines.piece_by_piece import join
 from attnzoo.engines.softmax import tiles
 from attnzoo.engines.sparse import blocks
 from attnzoo.engines.sparse.windows import window_slices

@@ -18,7 +18,7 @@ KNOWN_LONG = {
     "attnzoo.engines.softmax.tiles",
     "attnzoo.engines.sparse.blocks",
     "attnzoo.layers.multihead",
-    "attnzoo.variants.reformer.hashed",
+    "attnzoo.variants.reformer.bucket_softmax",
     "attnzoo.variants.sparse_transformer.factorized_flash",
 }
 KNOWN_NAMES = {"linear.py"}

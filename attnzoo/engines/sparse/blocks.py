@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.eager import unrecorded
-from attnzoo.engines.joining import at_a_time, join
+from attnzoo.engines.piece_by_piece import at_a_time, join
 from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.reference import SoftmaxReference
 from attnzoo.engines.softmax.sdpa import sdpa

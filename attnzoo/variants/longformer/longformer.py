@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from attnzoo.attention import Attention, Spec
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.registry import register
-from attnzoo.variants.longformer.global_tokens import GLOBAL_MASK, OWN, WindowAndGlobals
+from attnzoo.variants.longformer.window_and_globals import GLOBAL_MASK, OWN, WindowAndGlobals
 
 
 @register

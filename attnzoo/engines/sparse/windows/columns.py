@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines.joining import join, mask_of_heads, samples_at_a_time
+from attnzoo.engines.piece_by_piece import join, mask_of_heads, samples_at_a_time
 from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.reference import SoftmaxReference
 from attnzoo.engines.softmax.sdpa import attend_rows

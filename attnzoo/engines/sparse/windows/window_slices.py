@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines.joining import at_a_time, join, mask_of_heads, samples_at_a_time
+from attnzoo.engines.piece_by_piece import at_a_time, join, mask_of_heads, samples_at_a_time
 from attnzoo.engines.softmax.reference import SINK_LOGITS, SoftmaxReference
 from attnzoo.engines.softmax.sdpa import attend_rows, sdpa
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of

@@ -23,11 +23,11 @@ from attnzoo.engines.engine import (
     never_refuses,
 )
 from attnzoo.engines.exponential import LOG2_E
-from attnzoo.engines.joining import at_a_time
+from attnzoo.engines.piece_by_piece import at_a_time
 from attnzoo.engines.softmax.reference import reference, weights_of
 from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
 from attnzoo.ordering import search
-from attnzoo.variants.reformer.hashing import (
+from attnzoo.variants.reformer.angular_hash import (
     NO_KEY,
     NO_QUERY,
     AngularHash,
@@ -41,7 +41,7 @@ from attnzoo.variants.reformer.hashing import (
 SCORES = 2**24  # of tiles, held at a time: those of all tiles would be n · chunk_size
 
 
-class Hashed(Softmax):
+class BucketSoftmax(Softmax):
     """Query i sees the keys of its bucket in its own and the neighbouring chunks, in any hash
     round, and the key at its own position.
 
@@ -134,7 +134,7 @@ class Sizes:
         )
 
 
-def _number(engine: Hashed, call: Call) -> Chunks:
+def _number(engine: BucketSoftmax, call: Call) -> Chunks:
     """Chunks of every key head's keys and of the rows that share it, (batch · kv_heads, num_hashes,
     ...)."""
     keys = engine.hashing(call.k.flatten(0, 1))
@@ -193,7 +193,7 @@ def _own_is_real(call: Call) -> Tensor:
     return real.repeat_interleave(call.k.shape[1], 0)
 
 
-def _prepared(engine: Hashed, call: Call) -> Call:
+def _prepared(engine: BucketSoftmax, call: Call) -> Call:
     """Keys that are queries scaled to length 1; a key of length 0 stays."""
     if not engine.share_qk:
         return call
@@ -220,7 +220,7 @@ class Part:
         )
 
 
-def attend(engine: Hashed, call: Call) -> Tensor:
+def attend(engine: BucketSoftmax, call: Call) -> Tensor:
     """A·v, (batch, heads, query_length, value_dim) in q's dtype."""
     dtype = accumulation_dtype(call.q.dtype)
     chunks, call = _number(engine, call), _prepared(engine, call)
@@ -348,7 +348,7 @@ def _select(x: Tensor, at: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, at.shape)
 
 
-Hashed.backends = (
+BucketSoftmax.backends = (
     Backend("chunked", attend, never_refuses),
     Backend("reference", reference, never_refuses),
 )

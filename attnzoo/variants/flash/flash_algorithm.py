@@ -28,12 +28,12 @@ from attnzoo.engines.engine import (
     never_refuses,
 )
 from attnzoo.engines.exponential import exp_
-from attnzoo.engines.joining import join
+from attnzoo.engines.piece_by_piece import join
 from attnzoo.engines.softmax.reference import additive, reference
 from attnzoo.engines.softmax.softmax import Softmax
 
 
-class Tiled(Softmax):
+class FlashAlgorithm(Softmax):
     """Softmax attention in tiles of block_size queries and block_size keys."""
 
     counted_apart = True
@@ -100,7 +100,7 @@ class Tiles:
         return min(self.key_length, max(0, -(-(self.offset + rows.stop) // self.size) * self.size))
 
 
-def attend(engine: Tiled, call: Call) -> Tensor:
+def attend(engine: FlashAlgorithm, call: Call) -> Tensor:
     """A·v, (batch, heads, query_length, value_dim) in q's dtype."""
     scale = engine.scale_of(call.q)
     inputs = (call.q, call.k, call.v)
@@ -241,14 +241,14 @@ def _summed(x: Tensor, group: int) -> Tensor:
     return x if group == 1 else x.unflatten(1, (-1, group)).sum(2)
 
 
-def _why_not(engine: Tiled, call: Call) -> str | None:
+def _why_not(engine: FlashAlgorithm, call: Call) -> str | None:
     bias = additive(call)
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         return "a learned additive attn_mask gets no gradient from tiles"
     return None
 
 
-Tiled.backends = (
+FlashAlgorithm.backends = (
     Backend("tiled", attend, _why_not),
     Backend("reference", reference, never_refuses),
 )
