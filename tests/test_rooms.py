@@ -15,8 +15,6 @@ KNOWN_UPWARD: set[tuple[str, str]] = set()
 KNOWN_CIRCLES: set[tuple[str, str]] = set()
 KNOWN_LONG = {
     "attnzoo.attention",
-    "attnzoo.engines.softmax.tiles",
-    "attnzoo.engines.sparse.blocks",
     "attnzoo.layers.multihead",
     "attnzoo.variants.reformer.bucket_softmax",
     "attnzoo.variants.sparse_transformer.factorized_flash",

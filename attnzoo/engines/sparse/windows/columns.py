@@ -18,6 +18,7 @@ from attnzoo.engines.piece_by_piece import join, mask_of_heads, samples_at_a_tim
 from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.reference import SoftmaxReference
 from attnzoo.engines.softmax.sdpa import attend_rows
+from attnzoo.engines.softmax.tile_pieces import Cap, Memory, Slices, cap
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.windows import dilated
@@ -89,7 +90,7 @@ def in_tiles(engine: SoftmaxReference, pattern: Window, call: Call, columns: Col
     real, slots = columns.real, columns.slots
     assert key_mask is not None
     k, v = torch.cat([call.k, columns.k], 2), torch.cat([call.v, columns.v], 2)
-    key_cap = tiles.cap(torch.cat([key_mask, real], 1), call.q)
+    key_cap = cap(torch.cat([key_mask, real], 1), call.q)
     table = slots if grid.is_causal else None
 
     frame = call.frame()
@@ -112,15 +113,15 @@ def in_slices(engine: SoftmaxReference, pattern: Window, call: Call, columns: Co
 
 @dataclass(frozen=True)
 class _WithColumns:
-    """A piece of the window (`tiles.Piece`) with the columns, the last `count` keys, beside every
-    part.
+    """A piece (`tile_pieces.Piece`) of the window, and beside every part the columns, which are the
+    last `count` keys.
 
     offset: position of the first query
     slots: of the columns, where causality hides some
     like: of whose dtype the caps are
     """
 
-    slices: tiles.Slices
+    slices: Slices
     count: int
     offset: int
     slots: Tensor | None
@@ -132,7 +133,7 @@ class _WithColumns:
         return parts, size, keys + self.count
 
     @property
-    def caps(self) -> tuple[tiles.Cap, ...]:
+    def caps(self) -> tuple[Cap, ...]:
         if self.slots is None:
             return self.slices.caps
         parts, size, keys = self.slices.shape
@@ -141,13 +142,13 @@ class _WithColumns:
         )
         return (
             *self.slices.caps,
-            tiles.Cap(keys, keys + self.count, tiles.cap(self.slots <= positions, self.like)),
+            Cap(keys, keys + self.count, cap(self.slots <= positions, self.like)),
         )
 
     def rows(self, x: Tensor) -> Tensor:
         return self.slices.rows(x)
 
-    def keys(self, x: Tensor, name: str, memory: tiles.Memory) -> Tensor:
+    def keys(self, x: Tensor, name: str, memory: Memory) -> Tensor:
         parts, _, keys = self.shape
         fetched = memory(name, parts, keys, x.shape[1])
         fetched[:, : keys - self.count] = self.slices.keys(x, name, memory)
