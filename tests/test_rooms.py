@@ -16,7 +16,6 @@ KNOWN_CIRCLES: set[tuple[str, str]] = set()
 KNOWN_LONG = {
     "attnzoo.attention",
     "attnzoo.layers.multihead",
-    "attnzoo.variants.reformer.bucket_softmax",
     "attnzoo.variants.sparse_transformer.factorized_flash",
 }
 KNOWN_NAMES = {"linear.py"}
