@@ -15,8 +15,6 @@ KNOWN_UPWARD: set[tuple[str, str]] = set()
 KNOWN_CIRCLES: set[tuple[str, str]] = set()
 KNOWN_LONG = {
     "attnzoo.attention",
-    "attnzoo.layers.multihead",
-    "attnzoo.variants.sparse_transformer.factorized_flash",
 }
 KNOWN_NAMES = {"linear.py"}
 

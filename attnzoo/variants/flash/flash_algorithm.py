@@ -34,7 +34,11 @@ from attnzoo.engines.softmax.softmax import Softmax
 
 
 class FlashAlgorithm(Softmax):
-    """Softmax attention in tiles of block_size queries and block_size keys."""
+    """Softmax attention in tiles.
+
+    scale: as in `SoftmaxReference`
+    block_size: queries and keys of a tile
+    """
 
     counted_apart = True
 
@@ -123,8 +127,12 @@ def attend(engine: FlashAlgorithm, call: Call) -> Tensor:
 
 
 def _forward(call: Call, scale: float, size: int) -> tuple[Tensor, list[Tensor]]:
-    """Algorithm 1: the output, and L = log Σ_j exp(s_ij) of each block of rows, (batch, heads,
-    rows, 1), +inf for a row that sees no key."""
+    """Algorithm 1 (Dao 2023): the output, and of each block of rows L = log Σ_j exp(s_ij), (batch,
+    heads, rows, 1), +inf for a row that sees no key.
+
+    scale: of the scores
+    size: queries and keys of a tile
+    """
     tiles, dtype = (
         Tiles(size, int(call.query_length), int(call.key_length), call.is_causal),
         accumulation_dtype(call.q.dtype),
