@@ -12,7 +12,7 @@ from attnzoo.integrations.sidecar import load, save
 from attnzoo.integrations.swapping import swap, unswap
 from attnzoo.layers.multihead import MultiheadAttention
 from attnzoo.registry import build, describe, names, register
-from attnzoo.variants.longformer.global_mask import global_mask
+from attnzoo.variants.longformer.global_mask_of_model import global_mask
 from attnzoo.version import __version__ as __version__
 
 __all__ = [

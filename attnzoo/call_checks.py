@@ -134,8 +134,8 @@ def _check_inputs(call: Call, spec: Spec) -> None:
             _check_input(one, call.inputs[one.name], call)
         elif one.required:
             raise ValueError(
-                f"{spec.name} needs {one.name}, ({', '.join(one.names)}): attn(q, k, v, "
-                f"{one.name}=...)"
+                f"{spec.name} needs {one.name}, ({', '.join(one.names)}): give the call "
+                f"{one.name}=..."
             )
 
 

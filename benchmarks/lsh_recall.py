@@ -29,7 +29,7 @@ from attnzoo.call import Call, repeat_heads
 from attnzoo.fidelity.comparison_rows import Sample
 from attnzoo.fidelity.pretrained import SOURCES
 from attnzoo.fidelity.samples import load_samples
-from attnzoo.variants.reformer.hashed import Hashed
+from attnzoo.variants.reformer.bucket_softmax import BucketSoftmax
 
 HASHES, TOP, SEEDS = (1, 2, 4, 8, 16), (1, 8, 32), (0, 1, 2)
 LENGTHS = {"SmolLM2-135M": 2048, "MiniLM-L6": 512}
@@ -75,7 +75,7 @@ def measure(sample: Sample, num_hashes: int, seed: int, shared: bool) -> dict[st
     )
     scores = scores_of(sample, shared)
     first = sample.length - scores.shape[2]
-    assert isinstance(attn.engine, Hashed)
+    assert isinstance(attn.engine, BucketSoftmax)
     seen = attn.engine.support(
         Call(sample.q, sample.q if shared else sample.k, sample.v, is_causal=sample.is_causal)
     )[:, :, first:]

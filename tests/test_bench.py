@@ -20,13 +20,13 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 import attnzoo
-from attnzoo.bench import arithmetic, machine_limits, measuring
+from attnzoo.bench import arithmetic, machine_limits, measure_setting
 from attnzoo.bench.bench_rows import ResultFile, Row, read_rows
 from attnzoo.bench.crossover import crossover
 from attnzoo.bench.heap import bounded_memory, out_of_memory
 from attnzoo.bench.levels import core_inputs, layer_inputs, prepare
 from attnzoo.bench.machine_limits import Limits
-from attnzoo.bench.measuring import Bench
+from attnzoo.bench.measure_setting import Bench
 from attnzoo.bench.plan import LEVELS, PHASES, Cell, Contender, Plan, Shape, Sweep, read_plan
 from attnzoo.bench.regressions import compare_runs
 from attnzoo.bench.sweep import run_plan
@@ -63,7 +63,7 @@ ROW = Row(
 @pytest.fixture(autouse=True)
 def in_an_empty_folder_with_given_limits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(measuring, "measure_limits", lambda *_: Limits(1e11, 1e10))
+    monkeypatch.setattr(measure_setting, "measure_limits", lambda *_: Limits(1e11, 1e10))
 
 
 @pytest.fixture
@@ -299,14 +299,14 @@ def test_a_wrong_decoding_step_is_found_out(monkeypatch) -> None:
 
 
 def test_running_out_of_memory_is_a_row_and_the_sweep_goes_on(monkeypatch) -> None:
-    real = measuring.prepare
+    real = measure_setting.prepare
 
     def hungry(contender, *arguments):
         if contender is not None and contender.choice.name == "linear":
             torch.empty(2**60)
         return real(contender, *arguments)
 
-    monkeypatch.setattr(measuring, "prepare", hungry)
+    monkeypatch.setattr(measure_setting, "prepare", hungry)
     rows = rows_of(
         Plan(sweeps=(Sweep(variants=("linear", "standard"), lengths=(8,), shapes=(SMALL,)),))
     )
@@ -408,13 +408,13 @@ def test_rows_over_the_time_budget_are_tried_again(tmp_path) -> None:
 
 def test_the_time_budget_is_a_row_and_longer_lengths_are_not_even_tried(monkeypatch) -> None:
     tried: list[int] = []
-    real = measuring.prepare
+    real = measure_setting.prepare
 
     def counted(contender, here, *arguments):
         tried.append(here.length)
         return real(contender, here, *arguments)
 
-    monkeypatch.setattr(measuring, "prepare", counted)
+    monkeypatch.setattr(measure_setting, "prepare", counted)
     rows = rows_of(
         Plan(sweeps=(Sweep(variants=("standard",), lengths=(8, 64), shapes=(SMALL,), budget=1e-9),))
     )

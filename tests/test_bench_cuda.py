@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.bench import cuda_timing, levels, measuring
+from attnzoo.bench import cuda_timing, levels, measure_setting
 from attnzoo.bench.bench_rows import Row
 from attnzoo.bench.cuda_timing import DeviceLost, EventClock, captured
 from attnzoo.bench.levels import Work, prepare
 from attnzoo.bench.machine_limits import Limits
-from attnzoo.bench.measuring import Bench
+from attnzoo.bench.measure_setting import Bench
 from attnzoo.bench.plan import Cell, Contender, Shape
 from attnzoo.registry import Choice
 
@@ -108,15 +108,15 @@ def bench(device: Device, monkeypatch: pytest.MonkeyPatch) -> Bench:
             shape, number, dtype, torch.device("cpu"), seed
         ),
     )
-    monkeypatch.setattr(measuring, "environment", lambda **_: {"device": "pretended"})
-    monkeypatch.setattr(measuring, "measure_limits", lambda *_: Limits(1e11, 1e10))
-    monkeypatch.setattr(measuring, "peak_bytes", lambda call, _: call() is None or 1)
+    monkeypatch.setattr(measure_setting, "environment", lambda **_: {"device": "pretended"})
+    monkeypatch.setattr(measure_setting, "measure_limits", lambda *_: Limits(1e11, 1e10))
+    monkeypatch.setattr(measure_setting, "peak_bytes", lambda call, _: call() is None or 1)
     return Bench(DEVICE, 0)
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, name: str, fail: Callable[[], Any]) -> None:
     """Has the passes of one variant run `fail`."""
-    real = measuring.prepare
+    real = measure_setting.prepare
 
     def prepared(contender: Contender | None, *arguments: Any) -> Work:
         work = real(contender, *arguments)
@@ -126,7 +126,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, name: str, fail: Callable[[], Any])
             else work
         )
 
-    monkeypatch.setattr(measuring, "prepare", prepared)
+    monkeypatch.setattr(measure_setting, "prepare", prepared)
 
 
 def test_the_cache_is_flushed_before_the_events_and_the_device_awaited_before_they_are_read(
@@ -201,7 +201,7 @@ def test_a_graph_that_fails_leaves_the_eager_times(
     def fail(*_: Any) -> None:
         raise RuntimeError("capture has broken")
 
-    monkeypatch.setattr(measuring, "captured", fail)
+    monkeypatch.setattr(measure_setting, "captured", fail)
     rows = list(bench.measure(HERE, [STANDARD], 3, 9.0))
     assert [(row.seconds, row.graph_seconds, row.reason) for row in rows] == [(2e-3, None, "")] * 2
 

@@ -22,7 +22,7 @@ from attnzoo.fidelity import (
     metrics,
     synthetic_sample,
 )
-from attnzoo.fidelity.measured import BASELINE, DRAWS, build_for
+from attnzoo.fidelity.measure_variant import BASELINE, DRAWS, build_for
 from attnzoo.registry import Choice, sized
 from attnzoo.texts.plays import play, titles
 

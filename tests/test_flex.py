@@ -23,7 +23,7 @@ from attnzoo.engines.sparse.patterns.grid import grid_of
 from attnzoo.engines.sparse.patterns.pattern import Pattern
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.sparse import Sparse
-from attnzoo.engines.sparse.windowed import Windowed
+from attnzoo.engines.sparse.windows.window_sparse import WindowSparse
 from attnzoo.sequences.padding import fills_slots
 from attnzoo.variants.bigbird.random_blocks import RandomBlocks
 
@@ -188,7 +188,7 @@ def test_the_backward_tables_are_the_transposed_ones(pattern: Pattern, is_causal
 def test_entries_of_dilated_windows(pattern: Window, is_causal: bool, padding: str) -> None:
     """A dilated window has tables for each of its residue classes, so its entries are read off A
     itself: A·I."""
-    engine = Windowed(pattern).eval()
+    engine = WindowSparse(pattern).eval()
     for lengths in SITUATIONS:
         situation = Situation(lengths.query_length, lengths.key_length, padding)
         call = call_of(situation, is_causal)
@@ -284,7 +284,7 @@ def test_lengths_do_not_compile_anew(lengths: list[tuple[int, int]]) -> None:
     counter = CompileCounter()
     kernel = torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=counter)
     for window, (query_length, key_length) in enumerate(lengths, 50):
-        engine = Windowed(Window(window)).eval()
+        engine = WindowSparse(Window(window)).eval()
         call = call_of(Situation(query_length, key_length, "interior"), True)
         with torch.no_grad():
             by(kernel, engine, call)

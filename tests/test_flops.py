@@ -175,6 +175,10 @@ MISTAKES = [
     (["linformer", "--causal"], "linformer cannot be causal"),
     (["layer:d=50,heads=4,layers=1"], "d=50 is not divisible by heads=4"),
     (["layer:gtp2"], "unknown model 'gtp2' (did you mean 'gpt2'"),
+    (["sliding_windw"], "unknown model 'sliding_windw' (did you mean 'sliding_window'"),
+    (["sliding_window:window"], "'window' is not of the form option=value"),
+    (["standard:scale"], "'scale' is not of the form option=value"),
+    (["bert:hidden_size"], "'bert:hidden_size' is not of the form MODEL:ENTRY=VALUE"),
     (["bret"], "unknown model 'bret' (did you mean 'bert'"),
     (
         ["bert:hidden_size=100,num_attention_heads=12"],

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import swap_models
 import torch
 from cases import Situation, close, tensors
 from small import build_small
@@ -498,3 +499,21 @@ def test_a_spec_declares_inputs_once() -> None:
 def test_a_layer_projects_no_input_of_pairs() -> None:
     assert Input("gate", "batch heads keys").is_projected
     assert not Input("bias", "batch heads queries keys").is_projected
+
+
+def test_a_required_input_is_asked_for_in_any_caller() -> None:
+    """Of a layer, too, whose call has other names than q, k and v."""
+    attn = build()
+    with pytest.raises(ValueError, match=r"needs sharpness, .*: give the call sharpness=\.\.\.$"):
+        attn(*qkv())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_model_that_cannot_give_a_required_input_is_not_swapped(family: str) -> None:
+    model = swap_models.make(family)
+    with pytest.raises(
+        UnsupportedError,
+        match=r"layer 0 .*weighted needs sharpness in every call, which .* does not",
+    ):
+        attnzoo.swap(model, "weighted")
+    attnzoo.swap(model, "standard")

@@ -511,3 +511,19 @@ def test_a_trace_with_padding_and_global_tokens() -> None:
 
     traced: Any = torch.jit.trace(run, (q, mask, named), check_trace=False)
     close(traced(q + 1, mask, named), run(q + 1, mask, named), 1e-12, "traced")
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "match"),
+    [
+        (0, torch.zeros(1, 2, 6, 4, dtype=torch.float64), r"q in global_qkv is of dtype .*float64"),
+        (2, None, "v in global_qkv is of NoneType; give a tensor"),
+    ],
+)
+def test_a_wrong_projection_is_named_as_it_was_given(place: int, wrong, match: str) -> None:
+    q = torch.zeros(1, 2, 6, 4)
+    own = [q, q, q]
+    own[place] = wrong
+    attn = attnzoo.build("longformer", heads=2, head_dim=4)
+    with pytest.raises(ValueError, match=match):
+        attn(q, q, q, global_qkv=tuple(own))

@@ -302,3 +302,45 @@ def test_what_cannot_be_seen_is_refused(module: nn.Module) -> None:
     """Tensors that torch makes inside one operator, and values that leave it."""
     with pytest.raises(attnzoo.UnsupportedError, match=r"without values: .*attnzoo\.bench"):
         attnzoo.memory(module, (2, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("module", "given", "match"),
+    [
+        (nn.Linear(4, 4), (), "Linear cannot be called with 0 inputs.*give what its forward takes"),
+        (nn.Linear(4, 4), ("4 4",), "input 0 is '4 4'; give a tensor, or a shape"),
+        (nn.Linear(4, 4), ([4, 4],), r"input 0 is \[4, 4\]; give a tensor, or a shape"),
+        (nn.Linear(4, 4), ((2, 5),), r"Linear fails on inputs of shapes \(2, 5\): .*; give what"),
+    ],
+)
+def test_inputs_that_the_module_cannot_take(module, given, match: str) -> None:
+    with pytest.raises(ValueError, match=match) as refusal:
+        attnzoo.memory(module, *given)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_a_refusal_is_short() -> None:
+    """And not torch's paragraph."""
+
+    class Unknown(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise NotImplementedError("Could not run it. This could be because. " * 9)
+
+    with pytest.raises(attnzoo.UnsupportedError) as refusal:
+        attnzoo.memory(Unknown(), (4, 4))
+    assert str(refusal.value) == (
+        "Unknown cannot be followed without values: Could not run it. Measure it instead, with "
+        "attnzoo.bench.peak_bytes"
+    )
+
+
+def test_hooks_of_the_user_do_not_fire() -> None:
+    fired = []
+    module = nn.Sequential(nn.Linear(4, 4))
+    module.register_forward_pre_hook(lambda *_: fired.append("before"))
+    module[0].register_forward_hook(lambda *_: fired.append("after"))
+    module[0].register_full_backward_hook(lambda *_: fired.append("backward"))
+    attnzoo.memory(module, (2, 4))
+    assert not fired
+    module(torch.zeros(2, 4))
+    assert fired == ["before", "after"]

@@ -20,7 +20,7 @@ from peer_table import tables
 from run import main
 
 import attnzoo
-from attnzoo.bench import measuring
+from attnzoo.bench import measure_setting
 from attnzoo.bench.bench_rows import SDPA, ResultFile
 from attnzoo.bench.machine_limits import Limits
 from attnzoo.bench.plan import Cell, Shape
@@ -60,7 +60,7 @@ def measured(peer: Peer, phase: str = "forward") -> dict[str, PeerRow]:
 @pytest.fixture(autouse=True)
 def in_an_empty_folder_with_given_limits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(measuring, "measure_limits", lambda *_: Limits(1e11, 1e10))
+    monkeypatch.setattr(measure_setting, "measure_limits", lambda *_: Limits(1e11, 1e10))
 
 
 @pytest.mark.parametrize("phase", ["forward", "forward+backward"])

@@ -26,7 +26,7 @@ from attnzoo.quality.quality_rows import Row
 from attnzoo.quality.quality_study import read_study
 from attnzoo.registry import names
 from attnzoo.results.result_file import read_rows
-from attnzoo.texts.parts import PARTS, PROSE, read_text
+from attnzoo.texts.text_parts import PARTS, PROSE, read_text
 
 STUDY = """
 texts: [one.txt, two.txt]

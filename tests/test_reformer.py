@@ -13,7 +13,7 @@ from torch import Tensor
 import attnzoo
 from attnzoo.attention import Attention
 from attnzoo.oracles import reformer
-from attnzoo.variants.reformer.hashing import AngularHash
+from attnzoo.variants.reformer.angular_hash import AngularHash
 
 SMALL = {"num_buckets": 6, "num_hashes": 3, "chunk_size": 5}
 

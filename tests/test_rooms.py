@@ -15,12 +15,6 @@ KNOWN_UPWARD: set[tuple[str, str]] = set()
 KNOWN_CIRCLES: set[tuple[str, str]] = set()
 KNOWN_LONG = {
     "attnzoo.attention",
-    "attnzoo.engines.softmax.tiles",
-    "attnzoo.engines.sparse.blocks",
-    "attnzoo.engines.sparse.windows",
-    "attnzoo.layers.multihead",
-    "attnzoo.variants.reformer.hashed",
-    "attnzoo.variants.sparse_transformer.factorized_flash",
 }
 KNOWN_NAMES = {"linear.py"}
 

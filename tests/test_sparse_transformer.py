@@ -8,7 +8,7 @@ from cases import close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnzoo
-from attnzoo.variants.sparse_transformer import factorized_flash
+from attnzoo.variants.sparse_transformer import factorized_shares
 
 FORMS = [
     (pattern, factors) for pattern in ("strided", "fixed") for factors in ("merged", "by_head")
@@ -68,7 +68,7 @@ def test_calls_of_the_kernel_may_be_cut_anywhere(
         return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
 
     whole = run()
-    monkeypatch.setattr(factorized_flash, "NUMBERS", 1)
+    monkeypatch.setattr(factorized_shares, "NUMBERS", 1)
     cut = run()
     attn.backend = "blocks"
     for one, other, open_ in zip(whole, cut, run(), strict=True):

@@ -15,7 +15,6 @@ from torch import Tensor
 from attnzoo.configuration import configs_folder, read_yaml
 from attnzoo.packages import MissingPackageError
 from attnzoo.tasks import listops, pixels, shakespeare
-from attnzoo.tasks.by_name import TASKS, find_task
 from attnzoo.tasks.copying import Copy
 from attnzoo.tasks.induction import Induction
 from attnzoo.tasks.listops import PADDING, TOKENS, ListOps, evaluate
@@ -37,6 +36,7 @@ from attnzoo.tasks.task import (
     Batch,
     Task,
 )
+from attnzoo.tasks.task_names import TASKS, find_task
 
 SYNTHETIC = [
     MQAR(32, 4, 16),

@@ -23,7 +23,7 @@ from attnzoo.report.training.train_figures import drawings, level_lines, pareto_
 from attnzoo.report.training.train_page import page
 from attnzoo.report.training.train_tables import matrix, problem_tables
 from attnzoo.results.result_file import read_rows
-from attnzoo.tasks.by_name import TASKS
+from attnzoo.tasks.task_names import TASKS
 from attnzoo.training import loop
 from attnzoo.training.summary import summed_up
 from attnzoo.training.training_rows import Row

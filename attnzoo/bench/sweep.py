@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from attnzoo.bench.bench_rows import Key, Row
-from attnzoo.bench.measuring import Bench, blank_row
+from attnzoo.bench.measure_setting import Bench, blank_row
 from attnzoo.bench.plan import Plan
 from attnzoo.registry import ParseChoice
 

@@ -145,7 +145,8 @@ def _subject(settings: Namespace) -> tuple[Subject, Choice | None]:
         subject = one_attention(
             heads, head_dim, check_kv_heads(settings.kv_heads, heads), settings.causal
         )
-        return subject, None if head == subject.exact else parse_variant(text)
+        variant = parse_variant(text)
+        return subject, None if head == subject.exact else variant
     if settings.causal:
         raise ValueError(
             "--causal goes with one attention or one layer; a whole model is causal or not by "
@@ -156,12 +157,16 @@ def _subject(settings: Namespace) -> tuple[Subject, Choice | None]:
 
 def _split(text: str) -> tuple[str, dict[str, Any]]:
     """MODEL and the entries of MODEL:ENTRY=VALUE,ENTRY=VALUE."""
+    from attnzoo.registry import names
+
     head, _, rest = text.partition(":")
-    if "=" not in rest:
+    if not rest or Path(text).is_dir():
         return text, {}
+    if head in names():  # whose options `parse_variant` reads
+        return head, {}
     pairs = [part.partition("=") for part in split_options(rest)]
     if not all(key and equals for key, equals, _ in pairs):
-        raise ValueError(f"{text!r} is not of the form MODEL:ENTRY=VALUE,ENTRY=VALUE")
+        raise ValueError(f"{text!r} is not of the form MODEL:ENTRY=VALUE,ENTRY=VALUE; write it so")
     return head, {key.strip(): read_value(value) for key, _, value in pairs}
 
 

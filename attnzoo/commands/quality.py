@@ -37,7 +37,7 @@ def run_quality(settings: Namespace) -> int:
     from attnzoo.quality.model_kinds import find_model
     from attnzoo.quality.quality_rows import Row
     from attnzoo.quality.quality_run import Run
-    from attnzoo.texts.parts import TEXT_MODULES, read_text
+    from attnzoo.texts.text_parts import TEXT_MODULES, read_text
 
     started, console = time.monotonic(), messages()
     for name in SAMPLED_ONLY:

@@ -87,7 +87,7 @@ def run(settings: Namespace) -> int:
     from attnzoo.bench.bench_rows import check_one_machine
     from attnzoo.bench.environment import environment
     from attnzoo.fidelity import check_device
-    from attnzoo.tasks.by_name import find_task
+    from attnzoo.tasks.task_names import find_task
     from attnzoo.training.devices import Devices
     from attnzoo.training.training_rows import Row
     from attnzoo.training.training_run import Run

@@ -26,7 +26,7 @@ from attnzoo.cost.model_flops import (
 )
 from attnzoo.integrations.swapping import swap
 from attnzoo.packages import require
-from attnzoo.registry import Choice
+from attnzoo.registry import Choice, names
 
 PRODUCTS = ("Linear", "Conv1D")  # GPT-2's Conv1D is a linear layer
 
@@ -88,9 +88,9 @@ def _configuration(text: str, values: dict[str, Any]) -> Any:
         read = partial(AutoConfig.for_model, text)
     else:
         raise ValueError(
-            f"unknown model {text!r}{nearest(text, known)}; give a variant of `attnzoo list`, "
-            "layer:PRESET of configs/models.yaml, "
-            "a folder with config.json, or a model type of transformers such as bert, gpt2 or llama"
+            f"unknown model {text!r}{nearest(text, [*names(), *known])}; give a variant of "
+            "`attnzoo list`, layer:PRESET of configs/models.yaml, a folder with config.json, or a "
+            "model type of transformers such as bert, gpt2 or llama"
         )
     config = _made(text, read)
     for key in values:

@@ -169,21 +169,20 @@ class Engine(nn.Module):
     def choose(self, call: Call, requested: str) -> Backend:
         """The first backend that does not refuse, or the requested one; a backend asked for by name
         never falls back."""
-        refusals = []
+        reason = None
         for backend in self.backends:
             if requested in ("auto", backend.name):
                 reason = backend.why_not(self, call)
                 if reason is None:
                     return backend
-                refusals.append(f"{backend.name}: {reason}")
-        if not refusals:
+        if reason is None:
             raise ValueError(
                 f"backend={requested!r} is unknown here; choose 'auto' or one of "
                 f"{self.backend_names()}"
             )
         raise UnsupportedError(
-            f"backend={requested!r} refuses this call ({'; '.join(refusals)}); use backend='auto' "
-            "or change the call"
+            f"backend={requested!r} refuses this call: {reason}; use backend='auto' or change the "
+            "call"
         )
 
     def forward(

@@ -12,7 +12,7 @@ from attnzoo.bench.cuda_timing import stopwatch_of
 from attnzoo.bench.environment import environment
 from attnzoo.bench.timing import interleave, mistake
 from attnzoo.fidelity.comparison_rows import Comparison, HeatMap, Row, Sample
-from attnzoo.fidelity.measured import BASELINE, Subject, build_for, measure
+from attnzoo.fidelity.measure_variant import BASELINE, Subject, build_for, measure
 from attnzoo.fidelity.metrics import pooled
 from attnzoo.fidelity.samples import LENGTHS, Progress
 from attnzoo.registry import Choice, names

@@ -118,6 +118,14 @@ def _check_fits(attention: Attention, site: Site, device: torch.device) -> None:
             f"it looks at another sequence, which {attention.spec.name} cannot: it needs as many "
             "queries as keys; use standard"
         )
+    if not isinstance(site.module, nn.MultiheadAttention):  # which projects, or hands on, inputs
+        required = [one.name for one in attention.spec.inputs if one.required]
+        if required:
+            raise UnsupportedError(
+                f"{attention.spec.name} needs {' and '.join(required)} in every call, which "
+                f"{type(site.module).__name__} does not give; use an attention without required "
+                "inputs, or build a model with attnzoo.MultiheadAttention"
+            )
     if "k" not in attention.projected:
         raise UnsupportedError(
             f"the model projects queries and keys apart, which {attention.spec.name} with shared "

@@ -28,6 +28,8 @@ class Layer(Protocol):
     v_proj_weight: Any
     _modules: Any
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
 
 def shares_qk(layer: Layer) -> bool:
     """Whether one projection makes queries and keys."""

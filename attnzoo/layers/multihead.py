@@ -16,6 +16,7 @@ from attnzoo.call import UnsupportedError
 from attnzoo.layers.input_projections import add_projections, project_inputs
 from attnzoo.layers.layer import shares_qk
 from attnzoo.layers.layer_checks import check_call, core_options
+from attnzoo.layers.nested_sequences import forward_nested
 from attnzoo.layers.projections import project, project_apart, project_together
 from attnzoo.layers.torch_masks import translate
 from attnzoo.registry import build, spec_of
@@ -37,26 +38,24 @@ class MultiheadAttention(nn.MultiheadAttention):
       `state_dict` under `attention.`. A state_dict without any such key, as torch writes it, loads
       with strict=True and leaves them as they are.
 
-    It subclasses torch's module, since the parameters, their names and old checkpoints are torch's,
-    and since torch's layers, and code that walks a model with isinstance, ask for that type.
+    - Inputs along the length that the core's spec declares are projected too, by linear layers in
+      `attention.input_projections`, from query or key. Those that are `like` q, k and v (the global
+      tokens of `longformer`: `attention.global_projection`) are projected by one layer, packed as
+      `in_proj_weight` is and at first a copy of it, unless kdim or vdim differ; a state_dict of
+      torch's fills it with copies of what it holds. What a call brings itself is not projected.
+    - A core that shares queries and keys (`reformer` with share_qk=True) gets one projection for
+      both: `in_proj_weight` is (2 · embed_dim, embed_dim), of queries and keys and then of values,
+      and begins as torch's rows of queries and of values. query and key must be one tensor, kdim
+      and vdim embed_dim. A state_dict of torch's, whose queries and keys differ, is refused.
 
-    embed_dim, num_heads, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype:
-    as in torch. add_bias_kv, add_zero_attn: append a key to the sequence, so only for softmax over
-    arbitrary keys (the standard core).
-    dropout: on the entries of A while training; read here, once.
-    Inputs along the length that the core's spec declares are projected too, by linear layers in
-    `attention.input_projections`, from query or key; those that are `like` q, k and v (the global
-    tokens of `longformer`: `attention.global_projection`) by one layer, packed as `in_proj_weight`
-    is and at first a copy of it, unless kdim or vdim differ; a state_dict of torch's fills it with
-    copies of what it holds. What a call brings itself is not projected. A core that shares queries
-    and keys (`reformer` with share_qk=True) gets one projection for both: `in_proj_weight` is (2 ·
-    embed_dim, embed_dim), of queries and keys and then of values, and begins as torch's rows of
-    queries and of values. query and key must be one tensor, kdim and vdim embed_dim, and a
-    state_dict of torch's, whose queries and keys differ, is refused: no two of its projections say
-    the same.
-    attention: a name in `attnzoo.names()`. attention_options: its further options, e.g.
-    {"num_features": 128}. Raises ValueError on a malformed option, UnsupportedError on one that the
-    core excludes (dropout > 0 among them).
+    embed_dim, num_heads, bias, kdim, vdim, batch_first, device, dtype: as in torch
+    dropout: on the entries of A while training; read here, once
+    add_bias_kv, add_zero_attn: append a key to the sequence, so only for softmax over arbitrary
+        keys (the standard core)
+    attention: a name in `attnzoo.names()`
+    attention_options: its further options, e.g. {"num_features": 128}
+    raises: ValueError on a malformed option, UnsupportedError on one that the core excludes
+        (dropout > 0 among them)
     """
 
     def __init__(
@@ -188,12 +187,20 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Project, attend, project back. Masks are torch's: True, or -inf in a float mask, hides.
 
-        query: (L, N, embed_dim), or (N, L, embed_dim) if batch_first, or (L, embed_dim); key: the
-        same with S and kdim; value: with S and vdim. key_padding_mask: (N, S) or (S). attn_mask:
-        (L, S) or (N · num_heads, L, S). Both bool or float (added to the scores).
-        need_weights=False spares the L x S matrix, which is what most cores are for. inputs, which
-        torch has not: what the core takes beside q, k and v, as its spec declares it, without the
-        axis of samples where query has none: global_mask, (N, S) or (S), of `longformer`.
+        query: (L, N, embed_dim), or (N, L, embed_dim) if batch_first, or (L, embed_dim)
+        key, value: the same with S and kdim, with S and vdim
+        key_padding_mask: (N, S) or (S), bool or float (added to the scores)
+        attn_mask: (L, S) or (N · num_heads, L, S), bool or float
+        need_weights: False spares the L x S matrix, which is what most cores are for
+        average_attn_weights: whether that matrix is the mean over the heads
+        is_causal: query i sees the keys up to S - L + i
+        inputs: what the core takes beside q, k and v, as its spec declares it, which torch has not;
+            without the axis of samples where query has none: global_mask, (N, S) or (S), of
+            `longformer`
+        returns: the output in query's layout and, if need_weights, A: (N, L, S) averaged over heads
+            or (N, num_heads, L, S), without N for 2-D inputs. S counts the keys of add_bias_kv and
+            add_zero_attn. A is the attention before dropout, where torch returns the dropped one.
+        raises: ValueError on tensors that do not fit, UnsupportedError on what the core cannot do
 
         A core without attn_mask (its spec says so) takes the one mask that is the causal mask, with
         or without the is_causal hint, and runs it as is_causal; and a float key_padding_mask of 0
@@ -203,10 +210,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         such a mask and a wrong one fails when the graph runs, or gives NaN where graphs cannot fail
         (torch.jit.trace, ONNX, torch.func). For the other cores, is_causal=True beside a square
         attn_mask adds causality to it; beside another shape the mask alone rules.
-
-        Returns the output in query's layout and, if need_weights, A: (N, L, S) averaged over heads
-        or (N, num_heads, L, S), without N for 2-D inputs; S counts the keys of add_bias_kv and
-        add_zero_attn. A is the attention before dropout, where torch returns the dropped one.
         """
         if query.is_nested or key.is_nested or value.is_nested:
             if given := [name for name, x in inputs.items() if x is not None]:
@@ -214,15 +217,9 @@ class MultiheadAttention(nn.MultiheadAttention):
                     f"a nested tensor takes no {' and no '.join(given)}; pass padded tensors and "
                     "masks instead"
                 )
-            return self._forward_nested(
-                query,
-                key,
-                value,
-                key_padding_mask,
-                need_weights,
-                attn_mask,
-                average_attn_weights,
-                is_causal,
+            masks = (key_padding_mask, attn_mask)
+            return forward_nested(
+                self, query, key, value, masks, need_weights, average_attn_weights, is_causal
             )
         check_call(self, query, key, value, key_padding_mask, attn_mask)
         batched = query.dim() == 3
@@ -232,18 +229,18 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
         pattern = f"{axes} (p h d) -> p {batch} h l d"
         q, k, v = project(self, query, key, value, pattern)
-        masks = translate(self.attention.spec, q, k, key_padding_mask, attn_mask, is_causal)
-        masks = masks.with_end_keys((self.bias_k is not None) + self.add_zero_attn, q, k)
+        translated = translate(self.attention.spec, q, k, key_padding_mask, attn_mask, is_causal)
+        translated = translated.with_end_keys((self.bias_k is not None) + self.add_zero_attn, q, k)
         k, v = self._with_end_keys(k, self.bias_k), self._with_end_keys(v, self.bias_v)
         how: dict[str, Any] = {
-            "key_mask": masks.key_mask,
-            "attn_mask": masks.attn_mask,
-            "is_causal": masks.is_causal,
+            "key_mask": translated.key_mask,
+            "attn_mask": translated.attn_mask,
+            "is_causal": translated.is_causal,
             **self._inputs(query, key, value, inputs, pattern),
         }
-        weights = masks.checked(self.attention.weights(q, k, **how)) if need_weights else None
+        weights = translated.checked(self.attention.weights(q, k, **how)) if need_weights else None
         out = self.attention(q, k, v, **how)
-        out = self.out_proj(rearrange(masks.checked(out), f"{batch} h l d -> {axes} (h d)"))
+        out = self.out_proj(rearrange(translated.checked(out), f"{batch} h l d -> {axes} (h d)"))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         return out, weights if weights is None or batched else weights.squeeze(0)
@@ -285,43 +282,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         return (
             torch.cat([x, *(end.expand(x.shape[0], -1, -1, -1) for end in ends)], 2) if ends else x
         )
-
-    def _forward_nested(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Any,
-        need_weights: bool,
-        attn_mask: Any,
-        average_attn_weights: bool,
-        is_causal: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """What nn.TransformerEncoder hands its layers in eval mode when it was built before they
-        got this module: sequences without padding."""
-        if (
-            not (query is key and key is value and self.batch_first)
-            or key_padding_mask is not None
-            or attn_mask is not None
-        ):
-            raise ValueError(
-                "a nested tensor must be query, key and value at once, batch_first, without masks; "
-                "pass padded tensors and masks instead"
-            )
-        lengths = [sequence.shape[0] for sequence in query.unbind()]
-        if not any(lengths):  # torch pads no such tensor
-            heads = () if average_attn_weights else (self.num_heads,)
-            return query.clone(), torch.zeros(
-                len(lengths), *heads, 0, 0, device=query.device
-            ) if need_weights else None
-        padded = query.to_padded_tensor(0.0)
-        slots = torch.arange(padded.shape[1], device=padded.device)
-        padding = slots >= torch.tensor(lengths, device=padded.device)[:, None]
-        out, weights = self(
-            padded, padded, padded, padding, need_weights, None, average_attn_weights, is_causal
-        )
-        rows = [sequence[:length] for sequence, length in zip(out.unbind(), lengths, strict=True)]
-        return torch.nested.as_nested_tensor(rows, layout=query.layout) if rows else query, weights
 
 
 def is_called(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from attnzoo.quality.mixes import Mix
 from attnzoo.quality.subject import Excerpt, Scores, Subject
-from attnzoo.texts.parts import passages
+from attnzoo.texts.text_parts import passages
 
 BATCH = 16  # passages in one forward
 QUERY_EVERY = 6  # passage of a text is a query, and not in the set that is searched

@@ -17,7 +17,7 @@ from attnzoo.quality.quality_study import Study
 from attnzoo.quality.search import Trial, cheapest, moves
 from attnzoo.quality.subject import Excerpt, Scores, Subject
 from attnzoo.registry import Choice
-from attnzoo.texts.parts import CHECKING, CHOOSING, FINAL
+from attnzoo.texts.text_parts import CHECKING, CHOOSING, FINAL
 
 Progress = Callable[[str, int, int], None]
 Write = Callable[[Row], None]

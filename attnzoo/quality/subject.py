@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention import Attention
-from attnzoo.fidelity.measured import BASELINE
+from attnzoo.fidelity.measure_variant import BASELINE
 from attnzoo.fidelity.pretrained import Pretrained
 from attnzoo.integrations.huggingface.probe import find_sites
 from attnzoo.integrations.swapping import swap, unswap
 from attnzoo.quality.later_layers import blocks_of, recording, resumed
 from attnzoo.quality.mixes import Mix, resolved, swap_plan
 from attnzoo.registry import Choice
-from attnzoo.texts.parts import CHOOSING
+from attnzoo.texts.text_parts import CHOOSING
 
 PRODUCTS = ("Linear", "Conv1D")  # GPT-2's Conv1D is a linear layer
 TRIED = 4  # tokens of the read that finds out which products run for every token

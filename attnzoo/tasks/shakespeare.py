@@ -10,8 +10,8 @@ from torch import Tensor
 
 from attnzoo.tasks.ngram import NGram
 from attnzoo.tasks.task import TEST, TRAINING, VALIDATION, Batch, Task
-from attnzoo.texts.parts import CHOOSING, FINAL, PLAYS
 from attnzoo.texts.plays import play, titles
+from attnzoo.texts.text_parts import CHOOSING, FINAL, PLAYS
 
 HELD_OUT = {VALIDATION: PLAYS[CHOOSING], TEST: PLAYS[FINAL]}
 ORDERS = (1, 3, 6)  # of the n-gram baselines, in characters

@@ -11,7 +11,7 @@ from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call, UnsupportedError
 from attnzoo.engines.softmax.reference import SINK_LOGITS
 from attnzoo.engines.sparse.patterns.window import Window
-from attnzoo.engines.sparse.windowed import Windowed
+from attnzoo.engines.sparse.windows.window_sparse import WindowSparse
 from attnzoo.registry import register
 
 
@@ -56,7 +56,7 @@ class SlidingWindow(Attention):
         dropout=True,
         inputs=(SINK_LOGITS,),
     )
-    engine: Windowed
+    engine: WindowSparse
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class SlidingWindow(Attention):
         pattern = Window(
             window, tuple(dilation) if isinstance(dilation, Sequence) else dilation, sinks
         )
-        engine = Windowed(
+        engine = WindowSparse(
             pattern,
             scale,
             dropout,

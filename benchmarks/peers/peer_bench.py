@@ -22,7 +22,7 @@ from torch import Tensor
 from attnzoo.attention import Attention
 from attnzoo.bench.bench_rows import Row
 from attnzoo.bench.levels import Work, passes
-from attnzoo.bench.measuring import Bench, Entry, blank_row
+from attnzoo.bench.measure_setting import Bench, Entry, blank_row
 from attnzoo.bench.plan import Cell, Contender
 from attnzoo.bench.timing import MINIMUM_ROUNDS
 from attnzoo.registry import Choice, spec_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -130,6 +130,18 @@ def _key(x: Any) -> Any:
     return tuple([_key(one) for one in x]) if isinstance(x, (list, tuple)) else (type(x), x)
 
 
+#: Attributes of a module that hold the hooks of a call.
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _is_users(hook: Any) -> bool:
+    """Whether a hook is neither torch's nor attnzoo's own, which change what is computed."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    owner = getattr(hook, "__module__", None) or type(hook).__module__
+    return owner.split(".")[0] not in ("torch", "attnzoo")
+
+
 class StandIns:
     """Placeholders for a module's parameters and a call's inputs. Nothing of the caller's is
     changed."""
@@ -138,14 +150,21 @@ class StandIns:
         self._made: dict[int, Tensor] = {}
 
     def module(self, module: nn.Module) -> nn.Module:
-        """A copy whose floating parameters and buffers have no values. Integers and bools keep
-        theirs: they are indices and masks, which decide what is computed."""
+        """A copy whose floating parameters and buffers have no values, and which calls no hook of
+        the user's. Integers and bools keep their values: they are indices and masks, which decide
+        what is computed."""
         replaced: dict[int, Any] = {}
         for parameter in module.parameters():
             replaced[id(parameter)] = nn.Parameter(like(parameter), parameter.requires_grad)
         for buffer in module.buffers():
             replaced[id(buffer)] = _without_values(buffer)
-        return copy.deepcopy(module, replaced)
+        copied = copy.deepcopy(module, replaced)
+        for part in copied.modules():
+            for name in HOOKS:
+                hooks = vars(part).get(name) or {}
+                for key in [key for key, hook in hooks.items() if _is_users(hook)]:
+                    del hooks[key]
+        return copied
 
     def positional(self, inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
         """Shapes as tensors of this dtype; floating tensors take gradients."""

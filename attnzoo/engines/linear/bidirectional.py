@@ -20,6 +20,7 @@ from attnzoo.eager import can_look
 from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.linear.decay import counted, product
 from attnzoo.engines.linear.feature_maps import FeatureMap
+from attnzoo.engines.linear.key_weights import weights_of
 from attnzoo.engines.linear.layout import add_product_, ungrouped, with_ones
 from attnzoo.engines.linear.sums import (
     CHUNK,
@@ -32,7 +33,6 @@ from attnzoo.engines.linear.sums import (
     read_sums,
     write_product,
 )
-from attnzoo.engines.linear.write import weights_of
 
 IN_CACHE = 2**18  # features of a head that is taken whole
 ROWS = 2048  # tokens of all its heads that a thread has at a time, unless one whole head has more

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.engine import accumulation_dtype
-from attnzoo.engines.joining import at_a_time
 from attnzoo.engines.linear.decay import counted
 from attnzoo.engines.linear.feature_maps import FeatureMap
+from attnzoo.engines.linear.key_weights import write_chunks
 from attnzoo.engines.linear.layout import add_product, grouped, ungrouped, with_ones
 from attnzoo.engines.linear.sums import Past, added, divisor, keys_of, underflow
-from attnzoo.engines.linear.write import write_chunks
+from attnzoo.engines.piece_by_piece import at_a_time
 
 CAUSAL_CHUNK = 64  # tokens that see each other through a small score matrix
 # Numbers that chunks computed side by side may have: what a cache holds, and malloc keeps for the

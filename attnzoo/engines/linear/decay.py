@@ -1,6 +1,6 @@
 """How much of a key is left after the tokens that follow it, and what that makes of a chunk.
 
-A key enters the sums with a weight (write.py) and fades (here). Both give the four factors of
+A key enters the sums with a weight (key_weights.py) and fades (here). Both give the four factors of
 `Worth`, which multiply.
 """
 

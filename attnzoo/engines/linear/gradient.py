@@ -15,7 +15,6 @@ from attnzoo.autocast import without_autocast
 from attnzoo.call import Call
 from attnzoo.eager import is_recorded, only_autograd_looks
 from attnzoo.engines.differentiable import is_followed, open_gradients
-from attnzoo.engines.joining import join
 from attnzoo.engines.linear import bidirectional
 from attnzoo.engines.linear.bidirectional import (
     Rows,
@@ -27,6 +26,7 @@ from attnzoo.engines.linear.chunks import Block, Piece, causal, spans_of
 from attnzoo.engines.linear.feature_maps import FeatureMap
 from attnzoo.engines.linear.layout import add_product, grouped, ungrouped
 from attnzoo.engines.linear.sums import Past, absorb, read_all, underflow
+from attnzoo.engines.piece_by_piece import join
 
 
 def attend(feature_map: FeatureMap, call: Call) -> Tensor:

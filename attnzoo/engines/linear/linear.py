@@ -12,11 +12,11 @@ from torch import Tensor
 
 from attnzoo.call import Call, UnsupportedError
 from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes, never_refuses
-from attnzoo.engines.joining import join
 from attnzoo.engines.linear import chunks, fla_kernel, gradient, linear_cost
 from attnzoo.engines.linear.feature_maps import FeatureMap
 from attnzoo.engines.linear.reference import REFERENCE, LinearReference
 from attnzoo.engines.linear.sums import Past, absorb, read_all
+from attnzoo.engines.piece_by_piece import join
 from attnzoo.engines.softmax.cache import check_state
 
 

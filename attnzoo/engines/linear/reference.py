@@ -14,8 +14,8 @@ from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Backend, Engine, accumulation_dtype, never_refuses
 from attnzoo.engines.linear.decay import product
 from attnzoo.engines.linear.feature_maps import FeatureMap
+from attnzoo.engines.linear.key_weights import finite
 from attnzoo.engines.linear.sums import divisor
-from attnzoo.engines.linear.write import finite
 from attnzoo.engines.softmax.reference import causal_mask, visible
 
 

@@ -16,8 +16,8 @@ from attnzoo.call import Call
 from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.linear.decay import counted, product
 from attnzoo.engines.linear.feature_maps import FeatureMap
+from attnzoo.engines.linear.key_weights import write_keys
 from attnzoo.engines.linear.layout import grouped, ungrouped
-from attnzoo.engines.linear.write import write_keys
 
 CHUNK = 512  # tokens whose features are held at a time, where no row reads before all are summed
 

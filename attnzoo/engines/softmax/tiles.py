@@ -7,10 +7,8 @@ than a cache is computed sooner than it is fetched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from math import gcd
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,83 +17,9 @@ from attnzoo.call import Call
 from attnzoo.eager import only_autograd_looks
 from attnzoo.engines.differentiable import Compute, is_followed, open_gradients
 from attnzoo.engines.softmax.reference import SoftmaxReference
+from attnzoo.engines.softmax.tile_pieces import Memory, Piece, Pieces
 
 DTYPES = (torch.float32, torch.float64)  # those in which sums run in the inputs' own precision
-SCORES = (
-    3 * 2**16
-)  # scores that one thread computes at a time: with their keys and values they stay in its cache
-
-
-class Memory:
-    """Tensors by name, each in the place of the one that had its name before."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
-        self._whole: dict[str, Tensor] = {}
-        self._views: dict[tuple[Any, ...], Tensor] = {}
-
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        """Uninitialised, of `shape`."""
-        view = self._views.get((name, shape))
-        if view is None:
-            numbers = torch.Size(shape).numel()
-            if name not in self._whole or self._whole[name].numel() < numbers:
-                self._whole[name] = self._like.new_empty(numbers)
-                self._views = {key: kept for key, kept in self._views.items() if key[0] != name}
-            view = self._views[name, shape] = self._whole[name][:numbers].view(shape)
-        return view
-
-
-@dataclass(frozen=True)
-class Cap:
-    """The largest that the scores of keys start..stop may be, broadcastable to (parts, rows, stop -
-    start): -inf where hidden, else inf."""
-
-    start: int
-    stop: int
-    largest: Tensor
-
-
-class Piece(Protocol):
-    """`parts` groups of `size` rows of one head, each with its own `keys` keys; `caps` hide
-    some."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """parts, size, keys."""
-        ...
-
-    @property
-    def caps(self) -> Sequence[Cap]: ...
-
-    def rows(self, x: Tensor) -> Tensor:
-        """(query_length, d) -> (parts, size, d), a view."""
-        ...
-
-    def keys(self, x: Tensor, name: str, memory: Memory) -> Tensor:
-        """(key_length, d) -> (parts, keys, d), a view, or fetched to the memory of this name."""
-        ...
-
-    def add(self, gradient: Tensor, total: Tensor) -> None:
-        """Add what `keys` sends back, (parts, keys, d), to (key_length, d)."""
-        ...
-
-
-Pieces = Callable[
-    [Tensor, "Tensor | None"], Sequence[Sequence[Piece]]
-]  # of every head (of every sample), for q and a table that the caller gave
-
-
-def cap(visible: Tensor, like: Tensor) -> Tensor:
-    """The largest that scores may be: inf where visible, -inf elsewhere. A minimum hides a score
-    whatever it is; a sum would not hide inf."""
-    return torch.where(visible, torch.inf, -torch.inf).to(like.dtype)
-
-
-def parts_at_a_time(size: int, keys: int, threads: int | None = None) -> int:
-    """How many groups of `size` rows with `keys` keys each make a piece. threads: those that share
-    it, all by default."""
-    return max(1, SCORES // (size * keys)) * (threads or torch.get_num_threads())
 
 
 def why_not(engine: SoftmaxReference, call: Call) -> str | None:
@@ -128,10 +52,15 @@ def attend(
     compute: Compute,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """A·v by pieces that hold every row once. key_cap: `cap` of the keys, (batch or 1, key_length).
-    table: whatever `pieces` wants.
+    """A·v by pieces, (batch, heads, query_length, value_dim).
+
+    key_cap: `tile_pieces.cap` of the keys, (batch or 1, key_length)
+    table: what `pieces` wants beside q
+    pieces: hold every row of a head once
     compute: the same of q, k, v and sink_logits in operators that autograd can follow, for further
-    derivatives. sink_logits: (heads,), one more term in the sum of every row."""
+        derivatives
+    sink_logits: (heads,), one more score of every row, which counts in the row's sum alone
+    """
     scale = engine.scale_of(q)
     return _Attend.apply(
         q,
@@ -147,6 +76,8 @@ def attend(
 
 
 class _Attend(torch.autograd.Function):
+    """`attend`, and its gradients from weights made anew piece by piece."""
+
     @staticmethod
     def forward(
         q: Tensor,
@@ -240,9 +171,9 @@ class _Attend(torch.autograd.Function):
                     slopes, weights, -1, slopes.dtype, grad_input=slopes
                 )
                 if to_logits is not None:
-                    to_logits[one[1]] -= (
-                        slopes.sum()
-                    )  # adding one number to every score of a row, its logit's too, changes nothing
+                    # The slopes of a row and of its logit sum to 0: one number added to all of its
+                    # scores changes nothing.
+                    to_logits[one[1]] -= slopes.sum()
                 torch.baddbmm(to_rows, slopes, its_keys, beta=0, alpha=ctx.scale, out=to_rows)
                 part = memory("gradient", parts, count, k.shape[3])
                 torch.baddbmm(part, slopes.mT, rows, beta=0, alpha=ctx.scale, out=part)
@@ -253,7 +184,7 @@ class _Attend(torch.autograd.Function):
 def _heads(
     q: Tensor, k: Tensor, pieces: Sequence[Sequence[Piece]]
 ) -> Iterator[tuple[tuple[int, int], tuple[int, int], Sequence[Piece]]]:
-    """(sample, head), (sample, kv_head) and the head's pieces."""
+    """(sample, head), (sample, kv_head) and the pieces, for every head of every sample."""
     group = q.shape[1] // k.shape[1]
     for sample in range(q.shape[0]):
         for head in range(q.shape[1]):
@@ -282,7 +213,14 @@ def _weights(
     some_are_empty: bool,
     memory: Memory,
 ) -> Tensor:
-    """Softmax of the piece's scores, (parts, size, keys); rows that see no key are 0."""
+    """Softmax of the scores of a piece, (parts, rows, keys), in the memory named "scores".
+
+    q: (parts, rows, d)
+    k: (parts, keys, d)
+    key_cap: (key_length,), of the sample
+    sink_logit: of the head
+    some_are_empty: whether rows may see no key; they become 0
+    """
     scores = memory("scores", *piece.shape)
     torch.baddbmm(scores, q, k.mT, beta=0, alpha=scale, out=scores)
     for part in piece.caps:
@@ -297,50 +235,3 @@ def _weights(
         log_sum = largest - scores.amax(-1, keepdim=True).log()
         scores.mul_(torch.sigmoid(log_sum - sink_logit))
     return scores if empty is None or not empty.any() else scores.masked_fill_(empty, 0.0)
-
-
-@dataclass(frozen=True)
-class Slices:
-    """Consecutive rows, `size` to a part, from `first` on; the keys of the first part begin at
-    `low`, those of the next `size` later."""
-
-    first: int
-    shape: tuple[int, int, int]
-    low: int
-    caps: tuple[Cap, ...] = ()
-
-    def rows(self, x: Tensor) -> Tensor:
-        parts, size, _ = self.shape
-        line, number = x.stride()  # one view, not three: there are many pieces
-        return x.as_strided(
-            (parts, size, x.shape[1]),
-            (size * line, line, number),
-            x.storage_offset() + self.first * line,
-        )
-
-    def keys(self, x: Tensor, name: str, memory: Memory) -> Tensor:
-        parts, size, keys = self.shape
-        line, number = x.stride()
-        return x.as_strided(
-            (parts, keys, x.shape[1]),
-            (size * line, line, number),
-            x.storage_offset() + self.low * line,
-        )
-
-    def add(self, gradient: Tensor, total: Tensor) -> None:
-        parts, size, keys = self.shape
-        if parts == 1:
-            self._span(total).add_(gradient[0])
-        elif not gradient.is_contiguous():
-            for part, its_gradient in enumerate(gradient):
-                total.narrow(0, self.low + part * size, keys).add_(its_gradient)
-        else:
-            unit, width = gcd(size, keys), total.shape[1]
-            index = torch.arange(parts)[:, None] * (size // unit) + torch.arange(keys // unit)
-            self._span(total).view(-1, unit, width).index_add_(
-                0, index.flatten(), gradient.view(-1, unit, width)
-            )
-
-    def _span(self, x: Tensor) -> Tensor:
-        parts, size, keys = self.shape
-        return x.narrow(0, self.low, (parts - 1) * size + keys)

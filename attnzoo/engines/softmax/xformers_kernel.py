@@ -49,24 +49,21 @@ def choose_bias(call: Call) -> Any:
 def why_not(engine: SoftmaxReference, call: Call) -> str | None:
     """Why this backend refuses the call, from static facts only; None when it takes it."""
     if call.q.device.type != "cuda":
-        return f"xformers needs tensors on a CUDA device, got {call.q.device.type}"
+        return f"it needs tensors on a CUDA device, got {call.q.device.type}"
     if call.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"xformers has no {call.q.dtype} kernel: use float16, bfloat16 or float32"
+        return f"it has no {call.q.dtype} kernel: use float16, bfloat16 or float32"
     if call.key_mask is not None or call.attn_mask is not None:
-        return (
-            "a key_mask or attn_mask would have to be laid out as a dense bias for xformers: leave "
-            "it to sdpa"
-        )
+        return "a key_mask or attn_mask would have to be laid out as a dense bias: leave it to sdpa"
     if "sink_logits" in call.inputs:
-        return "xformers has no place for sink_logits: leave them to sdpa"
+        return "it has no place for sink_logits: leave them to sdpa"
     if call.is_causal and call.offset < 0:
         return (
             f"query_length={call.query_length} is over key_length={call.key_length}: the first "
-            "rows see nothing, which xformers has no mask for"
+            "rows see nothing, which it has no mask for"
         )
     for name, width in (("head_dim", call.q.shape[3]), ("value_dim", call.v.shape[3])):
         if width % 8 or width > LARGEST_HEAD_DIM:
-            return f"{name}={width} must be a multiple of 8 up to {LARGEST_HEAD_DIM} for xformers"
+            return f"{name}={width} must be a multiple of 8 up to {LARGEST_HEAD_DIM}"
     return missing("xformers", "pip install 'attnzoo[cuda]'") or _no_operator()
 
 

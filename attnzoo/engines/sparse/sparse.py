@@ -1,6 +1,6 @@
 """Engine 2, sparse: softmax over the keys that a pattern shows, never laid out over n × n.
 
-`Sparse` takes any pattern. `Windowed` (windowed.py) and `BlockSparse` (block_sparse.py) have faster
+`Sparse` takes any pattern. `WindowSparse` (windows) and `BlockSparse` (blocks) have faster
 backends for windows and for whole blocks.
 """
 

@@ -10,7 +10,7 @@ from attnzoo.report.document import html_items, joined, results_document
 from attnzoo.report.quality.quality_figures import drawings
 from attnzoo.report.quality.quality_headlines import headlines
 from attnzoo.report.quality.quality_tables import embeds, sources, tables
-from attnzoo.texts.parts import SAID
+from attnzoo.texts.text_parts import SAID
 
 TITLE = "Which attention can be used where"
 LEAD = (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention import Attention, Spec
-from attnzoo.engines.sparse.block_sparse import BlockSparse
+from attnzoo.engines.sparse.blocks.block_sparse import BlockSparse
 from attnzoo.engines.sparse.patterns.block_patterns import BlockUnion, GlobalBlocks, WindowBlocks
 from attnzoo.engines.sparse.patterns.grid import Grid, padded
 from attnzoo.registry import register

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attnzoo.attention import Attention, Spec
 from attnzoo.registry import register
-from attnzoo.variants.flash.tiled import Tiled
+from attnzoo.variants.flash.flash_algorithm import FlashAlgorithm
 
 
 @register
@@ -46,4 +46,4 @@ class Flash(Attention):
         scale: float | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(heads, head_dim, Tiled(scale, block_size), backend=backend)
+        super().__init__(heads, head_dim, FlashAlgorithm(scale, block_size), backend=backend)

@@ -12,7 +12,7 @@ from attnzoo.arguments import check_set
 from attnzoo.eager import is_recorded, only_autograd_looks
 from attnzoo.engines.differentiable import is_followed, open_gradients
 from attnzoo.engines.engine import Cost, Shape
-from attnzoo.engines.joining import join
+from attnzoo.engines.piece_by_piece import join
 
 SHARING = ("none", "headwise", "key_value", "layerwise")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from attnzoo.attention import Attention, Spec
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.registry import register
-from attnzoo.variants.longformer.global_tokens import GLOBAL_MASK, OWN, WindowAndGlobals
+from attnzoo.variants.longformer.window_and_globals import GLOBAL_MASK, OWN, WindowAndGlobals
 
 
 @register
@@ -102,6 +102,13 @@ class Longformer(Attention):
                     f"{packed} must be a tuple of {'three' if count == 3 else 'two'} tensors: "
                     f"{', '.join(packed.removeprefix('global_'))} of the global tokens' rows"
                 )
+            for letter, x in zip("qkv", own, strict=False):
+                if not isinstance(x, Tensor) or (isinstance(k, Tensor) and x.dtype != k.dtype):
+                    found = f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+                    raise ValueError(
+                        f"{letter} in {packed} is of {found}; give a tensor of the dtype of q, k "
+                        f"and v, {getattr(k, 'dtype', 'a floating one')}"
+                    )
             inputs.update(zip((one.name for one in OWN), own, strict=False))
         if self.global_mask is not None and inputs.get("global_mask") is None:
             first = 0 if seen is None else seen

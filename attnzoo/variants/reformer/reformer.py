@@ -10,8 +10,8 @@ from attnzoo.arguments import check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call, UnsupportedError
 from attnzoo.registry import register
-from attnzoo.variants.reformer.hashed import Hashed
-from attnzoo.variants.reformer.hashing import AngularHash
+from attnzoo.variants.reformer.angular_hash import AngularHash
+from attnzoo.variants.reformer.bucket_softmax import BucketSoftmax
 
 
 @register
@@ -60,7 +60,7 @@ class Reformer(Attention):
         exact=True,
         data_dependent=True,
     )
-    engine: Hashed
+    engine: BucketSoftmax
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Reformer(Attention):
         super().__init__(
             heads,
             head_dim,
-            Hashed(hashing, chunk_size, share_qk=share_qk, scale=scale),
+            BucketSoftmax(hashing, chunk_size, share_qk=share_qk, scale=scale),
             backend=backend,
         )
         if share_qk:

@@ -29,14 +29,18 @@ from attnzoo.engines.softmax.softmax import softmax_cost
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.sparse import Sparse, from_first_real
 from attnzoo.variants.sparse_transformer import factorized_flash
-from attnzoo.variants.sparse_transformer.factorized_flash import shares_of
 from attnzoo.variants.sparse_transformer.factorized_layout import Near, Rows, shown
 from attnzoo.variants.sparse_transformer.factorized_patterns import ByHead, Factor, Strided
+from attnzoo.variants.sparse_transformer.factorized_shares import shares_of
 
 
 class Factorized(Sparse):
-    """Softmax over the union of two factors, `merged`, or over one of them in every head, in
-    turn."""
+    """Softmax over the keys that two factors show.
+
+    near, far: the factors
+    merged: whether every head sees the keys of both; else heads see those of one, in turn
+    scale, dropout: as in `SoftmaxReference`
+    """
 
     def __init__(
         self,
@@ -50,7 +54,7 @@ class Factorized(Sparse):
         self.factors, self.merged = (near, far), merged
 
     def heads_of(self, heads: int) -> list[tuple[tuple[Factor, ...], list[int]]]:
-        """Factors that heads see together, and these heads."""
+        """The factors that heads see together, and these heads."""
         if not isinstance(self.pattern, ByHead):
             return [(self.factors, list(range(heads)))]
         return [((factor,), own) for factor, own in self.pattern.heads_of(heads)]

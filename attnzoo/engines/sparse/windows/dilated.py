@@ -16,9 +16,9 @@ from torch import Tensor
 
 from attnzoo.call import Call, kv_heads_of
 from attnzoo.engines.engine import Shape
-from attnzoo.engines.sparse import windows
 from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.patterns.window import Window
+from attnzoo.engines.sparse.windows import window_plan
 
 AttendWindow = Callable[[Window, Call], Tensor]  # a window's A·v
 
@@ -147,7 +147,7 @@ def count_executed(pattern: Window, shape: Shape, columns: int = 0) -> int:
     plain, total = replace(pattern, dilation=1), 0
     for own in plain_shapes(pattern, shape):
         grid = Grid(own.heads, own.query_length, own.key_length, shape.is_causal)
-        pairs = windows.count_pairs(plain, grid) + grid.query_length * columns
+        pairs = window_plan.count_pairs(plain, grid) + grid.query_length * columns
         total += own.batch_size // shape.batch_size * own.heads * pairs
     return total
 

@@ -28,13 +28,17 @@ from attnzoo.engines.engine import (
     never_refuses,
 )
 from attnzoo.engines.exponential import exp_
-from attnzoo.engines.joining import join
+from attnzoo.engines.piece_by_piece import join
 from attnzoo.engines.softmax.reference import additive, reference
 from attnzoo.engines.softmax.softmax import Softmax
 
 
-class Tiled(Softmax):
-    """Softmax attention in tiles of block_size queries and block_size keys."""
+class FlashAlgorithm(Softmax):
+    """Softmax attention in tiles.
+
+    scale: as in `SoftmaxReference`
+    block_size: queries and keys of a tile
+    """
 
     counted_apart = True
 
@@ -100,7 +104,7 @@ class Tiles:
         return min(self.key_length, max(0, -(-(self.offset + rows.stop) // self.size) * self.size))
 
 
-def attend(engine: Tiled, call: Call) -> Tensor:
+def attend(engine: FlashAlgorithm, call: Call) -> Tensor:
     """A·v, (batch, heads, query_length, value_dim) in q's dtype."""
     scale = engine.scale_of(call.q)
     inputs = (call.q, call.k, call.v)
@@ -123,8 +127,12 @@ def attend(engine: Tiled, call: Call) -> Tensor:
 
 
 def _forward(call: Call, scale: float, size: int) -> tuple[Tensor, list[Tensor]]:
-    """Algorithm 1: the output, and L = log Σ_j exp(s_ij) of each block of rows, (batch, heads,
-    rows, 1), +inf for a row that sees no key."""
+    """Algorithm 1 (Dao 2023): the output, and of each block of rows L = log Σ_j exp(s_ij), (batch,
+    heads, rows, 1), +inf for a row that sees no key.
+
+    scale: of the scores
+    size: queries and keys of a tile
+    """
     tiles, dtype = (
         Tiles(size, int(call.query_length), int(call.key_length), call.is_causal),
         accumulation_dtype(call.q.dtype),
@@ -241,14 +249,14 @@ def _summed(x: Tensor, group: int) -> Tensor:
     return x if group == 1 else x.unflatten(1, (-1, group)).sum(2)
 
 
-def _why_not(engine: Tiled, call: Call) -> str | None:
+def _why_not(engine: FlashAlgorithm, call: Call) -> str | None:
     bias = additive(call)
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         return "a learned additive attn_mask gets no gradient from tiles"
     return None
 
 
-Tiled.backends = (
+FlashAlgorithm.backends = (
     Backend("tiled", attend, _why_not),
     Backend("reference", reference, never_refuses),
 )

@@ -14,19 +14,28 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines.joining import join, mask_of_heads, samples_at_a_time
+from attnzoo.engines.piece_by_piece import join, mask_of_heads, samples_at_a_time
 from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.reference import SoftmaxReference
 from attnzoo.engines.softmax.sdpa import attend_rows
-from attnzoo.engines.sparse import dilated, windows
+from attnzoo.engines.softmax.tile_pieces import Cap, Memory, Slices, cap
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.window import Window
+from attnzoo.engines.sparse.windows import dilated
+from attnzoo.engines.sparse.windows.overlapping_views import slices_of
+from attnzoo.engines.sparse.windows.window_plan import BLOCK, Rectangle, band, plan
+from attnzoo.engines.sparse.windows.window_slices import cut, logits_of_rows, with_logits
+from attnzoo.engines.sparse.windows.window_tiles import pieces_of_head
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Keys of every row: k, v: (batch, kv_heads, count, head_dim); real: (batch, count), False
-    where a sample has fewer; slots: (batch, count), where they stand among the keys."""
+    """Keys that every row sees.
+
+    k, v: (batch, kv_heads, count, d)
+    real: (batch, count) bool, False where a sample has fewer
+    slots: (batch, count), where they stand among the keys
+    """
 
     k: Tensor
     v: Tensor
@@ -38,8 +47,11 @@ class Columns:
         return self.k.shape[2]
 
     def in_classes(self, dilation: int, places: int) -> Columns:
-        """The same for every residue class, folded into the batch, with slots in places: those that
-        causality shows to the same rows."""
+        """The columns of a call whose positions are folded by residue modulo the dilation into the
+        batch. Their slots are places of a class, such that causality shows them to the same rows.
+
+        places: keys of a class
+        """
         k, v, real = (x.repeat_interleave(dilation, 0) for x in (self.k, self.v, self.real))
         classes = torch.arange(dilation, device=k.device)[:, None]
         rounded_up = torch.arange(places + 1, device=k.device).repeat_interleave(
@@ -78,14 +90,14 @@ def in_tiles(engine: SoftmaxReference, pattern: Window, call: Call, columns: Col
     real, slots = columns.real, columns.slots
     assert key_mask is not None
     k, v = torch.cat([call.k, columns.k], 2), torch.cat([call.v, columns.v], 2)
-    key_cap = tiles.cap(torch.cat([key_mask, real], 1), call.q)
+    key_cap = cap(torch.cat([key_mask, real], 1), call.q)
     table = slots if grid.is_causal else None
 
     frame = call.frame()
 
     def compute(q: Tensor, k: Tensor, v: Tensor, logits: Tensor | None) -> Tensor:
         (k, its_k), (v, its_v) = (x.split(lengths, 2) for x in (k, v))
-        near = windows.with_logits(frame(q, k, v), logits)
+        near = with_logits(frame(q, k, v), logits)
         return in_slices(engine, pattern, near, Columns(its_k, its_v, real, slots))
 
     of_heads = partial(_pieces, pattern, grid, columns.count)
@@ -101,10 +113,15 @@ def in_slices(engine: SoftmaxReference, pattern: Window, call: Call, columns: Co
 
 @dataclass(frozen=True)
 class _WithColumns:
-    """`slices` with the last `count` keys, the columns, beside every part. slots: theirs, where
-    causality hides some."""
+    """A piece (`tile_pieces.Piece`) of the window, and beside every part the columns, which are the
+    last `count` keys.
 
-    slices: tiles.Slices
+    offset: position of the first query
+    slots: of the columns, where causality hides some
+    like: of whose dtype the caps are
+    """
+
+    slices: Slices
     count: int
     offset: int
     slots: Tensor | None
@@ -116,7 +133,7 @@ class _WithColumns:
         return parts, size, keys + self.count
 
     @property
-    def caps(self) -> tuple[tiles.Cap, ...]:
+    def caps(self) -> tuple[Cap, ...]:
         if self.slots is None:
             return self.slices.caps
         parts, size, keys = self.slices.shape
@@ -125,13 +142,13 @@ class _WithColumns:
         )
         return (
             *self.slices.caps,
-            tiles.Cap(keys, keys + self.count, tiles.cap(self.slots <= positions, self.like)),
+            Cap(keys, keys + self.count, cap(self.slots <= positions, self.like)),
         )
 
     def rows(self, x: Tensor) -> Tensor:
         return self.slices.rows(x)
 
-    def keys(self, x: Tensor, name: str, memory: tiles.Memory) -> Tensor:
+    def keys(self, x: Tensor, name: str, memory: Memory) -> Tensor:
         parts, _, keys = self.shape
         fetched = memory(name, parts, keys, x.shape[1])
         fetched[:, : keys - self.count] = self.slices.keys(x, name, memory)
@@ -147,9 +164,13 @@ class _WithColumns:
 def _pieces(
     pattern: Window, grid: Grid, count: int, q: Tensor, slots: Tensor | None
 ) -> list[list[_WithColumns]]:
-    """Every head's pieces of the window with the columns; of every sample, where `slots` are
-    given."""
-    slices = windows.pieces(pattern, grid, q, count)
+    """The pieces of the window with the columns, for every head, or for every sample and head where
+    the samples have slots.
+
+    count: of columns
+    slots: (batch, count), of the columns, where causality hides some
+    """
+    slices = pieces_of_head(pattern, grid, q, count)
     of_samples = [None] if slots is None else slots.unbind()
     heads = []
     for its_slots in of_samples:
@@ -167,56 +188,34 @@ def _pieces(
 def _rows(
     engine: SoftmaxReference, pattern: Window, call: Call, columns: Columns, grid: Grid
 ) -> Iterator[Tensor]:
-    """The rows of every piece in order, by torch's SDPA: its keys with the columns beside them."""
-    found, pieces = windows.plan(pattern, grid), windows.edges(pattern, grid)
-    if found.blocks:
-        pieces = sorted([*pieces, *windows.middles(found, grid, call)])
-    spans = tuple((low, high) for _, _, low, high in pieces)
-    queries = call.q.split([end - first for first, end, _, _ in pieces], 2)
-    keys, values = windows.spans(call.k, spans), windows.spans(call.v, spans)
-    for (first, end, low, high), q, k, v in zip(pieces, queries, keys, values, strict=True):
-        middle = found.blocks > 0 and found.start <= first < found.stop
-        size, width = (windows.BLOCK, found.slice_length) if middle else (end - first, high - low)
-        yield _piece(
-            engine,
-            pattern,
-            replace(call, q=q, k=k, v=v),
-            columns,
-            grid,
-            (first, low),
-            (size, width),
-        )
+    """The rows of edges and whole blocks in order, by SDPA over their keys and the columns."""
+    found = plan(pattern, grid)
+    for rectangle, part in cut(pattern, grid, call):
+        first, end, low, high = rectangle
+        shape = (BLOCK, found.slice_length) if found.has(rectangle) else (end - first, high - low)
+        yield _beside_columns(engine, pattern, part, columns, grid, rectangle, shape)
 
 
-def _piece(
+def _beside_columns(
     engine: SoftmaxReference,
     pattern: Window,
     call: Call,
     columns: Columns,
     grid: Grid,
-    start: tuple[int, int],
+    rectangle: Rectangle,
     shape: tuple[int, int],
 ) -> Tensor:
-    """Consecutive rows, `size` to a part, against `width` keys each and the columns. call: its q, k
-    and v are the piece's.
-    start: the first row, and the first key. shape: size, width."""
-    (first, low), (size, width), (batch, heads, rows, head_dim) = start, shape, call.q.shape
+    """Consecutive rows in parts, each part against its own keys and the columns.
+
+    call: its q, k and v are those of the rows, its key_mask is of all keys
+    rectangle: where the rows and their keys stand
+    shape: rows and keys of a part; the keys of the next part begin as many rows later
+    """
+    (size, width), (batch, heads, rows, head_dim) = shape, call.q.shape
     parts, kv_heads = rows // size, call.k.shape[1]
-    device = call.q.device
-    positions = grid.offset + first + torch.arange(rows, device=device).view(parts, size, 1)
-    slots = (
-        low
-        + torch.arange(parts, device=device)[:, None, None] * size
-        + torch.arange(width, device=device)
-    )
-    near = windows.band(
-        pattern, grid, positions[0, :, 0], slots[0, 0]
-    )  # (size, width), the same in every part
-    q = (
-        call.q.reshape(batch, kv_heads, call.group, parts, size, head_dim)
-        .transpose(2, 3)
-        .flatten(3, 4)
-    )
+    q = call.q.reshape(batch, kv_heads, call.group, parts, size, head_dim)
+    q = q.transpose(2, 3).flatten(3, 4)
+    seen = partial(_seen, pattern, call.key_mask, columns, grid, rectangle, (parts, *shape))
     outs = []
     for some in samples_at_a_time(batch):
         k, v = (
@@ -229,25 +228,46 @@ def _piece(
             )
             for x, column in ((call.k, columns.k), (call.v, columns.v))
         )
-        real = columns.real[some]
-        visible = (
-            near.expand(real.shape[0], parts, -1, -1)
-            if call.key_mask is None
-            else near & call.key_mask[some][:, slots]
-        )
-        visible_columns = real[:, None, None].expand(-1, parts, size, -1)
-        if grid.is_causal:
-            visible_columns = visible_columns & (columns.slots[some][:, None, None] <= positions)
-        mask = mask_of_heads(
-            torch.cat([visible, visible_columns], 3).repeat(1, 1, call.group, 1), kv_heads
-        )
-        queries = q[some].flatten(0, 1)
-        logits = windows.logits_of_rows(replace(call, q=call.q[some]), size)
-        outs.append(attend_rows(engine, queries, k, v, mask, logits))
+        mask = mask_of_heads(seen(some).repeat(1, 1, call.group, 1), kv_heads)
+        logits = logits_of_rows(replace(call, q=call.q[some]), size)
+        outs.append(attend_rows(engine, q[some].flatten(0, 1), k, v, mask, logits))
     out = torch.cat(outs).unflatten(0, (-1, kv_heads))  # (batch, kv_heads, parts, group · size, d)
     return out.unflatten(3, (call.group, size)).transpose(2, 3).reshape(batch, heads, rows, -1)
 
 
+def _seen(
+    pattern: Window,
+    key_mask: Tensor | None,
+    columns: Columns,
+    grid: Grid,
+    rectangle: Rectangle,
+    shape: tuple[int, int, int],
+    some: slice,
+) -> Tensor:
+    """Which of their keys and of the columns the rows of some samples see, (samples, parts, rows,
+    keys + columns) bool.
+
+    shape: parts, rows of each, keys of each
+    some: the samples
+    """
+    (parts, size, width), device = shape, columns.slots.device
+    rows = torch.arange(parts * size, device=device).view(parts, size, 1)
+    positions = grid.offset + rectangle.first + rows
+    starts = torch.arange(parts, device=device)[:, None, None] * size
+    slots = rectangle.low + starts + torch.arange(width, device=device)
+    near = band(pattern, grid, positions[0, :, 0], slots[0, 0])  # (size, width), as in every part
+    real = columns.real[some]
+    seen = (
+        near.expand(real.shape[0], parts, -1, -1)
+        if key_mask is None
+        else near & key_mask[some][:, slots]
+    )
+    seen_columns = real[:, None, None].expand(-1, parts, size, -1)
+    if grid.is_causal:
+        seen_columns = seen_columns & (columns.slots[some][:, None, None] <= positions)
+    return torch.cat([seen, seen_columns], 3)
+
+
 def _slices(x: Tensor, width: int, size: int, parts: int) -> Tensor:
     """(kv_heads, keys, d) -> (kv_heads, parts, width, d), views `size` keys apart."""
-    return x[:, None] if parts == 1 else windows.slices_of(x, width)
+    return x[:, None] if parts == 1 else slices_of(x, width)

@@ -21,12 +21,13 @@ from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes, never_refus
 from attnzoo.engines.softmax.reference import reference, visible, weights_of
 from attnzoo.engines.softmax.sdpa import sdpa
 from attnzoo.engines.softmax.softmax import softmax_cost
-from attnzoo.engines.sparse import dense, dilated
-from attnzoo.engines.sparse.columns import Columns
+from attnzoo.engines.sparse import dense
 from attnzoo.engines.sparse.global_cache import GlobalCache
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.window import Window
-from attnzoo.engines.sparse.windowed import Windowed
+from attnzoo.engines.sparse.windows import dilated
+from attnzoo.engines.sparse.windows.columns import Columns
+from attnzoo.engines.sparse.windows.window_sparse import WindowSparse
 from attnzoo.sequences.padding import fetched, first_real, slots_of
 from attnzoo.spec import Input
 
@@ -82,7 +83,7 @@ def _plain(call: Call) -> Call:
     return call.over(call.q, call.k, call.v, call.key_mask)
 
 
-class WindowAndGlobals(Windowed):
+class WindowAndGlobals(WindowSparse):
     """Softmax over a window and the global tokens: those of the call's global_mask, and the first
     `global_tokens` real ones of every sample."""
 
@@ -232,7 +233,7 @@ def _dense_why_not(engine: WindowAndGlobals, call: Call) -> str | None:
     return dense.why_not(engine, call)
 
 
-_, *_FAST, _ = Windowed.backends
+_, *_FAST, _ = WindowSparse.backends
 WindowAndGlobals.backends = (
     Backend("dense", dense.attend, _dense_why_not),
     *_FAST,

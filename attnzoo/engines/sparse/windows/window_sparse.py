@@ -15,22 +15,17 @@ from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.softmax.reference import REFERENCE, SINK_LOGITS
 from attnzoo.engines.softmax.softmax import softmax_cost
-from attnzoo.engines.sparse import (
-    columns,
-    dense,
-    dilated,
-    flex,
-    windows,
-)
-from attnzoo.engines.sparse.columns import Columns
+from attnzoo.engines.sparse import dense, flex
 from attnzoo.engines.sparse.global_cache import GlobalCache
 from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.sparse import Sparse
+from attnzoo.engines.sparse.windows import columns, dilated, window_slices, window_tiles
+from attnzoo.engines.sparse.windows.columns import Columns
 from attnzoo.sequences.padding import fetched, first_real, slots_of
 
 
-class Windowed(Sparse):
+class WindowSparse(Sparse):
     """Softmax attention over a window.
 
     Its backends in order: `dense`, one SDPA call, where the window hides nothing; `tiles`, a few
@@ -130,30 +125,30 @@ def with_sinks(call: Call, count: int) -> tuple[Call, Columns]:
     )
 
 
-def _in_tiles(engine: Windowed, call: Call) -> Tensor:
+def _in_tiles(engine: WindowSparse, call: Call) -> Tensor:
     def attend_heads(window: Window, part: Call) -> Tensor:
         near, beside = engine.columns_of(part)
         if beside is None:
-            return dilated.of_one_dilation(window, near, partial(windows.in_tiles, engine))
+            return dilated.of_one_dilation(window, near, partial(window_tiles.in_tiles, engine))
         return columns.attend_dilated(engine, window, near, beside, columns.in_tiles)
 
     return engine.finished(call, dilated.by_dilation(engine.pattern, call, attend_heads))
 
 
-def _in_slices(engine: Windowed, call: Call) -> Tensor:
+def _in_slices(engine: WindowSparse, call: Call) -> Tensor:
     def attend_heads(window: Window, part: Call) -> Tensor:
-        return dilated.of_one_dilation(window, part, partial(windows.in_slices, engine))
+        return dilated.of_one_dilation(window, part, partial(window_slices.in_slices, engine))
 
     return dilated.by_dilation(engine.pattern, call, attend_heads)
 
 
-def _slices_why_not(engine: Windowed, call: Call) -> str | None:
+def _slices_why_not(engine: WindowSparse, call: Call) -> str | None:
     if engine.has_columns(call):
         return "it has no keys that every row sees (sinks, global tokens); `columns` has"
     return None
 
 
-def _with_columns(engine: Windowed, call: Call) -> Tensor:
+def _with_columns(engine: WindowSparse, call: Call) -> Tensor:
     def attend_heads(window: Window, part: Call) -> Tensor:
         near, beside = engine.columns_of(part)
         assert beside is not None
@@ -162,27 +157,27 @@ def _with_columns(engine: Windowed, call: Call) -> Tensor:
     return engine.finished(call, dilated.by_dilation(engine.pattern, call, attend_heads))
 
 
-def _columns_why_not(engine: Windowed, call: Call) -> str | None:
+def _columns_why_not(engine: WindowSparse, call: Call) -> str | None:
     if engine.has_columns(call):
         return None
     return "it is for keys that every row sees (sinks, global tokens), and there are none"
 
 
-def _by_flex(engine: Windowed, call: Call) -> Tensor:
+def _by_flex(engine: WindowSparse, call: Call) -> Tensor:
     def attend_plain(window: Window, part: Call) -> Tensor:
         return flex.attend(engine, window, part)
 
     return dilated.attend(engine.pattern, call, attend_plain)
 
 
-def _flex_why_not(engine: Windowed, call: Call) -> str | None:
+def _flex_why_not(engine: WindowSparse, call: Call) -> str | None:
     reason = flex.why_not(engine, call, max(engine.pattern.dilations))
     if reason is None and (engine.has_columns(call) or "sink_logits" in call.inputs):
         return "its tables have no keys that every row sees, and its softmax no sink logits"
     return reason
 
 
-Windowed.backends = (
+WindowSparse.backends = (
     Backend("dense", dense.attend, dense.why_not),
     Backend("tiles", _in_tiles, tiles.why_not),
     Backend("windows", _in_slices, _slices_why_not),

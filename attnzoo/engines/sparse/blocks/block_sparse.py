@@ -11,7 +11,13 @@ from attnzoo.engines.engine import Cost, Shape
 from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.reference import REFERENCE
 from attnzoo.engines.softmax.softmax import softmax_cost
-from attnzoo.engines.sparse import blocks, dense, flex
+from attnzoo.engines.sparse import dense, flex
+from attnzoo.engines.sparse.blocks import (
+    block_layout,
+    block_tiles,
+    gathered_blocks,
+    ragged_blocks,
+)
 from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
 from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.sparse import Sparse, from_first_real
@@ -34,16 +40,16 @@ class BlockSparse(Sparse):
     def layout(self, heads: int, queries: int, keys: int, is_causal: bool) -> Hashable:
         """Two layers' random blocks differ; what is computed with them need not."""
         grid = Grid(heads, queries, keys, is_causal)
-        tables = len(blocks.sorted_key_blocks(self.pattern, grid))
-        return self.pattern.block_size, tables, tuple(blocks.runs(self.pattern, grid))
+        tables = len(block_layout.sorted_key_blocks(self.pattern, grid))
+        return self.pattern.block_size, tables, tuple(block_layout.runs(self.pattern, grid))
 
     def sparse_cost(self, shape: Shape, grid: Grid) -> Cost:
-        executed, support = blocks.count_pairs(self.pattern, grid)
+        executed, support = block_layout.count_pairs(self.pattern, grid)
         return softmax_cost(shape, executed, support, self.pattern.remembers)
 
 
 def _in_tiles(engine: BlockSparse, call: Call) -> Tensor:
-    return blocks.in_tiles(engine, engine.pattern, call)
+    return block_tiles.in_tiles(engine, engine.pattern, call)
 
 
 def _tiles_why_not(engine: BlockSparse, call: Call) -> str | None:
@@ -51,7 +57,7 @@ def _tiles_why_not(engine: BlockSparse, call: Call) -> str | None:
 
 
 def _in_gathered(engine: BlockSparse, call: Call) -> Tensor:
-    return blocks.in_gathered(engine, engine.pattern, call)
+    return gathered_blocks.in_gathered(engine, engine.pattern, call)
 
 
 def _one_table_why_not(engine: BlockSparse, call: Call) -> str | None:
@@ -62,7 +68,7 @@ def _one_table_why_not(engine: BlockSparse, call: Call) -> str | None:
 
 
 def _in_tables_of_samples(engine: BlockSparse, call: Call) -> Tensor:
-    return blocks.in_tables_of_samples(engine, engine.pattern, call)
+    return ragged_blocks.in_tables_of_samples(engine, engine.pattern, call)
 
 
 def _ragged_why_not(engine: BlockSparse, call: Call) -> str | None:

@@ -1,0 +1,145 @@
+"""Which key blocks every query block sees, in runs of equally many; q, k and v in whole blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from attnzoo.call import Call
+from attnzoo.eager import unrecorded
+from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern, block_limit, distinct
+from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive query blocks that see equally many key blocks.
+
+    first, end: of these blocks, counted from the first that holds a query
+    width: key blocks that each sees
+    sees_all: whether they see every key
+    tail: whether some of them see the last key block, and it is partly filled
+    """
+
+    first: int
+    end: int
+    width: int
+    sees_all: bool
+    tail: bool
+
+
+def runs(pattern: BlockPattern, grid: Grid) -> list[Run]:
+    """The query blocks of a call in runs."""
+    return [
+        Run(*fields)
+        for fields in _constant_runs(
+            pattern, grid.heads, grid.query_length, grid.key_length, grid.is_causal
+        )
+    ]
+
+
+def _constant_runs(
+    pattern: BlockPattern, heads: int, query_length: int, key_length: int, is_causal: bool
+) -> tuple[tuple, ...]:
+    """The fields of every run. A compiled or exported graph takes the answer as a constant: it
+    depends on sizes and the seed only."""
+    with unrecorded():
+        return _fields_of_runs(pattern, Grid(heads, query_length, key_length, is_causal, "cpu"))
+
+
+# What torch.compiler.assume_constant_result sets; calling it here would import the compiler, a
+# second, for everyone.
+_constant_runs._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@lru_cache(maxsize=256)
+def _fields_of_runs(pattern: BlockPattern, grid: Grid) -> tuple[tuple, ...]:
+    blocks = sorted_key_blocks(pattern, grid)
+    last = grid.num_key_blocks(pattern.block_size) - 1
+    # When causal, only the diagonal block meets the ragged end.
+    ragged = grid.key_length % pattern.block_size > 0 and not grid.is_causal
+    widths = (blocks <= last).sum(-1)[0]
+    sees_all = (
+        torch.zeros_like(widths, dtype=torch.bool) if grid.is_causal else pattern.sees_all(grid)[0]
+    )
+    tail = (blocks == last).any(-1).any(0).long() * int(ragged)
+    fields = torch.stack([torch.where(sees_all, last + 1, widths), sees_all.long(), tail], 1)
+    distinct_fields, lengths = fields.unique_consecutive(dim=0, return_counts=True)
+    ends = lengths.cumsum(0)
+    rows = zip((ends - lengths).tolist(), ends.tolist(), distinct_fields.tolist(), strict=True)
+    return tuple(
+        (first, end, width, bool(full), bool(tail)) for first, end, (width, full, tail) in rows
+    )
+
+
+def sorted_key_blocks(pattern: BlockPattern, grid: Grid) -> Tensor:
+    """Distinct key blocks of each query block in ascending order, (heads or 1, query_blocks,
+    width). Places without a block hold a number past every block."""
+    return distinct(pattern.key_blocks(grid), block_limit(grid, pattern.block_size))
+
+
+def count_pairs(pattern: BlockPattern, grid: Grid) -> tuple[int, int]:
+    """(head, query, key) triples of one sample: those computed, and those visible."""
+    size, computed = pattern.block_size, 0
+    for run in runs(pattern, grid):
+        keys = grid.key_length if run.sees_all else run.width * size
+        computed += grid.heads * (run.end - run.first) * size * keys
+    return computed, _count_visible(pattern, grid)
+
+
+def _count_visible(pattern: BlockPattern, grid: Grid) -> int:
+    """Visible (head, query, key) triples of one sample."""
+    size, last = pattern.block_size, grid.num_key_blocks(pattern.block_size) - 1
+    tail = grid.key_length - last * size
+    blocks = sorted_key_blocks(pattern, grid)
+    keys = ((blocks < last) * size + (blocks == last) * tail).sum(-1)  # (heads or 1, query_blocks)
+    rows = grid.query_blocks(size)
+    first = (rows * size).clamp(min=grid.offset)
+    end = (rows * size + size).clamp(max=grid.key_length)
+    if grid.is_causal:
+        # Keys of the diagonal block that the block's last query sees.
+        own = (end - rows * size).clamp(min=0)
+        behind = keys - torch.where(rows == last, tail, size) * (rows >= 0)
+        count = (end - first) * behind + (
+            own * (own + 1) - (first - rows * size) * (first - rows * size + 1)
+        ) // 2 * (rows >= 0)
+    else:
+        count = (end - first) * torch.where(pattern.sees_all(grid), grid.key_length, keys)
+    return int(count.sum()) * (grid.heads // blocks.shape[0])
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """q, k and v padded to whole blocks.
+
+    q: (batch, heads, query_blocks · size, head_dim)
+    k, v: (batch, kv_heads, key_blocks · size, d)
+    size: positions of a block
+    ahead: empty rows before the first query
+    spare: empty slots at the end
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    size: int
+    ahead: int
+    spare: int
+
+    @classmethod
+    def of(cls, pattern: BlockPattern, call: Call) -> LaidOut:
+        grid, size = grid_of(call), pattern.block_size
+        ahead, spare = grid.offset % size, -grid.key_length % size
+        k, v = (_pad(x, 0, spare) for x in (call.k, call.v))
+        return cls(_pad(call.q, ahead, spare), k, v, size, ahead, spare)
+
+    def rows(self, out: Tensor, call: Call) -> Tensor:
+        """The rows of the call's queries."""
+        return out[:, :, self.ahead : self.ahead + int(call.query_length)]
+
+
+def _pad(x: Tensor, before: int, after: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 0, before, after)) if before or after else x

@@ -1,0 +1,105 @@
+"""Backend `tiles` of blocks: blocks of queries with the blocks of keys that they see, a few at a
+time in memory that stays in a CPU's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from attnzoo.call import Call
+from attnzoo.engines.softmax import tiles
+from attnzoo.engines.softmax.reference import SoftmaxReference
+from attnzoo.engines.softmax.tile_pieces import Cap, Memory, Piece, Slices, cap, parts_at_a_time
+from attnzoo.engines.sparse.blocks.block_layout import LaidOut, Run, runs, sorted_key_blocks
+from attnzoo.engines.sparse.blocks.gathered_blocks import head_by_head
+from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
+from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
+
+
+def in_tiles(engine: SoftmaxReference, pattern: BlockPattern, call: Call) -> Tensor:
+    """A·v for a block pattern, (batch, heads, query_length, value_dim)."""
+    grid, key_mask, laid_out = grid_of(call), call.key_mask, LaidOut.of(pattern, call)
+    found, size = runs(pattern, grid), laid_out.size
+    ahead, spare = laid_out.ahead, laid_out.spare
+    filled = key_mask
+    if key_mask is None and any(run.tail for run in found):
+        filled = torch.ones(1, grid.key_length, dtype=torch.bool)
+    key_cap = None
+    if filled is not None:
+        key_cap = cap(torch.nn.functional.pad(filled, (0, spare)), call.q)
+
+    frame = call.frame()  # and not the call: autograd holds `compute`, which would hold its tensors
+
+    def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
+        real = frame(q, k[:, :, : grid.key_length], v[:, :, : grid.key_length])
+        return head_by_head(engine, real, LaidOut(q, k, v, size, ahead, spare), blocks, found)
+
+    pieces = partial(_pieces, pattern.block_size, grid, found)
+    blocks = sorted_key_blocks(pattern, grid)
+    q, k, v = laid_out.q, laid_out.k, laid_out.v
+    return laid_out.rows(tiles.attend(engine, q, k, v, key_cap, blocks, pieces, compute), call)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A piece (`tile_pieces.Piece`) of consecutive blocks of rows, whose keys are fetched.
+
+    first: its first row
+    shape: blocks of rows, rows of each, keys of each
+    chosen: the blocks of keys, those of every block of rows one after the other
+    """
+
+    first: int
+    shape: tuple[int, int, int]
+    chosen: Tensor
+    caps: tuple[Cap, ...]
+
+    def rows(self, x: Tensor) -> Tensor:
+        parts, size, _ = self.shape
+        return x.narrow(0, self.first, parts * size).view(parts, size, x.shape[1])
+
+    def keys(self, x: Tensor, name: str, memory: Memory) -> Tensor:
+        parts, size, keys = self.shape
+        fetched = memory(name, len(self.chosen), size, x.shape[1])
+        torch.index_select(x.view(-1, size, x.shape[1]), 0, self.chosen, out=fetched)
+        return fetched.view(parts, keys, x.shape[1])
+
+    def add(self, gradient: Tensor, total: Tensor) -> None:
+        size, width = self.shape[1], total.shape[1]
+        total.view(-1, size, width).index_add_(0, self.chosen, gradient.view(-1, size, width))
+
+
+def _pieces(
+    size: int, grid: Grid, found: list[Run], q: Tensor, blocks: Tensor | None
+) -> list[list[Piece]]:
+    """The pieces of every head; heads that draw nothing of their own share theirs.
+
+    size: positions of a block
+    blocks: (heads or 1, query_blocks, width), the key blocks of each query block
+    """
+    assert blocks is not None
+    diagonal = cap(torch.ones(size, size, dtype=torch.bool).tril(), q)
+
+    def of_head(blocks: Tensor) -> Iterator[Piece]:
+        for run in found:
+            keys = grid.key_length if run.sees_all else run.width * size
+            caps = (Cap(keys - size, keys, diagonal),) if grid.is_causal and keys else ()
+            together = parts_at_a_time(size, max(1, keys), 1 if run.sees_all else None)
+            for start in range(run.first, run.end, together):
+                end = min(start + together, run.end)
+                if run.sees_all or not keys:
+                    yield Slices(start * size, (1, (end - start) * size, keys), 0)
+                else:
+                    yield Gathered(
+                        start * size,
+                        (end - start, size, keys),
+                        blocks[start:end, : run.width].flatten(),
+                        caps,
+                    )
+
+    pieces = [list(of_head(own)) for own in blocks]
+    return pieces if len(pieces) == grid.heads else pieces * grid.heads

@@ -1,0 +1,1 @@
+"""Windows: the engine, where its rows and keys stand, and each way to compute them."""

@@ -1,0 +1,153 @@
+"""Backend `windows`: every block of queries reads one slice of the keys by SDPA. All slices are
+views of one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attnzoo.call import Call
+from attnzoo.engines.piece_by_piece import at_a_time, join, mask_of_heads, samples_at_a_time
+from attnzoo.engines.softmax.reference import SINK_LOGITS, SoftmaxReference
+from attnzoo.engines.softmax.sdpa import attend_rows, sdpa
+from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
+from attnzoo.engines.sparse.patterns.window import Window
+from attnzoo.engines.sparse.windows.overlapping_views import slices_of, spans_of
+from attnzoo.engines.sparse.windows.window_plan import BLOCK, Plan, Rectangle, band, edges, plan
+
+SLICED = 2**21  # numbers in the gradient of the slices that are held at a time
+
+
+def in_slices(engine: SoftmaxReference, pattern: Window, call: Call) -> Tensor:
+    """A·v for a plain window, (batch, heads, query_length, value_dim): the first edge, the whole
+    blocks, the last edge. The call may have sink logits."""
+    grid = grid_of(call)
+    found = plan(pattern, grid)
+
+    def rows() -> Iterator[Tensor]:
+        for rectangle, part in cut(pattern, grid, call):
+            if found.has(rectangle):
+                yield _middle(engine, pattern, part, grid, rectangle.low)
+            else:
+                yield _edge(engine, pattern, part, grid, rectangle)
+
+    return join(rows(), call.query_length, 2)
+
+
+def cut(pattern: Window, grid: Grid, call: Call) -> Iterator[tuple[Rectangle, Call]]:
+    """The edges and the whole blocks of a call in the order of their rows, each with the call of
+    its own q, k and v."""
+    found, rectangles = plan(pattern, grid), edges(pattern, grid)
+    if found.blocks:
+        rectangles = sorted([*rectangles, *_middles(found, grid, call)])
+    ends = tuple((one.low, one.high) for one in rectangles)
+    queries = call.q.split([one.end - one.first for one in rectangles], 2)
+    parts = zip(rectangles, queries, spans_of(call.k, ends), spans_of(call.v, ends), strict=True)
+    for rectangle, q, k, v in parts:
+        yield rectangle, replace(call, q=q, k=k, v=v)
+
+
+def _middles(found: Plan, grid: Grid, call: Call) -> list[Rectangle]:
+    """The whole blocks. With gradients they come some at a time, since those of their slices are
+    several times longer than the keys."""
+    sliced = call.k.shape[0] * call.k.shape[1] * found.slice_length * call.k.shape[3]
+    together = (
+        at_a_time(found.blocks, sliced, SLICED, call.k) if torch.is_grad_enabled() else found.blocks
+    )
+    rectangles = []
+    for first in range(found.start, found.stop, together * BLOCK):
+        end, low = min(first + together * BLOCK, found.stop), grid.offset + first - found.before
+        high = low + end - first - BLOCK + found.slice_length
+        rectangles.append(Rectangle(first, end, low, high))
+    return rectangles
+
+
+def _edge(
+    engine: SoftmaxReference,
+    pattern: Window,
+    call: Call,
+    grid: Grid,
+    rectangle: Rectangle,
+) -> Tensor:
+    """The rows of an edge over all its keys.
+
+    call: its q, k and v are those of the edge, its key_mask is of all keys
+    """
+    first, end, low, high = rectangle
+    q, k, v, logits = call.q, call.k, call.v, call.get("sink_logits")
+    if low == high:
+        return q.new_zeros(*q.shape[:3], v.shape[3])
+    key_mask = None if call.key_mask is None else call.key_mask[:, None, None, low:high]
+    seen_by_first = grid.offset + first + (1 if grid.is_causal else pattern.window) >= high
+    seen_by_last = grid.offset + end - 1 - pattern.window < low
+    if seen_by_first and seen_by_last:
+        return attend_rows(engine, q, k, v, key_mask, logits)
+    square = grid.offset + first == low and end - first == high - low
+    if grid.is_causal and square and seen_by_last and key_mask is None and logits is None:
+        return sdpa(engine, q, k, v, is_causal=True)
+    mask = band(
+        pattern,
+        grid,
+        torch.arange(grid.offset + first, grid.offset + end, device=q.device),
+        torch.arange(low, high, device=q.device),
+    )
+    mask = mask[None, None] if key_mask is None else mask & key_mask
+    return attend_rows(engine, q, k, v, mask, logits)
+
+
+def _middle(engine: SoftmaxReference, pattern: Window, call: Call, grid: Grid, low: int) -> Tensor:
+    """Consecutive whole blocks by one SDPA call: (batch · kv_heads, blocks, group · BLOCK, d)
+    against a slice of the keys each.
+
+    call: its q, k and v are those of the blocks, its key_mask is of all keys
+    low: the first of these keys
+    """
+    found, q, k, v = plan(pattern, grid), call.q, call.k, call.v
+    near = band(
+        pattern,
+        grid,
+        torch.arange(BLOCK, device=q.device) + found.before,
+        torch.arange(found.slice_length, device=q.device),
+    )
+    near = near.repeat(call.group, 1)[None, None]
+    if call.key_mask is None:
+        return _slices(engine, call, near, found.slice_length)
+    own = call.key_mask[:, low : low + k.shape[2]]
+    masks = own.unfold(1, found.slice_length, BLOCK)[:, :, None]  # (batch, blocks, 1, slice)
+    outs = []
+    for some in samples_at_a_time(q.shape[0]):
+        mask = mask_of_heads(near & masks[some], k.shape[1])
+        part = replace(call, q=q[some], k=k[some], v=v[some])
+        outs.append(_slices(engine, part, mask, found.slice_length))
+    return torch.cat(outs)
+
+
+def _slices(engine: SoftmaxReference, call: Call, mask: Tensor, slice_length: int) -> Tensor:
+    """A·v of whole blocks under `mask`, broadcastable to (batch · kv_heads, blocks, group · BLOCK,
+    slice_length)."""
+    batch, heads, rows, head_dim = call.q.shape
+    kv_heads, group = call.k.shape[1], call.group
+    q = call.q.reshape(batch * kv_heads, group, -1, BLOCK, head_dim).transpose(1, 2).flatten(2, 3)
+    k, v = (slices_of(x.flatten(0, 1), slice_length) for x in (call.k, call.v))
+    logits = logits_of_rows(call, BLOCK)
+    out = attend_rows(engine, q, k, v, mask, logits, every_row_sees=call.key_mask is None)
+    out = out.unflatten(2, (group, BLOCK)).transpose(1, 2)
+    return out.reshape(batch, heads, rows, call.v.shape[3])
+
+
+def with_logits(call: Call, logits: Tensor | None) -> Call:
+    """The call with these sink logits, where there are some."""
+    return call if logits is None else call.giving(SINK_LOGITS, logits)
+
+
+def logits_of_rows(call: Call, size: int) -> Tensor | None:
+    """The call's sink logits for `size` rows of every head that shares a key head,
+    (batch · kv_heads, 1, group · size, 1)."""
+    logits = call.get("sink_logits")
+    if logits is None:
+        return None
+    of_rows = logits.view(-1, call.group).repeat_interleave(size, 1)
+    return of_rows[:, None, :, None].repeat(call.q.shape[0], 1, 1, 1)

@@ -1,0 +1,83 @@
+"""Backend `tiles` of a window: its edges, and its blocks with one slice of the keys each, computed
+in memory that stays in a CPU's cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnzoo.call import Call
+from attnzoo.engines.softmax import tile_pieces, tiles
+from attnzoo.engines.softmax.reference import SoftmaxReference
+from attnzoo.engines.softmax.tile_pieces import Cap, Slices, cap, parts_at_a_time
+from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
+from attnzoo.engines.sparse.patterns.window import Window
+from attnzoo.engines.sparse.windows.window_plan import BLOCK, band, edges, plan
+from attnzoo.engines.sparse.windows.window_slices import in_slices, with_logits
+
+
+def in_tiles(engine: SoftmaxReference, pattern: Window, call: Call) -> Tensor:
+    """A·v for a plain window, (batch, heads, query_length, value_dim). The call may have sink
+    logits."""
+    grid = grid_of(call)
+    frame = call.frame()  # and not the call: autograd holds `compute`, which would hold its tensors
+    key_cap = None if call.key_mask is None else cap(call.key_mask, call.q)
+
+    def compute(q: Tensor, k: Tensor, v: Tensor, logits: Tensor | None) -> Tensor:
+        return in_slices(engine, pattern, with_logits(frame(q, k, v), logits))
+
+    def of_heads(q: Tensor, _: Tensor | None) -> list[list[Slices]]:
+        return [pieces_of_head(pattern, grid, q)] * grid.heads
+
+    return tiles.attend(
+        engine, call.q, call.k, call.v, key_cap, None, of_heads, compute, call.get("sink_logits")
+    )
+
+
+def pieces_of_head(pattern: Window, grid: Grid, q: Tensor, more: int = 0) -> list[Slices]:
+    """The edges of one head, some rows at a time, and its whole blocks, some blocks at a time.
+
+    q: of whose dtype the caps are
+    more: keys that each row will get beside these
+    """
+    found, slices, offset = plan(pattern, grid), [], grid.offset
+    for first, end, low, high in edges(pattern, grid):
+        rows = max(BLOCK, tile_pieces.SCORES // max(1, high - low + more))
+        for start in range(first, end, rows):
+            stop = min(start + rows, end)
+            caps = _caps(pattern, grid, (offset + start, offset + stop), (low, high), q)
+            slices.append(Slices(start, (1, stop - start, high - low), low, caps))
+    caps = _caps(pattern, grid, (found.before, found.before + BLOCK), (0, found.slice_length), q)
+    together = parts_at_a_time(BLOCK, found.slice_length + more)
+    for block in range(0, found.blocks, together):
+        first, blocks = found.start + block * BLOCK, min(together, found.blocks - block)
+        slices.append(
+            Slices(first, (blocks, BLOCK, found.slice_length), offset + first - found.before, caps)
+        )
+    return slices
+
+
+def _caps(
+    pattern: Window, grid: Grid, rows: tuple[int, int], keys: tuple[int, int], like: Tensor
+) -> tuple[Cap, ...]:
+    """What hides keys from rows. The keys in the middle, which every row sees, need no cap.
+
+    rows, keys: positions from..to
+    like: of whose dtype the caps are
+    """
+    low, high = keys
+    seen_from, seen_to = (
+        rows[1] - pattern.window,
+        rows[0] + (1 if grid.is_causal else pattern.window),
+    )
+    spans = (
+        [(low, min(seen_from, high)), (max(seen_to, low), high)]
+        if seen_from < seen_to
+        else [(low, high)]
+    )
+    bands = [
+        (a - low, b - low, band(pattern, grid, torch.arange(*rows), torch.arange(a, b)))
+        for a, b in spans
+        if a < b
+    ]
+    return tuple(Cap(a, b, cap(band, like)) for a, b, band in bands)

@@ -1,0 +1,99 @@
+"""The softmax engine of Reformer: a query sees the keys that hash to its bucket."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attnzoo.arguments import check_positive
+from attnzoo.call import Call
+from attnzoo.engines.engine import (
+    Backend,
+    Cost,
+    Shape,
+    causal_pairs,
+    never_refuses,
+)
+from attnzoo.engines.softmax.reference import reference, weights_of
+from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
+from attnzoo.variants.reformer.angular_hash import AngularHash
+from attnzoo.variants.reformer.bucket_rows import (
+    chunks_of,
+    heads_of,
+    own_is_real,
+    positions_of,
+    with_unit_keys,
+)
+from attnzoo.variants.reformer.bucket_tiles import Sizes, attend
+from attnzoo.variants.reformer.hash_chunks import (
+    near,
+)
+
+
+class BucketSoftmax(Softmax):
+    """Query i sees the keys of its bucket in its own and the neighbouring chunks, in any hash
+    round, and the key at its own position.
+
+    hashing: names the buckets
+    chunk_size: keys of a chunk
+    share_qk: keys are queries: they are scaled to length 1, and a query sees its own only when it
+        sees nothing else
+    scale: of the scores; default 1/sqrt(head_dim), with share_qk 1
+    """
+
+    def __init__(
+        self, hashing: AngularHash, chunk_size: int, *, share_qk: bool, scale: float | None
+    ) -> None:
+        super().__init__(1.0 if share_qk and scale is None else scale)
+        self.hashing = hashing
+        self.chunk_size, self.share_qk = check_positive("chunk_size", chunk_size), share_qk
+
+    def support(self, call: Call) -> Tensor:
+        """Which keys every query sees, (batch, heads, query_length, key_length) bool. Memory is
+        quadratic in the length."""
+        chunks = chunks_of(self.hashing, self.chunk_size, call)
+        distance = positions_of(call)[:, None] - torch.arange(call.key_length, device=call.q.device)
+        own = (distance == 0) & own_is_real(call)
+        seen = torch.zeros_like(own)
+        for of_query, of_key in zip(chunks.queries.unbind(-2), chunks.keys.unbind(-2), strict=True):
+            seen = seen | near(of_query, of_key, call.is_causal)
+        seen = seen & (distance > 0 if call.is_causal else distance != 0)
+        return heads_of(seen | (own & ~seen.any(-1, keepdim=True) if self.share_qk else own), call)
+
+    def matrix(self, call: Call) -> Tensor:
+        return weights_of(self, with_unit_keys(call) if self.share_qk else call, self.support(call))
+
+    def cost(self, shape: Shape) -> Cost:
+        rows = shape.query_length * (shape.heads // shape.kv_heads)
+        sizes = Sizes.of(
+            rows, shape.key_length, self.hashing.num_buckets, self.chunk_size, shape.is_causal
+        )
+        heads, rounds = shape.batch_size * shape.kv_heads, self.hashing.num_hashes
+        scores = rounds * sizes.query_tiles * sizes.queries * sizes.seen_tiles * sizes.keys
+        most = 1 + rounds * self.chunk_size * sizes.seen_tiles
+        support = shape.query_length * min(most, shape.key_length)
+        if shape.is_causal:
+            hidden = (
+                causal_pairs(shape.query_length, shape.key_length - most)
+                if shape.key_length > most
+                else 0
+            )
+            support = causal_pairs(shape.query_length, shape.key_length) - hidden
+        cost = softmax_cost(shape, shape.kv_heads * scores, shape.heads * support, None)
+        merging = heads * rows * (2 * rounds + shape.head_dim + (0 if self.share_qk else 1))
+        return replace(
+            cost,
+            macs=cost.macs + self.hashing.macs(heads * (rows + shape.key_length)),
+            elementwise=heads * scores
+            + merging
+            + (heads * shape.key_length if self.share_qk else 0),
+            moved_bytes=cost.moved_bytes + self.hashing.rotations.nbytes,
+        )
+
+
+BucketSoftmax.backends = (
+    Backend("chunked", attend, never_refuses),
+    Backend("reference", reference, never_refuses),
+)
