@@ -274,9 +274,10 @@ def test_half_precision_goes_back() -> None:
         q, k, v = torch.rand(3, 1, 2, 30, 8).to(torch.bfloat16)
         _, state = attn.step(q, k, v, attn.init_state(1, dtype=torch.bfloat16))
         new = [x[:, :, 3:4] for x in (q, k, v)]
-        out, _ = attn.step(*new, state.crop(10))
-        _, other = attn.step(*(x[:, :, :20] for x in (q, k, v)), attn.init_state(1, dtype=q.dtype))
-        assert torch.equal(out, attn.step(*new, other)[0])
+        out, _ = attn.step(new[0], new[1], new[2], state.crop(10))
+        early = [x[:, :, :20] for x in (q, k, v)]
+        _, other = attn.step(early[0], early[1], early[2], attn.init_state(1, dtype=q.dtype))
+        assert torch.equal(out, attn.step(new[0], new[1], new[2], other)[0])
 
 
 def test_what_a_model_was_built_with_stays_the_limit() -> None:
@@ -284,7 +285,8 @@ def test_what_a_model_was_built_with_stays_the_limit() -> None:
     attn = attnzoo.build("linear", heads=2, head_dim=4)
     x = torch.rand(1, 2, 6, 4)
     _, state = attn.step(x, x, x, attn.init_state(1, 6))
-    out, state = attn.step(*(x[:, :, :2],) * 3, state.crop(2))
+    two = x[:, :, :2]
+    out, state = attn.step(two, two, two, state.crop(2))
     assert state.seen == 6 and out.shape[2] == 2
     with pytest.raises(ValueError, match="max_length=6"):
         attn.step(x, x, x, state)

@@ -153,9 +153,11 @@ class StateLayer(CacheLayerMixin):
         return 0 if self.state is None else self.state.held_bytes()
 
 
-class StateCache(Cache):
+class StateCache(DynamicCache):
     """`past_key_values` for a swapped model: a state for every swapped layer, transformers' own
-    keys and values for the others."""
+    keys and values for the others.
+
+    A DynamicCache by name, since an EncoderDecoderCache crops and selects no other."""
 
     layers: list[Any]
 
@@ -170,7 +172,7 @@ class StateCache(Cache):
                     f"(layer_idx={index}); generate without a state"
                 )
             own[index] = StateLayer(module, attention, getattr(own[index], "is_sliding", False))
-        super().__init__(layers=own)
+        Cache.__init__(self, layers=own)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """As the model's own layers need the mask where there are any of this kind: a state takes
