@@ -131,7 +131,7 @@ class KeyValueCache:
     def append(self, call: Call) -> KeyValueCache:
         """The cache with the call's keys and values behind it."""
         new = call.k.shape[2]
-        state = self._without_unreachable()
+        state = self.within_reach()
         if torch.is_grad_enabled() and any(
             x.requires_grad for x in (call.q, call.k, call.v, self.buffer.k, self.buffer.v)
         ):
@@ -148,7 +148,7 @@ class KeyValueCache:
     def without_excess(self) -> KeyValueCache:
         """The cache without what a long last call has brought beyond that which the next query and
         `crop` ask for."""
-        state = self._without_unreachable(GOES_BACK)
+        state = self.within_reach(GOES_BACK)
         if state is self or not state._oversized(0):
             return state
         k, v, mask = state.k, state.v, state.key_mask
@@ -156,7 +156,7 @@ class KeyValueCache:
         buffer = _Buffer(k.clone(), v.clone(), mask, self.buffer.recorded)
         return replace(state, buffer=buffer, start=0, end=state.kept)
 
-    def _without_unreachable(self, more: int = 0) -> KeyValueCache:
+    def within_reach(self, more: int = 0) -> KeyValueCache:
         """The cache of what the next query can reach, and of so many tokens more."""
         if self.reach is None or self.kept <= self.reach + more:
             return self

@@ -148,13 +148,14 @@ class GlobalCache:
     def joined(self, call: Call, mask: Tensor | None = None) -> tuple[Call, Tensor]:
         """One call over all keys, and which of these are global, (batch, key_length) bool. mask:
         those among the call's own that stay."""
+        window = self.window.within_reach()
         k, v = (
-            _joined(self.global_k, self.window.k, call.k),
-            _joined(self.global_v, self.window.v, call.v),
+            _joined(self.global_k, window.k, call.k),
+            _joined(self.global_v, window.v, call.v),
         )
-        new, past = self._reals(call), self.window.k.shape[2]
+        new, past = self._reals(call), window.kept
         stays = self._stays()
-        near, key_mask = self.window.key_mask, None
+        near, key_mask = window.key_mask, None
         if near is not None or self.global_key_mask is not None or call.key_mask is not None:
             near = new.new_ones(self.batch_size, past) if near is None else near
             key_mask = torch.cat([stays, near, new], 1)
@@ -170,10 +171,11 @@ class GlobalCache:
         seen = self.seen + call.key_length
         if self._counts_slots(call):
             taken = 0 if mask is None else min(self.first - self.seen, call.key_length)
-            k, v = (
-                _joined(old, x[:, :, :taken])
-                for old, x in ((self.global_k, call.k), (self.global_v, call.v))
-            )
+            k, v = self.global_k, self.global_v
+            if taken:  # copied: a slice would hold on to the whole call, which is the caller's
+                k, v = (
+                    _joined(old, x[:, :, :taken].clone()) for old, x in ((k, call.k), (v, call.v))
+                )
             rest = call.select(keys=slice(taken, None))
             window = self.window
             if taken < call.key_length:
