@@ -15,6 +15,7 @@ from attnzoo.call import Call, UnsupportedError, clear_padding, shield_past
 from attnzoo.call_checks import check
 from attnzoo.eager import can_look
 from attnzoo.engines.engine import Cost, Engine, Shape, StateSizes
+from attnzoo.sequences.packing import apart, may_cut, weights_apart
 from attnzoo.spec import Input, Spec, with_spec
 
 __all__ = ["Attention", "Input", "Spec"]
@@ -89,6 +90,7 @@ class Attention(nn.Module):
         key_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        segments: Tensor | None = None,
         **inputs: Tensor | None,
     ) -> Tensor:
         """Attention of q to k and v.
@@ -99,14 +101,18 @@ class Attention(nn.Module):
         attn_mask: bool (True = attend) or additive float, broadcastable to (batch, heads,
             query_length, key_length)
         is_causal: query i sees keys up to position key_length - query_length + i
+        segments: (batch, key_length) integer, the piece of a packed row that every token belongs
+            to: tokens of different ids never meet, and the rows are those of the pieces run apart
         inputs: what the variant takes beside these, as `spec.inputs` declares it; None is left out
         returns: (batch, heads, query_length, head_dim) in q's dtype; a row that sees no key is 0.
             What stands in a padded slot reaches nothing. With is_causal, a NaN or inf in k, v or an
             input makes every later row NaN and no earlier one.
         raises: ValueError on a malformed argument, UnsupportedError on what the spec excludes
         """
-        call = self._call(q, k, v, key_mask, attn_mask, is_causal, inputs)
+        call = self._call(q, k, v, key_mask, attn_mask, is_causal, inputs, segments=segments)
         self.refuse(call)
+        if segments is not None and may_cut(call):
+            return self._run_apart(call)
         return self._run(call, self.backend)
 
     @autocast_inputs_only
@@ -118,6 +124,7 @@ class Attention(nn.Module):
         key_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        segments: Tensor | None = None,
         **inputs: Tensor | None,
     ) -> Tensor:
         """A itself, without dropout, (batch, heads, query_length, key_length), as the reference
@@ -128,11 +135,18 @@ class Attention(nn.Module):
         """
         values = {one.name for one in self.spec.inputs if one.like == "v"}
         inputs = {name: x for name, x in inputs.items() if name not in values}
-        call = self._call(q, k, k, key_mask, attn_mask, is_causal, inputs)
+        call = self._call(q, k, k, key_mask, attn_mask, is_causal, inputs, segments=segments)
         self.refuse(call)
         self.last_backend = "reference"
-        if 0 in (*q.shape[:3], k.shape[2]):
-            return q.new_zeros(*q.shape[:3], k.shape[2])
+        if segments is not None and may_cut(call):
+            return weights_apart(call, self._weights)
+        return self._weights(call)
+
+    def _weights(self, call: Call) -> Tensor:
+        """A of a checked call, in q's dtype."""
+        q = call.q
+        if 0 in (*q.shape[:3], call.key_length):
+            return q.new_zeros(*q.shape[:3], call.key_length)
         call, poisoned = shield_past(clear_padding(call))
         found = self.matrix(self.place(call, 0)).to(q.dtype)
         return found if poisoned is None else _poison(found, poisoned)
@@ -366,12 +380,14 @@ class Attention(nn.Module):
         is_causal: bool,
         inputs: dict[str, Any],
         seen: int | None = None,
+        *,
+        segments: Tensor | None = None,
     ) -> Call:
         """The call, not yet checked, of what a caller gave. seen: as in `with_own_inputs`."""
         given = self.with_own_inputs(inputs, k, seen)
         if given:
             given = {name: x for name, x in given.items() if x is not None}
-        return Call(q, k, v, key_mask, attn_mask, is_causal, given, self.spec.inputs)
+        return Call(q, k, v, key_mask, attn_mask, is_causal, given, self.spec.inputs, segments)
 
     def _run(self, call: Call, backend: str) -> Tensor:
         if 0 in (call.q.shape[0], call.query_length, call.key_length, call.v.shape[3]):
@@ -379,6 +395,22 @@ class Attention(nn.Module):
         call, poisoned = shield_past(clear_padding(call))
         out, self.last_backend, _ = self.attend(self.place(call, 0), backend)
         return out if poisoned is None else _poison(out, poisoned)
+
+    def _run_apart(self, call: Call) -> Tensor:
+        """A·v of a packed call, piece by piece."""
+        ran: set[str] = set()
+
+        def run(piece: Call) -> Tensor:
+            out = self._run(piece, self.backend)
+            assert self.last_backend is not None
+            ran.add(self.last_backend)
+            return out
+
+        if 0 in call.q.shape[::2] or not call.key_length:
+            return self._of_nothing(call)
+        out = apart(call, run)
+        self.last_backend = " and ".join(sorted(ran))
+        return out
 
     def _of_nothing(self, call: Call) -> Tensor:
         """Rows of zeros for a call without samples, queries or keys, whose gradients are zeros

@@ -42,6 +42,8 @@ class Call:
     is_causal: query i sees keys up to its position, key_length - query_length + i
     inputs: what else the variant takes, by name
     declared: what the variant says of each; those that the call does not bring are among them
+    segments: (batch, key_length) integer: tokens of different ids never meet; a query has the id of
+        its position
     """
 
     q: Tensor
@@ -52,6 +54,7 @@ class Call:
     is_causal: bool = False
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     declared: tuple[Input, ...] = ()
+    segments: Tensor | None = None
 
     @property
     def query_length(self) -> int:
@@ -94,9 +97,10 @@ class Call:
 
     def over(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Self:
         """The same request of other tokens. Left out is what speaks of the call's own tokens:
-        attn_mask, and inputs along the length."""
+        attn_mask, segments, and inputs along the length."""
         inputs = self.inputs and {one.name: x for one, x in self.given() if not one.has_length}
-        changed = {"q": q, "k": k, "v": v, "key_mask": key_mask, "attn_mask": None}
+        changed = {"q": q, "k": k, "v": v, "key_mask": key_mask}
+        changed |= {"attn_mask": None, "segments": None}
         # As `replace`, in half the time, which a step of decoding feels.
         return type(self)(**{**vars(self), **changed, "inputs": inputs})
 
@@ -122,7 +126,7 @@ class Call:
             for axis, index in chosen.items()
             if index is not None
         }
-        return self._of_each(partial(_chosen, given=given))
+        return self.of_each(partial(_chosen, given=given))
 
     def mapped(self, along: Mapping[str, Along]) -> Self:
         """The call with every tensor changed along the named axes."""
@@ -133,35 +137,67 @@ class Call:
                     x = along[axis](x, dim)
             return x
 
-        return self._of_each(of)
+        return self.of_each(of)
 
-    def _of_each(self, of: Callable[[Tensor, tuple[str, ...]], Tensor]) -> Self:
+    def of_each(self, of: Callable[[Tensor, tuple[str, ...]], Tensor]) -> Self:
         """The call of what `of` makes of every tensor and the names of its axes."""
-        key_mask, attn_mask = self.key_mask, self.attn_mask
         return replace(
             self,
+            **{name: of(x, axes) for name, x, axes in self._masks()},
             q=of(self.q, QUERIES),
             k=of(self.k, KEYS),
             v=of(self.v, KEYS),
-            key_mask=None if key_mask is None else of(key_mask, ("batch", "keys")),
-            attn_mask=None if attn_mask is None else of(attn_mask, _mask_axes(attn_mask)),
             inputs={one.name: of(x, one.names) for one, x in self.given()},
         )
 
-    def split(self, lengths: list[int]) -> list[Self]:
-        """The calls of consecutive tokens of this square call. Not slices: the gradient of a slice
-        is as long as the sequence, and there would be one for every call."""
-        q, k, v = (x.split(lengths, 2) for x in (self.q, self.k, self.v))
-        masks = [None] * len(lengths) if self.key_mask is None else self.key_mask.split(lengths, 1)
-        inputs: list[dict[str, Tensor]] = [{} for _ in lengths]
-        for one, x in self.given():
-            dim = next((d for d, axis in enumerate(one.names) if axis in ("queries", "keys")), None)
-            parts = [x] * len(lengths) if dim is None else x.split(lengths, dim)
-            for own, part in zip(inputs, parts, strict=True):
-                own[one.name] = part
+    def _masks(self) -> Iterator[tuple[str, Tensor, tuple[str, ...]]]:
+        """key_mask, attn_mask and segments, where the call has them, with the names of their
+        axes."""
+        for name in ("key_mask", "segments"):
+            if (x := getattr(self, name)) is not None:
+                yield name, x, ("batch", "keys")
+        if self.attn_mask is not None:
+            yield "attn_mask", self.attn_mask, _mask_axes(self.attn_mask)
+
+    def split(
+        self,
+        *,
+        batch: Sequence[int] | None = None,
+        queries: Sequence[int] | None = None,
+        keys: Sequence[int] | None = None,
+    ) -> list[Self]:
+        """The calls of consecutive samples, queries and keys, so many in each. One tensor that is
+        q and k stays one. Not slices: the gradient of a slice is as long as the whole, and there
+        would be one for every call."""
+        cuts = {"batch": batch, "queries": queries, "keys": keys}
+        lengths = {axis: list(one) for axis, one in cuts.items() if one is not None}
+        count = len(next(iter(lengths.values())))
+
+        def parts(x: Tensor, axes: tuple[str, ...]) -> list[Tensor]:
+            cut = [dim for dim, axis in enumerate(axes) if axis in lengths]
+            if not cut:
+                return [x] * count
+            first, *others = cut
+            found = list(x.split(lengths[axes[first]], first))
+            for dim in others:
+                found = [one.split(lengths[axes[dim]], dim)[i] for i, one in enumerate(found)]
+            return found
+
+        q = parts(self.q, QUERIES)
+        k = q if self.k is self.q and queries == keys else parts(self.k, KEYS)
+        v = parts(self.v, KEYS)
+        masks = {name: parts(x, axes) for name, x, axes in self._masks()}
+        inputs = {one.name: parts(x, one.names) for one, x in self.given()}
         return [
-            replace(self, q=q[i], k=k[i], v=v[i], key_mask=masks[i], inputs=inputs[i])
-            for i in range(len(lengths))
+            replace(
+                self,
+                q=q[i],
+                k=k[i],
+                v=v[i],
+                **{name: x[i] for name, x in masks.items()},
+                inputs={name: x[i] for name, x in inputs.items()},
+            )
+            for i in range(count)
         ]
 
 

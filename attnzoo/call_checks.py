@@ -74,6 +74,7 @@ def check(call: Call, spec: Spec, heads: int, head_dim: int) -> None:
         )
     _check_key_mask(call)
     _check_attn_mask(call)
+    _check_segments(call)
     if call.inputs or spec.inputs:
         _check_inputs(call, spec)
 
@@ -100,6 +101,30 @@ def _check_key_mask(call: Call) -> None:
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+def _check_segments(call: Call) -> None:
+    ids = call.segments
+    if ids is None:
+        return
+    _check_tensor("segments", ids, "(batch, key_length)")
+    if ids.dtype not in INTEGERS:
+        raise ValueError(
+            f"segments has dtype {ids.dtype}; it holds the id of every token's piece as an integer "
+            "dtype: use segments.long()"
+        )
+    wanted = (call.k.shape[0], call.key_length)
+    if tuple(ids.shape) != wanted:
+        raise ValueError(
+            f"segments has shape {tuple(ids.shape)}; it must be (batch, key_length) = {wanted}"
+        )
+    _check_device("segments", ids, call)
+    if call.offset < 0 and not call.is_causal:
+        raise ValueError(
+            f"segments names the pieces of {call.key_length} keys, and the first {-call.offset} of "
+            f"{call.query_length} queries stand before all of them; give at most as many queries "
+            "as keys"
+        )
+
+
 def _check_inputs(call: Call, spec: Spec) -> None:
     for name in call.inputs:
         if not spec.takes(name):
@@ -123,7 +148,7 @@ def _refuse(name: str, spec: Spec) -> None:
     known = [one.name for one in spec.inputs]
     takes = f"its inputs are {', '.join(known)}" if known else "it takes q, k, v and masks alone"
     others = {one.name: one for some in registered() for one in some.inputs}
-    near = nearest(name, ["key_mask", "attn_mask", "is_causal", *known, *others])
+    near = nearest(name, ["key_mask", "attn_mask", "is_causal", "segments", *known, *others])
     raise ValueError(f"{spec.name} has no input {name!r}{near}; {takes}")
 
 

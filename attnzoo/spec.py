@@ -9,9 +9,9 @@ from typing import Literal
 from torch import Tensor
 
 Family = Literal["exact", "sparse", "low_rank", "kernel"]
-#: The axes that an input may have. width: of q and k; value_width: of v.
 #: Names of a call's own arguments, which no input can have.
-TAKEN = ("q", "k", "v", "key_mask", "attn_mask", "is_causal", "state")
+TAKEN = ("q", "k", "v", "key_mask", "attn_mask", "is_causal", "segments", "state")
+#: The axes that an input may have. width: of q and k; value_width: of v.
 AXES = ("batch", "heads", "kv_heads", "queries", "keys", "width", "value_width")
 
 

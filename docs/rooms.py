@@ -29,6 +29,7 @@ ROOMS = (
     "call_checks",
     "ordering",
     "padding",
+    "sequences",
     "autocast",
     "engines",
     "attention",
@@ -51,7 +52,9 @@ ROOMS = (
 #: Files that the picture draws as one box, by its first word.
 BOXES = {
     "arguments": ("arguments", "configuration", "packages", "results", "version"),
-    "call": ("call", "call_checks", "spec", "eager", "ordering", "padding", "autocast"),
+    "call": (
+        *("call", "call_checks", "spec", "eager", "ordering", "padding", "sequences", "autocast"),
+    ),
     "attention": ("attention", "registry"),
 }
 #: What the picture leaves out: the public names and the entry point import most rooms.

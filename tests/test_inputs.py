@@ -380,7 +380,9 @@ def test_select() -> None:
         wanted = [head // 2 for head in heads]
         assert torch.equal(part.k.repeat_interleave(part.group, 1), k[:, wanted])
     square = Call(q, k, v, mask[:, 0, 0], None, True, given(q, k, v), Weighted.spec.inputs)
-    for part, here in zip(square.split([5, 7]), (slice(0, 5), slice(5, 12)), strict=True):
+    for part, here in zip(
+        square.split(queries=[5, 7], keys=[5, 7]), (slice(0, 5), slice(5, 12)), strict=True
+    ):
         same = square.select(queries=here, keys=here)
         assert torch.equal(part.q, same.q) and torch.equal(part.v, same.v)
         assert all(torch.equal(part.inputs[name], x) for name, x in same.inputs.items())

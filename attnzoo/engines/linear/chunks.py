@@ -95,7 +95,8 @@ def causal(
     """Causal attention of as many queries as keys, behind the past. With remember_last the last
     piece has the sums after it."""
     found = spans_of(feature_map, call)
-    for place, span in enumerate(call.split([tokens for tokens, _ in found])):
+    lengths = [tokens for tokens, _ in found]
+    for place, span in enumerate(call.split(queries=lengths, keys=lengths)):
         remember = remember_last or place < len(found) - 1
         block = Block.of(feature_map, span, past, found[place][1], remember)
         yield _piece(call, *block.read(feature_map.normalizer == "row"), past, block.after)

@@ -86,9 +86,9 @@ class Linformer(Attention):
             for projection in (self.key_projection, self.value_projection):
                 projection.keep_heads(first, count)
 
-    def refuse(self, call: Call) -> None:
-        super().refuse(call)
+    def place(self, call: Call, seen: int) -> Call:
         check_max_length(self.spec.name, self.max_length, key_length=call.key_length)
+        return call
 
     def attend(self, call: Call, backend: str, state: Any = None) -> tuple[Tensor, str, Any]:
         k, v = call.k, call.v
