@@ -120,7 +120,8 @@ def early_and_late(call: Call) -> list[Call]:
     """The call in two where it is long: its last tokens, which can be taken back, come in the
     second part, and this begins with a chunk."""
     early = max(0, call.key_length - GOES_BACK) // CAUSAL_CHUNK * CAUSAL_CHUNK
-    return call.split([early, call.key_length - early]) if early else [call]
+    lengths = [early, call.key_length - early]
+    return call.split(queries=lengths, keys=lengths) if early else [call]
 
 
 def _tensors(past: Past | None) -> list[Tensor]:
