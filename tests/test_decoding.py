@@ -82,7 +82,7 @@ def test_token_by_token(case: Case, kv_heads: int) -> None:
 
 
 @ALL
-@pytest.mark.parametrize("kind", ["none", "left", "interior", "whole"])
+@pytest.mark.parametrize("kind", ["none", "left", "right", "interior", "whole"])
 def test_random_pieces_with_padding(case: Case, kind: str) -> None:
     """Any cut into pieces; padding, left padding of a prefill above all, is told once and
     remembered."""
@@ -96,25 +96,28 @@ def test_random_pieces_with_padding(case: Case, kind: str) -> None:
 
 
 @ALL
-def test_left_padded_prefill_then_tokens_without_a_mask(case: Case) -> None:
+@pytest.mark.parametrize(
+    ("kind", "piece"), [("left", 40), ("left", 13), ("right", 13), ("interior", 13)]
+)
+def test_a_padded_prompt_in_chunks_then_tokens_without_a_mask(
+    case: Case, kind: str, piece: int
+) -> None:
+    """A padded batch goes on: its prompt in pieces, of which some may be padding alone, then tokens
+    that are all real."""
     attn = case.build(dtype=torch.float64)
     q, k, v, _ = tensors(Situation(60, 60), shift=case.shift)
-    prompt = padding("left", 2, 40)
+    prompt = padding(kind, 2, 40)
     assert prompt is not None
     mask = torch.cat([prompt, torch.ones(2, 20, dtype=torch.bool)], 1)
-    first, state = attn.step(
-        q[:, :, :40],
-        k[:, :, :40],
-        v[:, :, :40],
-        attn.init_state(2, kv_heads=2, dtype=q.dtype),
-        key_mask=prompt,
-    )
+    lengths = [min(piece, 40 - start) for start in range(0, 40, piece)]
+    early = [x[:, :, :40] for x in (q, k, v)]
+    first, state = decode(attn, lengths, early[0], early[1], early[2], prompt)
     rest, _ = decode(attn, [1] * 20, q[:, :, 40:], k[:, :, 40:], v[:, :, 40:], state=state)
     close(
         torch.cat([first, rest], 2),
         attn(q, k, v, key_mask=mask, is_causal=True),
         TOLERANCE,
-        "rows behind a left-padded prompt",
+        "rows of and behind a padded prompt",
     )
 
 

@@ -240,23 +240,6 @@ def test_reset_forgets() -> None:
     assert torch.equal(generate(model, past_key_values=cache), expected)
 
 
-def test_tokens_are_not_taken_back() -> None:
-    model = swapped("llama", "linear")
-    cache = attnzoo.state_cache(model)
-    model(tokens(), past_key_values=cache)
-    cache.crop(0)
-    with pytest.raises(UnsupportedError, match=r"crop\(-3\): a state cannot give tokens back"):
-        cache.crop(-3)
-    assert not cache.is_croppable
-    with pytest.raises(UnsupportedError, match="assisted generation takes rejected tokens back"):
-        model.generate(
-            tokens(batch_size=1),
-            assistant_model=make("llama"),
-            max_new_tokens=4,
-            past_key_values=attnzoo.state_cache(model),
-        )
-
-
 @pytest.mark.parametrize("name", ["linear", "sliding_window"])
 def test_the_decoder_of_an_encoder_decoder(name: str) -> None:
     model = make("bart")

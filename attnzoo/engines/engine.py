@@ -120,8 +120,8 @@ class StateSizes:
 
 
 class State(Protocol):
-    """What a decoding state can tell and do besides being stepped. It is a value: `step` and
-    `select` return another one."""
+    """What a decoding state can tell and do besides being stepped. It is a value: `step`, `select`
+    and `crop` return another one."""
 
     @property
     def batch_size(self) -> int: ...
@@ -132,11 +132,11 @@ class State(Protocol):
         ...
 
     def elements(self) -> int:
-        """Numbers that the next query can read."""
+        """Numbers that the next query can read; what is kept for `crop` alone is not counted."""
         ...
 
     def held_bytes(self) -> int:
-        """Bytes that its tensors take, reserve included."""
+        """Bytes that its tensors take, with what is held in reserve and for `crop`."""
         ...
 
     def check_room(self, call: Call) -> None:
@@ -146,6 +146,16 @@ class State(Protocol):
     def select(self, rows: Tensor) -> State:
         """The state of these rows of the batch, (new_batch,) indices; a row may be taken more than
         once."""
+        ...
+
+    def crop(self, n: int) -> State:
+        """The state without its last n tokens: stepping on from it equals the run without them.
+
+        n: from 0 to the length of the last call that had tokens, at most 128 where the state is
+            bounded; more where nothing has been dropped, as in a cache of every key. Tokens that
+            are taken back in several times count together.
+        Raises ValueError on another n.
+        """
         ...
 
 

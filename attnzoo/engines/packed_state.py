@@ -65,6 +65,12 @@ class PackedState:
         """Bytes that its tensors take, reserve included."""
         return sum(group.state.held_bytes() for group in self.groups)
 
+    def crop(self, n: int) -> PackedState:
+        """The state without its last n tokens, all of them of the last pieces. Raises ValueError
+        on more than the state of every last piece can take back."""
+        groups = tuple(replace(group, state=group.state.crop(n)) for group in self.groups)
+        return replace(self, groups=groups, seen=self.seen - n)
+
     def check_room(self, call: Call) -> None:
         check_state(call, self.batch_size, self.kv_heads, self.seen, self.max_length)
 

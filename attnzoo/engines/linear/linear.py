@@ -4,7 +4,6 @@ value_dim numbers, in linear time."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,44 +14,9 @@ from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes, never_refus
 from attnzoo.engines.linear import chunks, fla_kernel, gradient, linear_cost
 from attnzoo.engines.linear.feature_maps import FeatureMap
 from attnzoo.engines.linear.reference import REFERENCE, LinearReference
+from attnzoo.engines.linear.state import LinearState, Recent, early_and_late
 from attnzoo.engines.linear.sums import Past, absorb, read_all
 from attnzoo.engines.piece_by_piece import join
-from attnzoo.engines.softmax.cache import check_state
-
-
-@dataclass(frozen=True)
-class LinearState:
-    """What decoding carries: `past` is None before the first token, and accumulated in float32 at
-    least."""
-
-    batch_size: int
-    kv_heads: int
-    max_length: int | None = None
-    seen: int = 0
-    past: Past | None = None
-
-    def elements(self) -> int:
-        """Numbers that the next query can read."""
-        return 0 if self.past is None else self.past.sums.numel()
-
-    def held_bytes(self) -> int:
-        """Bytes of the sums, with their scale."""
-        tensors = () if self.past is None else (self.past.sums, self.past.log_scale)
-        return sum(x.nbytes for x in tensors if x is not None)
-
-    def select(self, rows: Tensor) -> LinearState:
-        """The state of these rows of the batch, (new_batch,) indices; a row may be taken more than
-        once."""
-        past = self.past
-        if past is not None:
-            past = Past(
-                past.sums.index_select(0, rows),
-                None if past.log_scale is None else past.log_scale.index_select(0, rows),
-            )
-        return replace(self, batch_size=rows.numel(), past=past)
-
-    def check_room(self, call: Call) -> None:
-        check_state(call, self.batch_size, self.kv_heads, self.seen, self.max_length)
 
 
 class Linear(LinearReference):
@@ -78,8 +42,21 @@ class Linear(LinearReference):
             raise UnsupportedError("backend='fla' does not decode; use backend='auto'")
         name = self.choose(call, backend).name
         one_by_one = name == "reference" or call.key_length == 1  # one token has no chunk to share
-        out, past = (_recur if one_by_one else _scan)(self.feature_map, call, state.past)
-        return out, name, replace(state, seen=state.seen + call.key_length, past=past)
+        walk = _recur if one_by_one else _scan
+        before = past = state.summed(self.feature_map)
+        parts = early_and_late(call)
+
+        def pieces() -> Iterator[Tensor]:
+            nonlocal before, past
+            for part in parts:
+                before = past
+                for found in walk(self.feature_map, part, before):
+                    rows, past = found
+                    yield rows
+
+        out = join(pieces(), call.key_length, 2)
+        assert past is not None
+        return out, name, state.after(call, past, Recent.of(parts[-1], before))
 
     def cost(self, shape: Shape) -> Cost:
         return linear_cost.cost(self.feature_map, shape)
@@ -109,30 +86,26 @@ def _behind_blind_rows(
     return torch.cat([out.new_zeros(*out.shape[:2], blind, out.shape[3]), out], 2)
 
 
-def _scan(feature_map: FeatureMap, call: Call, past: Past | None) -> tuple[Tensor, Past | None]:
-    """Causal attention of as many queries as keys, behind the past. Returns the rows and the past
-    after them."""
-
-    def rows() -> Iterator[Tensor]:
-        nonlocal past
-        for piece in chunks.causal(feature_map, call, past, remember_last=True):
-            past = piece.after
-            yield piece.rows
-
-    out = join(rows(), call.key_length, 2)
-    return out, past
+def _scan(
+    feature_map: FeatureMap, call: Call, past: Past | None
+) -> Iterator[tuple[Tensor, Past | None]]:
+    """Causal attention of as many queries as keys, behind the past: some rows at a time, and the
+    past after them."""
+    for piece in chunks.causal(feature_map, call, past, remember_last=True):
+        yield piece.rows, piece.after
 
 
-def _recur(feature_map: FeatureMap, call: Call, past: Past | None) -> tuple[Tensor, Past | None]:
+def _recur(
+    feature_map: FeatureMap, call: Call, past: Past | None
+) -> Iterator[tuple[Tensor, Past | None]]:
     """As `_scan`, the plain recurrence: each token is added to the past, then its query reads
     it."""
-    rows = []
     for token in range(call.key_length):
         here = slice(token, token + 1)
         one = call if call.key_length == 1 else call.select(queries=here, keys=here)
         past = absorb(feature_map, one.k, one.v, one.key_mask, past)
-        rows += read_all(feature_map, one, past)
-    return torch.cat(rows, 2), past
+        for rows in read_all(feature_map, one, past):
+            yield rows, past
 
 
 Linear.backends = (

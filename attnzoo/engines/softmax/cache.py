@@ -1,9 +1,11 @@
 """Keys and values kept for decoding: one buffer that grows, shifts out what no query can reach, and
-survives branching."""
+survives branching and going back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -11,25 +13,39 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.engine import StateSizes
 
+#: How many tokens of a long last call a bounded state can take back; of a shorter one, all.
+GOES_BACK = 128
 
-@dataclass
+
+@dataclass(eq=False)
 class _Buffer:
-    """Storage that several states may share; `written` slots are taken."""
+    """Storage that several states may share: a slot may be written while no other state that is
+    still alive reads it.
+
+    recorded: autograd may have saved it, so that no slot may be written.
+    """
 
     k: Tensor
     v: Tensor
     mask: Tensor | None
-    written: int
+    recorded: bool = False
+    readers: WeakSet[KeyValueCache] = field(default_factory=WeakSet, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: x for name, x in vars(self).items() if name != "readers"}
+
+    def __setstate__(self, held: dict[str, Any]) -> None:
+        vars(self).update(held, readers=WeakSet())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KeyValueCache:
     """The visible past of a causal softmax: slots start..end of `buffer`.
 
     reach: how far back a query can see (None: to the beginning); older slots are dropped, so a
     window's cache is bounded.
-    seen: tokens taken so far. A cache is a value: `append` returns a new one, and the old one stays
-    valid, since a second continuation of the same cache finds its slots written and copies.
+    seen: tokens taken so far. A cache is a value: `append` and `crop` return a new one, and the old
+    one stays valid, since a second continuation copies where another cache reads the slots to come.
     """
 
     buffer: _Buffer
@@ -39,12 +55,19 @@ class KeyValueCache:
     max_length: int | None
     reach: int | None
 
+    def __post_init__(self) -> None:
+        self.buffer.readers.add(self)
+
+    def __setstate__(self, held: dict[str, Any]) -> None:
+        vars(self).update(held)
+        self.__post_init__()
+
     @classmethod
     def empty(cls, sizes: StateSizes, reach: int | None) -> KeyValueCache:
         room = _room(0, 1, sizes.max_length, reach)
         shape = (sizes.batch_size, sizes.kv_heads, room, sizes.head_dim)
         k = torch.zeros(shape, dtype=sizes.dtype, device=sizes.device)
-        return cls(_Buffer(k, torch.zeros_like(k), None, 0), 0, 0, 0, sizes.max_length, reach)
+        return cls(_Buffer(k, torch.zeros_like(k), None), 0, 0, 0, sizes.max_length, reach)
 
     @property
     def k(self) -> Tensor:
@@ -62,12 +85,29 @@ class KeyValueCache:
     def batch_size(self) -> int:
         return self.buffer.k.shape[0]
 
+    @property
+    def kept(self) -> int:
+        """Tokens whose keys and values are here."""
+        return self.end - self.start
+
+    @property
+    def dropped(self) -> bool:
+        """Whether keys and values are gone that some query could read after going back."""
+        return self.kept < self.seen
+
+    @property
+    def croppable(self) -> int:
+        """How many tokens can be taken back."""
+        return self.kept - self.reach if self.dropped and self.reach is not None else self.seen
+
     def elements(self) -> int:
-        """Numbers that the next query can read."""
-        return self.k.numel() + self.v.numel()
+        """Numbers that the last query could read, which are as many as the next one can."""
+        read = self.kept if self.reach is None else min(self.kept, self.reach + 1)
+        k, v = self.buffer.k, self.buffer.v
+        return k.shape[0] * k.shape[1] * read * (k.shape[3] + v.shape[3])
 
     def held_bytes(self) -> int:
-        """Bytes of the buffer, with what it holds in reserve."""
+        """Bytes of the buffer, with what it holds in reserve and for going back."""
         held = (self.buffer.k, self.buffer.v, self.buffer.mask)
         return sum(x.nbytes for x in held if x is not None)
 
@@ -76,12 +116,14 @@ class KeyValueCache:
         once."""
         old = self.buffer
         mask = None if old.mask is None else old.mask.index_select(0, rows)
-        return replace(
-            self,
-            buffer=_Buffer(
-                old.k.index_select(0, rows), old.v.index_select(0, rows), mask, self.end
-            ),
-        )
+        buffer = _Buffer(old.k.index_select(0, rows), old.v.index_select(0, rows), mask)
+        return replace(self, buffer=buffer)
+
+    def crop(self, n: int) -> KeyValueCache:
+        """The cache without its last n tokens: of the last call, at most `GOES_BACK` of it, or any
+        where nothing has been dropped. Raises ValueError on more."""
+        check_crop(n, self.croppable)
+        return replace(self, end=self.end - n, seen=self.seen - n) if n else self
 
     def check_room(self, call: Call) -> None:
         check_state(call, self.batch_size, self.buffer.k.shape[1], self.seen, self.max_length)
@@ -89,7 +131,7 @@ class KeyValueCache:
     def append(self, call: Call) -> KeyValueCache:
         """The cache with the call's keys and values behind it."""
         new = call.k.shape[2]
-        state = self._without_unreachable()
+        state = self.within_reach()
         if torch.is_grad_enabled() and any(
             x.requires_grad for x in (call.q, call.k, call.v, self.buffer.k, self.buffer.v)
         ):
@@ -101,21 +143,33 @@ class KeyValueCache:
         buffer.v[:, :, state.end : stop] = call.v
         if buffer.mask is not None:
             buffer.mask[:, state.end : stop] = True if call.key_mask is None else call.key_mask
-        buffer.written = stop
         return replace(state, end=stop, seen=state.seen + new)
 
-    def _without_unreachable(self) -> KeyValueCache:
-        if self.reach is None:
+    def without_excess(self) -> KeyValueCache:
+        """The cache without what a long last call has brought beyond that which the next query and
+        `crop` ask for."""
+        state = self.within_reach(GOES_BACK)
+        if state is self or not state._oversized(0):
+            return state
+        k, v, mask = state.k, state.v, state.key_mask
+        mask = None if mask is None else mask.clone()
+        buffer = _Buffer(k.clone(), v.clone(), mask, self.buffer.recorded)
+        return replace(state, buffer=buffer, start=0, end=state.kept)
+
+    def within_reach(self, more: int = 0) -> KeyValueCache:
+        """The cache of what the next query can reach, and of so many tokens more."""
+        if self.reach is None or self.kept <= self.reach + more:
             return self
-        return replace(self, start=max(self.start, self.end - self.reach))
+        return replace(self, start=self.end - self.reach - more)
+
+    def _oversized(self, new: int) -> bool:
+        """Whether the buffer is a long prefill's, of which a window shows little."""
+        return self.buffer.k.shape[2] > 2 * self._room_with(new)
 
     def _must_move(self, call: Call) -> bool:
         buffer, new = self.buffer, call.k.shape[2]
-        branched = buffer.written != self.end
+        branched = buffer.recorded or any(other.end > self.end for other in buffer.readers)
         full = self.end + new > buffer.k.shape[2]
-        oversized = buffer.k.shape[2] > 2 * self._room_with(
-            new
-        )  # a long prefill's, of which a window shows little
         first_mask = call.key_mask is not None and buffer.mask is None
         other = (
             buffer.k.dtype != call.k.dtype
@@ -123,13 +177,13 @@ class KeyValueCache:
             or buffer.k.shape[3] != call.k.shape[3]
             or buffer.v.shape[3] != call.v.shape[3]
         )
-        return branched or full or oversized or first_mask or other
+        return branched or full or self._oversized(new) or first_mask or other
 
     def _room_with(self, new: int) -> int:
-        return _room(self.end - self.start, new, self.max_length, self.reach)
+        return _room(self.kept, new, self.max_length, self.reach)
 
     def _moved(self, room: int, call: Call) -> KeyValueCache:
-        kept = self.end - self.start
+        kept = self.kept
         k = call.k.new_zeros(*call.k.shape[:2], room, call.k.shape[3])
         v = call.v.new_zeros(*call.v.shape[:2], room, call.v.shape[3])
         if kept:
@@ -139,7 +193,7 @@ class KeyValueCache:
             mask = torch.ones(k.shape[0], room, dtype=torch.bool, device=k.device)
             if self.key_mask is not None:
                 mask[:, :kept] = self.key_mask
-        return replace(self, buffer=_Buffer(k, v, mask, kept), start=0, end=kept)
+        return replace(self, buffer=_Buffer(k, v, mask), start=0, end=kept)
 
     def _joined(self, call: Call) -> KeyValueCache:
         """As `append`, by concatenation, so that autograd can follow."""
@@ -149,14 +203,14 @@ class KeyValueCache:
         mask = None
         if self.buffer.mask is not None or call.key_mask is not None:
             ones = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
-            old = ones[:, : self.end - self.start] if self.key_mask is None else self.key_mask
+            old = ones[:, : self.kept] if self.key_mask is None else self.key_mask
             mask = torch.cat(
                 [old, ones[:, : call.k.shape[2]] if call.key_mask is None else call.key_mask], 1
             )
         length = k.shape[2]
         return replace(
             self,
-            buffer=_Buffer(k, v, mask, length),
+            buffer=_Buffer(k, v, mask, recorded=True),
             start=0,
             end=length,
             seen=self.seen + call.k.shape[2],
@@ -180,6 +234,16 @@ def check_state(
         raise ValueError(
             f"the state has taken {seen} tokens and {call.k.shape[2]} more would pass its "
             f"max_length={max_length}; make one with a larger max_length"
+        )
+
+
+def check_crop(n: int, most: int) -> None:
+    """Raise a ValueError when a state cannot take n tokens back, but `most` of them."""
+    if not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= most:
+        raise ValueError(
+            f"n={n!r} must be a whole number from 0 to {most}, the tokens that this state can take "
+            f"back (a bounded one: those of its last call, at most {GOES_BACK}); to go back "
+            "further, keep the state from before them, which stays valid"
         )
 
 

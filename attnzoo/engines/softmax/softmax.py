@@ -36,7 +36,8 @@ class Softmax(SoftmaxReference):
     def with_past(self, call: Call, state: KeyValueCache) -> tuple[Call, KeyValueCache]:
         """The call over the keys of the state and its own, and the state after it."""
         state = state.append(call)
-        return call.over(call.q, state.k, state.v, state.key_mask), state
+        whole = call.over(call.q, state.k, state.v, state.key_mask)
+        return whole, state.without_excess()
 
     def cost(self, shape: Shape) -> Cost:
         pairs = shape.query_length * shape.key_length

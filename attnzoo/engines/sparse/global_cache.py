@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call, UnsupportedError
-from attnzoo.engines.softmax.cache import KeyValueCache, check_state
+from attnzoo.engines.softmax.cache import KeyValueCache, check_crop, check_state
 from attnzoo.sequences.padding import fetched, first_real, slots_of
 
 
@@ -21,7 +21,8 @@ class GlobalCache:
     and values that stay, (batch, kv_heads, kept, head_dim); global_key_mask: (batch, kept), False
     where a sample has fewer; None where every sample has as many. real: real tokens of every sample
     so far, (batch,); None where all have been real. first: how many of these stay without being
-    named. all_found: every sample has had that many. seen: tokens taken so far.
+    named. all_found: every sample has had that many. seen: tokens taken so far. places: which
+    tokens stay, counted from the first one, (batch, kept); None where they are the first slots.
     """
 
     window: KeyValueCache
@@ -33,6 +34,7 @@ class GlobalCache:
     all_found: bool
     seen: int
     max_length: int | None
+    places: Tensor | None = None
 
     @classmethod
     def around(cls, window: KeyValueCache, first: int) -> GlobalCache:
@@ -61,8 +63,8 @@ class GlobalCache:
         return self.window.elements() + self.global_k.numel() + self.global_v.numel()
 
     def held_bytes(self) -> int:
-        """Bytes of its tensors, with what the window's buffer holds in reserve."""
-        held = (self.global_k, self.global_v, self.global_key_mask, self.real)
+        """Bytes of its tensors, with what the window holds in reserve and for going back."""
+        held = (self.global_k, self.global_v, self.global_key_mask, self.real, self.places)
         return self.window.held_bytes() + sum(x.nbytes for x in held if x is not None)
 
     def check_room(self, call: Call) -> None:
@@ -75,14 +77,38 @@ class GlobalCache:
         once."""
         chosen = (
             None if x is None else x.index_select(0, rows)
-            for x in (self.global_k, self.global_v, self.global_key_mask, self.real)
+            for x in (self.global_k, self.global_v, self.global_key_mask, self.real, self.places)
         )
-        k, v, key_mask, real = chosen
+        k, v, key_mask, real, places = chosen
         assert k is not None and v is not None
-        window = self.window.select(rows)
-        return replace(
-            self, window=window, global_k=k, global_v=v, global_key_mask=key_mask, real=real
-        )
+        state = replace(self, window=self.window.select(rows), real=real)
+        return replace(state, global_k=k, global_v=v, global_key_mask=key_mask, places=places)
+
+    @property
+    def croppable(self) -> int:
+        """How many tokens can be taken back."""
+        return self.window.croppable if self.window.dropped else self.seen
+
+    def crop(self, n: int) -> GlobalCache:
+        """The state without its last n tokens, as `KeyValueCache.crop`; those among them that
+        would stay go too."""
+        check_crop(n, self.croppable)
+        if not n:
+            return self
+        seen = self.seen - n
+        near = min(n, self.window.seen)  # the first slots may stand beside the window alone
+        state = replace(self, window=self.window.crop(near), seen=seen)
+        if self.real is None:
+            k, v = self.global_k[:, :, :seen], self.global_v[:, :, :seen]
+            return replace(state, global_k=k, global_v=v, all_found=seen >= self.first)
+        key_mask = self.window.key_mask
+        stays, early = self._stays(), self._places() < seen
+        lost = (stays & ~early).sum(1)
+        lost += near if key_mask is None else key_mask[:, key_mask.shape[1] - near :].sum(1)
+        real = self.real - lost
+        found = bool((real >= self.first).all())
+        state = replace(state, real=real, all_found=found)
+        return state._holding(self.global_k, self.global_v, stays & early, self._places())
 
     def new_globals(self, call: Call) -> Tensor | None:
         """The tokens among the call's that stay, (batch, new_tokens) bool; None when there are
@@ -122,14 +148,14 @@ class GlobalCache:
     def joined(self, call: Call, mask: Tensor | None = None) -> tuple[Call, Tensor]:
         """One call over all keys, and which of these are global, (batch, key_length) bool. mask:
         those among the call's own that stay."""
+        window = self.window.within_reach()
         k, v = (
-            _joined(self.global_k, self.window.k, call.k),
-            _joined(self.global_v, self.window.v, call.v),
+            _joined(self.global_k, window.k, call.k),
+            _joined(self.global_v, window.v, call.v),
         )
-        new, past = self._reals(call), self.window.k.shape[2]
-        stays = new.new_ones(self.batch_size, self.kept)
-        stays = stays if self.global_key_mask is None else self.global_key_mask
-        near, key_mask = self.window.key_mask, None
+        new, past = self._reals(call), window.kept
+        stays = self._stays()
+        near, key_mask = window.key_mask, None
         if near is not None or self.global_key_mask is not None or call.key_mask is not None:
             near = new.new_ones(self.batch_size, past) if near is None else near
             key_mask = torch.cat([stays, near, new], 1)
@@ -145,12 +171,15 @@ class GlobalCache:
         seen = self.seen + call.key_length
         if self._counts_slots(call):
             taken = 0 if mask is None else min(self.first - self.seen, call.key_length)
-            k, v = (
-                _joined(old, x[:, :, :taken])
-                for old, x in ((self.global_k, call.k), (self.global_v, call.v))
-            )
+            k, v = self.global_k, self.global_v
+            if taken:  # copied: a slice would hold on to the whole call, which is the caller's
+                k, v = (
+                    _joined(old, x[:, :, :taken].clone()) for old, x in ((k, call.k), (v, call.v))
+                )
             rest = call.select(keys=slice(taken, None))
-            window = self.window.append(rest) if taken < call.key_length else self.window
+            window = self.window
+            if taken < call.key_length:
+                window = window.append(rest).without_excess()
             found = self.all_found or seen >= self.first
             return replace(self, window=window, global_k=k, global_v=v, all_found=found, seen=seen)
         reals = self._reals(call)
@@ -163,21 +192,38 @@ class GlobalCache:
         found = self.all_found or bool((real >= self.first).all())
         state = replace(self, real=real, all_found=found, seen=seen)
         if mask is None:
-            return replace(state, window=self.window.append(call))
+            return replace(state, window=self.window.append(call).without_excess())
         slots = slots_of(mask, int(mask.sum(1).amax()))
         k, v = (
             _joined(old, fetched(x, slots))
             for old, x in ((self.global_k, call.k), (self.global_v, call.v))
         )
-        stayed = reals.new_ones(self.batch_size, self.kept)
-        stayed = stayed if self.global_key_mask is None else self.global_key_mask
-        kept = torch.cat([stayed, mask.gather(1, slots)], 1)
+        kept = torch.cat([self._stays(), mask.gather(1, slots)], 1)
+        places = torch.cat([self._places(), self.seen + slots], 1)
+        window = self.window.append(replace(call, key_mask=reals & ~mask)).without_excess()
+        return replace(state, window=window)._holding(k, v, kept, places)
+
+    def _holding(self, k: Tensor, v: Tensor, kept: Tensor, places: Tensor) -> GlobalCache:
+        """The state with these keys that stay, of which those in `kept`, (batch, slots) bool, are
+        some sample's."""
         most = int(kept.sum(1).amax())
-        if most < kept.shape[1]:  # samples found theirs in different steps
+        if most < kept.shape[1]:  # samples found theirs in different steps, or lost some
             slots = slots_of(kept, most)
-            k, v, kept = fetched(k, slots), fetched(v, slots), kept.gather(1, slots)
-        window = self.window.append(replace(call, key_mask=reals & ~mask))
-        return replace(state, window=window, global_k=k, global_v=v, global_key_mask=kept)
+            k, v = fetched(k, slots), fetched(v, slots)
+            kept, places = kept.gather(1, slots), places.gather(1, slots)
+        return replace(self, global_k=k, global_v=v, global_key_mask=kept, places=places)
+
+    def _stays(self) -> Tensor:
+        """Which of the slots for keys that stay are taken, (batch, kept)."""
+        if self.global_key_mask is not None:
+            return self.global_key_mask
+        device = self.global_k.device
+        return torch.ones(self.batch_size, self.kept, dtype=torch.bool, device=device)
+
+    def _places(self) -> Tensor:
+        if self.places is not None:
+            return self.places
+        return torch.arange(self.kept, device=self.global_k.device).expand(self.batch_size, -1)
 
     def _reals(self, call: Call) -> Tensor:
         ones = torch.ones(self.batch_size, call.key_length, dtype=torch.bool, device=call.k.device)

@@ -25,8 +25,9 @@ def state_cache(model: Any) -> StateCache:
     `held_bytes()` is what it takes now. From transformers 5.24 on the argument is called `cache`.
 
     Prefill at once or in chunks (`prefill_chunk_size`), left padding, beam search, sampling,
-    `reset()` and `copy.deepcopy` (cheap: a prompt read once, gone on from many times) work. Tokens
-    cannot be taken back: `crop` and assisted generation raise UnsupportedError.
+    assisted generation (`assistant_model`, `prompt_lookup_num_tokens`), `reset()` and
+    `copy.deepcopy` (cheap: a prompt read once, gone on from many times) work. `crop(-n)` takes the
+    last n tokens back, those of the last forward, at most 128 where a state is bounded.
 
     Of an encoder-decoder swap the decoder alone, and generate with
     `past_key_values=transformers.EncoderDecoderCache(attnzoo.state_cache(model.get_decoder()),

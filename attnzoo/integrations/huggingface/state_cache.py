@@ -23,6 +23,7 @@ class StateLayer(CacheLayerMixin):
     model's attention then calls `step`."""
 
     supports_early_init = False
+    is_croppable = True
 
     def __init__(self, module: Any, attention: Attention, is_sliding: bool) -> None:
         super().__init__()
@@ -137,21 +138,26 @@ class StateLayer(CacheLayerMixin):
             self.state = self.state.select(torch.arange(self.state.batch_size)[indices.cpu()])
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise UnsupportedError(
-                f"crop({tokens_to_remove}): a state cannot give tokens back, since what stood "
-                "before them is forgotten; reset it and read the "
-                "shorter text again, or copy.deepcopy the cache before the tokens that may have to "
-                "go"
+        self.state = self.cropped(tokens_to_remove)
+
+    def cropped(self, tokens_to_remove: int) -> State | None:
+        """The state without the last -tokens_to_remove tokens; the layer keeps its own."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}) is not supported; give how many tokens to remove as a "
+                "negative number"
             )
+        return None if self.state is None else self.state.crop(-tokens_to_remove)
 
     def held_bytes(self) -> int:
         return 0 if self.state is None else self.state.held_bytes()
 
 
-class StateCache(Cache):
+class StateCache(DynamicCache):
     """`past_key_values` for a swapped model: a state for every swapped layer, transformers' own
-    keys and values for the others."""
+    keys and values for the others.
+
+    A DynamicCache by name, since an EncoderDecoderCache crops and selects no other."""
 
     layers: list[Any]
 
@@ -166,7 +172,7 @@ class StateCache(Cache):
                     f"(layer_idx={index}); generate without a state"
                 )
             own[index] = StateLayer(module, attention, getattr(own[index], "is_sliding", False))
-        super().__init__(layers=own)
+        Cache.__init__(self, layers=own)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """As the model's own layers need the mask where there are any of this kind: a state takes
@@ -181,11 +187,18 @@ class StateCache(Cache):
                 return other.get_mask_sizes(query_length)
         return super().get_mask_sizes(query_length, layer_idx)
 
-    def activate_past_recording(self) -> None:
-        raise UnsupportedError(
-            "assisted generation takes rejected tokens back, which a state cannot give; generate "
-            "without past_key_values"
-        )
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens, -tokens_to_remove of them: those of the last forward, at most
+        128 where a state is bounded. Where a state cannot, ValueError, and nothing is removed."""
+        states = [
+            layer.cropped(tokens_to_remove) if isinstance(layer, StateLayer) else None
+            for layer in self.layers
+        ]
+        for layer, state in zip(self.layers, states, strict=True):
+            if isinstance(layer, StateLayer):
+                layer.state = state
+            else:
+                layer.crop(tokens_to_remove)
 
     def held_bytes(self) -> int:
         """Bytes that the cache takes now, what its buffers hold in reserve included."""

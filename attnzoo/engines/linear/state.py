@@ -1,0 +1,136 @@
+"""What decoding with sums carries, and how its last tokens are taken back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+from torch import Tensor
+
+from attnzoo.call import Call
+from attnzoo.engines.linear.chunks import CAUSAL_CHUNK
+from attnzoo.engines.linear.feature_maps import FeatureMap
+from attnzoo.engines.linear.sums import Past, absorb
+from attnzoo.engines.softmax.cache import GOES_BACK, check_crop, check_state
+
+
+@dataclass(frozen=True)
+class Recent:
+    """The last tokens, and the sums before them: what is added again when some of them go.
+
+    before: None where no token came before them. k, v: (batch, kv_heads, tokens, head_dim),
+    key_mask: (batch, tokens), of all but the last, which is never added again. length: tokens
+    behind `before`. croppable: how many of these can be taken back.
+    """
+
+    before: Past | None
+    k: Tensor
+    v: Tensor
+    key_mask: Tensor | None
+    length: int
+    croppable: int
+
+    @classmethod
+    def of(cls, call: Call, before: Past | None) -> Self:
+        """call: the tokens behind `before`. They are copied: a caller may write over its own."""
+        length = call.key_length
+        k, v = (x[:, :, : length - 1].clone() for x in (call.k, call.v))
+        mask = call.key_mask
+        mask = None if mask is None else mask[:, : length - 1].clone()
+        return cls(before, k, v, mask, length, min(length, GOES_BACK))
+
+    def tensors(self) -> list[Tensor]:
+        held = (self.k, self.v, self.key_mask, *_tensors(self.before))
+        return [x for x in held if x is not None]
+
+    def select(self, rows: Tensor) -> Self:
+        k, v = self.k.index_select(0, rows), self.v.index_select(0, rows)
+        mask = None if self.key_mask is None else self.key_mask.index_select(0, rows)
+        return replace(self, before=_selected(self.before, rows), k=k, v=v, key_mask=mask)
+
+    def summed(self, feature_map: FeatureMap) -> Past:
+        """The sums behind these tokens."""
+        k, v = self.k[:, :, : self.length], self.v[:, :, : self.length]
+        mask = None if self.key_mask is None else self.key_mask[:, : self.length]
+        return absorb(feature_map, k, v, mask, self.before, CAUSAL_CHUNK)
+
+
+@dataclass(frozen=True)
+class LinearState:
+    """What decoding carries, accumulated in float32 at least.
+
+    past: None before the first token, and where tokens were taken back: the next step then adds
+    those of `recent` that are left to the sums before them. recent: the last call's tokens, of a
+    long one the last ones, from a boundary of chunks on. numbers: of a sample's sums.
+    """
+
+    batch_size: int
+    kv_heads: int
+    max_length: int | None = None
+    seen: int = 0
+    past: Past | None = None
+    recent: Recent | None = None
+    numbers: int = 0
+
+    def elements(self) -> int:
+        """Numbers that the next query can read."""
+        return self.batch_size * self.numbers if self.seen else 0
+
+    def held_bytes(self) -> int:
+        """Bytes of the sums, with their scale, and of what is kept for going back."""
+        recent = [] if self.recent is None else self.recent.tensors()
+        return sum(x.nbytes for x in (*_tensors(self.past), *recent))
+
+    def select(self, rows: Tensor) -> LinearState:
+        """The state of these rows of the batch, (new_batch,) indices; a row may be taken more than
+        once."""
+        recent = None if self.recent is None else self.recent.select(rows)
+        past = _selected(self.past, rows)
+        return replace(self, batch_size=rows.numel(), past=past, recent=recent)
+
+    def check_room(self, call: Call) -> None:
+        check_state(call, self.batch_size, self.kv_heads, self.seen, self.max_length)
+
+    def crop(self, n: int) -> LinearState:
+        """The state without its last n tokens, at most `GOES_BACK` and all of the last call. Raises
+        ValueError on more."""
+        recent = self.recent
+        check_crop(n, 0 if recent is None else recent.croppable)
+        if recent is None or not n:
+            return self
+        seen, left = self.seen - n, recent.length - n
+        if not left:
+            return replace(self, seen=seen, past=recent.before, recent=None)
+        recent = replace(recent, length=left, croppable=recent.croppable - n)
+        return replace(self, seen=seen, past=None, recent=recent)
+
+    def summed(self, feature_map: FeatureMap) -> Past | None:
+        """The sums of all tokens so far."""
+        if self.past is not None or self.recent is None:
+            return self.past
+        return self.recent.summed(feature_map)
+
+    def after(self, call: Call, past: Past, recent: Recent) -> LinearState:
+        """The state behind the call's tokens."""
+        numbers, seen = past.sums[0].numel(), self.seen + call.key_length
+        return replace(self, seen=seen, past=past, recent=recent, numbers=numbers)
+
+
+def early_and_late(call: Call) -> list[Call]:
+    """The call in two where it is long: its last tokens, which can be taken back, come in the
+    second part, and this begins with a chunk."""
+    early = max(0, call.key_length - GOES_BACK) // CAUSAL_CHUNK * CAUSAL_CHUNK
+    lengths = [early, call.key_length - early]
+    return call.split(queries=lengths, keys=lengths) if early else [call]
+
+
+def _tensors(past: Past | None) -> list[Tensor]:
+    held = () if past is None else (past.sums, past.log_scale)
+    return [x for x in held if x is not None]
+
+
+def _selected(past: Past | None, rows: Tensor) -> Past | None:
+    if past is None:
+        return None
+    scale = None if past.log_scale is None else past.log_scale.index_select(0, rows)
+    return Past(past.sums.index_select(0, rows), scale)
