@@ -17,6 +17,14 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 
+@pytest.fixture
+def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures with matplotlib's default margins: to choose their own is three quarters of the time
+    of drawing them. `test_report.py` and `test_style.py` draw them whole."""
+    figure = pytest.importorskip("matplotlib.figure")
+    monkeypatch.setattr(figure.Figure, "get_layout_engine", lambda self: None)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
