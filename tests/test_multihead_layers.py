@@ -276,18 +276,20 @@ def test_autocast_with_float_masks_and_appended_keys_is_torchs() -> None:
     torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
 
 
-@pytest.mark.parametrize("case", usual_cases(), ids=str)
+@pytest.mark.parametrize("case", CAUSAL_CASES, ids=str)
 def test_encoder_layer_compiles_into_one_graph(case: Case) -> None:
-    """Forward alone: `test_compile.py` differentiates what the layer holds."""
+    """Causal, forward alone: `test_swap_graphs.py` differentiates a layer, every variant's."""
     torch._dynamo.reset()
     layer = encoder_layer(case).eval()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(BATCH, 9, SIZE)
     padding = torch.zeros(BATCH, 9, dtype=torch.bool)
     padding[1, 6:] = True
-    call: dict[str, Any] = {"src_key_padding_mask": padding}
-    if case.spec.causal:
-        call |= {"src_mask": causal_bool(9), "is_causal": True}
+    call: dict[str, Any] = {
+        "src_key_padding_mask": padding,
+        "src_mask": causal_bool(9),
+        "is_causal": True,
+    }
     with torch.no_grad():
         torch.testing.assert_close(compiled(x, **call), layer(x, **call), **SINGLE)
 
