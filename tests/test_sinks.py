@@ -61,7 +61,7 @@ def test_equals_the_oracle(options: dict[str, Any], situation: Situation, is_cau
     # torch.func's own gradient
     pulled: Any = torch.func.vjp(out_of, *(x.detach() for x in leaves.values()))
     ways = {"operators": (pulled[0], list(pulled[1](upstream)))}
-    parameters = dict(attn.named_parameters())
+    parameters: dict[str, Tensor] = {**dict(attn.named_parameters())}
     for backend in ("tiles", slices, "reference"):
         attn_by = with_logits(options, backend=backend)
         out = torch.func.functional_call(attn_by, parameters, (q, k, v), masks)
