@@ -90,8 +90,10 @@ def attnzoo(arguments: list[str]) -> int:
 
 def test(arguments: list[str]) -> int:
     set_up()
-    # Two processes of one thread each: the tests are many and small.
-    return call([PYTHON, "-m", "pytest", "-n", "2", *arguments], folder=ROOT, OMP_NUM_THREADS="1")
+    # Two processes of one thread each: the tests are many and small. A file's tests stay together,
+    # so that what a module sets up once is not set up in both.
+    command = [PYTHON, "-m", "pytest", "-n", "2", "--dist", "worksteal", *arguments]
+    return call(command, folder=ROOT, OMP_NUM_THREADS="1")
 
 
 def check(arguments: list[str]) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -410,9 +410,8 @@ def gradients_of(out: Tensor, upstream: Tensor, *inputs: Tensor) -> list[Tensor]
     )
 
 
-@lru_cache(maxsize=4)
 def oracle_answer(case: Case, situation: Situation, is_causal: bool) -> Answer:
-    """The oracle's output, A and gradients; kept for the next backend."""
+    """The oracle's output, A and gradients."""
     q, k, v, grad = tensors(situation, shift=case.shift)
     leaves = {"q": q.requires_grad_(), "k": k.requires_grad_(), "v": v.requires_grad_()}
     attn = case.build(situation.heads)

@@ -41,7 +41,7 @@ SMALL = [
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
+def in_an_empty_folder(tmp_path, monkeypatch, quick_figures):
     monkeypatch.chdir(tmp_path)
 
 

@@ -78,7 +78,7 @@ def test_count_closed_form_and_torch_agree(case: Case, is_causal: bool):
 def test_every_option_agrees(case: Case):
     for is_causal in (False, True):
         if can(case.spec, is_causal):
-            for n in (1, 128, 197, 900):
+            for n in (1, 197) if is_causal else (128, 900):
                 agree(case, is_causal, n, n)
 
 
@@ -366,12 +366,14 @@ FOLDED = [  # query_length, key_length, padded, is_causal
 ]
 
 
-@pytest.mark.parametrize("case", LINEAR, ids=str)
-def test_a_folded_loop_counts_as_the_unrolled_one(case: Case, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("place", range(len(LINEAR)), ids=[str(case) for case in LINEAR])
+def test_a_folded_loop_counts_as_the_unrolled_one(place: int, monkeypatch: pytest.MonkeyPatch):
     """Every table of the report, with a remainder, without one, under a key mask, and with other
-    queries than keys."""
+    queries than keys: all of these for the usual cases, two of them in turn for the others."""
+    case = LINEAR[place]
     attn = case.build(HEADS, HEAD_DIM).to("meta")
-    for queries, keys, padded, is_causal in FOLDED:
+    in_turn = [FOLDED[place % len(FOLDED)], FOLDED[(place + 5) % len(FOLDED)]]
+    for queries, keys, padded, is_causal in FOLDED if case in usual_cases() else in_turn:
         q, k = empty(2, HEADS, queries, HEAD_DIM), empty(2, 2, keys, HEAD_DIM)
         masks = {"key_mask": torch.ones(2, keys, dtype=torch.bool, device="meta")} if padded else {}
         monkeypatch.setattr(engine_counts, "FOLDED_FROM", max(queries, keys) + 1)

@@ -90,7 +90,7 @@ def test_random_pieces_with_padding(case: Case, kind: str) -> None:
     q, k, v, _ = tensors(Situation(N, N), shift=case.shift)
     mask = padding(kind, 2, N)
     expected = attn(q, k, v, key_mask=mask, is_causal=True)
-    for seed in range(3):
+    for seed in range(3 if case in usual_cases() else 1):
         rows, _ = decode(attn, random_lengths(N, seed), q, k, v, mask)
         close(rows, expected, TOLERANCE, f"rows in pieces {seed}")
 

@@ -193,7 +193,10 @@ def test_commands_run_with_what_they_need(dev, monkeypatch):
     assert calls == [
         (["-m", "attnzoo", "compare", "--seed", "1"], {"OMP_PROC_BIND": "true"}),
         (["-m", "attnzoo", "list"], {"OMP_PROC_BIND": "true"}),
-        (["-m", "pytest", "-n", "2", "-k", "x"], {"OMP_NUM_THREADS": "1"}),
+        (
+            ["-m", "pytest", "-n", "2", "--dist", "worksteal", "-k", "x"],
+            {"OMP_NUM_THREADS": "1"},
+        ),
     ]
 
 

@@ -43,9 +43,9 @@ SITUATIONS = [
     Situation(65, 65),
     Situation(300, 300),
     Situation(256, 256),
+    Situation(65, 18),
     Situation(9, 65),
     Situation(150, 290),
-    Situation(65, 18),
 ]
 EVERY = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 CAUSAL = pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
@@ -189,7 +189,7 @@ def test_entries_of_dilated_windows(pattern: Window, is_causal: bool, padding: s
     """A dilated window has tables for each of its residue classes, so its entries are read off A
     itself: A·I."""
     engine = WindowSparse(pattern).eval()
-    for lengths in SITUATIONS:
+    for lengths in SITUATIONS if padding == "none" else SITUATIONS[-3:]:
         situation = Situation(lengths.query_length, lengths.key_length, padding)
         call = call_of(situation, is_causal)
         grid = grid_of(call)
@@ -241,9 +241,10 @@ def _with_tables(
 
 NUMBERS = [
     Situation(63, 63, kv_heads=1),
-    Situation(300, 300, "interior"),
+    Situation(300, 300, "interior", batch=1),
     Situation(65, 65, "whole"),
-    Situation(150, 290, "left"),
+    Situation(65, 65, "interior"),
+    Situation(150, 290, "left", batch=1),
     Situation(65, 18),
 ]
 

@@ -19,7 +19,8 @@ from attnzoo.engines.sparse.patterns.window import Window
 CASE = Case("longformer", {"window": 16})
 FIRST = Case("longformer", {"window": 16, "global_tokens": 2})
 DILATED = Case("longformer", {"window": 5, "dilation": (3, 1, 2, 3)})
-BACKENDS = pytest.mark.parametrize("backend", [backend for _, backend in with_backends([CASE])])
+NAMES = [backend for _, backend in with_backends([CASE])]
+BACKENDS = pytest.mark.parametrize("backend", NAMES)
 CAUSALITY = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 SITUATIONS = [
     Situation(65, 65),
@@ -49,39 +50,36 @@ def own_projections(situation: Situation) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-@BACKENDS
 @CAUSALITY
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("case", [CASE, FIRST, DILATED], ids=str)
 @pytest.mark.parametrize("situation", SITUATIONS, ids=str)
 def test_global_tokens_of_the_call(
-    situation: Situation, case: Case, own: bool, is_causal: bool, backend: str
+    situation: Situation, case: Case, own: bool, is_causal: bool
 ) -> None:
-    """Rows, A, and the gradients of all six tensors."""
+    """Rows, A, and the gradients of all six tensors, by every backend."""
     if case is DILATED and situation.heads != 4:
         case = Case("longformer", {"window": 40, "dilation": 2, "global_tokens": 1})
     q, k, v, upstream = tensors(situation)
     inputs = [x.requires_grad_() for x in (q, k, v, *(own_projections(situation) if own else ()))]
     mask = global_mask(situation.batch, situation.key_length)
     masks = {"key_mask": situation.key_mask(), "is_causal": is_causal, "global_mask": mask}
-    attn = case.build(situation.heads, dtype=torch.float64, prefer=backend)
+    attn = case.build(situation.heads, dtype=torch.float64)
     own_qkv: Any = tuple(inputs[3:]) if own else None
     expected, a = ask_oracle(attn, *inputs[:3], options=case.options, global_qkv=own_qkv, **masks)
-    out = attn(*inputs[:3], global_qkv=own_qkv, **masks)
-    close(out, expected, 1e-10, "output")
-    close(attn.weights(q, k, global_qk=own_qkv and own_qkv[:2], **masks), a, 1e-10, "A")
     wanted = gradients_of(expected, upstream, *inputs)
-    for i, (gradient, one) in enumerate(
-        zip(gradients_of(out, upstream, *inputs), wanted, strict=True)
-    ):
-        close(gradient, one, 1e-10, f"gradient {i}")
-    with torch.no_grad():
-        close(
-            attn(*inputs[:3], global_qkv=own_qkv, **masks),
-            expected,
-            1e-10,
-            "output without gradients",
-        )
+    close(attn.weights(q, k, global_qk=own_qkv and own_qkv[:2], **masks), a, 1e-10, "A")
+    for backend in NAMES:
+        attn = case.build(situation.heads, dtype=torch.float64, prefer=backend)
+        out = attn(*inputs[:3], global_qkv=own_qkv, **masks)
+        close(out, expected, 1e-10, f"output by {backend}")
+        for i, (gradient, one) in enumerate(
+            zip(gradients_of(out, upstream, *inputs), wanted, strict=True)
+        ):
+            close(gradient, one, 1e-10, f"gradient {i} by {backend}")
+        with torch.no_grad():
+            out = attn(*inputs[:3], global_qkv=own_qkv, **masks)
+        close(out, expected, 1e-10, f"output without gradients by {backend}")
 
 
 @CAUSALITY

@@ -43,6 +43,9 @@ ENCODER_STUDY = (
 )
 
 
+pytestmark = pytest.mark.usefixtures("quick_figures")
+
+
 @pytest.fixture(autouse=True)
 def tiny_models(tmp_path, monkeypatch):
     """An empty folder with two texts and two studies; smollm2 and minilm are tiny here."""

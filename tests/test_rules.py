@@ -154,7 +154,8 @@ def test_rule_4_padding_reaches_nothing(case: Case, backend: str, kind: str) -> 
         q, k, v = float32(*clean_inputs[:3])
         clean = attn(q, k, v, key_mask=mask, is_causal=is_causal)
         gradients = gradients_of(clean, upstream, q, k, v, *attn.parameters())
-        for garbage in GARBAGE:
+        # Every kind of garbage in one kind of padding, and every kind of padding with two of them
+        for garbage in GARBAGE if kind == "interior" else GARBAGE[::3]:
             bad_k, bad_v = float32(
                 k.detach().masked_fill(padded, garbage), v.detach().masked_fill(padded, garbage)
             )
@@ -185,7 +186,8 @@ def test_rule_5_causal_means_causal(case: Case, backend: str, token: int) -> Non
 
     clean, gradients = rows(q, k, v)
     here = torch.arange(LONG)[:, None] == token
-    for change in (0.0, 50.0, *GARBAGE):
+    # Every change of one token, and every token with three of them
+    for change in (0.0, 50.0, *GARBAGE) if token == 128 else (50.0, float("nan"), 1e30):
         out, _ = rows(*(x.masked_fill(here, change) for x in (q, k, v)))
         same_bits(out, clean, f"rows before token {token} = {change}")
         if change == 1e30:

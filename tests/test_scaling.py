@@ -140,8 +140,9 @@ def test_what_grows_faster_is_known_as_far_as_it_is_counted():
     assert row["checkpointed"] == "> 4,096"
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("name", ["llama-3-8b", "smollm2-135m", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "is_causal"), [("llama-3-8b", True), ("smollm2-135m", True), ("gpt2", False)]
+)
 def test_the_longest_sequence_fits_and_the_next_does_not(name: str, is_causal: bool):
     """Of every variant, in training and with checkpointing, by its cost in whole numbers."""
     model, gpu = MODELS[name], GPUS["a100-80gb"]
@@ -446,6 +447,7 @@ def test_figures_have_labelled_axes(found: Scaling):
             assert axes.get_ylabel() or drawing.name == "memory"  # whose rows are named models
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     arguments = [
         "scaling",

@@ -17,7 +17,7 @@ from attnzoo.registry import names, spec_of
 
 TAKE_THEM = [name for name in names() if spec_of(name).takes("sink_logits")]
 DIRECTION = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-WINDOW = {"standard": 2000, "sliding_window": 7}  # for the oracle of windows
+WINDOW = {"standard": 300, "sliding_window": 7}  # for the oracle of windows
 
 
 def logits_of(heads: int) -> torch.Tensor:

@@ -37,13 +37,11 @@ def with_logits(
 @DIRECTION
 @pytest.mark.parametrize("situation", [one for one in FEW_SITUATIONS if one.heads == 4], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("way", ["tiles", "slices", "reference", "operators"])
-def test_equals_the_oracle(
-    options: dict[str, Any], situation: Situation, way: str, is_causal: bool
-) -> None:
-    """operators: as where a transform looks in, without the function that computes in cache."""
+def test_equals_the_oracle(options: dict[str, Any], situation: Situation, is_causal: bool) -> None:
+    """By every backend, and by operators, as where a transform looks in, without the function that
+    computes in cache."""
     slices = "columns" if "sinks" in options else "windows"
-    attn = with_logits(options, backend={"slices": slices, "operators": "auto"}.get(way, way))
+    attn = with_logits(options)
     q, k, v, upstream = tensors(situation)
     leaves = {
         "q": q.requires_grad_(),
@@ -54,21 +52,24 @@ def test_equals_the_oracle(
     masks = {"key_mask": situation.key_mask(), "is_causal": is_causal}
     expected, a = ask_oracle(attn, q, k, v, options=options, **masks)
     wanted = gradients_of(expected, upstream, *leaves.values())
-    if way == "operators":
-        # torch.func's own gradient, through an identity map over nothing
-        def out_of(*given: Tensor) -> Tensor:
-            parameters = dict(zip(list(leaves)[3:], given[3:], strict=True))
-            return torch.func.functional_call(attn, parameters, given[:3], masks)
-
-        pulled: Any = torch.func.vjp(out_of, *(x.detach() for x in leaves.values()))
-        out, found = pulled[0], list(pulled[1](upstream))
-    else:
-        out = attn(q, k, v, **masks)
-        found = gradients_of(out, upstream, *leaves.values())
-    close(out.detach(), expected.detach(), 1e-10, "output")
     close(attn.weights(q, k, **masks), a, 1e-10, "A")
-    for name, one, other in zip(leaves, found, wanted, strict=True):
-        close(one, other, 1e-9, f"gradient of {name}")
+
+    def out_of(*given: Tensor) -> Tensor:
+        parameters = dict(zip(list(leaves)[3:], given[3:], strict=True))
+        return torch.func.functional_call(attn, parameters, given[:3], masks)
+
+    # torch.func's own gradient
+    pulled: Any = torch.func.vjp(out_of, *(x.detach() for x in leaves.values()))
+    ways = {"operators": (pulled[0], list(pulled[1](upstream)))}
+    parameters: dict[str, Tensor] = {**dict(attn.named_parameters())}
+    for backend in ("tiles", slices, "reference"):
+        attn_by = with_logits(options, backend=backend)
+        out = torch.func.functional_call(attn_by, parameters, (q, k, v), masks)
+        ways[backend] = out, gradients_of(out, upstream, *leaves.values())
+    for way, (out, found) in ways.items():
+        close(out.detach(), expected.detach(), 1e-10, f"output by {way}")
+        for name, one, other in zip(leaves, found, wanted, strict=True):
+            close(one, other, 1e-9, f"gradient of {name} by {way}")
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -45,14 +45,15 @@ DECLARED = torch.library.Library("torchvision", "FRAGMENT")  # its operators las
 timm = import_timm()
 
 #: Plain, with a distillation token, with layer scale, with register tokens, with normalised queries
-#: and keys, with SwiGLU and no class token.
+#: and keys, with SwiGLU and no class token; all of one small width.
+NARROW: dict[str, Any] = {"num_heads": 4, "embed_dim": 64}
 MODELS: dict[str, dict[str, Any]] = {
-    "vit_tiny_patch16_224": {},
-    "deit_tiny_distilled_patch16_224": {},
-    "deit3_small_patch16_224": {"init_values": 0.5},
-    "vit_small_patch14_reg4_dinov2": {"img_size": 56, "init_values": 0.5},
-    "vit_small_patch16_224": {"qk_norm": True},
-    "vit_base_patch16_siglip_224": {"num_heads": 4, "embed_dim": 64},
+    "vit_tiny_patch16_224": NARROW,
+    "deit_tiny_distilled_patch16_224": NARROW,
+    "deit3_small_patch16_224": {**NARROW, "init_values": 0.5},
+    "vit_small_patch14_reg4_dinov2": {**NARROW, "img_size": 56, "init_values": 0.5},
+    "vit_small_patch16_224": {**NARROW, "qk_norm": True},
+    "vit_base_patch16_siglip_224": NARROW,
 }
 
 

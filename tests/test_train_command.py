@@ -46,7 +46,7 @@ FILE = Path("report/train-mqar.jsonl")
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, quick_figures):
     """An empty folder with a study."""
     monkeypatch.chdir(tmp_path)
     Path("study.yaml").write_text(STUDY)
