@@ -13,6 +13,7 @@ from attnzoo.call import Call, UnsupportedError
 from attnzoo.engines.softmax.reference import SINK_LOGITS
 from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.integrations.huggingface.interface_masks import filled_slots, mask_function_of
+from attnzoo.integrations.huggingface.packed_rows import check_positions, told_apart
 from attnzoo.integrations.places import no_dropout
 
 #: Where in a model's own attention module the zoo's attention lives.
@@ -20,16 +21,7 @@ SUBMODULE = "attention_core"
 #: Attribute of the keys that a `StateCache` hands on: its layer, which has a state to step.
 STATE_LAYER = "attnzoo_state_layer"
 #: Arguments of a model's attention that change A and that no `Attention` takes.
-CHANGES_WEIGHTS = (
-    "softcap",
-    "sinks",
-    "head_mask",
-    "indices",
-    "block_indices",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "seq_idx",
-)
+CHANGES_WEIGHTS = ("softcap", "sinks", "head_mask", "indices", "block_indices")
 
 
 def attend(
@@ -58,11 +50,12 @@ def attend(
         key, value, attention_mask, position_bias = filled_slots(
             key, value, attention_mask, position_bias
         )
+    attention_mask, segments = told_apart(query, key, attention_mask, causal, kwargs)
     attention = getattr(module, SUBMODULE, None)
     if state_layer is not None:
         state_layer.check_reader(attention, causal)
     if attention is None:
-        return _attend_exactly(
+        out = _attend_exactly(
             module,
             query,
             key,
@@ -74,31 +67,37 @@ def attend(
             sliding_window,
             position_bias,
             s_aux,
+            segments,
         )
-    _set_dropout(module, attention, dropout)
-    if scaling is not None and scaling != query.shape[-1] ** -0.5:
-        query = query * (scaling * query.shape[-1] ** 0.5)
-    inputs = {} if s_aux is None else {SINK_LOGITS.name: s_aux}
-    if state_layer is not None:
-        out = state_layer.step(query, key, value, attention_mask, inputs)
-    elif attention_mask is None or attention_mask.dim() == 2:
-        out = attention(
-            query,
-            key,
-            value,
-            key_mask=attention_mask,
-            attn_mask=position_bias,
-            is_causal=causal,
-            **inputs,
-        )
-    else:  # the caller's own, which already says what is causal
-        out = attention(
-            query,
-            key,
-            value,
-            attn_mask=_with_bias(attention_mask, position_bias),
-            **inputs,
-        )
+    else:
+        _set_dropout(module, attention, dropout)
+        if scaling is not None and scaling != query.shape[-1] ** -0.5:
+            query = query * (scaling * query.shape[-1] ** 0.5)
+        inputs = {} if s_aux is None else {SINK_LOGITS.name: s_aux}
+        if state_layer is not None:
+            out = state_layer.step(query, key, value, attention_mask, segments, inputs)
+        elif attention_mask is None or attention_mask.dim() == 2:
+            out = attention(
+                query,
+                key,
+                value,
+                key_mask=attention_mask,
+                attn_mask=position_bias,
+                is_causal=causal,
+                segments=segments,
+                **inputs,
+            )
+        else:  # the caller's own, which already says what is causal
+            out = attention(
+                query,
+                key,
+                value,
+                attn_mask=_with_bias(attention_mask, position_bias),
+                segments=segments,
+                **inputs,
+            )
+    if segments is None and causal:
+        out = check_positions(out, query, attention_mask, kwargs)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -144,33 +143,37 @@ def _attend_exactly(
     window: int | None,
     position_bias: Tensor | None,
     s_aux: Tensor | None,
-) -> tuple[Tensor, None]:
+    segments: Tensor | None,
+) -> Tensor:
     """transformers' own SDPA, for a layer that was not swapped in a model that was; ours where
-    there are sink logits, which theirs drops."""
+    there are sink logits, which theirs drops. Returns (batch, heads, length, head_dim)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
     queries, keys = query.shape[2], key.shape[2]
+    is_whole = window is None and segments is None
     if mask is None or mask.dim() == 2:
         mask = sdpa_mask(
             batch_size=query.shape[0],
             q_length=queries,
             kv_length=keys,
             q_offset=keys - queries,
-            mask_function=mask_function_of(is_causal, window),
+            mask_function=mask_function_of(is_causal, window, segments),
             attention_mask=mask,
-            allow_is_causal_skip=is_causal and window is None and queries == keys,
-            allow_is_bidirectional_skip=not is_causal and window is None,
+            allow_is_causal_skip=is_causal and is_whole and queries == keys,
+            allow_is_bidirectional_skip=not is_causal and is_whole,
             device=query.device,
         )
+    elif segments is not None:
+        mask = _with_bias(segments[:, None, :, None] == segments[:, None, None], mask)
     if s_aux is not None:
         both, only_causal = (
             (position_bias, is_causal) if mask is None else (_with_bias(mask, position_bias), False)
         )
         call = Call(query, key, value, attn_mask=both, is_causal=only_causal)
         out, _, _ = Softmax(scaling, dropout)(call.giving(SINK_LOGITS, s_aux))
-        return out.transpose(1, 2).contiguous(), None
-    return sdpa_attention_forward(
+        return out
+    out, _ = sdpa_attention_forward(
         module,
         query,
         key,
@@ -181,16 +184,16 @@ def _attend_exactly(
         is_causal=is_causal,
         position_bias=position_bias,
     )
+    return out.transpose(1, 2)
 
 
-def _with_bias(mask: Tensor, position_bias: Tensor | None) -> Tensor:
-    if position_bias is None:
+def _with_bias(mask: Tensor, other: Tensor | None) -> Tensor:
+    """A bool or additive mask and another mask that may be additive, as one."""
+    if other is None:
         return mask
-    return (
-        position_bias.masked_fill(~mask, float("-inf"))
-        if mask.dtype == torch.bool
-        else mask + position_bias
-    )
+    if mask.dtype == torch.bool:
+        return mask & other if other.dtype == torch.bool else other.masked_fill(~mask, -torch.inf)
+    return mask + other
 
 
 def _set_dropout(module: Any, attention: Attention, dropout: float) -> None:

@@ -3,15 +3,18 @@ itself."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnzoo.call import UnsupportedError
 from attnzoo.eager import can_look
+from attnzoo.integrations.huggingface.packed_rows import (
+    PIECES,
+    read_in_graph,
+    read_mask_function,
+)
 
 #: What the mask of a static cache holds where no token has been written yet; elsewhere 1 is attend
 #: and 0 is padding.
@@ -34,8 +37,12 @@ def padding_mask(
 
     A static cache has slots that are not filled yet, behind those that are: the mask is then int8,
     with `UNFILLED` there, and as long at every step, so that a compiled graph serves them all.
+    For packed rows it is `PIECES`, the number of every token's piece.
     """
-    filled = q_offset + q_length - kv_offset if is_causal_mask(mask_function) else kv_length
+    causal, pieces = _read(mask_function, batch_size, q_length, attention_mask, device, kwargs)
+    if pieces is not None:
+        return pieces.to(PIECES)
+    filled = q_offset + q_length - kv_offset if causal else kv_length
     whole = not isinstance(filled, Tensor) and filled == kv_length
     if attention_mask is None:
         if whole:
@@ -54,6 +61,28 @@ def padding_mask(
         if can_look(attention_mask, may_stall=True) and bool(attention_mask.all())
         else attention_mask
     )
+
+
+def _read(
+    mask_function: Callable[..., Any] | None,
+    batch_size: int,
+    length: int,
+    attention_mask: Tensor | None,
+    device: torch.device | str,
+    kwargs: dict[str, Any],
+) -> tuple[bool, Tensor | None]:
+    """Whether the mask is causal, and the pieces of packed rows, (batch, length), if any."""
+    from transformers import masking_utils
+
+    if mask_function in (
+        masking_utils.causal_mask_function,
+        masking_utils.bidirectional_mask_function,
+    ):
+        return mask_function is masking_utils.causal_mask_function, None
+    if torch.compiler.is_dynamo_compiling():
+        packed = attention_mask is None
+        return read_in_graph(mask_function, batch_size, length, packed, device, **kwargs)
+    return read_mask_function(mask_function)
 
 
 def filled_slots(
@@ -79,48 +108,18 @@ def filled_slots(
     )
 
 
-def is_causal_mask(mask_function: Callable[..., Any] | None) -> bool:
-    """Whether a mask function is causal; a mask that is more than causality and a window raises
-    UnsupportedError."""
+def mask_function_of(
+    is_causal: bool, window: int | None, segments: Tensor | None
+) -> Callable[..., Any]:
+    """transformers' mask function for causality, a window of keys, the query's own included, and
+    pieces that do not meet."""
     from transformers import masking_utils
 
-    if mask_function in (
-        masking_utils.causal_mask_function,
-        masking_utils.bidirectional_mask_function,
-    ):
-        # The two that a compiled graph can tell.
-        return mask_function is masking_utils.causal_mask_function
-    causal = False
-    for part in _parts(mask_function):
-        if part in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function):
-            causal |= part is masking_utils.causal_mask_function
-        elif not getattr(part, "__qualname__", "").startswith(
-            ("sliding_window_overlay.", "sliding_window_bidirectional_overlay.")
-        ):
-            raise UnsupportedError(
-                "the model asks for a mask that is more than causality, padding and a window "
-                "(packed sequences: position_ids that start "
-                "again; chunks; blocks that see each other); attnzoo would drop it: give one "
-                "sequence per row, and pad with attention_mask. "
-                "A traced or compiled causal model always asks so unless it is given an "
-                "attention_mask"
-            )
-    return causal
-
-
-def _parts(mask_function: Any) -> Iterator[Any]:
-    """The functions whose intersection a mask function is."""
-    if getattr(mask_function, "__qualname__", "").startswith("and_masks."):
-        for part in inspect.getclosurevars(mask_function).nonlocals["mask_functions"]:
-            yield from _parts(part)
-    else:
-        yield mask_function
-
-
-def mask_function_of(is_causal: bool, window: int | None) -> Callable[..., Any]:
-    """transformers' mask function for causality and a window of keys, the query's own included."""
-    from transformers import masking_utils
-
+    if segments is not None:
+        return masking_utils.and_masks(
+            masking_utils.packed_sequence_mask_function(segments),
+            mask_function_of(is_causal, window, None),
+        )
     if window is None:
         return (
             masking_utils.causal_mask_function

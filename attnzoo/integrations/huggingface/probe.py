@@ -22,7 +22,7 @@ from attnzoo.integrations.huggingface.configs import (
     configs_of,
     register,
 )
-from attnzoo.integrations.huggingface.interface_masks import is_causal_mask
+from attnzoo.integrations.huggingface.packed_rows import read_mask_function
 from attnzoo.integrations.huggingface.trial import EXAMPLE, Trial, longest_sequence, trial_of
 from attnzoo.integrations.places import Site
 
@@ -238,7 +238,7 @@ def _note_mask(
 ) -> Tensor | None:
     from transformers.masking_utils import sdpa_mask
 
-    causal = is_causal_mask(mask_function)
+    causal, _ = read_mask_function(mask_function)
     # The whole mask, to hold beside what the layer says.
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     mask = sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs)

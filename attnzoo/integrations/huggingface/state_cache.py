@@ -93,19 +93,25 @@ class StateLayer(CacheLayerMixin):
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
+        segments: Tensor | None,
         inputs: dict[str, Tensor],
     ) -> Tensor:
         """The rows of the new tokens. mask: (batch, length) bool over the keys up to the new ones,
         the last columns being theirs.
-        inputs: as in `Attention.step`."""
+        segments: (batch, length) of the new tokens. inputs: as in `Attention.step`."""
         if mask is not None and mask.dim() != 2:
             raise UnsupportedError(
                 "a 4-D attention_mask cannot hide keys that a state has summed; give a 2-D mask of "
                 "the padding"
             )
+        if segments is not None and self.get_seq_length():
+            raise UnsupportedError(
+                f"a packed row came behind the {self.get_seq_length()} tokens of this cache; a "
+                f"packed row must be read in one forward: {NEW_CACHE}"
+            )
         key_mask = None if mask is None else mask[:, mask.shape[1] - key.shape[2] :]
         out, self.state = self.attention.step(
-            query, key, value, self.state, key_mask=key_mask, **inputs
+            query, key, value, self.state, key_mask=key_mask, segments=segments, **inputs
         )
         self.waiting = False
         return out

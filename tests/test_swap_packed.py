@@ -1,0 +1,175 @@
+"""Packed rows in swapped transformers models: loss and gradients are those of the pieces apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from swap_models import make
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import DataCollatorWithFlattening
+
+import attnzoo
+from attnzoo import UnsupportedError
+
+LENGTHS = (7, 1, 10, 6)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "standard": {},
+    "sliding_window": {"window": 4},
+    "linear": {},
+    "retention": {},
+    "performer": {"num_features": 8},
+    "bigbird": {"block_size": 2},
+    "longformer": {"window": 4, "global_tokens": 1},
+}
+MIXED: Any = {0: ("sliding_window", {"window": 4}), 2: "linear"}
+
+
+def pieces() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 50, (length,), generator=generator) for length in LENGTHS]
+
+
+def swapped(family: str, variant: Any, **options: Any) -> Any:
+    """Two layers in float64, or three where they are mixed."""
+    options = {"num_hidden_layers": 2 + isinstance(variant, dict), **options}
+    model = make(family, **options).double()
+    named = {} if isinstance(variant, dict) else VARIANTS[variant]
+    return attnzoo.swap(model, variant, **named)
+
+
+def collated(**kinds: bool) -> dict[str, Any]:
+    rows = [{"input_ids": one.tolist()} for one in pieces()]
+    return dict(DataCollatorWithFlattening(return_tensors="pt", **kinds)(rows))
+
+
+def loss_and_gradients(model: Any, total: Tensor) -> tuple[Tensor, list[Tensor]]:
+    model.zero_grad()
+    total.backward()
+    return total.detach(), [x.grad.clone() for x in model.parameters() if x.grad is not None]
+
+
+def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """As transformers' models count it, in float64: the sum over the tokens predicted."""
+    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+
+def apart(model: Any) -> tuple[Tensor, list[Tensor]]:
+    """Pieces that are run one by one."""
+    losses = [loss_of(model(input_ids=one[None]).logits, one[None]) for one in pieces()]
+    return loss_and_gradients(model, torch.stack(losses).sum())
+
+
+def agree(found: Any, wanted: Any) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def packed_is_apart(model: Any, inputs: dict[str, Any]) -> None:
+    labels = inputs.pop("labels")
+    agree(loss_and_gradients(model, loss_of(model(**inputs).logits, labels)), apart(model))
+
+
+#: What is given beside the tokens and the positions that start again.
+WAYS: dict[str, dict[str, Any]] = {
+    "neither mask nor cache": {"use_cache": False},
+    "a cache": {},
+    "a mask of ones": {"attention_mask": torch.ones(1, sum(LENGTHS), dtype=torch.long)},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "mixed"])
+def test_positions_that_start_again(variant: str, way: str) -> None:
+    model = swapped("llama", MIXED if variant == "mixed" else variant)
+    packed_is_apart(model, {**collated(), **WAYS[way]})
+
+
+@pytest.mark.parametrize("variant", ["standard", "linear"])
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "qwen3", "qwen2"])
+@pytest.mark.parametrize("way", WAYS)
+def test_families(family: str, variant: str, way: str) -> None:
+    packed_is_apart(swapped(family, variant), {**collated(), **WAYS[way]})
+
+
+@pytest.mark.parametrize("variant", ["own", "swapped"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_window_of_the_models_own(variant: str, way: str) -> None:
+    chosen = ("sliding_window", {"window": 4})
+    model = swapped(
+        "mistral",
+        {1: chosen} if variant == "own" else dict.fromkeys(range(3), chosen),
+        sliding_window=4,
+    )
+    packed_is_apart(model, {**collated(), **WAYS[way]})
+
+
+@pytest.mark.parametrize("variant", ["standard", "performer", "mixed"])
+@pytest.mark.parametrize("kind", ["return_flash_attn_kwargs", "return_seq_idx"])
+@pytest.mark.parametrize("mask", [False, True])
+def test_what_the_flattening_collator_tells(variant: str, kind: str, mask: bool) -> None:
+    """Positions that go on over the pieces would not tell of them; the model reads those of the
+    collator, and its attention what tells of the pieces alone."""
+    model = swapped("llama", MIXED if variant == "mixed" else variant)
+    inputs = collated(**{kind: True})
+    if mask:
+        inputs["attention_mask"] = torch.ones(1, sum(LENGTHS), dtype=torch.long)
+    packed_is_apart(model, inputs)
+
+
+@pytest.mark.parametrize("variant", ["standard", "sliding_window", "retention", "mixed"])
+@pytest.mark.parametrize("positions", [0, 1])
+def test_padding_behind_and_between(variant: str, positions: int) -> None:
+    """Two rows as TRL packs them, filled up with padding whose positions are all one number."""
+    model = swapped("llama", MIXED if variant == "mixed" else variant)
+    first, _, second, third = pieces()
+    pad = torch.zeros(2, dtype=torch.long)
+    ids = torch.stack([torch.cat([first, second, pad]), torch.cat([third, pad, third[:4], first])])
+    mask = ids != 0
+    ranges = [torch.arange(n) for n in (7, 10, 6, 4, 7)]
+    fill = torch.full((2,), positions)
+    where = torch.stack([torch.cat([*ranges[:2], fill]), torch.cat([ranges[2], fill, *ranges[3:]])])
+    out = model(input_ids=ids, attention_mask=mask.long(), position_ids=where).logits
+    wanted = [
+        model(input_ids=one[None]).logits[0] for one in (first, second, third, third[:4], first)
+    ]
+    agree(out[mask], torch.cat(wanted))
+
+
+@pytest.mark.parametrize("variant", ["standard", "sliding_window", "linear", "mixed"])
+@pytest.mark.parametrize("cache", ["own", "state"])
+def test_ordinary_positions_are_no_packing(variant: str, cache: str) -> None:
+    """Left-padded, whose positions repeat on the padding, read at once, in chunks and by steps."""
+    model = swapped("llama", MIXED if variant == "mixed" else variant)
+    ids = torch.stack([pieces()[2], pieces()[2].roll(2)])
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    for fill in (0, 1):
+        positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, fill)
+        whole = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        past = attnzoo.state_cache(model) if cache == "state" else None
+        found = []
+        for begin, end in ((0, 5), (5, 8), (8, 9), (9, 10)):
+            out = model(
+                input_ids=ids[:, begin:end],
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, begin:end],
+                past_key_values=past,
+                use_cache=True,
+            )
+            past = out.past_key_values
+            found.append(out.logits)
+        agree(torch.cat(found, 1)[mask.bool()], whole[mask.bool()])
+        agree(whole[1, 4:], model(input_ids=ids[1:, 4:]).logits[0])
+
+
+@pytest.mark.parametrize("variant", ["standard", "linear", "mixed"])
+def test_a_packed_row_goes_into_no_cache_that_holds_tokens(variant: str) -> None:
+    model = swapped("llama", MIXED if variant == "mixed" else variant)
+    for cache in (None, attnzoo.state_cache(model)):
+        past = model(input_ids=pieces()[0][None], past_key_values=cache).past_key_values
+        with pytest.raises(UnsupportedError, match="must be read in one forward"):
+            model(**collated(), past_key_values=past)
