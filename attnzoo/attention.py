@@ -70,6 +70,13 @@ class Attention(nn.Module):
         """Whether a call with these inputs reads what `own_projection` makes."""
         return True
 
+    @property
+    def packs(self) -> bool:
+        """Whether nothing but the engine mixes tokens or counts positions, so that its backends
+        that pack can keep the pieces of a packed row apart in a graph."""
+        own = type(self)
+        return own.attend is Attention.attend and own.place is Attention.place
+
     def place(self, call: Call, seen: int) -> Call:
         """The call with what depends on positions put into q and k; `seen` tokens stand before its
         first key."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -13,14 +13,19 @@ from attnzoo.call import Call, UnsupportedError, clear_padding, shield_past
 from attnzoo.engines.engine import Engine, State, StateSizes
 from attnzoo.engines.packed_state import PackedState, step_apart
 from attnzoo.sequences.packing import apart, may_cut, weights_apart
+from attnzoo.spec import Spec
 
 
 class Core(Protocol):
     """What is asked of an attention here; `attnzoo.attention.Attention` says what each means."""
 
+    spec: ClassVar[Spec]
     engine: Engine
     backend: str
     last_backend: str | None
+
+    @property
+    def packs(self) -> bool: ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
@@ -35,7 +40,10 @@ def run(core: Core, call: Call) -> Tensor:
     """A·v. `core.last_backend` becomes the backend that ran, or several with "and" between."""
     if 0 in (call.q.shape[0], call.query_length, call.key_length, call.v.shape[3]):
         return _of_nothing(core, call)
-    if call.segments is None or not may_cut(call):
+    if call.segments is None:
+        return _run(core, call)
+    if not may_cut(call):
+        _check_packs(core)
         return _run(core, call)
     ran: set[str | None] = set()
 
@@ -61,7 +69,10 @@ def weights(core: Core, call: Call) -> Tensor:
     core.last_backend = "reference"
     if 0 in (*call.q.shape[:3], call.key_length):
         return call.q.new_zeros(*call.q.shape[:3], call.key_length)
-    if call.segments is None or not may_cut(call):
+    if call.segments is None:
+        return _weights(core, call)
+    if not may_cut(call):
+        _check_packs(core)
         return _weights(core, call)
     return weights_apart(call, partial(_weights, core))
 
@@ -117,6 +128,16 @@ def _step(core: Core, call: Call, state: State) -> tuple[Tensor, State]:
     # The rows came from a past without the bad token; the tokens to come must meet it.
     placed = core.place(call, state.seen)
     return _poison(out, poisoned), core.attend(placed, core.backend, state)[2]
+
+
+def _check_packs(core: Core) -> None:
+    """Raise UnsupportedError where an attention does to tokens what knows no segments."""
+    if not core.packs:
+        raise UnsupportedError(
+            f"{core.spec.name} keeps the pieces of packed rows apart by cutting them, for which it "
+            "reads segments; in a graph or transform, where it cannot, use standard, "
+            "sliding_window, linear or retention, or give the pieces as samples with key_mask"
+        )
 
 
 def _of_nothing(core: Core, call: Call) -> Tensor:

@@ -434,9 +434,9 @@ def test_dropout_is_for_training_only(name: str) -> None:
         assert torch.equal(
             attn.eval()(q, k, v), Case(name).build(dtype=torch.float64, prefer=backend)(q, k, v)
         )
-        draws = torch.stack([attn.train()(q, k, v) for _ in range(400)])
+        draws = torch.stack([attn.train()(q, k, v) for _ in range(144)])
         assert not torch.equal(draws[0], draws[1])
-        standard_error = draws.std(0) / 20 + 1e-9
+        standard_error = draws.std(0) / 12 + 1e-9
         assert ((draws.mean(0) - plain(q, k, v)).abs() < 6 * standard_error).all()
 
 

@@ -71,8 +71,14 @@ def random_lengths(total: int, seed: int) -> list[int]:
     return lengths
 
 
-@ALL
-@pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize(
+    ("case", "kv_heads"),
+    [
+        pytest.param(case, kv_heads, id=f"{kv_heads}-{case}")
+        for case in DECODERS
+        for kv_heads in ((4, 1) if case in usual_cases() else (1,))
+    ],
+)
 def test_token_by_token(case: Case, kv_heads: int) -> None:
     attn = case.build(dtype=torch.float64)
     q, k, v, _ = tensors(Situation(N, N, kv_heads=kv_heads), shift=case.shift)

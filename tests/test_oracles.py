@@ -37,9 +37,28 @@ FLOAT64_TOLERANCE = 1e-10
 FLOAT32_TOLERANCE = 64 * 2**-24
 
 
-def situations_of(case: Case) -> list[Situation]:
-    usual = CASES.get(case.variant, [case])[0]
-    return SITUATIONS if case == usual else FEW_SITUATIONS
+def calls_of(case: Case) -> list[tuple[Situation, bool]]:
+    """Situations and directions: for the usual form of a variant every pair, but for the longest
+    inputs, which have one direction each; for another form each situation in one direction, in
+    turn."""
+    directions = (False, True)
+    if case == CASES.get(case.variant, [case])[0]:
+        pairs = [(situation, way) for situation in SITUATIONS for way in directions]
+        longest = [situation for situation in SITUATIONS if situation.key_length == 1000]
+        return [
+            (situation, way)
+            for situation, way in pairs
+            if situation not in longest
+            or len(case.spec.forms) == 1
+            or directions[longest.index(situation) % 2] == way
+        ]
+    first = len(str(case)) % 2
+    return [
+        (situation, way)
+        for place, situation in enumerate(FEW_SITUATIONS)
+        for way in directions
+        if len(case.spec.forms) == 1 or way == directions[(first + place) % 2]
+    ]
 
 
 EVERYTHING = [
@@ -50,8 +69,7 @@ EVERYTHING = [
         id=f"{case}-{situation}-{'causal' if is_causal else 'full'}",
     )
     for case in cases()
-    for situation in situations_of(case)
-    for is_causal in (False, True)
+    for situation, is_causal in calls_of(case)
 ]
 
 

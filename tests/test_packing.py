@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import Case, Situation, ask_oracle, can, cases, close, gradients_of, tensors, usual_cases
+from cases import Case, Situation, ask_oracle, cases, close, gradients_of, tensors, usual_cases
 from small import build_small
 from torch import Tensor
 
@@ -23,10 +23,7 @@ ROWS = [((16,) * 4, (16,) * 4), ((20, 1, 3, 30), (7, 40, 7)), ((70, 9, 2, 73), (
 def ids_of(*rows: tuple[int, ...]) -> Tensor:
     """(batch, length): every piece has an id of its own, which says nothing of its place."""
     return torch.stack(
-        [
-            torch.repeat_interleave(7 - 3 * torch.arange(len(row)), torch.tensor(row))
-            for row in rows
-        ]
+        [torch.repeat_interleave(7 - 3 * torch.arange(len(row)), torch.tensor(row)) for row in rows]
     )
 
 
@@ -109,13 +106,14 @@ def test_steps_of_packed_rows(case: Case) -> None:
         )
         rows.append(out)
     assert state.seen == 38 and state.batch_size == 2
-    last = (x[:, :, 38:] for x in (q, k, v))
-    rows.append(attn.step(*last, state)[0])
+    rows.append(attn.step(q[:, :, 38:], k[:, :, 38:], v[:, :, 38:], state)[0])
     close(torch.cat(rows, 2), wanted, 1e-11, "rows")
     swapped = state.select(torch.tensor([1, 0, 1]))
-    out, after = attn.step(*(x[[1, 0, 1], :, 38:] for x in (q, k, v)), swapped)
+    q, k, v = (x[[1, 0, 1]] for x in (q, k, v))
+    k = q if case.options.get("share_qk") else k
+    out, after = attn.step(q[:, :, 38:], k[:, :, 38:], v[:, :, 38:], swapped)
     close(out, wanted[[1, 0, 1], :, 38:], 1e-11, "rows of a selection")
-    again, _ = attn.step(*(x[[1, 0, 1], :, 39:] for x in (q, k, v)), after.crop(1))
+    again, _ = attn.step(q[:, :, 39:], k[:, :, 39:], v[:, :, 39:], after.crop(1))
     close(again, wanted[[1, 0, 1], :, 39:], 1e-11, "rows after going back")
 
 
@@ -130,15 +128,70 @@ def test_what_stands_in_a_piece_reaches_no_other(name: str) -> None:
     for is_causal in attn.spec.forms:
         found = []
         for spoiled in (False, True):
-            x = [
-                y.masked_fill(~others & spoiled, float("nan")).requires_grad_() for y in (q, k, v)
-            ]
+            x = [y.masked_fill(~others & spoiled, float("nan")).requires_grad_() for y in (q, k, v)]
             out = attn(*x, segments=segments, is_causal=is_causal)
             kept = out.masked_fill(~others, 0.0)
             gradients = torch.autograd.grad(kept.nansum(), x)
             found.append([kept, *(one.masked_fill(~others, 0.0) for one in gradients)])
         for clean, one in zip(*found, strict=True):
             assert torch.equal(clean, one)
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_where_no_id_can_be_read_rows_are_right_or_refused(case: Case) -> None:
+    """In a graph that cannot be broken."""
+    attn, segments = case.build(dtype=torch.float64), ids_of((70, 1, 9, 73), (130, 23))
+    torch._dynamo.reset()
+    compiled = torch.compile(attn, backend="eager", fullgraph=True)
+    for is_causal in case.spec.forms:
+        q, k, v, _ = inputs_of(case, 153)
+        wanted = apart(attn, segments, q, k, v, is_causal=is_causal)
+        try:
+            out = compiled(q, k, v, segments=segments, is_causal=is_causal)
+        except Exception as error:
+            assert "packed row" in str(error), error  # noqa: PT017
+            assert case.variant not in ("standard", "linear", "retention", "performer")
+            continue
+        close(out, wanted, TOLERANCE, f"rows, {is_causal=}")
+
+
+@pytest.mark.parametrize("name", attnzoo.names())
+@pytest.mark.parametrize("queries", [40, 33, 44])
+def test_transforms_of_packed_rows_are_right_or_refused(name: str, queries: int) -> None:
+    """Rows and A under vmap, with padding."""
+    attn, segments = build_small(name, 4, 8).double(), ids_of((10, 6, 24), (20, 20))
+    if queries != 40 and not attn.spec.cross:
+        pytest.skip(f"{name} needs as many queries as keys")
+    q, k, v, _ = tensors(Situation(queries, 40, kv_heads=4))
+    k = q if getattr(attn.engine, "share_qk", False) else k
+    key_mask = torch.ones(2, 40, dtype=torch.bool)
+    key_mask[1, 17:23] = False
+    for is_causal in attn.spec.forms:
+        if queries > 40 and not is_causal:
+            continue
+        how = {"key_mask": key_mask, "segments": segments}
+        for ask in (attn, lambda q, k, _, **how: attn.weights(q, k, **how)):
+            expected = ask(q, k, v, **how, is_causal=is_causal)
+
+            def one(q, k, v, m, s, ask=ask, is_causal=is_causal):
+                rest = {"key_mask": m[None], "segments": s[None], "is_causal": is_causal}
+                return ask(q[None], k[None], v[None], **rest)[0]
+
+            try:
+                found = torch.func.vmap(one)(q, k, v, key_mask, segments)
+            except UnsupportedError as error:
+                assert "packed row" in str(error)  # noqa: PT017
+                continue
+            close(found, expected, TOLERANCE, f"{is_causal=}")
+
+
+def test_a_piece_that_goes_on_is_refused_in_a_graph() -> None:
+    attn = build_small("linear", 4, 8)
+    q, ids = torch.randn(1, 4, 12, 8), torch.tensor([[0] * 4 + [1] * 4 + [0] * 4])
+    torch._dynamo.reset()
+    compiled = torch.compile(attn, backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="a piece that stops and goes on"):
+        compiled(q, q, q, segments=ids, is_causal=True)
 
 
 def test_arbitrary_masks_are_cut_too() -> None:
@@ -191,7 +244,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("segments, message", BAD)
+@pytest.mark.parametrize(("segments", "message"), BAD)
 def test_bad_segments(segments: Tensor, message: str) -> None:
     attn = build_small("standard", 4, 8)
     x = torch.randn(2, 4, 12, 8)

@@ -158,6 +158,9 @@ def test_peaks_are_the_allocators(name: str, options: dict[str, Any], is_causal:
         usual = n == 4096 and dtype == torch.float32
         if not usual and (options or name == "flash"):  # which goes tile by tile, in seconds
             continue
+        forms = spec_of(name).forms
+        if not usual and is_causal != forms[n != 4096 and len(forms) > 1]:
+            continue  # where there are two, padding is tried in one and half precision in the other
         attn = attnzoo.build(name, heads=2, head_dim=64, **options, **sized(name, n)).to(dtype)
         check_peaks(attn, inputs(attn, 1, (n, n), kv_heads, dtype), is_causal, tolerance)
 

@@ -16,11 +16,25 @@ from attnzoo.call import Call, UnsupportedError
 @dataclass(frozen=True)
 class Backend:
     """One way to multiply by A. `why_not` looks at static facts only (device, dtype, shape, grad)
-    and returns its reason to refuse, or None."""
+    and returns its reason to refuse, or None.
+
+    packs: whether it keeps the pieces of a packed row apart where nobody may read their ids, in a
+        graph or transform; elsewhere they are cut apart before.
+    """
 
     name: str
     run: Callable[[Any, Call], Tensor]
     why_not: Callable[[Any, Call], str | None]
+    packs: bool = False
+
+    def reason(self, engine: Any, call: Call) -> str | None:
+        """Why it refuses the call; None when it takes it."""
+        if call.segments is not None and not self.packs:
+            return (
+                "it cannot keep the pieces of a packed row apart in a graph or transform, where "
+                "their ids cannot be read"
+            )
+        return self.why_not(engine, call)
 
 
 @dataclass(frozen=True)
@@ -182,7 +196,7 @@ class Engine(nn.Module):
         reason = None
         for backend in self.backends:
             if requested in ("auto", backend.name):
-                reason = backend.why_not(self, call)
+                reason = backend.reason(self, call)
                 if reason is None:
                     return backend
         if reason is None:
@@ -214,7 +228,10 @@ class Engine(nn.Module):
     def weights(self, call: Call) -> Tensor:
         """A itself, without dropout, (batch, heads, query_length, key_length) in the precision of
         sums."""
-        return self.matrix(self.completed(call))
+        call = self.completed(call)
+        if call.segments is not None:
+            self.choose(call, "reference")
+        return self.matrix(call)
 
     def completed(self, call: Call) -> Call:
         """The call with what the engine itself adds to it."""

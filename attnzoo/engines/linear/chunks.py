@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.engine import accumulation_dtype
+from attnzoo.engines.linear import boundaries
 from attnzoo.engines.linear.decay import counted
 from attnzoo.engines.linear.feature_maps import FeatureMap
 from attnzoo.engines.linear.key_weights import write_chunks
@@ -96,9 +97,11 @@ def causal(
     piece has the sums after it."""
     found = spans_of(feature_map, call)
     lengths = [tokens for tokens, _ in found]
+    last_id = None
     for place, span in enumerate(call.split(queries=lengths, keys=lengths)):
         remember = remember_last or place < len(found) - 1
-        block = Block.of(feature_map, span, past, found[place][1], remember)
+        block = Block.of(feature_map, span, past, found[place][1], remember, last_id)
+        last_id = None if span.segments is None else span.segments[:, -1]
         yield _piece(call, *block.read(feature_map.normalizer == "row"), past, block.after)
         past = block.after
 
@@ -139,8 +142,16 @@ class Block:
 
     @classmethod
     def of(
-        cls, feature_map: FeatureMap, call: Call, past: Past | None, chunks: int, remember: bool
+        cls,
+        feature_map: FeatureMap,
+        call: Call,
+        past: Past | None,
+        chunks: int,
+        remember: bool,
+        last_id: Tensor | None = None,
     ) -> Block:
+        """last_id: of packed rows, the piece that the last token of the past belongs to,
+        (batch,)."""
         dtype, kv_heads, group = accumulation_dtype(call.q.dtype), call.k.shape[1], call.group
         q = grouped(call.q.to(dtype), kv_heads, chunks)
         k, v = (
@@ -159,6 +170,9 @@ class Block:
                 k_features, count, group, behind=behind, remember=remember
             )
             worth = worth.times(faded)
+        if call.segments is not None:
+            ids = call.segments.unflatten(1, (chunks, -1))
+            worth = worth.times(boundaries.of_chunks(ids, last_id, group, dtype))
         relative, carry, weights, shrink = vars(worth).values()
         totals = None
         if feature_map.normalizer == "feature" and relative is None:

@@ -4,14 +4,15 @@ value_dim numbers, in linear time."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnzoo.call import Call, UnsupportedError
-from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes, never_refuses
-from attnzoo.engines.linear import chunks, fla_kernel, gradient, linear_cost
+from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes
+from attnzoo.engines.linear import boundaries, chunks, fla_kernel, gradient, linear_cost
 from attnzoo.engines.linear.feature_maps import FeatureMap
 from attnzoo.engines.linear.reference import REFERENCE, LinearReference
 from attnzoo.engines.linear.state import LinearState, Recent, early_and_late
@@ -71,7 +72,18 @@ def _chunked_why_not(engine: Linear, call: Call) -> str | None:
 
 
 def _open(engine: Linear, call: Call) -> Tensor:
-    return _behind_blind_rows(gradient.attend_openly, engine, call)
+    out = _behind_blind_rows(gradient.attend_openly, engine, call)
+    return out if call.segments is None else boundaries.checked(out, call.segments)
+
+
+def _open_why_not(engine: Linear, call: Call) -> str | None:
+    if call.segments is None:
+        return None
+    if not call.is_causal or call.offset:
+        return "its sums are of one piece at a time: it packs causal calls, of one query a key"
+    if engine.feature_map.scales_keys:
+        return "one piece's largest key would scale the next one's features"
+    return None
 
 
 def _behind_blind_rows(
@@ -110,7 +122,7 @@ def _recur(
 
 Linear.backends = (
     Backend("chunked", _chunked, _chunked_why_not),
-    Backend("open", _open, never_refuses),
+    Backend("open", _open, _open_why_not, packs=True),
     Backend("fla", fla_kernel.run, fla_kernel.why_not),  # by name only, until it has run on a GPU
-    REFERENCE,
+    replace(REFERENCE, packs=True),
 )

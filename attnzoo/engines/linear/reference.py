@@ -16,7 +16,7 @@ from attnzoo.engines.linear.decay import product
 from attnzoo.engines.linear.feature_maps import FeatureMap
 from attnzoo.engines.linear.key_weights import finite
 from attnzoo.engines.linear.sums import divisor
-from attnzoo.engines.softmax.reference import causal_mask, visible
+from attnzoo.engines.softmax.reference import visible
 
 
 class LinearReference(Engine):
@@ -59,11 +59,9 @@ def _written(call: Call, log_scale: Tensor | None) -> Tensor | None:
     log_scale that row i sees; None where keys have none."""
     if log_scale is None:
         return None
-    if call.key_mask is not None:
-        log_scale = log_scale.masked_fill(~call.key_mask[:, None, :], float("-inf"))
+    mask = visible(call)
     rows = log_scale[:, :, None, :].expand(-1, -1, call.query_length, -1)
-    if call.is_causal:
-        mask = causal_mask(call.query_length, call.key_length, call.q.device)
+    if mask is not None:
         rows = rows.masked_fill(~mask, float("-inf"))
     return (rows - finite(rows.detach().amax(-1, keepdim=True))).exp()
 

@@ -80,11 +80,22 @@ def visible(call: Call) -> Tensor | None:
     """The bool part of the masks, broadcastable to (batch, heads, query_length, key_length); None
     when every key is visible to every query."""
     mask = None if call.key_mask is None else call.key_mask[:, None, None, :]
+    if call.segments is not None:
+        of_queries = segments_of_queries(call)
+        mask = _and(mask, of_queries[:, None, :, None] == call.segments[:, None, None])
     if call.is_causal:
         mask = _and(mask, causal_mask(call.query_length, call.key_length, call.q.device))
     if call.attn_mask is not None and call.attn_mask.dtype == torch.bool:
         mask = _and(mask, call.attn_mask)
     return mask
+
+
+def segments_of_queries(call: Call) -> Tensor:
+    """(batch, query_length): the ids at the queries' positions; any where a query stands before
+    every key."""
+    assert call.segments is not None
+    ahead, behind = max(0, -call.offset), max(0, call.offset)
+    return F.pad(call.segments, (ahead, 0))[:, behind:]
 
 
 def causal_mask(query_length: int, key_length: int, device: torch.device | None = None) -> Tensor:

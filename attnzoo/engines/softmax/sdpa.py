@@ -63,7 +63,7 @@ def why_not(engine: SoftmaxReference, call: Call) -> str | None:
 def _masks(call: Call) -> tuple[Tensor | None, Tensor | None]:
     """Masks that SDPA must be given; its own is_causal serves a plain square call, and one last
     query sees everything."""
-    plain = call.key_mask is None and call.attn_mask is None
+    plain = call.key_mask is None and call.attn_mask is None and call.segments is None
     if plain and (not call.is_causal or call.query_length in (1, call.key_length)):
         return None, None
     return visible(call), additive(call)

@@ -25,9 +25,9 @@ class Softmax(SoftmaxReference):
     """
 
     backends = (
-        Backend("sdpa", sdpa.attend, sdpa.why_not),
+        Backend("sdpa", sdpa.attend, sdpa.why_not, packs=True),
         Backend("xformers", xformers_kernel.attend, xformers_kernel.why_not),
-        REFERENCE,
+        replace(REFERENCE, packs=True),
     )
 
     def init_state(self, sizes: StateSizes) -> KeyValueCache:

@@ -258,5 +258,5 @@ def _why_not(engine: FlashAlgorithm, call: Call) -> str | None:
 
 FlashAlgorithm.backends = (
     Backend("tiled", attend, _why_not),
-    Backend("reference", reference, never_refuses),
+    Backend("reference", reference, never_refuses, packs=True),
 )

@@ -80,7 +80,7 @@ class GlobalCall(Call):
 
 def _plain(call: Call) -> Call:
     """The call without what global tokens alone need."""
-    return call.over(call.q, call.k, call.v, call.key_mask)
+    return replace(call.over(call.q, call.k, call.v, call.key_mask), segments=call.segments)
 
 
 class WindowAndGlobals(WindowSparse):

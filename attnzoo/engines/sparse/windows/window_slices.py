@@ -11,7 +11,11 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.piece_by_piece import at_a_time, join, mask_of_heads, samples_at_a_time
-from attnzoo.engines.softmax.reference import SINK_LOGITS, SoftmaxReference
+from attnzoo.engines.softmax.reference import (
+    SINK_LOGITS,
+    SoftmaxReference,
+    segments_of_queries,
+)
 from attnzoo.engines.softmax.sdpa import attend_rows, sdpa
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.window import Window
@@ -26,13 +30,14 @@ def in_slices(engine: SoftmaxReference, pattern: Window, call: Call) -> Tensor:
     blocks, the last edge. The call may have sink logits."""
     grid = grid_of(call)
     found = plan(pattern, grid)
+    ids = None if call.segments is None else segments_of_queries(call)
 
     def rows() -> Iterator[Tensor]:
         for rectangle, part in cut(pattern, grid, call):
             if found.has(rectangle):
-                yield _middle(engine, pattern, part, grid, rectangle.low)
+                yield _middle(engine, pattern, part, grid, rectangle, ids)
             else:
-                yield _edge(engine, pattern, part, grid, rectangle)
+                yield _edge(engine, pattern, part, grid, rectangle, ids)
 
     return join(rows(), call.query_length, 2)
 
@@ -71,16 +76,21 @@ def _edge(
     call: Call,
     grid: Grid,
     rectangle: Rectangle,
+    ids: Tensor | None,
 ) -> Tensor:
     """The rows of an edge over all its keys.
 
-    call: its q, k and v are those of the edge, its key_mask is of all keys
+    call: its q, k and v are those of the edge, its key_mask and segments are of all keys
+    ids: segments of all queries, (batch, query_length)
     """
     first, end, low, high = rectangle
     q, k, v, logits = call.q, call.k, call.v, call.get("sink_logits")
     if low == high:
         return q.new_zeros(*q.shape[:3], v.shape[3])
     key_mask = None if call.key_mask is None else call.key_mask[:, None, None, low:high]
+    if ids is not None and call.segments is not None:
+        same = ids[:, None, first:end, None] == call.segments[:, None, None, low:high]
+        key_mask = same if key_mask is None else same & key_mask
     seen_by_first = grid.offset + first + (1 if grid.is_causal else pattern.window) >= high
     seen_by_last = grid.offset + end - 1 - pattern.window < low
     if seen_by_first and seen_by_last:
@@ -98,12 +108,19 @@ def _edge(
     return attend_rows(engine, q, k, v, mask, logits)
 
 
-def _middle(engine: SoftmaxReference, pattern: Window, call: Call, grid: Grid, low: int) -> Tensor:
+def _middle(
+    engine: SoftmaxReference,
+    pattern: Window,
+    call: Call,
+    grid: Grid,
+    rectangle: Rectangle,
+    ids: Tensor | None,
+) -> Tensor:
     """Consecutive whole blocks by one SDPA call: (batch · kv_heads, blocks, group · BLOCK, d)
     against a slice of the keys each.
 
-    call: its q, k and v are those of the blocks, its key_mask is of all keys
-    low: the first of these keys
+    call: its q, k and v are those of the blocks, its key_mask and segments are of all keys
+    ids: segments of all queries, (batch, query_length)
     """
     found, q, k, v = plan(pattern, grid), call.q, call.k, call.v
     near = band(
@@ -113,16 +130,34 @@ def _middle(engine: SoftmaxReference, pattern: Window, call: Call, grid: Grid, l
         torch.arange(found.slice_length, device=q.device),
     )
     near = near.repeat(call.group, 1)[None, None]
-    if call.key_mask is None:
+    masks = _shown(call, rectangle, found.slice_length, ids)
+    if masks is None:
         return _slices(engine, call, near, found.slice_length)
-    own = call.key_mask[:, low : low + k.shape[2]]
-    masks = own.unfold(1, found.slice_length, BLOCK)[:, :, None]  # (batch, blocks, 1, slice)
+    if masks.shape[2] > 1:
+        masks = masks.repeat(1, 1, call.group, 1)
     outs = []
     for some in samples_at_a_time(q.shape[0]):
         mask = mask_of_heads(near & masks[some], k.shape[1])
         part = replace(call, q=q[some], k=k[some], v=v[some])
         outs.append(_slices(engine, part, mask, found.slice_length))
     return torch.cat(outs)
+
+
+def _shown(
+    call: Call, rectangle: Rectangle, slice_length: int, ids: Tensor | None
+) -> Tensor | None:
+    """What padding and pieces show of every slice, (batch, blocks, 1 or BLOCK, slice_length); None
+    where they hide nothing. Arguments as in `_middle`."""
+    first, end, low, high = rectangle
+
+    def of_slices(x: Tensor) -> Tensor:
+        return x[:, low:high].unfold(1, slice_length, BLOCK)[:, :, None]
+
+    masks = None if call.key_mask is None else of_slices(call.key_mask)
+    if ids is not None and call.segments is not None:
+        same = ids[:, first:end].unflatten(1, (-1, BLOCK))[..., None] == of_slices(call.segments)
+        masks = same if masks is None else same & masks
+    return masks
 
 
 def _slices(engine: SoftmaxReference, call: Call, mask: Tensor, slice_length: int) -> Tensor:

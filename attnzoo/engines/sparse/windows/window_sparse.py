@@ -13,7 +13,7 @@ from attnzoo.call import Call
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Shape, StateSizes
 from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.cache import KeyValueCache
-from attnzoo.engines.softmax.reference import REFERENCE, SINK_LOGITS
+from attnzoo.engines.softmax.reference import SINK_LOGITS, reference
 from attnzoo.engines.softmax.softmax import softmax_cost
 from attnzoo.engines.sparse import dense, flex
 from attnzoo.engines.sparse.global_cache import GlobalCache
@@ -145,6 +145,14 @@ def _in_slices(engine: WindowSparse, call: Call) -> Tensor:
 def _slices_why_not(engine: WindowSparse, call: Call) -> str | None:
     if engine.has_columns(call):
         return "it has no keys that every row sees (sinks, global tokens); `columns` has"
+    if call.segments is not None and max(engine.pattern.dilations) > 1:
+        return "residue classes of a dilated window would mix the pieces of packed rows"
+    return None
+
+
+def _reference_why_not(engine: WindowSparse, call: Call) -> str | None:
+    if call.segments is not None and engine.pattern.sinks:
+        return "the first tokens of every piece of a packed row are its sinks"
     return None
 
 
@@ -180,8 +188,8 @@ def _flex_why_not(engine: WindowSparse, call: Call) -> str | None:
 WindowSparse.backends = (
     Backend("dense", dense.attend, dense.why_not),
     Backend("tiles", _in_tiles, tiles.why_not),
-    Backend("windows", _in_slices, _slices_why_not),
+    Backend("windows", _in_slices, _slices_why_not, packs=True),
     Backend("columns", _with_columns, _columns_why_not),
     Backend("flex", _by_flex, _flex_why_not),  # by name only, until it has run on a GPU
-    REFERENCE,
+    Backend("reference", reference, _reference_why_not, packs=True),
 )
