@@ -301,13 +301,6 @@ def test_a_family_that_stays_eager_is_refused() -> None:
     assert model.config._attn_implementation == before
 
 
-def test_packed_sequences_are_refused() -> None:
-    model = attnzoo.swap(make("llama"), "linear")
-    positions = torch.arange(24).remainder(12).expand(2, -1)
-    with pytest.raises(UnsupportedError, match="packed sequences"):
-        model(tokens(), position_ids=positions, use_cache=False)
-
-
 def test_a_mask_of_the_callers_own() -> None:
     """Standard attention applies any 4-D mask; the others say that they cannot."""
     mask = torch.rand(2, 1, 24, 24, generator=torch.Generator().manual_seed(1)) < 0.6

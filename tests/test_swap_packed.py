@@ -173,3 +173,104 @@ def test_a_packed_row_goes_into_no_cache_that_holds_tokens(variant: str) -> None
         past = model(input_ids=pieces()[0][None], past_key_values=cache).past_key_values
         with pytest.raises(UnsupportedError, match="must be read in one forward"):
             model(**collated(), past_key_values=past)
+
+
+def gpt_bigcode() -> Any:
+    """A model that does not tell its attention the positions."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": 50,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "attn_pdrop": 0.0,
+    }
+    return hf.GPTBigCodeForCausalLM(hf.GPTBigCodeConfig(**sizes)).double().eval()
+
+
+def test_a_model_that_hides_the_positions_from_its_attention() -> None:
+    model = attnzoo.swap(gpt_bigcode(), {0: "linear"})
+    packed_is_apart(model, {**collated(), "use_cache": False})
+    for way in ("a cache", "a mask of ones"):
+        with pytest.raises(UnsupportedError, match="GPTBigCodeForCausalLM does not hand them"):
+            model(**{**collated(), **WAYS[way]})
+    ids, mask = collated()["input_ids"], WAYS["a mask of ones"]["attention_mask"]
+    for inputs in ({}, {"attention_mask": mask}, {"position_ids": torch.arange(24)[None]}):
+        model(ids, **inputs)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"cu_seq_lens_k": None}, "cu_seq_lens_q came without its partner"),
+        ({"cu_seq_lens_k": torch.tensor([0, 7, 8, 24, 24])}, "cu_seq_lens_k differ"),
+        ({"input_ids": torch.ones(2, 24, dtype=torch.long)}, "one flattened row"),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 30]), "cu_seq_lens_k": torch.tensor([0, 30])},
+            "ends at 30",
+        ),
+    ],
+)
+def test_ends_that_do_not_fit(wrong: dict[str, Any], message: str) -> None:
+    inputs = {**collated(return_flash_attn_kwargs=True), **wrong}
+    inputs.pop("labels")
+    with pytest.raises(ValueError, match=message):
+        swapped("llama", "linear")(**inputs)
+
+
+def compiled(model: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+def test_one_graph() -> None:
+    """Without a mask, packed or not; beside a mask, a graph cannot read the positions and refuses
+    those that start again."""
+    model = swapped("llama", "linear", num_hidden_layers=1)
+    graph, inputs = compiled(model), {**collated(), "use_cache": False}
+    inputs.pop("labels")
+    ordinary = {**inputs, "position_ids": torch.arange(24)[None]}
+    wanted = model(**inputs).logits
+    agree(graph(**inputs).logits, wanted)
+    agree(graph(**ordinary).logits, model(**ordinary).logits)
+    mask = WAYS["a mask of ones"]
+    agree(graph(**ordinary, **mask).logits, model(**ordinary).logits)
+    with pytest.raises(RuntimeError, match="position_ids start again"):
+        graph(**inputs, **mask)
+
+
+def test_one_graph_of_ends_of_pieces() -> None:
+    model = swapped("llama", "standard", num_hidden_layers=1)
+    inputs = {**collated(return_flash_attn_kwargs=True), **WAYS["a mask of ones"]}
+    inputs.pop("labels")
+    agree(compiled(model)(**inputs, use_cache=False).logits, model(**inputs).logits)
+
+
+def test_one_graph_with_a_window_of_the_models_own() -> None:
+    own = {1: ("sliding_window", {"window": 4})}
+    model = swapped("mistral", own, sliding_window=4, num_hidden_layers=2)
+    inputs = {**collated(), "use_cache": False}
+    inputs.pop("labels")
+    agree(compiled(model)(**inputs).logits, model(**inputs).logits)
+
+
+def test_others_are_refused_in_a_graph() -> None:
+    model = swapped("llama", "bigbird", num_hidden_layers=1)
+    with pytest.raises(Exception, match="unless it is given an attention_mask"):
+        compiled(model)(collated()["input_ids"], use_cache=False)
+
+
+def test_a_gradient_of_functional_calls() -> None:
+    """torch.func, where a condition is read beneath what is wrapped."""
+    model = swapped("llama", "standard")
+    parameters = dict(model.named_parameters())
+    for inputs in ({**collated(), "use_cache": False}, {**collated(), **WAYS["a mask of ones"]}):
+        labels = inputs.pop("labels")
+
+        def loss(values: Any, inputs: Any = inputs, labels: Tensor = labels) -> Tensor:
+            return loss_of(torch.func.functional_call(model, values, (), inputs).logits, labels)
+
+        found = torch.func.grad(loss)(parameters)
+        agree([found[name] for name in parameters], apart(model)[1])

@@ -31,6 +31,7 @@ class Site:
     place: device and dtype of its queries, where a trial told them.
     is_self: False where it looks at another sequence, None where that is not known.
     max_length: of the sequences that it reads, where the model tells.
+    reads_positions: its model tells it the positions of its tokens, beside what they do to q and k.
     """
 
     path: str
@@ -45,6 +46,7 @@ class Site:
     place: tuple[torch.device, torch.dtype] | None = None
     is_self: bool | None = True
     max_length: int | None = None
+    reads_positions: bool = False
 
 
 def build_attentions(

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from attnzoo.attention import Attention
 from attnzoo.call import Call, UnsupportedError
+from attnzoo.eager import is_recorded
 from attnzoo.engines.softmax.reference import SINK_LOGITS
 from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.integrations.huggingface.interface_masks import filled_slots, mask_function_of
-from attnzoo.integrations.huggingface.packed_rows import check_positions, told_apart
+from attnzoo.integrations.huggingface.packed_rows import ALWAYS_PACKED, check_positions, told_apart
 from attnzoo.integrations.places import no_dropout
 
 #: Where in a model's own attention module the zoo's attention lives.
@@ -74,31 +75,26 @@ def attend(
         if scaling is not None and scaling != query.shape[-1] ** -0.5:
             query = query * (scaling * query.shape[-1] ** 0.5)
         inputs = {} if s_aux is None else {SINK_LOGITS.name: s_aux}
-        if state_layer is not None:
-            out = state_layer.step(query, key, value, attention_mask, segments, inputs)
-        elif attention_mask is None or attention_mask.dim() == 2:
-            out = attention(
-                query,
-                key,
-                value,
-                key_mask=attention_mask,
-                attn_mask=position_bias,
-                is_causal=causal,
-                segments=segments,
-                **inputs,
-            )
-        else:  # the caller's own, which already says what is causal
-            out = attention(
-                query,
-                key,
-                value,
-                attn_mask=_with_bias(attention_mask, position_bias),
-                segments=segments,
-                **inputs,
-            )
+        try:
+            if state_layer is not None:
+                out = state_layer.step(query, key, value, attention_mask, segments, inputs)
+            else:
+                masks = _masks(attention_mask, position_bias, causal)
+                out = attention(query, key, value, segments=segments, **masks, **inputs)
+        except UnsupportedError as error:
+            if segments is None or not is_recorded():
+                raise
+            raise UnsupportedError(f"{error}. {ALWAYS_PACKED}") from None
     if segments is None and causal:
         out = check_positions(out, query, attention_mask, kwargs)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _masks(mask: Tensor | None, position_bias: Tensor | None, is_causal: bool) -> dict[str, Any]:
+    """The masks of a call of an attention of the zoo."""
+    if mask is None or mask.dim() == 2:
+        return {"key_mask": mask, "attn_mask": position_bias, "is_causal": is_causal}
+    return {"attn_mask": _with_bias(mask, position_bias)}  # which says itself what is causal
 
 
 def call_is_causal(module: Any, given: bool | None) -> bool:

@@ -24,6 +24,7 @@ from attnzoo.integrations.huggingface.configs import (
     mark,
     release,
 )
+from attnzoo.integrations.huggingface.packed_rows import refuse_unseen_packing
 from attnzoo.integrations.huggingface.probe import find_sites as find_sites
 from attnzoo.integrations.huggingface.probe import set_implementation
 from attnzoo.integrations.huggingface.trial import trial_of
@@ -52,8 +53,9 @@ def insert(
         sites[layer].module.add_module(SUBMODULE, attention)
     repeated = _repeated_keys(model)
     model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | repeated
+    untold = any(site.is_causal and not site.reads_positions for site in sites)
     hooks = [
-        part.register_forward_pre_hook(_check_forward, with_kwargs=True)
+        part.register_forward_pre_hook(partial(_check_forward, untold), with_kwargs=True)
         for part in _holders(model, [sites[layer].path for layer in attentions])
     ]
     undo = Undo(steps=[partial(_take_out, modules, claims, repeated, hooks)])
@@ -116,13 +118,15 @@ def _holders(model: Any, paths: list[str]) -> list[Any]:
     return [part for prefix, part in parts if any(path.startswith(prefix) for path in paths)]
 
 
-def _check_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_forward(untold: bool, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A forward pre-hook that refuses arguments and settings by which the swapped attentions would
-    be skipped.
+    be skipped, and packed rows that a causal one is not told of (`untold`).
 
     Every part has it, since a part may be called alone and its attention set alone.
     """
     refuse_weights(kwargs)
+    if untold:
+        refuse_unseen_packing(model, args, kwargs)
     implementation = model.config._attn_implementation
     if implementation != IMPLEMENTATION:
         raise ValueError(

@@ -23,6 +23,11 @@ from attnzoo.sequences.segments import (
 PIECES = torch.int32
 #: The way out where a model cannot tell its attention that positions start again.
 UNPADDED = "give packed rows without attention_mask and with use_cache=False"
+#: Why a call that is refused in a graph may be packed though its caller packs nothing.
+ALWAYS_PACKED = (
+    "transformers takes the rows of every causal model that is traced or compiled for packed ones "
+    "unless it is given an attention_mask: give one, of ones where nothing is padding"
+)
 MORE = (
     "the model asks for a mask that is more than causality, padding, packing and a window (chunks; "
     "blocks that see each other); attnzoo would drop it, so this call runs without the swap only"
@@ -92,6 +97,34 @@ def check_positions(
     )
 
 
+def refuse_unseen_packing(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise UnsupportedError where position_ids start again, in a model that does not hand them to
+    its attention, and transformers does not make a mask of them either."""
+    given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+    positions, mask, cache = (
+        given.get(name) for name in ("position_ids", "attention_mask", "use_cache")
+    )
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] == 1:
+        return
+    cached = model.config.use_cache if cache is None else cache
+    if mask is None and not cached and given.get("past_key_values") is None:
+        return
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        return
+    key_mask = None if mask is None else mask[:, mask.shape[1] - positions.shape[1] :].bool()
+    again = starts_again(
+        positions.expand(len(mask), -1) if mask is not None else positions, key_mask
+    )
+    message = (
+        f"position_ids start again, which tells of packed rows, and {type(model).__name__} does "
+        f"not hand them to its attention; {UNPADDED}"
+    )
+    if not _may_read(positions, key_mask):
+        refuse_later(torch.zeros((), device=positions.device), ~again, message)
+    elif holds_anywhere(again):
+        raise UnsupportedError(message)
+
+
 def _of_new(key_mask: Tensor | None, query: Tensor) -> Tensor | None:
     """The part of (batch, key_length) of the queries' own slots."""
     return None if key_mask is None else key_mask[:, key_mask.shape[1] - query.shape[2] :]
@@ -119,11 +152,8 @@ def _from_ends(ends: Any, of_keys: Any, batch_size: int, length: int) -> Tensor:
         raise UnsupportedError(
             f"{given} came without its partner; give cu_seq_lens_q and cu_seq_lens_k both"
         )
-    if ends is not of_keys and not (
-        ends.shape == of_keys.shape
-        and can_look(ends, of_keys, may_stall=True)
-        and torch.equal(ends, of_keys)
-    ):
+    readable = ends is not of_keys and can_look(ends, of_keys, may_stall=True)
+    if ends.shape != of_keys.shape or (readable and not torch.equal(ends, of_keys)):
         raise UnsupportedError(
             "cu_seq_lens_q and cu_seq_lens_k differ; a swapped attention packs queries and keys "
             "alike, so give one tensor for both"

@@ -212,7 +212,10 @@ def _note(
         )
         longest = longest_sequence(module, causal, query.shape[2] if probe.trial.is_whole else None)
         place = (query.device, query.dtype)
-        probe.sites[module] = replace(site, dropout=dropout, place=place, max_length=longest)
+        told = kwargs.get("position_ids") is not None
+        probe.sites[module] = replace(
+            site, dropout=dropout, place=place, max_length=longest, reads_positions=told
+        )
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
