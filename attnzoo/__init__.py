@@ -11,6 +11,7 @@ from attnzoo.integrations.huggingface.generation import state_cache
 from attnzoo.integrations.sidecar import load, save
 from attnzoo.integrations.swapping import swap, unswap
 from attnzoo.layers.multihead import MultiheadAttention
+from attnzoo.layers.packed_model import packed
 from attnzoo.registry import build, describe, names, register
 from attnzoo.variants.longformer.global_mask_of_model import global_mask
 from attnzoo.version import __version__ as __version__
@@ -32,6 +33,7 @@ __all__ = [
     "memory",
     "names",
     "oracles",
+    "packed",
     "register",
     "save",
     "state_cache",

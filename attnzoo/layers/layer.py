@@ -21,6 +21,9 @@ class Layer(Protocol):
     dropout: Any
     batch_first: Any
     training: bool
+    segments: Any
+    bias_k: Any
+    add_zero_attn: Any
     in_proj_weight: Any
     in_proj_bias: Any
     q_proj_weight: Any

@@ -17,6 +17,7 @@ from attnzoo.layers.input_projections import add_projections, project_inputs
 from attnzoo.layers.layer import shares_qk
 from attnzoo.layers.layer_checks import check_call, core_options
 from attnzoo.layers.nested_sequences import forward_nested
+from attnzoo.layers.packed_model import segments_of
 from attnzoo.layers.projections import project, project_apart, project_together
 from attnzoo.layers.torch_masks import translate
 from attnzoo.registry import build, spec_of
@@ -109,6 +110,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _take(self, core: Attention) -> None:
         """Let `core` be the core, beside parameters that are there."""
         self.attention = core
+        #: Segments of calls that bring none, see `attnzoo.packed`.
+        self.segments: Tensor | None = None
         self.__module__ = LEAF
         self.register_forward_pre_hook(is_called)
         self._add_own_projection()
@@ -183,6 +186,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        segments: Tensor | None = None,
         **inputs: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Project, attend, project back. Masks are torch's: True, or -inf in a float mask, hides.
@@ -194,6 +198,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         need_weights: False spares the L x S matrix, which is what most cores are for
         average_attn_weights: whether that matrix is the mean over the heads
         is_causal: query i sees the keys up to S - L + i
+        segments: (N, S) or (S) integer, the piece of a packed row that a token belongs to; None:
+            those that `attnzoo.packed` tells the model of
         inputs: what the core takes beside q, k and v, as its spec declares it, which torch has not;
             without the axis of samples where query has none: global_mask, (N, S) or (S), of
             `longformer`
@@ -212,7 +218,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         attn_mask adds causality to it; beside another shape the mask alone rules.
         """
         if query.is_nested or key.is_nested or value.is_nested:
-            if given := [name for name, x in inputs.items() if x is not None]:
+            given = [name for name, x in inputs.items() if x is not None]
+            if segments is not None or self.segments is not None:
+                given.append("segments")
+            if given:
                 raise ValueError(
                     f"a nested tensor takes no {' and no '.join(given)}; pass padded tensors and "
                     "masks instead"
@@ -228,6 +237,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             ("l", "1") if not batched else ("b l", "b") if self.batch_first else ("l b", "b")
         )
         pattern = f"{axes} (p h d) -> p {batch} h l d"
+        segments = segments_of(self, query, key, segments)
         q, k, v = project(self, query, key, value, pattern)
         translated = translate(self.attention.spec, q, k, key_padding_mask, attn_mask, is_causal)
         translated = translated.with_end_keys((self.bias_k is not None) + self.add_zero_attn, q, k)
@@ -236,6 +246,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             "key_mask": translated.key_mask,
             "attn_mask": translated.attn_mask,
             "is_causal": translated.is_causal,
+            "segments": segments,
             **self._inputs(query, key, value, inputs, pattern),
         }
         weights = translated.checked(self.attention.weights(q, k, **how)) if need_weights else None

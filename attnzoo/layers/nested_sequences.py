@@ -1,4 +1,5 @@
-"""Nested tensors in a layer: sequences of several lengths, padded for the call and cut again."""
+"""Nested tensors in a layer: sequences of several lengths, packed into one row or padded for the
+call, and cut again."""
 
 from __future__ import annotations
 
@@ -42,11 +43,27 @@ def forward_nested(
         return query.clone(), torch.zeros(
             len(lengths), *heads, 0, 0, device=query.device
         ) if need_weights else None
+    one_row = query.layout == torch.jagged and query.is_contiguous()
+    if one_row and not need_weights:
+        return _in_one_row(layer, query, lengths, is_causal), None
     padded = query.to_padded_tensor(0.0)
     slots = torch.arange(padded.shape[1], device=padded.device)
     padding = slots >= torch.tensor(lengths, device=padded.device)[:, None]
     out, weights = layer(
         padded, padded, padded, padding, need_weights, None, average_attn_weights, is_causal
     )
+    if one_row:
+        return _in_one_row(layer, query, lengths, is_causal), weights
     rows = [sequence[:length] for sequence, length in zip(out.unbind(), lengths, strict=True)]
     return torch.nested.as_nested_tensor(rows, layout=query.layout) if rows else query, weights
+
+
+def _in_one_row(layer: Layer, query: Tensor, lengths: list[int], is_causal: bool) -> Tensor:
+    """The output of a jagged tensor, whose sequences are the pieces of one packed row; its ragged
+    dimension is the query's own."""
+    row, device = query.values()[None], query.device
+    ids = torch.arange(len(lengths), device=device)
+    segments = ids.repeat_interleave(torch.tensor(lengths, device=device))[None]
+    out, _ = layer(row, row, row, need_weights=False, is_causal=is_causal, segments=segments)
+    offsets = query.offsets()  # pyright: ignore[reportAttributeAccessIssue]
+    return torch.nested.nested_tensor_from_jagged(out[0], offsets)
