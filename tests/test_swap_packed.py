@@ -274,3 +274,43 @@ def test_a_gradient_of_functional_calls() -> None:
 
         found = torch.func.grad(loss)(parameters)
         agree([found[name] for name in parameters], apart(model)[1])
+
+
+@pytest.mark.parametrize("variant", ["standard", "linear", "sliding_window", "longformer", "mixed"])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_masks_of_blocks(variant: str, kind: str) -> None:
+    """A caller's own 4-D mask of causality and packing, and of causality and padding."""
+    model = swapped("llama", MIXED if variant == "mixed" else variant)
+    inputs = collated()
+    labels, where = inputs.pop("labels"), inputs["position_ids"]
+    ids = where.eq(0).cumsum(-1)
+    visible = (ids[:, :, None] == ids[:, None]).tril()[:, None]
+
+    def given(visible: Tensor) -> Tensor:
+        low = torch.finfo(torch.float64).min
+        added = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, low)
+        return visible if kind == "bool" else added
+
+    out = model(**inputs, attention_mask=given(visible))
+    agree(loss_and_gradients(model, loss_of(out.logits, labels)), apart(model))
+    rows = inputs["input_ids"].expand(2, -1)
+    mask = torch.ones_like(rows)
+    mask[1, :5] = 0
+    padded = (mask.bool()[:, None] & torch.ones(24, 24, dtype=torch.bool).tril())[:, None]
+    found = model(rows, attention_mask=given(padded)).logits
+    agree(found[mask.bool()], model(rows, attention_mask=mask).logits[mask.bool()])
+
+
+def test_a_mask_that_was_read_and_changed_is_read_again() -> None:
+    model = swapped("llama", "linear")
+    ids = pieces()[2][None]
+    mask = torch.ones(1, 1, 10, 10, dtype=torch.bool).tril()
+    agree(model(ids, attention_mask=mask).logits, model(ids).logits)
+    mask[..., 5:, :5] = False
+    wanted = torch.cat(
+        [model(ids[:, :5]).logits, model(ids, attention_mask=mask.clone()).logits[:, 5:]], 1
+    )
+    agree(model(ids, attention_mask=mask).logits, wanted)
+    mask[..., 7, 2] = True
+    with pytest.raises(UnsupportedError, match="more than causality, padding and packing"):
+        model(ids, attention_mask=mask)

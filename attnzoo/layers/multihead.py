@@ -21,6 +21,7 @@ from attnzoo.layers.packed_model import segments_of
 from attnzoo.layers.projections import project, project_apart, project_together
 from attnzoo.layers.torch_masks import translate
 from attnzoo.registry import build, spec_of
+from attnzoo.sequences.segments import joined
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -208,9 +209,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             add_zero_attn. A is the attention before dropout, where torch returns the dropped one.
         raises: ValueError on tensors that do not fit, UnsupportedError on what the core cannot do
 
-        A core without attn_mask (its spec says so) takes the one mask that is the causal mask, with
-        or without the is_causal hint, and runs it as is_causal; and a float key_padding_mask of 0
-        and -inf. Any other mask raises UnsupportedError. To tell, the values of a float
+        A core without attn_mask (its spec says so) takes a mask that is causality, padding and
+        packing (blocks along the diagonal), or some of these, and runs it as is_causal, padding
+        and segments; and a float key_padding_mask of 0 and -inf. Any other mask raises
+        UnsupportedError. To tell, the values of a float
         key_padding_mask and of any attn_mask are read (on CUDA: one wait). Where they cannot be, in
         a compiled or traced graph and in torch.func, the hint is_causal=True is required beside
         such a mask and a wrong one fails when the graph runs, or gives NaN where graphs cannot fail
@@ -246,7 +248,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             "key_mask": translated.key_mask,
             "attn_mask": translated.attn_mask,
             "is_causal": translated.is_causal,
-            "segments": segments,
+            "segments": joined(segments, translated.segments),
             **self._inputs(query, key, value, inputs, pattern),
         }
         weights = translated.checked(self.attention.weights(q, k, **how)) if need_weights else None

@@ -12,6 +12,7 @@ from attnzoo.attention import Spec
 from attnzoo.call import UnsupportedError
 from attnzoo.eager import holds_anywhere, is_learned, may_branch, refuse_later
 from attnzoo.engines.softmax.reference import causal_mask
+from attnzoo.sequences.masks import ReadMask, read_mask, visible_keys
 
 
 def check_mask(
@@ -49,6 +50,7 @@ class Masks:
     attn_mask: Tensor | None
     is_causal: bool
     conditions: tuple[tuple[Tensor, str], ...] = ()
+    segments: Tensor | None = None
 
     def checked(self, out: Tensor) -> Tensor:
         """What was computed under these masks, refused where a condition turns out False."""
@@ -61,6 +63,12 @@ class Masks:
         would hide them, becomes a mask."""
         if count == 0:
             return self
+        if self.segments is not None:
+            raise UnsupportedError(
+                "add_bias_kv and add_zero_attn append keys that belong to no piece of the packed "
+                "rows that attn_mask tells of; build the layer without them, or use "
+                "attention='standard'"
+            )
         mask = self.attn_mask
         if self.is_causal:
             past = causal_mask(q.shape[2], k.shape[2], q.device)
@@ -89,12 +97,15 @@ def translate(
     head_dim)."""
     conditions: list[tuple[Tensor, str]] = []
     key_mask, bias = _split_padding(spec, key_padding_mask, q, conditions)
-    mask, is_causal = _split_causality(spec, attn_mask, is_causal, q, k, conditions)
+    mask, read = _split_causality(spec, attn_mask, is_causal, q, k, conditions)
+    if read.key_mask is not None:
+        key_mask = read.key_mask if key_mask is None else key_mask & read.key_mask
     if mask is not None:
         mask = ~mask if mask.dtype == torch.bool else mask.to(q.dtype)
     if bias is not None and mask is not None:
         mask = bias + mask if mask.is_floating_point() else bias.masked_fill(~mask, float("-inf"))
-    return Masks(key_mask, bias if mask is None else mask, is_causal, tuple(conditions))
+    added = bias if mask is None else mask
+    return Masks(key_mask, added, read.is_causal, tuple(conditions), read.segments)
 
 
 def _split_padding(
@@ -130,11 +141,12 @@ def _split_causality(
     q: Tensor,
     k: Tensor,
     conditions: list[tuple[Tensor, str]],
-) -> tuple[Tensor | None, bool]:
-    """The mask, in torch's dialect and 4-D, and is_causal; a mask that is the causal mask becomes
-    is_causal."""
+) -> tuple[Tensor | None, ReadMask]:
+    """The mask, in torch's dialect and 4-D, where it must be applied as it is, and what is known
+    without it: a mask that is the causal mask becomes is_causal, and for an attention that takes
+    none, one of causality, padding and packing becomes these."""
     if mask is None:
-        return None, is_causal
+        return None, ReadMask(None, is_causal, None)
     query_length, key_length = q.shape[2], k.shape[2]
     mask = mask.unflatten(0, q.shape[:2]) if mask.dim() == 3 else mask[None, None]
     hidden = ~causal_mask(query_length, key_length, mask.device)
@@ -143,20 +155,25 @@ def _split_causality(
         if mask.dtype == torch.bool
         else torch.zeros_like(hidden, dtype=mask.dtype).masked_fill(hidden, float("-inf"))
     )
-    if may_branch(mask) and not is_learned(mask) and not holds_anywhere(mask != causal):
-        return None, True
+    readable = may_branch(mask) and not is_learned(mask)
+    if readable and not holds_anywhere(mask != causal):
+        return None, ReadMask(None, True, None)
     if spec.attn_mask:
-        return mask, bool(is_causal and query_length == key_length)
+        return mask, ReadMask(None, bool(is_causal and query_length == key_length), None)
     refusal = (
-        f"{spec.name} cannot apply an attn_mask other than the causal mask; use key_padding_mask "
-        "for padding, or attention='standard'"
+        f"{spec.name} cannot apply an attn_mask that is more than causality, padding and packing; "
+        "use key_padding_mask for padding, or attention='standard'"
     )
     if may_branch(mask):
-        raise UnsupportedError(refusal)
+        visible = visible_keys(~mask if mask.dtype == torch.bool else mask) if readable else None
+        read = None if visible is None else read_mask(visible.expand(len(q), -1, -1, -1))
+        if read is None:
+            raise UnsupportedError(refusal)
+        return None, read
     if not is_causal:
         raise UnsupportedError(
             f"{refusal}. The values of this one cannot be read here: if it is the causal mask, say "
             "so with is_causal=True"
         )
     conditions.append(((mask == causal).all(), refusal))
-    return None, True
+    return None, ReadMask(None, True, None)

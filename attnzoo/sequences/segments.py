@@ -100,6 +100,13 @@ def from_seq_idx(seq_idx: Tensor, batch_size: int | None = None) -> Tensor:
     return seq_idx.expand(batch_size, -1)
 
 
+def joined(segments: Tensor | None, others: Tensor | None) -> Tensor | None:
+    """The segments, (batch, length), of tokens that meet where both say so."""
+    if segments is None or others is None:
+        return others if segments is None else segments
+    return segments * (others.max() + 1) + others
+
+
 def starts_again(position_ids: Tensor, key_mask: Tensor | None = None) -> Tensor:
     """Whether the positions of any row start again, a bool scalar: whether `from_position_ids`
     finds more than one piece."""

@@ -10,17 +10,21 @@ from torch import Tensor
 
 from attnzoo.attention import Attention
 from attnzoo.call import Call, UnsupportedError
-from attnzoo.eager import is_recorded
+from attnzoo.eager import can_look, is_learned, is_recorded, may_branch
 from attnzoo.engines.softmax.reference import SINK_LOGITS
 from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.integrations.huggingface.interface_masks import filled_slots, mask_function_of
 from attnzoo.integrations.huggingface.packed_rows import ALWAYS_PACKED, check_positions, told_apart
 from attnzoo.integrations.places import no_dropout
+from attnzoo.sequences.masks import ReadMask, read_mask, visible_keys
+from attnzoo.sequences.segments import joined
 
 #: Where in a model's own attention module the zoo's attention lives.
 SUBMODULE = "attention_core"
 #: Attribute of the keys that a `StateCache` hands on: its layer, which has a state to step.
 STATE_LAYER = "attnzoo_state_layer"
+#: Attribute of a 4-D mask that was read: for which call, and what it says.
+WHAT_IT_SAYS = "attnzoo_read"
 #: Arguments of a model's attention that change A and that no `Attention` takes.
 CHANGES_WEIGHTS = ("softcap", "sinks", "head_mask", "indices", "block_indices")
 
@@ -79,8 +83,16 @@ def attend(
             if state_layer is not None:
                 out = state_layer.step(query, key, value, attention_mask, segments, inputs)
             else:
-                masks = _masks(attention_mask, position_bias, causal)
-                out = attention(query, key, value, segments=segments, **masks, **inputs)
+                masks = _masks(
+                    attention,
+                    attention_mask,
+                    position_bias,
+                    causal,
+                    sliding_window,
+                    segments,
+                    query.shape[0],
+                )
+                out = attention(query, key, value, **masks, **inputs)
         except UnsupportedError as error:
             if segments is None or not is_recorded():
                 raise
@@ -90,11 +102,51 @@ def attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _masks(mask: Tensor | None, position_bias: Tensor | None, is_causal: bool) -> dict[str, Any]:
-    """The masks of a call of an attention of the zoo."""
+def _masks(
+    attention: Attention,
+    mask: Tensor | None,
+    position_bias: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+    segments: Tensor | None,
+    batch_size: int,
+) -> dict[str, Any]:
+    """The masks of a call of an attention of the zoo. A 4-D mask, which says itself what is causal,
+    is read where the attention cannot apply it."""
     if mask is None or mask.dim() == 2:
-        return {"key_mask": mask, "attn_mask": position_bias, "is_causal": is_causal}
-    return {"attn_mask": _with_bias(mask, position_bias)}  # which says itself what is causal
+        masks = {"key_mask": mask, "attn_mask": position_bias, "is_causal": is_causal}
+        return {**masks, "segments": segments}
+    if attention.spec.attn_mask:
+        return {"attn_mask": _with_bias(mask, position_bias), "segments": segments}
+    read = _read(mask, batch_size, window) if may_branch(mask) and not is_learned(mask) else None
+    if read is None:
+        raise UnsupportedError(
+            f"{attention.spec.name} cannot apply a 4-D attention_mask that is more than causality, "
+            "padding and packing, or whose values cannot be read here; give a 2-D one of the "
+            "padding, or swap to standard"
+        )
+    return {
+        "key_mask": read.key_mask,
+        "attn_mask": position_bias,
+        "is_causal": read.is_causal,
+        "segments": joined(segments, read.segments),
+    }
+
+
+def _read(mask: Tensor, batch_size: int, window: int | None) -> ReadMask | None:
+    """What a 4-D mask says; the layers of a model are given one mask, which is read once."""
+    kept = can_look(mask, may_stall=True) and not mask.is_inference()
+    key = (mask._version, batch_size, window) if kept else None
+    known = getattr(mask, WHAT_IT_SAYS, None)
+    if kept and known is not None and known[0] == key:
+        return known[1]
+    visible = visible_keys(mask)
+    read = None
+    if visible is not None:
+        read = read_mask(visible.expand(batch_size, -1, -1, -1), window)
+    if kept:
+        setattr(mask, WHAT_IT_SAYS, (key, read))
+    return read
 
 
 def call_is_causal(module: Any, given: bool | None) -> bool:
