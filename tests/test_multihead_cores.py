@@ -147,7 +147,6 @@ def test_any_other_mask_is_refused_where_the_core_has_none(case: Case) -> None:
     others = [
         causal_bool(9).T,
         causal_bool(9) | (torch.rand(9, 9) < 0.5),
-        torch.zeros(9, 9, dtype=torch.bool),
         torch.randn(9, 9),
     ]
     for mask, hint in itertools.product(others, (False, True)):
@@ -157,6 +156,17 @@ def test_any_other_mask_is_refused_where_the_core_has_none(case: Case) -> None:
         UnsupportedError, match=f"{case.variant} cannot add a float key_padding_mask"
     ):
         ours(x, x, x, key_padding_mask=torch.randn(BATCH, 9))
+
+
+@pytest.mark.parametrize("case", MASKLESS_CASES, ids=str)
+def test_a_mask_that_hides_nothing_is_none(case: Case) -> None:
+    ours = core(case)
+    x = torch.randn(BATCH, 9, SIZE, dtype=torch.float64)
+    nothing = torch.zeros(9, 9, dtype=torch.bool)
+    for hint in (False, True):
+        if case.spec.causal if hint else case.spec.bidirectional:
+            found = ours(x, x, x, attn_mask=nothing, is_causal=hint)[0]
+            assert torch.equal(found, ours(x, x, x, is_causal=hint)[0])
 
 
 @pytest.mark.parametrize("case", [case for case in usual_cases() if not case.spec.causal], ids=str)

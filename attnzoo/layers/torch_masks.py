@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -169,7 +169,8 @@ def _split_causality(
         read = None if visible is None else read_mask(visible.expand(len(q), -1, -1, -1))
         if read is None:
             raise UnsupportedError(refusal)
-        return None, read
+        adds = is_causal and query_length == key_length  # as for an attention that takes masks
+        return None, replace(read, is_causal=read.is_causal or adds)
     if not is_causal:
         raise UnsupportedError(
             f"{refusal}. The values of this one cannot be read here: if it is the causal mask, say "
