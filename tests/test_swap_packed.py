@@ -111,13 +111,28 @@ def test_a_window_of_the_models_own(variant: str, way: str) -> None:
 @pytest.mark.parametrize("kind", ["return_flash_attn_kwargs", "return_seq_idx"])
 @pytest.mark.parametrize("mask", [False, True])
 def test_what_the_flattening_collator_tells(variant: str, kind: str, mask: bool) -> None:
-    """Positions that go on over the pieces would not tell of them; the model reads those of the
-    collator, and its attention what tells of the pieces alone."""
-    model = swapped("llama", MIXED if variant == "mixed" else variant)
-    inputs = collated(**{kind: True})
+    """Beside positions that go on over the pieces, in a model to which they say nothing."""
+    model = swapped("gpt2", MIXED if variant == "mixed" else variant)
+    torch.nn.init.zeros_(model.transformer.wpe.weight)
+    inputs = collated(**{kind: True, "return_position_ids": False})
+    inputs.pop("labels")
     if mask:
         inputs["attention_mask"] = torch.ones(1, sum(LENGTHS), dtype=torch.long)
-    packed_is_apart(model, inputs)
+    wanted = [model(input_ids=one[None]).logits for one in pieces()]
+    agree(model(**inputs).logits, torch.cat(wanted, 1))
+
+
+@pytest.mark.parametrize("variant", ["standard", "linear", "sliding_window"])
+def test_a_state_reads_a_packed_row_and_goes_on_with_its_last_piece(variant: str) -> None:
+    model = swapped("llama", variant)
+    inputs, last = collated(), pieces()[-1]
+    inputs.pop("labels")
+    cache = attnzoo.state_cache(model)
+    found = model(**inputs, past_key_values=cache).logits
+    agree(found, torch.cat([model(input_ids=one[None]).logits for one in pieces()], 1))
+    step = {"position_ids": torch.tensor([[len(last)]]), "past_key_values": cache}
+    longer = model(input_ids=torch.cat([last, last[:1]])[None]).logits
+    agree(model(input_ids=last[None, :1], **step).logits, longer[:, -1:])
 
 
 @pytest.mark.parametrize("variant", ["standard", "sliding_window", "retention", "mixed"])

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from attnzoo.eager import can_look, holds_anywhere, may_branch
+from attnzoo.eager import can_look
 from attnzoo.sequences.ordering import running_maximum, search
 
 __all__ = ["from_cu_seqlens", "from_position_ids", "from_seq_idx", "starts_again"]
@@ -110,9 +110,8 @@ def joined(segments: Tensor | None, others: Tensor | None) -> Tensor | None:
 def starts_again(position_ids: Tensor, key_mask: Tensor | None = None) -> Tensor:
     """Whether the positions of any row start again, a bool scalar: whether `from_position_ids`
     finds more than one piece."""
-    ascends = position_ids[:, 1:] > position_ids[:, :-1]
-    if key_mask is None or (may_branch(ascends) and not holds_anywhere(~ascends)):
-        return ~ascends.all()
+    if key_mask is None:
+        return (position_ids[:, 1:] <= position_ids[:, :-1]).any()
     return (from_position_ids(position_ids, key_mask) > 0).any()
 
 

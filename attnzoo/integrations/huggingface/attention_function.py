@@ -10,11 +10,12 @@ from torch import Tensor
 
 from attnzoo.attention import Attention
 from attnzoo.call import Call, UnsupportedError
-from attnzoo.eager import can_look, is_learned, is_recorded, may_branch
+from attnzoo.eager import is_learned, is_recorded, may_branch
 from attnzoo.engines.softmax.reference import SINK_LOGITS
 from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.integrations.huggingface.interface_masks import filled_slots, mask_function_of
 from attnzoo.integrations.huggingface.packed_rows import ALWAYS_PACKED, check_positions, told_apart
+from attnzoo.integrations.huggingface.read_once import read_once
 from attnzoo.integrations.places import no_dropout
 from attnzoo.sequences.masks import ReadMask, read_mask, visible_keys
 from attnzoo.sequences.segments import joined
@@ -23,8 +24,6 @@ from attnzoo.sequences.segments import joined
 SUBMODULE = "attention_core"
 #: Attribute of the keys that a `StateCache` hands on: its layer, which has a state to step.
 STATE_LAYER = "attnzoo_state_layer"
-#: Attribute of a 4-D mask that was read: for which call, and what it says.
-WHAT_IT_SAYS = "attnzoo_read"
 #: Arguments of a model's attention that change A and that no `Attention` takes.
 CHANGES_WEIGHTS = ("softcap", "sinks", "head_mask", "indices", "block_indices")
 
@@ -134,19 +133,15 @@ def _masks(
 
 
 def _read(mask: Tensor, batch_size: int, window: int | None) -> ReadMask | None:
-    """What a 4-D mask says; the layers of a model are given one mask, which is read once."""
-    kept = can_look(mask, may_stall=True) and not mask.is_inference()
-    key = (mask._version, batch_size, window) if kept else None
-    known = getattr(mask, WHAT_IT_SAYS, None)
-    if kept and known is not None and known[0] == key:
-        return known[1]
-    visible = visible_keys(mask)
-    read = None
-    if visible is not None:
-        read = read_mask(visible.expand(batch_size, -1, -1, -1), window)
-    if kept:
-        setattr(mask, WHAT_IT_SAYS, (key, read))
-    return read
+    """What a 4-D mask says."""
+
+    def find() -> ReadMask | None:
+        visible = visible_keys(mask)
+        return (
+            None if visible is None else read_mask(visible.expand(batch_size, -1, -1, -1), window)
+        )
+
+    return read_once(mask, None, (batch_size, window), find)
 
 
 def call_is_causal(module: Any, given: bool | None) -> bool:

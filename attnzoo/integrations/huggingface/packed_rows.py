@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnzoo.call import UnsupportedError
 from attnzoo.eager import can_look, holds_anywhere, is_recorded, may_branch, refuse_later
+from attnzoo.integrations.huggingface.read_once import read_once
 from attnzoo.sequences.segments import (
     from_cu_seqlens,
     from_position_ids,
@@ -74,10 +75,19 @@ def _from_positions(
     if positions is None:
         return None
     new = _of_new(key_mask, query)
-    if not _may_read(positions, new) or not holds_anywhere(starts_again(positions, new)):
-        return None  # unread, `check_positions` sees to it that they do not start again
-    _check_square("position_ids that start again", query, key)
-    return from_position_ids(positions, new)
+    if not _may_read(positions, new):
+        return None  # `check_positions` sees to it that they do not start again
+
+    def find() -> Tensor | None:
+        if not holds_anywhere(positions[:, 1:] <= positions[:, :-1]):
+            return None
+        segments = from_position_ids(positions.expand(query.shape[0], -1), new)
+        return segments if holds_anywhere(segments > 0) else None
+
+    segments = read_once(positions, key_mask, query.shape[0], find)
+    if segments is not None:
+        _check_square("position_ids that start again", query, key)
+    return segments
 
 
 def check_positions(
@@ -91,7 +101,7 @@ def check_positions(
         return out
     return refuse_later(
         out,
-        ~starts_again(positions, new),
+        ~starts_again(positions.expand(query.shape[0], -1), new),
         "position_ids start again, which tells of packed rows, and in a graph the attention "
         f"cannot read them beside a mask or a cache; {UNPADDED}",
     )
@@ -135,14 +145,15 @@ def _may_read(positions: Tensor, key_mask: Tensor | None) -> bool:
 
 
 def _positions(query: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The position_ids of a call's tokens, (batch, query_length), where they may start again."""
+    """The position_ids of a call's tokens, (batch or 1, query_length), where they may start
+    again."""
     positions = kwargs.get("position_ids")
     batch_size, length = query.shape[0], query.shape[2]
     if not isinstance(positions, Tensor) or positions.dim() != 2 or length == 1:
         return None
     if positions.shape[1] != length or positions.shape[0] not in (1, batch_size):
         return None
-    return positions.expand(batch_size, -1)
+    return positions
 
 
 def _from_ends(ends: Any, of_keys: Any, batch_size: int, length: int) -> Tensor:
