@@ -329,3 +329,19 @@ def test_a_mask_that_was_read_and_changed_is_read_again() -> None:
     mask[..., 7, 2] = True
     with pytest.raises(UnsupportedError, match="more than causality, padding and packing"):
         model(ids, attention_mask=mask)
+
+
+def test_a_mask_with_the_window_of_the_models_own() -> None:
+    """It says what the attention knows already, over packed pieces."""
+    chosen = ("sliding_window", {"window": 4})
+    model = swapped("mistral", dict.fromkeys(range(3), chosen), sliding_window=4)
+    inputs = collated()
+    labels = inputs.pop("labels")
+    ids, slots = inputs["position_ids"].eq(0).cumsum(-1), torch.arange(sum(LENGTHS))
+    near = (slots[:, None] - slots) < 4
+    visible = (ids[:, :, None] == ids[:, None]).tril()[:, None]
+    for mask in (visible, visible & near):
+        out = model(**inputs, attention_mask=mask)
+        agree(loss_and_gradients(model, loss_of(out.logits, labels)), apart(model))
+    with pytest.raises(UnsupportedError, match="more than causality, padding and packing"):
+        model(**inputs, attention_mask=visible & ((slots[:, None] - slots) < 3))
