@@ -13,19 +13,17 @@ from attnzoo import execution
 from attnzoo.arguments import check_count, check_kv_heads, check_positive
 from attnzoo.autocast import autocast_inputs_only
 from attnzoo.call import Call, UnsupportedError, clear_padding
-from attnzoo.call_checks import check
-from attnzoo.eager import can_look
+from attnzoo.call_checks import check, check_new_tokens
+from attnzoo.eager import loses_values
 from attnzoo.engines.engine import Cost, Engine, Shape, StateSizes
-from attnzoo.spec import Input, Spec, with_spec
+from attnzoo.spec import Input, Spec
+from attnzoo.spec_checks import check_causality, check_decodes, check_features, check_sizes
 
 __all__ = ["Attention", "Input", "Spec"]
 
 #: As the `__module__` of an instance (a class keeps its own): torch.fx's tracers take such a module
 #: as a leaf, called and not looked into.
 LEAF = "torch.nn"
-
-
-LARGEST = 2**40  # batch sizes and lengths whose costs are counted
 
 
 class Attention(nn.Module):
@@ -173,10 +171,7 @@ class Attention(nn.Module):
 
         kv_heads: heads of the k and v to come (default: heads). dtype, device: theirs.
         """
-        if not self.spec.decodes:
-            raise UnsupportedError(
-                f"{self.spec.name} does not decode token by token; use {self._others(decodes=True)}"
-            )
+        check_decodes(self.spec)
         check_positive("batch_size", batch_size)
         if max_length is not None:
             check_positive("max_length", max_length)
@@ -212,17 +207,10 @@ class Attention(nn.Module):
         raises: ValueError when the state would pass its max_length, or a piece goes on after
             another one has begun
         """
-        if not self.spec.decodes:
-            raise UnsupportedError(
-                f"{self.spec.name} does not decode token by token; use {self._others(decodes=True)}"
-            )
+        check_decodes(self.spec)
         call = self._call(q, k, v, key_mask, None, True, inputs, state.seen, segments=segments)
         self.refuse(call)
-        if q.shape[2] != k.shape[2]:
-            raise ValueError(
-                f"step got {q.shape[2]} queries and {k.shape[2]} keys; every new token brings one "
-                "of each"
-            )
+        check_new_tokens(call)
         state.check_room(call)
         return execution.step(self, call, state)
 
@@ -242,34 +230,14 @@ class Attention(nn.Module):
         dtype: of q, k and v. Raises ValueError on a size below 1 and on a dtype that is not
         floating.
         """
-        for name, value in (
-            ("batch_size", batch_size),
-            ("query_length", query_length),
-            ("key_length", key_length),
-        ):
-            if value is not None and check_positive(name, value) > LARGEST:
-                raise ValueError(
-                    f"{name}={value} is above {LARGEST}, the largest that costs are counted for"
-                )
-        self.check_causality(is_causal)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(
-                f"dtype={dtype!r} is not a floating dtype; give one such as torch.bfloat16"
-            )
+        check_sizes(batch_size, query_length, key_length, dtype)
+        check_causality(self.spec, is_causal)
         kv_heads = check_kv_heads(kv_heads, self.heads)
-        shape = Shape(
-            batch_size,
-            self.heads,
-            kv_heads,
-            self.head_dim,
-            query_length,
-            key_length or query_length,
-            is_causal,
-            dtype,
-        )
-        return replace(
-            self.count(shape), parameters=sum(parameter.numel() for parameter in self.parameters())
-        )
+        lengths = (query_length, key_length or query_length)
+        sizes = (batch_size, self.heads, kv_heads, self.head_dim, *lengths)
+        shape = Shape(*sizes, is_causal=is_causal, dtype=dtype)
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return replace(self.count(shape), parameters=parameters)
 
     def count(self, shape: Shape) -> Cost:
         """The engine's cost; a variant that works outside its engine adds its own."""
@@ -278,32 +246,7 @@ class Attention(nn.Module):
     def refuse(self, call: Call) -> None:
         """Raise on a malformed call, and on a feature that the spec excludes."""
         check(call, self.spec, self.heads, self.head_dim)
-        spec = self.spec
-        self.check_causality(call.is_causal)
-        if call.attn_mask is not None and not spec.attn_mask:
-            raise UnsupportedError(
-                f"{spec.name} cannot apply an arbitrary attn_mask; use key_mask for padding, "
-                "is_causal=True for causality, "
-                f"or {self._others(attn_mask=True)}"
-            )
-        if call.query_length != call.key_length and not spec.cross:
-            raise UnsupportedError(
-                f"{spec.name} needs query_length == key_length (got {call.query_length} and "
-                f"{call.key_length}); use {self._others(cross=True)}"
-            )
-
-    @classmethod
-    def check_causality(cls, is_causal: bool) -> None:
-        """Raise UnsupportedError when the spec excludes such a call."""
-        if is_causal and not cls.spec.causal:
-            raise UnsupportedError(
-                f"{cls.spec.name} cannot be causal; use {cls._others(causal=True)}"
-            )
-        if not is_causal and not cls.spec.bidirectional:
-            raise UnsupportedError(
-                f"{cls.spec.name} is causal only; use {cls._others(bidirectional=True)}, or "
-                "is_causal=True where later keys may be hidden"
-            )
+        check_features(call, self.spec)
 
     def keep_heads(self, first: int, count: int) -> None:
         """Become the attention of heads `first` to `first + count - 1` alone, in place: for a
@@ -334,7 +277,7 @@ class Attention(nn.Module):
         if (
             recurse
             and any(True for _ in (*self.parameters(), *self.buffers()))
-            and _loses_values(fn)
+            and loses_values(fn)
         ):
             self.reset_parameters()
         return self
@@ -347,9 +290,8 @@ class Attention(nn.Module):
     def __prepare_scriptable__(self) -> NoReturn:
         raise UnsupportedError(
             f"torch.jit.script cannot compile {self.spec.name}, nor a model that holds it, since "
-            "its forward chooses a backend in Python; use "
-            "torch.export.export, torch.compile or torch.jit.trace, or attnzoo.unswap before "
-            "scripting"
+            "its forward chooses a backend in Python; use torch.export.export, torch.compile or "
+            "torch.jit.trace, or attnzoo.unswap before scripting"
         )
 
     def extra_repr(self) -> str:
@@ -376,18 +318,3 @@ class Attention(nn.Module):
         if given:
             given = {name: x for name, x in given.items() if x is not None}
         return Call(q, k, v, key_mask, attn_mask, is_causal, given, self.spec.inputs, segments)
-
-    @classmethod
-    def _others(cls, **wanted: bool) -> str:
-        """Registered variants whose spec has what this one lacks, for error messages."""
-        return " or ".join(
-            with_spec(lambda spec: all(getattr(spec, key) == x for key, x in wanted.items()))
-        )
-
-
-def _loses_values(fn: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a function for `_apply` keeps the shape of a tensor alone, and moves it to where
-    values are."""
-    numbers = torch.arange(1.0, 9.0, device="cpu")
-    moved = fn(numbers)
-    return can_look(moved, may_stall=True) and not torch.equal(moved.to(numbers), numbers)

@@ -79,6 +79,15 @@ def check(call: Call, spec: Spec, heads: int, head_dim: int) -> None:
         _check_inputs(call, spec)
 
 
+def check_new_tokens(call: Call) -> None:
+    """Raise a ValueError where a step's tokens do not bring a query and a key each."""
+    if call.query_length != call.key_length:
+        raise ValueError(
+            f"step got {call.query_length} queries and {call.key_length} keys; every new token "
+            "brings one of each"
+        )
+
+
 def _check_key_mask(call: Call) -> None:
     mask = call.key_mask
     if mask is None:

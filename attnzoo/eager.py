@@ -3,7 +3,7 @@ library may run here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
@@ -42,6 +42,14 @@ def can_look(*tensors: Tensor, may_stall: bool = False) -> bool:
         x.is_meta or isinstance(x, FakeTensor) or is_batched(x) or (x.is_cuda and _waits(may_stall))
         for x in tensors
     )
+
+
+def loses_values(fn: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a function of tensors, as `nn.Module._apply` takes it, keeps their shapes alone and
+    moves them to where values are."""
+    numbers = torch.arange(1.0, 9.0, device="cpu")
+    moved = fn(numbers)
+    return can_look(moved, may_stall=True) and not torch.equal(moved.to(numbers), numbers)
 
 
 def may_branch(x: Tensor) -> bool:

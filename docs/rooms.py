@@ -27,6 +27,7 @@ ROOMS = (
     "spec",
     "call",
     "call_checks",
+    "spec_checks",
     "sequences",
     "autocast",
     "engines",
@@ -51,7 +52,7 @@ ROOMS = (
 #: Files that the picture draws as one box, by its first word.
 BOXES = {
     "arguments": ("arguments", "configuration", "packages", "results", "version"),
-    "call": ("call", "call_checks", "spec", "eager", "sequences", "autocast"),
+    "call": ("call", "call_checks", "spec_checks", "spec", "eager", "sequences", "autocast"),
     "attention": ("attention", "execution", "registry"),
 }
 #: What the picture leaves out: the public names and the entry point import most rooms.

@@ -12,7 +12,8 @@ from torch import nn
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
-from attnzoo.registry import Choice, find, options_of, spec_of
+from attnzoo.registry import Choice, options_of, spec_of
+from attnzoo.spec_checks import check_causality
 
 #: In which attention computes; other floating dtypes, such as float8, only store.
 COMPUTES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -68,7 +69,7 @@ def build_attentions(
         more = shared.get(repr(choice), {})
         try:
             if site.is_causal is not None:
-                find(choice.name).check_causality(site.is_causal)
+                check_causality(spec_of(choice.name), site.is_causal)
             own = Choice(choice.name, _options(choice, layer, site))
             attention = Choice(own.name, {**own.options, **more}).build(site.heads, site.head_dim)
             place = site.place or place_of(site.module, model)

@@ -13,6 +13,7 @@ from attnzoo.call import UnsupportedError
 from attnzoo.layers.multihead import MultiheadAttention
 from attnzoo.quality.mixes import resolved
 from attnzoo.registry import Choice
+from attnzoo.spec_checks import check_causality
 from attnzoo.tasks.task import Batch, Task
 from attnzoo.training.contenders import GRU, Contender
 
@@ -59,7 +60,7 @@ class Attending(nn.Module):
             attention=choice.name,
             attention_options=resolved(choice, length, seed).options,
         )
-        self.attention.attention.check_causality(is_causal)
+        check_causality(self.attention.attention.spec, is_causal)
         self.is_causal = is_causal
 
     def forward(self, x: Tensor, memory: Tensor | None, mask: Tensor | None) -> Tensor:
