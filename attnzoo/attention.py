@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from attnzoo import execution
 from attnzoo.arguments import check_count, check_kv_heads, check_positive
 from attnzoo.autocast import autocast_inputs_only
-from attnzoo.call import Call, UnsupportedError, clear_padding
+from attnzoo.call import Call, UnsupportedError
 from attnzoo.call_checks import check, check_new_tokens
 from attnzoo.eager import loses_values
 from attnzoo.engines.engine import Cost, Engine, Shape, StateSizes
+from attnzoo.sequences.bad_slots import clear_padding
 from attnzoo.spec import Input, Spec
 from attnzoo.spec_checks import check_causality, check_decodes, check_features, check_sizes
 
@@ -295,10 +296,8 @@ class Attention(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.spec.name}, heads={self.heads}, head_dim={self.head_dim}, "
-            f"backend={self.backend!r}"
-        )
+        sizes = f"heads={self.heads}, head_dim={self.head_dim}"
+        return f"{self.spec.name}, {sizes}, backend={self.backend!r}"
 
     def _call(
         self,

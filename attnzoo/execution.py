@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from attnzoo.call import Call, UnsupportedError, clear_padding, shield_past
+from attnzoo.call import Call, UnsupportedError
 from attnzoo.engines.engine import Engine, State, StateSizes
 from attnzoo.engines.packed_state import PackedState, step_apart
-from attnzoo.sequences.packing import apart, may_cut, weights_apart
+from attnzoo.sequences.bad_slots import clear_padding, shield_past
+from attnzoo.sequences.packing import apart, may_cut, refuse_scattered, weights_apart
 from attnzoo.spec import Spec
 
 
@@ -44,7 +45,7 @@ def run(core: Core, call: Call) -> Tensor:
         return _run(core, call)
     if not may_cut(call):
         _check_packs(core)
-        return _run(core, call)
+        return refuse_scattered(_run(core, call), call.segments)
     ran: set[str | None] = set()
 
     def piece(part: Call) -> Tensor:
@@ -73,7 +74,7 @@ def weights(core: Core, call: Call) -> Tensor:
         return _weights(core, call)
     if not may_cut(call):
         _check_packs(core)
-        return _weights(core, call)
+        return refuse_scattered(_weights(core, call), call.segments)
     return weights_apart(call, partial(_weights, core))
 
 
@@ -95,7 +96,10 @@ def step(core: Core, call: Call, state: State) -> tuple[Tensor, State]:
             "a step with segments reads their values to tell where a piece begins, which a graph "
             "or transform cannot; step outside of it, or cut the row into its pieces"
         )
-    return step_apart(call, state, Steps(core))
+    steps = Steps(core)
+    out, after = step_apart(call, state, steps)
+    core.last_backend = " and ".join(sorted(steps.ran))
+    return out, after
 
 
 class Steps:
@@ -103,12 +107,17 @@ class Steps:
 
     def __init__(self, core: Core) -> None:
         self.core = core
+        self.ran: set[str] = set()
 
     def forward(self, call: Call) -> Tensor:
-        return run(self.core, call)
+        out = run(self.core, call)
+        self.ran |= set((self.core.last_backend or "").split(" and "))
+        return out
 
     def step(self, call: Call, state: State) -> tuple[Tensor, State]:
-        return _step(self.core, call, state)
+        out, after = _step(self.core, call, state)
+        self.ran.add(self.core.last_backend or "")
+        return out, after
 
     def empty_state(self, call: Call) -> State:
         batch_size, kv_heads, _, head_dim = call.k.shape

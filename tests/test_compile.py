@@ -124,3 +124,15 @@ def test_inductor_draws_the_same_random_blocks(is_causal: bool) -> None:
         return attn.random_blocks(1000, 1000, is_causal) + 0  # type: ignore[operator]
 
     assert torch.equal(torch.compile(table, fullgraph=True)(), table())
+
+
+@pytest.mark.parametrize("name", ["standard", "sliding_window"])
+def test_causal_calls_of_two_lengths_without_a_mask(name: str) -> None:
+    """Whether SDPA is to be causal is no symbol, though the length is one."""
+    torch._dynamo.reset()
+    attn = attnzoo.build(name, heads=4, head_dim=8)
+    compiled = torch.compile(attn, backend="aot_eager", fullgraph=True)
+    for length in (18, 77):
+        q, k, v = (torch.randn(1, heads, length, 8) for heads in (4, 2, 2))
+        expected = attn(q, k, v, is_causal=True)
+        torch.testing.assert_close(compiled(q, k, v, is_causal=True), expected)

@@ -294,3 +294,37 @@ def test_what_a_model_was_built_with_stays_the_limit() -> None:
     assert state.seen == 6 and out.shape[2] == 2
     with pytest.raises(ValueError, match="max_length=6"):
         attn.step(x, x, x, state)
+
+
+@pytest.mark.parametrize("name", ["standard", "sliding_window", "linear"])
+@torch.enable_grad()
+def test_a_state_keeps_nothing_of_the_callers(name: str) -> None:
+    """With gradients too, a caller may write over its keys after the step."""
+    attn = attnzoo.build(name, heads=2, head_dim=4)
+    q, k, v = (torch.randn(1, 2, 6, 4) for _ in range(3))
+    q.requires_grad_()
+    first, last = slice(0, 5), slice(5, 6)
+    wanted = attn(q, k, v, is_causal=True)[:, :, last]
+    early_k, early_v = k[:, :, first].clone(), v[:, :, first].clone()
+    _, state = attn.step(q[:, :, first], early_k, early_v, attn.init_state(1))
+    early_k.fill_(7.0)
+    early_v.fill_(7.0)
+    out, _ = attn.step(q[:, :, last], k[:, :, last], v[:, :, last], state)
+    torch.testing.assert_close(out, wanted)
+
+
+@torch.enable_grad()
+def test_keys_that_stay_keep_their_history() -> None:
+    """Wherever tokens are taken back."""
+    attn = attnzoo.build("sliding_window", heads=2, head_dim=4, window=2, sinks=2)
+    q, k, v = (torch.randn(1, 2, 7, 4, requires_grad=True) for _ in range(3))
+    gradients = []
+    for learns in (True, False):
+        early, late = slice(0, 6), slice(6, 7)
+        empty = attn.init_state(1)
+        _, state = attn.step(q[:, :, early], k[:, :, early], v[:, :, early], empty)
+        with torch.set_grad_enabled(learns):
+            state = state.crop(1)
+        out, _ = attn.step(q[:, :, late], k[:, :, late], v[:, :, late], state)
+        gradients.append(torch.autograd.grad(out.sum(), v)[0])
+    assert torch.equal(*gradients) and bool(gradients[0][:, :, :2].ne(0).any())

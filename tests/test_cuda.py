@@ -159,7 +159,8 @@ def test_refused_on_the_cpu(case: Case, backend: str) -> None:
     attn = case.build(backend=backend)
     q, k, v, _ = (x.float() for x in tensors(Situation(6, 6)))
     with pytest.raises(
-        UnsupportedError, match=rf"{backend}: .* CUDA device, got cpu.*use backend='auto'"
+        UnsupportedError,
+        match=f"{backend}.* refuses .* CUDA device, got cpu.*use backend='auto'",
     ):
         attn(q, k, v, is_causal=attn.spec.causal)
     attn.backend = "auto"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from attnzoo.call import Call, clear_padding
+from attnzoo.call import Call
 from attnzoo.engines.softmax.reference import visible
 from attnzoo.engines.sparse import flex
 from attnzoo.engines.sparse.patterns.block_patterns import BlockUnion, GlobalBlocks, WindowBlocks
@@ -24,6 +24,7 @@ from attnzoo.engines.sparse.patterns.pattern import Pattern
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.sparse import Sparse
 from attnzoo.engines.sparse.windows.window_sparse import WindowSparse
+from attnzoo.sequences.bad_slots import clear_padding
 from attnzoo.sequences.padding import fills_slots
 from attnzoo.variants.bigbird.random_blocks import RandomBlocks
 

@@ -8,9 +8,10 @@ import torch
 from cases import CASES, Case, Situation, close, gradients_of, padding, tensors
 from torch import Tensor
 
-from attnzoo.call import Call, clear_padding
+from attnzoo.call import Call
 from attnzoo.engines.linear import fla_kernel
 from attnzoo.engines.linear.linear import Linear
+from attnzoo.sequences.bad_slots import clear_padding
 
 KERNELS = [case for name in ("linear", "performer") for case in CASES[name]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -55,6 +56,8 @@ def test_a_model_is_told_of_its_pieces(name: str) -> None:
         wanted = torch.cat([model(one) for one in x.split(LENGTHS, 1)], 1)
         with attnzoo.packed(model, IDS.expand(2, -1)):
             out = model(x)
+            copied = copy.deepcopy(model)
+        torch.testing.assert_close(copied(x), model(x))
         torch.testing.assert_close(out, wanted)
         assert not torch.allclose(model(x), wanted)
 
@@ -78,6 +81,9 @@ def test_what_no_model_can_be_told() -> None:
     for ids in bad:
         with pytest.raises(ValueError, match="give an integer tensor"), attnzoo.packed(layer, ids):
             pass
+    bare = nn.ModuleList([layer, attnzoo.build("linear", heads=4, head_dim=4)])
+    with pytest.raises(ValueError, match="calls linear without"), attnzoo.packed(bare, IDS[None]):
+        pass
     layer = MultiheadAttention(16, 4, add_bias_kv=True, batch_first=True)
     with pytest.raises(ValueError, match="belong to no piece"):
         layer(x, x, x, segments=IDS[None])

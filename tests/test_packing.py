@@ -185,13 +185,58 @@ def test_transforms_of_packed_rows_are_right_or_refused(name: str, queries: int)
             close(found, expected, TOLERANCE, f"{is_causal=}")
 
 
-def test_a_piece_that_goes_on_is_refused_in_a_graph() -> None:
-    attn = build_small("linear", 4, 8)
+@pytest.mark.parametrize("name", ["linear", "sliding_window", "standard"])
+def test_a_piece_that_goes_on_is_refused_in_a_graph(name: str) -> None:
+    """Where transforms cannot raise, rows and A are NaN."""
+    attn = build_small(name, 4, 8)
     q, ids = torch.randn(1, 4, 12, 8), torch.tensor([[0] * 4 + [1] * 4 + [0] * 4])
     torch._dynamo.reset()
     compiled = torch.compile(attn, backend="eager", fullgraph=True)
     with pytest.raises(RuntimeError, match="a piece that stops and goes on"):
         compiled(q, q, q, segments=ids, is_causal=True)
+
+    def rows(q: Tensor, ids: Tensor) -> Tensor:
+        return attn(q[None], q[None], q[None], segments=ids[None], is_causal=True)
+
+    assert bool(torch.func.vmap(rows)(q, ids).isnan().all())
+
+
+@pytest.mark.parametrize("name", ["standard", "flash", "linear", "retention", "sliding_window"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_slot_reaches_its_piece_alone_in_a_transform(name: str, bad: float) -> None:
+    attn, segments = build_small(name, 4, 8), ids_of((5, 4, 3))
+    q, k, v = (torch.randn(1, 4, 12, 8) for _ in range(3))
+    v[:, :, 6] = bad
+    for is_causal in attn.spec.forms:
+
+        def rows(q, k, v, ids, is_causal=is_causal):
+            return attn(q[None], k[None], v[None], segments=ids[None], is_causal=is_causal)[0]
+
+        found = torch.func.vmap(rows)(q, k, v, segments).isnan().any(-1).any(1)[0]
+        first = 6 if is_causal else 5
+        assert not bool(found[:5].any()) and not bool(found[9:].any())
+        assert name == "sliding_window" or bool(found[first:9].all())
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (1, 12), (12, 1), (4, 12, 12), (2, 1, 12, 1)])
+def test_masks_of_fewer_axes(shape: tuple[int, ...]) -> None:
+    """Beside ids that stop and go on too."""
+    attn = build_small("standard", 4, 8).double()
+    q, k, v, _ = tensors(Situation(12, 12))
+    mask = torch.randn(shape).double()
+    segments = torch.stack([torch.arange(12) % 2, torch.arange(12) // 5])
+    same = segments[:, None, :, None] == segments[:, None, None]
+    whole = mask.expand(2, 4, 12, 12).masked_fill(~same, -torch.inf)
+    out = attn(q, k, v, attn_mask=mask, segments=segments)
+    close(out, attn(q, k, v, attn_mask=whole), TOLERANCE, "rows")
+    close(
+        attn.weights(q, k, attn_mask=mask, segments=segments),
+        attn.weights(q, k, attn_mask=whole),
+        TOLERANCE,
+        "A",
+    )
+    wanted, _ = ask_oracle(attn, q, k, v, attn_mask=mask, segments=segments)
+    close(out, wanted, 1e-10, "the oracle's rows")
 
 
 def test_arbitrary_masks_are_cut_too() -> None:
@@ -208,6 +253,8 @@ def test_the_backends_that_ran_are_told() -> None:
     attn = attnzoo.build("sliding_window", heads=4, head_dim=8, window=8)
     q = torch.randn(1, 4, 300, 8)
     attn(q, q, q, segments=ids_of((296, 4)), is_causal=True)
+    assert attn.last_backend == "dense and tiles"
+    attn.step(q, q, q, attn.init_state(1), segments=ids_of((8, 288, 4)))
     assert attn.last_backend == "dense and tiles"
 
 
@@ -268,8 +315,10 @@ def test_steps_that_cannot_be() -> None:
         attn.step(x[:, :, :1], x[:, :, :1], x[:, :, :1], packed, segments=ids[:, :1])
     with pytest.raises(ValueError, match="max_length=11"):
         attn.step(x, x, x, packed)
-    with pytest.raises(ValueError, match="n=5 must be a whole number from 0 to 4"):
-        packed.crop(5)
+    for n in (4, 5):  # the piece whole, and more
+        with pytest.raises(ValueError, match=f"n={n} must be at most 3: the last piece"):
+            packed.crop(n)
+    assert packed.crop(3).seen == 3
 
 
 def test_steps_with_segments_in_a_graph_are_refused() -> None:

@@ -32,7 +32,8 @@ class Backend:
         if call.segments is not None and not self.packs:
             return (
                 "it cannot keep the pieces of a packed row apart in a graph or transform, where "
-                "their ids cannot be read"
+                "their ids cannot be read: use standard, sliding_window, linear or retention "
+                "there, or give the pieces as samples with key_mask"
             )
         return self.why_not(engine, call)
 
@@ -204,6 +205,8 @@ class Engine(nn.Module):
                 f"backend={requested!r} is unknown here; choose 'auto' or one of "
                 f"{self.backend_names()}"
             )
+        if requested == "auto":
+            raise UnsupportedError(f"no backend takes this call: {reason}")
         raise UnsupportedError(
             f"backend={requested!r} refuses this call: {reason}; use backend='auto' or change the "
             "call"

@@ -66,8 +66,15 @@ class PackedState:
         return sum(group.state.held_bytes() for group in self.groups)
 
     def crop(self, n: int) -> PackedState:
-        """The state without its last n tokens, all of them of the last pieces. Raises ValueError
-        on more than the state of every last piece can take back."""
+        """The state without its last n tokens, which leaves a token of every last piece: what stood
+        before a piece is forgotten. Raises ValueError on more."""
+        most = min(group.state.seen for group in self.groups) - 1
+        if isinstance(n, int) and n > most:
+            raise ValueError(
+                f"n={n} must be at most {most}: the last piece of a sample began {most + 1} tokens "
+                "ago, and what stood before it is forgotten; keep the state from before, which "
+                "stays valid"
+            )
         groups = tuple(replace(group, state=group.state.crop(n)) for group in self.groups)
         return replace(self, groups=groups, seen=self.seen - n)
 

@@ -108,6 +108,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         if shares_qk(self):
             self._share_projection()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what `attnzoo.packed` has told: a copy is of the model, and not of a call."""
+        return {**self.__dict__, "segments": None}
+
     def _take(self, core: Attention) -> None:
         """Let `core` be the core, beside parameters that are there."""
         self.attention = core

@@ -43,7 +43,8 @@ def forward_nested(
         return query.clone(), torch.zeros(
             len(lengths), *heads, 0, 0, device=query.device
         ) if need_weights else None
-    one_row = query.layout == torch.jagged and query.is_contiguous()
+    appends = layer.bias_k is not None or layer.add_zero_attn  # keys that no piece has
+    one_row = query.layout == torch.jagged and query.is_contiguous() and not appends
     if one_row and not need_weights:
         return _in_one_row(layer, query, lengths, is_causal), None
     padded = query.to_padded_tensor(0.0)

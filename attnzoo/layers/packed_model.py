@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from attnzoo.attention import Attention
 from attnzoo.layers.layer import Layer
 
 
@@ -23,8 +24,11 @@ def packed(model: nn.Module, segments: Tensor) -> Iterator[None]:
         another kind. A layer that
         attends to other tokens than its queries raises when it is called.
 
-    A backward pass that computes layers again (gradient checkpointing) must run inside too.
+    A backward pass that computes layers again (gradient checkpointing) must run inside too. One
+    thread at a time may run the model so; a copy of the model is told of nothing.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}; give a torch.nn.Module")
     if not isinstance(segments, Tensor) or segments.is_floating_point() or segments.dim() != 2:
         found = (
             f"{segments.dtype} of shape {tuple(segments.shape)}"
@@ -35,12 +39,21 @@ def packed(model: nn.Module, segments: Tensor) -> Iterator[None]:
     layers: list[Any] = [
         module for module in model.modules() if isinstance(module, nn.MultiheadAttention)
     ]
+    cores = {id(layer.attention) for layer in layers if hasattr(layer, "segments")}
+    bare = [one for one in model.modules() if isinstance(one, Attention) and id(one) not in cores]
+    if bare:
+        raise ValueError(
+            f"{type(model).__name__} calls {bare[0].spec.name} without an "
+            "attnzoo.MultiheadAttention around it, which the ids do not reach: give it segments "
+            "in its own call"
+        )
     deaf = sum(not hasattr(layer, "segments") for layer in layers)
     if deaf or not layers:
         found = f"{deaf} nn.MultiheadAttention that would mix the pieces" if deaf else "no layer"
         raise ValueError(
             f"{type(model).__name__} has {found}, and only attnzoo.MultiheadAttention keeps them "
-            "apart; swap it in first: attnzoo.swap(model, 'standard')"
+            "apart; swap all of them in first: attnzoo.swap(model, 'standard'), with layers= for "
+            "cross-attention"
         )
     before = [layer.segments for layer in layers]
     for layer in layers:

@@ -49,6 +49,9 @@ def by_segments(
     stand."""
     batch, heads, query_length, _ = q.shape
     offset = k.shape[2] - query_length
+    if given.get("attn_mask") is not None:
+        given["attn_mask"] = given["attn_mask"].expand(batch, heads, query_length, k.shape[2])
+    assert segments.shape == (batch, k.shape[2]) and not segments.is_floating_point()
     out = torch.zeros(batch, heads, query_length, v.shape[3], dtype=torch.float64)
     weights = torch.zeros(batch, heads, query_length, k.shape[2], dtype=torch.float64)
     for b in range(batch):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from attnzoo.call import Call
-from attnzoo.eager import can_look
+from attnzoo.eager import can_look, refuse_later
 from attnzoo.sequences.padding import fetched, squared
 
 Run = Callable[[Call], Tensor]
@@ -51,6 +51,7 @@ def apart(call: Call, run: Run) -> Tensor:
 
     run: gives it for a call without segments.
     """
+    call = _with_whole_mask(call)
     if call.offset < 0:
         return _behind_blind_rows(call, lambda seeing: apart(seeing, run))
     if (order := _order(call)) is not None:
@@ -69,6 +70,7 @@ def weights_apart(call: Call, matrix: Run) -> Tensor:
 
     matrix: gives it for a call without segments.
     """
+    call = _with_whole_mask(call)
     if call.offset < 0:
         return _behind_blind_rows(call, lambda seeing: weights_apart(seeing, matrix))
     if (order := _order(call)) is not None:
@@ -83,6 +85,22 @@ def weights_apart(call: Call, matrix: Run) -> Tensor:
             same = call.k is call.q and queries == keys
             found[sample, :, queries, keys] = matrix(replace(one, k=one.q) if same else one)[0]
     return found
+
+
+def refuse_scattered(out: Tensor, segments: Tensor) -> Tensor:
+    """`out`, refused where a piece stops and goes on, which only cutting can bring together.
+
+    segments: (batch, length), whose values cannot be read now
+    """
+    changes = (segments[:, 1:] != segments[:, :-1]).sum(1)
+    ordered = segments.sort(1).values
+    distinct = (ordered[:, 1:] != ordered[:, :-1]).sum(1)
+    return refuse_later(
+        out,
+        (changes == distinct).all(),
+        "segments has a piece that stops and goes on, which a graph or transform cannot have: give "
+        "each piece an id of its own and its tokens together",
+    )
 
 
 def pieces_of(call: Call) -> list[list[Piece]]:
@@ -106,6 +124,14 @@ def pieces_of(call: Call) -> list[list[Piece]]:
             ]
         )
     return found
+
+
+def _with_whole_mask(call: Call) -> Call:
+    """The call with an attn_mask of all its axes, so that it is cut as the tokens are."""
+    if call.attn_mask is None:
+        return call
+    whole = call.attn_mask.expand(*call.q.shape[:3], call.key_length)
+    return replace(call, attn_mask=whole)
 
 
 def _places(pieces: list[Piece]) -> Iterator[tuple[slice, slice]]:

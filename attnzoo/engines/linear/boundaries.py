@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo.eager import refuse_later
 from attnzoo.engines.linear.decay import Worth
 
 
@@ -29,16 +28,3 @@ def of_chunks(ids: Tensor, last_id: Tensor | None, group: int, dtype: torch.dtyp
         None if x is None else x[:, None].to(dtype) for x in (relative, carry, weights, shrink)
     )
     return Worth(*of_heads)
-
-
-def checked(out: Tensor, segments: Tensor) -> Tensor:
-    """`out`, refused where a piece stops and goes on: the sums of a piece that ended are gone."""
-    changes = (segments[:, 1:] != segments[:, :-1]).sum(1)
-    ordered = segments.sort(1).values
-    distinct = (ordered[:, 1:] != ordered[:, :-1]).sum(1)
-    return refuse_later(
-        out,
-        (changes == distinct).all(),
-        "segments has a piece that stops and goes on, which linear attention in a graph cannot "
-        "have: give each piece an id of its own and its tokens together",
-    )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnzoo.call import Call, UnsupportedError
 from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes
-from attnzoo.engines.linear import boundaries, chunks, fla_kernel, gradient, linear_cost
+from attnzoo.engines.linear import chunks, fla_kernel, gradient, linear_cost
 from attnzoo.engines.linear.feature_maps import FeatureMap
 from attnzoo.engines.linear.reference import REFERENCE, LinearReference
 from attnzoo.engines.linear.state import LinearState, Recent, early_and_late
@@ -72,8 +72,7 @@ def _chunked_why_not(engine: Linear, call: Call) -> str | None:
 
 
 def _open(engine: Linear, call: Call) -> Tensor:
-    out = _behind_blind_rows(gradient.attend_openly, engine, call)
-    return out if call.segments is None else boundaries.checked(out, call.segments)
+    return _behind_blind_rows(gradient.attend_openly, engine, call)
 
 
 def _open_why_not(engine: Linear, call: Call) -> str | None:

@@ -198,8 +198,9 @@ class KeyValueCache:
     def _joined(self, call: Call) -> KeyValueCache:
         """As `append`, by concatenation, so that autograd can follow."""
         past = self.end > self.start
-        k = torch.cat([self.k, call.k], 2) if past else call.k
-        v = torch.cat([self.v, call.v], 2) if past else call.v
+        # Copies: the caller may change its own afterwards.
+        k = torch.cat([self.k, call.k], 2) if past else call.k.clone()
+        v = torch.cat([self.v, call.v], 2) if past else call.v.clone()
         mask = None
         if self.buffer.mask is not None or call.key_mask is not None:
             ones = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)

@@ -29,7 +29,11 @@ LANES = 8  # kernels want heads whose width is a multiple of so many features
 def attend(engine: SoftmaxReference, call: Call) -> Tensor:
     """A·v of any call, sink logits among them."""
     mask, bias = _masks(call)
-    is_causal = bool(call.is_causal and mask is None and call.query_length > 1)
+    # Not one expression: in a graph of symbolic lengths its value would be a symbol too, which SDPA
+    # does not take.
+    is_causal = False
+    if call.is_causal and mask is None and call.query_length > 1:
+        is_causal = True
     logits = call.get("sink_logits")
     if logits is None:
         return sdpa(engine, call.q, call.k, call.v, mask, bias, is_causal=is_causal)
@@ -86,7 +90,9 @@ def sdpa(
     is_causal is torch's own (square, without masks). every_row_sees: the caller knows that no row
     of `mask` is empty, which spares a pass over the output. scale: instead of the engine's.
     """
-    dropout, grouped = engine.dropout if engine.training else 0.0, bool(q.shape[1] != k.shape[1])
+    dropout, grouped = engine.dropout if engine.training else 0.0, False
+    if q.shape[1] != k.shape[1]:
+        grouped = True
     empty = None
     if not every_row_sees and not (mask is None and bias is None):
         mask, empty = merge_masks(mask, bias)

@@ -18,7 +18,9 @@ LARGEST_MASK = 2**22  # entries of a mask of causality and padding together
 def attend(engine: SparseReference, call: Call) -> Tensor:
     """A·v by one SDPA call over every key."""
     grid = grid_of(call)
-    is_causal = grid.is_causal and grid.query_length > 1
+    is_causal = False  # not one expression, as in `sdpa.attend`
+    if grid.is_causal and grid.query_length > 1:
+        is_causal = True
     if call.key_mask is None:
         return sdpa(engine, call.q, call.k, call.v, is_causal=is_causal)
     mask = call.key_mask[:, None, None]

@@ -95,6 +95,11 @@ class GlobalCache:
         check_crop(n, self.croppable)
         if not n:
             return self
+        with torch.enable_grad():  # keys that stay keep their history, wherever this is called
+            return self._without(n)
+
+    def _without(self, n: int) -> GlobalCache:
+        """As `crop`, of an n that is allowed and not 0."""
         seen = self.seen - n
         near = min(n, self.window.seen)  # the first slots may stand beside the window alone
         state = replace(self, window=self.window.crop(near), seen=seen)

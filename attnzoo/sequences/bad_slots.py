@@ -1,0 +1,110 @@
+"""Bad slots: what stands in padding reaches nothing, and a NaN reaches no row that cannot see it
+(rules 3 to 5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attnzoo.call import Call
+from attnzoo.eager import can_look
+from attnzoo.sequences.ordering import running_maximum
+from attnzoo.spec import Input
+
+
+def clear_padding(call: Call) -> Call:
+    """Clear the padded slots of k, v and the inputs, so that nothing in them (NaN included) can
+    reach a real row, forward or backward (rules 3, 4)."""
+    return call if call.key_mask is None else _cleared(call, ~call.key_mask)
+
+
+def _cleared(call: Call, slots: Tensor) -> Call:
+    """The call with 0 in k and v, and what padding holds in inputs, at `slots`, (batch,
+    key_length)."""
+    at = slots[:, None, :, None]
+    inputs = dict(call.inputs)
+    for one, x in call.given():
+        if "keys" in one.names and one.padded is not None:
+            shown = [size if axis in ("batch", "keys") else 1 for axis, size in _sizes(one, x)]
+            # A bool as a number: a trace knows no masked_fill by a bool.
+            value = int(one.padded) if isinstance(one.padded, bool) else one.padded
+            inputs[one.name] = x.masked_fill(slots.reshape(shown), value)
+    k, v = call.k.masked_fill(at, 0.0), call.v.masked_fill(at, 0.0)
+    return replace(call, k=k, v=v, inputs=inputs)
+
+
+def _sizes(one: Input, x: Tensor) -> Iterator[tuple[str, int]]:
+    return zip(one.names, x.shape, strict=True)
+
+
+def shield_past(call: Call, *, may_stall: bool = False) -> tuple[Call, Tensor | None]:
+    """Keep a NaN or inf at slot j from the rows before j (rule 5): 0 · NaN is NaN in every matmul,
+    whatever the mask says.
+
+    Returns the call with the bad slots cleared, and the rows to overwrite with NaN, (batch,
+    query_length) bool: all that stand at or after a bad slot, of packed rows in its piece alone.
+    None when there is nothing to do, as where every row of one piece sees every slot.
+    Looking costs one read of k, v and the inputs along the keys; where a look would stall (CUDA,
+    unless it may_stall) or cannot be (see `can_look`) the slots are cleared unconditionally.
+    """
+    k, v = call.k, call.v
+    if not (call.is_causal or call.segments is not None) or k.is_meta:
+        return call, None
+    read = [
+        (one, x.detach())
+        for one, x in call.given()
+        if "keys" in one.names and one.padded is not None and x.is_floating_point()
+    ]
+    if (
+        can_look(k, v, may_stall=may_stall)
+        and _all_finite(k.detach(), v.detach())
+        and all(math.isfinite(x.sum(dtype=_summed_in(x)).item()) for _, x in read)
+    ):
+        return call, None
+    wide = _summed_in(k)
+    bad = ~torch.isfinite(k.sum(-1, dtype=wide) + v.sum(-1, dtype=wide)).all(1)
+    for one, x in read:
+        others = [dim for dim, axis in enumerate(one.names) if axis not in ("batch", "keys")]
+        found = ~torch.isfinite(x)
+        bad = bad | (found.sum(others) > 0 if others else found)
+    reached = _reached(bad, call)
+    rows = reached.new_zeros(k.shape[0], call.query_length)
+    common = min(call.query_length, call.key_length)
+    rows[:, call.query_length - common :] = reached[:, call.key_length - common :]
+    return _cleared(call, bad), rows
+
+
+def _reached(bad: Tensor, call: Call) -> Tensor:
+    """Which positions see a bad slot, (batch, key_length). Tokens of a piece stand together."""
+    if call.segments is None:
+        return bad.cumsum(-1) > 0
+    reached = _behind_bad(bad, call.segments)
+    if call.is_causal:
+        return reached
+    return reached | _behind_bad(bad.flip(1), call.segments.flip(1)).flip(1)
+
+
+def _behind_bad(bad: Tensor, segments: Tensor) -> Tensor:
+    """Positions at or after a bad slot of their own piece, (batch, key_length)."""
+    count = bad.cumsum(-1)
+    begins = torch.ones_like(bad)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    before = running_maximum((count - bad.long()).masked_fill(~begins, 0))
+    return count > before
+
+
+def _all_finite(k: Tensor, v: Tensor) -> bool:
+    """False when there is a NaN or inf in k or v, and perhaps when their squares overflow."""
+    if k.shape == v.shape and k.is_contiguous() and v.is_contiguous() and k.dtype == _summed_in(k):
+        return math.isfinite(
+            torch.dot(k.view(-1), v.view(-1)).item()
+        )  # whatever multiplies a NaN or inf, the sum is no number
+    return math.isfinite((k.sum(dtype=_summed_in(k)) + v.sum(dtype=_summed_in(k))).item())
+
+
+def _summed_in(k: Tensor) -> torch.dtype:
+    return torch.float64 if k.dtype == torch.float64 else torch.float32
