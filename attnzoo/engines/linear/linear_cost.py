@@ -35,7 +35,7 @@ def cost(feature_map: FeatureMap, shape: Shape) -> Cost:
             per_kv_head += local_pairs * width
         if keys == queries:
             reading -= chunks[0]  # nothing lies behind the first chunk
-        writing -= chunks[-1]  # and nobody reads what the last one would add
+        writing -= chunks[-1]  # and no row reads what the last one would add
     features, sums = feature_map.macs(d), width * (d + 1)
     per_head += queries * features + reading * width * row
     per_kv_head += keys * features + writing * sums

@@ -1,4 +1,4 @@
-"""Longformer: a window, and a few tokens that see everything and that everyone sees."""
+"""Longformer: a window, and a few global tokens that see every key and that every query sees."""
 
 from __future__ import annotations
 
