@@ -29,7 +29,7 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True)
 class Call:
-    """What an engine is asked to do: `A(q, k, inputs) · v` under the given masks.
+    """What an engine is asked to do: compute `A(q, k, inputs) · v` under the given masks.
 
     q: (batch, heads, query_length, head_dim)
     k: (batch, kv_heads, key_length, head_dim)
@@ -39,9 +39,8 @@ class Call:
         key_length)
     is_causal: query i sees keys up to its position, key_length - query_length + i
     inputs: what else the variant takes, by name
-    declared: what the variant says of each; those that the call does not bring are among them
-    segments: (batch, key_length) integer: tokens of different ids never meet; a query has the id of
-        its position
+    declared: the declarations of all inputs that the variant takes, also of those not in `inputs`
+    segments: (batch, key_length) integer ids: a query sees only keys of the id at its own position
     """
 
     q: Tensor
@@ -64,8 +63,8 @@ class Call:
 
     @property
     def offset(self) -> int:
-        """Position of the first query (rule 2, bottom-right): negative when there are more queries
-        than keys."""
+        """Position of the first query: the last one stands at the last key. Negative when there
+        are more queries than keys."""
         return self.key_length - self.query_length
 
     @property
@@ -74,32 +73,32 @@ class Call:
         return self.q.shape[1] // self.k.shape[1]
 
     def get(self, name: str) -> Tensor | None:
-        """The input of this name, where the call brings it."""
+        """The input of this name; None if the call does not have it."""
         return self.inputs.get(name)
 
     def given(self) -> Iterator[tuple[Input, Tensor]]:
-        """The inputs that the call brings, with their declarations."""
+        """The inputs that the call has, each after its declaration."""
         for one in self.declared:
             if one.name in self.inputs:
                 yield one, self.inputs[one.name]
 
     def giving(self, one: Input, x: Tensor) -> Self:
-        """The call with one input more, or another one in its place."""
+        """The call with x as the input that `one` declares, in place of any it had."""
         declared = self.declared if one in self.declared else (*self.declared, one)
         return replace(self, inputs={**self.inputs, one.name: x}, declared=declared)
 
     def frame(self) -> Callable[..., Self]:
-        """What makes this call again of other q, k and v, by a closure that must not keep these."""
+        """A function of q, k and v that makes this call with others; it does not keep its own."""
         rest = {name: x for name, x in vars(self).items() if name not in ("q", "k", "v")}
         return partial(type(self), **rest)
 
     def over(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Self:
-        """The same request of other tokens. Left out is what speaks of the call's own tokens:
+        """The same request for other tokens. What belongs to the call's own tokens is left out:
         attn_mask, segments, and inputs along the length."""
         inputs = self.inputs and {one.name: x for one, x in self.given() if not one.has_length}
         changed = {"q": q, "k": k, "v": v, "key_mask": key_mask}
         changed |= {"attn_mask": None, "segments": None}
-        # As `replace`, in half the time, which a step of decoding feels.
+        # This does what `replace` does in half the time, which shows in a step of decoding.
         return type(self)(**{**vars(self), **changed, "inputs": inputs})
 
     def select(
@@ -110,10 +109,10 @@ class Call:
         queries: Index | None = None,
         keys: Index | None = None,
     ) -> Self:
-        """The call of some samples, heads, queries and keys: every tensor is sliced by its axes.
+        """The call of some samples, heads, queries and keys; every tensor is sliced along its axes.
 
-        heads: query heads. Their key-value heads come along, each once where the heads of all are
-        equally many here, else one for every head.
+        heads: query heads. Their key-value heads come along, each once if all of them are shared by
+            equally many of these heads, else one for every head
         """
         chosen = {"batch": batch, "heads": heads, "queries": queries, "keys": keys}
         if heads is not None:
@@ -127,7 +126,7 @@ class Call:
         return self.of_each(partial(_chosen, given=given))
 
     def mapped(self, along: Mapping[str, Along]) -> Self:
-        """The call with every tensor changed along the named axes."""
+        """The call with every tensor changed by the function of each axis that it has."""
 
         def of(x: Tensor, axes: tuple[str, ...]) -> Tensor:
             for dim, axis in enumerate(axes):
@@ -138,7 +137,7 @@ class Call:
         return self.of_each(of)
 
     def of_each(self, of: Callable[[Tensor, tuple[str, ...]], Tensor]) -> Self:
-        """The call of what `of` makes of every tensor and the names of its axes."""
+        """The call whose tensors are what `of` makes of each tensor and the names of its axes."""
         return replace(
             self,
             **{name: of(x, axes) for name, x, axes in self._masks()},
@@ -164,9 +163,9 @@ class Call:
         queries: Sequence[int] | None = None,
         keys: Sequence[int] | None = None,
     ) -> list[Self]:
-        """The calls of consecutive samples, queries and keys, so many in each. One tensor that is
-        q and k stays one. Not slices: the gradient of a slice is as long as the whole, and there
-        would be one for every call."""
+        """Consecutive calls with the given numbers of samples, queries and keys. If q and k are one
+        tensor, they stay one. `select` would be slower to train: the gradient of each slice is a
+        tensor as long as the whole."""
         cuts = {"batch": batch, "queries": queries, "keys": keys}
         lengths = {axis: list(one) for axis, one in cuts.items() if one is not None}
         count = len(next(iter(lengths.values())))
@@ -200,8 +199,8 @@ class Call:
 
 
 def kv_heads_of(heads: Sequence[int], group: int) -> list[int]:
-    """Key-value heads for these heads, in equal groups: each once where that is possible, else one
-    for every head."""
+    """Key-value heads for these query heads: each once if all are shared by equally many of them
+    in order, else one for every query head."""
     wanted = [head // group for head in heads]
     distinct = sorted(set(wanted))
     once = [one for one in distinct for _ in range(len(heads) // len(distinct))]
@@ -209,7 +208,7 @@ def kv_heads_of(heads: Sequence[int], group: int) -> list[int]:
 
 
 def _kv_index(heads: Index, all_heads: int, group: int) -> Index:
-    """What chooses the key-value heads of these heads."""
+    """What chooses the key-value heads of these query heads."""
     if group == 1:
         return heads
     if isinstance(heads, slice):
@@ -232,12 +231,12 @@ def _chosen(x: Tensor, axes: tuple[str, ...], *, given: Mapping[str, slice | Ten
 
 
 def _mask_axes(mask: Tensor) -> tuple[str, ...]:
-    """Axes of an attn_mask; one along which it is the same for all has no name."""
+    """Names of the axes of an attn_mask; an axis of size 1, which is broadcast, has the name ""."""
     axes = MASK[len(MASK) - mask.dim() :]
     return tuple("" if size == 1 else axis for axis, size in zip(axes, mask.shape, strict=True))
 
 
 def repeat_heads(x: Tensor, group: int) -> Tensor:
-    """(batch, kv_heads, ...) -> (batch, kv_heads * group, ...): every query head gets its own copy
-    of the shared head."""
+    """Give every query head its own copy of the key-value head that its group shares: (batch,
+    kv_heads, ...) -> (batch, kv_heads · group, ...)."""
     return x if group == 1 else x.repeat_interleave(group, dim=1)

@@ -1,5 +1,9 @@
-"""Gradients of what a fused kernel or a Function of our own computed, where they are to be
-differentiated again or come in batches."""
+"""Second derivatives of what a fused kernel or an autograd.Function of this library computed.
+
+Such code has a backward pass that autograd cannot differentiate again, nor run for a batch of
+gradients. Where that is asked for, the same result is computed once more in open operators: plain
+ones, which autograd can follow any number of times.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +20,29 @@ Compute = Callable[..., Tensor]
 
 
 def is_followed(gradient: Tensor) -> bool:
-    """In a backward pass: whether more than numbers is wanted of it (create_graph,
-    is_grads_batched)."""
+    """Whether the running backward pass will itself be differentiated (create_graph) or is given a
+    batch of gradients (is_grads_batched).
+
+    gradient: what the backward pass was given
+    """
     return torch.is_grad_enabled() or is_batched(gradient)
 
 
 def open_gradients(
     compute: Compute, inputs: Sequence[Tensor | None], gradient: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of inputs from that of `compute(*inputs)`, which is computed once more, in
-    operators that autograd can follow."""
+    """Gradients of the inputs of a function, which is computed once more in open operators.
+
+    compute: the function
+    inputs: its arguments, tensors or None
+    gradient: the gradient of its result, of the result's shape
+
+    Returns one gradient for each input; None for one that is None or needs no gradient.
+    """
     again = torch.is_grad_enabled()
     with torch.enable_grad(), openly(), without_autocast(gradient.device):
-        # New nodes: two inputs may be one tensor, or one a function of the other.
+        # Each input gets a view of its own, because two inputs may be the same tensor, or one may
+        # be computed from the other: their gradients must not be mixed.
         apart = [None if x is None else x.view_as(x) for x in inputs]
         wanted = [x for x in apart if x is not None and x.requires_grad]
         found = iter(
@@ -45,13 +59,21 @@ def open_gradients(
 
 
 def followed(out: Tensor, compute: Compute, *inputs: Tensor | None) -> Tensor:
-    """`out`, the result of a kernel without a second derivative, which is that of
-    `compute(*inputs)`, as open operators give it."""
+    """A kernel's result, made differentiable any number of times where the kernel is only once.
+
+    out: the kernel's result
+    compute: the same function, which uses open operators inside `eager.openly`
+    inputs: its arguments, tensors or None
+
+    Returns the same values. A first derivative goes through the kernel's own backward pass, and
+    further ones through `compute`.
+    """
     return _Followed.apply(out, compute, *inputs)
 
 
 class _Followed(torch.autograd.Function):
-    """Hands the gradient on to the kernel, or past it to its inputs."""
+    """Passes the gradient on to the kernel, or, where it will be differentiated again, past the
+    kernel to its inputs."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, compute: Compute, *inputs: Tensor | None) -> Tensor:

@@ -42,14 +42,14 @@ def _sizes(one: Input, x: Tensor) -> Iterator[tuple[str, int]]:
 
 
 def shield_past(call: Call, *, may_stall: bool = False) -> tuple[Call, Tensor | None]:
-    """Keep a NaN or inf at slot j from the rows before j (rule 5): 0 · NaN is NaN in every matmul,
-    whatever the mask says.
+    """Keep a NaN or inf at slot j from the rows that do not see it, such as the earlier ones of a
+    causal call: 0 · NaN is NaN in every matrix product, whatever the mask says.
 
-    Returns the call with the bad slots cleared, and the rows to overwrite with NaN, (batch,
-    query_length) bool: all that stand at or after a bad slot, of packed rows in its piece alone.
-    None when there is nothing to do, as where every row of one piece sees every slot.
-    Looking costs one read of k, v and the inputs along the keys; where a look would stall (CUDA,
-    unless it may_stall) or cannot be (see `can_look`) the slots are cleared unconditionally.
+    may_stall: whether values may be read even where that waits for a GPU. Reading them costs one
+        pass over k, v and the inputs along the keys, and may show that there is nothing to do
+    returns: the call with bad slots cleared, and the rows to overwrite with NaN, (batch,
+        query_length) bool: those that see a bad slot. None where there is nothing to do, as where
+        every row sees every slot.
     """
     k, v = call.k, call.v
     if not (call.is_causal or call.segments is not None) or k.is_meta:

@@ -19,7 +19,8 @@ from attnzoo.registry import register
 
 
 class Halves(Pointwise):
-    """φ(x) = x, where x already holds a cosine half and a sine half."""
+    """φ(x) = x, where x already holds both halves of the features, those with the cosine and those
+    with the sine."""
 
     def __init__(self) -> None:
         super().__init__(identity, normalize=True)
@@ -44,7 +45,7 @@ class Cosformer(Attention):
     attention where near tokens matter more; not where inputs are far shorter than max_length, for
     there the cosine is 1 everywhere.
 
-    max_length: the longest sequence, the paper's M: the distance at which the cosine is 0.
+    max_length: the longest sequence, the paper's M; at this distance the cosine is 0
     """
 
     spec = Spec(

@@ -33,15 +33,17 @@ class LinearAttention(Attention):
     grow; not in the place of a trained softmax, and not alone where many facts must be recalled:
     mix in exact layers.
 
-    feature_map: "elu" (elu(x) + 1), "relu", "squared_relu", "identity", a callable from (...,
-    head_dim) to (..., width); "taylor": A_ij ∝ 1 + s + s²/2 with s = q_i·k_j/√d, the second order
-    of softmax's exponential (Arora et al. 2024, Based), whose d²/2 features let a row tell more
-    keys apart and cost as much more: meant for heads of 16 numbers; or "softmax": Efficient
-    Attention (Shen et al. 2018, equation 5), A = softmax_features(q) · softmax_length(k)ᵀ, whose
-    causal row i is taken over the keys up to i, in float32 (a feature whose every key lies over 87
-    below the key's largest is lost).
-    normalize: divide each row by its sum. A map that goes negative (identity) can bring that sum to
-    0: use False there.
+    feature_map: φ, one of these:
+        - "elu" (elu(x) + 1), "relu", "squared_relu" or "identity"
+        - a callable from (..., head_dim) to (..., width)
+        - "taylor": A_ij ∝ 1 + s + s²/2 with s = q_i·k_j/√d, the series of softmax's exponential to
+          its second order (Arora et al. 2024, Based). Its d²/2 features let a row tell more keys
+          apart, and cost as much more: it is meant for heads of 16 numbers
+        - "softmax": Efficient Attention (Shen et al. 2018, equation 5), A = softmax_features(q) ·
+          softmax_length(k)ᵀ, in whose causal row i the second softmax is taken over the keys up to
+          i. In float32, a feature that in every key lies over 87 below the key's largest is lost
+    normalize: whether each row is divided by its sum. A map with negative features (identity) can
+        bring that sum to 0: use False there
     """
 
     spec = Spec(

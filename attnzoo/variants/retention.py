@@ -13,7 +13,11 @@ from attnzoo.registry import register
 
 
 class ScaledIdentity(Pointwise):
-    """φ(x) = √s · x, and a constant decay."""
+    """φ(x) = √s · x, and a constant decay.
+
+    scale: s, which must be positive
+    decay: what is left of a key after the tokens that follow it
+    """
 
     def __init__(self, scale: float, decay: ConstantDecay) -> None:
         super().__init__(identity, normalize=False)
@@ -43,7 +47,7 @@ class Retention(Attention):
     text with a small state; not to look up what stood much more than 1/(1 − γ) tokens ago, which is
     32 in the first head and twice as far in each next one.
 
-    scale: s, the factor of the scores.
+    scale: s, the factor of the scores, 1/sqrt(head_dim) by default
     """
 
     spec = Spec(

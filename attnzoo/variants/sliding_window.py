@@ -28,21 +28,24 @@ class SlidingWindow(Attention):
     the only attention where a far token must be found. Decoding keeps the last `window` keys and no
     more.
 
-    window: keys on each side, the query's own included; causal, `window` keys in all. dilation: the
-    distances are multiples of it, so that as many keys come from `dilation` times as far, and what
-    lies between is lost (Beltagy et al., section 3.1: for higher layers and a few heads, never for
-    all, since neighbours are the most useful); one number, or one for each head. Decoding then
-    keeps the last (window - 1)·dilation + 1 keys.
+    A softmax must put its weight somewhere, and models learn to put what they do not need on the
+    first tokens; a window that drops these breaks such a model (Xiao et al. 2023, StreamingLLM,
+    arXiv:2309.17453, section 3). `sinks` and `sink_logits` are two ways out.
 
-    A softmax that has nothing to say must put its weight somewhere, and models learn to put it on
-    the first tokens; a window that drops them breaks such a model (Xiao et al. 2023, StreamingLLM,
-    arXiv:2309.17453, section 3). sinks: so many first slots are visible to every later row too,
-    each once, whatever the dilation; decoding keeps them besides the last `window` keys. 4 suffice
-    for pretrained models (section 3.2). sink_logits: learn one logit z a head instead, A_ij =
-    exp(s_ij) / (exp(z) + Σ_l exp(s_il)), so that rows of A sum to less than 1: gpt-oss (2025) and,
-    with z = 0, where it starts, Miller's softmax off by one (2023). Best for models trained with
-    it; a call may bring logits of its own instead (`sink_logits` of forward). scale, dropout: as in
-    standard.
+    window: keys on each side, the query's own included; in a causal call, `window` keys in all
+    dilation: distances are multiples of it, so that as many keys come from `dilation` times as far,
+        and what lies between is lost; one number, or one for each head. Beltagy et al. (section
+        3.1) use it in higher layers and a few heads, never in all, since neighbours are the most
+        useful. Decoding then keeps the last (window - 1)·dilation + 1 keys
+    sinks: how many first tokens every later row sees, too, each once, whatever the dilation;
+        decoding keeps them besides the last `window` keys. 4 suffice for pretrained models (Xiao et
+        al., section 3.2)
+    sink_logits: whether to learn one logit z for each head, A_ij = exp(s_ij) / (exp(z) + Σ_l
+        exp(s_il)), so that rows of A sum to less than 1, as in gpt-oss (2025). It starts at z = 0,
+        which is Miller's softmax off by one (2023). Best for models trained with it; a call may
+        bring logits of its own instead (`sink_logits` of forward)
+    scale: factor of the scores, 1/sqrt(head_dim) by default
+    dropout: probability that an entry of A is dropped, in training only
     """
 
     spec = Spec(

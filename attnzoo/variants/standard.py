@@ -19,10 +19,11 @@ class Standard(Attention):
     length at which one of them is faster and near enough (`attnzoo compare`); decoding keeps all
     keys and values.
 
-    A call may bring sink_logits, as gpt-oss has them.
+    A call may bring sink_logits, as gpt-oss has them: (heads,), one more score of every row, which
+    counts in the row's sum alone.
 
-    scale: factor of the scores, default 1/sqrt(head_dim). dropout: probability of dropping an entry
-    of A while training.
+    scale: factor of the scores, 1/sqrt(head_dim) by default
+    dropout: probability that an entry of A is dropped, in training only
     """
 
     spec = Spec(

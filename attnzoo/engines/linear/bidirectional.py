@@ -1,9 +1,8 @@
-"""The linear engine where every query sees every key, with a backward pass of its own: the sums
-over all keys, then what each query reads of them, for as many heads and tokens at a time as fit the
-caches of all threads.
+"""The linear engine where every query sees every key, with a backward pass of its own.
 
-Autograd cannot look into it; `gradient.attend_openly` computes the same in operators that it can
-follow.
+First come the sums over all keys, then what each query reads of them, for as many heads and tokens
+at a time as fit the caches of all threads. Autograd cannot look into this code;
+`gradient.attend_openly` computes the same in operators that it can follow.
 """
 
 from __future__ import annotations
@@ -34,13 +33,18 @@ from attnzoo.engines.linear.sums import (
     write_product,
 )
 
-IN_CACHE = 2**18  # features of a head that is taken whole
-ROWS = 2048  # tokens of all its heads that a thread has at a time, unless one whole head has more
+IN_CACHE = 2**18  # a head with at most so many features in all is computed whole
+# Tokens, over all its heads, that a thread has at a time, unless one whole head has more.
+ROWS = 2048
 
 
 @dataclass(frozen=True)
 class Slab:
-    """Some heads of some samples, and how many of their tokens to take at a time."""
+    """Some heads of some samples, which are computed together.
+
+    samples, heads, kv_heads: which samples, query heads and key heads
+    tokens: how many of their tokens to take at a time
+    """
 
     samples: slice
     heads: slice
@@ -60,16 +64,29 @@ class Slab:
 def slab_sizes(
     width: int, kv_heads: int, group: int, length: int, threads: int
 ) -> tuple[int, int, int]:
-    """Samples, heads of keys and tokens of a slab. A whole head lies in one piece, and products can
-    be written to their places."""
+    """How much a slab (see `Slab`) holds.
+
+    Heads are taken whole, because a whole head lies in one piece of memory, so that a product can
+    be written to its place in the output.
+
+    width: number of features of a key
+    kv_heads, group: key heads, and query heads that share each of them
+    length: the longer of queries and keys
+    threads: how many threads compute a slab together
+
+    Returns its samples, its key heads, and the tokens to take at a time.
+    """
     tokens = length if length * group * width <= IN_CACHE else CHUNK
     together = threads * max(1, ROWS // (tokens * group))
     return max(1, together // kv_heads), min(together, kv_heads), tokens
 
 
 def slabs(feature_map: FeatureMap, call: Call, pasts: Sequence[Past | None] = ()) -> Iterator[Slab]:
-    """All heads of the call. pasts: the sums of the forward pass's slabs, taken together again
-    whatever the number of threads is now."""
+    """Slabs that together hold every head of every sample of the call.
+
+    pasts: in a backward pass, the sums that the forward pass left, whose shape repeats its slabs
+        whatever the number of threads is now
+    """
     (batch_size, kv_heads, keys), group = call.k.shape[:3], call.group
     width, length = (
         feature_map.width_of(call.k[:0].to(accumulation_dtype(call.k.dtype))),
@@ -92,8 +109,11 @@ def slabs(feature_map: FeatureMap, call: Call, pasts: Sequence[Past | None] = ()
 
 
 def forward(feature_map: FeatureMap, call: Call) -> tuple[Tensor, Tensor | None, list[Past]]:
-    """A·v, what its rows were divided by, (batch, heads, query_length, 1), where they were, and the
-    sums of every slab."""
+    """The forward pass.
+
+    Returns A·v; what its rows were divided by, (batch, heads, query_length, 1), or None where rows
+    are not normalised; and the sums over the keys of each slab.
+    """
     out = call.q.new_empty(*call.q.shape[:3], call.v.shape[3])
     divisors = (
         out.new_empty(*out.shape[:3], 1, dtype=accumulation_dtype(out.dtype))
@@ -116,8 +136,12 @@ def forward(feature_map: FeatureMap, call: Call) -> tuple[Tensor, Tensor | None,
 
 
 def _absorbed(feature_map: FeatureMap, part: Call, tokens: int) -> Past:
-    """The sums over the keys, without a log_scale where they show that none was needed: their
-    normalisers are few, the keys many."""
+    """The sums over the keys of a slab.
+
+    A log_scale keeps large keys in floating range, and costs time. So the sums are first made
+    without one; if their normalisers show that all stayed in range, they are kept. Looking at the
+    normalisers is cheap, since they are few and the keys many.
+    """
     unscaled = feature_map.unscaled
     if unscaled is not None and can_look(part.k):
         past = absorb(unscaled, part.k, part.v, part.key_mask, None, tokens)
@@ -128,15 +152,23 @@ def _absorbed(feature_map: FeatureMap, part: Call, tokens: int) -> Past:
 
 @dataclass(frozen=True)
 class Rows:
-    """The gradient of the output, with the output and what its rows were divided by where they
-    were."""
+    """The gradient of the output, and what is needed to go back through the normalisation of rows.
+
+    gradient: (batch, heads, query_length, value_dim)
+    out: the output, of the same shape; None where rows are not normalised
+    divisor: (batch, heads, query_length, 1), what each row was divided by; None as for `out`
+    """
 
     gradient: Tensor
     out: Tensor | None
     divisor: Tensor | None
 
     def of(self, here: slice) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the numerators of these rows, and of their normalisers if they have any."""
+        """Gradients of the rows before division, and of what they were divided by (None if they
+        were not).
+
+        here: which rows
+        """
         gradient = self.gradient[:, :, here].to(accumulation_dtype(self.gradient.dtype))
         if self.out is None or self.divisor is None:
             return gradient, None
@@ -152,7 +184,11 @@ def backward(
     feature_map: FeatureMap, call: Call, rows: Rows, pasts: Sequence[Past | None]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v: first what the rows send to the sums, then what the sums send to the
-    keys."""
+    keys and values.
+
+    rows: the gradient of the output
+    pasts: the sums over the keys of each slab, as `forward` returned them
+    """
     d_q, d_k, d_v = (torch.empty_like(x) for x in (call.q, call.k, call.v))
     for slab, past in zip(slabs(feature_map, call, pasts), pasts, strict=True):
         assert past is not None
@@ -173,7 +209,7 @@ def backward(
 def _backward_read(
     feature_map: FeatureMap, part: Call, rows: Rows, sums: Tensor, d_q: Tensor, tokens: int
 ) -> Tensor:
-    """Write the gradient of the queries, and return that of the sums that they read."""
+    """Write the gradient of a slab's queries into d_q, and return that of the sums they read."""
     normalizes = feature_map.normalizer == "row"
     values = sums[..., :-1] if normalizes else sums
     d_values, d_normalizer = torch.zeros_like(values), torch.zeros_like(sums[..., -1:])
@@ -194,14 +230,14 @@ def _backward_read(
         d_q[:, :, here] = (
             gradient if part.group == 1 else ungrouped(gradient[:, :, None], part.group)
         )
-        del features, d_features, gradient  # before the next ones stand
+        del features, d_features, gradient  # so that they and the next ones are never held together
     return torch.cat([d_values, d_normalizer], -1) if normalizes else d_values
 
 
 def _through_read_sums(
     feature_map: FeatureMap, sums: Tensor, read: Tensor, d_read: Tensor
 ) -> Tensor:
-    """Gradient of `sums` from that of `read`, which is `read_sums` of them."""
+    """Gradient of `sums` from d_read, the gradient of `read`, which is `read_sums` of them."""
     if feature_map.normalizer == "row":
         return d_read
     if feature_map.normalizer == "none":
@@ -219,7 +255,14 @@ def backward_absorb(
     d_v: Tensor,
     tokens: int = CHUNK,
 ) -> None:
-    """Write the gradients of keys and values whose sums are `past`."""
+    """Write the gradients of keys and values that were summed by `sums.absorb`.
+
+    call: its k and v are the keys and values, its key_mask hides the padded ones
+    past: what `absorb` made of them
+    d_sums: (batch, kv_heads, width, value_dim + 1), gradient of the sums
+    d_k, d_v: of the shapes of k and v, where the gradients are written
+    tokens: how many tokens to take at a time
+    """
     for start in range(0, call.key_length, tokens):
         here = slice(start, start + tokens)
         k, v = (x[:, :, here].to(d_sums.dtype) for x in (call.k, call.v))
@@ -243,11 +286,11 @@ def backward_absorb(
                 features, weights, v, d_sums, feature_map.scale_has_gradient
             )
         d_k[:, :, here] = feature_map.vjp(k, features, visible(d_features, mask), d_log_scale)
-        del features, d_features  # before the next ones stand
+        del features, d_features  # so that they and the next ones are never held together
 
 
 def visible(d_features: Tensor, key_mask: Tensor | None) -> Tensor:
-    """The gradient of key features, (batch, kv_heads, length, width), 0 in padded slots."""
+    """The gradient of key features, (batch, kv_heads, length, width), made 0 in padded slots."""
     return (
         d_features
         if key_mask is None
@@ -258,8 +301,14 @@ def visible(d_features: Tensor, key_mask: Tensor | None) -> Tensor:
 def through_weighted_sums(
     features: Tensor, weights: Tensor, v: Tensor, d_sums: Tensor, of_scale: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of features, v and (if of_scale) the logarithm of weights from that of
-    `summed(features, weights, v)`."""
+    """Back through `sums.summed(features, weights, v)`.
+
+    features, weights, v: (..., length, width), (..., length) and (..., length, value_dim)
+    d_sums: (..., width, value_dim + 1), the gradient of the result
+    of_scale: whether the gradient of the logarithm of weights is wanted
+
+    Returns the gradients of features, of v and, if wanted, of the logarithm of weights.
+    """
     d_values, values = features @ d_sums, with_ones(v).mul_(weights[..., None])
     d_log_weights = (values * d_values).sum(-1) if of_scale else None
     return values @ d_sums.mT, d_values[..., :-1] * weights[..., None], d_log_weights

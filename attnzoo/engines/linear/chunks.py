@@ -1,8 +1,9 @@
-"""Causal linear attention in chunks of tokens: inside a chunk rows weigh keys through a small
-score matrix, and what lies before it they read as sums.
+"""Causal linear attention in chunks of tokens.
 
-Written in operators that autograd, a compiler and a counter can follow. `gradient` has the same
-backward pass, faster.
+Inside a chunk, rows weigh keys through a small score matrix; what lies before the chunk they read
+as sums over the earlier keys and values. Everything here is written in operators that autograd, a
+compiler and a counter of operations can follow. `gradient` computes the same with a backward pass
+of its own, which is faster and keeps less.
 """
 
 from __future__ import annotations
@@ -24,15 +25,20 @@ from attnzoo.engines.linear.sums import Past, added, divisor, keys_of, underflow
 from attnzoo.engines.piece_by_piece import at_a_time
 
 CAUSAL_CHUNK = 64  # tokens that see each other through a small score matrix
-# Numbers that chunks computed side by side may have: what a cache holds, and malloc keeps for the
-# next ones.
+# How many numbers the chunks computed side by side may have together: as many as stay in the
+# processor's cache, and as malloc hands out again without asking the system for memory.
 HELD = 2**20
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows of the output, (batch, heads, tokens, value_dim), what each was divided by (None:
-    nothing), and the sums that they read and that they left."""
+    """Some consecutive rows of the output.
+
+    rows: (batch, heads, tokens, value_dim), in q's dtype
+    divisor: (batch, heads, tokens, 1), what each row was divided by; None where A has no row sums
+    past: the sums over the keys before these rows; None for the first rows
+    after: the sums that include these rows' own keys; None where they were not wanted
+    """
 
     rows: Tensor
     divisor: Tensor | None
@@ -59,12 +65,18 @@ def _piece(
 
 
 def spans(length: int, together: int) -> list[tuple[int, int]]:
-    """What causal attention computes side by side: the first chunk, which may have no past,
-    `together` chunks each time, and the last chunk, which may be short and need not be remembered.
-    As (tokens, chunks)."""
-    chunks = len(
-        range(0, length, CAUSAL_CHUNK)
-    )  # a number even where a compiler knows the length as a symbol
+    """Which chunks causal attention computes side by side, in order.
+
+    The first chunk stands alone because it may have no past, and the last one because it may be
+    short and its keys need not be added to the sums.
+
+    length: number of tokens
+    together: how many of the chunks in between are computed side by side
+
+    Returns a pair (tokens, chunks) for each step.
+    """
+    # len(range()) is a plain number even where a compiler knows the length only as a symbol.
+    chunks = len(range(0, length, CAUSAL_CHUNK))
     if chunks == 1:
         return [(length, 1)]
     between = [min(together, chunks - 1 - first) for first in range(1, chunks - 1, together)]
@@ -74,7 +86,12 @@ def spans(length: int, together: int) -> list[tuple[int, int]]:
 
 
 def chunks_held(width: int, batch_size: int, heads: int, length: int, like: Tensor) -> int:
-    """`together` of `spans`."""
+    """How many chunks to compute side by side, the `together` of `spans`.
+
+    width: number of features of a key
+    batch_size, heads, length: sizes of the queries
+    like: a tensor on the device of the call
+    """
     per_token = width + 3 * CAUSAL_CHUNK  # features, scores, value and row
     return at_a_time(
         max(1, -(-length // CAUSAL_CHUNK)),
@@ -85,7 +102,7 @@ def chunks_held(width: int, batch_size: int, heads: int, length: int, like: Tens
 
 
 def spans_of(feature_map: FeatureMap, call: Call) -> list[tuple[int, int]]:
-    """`spans` of a call with as many queries as keys."""
+    """The `spans` of a call with as many queries as keys, under this feature map."""
     q, width = call.q, feature_map.width_of(call.k[:0].to(accumulation_dtype(call.k.dtype)))
     return spans(q.shape[2], chunks_held(width, q.shape[0], q.shape[1], q.shape[2], q))
 
@@ -93,8 +110,13 @@ def spans_of(feature_map: FeatureMap, call: Call) -> list[tuple[int, int]]:
 def causal(
     feature_map: FeatureMap, call: Call, past: Past | None, *, remember_last: bool = False
 ) -> Iterator[Piece]:
-    """Causal attention of as many queries as keys, behind the past. With remember_last the last
-    piece has the sums after it."""
+    """Causal attention of a call with as many queries as keys, piece by piece.
+
+    feature_map: the φ of queries and keys
+    call: its query i sees its keys up to i, and everything in the past
+    past: the sums over earlier keys and values; None when there are none
+    remember_last: whether the last piece, too, needs the sums after it, as decoding does
+    """
     found = spans_of(feature_map, call)
     lengths = [tokens for tokens, _ in found]
     last_id = None
@@ -108,22 +130,26 @@ def causal(
 
 @dataclass(frozen=True)
 class Block:
-    """Chunks side by side, before they read their values. Row i of a chunk weighs its own key j by
-    exp(log_scale_j - m_i) under its own running maximum m_i, so no later key, however large, can
-    push an earlier row out of range (rule 5).
+    """Chunks computed side by side, up to the point where their rows are multiplied by values.
 
-    q, q_features: (batch, kv_heads, chunks, rows, ...), see `grouped`; k, k_features, v: (batch,
-    kv_heads, chunks, length, ...), v `with_ones`.
-    totals: what the features of a query were divided by to become q_features, (batch, kv_heads,
-    chunks, length, width), None: nothing.
-    relative: the weights of keys in rows, (batch, kv_heads, chunks, length, length), None where all
-    are 1.
-    attention: what rows make of their own chunk's values, not yet normalised, (batch, kv_heads,
-    chunks, rows, length).
-    before: sums that each chunk reads, (batch, kv_heads, chunks, width, value_dim + 1); carry: what
-    they are worth to each row, (..., rows, 1). weights: of keys in the sums after their chunk,
-    (..., length); shrink: of the sums before it, (batch, kv_heads, chunks). carry, weights and
-    shrink are None where they are 1.
+    A feature map may give a key as features · exp(log_scale). Row i of a chunk weighs its own key j
+    by exp(log_scale_j - m_i), where m_i is the largest log_scale that row i sees: so no later key,
+    however large, can push an earlier row out of range.
+
+    Each tensor begins with (batch, kv_heads, chunks); the rest of its shape is given here. A chunk
+    has `length` tokens, and `rows` is group · length, since a group of heads shares each key.
+
+    q, q_features: (rows, head_dim) and (rows, width), see `grouped`
+    k, k_features: (length, head_dim) and (length, width)
+    v: (length, value_dim + 1), whose last column is ones
+    totals: (length, width), what the query features were divided by; None: by nothing
+    relative: (length, length), the weight of key j in row i of its chunk; None where all are 1
+    attention: (rows, length), A inside the chunk before rows are normalised
+    before: (width, value_dim + 1), the sums that the chunk reads; None: there are none
+    carry: (rows, 1), the weight of `before` in each row; None where it is 1
+    weights: (length,), the weight of each key in the sums after the chunk; None where it is 1
+    shrink: (), the weight of `before` in the sums after the chunk; None where it is 1
+    after: the sums after the last chunk, without a chunks dimension; None where not wanted
     """
 
     q: Tensor
@@ -150,8 +176,16 @@ class Block:
         remember: bool,
         last_id: Tensor | None = None,
     ) -> Block:
-        """last_id: of packed rows, the piece that the last token of the past belongs to,
-        (batch,)."""
+        """Compute the chunks of a call.
+
+        feature_map: the φ of queries and keys
+        call: as many queries as keys, a whole number of chunks of one length
+        past: the sums before the first chunk; None when there are none
+        chunks: number of chunks in the call
+        remember: whether the sums after each chunk are wanted
+        last_id: (batch,), in rows that pack several sequences, the sequence that the last token of
+            the past belongs to; None without packing or past
+        """
         dtype, kv_heads, group = accumulation_dtype(call.q.dtype), call.k.shape[1], call.group
         q = grouped(call.q.to(dtype), kv_heads, chunks)
         k, v = (
@@ -191,7 +225,8 @@ class Block:
         scores = (q_features @ k_features.mT).unflatten(3, (group, -1))
         if relative is None:
             attention = scores.tril_()
-        else:  # in place where no gradient goes to the weights
+        else:
+            # In place where no gradient goes to the weights.
             attention = (
                 scores * relative[:, :, :, None]
                 if feature_map.scales_keys
@@ -218,7 +253,13 @@ class Block:
         )
 
     def read(self, normalizes: bool) -> tuple[Tensor, Tensor | None]:
-        """Rows, not yet normalised, and their normalisers if it normalizes."""
+        """Multiply by the values.
+
+        normalizes: whether each row will be divided by its sum
+
+        Returns the rows before normalisation, (batch, kv_heads, chunks, rows, value_dim), and their
+        sums, (..., rows, 1), or None unless `normalizes`.
+        """
         columns = slice(None if normalizes else -1)
         total = self.attention @ self.v[..., columns]
         if self.before is not None and self.carry is None:
@@ -231,8 +272,16 @@ class Block:
 def _sums_of_chunks(
     past: Past | None, shrink: Tensor | None, more: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Sums before each chunk, (batch, kv_heads, chunks, ...), and after the last one, from what
-    each chunk adds."""
+    """Add up the chunks' sums in order.
+
+    past: the sums before the first chunk; None when there are none
+    shrink: (batch, kv_heads, chunks), what each chunk multiplies earlier sums by; None: 1
+    more: (batch, kv_heads, chunks, width, value_dim + 1), what each chunk adds; None when the sums
+        after the chunks are not wanted, which only a single chunk allows
+
+    Returns the sums before each chunk, of the shape of `more`, and those after the last one,
+    (batch, kv_heads, width, value_dim + 1). Either is None where there is none.
+    """
     if more is None:
         return (None if past is None else past.sums[:, :, None]), None
     sums, before = None if past is None else past.sums, []
@@ -246,8 +295,13 @@ def _sums_of_chunks(
 def feature_totals(
     relative: Tensor | None, k_features: Tensor, carry: Tensor | None, before: Tensor | None
 ) -> Tensor:
-    """What to divide each feature of a row by, the key feature's sum over the keys that the row
-    sees, (batch, kv_heads, chunks, length, width)."""
+    """What each query feature is divided by under the normalizer "feature": the sum of that feature
+    over the keys that the row sees.
+
+    relative, k_features, carry, before: as in `Block`; relative must not be None
+
+    Returns (batch, kv_heads, chunks, length, width).
+    """
     assert relative is not None
     sums = relative @ k_features
     if before is not None:
@@ -257,8 +311,6 @@ def feature_totals(
             if carry is None
             else sums.addcmul_(carry[..., : sums.shape[3], :], earlier)
         )
-    return sums.clamp_(
-        min=underflow(sums)
-        # As `divisor`, in one pass: no feature is negative, and what is divided is no larger than
-        # its total
-    )
+    # A clamp does what `divisor` does, in one pass: no feature is negative, and what will be
+    # divided is no larger than its total.
+    return sums.clamp_(min=underflow(sums))

@@ -1,7 +1,8 @@
-"""How much of a key is left after the tokens that follow it, and what that makes of a chunk.
+"""Decay: how much of a key is left after the tokens that follow it.
 
-A key enters the sums with a weight (key_weights.py) and fades (here). Both give the four factors of
-`Worth`, which multiply.
+A key enters the sums over keys and values with a weight (key_weights.py), and then fades (here).
+For chunks of tokens that are computed together, each of the two gives the four factors of `Worth`;
+the factors of both are multiplied.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from attnzoo.call import Call
 
 @dataclass(frozen=True)
 class Worth:
-    """Factors of chunks side by side; None stands for 1.
+    """What keys and earlier sums count in chunks that are computed side by side; None stands for 1.
 
-    relative: (batch, kv_heads, chunks, length, length), of key j in row i of its own chunk, 0 for
-        j > i.
-    carry: (batch, kv_heads, chunks, group · length, 1), of the sums before a chunk in its rows.
-    weights: (batch, kv_heads, chunks, length), of keys in the sums after their chunk.
-    shrink: (batch, kv_heads, chunks), of the sums before a chunk in those after it.
+    relative: (batch, kv_heads, chunks, length, length), the factor of key j in row i of its own
+        chunk, 0 for j > i
+    carry: (batch, kv_heads, chunks, group · length, 1), the factor of the sums before a chunk in
+        each of its rows; a group of query heads shares a key head
+    weights: (batch, kv_heads, chunks, length), the factor of each key in the sums after its chunk
+    shrink: (batch, kv_heads, chunks), the factor of the sums before a chunk in those after it
     """
 
     relative: Tensor | None = None
@@ -33,7 +35,7 @@ class Worth:
     shrink: Tensor | None = None
 
     def times(self, other: Worth) -> Worth:
-        """Both together."""
+        """The products of the factors of both."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return Worth(*(product(a, b) for a, b in pairs))
 
@@ -55,32 +57,47 @@ class Decay:
     def of_chunks(
         self, like: Tensor, count: Tensor, group: int, *, behind: bool, remember: bool
     ) -> Worth:
-        """Factors of chunks.
+        """The factors of chunks that are computed side by side.
 
-        like: features of their keys, (batch, kv_heads, chunks, length, width).
-        count: real tokens of each chunk up to each, `counted`, (batch or 1, chunks or 1, length).
-        group: rows that share a key. behind: whether something lies before the first chunk.
-        remember: whether the sums after the chunks are wanted.
+        like: (batch, kv_heads, chunks, length, width), features of their keys, whose shape, dtype
+            and device are used
+        count: (batch or 1, chunks or 1, length), see `counted`
+        group: query heads that share a key head
+        behind: whether there are sums before the first chunk
+        remember: whether the sums after the chunks are wanted
         """
         return Worth()
 
     def of_keys(self, like: Tensor, count: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """`weights` and `shrink` of one chunk whose rows nobody reads, (batch or 1, kv_heads, 1,
-        length) and (batch or 1, kv_heads, 1)."""
+        """The factors `weights` and `shrink` of one chunk that is only added to the sums.
+
+        like: (batch, kv_heads, ..., length, width), features of its keys
+        count: (batch or 1, 1, length), see `counted`
+
+        Returns (batch or 1, kv_heads, 1, length) and (batch or 1, kv_heads, 1).
+        """
         return None, None
 
     def of_rows(self, call: Call, dtype: torch.dtype) -> Tensor | None:
-        """What is left of every key at every row, broadcastable to (batch, heads, query_length,
-        key_length); later keys are left to causality."""
+        """What is left of every key at every row, for the reference.
+
+        call: the sizes and the key_mask
+        dtype: of the result
+
+        Returns a tensor broadcastable to (batch, heads, query_length, key_length), or None for no
+        decay. Keys after a row, which only causality hides, have the factor 1.
+        """
         return None
 
 
 @dataclass
 class ConstantDecay(Decay):
-    """γ = 1 - 2^(-5 - h) in head h of the keys, for every real token that follows (Sun et al. 2023,
-    RetNet, equation 8).
+    """A key of head h is multiplied by γ = 1 - 2^(-5 - h) for every real token that follows it (Sun
+    et al. 2023, RetNet, arXiv:2307.08621, equation 8).
 
-    first, count: the heads of queries that these are among all, for a process that holds only some.
+    first: the number of the first query head that this process holds, 0 unless heads are split
+        over processes
+    count: how many query heads this process holds
     """
 
     first: int
@@ -89,7 +106,7 @@ class ConstantDecay(Decay):
     fades = True
 
     def gamma(self, kv_heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(kv_heads,)."""
+        """γ of each key head, (kv_heads,)."""
         heads = torch.arange(kv_heads, dtype=dtype, device=device)
         return 1 - 2.0 ** (-5 - (heads + self.first * kv_heads // self.count))
 
@@ -125,9 +142,13 @@ NO_DECAY = Decay()
 
 
 def counted(length: int, key_mask: Tensor | None, device: torch.device) -> Tensor:
-    """Real tokens of a chunk up to each, itself included, (batch or 1, chunks or 1, length).
+    """For each token of a chunk, the number of real tokens up to it, itself included.
 
-    key_mask: (batch, chunks, length), or of one chunk (batch, length).
+    length: tokens of a chunk
+    key_mask: (batch, chunks, length), or (batch, length) for one chunk; None: all are real
+    device: of the result
+
+    Returns (batch or 1, chunks or 1, length).
     """
     if key_mask is None:
         return torch.arange(1, length + 1, device=device)[None, None]

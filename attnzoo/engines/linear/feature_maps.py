@@ -1,10 +1,10 @@
-"""Feature maps φ with A_ij ∝ φ(q_i) · φ(k_j): pointwise ones, softmax's of each side, and softmax's
-Taylor series (random ones: random_features.py).
+"""Feature maps φ with A_ij ∝ φ(q_i) · φ(k_j): functions of one number, a softmax of each side, and
+the Taylor series of exp. Performer's random features are in random_features.py.
 
 A map returns φ of a key in two parts, `features · exp(log_scale)`: features stay in floating range,
-log_scale (..., length) holds what may not (None where it is 0). Of a query it returns the features
-alone: a factor of its own is lost when its row is normalised. No map looks at more than one token,
-so none can look ahead.
+log_scale (..., length) holds the factor that may not (None where it is 0). Of a query it returns
+features alone: a factor of its own cancels when its row is normalised. No map looks at more than
+one token, so none can look ahead.
 """
 
 from __future__ import annotations
@@ -27,15 +27,14 @@ Normalizer = Literal["row", "feature", "none"]
 
 
 class FeatureMap(nn.Module):
-    """φ of queries and keys.
+    """φ of queries and keys. `width` stands for the number of features of a token.
 
     normalizer: how A is normalised. "row": each row by its sum. "feature": each key feature by its
-    sum over the visible keys (a softmax along the length). "none": not at all.
-
-    scales_keys: whether `key` gives a log_scale; scale_has_gradient: whether that depends on the
-    key, and is no mere stabiliser.
-    decay: what is left of a key after the tokens that follow it.
-    has_vjp: whether `vjp` is known, and nothing but queries and keys wants a gradient.
+        sum over the visible keys (a softmax along the length). "none": not at all
+    scales_keys: whether `key` gives a log_scale
+    scale_has_gradient: whether log_scale is part of φ; False where it only keeps numbers in range
+    decay: what is left of a key after the tokens that follow it
+    has_vjp: whether `vjp` is implemented, and only queries and keys need a gradient
     """
 
     normalizer: Normalizer = "row"
@@ -50,19 +49,19 @@ class FeatureMap(nn.Module):
         return self.scales_keys or self.decay.fades
 
     def for_keys(self, k: Tensor) -> FeatureMap:
-        """The map to use where these are all keys, (batch, kv_heads, length, head_dim): itself, or
-        a cheaper one that is the same there."""
+        """The map to use when k, (batch, kv_heads, length, head_dim), are all the keys: this one,
+        or a cheaper one that gives them the same A."""
         return self
 
     @property
     def unscaled(self) -> FeatureMap | None:
-        """The map whose keys have no log_scale and that is the same wherever its `in_range` says
-        so; None when there is none."""
+        """A map without log_scale that gives the same A where its `in_range` is true; None where
+        there is none."""
         return None
 
     def in_range(self, normalizers: Tensor) -> bool:
-        """Whether features that add up to these are neither too large nor too small to have done
-        without a log_scale."""
+        """Whether the features that were summed to these normalizers, of any shape, were neither
+        too large nor too small to do without a log_scale."""
         raise NotImplementedError
 
     def width(self, head_dim: int) -> int:
@@ -86,8 +85,8 @@ class FeatureMap(nn.Module):
         return self.query_elementwise(head_dim)
 
     def query(self, q: Tensor) -> Tensor:
-        """(..., length, head_dim) -> features (..., length, width), up to a positive factor of each
-        token's own."""
+        """(..., length, head_dim) -> features (..., length, width); where rows are normalised, each
+        token's may lack a positive factor."""
         raise NotImplementedError
 
     def key(self, k: Tensor) -> Features:
@@ -99,7 +98,7 @@ class FeatureMap(nn.Module):
         self, x: Tensor, features: Tensor, d_features: Tensor, d_log_scale: Tensor | None
     ) -> Tensor:
         """Gradient of x, a query or a key, from those of its features (which may be overwritten)
-        and of its log_scale."""
+        and of its log_scale (None: it has none): the vector-Jacobian product."""
         raise NotImplementedError
 
     def query_vjp(self, q: Tensor, features: Tensor, d_features: Tensor) -> Tensor:
@@ -108,8 +107,7 @@ class FeatureMap(nn.Module):
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    """elu(x) + 1, written as exp(min(x, 0)) + max(x, 0) so that small values keep their digits
-    (rule 10)."""
+    """elu(x) + 1, written as exp(min(x, 0)) + max(x, 0) so that small values keep their digits."""
     return x.clamp(min=0).add_(exp_(x.clamp(max=0)))
 
 
@@ -130,11 +128,10 @@ POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": identity,
 }
 
-# Gradient of x from x, the features and their gradient.
+# For each function, the gradient of x from x, the features and their gradient. That of elu + 1 is
+# exp(x) below 0, where it equals the feature, and 1 above.
 _VJP: dict[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    elu_plus_one: lambda x, features, gradient: gradient.mul_(
-        features.clamp(max=1)
-    ),  # exp(x) below 0, and 1 above
+    elu_plus_one: lambda x, features, gradient: gradient.mul_(features.clamp(max=1)),
     F.relu: lambda x, features, gradient: gradient.mul_(features > 0),
     squared_relu: lambda x, features, gradient: gradient.mul_(2 * F.relu(x)),
     identity: lambda x, features, gradient: gradient,
@@ -142,23 +139,24 @@ _VJP: dict[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], Tensor
 
 
 class Pointwise(FeatureMap):
-    """φ(x) = function(x), any callable from (..., head_dim) to (..., width). What a callable of the
-    user's own computes is not counted."""
+    """φ(x) = function(x). Costs do not count what a function of the user's own computes.
+
+    function: one of `POINTWISE`, or any callable from (..., head_dim) to (..., width)
+    normalize: whether each row of A is divided by its sum
+    """
 
     def __init__(self, function: Callable[[Tensor], Tensor], *, normalize: bool) -> None:
         super().__init__()
         self.function = function
         self.normalizer = "row" if normalize else "none"
         self.has_vjp = function in _VJP  # a callable of the user's own may have parameters
-        self.widths: dict[
-            int, int
-        ] = {}  # found so far for a callable of the user's own, by head_dim
+        self.widths: dict[int, int] = {}  # of a callable of the user's own, by head_dim
 
     def width(self, head_dim: int) -> int:
         if self.function in _VJP:
             return head_dim
         if head_dim not in self.widths:
-            like = next(self.parameters(), torch.empty(0))  # of a callable that is a module
+            like = next(self.parameters(), torch.empty(0))  # the callable may be a module
             try:
                 return self.width_of(like.new_zeros(1, head_dim))
             except (RuntimeError, ValueError, TypeError) as error:
@@ -186,9 +184,7 @@ class Pointwise(FeatureMap):
         return head_dim if self.function is elu_plus_one else 0
 
     def query(self, q: Tensor) -> Tensor:
-        weight = next(
-            self.parameters(), None
-        )  # of a callable that is a module, which takes its own dtype
+        weight = next(self.parameters(), None)  # a callable that is a module takes its own dtype
         if weight is None or weight.dtype == q.dtype or torch.is_autocast_enabled(q.device.type):
             return self.function(q)
         return self.function(q.to(weight.dtype)).to(q.dtype)
@@ -200,11 +196,11 @@ class Pointwise(FeatureMap):
 
 
 class SoftmaxFeatures(FeatureMap):
-    """Efficient Attention (Shen et al. 2018, equation 5): queries softmaxed over features, keys
-    over the visible length.
+    """Efficient Attention (Shen et al. 2018, arXiv:1812.01243, equation 5): a softmax of each query
+    over its features, and of each key feature over the visible keys.
 
-    A key's exponents are taken relative to its largest, so in float32 those more than 87 below it
-    count as nothing.
+    Exponents of a key are taken relative to its largest, so in float32 those more than 87 below
+    become 0.
     """
 
     normalizer = "feature"
@@ -242,14 +238,13 @@ class SoftmaxFeatures(FeatureMap):
         return d_features.mul_(features)
 
     def query_vjp(self, q: Tensor, features: Tensor, d_features: Tensor) -> Tensor:
-        return torch.ops.aten._softmax_backward_data(
-            d_features, features, -1, features.dtype
-        )  # what autograd calls
+        # The operator that autograd calls.
+        return torch.ops.aten._softmax_backward_data(d_features, features, -1, features.dtype)
 
 
 class _UnscaledSoftmaxFeatures(SoftmaxFeatures):
-    """The same for keys within ±EXPONENT, whose exponentials, and their sums, are in range as they
-    are."""
+    """`SoftmaxFeatures` for keys within ±EXPONENT, whose exponentials and sums need no log_scale to
+    stay in range."""
 
     scales_keys = False
 
@@ -264,18 +259,18 @@ class _UnscaledSoftmaxFeatures(SoftmaxFeatures):
         return (k * LOG2_E).exp2_(), None
 
 
-# Exp(±30) leaves a sum of a trillion tokens, divided and multiplied by another, within float32
+# exp(±30), summed over a trillion tokens and divided by another such sum, is within float32.
 EXPONENT = 30.0
 UNSCALED = _UnscaledSoftmaxFeatures()
 
 
 class TaylorFeatures(FeatureMap):
-    """φ(q)·φ(k) = 1 + s + s²/2 for s = q·k/√d: the exponential's series to its second order, which
-    is nowhere below 1/2 (Mercat 2020,
-    arXiv:2010.14816; the feature map of Based, Arora et al. 2024, arXiv:2402.18668).
+    """φ(q)·φ(k) = 1 + s + s²/2 for s = q·k/√d: the series of exp(s) to its second order, which is
+    at least 1/2 (Mercat 2020, arXiv:2010.14816; the feature map of Based, Arora et al. 2024,
+    arXiv:2402.18668).
 
-    Of x = q·d^-¼ or k·d^-¼ the features are 1, x_i, x_i·x_j for i < j, and x_i²/√2: the paper's d²
-    products name each pair twice.
+    The features of x = q·d^-¼ or k·d^-¼ are 1, x_i, x_i·x_j for i < j, and x_i²/√2. The paper has
+    d² products, which hold each pair twice.
     """
 
     has_vjp = True
@@ -291,7 +286,7 @@ class TaylorFeatures(FeatureMap):
         self.head_dim = head_dim
 
     def reset_parameters(self) -> None:
-        """Write the tables again, where they lost their values."""
+        """Write the index tables again, as after a module was moved from the meta device."""
         first, second = torch.triu_indices(self.head_dim, self.head_dim)
         self.first.copy_(first)
         self.second.copy_(second)
@@ -314,7 +309,7 @@ class TaylorFeatures(FeatureMap):
         return gradient.index_add_(-1, self.second, d_pairs * x[..., self.first])
 
     def _factors(self, x: Tensor) -> Tensor:
-        """Of each product."""
+        """What each product of two numbers of x is multiplied by, (pairs,)."""
         return ((self.first == self.second).to(x.dtype) * (0.5**0.5 - 1) + 1) * int(
             x.shape[-1]
         ) ** -0.5

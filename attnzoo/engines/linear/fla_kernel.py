@@ -1,10 +1,11 @@
 """Causal linear attention by flash-linear-attention's fused chunks (CUDA, optional).
 
-Its gated operator has the same mathematics as ours: a key enters the state weighed by
-exp(log_scale_j - m_j), and the gate exp(m_{i-1} - m_i) takes the state from one running maximum m
-to the next, so that row i weighs key j by exp(log_scale_j - m_i). A column of ones beside v gives
-the normaliser in the same pass; fla's own adds an epsilon and cumulates keys in the input's dtype.
-Has not run on a GPU yet, only under Triton's interpreter.
+Its gated operator computes what the backend `chunked` does. Let m_i be the largest log_scale up to
+token i (see feature_maps.py for log_scale). A key j enters the state with the weight
+exp(log_scale_j - m_j), and the gate exp(m_{i-1} - m_i) carries the state from one token to the
+next, so that row i weighs key j by exp(log_scale_j - m_i). A column of ones beside v gives the
+normaliser in the same pass; the library's own normaliser adds an epsilon and sums keys in the
+input's dtype. This backend has run only under Triton's interpreter, not on a GPU yet.
 """
 
 from __future__ import annotations
@@ -29,10 +30,16 @@ def run(engine: LinearReference, call: Call) -> Tensor:
 
 
 def attend(feature_map: FeatureMap, call: Call, gated: Callable[..., Any]) -> Tensor:
-    """A·v by `gated`: fla's chunk_simple_gla, or any function of its signature.
+    """A·v by a gated linear attention operator.
 
-    Features, values and the sums of both stay in float32, which the kernels multiply in TF32; fp16
-    would overflow in the normaliser, and bf16 rounds numerator and normaliser apart.
+    Features, values and the sums of both stay in float32, which the kernels multiply in TF32: fp16
+    would overflow in the normaliser, and bf16 would round numerator and normaliser differently.
+
+    feature_map: the φ of queries and keys
+    call: causal, with as many queries as keys
+    gated: fla's chunk_simple_gla, or any function of its signature
+
+    Returns (batch, heads, length, value_dim), in q's dtype.
     """
     q_features = feature_map.query(call.q.float())
     k_features, log_scale = feature_map.key(call.k.float())
@@ -50,23 +57,28 @@ def attend(feature_map: FeatureMap, call: Call, gated: Callable[..., Any]) -> Te
     out = out.transpose(1, 2)
     if feature_map.normalizer == "row":
         total = out[..., -1:]
-        empty = (
-            total.abs() < torch.finfo(total.dtype).tiny ** 0.8
-        )  # nothing to see, or only what underflow left
+        # A row with nothing to see, or whose sum is only what underflow left of it.
+        empty = total.abs() < torch.finfo(total.dtype).tiny ** 0.8
         out = (out[..., :-1] / total.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
     return out.to(call.q.dtype)
 
 
 def _gated(k_features: Tensor, log_scale: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Key features under their running maximum, and the log of the gate that each token puts on the
-    state before it."""
+    """Key features weighed relative to the running maximum of log_scale, and the logarithm of the
+    gate that each token puts on the state before it.
+
+    k_features: (batch, kv_heads, length, width)
+    log_scale: (batch, kv_heads, length)
+    key_mask: (batch, length) bool, False in padded slots; None: no padding
+    """
     if key_mask is not None:
         log_scale = log_scale.masked_fill(~key_mask[:, None, :], float("-inf"))
     running = log_scale.detach().cummax(-1).values
     gate = torch.zeros_like(running)
+    # Where the maximum before is -inf no key came yet, and there is no state to shrink.
     gate[..., 1:] = (running[..., :-1] - running[..., 1:]).masked_fill(
         running[..., :-1] == float("-inf"), 0.0
-    )  # no state to shrink yet
+    )
     weights = (log_scale - running.clamp(min=torch.finfo(running.dtype).min)).exp()
     return k_features * weights[..., None], gate
 

@@ -1,6 +1,9 @@
-"""The linear engine's chunks with a backward pass of their own: it keeps the inputs, the output,
-one number a row and the sums before each span of chunks, and computes features and scores again, so
-that nothing as wide as the features outlives its chunk."""
+"""Linear attention with a backward pass of its own.
+
+It keeps the inputs, the output, what each row was divided by and the sums before each span, and
+computes features and scores again, so that nothing as wide as the features outlives its chunk. A
+span is a run of chunks that are computed side by side (`chunks.spans`).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from attnzoo.engines.piece_by_piece import join
 
 
 def attend(feature_map: FeatureMap, call: Call) -> Tensor:
-    """A·v of a call that `why_not` takes."""
+    """A·v of a call that `why_not` accepts; a causal one has at most as many queries as keys."""
     with without_autocast(call.q.device):
         if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
             made_by = feature_map.for_keys(call.k) if call.is_causal else feature_map
@@ -41,7 +44,7 @@ def attend(feature_map: FeatureMap, call: Call) -> Tensor:
 
 
 def why_not(feature_map: FeatureMap, call: Call) -> str | None:
-    """Why a Function of our own may not compute the call; None when it may."""
+    """Why an autograd.Function of this library may not compute the call; None when it may."""
     if call.q.is_meta or is_recorded() or not only_autograd_looks(call.q, call.k, call.v):
         return "a graph or transform must see the operators inside"
     if torch.is_grad_enabled() and not feature_map.has_vjp:
@@ -50,7 +53,7 @@ def why_not(feature_map: FeatureMap, call: Call) -> str | None:
 
 
 def attend_openly(feature_map: FeatureMap, call: Call) -> Tensor:
-    """A·v in operators that autograd, a graph or a transform can follow."""
+    """As `attend`, in operators that autograd, a recorded graph or torch.func can follow."""
     if is_recorded():
         return _in_open_operators(feature_map, call)
     with without_autocast(call.q.device):
@@ -76,7 +79,8 @@ def _causal_pieces(feature_map: FeatureMap, call: Call) -> Iterator[Piece]:
 
 
 def _parts(call: Call) -> tuple[Call | None, Call]:
-    """Keys that every query of a causal call sees, and the square call behind them."""
+    """Split a causal call in two: the early keys that every query sees (None when there are as many
+    queries as keys), and the remaining call, which has as many queries as keys."""
     if not call.offset:
         return None, call
     return (
@@ -86,6 +90,8 @@ def _parts(call: Call) -> tuple[Call | None, Call]:
 
 
 class _Attend(torch.autograd.Function):
+    """`attend` with the backward pass that this file describes."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -106,8 +112,8 @@ class _Attend(torch.autograd.Function):
             for past in pasts
             for x in ((None, None) if past is None else (past.sums, past.log_scale))
         ]
-        # Buffers, so that torch notices if one is changed (a redraw) before the backward pass reads
-        # it.
+        # Buffers are saved too, so that torch notices if one is changed (random features drawn
+        # anew) before the backward pass reads it.
         ctx.save_for_backward(q, k, v, key_mask, *normalized, *kept, *feature_map.buffers())
         ctx.feature_map, ctx.frame, ctx.kept = feature_map, frame, len(kept)
         return out
@@ -141,7 +147,7 @@ class _Attend(torch.autograd.Function):
 def _forward_causal(
     feature_map: FeatureMap, call: Call
 ) -> tuple[Tensor, Tensor | None, list[Past | None]]:
-    """A·v, what its rows were divided by, where they were, and the sums before each span."""
+    """A·v, what its rows were divided by (None: nothing), and the sums before each span."""
     divisors: list[Tensor] = []
     pasts: list[Past | None] = []
 
@@ -157,20 +163,22 @@ def _forward_causal(
 
 
 def _rows_of(rows: Rows, start: int, end: int, kv_heads: int, chunks: int) -> Tensor:
-    """Gradient of [numerator, normaliser] of the rows from start to end, as `grouped`: (..., rows,
-    value_dim + 1), without the last column where rows have no normaliser."""
+    """Gradient of the rows from start to end before they were divided by their sums, laid out by
+    `grouped`, with that of the sums as a last column: (..., value_dim + 1). Rows that are not
+    normalised have no such column."""
     numerator, normalizer = rows.of(slice(start, end))
     if normalizer is not None:
         return grouped(torch.cat([numerator, normalizer], -1), kv_heads, chunks)
-    # A product copies what has chunks inside of heads inside of a longer tensor, and this is
-    # multiplied several times.
+    # A product would copy an operand whose strides skip over other rows, and this one enters
+    # several products: one copy now is cheaper.
     return grouped(numerator if chunks == 1 else numerator.contiguous(), kv_heads, chunks)
 
 
 def _backward_causal(
     feature_map: FeatureMap, call: Call, rows: Rows, pasts: list[Past | None]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Span by span from the end, with the gradient of the sums that the later ones read."""
+    """Gradients of q, k and v, span by span from the end, carrying the gradient of the sums that
+    later spans read. pasts: the sums before each span."""
     d_q, d_k, d_v = (torch.empty_like(x) for x in (call.q, call.k, call.v))
     early, late = _parts(call)
     end, d_sums = late.query_length, None
@@ -211,8 +219,12 @@ def _backward_causal(
 def _backward_block(
     block: Block, d_rows: Tensor, d_after: Tensor | None, group: int, of_scale: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Gradients of key features, values, log_scale (if of_scale), query features and of the sums
-    before the block, from those of its rows and of the sums after it."""
+    """Gradients of key features, values, log_scale (None unless of_scale), query features and the
+    sums before the block (None if there are none).
+
+    d_rows: gradient of the rows, as `_rows_of` gives it
+    d_after: gradient of the sums after the block; None when nothing reads them
+    """
     value_dim, width = block.v.shape[-1] - 1, d_rows.shape[-1]
     normalizes = width > value_dim
     d_attention = (d_rows @ block.v[..., :width].mT).unflatten(3, (group, -1))
@@ -260,25 +272,25 @@ def _backward_block(
 
 
 def _carried(block: Block, d_totals: Tensor) -> Tensor:
-    """What the totals of the rows send to the last column of the sums before them."""
+    """Gradient that the totals of the rows send to the last column of the sums before them."""
     if block.carry is None:
         return d_totals.sum(3)[..., None]
     return d_totals.mT @ block.carry[..., : d_totals.shape[3], :]
 
 
 def _undivided(quotients: Tensor, totals: Tensor, group: int) -> Tensor:
+    """The query features before they were divided by their totals."""
     return (quotients.unflatten(3, (group, -1)) * totals[:, :, :, None]).flatten(3, 4)
 
 
 def _through_division(block: Block, d_quotients: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Gradients of the query features and of what they were divided by, `totals`, from that of the
-    quotients."""
+    """Gradients of the query features and of the `totals` that divided them, from the gradient of
+    the quotients."""
     assert block.totals is not None
     d_features = d_quotients.unflatten(3, (group, -1)) / block.totals[:, :, :, None]
     d_totals = d_features * block.q_features.unflatten(3, (group, -1))
-    d_totals = (
-        d_totals.sum(3) if group > 1 else d_totals[:, :, :, 0]
-    ).neg_()  # a sum of one is a pass over memory all the same
+    # Without a group there is nothing to sum, and summing would still pass over all memory.
+    d_totals = (d_totals.sum(3) if group > 1 else d_totals[:, :, :, 0]).neg_()
     return d_features.flatten(3, 4), d_totals.masked_fill_(
         block.totals <= underflow(block.totals), 0.0
     )
@@ -287,9 +299,12 @@ def _through_division(block: Block, d_quotients: Tensor, group: int) -> tuple[Te
 def _gradients_of_sums(
     d_read: Tensor | None, shrink: Tensor | None, d_after: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the sums after each chunk, (batch, kv_heads, chunks, ...), and before the first,
-    from what each chunk's rows send to the sums before it, and from the gradient of those after the
-    last."""
+    """Gradients of the sums after each chunk, and of those before the first one.
+
+    d_read: (batch, kv_heads, chunks, ...), what each chunk's rows send to the sums before it
+    shrink: (batch, kv_heads, chunks), what each chunk multiplied earlier sums by; None: 1
+    d_after: gradient of the sums after the last chunk; None when nothing reads them
+    """
     if d_after is None:
         return None, None if d_read is None else d_read[:, :, 0]
     if d_read is None:  # one chunk without a past

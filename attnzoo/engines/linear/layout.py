@@ -1,4 +1,4 @@
-"""How the linear engine lays out what it multiplies."""
+"""How the linear engine lays out the tensors that it multiplies."""
 
 from __future__ import annotations
 
@@ -7,18 +7,31 @@ from torch import Tensor
 
 
 def grouped(x: Tensor, kv_heads: int, chunks: int) -> Tensor:
-    """(batch, heads, length, y) -> (batch, kv_heads, chunks, group * length / chunks, y): rows that
-    share a matrix come together."""
+    """Bring rows together that are multiplied by the same matrix.
+
+    The query heads of a group share one key head, so the rows of a chunk in all of them are stacked
+    into one product.
+
+    x: (batch, heads, length, y)
+    kv_heads: number of key heads
+    chunks: number of chunks that the length is cut into
+
+    Returns (batch, kv_heads, chunks, group · length / chunks, y).
+    """
     return x.unflatten(1, (kv_heads, -1)).unflatten(3, (chunks, -1)).transpose(2, 3).flatten(3, 4)
 
 
 def ungrouped(x: Tensor, group: int) -> Tensor:
-    """Takes `grouped` back."""
+    """The inverse of `grouped`, back to (batch, heads, length, y).
+
+    x: as `grouped` returns it
+    group: query heads that share a key head
+    """
     return x.unflatten(3, (group, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def with_ones(v: Tensor) -> Tensor:
-    """[v, 1]: what is summed of values is summed of their weights as well."""
+    """[v, 1], (..., value_dim + 1): a weighted sum of these gives the sum of the weights, too."""
     return torch.cat([v, v.new_ones(1).expand(*v.shape[:-1], 1)], -1)
 
 

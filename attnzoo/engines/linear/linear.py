@@ -1,5 +1,8 @@
-"""Engine 3, linear: A_ij = φ(q_i) · φ(k_j), normalised; multiplied through a state of width ×
-value_dim numbers, in linear time."""
+"""Engine 3, linear: A_ij = φ(q_i) · φ(k_j), normalised, in time linear in the length.
+
+A·v is computed through sums over the keys, a state of width × value_dim numbers a head, where width
+is the number of features that the feature map φ gives a token.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class Linear(LinearReference):
     Its backends in order: `chunked`, with a backward pass of its own; `open`, the same in operators
     that graphs and transforms can follow; `fla`, flash-linear-attention on CUDA; the reference.
 
-    feature_map: as in `LinearReference`.
+    feature_map: φ of queries and keys, how A is normalised, and how keys fade
     """
 
     counted_apart = True
@@ -88,8 +91,9 @@ def _open_why_not(engine: Linear, call: Call) -> str | None:
 def _behind_blind_rows(
     attend: Callable[[FeatureMap, Call], Tensor], engine: Linear, call: Call
 ) -> Tensor:
-    """A·v by `attend`, which wants at most as many causal queries as keys: the others see none."""
-    # Not max(0, -call.offset), which a compiler of symbolic lengths would carry along.
+    """A·v by `attend`, which takes at most as many causal queries as keys; the queries before the
+    first key see nothing, and their rows are 0."""
+    # max(0, -call.offset) would stay an unknown number where a compiler has symbolic lengths.
     blind = -call.offset if call.is_causal and call.offset < 0 else 0
     if not blind:
         return attend(engine.feature_map, call)
@@ -100,8 +104,12 @@ def _behind_blind_rows(
 def _scan(
     feature_map: FeatureMap, call: Call, past: Past | None
 ) -> Iterator[tuple[Tensor, Past | None]]:
-    """Causal attention of as many queries as keys, behind the past: some rows at a time, and the
-    past after them."""
+    """Causal attention in chunks, for a call with as many queries as keys.
+
+    past: the sums over the tokens before the call; None when there are none
+
+    Yields some rows at a time, (batch, heads, tokens, value_dim), and the past after them.
+    """
     for piece in chunks.causal(feature_map, call, past, remember_last=True):
         yield piece.rows, piece.after
 
@@ -109,8 +117,8 @@ def _scan(
 def _recur(
     feature_map: FeatureMap, call: Call, past: Past | None
 ) -> Iterator[tuple[Tensor, Past | None]]:
-    """As `_scan`, the plain recurrence: each token is added to the past, then its query reads
-    it."""
+    """As `_scan`, by the plain recurrence: each token is added to the past, which its query then
+    reads."""
     for token in range(call.key_length):
         here = slice(token, token + 1)
         one = call if call.key_length == 1 else call.select(queries=here, keys=here)

@@ -1,4 +1,4 @@
-"""What the linear engine costs, in closed form (see `Cost`)."""
+"""What the linear engine costs, in closed form: operations, bytes and state (see `Cost`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from attnzoo.engines.linear.sums import CHUNK
 
 
 def cost(feature_map: FeatureMap, shape: Shape) -> Cost:
-    """Cost of one forward by the backend `chunked` at these sizes, with keys of the usual size."""
+    """Cost of one forward pass by the backend `chunked`.
+
+    feature_map: the φ of queries and keys; keys are taken to be of the usual size, for which it
+        may have a cheaper form (`FeatureMap.for_keys`)
+    shape: the sizes of the call
+    """
     feature_map = feature_map.for_keys(torch.empty(0, device="meta"))
     width, d, keys, queries = (
         feature_map.width(shape.head_dim),
@@ -30,7 +35,7 @@ def cost(feature_map: FeatureMap, shape: Shape) -> Cost:
             per_kv_head += local_pairs * width
         if keys == queries:
             reading -= chunks[0]  # nothing lies behind the first chunk
-        writing -= chunks[-1]  # and nobody reads what the last one would add
+        writing -= chunks[-1]  # and no row reads what the last one would add
     features, sums = feature_map.macs(d), width * (d + 1)
     per_head += queries * features + reading * width * row
     per_kv_head += keys * features + writing * sums
@@ -51,11 +56,12 @@ def cost(feature_map: FeatureMap, shape: Shape) -> Cost:
 
 
 def _queries(shape: Shape) -> int:
-    """Queries that are computed: those before the first key see nothing."""
+    """How many queries are computed: causal ones before the first key see nothing."""
     return min(shape.query_length, shape.key_length) if shape.is_causal else shape.query_length
 
 
 def _causal_chunks(queries: int) -> list[int]:
+    """Number of tokens of each causal chunk."""
     return [min(CAUSAL_CHUNK, queries - start) for start in range(0, queries, CAUSAL_CHUNK)]
 
 
@@ -76,21 +82,17 @@ def _elementwise(feature_map: FeatureMap, shape: Shape) -> int:
     elif feature_map.normalizer == "feature":
         per_kv_head += width * d
     if feature_map.scales_keys:
-        early = (
-            keys - queries if shape.is_causal else keys
-        )  # keys that are summed before any query of a chunk of its own
-        per_kv_head += early + max(
-            0, -(-early // CHUNK) - 1
-        )  # one weight a key, and one factor for what is summed already
+        # Keys that are summed before the first query reads. Each takes one weight, and each part of
+        # CHUNK keys but the first takes one factor for the sums so far.
+        early = keys - queries if shape.is_causal else keys
+        per_kv_head += early + max(0, -(-early // CHUNK) - 1)
         if shape.is_causal:
             chunks = _causal_chunks(queries)
-            per_kv_head += sum(
-                size * size for size in chunks
-            )  # weights between the tokens of a chunk
-            per_kv_head += (
-                queries if early else queries - chunks[0]
-            )  # what the sums are worth to a row
-            per_kv_head += (
-                queries - chunks[-1] + max(0, len(chunks) - (1 if early else 2))
-            )  # and the sums, all but the last chunk's
+            # Weights between the tokens of a chunk.
+            per_kv_head += sum(size * size for size in chunks)
+            # The weight of the earlier sums in each row that has any before its chunk.
+            per_kv_head += queries if early else queries - chunks[0]
+            # For the sums after each chunk but the last: a weight for each of its keys, and a
+            # factor for the sums before it where there are any.
+            per_kv_head += queries - chunks[-1] + max(0, len(chunks) - (1 if early else 2))
     return shape.heads * per_head + shape.kv_heads * per_kv_head

@@ -1,7 +1,8 @@
 """The sums that stand for all keys and values so far: adding keys to them, reading rows of them.
 
 Causal or not, a row of A·v is φ(q_i) times such sums, Σ_j φ(k_j) [v_j, 1]ᵀ, divided by what the
-column of ones gives. Written in operators that autograd, a compiler and a counter can follow.
+column of ones gives, the normaliser (Katharopoulos et al. 2020, arXiv:2006.16236, section 3.2).
+Written in operators that autograd, a compiler and a counter of operations can follow.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ from attnzoo.engines.linear.feature_maps import FeatureMap
 from attnzoo.engines.linear.key_weights import write_keys
 from attnzoo.engines.linear.layout import grouped, ungrouped
 
-CHUNK = 512  # tokens whose features are held at a time, where no row reads before all are summed
+# Tokens whose features are held at a time, where all keys are summed before any row reads the sums.
+CHUNK = 512
 
 
 @dataclass(frozen=True)
 class Past:
     """The keys and values so far, summed: Σ_j φ(k_j) [v_j, 1]ᵀ, divided by exp(log_scale).
 
-    sums: (batch, kv_heads, width, value_dim + 1), its last column the normaliser. log_scale:
-    (batch, kv_heads), the largest of any key so far; None where keys have none.
+    sums: (batch, kv_heads, width, value_dim + 1), whose last column makes the normaliser
+    log_scale: (batch, kv_heads), the largest log_scale of any key so far; None where the feature
+        map gives keys none
     """
 
     sums: Tensor
@@ -37,8 +40,16 @@ class Past:
 def keys_of(
     feature_map: FeatureMap, k: Tensor, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Features of keys and their log_scale (None: 0). A padded key has no features, or a log_scale
-    of -inf."""
+    """Features of keys with padding hidden: a padded key gets a log_scale of -inf, or features of 0
+    where the map has no log_scale.
+
+    feature_map: the φ of keys
+    k: (batch, kv_heads, length, head_dim)
+    key_mask: (batch, length) bool, False in padded slots; None: no padding
+
+    Returns features, (batch, kv_heads, length, width), and log_scale, (batch, kv_heads, length) or
+    None.
+    """
     features, log_scale = feature_map.key(k)
     if key_mask is None:
         return features, log_scale
@@ -57,7 +68,14 @@ def absorb(
     tokens: int = CHUNK,
 ) -> Past:
     """Add keys and values to the past, some tokens at a time, under a running maximum of their
-    log_scale."""
+    log_scale.
+
+    feature_map: the φ of keys
+    k, v: (batch, kv_heads, length, head_dim or value_dim), of at least one token
+    key_mask: (batch, length) bool, False in padded slots; None: no padding
+    past: the sums so far; None when there are none
+    tokens: how many tokens to take at a time
+    """
     dtype = accumulation_dtype(k.dtype)
     for start, keys, values in zip(
         range(0, k.shape[2], tokens), k.split(tokens, 2), v.split(tokens, 2), strict=True
@@ -78,13 +96,20 @@ def absorb(
             ),
             largest,
         )
-        del features  # before the next ones stand
+        del features  # so that they and the next ones are never held together
     assert past is not None
     return past
 
 
 def summed(features: Tensor, weights: Tensor | None, v: Tensor) -> Tensor:
-    """Σ_j weights_j φ(k_j) [v_j, 1]ᵀ over the second last dimension."""
+    """Σ_j weights_j φ(k_j) [v_j, 1]ᵀ.
+
+    features: (..., length, width)
+    weights: (..., length); None: all 1
+    v: (..., length, value_dim)
+
+    Returns (..., width, value_dim + 1).
+    """
     if weights is None:
         return torch.cat([features.mT @ v, features.sum(-2)[..., None]], -1)
     return torch.cat(
@@ -100,20 +125,28 @@ def added(sums: Tensor | None, shrink: Tensor | None, more: Tensor) -> Tensor:
 
 
 def divisor(normalizer: Tensor) -> Tensor:
-    """The normaliser to divide by: inf, so that the quotient is 0, where it is 0 (a row with
-    nothing to see), or so small that only underflow can have left it, since its reciprocal would
-    overflow in the backward pass."""
+    """The normaliser to divide by, made safe.
+
+    It becomes inf, so that the quotient is 0, where it is 0 (a row with nothing to see), and where
+    it is so small that only underflow can have left it: its reciprocal would overflow in the
+    backward pass.
+    """
     return normalizer.masked_fill(normalizer.abs() < underflow(normalizer), float("inf"))
 
 
 def underflow(x: Tensor) -> float:
-    """What a normaliser of x's dtype must reach to be more than what underflow left of it."""
+    """The size below which a normaliser of x's dtype is taken for what underflow left of it."""
     return torch.finfo(x.dtype).tiny ** 0.8
 
 
 def read_sums(feature_map: FeatureMap, sums: Tensor) -> Tensor:
-    """What the features of a query are multiplied by: the last column is the normaliser's, and
-    there only where a row has one."""
+    """What the features of a query are multiplied by.
+
+    sums: (batch, kv_heads, width, value_dim + 1), the sums over the keys
+
+    Returns them as they are where rows are normalised, and else without the last column, after
+    dividing by it where each feature is normalised by its sum.
+    """
     if feature_map.normalizer == "row":
         return sums
     values = sums[..., :-1]
@@ -123,11 +156,15 @@ def read_sums(feature_map: FeatureMap, sums: Tensor) -> Tensor:
 def read(
     feature_map: FeatureMap, call: Call, sums: Tensor, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Rows of the call's queries, which all read the same sums, (batch, heads, query_length,
-    value_dim) in q's dtype, and what they were divided by, (batch, heads, query_length, 1), where
-    they were.
+    """Rows of A·v for queries that all read the same sums.
 
-    sums: `read_sums` of them. out: where to write the rows, where no gradient is asked for.
+    feature_map: the φ of queries
+    call: whose q are the queries
+    sums: what `read_sums` makes of the sums over the keys
+    out: where to write the rows; only when no gradient is asked for
+
+    Returns the rows, (batch, heads, query_length, value_dim) in q's dtype, and what they were
+    divided by, (batch, heads, query_length, 1), or None where rows are not normalised.
     """
     features, group = feature_map.query(of_key_heads(call.q, call)), call.group
     normalizes = feature_map.normalizer == "row"
@@ -143,14 +180,18 @@ def read(
 
 
 def read_all(feature_map: FeatureMap, call: Call, past: Past) -> Iterator[Tensor]:
-    """Rows of all queries, which read the same past, some at a time."""
+    """As `read`, the rows of all queries of the call, some at a time.
+
+    past: the sums over all keys
+    """
     sums = read_sums(feature_map, past.sums)
     for queries in call.q.split(CHUNK, 2):
         yield read(feature_map, replace(call, q=queries), sums)[0]
 
 
 def of_key_heads(x: Tensor, call: Call) -> Tensor:
-    """(batch, heads, tokens, y) -> (batch, kv_heads, group * tokens, y), in the dtype of sums."""
+    """Put the rows of the query heads that share a key head below each other, in the dtype of sums:
+    (batch, heads, tokens, y) -> (batch, kv_heads, group · tokens, y)."""
     x = x.to(accumulation_dtype(x.dtype))
     return x if call.group == 1 else grouped(x, call.k.shape[1], 1)[:, :, 0]
 
@@ -163,7 +204,8 @@ def _of_heads(x: Tensor, group: int) -> Tensor:
 def _write_rows(
     out: Tensor, features: Tensor, values: Tensor, divided_by: Tensor | None, group: int
 ) -> None:
-    """out = features @ values / divided_by, of rows as `of_key_heads`."""
+    """Write features @ values / divided_by, whose rows are laid out by `of_key_heads`, to `out`,
+    whose rows are (batch, heads, tokens, value_dim)."""
     if group > 1 or out.dtype != features.dtype:
         rows = features @ values if divided_by is None else (features @ values).div_(divided_by)
         out.copy_(_of_heads(rows, group))
@@ -174,7 +216,7 @@ def _write_rows(
 
 
 def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b, without a tensor between where the layout allows."""
+    """Write a @ b to `out`, without a tensor in between where the layout of `out` allows it."""
     if out.is_contiguous() and out.dtype == a.dtype:
         torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.view(-1, *out.shape[2:]))
     else:

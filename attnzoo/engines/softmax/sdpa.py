@@ -1,7 +1,8 @@
 """Softmax attention by torch's scaled_dot_product_attention (SDPA).
 
-The masks are merged into the one that SDPA takes, rows that see no key are made 0, and sink logits
-become a slot in front of the keys.
+The masks are merged into the one that SDPA takes, and rows that see no key are made 0. Sink logits
+(one more score of every row, a number for each head, that counts in the row's sum alone) become a
+slot in front of the keys, since SDPA has no place for them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ LANES = 8  # kernels want heads whose width is a multiple of so many features
 
 
 def attend(engine: SoftmaxReference, call: Call) -> Tensor:
-    """A·v of any call, sink logits among them."""
+    """A·v, (batch, heads, query_length, value_dim), of any call that `why_not` accepts, with or
+    without sink logits."""
     mask, bias = _masks(call)
     # Not one expression: in a graph of symbolic lengths its value would be a symbol too, which SDPA
     # does not take.
@@ -65,8 +67,11 @@ def why_not(engine: SoftmaxReference, call: Call) -> str | None:
 
 
 def _masks(call: Call) -> tuple[Tensor | None, Tensor | None]:
-    """Masks that SDPA must be given; its own is_causal serves a plain square call, and one last
-    query sees everything."""
+    """The bool and the additive mask that SDPA must be given; None where there is none.
+
+    Both are None for a causal call without other masks if it is square, where SDPA's own is_causal
+    serves, or has one query, which sees every key.
+    """
     plain = call.key_mask is None and call.attn_mask is None and call.segments is None
     if plain and (not call.is_causal or call.query_length in (1, call.key_length)):
         return None, None
@@ -85,10 +90,19 @@ def sdpa(
     every_row_sees: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """torch's SDPA with the engine's scale and dropout; rows that see no key are 0.
+    """torch's SDPA with the engine's scale and dropout, in which a row that sees no key is 0.
 
-    is_causal is torch's own (square, without masks). every_row_sees: the caller knows that no row
-    of `mask` is empty, which spares a pass over the output. scale: instead of the engine's.
+    engine: gives scale and dropout
+    q: (batch, heads, query_length, head_dim)
+    k, v: (batch, kv_heads, key_length, head_dim or value_dim)
+    mask: bool, True = attend, broadcastable to (batch, heads, query_length, key_length)
+    bias: float, added to the scores, broadcastable to the same shape
+    is_causal: torch's own flag, for as many queries as keys and no masks
+    every_row_sees: the caller knows that no row of `mask` is empty, which spares a pass over the
+        output; only without `bias`
+    scale: the factor of the scores; None: the engine's
+
+    Returns (batch, heads, query_length, value_dim).
     """
     dropout, grouped = engine.dropout if engine.training else 0.0, False
     if q.shape[1] != k.shape[1]:
@@ -97,16 +111,15 @@ def sdpa(
     if not every_row_sees and not (mask is None and bias is None):
         mask, empty = merge_masks(mask, bias)
     scale = engine.scale if scale is None else scale
-    if (
-        is_causal and scale is not None and scale <= 0
-    ):  # torch hides the future before it scales: -inf would become inf or NaN
+    # torch hides the future before it scales: a scale of 0 or less would make -inf NaN or inf.
+    if is_causal and scale is not None and scale <= 0:
         q, scale = q * scale, 1.0
     kernel = partial(_kernel, dropout=dropout, is_causal=is_causal, scale=scale, grouped=grouped)
     records = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, mask)
     )
     if records and not dropout and only_autograd_looks(q, k, v):
-        mask = _additive(mask, q)  # as torch does, so that one mask is held
+        mask = _additive(mask, q)  # torch would convert it and hold both masks until backward
         out = followed(kernel(q, k, v, mask), kernel, q, k, v, mask)
     else:
         out = kernel(q, k, v, mask)
@@ -124,17 +137,16 @@ def _kernel(
     scale: float | None,
     grouped: bool,
 ) -> Tensor:
-    """torch's SDPA, whose kernels have no second derivative; inside `openly` the one that has."""
+    """torch's SDPA. Its fused kernels have no second derivative; inside `eager.openly`, which asks
+    for one, torch's own version in plain operators runs instead."""
     if is_open():
-        attend = (
-            torch.ops.aten._scaled_dot_product_attention_math
-        )  # which adds a bool mask as it is
+        # This operator would add a bool mask as 0 and 1, hence `_additive`.
+        attend = torch.ops.aten._scaled_dot_product_attention_math
         return attend(
             q, k, v, _additive(mask, q), dropout, is_causal, None, scale=scale, enable_gqa=grouped
         )[0]
-    if (
-        mask is not None and torch.compiler.is_exporting()
-    ):  # ONNX's Attention (opset 23) has no mask that is the same for all queries
+    # ONNX's Attention (opset 23) accepts no mask that has one row for all queries.
+    if mask is not None and torch.compiler.is_exporting():
         mask = mask.expand(*mask.shape[:-2], q.shape[2], k.shape[2])
     return F.scaled_dot_product_attention(
         q,
@@ -149,8 +161,16 @@ def _kernel(
 
 
 def merge_masks(mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One mask for SDPA, and the rows that see no key: those are let see every key (its softmax of
-    nothing is NaN on some backends, forward or backward) and must be zeroed in the output."""
+    """Merge two masks into one for SDPA, in which no row is empty.
+
+    SDPA's softmax of nothing is NaN on some devices, forward or backward. So a row that sees no key
+    is made to see every key here, and the caller must make it 0 in the output.
+
+    mask: bool, True = attend; None only with a bias
+    bias: float, added to the scores, or None
+
+    Returns the merged mask, bool or float, and which rows saw no key, (..., rows or 1, 1) bool.
+    """
     if bias is None:
         assert mask is not None
         empty = ~mask.any(-1, keepdim=True)
@@ -162,7 +182,7 @@ def merge_masks(mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """A bool mask as what is added to scores."""
+    """A bool mask as a float one that is added to scores: 0 where visible, -inf elsewhere."""
     return (
         mask
         if mask is None or mask.is_floating_point()
@@ -173,12 +193,16 @@ def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
 def _with_sink_slot(
     call: Call, sink_logits: Tensor, scale: float, *, with_query: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v for an SDPA that knows no sink logits: a slot in front whose score is every row's
-    logit and whose value is 0.
+    """q, k and v with a slot in front of the keys whose score is every row's sink logit and whose
+    value is 0.
 
-    For it q and k get a feature more, and v a column; kernels want as many in all three, and a
-    multiple of 8. with_query: the slot has a query too, of zeros, so that torch's causal square
-    stays one.
+    To hold the logit, q and k get one more feature, and all three are padded to one width, a
+    multiple of 8, which the kernels want.
+
+    sink_logits: (heads,)
+    scale: the factor of the scores, by which the logits are divided in advance
+    with_query: give the slot a query of zeros, too, so that there are as many queries as keys for
+        torch's own is_causal
     """
     spare = LANES - call.q.shape[3] % LANES
     logits = (sink_logits.to(accumulation_dtype(call.q.dtype)) / scale).to(call.q.dtype)[
@@ -201,9 +225,16 @@ def attend_rows(
     *,
     every_row_sees: bool = False,
 ) -> Tensor:
-    """As `sdpa`; with sink logits, which torch's knows not, in scores that autograd holds.
+    """As `sdpa`, also with sink logits; with these, the scores are formed whole, and autograd keeps
+    them.
 
-    sink_logits: broadcastable to (batch, heads, rows, 1), or (heads,).
+    q: (batch, heads, rows, head_dim)
+    k, v: (batch, kv_heads, keys, head_dim or value_dim)
+    mask: bool, True = attend, broadcastable to (batch, heads, rows, keys)
+    sink_logits: broadcastable to (batch, heads, rows, 1), or (heads,); None: there are none
+    every_row_sees: the caller knows that no row of `mask` is empty
+
+    Returns (batch, heads, rows, value_dim).
     """
     if sink_logits is None:
         return sdpa(engine, q, k, v, mask, every_row_sees=every_row_sees)

@@ -21,7 +21,8 @@ from attnzoo.engines.softmax.reference import REFERENCE, SoftmaxReference
 class Softmax(SoftmaxReference):
     """Exact softmax attention, its cost, and decoding with a cache of keys and values.
 
-    scale, dropout: as in `SoftmaxReference`.
+    scale: factor of the scores, 1/sqrt(head_dim) by default
+    dropout: probability that an entry of A is dropped, in training only
     """
 
     backends = (
@@ -47,8 +48,13 @@ class Softmax(SoftmaxReference):
 
 
 def softmax_cost(shape: Shape, pairs: int, support: int, reach: int | None) -> Cost:
-    """Cost of a softmax over so many (head, query, key) scores of one sample: those computed, and
-    those visible. reach: as a pattern's."""
+    """Cost of a softmax over some (head, query, key) scores.
+
+    shape: the sizes of the call
+    pairs: how many scores of one sample are computed
+    support: how many of them are visible
+    reach: how many keys decoding must keep, at most; None: all
+    """
     per_pair = 2 * shape.batch_size * shape.head_dim
     remembered = shape.key_length if reach is None else min(reach, shape.key_length)
     a_token = 2 * shape.batch_size * shape.kv_heads * shape.head_dim  # numbers of its key and value

@@ -1,5 +1,9 @@
-"""What `tiles` works on: pieces of a head's rows with their keys, caps that hide some of these, and
-memory that is used again."""
+"""What `tiles` works on: pieces, caps and memory that is used again.
+
+A piece is some rows of one head with their keys. Its rows come in parts of one size, and each part
+has keys of its own, so that one batched product computes the scores of all parts. A cap is the
+largest value that a score may have, and hides a key by being -inf.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-#: Scores that one thread computes at a time: with their keys and values they stay in its cache.
+#: How many scores a thread computes at a time: so few stay in its cache with their keys and values.
 SCORES = 3 * 2**16
 
 
 class Memory:
-    """Tensors by name, each in the place of the one that had its name before."""
+    """Tensors by name; a new tensor of a name takes the memory of the one before it.
+
+    like: a tensor of the dtype and device that all of them have
+    """
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
@@ -24,7 +31,7 @@ class Memory:
         self._views: dict[tuple[Any, ...], Tensor] = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
-        """Uninitialised, of `shape`."""
+        """An uninitialised tensor of this name and shape; what had the name before is lost."""
         view = self._views.get((name, shape))
         if view is None:
             numbers = torch.Size(shape).numel()
@@ -37,9 +44,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class Cap:
-    """What hides some keys of a piece.
+    """A limit on the scores of some keys of a piece, which hides them from some rows.
 
-    start, stop: where these keys stand among those of the piece
+    start, stop: where these keys stand among the keys of each part
     largest: the largest that their scores may be, broadcastable to (parts, rows, stop - start):
         -inf where hidden, else inf
     """
@@ -50,61 +57,69 @@ class Cap:
 
 
 class Piece(Protocol):
-    """Rows of one head in parts of one size, each part with as many keys of its own."""
+    """Some rows of one head with their keys, in parts of one size: every part has the same number
+    of rows, and the same number of keys of its own."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Parts, rows of each, keys of each."""
+        """Number of parts, rows of each part, keys of each part."""
         ...
 
     @property
     def caps(self) -> Sequence[Cap]:
-        """What hides some of the keys."""
+        """Caps that hide some of the keys from some rows."""
         ...
 
     def rows(self, x: Tensor) -> Tensor:
-        """(query_length, d) -> (parts, size, d), a view."""
+        """The piece's rows of x: (query_length, d) -> (parts, rows, d), a view."""
         ...
 
     def keys(self, x: Tensor, name: str, memory: Memory) -> Tensor:
-        """(key_length, d) -> (parts, keys, d), a view, or fetched to the memory of this name."""
+        """The piece's keys of x: (key_length, d) -> (parts, keys, d), a view, or a copy in the
+        memory of this name."""
         ...
 
     def add(self, gradient: Tensor, total: Tensor) -> None:
-        """Add what `keys` sends back, (parts, keys, d), to (key_length, d)."""
+        """Add the gradient of what `keys` returned, (parts, keys, d), to that of x, `total`,
+        (key_length, d)."""
         ...
 
 
-#: The pieces of every head, or of every sample and head, for q and the table that the caller gave.
+#: A function of q and of the caller's table that makes the pieces of every head, or of every sample
+#: and head.
 Pieces = Callable[[Tensor, "Tensor | None"], Sequence[Sequence[Piece]]]
 
 
 def cap(visible: Tensor, like: Tensor) -> Tensor:
-    """The largest that scores may be: inf where visible, -inf elsewhere. A minimum hides a score
-    whatever it is; a sum would not hide inf.
+    """The largest that scores may be: inf where visible, -inf elsewhere.
 
-    visible: bool
-    like: of whose dtype the cap is
+    The minimum of a score and its cap hides the score whatever it is; adding -inf to a score of inf
+    would give NaN.
+
+    visible: bool, of any shape, which the result has too
+    like: a tensor of the dtype that the result will have
     """
     return torch.where(visible, torch.inf, -torch.inf).to(like.dtype)
 
 
 def parts_at_a_time(size: int, keys: int, threads: int | None = None) -> int:
-    """How many parts of `size` rows with `keys` keys each make a piece.
+    """How many parts make a piece.
 
-    threads: those that share a piece, all by default
+    size, keys: rows and keys of each part
+    threads: how many threads share a piece; None: all that torch uses
     """
     return max(1, SCORES // (size * keys)) * (threads or torch.get_num_threads())
 
 
 @dataclass(frozen=True)
 class Slices:
-    """A `Piece` of consecutive rows, whose keys are consecutive too: views, nothing is fetched.
+    """A `Piece` of consecutive rows whose keys are consecutive, too, so that both are views.
 
     first: its first row
-    shape: parts, rows of each, keys of each
-    low: the first key of the first part; those of the next part begin as many keys later as a part
-        has rows
+    shape: number of parts, rows of each part, keys of each part
+    low: the first key of the first part; the keys of each next part begin as many keys later as a
+        part has rows
+    caps: what hides some of the keys
     """
 
     first: int
@@ -114,7 +129,7 @@ class Slices:
 
     def rows(self, x: Tensor) -> Tensor:
         parts, size, _ = self.shape
-        line, number = x.stride()  # one view, not three: there are many pieces
+        line, number = x.stride()  # one as_strided, not three views, since pieces are many
         return x.as_strided(
             (parts, size, x.shape[1]),
             (size * line, line, number),

@@ -1,8 +1,8 @@
-"""Softmax attention a few rows at a time, on the CPU: products and softmax go to memory that is
-used again and stays in cache.
+"""Softmax attention on the CPU, a few rows at a time.
 
-The backward pass makes the weights again, so that autograd holds q, k and v alone: what is smaller
-than a cache is computed sooner than it is fetched.
+Products and softmax are written to memory that is used again for the next rows, so that it stays in
+the processor's cache. The backward pass computes the weights again, so that autograd keeps q, k and
+v alone: computing what fits a cache is faster than fetching it from memory.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from attnzoo.engines.differentiable import Compute, is_followed, open_gradients
 from attnzoo.engines.softmax.reference import SoftmaxReference
 from attnzoo.engines.softmax.tile_pieces import Memory, Piece, Pieces
 
-DTYPES = (torch.float32, torch.float64)  # those in which sums run in the inputs' own precision
+DTYPES = (torch.float32, torch.float64)  # in lower ones, sums would need a higher precision
 
 
 def why_not(engine: SoftmaxReference, call: Call) -> str | None:
-    """Why tiles refuse the call, whatever its pattern; None when they take it."""
+    """Why tiles refuse the call, whatever keys its pattern shows; None when they take it."""
     if call.q.dtype not in DTYPES:
         return f"sums of {call.q.dtype} run in float32, and tiles have one dtype"
     return cannot_work_alone(engine, call)
 
 
 def cannot_work_alone(engine: SoftmaxReference, call: Call) -> str | None:
-    """Why a Function of our own may not compute the call; None when it may: on a CPU, without
-    dropout, and where neither a graph nor a transform must see the operators inside."""
+    """Why an autograd.Function of this library may not compute the call; None when it may.
+
+    It may on a CPU, without dropout, and where neither a recorded graph nor a torch.func transform
+    must see the operators inside.
+    """
     if call.q.device.type != "cpu":
         return f"it is for the CPU, got tensors on {call.q.device.type}"
     if engine.dropout > 0 and engine.training:
@@ -52,14 +55,19 @@ def attend(
     compute: Compute,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """A·v by pieces, (batch, heads, query_length, value_dim).
+    """A·v by pieces, each of which is some rows of one head with their keys.
 
-    key_cap: `tile_pieces.cap` of the keys, (batch or 1, key_length)
-    table: what `pieces` wants beside q
-    pieces: hold every row of a head once
-    compute: the same of q, k, v and sink_logits in operators that autograd can follow, for further
-        derivatives
+    engine: gives the scale
+    q, k, v: (batch, heads, query_length, head_dim), and two of (batch, kv_heads, key_length, ...)
+    key_cap: (batch or 1, key_length), what `tile_pieces.cap` makes of a mask of the keys; None: no
+        key is hidden
+    table: a tensor that `pieces` is called with beside q, if it needs one
+    pieces: makes the pieces, which hold every row of a head once
+    compute: the same function of q, k, v and sink_logits in operators that autograd can follow, for
+        second derivatives
     sink_logits: (heads,), one more score of every row, which counts in the row's sum alone
+
+    Returns (batch, heads, query_length, value_dim).
     """
     scale = engine.scale_of(q)
     return _Attend.apply(
@@ -76,7 +84,7 @@ def attend(
 
 
 class _Attend(torch.autograd.Function):
-    """`attend`, and its gradients from weights made anew piece by piece."""
+    """`attend`, and its gradients from weights that are computed again piece by piece."""
 
     @staticmethod
     def forward(
@@ -152,7 +160,8 @@ class _Attend(torch.autograd.Function):
                     memory("slopes", *piece.shape),
                 )
                 torch.bmm(sent_rows, piece.keys(values, "fetched", memory).mT, out=slopes)
-                its_keys = piece.keys(keys, "fetched", memory)  # in the place of the values
+                # The keys overwrite the values in memory, which are not needed any more.
+                its_keys = piece.keys(keys, "fetched", memory)
                 weights = _weights(
                     piece,
                     rows,
@@ -184,7 +193,10 @@ class _Attend(torch.autograd.Function):
 def _heads(
     q: Tensor, k: Tensor, pieces: Sequence[Sequence[Piece]]
 ) -> Iterator[tuple[tuple[int, int], tuple[int, int], Sequence[Piece]]]:
-    """(sample, head), (sample, kv_head) and the pieces, for every head of every sample."""
+    """The indices (sample, head) and (sample, kv_head) and the pieces of every head.
+
+    pieces: of every head, or of every sample and head, the heads of a sample together
+    """
     group = q.shape[1] // k.shape[1]
     for sample in range(q.shape[0]):
         for head in range(q.shape[1]):
@@ -215,11 +227,15 @@ def _weights(
 ) -> Tensor:
     """Softmax of the scores of a piece, (parts, rows, keys), in the memory named "scores".
 
-    q: (parts, rows, d)
-    k: (parts, keys, d)
-    key_cap: (key_length,), of the sample
-    sink_logit: of the head
-    some_are_empty: whether rows may see no key; they become 0
+    piece: its shape, and the caps that hide some keys
+    q: (parts, rows, head_dim)
+    k: (parts, keys, head_dim)
+    key_cap: (key_length,), of the sample, -inf for hidden keys and inf for others; None: no key is
+        hidden
+    sink_logit: the head's one more score of every row, a tensor without dimensions
+    scale: the factor of the scores
+    some_are_empty: whether there may be rows that see no key, which must become 0
+    memory: where results are written
     """
     scores = memory("scores", *piece.shape)
     torch.baddbmm(scores, q, k.mT, beta=0, alpha=scale, out=scores)

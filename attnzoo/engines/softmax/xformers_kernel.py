@@ -1,7 +1,8 @@
-"""Softmax attention by xformers' memory-efficient kernels (CUDA): causality as one of its lazy
-masks, nothing laid out over n × n.
+"""Softmax attention by xformers' memory-efficient kernels (CUDA, optional).
 
-Has not run on a GPU yet: the choice of mask is tested against its `.materialize()`.
+Causality is one of the library's lazy masks, which say what is hidden without a tensor of query
+length × key length. This backend has not run on a GPU yet: the choice of mask is tested against its
+`.materialize()`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.installed import missing
 from attnzoo.engines.softmax.reference import SoftmaxReference
 
-LARGEST_HEAD_DIM = 256  # of its FlashAttention operators
+LARGEST_HEAD_DIM = 256  # that xformers' FlashAttention operators take
 
 
 def attend(engine: SoftmaxReference, call: Call) -> Tensor:
-    """A·v. xformers wants (batch, length, heads, head_dim), and the same number of heads everywhere
-    when gradients are asked for."""
+    """A·v, (batch, heads, query_length, value_dim), of a call that `why_not` accepts."""
+    # xformers wants (batch, length, heads, head_dim), and for gradients equally many heads in all.
     from xformers.ops import memory_efficient_attention
 
     q, k, v = (
@@ -34,7 +35,8 @@ def attend(engine: SoftmaxReference, call: Call) -> Tensor:
 
 
 def choose_bias(call: Call) -> Any:
-    """xformers' mask of a call without padding: None, or a causal one aligned bottom-right."""
+    """xformers' mask for a call without padding: None, or a causal mask in which the last query
+    stands at the last key."""
     if not call.is_causal or call.query_length == 1:
         return None
     from xformers.ops.fmha import attn_bias
@@ -68,7 +70,8 @@ def why_not(engine: SoftmaxReference, call: Call) -> str | None:
 
 
 def _no_operator() -> str | None:
-    """xformers imports without its kernels when they were built for another torch."""
+    """Why no kernel of xformers can run; None when one can. The library can be imported even where
+    its kernels were built for another torch."""
     from xformers.ops import fmha
 
     if fmha.flash.FwOp.is_available() or fmha.cutlass.FwOp.is_available():

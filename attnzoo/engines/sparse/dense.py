@@ -1,4 +1,4 @@
-"""Sparse attention as exact attention computes it, where the pattern hides nothing."""
+"""Sparse attention by an exact softmax over every key, for calls where the pattern hides none."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from attnzoo.engines.sparse.patterns.pattern import Pattern
 from attnzoo.engines.sparse.reference import SparseReference
 from attnzoo.sequences.padding import fills_slots
 
-LARGEST_MASK = 2**22  # entries of a mask of causality and padding together
+LARGEST_MASK = 2**22  # entries of a mask that holds causality and padding together
 
 
 def attend(engine: SparseReference, call: Call) -> Tensor:
-    """A·v by one SDPA call over every key."""
+    """A·v by one call of torch's SDPA over every key."""
     grid = grid_of(call)
     is_causal = False  # not one expression, as in `sdpa.attend`
     if grid.is_causal and grid.query_length > 1:
@@ -46,8 +46,14 @@ def why_not(engine: SparseReference, call: Call) -> str | None:
 
 
 def is_whole(pattern: Pattern, grid: Grid) -> bool:
-    """Whether exact attention can stand for the pattern: nothing is hidden, and a causal call is a
-    square, or the last row of one."""
+    """Whether exact attention gives the same as the pattern.
+
+    It does where the pattern hides no key, and where a causal call has as many queries as keys or
+    just one query, since torch's own causality serves no other.
+
+    pattern: which keys each query sees
+    grid: the sizes of the call
+    """
     return pattern.hides_nothing(grid) and (
         not grid.is_causal or grid.query_length in (1, grid.key_length)
     )

@@ -1,9 +1,10 @@
-"""Sparse attention by FlexAttention (CUDA): one fused kernel that walks a table of key blocks per
-query block.
+"""Sparse attention by torch's FlexAttention (CUDA).
 
-The tables come from the pattern's own blocks, (n / block)² entries a head and never n × n. Of what
-they list, whole blocks need no mask; the others ask `mask_mod`: causality, a window's edge,
-padding. Has not run on a GPU yet.
+One fused kernel goes through a table that lists, for each block of queries, the blocks of keys that
+it sees. The tables come from the pattern's own blocks, and have (n / block)² entries a head for a
+length of n, never n². In a block that is visible as a whole the kernel needs no mask; in the others
+it asks a function, `mask_mod`, about each key: causality, the edge of a window, padding. This
+backend has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -28,21 +29,26 @@ if TYPE_CHECKING:
 
 BLOCK = 128  # what FlexAttention's kernels are tuned for
 SMALLEST_BLOCK = 32  # that its backward kernels have a configuration for
-FLOAT32_TILE = 32  # its products are made without tensor cores, from registers
-SHAPE_CLASSES = (
-    64  # graphs kept: dtype, causality, padding, gradients, heads and head_dim; lengths are dynamic
-)
+FLOAT32_TILE = 32  # float32 products run without tensor cores, and their tiles must fit registers
+# How many compiled graphs are kept: one for each combination of dtype, causality, padding,
+# gradients, heads and head_dim. Lengths are dynamic and need no graph of their own.
+SHAPE_CLASSES = 64
 
 
 def attend(engine: SoftmaxReference, pattern: Pattern, call: Call) -> Tensor:
-    """A·v by FlexAttention, compiled."""
+    """A·v by compiled FlexAttention, (batch, heads, query_length, value_dim).
+
+    engine: gives the scale
+    pattern: which keys each query sees; it has a table (`Pattern.table`)
+    call: one that `why_not` accepts
+    """
     return attend_by(_compiled(call, block_size_of(pattern)), engine, pattern, call)
 
 
 def attend_by(
     flex: Callable[..., Any], engine: SoftmaxReference, pattern: Pattern, call: Call
 ) -> Tensor:
-    """A·v by `flex`, FlexAttention compiled or not."""
+    """As `attend`, by `flex`, which is FlexAttention compiled or not."""
     mask, ahead = block_mask(pattern, call)
     q = torch.nn.functional.pad(call.q, (0, 0, ahead, 0)) if ahead else call.q
     out = flex(
@@ -58,15 +64,19 @@ def attend_by(
 
 
 def block_size_of(pattern: Pattern) -> int:
-    """Positions in a block of the pattern's table."""
+    """Number of positions in a block of the pattern's table."""
     assert pattern.table_block_size is not None
     return pattern.table_block_size
 
 
 def kernel_options(pattern: Pattern, call: Call) -> dict[str, int] | None:
-    """The forward tiles where FlexAttention's own do not serve: they are sizes for blocks of 128.
-    Compiled for sm_90a, the kernel spills registers (kilobytes a thread) in float32, and in two
-    bytes a number at 128 by 128 under a key_mask; at head_dim 64 these spill none."""
+    """The tile sizes of the forward kernel, where FlexAttention's own do not serve; None where they
+    do.
+
+    Its own are for blocks of 128. Compiled for compute capability 9.0 (sm_90a), they spill
+    registers (kilobytes a thread) in float32, and in float16 and bfloat16 at 128 by 128 under a
+    key_mask. The sizes given here spill none at head_dim 64.
+    """
     tile = largest_tile(block_size_of(pattern))
     if call.q.dtype == torch.float32:
         tile = min(tile, FLOAT32_TILE)
@@ -81,8 +91,12 @@ def largest_tile(block_size: int) -> int:
 
 
 def block_mask(pattern: Pattern, call: Call) -> tuple[BlockMask, int]:
-    """What FlexAttention needs to know of the support: tables of blocks, and `mask_mod` inside
-    those that are not whole; and how many empty rows it takes before the first query."""
+    """What FlexAttention needs to know about the visible keys of a call.
+
+    Returns the tables of blocks, with the function `mask_mod` for blocks that are not visible as a
+    whole, and how many empty rows must stand before the first query, so that blocks of rows are
+    blocks of positions.
+    """
     grid = grid_of(call)
     found, ahead = _tables(pattern, grid, call.key_mask is not None)
     mask = copy(found)
@@ -96,8 +110,13 @@ def block_mask(pattern: Pattern, call: Call) -> tuple[BlockMask, int]:
 def _mask_mod(
     first: Tensor, window: Tensor | None, key_mask: Tensor | None, *, is_causal: bool
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """first: position of row 0. Numbers are tensors, since a graph would be compiled anew for
-    each."""
+    """The function that tells FlexAttention whether a row sees a key.
+
+    first: the position of row 0, a tensor, since each new Python number would compile a new graph
+    window: keys at this distance or more are hidden, also a tensor; None: no distance hides
+    key_mask: (batch, key_length) bool, False in padded slots; None: no padding
+    is_causal: whether keys after the row are hidden
+    """
 
     def visible(sample: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         distance = row + first - key
@@ -115,12 +134,16 @@ def _mask_mod(
 
 @lru_cache(maxsize=16)
 def _tables(pattern: Pattern, grid: Grid, padded: bool) -> tuple[BlockMask, int]:
-    """Tables for one pattern and size, kept for the next call, up to heads · (n / block)² · 16
-    bytes each; and the empty rows before the first query."""
+    """The tables of one pattern and size, and how many empty rows stand before the first query.
+
+    They are kept for the next call, and take up to heads · (n / block)² · 16 bytes.
+
+    padded: whether the call has a key_mask
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
     table = pattern.table(grid)
-    # Any block may hold a padded key.
+    # With padding no block is visible as a whole, since any may hold a padded key.
     whole = torch.zeros_like(table.whole) if padded else table.whole
     partial = _ordered(table.seen & ~whole)
     full = (None, None) if padded else _ordered(whole)
@@ -131,27 +154,36 @@ def _tables(pattern: Pattern, grid: Grid, padded: bool) -> tuple[BlockMask, int]
 
 
 def _ordered(table: Tensor) -> tuple[Tensor, Tensor]:
-    """(1, heads or 1, rows) counts and (1, heads or 1, rows, key_blocks) indices, those that count
-    first."""
+    """A table of blocks as FlexAttention takes it.
+
+    table: (heads or 1, query_blocks, key_blocks) bool
+
+    Returns how many key blocks each query block lists, (1, heads or 1, query_blocks), and the
+    numbers of all key blocks, (1, heads or 1, query_blocks, key_blocks), the listed ones first.
+    """
     table = table[None].int()
     return table.sum(-1).int(), table.argsort(dim=-1, descending=True, stable=True).int()
 
 
 def _compiled(call: Call, block_size: int) -> Callable[..., Any]:
+    """FlexAttention for this call, compiled unless a compiler is already at work around it."""
     from torch.nn.attention.flex_attention import flex_attention
 
     if torch.compiler.is_compiling():
         return flex_attention
-    # Without tuning the backward pass has one configuration, in tiles of up to 128, and fails on
-    # smaller blocks.
+    # Untuned, the backward kernel has one configuration, whose tiles of up to 128 fail on smaller
+    # blocks; tuning searches for one that fits.
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v))
     return compiled_flex(learns and largest_tile(block_size) < BLOCK)
 
 
 @lru_cache(maxsize=2)
 def compiled_flex(tuned: bool) -> Callable[..., Any]:
-    """FlexAttention compiled for any length. More shape classes than SHAPE_CLASSES are an error,
-    never a fall back to n × n scores."""
+    """FlexAttention compiled for any length. Needing more than SHAPE_CLASSES graphs is an error,
+    never a silent fallback to scores for every query and key.
+
+    tuned: whether to search for the fastest tile sizes
+    """
     import torch._dynamo  # pyright: ignore[reportUnusedImport]
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -167,7 +199,8 @@ def compiled_flex(tuned: bool) -> Callable[..., Any]:
 def why_not(engine: SparseReference, call: Call, dilation: int = 1) -> str | None:
     """Why this backend refuses the call, from static facts only; None when it takes it.
 
-    dilation: into how many sequences the call will be folded.
+    engine: gives the pattern, and dropout
+    dilation: into how many sequences the positions of the call will be split (see windows/dilated)
     """
     if call.q.device.type != "cuda":
         return f"FlexAttention needs tensors on a CUDA device, got {call.q.device.type}"

@@ -19,8 +19,9 @@ from attnzoo.engines.sparse.patterns.pattern import Pattern
 class SparseReference(SoftmaxReference):
     """Softmax attention on the support that a pattern draws, without a fast backend.
 
-    pattern: which keys each query sees; the masks of a call hide some of them.
-    scale, dropout: as in `SoftmaxReference`.
+    pattern: which keys each query sees; the masks of a call hide some of them
+    scale: factor of the scores, 1/sqrt(head_dim) by default
+    dropout: probability that an entry of A is dropped, in training only
     """
 
     def __init__(self, pattern: Pattern, scale: float | None = None, dropout: float = 0.0) -> None:

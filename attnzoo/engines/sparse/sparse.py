@@ -1,7 +1,7 @@
-"""Engine 2, sparse: softmax over the keys that a pattern shows, never laid out over n × n.
+"""Engine 2, sparse: softmax over the keys that a pattern shows to each query.
 
-`Sparse` takes any pattern. `WindowSparse` (windows) and `BlockSparse` (blocks) have faster
-backends for windows and for whole blocks.
+`Sparse` takes any pattern, and its reference forms A whole. `WindowSparse` (windows) and
+`BlockSparse` (blocks) have backends for windows and for whole blocks that never do.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ WhyNot = Callable[[Any, Call], str | None]
 class Sparse(SparseReference, Softmax):
     """Softmax attention in which a query sees the keys that `pattern` shows it.
 
-    pattern, scale, dropout: as in `SparseReference`.
+    pattern: which keys each query sees; the masks of a call hide some of them
+    scale: factor of the scores, 1/sqrt(head_dim) by default
+    dropout: probability that an entry of A is dropped, in training only
     """
 
     counted_apart = True
@@ -58,19 +60,24 @@ class Sparse(SparseReference, Softmax):
         return replace(cost, skipped_macs=cost.macs - cost.support_macs)
 
     def is_dense(self, grid: Grid) -> bool:
-        """Whether `auto` takes the backend `dense` for a call of this size without masks."""
+        """Whether backend="auto" takes the backend `dense` for a call of this size without
+        masks."""
         return dense.is_whole(self.pattern, grid)
 
     def sparse_cost(self, shape: Shape, grid: Grid) -> Cost:
-        """The cost where the pattern hides keys."""
+        """The cost of a call in which the pattern hides keys.
+
+        shape: the sizes of the call
+        grid: the same sizes as the pattern takes them
+        """
         executed = shape.heads * shape.query_length * shape.key_length
         support = _count_pairs(self.pattern, grid)
         return softmax_cost(shape, executed, support, self.pattern.remembers)
 
 
 def _count_pairs(pattern: Pattern, grid: Grid) -> int:
-    """Visible (head, query, key) triples, counted in the whole mask, as the reference lays it
-    out."""
+    """How many (head, query, key) triples are visible, counted in the whole mask that the reference
+    forms."""
     mask = pattern.mask(grid)
     if grid.is_causal:
         mask = mask & torch.ones(grid.query_length, grid.key_length, dtype=torch.bool).tril(
@@ -80,8 +87,16 @@ def _count_pairs(pattern: Pattern, grid: Grid) -> int:
 
 
 def from_first_real(name: str, run: Run, why_not: WhyNot) -> Backend:
-    """A backend that counts positions from the first slot, made one that counts them from the first
-    real token of every sample: leading padding is moved behind the end, and its rows back."""
+    """A backend whose positions count from the first real token of every sample, made of functions
+    that count from the first slot.
+
+    Leading padding is moved behind the end of its sample before the call runs, and the rows of the
+    output are moved back.
+
+    name: the backend's name
+    run: computes A·v of an engine and a call
+    why_not: says why `run` refuses a call, or None
+    """
 
     @wraps(run)
     def run_moved(engine: Any, call: Call) -> Tensor:
@@ -106,5 +121,5 @@ def from_first_real(name: str, run: Run, why_not: WhyNot) -> Backend:
 
 
 def _counts_otherwise(engine: SparseReference, call: Call) -> bool:
-    """Whether the pattern counts positions and a sample does not begin with its first slot."""
+    """Whether the pattern depends on positions, and a sample may begin with padding."""
     return engine.pattern.counts_positions and not starts_real(call.key_mask)

@@ -29,11 +29,13 @@ class BigBird(Attention):
     sequence grows. Use it for long documents of which the beginning says much, in place of exact
     attention that was trained; not where one row must read one far token directly.
 
-    block_size: positions in a block. num_window_blocks: odd, the query's own block and half of the
-    others on each side.
-    num_global_blocks: the first ⌈g/2⌉ and last ⌊g/2⌋ blocks; causal, the first g.
-    num_random_blocks: others per query block and head. seed: of their draw, kept in state_dict;
-    give each layer its own. scale, dropout: as in standard.
+    block_size: number of positions in a block
+    num_random_blocks: r, random blocks for each query block and head, besides the other two kinds
+    num_window_blocks: w, an odd number: the query's own block and half of the others on each side
+    num_global_blocks: g: the first ⌈g/2⌉ and the last ⌊g/2⌋ blocks, or in a causal call the first g
+    seed: chooses the random blocks and is kept in state_dict; give each layer its own
+    scale: factor of the scores, 1/sqrt(head_dim) by default
+    dropout: probability that an entry of A is dropped, in training only
     """
 
     spec = Spec(
@@ -94,7 +96,9 @@ class BigBird(Attention):
         """The random key blocks of every query block, -1 where there are no more.
 
         key_mask: (batch, key_length) bool, True = real; blocks count from the first real key of a
-        sample. Returns (heads, query_blocks, num_random_blocks), or with a key_mask (batch, heads,
+            sample
+
+        Returns (heads, query_blocks, num_random_blocks), or with a key_mask (batch, heads,
         query_blocks, num_random_blocks), whose query blocks are those of all samples together.
         """
         grid = Grid(self.heads, query_length, key_length, is_causal)

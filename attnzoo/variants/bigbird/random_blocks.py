@@ -14,12 +14,18 @@ from attnzoo.engines.sparse.patterns.grid import Grid
 
 @dataclass(frozen=True)
 class RandomBlocks(BlockPattern):
-    """num_blocks distinct blocks per query block and head, drawn from those that `outside` does not
-    show; fewer where there are fewer.
+    """Distinct random blocks for each query block and head, in a causal call from earlier blocks
+    only.
 
-    When causal, from earlier blocks only. The draw is a hash of (seed, head, query block, index),
-    so it is the same on every device and, when causal, does not change as the sequence grows.
-    first_head: the number of the grid's first head in that hash.
+    The draw is a hash of (seed, head, query block, index), so that it is the same on every device
+    and, in a causal call, does not change as the sequence grows.
+
+    num_blocks: how many blocks to draw; fewer where fewer are left
+    block_size: number of positions in a block
+    seed: chooses the draw
+    outside: a pattern whose blocks are not drawn
+    first_head: the number of the grid's first head in the hash, 0 unless heads are split over
+        processes
     """
 
     num_blocks: int

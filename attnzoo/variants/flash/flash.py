@@ -22,7 +22,8 @@ class Flash(Attention):
     for here it is plain torch; not to compute: torch's SDPA, which `standard` calls, is the same
     algorithm as a kernel, and faster.
 
-    block_size: queries and keys of a tile. scale: factor of the scores, default 1/sqrt(head_dim).
+    block_size: number of queries, and of keys, of a tile
+    scale: factor of the scores, 1/sqrt(head_dim) by default
     """
 
     spec = Spec(

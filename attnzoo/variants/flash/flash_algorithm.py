@@ -36,8 +36,8 @@ from attnzoo.engines.softmax.softmax import Softmax
 class FlashAlgorithm(Softmax):
     """Softmax attention in tiles.
 
-    scale: as in `SoftmaxReference`
-    block_size: queries and keys of a tile
+    scale: factor of the scores, 1/sqrt(head_dim) by default
+    block_size: number of queries, and of keys, of a tile
     """
 
     counted_apart = True

@@ -21,8 +21,12 @@ class LengthProjection(nn.Module):
     """A learned projection along the length, (batch, heads, length, d) -> (batch, heads, rank, d)
     for any length up to max_length.
 
-    weight: (heads or 1, max_length, rank), N(0, 1/rank) at first (Linformer's theorem 1); a shorter
-    input uses the first rows.
+    Its parameter `weight`, (heads, max_length, rank), starts as draws from N(0, 1/rank)
+    (Linformer's theorem 1); a shorter input uses its first rows.
+
+    heads: number of heads that have a projection of their own; 1: all heads share one
+    max_length: length of the longest input
+    rank: length of the result
     """
 
     def __init__(self, heads: int, max_length: int, rank: int) -> None:
@@ -54,8 +58,13 @@ class LengthProjection(nn.Module):
 def length_projections(
     heads: int, max_length: int, rank: int, sharing: str, given: LengthProjection | None = None
 ) -> tuple[LengthProjection, LengthProjection]:
-    """The projections of keys and of values, one object where sharing makes them one. given:
-    another layer's, with sharing="layerwise"."""
+    """The projections of keys and of values, one object where sharing makes them one.
+
+    heads, max_length, rank, sharing: as in `Linformer`
+    given: with sharing="layerwise", the projection of another layer; None: make a new one
+
+    Raises ValueError if `given` comes with other sharing, or has a weight of another shape.
+    """
     wanted = (heads if sharing == "none" else 1, max_length, rank)
     if given is not None and (sharing != "layerwise" or tuple(given.weight.shape) != wanted):
         shape = tuple(given.weight.shape)
@@ -109,11 +118,12 @@ class _Project(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class ProjectedCost:
-    """What softmax attention to projected keys and values costs.
+    """What softmax attention to projected keys and values costs, with weights of the inputs' dtype.
 
-    shape: before the projection. per_head: the weights have heads, (heads, max_length, rank) and
-    not (1, max_length, rank), in which case grouped keys and values are projected once for every
-    query head. Weights are taken to be of the inputs' dtype.
+    shape: the sizes before the projection
+    rank: length of the projected keys and values
+    per_head: whether every head has a weight of its own, in which case keys and values that query
+        heads share are projected once for each of these
     """
 
     shape: Shape
@@ -126,11 +136,15 @@ class ProjectedCost:
 
     @property
     def projected(self) -> Shape:
-        """What the softmax is asked for."""
+        """The sizes of the softmax over projected keys."""
         return replace(self.shape, kv_heads=self.shape.kv_heads * self.group, key_length=self.rank)
 
     def cost(self, attending: Cost, projections: int) -> Cost:
-        """Of projecting with so many different weights, 1 or 2, and then attending."""
+        """The cost of projecting and then attending.
+
+        attending: the cost of the softmax over projected keys
+        projections: how many different weights there are, 1 or 2
+        """
         projected = self.projected
         macs = (
             2

@@ -33,10 +33,14 @@ class Linformer(Attention):
     mixture holds the future. Use it in encoders trained with it, at lengths near max_length; not
     swapped in without training, for then E and F are random and the output is noise.
 
-    max_length: longest key sequence. rank: the paper's k. sharing: "none" (E, F per head),
-    "headwise" (E, F for all heads), "key_value" (E = F for all heads), "layerwise" (as key_value,
-    and one projection for all layers: build the first layer, give its `key_projection` to the
-    others as `projection`). scale, dropout: as in standard.
+    max_length: number of keys that E and F are made for; a call may have fewer
+    rank: number of mixtures, the paper's k
+    sharing: "none" (E and F of each head), "headwise" (one E and one F for all heads), "key_value"
+        (E = F for all heads) or "layerwise" (as key_value, and one projection for all layers)
+    projection: for sharing="layerwise", the `key_projection` of the first layer, which is built
+        without it; every other layer is given it
+    scale: factor of the scores, 1/sqrt(head_dim) by default
+    dropout: probability that an entry of A is dropped, in training only
     """
 
     spec = Spec(

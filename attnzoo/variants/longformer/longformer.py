@@ -1,4 +1,4 @@
-"""Longformer: a window, and a few tokens that see everything and that everyone sees."""
+"""Longformer: a window, and a few global tokens that see every key and that every query sees."""
 
 from __future__ import annotations
 
@@ -40,11 +40,15 @@ class Longformer(Attention):
 
     The number of global tokens in a mask is read from it (on CUDA that waits). Where it cannot be
     (a compiled, traced or exported graph, torch.func), a mask may name all tokens, and costs as
-    much: name them by global_tokens there. window: keys on each side, the query's own included;
-    Longformer's attention_window is 2 · (window - 1)
-    (`attnzoo.engines.sparse.patterns.window.Window.from_longformer`).
-    dilation: as in sliding_window, one number or one for each head, as the paper's character models
-    have it in higher layers. scale, dropout: as in standard.
+    much: name them by global_tokens there.
+
+    window: keys on each side, the query's own included; Longformer's attention_window is 2 ·
+        (window - 1) (`attnzoo.engines.sparse.patterns.window.Window.from_longformer`)
+    dilation: distances in the window are multiples of it, so that as many keys come from farther;
+        one number, or one for each head, as the paper's character models have it in higher layers
+    global_tokens: how many tokens at the beginning of every sample are global
+    scale: factor of the scores, 1/sqrt(head_dim) by default
+    dropout: probability that an entry of A is dropped, in training only
     """
 
     spec = Spec(

@@ -84,8 +84,14 @@ def _plain(call: Call) -> Call:
 
 
 class WindowAndGlobals(WindowSparse):
-    """Softmax over a window and the global tokens: those of the call's global_mask, and the first
-    `global_tokens` real ones of every sample."""
+    """Softmax over a window and the global tokens, which see every key and which every row sees.
+
+    pattern: the window
+    global_tokens: how many real tokens at the beginning of every sample are global, besides those
+        of the call's global_mask
+    scale: factor of the scores, 1/sqrt(head_dim) by default
+    dropout: probability that an entry of A is dropped, in training only
+    """
 
     def __init__(
         self,

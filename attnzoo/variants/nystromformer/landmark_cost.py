@@ -6,9 +6,12 @@ from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Cost, Shape
 
 
 def landmark_cost(shape: Shape, segments: int, iterations: int, kernel_size: int) -> Cost:
-    """Of the three softmaxes, the pseudo-inverse and the convolution.
+    """The cost of the three softmaxes, the pseudo-inverse and the convolution.
 
-    kernel_size: of the convolution of v that is added to the output; 0: none.
+    shape: the sizes of the call
+    segments: number of landmarks
+    iterations: number of steps of the pseudo-inverse
+    kernel_size: of the convolution of v that is added to the output; 0: there is none
     """
     heads = shape.batch_size * shape.heads
     # queries by landmarks, landmarks by keys

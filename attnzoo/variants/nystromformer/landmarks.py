@@ -12,13 +12,18 @@ from attnzoo.sequences.ordering import true_first
 def segment_means(
     x: Tensor, segments: int, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Means of `segments` runs of real tokens, (batch, heads, segments, d), summed in float32 at
-    least and returned in x's dtype; and which segments hold a token, (batch, segments) bool (None:
-    all do).
+    """Means over segments of consecutive real tokens.
 
-    x: (batch, heads, length, d) with segments <= length. Segments are cut by rank among the real
-    tokens, not by slot, so padding anywhere changes nothing: of N tokens the r-th belongs to
-    segment ⌊r · segments / N⌋. With N < segments some stay empty.
+    Segments are cut by counting real tokens, not slots, so that padding anywhere changes nothing:
+    of N real tokens the r-th belongs to segment ⌊r · segments / N⌋. With N < segments some segments
+    stay empty. Sums are in float32 at least.
+
+    x: (batch, heads, length, d)
+    segments: number of segments, at most length
+    key_mask: (batch, length) bool, True for real tokens; None: all are real
+
+    Returns the means, (batch, heads, segments, d) in x's dtype, and which segments hold a token,
+    (batch, segments) bool, or None when all do.
     """
     dtype, length = accumulation_dtype(x.dtype), x.shape[2]
     if key_mask is None and length % segments == 0:
@@ -28,9 +33,8 @@ def segment_means(
         if key_mask is None
         else key_mask.sum(1, keepdim=True)
     )
-    borders = -(
-        -torch.arange(segments + 1, device=x.device) * tokens // segments
-    )  # the first rank of each, (batch or 1, segments + 1)
+    # The number, among real tokens, of the first one of each segment, (batch or 1, segments + 1).
+    borders = -(-torch.arange(segments + 1, device=x.device) * tokens // segments)
     rank = borders[:, :-1, None] + torch.arange(-(-length // segments), device=x.device)
     inside = rank < borders[:, 1:, None]
     rank = rank.clamp(max=length - 1).flatten(1)
@@ -46,8 +50,14 @@ def segment_means(
 
 
 def pseudo_inverse(kernel: Tensor, iterations: int) -> Tensor:
-    """Of matrices B (..., m, m) whose rows sum to 1 or are 0: Z ← ¼ Z (13 I − B Z (15 I − B Z (7 I
-    − B Z))) from Z = Bᵀ / (‖B‖₁ ‖B‖_∞)."""
+    """The approximate pseudo-inverse Z of matrices B, by the iteration of Nyströmformer (Xiong et
+    al. 2021).
+
+        Z ← ¼ Z (13 I − B Z (15 I − B Z (7 I − B Z))),    from Z = Bᵀ / (‖B‖₁ ‖B‖_∞)
+
+    kernel: (..., m, m), the matrices B, whose rows sum to 1 or are 0
+    iterations: number of steps
+    """
     largest = kernel.sum(-2, keepdim=True).amax(-1, keepdim=True)  # ‖B‖₁; ‖B‖_∞ is 1
     inverse = kernel.mT / largest.clamp(min=torch.finfo(largest.dtype).tiny)
     identity = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)

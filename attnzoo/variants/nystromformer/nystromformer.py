@@ -31,9 +31,12 @@ class Nystromformer(Attention):
     causality, since a landmark holds the future. Use it in encoders of long, smooth input; not
     where one token must be found.
 
-    num_landmarks: segments, cut by rank among the real tokens (padding moves none). iterations: of
-    the pseudo-inverse. convolution: size, odd, of a learned depthwise convolution of v along the
-    length that is added to the output (figure 4); None: none. scale: of the scores.
+    num_landmarks: number of segments whose means are the landmarks; they are cut by counting real
+        tokens, so that padding moves none
+    iterations: number of steps of the pseudo-inverse
+    convolution: size, an odd number, of a learned depthwise convolution of v along the length that
+        is added to the output (figure 4); None: there is none
+    scale: s, the factor of the scores, 1/sqrt(head_dim) by default
     """
 
     spec = Spec(

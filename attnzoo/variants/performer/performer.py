@@ -24,11 +24,11 @@ class Performer(Attention):
     about 4, where answering the mean of v errs by 0.8. Use it where norms are small, and measure
     yours first; not in the place of a trained softmax whose scores are large.
 
-    num_features: number of directions (hyperbolic and trigonometric maps are twice as wide).
-    features: "positive", "hyperbolic", "trigonometric" or "relu". orthogonal: orthogonal directions
-    (lower variance) or independent ones.
-    seed: of the draw, which is kept in state_dict; see `redraw`. scale: factor of the scores,
-    default 1/sqrt(head_dim).
+    num_features: number of directions; "hyperbolic" and "trigonometric" make two features of each
+    features: "positive", "hyperbolic", "trigonometric" or "relu"
+    orthogonal: whether directions are orthogonal, which lowers the variance, or independent
+    seed: draws the directions, which are kept in state_dict; see `redraw`
+    scale: factor of the scores, 1/sqrt(head_dim) by default
     """
 
     spec = Spec(

@@ -17,12 +17,20 @@ class RandomFeatures(FeatureMap):
     """FAVOR+ (Choromanski et al. 2021): E_ω[φ(q) · φ(k)] = exp(scale · q·k) for all kinds but
     "relu".
 
-    projection: (num_features, head_dim), rows ω ~ N(0, I); orthogonal within blocks of head_dim
-    rows if asked for. With x scaled by scale^½ and m = num_features:
+    head_dim: numbers in each query and key
+    num_features: m, the number of random directions
+    kind: one of the maps below
+    orthogonal: whether directions are orthogonal within blocks of head_dim, or independent
+    seed: draws the directions
+    scale: factor of the scores, positive; None: 1/sqrt(head_dim)
+
+    Its buffer `projection` holds the directions as rows ω ~ N(0, I), (num_features, head_dim). With
+    x scaled by scale^½:
       positive       φ(x) = exp(-|x|²/2) · exp(ωx) / √m              (Lemma 1)
       hyperbolic     φ(x) = exp(-|x|²/2) · [exp(ωx), exp(-ωx)] / √2m  (Lemma 1, smaller variance)
-      trigonometric φ(x) = exp(+|x|²/2) · [sin ωx, cos ωx] / √m (random Fourier features; A may be
-          negative) relu φ(x) = max(ωx, 0) / √m (Performer-ReLU; no softmax kernel)
+      trigonometric  φ(x) = exp(+|x|²/2) · [sin ωx, cos ωx] / √m  (random Fourier features; A may be
+                     negative)
+      relu           φ(x) = max(ωx, 0) / √m  (Performer-ReLU; no softmax kernel)
     """
 
     has_vjp = True

@@ -24,7 +24,8 @@ class AngularHash(nn.Module):
         results together name one of as many buckets as their product is: far fewer directions for
         many buckets (Kitaev et al. 2020, section 3)
     num_hashes: hash rounds
-    seed: of the rotations
+    head_dim: numbers in each vector that is hashed
+    seed: draws the rotations
 
     Its buffer `rotations` is R of each round, (num_hashes, head_dim, directions), normally
     distributed and the same for all heads: half as many directions as buckets, for each number one

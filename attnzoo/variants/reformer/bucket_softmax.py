@@ -36,11 +36,11 @@ class BucketSoftmax(Softmax):
     """Query i sees the keys of its bucket in its own and the neighbouring chunks, in any hash
     round, and the key at its own position.
 
-    hashing: names the buckets
-    chunk_size: keys of a chunk
-    share_qk: keys are queries: they are scaled to length 1, and a query sees its own only when it
-        sees nothing else
-    scale: of the scores; default 1/sqrt(head_dim), with share_qk 1
+    hashing: gives each query and key its bucket in every hash round
+    chunk_size: number of keys in a chunk of a bucket
+    share_qk: whether keys are the queries, scaled to length 1; then a query sees its own key only
+        if it sees nothing else
+    scale: factor of the scores, 1/sqrt(head_dim) by default, or 1 with share_qk
     """
 
     def __init__(

@@ -40,13 +40,15 @@ class Reformer(Attention):
     at every step: right, not fast. Sorting and masks outweigh the products: on a CPU SDPA was
     faster at every length up to 16,384 causal tokens.
 
-    num_buckets: even, or 1; in the paper about 2·length/chunk_size, here fixed, so that no row
-    changes as it grows. Several such numbers are hashed one by one, for as many buckets as their
-    product: [256, 128] names 32,768 by 192 directions. num_hashes: hash rounds.
+    num_buckets: an even number, or 1; in the paper about 2·length/chunk_size, here fixed, so that
+        no row changes as the sequence grows. Several such numbers are hashed one by one, for as
+        many buckets as their product: [256, 128] names 32,768 buckets by 192 directions
+    num_hashes: number of hash rounds
+    chunk_size: number of tokens in a chunk of a bucket
     share_qk: the paper's form: k is q (pass one tensor), keys are scaled to length 1 and a token
-    sees itself only if it sees nothing else.
-    seed: of the rotations, which are kept in state_dict; see `redraw`. scale: of the scores,
-    default 1/sqrt(head_dim), with share_qk 1.
+        sees itself only if it sees nothing else
+    seed: draws the rotations R, which are kept in state_dict; see `redraw`
+    scale: factor of the scores, 1/sqrt(head_dim) by default, or 1 with share_qk
     """
 
     spec = Spec(

@@ -37,9 +37,10 @@ from attnzoo.variants.sparse_transformer.factorized_shares import shares_of
 class Factorized(Sparse):
     """Softmax over the keys that two factors show.
 
-    near, far: the factors
+    near, far: the factors, which show keys near the query and keys at all distances
     merged: whether every head sees the keys of both; else heads see those of one, in turn
-    scale, dropout: as in `SoftmaxReference`
+    scale: factor of the scores, 1/sqrt(head_dim) by default
+    dropout: probability that an entry of A is dropped, in training only
     """
 
     def __init__(

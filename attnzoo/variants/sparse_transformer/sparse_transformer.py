@@ -36,9 +36,14 @@ class SparseTransformer(Attention):
     layer must find any token by its content. The paper's form is causal; without is_causal, ours
     drops j <= i and changes nothing else. Decoding keeps every key and reads those in S.
 
-    pattern: strided or fixed. stride: in tokens. expressivity: fixed's summary positions in a
-    block, at most stride. factors: merged, every head sees S₁ ∪ S₂; by_head, heads see S₁ and S₂ in
-    turn, S₁ first (section 5.1). scale, dropout: as in standard.
+    pattern: "strided" or "fixed"
+    stride: in tokens, see S₁ and S₂
+    expressivity: how many positions at the end of every block the S₂ of "fixed" shows, at most
+        stride; "strided" does not use it
+    factors: "merged", every head sees S₁ ∪ S₂; "by_head", heads see S₁ and S₂ in turn, S₁ first
+        (section 5.1)
+    scale: factor of the scores, 1/sqrt(head_dim) by default
+    dropout: probability that an entry of A is dropped, in training only
     """
 
     spec = Spec(

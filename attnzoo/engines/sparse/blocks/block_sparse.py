@@ -32,7 +32,9 @@ class BlockSparse(Sparse):
     `ragged`, the same for padded samples whose blocks count from their own ends; `flex`,
     FlexAttention on CUDA; the reference.
 
-    pattern: which blocks. scale, dropout: as in `SoftmaxReference`.
+    pattern: which blocks of keys each block of queries sees
+    scale: factor of the scores, 1/sqrt(head_dim) by default
+    dropout: probability that an entry of A is dropped, in training only
     """
 
     pattern: BlockPattern

@@ -1,4 +1,4 @@
-"""Patterns in whole blocks of positions: near ones, global ones, and lists of blocks as sets."""
+"""Patterns in whole blocks of positions: blocks near the query, global blocks, and their unions."""
 
 from __future__ import annotations
 
@@ -15,37 +15,41 @@ from attnzoo.engines.sparse.patterns.pattern import BlockTable, Pattern, Union
 
 
 class BlockPattern(Pattern):
-    """A pattern in whole blocks of `block_size` positions, so that the engine can fetch keys block
-    by block."""
+    """A pattern in whole blocks of positions, so that the engine can fetch keys block by block.
+
+    block_size: number of positions in a block
+    """
 
     block_size: int
     counts_positions = True
 
     @property
     def most_blocks(self) -> int:
-        """Key blocks that a query block lists at most."""
+        """How many key blocks a query block lists at most."""
         raise NotImplementedError
 
     def key_blocks(self, grid: Grid) -> Tensor:
-        """Key blocks that each query block sees, (heads or 1, query_blocks, width), -1 for none;
-        repetitions are allowed. A query block that sees everything (`sees_all`) may list any
-        part."""
+        """The numbers of the key blocks that each query block sees, (heads or 1, query_blocks,
+        width), with (batch,) in front in a `PaddedGrid`.
+
+        -1 stands for no block, and a block may be listed twice. A query block that sees everything
+        (`sees_all`) may list any of the blocks.
+        """
         raise NotImplementedError
 
     def sees_all(self, grid: Grid) -> Tensor:
-        """Query blocks that see every key, (1, query_blocks) bool; (batch, 1, query_blocks) in a
-        `PaddedGrid`."""
+        """Which query blocks see every key, (1, query_blocks) bool, or (batch, 1, query_blocks) in
+        a `PaddedGrid`."""
         return torch.zeros_like(grid.query_blocks(self.block_size), dtype=torch.bool)[None]
 
     def seen_blocks(self, grid: Grid) -> Tensor:
-        """`key_blocks` and `sees_all` as a table, (heads or 1, query_blocks, key_blocks) bool,
-        causality left out."""
+        """`key_blocks` and `sees_all` as one table without causality, (heads or 1, query_blocks,
+        key_blocks) bool, with (batch,) in front in a `PaddedGrid`."""
         blocks = self.key_blocks(grid)
         count = grid.num_key_blocks(self.block_size)
         seen = blocks.new_zeros(*blocks.shape[:-1], count + 1, dtype=torch.bool)
-        seen.scatter_(
-            -1, blocks % (count + 1), torch.ones_like(blocks, dtype=torch.bool)
-        )  # -1 lands in the extra column
+        # The extra column takes the -1, and is cut off.
+        seen.scatter_(-1, blocks % (count + 1), torch.ones_like(blocks, dtype=torch.bool))
         return seen[..., :count] | self.sees_all(grid)[..., None]
 
     @property
@@ -84,6 +88,7 @@ class BlockPattern(Pattern):
 
 @lru_cache
 def _sees_every_block(pattern: BlockPattern, grid: Grid) -> bool:
+    """Whether each query block sees every key block that causality shows it."""
     with unrecorded():
         hidden = ~pattern.seen_blocks(grid)
         if grid.is_causal:
@@ -95,7 +100,7 @@ def _sees_every_block(pattern: BlockPattern, grid: Grid) -> bool:
 
 @dataclass(frozen=True)
 class BlockUnion(BlockPattern):
-    """Blocks that either pattern shows."""
+    """The blocks that at least one of two patterns of the same block size shows."""
 
     left: BlockPattern
     right: BlockPattern
@@ -124,7 +129,11 @@ class BlockUnion(BlockPattern):
 
 @dataclass(frozen=True)
 class WindowBlocks(BlockPattern):
-    """The query's own block and (num_blocks - 1) / 2 blocks on each side; num_blocks is odd."""
+    """The query's own block and its neighbours.
+
+    num_blocks: how many blocks in all, an odd number, so that as many stand on each side
+    block_size: number of positions in a block
+    """
 
     num_blocks: int
     block_size: int
@@ -152,8 +161,14 @@ class WindowBlocks(BlockPattern):
 
 @dataclass(frozen=True)
 class GlobalBlocks(BlockPattern):
-    """Blocks that everyone sees and that see everyone: the first and last ones in turn, or the
-    first ones only when causal."""
+    """Blocks whose keys every query sees, and whose queries see every key.
+
+    They are the first blocks in a causal call; else half of them are the first and half the last
+    blocks, with one more at the beginning if the number is odd.
+
+    num_blocks: how many blocks in all
+    block_size: number of positions in a block
+    """
 
     num_blocks: int
     block_size: int
@@ -168,7 +183,8 @@ class GlobalBlocks(BlockPattern):
         return self.num_blocks
 
     def _blocks(self, grid: Grid) -> Tensor:
-        """(1, 1, num_blocks), with a batch dimension in front in a `PaddedGrid`; -1 for none."""
+        """The numbers of the global blocks, (1, 1, num_blocks), or (batch, 1, 1, num_blocks) in a
+        `PaddedGrid`; -1 where a sample has fewer blocks."""
         count = grid.filled_blocks(self.block_size)[..., None]
         index = torch.arange(self.num_blocks, device=grid.device)
         first = self.num_blocks if grid.is_causal else -(-self.num_blocks // 2)
@@ -185,8 +201,8 @@ class GlobalBlocks(BlockPattern):
 
 
 def block_limit(grid: Grid, block_size: int) -> Tensor:
-    """The first key block that no query of a query block sees, (1, query_blocks), with a batch
-    dimension in front in a `PaddedGrid`."""
+    """For each query block, the number of the first key block that causality or the end of the keys
+    hides from it, (1, query_blocks), or (batch, 1, query_blocks) in a `PaddedGrid`."""
     rows = grid.query_blocks(block_size)
     limit = grid.filled_blocks(block_size)
     if grid.is_causal:
@@ -195,8 +211,14 @@ def block_limit(grid: Grid, block_size: int) -> Tensor:
 
 
 def distinct(blocks: Tensor, limit: Tensor | int) -> Tensor:
-    """Sort the last dimension ascending; -1, repetitions and blocks at or past `limit` become a
-    number past every block."""
+    """Lists of key blocks as sets: sorted, each block once.
+
+    blocks: (..., width), numbers of key blocks, -1 for none
+    limit: (...), or a number: blocks from this one on are removed
+
+    Returns the same shape, in ascending order; repetitions and whatever was removed have become a
+    number larger than any block's, at the end.
+    """
     nowhere = torch.iinfo(torch.int64).max
     blocks = (
         blocks.where(

@@ -14,7 +14,13 @@ from attnzoo.sequences.padding import ends, leading
 
 @dataclass(frozen=True)
 class Grid:
-    """The sizes that a pattern is laid over."""
+    """The sizes of a call, as a pattern takes them.
+
+    heads: number of query heads
+    query_length, key_length: number of queries and of keys
+    is_causal: whether later keys will be hidden
+    device: where the pattern makes its tensors; None: torch's default
+    """
 
     heads: int
     query_length: int
@@ -27,55 +33,58 @@ class Grid:
         return self.key_length - self.query_length
 
     def query_positions(self) -> Tensor:
-        """(1, query_length, 1)."""
+        """The position of each query, (1, query_length, 1)."""
         return torch.arange(self.offset, self.key_length, device=self.device)[None, :, None]
 
     def key_positions(self) -> Tensor:
-        """(1, 1, key_length)."""
+        """The position of each key, (1, 1, key_length)."""
         return torch.arange(self.key_length, device=self.device)[None, None]
 
     def query_blocks(self, block_size: int) -> Tensor:
-        """Blocks of positions that hold a query, (query_blocks,); negative where there are more
-        queries than keys."""
+        """The numbers of the blocks of positions that hold a query, (query_blocks,); some are
+        negative where there are more queries than keys."""
         return torch.arange(
             self.offset // block_size, (self.key_length - 1) // block_size + 1, device=self.device
         )
 
     def num_key_blocks(self, block_size: int) -> int:
-        """Blocks of slots that hold keys."""
+        """How many blocks of slots hold keys."""
         return -(-self.key_length // block_size)
 
     def filled_blocks(self, block_size: int) -> Tensor:
-        """Blocks of positions up to the last key, (1, 1), or (batch, 1, 1) in a `PaddedGrid`."""
+        """How many blocks of positions there are up to the last key, (1, 1), or (batch, 1, 1) in a
+        `PaddedGrid`."""
         return torch.full((1, 1), self.num_key_blocks(block_size), device=self.device)
 
 
 @dataclass(frozen=True, eq=False)
 class PaddedGrid(Grid):
-    """A grid whose samples are padded: positions count from the first real token of each, so that
-    they have a batch dimension in front.
+    """The sizes of a call whose samples are padded.
 
-    length: (batch,), positions from the first real token to the last key. first: (batch,), the slot
-    of position 0; None: slot 0 in every sample.
+    A slot is an index along the length; a position counts from the first real token of its sample,
+    so that positions have a batch dimension in front.
+
+    length: (batch,), how many positions there are from the first real token to the last key
+    first: (batch,), the slot of position 0; None: slot 0 in every sample
     """
 
     length: Tensor = field(kw_only=True)
     first: Tensor | None = field(kw_only=True, default=None)
 
     def query_positions(self) -> Tensor:
-        """(batch, 1, query_length, 1)."""
+        """The position of each query, (batch, 1, query_length, 1)."""
         return self._counted(super().query_positions())
 
     def key_positions(self) -> Tensor:
-        """(batch, 1, 1, key_length); what is padded has a position too, and its key_mask hides
-        it."""
+        """The position of each key, (batch, 1, 1, key_length). Padded slots have positions, too;
+        the call's key_mask hides them."""
         return self._counted(super().key_positions())
 
     def _counted(self, slots: Tensor) -> Tensor:
         return slots[None] if self.first is None else slots - self.first[:, None, None, None]
 
     def query_blocks(self, block_size: int) -> Tensor:
-        """Of all samples together."""
+        """The numbers of the blocks that hold a query of any sample, (query_blocks,)."""
         if self.first is None:
             return super().query_blocks(block_size)
         lowest, highest = 0, self.key_length
@@ -89,15 +98,20 @@ class PaddedGrid(Grid):
 
 
 def padded(grid: Grid, key_mask: Tensor) -> PaddedGrid:
-    """The grid of a call with this key_mask, (batch, key_length) bool. A causal one does not know
-    where its samples end."""
+    """The sizes `grid` with the padding of a key_mask.
+
+    In a causal call every sample is taken to end at the last slot: what a row sees must not depend
+    on whether later tokens are real.
+
+    key_mask: (batch, key_length) bool, False in padded slots
+    """
     first = leading(key_mask)
     length = (grid.key_length if grid.is_causal else ends(key_mask)) - first
     return PaddedGrid(**vars(grid), length=length, first=first)
 
 
 def grid_of(call: Call) -> Grid:
-    """The sizes of a call, for its pattern."""
+    """The sizes of a call, as its pattern takes them."""
     return Grid(
         _constant(call.q.shape[1]),
         _constant(call.query_length),
@@ -108,6 +122,6 @@ def grid_of(call: Call) -> Grid:
 
 
 def _constant(length: int) -> int:
-    """The same number, which a compiled graph then takes as a constant: a layout is made for one
-    length. int() would stay symbolic."""
+    """The same number, as a constant where a compiler has it as a symbol, since the blocks of a
+    pattern are laid out for one length. int() would leave it a symbol."""
     return len(range(int(length)))

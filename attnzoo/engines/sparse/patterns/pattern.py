@@ -1,8 +1,8 @@
 """Which keys a query may see: the support of a sparse A, as small patterns joined by `|` and `&`.
 
-Query i stands at position key_length - query_length + i. Causality is not a pattern: the engine
-intersects with it, and a pattern is told of it only because some (global blocks, random draws)
-choose differently then.
+The support is where A may differ from 0. Query i stands at position key_length - query_length + i.
+Causality is not a pattern: the engine hides later keys itself, and a pattern is told whether a call
+is causal only because some (global blocks, random draws) then choose other keys.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from attnzoo.sequences.padding import stand_on_leading
 
 @dataclass(frozen=True)
 class BlockTable:
-    """A pattern as blocks of queries and keys, for a kernel that walks such a table.
+    """A pattern as a table of query blocks × key blocks, for a kernel that computes by blocks.
 
-    ahead: empty rows before the first query, so that blocks of rows are blocks of positions.
-    seen, whole: (heads or 1, query_blocks, key_blocks) bool, blocks that hold a visible key, and
-        blocks in which every key is visible to every query.
+    ahead: empty rows before the first query, so that blocks of rows are blocks of positions
+    seen: (heads or 1, query_blocks, key_blocks) bool, blocks in which some query sees some key
+    whole: of the same shape, blocks in which every query sees every key
     """
 
     ahead: int
@@ -31,13 +31,15 @@ class BlockTable:
 
 
 class Pattern:
-    """A set of keys for every query. reach: how many keys back a causal query can see, itself
-    included (None: to the first).
+    """A set of keys for every query.
 
-    table_block_size: positions in a block of its `table` (None: it has none). farthest: keys at
-    this distance or more are hidden inside the blocks of the table (None: the blocks say it all).
-    counts_positions: whether it depends on how far from the first token a key stands, and not on
-    distances alone. tied_to_end: whether, without causality, it depends on how far from the last.
+    reach: how many keys back a causal query can see, its own included; None: to the first
+    table_block_size: positions in a block of its `table`; None: it has no table
+    farthest: keys at this distance or more are hidden inside the blocks of the table; None: every
+        key of a block that is seen is visible, as far as causality allows
+    counts_positions: whether it depends on how far a key stands from the first token, and not only
+        on its distance from the query
+    tied_to_end: whether, without causality, it depends on how far a key stands from the last token
     """
 
     reach: int | None = None
@@ -48,18 +50,26 @@ class Pattern:
 
     @property
     def remembers(self) -> int | None:
-        """How many keys decoding must keep, at most (None: all)."""
+        """How many keys decoding must keep, at most; None: all."""
         return self.reach
 
     def mask(self, grid: Grid) -> Tensor:
-        """(heads or 1, query_length, key_length) bool, True = visible, causality left out; in a
-        `PaddedGrid` (batch or 1, heads or 1, query_length, key_length)."""
+        """The pattern as a mask without causality, (heads or 1, query_length, key_length) bool,
+        True = visible; for a `PaddedGrid`, (batch or 1, heads or 1, query_length, key_length).
+
+        grid: the sizes of the call
+        """
         raise NotImplementedError
 
     def support(self, call: Call) -> Tensor:
-        """The keys that the pattern shows in a call, its masks left out, (batch or 1, heads or 1,
-        query_length, key_length) bool. Positions count from the first real token of a sample, and
-        in a square call a row on leading padding sees nothing."""
+        """The keys that the pattern shows in a call, before the call's own masks and causality.
+
+        Positions count from the first real token of each sample. In a call with as many queries as
+        keys, a row on padding before that token sees nothing.
+
+        Returns (heads or 1, query_length, key_length) bool, with (batch or 1) in front where
+        samples differ.
+        """
         if call.key_mask is None or not self.counts_positions:
             return self.mask(grid_of(call))
         seen = self.mask(padded(grid_of(call), call.key_mask))
@@ -68,12 +78,12 @@ class Pattern:
         return seen & ~stand_on_leading(call.key_mask)[:, None, :, None]
 
     def table(self, grid: Grid) -> BlockTable:
-        """The pattern as blocks."""
+        """The pattern as a table of blocks, causality included, for these sizes."""
         raise NotImplementedError
 
     def hides_nothing(self, grid: Grid) -> bool:
-        """Whether every query sees every key that causality shows it. False also where finding out
-        would cost more than it brings."""
+        """Whether every query sees every key that causality shows it. False, too, where finding out
+        would cost more time than knowing would save."""
         return False
 
     def __or__(self, other: Pattern) -> Pattern:

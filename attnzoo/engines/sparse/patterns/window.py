@@ -1,4 +1,4 @@
-"""The window: keys near a query, with or without dilation and sinks."""
+"""The window pattern: keys near a query, with or without dilation and sinks."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.pattern import BlockTable, Pattern
 from attnzoo.sequences.padding import first_real
 
-TABLE_BLOCK = 128  # positions in a block of a window's table: what FlexAttention is tuned for
+TABLE_BLOCK = 128  # positions in a block of a window's table, the size FlexAttention is tuned for
 
 
 @dataclass(frozen=True)
 class Window(Pattern):
-    """Keys closer than `window` tokens: |i - j| < window. Causal, that is `window` keys, the
-    query's own included.
+    """Keys closer than `window` tokens: |i - j| < window. In a causal call these are `window` keys,
+    the query's own included.
 
-    dilation: of these distances only every dilation-th, |i - j| < window · dilation with (i - j) %
-    dilation == 0: as many keys, from farther. One number for all heads, or one for each head.
-    sinks: the first so many slots are visible too, whatever the distance. Other libraries count
-    otherwise; the converters speak their dialects. Hugging Face's `sliding_window` is `window`
-    itself.
+    Other libraries count differently; the methods `from_...` and `to_...` convert. Hugging Face's
+    `sliding_window` is the same number as `window`.
+
+    window: keys at this distance or more are hidden
+    dilation: with a dilation only every dilation-th key is visible, (i - j) % dilation == 0, and
+        as many keys as without it, |i - j| < window · dilation; one number for all heads, or one
+        for each head
+    sinks: how many slots at the beginning are visible to every query, too, whatever their distance
     """
 
     window: int
@@ -43,7 +46,7 @@ class Window(Pattern):
 
     @property
     def dilations(self) -> tuple[int, ...]:
-        """One for each head, or one for all."""
+        """The dilation of each head, or one for all heads."""
         return self.dilation if isinstance(self.dilation, tuple) else (self.dilation,)
 
     @property
@@ -71,13 +74,14 @@ class Window(Pattern):
         return self.window
 
     def table(self, grid: Grid) -> BlockTable:
-        """Of a plain window, which is the same wherever its blocks begin."""
+        """The table of a plain window, one without dilation and sinks. It depends on distances
+        alone, so that its blocks may begin anywhere, and no empty rows are needed."""
         first_row = torch.arange(grid.offset, grid.key_length, TABLE_BLOCK, device=grid.device)
         first_key = torch.arange(0, grid.key_length, TABLE_BLOCK, device=grid.device)
         last_row, last_key = (
             (x + TABLE_BLOCK - 1).clamp(max=grid.key_length - 1) for x in (first_row, first_key)
         )
-        # The least and the largest distance i - j in a block.
+        # The smallest and the largest distance i - j in each block.
         nearest, farthest = first_row[:, None] - last_key, last_row[:, None] - first_key
         least = 0 if grid.is_causal else 1 - self.window
         seen = (farthest >= least) & (nearest < self.window)
@@ -92,14 +96,17 @@ class Window(Pattern):
         return near | first_real(call.key_mask, self.sinks)[:, None, None]
 
     def hides_nothing(self, grid: Grid) -> bool:
-        seen = (
-            self.window + self.sinks if grid.is_causal else self.window
-        )  # the first slots lie behind a window that looks back alone
+        # Only a causal window, which looks back alone, is continued by the sinks at the beginning.
+        seen = self.window + self.sinks if grid.is_causal else self.window
         return set(self.dilations) == {1} and max(grid.query_length, grid.key_length) <= seen
 
     def heads_by_dilation(self, heads: int) -> dict[int, list[int]]:
-        """The heads of every dilation, in ascending order. Raises ValueError when there is not one
-        dilation for each head."""
+        """The heads that have each dilation, in ascending order.
+
+        heads: number of query heads
+
+        Raises ValueError if the window has a tuple of dilations of another length.
+        """
         if not isinstance(self.dilation, tuple):
             return {self.dilation: list(range(heads))}
         if len(self.dilation) != heads:
@@ -113,7 +120,7 @@ class Window(Pattern):
         return found
 
     def of_heads(self, first: int, count: int) -> Window:
-        """The window of these heads alone."""
+        """The window of `count` heads from head `first` on."""
         return (
             replace(self, dilation=self.dilation[first : first + count])
             if isinstance(self.dilation, tuple)
@@ -122,8 +129,14 @@ class Window(Pattern):
 
     @classmethod
     def from_flash_attention(cls, left: int, right: int) -> Window:
-        """flash-attn's window_size=(left, right): keys i - left .. i + right. right is 0 when
-        causal, else it must equal left."""
+        """The window of flash-attn's window_size=(left, right), in which query i sees the keys
+        i - left to i + right.
+
+        left: how many keys before its own the query sees
+        right: how many keys after its own; 0 when causal, else it must equal left
+
+        Raises ValueError for any other right, and for a negative left.
+        """
         if left < 0 or right not in (0, left):
             raise ValueError(
                 f"window_size=({left}, {right}) has no equal here; give left >= 0 and right = 0 "
@@ -132,15 +145,24 @@ class Window(Pattern):
         return cls(left + 1)
 
     def to_flash_attention(self, is_causal: bool) -> tuple[int, int]:
-        """As flash-attn's window_size=(left, right). Raises ValueError where it has no such
-        window."""
+        """flash-attn's window_size=(left, right) for this window.
+
+        is_causal: whether later keys are hidden, which makes right 0
+
+        Raises ValueError if the window has a dilation or sinks, which flash-attn has not.
+        """
         self._check_plain("flash-attn")
         return self.window - 1, 0 if is_causal else self.window - 1
 
     @classmethod
     def from_longformer(cls, attention_window: int) -> Window:
-        """Longformer's attention_window: an even number of keys, half of them on each side, and the
-        query's own."""
+        """The window of Longformer's attention_window.
+
+        attention_window: an even number of keys, half of them on each side of the query, which
+            sees its own key besides
+
+        Raises ValueError if the number is odd.
+        """
         if check_positive("attention_window", attention_window) % 2:
             raise ValueError(
                 f"attention_window={attention_window} must be even: half on each side of the query"
@@ -148,7 +170,8 @@ class Window(Pattern):
         return cls(attention_window // 2 + 1)
 
     def to_longformer(self) -> int:
-        """As Longformer's attention_window. Raises ValueError where it has no such window."""
+        """Longformer's attention_window for this window. Raises ValueError if the window has a
+        dilation or sinks, or shows the query's own key alone."""
         self._check_plain("Longformer's code")
         if self.window == 1:
             raise ValueError(

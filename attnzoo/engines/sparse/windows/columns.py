@@ -1,7 +1,8 @@
 """A window and, beside it, columns: a few keys that every row sees, wherever it stands.
 
-They are laid beside every slice of the window, so that one softmax goes over both; in the window
-itself they are hidden, so that a key counts once.
+Rows of a window are computed in parts, each with a slice of consecutive keys. The columns are laid
+beside every slice, so that one softmax goes over both; in the slice itself they are hidden, so that
+a key counts once.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from attnzoo.engines.sparse.windows.window_tiles import pieces_of_head
 
 @dataclass(frozen=True)
 class Columns:
-    """Keys that every row sees.
+    """Keys that every row sees, as far as causality allows.
 
-    k, v: (batch, kv_heads, count, d)
-    real: (batch, count) bool, False where a sample has fewer
-    slots: (batch, count), where they stand among the keys
+    k, v: (batch, kv_heads, count, head_dim or value_dim)
+    real: (batch, count) bool, False where a sample has fewer than count
+    slots: (batch, count), where they stand among the keys of the call
     """
 
     k: Tensor
@@ -47,16 +48,19 @@ class Columns:
         return self.k.shape[2]
 
     def in_classes(self, dilation: int, places: int) -> Columns:
-        """The columns of a call whose positions are folded by residue modulo the dilation into the
-        batch. Their slots are places of a class, such that causality shows them to the same rows.
+        """The columns of a call whose positions are folded into the batch, as `dilated.Fold` does:
+        positions with the same remainder modulo the dilation form a class.
 
-        places: keys of a class
+        Every class gets every column. Its slot becomes the place in the class from which on
+        causality must show the column, so that the same rows see it as before.
+
+        dilation: number of classes
+        places: number of keys of a class
         """
         k, v, real = (x.repeat_interleave(dilation, 0) for x in (self.k, self.v, self.real))
         classes = torch.arange(dilation, device=k.device)[:, None]
-        rounded_up = torch.arange(places + 1, device=k.device).repeat_interleave(
-            dilation
-        )  # of a position, by looking it up: no division to count
+        # Position / dilation, rounded up, is looked up: a division would be counted as arithmetic.
+        rounded_up = torch.arange(places + 1, device=k.device).repeat_interleave(dilation)
         return Columns(
             k, v, real, rounded_up[self.slots[:, None] - classes + dilation - 1].flatten(0, 1)
         )
@@ -68,7 +72,16 @@ AttendColumns = Callable[[SoftmaxReference, Window, Call, Columns], Tensor]
 def attend_dilated(
     engine: SoftmaxReference, window: Window, call: Call, columns: Columns, attend: AttendColumns
 ) -> Tensor:
-    """A·v for a window of one dilation, whatever that is, by what attends to a plain one."""
+    """A·v for a window with one dilation for all heads, by a function that takes a plain window.
+
+    engine: gives scale and dropout
+    window: its dilation is one number
+    call: the whole call; its key_mask hides the columns from the window
+    columns: the keys that every row sees besides
+    attend: computes A·v under a plain window and columns
+
+    Returns (batch, heads, query_length, value_dim).
+    """
 
     def attend_plain(plain: Window, part: Call) -> Tensor:
         its_columns = columns
@@ -84,8 +97,15 @@ def attend_dilated(
 
 
 def in_tiles(engine: SoftmaxReference, pattern: Window, call: Call, columns: Columns) -> Tensor:
-    """A·v for a plain window and columns, which the call's key_mask hides from the window, in the
-    memory of `tiles`."""
+    """A·v for a plain window and columns by `tiles`, a few rows at a time on the CPU.
+
+    engine: gives scale and dropout
+    pattern: a window without dilation
+    call: its key_mask hides the columns from the window
+    columns: the keys that every row sees besides
+
+    Returns (batch, heads, query_length, value_dim).
+    """
     grid, key_mask, lengths = grid_of(call), call.key_mask, [call.key_length, columns.count]
     real, slots = columns.real, columns.slots
     assert key_mask is not None
@@ -106,19 +126,21 @@ def in_tiles(engine: SoftmaxReference, pattern: Window, call: Call, columns: Col
 
 
 def in_slices(engine: SoftmaxReference, pattern: Window, call: Call, columns: Columns) -> Tensor:
-    """As `in_tiles`, by SDPA on slices of the keys with the columns beside them."""
+    """As `in_tiles`, by torch's SDPA on slices of the keys with the columns beside them."""
     grid = grid_of(call)
     return join(_rows(engine, pattern, call, columns, grid), call.query_length, 2)
 
 
 @dataclass(frozen=True)
 class _WithColumns:
-    """A piece (`tile_pieces.Piece`) of the window, and beside every part the columns, which are the
-    last `count` keys.
+    """A piece (`tile_pieces.Piece`) of the window with the columns beside every part. The columns
+    are the last `count` keys of the tensors that it is given.
 
+    slices: the piece of the window alone
+    count: number of columns
     offset: position of the first query
-    slots: of the columns, where causality hides some
-    like: of whose dtype the caps are
+    slots: (count,), where the columns stand; None where causality hides none of them from any row
+    like: a tensor of the dtype that caps have
     """
 
     slices: Slices
@@ -165,10 +187,13 @@ def _pieces(
     pattern: Window, grid: Grid, count: int, q: Tensor, slots: Tensor | None
 ) -> list[list[_WithColumns]]:
     """The pieces of the window with the columns, for every head, or for every sample and head where
-    the samples have slots.
+    `slots` is given.
 
-    count: of columns
-    slots: (batch, count), of the columns, where causality hides some
+    pattern: a window without dilation
+    grid: the sizes of the call
+    count: number of columns
+    q: (batch, heads, query_length, head_dim)
+    slots: (batch, count), where the columns stand; None in a call that is not causal
     """
     slices = pieces_of_head(pattern, grid, q, count)
     of_samples = [None] if slots is None else slots.unbind()
@@ -188,7 +213,8 @@ def _pieces(
 def _rows(
     engine: SoftmaxReference, pattern: Window, call: Call, columns: Columns, grid: Grid
 ) -> Iterator[Tensor]:
-    """The rows of edges and whole blocks in order, by SDPA over their keys and the columns."""
+    """All rows in order, by torch's SDPA over their keys and the columns: whole blocks of rows, and
+    the rows at both ends whose window does not lie inside the keys (see `window_plan`)."""
     found = plan(pattern, grid)
     for rectangle, part in cut(pattern, grid, call):
         first, end, low, high = rectangle
@@ -205,11 +231,18 @@ def _beside_columns(
     rectangle: Rectangle,
     shape: tuple[int, int],
 ) -> Tensor:
-    """Consecutive rows in parts, each part against its own keys and the columns.
+    """A·v of consecutive rows in parts, each part against its own keys and the columns.
 
+    engine: gives scale and dropout
+    pattern: a window without dilation
     call: its q, k and v are those of the rows, its key_mask is of all keys
+    columns: the keys that every row sees besides
+    grid: the sizes of the whole call
     rectangle: where the rows and their keys stand
-    shape: rows and keys of a part; the keys of the next part begin as many rows later
+    shape: rows and keys of a part; the keys of the next part begin as many keys later as a part has
+        rows
+
+    Returns (batch, heads, rows, value_dim).
     """
     (size, width), (batch, heads, rows, head_dim) = shape, call.q.shape
     parts, kv_heads = rows // size, call.k.shape[1]
@@ -244,11 +277,14 @@ def _seen(
     shape: tuple[int, int, int],
     some: slice,
 ) -> Tensor:
-    """Which of their keys and of the columns the rows of some samples see, (samples, parts, rows,
-    keys + columns) bool.
+    """Which of their keys and of the columns some rows see.
 
-    shape: parts, rows of each, keys of each
-    some: the samples
+    pattern, columns, grid, rectangle: as in `_beside_columns`
+    key_mask: (batch, key_length) bool, False in hidden slots; None: none is hidden
+    shape: number of parts, rows of each part, keys of each part
+    some: which samples
+
+    Returns (samples, parts, rows, keys + columns) bool.
     """
     (parts, size, width), device = shape, columns.slots.device
     rows = torch.arange(parts * size, device=device).view(parts, size, 1)
@@ -269,5 +305,6 @@ def _seen(
 
 
 def _slices(x: Tensor, width: int, size: int, parts: int) -> Tensor:
-    """(kv_heads, keys, d) -> (kv_heads, parts, width, d), views `size` keys apart."""
+    """The keys of every part, as views that begin `size` keys apart: (heads, keys, d) -> (heads,
+    parts, width, d)."""
     return x[:, None] if parts == 1 else slices_of(x, width)

@@ -1,8 +1,8 @@
-"""Dilated windows: positions that leave the same residue modulo the dilation form a sequence of
-their own, in which the window is plain.
+"""Dilated windows, in which a query sees only every dilation-th key around it.
 
-The residue classes are folded into the batch, and whatever attends to plain windows runs on them.
-Heads of one dilation go together.
+Positions with the same remainder modulo the dilation form a class, a sequence of their own, in
+which the window is plain (its dilation is 1). The classes are folded into the batch, and any
+function that attends to plain windows runs on them. Heads of one dilation are computed together.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.windows import window_plan
 
-AttendWindow = Callable[[Window, Call], Tensor]  # a window's A·v
+AttendWindow = Callable[[Window, Call], Tensor]  # computes A·v of a call under a window
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class Fold:
     """How positions become (classes, places): position p is place p // dilation of class p %
     dilation.
 
-    ahead: empty rows before the first query, so that queries begin at a class 0. spare: empty rows
-    and slots at the end.
+    dilation: the number of classes
+    ahead: empty rows before the first query, so that the first row belongs to class 0
+    spare: empty rows and slots at the end, so that all classes are equally long
     """
 
     dilation: int
@@ -55,8 +56,9 @@ class Fold:
         return x.unflatten(2, (-1, self.dilation)).permute(0, 3, 1, 2, 4).contiguous().flatten(0, 1)
 
     def key_mask(self, call: Call) -> Tensor | None:
-        """(batch · dilation, places) bool. Causal, an empty slot at the end needs no mask: no real
-        row sees it."""
+        """The folded key_mask, (batch · dilation, places) bool, which also hides the empty slots at
+        the end; None where nothing is to be hidden. A causal call need not hide empty slots, since
+        no real row comes after them."""
         mask = call.key_mask
         if mask is None:
             if call.is_causal or not self.spare:
@@ -67,12 +69,13 @@ class Fold:
         return F.pad(mask, (0, self.spare)).unflatten(1, (-1, self.dilation)).mT.flatten(0, 1)
 
     def rows(self, out: Tensor, query_length: int) -> Tensor:
-        """Back again: (batch · dilation, heads, places, d) -> (batch, heads, query_length, d)."""
+        """The inverse of `queries`, for the output: (batch · dilation, heads, places, d) -> (batch,
+        heads, query_length, d)."""
         whole = out.unflatten(0, (-1, self.dilation)).permute(0, 2, 3, 1, 4).flatten(2, 3)
         return whole[:, :, self.ahead : self.ahead + query_length]
 
     def shape(self, shape: Shape) -> Shape:
-        """The sizes of the folded call."""
+        """The sizes of the folded call, from those of the whole call."""
         queries, keys = self.ahead + shape.query_length + self.spare, shape.key_length + self.spare
         batch_size = shape.batch_size * self.dilation
         return replace(
@@ -84,15 +87,25 @@ class Fold:
 
 
 def attend(pattern: Window, call: Call, attend_window: AttendWindow) -> Tensor:
-    """A·v for a window of any dilation, by what attends to plain ones."""
+    """A·v for a window of any dilation, (batch, heads, query_length, value_dim).
+
+    pattern: the window, whose heads may differ in dilation
+    call: the whole call
+    attend_window: computes A·v under a plain window
+    """
     return by_dilation(
         pattern, call, lambda window, part: of_one_dilation(window, part, attend_window)
     )
 
 
 def by_dilation(pattern: Window, call: Call, attend_heads: AttendWindow) -> Tensor:
-    """A·v, the heads of every dilation by themselves: attend_heads takes their window, which has
-    one dilation, and their part of the call."""
+    """A·v, with the heads of each dilation computed by themselves.
+
+    pattern: the window, whose heads may differ in dilation
+    call: the whole call
+    attend_heads: computes A·v for some heads, from their window, which has one dilation, and their
+        part of the call
+    """
     groups = pattern.heads_by_dilation(call.q.shape[1])
     if len(groups) == 1:
         (dilation,) = groups
@@ -108,9 +121,13 @@ def by_dilation(pattern: Window, call: Call, attend_heads: AttendWindow) -> Tens
 
 
 def of_one_dilation(pattern: Window, call: Call, attend_window: AttendWindow) -> Tensor:
-    """A·v for a window of one dilation; attend_window takes the plain window, and the call with its
-    residue classes folded into the batch. A single query stays one: its own class is all that it
-    sees."""
+    """A·v for a window with one dilation for all heads.
+
+    pattern: the window
+    call: the whole call
+    attend_window: computes A·v under the plain window, for the call with its classes folded into
+        the batch; a single query is not folded, and comes with the keys of its own class alone
+    """
     assert isinstance(pattern.dilation, int)
     dilation, plain = pattern.dilation, replace(pattern, dilation=1)
     if dilation == 1:
@@ -126,7 +143,7 @@ def of_one_dilation(pattern: Window, call: Call, attend_window: AttendWindow) ->
 
 
 def plain_shapes(pattern: Window, shape: Shape) -> list[Shape]:
-    """Sizes of the calls with a plain window that `attend` makes, one for each dilation."""
+    """The sizes of the calls with a plain window that `attend` makes, one for each dilation."""
     found: list[Shape] = []
     for dilation, heads in pattern.heads_by_dilation(shape.heads).items():
         kv_heads = kv_heads_of(heads, shape.heads // shape.kv_heads)
@@ -140,9 +157,9 @@ def plain_shapes(pattern: Window, shape: Shape) -> list[Shape]:
 
 
 def count_executed(pattern: Window, shape: Shape, columns: int = 0) -> int:
-    """(head, query, key) triples of one sample that are computed.
+    """How many (head, query, key) triples of one sample are computed.
 
-    columns: keys that every row sees beside its window.
+    columns: how many keys every row sees beside its window
     """
     plain, total = replace(pattern, dilation=1), 0
     for own in plain_shapes(pattern, shape):
@@ -153,9 +170,12 @@ def count_executed(pattern: Window, shape: Shape, columns: int = 0) -> int:
 
 
 def count_support(pattern: Window, grid: Grid, first: int = 0) -> int:
-    """Visible (head, query, key) triples: query i sees j = i - t · dilation for |t| < window where
-    there is such a key, and the sinks.
-    first: how many keys at the beginning are global, seen by every query and seeing every key."""
+    """How many (head, query, key) triples are visible: query i sees j = i - t · dilation for
+    |t| < window where there is such a key, and the sinks (the first keys, which all queries see).
+
+    first: how many tokens at the beginning are global: every query sees them, and they see every
+        key
+    """
     positions = torch.arange(grid.offset, grid.key_length)
     is_global = (positions >= 0) & (positions < first)
     all_keys = (
@@ -166,9 +186,8 @@ def count_support(pattern: Window, grid: Grid, first: int = 0) -> int:
     everywhere = all_keys.clamp(max=max(first, pattern.sinks))
     total = 0
     for dilation, heads in pattern.heads_by_dilation(grid.heads).items():
-        farthest = positions.div(dilation, rounding_mode="floor").clamp(
-            max=pattern.window - 1
-        )  # t; negative ahead of the first key
+        # The largest t; it is negative for a query before the first key.
+        farthest = positions.div(dilation, rounding_mode="floor").clamp(max=pattern.window - 1)
         least = 0 if grid.is_causal else 1 - pattern.window
         nearest = (-(grid.key_length - 1 - positions).div(dilation, rounding_mode="floor")).clamp(
             min=least

@@ -33,9 +33,12 @@ class WindowSparse(Sparse):
     every block of queries; `columns`, the same with keys beside each slice that every row sees;
     `flex`, FlexAttention on CUDA; the reference.
 
-    pattern: the window. scale, dropout: as in `SoftmaxReference`.
-    sink_logits: learn so many logits, one a head: each is one more score of every row, that counts
-        in the row's sum and weighs no value, so that a row of A may sum to less than 1.
+    pattern: the window
+    scale: factor of the scores, 1/sqrt(head_dim) by default
+    dropout: probability that an entry of A is dropped, in training only
+    sink_logits: how many logits to learn, one for each head, or 0 for none; each is one more score
+        of every row, that counts in the row's sum and weighs no value, so that a row of A may sum
+        to less than 1
     """
 
     pattern: Window
