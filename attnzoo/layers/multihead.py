@@ -60,6 +60,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         (dropout > 0 among them)
     """
 
+    #: Segments of calls that bring none, see `attnzoo.packed`.
+    segments: Tensor | None = None
+
     def __init__(
         self,
         embed_dim: int,
@@ -110,13 +113,11 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what `attnzoo.packed` has told: a copy is of the model, and not of a call."""
-        return {**self.__dict__, "segments": None}
+        return {name: x for name, x in self.__dict__.items() if name != "segments"}
 
     def _take(self, core: Attention) -> None:
         """Let `core` be the core, beside parameters that are there."""
         self.attention = core
-        #: Segments of calls that bring none, see `attnzoo.packed`.
-        self.segments: Tensor | None = None
         self.__module__ = LEAF
         self.register_forward_pre_hook(is_called)
         self._add_own_projection()

@@ -55,14 +55,17 @@ def packed(model: nn.Module, segments: Tensor) -> Iterator[None]:
             "apart; swap all of them in first: attnzoo.swap(model, 'standard'), with layers= for "
             "cross-attention"
         )
-    before = [layer.segments for layer in layers]
+    before = [vars(layer).get("segments") for layer in layers]
     for layer in layers:
         layer.segments = segments
     try:
         yield
     finally:
         for layer, its_own in zip(layers, before, strict=True):
-            layer.segments = its_own
+            if its_own is None:
+                del layer.segments
+            else:
+                layer.segments = its_own
 
 
 def segments_of(layer: Layer, query: Tensor, key: Tensor, segments: Tensor | None) -> Tensor | None:

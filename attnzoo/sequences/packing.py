@@ -178,10 +178,12 @@ def _rows(call: Call, pieces: list[Piece], run: Run) -> Tensor:
     for _, same in groupby(pieces, lambda one: "short" if one.is_short else one):
         found = list(same)
         groups += [found] if together else [[one] for one in found]
-    parts = call.split(
-        queries=[sum(one.queries for one in group) for group in groups],
-        keys=[sum(one.keys for one in group) for group in groups],
-    )
+    parts = [call]  # split would copy the gradients of one part, too
+    if len(groups) > 1:
+        parts = call.split(
+            queries=[sum(one.queries for one in group) for group in groups],
+            keys=[sum(one.keys for one in group) for group in groups],
+        )
     out = [
         _group(part, group, run)
         for part, group in zip(parts, groups, strict=True)
