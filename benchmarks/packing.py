@@ -28,7 +28,7 @@ from attnzoo.bench.timing import Timing, interleave
 from attnzoo.registry import sized, spec_of
 
 PIECES, LENGTH, HEADS, HEAD_DIM = 16, 256, 8, 64
-ROUNDS = 9
+ROUNDS = 7
 PHASES = ("forward", "forward+backward")
 
 
