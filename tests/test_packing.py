@@ -330,3 +330,23 @@ def test_steps_with_segments_in_a_graph_are_refused() -> None:
 
     with pytest.raises(UnsupportedError, match="a step with segments reads their values"):
         torch.func.vmap(step)(x[None], ids[None])
+
+
+def test_samples_whose_pieces_begin_apart_keep_their_places() -> None:
+    """Three samples in another order than their groups; and a piece that a step has ended."""
+    attn, segments = build_small("standard", 4, 8).double(), ids_of((6, 2), (3, 5), (6, 2))
+    segments = segments[[0, 1, 0, 1, 0]]
+    q, k, v, _ = tensors(Situation(8, 8, batch=5, kv_heads=4))
+    wanted = apart(attn, segments, q, k, v, is_causal=True)
+    state, rows = attn.init_state(5, dtype=q.dtype), []
+    for here in (slice(0, 4), slice(4, 8)):
+        now = (x[:, :, here] for x in (q, k, v))
+        q_now, k_now, v_now = now
+        out, state = attn.step(q_now, k_now, v_now, state, segments=segments[:, here])
+        rows.append(out)
+    close(torch.cat(rows, 2), wanted, TOLERANCE, "rows")
+    one, state = q[:1, :, :1], attn.init_state(1, dtype=q.dtype)
+    for piece in (5, 6):
+        _, state = attn.step(one, one, one, state, segments=torch.tensor([[piece]]))
+    with pytest.raises(ValueError, match="goes on with piece 5 in sample 0"):
+        attn.step(one, one, one, state, segments=torch.tensor([[5]]))
