@@ -144,8 +144,8 @@ def _check_packs(core: Core) -> None:
     if not core.packs:
         raise UnsupportedError(
             f"{core.spec.name} keeps the pieces of packed rows apart by cutting them, for which it "
-            "reads segments; in a graph or transform, where it cannot, use standard, "
-            "sliding_window, linear or retention, or give the pieces as samples with key_mask"
+            "reads segments; in a graph or transform, where it cannot, use standard, or give the "
+            "pieces as samples with key_mask"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from attnzoo.sequences.segments import from_cu_seqlens, from_position_ids, from_seq_idx
+from attnzoo.sequences.segments import from_cu_seqlens, from_position_ids, from_seq_idx, joined
 
 
 def ids(*numbers: int) -> torch.Tensor:
@@ -78,3 +78,16 @@ BAD = [
 def test_what_cannot_be_read(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_tokens_meet_where_both_say_so() -> None:
+    """Whatever the ids: negative ones, and small dtypes."""
+    first = torch.tensor([[0, 0, 2, 2, 2, -2]], dtype=torch.int8)
+    second = torch.tensor([[1, 1, 1, -1, 127, 127]], dtype=torch.int8)
+    both = joined(first, second)
+    assert both is not None
+    same = (both[0, :, None] == both[0]).tolist()
+    assert same == [
+        [bool(first[0, i] == first[0, j] and second[0, i] == second[0, j]) for j in range(6)]
+        for i in range(6)
+    ]

@@ -32,8 +32,8 @@ class Backend:
         if call.segments is not None and not self.packs:
             return (
                 "it cannot keep the pieces of a packed row apart in a graph or transform, where "
-                "their ids cannot be read: use standard, sliding_window, linear or retention "
-                "there, or give the pieces as samples with key_mask"
+                "their ids cannot be read: use standard there, or give the pieces as samples with "
+                "key_mask"
             )
         return self.why_not(engine, call)
 

@@ -21,8 +21,8 @@ def packed(model: nn.Module, segments: Tensor) -> Iterator[None]:
     model: whose layers attend to the tokens themselves, as an encoder's and a decoder-only model's
     segments: (batch, length) integer, the piece that a token belongs to
     raises: ValueError on a model without such a layer or with torch's own, and on segments of
-        another kind. A layer that
-        attends to other tokens than its queries raises when it is called.
+        another kind. A layer that attends to other tokens than its queries raises when it is
+        called.
 
     A backward pass that computes layers again (gradient checkpointing) must run inside too. One
     thread at a time may run the model so; a copy of the model is told of nothing.

@@ -104,7 +104,8 @@ def joined(segments: Tensor | None, others: Tensor | None) -> Tensor | None:
     """The segments, (batch, length), of tokens that meet where both say so."""
     if segments is None or others is None:
         return others if segments is None else segments
-    return segments * (others.max() + 1) + others
+    others = others.long() - others.min()  # ids may be negative, and of a small dtype
+    return segments.long() * (others.max() + 1) + others
 
 
 def starts_again(position_ids: Tensor, key_mask: Tensor | None = None) -> Tensor:
