@@ -19,9 +19,10 @@ from attnzoo.bench.levels import Work, prepare
 from attnzoo.bench.machine_limits import Limits
 from attnzoo.bench.measure_setting import Bench
 from attnzoo.bench.plan import Cell, Contender, Shape
+from attnzoo.fidelity import check_device
 from attnzoo.registry import Choice
 
-DEVICE = torch.device("cuda")
+DEVICE = torch.device("cuda:0")
 HERE = Cell("core", "forward", True, 12, "float32", Shape(2, 2, 8))
 LINEAR, STANDARD = (Contender(Choice(name), "auto") for name in ("linear", "standard"))
 
@@ -38,6 +39,10 @@ class Device:
         self.asked.append("synchronize")
         if self.lost:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def set_device(self, device: torch.device) -> None:
+        assert device.index is not None, "as torch.cuda.set_device, which refuses a bare cuda"
+        self.asked.append(f"set {device}")
 
     def event(self, **_: Any) -> Any:
         name = "stop" if self.asked and self.asked[-1].startswith("made") else "start"
@@ -86,7 +91,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
         "stream": lambda _: found.recording("warm-up"),
         "CUDAGraph": lambda: Graph(found),
         "graph": lambda _: found.recording("capture"),
-        "set_device": lambda device: found.asked.append(f"set {device}"),
+        "set_device": found.set_device,
         "empty_cache": lambda: found.asked.append("empty_cache"),
     }
     for name, value in replaced.items():
@@ -161,7 +166,17 @@ def test_a_pass_that_cannot_be_captured_has_no_replay(device: Device) -> None:
 
 
 def test_the_device_is_the_current_one_before_anything_runs(bench: Bench, device: Device) -> None:
-    assert device.asked == ["set cuda", *device.asked[1:]] and device.asked.count("set cuda") == 1
+    assert device.asked == ["set cuda:0", *device.asked[1:]] and device.asked.count("set cuda:0") == 1
+
+
+def test_a_device_that_is_asked_for_without_an_index_gets_the_current_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert check_device("cuda") == torch.device("cuda:1")
+    assert check_device("cuda:0") == torch.device("cuda:0")
+    assert check_device("cpu") == torch.device("cpu")
 
 
 def test_rows_have_eager_and_graph_times_and_graphs_are_held_one_at_a_time(

@@ -209,8 +209,8 @@ def _choices(variants: Iterable[Choice] | None) -> list[Choice]:
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """The device that is asked for. Raises ValueError when it is unknown, cannot be measured, or is
-    not there."""
+    """The device that is asked for, with its index: torch.cuda.set_device takes no "cuda" alone.
+    Raises ValueError when it is unknown, cannot be measured, or is not there."""
     try:
         target = torch.device(device)
     except RuntimeError:
@@ -223,6 +223,8 @@ def check_device(device: torch.device | str) -> torch.device:
             f"device={str(target)!r} is not there: torch {torch.__version__} sees {count} CUDA "
             "devices; use cpu"
         )
+    if target.type == "cuda" and target.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return target
 
 
