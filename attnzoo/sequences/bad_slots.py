@@ -69,7 +69,7 @@ def shield_past(call: Call, *, may_stall: bool = False) -> tuple[Call, Tensor | 
     bad = ~torch.isfinite(k.sum(-1, dtype=wide) + v.sum(-1, dtype=wide)).all(1)
     for one, x in read:
         others = [dim for dim, axis in enumerate(one.names) if axis not in ("batch", "keys")]
-        found = ~torch.isfinite(x)
+        found = ~(x < torch.inf)  # -inf is a gate that closes
         bad = bad | (found.sum(others) > 0 if others else found)
     reached = _reached(bad, call)
     rows = reached.new_zeros(k.shape[0], call.query_length)

@@ -1,0 +1,124 @@
+"""What is left, inside chunks of tokens, of keys and of the state before: none fading, by a number
+for each token and head, or by one for each channel of the keys.
+
+All tensors begin with (batch, kv_heads, chunks). Only sums of gates that lie between two tokens are
+ever raised to a power, so no exponent is above 0, nothing overflows where a gate closes, and a
+closed gate, -inf, costs no digits of what follows it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnzoo.engines.exponential import exp_
+from attnzoo.engines.linear.gated.reference import faded
+
+
+class Fading:
+    """Nothing fades: every factor is 1."""
+
+    def products(self, rows: Tensor, k: Tensor) -> Tensor:
+        """Σ_c rows_ic k_jc · (what is left of channel c of token j at token i) for j ≤ i; above the
+        diagonal 0.
+
+        rows: (..., rows, length, width), some for every token. k: (..., length, width). Returns
+        (..., rows, length, length).
+        """
+        return _products(rows, k).tril()
+
+    def carried(self, x: Tensor) -> Tensor:
+        """x times what is left of the state before the chunk. x: (..., rows, length, width)."""
+        return x
+
+    def handed_on(self, k: Tensor) -> Tensor:
+        """k times what is left of each token behind the chunk. k: (..., length, width)."""
+        return k
+
+    @property
+    def kept(self) -> Tensor | None:
+        """What is left of the state behind the chunk, (..., width or 1, 1); None: all."""
+        return None
+
+
+class HeadFading(Fading):
+    """By a number for each token and head. log_decay: (..., length)."""
+
+    def __init__(self, log_decay: Tensor) -> None:
+        self.left = faded(log_decay).tril()
+        self.since_start = exp_(log_decay.cumsum(-1))
+
+    def products(self, rows: Tensor, k: Tensor) -> Tensor:
+        return _products(rows, k) * self.left[..., None, :, :]
+
+    def carried(self, x: Tensor) -> Tensor:
+        return x * self.since_start[..., None, :, None]
+
+    def handed_on(self, k: Tensor) -> Tensor:
+        return k * self.left[..., -1, :, None]
+
+    @property
+    def kept(self) -> Tensor:
+        return self.since_start[..., -1:, None]
+
+
+class ChannelFading(Fading):
+    """By a number for each token and channel. log_decay: (..., length, width).
+
+    What is left at token i of token j < i is the product of what is left at a token between of the
+    one, and at i of that. So the products are taken by halves of the chunk, halves of these, and so
+    on: the second half's rows, faded since the middle, by the first half's keys, faded up to it.
+    """
+
+    def __init__(self, log_decay: Tensor) -> None:
+        self.log_decay = log_decay
+        self.since_start = exp_(log_decay.cumsum(-2))
+
+    def products(self, rows: Tensor, k: Tensor) -> Tensor:
+        return _by_halves(rows, k, self.log_decay)
+
+    def carried(self, x: Tensor) -> Tensor:
+        return x * self.since_start[..., None, :, :]
+
+    def handed_on(self, k: Tensor) -> Tensor:
+        return k * until_end(self.log_decay)
+
+    @property
+    def kept(self) -> Tensor:
+        return self.since_start[..., -1, :, None]
+
+
+def fading_of(log_decay: Tensor | None, k: Tensor) -> Fading:
+    """log_decay: (..., length), also with the width of k, (..., length, width), or None."""
+    if log_decay is None:
+        return Fading()
+    return HeadFading(log_decay) if log_decay.dim() < k.dim() else ChannelFading(log_decay)
+
+
+def _products(rows: Tensor, k: Tensor) -> Tensor:
+    """rows kᵀ of every chunk, the rows of all heads of a group in one product."""
+    return (rows.flatten(-3, -2) @ k.mT).unflatten(-2, rows.shape[-3:-1])
+
+
+def _by_halves(rows: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
+    length = k.shape[-2]
+    if length == 1:
+        return _products(rows, k)
+    halves = (2, length // 2)
+    rows = rows.unflatten(-2, halves).movedim(-3, -4)  # (..., 2, rows, half, width)
+    k, log_decay = k.unflatten(-2, halves), log_decay.unflatten(-2, halves)
+    first_k, first_gates = k[..., 0, :, :], log_decay[..., 0, :, :]
+    since_middle = exp_(log_decay[..., 1, :, :].cumsum(-2))[..., None, :, :]
+    corner = _products(rows[..., 1, :, :, :] * since_middle, first_k * until_end(first_gates))
+    inner = _by_halves(rows, k, log_decay)
+    first, second = inner[..., 0, :, :, :], inner[..., 1, :, :, :]
+    upper = torch.cat([first, torch.zeros_like(corner)], -1)
+    return torch.cat([upper, torch.cat([corner, second], -1)], -2)
+
+
+def until_end(log_decay: Tensor) -> Tensor:
+    """What is left of each token behind the last one, of the shape of log_decay, (..., length,
+    width)."""
+    later = F.pad(log_decay[..., 1:, :], (0, 0, 0, 1))
+    return exp_(later.flip(-2).cumsum(-2).flip(-2))

@@ -1,0 +1,95 @@
+"""What the rules of a gated state are told of every token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnzoo.call import Call
+from attnzoo.eager import can_look
+from attnzoo.engines.engine import accumulation_dtype
+from attnzoo.spec import Input
+
+NORM_EPSILON = 1e-6  # inside the root, as the published models have it
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a token does to the state S, (width, value_dim), after this has faded by its log_decay.
+
+        S ← S + k vᵀ                    where it adds
+        S ← S + β k (v - Sᵀk)ᵀ          where the delta rule holds
+
+    and its row is then scale · Sᵀq.
+
+    scale: factor of the rows; None: 1/sqrt(width)
+    delta: whether the delta rule holds
+    l2_norm: whether q and k are divided by their length first
+    """
+
+    scale: float | None = None
+    delta: bool = False
+    l2_norm: bool = False
+
+
+def prepared(rule: Rule, call: Call) -> Call:
+    """The call with q, k, v and the gates as the recurrence reads them, in the precision of sums:
+    normed, scaled, and with a gate that closes where another piece of a packed row begins."""
+    dtype = accumulation_dtype(call.q.dtype)
+    q, k = call.q.to(dtype), call.k.to(dtype)
+    if rule.l2_norm:
+        q, k = unit(q), unit(k)
+    scale = int(q.shape[3]) ** -0.5 if rule.scale is None else rule.scale
+    inputs = {name: x.to(dtype) for name, x in call.inputs.items()}
+    if call.segments is not None:
+        inputs["log_decay"] = forgetting(call.segments, inputs.get("log_decay"), k)
+    return replace(call, q=q * scale, k=k, v=call.v.to(dtype), inputs=inputs, segments=None)
+
+
+def check_gates(call: Call) -> Call:
+    """The call, refused where a gate lies outside of its range. Gates are read where this costs no
+    waiting for a device."""
+    log_decay, beta = call.get("log_decay"), call.get("beta")
+    if log_decay is not None and can_look(log_decay) and (log_decay > 0).any():
+        raise ValueError(
+            f"log_decay has the value {log_decay.max().item():.6g}, above 0: it is the natural "
+            "logarithm of what is left of the state, so take -F.softplus(x) or F.logsigmoid(x)"
+        )
+    if beta is not None and can_look(beta) and ((beta < 0) | (beta > 2)).any():
+        worst = beta[(beta < 0) | (beta > 2)][0].item()
+        raise ValueError(
+            f"beta has the value {worst:.6g}, outside of 0 to 2, where a write would make the "
+            "state grow without bound: take x.sigmoid(), or 2 * x.sigmoid()"
+        )
+    return call
+
+
+def unit(x: Tensor) -> Tensor:
+    """x divided by its length."""
+    return x * (x.square().sum(-1, keepdim=True) + NORM_EPSILON).rsqrt()
+
+
+def forgetting(segments: Tensor, log_decay: Tensor | None, k: Tensor) -> Tensor:
+    """The gates with -inf at the first token of every piece but the first.
+
+    segments: (batch, length). log_decay: (batch, kv_heads, length), or also a width; None: 0.
+    """
+    begins = torch.zeros_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    begins = begins[:, None]
+    if log_decay is None:
+        log_decay = k.new_zeros(k.shape[:3])
+    elif log_decay.dim() == 4:
+        begins = begins[..., None]
+    return log_decay.masked_fill(begins, float("-inf"))
+
+
+#: A number for every token and head: what is left of the state, e^log_decay.
+HEAD_GATE = Input("log_decay", "batch kv_heads keys", padded=0.0, activation=F.logsigmoid)
+#: The same for every row of the state.
+CHANNEL_GATE = Input("log_decay", "batch kv_heads keys width", padded=0.0, activation=F.logsigmoid)
+#: How much of what the state says of a key is replaced.
+STRENGTH = Input("beta", "batch kv_heads keys", padded=0.0, activation=torch.sigmoid)
