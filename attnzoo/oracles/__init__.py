@@ -13,15 +13,15 @@ from pkgutil import iter_modules
 
 from attnzoo.oracles.bigbird import bigbird
 from attnzoo.oracles.cosformer import cosformer
-from attnzoo.oracles.deltanet import deltanet
 from attnzoo.oracles.flash import flash
-from attnzoo.oracles.gated_deltanet import gated_deltanet
-from attnzoo.oracles.gla import gla
-from attnzoo.oracles.kda import kda
+from attnzoo.oracles.gated.deltanet import deltanet
+from attnzoo.oracles.gated.gated_deltanet import gated_deltanet
+from attnzoo.oracles.gated.gla import gla
+from attnzoo.oracles.gated.kda import kda
+from attnzoo.oracles.gated.mamba2 import mamba2
 from attnzoo.oracles.linear import linear
 from attnzoo.oracles.linformer import linformer
 from attnzoo.oracles.longformer import longformer
-from attnzoo.oracles.mamba2 import mamba2
 from attnzoo.oracles.matrix import ORACLES, Oracle, oracle
 from attnzoo.oracles.nystromformer import nystromformer
 from attnzoo.oracles.performer import performer

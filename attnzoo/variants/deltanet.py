@@ -32,8 +32,9 @@ class DeltaNet(Attention):
     spec = Spec(
         name="deltanet",
         title="DeltaNet",
-        paper="Schlag et al., Linear Transformers are Fast Weight Programmers, 2021, arXiv:2102.11174",
-        equation="S_t = (I − β_t k_t k_tᵀ)S_{t−1} + β_t k_t v_tᵀ, row t of A·v is S_tᵀq_t/√d",
+        paper="Schlag et al., Linear Transformers are Fast Weight Programmers, 2021, "
+        "arXiv:2102.11174",
+        equation="S_t = (I − β_t k_t k_tᵀ)S_{t−1} + β_t k_t v_tᵀ, row t is S_tᵀq_t/√d",
         complexity="O(n) time and memory",
         family="kernel",
         exact=False,

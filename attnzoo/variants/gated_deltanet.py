@@ -35,7 +35,7 @@ class GatedDeltaNet(Attention):
         name="gated_deltanet",
         title="Gated DeltaNet",
         paper="Yang et al., Gated Delta Networks, 2024, arXiv:2412.06464",
-        equation="S_t = α_t(I − β_t k_t k_tᵀ)S_{t−1} + β_t k_t v_tᵀ, row t of A·v is S_tᵀq_t/√d",
+        equation="S_t = α_t(I − β_t k_t k_tᵀ)S_{t−1} + β_t k_t v_tᵀ, row t is S_tᵀq_t/√d",
         complexity="O(n) time and memory",
         family="kernel",
         exact=False,

@@ -31,7 +31,7 @@ class GatedLinearAttention(Attention):
         name="gla",
         title="Gated linear attention",
         paper="Yang et al., Gated Linear Attention Transformers, 2023, arXiv:2312.06635",
-        equation="S_t = Diag(α_t)S_{t−1} + k_t v_tᵀ, row t of A·v is S_tᵀq_t/√d",
+        equation="S_t = Diag(α_t)S_{t−1} + k_t v_tᵀ, row t is S_tᵀq_t/√d",
         complexity="O(n) time and memory",
         family="kernel",
         exact=False,

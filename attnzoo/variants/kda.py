@@ -13,7 +13,7 @@ from attnzoo.registry import register
 class KimiDeltaAttention(Attention):
     """Kimi Delta Attention (Kimi Team 2025, equation 1).
 
-        S_t = (I − β_t k_t k_tᵀ) Diag(α_t) S_{t−1} + β_t k_t v_tᵀ,    out_t = s·S_tᵀ q_t,    s = 1/√d
+        S_t = (I − β_t k_t k_tᵀ) Diag(α_t) S_{t−1} + β_t k_t v_tᵀ,   out_t = s·S_tᵀ q_t,   s = 1/√d
 
     As `gated_deltanet`, with a gate for each channel of the keys, α_t = exp(log_decay_t), so that
     some of a state is kept long while the rest turns over. What is kept of softmax is that a row
@@ -32,7 +32,7 @@ class KimiDeltaAttention(Attention):
         name="kda",
         title="Kimi Delta Attention",
         paper="Kimi Team, Kimi Linear, 2025, arXiv:2510.26692",
-        equation="S_t = (I − β_t k_t k_tᵀ)Diag(α_t)S_{t−1} + β_t k_t v_tᵀ, row t of A·v is S_tᵀq_t/√d",
+        equation="S_t = (I − β_t k_t k_tᵀ)Diag(α_t)S_{t−1} + β_t k_t v_tᵀ, row t is S_tᵀq_t/√d",
         complexity="O(n) time and memory",
         family="kernel",
         exact=False,

@@ -107,7 +107,7 @@ def _chunked(x: Tensor | None, chunks: int, chunk: int) -> Tensor | None:
 def _states(
     state: Tensor, fresh: Tensor, kept: Tensor | None, transition: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The states before each chunk, (batch, kv_heads, chunks, width, value_dim), and after the last.
+    """The states before each chunk, (batch, kv_heads, chunks, width, value_dim), and the last one.
 
     state: before the first chunk, (batch, kv_heads, width, value_dim)
     fresh: (batch, kv_heads, chunks, width, value_dim), what each chunk adds

@@ -10,6 +10,7 @@ its key: u = W v with W = (1 + β P(k, k) below the diagonal)⁻¹ β, one trian
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.call import Call, repeat_heads
@@ -32,6 +33,9 @@ class GatedReference(Engine):
         return check_gates(call)
 
     def matrix(self, call: Call) -> Tensor:
+        if call.offset < 0:  # the first queries stand before every key
+            seeing = self.matrix(call.select(queries=slice(-call.offset, None)))
+            return F.pad(seeing, (0, 0, -call.offset, 0))
         call = prepared(self.rule, call)
         q, k, group = call.q, repeat_heads(call.k, call.group), call.group
         gates = call.get("log_decay")

@@ -16,6 +16,14 @@ from attnzoo.spec import Input
 NORM_EPSILON = 1e-6  # inside the root, as the published models have it
 
 
+#: A number for every token and head: what is left of the state, e^log_decay.
+HEAD_GATE = Input("log_decay", "batch kv_heads keys", padded=0.0, activation=F.logsigmoid)
+#: The same for every row of the state.
+CHANNEL_GATE = Input("log_decay", "batch kv_heads keys width", padded=0.0, activation=F.logsigmoid)
+#: How much of what the state says of a key is replaced.
+STRENGTH = Input("beta", "batch kv_heads keys", padded=0.0, activation=torch.sigmoid)
+
+
 @dataclass(frozen=True)
 class Rule:
     """What a token does to the state S, (width, value_dim), after this has faded by its log_decay.
@@ -44,9 +52,11 @@ def prepared(rule: Rule, call: Call) -> Call:
         q, k = unit(q), unit(k)
     scale = int(q.shape[3]) ** -0.5 if rule.scale is None else rule.scale
     inputs = {name: x.to(dtype) for name, x in call.inputs.items()}
-    if call.segments is not None:
-        inputs["log_decay"] = forgetting(call.segments, inputs.get("log_decay"), k)
-    return replace(call, q=q * scale, k=k, v=call.v.to(dtype), inputs=inputs, segments=None)
+    made = replace(call, q=q * scale, k=k, v=call.v.to(dtype), inputs=inputs, segments=None)
+    if call.segments is None:
+        return made
+    gate = forgetting(call.segments, made.get("log_decay"), k)
+    return made.giving(HEAD_GATE if gate.dim() == 3 else CHANNEL_GATE, gate)
 
 
 def check_gates(call: Call) -> Call:
@@ -85,11 +95,3 @@ def forgetting(segments: Tensor, log_decay: Tensor | None, k: Tensor) -> Tensor:
     elif log_decay.dim() == 4:
         begins = begins[..., None]
     return log_decay.masked_fill(begins, float("-inf"))
-
-
-#: A number for every token and head: what is left of the state, e^log_decay.
-HEAD_GATE = Input("log_decay", "batch kv_heads keys", padded=0.0, activation=F.logsigmoid)
-#: The same for every row of the state.
-CHANNEL_GATE = Input("log_decay", "batch kv_heads keys width", padded=0.0, activation=F.logsigmoid)
-#: How much of what the state says of a key is replaced.
-STRENGTH = Input("beta", "batch kv_heads keys", padded=0.0, activation=torch.sigmoid)

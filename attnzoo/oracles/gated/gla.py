@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from attnzoo.oracles.gated.recurrence import of_heads, outer, recurrent
 from attnzoo.oracles.matrix import oracle
-from attnzoo.oracles.recurrence import of_heads, outer, recurrent
 
 
 @oracle("gla")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from attnzoo.oracles.gated.recurrence import of_heads, outer, recurrent
 from attnzoo.oracles.matrix import oracle
-from attnzoo.oracles.recurrence import of_heads, outer, recurrent
 
 
 @oracle("mamba2")
 def mamba2(
     q, k, v, *, scale=None, key_mask=None, attn_mask=None, is_causal=False, log_decay=None
 ) -> tuple[Tensor, Tensor]:
-    """Dao and Gu 2024, equation 1 with a number for A: h_t = a_t h_{t-1} + B_t x_tᵀ, y_t = h_tᵀ C_t.
+    """Dao and Gu 2024, equation 1, A a number: h_t = a_t h_{t-1} + B_t x_tᵀ, y_t = h_tᵀ C_t.
     q, k, v are C, B and x; log_decay: (batch, kv_heads, key_length), log a_t."""
     assert is_causal and attn_mask is None
     heads = q.shape[1]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnzoo.oracles.gated.recurrence import of_heads, outer, recurrent, transposed_times, unit
 from attnzoo.oracles.matrix import oracle
-from attnzoo.oracles.recurrence import of_heads, outer, recurrent, transposed_times, unit
 
 
 @oracle("deltanet")
