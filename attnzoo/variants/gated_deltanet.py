@@ -52,5 +52,5 @@ class GatedDeltaNet(Attention):
         scale: float | None = None,
         backend: str = "auto",
     ) -> None:
-        rule = Rule(check_scale(scale), delta=True, l2_norm=l2_norm)
+        rule = Rule(HEAD_GATE, check_scale(scale), delta=True, l2_norm=l2_norm)
         super().__init__(heads, head_dim, GatedLinear(rule), backend=backend)

@@ -42,5 +42,5 @@ class GatedLinearAttention(Attention):
     def __init__(
         self, heads: int, head_dim: int, *, scale: float | None = None, backend: str = "auto"
     ) -> None:
-        rule = Rule(check_scale(scale))
+        rule = Rule(CHANNEL_GATE, check_scale(scale))
         super().__init__(heads, head_dim, GatedLinear(rule), backend=backend)

@@ -42,5 +42,5 @@ class Mamba2(Attention):
     def __init__(
         self, heads: int, head_dim: int, *, scale: float | None = 1.0, backend: str = "auto"
     ) -> None:
-        rule = Rule(check_scale(scale))
+        rule = Rule(HEAD_GATE, check_scale(scale))
         super().__init__(heads, head_dim, GatedLinear(rule), backend=backend)

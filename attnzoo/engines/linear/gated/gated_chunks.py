@@ -44,27 +44,35 @@ def spans(call: Call) -> list[int]:
     return [min(tokens, length - start) for start in range(0, length, tokens)]
 
 
-def scan(rule: Rule, call: Call, state: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+def scan(
+    rule: Rule, call: Call, state: Tensor | None, *, remember_last: bool = False
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Some rows at a time, (batch, heads, tokens, value_dim), and the state after them.
 
     call: as `tokens.prepared` makes it, with as many queries as keys
     state: (batch, kv_heads, width, value_dim), before the call; None: all 0
+    remember_last: whether the state after the last rows is wanted, as decoding wants it
     """
     lengths = spans(call)
     chunk = chunk_of(call.key_length)
     if state is None:
         state = call.k.new_zeros(*call.k.shape[:2], call.k.shape[3], call.v.shape[3])
-    for span in call.split(queries=lengths, keys=lengths):
-        rows, state = attend(rule, span, state, chunk)
+    for place, span in enumerate(call.split(queries=lengths, keys=lengths)):
+        assert state is not None
+        remember = remember_last or place < len(lengths) - 1
+        rows, state = attend(rule, span, state, chunk, remember)
         yield rows, state
 
 
-def attend(rule: Rule, call: Call, state: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+def attend(
+    rule: Rule, call: Call, state: Tensor, chunk: int, remember: bool
+) -> tuple[Tensor, Tensor | None]:
     """The rows of chunks that are computed side by side, and the state after them.
 
     call: as `tokens.prepared` makes it, with as many queries as keys
     state: before the call
     chunk: tokens of a chunk; the last one is filled up with tokens that change nothing
+    remember: whether the state after them is wanted; None is returned where it is not
     """
     length, kv_heads, group = call.key_length, call.k.shape[1], call.group
     chunks = len(range(0, length, chunk))
@@ -86,12 +94,14 @@ def attend(rule: Rule, call: Call, state: Tensor, chunk: int) -> tuple[Tensor, T
     else:
         scores, fresh, erased = fading.products(q, k), v, None
     scores, reads = scores.flatten(3, 4), fading.carried(q).flatten(3, 4)
-    handed_on, kept = fading.handed_on(k), fading.kept
-    transition = None
     if erased is not None:
         reads = reads - scores @ erased
-        transition = -(handed_on.mT @ erased)
-    before, after = _states(state, handed_on.mT @ fresh, kept, transition)
+    if chunks == 1 and not remember:
+        before, after = state[:, :, None], None
+    else:
+        handed_on = fading.handed_on(k).mT
+        transition = None if erased is None else -(handed_on @ erased)
+        before, after = _states(state, handed_on @ fresh, fading.kept, transition, remember)
     rows = ungrouped(scores @ fresh + reads @ before, group)
     return rows[:, :, :length], after
 
@@ -105,19 +115,22 @@ def _chunked(x: Tensor | None, chunks: int, chunk: int) -> Tensor | None:
 
 
 def _states(
-    state: Tensor, fresh: Tensor, kept: Tensor | None, transition: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    state: Tensor, fresh: Tensor, kept: Tensor | None, transition: Tensor | None, remember: bool
+) -> tuple[Tensor, Tensor | None]:
     """The states before each chunk, (batch, kv_heads, chunks, width, value_dim), and the last one.
 
     state: before the first chunk, (batch, kv_heads, width, value_dim)
     fresh: (batch, kv_heads, chunks, width, value_dim), what each chunk adds
     kept: (batch, kv_heads, chunks, width or 1, 1), what it multiplies the state by; None: 1
     transition: (batch, kv_heads, chunks, width, width), by what it mixes the state's rows besides
+    remember: whether the last one is wanted, behind all chunks
     """
-    before = []
+    before = [state]
     for place, more in enumerate(fresh.unbind(2)):
-        before.append(state)
+        if place == fresh.shape[2] - 1 and not remember:
+            return torch.stack(before, 2), None
         faded = state if kept is None else state * kept[:, :, place]
         mixed = faded if transition is None else faded + transition[:, :, place] @ state
         state = mixed + more
-    return torch.stack(before, 2), state
+        before.append(state)
+    return torch.stack(before[:-1], 2), state

@@ -71,11 +71,12 @@ class _Attend(torch.autograd.Function):
 
         def rows() -> Iterator[Tensor]:
             for rows, state in scan(rule, prepared(rule, call), None):
-                states.append(state)
+                if state is not None:
+                    states.append(state)
                 yield rows.to(call.q.dtype)
 
         out = join(rows(), call.query_length, 2)
-        ctx.save_for_backward(*tensors, *states[:-1])
+        ctx.save_for_backward(*tensors, *states)
         ctx.rule, ctx.declared = rule, declared
         return out
 
@@ -126,7 +127,7 @@ def _backward(rule: Rule, call: Call, gradient: Tensor, states: tuple[Tensor, ..
             else:
                 state = part.k.new_zeros(*part.k.shape[:2], part.k.shape[3], part.v.shape[3])
                 state.requires_grad_()
-            rows, after = attend_chunks(rule, part, state, chunk)
+            rows, after = attend_chunks(rule, part, state, chunk, d_state is not None)
         outs, grads = [rows], [gradient[:, :, start:end].to(rows.dtype)]
         if d_state is not None:
             outs.append(after)

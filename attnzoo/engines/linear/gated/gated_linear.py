@@ -54,7 +54,7 @@ class GatedLinear(GatedReference):
             for part in parts:
                 before = past
                 for rows, sums in self._walk(part, before, one_by_one):
-                    past = Past(sums, None)
+                    past = _past(sums)
                     yield rows.to(call.q.dtype)
 
         out = join(pieces(), call.key_length, 2)
@@ -63,21 +63,26 @@ class GatedLinear(GatedReference):
 
     def _walk(
         self, call: Call, past: Past | None, one_by_one: bool
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Some rows at a time, and the state after them."""
         call = prepared(self.rule, call)
         if not one_by_one:
-            return scan(self.rule, call, None if past is None else past.sums)
+            return scan(self.rule, call, past and past.sums, remember_last=True)
         sizes = (*call.k.shape[:2], call.k.shape[3], call.v.shape[3])
         return recur(self.rule, call, call.k.new_zeros(sizes) if past is None else past.sums)
 
     def _after(self, call: Call, past: Past | None) -> Past:
         """The past with the keys of a call."""
         *_, (_, sums) = self._walk(call, past, call.key_length == 1)
-        return Past(sums, None)
+        return _past(sums)
 
     def cost(self, shape: Shape) -> Cost:
         return gated_cost.cost(self.rule, shape)
+
+
+def _past(sums: Tensor | None) -> Past:
+    assert sums is not None  # since it is to be remembered
+    return Past(sums, None)
 
 
 def _as_square(attend: Any, engine: GatedLinear, call: Call) -> Tensor:

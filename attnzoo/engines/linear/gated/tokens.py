@@ -26,18 +26,20 @@ STRENGTH = Input("beta", "batch kv_heads keys", padded=0.0, activation=torch.sig
 
 @dataclass(frozen=True)
 class Rule:
-    """What a token does to the state S, (width, value_dim), after this has faded by its log_decay.
+    """What a token does to the state S, (width, value_dim): this fades by log_decay, and then
 
         S ← S + k vᵀ                    where it adds
         S ← S + β k (v - Sᵀk)ᵀ          where the delta rule holds
 
-    and its row is then scale · Sᵀq.
+    The token's row is scale · Sᵀq.
 
+    gate: the input by which the state fades, `HEAD_GATE` or `CHANNEL_GATE`; None: it does not
     scale: factor of the rows; None: 1/sqrt(width)
     delta: whether the delta rule holds
     l2_norm: whether q and k are divided by their length first
     """
 
+    gate: Input | None = None
     scale: float | None = None
     delta: bool = False
     l2_norm: bool = False
@@ -53,10 +55,14 @@ def prepared(rule: Rule, call: Call) -> Call:
     scale = int(q.shape[3]) ** -0.5 if rule.scale is None else rule.scale
     inputs = {name: x.to(dtype) for name, x in call.inputs.items()}
     made = replace(call, q=q * scale, k=k, v=call.v.to(dtype), inputs=inputs, segments=None)
+    gate, log_decay = rule.gate, made.get("log_decay")
+    if gate is not None and log_decay is None:
+        log_decay = torch.zeros_like(k if gate is CHANNEL_GATE else k[..., 0])
+        made = made.giving(gate, log_decay)
     if call.segments is None:
         return made
-    gate = forgetting(call.segments, made.get("log_decay"), k)
-    return made.giving(HEAD_GATE if gate.dim() == 3 else CHANNEL_GATE, gate)
+    closing = forgetting(call.segments, k[..., 0] * 0 if log_decay is None else log_decay)
+    return made.giving(gate or HEAD_GATE, closing)
 
 
 def check_gates(call: Call) -> Call:
@@ -82,16 +88,12 @@ def unit(x: Tensor) -> Tensor:
     return x * (x.square().sum(-1, keepdim=True) + NORM_EPSILON).rsqrt()
 
 
-def forgetting(segments: Tensor, log_decay: Tensor | None, k: Tensor) -> Tensor:
+def forgetting(segments: Tensor, log_decay: Tensor) -> Tensor:
     """The gates with -inf at the first token of every piece but the first.
 
-    segments: (batch, length). log_decay: (batch, kv_heads, length), or also a width; None: 0.
+    segments: (batch, length). log_decay: (batch, kv_heads, length), or also a width.
     """
     begins = torch.zeros_like(segments, dtype=torch.bool)
     begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    begins = begins[:, None]
-    if log_decay is None:
-        log_decay = k.new_zeros(k.shape[:3])
-    elif log_decay.dim() == 4:
-        begins = begins[..., None]
+    begins = begins[:, None, :, None] if log_decay.dim() == 4 else begins[:, None]
     return log_decay.masked_fill(begins, float("-inf"))
