@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.eager import only_autograd_looks
 from attnzoo.engines.exponential import exp_
 from attnzoo.engines.linear.gated.reference import faded
 
@@ -19,17 +20,18 @@ from attnzoo.engines.linear.gated.reference import faded
 class Fading:
     """Nothing fades: every factor is 1."""
 
-    def products(self, rows: Tensor, k: Tensor) -> Tensor:
+    def products(self, rows: list[Tensor], k: Tensor) -> list[Tensor]:
         """Σ_c rows_ic k_jc · (what is left of channel c of token j at token i) for j ≤ i; above the
         diagonal 0.
 
-        rows: (..., rows, length, width), some for every token. k: (..., length, width). Returns
-        (..., rows, length, length).
+        rows: each (..., rows, length, width), some for every token. k: (..., length, width).
+        Returns (..., rows, length, length) for each.
         """
-        return _products(rows, k).tril()
+        return [_products(some, k).tril() for some in rows]
 
     def carried(self, x: Tensor) -> Tensor:
-        """x times what is left of the state before the chunk. x: (..., rows, length, width)."""
+        """x times what is left of the state before the chunk. x: (..., length, width), or some rows
+        for every token, (..., rows, length, width)."""
         return x
 
     def handed_on(self, k: Tensor) -> Tensor:
@@ -46,14 +48,15 @@ class HeadFading(Fading):
     """By a number for each token and head. log_decay: (..., length)."""
 
     def __init__(self, log_decay: Tensor) -> None:
-        self.left = faded(log_decay).tril()
+        left = faded(log_decay)
+        self.left = left.tril_() if may_overwrite(left) else left.tril()
         self.since_start = exp_(log_decay.cumsum(-1))
 
-    def products(self, rows: Tensor, k: Tensor) -> Tensor:
-        return _products(rows, k) * self.left[..., None, :, :]
+    def products(self, rows: list[Tensor], k: Tensor) -> list[Tensor]:
+        return [times(_products(some, k), self.left[..., None, :, :]) for some in rows]
 
     def carried(self, x: Tensor) -> Tensor:
-        return x * self.since_start[..., None, :, None]
+        return x * _for_rows(self.since_start[..., None], x)
 
     def handed_on(self, k: Tensor) -> Tensor:
         return k * self.left[..., -1, :, None]
@@ -75,11 +78,13 @@ class ChannelFading(Fading):
         self.log_decay = log_decay
         self.since_start = exp_(log_decay.cumsum(-2))
 
-    def products(self, rows: Tensor, k: Tensor) -> Tensor:
-        return _by_halves(rows, k, self.log_decay)
+    def products(self, rows: list[Tensor], k: Tensor) -> list[Tensor]:
+        counts = [some.shape[-3] for some in rows]
+        together = torch.cat(rows, -3) if len(rows) > 1 else rows[0]
+        return list(_by_halves(together, k, self.log_decay).split(counts, -3))
 
     def carried(self, x: Tensor) -> Tensor:
-        return x * self.since_start[..., None, :, :]
+        return x * _for_rows(self.since_start, x)
 
     def handed_on(self, k: Tensor) -> Tensor:
         return k * until_end(self.log_decay)
@@ -94,6 +99,21 @@ def fading_of(log_decay: Tensor | None, k: Tensor) -> Fading:
     if log_decay is None:
         return Fading()
     return HeadFading(log_decay) if log_decay.dim() < k.dim() else ChannelFading(log_decay)
+
+
+def may_overwrite(*tensors: Tensor) -> bool:
+    """Whether a tensor that was just made may be written over: nothing else will read it."""
+    return not torch.is_grad_enabled() and only_autograd_looks(*tensors)
+
+
+def times(x: Tensor, factor: Tensor) -> Tensor:
+    """x · factor, in the place of x where that may be."""
+    return x.mul_(factor) if may_overwrite(x, factor) else x * factor
+
+
+def _for_rows(factor: Tensor, x: Tensor) -> Tensor:
+    """The factor, (..., length, width or 1), with a dimension for the rows that x may have."""
+    return factor if factor.dim() == x.dim() else factor[..., None, :, :]
 
 
 def _products(rows: Tensor, k: Tensor) -> Tensor:

@@ -1,17 +1,17 @@
 """Gates and delta rules in chunks of tokens, many of which are computed side by side.
 
-Behind a chunk the state is an affine function of the state before it, and so are the chunk's rows:
-
-    rows = fresh rows + reads · S,    S' = fresh state + transition · S
-
-All of these but S are products inside the chunks; a short loop then hands the state from one chunk
-to the next (Yang et al. 2024, arXiv:2406.06484, section 3.2, and 2412.06464, section 3.3: the WY
-form). Written in operators that autograd, a compiler and a counter of operations can follow.
+Inside a chunk rows weigh what its tokens write through a small matrix of scores; what lies before
+the chunk they read from the state. Under the delta rule the writes u solve (1 + N) u = values -
+erases · S, a triangular system whose inverse does not depend on the state S (Yang et al. 2024,
+arXiv:2406.06484, section 3.2, and arXiv:2412.06464, section 3.3: the WY form). So all products but
+two a chunk are done for many chunks together, and a short loop hands the state on. Written in
+operators that autograd, a compiler and a counter of operations can follow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from attnzoo.engines.linear.chunks import CAUSAL_CHUNK, HELD
 from attnzoo.engines.linear.gated.fading import fading_of
 from attnzoo.engines.linear.gated.tokens import Rule
 from attnzoo.engines.linear.gated.triangular import unit_inverse
-from attnzoo.engines.linear.layout import grouped, ungrouped
+from attnzoo.engines.linear.layout import add_product, grouped, ungrouped
 from attnzoo.engines.piece_by_piece import at_a_time
 
 
@@ -60,77 +60,126 @@ def scan(
     for place, span in enumerate(call.split(queries=lengths, keys=lengths)):
         assert state is not None
         remember = remember_last or place < len(lengths) - 1
-        rows, state = attend(rule, span, state, chunk, remember)
-        yield rows, state
+        inside = Inside.of(rule, span, chunk)
+        states = States.of(inside, inside.solved(), state, remember)
+        rows = ungrouped(inside.rows(states), call.group)
+        state = states.after
+        yield rows[:, :, : span.key_length], state
 
 
-def attend(
-    rule: Rule, call: Call, state: Tensor, chunk: int, remember: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The rows of chunks that are computed side by side, and the state after them.
+@dataclass(frozen=True)
+class Inside:
+    """What the tokens of chunks are to each other, whatever the state.
 
-    call: as `tokens.prepared` makes it, with as many queries as keys
-    state: before the call
-    chunk: tokens of a chunk; the last one is filled up with tokens that change nothing
-    remember: whether the state after them is wanted; None is returned where it is not
+    Each tensor begins with (batch, kv_heads, chunks); the rest of its shape is given here. A chunk
+    has `length` tokens, and `rows` is group · length, since a group of heads shares each key.
+
+    scores: (rows, length), what each row reads of each token's write
+    reads: (rows, width), what it reads of the state before the chunk
+    handed_on: (length, width), where in the state behind the chunk each token's write stands
+    kept: (width or 1, 1), what is left there of the state before; None: all
+    values: (length, value_dim), what each token writes, if there is no delta rule
+    erases: (length, width), what it erases of the state before the chunk; None without delta rule
+    below: N, (length, length), what it erases of earlier tokens' writes; None without delta rule
     """
-    length, kv_heads, group = call.key_length, call.k.shape[1], call.group
-    chunks = len(range(0, length, chunk))
-    missing = chunks * chunk - length
-    q, k, v = (F.pad(x, (0, 0, 0, missing)) for x in (call.q, call.k, call.v))
-    q = grouped(q, kv_heads, chunks).unflatten(3, (group, chunk))
-    k, v = (x.unflatten(2, (chunks, chunk)) for x in (k, v))
-    log_decay, beta = (_chunked(call.get(name), chunks, chunk) for name in ("log_decay", "beta"))
-    fading = fading_of(log_decay, k)
-    if rule.delta:
-        scores, overlaps = fading.products(torch.cat([q, k[..., None, :, :]], 3), k).split(
-            [group, 1], 3
+
+    scores: Tensor
+    reads: Tensor
+    handed_on: Tensor
+    kept: Tensor | None
+    values: Tensor
+    erases: Tensor | None
+    below: Tensor | None
+
+    @classmethod
+    def of(cls, rule: Rule, call: Call, chunk: int) -> Inside:
+        """call: as `tokens.prepared` makes it, with as many queries as keys. chunk: tokens of one;
+        the last is filled up with tokens that change nothing."""
+        chunks = len(range(0, call.key_length, chunk))
+        missing = chunks * chunk - call.key_length
+        q, k, v = (filled(x, missing) for x in (call.q, call.k, call.v))
+        q = grouped(q, k.shape[1], chunks).unflatten(3, (call.group, chunk))
+        gates = (call.get(name) for name in ("log_decay", "beta"))
+        gates = (None if x is None else filled(x, missing) for x in gates)
+        k, v, log_decay, beta = (
+            None if x is None else x.unflatten(2, (chunks, chunk)) for x in (k, v, *gates)
         )
-        overlaps = overlaps[:, :, :, 0].tril(-1)
-        writes = torch.cat([v, fading.carried(k[..., None, :, :])[:, :, :, 0]], -1)
-        if beta is not None:
-            overlaps, writes = overlaps * beta[..., None], writes * beta[..., None]
-        fresh, erased = (unit_inverse(overlaps) @ writes).split([v.shape[-1], k.shape[-1]], -1)
-    else:
-        scores, fresh, erased = fading.products(q, k), v, None
-    scores, reads = scores.flatten(3, 4), fading.carried(q).flatten(3, 4)
-    if erased is not None:
-        reads = reads - scores @ erased
-    if chunks == 1 and not remember:
-        before, after = state[:, :, None], None
-    else:
-        handed_on = fading.handed_on(k).mT
-        transition = None if erased is None else -(handed_on @ erased)
-        before, after = _states(state, handed_on @ fresh, fading.kept, transition, remember)
-    rows = ungrouped(scores @ fresh + reads @ before, group)
-    return rows[:, :, :length], after
+        assert k is not None and v is not None
+        fading, erases, below = fading_of(log_decay, k), None, None
+        if rule.delta:
+            stronger = k if beta is None else k * beta[..., None]
+            scores, below = fading.products([q, stronger[..., None, :, :]], k)
+            erases, below = fading.carried(stronger), below[:, :, :, 0].tril(-1)
+            v = v if beta is None else v * beta[..., None]
+        else:
+            (scores,) = fading.products([q], k)
+        reads = fading.carried(q).flatten(3, 4)
+        handed_on, kept = fading.handed_on(k), fading.kept
+        return cls(scores.flatten(3, 4), reads, handed_on, kept, v, erases, below)
+
+    def detached(self) -> Inside:
+        """The same numbers, which autograd does not follow."""
+        return Inside(*(None if x is None else x.detach() for x in vars(self).values()))
+
+    def solved(self) -> Tensor | None:
+        """(1 + N)⁻¹; None without delta rule."""
+        return None if self.below is None else unit_inverse(self.below)
+
+    def rows(self, states: States) -> Tensor:
+        """(batch, kv_heads, chunks, rows, value_dim)."""
+        return add_product(self.scores @ states.writes, self.reads, states.before)
 
 
-def _chunked(x: Tensor | None, chunks: int, chunk: int) -> Tensor | None:
-    """A gate, (batch, kv_heads, length, ...), in chunks, 0 where these have no tokens."""
-    if x is None:
-        return None
-    filled = F.pad(x, (0, 0) * (x.dim() - 3) + (0, chunks * chunk - x.shape[2]))
-    return filled.unflatten(2, (chunks, chunk))
+@dataclass(frozen=True)
+class States:
+    """The states between chunks, and what the tokens write to them.
 
-
-def _states(
-    state: Tensor, fresh: Tensor, kept: Tensor | None, transition: Tensor | None, remember: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The states before each chunk, (batch, kv_heads, chunks, width, value_dim), and the last one.
-
-    state: before the first chunk, (batch, kv_heads, width, value_dim)
-    fresh: (batch, kv_heads, chunks, width, value_dim), what each chunk adds
-    kept: (batch, kv_heads, chunks, width or 1, 1), what it multiplies the state by; None: 1
-    transition: (batch, kv_heads, chunks, width, width), by what it mixes the state's rows besides
-    remember: whether the last one is wanted, behind all chunks
+    before: (batch, kv_heads, chunks, width, value_dim), the state before each chunk
+    writes: (batch, kv_heads, chunks, length, value_dim)
+    erased: (batch, kv_heads, chunks, length, width), what of the state before a chunk each write
+        takes away; None without delta rule
+    after: (batch, kv_heads, width, value_dim), after the last chunk; None where not wanted
     """
-    before = [state]
-    for place, more in enumerate(fresh.unbind(2)):
-        if place == fresh.shape[2] - 1 and not remember:
-            return torch.stack(before, 2), None
-        faded = state if kept is None else state * kept[:, :, place]
-        mixed = faded if transition is None else faded + transition[:, :, place] @ state
-        state = mixed + more
-        before.append(state)
-    return torch.stack(before[:-1], 2), state
+
+    before: Tensor
+    writes: Tensor
+    erased: Tensor | None
+    after: Tensor | None
+
+    @classmethod
+    def of(cls, inside: Inside, inverse: Tensor | None, state: Tensor, remember: bool) -> States:
+        """inverse: of `Inside.solved`. state: before the first chunk. remember: whether the state
+        after the last is wanted."""
+        chunks = inside.values.shape[2]
+        wanted = chunks if remember else chunks - 1
+        handed_on, kept = inside.handed_on.mT, inside.kept
+        before, after = [state], state
+        if inverse is None:
+            writes = inside.values
+            more = (handed_on[:, :, :wanted] @ writes[:, :, :wanted]).unbind(2)
+            for chunk in range(wanted):
+                after = _faded(after, kept, chunk) + more[chunk]
+                before.append(after)
+            all_writes, erased = writes, None
+        else:
+            assert inside.erases is not None
+            fresh, erased = inverse @ inside.values, inverse @ inside.erases
+            found = []
+            for chunk in range(chunks):
+                found.append(add_product(fresh[:, :, chunk], erased[:, :, chunk], after, -1))
+                if chunk < wanted:
+                    faded = _faded(after, kept, chunk)
+                    after = add_product(faded, handed_on[:, :, chunk], found[-1])
+                    before.append(after)
+            all_writes = torch.stack(found, 2)
+        stacked = torch.stack(before[:chunks], 2)
+        return cls(stacked, all_writes, erased, after if remember else None)
+
+
+def _faded(state: Tensor, kept: Tensor | None, chunk: int) -> Tensor:
+    return state if kept is None else state * kept[:, :, chunk]
+
+
+def filled(x: Tensor, tokens: int) -> Tensor:
+    """x with zeros for so many more tokens, (batch, heads, length, ...)."""
+    return F.pad(x, (0, 0) * (x.dim() - 3) + (0, tokens)) if tokens else x

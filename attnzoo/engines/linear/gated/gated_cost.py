@@ -20,9 +20,7 @@ def cost(rule: Rule, shape: Shape) -> Cost:
     return Cost(
         macs=shape.batch_size
         * shape.kv_heads
-        * (
-            chunks * _macs(rule, chunk, d, group) - _last_macs(rule, chunk if chunks == 1 else 0, d)
-        ),
+        * (chunks * _macs(rule, chunk, d, group) - chunk * d * d),  # nobody reads the last state
         support_macs=2
         * shape.batch_size
         * shape.heads
@@ -40,20 +38,11 @@ def _macs(rule: Rule, chunk: int, d: int, group: int) -> int:
     pairs, through_state = chunk * chunk * d, chunk * d * d
     # Products by halves of halves pass over what lies above the diagonal.
     of_keys = chunk * (chunk + 1) // 2 * d if rule.gate is CHANNEL_GATE else pairs
-    rows = group * (of_keys + pairs + through_state)
+    rows_and_state = group * (of_keys + pairs + through_state) + through_state
     if not rule.delta:
-        return rows + through_state
+        return rows_and_state
     inverse = chunk * (chunk * chunk - 1) // 3
-    # What the tokens write and what they erase, in rows and in the state that they hand on.
-    return rows + of_keys + inverse + (2 + group) * pairs + 2 * through_state + d * d * d
-
-
-def _last_macs(rule: Rule, only_chunk: int, d: int) -> int:
-    """What is spared since nobody reads the state behind the last chunk, of a key head.
-
-    only_chunk: tokens of the only chunk, which then makes nothing to hand on; 0 if there are more
-    """
-    return only_chunk * d * d * (1 + rule.delta) + rule.delta * d * d * d
+    return rows_and_state + of_keys + inverse + 2 * pairs + through_state
 
 
 def _elementwise(rule: Rule, shape: Shape, chunk: int, chunks: int) -> int:

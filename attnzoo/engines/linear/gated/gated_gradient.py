@@ -16,9 +16,16 @@ from attnzoo.autocast import without_autocast
 from attnzoo.call import Call
 from attnzoo.eager import is_recorded, only_autograd_looks
 from attnzoo.engines.differentiable import is_followed, open_gradients
-from attnzoo.engines.linear.gated.gated_chunks import attend as attend_chunks
-from attnzoo.engines.linear.gated.gated_chunks import chunk_of, scan, spans
+from attnzoo.engines.linear.gated.gated_chunks import (
+    Inside,
+    States,
+    chunk_of,
+    filled,
+    scan,
+    spans,
+)
 from attnzoo.engines.linear.gated.tokens import Rule, prepared
+from attnzoo.engines.linear.layout import add_product, grouped
 from attnzoo.engines.piece_by_piece import join
 from attnzoo.spec import Input
 
@@ -103,39 +110,82 @@ def _backward(rule: Rule, call: Call, gradient: Tensor, states: tuple[Tensor, ..
     """Gradients of q, k, v and the gates, span by span from the end, carrying the gradient of the
     state that later spans read. states: before each span but the first."""
     lengths, chunk = spans(call), chunk_of(call.key_length)
-    parts = call.split(queries=lengths, keys=lengths)
-    tensors = (call.q, call.k, call.v, *(x for _, x in call.given()))
-    found = [torch.empty_like(x) for x in tensors]
-    zeros = call.k.new_zeros(0)
-    d_state: Tensor | None = None
-    end = call.key_length
-    for place in reversed(range(len(parts))):
-        start = end - lengths[place]
+    given = (call.q, call.k, call.v, *(x for _, x in call.given()))
+    found = [torch.empty_like(x) for x in given]
+    end, d_state = call.key_length, None
+    for place in reversed(range(len(lengths))):
+        here = slice(end - lengths[place], end)
+        own = [x[:, :, here].detach().requires_grad_() for x in given]
         with torch.enable_grad():
-            own = [
-                x.detach().requires_grad_()
-                for x in (
-                    parts[place].q,
-                    parts[place].k,
-                    parts[place].v,
-                    *(x for _, x in parts[place].given()),
-                )
-            ]
-            part = prepared(rule, _call_of(call.declared, *own))
-            if place:
-                state = states[place - 1].detach().requires_grad_()
-            else:
-                state = part.k.new_zeros(*part.k.shape[:2], part.k.shape[3], part.v.shape[3])
-                state.requires_grad_()
-            rows, after = attend_chunks(rule, part, state, chunk, d_state is not None)
-        outs, grads = [rows], [gradient[:, :, start:end].to(rows.dtype)]
-        if d_state is not None:
-            outs.append(after)
-            grads.append(d_state)
-        *of_own, d_state = torch.autograd.grad(
-            outs, [*own, state], grads, materialize_grads=True, allow_unused=True
+            span = prepared(rule, _call_of(call.declared, *own))
+            inside = Inside.of(rule, span, chunk)
+        k = inside.handed_on
+        state = (
+            states[place - 1] if place else k.new_zeros(*k.shape[:2], k.shape[4], call.v.shape[3])
+        )
+        d_rows = gradient[:, :, here].to(k.dtype)
+        d_inside, d_state = through_states(
+            inside, _filled_rows(d_rows, call, chunk), state, d_state
+        )
+        roots = {name: x for name, x in vars(inside).items() if x is not None}
+        wanted = [(roots[name], d) for name, d in d_inside.items() if roots[name].requires_grad]
+        of_own = torch.autograd.grad(
+            [x for x, _ in wanted], own, [d for _, d in wanted], allow_unused=True
         )
         for whole, x in zip(found, of_own, strict=True):
-            whole[:, :, start:end] = x
-        end = start
+            if x is None:
+                whole[:, :, here] = 0
+            else:
+                whole[:, :, here] = x
+        end = here.start
     return found
+
+
+def _filled_rows(d_rows: Tensor, call: Call, chunk: int) -> Tensor:
+    """The gradient of some rows, laid out as `Inside.rows`."""
+    length = d_rows.shape[2]
+    chunks = len(range(0, length, chunk))
+    return grouped(filled(d_rows, chunks * chunk - length), call.k.shape[1], chunks).contiguous()
+
+
+def through_states(
+    inside: Inside, d_rows: Tensor, state: Tensor, d_after: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradients of the tensors of `Inside` by name, and of the state before the first chunk.
+
+    d_rows: gradient of its rows
+    state: before the first chunk
+    d_after: gradient of the state after the last chunk; None when nothing reads it
+    """
+    inside = inside.detached()
+    inverse = inside.solved()
+    states = States.of(inside, inverse, state, remember=False)
+    before, writes, erased = states.before, states.writes, states.erased
+    d_writes, d_before = inside.scores.mT @ d_rows, inside.reads.mT @ d_rows
+    if d_after is None:
+        d_after = torch.zeros_like(state)
+    d_states: list[Tensor] = []  # gradients of the states after each chunk, from the last
+    d_solved: list[Tensor] = []
+    for chunk in reversed(range(d_rows.shape[2])):
+        d_states.append(d_after)
+        d_written = add_product(d_writes[:, :, chunk], inside.handed_on[:, :, chunk], d_after)
+        d_solved.append(d_written)
+        kept = inside.kept
+        d_after = d_before[:, :, chunk] + (d_after if kept is None else d_after * kept[:, :, chunk])
+        if erased is not None:
+            d_after = add_product(d_after, erased[:, :, chunk].mT, d_written, -1)
+    d_written, d_later = (torch.stack(x[::-1], 2) for x in (d_solved, d_states))
+    found = {
+        "scores": d_rows @ writes.mT,
+        "reads": d_rows @ before.mT,
+        "handed_on": writes @ d_later.mT,
+        "values": d_written,
+    }
+    if inside.kept is not None:
+        of_kept = (before * d_later).sum(-1, keepdim=True)
+        found["kept"] = of_kept if inside.kept.shape[-2] > 1 else of_kept.sum(-2, keepdim=True)
+    if inverse is not None:
+        found["values"] = d_values = inverse.mT @ d_written
+        found["erases"] = (d_values @ before.mT).neg_()
+        found["below"] = (d_values @ writes.mT).neg_()
+    return found, d_after

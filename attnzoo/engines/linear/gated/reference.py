@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Backend, Engine, never_refuses
+from attnzoo.engines.exponential import exp_
 from attnzoo.engines.linear.gated.tokens import Rule, check_gates, prepared
 from attnzoo.engines.softmax.reference import visible
 
@@ -83,7 +84,7 @@ def faded(log_decay: Tensor) -> Tensor:
     """
     length = log_decay.shape[-1]
     steps = log_decay[..., :, None].expand(*log_decay.shape, length)
-    return steps.tril(-1).cumsum(-2).exp()
+    return exp_(steps.tril(-1).cumsum(-2))
 
 
 def reference(engine: GatedReference, call: Call) -> Tensor:

@@ -50,11 +50,11 @@ def prepared(rule: Rule, call: Call) -> Call:
     normed, scaled, and with a gate that closes where another piece of a packed row begins."""
     dtype = accumulation_dtype(call.q.dtype)
     q, k = call.q.to(dtype), call.k.to(dtype)
-    if rule.l2_norm:
-        q, k = unit(q), unit(k)
     scale = int(q.shape[3]) ** -0.5 if rule.scale is None else rule.scale
+    q = q * (inverse_length(q) * scale if rule.l2_norm else scale)
+    k = k * inverse_length(k) if rule.l2_norm else k
     inputs = {name: x.to(dtype) for name, x in call.inputs.items()}
-    made = replace(call, q=q * scale, k=k, v=call.v.to(dtype), inputs=inputs, segments=None)
+    made = replace(call, q=q, k=k, v=call.v.to(dtype), inputs=inputs, segments=None)
     gate, log_decay = rule.gate, made.get("log_decay")
     if gate is not None and log_decay is None:
         log_decay = torch.zeros_like(k if gate is CHANNEL_GATE else k[..., 0])
@@ -83,9 +83,9 @@ def check_gates(call: Call) -> Call:
     return call
 
 
-def unit(x: Tensor) -> Tensor:
-    """x divided by its length."""
-    return x * (x.square().sum(-1, keepdim=True) + NORM_EPSILON).rsqrt()
+def inverse_length(x: Tensor) -> Tensor:
+    """What brings the last dimension of x to length 1, (..., 1)."""
+    return (x.square().sum(-1, keepdim=True) + NORM_EPSILON).rsqrt()
 
 
 def forgetting(segments: Tensor, log_decay: Tensor) -> Tensor:
