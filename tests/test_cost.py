@@ -33,7 +33,8 @@ GATES = {"mamba2": 1, "deltanet": 1, "gated_deltanet": 2, "gla": 8, "kda": 9}
 @pytest.mark.parametrize("name", attnzoo.names())
 def test_moved_bytes_and_parameters_by_hand(name: str):
     """q and out of 4 heads, k and v of 2; Linformer reads the used rows of E and F of 4 heads, rank
-    16; a gate holds a number, or 8, for every key, and so does a write's strength; Performer 24 directions and Reformer 3 rotations to 3 directions in float32."""
+    16; Performer 24 directions and Reformer 3 rotations to 3 directions in float32; gates are a
+    number, or 8, for every key and head, and so is the strength of a write."""
     case = next(case for case in usual_cases() if case.variant == name)
     attn, n = case.build(), 100
     more = {

@@ -6,11 +6,12 @@ what tracing costs grows faster than the number of operators, and engines that r
 operators on the same shapes are traced once.
 
 The linear engine walks over the tokens in chunks: over the keys and then over the queries, or
-causally over the keys that every query sees and then over both at once. The first chunk of a walk
-has no past and the last may be short or need not be remembered; every chunk between runs the same
-operators on the same shapes. A gated state walks over all keys alike. So with the remainders held fixed the cost of a forward is affine in
-the number of chunks of each walk, from two full ones on, and three short forwards give the cost of
-any long one exactly. So do three of attention in tiles.
+causally over the keys that every query sees and then over both at once; a gated state walks over
+all keys alike. The first chunk of a walk has no past and the last may be short or need not be
+remembered; every chunk between runs the same operators on the same shapes. So with the remainders
+held fixed the cost of a forward is affine in the number of chunks of each walk, from two full ones
+on, and three short forwards give the cost of any long one exactly. So do three of attention in
+tiles.
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.linear.chunks import CAUSAL_CHUNK, HELD
-from attnzoo.engines.linear.gated.fading import fading_of
-from attnzoo.engines.linear.gated.tokens import Rule
+from attnzoo.engines.linear.gated.fading import fading_of, may_overwrite
+from attnzoo.engines.linear.gated.tokens import Rule, empty_state, prepared
 from attnzoo.engines.linear.gated.triangular import unit_inverse
-from attnzoo.engines.linear.layout import add_product, grouped, ungrouped
+from attnzoo.engines.linear.layout import add_product, add_product_, grouped, ungrouped
 from attnzoo.engines.piece_by_piece import at_a_time
 
 
@@ -49,22 +49,21 @@ def scan(
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Some rows at a time, (batch, heads, tokens, value_dim), and the state after them.
 
-    call: as `tokens.prepared` makes it, with as many queries as keys
+    call: without segments, with as many queries as keys
     state: (batch, kv_heads, width, value_dim), before the call; None: all 0
     remember_last: whether the state after the last rows is wanted, as decoding wants it
     """
     lengths = spans(call)
     chunk = chunk_of(call.key_length)
     if state is None:
-        state = call.k.new_zeros(*call.k.shape[:2], call.k.shape[3], call.v.shape[3])
+        state = empty_state(call)
     for place, span in enumerate(call.split(queries=lengths, keys=lengths)):
-        assert state is not None
         remember = remember_last or place < len(lengths) - 1
-        inside = Inside.of(rule, span, chunk)
+        inside = Inside.of(rule, prepared(rule, span), chunk)
         states = States.of(inside, inside.solved(), state, remember)
         rows = ungrouped(inside.rows(states), call.group)
         state = states.after
-        yield rows[:, :, : span.key_length], state
+        yield rows[:, :, : span.key_length], state if remember else None
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,10 @@ class Inside:
 
     def rows(self, states: States) -> Tensor:
         """(batch, kv_heads, chunks, rows, value_dim)."""
-        return add_product(self.scores @ states.writes, self.reads, states.before)
+        rows = self.scores @ states.writes
+        if may_overwrite(rows, states.before):
+            return add_product_(rows, self.reads, states.before)
+        return add_product(rows, self.reads, states.before)
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,14 @@ class States:
     writes: (batch, kv_heads, chunks, length, value_dim)
     erased: (batch, kv_heads, chunks, length, width), what of the state before a chunk each write
         takes away; None without delta rule
-    after: (batch, kv_heads, width, value_dim), after the last chunk; None where not wanted
+    after: (batch, kv_heads, width, value_dim), after the last chunk, or before it where no more is
+        wanted
     """
 
     before: Tensor
     writes: Tensor
     erased: Tensor | None
-    after: Tensor | None
+    after: Tensor
 
     @classmethod
     def of(cls, inside: Inside, inverse: Tensor | None, state: Tensor, remember: bool) -> States:
@@ -152,28 +155,51 @@ class States:
         after the last is wanted."""
         chunks = inside.values.shape[2]
         wanted = chunks if remember else chunks - 1
-        handed_on, kept = inside.handed_on.mT, inside.kept
-        before, after = [state], state
         if inverse is None:
-            writes = inside.values
-            more = (handed_on[:, :, :wanted] @ writes[:, :, :wanted]).unbind(2)
+            more = inside.handed_on.mT[:, :, :wanted] @ inside.values[:, :, :wanted]
+            before, after = [state], state
             for chunk in range(wanted):
-                after = _faded(after, kept, chunk) + more[chunk]
+                after = _faded(after, inside.kept, chunk) + more[:, :, chunk]
                 before.append(after)
-            all_writes, erased = writes, None
-        else:
-            assert inside.erases is not None
-            fresh, erased = inverse @ inside.values, inverse @ inside.erases
-            found = []
-            for chunk in range(chunks):
-                found.append(add_product(fresh[:, :, chunk], erased[:, :, chunk], after, -1))
-                if chunk < wanted:
-                    faded = _faded(after, kept, chunk)
-                    after = add_product(faded, handed_on[:, :, chunk], found[-1])
-                    before.append(after)
-            all_writes = torch.stack(found, 2)
-        stacked = torch.stack(before[:chunks], 2)
-        return cls(stacked, all_writes, erased, after if remember else None)
+            return cls(_stacked(before[:chunks]), inside.values, None, after)
+        assert inside.erases is not None
+        writes, erased = inverse @ inside.values, inverse @ inside.erases
+        if may_overwrite(writes, erased, state):
+            before = _write_all(inside, writes, erased, state, wanted)
+            after = before[:, :, wanted].clone()  # not to keep all of them alive
+            return cls(before[:, :, :chunks], writes, erased, after)
+        before, after, found = [state], state, []
+        for chunk in range(chunks):
+            found.append(add_product(writes[:, :, chunk], erased[:, :, chunk], after, -1))
+            if chunk < wanted:
+                faded = _faded(after, inside.kept, chunk)
+                after = add_product(faded, inside.handed_on.mT[:, :, chunk], found[-1])
+                before.append(after)
+        return cls(_stacked(before[:chunks]), _stacked(found), erased, after)
+
+
+def _write_all(
+    inside: Inside, writes: Tensor, erased: Tensor, state: Tensor, wanted: int
+) -> Tensor:
+    """The states before each chunk, and after the last where they are wanted, (batch, kv_heads,
+    chunks or one more, width, value_dim). writes: what would be written to an empty state, which is
+    overwritten by what is."""
+    chunks = writes.shape[2]
+    states = state.new_empty(*state.shape[:2], max(chunks, wanted + 1), *state.shape[2:])
+    states[:, :, 0] = state
+    handed_on = inside.handed_on.mT
+    for chunk in range(chunks):
+        here = states[:, :, chunk]
+        add_product_(writes[:, :, chunk], erased[:, :, chunk], here, -1)
+        if chunk < wanted:
+            after = states[:, :, chunk + 1]
+            after.copy_(here if inside.kept is None else here * inside.kept[:, :, chunk])
+            add_product_(after, handed_on[:, :, chunk], writes[:, :, chunk])
+    return states
+
+
+def _stacked(of_chunks: list[Tensor]) -> Tensor:
+    return torch.stack(of_chunks, 2)
 
 
 def _faded(state: Tensor, kept: Tensor | None, chunk: int) -> Tensor:

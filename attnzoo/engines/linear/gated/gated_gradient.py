@@ -24,8 +24,8 @@ from attnzoo.engines.linear.gated.gated_chunks import (
     scan,
     spans,
 )
-from attnzoo.engines.linear.gated.tokens import Rule, prepared
-from attnzoo.engines.linear.layout import add_product, grouped
+from attnzoo.engines.linear.gated.tokens import Rule, empty_state, prepared, separated
+from attnzoo.engines.linear.layout import add_product_, grouped
 from attnzoo.engines.piece_by_piece import join
 from attnzoo.spec import Input
 
@@ -59,7 +59,8 @@ def attend_openly(rule: Rule, call: Call) -> Tensor:
 
 
 def _in_open_operators(rule: Rule, call: Call) -> Tensor:
-    rows = (rows.to(call.q.dtype) for rows, _ in scan(rule, prepared(rule, call), None))
+    call = separated(rule, call)
+    rows = (rows.to(call.q.dtype) for rows, _ in scan(rule, call, None))
     return join(rows, call.query_length, 2)
 
 
@@ -77,7 +78,7 @@ class _Attend(torch.autograd.Function):
         states: list[Tensor] = []
 
         def rows() -> Iterator[Tensor]:
-            for rows, state in scan(rule, prepared(rule, call), None):
+            for rows, state in scan(rule, call, None):
                 if state is not None:
                     states.append(state)
                 yield rows.to(call.q.dtype)
@@ -119,11 +120,8 @@ def _backward(rule: Rule, call: Call, gradient: Tensor, states: tuple[Tensor, ..
         with torch.enable_grad():
             span = prepared(rule, _call_of(call.declared, *own))
             inside = Inside.of(rule, span, chunk)
-        k = inside.handed_on
-        state = (
-            states[place - 1] if place else k.new_zeros(*k.shape[:2], k.shape[4], call.v.shape[3])
-        )
-        d_rows = gradient[:, :, here].to(k.dtype)
+        state = states[place - 1] if place else empty_state(call)
+        d_rows = gradient[:, :, here].to(state.dtype)
         d_inside, d_state = through_states(
             inside, _filled_rows(d_rows, call, chunk), state, d_state
         )
@@ -164,17 +162,15 @@ def through_states(
     d_writes, d_before = inside.scores.mT @ d_rows, inside.reads.mT @ d_rows
     if d_after is None:
         d_after = torch.zeros_like(state)
-    d_states: list[Tensor] = []  # gradients of the states after each chunk, from the last
-    d_solved: list[Tensor] = []
+    d_later = torch.empty_like(before)  # gradients of the states after each chunk
+    kept, d_written = inside.kept, d_writes
     for chunk in reversed(range(d_rows.shape[2])):
-        d_states.append(d_after)
-        d_written = add_product(d_writes[:, :, chunk], inside.handed_on[:, :, chunk], d_after)
-        d_solved.append(d_written)
-        kept = inside.kept
-        d_after = d_before[:, :, chunk] + (d_after if kept is None else d_after * kept[:, :, chunk])
+        d_later[:, :, chunk] = d_after
+        add_product_(d_written[:, :, chunk], inside.handed_on[:, :, chunk], d_after)
+        faded = d_after if kept is None else d_after * kept[:, :, chunk]
+        d_after = faded + d_before[:, :, chunk]
         if erased is not None:
-            d_after = add_product(d_after, erased[:, :, chunk].mT, d_written, -1)
-    d_written, d_later = (torch.stack(x[::-1], 2) for x in (d_solved, d_states))
+            add_product_(d_after, erased[:, :, chunk].mT, d_written[:, :, chunk], -1)
     found = {
         "scores": d_rows @ writes.mT,
         "reads": d_rows @ before.mT,

@@ -18,7 +18,7 @@ from attnzoo.engines.linear.gated import gated_cost, gated_gradient
 from attnzoo.engines.linear.gated.gated_chunks import scan
 from attnzoo.engines.linear.gated.recurrence import recur
 from attnzoo.engines.linear.gated.reference import REFERENCE, GatedReference
-from attnzoo.engines.linear.gated.tokens import prepared
+from attnzoo.engines.linear.gated.tokens import Rule, empty_state, prepared
 from attnzoo.engines.linear.state import LinearState, Recent, early_and_late
 from attnzoo.engines.linear.sums import Past
 from attnzoo.engines.piece_by_piece import join
@@ -65,11 +65,10 @@ class GatedLinear(GatedReference):
         self, call: Call, past: Past | None, one_by_one: bool
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Some rows at a time, and the state after them."""
-        call = prepared(self.rule, call)
         if not one_by_one:
             return scan(self.rule, call, past and past.sums, remember_last=True)
-        sizes = (*call.k.shape[:2], call.k.shape[3], call.v.shape[3])
-        return recur(self.rule, call, call.k.new_zeros(sizes) if past is None else past.sums)
+        state = empty_state(call) if past is None else past.sums
+        return recur(self.rule, prepared(self.rule, call), state)
 
     def _after(self, call: Call, past: Past | None) -> Past:
         """The past with the keys of a call."""

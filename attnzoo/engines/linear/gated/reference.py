@@ -16,7 +16,7 @@ from torch import Tensor
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Backend, Engine, never_refuses
 from attnzoo.engines.exponential import exp_
-from attnzoo.engines.linear.gated.tokens import Rule, check_gates, prepared
+from attnzoo.engines.linear.gated.tokens import Rule, check_gates, prepared, separated
 from attnzoo.engines.softmax.reference import visible
 
 
@@ -37,7 +37,7 @@ class GatedReference(Engine):
         if call.offset < 0:  # the first queries stand before every key
             seeing = self.matrix(call.select(queries=slice(-call.offset, None)))
             return F.pad(seeing, (0, 0, -call.offset, 0))
-        call = prepared(self.rule, call)
+        call = prepared(self.rule, separated(self.rule, call))
         q, k, group = call.q, repeat_heads(call.k, call.group), call.group
         gates = call.get("log_decay")
         gates = None if gates is None else repeat_heads(gates, group)

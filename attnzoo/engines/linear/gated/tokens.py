@@ -46,23 +46,42 @@ class Rule:
 
 
 def prepared(rule: Rule, call: Call) -> Call:
-    """The call with q, k, v and the gates as the recurrence reads them, in the precision of sums:
-    normed, scaled, and with a gate that closes where another piece of a packed row begins."""
+    """The call with q, k, v and the gates as the recurrence reads them, in the precision of sums.
+
+    call: without segments, which `separated` makes gates of
+    """
     dtype = accumulation_dtype(call.q.dtype)
-    q, k = call.q.to(dtype), call.k.to(dtype)
+    q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
     scale = int(q.shape[3]) ** -0.5 if rule.scale is None else rule.scale
-    q = q * (inverse_length(q) * scale if rule.l2_norm else scale)
-    k = k * inverse_length(k) if rule.l2_norm else k
+    if rule.l2_norm:
+        q, k = q * (inverse_length(q) * scale), k * inverse_length(k)
+    elif scale != 1:
+        q = q * scale
     inputs = {name: x.to(dtype) for name, x in call.inputs.items()}
-    made = replace(call, q=q, k=k, v=call.v.to(dtype), inputs=inputs, segments=None)
-    gate, log_decay = rule.gate, made.get("log_decay")
-    if gate is not None and log_decay is None:
-        log_decay = torch.zeros_like(k if gate is CHANNEL_GATE else k[..., 0])
-        made = made.giving(gate, log_decay)
-    if call.segments is None:
+    made = replace(call, q=q, k=k, v=v, inputs=inputs)
+    if rule.gate is None or "log_decay" in inputs:
         return made
-    closing = forgetting(call.segments, k[..., 0] * 0 if log_decay is None else log_decay)
-    return made.giving(gate or HEAD_GATE, closing)
+    return made.giving(rule.gate, torch.zeros_like(k if rule.gate is CHANNEL_GATE else k[..., 0]))
+
+
+def separated(rule: Rule, call: Call) -> Call:
+    """The call without segments: its gates close at the first token of every piece but the first,
+    which no token of an earlier piece reaches behind."""
+    ids, gate, log_decay = call.segments, rule.gate or HEAD_GATE, call.get("log_decay")
+    if ids is None:
+        return call
+    begins = torch.zeros_like(ids, dtype=torch.bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    if log_decay is None:
+        log_decay = torch.zeros_like(call.k if gate is CHANNEL_GATE else call.k[..., 0])
+    begins = begins[:, None, :, None] if log_decay.dim() == 4 else begins[:, None]
+    return replace(call.giving(gate, log_decay.masked_fill(begins, float("-inf"))), segments=None)
+
+
+def empty_state(call: Call) -> Tensor:
+    """The state before the first token, (batch, kv_heads, width, value_dim)."""
+    k, dtype = call.k, accumulation_dtype(call.k.dtype)
+    return k.new_zeros(*k.shape[:2], k.shape[3], call.v.shape[3], dtype=dtype)
 
 
 def check_gates(call: Call) -> Call:
@@ -85,15 +104,8 @@ def check_gates(call: Call) -> Call:
 
 def inverse_length(x: Tensor) -> Tensor:
     """What brings the last dimension of x to length 1, (..., 1)."""
-    return (x.square().sum(-1, keepdim=True) + NORM_EPSILON).rsqrt()
-
-
-def forgetting(segments: Tensor, log_decay: Tensor) -> Tensor:
-    """The gates with -inf at the first token of every piece but the first.
-
-    segments: (batch, length). log_decay: (batch, kv_heads, length), or also a width.
-    """
-    begins = torch.zeros_like(segments, dtype=torch.bool)
-    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    begins = begins[:, None, :, None] if log_decay.dim() == 4 else begins[:, None]
-    return log_decay.masked_fill(begins, float("-inf"))
+    if torch.is_grad_enabled():  # the derivative of a norm is no number at 0
+        squared = x.square().sum(-1, keepdim=True)
+    else:
+        squared = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+    return (squared + NORM_EPSILON).rsqrt()
