@@ -15,6 +15,7 @@ from torch import Tensor
 from attnzoo.eager import only_autograd_looks
 from attnzoo.engines.exponential import exp_
 from attnzoo.engines.linear.gated.reference import faded
+from attnzoo.engines.linear.layout import add_product_
 
 
 class Fading:
@@ -28,6 +29,13 @@ class Fading:
         Returns (..., rows, length, length) for each.
         """
         return [_products(some, k).tril() for some in rows]
+
+    def through_products(
+        self, rows: list[Tensor], k: Tensor, gradients: list[Tensor]
+    ) -> tuple[list[Tensor], Tensor]:
+        """Gradients of the rows and of k, from those of `products`, whose entries above the
+        diagonal are of no meaning and which are overwritten."""
+        return _through(rows, k, [x.tril_() for x in gradients])
 
     def carried(self, x: Tensor) -> Tensor:
         """x times what is left of the state before the chunk. x: (..., length, width), or some rows
@@ -54,6 +62,11 @@ class HeadFading(Fading):
 
     def products(self, rows: list[Tensor], k: Tensor) -> list[Tensor]:
         return [times(_products(some, k), self.left[..., None, :, :]) for some in rows]
+
+    def through_products(
+        self, rows: list[Tensor], k: Tensor, gradients: list[Tensor]
+    ) -> tuple[list[Tensor], Tensor]:
+        return _through(rows, k, [x.mul_(self.left[..., None, :, :]) for x in gradients])
 
     def carried(self, x: Tensor) -> Tensor:
         return x * _for_rows(self.since_start[..., None], x)
@@ -82,6 +95,14 @@ class ChannelFading(Fading):
         counts = [some.shape[-3] for some in rows]
         together = torch.cat(rows, -3) if len(rows) > 1 else rows[0]
         return list(_by_halves(together, k, self.log_decay).split(counts, -3))
+
+    def through_products(
+        self, rows: list[Tensor], k: Tensor, gradients: list[Tensor]
+    ) -> tuple[list[Tensor], Tensor]:
+        counts = [some.shape[-3] for some in rows]
+        together, gradient = torch.cat(rows, -3), torch.cat(gradients, -3)
+        d_rows, d_k = _through_halves(together, k, self.log_decay, gradient)
+        return list(d_rows.split(counts, -3)), d_k
 
     def carried(self, x: Tensor) -> Tensor:
         return x * _for_rows(self.since_start, x)
@@ -135,6 +156,42 @@ def _by_halves(rows: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
     first, second = inner[..., 0, :, :, :], inner[..., 1, :, :, :]
     upper = torch.cat([first, torch.zeros_like(corner)], -1)
     return torch.cat([upper, torch.cat([corner, second], -1)], -2)
+
+
+def _through(rows: list[Tensor], k: Tensor, gradients: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Gradients of rows and k from those of `_products`."""
+    d_rows = [_rows_times(gradient, k) for gradient in gradients]
+    first, *others = zip(gradients, rows, strict=True)
+    d_k = first[0].flatten(-3, -2).mT @ first[1].flatten(-3, -2)
+    for gradient, some in others:
+        d_k = add_product_(d_k, gradient.flatten(-3, -2).mT, some.flatten(-3, -2))
+    return d_rows, d_k
+
+
+def _rows_times(gradient: Tensor, k: Tensor) -> Tensor:
+    return (gradient.flatten(-3, -2) @ k).unflatten(-2, gradient.shape[-3:-1])
+
+
+def _through_halves(
+    rows: Tensor, k: Tensor, log_decay: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of rows and k from that of `_by_halves`, half by half as there."""
+    length = k.shape[-2]
+    if length == 1:
+        return _rows_times(gradient, k), (gradient * rows).sum(-3)
+    half = length // 2
+    rows = rows.unflatten(-2, (2, half)).movedim(-3, -4)
+    k, log_decay = k.unflatten(-2, (2, half)), log_decay.unflatten(-2, (2, half))
+    inner = gradient.unflatten(-2, (2, half)).unflatten(-1, (2, half))
+    corner = inner[..., 1, :, 0, :]
+    inner = inner.diagonal(dim1=-4, dim2=-2).movedim(-1, -4)  # (..., 2, rows, half, half)
+    d_rows, d_k = _through_halves(rows, k, log_decay, inner)
+    left = until_end(log_decay[..., 0, :, :])
+    since_middle = exp_(log_decay[..., 1, :, :].cumsum(-2))[..., None, :, :]
+    faded_rows, faded_k = rows[..., 1, :, :, :] * since_middle, k[..., 0, :, :] * left
+    d_rows[..., 1, :, :, :] += _rows_times(corner, faded_k) * since_middle
+    d_k[..., 0, :, :] += corner.flatten(-3, -2).mT @ faded_rows.flatten(-3, -2) * left
+    return d_rows.movedim(-4, -3).flatten(-3, -2), d_k.flatten(-3, -2)
 
 
 def until_end(log_decay: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.linear.chunks import CAUSAL_CHUNK, HELD
-from attnzoo.engines.linear.gated.fading import fading_of, may_overwrite
+from attnzoo.engines.linear.gated.fading import Fading, fading_of, may_overwrite
 from attnzoo.engines.linear.gated.tokens import Rule, empty_state, prepared
 from attnzoo.engines.linear.gated.triangular import unit_inverse
 from attnzoo.engines.linear.layout import add_product, add_product_, grouped, ungrouped
@@ -59,11 +59,47 @@ def scan(
         state = empty_state(call)
     for place, span in enumerate(call.split(queries=lengths, keys=lengths)):
         remember = remember_last or place < len(lengths) - 1
-        inside = Inside.of(rule, prepared(rule, span), chunk)
+        inside = Inside.of(Tokens.of(rule, prepared(rule, span), chunk))
         states = States.of(inside, inside.solved(), state, remember)
         rows = ungrouped(inside.rows(states), call.group)
         state = states.after
         yield rows[:, :, : span.key_length], state if remember else None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of chunks, with all tensors beginning with (batch, kv_heads, chunks).
+
+    q: (group, length, width), the heads of a group beside each other
+    k, v: (length, width) and (length, value_dim)
+    stronger: (length, width), keys times beta; None without delta rule
+    beta: (length,); None: 1
+    fading: what is left of a token at later ones
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    stronger: Tensor | None
+    beta: Tensor | None
+    fading: Fading
+
+    @classmethod
+    def of(cls, rule: Rule, call: Call, chunk: int) -> Tokens:
+        """call: as `tokens.prepared` makes it, with as many queries as keys. chunk: tokens of one;
+        the last is filled up with tokens that change nothing."""
+        chunks = len(range(0, call.key_length, chunk))
+        missing = chunks * chunk - call.key_length
+        q = grouped(filled(call.q, missing), call.k.shape[1], chunks)
+
+        def laid(x: Tensor) -> Tensor:
+            return filled(x, missing).unflatten(2, (chunks, chunk))
+
+        k, v, log_decay, beta = laid(call.k), laid(call.v), call.get("log_decay"), call.get("beta")
+        beta = None if beta is None or not rule.delta else laid(beta)
+        stronger = None if not rule.delta else k if beta is None else k * beta[..., None]
+        fading = fading_of(None if log_decay is None else laid(log_decay), k)
+        return cls(q.unflatten(3, (call.group, chunk)), k, v, stronger, beta, fading)
 
 
 @dataclass(frozen=True)
@@ -91,34 +127,18 @@ class Inside:
     below: Tensor | None
 
     @classmethod
-    def of(cls, rule: Rule, call: Call, chunk: int) -> Inside:
-        """call: as `tokens.prepared` makes it, with as many queries as keys. chunk: tokens of one;
-        the last is filled up with tokens that change nothing."""
-        chunks = len(range(0, call.key_length, chunk))
-        missing = chunks * chunk - call.key_length
-        q, k, v = (filled(x, missing) for x in (call.q, call.k, call.v))
-        q = grouped(q, k.shape[1], chunks).unflatten(3, (call.group, chunk))
-        gates = (call.get(name) for name in ("log_decay", "beta"))
-        gates = (None if x is None else filled(x, missing) for x in gates)
-        k, v, log_decay, beta = (
-            None if x is None else x.unflatten(2, (chunks, chunk)) for x in (k, v, *gates)
-        )
-        assert k is not None and v is not None
-        fading, erases, below = fading_of(log_decay, k), None, None
-        if rule.delta:
-            stronger = k if beta is None else k * beta[..., None]
-            scores, below = fading.products([q, stronger[..., None, :, :]], k)
-            erases, below = fading.carried(stronger), below[:, :, :, 0].tril(-1)
-            v = v if beta is None else v * beta[..., None]
-        else:
+    def of(cls, tokens: Tokens) -> Inside:
+        q, k, stronger, fading = tokens.q, tokens.k, tokens.stronger, tokens.fading
+        erases = below = None
+        if stronger is None:
             (scores,) = fading.products([q], k)
-        reads = fading.carried(q).flatten(3, 4)
-        handed_on, kept = fading.handed_on(k), fading.kept
-        return cls(scores.flatten(3, 4), reads, handed_on, kept, v, erases, below)
-
-    def detached(self) -> Inside:
-        """The same numbers, which autograd does not follow."""
-        return Inside(*(None if x is None else x.detach() for x in vars(self).values()))
+        else:
+            scores, below = fading.products([q, stronger[..., None, :, :]], k)
+            erases, below = fading.carried(stronger), below[:, :, :, 0]
+            below = below.tril_(-1) if may_overwrite(below) else below.tril(-1)
+        v = tokens.v if tokens.beta is None else tokens.v * tokens.beta[..., None]
+        reads, handed_on = fading.carried(q).flatten(3, 4), fading.handed_on(k)
+        return cls(scores.flatten(3, 4), reads, handed_on, fading.kept, v, erases, below)
 
     def solved(self) -> Tensor | None:
         """(1 + N)⁻¹; None without delta rule."""

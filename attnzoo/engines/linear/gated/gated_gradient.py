@@ -18,14 +18,19 @@ from attnzoo.eager import is_recorded, only_autograd_looks
 from attnzoo.engines.differentiable import is_followed, open_gradients
 from attnzoo.engines.linear.gated.gated_chunks import (
     Inside,
-    States,
+    Tokens,
     chunk_of,
     filled,
     scan,
     spans,
 )
+from attnzoo.engines.linear.gated.through_chunks import (
+    through_inside,
+    through_prepared,
+    through_states,
+)
 from attnzoo.engines.linear.gated.tokens import Rule, empty_state, prepared, separated
-from attnzoo.engines.linear.layout import add_product_, grouped
+from attnzoo.engines.linear.layout import grouped
 from attnzoo.engines.piece_by_piece import join
 from attnzoo.spec import Input
 
@@ -110,78 +115,22 @@ class _Attend(torch.autograd.Function):
 def _backward(rule: Rule, call: Call, gradient: Tensor, states: tuple[Tensor, ...]) -> list[Tensor]:
     """Gradients of q, k, v and the gates, span by span from the end, carrying the gradient of the
     state that later spans read. states: before each span but the first."""
-    lengths, chunk = spans(call), chunk_of(call.key_length)
-    given = (call.q, call.k, call.v, *(x for _, x in call.given()))
-    found = [torch.empty_like(x) for x in given]
+    lengths, chunk, dtype = spans(call), chunk_of(call.key_length), empty_state(call).dtype
+    given = {"q": call.q, "k": call.k, "v": call.v, **call.inputs}
+    found = {name: torch.empty_like(x) for name, x in given.items()}
     end, d_state = call.key_length, None
     for place in reversed(range(len(lengths))):
         here = slice(end - lengths[place], end)
-        own = [x[:, :, here].detach().requires_grad_() for x in given]
-        with torch.enable_grad():
-            span = prepared(rule, _call_of(call.declared, *own))
-            inside = Inside.of(rule, span, chunk)
+        span = call.select(queries=here, keys=here).of_each(lambda x, _: x.to(dtype))
+        tokens = Tokens.of(rule, prepared(rule, span), chunk)
+        inside = Inside.of(tokens)
+        missing = tokens.k.shape[2] * chunk - lengths[place]
+        d_rows = filled(gradient[:, :, here].to(dtype), missing)
+        d_rows = grouped(d_rows, call.k.shape[1], tokens.k.shape[2]).contiguous()
         state = states[place - 1] if place else empty_state(call)
-        d_rows = gradient[:, :, here].to(state.dtype)
-        d_inside, d_state = through_states(
-            inside, _filled_rows(d_rows, call, chunk), state, d_state
-        )
-        roots = {name: x for name, x in vars(inside).items() if x is not None}
-        wanted = [(roots[name], d) for name, d in d_inside.items() if roots[name].requires_grad]
-        of_own = torch.autograd.grad(
-            [x for x, _ in wanted], own, [d for _, d in wanted], allow_unused=True
-        )
-        for whole, x in zip(found, of_own, strict=True):
-            if x is None:
-                whole[:, :, here] = 0
-            else:
-                whole[:, :, here] = x
+        d_inside, d_state = through_states(inside, d_rows, state, d_state)
+        made = through_prepared(rule, span, through_inside(tokens, inside, d_inside))
+        for name, whole in found.items():
+            whole[:, :, here] = made[name]
         end = here.start
-    return found
-
-
-def _filled_rows(d_rows: Tensor, call: Call, chunk: int) -> Tensor:
-    """The gradient of some rows, laid out as `Inside.rows`."""
-    length = d_rows.shape[2]
-    chunks = len(range(0, length, chunk))
-    return grouped(filled(d_rows, chunks * chunk - length), call.k.shape[1], chunks).contiguous()
-
-
-def through_states(
-    inside: Inside, d_rows: Tensor, state: Tensor, d_after: Tensor | None
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradients of the tensors of `Inside` by name, and of the state before the first chunk.
-
-    d_rows: gradient of its rows
-    state: before the first chunk
-    d_after: gradient of the state after the last chunk; None when nothing reads it
-    """
-    inside = inside.detached()
-    inverse = inside.solved()
-    states = States.of(inside, inverse, state, remember=False)
-    before, writes, erased = states.before, states.writes, states.erased
-    d_writes, d_before = inside.scores.mT @ d_rows, inside.reads.mT @ d_rows
-    if d_after is None:
-        d_after = torch.zeros_like(state)
-    d_later = torch.empty_like(before)  # gradients of the states after each chunk
-    kept, d_written = inside.kept, d_writes
-    for chunk in reversed(range(d_rows.shape[2])):
-        d_later[:, :, chunk] = d_after
-        add_product_(d_written[:, :, chunk], inside.handed_on[:, :, chunk], d_after)
-        faded = d_after if kept is None else d_after * kept[:, :, chunk]
-        d_after = faded + d_before[:, :, chunk]
-        if erased is not None:
-            add_product_(d_after, erased[:, :, chunk].mT, d_written[:, :, chunk], -1)
-    found = {
-        "scores": d_rows @ writes.mT,
-        "reads": d_rows @ before.mT,
-        "handed_on": writes @ d_later.mT,
-        "values": d_written,
-    }
-    if inside.kept is not None:
-        of_kept = (before * d_later).sum(-1, keepdim=True)
-        found["kept"] = of_kept if inside.kept.shape[-2] > 1 else of_kept.sum(-2, keepdim=True)
-    if inverse is not None:
-        found["values"] = d_values = inverse.mT @ d_written
-        found["erases"] = (d_values @ before.mT).neg_()
-        found["below"] = (d_values @ writes.mT).neg_()
-    return found, d_after
+    return list(found.values())

@@ -18,7 +18,7 @@ from attnzoo.engines.linear.gated import gated_cost, gated_gradient
 from attnzoo.engines.linear.gated.gated_chunks import scan
 from attnzoo.engines.linear.gated.recurrence import recur
 from attnzoo.engines.linear.gated.reference import REFERENCE, GatedReference
-from attnzoo.engines.linear.gated.tokens import Rule, empty_state, prepared
+from attnzoo.engines.linear.gated.tokens import empty_state, prepared
 from attnzoo.engines.linear.state import LinearState, Recent, early_and_late
 from attnzoo.engines.linear.sums import Past
 from attnzoo.engines.piece_by_piece import join
