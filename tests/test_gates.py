@@ -108,6 +108,23 @@ def test_many_chunks_in_low_precision(name: str, dtype: torch.dtype) -> None:
         close(x, y, tolerance, f"gradient of {what}")
 
 
+@ALL
+def test_more_value_heads_than_key_heads(name: str) -> None:
+    """Consecutive value heads share a key head, each with gates of its own."""
+    q, k, v, _ = qkv(20)
+    given = gates_of(name, 20)
+    shared = k[:, :1].expand_as(k)
+    how: Any = {"is_causal": True, **given}
+    attn = build(name)
+    close(attn(q, k[:, :1], v, **how), attn(q, shared, v, **how), 1e-12, "rows")
+    close(attn.weights(q, k[:, :1], **how), attn.weights(q, shared, **how), 1e-12, "A")
+    state = attn.init_state(2, kv_heads=KV_HEADS, dtype=q.dtype)
+    rows, state = attn.step(q, k[:, :1], v, state, **given)
+    close(rows, attn(q, shared, v, **how), 1e-12, "rows of a step")
+    with pytest.raises(ValueError, match="k has 3 heads and v has 2"):
+        attn(q, k[:, :1].expand(-1, 3, -1, -1), v, **how)
+
+
 @pytest.mark.parametrize("queries", [5, 29])
 @ALL
 def test_fewer_and_more_queries_than_keys(name: str, queries: int) -> None:
@@ -133,7 +150,7 @@ def test_packed_rows(name: str) -> None:
     attn = build(name)
 
     def in_a_graph(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, *gates: Tensor) -> Tensor:
-        own = {one: x[None] for one, x in zip(given, gates, strict=True)}
+        own: Any = {one: x[None] for one, x in zip(given, gates, strict=True)}
         pieces: Any = {"segments": segments[None], "is_causal": True}
         return attn(q[None], k[None], v[None], **pieces, **own)[0]
 
