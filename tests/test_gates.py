@@ -380,6 +380,53 @@ def test_the_rules_contain_each_other() -> None:
     )
 
 
+def test_slopes_are_those_that_are_published() -> None:
+    """MiniMax's `get_slope_rate` and flash-linear-attention's `g_gamma`, with 8 heads."""
+    q = torch.ones(1, 8, 2, 4)
+
+    def left(**options: Any) -> list[float]:
+        a = attnzoo.build("lightning", 8, 4, **options).weights(q, q, is_causal=True)
+        return (a[0, :, 1, 0] / a[0, :, 1, 1]).tolist()
+
+    base = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625])
+    wanted = (-base * (1 - 2 / 4 + 1e-5)).exp().tolist()
+    assert left(layer=2, num_layers=5) == pytest.approx(wanted, rel=1e-6)
+    wanted = (-torch.arange(8.0) * (1 - 2 / 5)).exp().tolist()
+    assert left(slopes="fla", layer=2, num_layers=5) == pytest.approx(wanted, rel=1e-6)
+    with pytest.raises(ValueError, match="layer=5 must be below num_layers=5"):
+        attnzoo.build("lightning", 8, 4, layer=5, num_layers=5)
+
+
+@pytest.mark.parametrize("form", ["block", "recurrent"])
+def test_transformers_lightning_attention(form: str) -> None:
+    """MiniMax's layer with its norm, gate and projections undone."""
+    module = pytest.importorskip("transformers.models.minimax.modeling_minimax")
+    config = module.MiniMaxConfig(
+        hidden_size=16, num_attention_heads=4, head_dim=4, num_hidden_layers=3, block_size=8
+    )
+    theirs = module.MiniMaxLightningAttention(config, layer_idx=1)
+    attn = attnzoo.build("lightning", 4, 4, layer=1, num_layers=3)
+    x = torch.randn(2, 20, 16)
+    held: list[Tensor] = []
+    theirs.norm.register_forward_hook(lambda _, args, out: held.append(args[0]))
+    with torch.no_grad():
+        qkv_ = F.silu(theirs.qkv_proj(x)).view(2, 20, 4, 12).transpose(1, 2)
+        q, k, v = qkv_.split(4, 3)
+        mask = torch.ones(2, 20, dtype=torch.bool)
+        position: Any = (torch.zeros(2, 20, 4), torch.zeros(2, 20, 4))
+        theirs(x, position, mask)
+        if form == "block":
+            out = attn(q, k, v, is_causal=True)
+        else:
+            state, rows = attn.init_state(2), []
+            for t in range(20):
+                here = slice(t, t + 1)
+                row, state = attn.step(q[:, :, here], k[:, :, here], v[:, :, here], state)
+                rows.append(row)
+            out = torch.cat(rows, 2)
+    close(out.transpose(1, 2).flatten(2), held[0], 1e-5, "rows")
+
+
 def test_a_layer_trains_its_gates() -> None:
     mha = attnzoo.MultiheadAttention(32, HEADS, batch_first=True, attention="gated_deltanet")
     x = torch.randn(2, 12, 32)

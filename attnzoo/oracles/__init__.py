@@ -18,6 +18,7 @@ from attnzoo.oracles.gated.deltanet import deltanet
 from attnzoo.oracles.gated.gated_deltanet import gated_deltanet
 from attnzoo.oracles.gated.gla import gla
 from attnzoo.oracles.gated.kda import kda
+from attnzoo.oracles.gated.lightning import lightning
 from attnzoo.oracles.gated.mamba2 import mamba2
 from attnzoo.oracles.linear import linear
 from attnzoo.oracles.linformer import linformer
@@ -41,6 +42,7 @@ __all__ = [
     "gated_deltanet",
     "gla",
     "kda",
+    "lightning",
     "linear",
     "linformer",
     "longformer",

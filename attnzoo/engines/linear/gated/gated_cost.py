@@ -7,11 +7,12 @@ from attnzoo.engines.linear.gated.gated_chunks import chunk_of
 from attnzoo.engines.linear.gated.tokens import Rule
 
 
-def cost(rule: Rule, shape: Shape) -> Cost:
+def cost(rule: Rule, shape: Shape, gate_is_constant: bool) -> Cost:
     """Cost of one forward pass by the backend `chunked`.
 
     rule: what a token does to the state
     shape: the sizes of the call; a row is computed at every key, before the first query too
+    gate_is_constant: whether no call brings it
     """
     d, keys, group = shape.head_dim, shape.key_length, shape.heads // shape.kv_heads
     chunk = chunk_of(keys)
@@ -27,7 +28,9 @@ def cost(rule: Rule, shape: Shape) -> Cost:
         * d
         * causal_pairs(shape.query_length, keys),
         elementwise=shape.batch_size * _elementwise(rule, shape, chunk, chunks),
-        moved_bytes=shape.input_bytes + shape.query_bytes + _gate_bytes(rule, shape),
+        moved_bytes=shape.input_bytes
+        + shape.query_bytes
+        + _gate_bytes(rule, shape, gate_is_constant),
         state_elements=numbers,
         state_bytes=numbers * shape.sum_bytes,
     )
@@ -56,8 +59,9 @@ def _elementwise(rule: Rule, shape: Shape, chunk: int, chunks: int) -> int:
     return found + shape.kv_heads * chunks * of_chunk
 
 
-def _gate_bytes(rule: Rule, shape: Shape) -> int:
+def _gate_bytes(rule: Rule, shape: Shape, gate_is_constant: bool) -> int:
     """Bytes of log_decay and beta."""
-    channels = 0 if rule.gate is None else shape.head_dim if rule.by_channel else 1
+    channels = shape.head_dim if rule.by_channel else 1
+    channels = 0 if rule.gate is None or gate_is_constant else channels
     tokens = shape.batch_size * shape.kv_heads * shape.key_length
     return tokens * (channels + rule.delta) * shape.dtype.itemsize

@@ -31,6 +31,7 @@ class GatedLinear(GatedReference):
     that graphs and transforms can follow; the reference.
 
     rule: what a token does to the state
+    slopes: by how much the state of every head fades at each token, where that is constant
     """
 
     counted_apart = True
@@ -43,7 +44,8 @@ class GatedLinear(GatedReference):
     ) -> tuple[Tensor, str, Any]:
         if state is None:
             return super().forward(call, backend)
-        name = self.choose(self.completed(call), backend).name
+        call = self.completed(call)
+        name = self.choose(call, backend).name
         one_by_one = name == "reference" or call.key_length == 1
         before = past = state.summed(self._after)
         parts = early_and_late(call)
@@ -75,7 +77,7 @@ class GatedLinear(GatedReference):
         return _past(sums)
 
     def cost(self, shape: Shape) -> Cost:
-        return gated_cost.cost(self.rule, shape)
+        return gated_cost.cost(self.rule, shape, self.slopes is not None)
 
 
 def _past(sums: Tensor | None) -> Past:

@@ -15,7 +15,14 @@ from torch import Tensor
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Backend, Engine, never_refuses
 from attnzoo.engines.linear.gated.fading import fading_of
-from attnzoo.engines.linear.gated.tokens import Rule, as_square, check_gates, prepared, separated
+from attnzoo.engines.linear.gated.tokens import (
+    Rule,
+    as_square,
+    check_gates,
+    constant_gates,
+    prepared,
+    separated,
+)
 from attnzoo.engines.softmax.reference import visible
 
 
@@ -23,14 +30,16 @@ class GatedReference(Engine):
     """Gates and delta rules without a fast backend.
 
     rule: what a token does to the state.
+    slopes: by how much the state of every head fades at each token, where that is constant.
     """
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: Rule, slopes: tuple[float, ...] | None = None) -> None:
         super().__init__()
         self.rule = rule
+        self.slopes = slopes
 
     def completed(self, call: Call) -> Call:
-        return check_gates(call)
+        return check_gates(call) if self.slopes is None else constant_gates(self.slopes, call)
 
     def matrix(self, call: Call) -> Tensor:
         return as_square(self._square, call)

@@ -104,6 +104,19 @@ def empty_state(call: Call) -> Tensor:
     return k.new_zeros(*k.shape[:2], k.shape[3], call.v.shape[3], dtype=dtype)
 
 
+def constant_gates(slopes: tuple[float, ...], call: Call) -> Call:
+    """The call with gates that let the state fade by e^-slope for every real token.
+
+    slopes: of every query head; a key head has that of the first query head that reads it
+    """
+    k = call.k
+    fades = -torch.tensor(slopes[:: call.group], dtype=accumulation_dtype(k.dtype), device=k.device)
+    gates = fades[:, None].expand(*k.shape[:3])
+    if call.key_mask is not None:
+        gates = gates.masked_fill(~call.key_mask[:, None], 0.0)
+    return call.giving(HEAD_GATE, gates)
+
+
 def check_gates(call: Call) -> Call:
     """The call, refused where a gate lies outside of its range. Gates are read where this costs no
     waiting for a device."""
