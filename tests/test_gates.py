@@ -34,7 +34,11 @@ def gates_of(name: str, length: int, *, closed: bool = False, seed: int = 1) -> 
         shape = (2, KV_HEADS, length, *((WIDTH,) if "width" in one.names else ()))
         x = torch.rand(shape, generator=generator).double()
         chosen = torch.randint(12, shape, generator=generator) if closed else torch.full(shape, 3)
-        if one.name == "beta":
+        if one.name == "removal_key":
+            x = F.normalize(x - 0.5, dim=-1)
+        elif one.name == "removal_rate":
+            pass
+        elif one.name == "beta":
             x = torch.where(chosen < 3, chosen.double(), 2 * x)
         else:
             x = (-x / 4).masked_fill(chosen == 0, -torch.inf).masked_fill(chosen == 1, 0.0)

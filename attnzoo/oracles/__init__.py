@@ -20,6 +20,7 @@ from attnzoo.oracles.gated.gla import gla
 from attnzoo.oracles.gated.kda import kda
 from attnzoo.oracles.gated.lightning import lightning
 from attnzoo.oracles.gated.mamba2 import mamba2
+from attnzoo.oracles.gated.rwkv7 import rwkv7
 from attnzoo.oracles.linear import linear
 from attnzoo.oracles.linformer import linformer
 from attnzoo.oracles.longformer import longformer
@@ -52,6 +53,7 @@ __all__ = [
     "performer",
     "reformer",
     "retention",
+    "rwkv7",
     "sliding_window",
     "sparse_transformer",
     "standard",
