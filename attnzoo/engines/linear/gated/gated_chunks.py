@@ -165,17 +165,18 @@ class Inside:
         q, k, v, removed, turned = tokens.q, tokens.k, tokens.v, tokens.removed, tokens.turned
         fading, length = tokens.fading, k.shape[-2]
         assert removed is not None and turned is not None and isinstance(fading, ChannelFading)
-        before, readers = fading.before_own(), [removed[..., None, :, :]]
-        below = [before.products(readers, x)[0][..., 0, :, :].tril(-1) for x in (k, turned)]
-        scores = torch.cat([fading.products([q], x)[0] for x in (k, turned)], -1).flatten(3, 4)
+        before, both = fading.before_own(), torch.stack([k, turned])
+        (scores,) = fading.products([q], both)
+        (below,) = before.products([removed[..., None, :, :]], both)
+        below = torch.cat(below[..., 0, :, :].tril(-1).unbind(), -1)
         return cls(
-            scores,
+            torch.cat(scores.unbind(), -1).flatten(3, 4),
             fading.carried(q).flatten(3, 4),
-            torch.cat([fading.handed_on(k), fading.handed_on(turned)], -2),
+            torch.cat(fading.handed_on(both).unbind(), -2),
             fading.kept,
             F.pad(v, (0, 0, 0, length)),
             F.pad(before.carried(removed), (0, 0, length, 0)),
-            F.pad(torch.cat(below, -1), (0, 0, length, 0)),
+            F.pad(below, (0, 0, length, 0)),
         )
 
     def detached(self) -> Inside:

@@ -59,7 +59,7 @@ def _elementwise(rule: Rule, shape: Shape, chunk: int, chunks: int) -> int:
     of_chunk = 0
     if rule.by_channel:  # since the start, until the end, and to the middle of halves
         handed_on, halvings = int(chunks > 1), chunk.bit_length() - 1
-        times = 2 + 2 * handed_on + 4 * halvings if rule.removes else 1 + handed_on + halvings
+        times = (1 + rule.removes) * (1 + halvings) + handed_on
         of_chunk = chunk * shape.head_dim * times
     elif rule.gate is not None:
         of_chunk = chunk * chunk + chunk

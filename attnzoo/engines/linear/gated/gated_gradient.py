@@ -150,8 +150,13 @@ def _through_followed(
     inside: Inside, found: dict[str, Tensor], own: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Gradients of a span's tensors by autograd, from those of what is made of them."""
-    roots = [getattr(inside, name) for name in found]
+    roots = {name: getattr(inside, name) for name in found}
+    roots = {name: x for name, x in roots.items() if x.requires_grad}
     some = torch.autograd.grad(
-        roots, list(own.values()), list(found.values()), materialize_grads=True, allow_unused=True
+        list(roots.values()),
+        list(own.values()),
+        [found[name] for name in roots],
+        materialize_grads=True,
+        allow_unused=True,
     )
     return dict(zip(own, some, strict=True))

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes
+from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes, never_refuses
 from attnzoo.engines.linear.gated import gated_cost, gated_gradient
 from attnzoo.engines.linear.gated.gated_chunks import scan
 from attnzoo.engines.linear.gated.recurrence import recur
@@ -97,12 +97,8 @@ def _open(engine: GatedLinear, call: Call) -> Tensor:
     return as_square(partial(gated_gradient.attend_openly, engine.rule), call)
 
 
-def _open_why_not(engine: GatedLinear, call: Call) -> str | None:
-    return None
-
-
 GatedLinear.backends = (
     Backend("chunked", _chunked, _chunked_why_not),
-    Backend("open", _open, _open_why_not, packs=True),
+    Backend("open", _open, never_refuses, packs=True),
     REFERENCE,
 )
