@@ -17,9 +17,12 @@ from attnzoo.engines.linear.gated import gated_chunks, triangular
 from attnzoo.oracles import ORACLES
 from attnzoo.registry import spec_of
 
-NAMES = [
-    name for name in attnzoo.names() if spec_of(name).takes("beta") or name in ("mamba2", "gla")
-]
+
+def inputs_of(name: str) -> set[str]:
+    return {one.name for one in spec_of(name).inputs}
+
+
+NAMES = [name for name in attnzoo.names() if {"log_decay", "beta"} & inputs_of(name)]
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 ALL = pytest.mark.parametrize("name", NAMES)
 BACKENDS = ("chunked", "open", "reference")
@@ -280,7 +283,8 @@ def test_a_hundred_thousand_tokens_stay_exact(name: str) -> None:
     for one in spec_of(name).inputs:
         shape = (1, 1, n, *((4,) if "width" in one.names else ()))
         x = torch.rand(shape, generator=generator)
-        given[one.name] = 2 * x if one.name == "beta" else -20 * x * (x < 0.05)
+        kinds = {"beta": 2 * x, "log_decay": -20 * x * (x < 0.05), "removal_rate": x}
+        given[one.name] = kinds.get(one.name, F.normalize(x - 0.5, dim=-1))
     attn = attnzoo.build(name, 1, 4)
     out = attn(q, k, v, is_causal=True, **given)
     exact = attn(

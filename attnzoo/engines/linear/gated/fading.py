@@ -157,8 +157,8 @@ def _by_halves(rows: Tensor, k: Tensor, log_decay: Tensor, own: bool = True) -> 
     if length == 1:
         return _products(rows, k)
     if length % 2:  # of a length that is no power of 2, the last token
-        longer = (F.pad(x, (0, 0, 0, 1)) for x in (rows, k, log_decay))
-        return _by_halves(*longer, own)[..., :-1, :-1]
+        rows, k, log_decay = (F.pad(x, (0, 0, 0, 1)) for x in (rows, k, log_decay))
+        return _by_halves(rows, k, log_decay, own)[..., :-1, :-1]
     halves = (2, length // 2)
     rows = rows.unflatten(-2, halves).movedim(-3, -4)  # (..., 2, rows, half, width)
     k, log_decay = k.unflatten(-2, halves), log_decay.unflatten(-2, halves)

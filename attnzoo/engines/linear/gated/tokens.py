@@ -94,7 +94,8 @@ def prepared(rule: Rule, call: Call) -> Call:
 
 def separated(rule: Rule, call: Call) -> Call:
     """The call without segments: its gates close at the first token of every piece but the first,
-    which no token of an earlier piece reaches behind."""
+    which no token of an earlier piece reaches behind. What is removed is read before the gate, so
+    that token removes nothing."""
     ids, gate, log_decay = call.segments, rule.gate or HEAD_GATE, call.get("log_decay")
     if ids is None:
         return call
@@ -102,6 +103,10 @@ def separated(rule: Rule, call: Call) -> Call:
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     if log_decay is None:
         log_decay = torch.zeros_like(call.k if rule.by_channel else call.k[..., 0])
+    if rule.removes:
+        removed = call.get("removal_key")
+        removed = call.k * inverse_length(call.k) if removed is None else removed
+        call = call.giving(REMOVAL_KEY, removed.masked_fill(begins[:, None, :, None], 0.0))
     begins = begins[:, None, :, None] if log_decay.dim() == 4 else begins[:, None]
     return replace(call.giving(gate, log_decay.masked_fill(begins, float("-inf"))), segments=None)
 
