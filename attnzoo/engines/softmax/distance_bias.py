@@ -102,6 +102,11 @@ def every(dilation: int, bias: Tensor) -> Tensor:
     return bias[:, reach % dilation :: dilation]
 
 
+def reaching(bias: Tensor, reach: int) -> Tensor:
+    """The table with 0 for distances beyond its own reach, up to `reach`."""
+    return F.pad(bias, (max(0, reach - bias.shape[1] // 2),) * 2)
+
+
 def moved_on(bias: Tensor, by: int) -> Tensor:
     """The table for queries that stand so many positions earlier than a call says."""
     return F.pad(bias, (0, 2 * by))
