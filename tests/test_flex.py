@@ -317,3 +317,20 @@ def test_tiles_divide_the_blocks_and_spill_nothing(
     assert (
         flex.kernel_options(pattern, call_of(Situation(256, 256, padding), True, dtype)) == options
     )
+
+
+def test_it_is_compiled_for_many_shapes_and_for_more_than_one_backward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a compiler of FlexAttention is told, seen from where it would run."""
+    seen: list[tuple[bool, int]] = []
+    functorch, dynamo = torch._functorch.config, torch._dynamo.config
+
+    def compiling(*_: Any, **__: Any) -> Callable[..., None]:
+        return lambda: seen.append((functorch.donated_buffer, dynamo.recompile_limit))
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    before = (functorch.donated_buffer, dynamo.recompile_limit)
+    flex.compiled_flex.__wrapped__(False)()
+    assert seen == [(False, flex.SHAPE_CLASSES)]
+    assert (functorch.donated_buffer, dynamo.recompile_limit) == before != seen[0]

@@ -184,7 +184,8 @@ def compiled_flex(tuned: bool) -> Callable[..., Any]:
 
     tuned: whether to search for the fastest tile sizes
     """
-    import torch._dynamo  # pyright: ignore[reportUnusedImport]
+    import torch._dynamo
+    import torch._functorch.config as functorch_config
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled = torch.compile(
@@ -193,7 +194,9 @@ def compiled_flex(tuned: bool) -> Callable[..., Any]:
         fullgraph=True,
         options={"max_autotune": True} if tuned else None,
     )
-    return torch._dynamo.config.patch(recompile_limit=SHAPE_CLASSES)(compiled)
+    # A backward pass that frees its buffers early would refuse a second one (retain_graph).
+    kept = functorch_config.patch(donated_buffer=False)(compiled)
+    return torch._dynamo.config.patch(recompile_limit=SHAPE_CLASSES)(kept)
 
 
 def why_not(engine: SparseReference, call: Call, dilation: int = 1) -> str | None:
