@@ -225,11 +225,11 @@ class Bench:
     def _time_graphs(self, entries: list[Entry], rounds: int, budget: float) -> dict[str, float]:
         """Medians of the passes replayed as CUDA graphs, one after another: each keeps all the
         memory of its pass while it is there, and all of them at once may have none left. Whatever
-        happens here, the times taken before stand. Decoding changes its state in Python and is left
-        out."""
+        happens here, the times taken before stand. Decoding, whose state changes in Python, and
+        packed rows, which are cut by their ids, are left out."""
         found = {}
         for number, entry in enumerate(entries):
-            if entry.row.phase == "decode":
+            if entry.row.phase == "decode" or entry.row.segments > 1:
                 continue
             try:
                 replay = captured(entry.run, self.device)
