@@ -53,7 +53,7 @@ SITUATIONS = [
 ]
 EVERY = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 CAUSAL = pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
-NO_TABLES = {"sinks", "sink_logits", "global_tokens"}
+NO_TABLES = {"sinks", "sink_logits", "global_tokens", "softcap"}
 SPARSE = [
     case
     for name in ("sliding_window", "bigbird", "longformer")
