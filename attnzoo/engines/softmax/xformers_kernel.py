@@ -1,8 +1,8 @@
 """Softmax attention by xformers' memory-efficient kernels (CUDA, optional).
 
 Causality is one of the library's lazy masks, which say what is hidden without a tensor of query
-length × key length. This backend has not run on a GPU yet: the choice of mask is tested against its
-`.materialize()`.
+length × key length. The choice of mask is tested against its `.materialize()`; its kernels have not
+run here yet, since the one GPU at hand had a torch that xformers was not built for.
 """
 
 from __future__ import annotations
