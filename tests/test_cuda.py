@@ -13,7 +13,11 @@ from torch import Tensor
 import attnzoo
 from attnzoo import UnsupportedError
 
-OPTIONS = {"bigbird": {}, "sliding_window": {"window": 100}, "performer": {"num_features": 64}}
+OPTIONS = {
+    "bigbird": {"block_size": 32, "num_random_blocks": 1},
+    "sliding_window": {"window": 100},
+    "performer": {"num_features": 64},
+}
 """Sizes that the kernels take, where the usual form is too small for them."""
 SITUATIONS = [
     Situation(384, 384),

@@ -405,3 +405,27 @@ def test_it_is_compiled_for_many_shapes_and_for_more_than_one_backward_pass(
     flex.compiled_flex.__wrapped__(False)()
     assert seen == [(False, flex.SHAPE_CLASSES)]
     assert (functorch.donated_buffer, dynamo.recompile_limit) == before != seen[0]
+
+
+def test_it_never_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its numbers would be wrong then: the tables of blocks are for the kernel alone."""
+    call = call_of(Situation(200, 200), True)
+    with torch.compiler.set_stance("force_eager"):
+        assert "torch.compile is off" in str(flex._unseen(call, 128))
+    with torch._dynamo.config.patch(disable=True):
+        assert "torch.compile is off" in str(flex._unseen(call, 128))
+    assert flex._unseen(call, 128) is None
+    monkeypatch.setattr(torch, "compile", lambda fn, **_: fn)
+    with pytest.raises(RuntimeError, match="switched off: switch it on"):
+        flex.compiled_flex.__wrapped__(False)(call.q, call.k, call.v)
+
+
+@pytest.mark.slow
+def test_what_is_compiled_reads_the_tables() -> None:
+    """By the function that CUDA runs, on the CPU, which has the forward pass."""
+    engine = attnzoo.build("bigbird", heads=4, head_dim=16, block_size=32).engine
+    assert isinstance(engine, Sparse)
+    call = call_of(Situation(300, 300), True)
+    kernel = torch.compile(flex._only_compiled, dynamic=False, fullgraph=True)
+    with torch.no_grad():
+        close(by(kernel, engine, call), engine(call, "reference")[0], 2e-6, "rows")

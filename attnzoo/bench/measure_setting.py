@@ -52,7 +52,7 @@ def blank_row(contender: Contender | None, cell: Cell) -> Row:
         cell.length,
         cell.dtype,
         *astuple(cell.shape),
-        cell.segments,
+        segments=cell.segments,
     )
 
 

@@ -9,6 +9,7 @@ of a packed row. The first call of a shape class compiles its kernels, which tak
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
@@ -218,10 +219,9 @@ def compiled_flex(tuned: bool) -> Callable[..., Any]:
     """
     import torch._dynamo
     import torch._functorch.config as functorch_config
-    from torch.nn.attention.flex_attention import flex_attention
 
     compiled = torch.compile(
-        flex_attention,
+        _only_compiled,
         dynamic=True,
         fullgraph=True,
         options={"max_autotune": True} if tuned else None,
@@ -229,6 +229,27 @@ def compiled_flex(tuned: bool) -> Callable[..., Any]:
     # A backward pass that frees its buffers early would refuse a second one (retain_graph).
     kept = functorch_config.patch(donated_buffer=False)(compiled)
     return torch._dynamo.config.patch(recompile_limit=SHAPE_CLASSES)(kept)
+
+
+def _only_compiled(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    """FlexAttention, which reads no tables of blocks where it is not compiled."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "FlexAttention was to be compiled, and torch.compile is switched off: switch it on, or "
+            "ask for another backend than 'flex'"
+        )
+    return flex_attention(q, k, v, **options)
+
+
+def _compiles() -> bool:
+    """Whether torch.compile is switched on, by its environment variables and by
+    torch.compiler.set_stance."""
+    from torch._dynamo import config, eval_frame
+
+    switched_off = config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1"
+    return not switched_off and eval_frame._stance.stance != "force_eager"
 
 
 def why_not(engine: SparseReference, call: Call, dilation: int = 1) -> str | None:
@@ -269,7 +290,7 @@ def _unseen(call: Call, block_size: int) -> str | None:
     if not torch.compiler.is_compiling():
         if is_recorded() or is_open() or torch._C._are_functorch_transforms_active():
             return "a graph or transform must see the operators inside"
-        return None
+        return None if _compiles() else "FlexAttention must be compiled: torch.compile is off"
     if torch.compiler.is_exporting():
         return "an exported graph could not run elsewhere"
     if torch._C._are_functorch_transforms_active():
