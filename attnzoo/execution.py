@@ -15,6 +15,7 @@ from attnzoo.engines.packed_state import PackedState, step_apart
 from attnzoo.sequences.bad_slots import clear_padding, poison, shield_past
 from attnzoo.sequences.packing import apart, may_cut, refuse_scattered, weights_apart
 from attnzoo.spec import Spec
+from attnzoo.spec_checks import check_decodes
 
 
 class Core(Protocol):
@@ -100,6 +101,18 @@ def step(core: Core, call: Call, state: State) -> tuple[Tensor, State]:
     out, after = step_apart(call, state, steps)
     core.last_backend = " and ".join(sorted(steps.ran))
     return out, after
+
+
+def check_state(core: Core, state: object) -> None:
+    """Raise where the variant does not decode, or the state is of another kind than its own."""
+    check_decodes(core.spec)
+    own = core.engine.state_type
+    if own is None or isinstance(state, (own, PackedState)):
+        return
+    raise ValueError(
+        f"state is a {type(state).__name__}; {core.spec.name} decodes with the {own.__name__} that "
+        "its init_state gives, or the step before"
+    )
 
 
 class Steps:

@@ -89,6 +89,10 @@ class WindowSparse(Sparse):
         """`out` with the rows that see more than the window and the columns."""
         return out
 
+    @property
+    def state_type(self) -> type | None:
+        return GlobalCache if self.pattern.sinks else KeyValueCache
+
     def init_state(self, sizes: StateSizes) -> Any:
         cache = KeyValueCache.empty(sizes, self.pattern.near - 1)
         return GlobalCache.around(cache, self.pattern.sinks) if self.pattern.sinks else cache
