@@ -30,10 +30,10 @@ python3 benchmarks/cuda/limits.py --gpu "${GPU:-h100}" > "$out/limits.jsonl"
 # (a hanging kernel) is killed. In the foreground, so that Ctrl-C reaches it too.
 within() { timeout --foreground --signal=INT --kill-after=10 "$(($1 > 0 ? $1 : 1))" "${@:2}"; }
 
-# The tests first, which are short where they may run side by side; at most 40% of the time. Each process compiles its own kernels, on one thread.
+# The tests first, which are short where they may run side by side; at most 40% of the time. Each process compiles its own kernels.
 side_by_side=()
 python3 -c 'import xdist' 2> /dev/null && side_by_side=(-n "${WORKERS:-12}")
-TORCHINDUCTOR_COMPILE_THREADS=1 within $((seconds * 2 / 5)) python3 -m pytest -q -rs -m cuda "${side_by_side[@]}" tests/test_cuda.py > "$out/tests.txt" 2>&1 ||
+TORCHINDUCTOR_COMPILE_THREADS=4 within $((seconds * 2 / 5)) python3 -m pytest -q -rs -m cuda "${side_by_side[@]}" tests/test_cuda.py > "$out/tests.txt" 2>&1 ||
     echo "the tests ended with $?"
 tail -n 20 "$out/tests.txt"
 
