@@ -40,8 +40,8 @@ CASES += [
 ]
 
 
-# Every class of shapes costs FlexAttention 5 to 30 seconds to compile: two classes, in two dtypes, or
-# in one where a backward kernel is searched for.
+# Every class of shapes costs FlexAttention 5 to 30 seconds to compile: two classes, in two dtypes,
+# or in one where a backward kernel is searched for.
 COMPILED_SITUATIONS = [Situation(384, 384), Situation(333, 333, "interior", kv_heads=1)]
 
 
