@@ -125,6 +125,51 @@ def test_agrees_with_the_reference(
         pytest.skip(refusal)
 
 
+CHANGED_SCORES = [
+    Case("standard", {"softcap": 2.0}),
+    Case("flash", {"softcap": 2.0}),
+    Case("sliding_window", {"window": 100, "softcap": 2.0}),
+    Case("longformer", {"window": 100, "global_tokens": 3, "softcap": 2.0}),
+    Case("bigbird", {"block_size": 32, "num_random_blocks": 1, "softcap": 2.0}),
+]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [
+        pytest.param(case, backend, id=f"{case}-{backend}")
+        for case in CHANGED_SCORES
+        for backend in case.build().engine.backend_names()
+        if backend != "reference"
+    ],
+)
+@pytest.mark.parametrize("learned", [True, False], ids=["learned", "fixed"])
+def test_soft_capped_scores_with_a_bias_by_distance(
+    case: Case, backend: str, learned: bool
+) -> None:
+    """In bfloat16 with a bias in float32, and its gradient where it is learned."""
+    q, k, v, upstream = (x.bfloat16().cuda() for x in tensors(Situation(384, 384), 64))
+    bias = torch.randn(4, 2 * 383 + 1, generator=torch.Generator().manual_seed(1)).cuda()
+
+    def run(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        table = bias.to(torch.promote_types(dtype, torch.float32)).requires_grad_(learned)
+        attn = case.build(4, 64, dtype=dtype, backend=backend).cuda()
+        out = attn(*leaves, is_causal=True, distance_bias=table)
+        leaves += [table] if learned else []
+        return [out.detach(), *gradients_of(out, upstream.to(dtype), *leaves)]
+
+    exact = run("reference", torch.float64)
+    try:
+        found = run(backend, torch.bfloat16)
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    for name, actual, expected in zip(["output", *"qkv", "bias"], found, exact, strict=False):
+        bound = GRADIENT[torch.bfloat16] / (4 if name == "output" else 1)
+        assert difference(actual, expected) <= bound, (name, difference(actual, expected))
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", ["standard", "sliding_window", "linear"])
 @pytest.mark.parametrize("learns", [False, True], ids=["forward", "backward"])

@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 import attnzoo
 from attnzoo.call import Call
 from attnzoo.eager import openly
+from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS
 from attnzoo.engines.softmax.reference import visible
 from attnzoo.engines.sparse import flex
 from attnzoo.engines.sparse.patterns.block_patterns import BlockUnion, GlobalBlocks, WindowBlocks
@@ -53,7 +54,7 @@ SITUATIONS = [
 ]
 EVERY = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 CAUSAL = pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
-NO_TABLES = {"sinks", "sink_logits", "global_tokens", "softcap"}
+NO_TABLES = {"sinks", "sink_logits", "global_tokens"}
 SPARSE = [
     case
     for name in ("sliding_window", "bigbird", "longformer")
@@ -119,7 +120,8 @@ def test_entries_are_those_of_the_pattern(pattern: Pattern, is_causal: bool, pad
         situation = Situation(lengths.query_length, lengths.key_length, padding)
         call = call_of(situation, is_causal)
         grid = grid_of(call)
-        mask, ahead = flex.block_mask(pattern, call)
+        mask, tables = flex.block_mask(pattern, call)
+        ahead = tables.ahead
         found = entries(mask, 4, 2)[:, :, ahead:]
         expected = pattern.mask(grid)[None].expand_as(found)
         masks = visible(call)
@@ -134,7 +136,8 @@ def test_entries_of_packed_rows(window: int, is_causal: bool) -> None:
         call = call_of(lengths, is_causal)
         ids = (torch.rand(2, lengths.key_length) < 0.05).cumsum(1) - 3
         call = replace(call, segments=ids)
-        mask, ahead = flex.block_mask(Window(window), call)
+        mask, tables = flex.block_mask(Window(window), call)
+        ahead = tables.ahead
         found, seen = entries(mask, 4, 2)[:, :, ahead:], visible(call)
         assert seen is not None
         assert torch.equal(found, Window(window).mask(grid_of(call))[None] & seen.expand_as(found))
@@ -202,7 +205,8 @@ def test_no_block_is_listed_in_vain(pattern: Pattern, is_causal: bool) -> None:
     for situation in SITUATIONS:
         call = call_of(situation, is_causal)
         grid = grid_of(call)
-        mask, ahead = flex.block_mask(pattern, call)
+        mask, tables = flex.block_mask(pattern, call)
+        ahead = tables.ahead
         some, whole = tables_of(mask, 4)
         assert not (some & whole).any()
         block = mask.BLOCK_SIZE[0]
@@ -274,10 +278,19 @@ def test_entries_of_dilated_windows(pattern: Window, is_causal: bool, padding: s
         )
 
 
-def numbers(case: Case, situation: Situation, is_causal: bool, *, compiled: bool) -> None:
+def numbers(
+    case: Case,
+    situation: Situation,
+    is_causal: bool,
+    *,
+    compiled: bool,
+    bias: Tensor | None = None,
+) -> None:
     """flex on the CPU against the reference. Uncompiled it reads mask_mod alone, so the tables are
     given to it there as a mask."""
     call = call_of(situation, is_causal)
+    if bias is not None:
+        call = call.giving(DISTANCE_BIAS, bias)
     attn = case.build(situation.heads, 16).eval()
     engine = attn.engine
     assert isinstance(engine, Sparse)
@@ -342,6 +355,24 @@ def test_numbers_compiled(case: Case, is_causal: bool) -> None:
     """The compiled CPU kernel walks the tables as the CUDA one does."""
     for situation in (Situation(300, 300), Situation(150, 290, "left")):
         numbers(case, situation, is_causal, compiled=True)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("sliding_window", {"window": 9}),
+        Case("sliding_window", {"window": 20, "softcap": 2.0}),
+        Case("sliding_window", {"window": 9, "dilation": 2}),
+        Case("bigbird", {"block_size": 8, "num_random_blocks": 1}),
+    ],
+    ids=str,
+)
+@CAUSAL
+def test_biases_by_distance(case: Case, is_causal: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    bias = torch.randn(4, 2 * 300 + 1, generator=generator)
+    for situation in NUMBERS:
+        numbers(case, situation, is_causal, compiled=False, bias=bias)
 
 
 @pytest.mark.slow

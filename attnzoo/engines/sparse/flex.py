@@ -4,7 +4,8 @@ One fused kernel goes through a table that lists, for each block of queries, the
 it sees. The tables come from the pattern's own blocks, and have (n / block)² entries a head for a
 length of n, never n². In a block that is visible as a whole the kernel needs no mask; in the others
 it asks a function, `mask_mod`, about each key: causality, the edge of a window, padding, the pieces
-of a packed row. The first call of a shape class compiles its kernels, which takes 5 to 30 seconds.
+of a packed row. Another, `score_mod`, changes scores: a softcap, a bias by distance. The first call
+of a shape class compiles its kernels, which takes 5 to 30 seconds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from attnzoo.call import Call
 from attnzoo.eager import is_open, is_recorded
 from attnzoo.engines.installed import missing
 from attnzoo.engines.softmax.reference import SoftmaxReference
+from attnzoo.engines.sparse.flex_modifiers import mask_mod, score_mod
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.pattern import Pattern
 from attnzoo.engines.sparse.reference import SparseReference
@@ -52,12 +54,14 @@ def attend_by(
     flex: Callable[..., Any], engine: SoftmaxReference, pattern: Pattern, call: Call
 ) -> Tensor:
     """As `attend`, by `flex`, which is FlexAttention compiled or not."""
-    mask, ahead = block_mask(pattern, call)
+    mask, tables = block_mask(pattern, call)
+    ahead = tables.ahead
     q = torch.nn.functional.pad(call.q, (0, 0, ahead, 0)) if ahead else call.q
     out = flex(
         q,
         call.k,
         call.v,
+        score_mod=score_mod(tables.first, engine.softcap, call),
         block_mask=mask,
         scale=engine.scale,
         enable_gqa=bool(q.shape[1] != call.k.shape[1]),
@@ -94,12 +98,9 @@ def largest_tile(block_size: int) -> int:
     return min(block_size & -block_size, BLOCK)
 
 
-def block_mask(pattern: Pattern, call: Call) -> tuple[BlockMask, int]:
-    """What FlexAttention needs to know about the visible keys of a call.
-
-    Returns the tables of blocks, with the function `mask_mod` for blocks that are not visible as a
-    whole, and how many empty rows must stand before the first query, so that blocks of rows are
-    blocks of positions.
+def block_mask(pattern: Pattern, call: Call) -> tuple[BlockMask, Tables]:
+    """What FlexAttention needs to know about the visible keys of a call: the tables of blocks, with
+    the function `mask_mod` for blocks that are not visible as a whole, and what they are made of.
     """
     grid = grid_of(call)
     # A graph makes its own tables, since it would trace what fills a cache.
@@ -107,36 +108,8 @@ def block_mask(pattern: Pattern, call: Call) -> tuple[BlockMask, int]:
     # Where any block may hold padding or the end of a piece, none is visible as a whole.
     tables = made(pattern, grid, call.key_mask is None and call.segments is None)
     mask = copy(tables.mask)
-    mask.mask_mod = _mask_mod(tables, call.key_mask, call.segments, is_causal=grid.is_causal)
-    return mask, tables.ahead
-
-
-def _mask_mod(
-    tables: Tables, key_mask: Tensor | None, segments: Tensor | None, *, is_causal: bool
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The function that tells FlexAttention whether a row sees a key.
-
-    key_mask: (batch, key_length) bool, False in padded slots; None: no padding
-    segments: (batch, key_length) integer, the piece of every position; None: one piece
-    is_causal: whether keys after the row are hidden
-    """
-    first, window = tables.first, tables.window
-
-    def visible(sample: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        distance = row + first - key
-        seen = key >= 0
-        if is_causal:
-            seen = seen & (distance >= 0)
-        if window is not None:
-            seen = seen & (distance.abs() < window)
-        if key_mask is not None:
-            seen = seen & key_mask[sample, key]
-        if segments is not None:
-            # A row before every key is of any piece.
-            seen = seen & (segments[sample, (row + first).clamp(min=0)] == segments[sample, key])
-        return seen
-
-    return visible
+    mask.mask_mod = mask_mod(tables.first, tables.window, call)
+    return mask, tables
 
 
 @dataclass(frozen=True)
@@ -144,7 +117,7 @@ class Tables:
     """What FlexAttention needs of one pattern and size, whatever the values of a call.
 
     mask: the tables of blocks
-    ahead: empty rows before the first query
+    ahead: empty rows before the first query, so that blocks of rows are blocks of positions
     first: the position of row 0, a tensor, since each new Python number would compile a new graph
     window: keys at this distance or more are hidden, also a tensor; None: no distance hides
     """
@@ -266,8 +239,6 @@ def why_not(engine: SparseReference, call: Call, dilation: int = 1) -> str | Non
         return (
             f"FlexAttention has no dropout, and this attention trains with dropout={engine.dropout}"
         )
-    if engine.softcap is not None or "distance_bias" in call.inputs:
-        return "softcap and distance_bias are not passed on to FlexAttention"
     block_size = block_size_of(engine.pattern)
     if block_size % SMALLEST_BLOCK:
         return f"block_size={block_size} must be a multiple of {SMALLEST_BLOCK} for FlexAttention"
