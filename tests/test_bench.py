@@ -319,12 +319,15 @@ def test_packed_rows_are_measured_beside_the_batch_of_their_pieces(phase: str, m
         prepare(None, here, core_inputs(here, 1, CPU, 0), 0).run()
     assert asked == [(4 * SMALL.batch_size, SMALL.heads, 6, SMALL.head_dim)]
     # An attention that forgets its segments is found out.
-    run = execution.run
+    run, given = execution.run, []
 
     def forgetting(core: Any, call: Any) -> torch.Tensor:
+        given.append(call.segments)
         return run(core, call if core.backend == "reference" else replace(call, segments=None))
 
     monkeypatch.setattr(execution, "run", forgetting)
+    prepare(Contender(Choice("linear"), "auto"), here, core_inputs(here, 1, CPU, 0), 0).run()
+    assert given[0][0].unique(return_counts=True)[1].tolist() == [6, 6, 6, 6]
     forgot = rows_of(Plan(sweeps=(replace(sweep, segments=(4,)),)))
     assert sum("off its reference" in row.reason for row in forgot) == 2
 
