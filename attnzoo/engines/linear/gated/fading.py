@@ -12,10 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.eager import only_autograd_looks
 from attnzoo.engines.exponential import exp_
-from attnzoo.engines.linear.gated.reference import faded
-from attnzoo.engines.linear.layout import add_product_
+from attnzoo.engines.linear.layout import add_product_, may_overwrite
 
 
 class Fading:
@@ -122,9 +120,16 @@ def fading_of(log_decay: Tensor | None, k: Tensor) -> Fading:
     return HeadFading(log_decay) if log_decay.dim() < k.dim() else ChannelFading(log_decay)
 
 
-def may_overwrite(*tensors: Tensor) -> bool:
-    """Whether a tensor that was just made may be written over: nothing else will read it."""
-    return not torch.is_grad_enabled() and only_autograd_looks(*tensors)
+def faded(log_decay: Tensor) -> Tensor:
+    """exp(Σ log_decay over tokens j+1 to i) for every i and j ≤ i, and 1 above the diagonal.
+
+    log_decay: (..., length), -inf where everything is forgotten. Returns (..., length, length). The
+    sums are of their own terms alone: differences of sums from the start would lose the digits of
+    what came after a gate that closed.
+    """
+    length = log_decay.shape[-1]
+    steps = log_decay[..., :, None].expand(*log_decay.shape, length)
+    return exp_(steps.tril(-1).cumsum(-2))
 
 
 def times(x: Tensor, factor: Tensor) -> Tensor:
@@ -146,6 +151,8 @@ def _by_halves(rows: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
     length = k.shape[-2]
     if length == 1:
         return _products(rows, k)
+    if length % 2:  # of a length that is no power of 2, the last token
+        return _by_halves(*(F.pad(x, (0, 0, 0, 1)) for x in (rows, k, log_decay)))[..., :-1, :-1]
     halves = (2, length // 2)
     rows = rows.unflatten(-2, halves).movedim(-3, -4)  # (..., 2, rows, half, width)
     k, log_decay = k.unflatten(-2, halves), log_decay.unflatten(-2, halves)

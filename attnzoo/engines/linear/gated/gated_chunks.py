@@ -19,10 +19,16 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.linear.chunks import CAUSAL_CHUNK, HELD
-from attnzoo.engines.linear.gated.fading import Fading, fading_of, may_overwrite
+from attnzoo.engines.linear.gated.fading import Fading, fading_of
 from attnzoo.engines.linear.gated.tokens import Rule, empty_state, prepared
 from attnzoo.engines.linear.gated.triangular import unit_inverse
-from attnzoo.engines.linear.layout import add_product, add_product_, grouped, ungrouped
+from attnzoo.engines.linear.layout import (
+    add_product,
+    add_product_,
+    grouped,
+    may_overwrite,
+    ungrouped,
+)
 from attnzoo.engines.piece_by_piece import at_a_time
 
 

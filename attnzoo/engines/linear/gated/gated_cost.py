@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attnzoo.engines.engine import Cost, Shape, causal_pairs
 from attnzoo.engines.linear.gated.gated_chunks import chunk_of
-from attnzoo.engines.linear.gated.tokens import CHANNEL_GATE, HEAD_GATE, Rule
+from attnzoo.engines.linear.gated.tokens import Rule
 
 
 def cost(rule: Rule, shape: Shape) -> Cost:
@@ -37,7 +37,7 @@ def _macs(rule: Rule, chunk: int, d: int, group: int) -> int:
     """Of a chunk of one key head, whose group of query heads computes its rows together."""
     pairs, through_state = chunk * chunk * d, chunk * d * d
     # Products by halves of halves pass over what lies above the diagonal.
-    of_keys = chunk * (chunk + 1) // 2 * d if rule.gate is CHANNEL_GATE else pairs
+    of_keys = chunk * (chunk + 1) // 2 * d if rule.by_channel else pairs
     rows_and_state = group * (of_keys + pairs + through_state) + through_state
     if not rule.delta:
         return rows_and_state
@@ -49,15 +49,15 @@ def _elementwise(rule: Rule, shape: Shape, chunk: int, chunks: int) -> int:
     """Exponentials and roots of one sample."""
     found = (shape.heads + shape.kv_heads) * shape.key_length if rule.l2_norm else 0
     of_chunk = 0
-    if rule.gate is HEAD_GATE:
+    if rule.gate is not None and not rule.by_channel:
         of_chunk = chunk * chunk + chunk
-    elif rule.gate is CHANNEL_GATE:  # since the start, until the end, and to the middle of halves
+    elif rule.by_channel:  # since the start, until the end, and to the middle of halves
         of_chunk = chunk * shape.head_dim * ((chunks > 1) + chunk.bit_length())
     return found + shape.kv_heads * chunks * of_chunk
 
 
 def _gate_bytes(rule: Rule, shape: Shape) -> int:
     """Bytes of log_decay and beta."""
-    channels = 0 if rule.gate is None else shape.head_dim if rule.gate is CHANNEL_GATE else 1
+    channels = 0 if rule.gate is None else shape.head_dim if rule.by_channel else 1
     tokens = shape.batch_size * shape.kv_heads * shape.key_length
     return tokens * (channels + rule.delta) * shape.dtype.itemsize

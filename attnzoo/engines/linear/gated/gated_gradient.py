@@ -97,7 +97,8 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         count = 3 + len(ctx.declared)
-        tensors, states = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors
+        tensors, states = saved[:count], saved[count:]
         if is_followed(gradient):
             rule, declared = ctx.rule, ctx.declared
             found = open_gradients(

@@ -7,9 +7,9 @@ to it as `tokens.Rule` says, and reads its row from it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.call import Call
@@ -18,11 +18,10 @@ from attnzoo.engines.linear.gated import gated_cost, gated_gradient
 from attnzoo.engines.linear.gated.gated_chunks import scan
 from attnzoo.engines.linear.gated.recurrence import recur
 from attnzoo.engines.linear.gated.reference import REFERENCE, GatedReference
-from attnzoo.engines.linear.gated.tokens import empty_state, prepared
+from attnzoo.engines.linear.gated.tokens import as_square, empty_state, prepared
 from attnzoo.engines.linear.state import LinearState, Recent, early_and_late
 from attnzoo.engines.linear.sums import Past
 from attnzoo.engines.piece_by_piece import join
-from attnzoo.sequences.padding import squared
 
 
 class GatedLinear(GatedReference):
@@ -88,20 +87,8 @@ def _past(sums: Tensor | None) -> Past:
     return Past(sums, None)
 
 
-def _as_square(attend: Any, engine: GatedLinear, call: Call) -> Tensor:
-    """A·v of a call with any numbers of queries and keys, by `attend`, which takes as many of both:
-    queries before the first key see nothing, and their rows are 0."""
-    if call.offset < 0:
-        blind = -call.offset
-        seeing = attend(engine.rule, call.select(queries=slice(blind, None)))
-        return F.pad(seeing, (0, 0, blind, 0))
-    if not call.offset:
-        return attend(engine.rule, call)
-    return attend(engine.rule, squared(call))[:, :, call.offset :]
-
-
 def _chunked(engine: GatedLinear, call: Call) -> Tensor:
-    return _as_square(gated_gradient.attend, engine, call)
+    return as_square(partial(gated_gradient.attend, engine.rule), call)
 
 
 def _chunked_why_not(engine: GatedLinear, call: Call) -> str | None:
@@ -109,7 +96,7 @@ def _chunked_why_not(engine: GatedLinear, call: Call) -> str | None:
 
 
 def _open(engine: GatedLinear, call: Call) -> Tensor:
-    return _as_square(gated_gradient.attend_openly, engine, call)
+    return as_square(partial(gated_gradient.attend_openly, engine.rule), call)
 
 
 def _open_why_not(engine: GatedLinear, call: Call) -> str | None:

@@ -59,8 +59,8 @@ def through_states(
 
 
 def through_inside(tokens: Tokens, inside: Inside, found: Gradients) -> Gradients:
-    """Gradients of q, k, v, log_decay and beta, laid out as in `Tokens`, and `q·dq` and `k·dk`,
-    summed over the width.
+    """Gradients of q, k, v and the gates, laid out as in `Tokens`, and the sums over the width
+    of q·dq and k·dk.
 
     found: gradients of the tensors of `inside` by name, which are overwritten
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.eager import can_look
 from attnzoo.engines.engine import accumulation_dtype
+from attnzoo.engines.linear.layout import may_overwrite
+from attnzoo.sequences.padding import squared
 from attnzoo.spec import Input
 
 NORM_EPSILON = 1e-6  # inside the root, as the published models have it
@@ -44,6 +47,11 @@ class Rule:
     delta: bool = False
     l2_norm: bool = False
 
+    @property
+    def by_channel(self) -> bool:
+        """Whether each row of the state has a gate of its own."""
+        return self.gate is not None and "width" in self.gate.names
+
 
 def prepared(rule: Rule, call: Call) -> Call:
     """The call with q, k, v and the gates as the recurrence reads them, in the precision of sums.
@@ -61,7 +69,7 @@ def prepared(rule: Rule, call: Call) -> Call:
     made = replace(call, q=q, k=k, v=v, inputs=inputs)
     if rule.gate is None or "log_decay" in inputs:
         return made
-    return made.giving(rule.gate, torch.zeros_like(k if rule.gate is CHANNEL_GATE else k[..., 0]))
+    return made.giving(rule.gate, torch.zeros_like(k if rule.by_channel else k[..., 0]))
 
 
 def separated(rule: Rule, call: Call) -> Call:
@@ -73,9 +81,21 @@ def separated(rule: Rule, call: Call) -> Call:
     begins = torch.zeros_like(ids, dtype=torch.bool)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     if log_decay is None:
-        log_decay = torch.zeros_like(call.k if gate is CHANNEL_GATE else call.k[..., 0])
+        log_decay = torch.zeros_like(call.k if rule.by_channel else call.k[..., 0])
     begins = begins[:, None, :, None] if log_decay.dim() == 4 else begins[:, None]
     return replace(call.giving(gate, log_decay.masked_fill(begins, float("-inf"))), segments=None)
+
+
+def as_square(of: Callable[[Call], Tensor], call: Call) -> Tensor:
+    """What `of` says of the call's rows, which it can say of calls with as many queries as keys.
+
+    Queries before the first key see nothing: their rows are 0. Where there are fewer queries, rows
+    of zeros stand before them.
+    """
+    if call.offset < 0:
+        seeing = of(call.select(queries=slice(-call.offset, None)))
+        return F.pad(seeing, (0, 0, -call.offset, 0))
+    return of(squared(call))[:, :, call.offset :] if call.offset else of(call)
 
 
 def empty_state(call: Call) -> Tensor:
@@ -104,8 +124,8 @@ def check_gates(call: Call) -> Call:
 
 def inverse_length(x: Tensor) -> Tensor:
     """What brings the last dimension of x to length 1, (..., 1)."""
-    if torch.is_grad_enabled():  # the derivative of a norm is no number at 0
-        squared = x.square().sum(-1, keepdim=True)
-    else:
+    if may_overwrite(x):  # nobody follows, and the derivative of a norm is no number at 0
         squared = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+    else:
+        squared = x.square().sum(-1, keepdim=True)
     return (squared + NORM_EPSILON).rsqrt()
