@@ -22,6 +22,7 @@ class Layer(Protocol):
     batch_first: Any
     training: bool
     segments: Any
+    qk_norm: Any
     bias_k: Any
     add_zero_attn: Any
     in_proj_weight: Any
