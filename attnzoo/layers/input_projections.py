@@ -30,6 +30,21 @@ def add_projections(layer: Layer) -> None:
         setattr(layer.attention, INPUT_PROJECTIONS, made)
 
 
+def add_own_projection(layer: Layer) -> None:
+    """Give the layer's attention the packed projection of its inputs that are `like` q, k and v,
+    a copy of the layer's own."""
+    if layer.attention.own_projection is None or layer.in_proj_weight is None:
+        return
+    plain = {"weight": layer.in_proj_weight, "bias": layer.in_proj_bias}
+    projection = nn.Linear(
+        layer.embed_dim, 3 * layer.embed_dim, plain["bias"] is not None, device="meta"
+    )
+    for name, parameter in plain.items():
+        if parameter is not None:
+            setattr(projection, name, nn.Parameter(parameter.detach().clone()))
+    setattr(layer.attention, layer.attention.own_projection, projection)
+
+
 def inputs_of(
     layer: Layer,
     query: Tensor,

@@ -14,13 +14,18 @@ from torch import Tensor, nn
 from attnzoo.arguments import check_options, check_positive
 from attnzoo.attention import LEAF, Attention
 from attnzoo.call import UnsupportedError
-from attnzoo.layers.input_projections import add_projections, inputs_of
+from attnzoo.layers.decoding import LayerState, first_state, step_layer
+from attnzoo.layers.input_projections import (
+    add_own_projection,
+    add_projections,
+    inputs_of,
+)
 from attnzoo.layers.layer import shares_qk
 from attnzoo.layers.layer_checks import check_call, core_options
 from attnzoo.layers.nested_sequences import forward_nested
 from attnzoo.layers.packed_model import segments_of
 from attnzoo.layers.positions import positions_of
-from attnzoo.layers.projections import project
+from attnzoo.layers.projections import project, with_end_keys
 from attnzoo.layers.qk_norm import NORMS, add_qk_norm, check_qk_norm, normalised
 from attnzoo.layers.rotary import rotary_of
 from attnzoo.layers.torch_masks import translate
@@ -130,7 +135,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         self.attention = core
         self.__module__ = LEAF
         self.register_forward_pre_hook(is_called)
-        self._add_own_projection()
+        add_own_projection(self)
         add_projections(self)
 
     @staticmethod
@@ -147,18 +152,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         for name in NORMS:
             if (norm := self._modules.get(name)) is not None:
                 norm.reset_parameters()  # pyright: ignore[reportCallIssue]
-
-    def _add_own_projection(self) -> None:
-        if self.attention.own_projection is None or self.in_proj_weight is None:
-            return
-        plain = {"weight": self.in_proj_weight, "bias": self.in_proj_bias}
-        projection = nn.Linear(
-            self.embed_dim, 3 * self.embed_dim, plain["bias"] is not None, device="meta"
-        )
-        for name, parameter in plain.items():
-            if parameter is not None:
-                setattr(projection, name, nn.Parameter(parameter.detach().clone()))
-        setattr(self.attention, self.attention.own_projection, projection)
 
     def _share_projection(self) -> None:
         if self.in_proj_weight is None:
@@ -267,7 +260,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         placed = partial(self._placed, positions)
         q, k = placed(q, k)
         translated = translated.with_end_keys((self.bias_k is not None) + self.add_zero_attn, q, k)
-        k, v = self._with_end_keys(k, self.bias_k), self._with_end_keys(v, self.bias_v)
+        k, v = with_end_keys(self, k, self.bias_k), with_end_keys(self, v, self.bias_v)
         how: dict[str, Any] = {
             "key_mask": translated.key_mask,
             "attn_mask": translated.attn_mask,
@@ -282,22 +275,36 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights = weights.mean(1)
         return out, weights if weights is None or batched else weights.squeeze(0)
 
+    def init_state(self, batch_size: int, max_length: int | None = None) -> LayerState:
+        """An empty state for `step`. max_length: tokens that it will take; None: any number."""
+        return first_state(self, batch_size, max_length)
+
+    def step(
+        self,
+        x: Tensor,
+        state: LayerState,
+        key_padding_mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        **inputs: Tensor | None,
+    ) -> tuple[Tensor, LayerState]:
+        """Attend to the tokens in `state` and to the new ones, causally: rows equal those of one
+        `forward` with is_causal=True, and positions go on.
+
+        x: the new tokens, in the layout of `forward`'s query
+        state: of `init_state` or of the step before; it stays valid
+        key_padding_mask: (N, new_tokens) bool, True hides
+        segments: (N, new_tokens), as `Attention.step` takes them
+        inputs: as in `forward`, of the new tokens
+        returns: the new rows in x's layout, and the new state
+        raises: ValueError on tensors that do not fit, UnsupportedError on what the core cannot do
+        """
+        return step_layer(self, x, state, key_padding_mask, segments, inputs)
+
     def _placed(self, positions: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Projected queries and keys, (batch, heads, length, head_dim), normalised and turned."""
         q, k = normalised(self, q, k)
         rotary = self._modules.get("rotary")
         return (q, k) if rotary is None else rotary(q, k, positions)
-
-    def _with_end_keys(self, x: Tensor, learned: Tensor | None) -> Tensor:
-        """x, (batch, heads, length, head_dim), and behind it the learned slot of add_bias_kv and
-        the zero slot of add_zero_attn."""
-        shape = (1, self.num_heads, 1, self.head_dim)
-        ends = [] if learned is None else [learned.to(x.dtype).view(shape)]
-        if self.add_zero_attn:
-            ends.append(x.new_zeros(shape))
-        return (
-            torch.cat([x, *(end.expand(x.shape[0], -1, -1, -1) for end in ends)], 2) if ends else x
-        )
 
 
 def is_called(module: nn.Module, args: tuple[Any, ...]) -> None:
