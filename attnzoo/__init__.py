@@ -1,7 +1,7 @@
 """attnzoo: attention variants behind one interface, tested against oracles, compared with exact
 attention, with their cost known."""
 
-from attnzoo import oracles
+from attnzoo import distance_biases, oracles
 from attnzoo.attention import Attention, Input, Spec
 from attnzoo.call import UnsupportedError
 from attnzoo.cost.memory.memory import Memory, memory
@@ -28,6 +28,7 @@ __all__ = [
     "build",
     "count_flops",
     "describe",
+    "distance_biases",
     "global_mask",
     "load",
     "memory",

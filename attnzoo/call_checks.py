@@ -180,9 +180,14 @@ def _check_input(one: Input, x: Tensor, call: Call) -> None:
         **dict(zip(("batch", "heads", "queries", "width"), call.q.shape, strict=True)),
         **dict(zip(("kv_heads", "keys", "value_width"), call.v.shape[1:], strict=True)),
     }
-    wanted = tuple(sizes[axis] for axis in one.names)
+    if x.dim() == len(one.names) and "distances" in one.names:
+        sizes["distances"] = x.shape[one.names.index("distances")]
+    wanted = tuple(sizes.get(axis, "2 · reach + 1") for axis in one.names)
     if tuple(x.shape) != wanted:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {axes} = {wanted}")
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; it must be {axes} = "
+            f"({', '.join(map(str, wanted))}{',' * (len(wanted) == 1)})"
+        )
     _check_device(name, x, call)
 
 

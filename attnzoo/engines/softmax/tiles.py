@@ -39,6 +39,8 @@ def cannot_work_alone(engine: SoftmaxReference, call: Call) -> str | None:
         return f"it is for the CPU, got tensors on {call.q.device.type}"
     if engine.dropout > 0 and engine.training:
         return f"it has no dropout, and this attention trains with dropout={engine.dropout}"
+    if engine.softcap is not None or "distance_bias" in call.inputs:
+        return "it has no softcap and no distance_bias"
     if not only_autograd_looks(call.q, call.k, call.v, *call.inputs.values()):
         return "a graph or transform must see the operators inside"
     return None

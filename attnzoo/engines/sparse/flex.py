@@ -210,6 +210,8 @@ def why_not(engine: SparseReference, call: Call, dilation: int = 1) -> str | Non
         return (
             f"FlexAttention has no dropout, and this attention trains with dropout={engine.dropout}"
         )
+    if engine.softcap is not None or "distance_bias" in call.inputs:
+        return "softcap and distance_bias are not passed on to FlexAttention"
     block_size = block_size_of(engine.pattern)
     if block_size % SMALLEST_BLOCK:
         return f"block_size={block_size} must be a multiple of {SMALLEST_BLOCK} for FlexAttention"

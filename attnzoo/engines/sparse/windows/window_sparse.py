@@ -20,9 +20,16 @@ from attnzoo.engines.sparse.global_cache import GlobalCache
 from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.sparse import Sparse
-from attnzoo.engines.sparse.windows import columns, dilated, window_slices, window_tiles
-from attnzoo.engines.sparse.windows.columns import Columns
-from attnzoo.sequences.padding import fetched, first_real, slots_of
+from attnzoo.engines.sparse.windows import (
+    columns,
+    columns_in_slices,
+    columns_in_tiles,
+    dilated,
+    window_slices,
+    window_tiles,
+)
+from attnzoo.engines.sparse.windows.columns import Columns, bias_of_columns
+from attnzoo.sequences.padding import first_real, slots_of
 
 
 class WindowSparse(Sparse):
@@ -39,6 +46,7 @@ class WindowSparse(Sparse):
     sink_logits: how many logits to learn, one for each head, or 0 for none; each is one more score
         of every row, that counts in the row's sum and weighs no value, so that a row of A may sum
         to less than 1
+    softcap: keeps scores within ±softcap; None: they are as they are
     """
 
     pattern: Window
@@ -50,8 +58,9 @@ class WindowSparse(Sparse):
         dropout: float = 0.0,
         *,
         sink_logits: int = 0,
+        softcap: float | None = None,
     ) -> None:
-        super().__init__(pattern, scale, dropout)
+        super().__init__(pattern, scale, dropout, softcap=softcap)
         self.sink_logits = nn.Parameter(torch.zeros(sink_logits)) if sink_logits else None
 
     def reset_parameters(self) -> None:
@@ -61,6 +70,10 @@ class WindowSparse(Sparse):
 
     def completed(self, call: Call) -> Call:
         return call if self.sink_logits is None else call.giving(SINK_LOGITS, self.sink_logits)
+
+    def farthest(self, call: Call) -> int:
+        farthest = super().farthest(call)
+        return farthest if self.has_columns(call) else min(farthest, self.pattern.near - 1)
 
     def has_columns(self, call: Call) -> bool:
         """Whether some keys of the call are seen by every row, wherever it stands."""
@@ -89,7 +102,8 @@ class WindowSparse(Sparse):
         return self.completed(whole), state.append(call, mask)
 
     def is_dense(self, grid: Grid) -> bool:
-        return self.sink_logits is None and super().is_dense(grid)
+        plain = self.sink_logits is None and self.softcap is None
+        return plain and super().is_dense(grid)
 
     def sparse_cost(self, shape: Shape, grid: Grid) -> Cost:
         sinks = min(self.pattern.sinks, shape.key_length)
@@ -118,14 +132,18 @@ def with_sinks(call: Call, count: int) -> tuple[Call, Columns]:
     if call.key_mask is not None:
         first = first_real(call.key_mask, count)
         slots = slots_of(first, count)
-        return replace(call, key_mask=call.key_mask & ~first), Columns(
-            fetched(call.k, slots), fetched(call.v, slots), first.gather(1, slots), slots
-        )
+        columns = Columns.at(call, slots, first.gather(1, slots))
+        return replace(call, key_mask=call.key_mask & ~first), columns
     slots = torch.arange(call.key_length, device=call.q.device).expand(call.k.shape[0], -1)
-    behind = slots >= count
-    return replace(call, key_mask=behind), Columns(
-        call.k[:, :, :count], call.v[:, :, :count], ~behind[:, :count], slots[:, :count]
+    behind, first = slots >= count, slots[:, :count]
+    columns = Columns(
+        call.k[:, :, :count],
+        call.v[:, :, :count],
+        ~behind[:, :count],
+        first,
+        bias_of_columns(call, first),
     )
+    return replace(call, key_mask=behind), columns
 
 
 def _in_tiles(engine: WindowSparse, call: Call) -> Tensor:
@@ -133,7 +151,7 @@ def _in_tiles(engine: WindowSparse, call: Call) -> Tensor:
         near, beside = engine.columns_of(part)
         if beside is None:
             return dilated.of_one_dilation(window, near, partial(window_tiles.in_tiles, engine))
-        return columns.attend_dilated(engine, window, near, beside, columns.in_tiles)
+        return columns.attend_dilated(engine, window, near, beside, columns_in_tiles.in_tiles)
 
     return engine.finished(call, dilated.by_dilation(engine.pattern, call, attend_heads))
 
@@ -163,7 +181,7 @@ def _with_columns(engine: WindowSparse, call: Call) -> Tensor:
     def attend_heads(window: Window, part: Call) -> Tensor:
         near, beside = engine.columns_of(part)
         assert beside is not None
-        return columns.attend_dilated(engine, window, near, beside, columns.in_slices)
+        return columns.attend_dilated(engine, window, near, beside, columns_in_slices.in_slices)
 
     return engine.finished(call, dilated.by_dilation(engine.pattern, call, attend_heads))
 
