@@ -11,6 +11,7 @@ from torch import Tensor
 from attnzoo.attention import Attention
 from attnzoo.call import Call, UnsupportedError
 from attnzoo.eager import is_learned, is_recorded, may_branch
+from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, bias_between
 from attnzoo.engines.softmax.reference import SINK_LOGITS
 from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.integrations.huggingface.interface_masks import filled_slots, mask_function_of
@@ -25,7 +26,7 @@ SUBMODULE = "attention_core"
 #: Attribute of the keys that a `StateCache` hands on: its layer, which has a state to step.
 STATE_LAYER = "attnzoo_state_layer"
 #: Arguments of a model's attention that change A and that no `Attention` takes.
-CHANGES_WEIGHTS = ("softcap", "sinks", "head_mask", "indices", "block_indices")
+CHANGES_WEIGHTS = ("sinks", "head_mask", "indices", "block_indices")
 
 
 def attend(
@@ -40,16 +41,23 @@ def attend(
     sliding_window: int | None = None,
     position_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: transformers' arguments, the answer as (batch, length, heads,
     head_dim).
 
+    position_bias: (batch or 1, heads, query_length, key_length), or (heads, 2 · reach + 1) by
+        distance.
     s_aux: (heads,), sink logits.
+    softcap: what scores are kept within.
     """
     refuse_other_attention(module, kwargs)
     causal = call_is_causal(module, is_causal)
     state_layer = getattr(key, STATE_LAYER, None)
+    distance_bias = None
+    if position_bias is not None and position_bias.dim() == 2:
+        position_bias, distance_bias = None, position_bias
     if attention_mask is not None and attention_mask.dtype == torch.int8:
         key, value, attention_mask, position_bias = filled_slots(
             key, value, attention_mask, position_bias
@@ -58,6 +66,9 @@ def attend(
     attention = getattr(module, SUBMODULE, None)
     if state_layer is not None:
         state_layer.check_reader(attention, causal)
+    takes_distances = attention is not None and attention.spec.takes(DISTANCE_BIAS.name)
+    if distance_bias is not None and not takes_distances:
+        position_bias, distance_bias = _of_all_pairs(distance_bias, query, key), None
     if attention is None:
         out = _attend_exactly(
             module,
@@ -71,13 +82,16 @@ def attend(
             sliding_window,
             position_bias,
             s_aux,
+            softcap,
             segments,
         )
     else:
+        _check_softcap(module, attention, softcap)
         _set_dropout(module, attention, dropout)
         if scaling is not None and scaling != query.shape[-1] ** -0.5:
             query = query * (scaling * query.shape[-1] ** 0.5)
-        inputs = {} if s_aux is None else {SINK_LOGITS.name: s_aux}
+        given = {SINK_LOGITS.name: s_aux, DISTANCE_BIAS.name: distance_bias}
+        inputs = {name: x for name, x in given.items() if x is not None}
         try:
             if state_layer is not None:
                 out = state_layer.step(query, key, value, attention_mask, segments, inputs)
@@ -186,10 +200,12 @@ def _attend_exactly(
     window: int | None,
     position_bias: Tensor | None,
     s_aux: Tensor | None,
+    softcap: float | None,
     segments: Tensor | None,
 ) -> Tensor:
     """transformers' own SDPA, for a layer that was not swapped in a model that was; ours where
-    there are sink logits, which theirs drops. Returns (batch, heads, length, head_dim)."""
+    there are sink logits or soft-capping, which theirs drops. Returns (batch, heads, length,
+    head_dim)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
@@ -209,13 +225,13 @@ def _attend_exactly(
         )
     elif segments is not None:
         mask = _with_bias(segments[:, None, :, None] == segments[:, None, None], mask)
-    if s_aux is not None:
+    if s_aux is not None or softcap is not None:
         both, only_causal = (
             (position_bias, is_causal) if mask is None else (_with_bias(mask, position_bias), False)
         )
         call = Call(query, key, value, attn_mask=both, is_causal=only_causal)
-        out, _, _ = Softmax(scaling, dropout)(call.giving(SINK_LOGITS, s_aux))
-        return out
+        call = call if s_aux is None else call.giving(SINK_LOGITS, s_aux)
+        return Softmax(scaling, dropout, softcap=softcap)(call)[0]
     out, _ = sdpa_attention_forward(
         module,
         query,
@@ -237,6 +253,24 @@ def _with_bias(mask: Tensor, other: Tensor | None) -> Tensor:
     if mask.dtype == torch.bool:
         return mask & other if other.dtype == torch.bool else other.masked_fill(~mask, -torch.inf)
     return mask + other
+
+
+def _of_all_pairs(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A bias by distance as one of all queries and keys, (1, heads, query_length, key_length)."""
+    first, length = key.shape[2] - query.shape[2], key.shape[2]
+    queries, keys = (torch.arange(start, length, device=bias.device) for start in (first, 0))
+    return bias_between(bias, queries[:, None], keys)[None]
+
+
+def _check_softcap(module: Any, attention: Attention, softcap: float | None) -> None:
+    """Raise UnsupportedError where the model caps its scores otherwise than at the swap."""
+    engine: Any = attention.engine
+    built = getattr(engine, "softcap", None)
+    if built != softcap:
+        raise UnsupportedError(
+            f"{type(module).__name__} caps its scores with softcap={softcap} now, and the "
+            f"attention that was swapped in has softcap={built}; unswap, and swap again"
+        )
 
 
 def _set_dropout(module: Any, attention: Attention, dropout: float) -> None:

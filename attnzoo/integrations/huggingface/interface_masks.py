@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.call import UnsupportedError
 from attnzoo.eager import can_look
 from attnzoo.integrations.huggingface.packed_rows import (
     PIECES,
@@ -44,8 +45,14 @@ def padding_mask(
         return pieces.to(PIECES)
     filled = q_offset + q_length - kv_offset if causal else kv_length
     whole = not isinstance(filled, Tensor) and filled == kv_length
+    is_turned = _turns_into_bool(kwargs.get("config"))
+    if is_turned and not whole:
+        raise UnsupportedError(
+            "this model makes a bool of every mask, which cannot tell of slots of a static cache "
+            "that are not filled yet; use another cache"
+        )
     if attention_mask is None:
-        if whole:
+        if whole and not is_turned:
             return None
         attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     if attention_mask.shape[1] != kv_length:  # not cut to these slots before
@@ -58,9 +65,16 @@ def padding_mask(
         return attention_mask.to(torch.int8).masked_fill(unfilled, UNFILLED)
     return (
         None
-        if can_look(attention_mask, may_stall=True) and bool(attention_mask.all())
+        if not is_turned
+        and can_look(attention_mask, may_stall=True)
+        and bool(attention_mask.all())
         else attention_mask
     )
+
+
+def _turns_into_bool(config: Any) -> bool:
+    """Whether a model calls `.to(torch.bool)` on its mask, which must be a tensor then."""
+    return getattr(config, "model_type", None) == "mpt"
 
 
 def _read(
