@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnzoo.attention import Attention
 from attnzoo.call import Call, UnsupportedError
-from attnzoo.eager import is_learned, is_recorded, may_branch
+from attnzoo.eager import holds_anywhere, is_learned, is_recorded, may_branch
 from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, bias_between
 from attnzoo.engines.softmax.reference import SINK_LOGITS
 from attnzoo.engines.softmax.softmax import Softmax
@@ -103,7 +103,7 @@ def attend(
                     causal,
                     sliding_window,
                     segments,
-                    query.shape[0],
+                    query,
                 )
                 out = attention(query, key, value, **masks, **inputs)
         except UnsupportedError as error:
@@ -122,7 +122,7 @@ def _masks(
     is_causal: bool,
     window: int | None,
     segments: Tensor | None,
-    batch_size: int,
+    query: Tensor,
 ) -> dict[str, Any]:
     """The masks of a call of an attention of the zoo. A 4-D mask, which says itself what is causal,
     is read where the attention cannot apply it."""
@@ -131,7 +131,9 @@ def _masks(
         return {**masks, "segments": segments}
     if attention.spec.attn_mask:
         return {"attn_mask": _with_bias(mask, position_bias), "segments": segments}
-    read = _read(mask, batch_size, window) if may_branch(mask) and not is_learned(mask) else None
+    read = None
+    if may_branch(mask) and not is_learned(mask):
+        read = _read(mask, query.shape[0], query.shape[2], window)
     if read is None:
         raise UnsupportedError(
             f"{attention.spec.name} cannot apply a 4-D attention_mask that is more than causality, "
@@ -146,16 +148,20 @@ def _masks(
     }
 
 
-def _read(mask: Tensor, batch_size: int, window: int | None) -> ReadMask | None:
-    """What a 4-D mask says."""
+def _read(mask: Tensor, batch_size: int, query_length: int, window: int | None) -> ReadMask | None:
+    """What a 4-D mask says; one row for all queries is of the padding alone."""
 
     def find() -> ReadMask | None:
         visible = visible_keys(mask)
-        return (
-            None if visible is None else read_mask(visible.expand(batch_size, -1, -1, -1), window)
-        )
+        if visible is None:
+            return None
+        visible = visible.expand(batch_size, -1, -1, -1)
+        if visible.shape[2] == query_length:
+            return read_mask(visible, window)
+        differs = holds_anywhere(visible != visible[:, :1])
+        return None if differs else ReadMask(visible[:, 0, 0], False, None)
 
-    return read_once(mask, None, (batch_size, window), find)
+    return read_once(mask, None, (batch_size, query_length, window), find)
 
 
 def call_is_causal(module: Any, given: bool | None) -> bool:

@@ -65,9 +65,7 @@ def padding_mask(
         return attention_mask.to(torch.int8).masked_fill(unfilled, UNFILLED)
     return (
         None
-        if not is_turned
-        and can_look(attention_mask, may_stall=True)
-        and bool(attention_mask.all())
+        if not is_turned and can_look(attention_mask, may_stall=True) and bool(attention_mask.all())
         else attention_mask
     )
 
