@@ -15,6 +15,9 @@ DECODERS = ("bloom", "mpt", "falcon", "gemma2")
 #: Where transformers has what it computes with.
 PLACES = {"switch": "switch_transformers"}
 LENGTH, DECODER_LENGTH = 14, 11
+EAGER: dict[str, Any] = {"attn_implementation": "eager"}
+#: Its eager attention adds ALiBi twice.
+FALCONS: dict[str, Any] = {"attn_implementation": "sdpa"}
 NO_END: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -68,9 +71,9 @@ def _falcon(layers: int) -> Any:
             alibi=True,
             multi_query=False,
             initializer_range=0.2,
-            attn_implementation="sdpa",  # the eager one of transformers adds ALiBi twice
             **sizes,
             **NO_END,
+            **FALCONS,
         )
     )
 
@@ -89,8 +92,8 @@ def _gemma2(layers: int) -> Any:
             attn_logit_softcapping=1.5,
             layer_types=["full_attention"] * layers,
             initializer_range=0.2,
-            attn_implementation="eager",
             **NO_END,
+            **EAGER,
         )
     )
 

@@ -23,13 +23,18 @@ from biased_models import (
     make,
     source_of,
 )
+from small import small
 from torch import Tensor
 
 import attnzoo
 from attnzoo import UnsupportedError
+from attnzoo.registry import options_of
 
 CLOSE: Any = {"rtol": 1e-5, "atol": 1e-5}
-SPARSE = {"sliding_window": {"window": 4}, "bigbird": {"block_size": 2, "num_random_blocks": 1}}
+SPARSE: dict[str, dict[str, Any]] = {
+    "sliding_window": {"window": 4},
+    "bigbird": {"block_size": 2, "num_random_blocks": 1},
+}
 
 
 def cores(model: Any) -> list[Any]:
@@ -210,10 +215,12 @@ def test_a_refused_swap_leaves_the_model_as_it_was(family: str) -> None:
 
 def test_what_is_refused() -> None:
     model = make("gemma2")
-    with pytest.raises(
-        UnsupportedError, match=r"caps its scores \(softcap=1\.5\), which performer"
-    ):
-        attnzoo.swap(model, "performer")
+    for name in attnzoo.names():
+        taken = [option.name for option in options_of(name)]
+        if "softcap" not in taken and attnzoo.describe(name).spec.causal:
+            refusal = rf"caps its scores \(softcap=1\.5\), which {name} would drop; use one of"
+            with pytest.raises(UnsupportedError, match=refusal):
+                attnzoo.swap(model, name, **small(name))
     with pytest.raises(ValueError, match="swap does not take 'softcap'"):
         attnzoo.swap(model, "standard", softcap=3.0)
     attnzoo.swap(model, "standard")
