@@ -1,7 +1,7 @@
 """attnzoo: attention variants behind one interface, tested against oracles, compared with exact
 attention, with their cost known."""
 
-from attnzoo import distance_biases, oracles
+from attnzoo import oracles
 from attnzoo.attention import Attention, Input, Spec
 from attnzoo.call import UnsupportedError
 from attnzoo.cost.memory.memory import Memory, memory
@@ -10,6 +10,7 @@ from attnzoo.engines.engine import Cost
 from attnzoo.integrations.huggingface.generation import state_cache
 from attnzoo.integrations.sidecar import load, save
 from attnzoo.integrations.swapping import swap, unswap
+from attnzoo.layers import distance_biases
 from attnzoo.layers.multihead import MultiheadAttention
 from attnzoo.layers.packed_model import packed
 from attnzoo.registry import build, describe, names, register

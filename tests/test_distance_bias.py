@@ -63,16 +63,17 @@ def test_outputs_weights_and_gradients_are_the_oracles(
     out, weights = ask_oracle(attn, q, k, v, options=case.options, distance_bias=bias, **masks)
     expected = torch.autograd.grad(out, leaves, upstream)
     torch.testing.assert_close(attn.weights(q, k, distance_bias=bias, **masks), weights)
-    for backend in backends(attn, q, k, v, distance_bias=bias, **masks):
-        attn.backend = backend
-        found = attn(q, k, v, distance_bias=bias, **masks)
-        assert attn.last_backend == backend
-        torch.testing.assert_close(found, out, rtol=0, atol=1e-12)
-        gradients = torch.autograd.grad(found, leaves, upstream)
-        torch.testing.assert_close(gradients, expected, rtol=0, atol=1e-11)
-        with torch.no_grad():
-            without = attn(q, k, v, distance_bias=bias, **masks)
-        torch.testing.assert_close(without, out, rtol=0, atol=1e-12)
+    for given, count in ((bias, 4), (bias.detach(), 3)):  # learned, and fixed
+        for backend in backends(attn, q, k, v, distance_bias=given, **masks):
+            attn.backend = backend
+            found = attn(q, k, v, distance_bias=given, **masks)
+            assert attn.last_backend == backend
+            torch.testing.assert_close(found, out, rtol=0, atol=1e-12)
+            gradients = torch.autograd.grad(found, leaves[:count], upstream)
+            torch.testing.assert_close(gradients, expected[:count], rtol=0, atol=1e-11)
+            with torch.no_grad():
+                without = attn(q, k, v, distance_bias=given, **masks)
+            torch.testing.assert_close(without, out, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
@@ -241,9 +242,10 @@ def test_bad_biases_are_refused_in_a_sentence() -> None:
     with pytest.raises(ValueError, match=r"reaches 1 positions.*keys 2 positions"):
         window(q, k, v, distance_bias=table(4, 1))
     state = attn.init_state(2, kv_heads=2, dtype=torch.float64)
-    _, state = attn.step(*(x[:, :, :5] for x in (q, k, v)), state, distance_bias=table(4, 5))
+    first, then = (tuple(x.split([5, 4], 2)[i] for x in (q, k, v)) for i in (0, 1))
+    _, state = attn.step(first[0], first[1], first[2], state, distance_bias=table(4, 5))
     with pytest.raises(ValueError, match=r"reaches 5 positions.*keys 8 positions"):
-        attn.step(*(x[:, :, 5:] for x in (q, k, v)), state, distance_bias=table(4, 5))
+        attn.step(then[0], then[1], then[2], state, distance_bias=table(4, 5))
     with pytest.raises(UnsupportedError, match="linear has no place for distance_bias"):
         attnzoo.build("linear", heads=4, head_dim=8)(q, k, v, distance_bias=table(4, 8))
 

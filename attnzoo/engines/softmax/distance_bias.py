@@ -102,6 +102,11 @@ def every(dilation: int, bias: Tensor) -> Tensor:
     return bias[:, reach % dilation :: dilation]
 
 
+def reaching(bias: Tensor, reach: int) -> Tensor:
+    """The table with 0 for distances beyond its own reach, up to `reach`."""
+    return F.pad(bias, (max(0, reach - bias.shape[1] // 2),) * 2)
+
+
 def moved_on(bias: Tensor, by: int) -> Tensor:
     """The table for queries that stand so many positions earlier than a call says."""
     return F.pad(bias, (0, 2 * by))
@@ -109,10 +114,7 @@ def moved_on(bias: Tensor, by: int) -> Tensor:
 
 def check_reach(call: Call, longest: int) -> None:
     """Raise a ValueError on a table whose width is even, or which does not reach `longest`."""
-    bias = call.get(DISTANCE_BIAS.name)
-    if bias is None:
-        return
-    width = bias.shape[1]
+    width = call.inputs[DISTANCE_BIAS.name].shape[1]
     if width % 2 == 0:
         raise ValueError(
             f"distance_bias has {width} distances; give an odd number, 2 · reach + 1: those of "

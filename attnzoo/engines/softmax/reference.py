@@ -16,7 +16,7 @@ from torch import Tensor
 from attnzoo.arguments import check_dropout, check_scale, check_softcap
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Backend, Engine, accumulation_dtype, never_refuses
-from attnzoo.engines.softmax.distance_bias import bias_of, check_reach
+from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, bias_of, check_reach
 from attnzoo.spec import Input
 
 #: One more score of every row, a number for each head, that counts in the row's sum alone.
@@ -52,11 +52,13 @@ class SoftmaxReference(Engine):
         return max(call.query_length, call.key_length) - 1
 
     def choose(self, call: Call, requested: str) -> Backend:
-        check_reach(call, self.farthest(call))
+        if DISTANCE_BIAS.name in call.inputs:
+            check_reach(call, self.farthest(call))
         return super().choose(call, requested)
 
     def weights(self, call: Call) -> Tensor:
-        check_reach(call, self.farthest(call))
+        if DISTANCE_BIAS.name in call.inputs:
+            check_reach(call, self.farthest(call))
         return super().weights(call)
 
     def matrix(self, call: Call) -> Tensor:

@@ -101,6 +101,9 @@ class _WithColumns:
         self.slices.add(gradient[:, :keys], total)
         total[len(total) - self.count :] += gradient[:, keys:].sum(0)
 
+    def bias(self, table: Tensor) -> Tensor:
+        raise NotImplementedError  # the backend refuses it
+
 
 def _pieces(
     pattern: Window, grid: Grid, count: int, q: Tensor, slots: Tensor | None

@@ -156,6 +156,12 @@ def _in_tiles(engine: WindowSparse, call: Call) -> Tensor:
     return engine.finished(call, dilated.by_dilation(engine.pattern, call, attend_heads))
 
 
+def _tiles_why_not(engine: WindowSparse, call: Call) -> str | None:
+    if engine.has_columns(call) and "distance_bias" in call.inputs:
+        return "it has no distance_bias beside keys that every row sees; `columns` has"
+    return tiles.why_not(engine, call)
+
+
 def _in_slices(engine: WindowSparse, call: Call) -> Tensor:
     def attend_heads(window: Window, part: Call) -> Tensor:
         return dilated.of_one_dilation(window, part, partial(window_slices.in_slices, engine))
@@ -208,7 +214,7 @@ def _flex_why_not(engine: WindowSparse, call: Call) -> str | None:
 
 WindowSparse.backends = (
     Backend("dense", dense.attend, dense.why_not),
-    Backend("tiles", _in_tiles, tiles.why_not),
+    Backend("tiles", _in_tiles, _tiles_why_not),
     Backend("windows", _in_slices, _slices_why_not, packs=True),
     Backend("columns", _with_columns, _columns_why_not),
     Backend("flex", _by_flex, _flex_why_not),  # by name only, until it has run on a GPU
