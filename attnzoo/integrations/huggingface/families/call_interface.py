@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.distance_biases import alibi
+from attnzoo.layers.distance_biases import alibi
 
 
 def call_interface(

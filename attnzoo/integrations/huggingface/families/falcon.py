@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.distance_biases import alibi_slopes
 from attnzoo.integrations.huggingface.families.call_interface import (
     call_interface,
     positions_of,
     seen_by,
     slopes_by_distance,
 )
+from attnzoo.layers.distance_biases import alibi_slopes
 
 
 class FalconInterfaceAttention:
