@@ -203,6 +203,18 @@ def test_another_model_of_the_config_stays_as_it_is(family: str) -> None:
     torch.testing.assert_close(answer(family, other, "left"), wanted, **CLOSE)
 
 
+@pytest.mark.parametrize("family", ["bloom", "mpt"])
+def test_a_model_built_with_the_config_of_a_swapped_one(family: str) -> None:
+    """Its own attention would take the masks for others; the swapped one still runs."""
+    model = attnzoo.swap(make(family), "standard")
+    wanted = answer(family, model)
+    for config in (model.config, copy.deepcopy(model.config)):
+        other = type(model)(config).eval()
+        with pytest.raises(UnsupportedError, match=f"this {family} model is not swapped"):
+            answer(family, other)
+    assert torch.equal(answer(family, model), wanted)
+
+
 @pytest.mark.parametrize("family", ["bloom", "mpt", "falcon"])
 def test_a_refused_swap_leaves_the_model_as_it_was(family: str) -> None:
     model = make(family)

@@ -14,15 +14,17 @@ from attnzoo.eager import holds_anywhere, is_learned, is_recorded, may_branch
 from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, bias_between
 from attnzoo.engines.softmax.reference import SINK_LOGITS
 from attnzoo.engines.softmax.softmax import Softmax
-from attnzoo.integrations.huggingface.interface_masks import filled_slots, mask_function_of
+from attnzoo.integrations.huggingface.interface_masks import (
+    SUBMODULE,
+    filled_slots,
+    mask_function_of,
+)
 from attnzoo.integrations.huggingface.packed_rows import ALWAYS_PACKED, check_positions, told_apart
 from attnzoo.integrations.huggingface.read_once import read_once
 from attnzoo.integrations.places import no_dropout
 from attnzoo.sequences.masks import ReadMask, read_mask, visible_keys
 from attnzoo.sequences.segments import joined
 
-#: Where in a model's own attention module the zoo's attention lives.
-SUBMODULE = "attention_core"
 #: Attribute of the keys that a `StateCache` hands on: its layer, which has a state to step.
 STATE_LAYER = "attnzoo_state_layer"
 #: Arguments of a model's attention that change A and that no `Attention` takes.

@@ -13,10 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
-from attnzoo.integrations.huggingface.attention_function import (
-    SUBMODULE,
-    refuse_weights,
-)
+from attnzoo.integrations.huggingface.attention_function import refuse_weights
 from attnzoo.integrations.huggingface.changed_families import (
     change_families,
     give_classes_back,
@@ -29,6 +26,7 @@ from attnzoo.integrations.huggingface.configs import (
     mark,
     release,
 )
+from attnzoo.integrations.huggingface.interface_masks import SUBMODULE
 from attnzoo.integrations.huggingface.packed_rows import refuse_unseen_packing
 from attnzoo.integrations.huggingface.probe import find_sites as find_sites
 from attnzoo.integrations.huggingface.probe import set_implementation

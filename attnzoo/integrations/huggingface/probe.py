@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from attnzoo.call import UnsupportedError
 from attnzoo.eager import can_look
 from attnzoo.integrations.huggingface.attention_function import (
-    SUBMODULE,
     call_is_causal,
     refuse_other_attention,
 )
@@ -25,6 +24,7 @@ from attnzoo.integrations.huggingface.changed_families import (
     give_configs_back,
 )
 from attnzoo.integrations.huggingface.configs import configs_of, register
+from attnzoo.integrations.huggingface.interface_masks import SUBMODULE
 from attnzoo.integrations.huggingface.packed_rows import read_mask_function
 from attnzoo.integrations.huggingface.trial import EXAMPLE, Trial, longest_sequence, trial_of
 from attnzoo.integrations.places import Site

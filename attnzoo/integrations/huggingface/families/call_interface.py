@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.layers.distance_biases import alibi
-
 
 def call_interface(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **how: Any
@@ -44,4 +42,6 @@ def seen_by(cache: Any, layer: int | None) -> int | Tensor:
 
 def slopes_by_distance(slopes: Tensor, positions: int, like: Tensor) -> Tensor:
     """ALiBi's bias of these slopes, (heads, 2 · positions - 1), where and as precise as `like`."""
-    return alibi(slopes.to(like.device, torch.float32), positions).to(like.dtype)
+    # Not `alibi` of distance_biases: a trace counts positions by a tensor.
+    distances = torch.arange(1 - positions, positions, device=like.device).abs()
+    return (-slopes.to(like.device, torch.float32)[:, None] * distances).to(like.dtype)
