@@ -120,12 +120,13 @@ def test_a_window_as_wide_as_the_text_is_the_models_own(family: str) -> None:
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])
 def test_the_bias_comes_by_distance(family: str) -> None:
-    """No tensor of queries by keys reaches an attention, and T5 makes none for one."""
+    """No tensor of queries by keys reaches an attention, and T5 makes none for one; no distance
+    that a window hides does either."""
     model = attnzoo.swap(make(family, layers=2), "sliding_window", window=4)
     given: list[Any] = []
 
     def note(core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given.append((kwargs["distance_bias"].shape[1], args[0].shape[2], kwargs["attn_mask"]))
+        given.append((kwargs["distance_bias"].shape[1], kwargs["attn_mask"]))
 
     for core in cores(model):
         core.register_forward_pre_hook(note, with_kwargs=True)
@@ -136,8 +137,8 @@ def test_the_bias_comes_by_distance(family: str) -> None:
             table.register_forward_hook(lambda table, args, out: looked_up.append(args[0]))
     answer(family, model)
     assert bool(looked_up) == (family not in DECODERS)
-    assert all(buckets.numel() <= LENGTH for buckets in looked_up)
-    assert given and all(width == 2 * length - 1 and mask is None for width, length, mask in given)
+    assert all(buckets.numel() <= 4 for buckets in looked_up)
+    assert given and all(width == 7 and mask is None for width, mask in given)
 
 
 def greedy(model: Any, family: str, **more: Any) -> Tensor:
@@ -146,9 +147,11 @@ def greedy(model: Any, family: str, **more: Any) -> Tensor:
     return model.generate(**given, max_new_tokens=6, do_sample=False, **more)
 
 
+@pytest.mark.parametrize("second", [("sliding_window", {"window": 3}), "standard"])
 @pytest.mark.parametrize("family", ["t5", "umt5", *DECODERS])
-def test_generation(family: str) -> None:
-    """With the model's cache and none, from bounded states, and with a static cache."""
+def test_generation(family: str, second: Any) -> None:
+    """With the model's cache and none, from bounded states, and with a static cache; layers beside
+    one another that see less and more."""
     plain = greedy(make(family), family)
     model = attnzoo.swap(make(family), "standard")
     assert torch.equal(greedy(model, family), plain)
@@ -156,9 +159,12 @@ def test_generation(family: str) -> None:
         assert torch.equal(greedy(model, family, use_cache=False), plain)
         static = greedy(model, family, cache_implementation="static", disable_compile=True)
         assert torch.equal(static, plain)
-    model = make(family)
+    plain = greedy(make(family, layers=2), family)
+    model = attnzoo.swap(make(family, layers=2), "standard", layers=[1])
+    assert torch.equal(greedy(model, family), plain)
+    model = make(family, layers=2)
     part = model if family in DECODERS else model.get_decoder()
-    attnzoo.swap(part, "sliding_window", window=4)
+    attnzoo.swap(part, {0: ("sliding_window", {"window": 4}), 1: second})
     wanted = greedy(model, family)
     cache: Any = attnzoo.state_cache(part)
     if part is not model:

@@ -12,6 +12,7 @@ from attnzoo.integrations.huggingface.families.bloom import BloomInterfaceAttent
 from attnzoo.integrations.huggingface.families.falcon import FalconInterfaceAttention
 from attnzoo.integrations.huggingface.families.mpt import MptInterfaceAttention
 from attnzoo.integrations.huggingface.families.t5 import AttentionByDistance
+from attnzoo.integrations.huggingface.interface_masks import SUBMODULE
 from attnzoo.integrations.replacing import Swapped, change_class, class_over
 
 #: By the name of transformers' class: the one that a module gets.
@@ -26,6 +27,8 @@ KINDS: dict[str, type] = {
     "T5Attention": AttentionByDistance,
     "UMT5Attention": AttentionByDistance,
 }
+#: Attribute of these modules: the positions that a bias needs at most, where that is known.
+MOST = "most_positions"
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,33 @@ def _own_configs(model: Any, deaf: list[Any]) -> list[tuple[Any, Any]]:
     return before
 
 
+def tell_reach(change: Change, model: Any, attentions: list[Any]) -> None:
+    """Let a bias reach no farther than the attentions of its part of the model see, so that a step
+    of a bounded state costs the same after any number of tokens.
+
+    attentions: the modules of all self-attentions of the model, swapped or not
+    """
+    from transformers import PreTrainedModel
+
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):  # an inner one comes after those around it
+            inside = set(part.modules())
+            reaches = [_reach(module) for module in attentions if module in inside]
+            known = [reach for reach in reaches if reach is not None]
+            for module, _, _ in change.swapped.values():
+                if module in inside:
+                    setattr(module, MOST, max(known) if known == reaches else None)
+
+
+def _reach(module: Any) -> int | None:
+    """Keys back that a module's attention sees, the query's own included; None where it may see
+    all of them."""
+    attention = module._modules.get(SUBMODULE)
+    if attention is None or attention.spec.takes("global_mask"):
+        return None
+    return attention.engine.reach
+
+
 def give_configs_back(change: Change) -> None:
     """Give the model's parts the configs that they had."""
     for holder, before in change.configs:
@@ -95,6 +125,7 @@ def give_classes_back(change: Change, model: Any) -> None:
     changed since."""
     for module, own, _ in change.swapped.values():
         change_class(module, own)
+        vars(module).pop(MOST, None)
     for holder, before in change.configs:
         if before is None:
             del holder.config

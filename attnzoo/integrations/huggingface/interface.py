@@ -18,6 +18,7 @@ from attnzoo.integrations.huggingface.changed_families import (
     change_families,
     give_classes_back,
     give_configs_back,
+    tell_reach,
 )
 from attnzoo.integrations.huggingface.configs import (
     IMPLEMENTATION,
@@ -56,6 +57,7 @@ def insert(
     claims = claim(model, names)
     for layer, attention in attentions.items():
         sites[layer].module.add_module(SUBMODULE, attention)
+    tell_reach(change, model, [site.module for site in sites])
     repeated = _repeated_keys(model)
     model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | repeated
     untold = any(site.is_causal and not site.reads_positions for site in sites)

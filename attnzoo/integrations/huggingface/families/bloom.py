@@ -20,6 +20,7 @@ class BloomInterfaceAttention:
     """`BloomAttention` of transformers whose scores are the interface's."""
 
     is_causal = True
+    most_positions: int | None = None
 
     def forward(
         self: Any,
@@ -37,7 +38,7 @@ class BloomInterfaceAttention:
         past = seen_by(layer_past, self.layer_idx)
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
-        positions = positions_of(past, query.shape[2], key.shape[2])
+        positions = positions_of(self, past, query.shape[2], key.shape[2])
         out = call_interface(
             self,
             query,

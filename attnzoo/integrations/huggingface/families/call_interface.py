@@ -24,15 +24,17 @@ def call_interface(
     return attend(module, query, key, value, mask, **how)[0].flatten(2)
 
 
-def positions_of(past: int | Tensor, length: int, key_length: int) -> int:
-    """How many positions the keys and queries of a call stand in: a bias by distance must reach one
-    less.
+def positions_of(module: Any, past: int | Tensor, length: int, key_length: int) -> int:
+    """How many positions a bias by distance is for: those in which the keys and queries of a call
+    stand, but for keys that no query sees.
 
+    module: which knows how many are seen at most
     past: tokens that came before; a tensor where a cache of fixed size counts them
     length: new tokens
     key_length: keys of the call, which a bounded state has fewer of than came before
     """
-    return key_length if isinstance(past, Tensor) else max(key_length, past + length)
+    count = key_length if isinstance(past, Tensor) else max(key_length, past + length)
+    return count if module.most_positions is None else min(count, module.most_positions)
 
 
 def seen_by(cache: Any, layer: int | None) -> int | Tensor:

@@ -19,6 +19,8 @@ from attnzoo.layers.distance_biases import alibi_slopes
 class FalconInterfaceAttention:
     """`FalconAttention` of transformers whose scores are the interface's."""
 
+    most_positions: int | None = None
+
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -41,7 +43,7 @@ class FalconInterfaceAttention:
         past = seen_by(layer_past, self.layer_idx)
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
-        positions = positions_of(past, query.shape[2], key.shape[2])
+        positions = positions_of(self, past, query.shape[2], key.shape[2])
         bias = None
         if alibi is not None:
             slopes = alibi_slopes(self.num_heads).to(torch.bfloat16).float() * self.inv_norm_factor

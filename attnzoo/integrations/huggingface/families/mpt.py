@@ -19,6 +19,7 @@ class MptInterfaceAttention:
     """`MptAttention` of transformers whose scores are the interface's."""
 
     is_causal = True
+    most_positions: int | None = None
 
     def forward(
         self: Any,
@@ -39,7 +40,7 @@ class MptInterfaceAttention:
         past = seen_by(past_key_values, self.layer_idx)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        positions = positions_of(past, query.shape[2], key.shape[2])
+        positions = positions_of(self, past, query.shape[2], key.shape[2])
         out = call_interface(
             self,
             query,
