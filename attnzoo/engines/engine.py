@@ -160,7 +160,7 @@ class State(Protocol):
 
     def select(self, rows: Tensor) -> State:
         """The state of these rows of the batch, (new_batch,) indices; a row may be taken more than
-        once."""
+        once. Raises ValueError on rows that it does not have."""
         ...
 
     def crop(self, n: int) -> State:
@@ -182,6 +182,11 @@ class Engine(nn.Module):
     #: Whether a forward is long to trace and has no modules inside that do work of their own.
     counted_apart: bool = False
     square_tiles: int | None = None  # side of the tiles of scores that a loop walks over, if any
+
+    @property
+    def state_type(self) -> type | None:
+        """The type of `init_state`'s states, if it is to be checked; None: any is taken."""
+        return None
 
     @property
     def reach(self) -> int | None:

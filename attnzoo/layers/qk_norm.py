@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from attnzoo.arguments import check_choice
 from attnzoo.layers.layer import Layer, shares_qk
 
-#: What is normalised: each head on its own (Qwen3, Gemma 3), or all heads as one (OLMo 2).
+#: What is normalised: each head on its own (Qwen3), or all heads as one (OLMo 2).
 QK_NORMS = ("per_head", "all_heads")
 #: Where the norms of queries and of keys live.
 NORMS = ("q_norm", "k_norm")

@@ -36,6 +36,10 @@ class Softmax(SoftmaxReference):
         replace(REFERENCE, packs=True),
     )
 
+    @property
+    def state_type(self) -> type | None:
+        return KeyValueCache
+
     def init_state(self, sizes: StateSizes) -> KeyValueCache:
         return KeyValueCache.empty(sizes, None)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call, UnsupportedError
-from attnzoo.engines.softmax.cache import KeyValueCache, check_crop, check_state
+from attnzoo.engines.softmax.cache import KeyValueCache, check_crop, check_rows, check_state
 from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, KEY_POSITIONS, check_reach
 from attnzoo.sequences.padding import fetched, first_real, slots_of
 
@@ -76,6 +76,7 @@ class GlobalCache:
     def select(self, rows: Tensor) -> GlobalCache:
         """The state of these rows of the batch, (new_batch,) indices; a row may be taken more than
         once."""
+        check_rows(rows, self.batch_size)
         chosen = (
             None if x is None else x.index_select(0, rows)
             for x in (self.global_k, self.global_v, self.global_key_mask, self.real, self.places)

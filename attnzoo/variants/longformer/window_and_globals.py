@@ -144,6 +144,10 @@ class WindowAndGlobals(WindowSparse):
         rows = call.query_mask[:, None, :, None]
         return torch.where(rows, weights_of(self, replace(call, q=q, k=k), mask), weights)
 
+    @property
+    def state_type(self) -> type | None:
+        return GlobalCache
+
     def init_state(self, sizes: StateSizes) -> GlobalCache:
         return GlobalCache.around(super().init_state(sizes), self.global_tokens)
 

@@ -35,10 +35,10 @@ from attnzoo.sequences.padding import first_real, slots_of
 class WindowSparse(Sparse):
     """Softmax attention over a window.
 
-    Its backends in order: `dense`, one SDPA call, where the window hides nothing; `tiles`, a few
-    rows at a time in memory that stays in a CPU's cache; `windows`, SDPA on a slice of the keys for
-    every block of queries; `columns`, the same with keys beside each slice that every row sees;
-    `flex`, FlexAttention on CUDA; the reference.
+    Its backends in order: `dense`, one SDPA call, where the window hides nothing; `flex`,
+    FlexAttention on CUDA; `tiles`, a few rows at a time in memory that stays in a CPU's cache;
+    `windows`, SDPA on a slice of the keys for every block of queries; `columns`, the same with keys
+    beside each slice that every row sees; the reference.
 
     pattern: the window
     scale: factor of the scores, 1/sqrt(head_dim) by default
@@ -88,6 +88,10 @@ class WindowSparse(Sparse):
     def finished(self, call: Call, out: Tensor) -> Tensor:
         """`out` with the rows that see more than the window and the columns."""
         return out
+
+    @property
+    def state_type(self) -> type | None:
+        return GlobalCache if self.pattern.sinks else KeyValueCache
 
     def init_state(self, sizes: StateSizes) -> Any:
         cache = KeyValueCache.empty(sizes, self.pattern.near - 1)
@@ -172,6 +176,10 @@ def _in_slices(engine: WindowSparse, call: Call) -> Tensor:
 def _slices_why_not(engine: WindowSparse, call: Call) -> str | None:
     if engine.has_columns(call):
         return "it has no keys that every row sees (sinks, global tokens); `columns` has"
+    return _mixes_pieces(engine, call)
+
+
+def _mixes_pieces(engine: WindowSparse, call: Call) -> str | None:
     if call.segments is not None and max(engine.pattern.dilations) > 1:
         return "residue classes of a dilated window would mix the pieces of packed rows"
     return None
@@ -209,14 +217,14 @@ def _flex_why_not(engine: WindowSparse, call: Call) -> str | None:
     reason = flex.why_not(engine, call, max(engine.pattern.dilations))
     if reason is None and (engine.has_columns(call) or "sink_logits" in call.inputs):
         return "its tables have no keys that every row sees, and its softmax no sink logits"
-    return reason
+    return reason or _mixes_pieces(engine, call)
 
 
 WindowSparse.backends = (
     Backend("dense", dense.attend, dense.why_not),
+    Backend("flex", _by_flex, _flex_why_not, packs=True),
     Backend("tiles", _in_tiles, _tiles_why_not),
     Backend("windows", _in_slices, _slices_why_not, packs=True),
     Backend("columns", _with_columns, _columns_why_not),
-    Backend("flex", _by_flex, _flex_why_not),  # by name only, until it has run on a GPU
     Backend("reference", reference, _reference_why_not, packs=True),
 )
