@@ -21,6 +21,7 @@ from attnzoo.engines.linear.reference import REFERENCE, LinearReference
 from attnzoo.engines.linear.state import LinearState, Recent, early_and_late
 from attnzoo.engines.linear.sums import Past, absorb, read_all
 from attnzoo.engines.piece_by_piece import join
+from attnzoo.engines.tried_on_gpu import untried
 
 
 class Linear(LinearReference):
@@ -138,7 +139,7 @@ def _recur(
 
 
 Linear.backends = (
-    Backend("fla", fla_kernel.run, fla_kernel.why_not),
+    Backend("fla", fla_kernel.run, fla_kernel.why_not, untried=untried),
     Backend("chunked", _chunked, _chunked_why_not),
     Backend("open", _open, _open_why_not, packs=True),
     replace(REFERENCE, packs=True),
