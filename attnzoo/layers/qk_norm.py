@@ -43,8 +43,8 @@ def normalised(layer: Layer, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     if layer.qk_norm is None:
         return q, k
     norms = layer._modules
-    turned = _normalised(q, norms["q_norm"], layer)
-    return turned, turned if q is k else _normalised(k, norms["k_norm"], layer)
+    queries = _normalised(q, norms["q_norm"], layer)
+    return queries, queries if q is k else _normalised(k, norms["k_norm"], layer)
 
 
 def _normalised(x: Tensor, norm: Any, layer: Layer) -> Tensor:
