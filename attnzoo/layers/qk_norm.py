@@ -48,7 +48,8 @@ def normalised(layer: Layer, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normalised(x: Tensor, norm: Any, layer: Layer) -> Tensor:
+    own = x.to(norm.weight.dtype)  # under autocast, x is less precise
     if layer.qk_norm == "per_head":
-        return norm(x).to(x.dtype)
-    together = norm(x.transpose(1, 2).flatten(2))
+        return norm(own).to(x.dtype)
+    together = norm(own.transpose(1, 2).flatten(2))
     return together.unflatten(2, x.shape[1::2]).transpose(1, 2).to(x.dtype)
