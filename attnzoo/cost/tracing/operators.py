@@ -30,6 +30,7 @@ ELEMENTWISE: dict[str, int] = {
             "tan",
             "tanh",
             "sigmoid",
+            "log_sigmoid",
             "softplus",
             "erf",
             "elu",
