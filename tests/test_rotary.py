@@ -248,6 +248,20 @@ def test_exports() -> None:
     torch.testing.assert_close(torch.tensor(out)[~padding], wanted[~padding])
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("qk_norm", ["per_head", "all_heads"])
+def test_in_half_precision(qk_norm: Any) -> None:
+    """Of the module, and of its products alone."""
+    layer, x = layer_of("standard", qk_norm=qk_norm).float(), torch.randn(2, 9, SIZE)
+    wanted = layer(x, x, x, need_weights=False)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x, x, x, need_weights=False)[0]
+    half = x.bfloat16()
+    for found in (out, layer.bfloat16()(half, half, half, need_weights=False)[0]):
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), wanted, rtol=0.05, atol=0.02)
+
+
 def test_one_norm_for_shared_queries_and_keys() -> None:
     """Which stay one tensor."""
     layer = layer_of("reformer", attention_options={**small("reformer"), "share_qk": True})

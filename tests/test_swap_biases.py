@@ -176,7 +176,7 @@ def test_generation(family: str, second: Any) -> None:
 def test_one_layer_alone_and_what_is_left_of_a_swap(family: str, tmp_path: Path) -> None:
     """The other layers stay exact; copies, files, and the way back."""
     model = make(family, layers=2)
-    wanted = answer(family, model)
+    wanted, config = answer(family, model), model.config
     classes, keys = [type(m) for m in model.modules()], list(model.state_dict())
     attnzoo.swap(model, "standard", layers=[1])
     torch.testing.assert_close(answer(family, model), wanted, **CLOSE)
@@ -194,6 +194,10 @@ def test_one_layer_alone_and_what_is_left_of_a_swap(family: str, tmp_path: Path)
     attnzoo.unswap(model)
     assert torch.equal(answer(family, model), wanted)
     assert [type(m) for m in model.modules()] == classes and list(model.state_dict()) == keys
+    assert model.config is config
+    attnzoo.swap(model, "standard")
+    model.config.eos_token_id = 3  # what is set since stays
+    assert attnzoo.unswap(model).config.eos_token_id == 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -43,12 +43,13 @@ def normalised(layer: Layer, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     if layer.qk_norm is None:
         return q, k
     norms = layer._modules
-    turned = _normalised(q, norms["q_norm"], layer)
-    return turned, turned if q is k else _normalised(k, norms["k_norm"], layer)
+    queries = _normalised(q, norms["q_norm"], layer)
+    return queries, queries if q is k else _normalised(k, norms["k_norm"], layer)
 
 
 def _normalised(x: Tensor, norm: Any, layer: Layer) -> Tensor:
+    own = x.to(norm.weight.dtype)  # under autocast, x is less precise
     if layer.qk_norm == "per_head":
-        return norm(x).to(x.dtype)
-    together = norm(x.transpose(1, 2).flatten(2))
+        return norm(own).to(x.dtype)
+    together = norm(own.transpose(1, 2).flatten(2))
     return together.unflatten(2, x.shape[1::2]).transpose(1, 2).to(x.dtype)

@@ -45,29 +45,30 @@ class Change:
     configs: list[tuple[Any, Any]]
 
     def set_implementation(self, model: Any, name: str) -> bool:
-        """Let the configs name an implementation, where transformers itself would not, since it
-        knows these families for deaf. Returns whether it did."""
+        """Let the configs name an implementation where transformers itself would only warn that
+        the family does not consult it. Returns whether it did."""
         for config in configs_of(model) if self.configs else ():
             config._attn_implementation_internal = name
         return bool(self.configs)
 
 
 def change_families(model: Any) -> Change:
-    """Give the modules of these families their other classes; `give_back` undoes it."""
+    """Give the modules of these families their other classes; `give_classes_back` and
+    `give_configs_back` undo it."""
     swapped: Swapped = {}
     for path, module in model.named_modules():
         own = type(module)
         kind = KINDS.get(own.__name__)
         if kind is not None and own.__module__.startswith("transformers.models."):
             swapped[path] = (module, own, kind)
-    deaf = [module for module, _, kind in swapped.values() if kind is not AttentionByDistance]
-    change = Change(swapped, _own_configs(model, deaf) if deaf else [])
+    told = [module for module, _, kind in swapped.values() if kind is not AttentionByDistance]
+    change = Change(swapped, _own_configs(model, told) if told else [])
     for module, own, kind in swapped.values():
         change_class(module, class_over(kind, own))
     return change
 
 
-def _own_configs(model: Any, deaf: list[Any]) -> list[tuple[Any, Any]]:
+def _own_configs(model: Any, told: list[Any]) -> list[tuple[Any, Any]]:
     """Give a model's parts copies of their configs, and these modules that of the innermost part
     that they are in. Returns them with what they had before."""
     from transformers import PreTrainedModel
@@ -78,7 +79,7 @@ def _own_configs(model: Any, deaf: list[Any]) -> list[tuple[Any, Any]]:
         if isinstance(part, PreTrainedModel):
             inside = set(part.modules())
             own = copies.setdefault(id(part.config), copy.deepcopy(part.config))
-            chosen.update({module: own for module in deaf if module in inside})
+            chosen.update({module: own for module in told if module in inside})
             chosen[part] = own
     before = [(holder, vars(holder).get("config")) for holder in chosen]
     for holder, config in chosen.items():
@@ -113,16 +114,15 @@ def _reach(module: Any) -> int | None:
     return attention.engine.reach
 
 
-def give_configs_back(change: Change) -> None:
-    """Give the model's parts the configs that they had."""
+def give_configs_back(change: Change, model: Any) -> None:
+    """Give the model's parts the configs that they had, but for those that were changed since."""
     for holder, before in change.configs:
-        if before is not None:
+        if before is not None and holder.config.to_dict() == before.to_dict():
             holder.config = before
 
 
 def give_classes_back(change: Change, model: Any) -> None:
-    """Give the modules their own classes back; the model keeps its config, which may have been
-    changed since."""
+    """Give the modules their own classes back, and holders that had no config none."""
     for module, own, _ in change.swapped.values():
         change_class(module, own)
         vars(module).pop(MOST, None)

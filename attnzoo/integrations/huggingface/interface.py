@@ -67,7 +67,11 @@ def insert(
     ]
     undo = Undo(
         [partial(check_classes, change.swapped)],
-        [partial(give_classes_back, change), partial(_take_out, modules, claims, repeated, hooks)],
+        [
+            partial(give_configs_back, change),
+            partial(give_classes_back, change),
+            partial(_take_out, modules, claims, repeated, hooks),
+        ],
     )
     try:
         set_implementation(model, IMPLEMENTATION, change)
@@ -81,7 +85,6 @@ def insert(
             )
     except BaseException:
         undo(model)
-        give_configs_back(change)
         raise
     for attention in attentions.values():
         attention.last_backend = None  # from here on it tells of the caller's own forwards

@@ -94,7 +94,7 @@ def find_sites(model: Any, example_inputs: Mapping[str, Any] | None = None) -> l
         for config, implementation in configs:
             config._attn_implementation_internal = implementation
         give_classes_back(change, model)
-        give_configs_back(change)
+        give_configs_back(change, model)
     if not probe.sites:
         raise UnsupportedError(
             f"{name} never consulted the attention interface, so a swap would be ignored"
