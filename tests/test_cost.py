@@ -27,7 +27,7 @@ def test_state_bytes_and_growth_are_what_decoding_carries(case: Case, dtype: tor
         assert after.state_bytes - now.state_bytes == now.state_growth
 
 
-GATES = {"mamba2": 1, "deltanet": 1, "gated_deltanet": 2, "gla": 8, "kda": 9}
+GATES = {"mamba2": 1, "deltanet": 1, "gated_deltanet": 2, "gla": 8, "kda": 9, "rwkv7": 24}
 
 
 @pytest.mark.parametrize("name", attnzoo.names())

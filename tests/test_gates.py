@@ -34,7 +34,11 @@ def gates_of(name: str, length: int, *, closed: bool = False, seed: int = 1) -> 
         shape = (2, KV_HEADS, length, *((WIDTH,) if "width" in one.names else ()))
         x = torch.rand(shape, generator=generator).double()
         chosen = torch.randint(12, shape, generator=generator) if closed else torch.full(shape, 3)
-        if one.name == "beta":
+        if one.name == "removal_key":
+            x = F.normalize(x - 0.5, dim=-1)
+        elif one.name == "removal_rate":
+            pass
+        elif one.name == "beta":
             x = torch.where(chosen < 3, chosen.double(), 2 * x)
         else:
             x = (-x / 4).masked_fill(chosen == 0, -torch.inf).masked_fill(chosen == 1, 0.0)
@@ -108,6 +112,23 @@ def test_many_chunks_in_low_precision(name: str, dtype: torch.dtype) -> None:
         close(x, y, tolerance, f"gradient of {what}")
 
 
+@ALL
+def test_more_value_heads_than_key_heads(name: str) -> None:
+    """Consecutive value heads share a key head, each with gates of its own."""
+    q, k, v, _ = qkv(20)
+    given = gates_of(name, 20)
+    shared = k[:, :1].expand_as(k)
+    how: Any = {"is_causal": True, **given}
+    attn = build(name)
+    close(attn(q, k[:, :1], v, **how), attn(q, shared, v, **how), 1e-12, "rows")
+    close(attn.weights(q, k[:, :1], **how), attn.weights(q, shared, **how), 1e-12, "A")
+    state = attn.init_state(2, kv_heads=KV_HEADS, dtype=q.dtype)
+    rows, state = attn.step(q, k[:, :1], v, state, **given)
+    close(rows, attn(q, shared, v, **how), 1e-12, "rows of a step")
+    with pytest.raises(ValueError, match="k has 3 heads and v has 2"):
+        attn(q, k[:, :1].expand(-1, 3, -1, -1), v, **how)
+
+
 @pytest.mark.parametrize("queries", [5, 29])
 @ALL
 def test_fewer_and_more_queries_than_keys(name: str, queries: int) -> None:
@@ -133,7 +154,7 @@ def test_packed_rows(name: str) -> None:
     attn = build(name)
 
     def in_a_graph(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, *gates: Tensor) -> Tensor:
-        own = {one: x[None] for one, x in zip(given, gates, strict=True)}
+        own: Any = {one: x[None] for one, x in zip(given, gates, strict=True)}
         pieces: Any = {"segments": segments[None], "is_causal": True}
         return attn(q[None], k[None], v[None], **pieces, **own)[0]
 
@@ -361,6 +382,53 @@ def test_the_rules_contain_each_other() -> None:
         1e-12,
         "retention",
     )
+
+
+def test_slopes_are_those_that_are_published() -> None:
+    """MiniMax's `get_slope_rate` and flash-linear-attention's `g_gamma`, with 8 heads."""
+    q = torch.ones(1, 8, 2, 4)
+
+    def left(**options: Any) -> list[float]:
+        a = attnzoo.build("lightning", 8, 4, **options).weights(q, q, is_causal=True)
+        return (a[0, :, 1, 0] / a[0, :, 1, 1]).tolist()
+
+    base = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625])
+    wanted = (-base * (1 - 2 / 4 + 1e-5)).exp().tolist()
+    assert left(layer=2, num_layers=5) == pytest.approx(wanted, rel=1e-6)
+    wanted = (-torch.arange(8.0) * (1 - 2 / 5)).exp().tolist()
+    assert left(slopes="fla", layer=2, num_layers=5) == pytest.approx(wanted, rel=1e-6)
+    with pytest.raises(ValueError, match="layer=5 must be below num_layers=5"):
+        attnzoo.build("lightning", 8, 4, layer=5, num_layers=5)
+
+
+@pytest.mark.parametrize("form", ["block", "recurrent"])
+def test_transformers_lightning_attention(form: str) -> None:
+    """MiniMax's layer with its norm, gate and projections undone."""
+    module = pytest.importorskip("transformers.models.minimax.modeling_minimax")
+    config = module.MiniMaxConfig(
+        hidden_size=16, num_attention_heads=4, head_dim=4, num_hidden_layers=3, block_size=8
+    )
+    theirs = module.MiniMaxLightningAttention(config, layer_idx=1)
+    attn = attnzoo.build("lightning", 4, 4, layer=1, num_layers=3)
+    x = torch.randn(2, 20, 16)
+    held: list[Tensor] = []
+    theirs.norm.register_forward_hook(lambda _, args, out: held.append(args[0]))
+    with torch.no_grad():
+        qkv_ = F.silu(theirs.qkv_proj(x)).view(2, 20, 4, 12).transpose(1, 2)
+        q, k, v = qkv_.split(4, 3)
+        mask = torch.ones(2, 20, dtype=torch.bool)
+        position: Any = (torch.zeros(2, 20, 4), torch.zeros(2, 20, 4))
+        theirs(x, position, mask)
+        if form == "block":
+            out = attn(q, k, v, is_causal=True)
+        else:
+            state, rows = attn.init_state(2), []
+            for t in range(20):
+                here = slice(t, t + 1)
+                row, state = attn.step(q[:, :, here], k[:, :, here], v[:, :, here], state)
+                rows.append(row)
+            out = torch.cat(rows, 2)
+    close(out.transpose(1, 2).flatten(2), held[0], 1e-5, "rows")
 
 
 def test_a_layer_trains_its_gates() -> None:

@@ -18,7 +18,9 @@ from attnzoo.oracles.gated.deltanet import deltanet
 from attnzoo.oracles.gated.gated_deltanet import gated_deltanet
 from attnzoo.oracles.gated.gla import gla
 from attnzoo.oracles.gated.kda import kda
+from attnzoo.oracles.gated.lightning import lightning
 from attnzoo.oracles.gated.mamba2 import mamba2
+from attnzoo.oracles.gated.rwkv7 import rwkv7
 from attnzoo.oracles.linear import linear
 from attnzoo.oracles.linformer import linformer
 from attnzoo.oracles.longformer import longformer
@@ -41,6 +43,7 @@ __all__ = [
     "gated_deltanet",
     "gla",
     "kda",
+    "lightning",
     "linear",
     "linformer",
     "longformer",
@@ -50,6 +53,7 @@ __all__ = [
     "performer",
     "reformer",
     "retention",
+    "rwkv7",
     "sliding_window",
     "sparse_transformer",
     "standard",

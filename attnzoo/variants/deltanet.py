@@ -39,6 +39,7 @@ class DeltaNet(Attention):
         family="kernel",
         exact=False,
         bidirectional=False,
+        value_heads=True,
         inputs=(STRENGTH,),
     )
 

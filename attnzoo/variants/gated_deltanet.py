@@ -40,6 +40,7 @@ class GatedDeltaNet(Attention):
         family="kernel",
         exact=False,
         bidirectional=False,
+        value_heads=True,
         inputs=(HEAD_GATE, STRENGTH),
     )
 

@@ -36,6 +36,7 @@ class GatedLinearAttention(Attention):
         family="kernel",
         exact=False,
         bidirectional=False,
+        value_heads=True,
         inputs=(CHANNEL_GATE,),
     )
 

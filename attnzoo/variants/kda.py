@@ -37,6 +37,7 @@ class KimiDeltaAttention(Attention):
         family="kernel",
         exact=False,
         bidirectional=False,
+        value_heads=True,
         inputs=(CHANNEL_GATE, STRENGTH),
     )
 

@@ -36,6 +36,7 @@ class Mamba2(Attention):
         family="kernel",
         exact=False,
         bidirectional=False,
+        value_heads=True,
         inputs=(HEAD_GATE,),
     )
 

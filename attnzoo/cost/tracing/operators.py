@@ -40,7 +40,7 @@ ELEMENTWISE: dict[str, int] = {
         ),
         1,
     ),
-    **dict.fromkeys(("sqrt", "rsqrt", "reciprocal", "div"), 1),
+    **dict.fromkeys(("sqrt", "rsqrt", "reciprocal", "div", "linalg_vector_norm"), 1),
     "rms_norm": 4,
     **dict.fromkeys(("layer_norm", "group_norm", "instance_norm", "batch_norm"), 5),
     **dict.fromkeys(("upsample_nearest2d", "adaptive_avg_pool2d"), 1),

@@ -10,7 +10,7 @@ from attnzoo.oracles.matrix import oracle
 
 @oracle("mamba2")
 def mamba2(
-    q, k, v, *, scale=None, key_mask=None, attn_mask=None, is_causal=False, log_decay=None
+    q, k, v, *, scale=1.0, key_mask=None, attn_mask=None, is_causal=False, log_decay=None
 ) -> tuple[Tensor, Tensor]:
     """Dao and Gu 2024, equation 1, A a number: h_t = a_t h_{t-1} + B_t x_tᵀ, y_t = h_tᵀ C_t.
     q, k, v are C, B and x; log_decay: (batch, kv_heads, key_length), log a_t."""
@@ -23,4 +23,4 @@ def mamba2(
         kept = state if decay is None else decay[:, :, t, None, None] * state
         return kept + outer(keys[:, :, t], value)
 
-    return recurrent(q, k, v, key_mask, 1.0 if scale is None else scale, advance)
+    return recurrent(q, k, v, key_mask, q.shape[3] ** -0.5 if scale is None else scale, advance)

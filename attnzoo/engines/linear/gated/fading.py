@@ -78,21 +78,26 @@ class HeadFading(Fading):
 
 
 class ChannelFading(Fading):
-    """By a number for each token and channel. log_decay: (..., length, width).
+    """By a number for each token and channel. log_decay: (..., length, width). own: whether a row's
+    own gate counts; where not, products on the diagonal are of no meaning.
 
     What is left at token i of token j < i is the product of what is left at a token between of the
     one, and at i of that. So the products are taken by halves of the chunk, halves of these, and so
     on: the second half's rows, faded since the middle, by the first half's keys, faded up to it.
     """
 
-    def __init__(self, log_decay: Tensor) -> None:
-        self.log_decay = log_decay
-        self.since_start = exp_(log_decay.cumsum(-2))
+    def __init__(self, log_decay: Tensor, *, own: bool = True) -> None:
+        self.log_decay, self.own = log_decay, own
+        self.since_start = exp_((log_decay if own else earlier(log_decay)).cumsum(-2))
+
+    def before_own(self) -> ChannelFading:
+        """As rows see it that read before their own token's gate."""
+        return ChannelFading(self.log_decay, own=False)
 
     def products(self, rows: list[Tensor], k: Tensor) -> list[Tensor]:
         counts = [some.shape[-3] for some in rows]
         together = torch.cat(rows, -3) if len(rows) > 1 else rows[0]
-        return list(_by_halves(together, k, self.log_decay).split(counts, -3))
+        return list(_by_halves(together, k, self.log_decay, self.own).split(counts, -3))
 
     def through_products(
         self, rows: list[Tensor], k: Tensor, gradients: list[Tensor]
@@ -147,19 +152,21 @@ def _products(rows: Tensor, k: Tensor) -> Tensor:
     return (rows.flatten(-3, -2) @ k.mT).unflatten(-2, rows.shape[-3:-1])
 
 
-def _by_halves(rows: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
+def _by_halves(rows: Tensor, k: Tensor, log_decay: Tensor, own: bool = True) -> Tensor:
     length = k.shape[-2]
     if length == 1:
         return _products(rows, k)
     if length % 2:  # of a length that is no power of 2, the last token
-        return _by_halves(*(F.pad(x, (0, 0, 0, 1)) for x in (rows, k, log_decay)))[..., :-1, :-1]
+        longer = (F.pad(x, (0, 0, 0, 1)) for x in (rows, k, log_decay))
+        return _by_halves(*longer, own)[..., :-1, :-1]
     halves = (2, length // 2)
     rows = rows.unflatten(-2, halves).movedim(-3, -4)  # (..., 2, rows, half, width)
     k, log_decay = k.unflatten(-2, halves), log_decay.unflatten(-2, halves)
     first_k, first_gates = k[..., 0, :, :], log_decay[..., 0, :, :]
-    since_middle = exp_(log_decay[..., 1, :, :].cumsum(-2))[..., None, :, :]
+    gates = log_decay[..., 1, :, :]
+    since_middle = exp_((gates if own else earlier(gates)).cumsum(-2))[..., None, :, :]
     corner = _products(rows[..., 1, :, :, :] * since_middle, first_k * until_end(first_gates))
-    inner = _by_halves(rows, k, log_decay)
+    inner = _by_halves(rows, k, log_decay, own)
     first, second = inner[..., 0, :, :, :], inner[..., 1, :, :, :]
     upper = torch.cat([first, torch.zeros_like(corner)], -1)
     return torch.cat([upper, torch.cat([corner, second], -1)], -2)
@@ -199,6 +206,11 @@ def _through_halves(
     d_rows[..., 1, :, :, :] += _rows_times(corner, faded_k) * since_middle
     d_k[..., 0, :, :] += corner.flatten(-3, -2).mT @ faded_rows.flatten(-3, -2) * left
     return d_rows.movedim(-4, -3).flatten(-3, -2), d_k.flatten(-3, -2)
+
+
+def earlier(log_decay: Tensor) -> Tensor:
+    """The gate of the token before each, 0 for the first. log_decay: (..., length, width)."""
+    return F.pad(log_decay[..., :-1, :], (0, 0, 1, 0))
 
 
 def until_end(log_decay: Tensor) -> Tensor:

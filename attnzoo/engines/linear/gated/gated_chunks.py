@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.linear.chunks import CAUSAL_CHUNK, HELD
-from attnzoo.engines.linear.gated.fading import Fading, fading_of
+from attnzoo.engines.linear.gated.fading import ChannelFading, Fading, fading_of
 from attnzoo.engines.linear.gated.tokens import Rule, empty_state, prepared
 from attnzoo.engines.linear.gated.triangular import unit_inverse
 from attnzoo.engines.linear.layout import (
@@ -80,6 +80,7 @@ class Tokens:
     k, v: (length, width) and (length, value_dim)
     stronger: (length, width), keys times beta; None without delta rule
     beta: (length,); None: 1
+    removed, turned: (length, width), what is removed, and the same by its rates; None: nothing
     fading: what is left of a token at later ones
     """
 
@@ -88,6 +89,8 @@ class Tokens:
     v: Tensor
     stronger: Tensor | None
     beta: Tensor | None
+    removed: Tensor | None
+    turned: Tensor | None
     fading: Fading
 
     @classmethod
@@ -104,8 +107,13 @@ class Tokens:
         k, v, log_decay, beta = laid(call.k), laid(call.v), call.get("log_decay"), call.get("beta")
         beta = None if beta is None or not rule.delta else laid(beta)
         stronger = None if not rule.delta else k if beta is None else k * beta[..., None]
+        removed = turned = None
+        if rule.removes:
+            removed, rates = (laid(call.inputs[one]) for one in ("removal_key", "removal_rate"))
+            turned = removed * rates
         fading = fading_of(None if log_decay is None else laid(log_decay), k)
-        return cls(q.unflatten(3, (call.group, chunk)), k, v, stronger, beta, fading)
+        q = q.unflatten(3, (call.group, chunk))
+        return cls(q, k, v, stronger, beta, removed, turned, fading)
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,8 @@ class Inside:
     """What the tokens of chunks are to each other, whatever the state.
 
     Each tensor begins with (batch, kv_heads, chunks); the rest of its shape is given here. A chunk
-    has `length` tokens, and `rows` is group · length, since a group of heads shares each key.
+    has `length` tokens, and `rows` is group · length, since a group of heads shares each key. Where
+    tokens remove and write apart, `length` is twice that, but in `rows`.
 
     scores: (rows, length), what each row reads of each token's write
     reads: (rows, width), what it reads of the state before the chunk
@@ -134,6 +143,8 @@ class Inside:
 
     @classmethod
     def of(cls, tokens: Tokens) -> Inside:
+        if tokens.removed is not None:
+            return cls._removing(tokens)
         q, k, stronger, fading = tokens.q, tokens.k, tokens.stronger, tokens.fading
         erases = below = None
         if stronger is None:
@@ -145,6 +156,32 @@ class Inside:
         v = tokens.v if tokens.beta is None else tokens.v * tokens.beta[..., None]
         reads, handed_on = fading.carried(q).flatten(3, 4), fading.handed_on(k)
         return cls(scores.flatten(3, 4), reads, handed_on, fading.kept, v, erases, below)
+
+    @classmethod
+    def _removing(cls, tokens: Tokens) -> Inside:
+        """Where tokens remove at other keys than they write to, each stands twice: first all that
+        are written, by v, which solve nothing; then all that are removed, by what the state and
+        earlier tokens say of them."""
+        q, k, v, removed, turned = tokens.q, tokens.k, tokens.v, tokens.removed, tokens.turned
+        fading, length = tokens.fading, k.shape[-2]
+        assert removed is not None and turned is not None and isinstance(fading, ChannelFading)
+        before, both = fading.before_own(), torch.stack([k, turned])
+        (scores,) = fading.products([q], both)
+        (below,) = before.products([removed[..., None, :, :]], both)
+        below = torch.cat(below[..., 0, :, :].tril(-1).unbind(), -1)
+        return cls(
+            torch.cat(scores.unbind(), -1).flatten(3, 4),
+            fading.carried(q).flatten(3, 4),
+            torch.cat(fading.handed_on(both).unbind(), -2),
+            fading.kept,
+            F.pad(v, (0, 0, 0, length)),
+            F.pad(before.carried(removed), (0, 0, length, 0)),
+            F.pad(below, (0, 0, length, 0)),
+        )
+
+    def detached(self) -> Inside:
+        """The same numbers, which autograd does not follow."""
+        return Inside(*(None if x is None else x.detach() for x in vars(self).values()))
 
     def solved(self) -> Tensor | None:
         """(1 + N)⁻¹; None without delta rule."""

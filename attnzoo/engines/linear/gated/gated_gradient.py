@@ -123,15 +123,40 @@ def _backward(rule: Rule, call: Call, gradient: Tensor, states: tuple[Tensor, ..
     for place in reversed(range(len(lengths))):
         here = slice(end - lengths[place], end)
         span = call.select(queries=here, keys=here).of_each(lambda x, _: x.to(dtype))
-        tokens = Tokens.of(rule, prepared(rule, span), chunk)
-        inside = Inside.of(tokens)
+        own = {"q": span.q, "k": span.k, "v": span.v, **span.inputs}
+        if rule.removes:
+            own = {name: x.detach().requires_grad_() for name, x in own.items()}
+            span = _call_of(call.declared, *own.values())
+        with torch.set_grad_enabled(rule.removes):
+            tokens = Tokens.of(rule, prepared(rule, span), chunk)
+            followed = Inside.of(tokens)
+        inside = followed.detached()
         missing = tokens.k.shape[2] * chunk - lengths[place]
         d_rows = filled(gradient[:, :, here].to(dtype), missing)
         d_rows = grouped(d_rows, call.k.shape[1], tokens.k.shape[2]).contiguous()
         state = states[place - 1] if place else empty_state(call)
         d_inside, d_state = through_states(inside, d_rows, state, d_state)
-        made = through_prepared(rule, span, through_inside(tokens, inside, d_inside))
+        if rule.removes:
+            made = _through_followed(followed, d_inside, own)
+        else:
+            made = through_prepared(rule, span, through_inside(tokens, inside, d_inside))
         for name, whole in found.items():
             whole[:, :, here] = made[name]
         end = here.start
     return list(found.values())
+
+
+def _through_followed(
+    inside: Inside, found: dict[str, Tensor], own: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Gradients of a span's tensors by autograd, from those of what is made of them."""
+    roots = {name: getattr(inside, name) for name in found}
+    roots = {name: x for name, x in roots.items() if x.requires_grad}
+    some = torch.autograd.grad(
+        list(roots.values()),
+        list(own.values()),
+        [found[name] for name in roots],
+        materialize_grads=True,
+        allow_unused=True,
+    )
+    return dict(zip(own, some, strict=True))

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes
+from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes, never_refuses
 from attnzoo.engines.linear.gated import gated_cost, gated_gradient
 from attnzoo.engines.linear.gated.gated_chunks import scan
 from attnzoo.engines.linear.gated.recurrence import recur
@@ -31,6 +31,7 @@ class GatedLinear(GatedReference):
     that graphs and transforms can follow; the reference.
 
     rule: what a token does to the state
+    slopes: by how much the state of every head fades at each token, where that is constant
     """
 
     counted_apart = True
@@ -47,7 +48,8 @@ class GatedLinear(GatedReference):
     ) -> tuple[Tensor, str, Any]:
         if state is None:
             return super().forward(call, backend)
-        name = self.choose(self.completed(call), backend).name
+        call = self.completed(call)
+        name = self.choose(call, backend).name
         one_by_one = name == "reference" or call.key_length == 1
         before = past = state.summed(self._after)
         parts = early_and_late(call)
@@ -79,7 +81,7 @@ class GatedLinear(GatedReference):
         return _past(sums)
 
     def cost(self, shape: Shape) -> Cost:
-        return gated_cost.cost(self.rule, shape)
+        return gated_cost.cost(self.rule, shape, self.slopes is not None)
 
 
 def _past(sums: Tensor | None) -> Past:
@@ -99,12 +101,8 @@ def _open(engine: GatedLinear, call: Call) -> Tensor:
     return as_square(partial(gated_gradient.attend_openly, engine.rule), call)
 
 
-def _open_why_not(engine: GatedLinear, call: Call) -> str | None:
-    return None
-
-
 GatedLinear.backends = (
     Backend("chunked", _chunked, _chunked_why_not),
-    Backend("open", _open, _open_why_not, packs=True),
+    Backend("open", _open, never_refuses, packs=True),
     REFERENCE,
 )

@@ -18,10 +18,14 @@ def advance(rule: Rule, call: Call, state: Tensor) -> Tensor:
     state: (batch, kv_heads, width, value_dim)
     """
     k, v = call.k[:, :, 0, :, None], call.v[:, :, 0, None]  # columns and rows
-    log_decay = call.get("log_decay")
+    log_decay, before = call.get("log_decay"), state
     if log_decay is not None:
         kept = log_decay[:, :, 0].exp()
         state = state * (kept[..., None] if log_decay.dim() == 4 else kept[..., None, None])
+    if rule.removes:
+        removed = call.inputs["removal_key"][:, :, 0, :, None]
+        turned = removed * call.inputs["removal_rate"][:, :, 0, :, None]
+        state = state - turned * (removed.mT @ before)
     if not rule.delta:
         return torch.addcmul(state, k, v)
     new, beta = v - k.mT @ state, call.get("beta")

@@ -4,7 +4,9 @@
 
 for j ≤ i. W is the identity where a token adds its value. By the delta rule a token writes
 u_i = β_i (v_i - Σ_{j<i} P(k, k)_ij u_j), its value less what the state says of its key: u = W v,
-W = (1 + β P(k, k) below the diagonal)⁻¹ β, by one triangular solve. Every backend must equal it.
+W = (1 + β P(k, k) below the diagonal)⁻¹ β, by one triangular solve. What is removed at keys c is
+again by one solve, with P⁻, in which the row's own gate does not count: u = P⁻(c, k) v less
+P⁻(c, r ∘ c) u, and A = P(q, k) - P(q, r ∘ c) U where u = U v. Every backend must equal it.
 """
 
 from __future__ import annotations
@@ -14,8 +16,15 @@ from torch import Tensor
 
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Backend, Engine, never_refuses
-from attnzoo.engines.linear.gated.fading import fading_of
-from attnzoo.engines.linear.gated.tokens import Rule, as_square, check_gates, prepared, separated
+from attnzoo.engines.linear.gated.fading import ChannelFading, fading_of
+from attnzoo.engines.linear.gated.tokens import (
+    Rule,
+    as_square,
+    check_gates,
+    constant_gates,
+    prepared,
+    separated,
+)
 from attnzoo.engines.softmax.reference import visible
 
 
@@ -23,14 +32,16 @@ class GatedReference(Engine):
     """Gates and delta rules without a fast backend.
 
     rule: what a token does to the state.
+    slopes: by how much the state of every head fades at each token, where that is constant.
     """
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: Rule, slopes: tuple[float, ...] | None = None) -> None:
         super().__init__()
         self.rule = rule
+        self.slopes = slopes
 
     def completed(self, call: Call) -> Call:
-        return check_gates(call)
+        return check_gates(call) if self.slopes is None else constant_gates(self.slopes, call)
 
     def matrix(self, call: Call) -> Tensor:
         return as_square(self._square, call)
@@ -46,6 +57,14 @@ class GatedReference(Engine):
         )
         scores, overlaps = products(q, k, gates), None
         assert mask is not None  # it is causal
+        if self.rule.removes:
+            removed, rates = (
+                repeat_heads(call.inputs[name], group) for name in ("removal_key", "removal_rate")
+            )
+            turned = removed * rates
+            below, written = (products(removed, x, gates, own=False).tril(-1) for x in (turned, k))
+            taken = torch.linalg.solve_triangular(below, written, upper=False, unitriangular=True)
+            return (scores - products(q, turned, gates) @ taken).masked_fill(~mask, 0.0)
         if not self.rule.delta:
             return scores.masked_fill(~mask, 0.0)
         overlaps = products(k, k, gates).tril(-1)
@@ -56,10 +75,15 @@ class GatedReference(Engine):
         return (scores @ writes).masked_fill(~mask, 0.0)
 
 
-def products(x: Tensor, k: Tensor, log_decay: Tensor | None) -> Tensor:
+def products(x: Tensor, k: Tensor, log_decay: Tensor | None, *, own: bool = True) -> Tensor:
     """P(x, k), (batch, heads, length, length), 0 above the diagonal: that of one chunk of all
-    tokens."""
-    return fading_of(log_decay, k).products([x[:, :, None]], k)[0][:, :, 0]
+    tokens. own: whether the gate of the row's own token counts; else the diagonal has no meaning.
+    """
+    fading = fading_of(log_decay, k)
+    if not own:
+        assert isinstance(fading, ChannelFading)
+        fading = fading.before_own()
+    return fading.products([x[:, :, None]], k)[0][:, :, 0]
 
 
 def reference(engine: GatedReference, call: Call) -> Tensor:

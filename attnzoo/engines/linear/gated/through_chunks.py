@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
+from attnzoo.engines.linear.gated.fading import HeadFading
 from attnzoo.engines.linear.gated.gated_chunks import Inside, States, Tokens
 from attnzoo.engines.linear.gated.tokens import Rule, inverse_length
 from attnzoo.engines.linear.layout import add_product_, ungrouped
@@ -93,14 +94,22 @@ def through_inside(tokens: Tokens, inside: Inside, found: Gradients) -> Gradient
             exponents.addcmul_(of_stronger, strength)
     if inside.kept is not None:
         exponents[..., -1, :] += (found["handed_on"] * inside.handed_on).sum(-2)
-        of_kept = (found["kept"] * inside.kept)[..., 0]  # (width or 1,)
-        if of_kept.shape[-1] > 1:
-            exponents[..., -1, :] += of_kept
-        else:
-            exponents[..., -1, :1] += of_kept
-            exponents = exponents.sum(-1)
-        made["log_decay"] = exponents.flip(3).cumsum(3).flip(3)
+        of_kept = (found["kept"] * inside.kept)[..., 0]  # (width,), or one number for the head
+        made["log_decay"] = _through_gates(exponents, of_kept, isinstance(fading, HeadFading))
     return made
+
+
+def _through_gates(exponents: Tensor, of_kept: Tensor, by_head: bool) -> Tensor:
+    """Gradient of log_decay, (..., length) by head and else (..., length, width).
+
+    exponents: (..., length, width), overwritten: gradients of the gates' sums up to each token
+    of_kept: that of the sum of all, which lets the state before the chunk fade
+    """
+    if by_head:
+        exponents = exponents.sum(-1, keepdim=True)
+    exponents[..., -1, :] += of_kept
+    found = exponents.flip(3).cumsum(3).flip(3)
+    return found[..., 0] if by_head else found
 
 
 def through_prepared(rule: Rule, call: Call, made: Gradients) -> Gradients:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,26 +26,40 @@ HEAD_GATE = Input("log_decay", "batch kv_heads keys", padded=0.0, activation=F.l
 CHANNEL_GATE = Input("log_decay", "batch kv_heads keys width", padded=0.0, activation=F.logsigmoid)
 #: How much of what the state says of a key is replaced.
 STRENGTH = Input("beta", "batch kv_heads keys", padded=0.0, activation=torch.sigmoid)
+#: What is removed from the state, of length 1, where that is not the key.
+REMOVAL_KEY = Input(
+    "removal_key",
+    "batch kv_heads keys width",
+    padded=0.0,
+    activation=partial(F.normalize, dim=-1),
+)
+#: How much of what the state says of it is removed from each row of the state.
+REMOVAL_RATE = Input(
+    "removal_rate", "batch kv_heads keys width", padded=0.0, activation=torch.sigmoid
+)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a token does to the state S, (width, value_dim): this fades by log_decay, and then
+    """What a token does to the state S, (width, value_dim): this fades by log_decay, to D S, and
 
-        S ← S + k vᵀ                    where it adds
-        S ← S + β k (v - Sᵀk)ᵀ          where the delta rule holds
+        S ← D S + k vᵀ                            where it adds
+        S ← D S + β k (v - (D S)ᵀk)ᵀ              where the delta rule holds
+        S ← D S + k vᵀ - (r ∘ c) (Sᵀ c)ᵀ          where it removes what stands at c, at the rates r
 
     The token's row is scale · Sᵀq.
 
     gate: the input by which the state fades, `HEAD_GATE` or `CHANNEL_GATE`; None: it does not
     scale: factor of the rows; None: 1/sqrt(width)
     delta: whether the delta rule holds
+    removes: whether a token removes at `REMOVAL_KEY` what it does not write to
     l2_norm: whether q and k are divided by their length first
     """
 
     gate: Input | None = None
     scale: float | None = None
     delta: bool = False
+    removes: bool = False
     l2_norm: bool = False
 
     @property
@@ -67,6 +82,11 @@ def prepared(rule: Rule, call: Call) -> Call:
         q = q * scale
     inputs = {name: x.to(dtype) for name, x in call.inputs.items()}
     made = replace(call, q=q, k=k, v=v, inputs=inputs)
+    if rule.removes:
+        if "removal_key" not in inputs:
+            made = made.giving(REMOVAL_KEY, k * inverse_length(k))
+        if "removal_rate" not in inputs:
+            made = made.giving(REMOVAL_RATE, torch.ones_like(k))
     if rule.gate is None or "log_decay" in inputs:
         return made
     return made.giving(rule.gate, torch.zeros_like(k if rule.by_channel else k[..., 0]))
@@ -104,21 +124,36 @@ def empty_state(call: Call) -> Tensor:
     return k.new_zeros(*k.shape[:2], k.shape[3], call.v.shape[3], dtype=dtype)
 
 
+def constant_gates(slopes: tuple[float, ...], call: Call) -> Call:
+    """The call with gates that let the state fade by e^-slope for every real token.
+
+    slopes: of every query head; a key head has that of the first query head that reads it
+    """
+    k = call.k
+    fades = -torch.tensor(slopes[:: call.group], dtype=accumulation_dtype(k.dtype), device=k.device)
+    gates = fades[:, None].expand(*k.shape[:3])
+    if call.key_mask is not None:
+        gates = gates.masked_fill(~call.key_mask[:, None], 0.0)
+    return call.giving(HEAD_GATE, gates)
+
+
 def check_gates(call: Call) -> Call:
     """The call, refused where a gate lies outside of its range. Gates are read where this costs no
     waiting for a device."""
-    log_decay, beta = call.get("log_decay"), call.get("beta")
+    log_decay = call.get("log_decay")
     if log_decay is not None and can_look(log_decay) and (log_decay > 0).any():
         raise ValueError(
             f"log_decay has the value {log_decay.max().item():.6g}, above 0: it is the natural "
             "logarithm of what is left of the state, so take -F.softplus(x) or F.logsigmoid(x)"
         )
-    if beta is not None and can_look(beta) and ((beta < 0) | (beta > 2)).any():
-        worst = beta[(beta < 0) | (beta > 2)][0].item()
-        raise ValueError(
-            f"beta has the value {worst:.6g}, outside of 0 to 2, where a write would make the "
-            "state grow without bound: take x.sigmoid(), or 2 * x.sigmoid()"
-        )
+    for name in ("beta", "removal_rate"):
+        x = call.get(name)
+        if x is not None and can_look(x) and ((x < 0) | (x > 2)).any():
+            raise ValueError(
+                f"{name} has the value {x[(x < 0) | (x > 2)][0].item():.6g}, outside of 0 to 2, "
+                "where a write would make the state grow without bound: take x.sigmoid(), or "
+                "2 * x.sigmoid()"
+            )
     return call
 
 

@@ -13,7 +13,8 @@ def unit_inverse(below: Tensor) -> Tensor:
 
     below: N, (..., size, size), 0 on and above the diagonal; size is a power of 2
     """
-    if not is_recorded() and not below.is_meta:
+    compiles = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if compiles or not (is_recorded() or below.is_meta):
         identity = torch.eye(below.shape[-1], dtype=below.dtype, device=below.device)
         return torch.linalg.solve_triangular(
             below, identity.expand(below.shape), upper=False, unitriangular=True
