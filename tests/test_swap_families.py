@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from small import cannot, small
+from small import cannot, in_models, small
 from swap_models import answer, answer_of, make, tokens
 from torch import Tensor
 
@@ -81,7 +81,7 @@ def moved(swapped: Tensor, exact: Tensor) -> bool:
     return float((swapped - exact).detach().abs().max()) > 10 * ROUNDING["atol"]
 
 
-@pytest.mark.parametrize("name", attnzoo.names())
+@pytest.mark.parametrize("name", in_models())
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_runs_or_is_refused(family: str, name: str, tmp_path: Path) -> None:
     sites, refusals = FAMILIES[family]

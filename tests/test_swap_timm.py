@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import cannot, small
+from small import cannot, in_models, small
 
 import attnzoo
 from attnzoo import UnsupportedError
@@ -82,7 +82,7 @@ def read(model: Any) -> torch.Tensor:
         )
 
 
-@pytest.mark.parametrize("name", attnzoo.names())
+@pytest.mark.parametrize("name", in_models())
 @pytest.mark.parametrize("family", MODELS)
 def test_it_runs(family: str, name: str, tmp_path: Path) -> None:
     model = make(family, **MODELS[family])
@@ -171,7 +171,7 @@ def test_symbolic_traces_and_scripting(family: str) -> None:
         torch.jit.script(model)
 
 
-@pytest.mark.parametrize("name", attnzoo.names())
+@pytest.mark.parametrize("name", in_models())
 def test_torchvisions_feature_extractor(name: str) -> None:
     """Of its vision transformer, made of nn.MultiheadAttention, which it takes as a leaf."""
     vision = importlib.import_module("torchvision.models.vision_transformer")
