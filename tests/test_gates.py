@@ -148,8 +148,8 @@ def test_packed_rows(name: str) -> None:
     given = gates_of(name, 90)
     segments = torch.tensor([[0] * 64 + [1] + [2] * 25, [4] * 30 + [1] * 60])
     leaves = [x.requires_grad_() for x in (q, k, v, *given.values())]
-    how: Any = {"segments": segments, "is_causal": True}
-    expected, a = ORACLES[name](q, k, v, **how, **given)
+    how: Any = {"segments": segments, "is_causal": True, **given}
+    expected, a = ORACLES[name](q, k, v, **how)
     wanted = torch.autograd.grad(expected, leaves, upstream)
     attn = build(name)
 
@@ -159,13 +159,13 @@ def test_packed_rows(name: str) -> None:
         return attn(q[None], k[None], v[None], **pieces, **own)[0]
 
     for out in (
-        attn(q, k, v, **how, **given),
+        attn(q, k, v, **how),
         torch.func.vmap(in_a_graph)(q, k, v, segments, *given.values()),
     ):
         close(out, expected, 1e-12, "rows")
         for x, y in zip(torch.autograd.grad(out, leaves, upstream), wanted, strict=True):
             close(x, y, 1e-12, "gradients")
-    close(attn.weights(q, k, **how, **given), a, 1e-12, "A")
+    close(attn.weights(q, k, **how), a, 1e-12, "A")
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

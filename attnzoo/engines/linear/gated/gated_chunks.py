@@ -11,7 +11,7 @@ operators that autograd, a compiler and a counter of operations can follow.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +181,8 @@ class Inside:
 
     def detached(self) -> Inside:
         """The same numbers, which autograd does not follow."""
-        return Inside(*(None if x is None else x.detach() for x in vars(self).values()))
+        own = {name: x.detach() for name, x in vars(self).items() if x is not None}
+        return replace(self, **own)
 
     def solved(self) -> Tensor | None:
         """(1 + N)⁻¹; None without delta rule."""
