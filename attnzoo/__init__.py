@@ -10,6 +10,7 @@ from attnzoo.engines.engine import Cost
 from attnzoo.integrations.huggingface.generation import state_cache
 from attnzoo.integrations.sidecar import load, save
 from attnzoo.integrations.swapping import swap, unswap
+from attnzoo.layers import distance_biases
 from attnzoo.layers.multihead import MultiheadAttention
 from attnzoo.layers.packed_model import packed
 from attnzoo.registry import build, describe, names, register
@@ -28,6 +29,7 @@ __all__ = [
     "build",
     "count_flops",
     "describe",
+    "distance_biases",
     "global_mask",
     "load",
     "memory",

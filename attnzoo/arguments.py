@@ -106,6 +106,19 @@ def check_dropout(value: Any) -> float:
     return float(value)
 
 
+def check_softcap(value: Any) -> float | None:
+    """What scores are kept within, a finite number above 0; None: they are not."""
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise ValueError(
+            f"softcap={value!r} must be a finite number above 0, within which scores are kept, or "
+            "None for scores as they are"
+        )
+    return float(value)
+
+
 def check_scale(value: Any) -> float | None:
     """A finite factor of the scores; None means 1/sqrt(head_dim)."""
     if value is None:

@@ -208,7 +208,7 @@ class Attention(nn.Module):
         raises: ValueError when the state would pass its max_length, or a piece goes on after
             another one has begun
         """
-        check_decodes(self.spec)
+        execution.check_state(self, state)
         call = self._call(q, k, v, key_mask, None, True, inputs, state.seen, segments=segments)
         self.refuse(call)
         check_new_tokens(call)

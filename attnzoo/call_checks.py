@@ -74,7 +74,7 @@ def check(call: Call, spec: Spec, heads: int, head_dim: int) -> None:
         )
     _check_key_mask(call)
     _check_attn_mask(call)
-    _check_segments(call)
+    check_segments(call)
     if call.inputs or spec.inputs:
         _check_inputs(call, spec)
 
@@ -110,7 +110,8 @@ def _check_key_mask(call: Call) -> None:
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def _check_segments(call: Call) -> None:
+def check_segments(call: Call) -> None:
+    """Raise a ValueError where the ids of pieces do not fit the call's keys."""
     ids = call.segments
     if ids is None:
         return
@@ -179,9 +180,14 @@ def _check_input(one: Input, x: Tensor, call: Call) -> None:
         **dict(zip(("batch", "heads", "queries", "width"), call.q.shape, strict=True)),
         **dict(zip(("kv_heads", "keys", "value_width"), call.v.shape[1:], strict=True)),
     }
-    wanted = tuple(sizes[axis] for axis in one.names)
+    if x.dim() == len(one.names) and "distances" in one.names:
+        sizes["distances"] = x.shape[one.names.index("distances")]
+    wanted = tuple(sizes.get(axis, "2 · reach + 1") for axis in one.names)
     if tuple(x.shape) != wanted:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {axes} = {wanted}")
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; it must be {axes} = "
+            f"({', '.join(map(str, wanted))}{',' * (len(wanted) == 1)})"
+        )
     _check_device(name, x, call)
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from attnzoo.call import Call, UnsupportedError
 from attnzoo.engines.engine import Engine, State, StateSizes
 from attnzoo.engines.packed_state import PackedState, step_apart
-from attnzoo.sequences.bad_slots import clear_padding, shield_past
+from attnzoo.sequences.bad_slots import clear_padding, poison, shield_past
 from attnzoo.sequences.packing import apart, may_cut, refuse_scattered, weights_apart
 from attnzoo.spec import Spec
+from attnzoo.spec_checks import check_decodes
 
 
 class Core(Protocol):
@@ -62,7 +63,7 @@ def _run(core: Core, call: Call) -> Tensor:
     """A·v of a call that is not cut."""
     call, poisoned = shield_past(clear_padding(call))
     out, core.last_backend, _ = core.attend(core.place(call, 0), core.backend)
-    return out if poisoned is None else _poison(out, poisoned)
+    return out if poisoned is None else poison(out, poisoned)
 
 
 def weights(core: Core, call: Call) -> Tensor:
@@ -82,7 +83,7 @@ def _weights(core: Core, call: Call) -> Tensor:
     """A of a call that is not cut."""
     call, poisoned = shield_past(clear_padding(call))
     found = core.matrix(core.place(call, 0)).to(call.q.dtype)
-    return found if poisoned is None else _poison(found, poisoned)
+    return found if poisoned is None else poison(found, poisoned)
 
 
 def step(core: Core, call: Call, state: State) -> tuple[Tensor, State]:
@@ -100,6 +101,18 @@ def step(core: Core, call: Call, state: State) -> tuple[Tensor, State]:
     out, after = step_apart(call, state, steps)
     core.last_backend = " and ".join(sorted(steps.ran))
     return out, after
+
+
+def check_state(core: Core, state: object) -> None:
+    """Raise where the variant does not decode, or the state is of another kind than its own."""
+    check_decodes(core.spec)
+    own = core.engine.state_type
+    if own is None or isinstance(state, (own, PackedState)):
+        return
+    raise ValueError(
+        f"state is a {type(state).__name__}; {core.spec.name} decodes with the {own.__name__} that "
+        "its init_state gives, or the step before"
+    )
 
 
 class Steps:
@@ -136,7 +149,7 @@ def _step(core: Core, call: Call, state: State) -> tuple[Tensor, State]:
         return out, after
     # The rows came from a past without the bad token; the tokens to come must meet it.
     placed = core.place(call, state.seen)
-    return _poison(out, poisoned), core.attend(placed, core.backend, state)[2]
+    return poison(out, poisoned), core.attend(placed, core.backend, state)[2]
 
 
 def _check_packs(core: Core) -> None:
@@ -157,7 +170,3 @@ def _of_nothing(core: Core, call: Call) -> Tensor:
     return call.q.new_zeros(*call.q.shape[:3], call.v.shape[3]) + sum(
         x.to(call.q.dtype) for x in empty
     )
-
-
-def _poison(out: Tensor, rows: Tensor) -> Tensor:
-    return out.masked_fill(rows[:, None, :, None], float("nan"))

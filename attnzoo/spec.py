@@ -11,8 +11,9 @@ from torch import Tensor
 Family = Literal["exact", "sparse", "low_rank", "kernel"]
 #: Names of a call's own arguments, which no input can have.
 TAKEN = ("q", "k", "v", "key_mask", "attn_mask", "is_causal", "segments", "state")
-#: The axes that an input may have. width: of q and k; value_width: of v.
-AXES = ("batch", "heads", "kv_heads", "queries", "keys", "width", "value_width")
+#: The axes that an input may have. width: of q and k; value_width: of v; distances: of any odd
+#: size, from keys that stand so far before the query to those as far after it.
+AXES = ("batch", "heads", "kv_heads", "queries", "keys", "width", "value_width", "distances")
 
 
 @dataclass(frozen=True)

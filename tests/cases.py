@@ -18,7 +18,7 @@ from attnzoo.oracles import ORACLES
 from attnzoo.registry import options_of, sized, spec_of
 
 CPU_BACKENDS = {
-    *("sdpa", "tiled", "dense", "tiles", "windows", "columns", "blocks", "ragged"),
+    *("sdpa", "rows", "tiled", "dense", "tiles", "windows", "columns", "blocks", "ragged"),
     *("one_row", "flash", "chunked", "open", "reference"),
 }
 MAX_LENGTH = 1024
@@ -103,7 +103,11 @@ class Case:
 
 
 CASES: dict[str, list[Case]] = {
-    "standard": [Case("standard"), Case("standard", {"scale": 0.7})],
+    "standard": [
+        Case("standard"),
+        Case("standard", {"scale": 0.7}),
+        Case("standard", {"softcap": 2.0}),
+    ],
     "linformer": [
         Case("linformer", {"rank": 16, "sharing": "none"}),
         Case("linformer", {"rank": 16, "sharing": "headwise"}),
@@ -141,6 +145,7 @@ CASES: dict[str, list[Case]] = {
         Case("sliding_window", {"window": 16, "sinks": 2, "sink_logits": True}),
         Case("sliding_window", {"window": 5, "dilation": 2, "sink_logits": True}),
         Case("sliding_window", {"window": 5, "dilation": 3, "sinks": 4}),
+        Case("sliding_window", {"window": 9, "softcap": 2.0}),
         Case("sliding_window"),
     ],
     "sparse_transformer": [
@@ -176,6 +181,7 @@ CASES: dict[str, list[Case]] = {
             },
         ),
         Case("bigbird", {"block_size": 1, "num_random_blocks": 4}),
+        Case("bigbird", {"block_size": 8, "num_random_blocks": 1, "softcap": 2.0}),
         Case("bigbird"),
     ],
     "cosformer": [Case("cosformer", shift=0.5), Case("cosformer", {"max_length": 1000}, shift=0.5)],
@@ -188,6 +194,7 @@ CASES: dict[str, list[Case]] = {
     "flash": [
         Case("flash", {"block_size": 100}),
         Case("flash", {"block_size": 64, "scale": 0.7}),
+        Case("flash", {"block_size": 64, "softcap": 2.0}),
         Case("flash"),
     ],
     "nystromformer": [
@@ -212,6 +219,7 @@ CASES: dict[str, list[Case]] = {
         Case("longformer", {"window": 1, "global_tokens": 1}),
         Case("longformer", {"window": 9, "dilation": 3, "global_tokens": 2}),
         Case("longformer", {"window": 100, "global_tokens": 40, "scale": 0.7}),
+        Case("longformer", {"window": 9, "global_tokens": 3, "softcap": 2.0}),
         Case("longformer"),
     ],
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo import Attention, Spec
+from attnzoo.engines.linear.gated.gated_linear import GatedLinear
 from attnzoo.registry import sized
 
 #: Forms that leave something out of twenty tokens, so that a window, blocks, draws and landmarks
@@ -33,6 +34,18 @@ SMALL: dict[str, dict[str, Any]] = {
     "sliding_window": {"window": 4},
     "sparse_transformer": {"stride": 4},
 }
+
+
+def in_models() -> list[str]:
+    """The variants that tests of whole models run over: of those of the engine of gates, which
+    differ in what a token does to the state alone, the one that has every kind of their inputs."""
+    gated = {name for name in attnzoo.names() if _is_gated(name)}
+    return [name for name in attnzoo.names() if name not in gated - {"gated_deltanet"}]
+
+
+def _is_gated(name: str) -> bool:
+    attn = attnzoo.build(name, heads=1, head_dim=8, **sized(name, 8))
+    return isinstance(attn.engine, GatedLinear)
 
 
 def small(name: str, length: int = 64) -> dict[str, Any]:

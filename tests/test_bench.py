@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 import attnzoo
+from attnzoo import execution
 from attnzoo.bench import arithmetic, machine_limits, measure_setting
 from attnzoo.bench.bench_rows import ResultFile, Row, read_rows
 from attnzoo.bench.crossover import crossover
@@ -34,6 +36,7 @@ from attnzoo.bench.timing import decoding_mistake
 from attnzoo.commands import program
 from attnzoo.commands.variants import parse_variant
 from attnzoo.registry import Choice, _registered
+from attnzoo.report.bench.bench_figures import panel_title
 from attnzoo.results import result_file
 
 CPU = torch.device("cpu")
@@ -282,6 +285,57 @@ def test_a_wrong_gradient_is_found_out_only_where_it_is_timed(toy, monkeypatch) 
     monkeypatch.setattr(type(attention.engine), "backends", (lying, *backends[1:]))
     assert mistake(attention, q, k, v, is_causal=True) is None
     assert "gradient of k" in (mistake(attention, q, k, v, is_causal=True, backward=True) or "")
+
+
+@pytest.mark.parametrize("phase", PHASES[:2])
+def test_packed_rows_are_measured_beside_the_batch_of_their_pieces(phase: str, monkeypatch) -> None:
+    """Counted as such a batch is; the pieces of a row that meet get no time."""
+    sweep = Sweep(
+        phases=(phase,),
+        causal=(True,),
+        variants=("standard", "linear"),
+        lengths=(24,),
+        segments=(1, 4),
+        shapes=(SMALL,),
+        rounds=3,
+    )
+    rows = rows_of(Plan(sweeps=(sweep,)))
+    assert len({row.key for row in rows}) == 6 and all(row.seconds for row in rows), rows
+    packed = {row.label: row for row in rows if row.segments == 4}
+    assert packed["standard"].sdpa_macs == arithmetic.macs(
+        attnzoo.build("standard", heads=2, head_dim=8),
+        replace(cell(phase=phase, length=6), shape=replace(SMALL, batch_size=4 * SMALL.batch_size)),
+    )
+    assert panel_title(packed["linear"]).endswith(", 4 pieces a row")
+    asked: list[tuple[int, ...]] = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            torch.nn.functional,
+            "scaled_dot_product_attention",
+            lambda q, *rest, **options: asked.append(tuple(q.shape)) or kernel(q, *rest, **options),
+        )
+        here = replace(cell(phase=phase, length=24), segments=4)
+        prepare(None, here, core_inputs(here, 1, CPU, 0), 0).run()
+    assert asked == [(4 * SMALL.batch_size, SMALL.heads, 6, SMALL.head_dim)]
+    # An attention that forgets its segments is found out.
+    run, given = execution.run, []
+
+    def forgetting(core: Any, call: Any) -> torch.Tensor:
+        given.append(call.segments)
+        return run(core, call if core.backend == "reference" else replace(call, segments=None))
+
+    monkeypatch.setattr(execution, "run", forgetting)
+    prepare(Contender(Choice("linear"), "auto"), here, core_inputs(here, 1, CPU, 0), 0).run()
+    assert given[0][0].unique(return_counts=True)[1].tolist() == [6, 6, 6, 6]
+    forgot = rows_of(Plan(sweeps=(replace(sweep, segments=(4,)),)))
+    assert sum("off its reference" in row.reason for row in forgot) == 2
+
+
+def test_a_file_of_before_there_were_packed_rows_can_be_read() -> None:
+    written = json.loads(timed(0.5).to_json())
+    assert written.pop("segments") == 1
+    assert Row.from_fields(written) == timed(0.5)
 
 
 def test_a_wrong_decoding_step_is_found_out(monkeypatch) -> None:
@@ -721,6 +775,10 @@ def test_report_writes_figures_and_one_page(capsys) -> None:
         ("lengths: [0]", "lengths=0 must be a whole number of at least 1"),
         ("phases: [backward]", "phases: 'backward' is unknown"),
         ("levels: [layer]\nphases: [decode]", "decode is a matter of the core"),
+        ("lengths: [12]\nsegments: [5]", "segments=5 does not divide lengths=12 into equal pieces"),
+        ("lengths: [12]\nsegments: [0]", "segments=0 must be a whole number of at least 1"),
+        ("lengths: [12]\nsegments: [4]\nlevels: [layer]", "segments=4 is for the core's forward"),
+        ("lengths: [12]\nsegments: [4]\nphases: [decode]", "segments=4 is for the core's forward"),
         ("dtypes: [float23]", "dtypes: 'float23' is unknown (did you mean 'float32'?)"),
         ("causal: [maybe]", "causal: 'maybe' must be true or false"),
         ("budget: -1", "budget=-1 must be a number of seconds above 0"),
@@ -787,7 +845,8 @@ def test_a_gpu_measures_the_whole_zoo() -> None:
     )
     first = plan.sweeps[0]
     assert {"standard", "sliding_window", "bigbird", "linear", "performer"} <= set(first.variants)
-    assert first.lengths == (1024, 4096, 16384) and first.levels == ("core",)
+    assert first.lengths == (4096, 16384) and first.levels == ("core",)
+    assert set(first.backends) == {"auto", "windows", "blocks", "chunked"}
 
 
 def test_a_file_holds_the_derived_numbers_too(tmp_path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import Case, usual_cases
 from multihead_cases import options_of
-from small import layer_masks, small
+from small import in_models, layer_masks, small
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -96,7 +96,7 @@ def test_checkpointing_torchs_layer(case: Case, use_reentrant: bool) -> None:
     [
         (family, name, bool((i + j) % 2))
         for i, family in enumerate(FAMILIES)
-        for j, name in enumerate(attnzoo.names())
+        for j, name in enumerate(in_models())
         if spec_of(name).runs(family != "bert")
     ],
 )

@@ -346,6 +346,38 @@ def test_rows_of_the_batch_are_selected(case: Case) -> None:
 
 
 @USUAL
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_samples_that_a_state_does_not_have_are_refused(case: Case, packed: bool) -> None:
+    attn = case.build(dtype=torch.float64)
+    q, k, v, _ = tensors(Situation(4, 4, kv_heads=4), shift=case.shift)
+    ids = torch.tensor([[0, 0, 1, 1]] * 2) if packed else None
+    _, state = attn.step(q, k, v, attn.init_state(2, dtype=q.dtype), segments=ids)
+    for rows, said in (
+        (torch.tensor([2]), "rows holds 2, and the state has 2 samples, 0 to 1"),
+        (torch.tensor([0, -1]), "rows holds -1, and"),
+        ([0], r"rows is \[0\]; give the indices of samples as an integer tensor"),
+        (torch.tensor([True, False]), r"rows is torch.bool \(2,\)"),
+        (torch.tensor(1), r"rows is torch.int64 \(\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            state.select(rows)
+
+
+@USUAL
+def test_the_state_of_another_variant_is_refused(case: Case) -> None:
+    attn, other = case.build(), attnzoo.build("linear", heads=4, head_dim=8).init_state(2)
+    if isinstance(other, type(attn.init_state(2))):
+        other = attnzoo.build("standard", heads=4, head_dim=8).init_state(2)
+    q, k, v, _ = (x.float() for x in tensors(Situation(1, 1, kv_heads=4)))
+    for state in (other, None):
+        with pytest.raises(ValueError, match=f"state is a {type(state).__name__}; {case.variant}"):
+            attn.step(q, k, v, state)
+    sinks = attnzoo.build("sliding_window", heads=4, head_dim=8, sinks=2)
+    with pytest.raises(ValueError, match="state is a KeyValueCache; sliding_window decodes with"):
+        sinks.step(q, k, v, attnzoo.build("standard", heads=4, head_dim=8).init_state(2))
+
+
+@USUAL
 def test_bytes_held_are_those_of_the_next_token_and_a_reserve(case: Case) -> None:
     """A long prefill leaves no buffer behind that a window has no use for."""
     attn = case.build(**sized(case.variant, 3001))

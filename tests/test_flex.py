@@ -10,12 +10,16 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch._functorch.config as functorch
 from cases import CASES, Case, Situation, close, tensors
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+import attnzoo
 from attnzoo.call import Call
+from attnzoo.eager import openly
+from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS
 from attnzoo.engines.softmax.reference import visible
 from attnzoo.engines.sparse import flex
 from attnzoo.engines.sparse.patterns.block_patterns import BlockUnion, GlobalBlocks, WindowBlocks
@@ -116,11 +120,96 @@ def test_entries_are_those_of_the_pattern(pattern: Pattern, is_causal: bool, pad
         situation = Situation(lengths.query_length, lengths.key_length, padding)
         call = call_of(situation, is_causal)
         grid = grid_of(call)
-        mask, ahead = flex.block_mask(pattern, call)
+        mask, tables = flex.block_mask(pattern, call)
+        ahead = tables.ahead
         found = entries(mask, 4, 2)[:, :, ahead:]
         expected = pattern.mask(grid)[None].expand_as(found)
         masks = visible(call)
         assert torch.equal(found, expected if masks is None else expected & masks), str(situation)
+
+
+@CAUSAL
+@pytest.mark.parametrize("window", [1, 7, 130])
+def test_entries_of_packed_rows(window: int, is_causal: bool) -> None:
+    """Where the ids cannot be read, which are those of a graph, mask_mod keeps the pieces apart."""
+    for lengths in (Situation(300, 300), Situation(150, 290, "interior")):
+        call = call_of(lengths, is_causal)
+        ids = (torch.rand(2, lengths.key_length) < 0.05).cumsum(1) - 3
+        call = replace(call, segments=ids)
+        mask, tables = flex.block_mask(Window(window), call)
+        ahead = tables.ahead
+        found, seen = entries(mask, 4, 2)[:, :, ahead:], visible(call)
+        assert seen is not None
+        assert torch.equal(found, Window(window).mask(grid_of(call))[None] & seen.expand_as(found))
+
+
+def test_only_what_counts_no_positions_packs() -> None:
+    """A dilated window's residue classes would cross pieces, and BigBird counts from their
+    starts."""
+    call = replace(call_of(Situation(300, 300), True), segments=torch.zeros(2, 300).long())
+    reasons = {}
+    for name, options in (
+        ("sliding_window", {"window": 9}),
+        ("sliding_window", {"window": 9, "dilation": 2}),
+        ("bigbird", {"block_size": 32}),
+    ):
+        engine = attnzoo.build(name, heads=4, head_dim=16, **options).engine
+        (backend,) = [one for one in engine.backends if one.name == "flex"]
+        with patch.object(flex, "why_not", lambda *_: None):
+            reasons[name, "dilation" in options] = backend.reason(engine, call)
+    assert reasons["sliding_window", False] is None
+    assert "residue classes" in str(reasons["sliding_window", True])
+    assert "packed row" in str(reasons["bigbird", False])
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "bigbird"])
+def test_auto_takes_it_where_it_does_not_refuse(name: str) -> None:
+    """On CUDA it is first, but for calls in which the pattern hides nothing; and of those, but for
+    what has not run on a GPU, which it takes when asked for by name."""
+    engine = attnzoo.build(name, heads=4, head_dim=16).engine
+    plain, short = (
+        call_of(Situation(length, length, kv_heads=4), True, torch.bfloat16) for length in (700, 60)
+    )
+    with patch.object(flex, "why_not", lambda *_: None):
+        assert engine.choose(plain, "auto").name == "flex"
+        assert engine.choose(short, "auto").name == "dense"
+        for untried in (
+            replace(plain, q=plain.q.clone().requires_grad_()),
+            replace(plain, q=plain.q.float(), k=plain.k.float(), v=plain.v.float()),
+            replace(plain, k=plain.k[:, :2], v=plain.v[:, :2]),
+            replace(plain, key_mask=torch.ones(2, 700, dtype=torch.bool)),
+            plain.giving(DISTANCE_BIAS, torch.zeros(4, 1401)),
+        ):
+            assert engine.choose(untried, "auto").name != "flex"
+            assert engine.choose(untried, "flex").name == "flex"
+        with patch.object(engine, "softcap", 5.0):
+            assert engine.choose(plain, "auto").name != "flex"
+    assert engine.choose(plain, "auto").name != "flex"
+
+
+def test_it_is_kept_out_of_what_cannot_hold_it() -> None:
+    """A second derivative, a transform, and, where its backward kernel must be searched for, a
+    compiled graph."""
+    call, reasons = call_of(Situation(200, 200), True), {}
+
+    def ask(name: str, call: Call, block_size: int = 128) -> None:
+        reasons[name] = flex._unseen(call, block_size)
+
+    ask("plain", call)
+    with openly():
+        ask("again", call)
+    torch.func.vmap(lambda q: (ask("vmap", replace(call, q=q)), q)[1])(call.q)
+    learning = replace(call, q=call.q.clone().requires_grad_())
+    ask("learns", learning, 32)
+    with patch.object(torch.compiler, "is_compiling", lambda: True):
+        ask("graph", learning)
+        ask("small graph", learning, 32)
+        ask("small graph, evaluated", call, 32)
+        with patch.object(torch.compiler, "is_exporting", lambda: True):
+            ask("export", call)
+    refused = {name for name, reason in reasons.items() if reason}
+    assert refused == {"again", "vmap", "small graph", "export"}, reasons
+    assert "block_size=32" in str(reasons["small graph"])
 
 
 @EVERY
@@ -131,7 +220,8 @@ def test_no_block_is_listed_in_vain(pattern: Pattern, is_causal: bool) -> None:
     for situation in SITUATIONS:
         call = call_of(situation, is_causal)
         grid = grid_of(call)
-        mask, ahead = flex.block_mask(pattern, call)
+        mask, tables = flex.block_mask(pattern, call)
+        ahead = tables.ahead
         some, whole = tables_of(mask, 4)
         assert not (some & whole).any()
         block = mask.BLOCK_SIZE[0]
@@ -203,10 +293,19 @@ def test_entries_of_dilated_windows(pattern: Window, is_causal: bool, padding: s
         )
 
 
-def numbers(case: Case, situation: Situation, is_causal: bool, *, compiled: bool) -> None:
+def numbers(
+    case: Case,
+    situation: Situation,
+    is_causal: bool,
+    *,
+    compiled: bool,
+    bias: Tensor | None = None,
+) -> None:
     """flex on the CPU against the reference. Uncompiled it reads mask_mod alone, so the tables are
     given to it there as a mask."""
     call = call_of(situation, is_causal)
+    if bias is not None:
+        call = call.giving(DISTANCE_BIAS, bias)
     attn = case.build(situation.heads, 16).eval()
     engine = attn.engine
     assert isinstance(engine, Sparse)
@@ -273,6 +372,24 @@ def test_numbers_compiled(case: Case, is_causal: bool) -> None:
         numbers(case, situation, is_causal, compiled=True)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("sliding_window", {"window": 9}),
+        Case("sliding_window", {"window": 20, "softcap": 2.0}),
+        Case("sliding_window", {"window": 9, "dilation": 2}),
+        Case("bigbird", {"block_size": 8, "num_random_blocks": 1}),
+    ],
+    ids=str,
+)
+@CAUSAL
+def test_biases_by_distance(case: Case, is_causal: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    bias = torch.randn(4, 2 * 300 + 1, generator=generator)
+    for situation in NUMBERS:
+        numbers(case, situation, is_causal, compiled=False, bias=bias)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "lengths",
@@ -317,3 +434,44 @@ def test_tiles_divide_the_blocks_and_spill_nothing(
     assert (
         flex.kernel_options(pattern, call_of(Situation(256, 256, padding), True, dtype)) == options
     )
+
+
+def test_it_is_compiled_for_many_shapes_and_for_more_than_one_backward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a compiler of FlexAttention is told, seen from where it would run."""
+    seen: list[tuple[bool, int]] = []
+    dynamo = torch._dynamo.config
+
+    def compiling(*_: Any, **__: Any) -> Callable[..., None]:
+        return lambda: seen.append((functorch.donated_buffer, dynamo.recompile_limit))
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    before = (functorch.donated_buffer, dynamo.recompile_limit)
+    flex.compiled_flex.__wrapped__(False)()
+    assert seen == [(False, flex.SHAPE_CLASSES)]
+    assert (functorch.donated_buffer, dynamo.recompile_limit) == before != seen[0]
+
+
+def test_it_never_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its numbers would be wrong then: the tables of blocks are for the kernel alone."""
+    call = call_of(Situation(200, 200), True)
+    with torch.compiler.set_stance("force_eager"):
+        assert "torch.compile is off" in str(flex._unseen(call, 128))
+    with torch._dynamo.config.patch(disable=True):
+        assert "torch.compile is off" in str(flex._unseen(call, 128))
+    assert flex._unseen(call, 128) is None
+    monkeypatch.setattr(torch, "compile", lambda fn, **_: fn)
+    with pytest.raises(RuntimeError, match="switched off: switch it on"):
+        flex.compiled_flex.__wrapped__(False)(call.q, call.k, call.v)
+
+
+@pytest.mark.slow
+def test_what_is_compiled_reads_the_tables() -> None:
+    """By the function that CUDA runs, on the CPU, which has the forward pass."""
+    engine = attnzoo.build("bigbird", heads=4, head_dim=16, block_size=32).engine
+    assert isinstance(engine, Sparse)
+    call = call_of(Situation(300, 300), True)
+    kernel = torch.compile(flex._only_compiled, dynamic=False, fullgraph=True)
+    with torch.no_grad():
+        close(by(kernel, engine, call), engine(call, "reference")[0], 2e-6, "rows")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from small import small
+from small import in_models, small
 from swap_models import DECODERS, answer, make, padded, tokens
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
@@ -19,7 +19,7 @@ import attnzoo
 from attnzoo import UnsupportedError
 from attnzoo.registry import spec_of
 
-VARIANTS = [name for name in attnzoo.names() if spec_of(name).decodes]
+VARIANTS = [name for name in in_models() if spec_of(name).decodes]
 PROMPT = 12
 GREEDY: dict[str, Any] = {
     "attention_mask": padded("left", PROMPT),

@@ -3,12 +3,15 @@ definition."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import CASES, Case, Situation, close, gradients_of, padding, tensors
 from torch import Tensor
 
 from attnzoo.call import Call
+from attnzoo.eager import openly
 from attnzoo.engines.linear import fla_kernel
 from attnzoo.engines.linear.linear import Linear
 from attnzoo.sequences.bad_slots import clear_padding
@@ -77,3 +80,30 @@ def on(
 def test_it_refuses_on_the_cpu() -> None:
     engine = Case("linear").build().engine
     assert ("CUDA device, got cpu") in str(fla_kernel.why_not(engine, on("cpu", torch.bfloat16)))  # pyright: ignore[reportArgumentType]
+
+
+def test_auto_takes_it_for_whole_sequences_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding runs in chunks, and is said to."""
+    first, *others = Linear.backends
+    ready = replace(first, run=lambda _, call: call.q, why_not=lambda *_: None)
+    monkeypatch.setattr(Linear, "backends", (ready, *others))
+    attn = Case("linear").build(dtype=torch.bfloat16)
+    q, k, v, _ = (x.bfloat16() for x in tensors(Situation(6, 6, kv_heads=4)))
+    assert torch.equal(attn(q, k, v, is_causal=True), q) and attn.last_backend == "fla"
+    attn(q.requires_grad_(), k, v, is_causal=True)
+    assert attn.last_backend == "chunked"  # its backward pass has not run on a GPU
+    q = q.detach()
+    out, _ = attn.step(q, k, v, attn.init_state(2, kv_heads=k.shape[1]))
+    assert attn.last_backend == "chunked"
+    attn.backend = "chunked"
+    close(out, attn(q, k, v, is_causal=True), 1e-6, "rows")
+
+
+def test_it_is_kept_out_of_graphs_and_transforms(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, call = Case("linear").build().engine, on("meta", torch.bfloat16)
+    assert isinstance(engine, Linear)
+    monkeypatch.setattr(fla_kernel, "missing", lambda *_: None)
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
+    assert fla_kernel.why_not(engine, call) is None
+    with openly():
+        assert "breaks graphs" in str(fla_kernel.why_not(engine, call))

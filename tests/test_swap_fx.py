@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import build_small, layer_masks, small
+from small import build_small, in_models, layer_masks, small
 from test_swap_cross import Detr
 from test_swap_modules import encoder, vision
 from torch import Tensor, fx, nn
@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 import attnzoo
 from attnzoo import UnsupportedError
 
-NAMES = attnzoo.names()
+NAMES = in_models()
 X = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(1))
 
 

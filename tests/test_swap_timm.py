@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import cannot, small
+from small import cannot, in_models, small
 
 import attnzoo
 from attnzoo import UnsupportedError
@@ -82,7 +82,7 @@ def read(model: Any) -> torch.Tensor:
         )
 
 
-@pytest.mark.parametrize("name", attnzoo.names())
+@pytest.mark.parametrize("name", in_models())
 @pytest.mark.parametrize("family", MODELS)
 def test_it_runs(family: str, name: str, tmp_path: Path) -> None:
     model = make(family, **MODELS[family])
@@ -171,7 +171,7 @@ def test_symbolic_traces_and_scripting(family: str) -> None:
         torch.jit.script(model)
 
 
-@pytest.mark.parametrize("name", attnzoo.names())
+@pytest.mark.parametrize("name", in_models())
 def test_torchvisions_feature_extractor(name: str) -> None:
     """Of its vision transformer, made of nn.MultiheadAttention, which it takes as a leaf."""
     vision = importlib.import_module("torchvision.models.vision_transformer")
@@ -219,3 +219,44 @@ def test_the_longest_sequence_is_the_models_own(name: str) -> None:
         module.max_length for module in vision.modules() if isinstance(module, attnzoo.Attention)
     } == {5}
     vision(torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("standard", {}),
+        ("linear", {}),
+        ("sliding_window", {"window": 5}),
+        ("bigbird", {"block_size": 4, "num_random_blocks": 1}),
+        ("nystromformer", {"num_landmarks": 4}),
+    ],
+)
+def test_padded_patches_of_naflex_are_absent(name: str, options: dict[str, Any]) -> None:
+    """NaFlexVit tells padded patches by a mask of queries and keys, which every attention takes:
+    an image's answer is that of its own patches alone."""
+    naflex = importlib.import_module("timm.models.naflexvit")
+    config = naflex.NaFlexVitCfg(
+        embed_dim=32, depth=2, num_heads=4, patch_size=4, pos_embed_grid_size=(4, 4)
+    )
+    torch.manual_seed(0)
+    model = naflex.NaFlexVit(config, num_classes=5).double().eval()
+    patches, valid = torch.randn(2, 20, 48).double(), torch.ones(2, 20, dtype=torch.bool)
+    valid[1, 12:] = False
+    places = torch.stack([torch.arange(20) // 5, torch.arange(20) % 5], 1).repeat(2, 1, 1)
+    places[1, 12:] = 0  # the grid of an image is told by its farthest patch
+
+    @torch.no_grad()
+    def read(some: slice, count: int) -> torch.Tensor:
+        given = {"patches": patches, "patch_coord": places, "patch_valid": valid}
+        return model({key: x[some, :count] for key, x in given.items()})
+
+    exact = read(slice(None), 20)
+    attnzoo.swap(model, name, **options)
+    found = read(slice(None), 20)
+    torch.testing.assert_close(found[1:], read(slice(1, 2), 12), rtol=0, atol=1e-12)
+    if name == "standard":
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
+    if name != "standard":
+        odd = torch.rand(2, 1, 7, 7) > 0.5
+        with pytest.raises(UnsupportedError, match=f"{name} cannot apply an arbitrary attn_mask"):
+            model.blocks[0].attn(torch.randn(2, 7, 32).double(), attn_mask=odd)

@@ -26,7 +26,8 @@ def macs(attention: Attention, cell: Cell) -> int | None:
     moves its state and multiplies little."""
     if cell.phase == "decode":
         return None
-    core = attention.cost(cell.shape.batch_size, cell.length, is_causal=cell.is_causal).kernel_macs
+    samples = cell.shape.batch_size * cell.segments
+    core = attention.cost(samples, cell.piece_length, is_causal=cell.is_causal).kernel_macs
     tokens = cell.shape.batch_size * cell.length
     return (core + tokens * _weights(attention, cell)) * (
         TRAINING_MACS if cell.phase == "forward+backward" else 1

@@ -31,6 +31,8 @@ class Row:
     seconds: median of one pass over `rounds` interleaved rounds, with its quartiles.
     graph_seconds: the same pass replayed as a CUDA graph.
     sdpa_seconds: median of exact SDPA, called directly, in the same rounds.
+    segments: equal pieces that the row of `length` tokens is packed of; SDPA then gets the pieces
+    as samples of a batch.
     peak_bytes: highest sum of allocations during one pass beyond its inputs.
     sdpa_peak_bytes: the same for SDPA.
     macs: what one pass executes (exact attention: its support, since SDPA skips the masked half;
@@ -56,6 +58,7 @@ class Row:
     batch_size: int
     heads: int
     head_dim: int
+    segments: int = 1
     ran: str | None = None
     seconds: float | None = None
     seconds_quartiles: tuple[float, float] | None = None
@@ -89,6 +92,7 @@ class Row:
             self.batch_size,
             self.heads,
             self.head_dim,
+            self.segments,
         )
 
     @property
@@ -182,7 +186,8 @@ class Row:
     @classmethod
     def from_fields(cls, found: dict[str, Any]) -> Self:
         """The row of a parsed line, whose derived numbers are not read."""
-        known = result_file.fields_of(cls, found)
+        # Files of before there were packed rows do not say how many pieces.
+        known = result_file.fields_of(cls, {"segments": 1, **found})
         quartiles = known["seconds_quartiles"]
         return cls(
             **{

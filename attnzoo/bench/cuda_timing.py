@@ -1,5 +1,4 @@
-"""Timing on CUDA: events around a call on a flushed L2 cache, and the same call as a CUDA graph.
-Not yet run on a GPU."""
+"""Timing on CUDA: events around a call on a flushed L2 cache, and the same call as a CUDA graph."""
 
 from __future__ import annotations
 

@@ -105,6 +105,20 @@ def layer_inputs(
     return [_normal(shape, 1, cell.dtype, device, seed + number) for number in range(sets)]
 
 
+def segments_of(cell: Cell, q: Tensor) -> Tensor | None:
+    """The ids of equal pieces for the rows of q, (batch, heads, length, head_dim): (batch,
+    length); None where a row is one piece."""
+    if cell.segments == 1:
+        return None
+    ids = torch.arange(q.shape[2], device=q.device) // cell.piece_length
+    return ids.expand(q.shape[0], -1)
+
+
+def _as_batch(x: Tensor, segments: int) -> Tensor:
+    """The pieces of packed rows as samples: (batch · segments, heads, piece_length, head_dim)."""
+    return x.unflatten(2, (segments, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+
+
 def prepare(
     contender: Contender | None, cell: Cell, inputs: Sequence[tuple[Tensor, ...]], seed: int
 ) -> Work:
@@ -126,6 +140,8 @@ def _core(
     if contender is None:
         if cell.phase == "decode":
             return Work(_decode_directly(*inputs[0]), None)
+        if cell.segments > 1:
+            inputs = [tuple(_as_batch(x, cell.segments) for x in one) for one in inputs]
         return Work(
             passes(
                 cell,
@@ -139,10 +155,11 @@ def _core(
     attention = attention.eval().to(inputs[0][0].device, inputs[0][0].dtype)
     if cell.phase == "decode":
         return Work(_decode(attention, *inputs[0]), attention)
+    ids = segments_of(cell, inputs[0][0])
     run = passes(
         cell,
         inputs,
-        lambda q, k, v: attention(q, k, v, is_causal=cell.is_causal),
+        lambda q, k, v: attention(q, k, v, is_causal=cell.is_causal, segments=ids),
         tuple(attention.parameters()),
     )
     return Work(run, attention)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 
 import torch
@@ -17,7 +17,15 @@ from attnzoo.bench.bench_rows import LATE, SDPA, Key, Row
 from attnzoo.bench.cuda_timing import captured, check_answers, stopwatch_of
 from attnzoo.bench.environment import environment
 from attnzoo.bench.heap import out_of_memory, settle_heap
-from attnzoo.bench.levels import Pass, Work, choice_for, core_inputs, layer_inputs, prepare
+from attnzoo.bench.levels import (
+    Pass,
+    Work,
+    choice_for,
+    core_inputs,
+    layer_inputs,
+    prepare,
+    segments_of,
+)
 from attnzoo.bench.machine_limits import Limits, measure_limits
 from attnzoo.bench.peak_memory import peak_bytes
 from attnzoo.bench.plan import MOST_TOKENS, Cell, Contender
@@ -25,17 +33,12 @@ from attnzoo.bench.timing import MINIMUM_ROUNDS, Timing, decoding_mistake, inter
 from attnzoo.registry import Choice
 
 INPUT_SETS = {"cpu": 1, "cuda": 4}  # on CUDA several, so that no run finds its inputs in a cache
-
-
 SHORT_PASS = 0.5  # seconds
-
-
 MOST_REPEATS = 64
 
 
 def blank_row(contender: Contender | None, cell: Cell) -> Row:
     """The row of a contender (None: SDPA called directly) before anything is measured."""
-    shape = cell.shape
     choice = Choice(SDPA) if contender is None else contender.choice
     backend = "auto" if contender is None else contender.backend
     return Row(
@@ -48,9 +51,8 @@ def blank_row(contender: Contender | None, cell: Cell) -> Row:
         backend,
         cell.length,
         cell.dtype,
-        shape.batch_size,
-        shape.heads,
-        shape.head_dim,
+        *astuple(cell.shape),
+        segments=cell.segments,
     )
 
 
@@ -223,11 +225,11 @@ class Bench:
     def _time_graphs(self, entries: list[Entry], rounds: int, budget: float) -> dict[str, float]:
         """Medians of the passes replayed as CUDA graphs, one after another: each keeps all the
         memory of its pass while it is there, and all of them at once may have none left. Whatever
-        happens here, the times taken before stand. Decoding changes its state in Python and is left
-        out."""
+        happens here, the times taken before stand. Decoding, whose state changes in Python, and
+        packed rows, which are cut by their ids, are left out."""
         found = {}
         for number, entry in enumerate(entries):
-            if entry.row.phase == "decode":
+            if entry.row.phase == "decode" or entry.row.segments > 1:
                 continue
             try:
                 replay = captured(entry.run, self.device)
@@ -278,9 +280,8 @@ class Bench:
         q, k, v = core_inputs(cell, 1, self.device, self.seed)[0]
         if cell.phase == "decode":
             return decoding_mistake(attention, q, k, v)
-        return mistake(
-            attention, q, k, v, is_causal=cell.is_causal, backward=cell.phase == "forward+backward"
-        )
+        how = {"is_causal": cell.is_causal, "segments": segments_of(cell, q)}
+        return mistake(attention, q, k, v, backward=cell.phase == "forward+backward", **how)
 
     def _late(self, row: Row, why: str, room: float) -> Row:
         return replace(

@@ -46,14 +46,25 @@ class Cell:
     length: int
     dtype: str
     shape: Shape
+    segments: int = 1
+
+    @property
+    def piece_length(self) -> int:
+        """Tokens of each piece of a row."""
+        return self.length // self.segments
 
     def title(self) -> str:
         """Such as "core forward, causal, n = 4,096, float32, 1×8×64"."""
         shape = f"{self.shape.batch_size}×{self.shape.heads}×{self.shape.head_dim}"
         return (
             f"{self.level} {self.phase}, {'causal' if self.is_causal else 'not causal'}, n = "
-            f"{self.length:,}, {self.dtype}, {shape}"
+            f"{self.length:,}, {self.dtype}, {shape}" + in_pieces(self.segments)
         )
+
+
+def in_pieces(segments: int) -> str:
+    """What a setting says of packed rows: such as ", 16 pieces a row"; nothing of one piece."""
+    return f", {segments} pieces a row" if segments > 1 else ""
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,7 @@ class Sweep:
     """Every combination of these.
 
     variants: as on the command line, NAME[:OPTION=VALUE,...]; empty means the whole zoo.
+    segments: equal pieces that every row of a length is packed of; 1 is one sequence.
     budget: seconds a setting after which no new round is begun; a contender that three rounds have
     no room for gets no time.
     """
@@ -81,6 +93,7 @@ class Sweep:
     lengths: tuple[int, ...] = (1024,)
     dtypes: tuple[str, ...] = ("float32",)
     shapes: tuple[Shape, ...] = (Shape(),)
+    segments: tuple[int, ...] = (1,)
     rounds: int = 7
     budget: float = 10.0
 
@@ -97,6 +110,17 @@ class Sweep:
                 raise ValueError(f"causal: {value!r} must be true or false")
         for length in self.lengths:
             check_positive("lengths", length)
+            for pieces in self.segments:
+                if length % check_positive("segments", pieces):
+                    raise ValueError(
+                        f"segments={pieces} does not divide lengths={length} into equal pieces; "
+                        "give lengths that are multiples of it"
+                    )
+        if set(self.segments) != {1} and (self.levels != ("core",) or "decode" in self.phases):
+            raise ValueError(
+                f"segments={max(self.segments)} is for the core's forward passes; give packed rows "
+                "a sweep of their own with levels: [core] and without phases: [decode]"
+            )
         check_positive("rounds", self.rounds)
         if (
             not isinstance(self.budget, int | float)
@@ -117,11 +141,11 @@ class Sweep:
 
     def cells(self) -> Iterator[Cell]:
         """All settings, short lengths first. Decoding is causal whatever `causal` says."""
-        for length, shape, dtype, level, phase in product(
-            sorted(self.lengths), self.shapes, self.dtypes, self.levels, self.phases
+        for length, segments, shape, dtype, level, phase in product(
+            sorted(self.lengths), self.segments, self.shapes, self.dtypes, self.levels, self.phases
         ):
             for is_causal in (True,) if phase == "decode" else self.causal:
-                yield Cell(level, phase, is_causal, length, dtype, shape)
+                yield Cell(level, phase, is_causal, length, dtype, shape, segments)
 
     def contenders(self, parse: ParseChoice) -> list[Contender]:
         """Every variant with every backend that it has. Raises ValueError on a wrong variant, and

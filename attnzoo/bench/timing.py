@@ -100,6 +100,7 @@ def mistake(
     *,
     is_causal: bool,
     backward: bool = False,
+    segments: Tensor | None = None,
 ) -> str | None:
     """Why `attention`'s last backend must get no time, or None when it agrees with its own
     reference.
@@ -112,12 +113,14 @@ def mistake(
     the dtype.
 
     backward: the gradients of q, k and v, from those rows, must agree too.
+    segments: (batch, length), the pieces of packed rows, which are compared whole.
     """
     fast, reference = copy.deepcopy(attention), copy.deepcopy(attention)
     fast.backend, reference.backend = attention.last_backend or "auto", "reference"
     inputs = [x[:CHECKED_SAMPLES] for x in (q, k, v)]
     length = q.shape[2]
-    prefix = length if length <= WHOLE_LENGTH else CHECK_LENGTH
+    prefix = length if length <= WHOLE_LENGTH or segments is not None else CHECK_LENGTH
+    ids = None if segments is None else segments[:CHECKED_SAMPLES]
     try:
         wrong = _mistake_in(
             fast,
@@ -126,6 +129,7 @@ def mistake(
             [slice(0, prefix)],
             is_causal,
             backward,
+            ids,
         )
     except UnsupportedError as error:
         if prefix == length:
@@ -151,16 +155,20 @@ def _mistake_in(
     parts: Sequence[slice],
     is_causal: bool,
     backward: bool,
+    segments: Tensor | None = None,
 ) -> str | None:
     """What is wrong in some rows: `fast` gives all, the reference those rows alone, standing at the
     end of the keys that it is given."""
     with torch.set_grad_enabled(backward):
         leaves = [x.detach().requires_grad_(backward) for x in inputs]
-        out = fast(*leaves, is_causal=is_causal)
+        out = fast(*leaves, is_causal=is_causal, segments=segments)
         for rows in parts:
             ours = [x.detach().requires_grad_(backward) for x in inputs]
             wanted = reference(
-                ours[0][:, :, rows], *(x[:, :, : rows.stop] for x in ours[1:]), is_causal=is_causal
+                ours[0][:, :, rows],
+                *(x[:, :, : rows.stop] for x in ours[1:]),
+                is_causal=is_causal,
+                segments=segments,
             )
             pairs = [("", out[:, :, rows].detach(), wanted.detach())]
             if backward:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.engine import State
-from attnzoo.engines.softmax.cache import check_state
+from attnzoo.engines.softmax.cache import check_rows, check_state
 from attnzoo.sequences.packing import Piece, pieces_of
 
 
@@ -84,6 +84,7 @@ class PackedState:
     def select(self, rows: Tensor) -> PackedState:
         """The state of these rows of the batch, (new_batch,) indices; a row may be taken more than
         once."""
+        check_rows(rows, self.batch_size)
         wanted, groups = rows.tolist(), []
         for group in self.groups:
             places = [place for place, row in enumerate(wanted) if row in group.samples]

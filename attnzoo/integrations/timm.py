@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
+from attnzoo.eager import may_branch
 from attnzoo.integrations.evaluating import evaluating, unheard
 from attnzoo.integrations.places import Site, no_dropout, place_of
 from attnzoo.integrations.replacing import has_other_forward, replace_forwards
 from attnzoo.integrations.undo import Undo
 from attnzoo.registry import build
+from attnzoo.sequences.masks import read_mask, visible_keys
 
 #: The parts of an Attention that a swapped one runs. Another one (a relative position bias, a
 #: rotary embedding) would be dropped.
@@ -42,15 +44,28 @@ class TimmAttention(nn.Module):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """x: (batch, length, features) -> the same. attn_mask: as in `Attention.forward`."""
+        """x: (batch, length, features) -> the same. attn_mask: as in `Attention.forward`; one that
+        is padding, packing and causality alone, as NaFlexVit gives it, serves every attention."""
         dropout = _dropout(self)
         if self.training and dropout and not self.attention.spec.dropout:
             raise UnsupportedError(
                 no_dropout("timm's Attention", dropout, self.attention.spec.name)
             )
-        return _between_projections(
-            self, self.attention, x, attn_mask=attn_mask, is_causal=is_causal
-        )
+        masks: dict[str, Any] = {"attn_mask": attn_mask, "is_causal": is_causal}
+        if isinstance(attn_mask, Tensor) and not self.attention.spec.attn_mask:
+            masks = _read(attn_mask, x, is_causal) or masks
+        return _between_projections(self, self.attention, x, **masks)
+
+
+def _read(mask: Tensor, x: Tensor, is_causal: bool) -> dict[str, Any] | None:
+    """What a mask of x says beside causality, by the names of a call's arguments; None where it
+    says more, or may not be looked at."""
+    if not may_branch(mask):
+        return None
+    visible = visible_keys(mask)
+    sizes = (x.shape[0], 1 if mask.dim() < 4 else mask.shape[1], x.shape[1], x.shape[1])
+    found = None if visible is None else read_mask(visible.expand(sizes))
+    return None if found is None else {**vars(found), "is_causal": is_causal or found.is_causal}
 
 
 def _between_projections(module: Any, core: Attention, x: Tensor, **masks: Any) -> Tensor:

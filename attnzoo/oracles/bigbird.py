@@ -19,6 +19,8 @@ def bigbird(
     num_window_blocks,
     num_global_blocks,
     scale=None,
+    softcap=None,
+    distance_bias=None,
     key_mask=None,
     attn_mask=None,
     is_causal=False,
@@ -54,7 +56,10 @@ def bigbird(
             )
             for b in blocks:
                 chosen[i, lead + b * block_size : lead + (b + 1) * block_size] = True
-        return softmax_over(visible & chosen, q_h, k_h, scale)
+        by_distance = None if distance_bias is None else distance_bias[h]
+        return softmax_over(
+            visible & chosen, q_h, k_h, scale, softcap=softcap, by_distance=by_distance
+        )
 
     return by_heads(matrix, q, k, v, key_mask, is_causal)
 

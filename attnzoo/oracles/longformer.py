@@ -20,6 +20,8 @@ def longformer(
     global_mask=None,
     global_qkv=None,
     scale=None,
+    softcap=None,
+    distance_bias=None,
     key_mask=None,
     attn_mask=None,
     is_causal=False,
@@ -53,10 +55,14 @@ def longformer(
                         | named
                     ),
                 ] = True
-            return softmax_over(visible & support, q_h, k_h, scale)
+            by_distance = None if distance_bias is None else distance_bias[h]
+            return softmax_over(
+                visible & support, q_h, k_h, scale, softcap=softcap, by_distance=by_distance
+            )
 
-        def everywhere(_: int, q_h: Tensor, k_h: Tensor, visible: Tensor) -> Tensor:
-            return softmax_over(visible, q_h, k_h, scale)
+        def everywhere(h: int, q_h: Tensor, k_h: Tensor, visible: Tensor) -> Tensor:
+            by_distance = None if distance_bias is None else distance_bias[h]
+            return softmax_over(visible, q_h, k_h, scale, softcap=softcap, by_distance=by_distance)
 
         one = slice(b, b + 1)
         mask = None if key_mask is None else key_mask[one]

@@ -161,18 +161,37 @@ def normalised(products: Tensor) -> Tensor:
 
 
 def softmax_over(
-    visible: Tensor, q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None = None
+    visible: Tensor,
+    q: Tensor,
+    k: Tensor,
+    scale: float | None,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    by_distance: Tensor | None = None,
+    one_more: Tensor | None = None,
 ) -> Tensor:
-    """A of one head: softmax(scale · q_i·k_j + bias_ij) over the keys that row i sees,
-    (query_length, key_length).
+    """A of one head: softmax(cap(scale · q_i·k_j) + bias_ij + by_distance[reach + j - i]) over the
+    keys that row i sees, (query_length, key_length).
 
     visible: (query_length, key_length) bool. scale: None is 1/sqrt(head_dim). bias: (query_length,
-    key_length), added to the scores.
+    key_length), added to the scores. softcap: c in cap(s) = c · tanh(s / c); None: cap(s) = s.
+    by_distance: (2 · reach + 1,). one_more: a score of every row, exponentiated in its denominator
+    alone.
     """
     factor = q.shape[1] ** -0.5 if scale is None else scale
 
     def weigh(i: int, seen: Tensor) -> Tensor:
         scores = factor * (k[seen] @ q[i])
-        return softmax(scores if bias is None else scores + bias[i, seen])
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if bias is not None:
+            scores = scores + bias[i, seen]
+        if by_distance is not None:
+            position, reach = k.shape[0] - q.shape[0] + i, by_distance.shape[0] // 2
+            scores = scores + by_distance.double()[reach + seen - position]
+        if one_more is not None:
+            return softmax(torch.cat([scores, one_more.double()[None]]))[:-1]
+        return softmax(scores)
 
     return rows(visible, weigh)

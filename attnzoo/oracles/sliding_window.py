@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo.oracles.matrix import by_heads, oracle, real_keys, rows, softmax_over
+from attnzoo.oracles.matrix import by_heads, oracle, real_keys, softmax_over
 
 
 @oracle("sliding_window")
@@ -19,6 +19,8 @@ def sliding_window(
     sinks=0,
     logits=None,
     scale=None,
+    softcap=None,
+    distance_bias=None,
     key_mask=None,
     attn_mask=None,
     is_causal=False,
@@ -40,16 +42,14 @@ def sliding_window(
                 if 0 <= position + t * step < k_h.shape[0]:
                     near[i, position + t * step] = True
             near[i, real_keys(visible)[:sinks]] = True
-        if logits is None:
-            return softmax_over(visible & near, q_h, k_h, scale)
-        factor, own = q_h.shape[1] ** -0.5 if scale is None else scale, logits[h].double()
-
-        def weigh(i: int, seen: Tensor) -> Tensor:
-            scores = factor * (k_h[seen] @ q_h[i])
-            largest = torch.maximum(scores.max(), own).detach()
-            terms = (scores - largest).exp()
-            return terms / (terms.sum() + (own - largest).exp())
-
-        return rows(visible & near, weigh)
+        return softmax_over(
+            visible & near,
+            q_h,
+            k_h,
+            scale,
+            softcap=softcap,
+            by_distance=None if distance_bias is None else distance_bias[h],
+            one_more=None if logits is None else logits[h],
+        )
 
     return by_heads(matrix, q, k, v, key_mask, is_causal)

@@ -6,12 +6,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.call import Call
-from attnzoo.eager import can_look
+from attnzoo.call import KEYS, Call
+from attnzoo.eager import can_look, only_autograd_looks
 from attnzoo.sequences.ordering import running_maximum
 from attnzoo.spec import Input
 
@@ -19,12 +21,9 @@ from attnzoo.spec import Input
 def clear_padding(call: Call) -> Call:
     """Clear the padded slots of k, v and the inputs, so that nothing in them (NaN included) can
     reach a real row, forward or backward (rules 3, 4)."""
-    return call if call.key_mask is None else _cleared(call, ~call.key_mask)
-
-
-def _cleared(call: Call, slots: Tensor) -> Call:
-    """The call with 0 in k and v, and what padding holds in inputs, at `slots`, (batch,
-    key_length)."""
+    if call.key_mask is None:
+        return call
+    slots = ~call.key_mask
     at = slots[:, None, :, None]
     inputs = dict(call.inputs)
     for one, x in call.given():
@@ -47,35 +46,74 @@ def shield_past(call: Call, *, may_stall: bool = False) -> tuple[Call, Tensor | 
 
     may_stall: whether values may be read even where that waits for a GPU. Reading them costs one
         pass over k, v and the inputs along the keys, and may show that there is nothing to do
-    returns: the call with bad slots cleared, and the rows to overwrite with NaN, (batch,
-        query_length) bool: those that see a bad slot. None where there is nothing to do, as where
-        every row sees every slot.
+    returns: the call with a number in place of every NaN and inf, and the rows to overwrite with
+        NaN, (batch, query_length) bool: those that see a bad slot. None where there is nothing to
+        do, as where every row sees every slot.
     """
     k, v = call.k, call.v
     if not (call.is_causal or call.segments is not None) or k.is_meta:
         return call, None
     read = [
-        (one, x.detach())
+        (one, x)
         for one, x in call.given()
         if "keys" in one.names and one.padded is not None and x.is_floating_point()
     ]
     if (
         can_look(k, v, may_stall=may_stall)
         and _all_finite(k.detach(), v.detach())
-        and all(math.isfinite(x.sum(dtype=_summed_in(x)).item()) for _, x in read)
+        and all(math.isfinite(x.detach().sum(dtype=_summed_in(x)).item()) for _, x in read)
     ):
         return call, None
-    wide = _summed_in(k)
-    bad = ~torch.isfinite(k.sum(-1, dtype=wide) + v.sum(-1, dtype=wide)).all(1)
+    largest = torch.maximum(_largest(k, KEYS), _largest(v, KEYS))
     for one, x in read:
-        others = [dim for dim, axis in enumerate(one.names) if axis not in ("batch", "keys")]
-        found = ~(x < torch.inf)  # -inf is a gate that closes
-        bad = bad | (found.sum(others) > 0 if others else found)
-    reached = _reached(bad, call)
-    rows = reached.new_zeros(k.shape[0], call.query_length)
-    common = min(call.query_length, call.key_length)
-    rows[:, call.query_length - common :] = reached[:, call.key_length - common :]
-    return _cleared(call, bad), rows
+        largest = torch.maximum(largest, _largest(x, one.names, closes=one.like is None))
+    reached = _reached(~(largest < math.inf), call)
+    rows = reached[:, call.offset :] if call.offset >= 0 else F.pad(reached, (-call.offset, 0))
+    inputs = {
+        one.name: _only_numbers(x, float(one.padded or 0), closes=one.like is None)
+        for one, x in read
+    }
+    inputs = {**call.inputs, **inputs}
+    return replace(call, k=_only_numbers(k), v=_only_numbers(v), inputs=inputs), rows
+
+
+def poison(out: Tensor, rows: Tensor) -> Tensor:
+    """`out`, (batch, heads, query_length, ...), with NaN in these rows, (batch, query_length)."""
+    return torch.where(rows[:, None, :, None], math.nan, out)  # one pass, where masked_fill has two
+
+
+def _largest(x: Tensor, axes: tuple[str, ...], *, closes: bool = False) -> Tensor:
+    """The largest size of a number in every slot, (batch, key_length): NaN where one is NaN. A sum
+    would tell too, but could overflow.
+
+    closes: whether -inf is a number like others: the logarithm of a gate that closes
+    """
+    others = [dim for dim, axis in enumerate(axes) if axis not in ("batch", "keys")]
+    x = x.detach()
+    if closes:
+        return x.amax(others) if others else x
+    return torch.linalg.vector_norm(x, math.inf, others) if others else x.abs()
+
+
+def _only_numbers(x: Tensor, value: float = 0.0, *, closes: bool = False) -> Tensor:
+    """x with `value` in place of every NaN and inf: one pass over memory, and none backward.
+    closes: as in `_largest`."""
+    lowest = -math.inf if closes else value
+    if x.requires_grad and only_autograd_looks(x):
+        return _OnlyNumbers.apply(x, value, lowest)  # pyright: ignore[reportReturnType]
+    return x.nan_to_num(value, value, lowest)
+
+
+class _OnlyNumbers(torch.autograd.Function):
+    """As `_only_numbers`. The gradient passes as it is: no row that sees a bad slot sends one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: float, lowest: float) -> Tensor:
+        return x.nan_to_num(value, value, lowest)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None
 
 
 def _reached(bad: Tensor, call: Call) -> Tensor:

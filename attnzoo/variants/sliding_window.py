@@ -9,6 +9,7 @@ from torch import nn
 from attnzoo.arguments import check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call, UnsupportedError
+from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS
 from attnzoo.engines.softmax.reference import SINK_LOGITS
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.windows.window_sparse import WindowSparse
@@ -46,6 +47,7 @@ class SlidingWindow(Attention):
         bring logits of its own instead (`sink_logits` of forward)
     scale: factor of the scores, 1/sqrt(head_dim) by default
     dropout: probability that an entry of A is dropped, in training only
+    softcap: keeps scores within ±softcap, see `standard`
     """
 
     spec = Spec(
@@ -57,7 +59,7 @@ class SlidingWindow(Attention):
         family="sparse",
         exact=True,
         dropout=True,
-        inputs=(SINK_LOGITS,),
+        inputs=(SINK_LOGITS, DISTANCE_BIAS),
     )
     engine: WindowSparse
 
@@ -72,6 +74,7 @@ class SlidingWindow(Attention):
         sink_logits: bool = False,
         scale: float | None = None,
         dropout: float = 0.0,
+        softcap: float | None = None,
         backend: str = "auto",
     ) -> None:
         pattern = Window(
@@ -82,6 +85,7 @@ class SlidingWindow(Attention):
             scale,
             dropout,
             sink_logits=check_positive("heads", heads) if sink_logits else 0,
+            softcap=softcap,
         )
         super().__init__(heads, head_dim, engine, backend=backend)
         pattern.heads_by_dilation(heads)  # raises where there are not as many

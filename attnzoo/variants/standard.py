@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attnzoo.attention import Attention, Spec
+from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS
 from attnzoo.engines.softmax.reference import SINK_LOGITS
 from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.registry import register
@@ -20,10 +21,14 @@ class Standard(Attention):
     keys and values.
 
     A call may bring sink_logits, as gpt-oss has them: (heads,), one more score of every row, which
-    counts in the row's sum alone.
+    counts in the row's sum alone, and distance_bias, (heads, 2 · reach + 1), what is added to the
+    score of a key by its distance, from `reach` positions before the query to as many after it
+    (`attnzoo.distance_biases` makes ALiBi's and T5's).
 
     scale: factor of the scores, 1/sqrt(head_dim) by default
     dropout: probability that an entry of A is dropped, in training only
+    softcap: keeps scores within ±softcap, as softcap · tanh(s / softcap), before anything is added
+        to them (Gemma 2, 2024, section 2); None: they are as they are
     """
 
     spec = Spec(
@@ -35,7 +40,7 @@ class Standard(Attention):
         family="exact",
         exact=True,
         attn_mask=True,
-        inputs=(SINK_LOGITS,),
+        inputs=(SINK_LOGITS, DISTANCE_BIAS),
         dropout=True,
     )
 
@@ -46,6 +51,8 @@ class Standard(Attention):
         *,
         scale: float | None = None,
         dropout: float = 0.0,
+        softcap: float | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(heads, head_dim, Softmax(scale, dropout), backend=backend)
+        engine = Softmax(scale, dropout, softcap=softcap)
+        super().__init__(heads, head_dim, engine, backend=backend)

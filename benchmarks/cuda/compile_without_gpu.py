@@ -70,15 +70,15 @@ FLEX = [
     Case("bigbird", "flex", dtype="float32", head_dim=128),
 ]
 PLAIN = [
-    Case(name, "auto", is_causal=is_causal)
-    for name in (
-        "linear",
-        "performer",
-        "retention",
-        "sliding_window",
-        "bigbird",
-        "longformer",
-        "sparse_transformer",
+    Case(name, backend, is_causal=is_causal)
+    for name, backend in (
+        ("linear", "auto"),
+        ("performer", "auto"),
+        ("retention", "auto"),
+        ("sliding_window", "windows"),
+        ("bigbird", "blocks"),
+        ("longformer", "windows"),
+        ("sparse_transformer", "auto"),
     )
     for is_causal in (True, False)
     if is_causal in attnzoo.describe(name).spec.forms

@@ -5,7 +5,7 @@ token i (see feature_maps.py for log_scale). A key j enters the state with the w
 exp(log_scale_j - m_j), and the gate exp(m_{i-1} - m_i) carries the state from one token to the
 next, so that row i weighs key j by exp(log_scale_j - m_i). A column of ones beside v gives the
 normaliser in the same pass; the library's own normaliser adds an epsilon and sums keys in the
-input's dtype. This backend has run only under Triton's interpreter, not on a GPU yet.
+input's dtype.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call, repeat_heads
+from attnzoo.eager import only_autograd_looks
 from attnzoo.engines.installed import missing
 from attnzoo.engines.linear.feature_maps import FeatureMap
 from attnzoo.engines.linear.reference import LinearReference
@@ -103,6 +104,6 @@ def why_not(engine: LinearReference, call: Call) -> str | None:
             f"flash-linear-attention needs query_length == key_length, got {call.query_length} and "
             f"{call.key_length}"
         )
-    if torch.compiler.is_compiling():
-        return "flash-linear-attention breaks a compiled graph"
+    if not only_autograd_looks(call.q, call.k, call.v):
+        return "flash-linear-attention breaks graphs, and no transform sees inside"
     return missing("fla", "pip install 'attnzoo[cuda]'")

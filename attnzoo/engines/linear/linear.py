@@ -21,18 +21,23 @@ from attnzoo.engines.linear.reference import REFERENCE, LinearReference
 from attnzoo.engines.linear.state import LinearState, Recent, early_and_late
 from attnzoo.engines.linear.sums import Past, absorb, read_all
 from attnzoo.engines.piece_by_piece import join
+from attnzoo.engines.tried_on_gpu import untried
 
 
 class Linear(LinearReference):
     """Kernel attention through a feature map.
 
-    Its backends in order: `chunked`, with a backward pass of its own; `open`, the same in operators
-    that graphs and transforms can follow; `fla`, flash-linear-attention on CUDA; the reference.
+    Its backends in order: `fla`, flash-linear-attention on CUDA; `chunked`, with a backward pass of
+    its own; `open`, the same in operators that graphs and transforms can follow; the reference.
 
     feature_map: φ of queries and keys, how A is normalised, and how keys fade
     """
 
     counted_apart = True
+
+    @property
+    def state_type(self) -> type | None:
+        return LinearState
 
     def init_state(self, sizes: StateSizes) -> LinearState:
         return LinearState(sizes.batch_size, sizes.kv_heads, sizes.max_length)
@@ -45,6 +50,8 @@ class Linear(LinearReference):
         if backend == "fla":
             raise UnsupportedError("backend='fla' does not decode; use backend='auto'")
         name = self.choose(call, backend).name
+        if name == "fla":  # first for a whole sequence; what decodes is chunked
+            name = next(one.name for one in self.backends[1:] if one.reason(self, call) is None)
         one_by_one = name == "reference" or call.key_length == 1  # one token has no chunk to share
         walk = _recur if one_by_one else _scan
         before = past = state.summed(self._after)
@@ -132,8 +139,8 @@ def _recur(
 
 
 Linear.backends = (
+    Backend("fla", fla_kernel.run, fla_kernel.why_not, untried=untried),
     Backend("chunked", _chunked, _chunked_why_not),
     Backend("open", _open, _open_why_not, packs=True),
-    Backend("fla", fla_kernel.run, fla_kernel.why_not),  # by name only, until it has run on a GPU
     replace(REFERENCE, packs=True),
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from attnzoo.call import KEYS, Call
 from attnzoo.engines.linear.chunks import CAUSAL_CHUNK
 from attnzoo.engines.linear.sums import Past
-from attnzoo.engines.softmax.cache import GOES_BACK, check_crop, check_state
+from attnzoo.engines.softmax.cache import GOES_BACK, check_crop, check_rows, check_state
 
 #: Adds the keys of a call to the sums before them; None: there are none.
 Add = Callable[[Call, Past | None], Past]
@@ -94,6 +94,7 @@ class LinearState:
     def select(self, rows: Tensor) -> LinearState:
         """The state of these rows of the batch, (new_batch,) indices; a row may be taken more than
         once."""
+        check_rows(rows, self.batch_size)
         recent = None if self.recent is None else self.recent.select(rows)
         past = _selected(self.past, rows)
         return replace(self, batch_size=rows.numel(), past=past, recent=recent)

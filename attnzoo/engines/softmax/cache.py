@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
+from attnzoo.eager import can_look
 from attnzoo.engines.engine import StateSizes
 
 #: How many tokens of a long last call a bounded state can take back; of a shorter one, all.
@@ -113,7 +114,8 @@ class KeyValueCache:
 
     def select(self, rows: Tensor) -> KeyValueCache:
         """The cache of these rows of the batch, (new_batch,) indices; a row may be taken more than
-        once."""
+        once. Raises ValueError on rows that it does not have."""
+        check_rows(rows, self.batch_size)
         old = self.buffer
         mask = None if old.mask is None else old.mask.index_select(0, rows)
         buffer = _Buffer(old.k.index_select(0, rows), old.v.index_select(0, rows), mask)
@@ -235,6 +237,24 @@ def check_state(
         raise ValueError(
             f"the state has taken {seen} tokens and {call.k.shape[2]} more would pass its "
             f"max_length={max_length}; make one with a larger max_length"
+        )
+
+
+def check_rows(rows: Tensor, batch_size: int) -> None:
+    """Raise a ValueError when these are no indices of samples of a state."""
+    is_index = isinstance(rows, Tensor) and rows.dtype in (torch.int32, torch.int64)
+    if not is_index or rows.dim() != 1:
+        found = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else repr(rows)
+        raise ValueError(
+            f"rows is {found}; give the indices of samples as an integer tensor of one dimension"
+        )
+    if not rows.numel() or not can_look(rows):
+        return
+    least, most = int(rows.min()), int(rows.max())
+    if least < 0 or most >= batch_size:
+        raise ValueError(
+            f"rows holds {least if least < 0 else most}, and the state has {batch_size} samples, "
+            f"0 to {batch_size - 1}"
         )
 
 

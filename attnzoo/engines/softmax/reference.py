@@ -1,8 +1,9 @@
 """The softmax engine's reference: A written out, row by row over every key that the masks allow.
 
-    A_ij = exp(s_ij) / Σ_l exp(s_il),    s_ij = scale · q_i·k_j + bias_ij,    l: visible keys
+    A_ij = exp(s_ij) / Σ_l exp(s_il),    s_ij = cap(scale · q_i·k_j) + bias_ij,    l: visible keys
 
-Every backend must equal it. Memory is quadratic in the length.
+cap(s) is softcap · tanh(s / softcap), or s where there is no softcap. Every backend must equal it.
+Memory is quadratic in the length.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor
 
-from attnzoo.arguments import check_dropout, check_scale
+from attnzoo.arguments import check_dropout, check_scale, check_softcap
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Backend, Engine, accumulation_dtype, never_refuses
+from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, bias_of, check_reach
 from attnzoo.spec import Input
 
 #: One more score of every row, a number for each head, that counts in the row's sum alone.
@@ -26,16 +28,38 @@ class SoftmaxReference(Engine):
 
     scale: factor of the scores (default 1/sqrt(head_dim)).
     dropout: probability that an entry of A is dropped, in training only.
+    softcap: keeps scores within ±softcap, smoothly (Gemma 2; None: as they are).
     """
 
-    def __init__(self, scale: float | None = None, dropout: float = 0.0) -> None:
+    def __init__(
+        self, scale: float | None = None, dropout: float = 0.0, *, softcap: float | None = None
+    ) -> None:
         super().__init__()
         self.scale = check_scale(scale)
         self.dropout = check_dropout(dropout)
+        self.softcap = check_softcap(softcap)
 
     def scale_of(self, q: Tensor) -> float:
         """The factor of the scores of these queries."""
         return int(q.shape[-1]) ** -0.5 if self.scale is None else self.scale
+
+    def capped(self, scores: Tensor) -> Tensor:
+        """The scores kept within ±softcap (Gemma team 2024, section 2)."""
+        return scores if self.softcap is None else (scores / self.softcap).tanh() * self.softcap
+
+    def farthest(self, call: Call) -> int:
+        """How many positions at most a key stands from a query that sees it."""
+        return max(call.query_length, call.key_length) - 1
+
+    def choose(self, call: Call, requested: str) -> Backend:
+        if DISTANCE_BIAS.name in call.inputs:
+            check_reach(call, self.farthest(call))
+        return super().choose(call, requested)
+
+    def weights(self, call: Call) -> Tensor:
+        if DISTANCE_BIAS.name in call.inputs:
+            check_reach(call, self.farthest(call))
+        return super().weights(call)
 
     def matrix(self, call: Call) -> Tensor:
         """A of a call, (batch, heads, query_length, key_length) in the precision of sums."""
@@ -53,7 +77,7 @@ def weights_of(engine: SoftmaxReference, call: Call, mask: Tensor | None) -> Ten
     """A formed whole under `mask` and the call's additive mask, in the precision of sums."""
     dtype = accumulation_dtype(call.q.dtype)
     q, k = call.q.to(dtype), repeat_heads(call.k, call.group).to(dtype)
-    scores = einsum(q, k, "b h i d, b h j d -> b h i j") * engine.scale_of(call.q)
+    scores = engine.capped(einsum(q, k, "b h i d, b h j d -> b h i j") * engine.scale_of(call.q))
     bias = additive(call)
     if bias is not None:
         scores = scores + bias.to(dtype)
@@ -109,12 +133,11 @@ def _and(a: Tensor | None, b: Tensor) -> Tensor:
 
 
 def additive(call: Call) -> Tensor | None:
-    """The float part of the masks."""
-    return (
-        call.attn_mask
-        if call.attn_mask is not None and call.attn_mask.is_floating_point()
-        else None
-    )
+    """What is added to the scores, by an attn_mask and by the distances of keys."""
+    mask, bias = call.attn_mask, bias_of(call)
+    if mask is None or not mask.is_floating_point():
+        return bias
+    return mask if bias is None else mask + bias
 
 
 REFERENCE = Backend("reference", reference, never_refuses)

@@ -17,6 +17,7 @@ from attnzoo.call import Call, repeat_heads
 from attnzoo.eager import is_open, only_autograd_looks
 from attnzoo.engines.differentiable import followed
 from attnzoo.engines.engine import accumulation_dtype
+from attnzoo.engines.softmax.distance_bias import last_query_first
 from attnzoo.engines.softmax.reference import (
     SoftmaxReference,
     additive,
@@ -30,6 +31,10 @@ LANES = 8  # kernels want heads whose width is a multiple of so many features
 def attend(engine: SoftmaxReference, call: Call) -> Tensor:
     """A·v, (batch, heads, query_length, value_dim), of any call that `why_not` accepts, with or
     without sink logits."""
+    reversed_bias = last_query_first(call) if call.get("sink_logits") is None else None
+    if reversed_bias is not None:
+        q = call.q.flip(2)
+        return sdpa(engine, q, call.k, call.v, None, reversed_bias, every_row_sees=True).flip(2)
     mask, bias = _masks(call)
     # Not one expression: in a graph of symbolic lengths its value would be a symbol too, which SDPA
     # does not take.
@@ -54,15 +59,11 @@ def why_not(engine: SoftmaxReference, call: Call) -> str | None:
     """Why this backend refuses the call; None when it takes it."""
     if "sink_logits" in call.inputs and engine.scale == 0:
         return "SDPA makes scores of products, and scale=0 leaves none to make sink_logits of"
-    if (
-        call.attn_mask is not None
-        and call.attn_mask.is_floating_point()
-        and call.attn_mask.dtype != call.q.dtype
-    ):
-        return (
-            f"SDPA wants an additive attn_mask of q's dtype {call.q.dtype}, got "
-            f"{call.attn_mask.dtype}"
-        )
+    if engine.softcap is not None:
+        return "SDPA has no softcap"
+    for name, x in (("attn_mask", call.attn_mask), ("distance_bias", call.get("distance_bias"))):
+        if x is not None and x.is_floating_point() and x.dtype != call.q.dtype:
+            return f"SDPA wants an additive {name} of q's dtype {call.q.dtype}, got {x.dtype}"
     return None
 
 
@@ -72,7 +73,8 @@ def _masks(call: Call) -> tuple[Tensor | None, Tensor | None]:
     Both are None for a causal call without other masks if it is square, where SDPA's own is_causal
     serves, or has one query, which sees every key.
     """
-    plain = call.key_mask is None and call.attn_mask is None and call.segments is None
+    given = (call.key_mask, call.attn_mask, call.segments, call.get("distance_bias"))
+    plain = all(x is None for x in given)
     if plain and (not call.is_causal or call.query_length in (1, call.key_length)):
         return None, None
     return visible(call), additive(call)
@@ -98,8 +100,7 @@ def sdpa(
     mask: bool, True = attend, broadcastable to (batch, heads, query_length, key_length)
     bias: float, added to the scores, broadcastable to the same shape
     is_causal: torch's own flag, for as many queries as keys and no masks
-    every_row_sees: the caller knows that no row of `mask` is empty, which spares a pass over the
-        output; only without `bias`
+    every_row_sees: the caller knows that no row is empty, which spares a pass over the output
     scale: the factor of the scores; None: the engine's
 
     Returns (batch, heads, query_length, value_dim).
@@ -108,7 +109,9 @@ def sdpa(
     if q.shape[1] != k.shape[1]:
         grouped = True
     empty = None
-    if not every_row_sees and not (mask is None and bias is None):
+    if every_row_sees and bias is not None:
+        mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+    elif not every_row_sees and not (mask is None and bias is None):
         mask, empty = merge_masks(mask, bias)
     scale = engine.scale if scale is None else scale
     # torch hides the future before it scales: a scale of 0 or less would make -inf NaN or inf.
@@ -222,27 +225,32 @@ def attend_rows(
     v: Tensor,
     mask: Tensor | None,
     sink_logits: Tensor | None,
+    bias: Tensor | None = None,
     *,
     every_row_sees: bool = False,
 ) -> Tensor:
-    """As `sdpa`, also with sink logits; with these, the scores are formed whole, and autograd keeps
-    them.
+    """As `sdpa`, also with sink logits, a softcap, and a bias of another dtype; with these, the
+    scores are formed whole, and autograd keeps them.
 
     q: (batch, heads, rows, head_dim)
     k, v: (batch, kv_heads, keys, head_dim or value_dim)
     mask: bool, True = attend, broadcastable to (batch, heads, rows, keys)
     sink_logits: broadcastable to (batch, heads, rows, 1), or (heads,); None: there are none
+    bias: float, added to the scores, broadcastable as mask
     every_row_sees: the caller knows that no row of `mask` is empty
 
     Returns (batch, heads, rows, value_dim).
     """
-    if sink_logits is None:
-        return sdpa(engine, q, k, v, mask, every_row_sees=every_row_sees)
-    if sink_logits.dim() == 1:
+    takes_bias = bias is None or bias.dtype == q.dtype
+    if sink_logits is None and engine.softcap is None and takes_bias:
+        return sdpa(engine, q, k, v, mask, bias, every_row_sees=every_row_sees)
+    if sink_logits is not None and sink_logits.dim() == 1:
         sink_logits = sink_logits[:, None, None]
     dtype, group = accumulation_dtype(q.dtype), q.shape[1] // k.shape[1]
     k, v = (repeat_heads(x, group).to(dtype) for x in (k, v))
-    scores = (q.to(dtype) @ k.mT) * engine.scale_of(q)
+    scores = engine.capped((q.to(dtype) @ k.mT) * engine.scale_of(q))
+    if bias is not None:
+        scores = scores + bias.to(dtype)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     attention = masked_softmax(scores, sink_logits)

@@ -13,7 +13,7 @@ from attnzoo.engines.engine import (
     StateSizes,
     causal_pairs,
 )
-from attnzoo.engines.softmax import sdpa, xformers_kernel
+from attnzoo.engines.softmax import rows, sdpa, xformers_kernel
 from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.softmax.reference import REFERENCE, SoftmaxReference
 
@@ -23,13 +23,22 @@ class Softmax(SoftmaxReference):
 
     scale: factor of the scores, 1/sqrt(head_dim) by default
     dropout: probability that an entry of A is dropped, in training only
+    softcap: keeps scores within ±softcap; None: they are as they are
+
+    Its backends in order: `sdpa`, torch's; `xformers` on CUDA; `rows`, a few rows at a time, for
+    what these have no place for; the reference.
     """
 
     backends = (
         Backend("sdpa", sdpa.attend, sdpa.why_not, packs=True),
         Backend("xformers", xformers_kernel.attend, xformers_kernel.why_not),
+        Backend("rows", rows.attend, rows.why_not),
         replace(REFERENCE, packs=True),
     )
+
+    @property
+    def state_type(self) -> type | None:
+        return KeyValueCache
 
     def init_state(self, sizes: StateSizes) -> KeyValueCache:
         return KeyValueCache.empty(sizes, None)

@@ -84,6 +84,11 @@ class Piece(Protocol):
         (key_length, d)."""
         ...
 
+    def bias(self, table: Tensor) -> Tensor:
+        """What a table of distances, (2 · reach + 1,), adds to the piece's scores, (parts or 1,
+        rows, keys)."""
+        ...
+
 
 #: A function of q and of the caller's table that makes the pieces of every head, or of every sample
 #: and head.
@@ -120,12 +125,14 @@ class Slices:
     low: the first key of the first part; the keys of each next part begin as many keys later as a
         part has rows
     caps: what hides some of the keys
+    origin: where row 0 stands, in the positions of the keys
     """
 
     first: int
     shape: tuple[int, int, int]
     low: int
     caps: tuple[Cap, ...] = ()
+    origin: int = 0
 
     def rows(self, x: Tensor) -> Tensor:
         parts, size, _ = self.shape
@@ -158,6 +165,12 @@ class Slices:
             self._span(total).view(-1, unit, width).index_add_(
                 0, index.flatten(), gradient.view(-1, unit, width)
             )
+
+    def bias(self, table: Tensor) -> Tensor:
+        _, size, keys = self.shape
+        # The entries of a row begin one before those of the row above it.
+        last = len(table) // 2 + self.low - (self.origin + self.first) - size + 1
+        return table.unfold(0, keys, 1)[last : last + size].flip(0)[None]
 
     def _span(self, x: Tensor) -> Tensor:
         parts, size, keys = self.shape

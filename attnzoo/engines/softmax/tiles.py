@@ -8,6 +8,7 @@ v alone: computing what fits a cache is faster than fetching it from memory.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.eager import only_autograd_looks
 from attnzoo.engines.differentiable import Compute, is_followed, open_gradients
+from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, reaching
 from attnzoo.engines.softmax.reference import SoftmaxReference
 from attnzoo.engines.softmax.tile_pieces import Memory, Piece, Pieces
 
@@ -26,6 +28,9 @@ def why_not(engine: SoftmaxReference, call: Call) -> str | None:
     """Why tiles refuse the call, whatever keys its pattern shows; None when they take it."""
     if call.q.dtype not in DTYPES:
         return f"sums of {call.q.dtype} run in float32, and tiles have one dtype"
+    bias = call.get(DISTANCE_BIAS.name)
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        return "a learned distance_bias gets no gradient from tiles"
     return cannot_work_alone(engine, call)
 
 
@@ -54,10 +59,11 @@ def attend(
     pieces: Pieces,
     compute: Compute,
     sink_logits: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """A·v by pieces, each of which is some rows of one head with their keys.
 
-    engine: gives the scale
+    engine: gives the scale and the softcap
     q, k, v: (batch, heads, query_length, head_dim), and two of (batch, kv_heads, key_length, ...)
     key_cap: (batch or 1, key_length), what `tile_pieces.cap` makes of a mask of the keys; None: no
         key is hidden
@@ -66,10 +72,12 @@ def attend(
     compute: the same function of q, k, v and sink_logits in operators that autograd can follow, for
         second derivatives
     sink_logits: (heads,), one more score of every row, which counts in the row's sum alone
+    bias: (heads, 2 · reach + 1), what is added to scores by distance, without a gradient
 
     Returns (batch, heads, query_length, value_dim).
     """
-    scale = engine.scale_of(q)
+    if bias is not None:  # pieces also have keys that none of their rows sees
+        bias = reaching(bias.detach().to(q.dtype), q.shape[2] + k.shape[2])
     return _Attend.apply(
         q,
         k,
@@ -77,8 +85,9 @@ def attend(
         key_cap,
         table,
         None if sink_logits is None else sink_logits.to(q.dtype),
+        bias,
         pieces,
-        scale,
+        engine,
         compute,
     )
 
@@ -94,49 +103,43 @@ class _Attend(torch.autograd.Function):
         key_cap: Tensor | None,
         table: Tensor | None,
         sink_logits: Tensor | None,
+        bias: Tensor | None,
         pieces: Pieces,
-        scale: float,
+        engine: SoftmaxReference,
         compute: Compute,
     ) -> Tensor:
         out, memory = q.new_empty(*q.shape[:3], v.shape[3]), Memory(q)
-        some_are_empty = key_cap is not None or q.shape[2] > k.shape[2]
+        weigh = partial(_weights, engine, memory, key_cap is not None or q.shape[2] > k.shape[2])
         for one, kv, found in _heads(q, k, pieces(q, table)):
             queries, keys, values, result = q[one], k[kv], v[kv], out[one]
-            sample_cap = _of_sample(key_cap, one[0])
+            of_head = _of_head(one, key_cap, sink_logits, bias)
             for piece in found:
                 rows = piece.rows(result)
                 if not piece.shape[2]:
                     rows.zero_()
                     continue
                 its_keys = piece.keys(keys, "fetched", memory)
-                weights = _weights(
-                    piece,
-                    piece.rows(queries),
-                    its_keys,
-                    sample_cap,
-                    _of_head(sink_logits, one[1]),
-                    scale,
-                    some_are_empty,
-                    memory,
-                )
+                weights, _ = weigh(piece, piece.rows(queries), its_keys, *of_head)
                 torch.bmm(weights, piece.keys(values, "fetched", memory), out=rows)
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.pieces, ctx.scale, ctx.compute = inputs
+        *tensors, ctx.pieces, ctx.engine, ctx.compute = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, key_cap, table, sink_logits = ctx.saved_tensors
+        q, k, v, key_cap, table, sink_logits, bias = ctx.saved_tensors
         if is_followed(gradients[0]):
             *to_qkv, to_logits = open_gradients(ctx.compute, (q, k, v, sink_logits), gradients[0])
-            return *to_qkv, None, None, to_logits, None, None, None
+            return *to_qkv, None, None, to_logits, *[None] * 4
+        scale, cap = ctx.engine.scale_of(q), ctx.engine.softcap
         gradient, memory = gradients[0].contiguous(), Memory(q)
         dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
         to_logits = None if sink_logits is None else torch.zeros_like(sink_logits)
         some_are_empty = key_cap is not None or q.shape[2] > k.shape[2]
+        weigh = partial(_weights, ctx.engine, memory, some_are_empty)
         for one, kv, found in _heads(q, k, ctx.pieces(q, table)):
             queries, keys, values, sent, to_queries, to_keys, to_values = (
                 q[one],
@@ -147,7 +150,7 @@ class _Attend(torch.autograd.Function):
                 dk[kv],
                 dv[kv],
             )
-            sample_cap = _of_sample(key_cap, one[0])
+            of_head = _of_head(one, key_cap, sink_logits, bias)
             for piece in found:
                 to_rows = piece.rows(to_queries)
                 parts, _, count = piece.shape
@@ -162,16 +165,7 @@ class _Attend(torch.autograd.Function):
                 torch.bmm(sent_rows, piece.keys(values, "fetched", memory).mT, out=slopes)
                 # The keys overwrite the values in memory, which are not needed any more.
                 its_keys = piece.keys(keys, "fetched", memory)
-                weights = _weights(
-                    piece,
-                    rows,
-                    its_keys,
-                    sample_cap,
-                    _of_head(sink_logits, one[1]),
-                    ctx.scale,
-                    some_are_empty,
-                    memory,
-                )
+                weights, capped = weigh(piece, rows, its_keys, *of_head, keep=cap is not None)
                 part = torch.bmm(
                     weights.mT, sent_rows, out=memory("gradient", parts, count, v.shape[3])
                 )
@@ -183,11 +177,13 @@ class _Attend(torch.autograd.Function):
                     # The slopes of a row and of its logit sum to 0: one number added to all of its
                     # scores changes nothing.
                     to_logits[one[1]] -= slopes.sum()
-                torch.baddbmm(to_rows, slopes, its_keys, beta=0, alpha=ctx.scale, out=to_rows)
+                if capped is not None and cap is not None:
+                    slopes.addcmul_(slopes, capped.div_(cap).square_(), value=-1)
+                torch.baddbmm(to_rows, slopes, its_keys, beta=0, alpha=scale, out=to_rows)
                 part = memory("gradient", parts, count, k.shape[3])
-                torch.baddbmm(part, slopes.mT, rows, beta=0, alpha=ctx.scale, out=part)
+                torch.baddbmm(part, slopes.mT, rows, beta=0, alpha=scale, out=part)
                 piece.add(part, to_keys)
-        return dq, dk, dv, None, None, to_logits, None, None, None
+        return dq, dk, dv, None, None, to_logits, *[None] * 4
 
 
 def _heads(
@@ -207,38 +203,51 @@ def _heads(
             )
 
 
-def _of_sample(key_cap: Tensor | None, sample: int) -> Tensor | None:
-    return None if key_cap is None else key_cap[sample if key_cap.shape[0] > 1 else 0]
-
-
-def _of_head(sink_logits: Tensor | None, head: int) -> Tensor | None:
-    return None if sink_logits is None else sink_logits[head]
+def _of_head(
+    one: tuple[int, int], key_cap: Tensor | None, sink_logits: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The cap of the sample's keys, and the head's sink logit and bias."""
+    sample, head = one
+    of_sample = None if key_cap is None else key_cap[sample if key_cap.shape[0] > 1 else 0]
+    logit, of_distances = (None if x is None else x[head] for x in (sink_logits, bias))
+    return of_sample, logit, of_distances
 
 
 def _weights(
+    engine: SoftmaxReference,
+    memory: Memory,
+    some_are_empty: bool,
     piece: Piece,
     q: Tensor,
     k: Tensor,
     key_cap: Tensor | None,
     sink_logit: Tensor | None,
-    scale: float,
-    some_are_empty: bool,
-    memory: Memory,
-) -> Tensor:
-    """Softmax of the scores of a piece, (parts, rows, keys), in the memory named "scores".
+    bias: Tensor | None,
+    *,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax of the scores of a piece, (parts, rows, keys), in the memory named "scores"; and the
+    scores within the softcap, in the memory named "capped", if they are to be kept.
 
-    piece: its shape, and the caps that hide some keys
+    engine: gives the scale and the softcap
+    memory: where results are written
+    some_are_empty: whether there may be rows that see no key, which must become 0
+    piece: its shape, the caps that hide some keys, and how far its keys stand from its rows
     q: (parts, rows, head_dim)
     k: (parts, keys, head_dim)
     key_cap: (key_length,), of the sample, -inf for hidden keys and inf for others; None: no key is
         hidden
     sink_logit: the head's one more score of every row, a tensor without dimensions
-    scale: the factor of the scores
-    some_are_empty: whether there may be rows that see no key, which must become 0
-    memory: where results are written
+    bias: (2 · reach + 1,), what is added to the head's scores by distance
     """
-    scores = memory("scores", *piece.shape)
-    torch.baddbmm(scores, q, k.mT, beta=0, alpha=scale, out=scores)
+    scores, capped = memory("scores", *piece.shape), None
+    torch.baddbmm(scores, q, k.mT, beta=0, alpha=engine.scale_of(q), out=scores)
+    if engine.softcap is not None:
+        scores.div_(engine.softcap).tanh_().mul_(engine.softcap)
+        if keep:
+            capped = memory("capped", *piece.shape).copy_(scores)
+    if bias is not None:
+        scores.add_(piece.bias(bias))
     for part in piece.caps:
         some = scores.narrow(2, part.start, part.stop - part.start)
         torch.minimum(some, part.largest, out=some)
@@ -250,4 +259,10 @@ def _weights(
     if sink_logit is not None and largest is not None:
         log_sum = largest - scores.amax(-1, keepdim=True).log()
         scores.mul_(torch.sigmoid(log_sum - sink_logit))
-    return scores if empty is None or not empty.any() else scores.masked_fill_(empty, 0.0)
+    if empty is not None and empty.any():
+        scores.masked_fill_(empty, 0.0)
+    if bias is not None:
+        # A slope leaves far keys weights below the least normal number, with which a processor
+        # multiplies many times more slowly.
+        torch.threshold_(scores, torch.finfo(scores.dtype).tiny, 0.0)
+    return scores, capped

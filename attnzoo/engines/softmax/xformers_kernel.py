@@ -1,8 +1,8 @@
 """Softmax attention by xformers' memory-efficient kernels (CUDA, optional).
 
 Causality is one of the library's lazy masks, which say what is hidden without a tensor of query
-length × key length. This backend has not run on a GPU yet: the choice of mask is tested against its
-`.materialize()`.
+length × key length. The choice of mask is tested against its `.materialize()`; its kernels have not
+run here yet, since the one GPU at hand had a torch that xformers was not built for.
 """
 
 from __future__ import annotations
@@ -21,17 +21,22 @@ LARGEST_HEAD_DIM = 256  # that xformers' FlashAttention operators take
 
 def attend(engine: SoftmaxReference, call: Call) -> Tensor:
     """A·v, (batch, heads, query_length, value_dim), of a call that `why_not` accepts."""
-    # xformers wants (batch, length, heads, head_dim), and for gradients equally many heads in all.
     from xformers.ops import memory_efficient_attention
 
-    q, k, v = (
-        x.transpose(1, 2)
-        for x in (call.q, repeat_heads(call.k, call.group), repeat_heads(call.v, call.group))
-    )
-    dropout = engine.dropout if engine.training else 0.0
-    return memory_efficient_attention(
-        q, k, v, attn_bias=choose_bias(call), p=dropout, scale=engine.scale
-    ).transpose(1, 2)
+    asked = _arguments(engine, call)
+    return memory_efficient_attention(*asked.pop("tensors"), **asked).transpose(1, 2)
+
+
+def _arguments(engine: SoftmaxReference, call: Call) -> dict[str, Any]:
+    """What xformers is asked for: `tensors`, q, k and v of (batch, length, heads, head_dim), for
+    gradients with equally many heads in all, and the rest by its own names."""
+    k, v = (repeat_heads(x, call.group) for x in (call.k, call.v))
+    return {
+        "tensors": [x.transpose(1, 2) for x in (call.q, k, v)],
+        "attn_bias": choose_bias(call),
+        "p": engine.dropout if engine.training else 0.0,
+        "scale": engine.scale,
+    }
 
 
 def choose_bias(call: Call) -> Any:
@@ -56,8 +61,10 @@ def why_not(engine: SoftmaxReference, call: Call) -> str | None:
         return f"it has no {call.q.dtype} kernel: use float16, bfloat16 or float32"
     if call.key_mask is not None or call.attn_mask is not None:
         return "a key_mask or attn_mask would have to be laid out as a dense bias: leave it to sdpa"
-    if "sink_logits" in call.inputs:
-        return "it has no place for sink_logits: leave them to sdpa"
+    if "sink_logits" in call.inputs or "distance_bias" in call.inputs:
+        return "it has no place for sink_logits and distance_bias: leave them to sdpa"
+    if engine.softcap is not None:
+        return "it has no softcap"
     if call.is_causal and call.offset < 0:
         return (
             f"query_length={call.query_length} is over key_length={call.key_length}: the first "
@@ -66,20 +73,41 @@ def why_not(engine: SoftmaxReference, call: Call) -> str | None:
     for name, width in (("head_dim", call.q.shape[3]), ("value_dim", call.v.shape[3])):
         if width % 8 or width > LARGEST_HEAD_DIM:
             return f"{name}={width} must be a multiple of 8 up to {LARGEST_HEAD_DIM}"
-    return missing("xformers", "pip install 'attnzoo[cuda]'") or _no_operator()
+    if torch.compiler.is_compiling():
+        return "it chooses its kernel in Python, which breaks a compiled graph"
+    return missing("xformers", "pip install 'attnzoo[cuda]'") or _no_operator(engine, call)
 
 
-def _no_operator() -> str | None:
-    """Why no kernel of xformers can run; None when one can. The library can be imported even where
-    its kernels were built for another torch."""
+def _no_operator(engine: SoftmaxReference, call: Call) -> str | None:
+    """Why xformers has no kernel for the call; None when it has. It can be imported even where its
+    kernels were built for another torch, another Python or another GPU."""
     from xformers.ops import fmha
+    from xformers.ops.fmha import dispatch
 
-    if fmha.flash.FwOp.is_available() or fmha.cutlass.FwOp.is_available():
-        return None
-    return (
-        "xformers found none of its kernels built for this torch: install the xformers release "
-        "that goes with it"
+    # One head tells as much as all, and is never copied.
+    asked = _arguments(engine, call.select(heads=slice(0, 1)))
+    inputs = fmha.Inputs(*asked.pop("tensors"), **asked)
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v))
+    try:
+        dispatch._dispatch_fw(inputs, learns)
+        if learns:
+            dispatch._dispatch_bw(inputs, None)
+    except NotImplementedError as error:
+        return _reason(str(error))
+    return None
+
+
+def _reason(error: str) -> str:
+    """xformers' refusal, which lists the inputs and then a paragraph for each of its kernels, as
+    one sentence."""
+    kernels = error.split("is not supported because:")
+    found = dict.fromkeys(
+        line.strip().replace("`", "")
+        for kernel in kernels[1:]
+        for line in kernel.splitlines()
+        if line.startswith("    ")
     )
-
-
-_no_operator._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return (
+        f"xformers has no kernel for it ({'; '.join(found)}): install the xformers release that "
+        "goes with this torch, or use sdpa"
+    )

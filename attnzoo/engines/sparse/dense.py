@@ -6,7 +6,9 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.softmax.reference import causal_mask
+from attnzoo.engines.softmax.sdpa import attend as attend_whole
 from attnzoo.engines.softmax.sdpa import sdpa
+from attnzoo.engines.softmax.sdpa import why_not as whole_why_not
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.pattern import Pattern
 from attnzoo.engines.sparse.reference import SparseReference
@@ -17,6 +19,8 @@ LARGEST_MASK = 2**22  # entries of a mask that holds causality and padding toget
 
 def attend(engine: SparseReference, call: Call) -> Tensor:
     """A·v by one call of torch's SDPA over every key."""
+    if "distance_bias" in call.inputs:
+        return attend_whole(engine, call)
     grid = grid_of(call)
     is_causal = False  # not one expression, as in `sdpa.attend`
     if grid.is_causal and grid.query_length > 1:
@@ -33,6 +37,9 @@ def why_not(engine: SparseReference, call: Call) -> str | None:
     """Why this backend refuses the call; None when it takes it."""
     if "sink_logits" in call.inputs:
         return "SDPA has no place for sink_logits"
+    reason = whole_why_not(engine, call)
+    if reason is not None:
+        return reason
     grid = grid_of(call)
     if not is_whole(engine.pattern, grid):
         return "the pattern hides keys, and a dense mask of them is quadratic in the length"

@@ -3,14 +3,17 @@
 One fused kernel goes through a table that lists, for each block of queries, the blocks of keys that
 it sees. The tables come from the pattern's own blocks, and have (n / block)² entries a head for a
 length of n, never n². In a block that is visible as a whole the kernel needs no mask; in the others
-it asks a function, `mask_mod`, about each key: causality, the edge of a window, padding. This
-backend has not run on a GPU yet.
+it asks a function, `mask_mod`, about each key: causality, the edge of a window, padding, the pieces
+of a packed row. Another, `score_mod`, changes scores: a softcap, a bias by distance. The first call
+of a shape class compiles its kernels, which takes 5 to 30 seconds.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from copy import copy
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +21,10 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
+from attnzoo.eager import is_open, is_recorded
 from attnzoo.engines.installed import missing
 from attnzoo.engines.softmax.reference import SoftmaxReference
+from attnzoo.engines.sparse.flex_modifiers import mask_mod, score_mod
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.pattern import Pattern
 from attnzoo.engines.sparse.reference import SparseReference
@@ -49,12 +54,14 @@ def attend_by(
     flex: Callable[..., Any], engine: SoftmaxReference, pattern: Pattern, call: Call
 ) -> Tensor:
     """As `attend`, by `flex`, which is FlexAttention compiled or not."""
-    mask, ahead = block_mask(pattern, call)
+    mask, tables = block_mask(pattern, call)
+    ahead = tables.ahead
     q = torch.nn.functional.pad(call.q, (0, 0, ahead, 0)) if ahead else call.q
     out = flex(
         q,
         call.k,
         call.v,
+        score_mod=score_mod(tables.first, engine.softcap, call),
         block_mask=mask,
         scale=engine.scale,
         enable_gqa=bool(q.shape[1] != call.k.shape[1]),
@@ -74,15 +81,16 @@ def kernel_options(pattern: Pattern, call: Call) -> dict[str, int] | None:
     do.
 
     Its own are for blocks of 128. Compiled for compute capability 9.0 (sm_90a), they spill
-    registers (kilobytes a thread) in float32, and in float16 and bfloat16 at 128 by 128 under a
-    key_mask. The sizes given here spill none at head_dim 64.
+    registers (kilobytes a thread) in float32, and in float16 and bfloat16 at 128 by 128 where every
+    block asks a key_mask or segments. The sizes given here spill none at head_dim 64.
     """
     tile = largest_tile(block_size_of(pattern))
     if call.q.dtype == torch.float32:
         tile = min(tile, FLOAT32_TILE)
     if tile < BLOCK:
         return {"fwd_BLOCK_M": tile, "fwd_BLOCK_N": tile}
-    return {"fwd_BLOCK_N": 64} if call.key_mask is not None and call.q.shape[3] <= 64 else None
+    asks = call.key_mask is not None or call.segments is not None
+    return {"fwd_BLOCK_N": 64} if asks and call.q.shape[3] <= 64 else None
 
 
 def largest_tile(block_size: int) -> int:
@@ -90,67 +98,61 @@ def largest_tile(block_size: int) -> int:
     return min(block_size & -block_size, BLOCK)
 
 
-def block_mask(pattern: Pattern, call: Call) -> tuple[BlockMask, int]:
-    """What FlexAttention needs to know about the visible keys of a call.
-
-    Returns the tables of blocks, with the function `mask_mod` for blocks that are not visible as a
-    whole, and how many empty rows must stand before the first query, so that blocks of rows are
-    blocks of positions.
+def block_mask(pattern: Pattern, call: Call) -> tuple[BlockMask, Tables]:
+    """What FlexAttention needs to know about the visible keys of a call: the tables of blocks, with
+    the function `mask_mod` for blocks that are not visible as a whole, and what they are made of.
     """
     grid = grid_of(call)
-    found, ahead = _tables(pattern, grid, call.key_mask is not None)
-    mask = copy(found)
-    first = torch.full((), grid.offset - ahead, device=call.q.device)
-    farthest = pattern.farthest
-    window = None if farthest is None else torch.full((), farthest, device=call.q.device)
-    mask.mask_mod = _mask_mod(first, window, call.key_mask, is_causal=grid.is_causal)
-    return mask, ahead
+    # A graph makes its own tables, since it would trace what fills a cache.
+    made = _made_tables if torch.compiler.is_compiling() else _kept_tables
+    # Where any block may hold padding or the end of a piece, none is visible as a whole.
+    tables = made(pattern, grid, call.key_mask is None and call.segments is None)
+    mask = copy(tables.mask)
+    mask.mask_mod = mask_mod(tables.first, tables.window, call)
+    return mask, tables
 
 
-def _mask_mod(
-    first: Tensor, window: Tensor | None, key_mask: Tensor | None, *, is_causal: bool
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The function that tells FlexAttention whether a row sees a key.
+@dataclass(frozen=True)
+class Tables:
+    """What FlexAttention needs of one pattern and size, whatever the values of a call.
 
+    mask: the tables of blocks
+    ahead: empty rows before the first query, so that blocks of rows are blocks of positions
     first: the position of row 0, a tensor, since each new Python number would compile a new graph
     window: keys at this distance or more are hidden, also a tensor; None: no distance hides
-    key_mask: (batch, key_length) bool, False in padded slots; None: no padding
-    is_causal: whether keys after the row are hidden
     """
 
-    def visible(sample: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        distance = row + first - key
-        seen = key >= 0
-        if is_causal:
-            seen = seen & (distance >= 0)
-        if window is not None:
-            seen = seen & (distance.abs() < window)
-        if key_mask is not None:
-            seen = seen & key_mask[sample, key]
-        return seen
-
-    return visible
+    mask: BlockMask
+    ahead: int
+    first: Tensor
+    window: Tensor | None
 
 
 @lru_cache(maxsize=16)
-def _tables(pattern: Pattern, grid: Grid, padded: bool) -> tuple[BlockMask, int]:
-    """The tables of one pattern and size, and how many empty rows stand before the first query.
+def _kept_tables(pattern: Pattern, grid: Grid, may_be_whole: bool) -> Tables:
+    """As `_made_tables`, kept for the next call; up to heads · (n / block)² · 16 bytes each."""
+    with torch.inference_mode(False):  # they may serve training later
+        return _made_tables(pattern, grid, may_be_whole)
 
-    They are kept for the next call, and take up to heads · (n / block)² · 16 bytes.
 
-    padded: whether the call has a key_mask
+def _made_tables(pattern: Pattern, grid: Grid, may_be_whole: bool) -> Tables:
+    """The tables of one pattern and size.
+
+    may_be_whole: whether a block of which the pattern hides nothing is visible as a whole
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     table = pattern.table(grid)
-    # With padding no block is visible as a whole, since any may hold a padded key.
-    whole = torch.zeros_like(table.whole) if padded else table.whole
+    whole = table.whole if may_be_whole else torch.zeros_like(table.whole)
     partial = _ordered(table.seen & ~whole)
-    full = (None, None) if padded else _ordered(whole)
+    full = _ordered(whole) if may_be_whole else (None, None)
     lengths = (table.ahead + grid.query_length, grid.key_length)
     block_size = block_size_of(pattern)
     mask = BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=block_size, seq_lengths=lengths)
-    return mask, table.ahead
+    first = torch.full((), grid.offset - table.ahead, device=grid.device)
+    farthest = pattern.farthest
+    window = None if farthest is None else torch.full((), farthest, device=grid.device)
+    return Tables(mask, table.ahead, first, window)
 
 
 def _ordered(table: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,10 +173,14 @@ def _compiled(call: Call, block_size: int) -> Callable[..., Any]:
 
     if torch.compiler.is_compiling():
         return flex_attention
-    # Untuned, the backward kernel has one configuration, whose tiles of up to 128 fail on smaller
-    # blocks; tuning searches for one that fits.
+    return compiled_flex(_must_tune(call, block_size))
+
+
+def _must_tune(call: Call, block_size: int) -> bool:
+    """Whether a backward kernel must be searched for. Untuned, it has one configuration, whose
+    tiles of up to 128 fail on smaller blocks."""
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v))
-    return compiled_flex(learns and largest_tile(block_size) < BLOCK)
+    return learns and largest_tile(block_size) < BLOCK
 
 
 @lru_cache(maxsize=2)
@@ -184,16 +190,39 @@ def compiled_flex(tuned: bool) -> Callable[..., Any]:
 
     tuned: whether to search for the fastest tile sizes
     """
-    import torch._dynamo  # pyright: ignore[reportUnusedImport]
-    from torch.nn.attention.flex_attention import flex_attention
+    import torch._dynamo
+    import torch._functorch.config as functorch_config
 
     compiled = torch.compile(
-        flex_attention,
+        _only_compiled,
         dynamic=True,
         fullgraph=True,
         options={"max_autotune": True} if tuned else None,
     )
-    return torch._dynamo.config.patch(recompile_limit=SHAPE_CLASSES)(compiled)
+    # A backward pass that frees its buffers early would refuse a second one (retain_graph).
+    kept = functorch_config.patch(donated_buffer=False)(compiled)
+    return torch._dynamo.config.patch(recompile_limit=SHAPE_CLASSES)(kept)
+
+
+def _only_compiled(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    """FlexAttention, which reads no tables of blocks where it is not compiled."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "FlexAttention was to be compiled, and torch.compile is switched off: switch it on, or "
+            "ask for another backend than 'flex'"
+        )
+    return flex_attention(q, k, v, **options)
+
+
+def _compiles() -> bool:
+    """Whether torch.compile is switched on, by its environment variables and by
+    torch.compiler.set_stance."""
+    from torch._dynamo import config, eval_frame
+
+    switched_off = config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1"
+    return not switched_off and eval_frame._stance.stance != "force_eager"
 
 
 def why_not(engine: SparseReference, call: Call, dilation: int = 1) -> str | None:
@@ -224,4 +253,22 @@ def why_not(engine: SparseReference, call: Call, dilation: int = 1) -> str | Non
             f"query_length={call.query_length} is below {rows}, which fill one block of {BLOCK} "
             "queries: its tables would cost more than they save"
         )
-    return missing("triton", "it comes with the CUDA builds of torch")
+    return _unseen(call, block_size) or missing("triton", "it comes with the CUDA builds of torch")
+
+
+def _unseen(call: Call, block_size: int) -> str | None:
+    """Why its kernel cannot be made where a graph or transform is at work; None where it can."""
+    if not torch.compiler.is_compiling():
+        if is_recorded() or is_open() or torch._C._are_functorch_transforms_active():
+            return "a graph or transform must see the operators inside"
+        return None if _compiles() else "FlexAttention must be compiled: torch.compile is off"
+    if torch.compiler.is_exporting():
+        return "an exported graph could not run elsewhere"
+    if torch._C._are_functorch_transforms_active():
+        return "FlexAttention knows no transforms of torch.func"
+    if _must_tune(call, block_size):
+        return (
+            f"its backward kernel must be searched for where block_size={block_size} is no "
+            f"multiple of {BLOCK}, which a compiled graph does not do"
+        )
+    return None

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call, UnsupportedError
-from attnzoo.engines.softmax.cache import KeyValueCache, check_crop, check_state
+from attnzoo.engines.softmax.cache import KeyValueCache, check_crop, check_rows, check_state
+from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, KEY_POSITIONS, check_reach
 from attnzoo.sequences.padding import fetched, first_real, slots_of
 
 
@@ -75,6 +76,7 @@ class GlobalCache:
     def select(self, rows: Tensor) -> GlobalCache:
         """The state of these rows of the batch, (new_batch,) indices; a row may be taken more than
         once."""
+        check_rows(rows, self.batch_size)
         chosen = (
             None if x is None else x.index_select(0, rows)
             for x in (self.global_k, self.global_v, self.global_key_mask, self.real, self.places)
@@ -169,7 +171,18 @@ class GlobalCache:
             new.new_zeros(self.batch_size, past),
             torch.zeros_like(new) if mask is None else mask,
         ]
-        return call.over(call.q, k, v, key_mask), torch.cat(named, 1)
+        whole = call.over(call.q, k, v, key_mask)
+        if DISTANCE_BIAS.name in call.inputs and self.kept:
+            whole = whole.giving(KEY_POSITIONS, self._positions(k.shape[2], new.shape[1]))
+            check_reach(whole, self.seen + new.shape[1] - 1)
+        return whole, torch.cat(named, 1)
+
+    def _positions(self, length: int, new: int) -> Tensor:
+        """Where the keys stand that the next queries can read, (batch, length), if the last of
+        `new` more stands at length - 1."""
+        slots = torch.arange(self.kept, length, device=self.global_k.device)
+        ahead = self._places() - (self.seen + new - length)
+        return torch.cat([ahead, slots.expand(self.batch_size, -1)], 1)
 
     def append(self, call: Call, mask: Tensor | None) -> GlobalCache:
         """The state behind the call's tokens, of which those in `mask` stay."""

@@ -22,10 +22,18 @@ class SparseReference(SoftmaxReference):
     pattern: which keys each query sees; the masks of a call hide some of them
     scale: factor of the scores, 1/sqrt(head_dim) by default
     dropout: probability that an entry of A is dropped, in training only
+    softcap: keeps scores within ±softcap; None: they are as they are
     """
 
-    def __init__(self, pattern: Pattern, scale: float | None = None, dropout: float = 0.0) -> None:
-        super().__init__(scale, dropout)
+    def __init__(
+        self,
+        pattern: Pattern,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        *,
+        softcap: float | None = None,
+    ) -> None:
+        super().__init__(scale, dropout, softcap=softcap)
         self.pattern = pattern
 
     def matrix(self, call: Call) -> Tensor:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from attnzoo.bench.bench_rows import SDPA, Row
+from attnzoo.bench.plan import in_pieces
 from attnzoo.report.axes import log_axis
 from attnzoo.report.figures import Drawing, Look, chart, plot, ratio_tick
 from attnzoo.report.style import INK, styles
@@ -82,7 +83,7 @@ def panel_title(row: Row) -> str:
     causality = "causal" if row.is_causal else "not causal"
     return (
         f"{row.level} {row.phase}, {causality}\n{row.dtype}, "
-        f"{row.batch_size}×{row.heads}×{row.head_dim}"
+        f"{row.batch_size}×{row.heads}×{row.head_dim}{in_pieces(row.segments)}"
     )
 
 

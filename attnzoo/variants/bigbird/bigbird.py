@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention import Attention, Spec
+from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS
 from attnzoo.engines.sparse.blocks.block_sparse import BlockSparse
 from attnzoo.engines.sparse.patterns.block_patterns import BlockUnion, GlobalBlocks, WindowBlocks
 from attnzoo.engines.sparse.patterns.grid import Grid, padded
@@ -36,6 +37,7 @@ class BigBird(Attention):
     seed: chooses the random blocks and is kept in state_dict; give each layer its own
     scale: factor of the scores, 1/sqrt(head_dim) by default
     dropout: probability that an entry of A is dropped, in training only
+    softcap: keeps scores within ±softcap, see `standard`
     """
 
     spec = Spec(
@@ -48,6 +50,7 @@ class BigBird(Attention):
         family="sparse",
         exact=True,
         dropout=True,
+        inputs=(DISTANCE_BIAS,),
     )
     engine: BlockSparse
 
@@ -63,6 +66,7 @@ class BigBird(Attention):
         seed: int = 0,
         scale: float | None = None,
         dropout: float = 0.0,
+        softcap: float | None = None,
         backend: str = "auto",
     ) -> None:
         near = BlockUnion(
@@ -72,7 +76,7 @@ class BigBird(Attention):
         super().__init__(
             heads,
             head_dim,
-            BlockSparse(BlockUnion(near, self.random), scale, dropout),
+            BlockSparse(BlockUnion(near, self.random), scale, dropout, softcap=softcap),
             backend=backend,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attnzoo.attention import Attention, Spec
+from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS
 from attnzoo.registry import register
 from attnzoo.variants.flash.flash_algorithm import FlashAlgorithm
 
@@ -24,6 +25,7 @@ class Flash(Attention):
 
     block_size: number of queries, and of keys, of a tile
     scale: factor of the scores, 1/sqrt(head_dim) by default
+    softcap: keeps scores within ±softcap, see `standard`
     """
 
     spec = Spec(
@@ -36,6 +38,7 @@ class Flash(Attention):
         family="exact",
         exact=True,
         attn_mask=True,
+        inputs=(DISTANCE_BIAS,),
     )
 
     def __init__(
@@ -45,6 +48,8 @@ class Flash(Attention):
         *,
         block_size: int = 128,
         scale: float | None = None,
+        softcap: float | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(heads, head_dim, FlashAlgorithm(scale, block_size), backend=backend)
+        engine = FlashAlgorithm(scale, block_size, softcap=softcap)
+        super().__init__(heads, head_dim, engine, backend=backend)

@@ -8,8 +8,8 @@ kernel, this is its text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ from attnzoo.engines.engine import (
 )
 from attnzoo.engines.exponential import exp_
 from attnzoo.engines.piece_by_piece import join
-from attnzoo.engines.softmax.reference import additive, reference
+from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, add_by_distance, bias_between
+from attnzoo.engines.softmax.reference import reference
 from attnzoo.engines.softmax.softmax import Softmax
 
 
@@ -38,12 +39,15 @@ class FlashAlgorithm(Softmax):
 
     scale: factor of the scores, 1/sqrt(head_dim) by default
     block_size: number of queries, and of keys, of a tile
+    softcap: keeps scores within ±softcap; None: they are as they are
     """
 
     counted_apart = True
 
-    def __init__(self, scale: float | None = None, block_size: int = 128) -> None:
-        super().__init__(scale)
+    def __init__(
+        self, scale: float | None = None, block_size: int = 128, *, softcap: float | None = None
+    ) -> None:
+        super().__init__(scale, softcap=softcap)
         self.block_size = self.square_tiles = check_positive("block_size", block_size)
 
     def cost(self, shape: Shape) -> Cost:
@@ -106,37 +110,41 @@ class Tiles:
 
 def attend(engine: FlashAlgorithm, call: Call) -> Tensor:
     """A·v, (batch, heads, query_length, value_dim) in q's dtype."""
-    scale = engine.scale_of(call.q)
-    inputs = (call.q, call.k, call.v)
+    bias = call.get(DISTANCE_BIAS.name)
+    inputs = [x for x in (call.q, call.k, call.v, bias) if x is not None]
     if (
         torch.is_grad_enabled()
         and any(x.requires_grad for x in inputs)
         and only_autograd_looks(*inputs)
     ):
-        return _Flash.apply(
-            call.q,
-            call.k,
-            call.v,
-            call.key_mask,
-            call.attn_mask,
-            call.frame(),
-            scale,
-            engine.block_size,
-        )
-    return _forward(call, scale, engine.block_size)[0]
+        masks = (call.key_mask, call.attn_mask)
+        return _Flash.apply(call.q, call.k, call.v, bias, *masks, _frame(call), engine)
+    return _forward(engine, call)[0]
 
 
-def _forward(call: Call, scale: float, size: int) -> tuple[Tensor, list[Tensor]]:
+def _frame(call: Call) -> Callable[..., Call]:
+    """A function of q, k, v and the bias that makes this call with others; it does not keep its
+    own."""
+    frame = replace(call, inputs={}).frame()
+
+    def of(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Call:
+        return frame(q, k, v) if bias is None else frame(q, k, v).giving(DISTANCE_BIAS, bias)
+
+    return of
+
+
+def _forward(engine: FlashAlgorithm, call: Call) -> tuple[Tensor, list[Tensor]]:
     """Algorithm 1 (Dao 2023): the output, and of each block of rows L = log Σ_j exp(s_ij), (batch,
     heads, rows, 1), +inf for a row that sees no key.
 
-    scale: of the scores
-    size: queries and keys of a tile
+    engine: gives the scale, the softcap, and the queries and keys of a tile
     """
+    lengths = (int(call.query_length), int(call.key_length))
     tiles, dtype = (
-        Tiles(size, int(call.query_length), int(call.key_length), call.is_causal),
+        Tiles(engine.block_size, *lengths, call.is_causal),
         accumulation_dtype(call.q.dtype),
     )
+    scale = engine.scale_of(call.q)
     log_sums: list[Tensor] = []
 
     def outputs() -> Iterator[Tensor]:
@@ -145,7 +153,7 @@ def _forward(call: Call, scale: float, size: int) -> tuple[Tensor, list[Tensor]]
             largest = q.new_full((*q.shape[:3], 1), float("-inf"))
             total, out = torch.zeros_like(largest), q.new_zeros(*q.shape[:3], call.v.shape[3])
             for keys in tiles.columns(rows):
-                scores = _scores(q, call, tiles, rows, keys)
+                scores = _masked(_capped(engine, q, call, keys), call, tiles, rows, keys)
                 largest, before = largest.maximum(scores.amax(-1, keepdim=True)), largest
                 finite = largest.clamp(
                     min=torch.finfo(dtype).min
@@ -160,27 +168,36 @@ def _forward(call: Call, scale: float, size: int) -> tuple[Tensor, list[Tensor]]
     return join(outputs(), tiles.query_length, 2), log_sums
 
 
-def _scores(q: Tensor, call: Call, tiles: Tiles, rows: slice, keys: slice) -> Tensor:
-    """Scores of one tile from scaled queries, (batch, heads, rows, keys); -inf where a mask hides
-    the key."""
-    scores = q @ _tile(call.k, keys, call.group, q.dtype).mT
+def _capped(engine: FlashAlgorithm, q: Tensor, call: Call, keys: slice) -> Tensor:
+    """Scores of one tile from scaled queries, (batch, heads, rows, keys), within the softcap."""
+    return engine.capped(q @ _tile(call.k, keys, call.group, q.dtype).mT)
+
+
+def _masked(scores: Tensor, call: Call, tiles: Tiles, rows: slice, keys: slice) -> Tensor:
+    """Scores of one tile with what is added to them; -inf where a mask hides the key."""
+    bias = call.get(DISTANCE_BIAS.name)
+    if bias is not None:
+        scores = scores + bias_between(bias, *_places(tiles, rows, keys, bias)).to(scores.dtype)
     if call.attn_mask is not None:
         tile = _part_of(_part_of(call.attn_mask, -2, rows), -1, keys)
         scores = (
             scores.masked_fill(~tile, float("-inf"))
             if tile.dtype == torch.bool
-            else scores + tile.to(q.dtype)
+            else scores + tile.to(scores.dtype)
         )
     if call.key_mask is not None:
         scores = scores.masked_fill(~call.key_mask[:, None, None, keys], float("-inf"))
     if tiles.is_causal and keys.stop - 1 > tiles.offset + rows.start:
-        position = torch.arange(
-            tiles.offset + rows.start, tiles.offset + rows.stop, device=q.device
-        )
-        scores = scores.masked_fill(
-            torch.arange(keys.start, keys.stop, device=q.device) > position[:, None], float("-inf")
-        )
+        positions, places = _places(tiles, rows, keys, scores)
+        scores = scores.masked_fill(places > positions, float("-inf"))
     return scores
+
+
+def _places(tiles: Tiles, rows: slice, keys: slice, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the queries and the keys of a tile stand, (rows, 1) and (keys,)."""
+    start, stop = tiles.offset + rows.start, tiles.offset + rows.stop
+    positions = torch.arange(start, stop, device=like.device)[:, None]
+    return positions, torch.arange(keys.start, keys.stop, device=like.device)
 
 
 def _tile(x: Tensor, part: slice, group: int, dtype: torch.dtype) -> Tensor:
@@ -195,8 +212,8 @@ def _part_of(mask: Tensor, dim: int, part: slice) -> Tensor:
 
 
 class _Flash(torch.autograd.Function):
-    """Keeps q, k, v, the output and L; scores and A are computed again, tile by tile (Dao 2023,
-    algorithm 2)."""
+    """Keeps q, k, v, the bias, the output and L; scores and A are computed again, tile by tile
+    (Dao 2023, algorithm 2)."""
 
     @staticmethod
     def forward(
@@ -204,30 +221,32 @@ class _Flash(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        bias: Tensor | None,
         key_mask: Tensor | None,
         attn_mask: Tensor | None,
-        *fixed: Any,
+        frame: Callable[..., Call],
+        engine: FlashAlgorithm,
     ) -> Tensor:
-        frame, scale, size = fixed
-        out, log_sums = _forward(frame(q, k, v), scale, size)
-        ctx.save_for_backward(q, k, v, key_mask, attn_mask, out, torch.cat(log_sums, 2))
-        ctx.fixed = fixed
+        out, log_sums = _forward(engine, frame(q, k, v, bias))
+        ctx.save_for_backward(q, k, v, bias, key_mask, attn_mask, out, torch.cat(log_sums, 2))
+        ctx.frame, ctx.engine = frame, engine
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, _, _, out, log_sums = ctx.saved_tensors
-        frame, scale, size = ctx.fixed
+        q, k, v, bias, _, _, out, log_sums = ctx.saved_tensors
+        frame, engine = ctx.frame, ctx.engine
         if is_followed(gradients[0]):
 
-            def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return _forward(frame(q, k, v), scale, size)[0]
+            def compute(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+                return _forward(engine, frame(q, k, v, bias))[0]
 
-            return *open_gradients(compute, (q, k, v), gradients[0]), *[None] * 5
-        call = frame(q, k, v)
+            return *open_gradients(compute, (q, k, v, bias), gradients[0]), *[None] * 4
+        call, scale, cap = frame(q, k, v, bias), engine.scale_of(q), engine.softcap
         dtype, group = log_sums.dtype, call.group
-        tiles = Tiles(size, call.query_length, call.key_length, call.is_causal)
+        tiles = Tiles(engine.block_size, call.query_length, call.key_length, call.is_causal)
         dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
+        to_bias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
         for rows in tiles.rows():
             q_tile, upstream, out_tile = (x[:, :, rows].to(dtype) for x in (q, gradients[0], out))
             q_tile = q_tile * scale
@@ -236,12 +255,20 @@ class _Flash(torch.autograd.Function):
             )  # D_i: what a row's weights, whose sum is fixed, give back together
             for keys in tiles.columns(rows):
                 k_tile, v_tile = _tile(k, keys, group, dtype), _tile(v, keys, group, dtype)
-                weights = exp_(_scores(q_tile, call, tiles, rows, keys) - log_sums[:, :, rows])
+                capped = _capped(engine, q_tile, call, keys)
+                scores = _masked(capped, call, tiles, rows, keys)
+                weights = exp_(scores - log_sums[:, :, rows])
                 d_scores = weights * (upstream @ v_tile.mT - pull)
+                if to_bias is not None:
+                    queries, places = _places(tiles, rows, keys, to_bias)
+                    add_by_distance(to_bias, d_scores.sum(0), queries, places)
+                if cap is not None:
+                    d_scores = d_scores * (1 - (capped / cap).square())
                 dq[:, :, rows] += d_scores @ k_tile * scale
                 dk[:, :, keys] += _summed(d_scores.mT @ q_tile, group)
                 dv[:, :, keys] += _summed(weights.mT @ upstream, group)
-        return (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *[None] * 5)
+        to_bias = None if bias is None or to_bias is None else to_bias.to(bias.dtype)
+        return (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), to_bias, *[None] * 4)
 
 
 def _summed(x: Tensor, group: int) -> Tensor:
@@ -250,8 +277,8 @@ def _summed(x: Tensor, group: int) -> Tensor:
 
 
 def _why_not(engine: FlashAlgorithm, call: Call) -> str | None:
-    bias = additive(call)
-    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+    mask = call.attn_mask
+    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
         return "a learned additive attn_mask gets no gradient from tiles"
     return None
 

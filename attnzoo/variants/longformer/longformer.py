@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnzoo.attention import Attention, Spec
+from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.registry import register
 from attnzoo.variants.longformer.window_and_globals import GLOBAL_MASK, OWN, WindowAndGlobals
@@ -49,6 +50,7 @@ class Longformer(Attention):
     global_tokens: how many tokens at the beginning of every sample are global
     scale: factor of the scores, 1/sqrt(head_dim) by default
     dropout: probability that an entry of A is dropped, in training only
+    softcap: keeps scores within ±softcap, see `standard`
     """
 
     spec = Spec(
@@ -61,7 +63,7 @@ class Longformer(Attention):
         family="sparse",
         exact=True,
         dropout=True,
-        inputs=(GLOBAL_MASK, *OWN),
+        inputs=(GLOBAL_MASK, *OWN, DISTANCE_BIAS),
     )
     own_projection = "global_projection"
     engine: WindowAndGlobals
@@ -76,13 +78,14 @@ class Longformer(Attention):
         global_tokens: int = 0,
         scale: float | None = None,
         dropout: float = 0.0,
+        softcap: float | None = None,
         backend: str = "auto",
     ) -> None:
         pattern = Window(window, tuple(dilation) if isinstance(dilation, Sequence) else dilation)
         super().__init__(
             heads,
             head_dim,
-            WindowAndGlobals(pattern, global_tokens, scale, dropout),
+            WindowAndGlobals(pattern, global_tokens, scale, dropout, softcap=softcap),
             backend=backend,
         )
         pattern.heads_by_dilation(heads)  # raises where there are not as many

@@ -18,8 +18,9 @@ from attnzoo.arguments import check_count
 from attnzoo.call import Call, UnsupportedError
 from attnzoo.eager import can_look, is_recorded
 from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes, never_refuses
+from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, bias_of_rows
 from attnzoo.engines.softmax.reference import reference, visible, weights_of
-from attnzoo.engines.softmax.sdpa import sdpa
+from attnzoo.engines.softmax.sdpa import attend_rows
 from attnzoo.engines.softmax.softmax import softmax_cost
 from attnzoo.engines.sparse import dense
 from attnzoo.engines.sparse.global_cache import GlobalCache
@@ -91,6 +92,7 @@ class WindowAndGlobals(WindowSparse):
         of the call's global_mask
     scale: factor of the scores, 1/sqrt(head_dim) by default
     dropout: probability that an entry of A is dropped, in training only
+    softcap: keeps scores within ±softcap; None: they are as they are
     """
 
     def __init__(
@@ -99,8 +101,10 @@ class WindowAndGlobals(WindowSparse):
         global_tokens: int = 0,
         scale: float | None = None,
         dropout: float = 0.0,
+        *,
+        softcap: float | None = None,
     ) -> None:
-        super().__init__(pattern, scale, dropout)
+        super().__init__(pattern, scale, dropout, softcap=softcap)
         self.global_tokens = check_count("global_tokens", global_tokens)
 
     @property
@@ -140,6 +144,10 @@ class WindowAndGlobals(WindowSparse):
         rows = call.query_mask[:, None, :, None]
         return torch.where(rows, weights_of(self, replace(call, q=q, k=k), mask), weights)
 
+    @property
+    def state_type(self) -> type | None:
+        return GlobalCache
+
     def init_state(self, sizes: StateSizes) -> GlobalCache:
         return GlobalCache.around(super().init_state(sizes), self.global_tokens)
 
@@ -166,9 +174,8 @@ class WindowAndGlobals(WindowSparse):
         if not isinstance(call, GlobalCall):
             return call, None
         slots = slots_of(call.mask, call.counts[0])
-        k, v = fetched(call.k, slots), fetched(call.v, slots)
         others = ~call.mask if call.key_mask is None else call.key_mask & ~call.mask
-        columns = Columns(k, v, call.mask.gather(1, slots), slots)
+        columns = Columns.at(call, slots, call.mask.gather(1, slots))
         return replace(_plain(call), key_mask=others), columns
 
     def finished(self, call: Call, out: Tensor) -> Tensor:
@@ -216,7 +223,9 @@ def _with_global_rows(
             torch.arange(call.key_length, device=q.device) <= (rows + call.offset)[:, None, :, None]
         )
         visible_keys = past if visible_keys is None else past & visible_keys
-    made = sdpa(engine, fetched(q, rows), k, v, visible_keys)
+    bias = call.get(DISTANCE_BIAS.name)
+    bias = None if bias is None else bias_of_rows(bias, rows + call.offset, call)
+    made = attend_rows(engine, fetched(q, rows), k, v, visible_keys, None, bias)
     made = torch.where(mask.gather(1, rows)[:, None, :, None], made, fetched(out, rows))
     index = rows[:, None, :, None].expand_as(made)
     in_place = not (out.requires_grad or made.requires_grad or is_recorded())

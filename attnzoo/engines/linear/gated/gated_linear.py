@@ -36,6 +36,10 @@ class GatedLinear(GatedReference):
 
     counted_apart = True
 
+    @property
+    def state_type(self) -> type | None:
+        return LinearState
+
     def init_state(self, sizes: StateSizes) -> LinearState:
         return LinearState(sizes.batch_size, sizes.kv_heads, sizes.max_length)
 

@@ -136,6 +136,10 @@ class LaidOut:
         k, v = (_pad(x, 0, spare) for x in (call.k, call.v))
         return cls(_pad(call.q, ahead, spare), k, v, size, ahead, spare)
 
+    def first_block(self, call: Call) -> int:
+        """The number of the block that holds the first query."""
+        return (int(call.key_length) - 1) // self.size + 1 - self.q.shape[2] // self.size
+
     def rows(self, out: Tensor, call: Call) -> Tensor:
         """The rows of the call's queries."""
         return out[:, :, self.ahead : self.ahead + int(call.query_length)]
@@ -143,3 +147,8 @@ class LaidOut:
 
 def _pad(x: Tensor, before: int, after: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, before, after)) if before or after else x
+
+
+def positions_in(numbers: Tensor, size: int) -> Tensor:
+    """The positions in blocks of these numbers, (..., size)."""
+    return numbers[..., None] * size + torch.arange(size, device=numbers.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -21,16 +22,17 @@ from attnzoo.engines.sparse.blocks import (
 from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
 from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.sparse import Sparse, from_first_real
+from attnzoo.engines.tried_on_gpu import untried
 from attnzoo.sequences.padding import fills_slots
 
 
 class BlockSparse(Sparse):
     """Softmax attention in which a block of queries sees blocks of keys.
 
-    Its backends in order: `dense`, one SDPA call, where the pattern hides nothing; `tiles`, a few
-    rows at a time in memory that stays in a CPU's cache; `blocks`, SDPA on gathered blocks of keys;
-    `ragged`, the same for padded samples whose blocks count from their own ends; `flex`,
-    FlexAttention on CUDA; the reference.
+    Its backends in order: `dense`, one SDPA call, where the pattern hides nothing; `flex`,
+    FlexAttention on CUDA; `tiles`, a few rows at a time in memory that stays in a CPU's cache;
+    `blocks`, SDPA on gathered blocks of keys; `ragged`, the same for padded samples whose blocks
+    count from their own ends; the reference.
 
     pattern: which blocks of keys each block of queries sees
     scale: factor of the scores, 1/sqrt(head_dim) by default
@@ -96,9 +98,9 @@ def _flex_why_not(engine: BlockSparse, call: Call) -> str | None:
 
 BlockSparse.backends = (
     from_first_real("dense", dense.attend, dense.why_not),
+    replace(from_first_real("flex", _flex, _flex_why_not), untried=untried),
     from_first_real("tiles", _in_tiles, _tiles_why_not),
     from_first_real("blocks", _in_gathered, _one_table_why_not),
     from_first_real("ragged", _in_tables_of_samples, _ragged_why_not),
-    from_first_real("flex", _flex, _flex_why_not),  # by name only, until it has run on a GPU
     REFERENCE,
 )

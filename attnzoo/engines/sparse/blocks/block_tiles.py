@@ -38,10 +38,12 @@ def in_tiles(engine: SoftmaxReference, pattern: BlockPattern, call: Call) -> Ten
         real = frame(q, k[:, :, : grid.key_length], v[:, :, : grid.key_length])
         return head_by_head(engine, real, LaidOut(q, k, v, size, ahead, spare), blocks, found)
 
-    pieces = partial(_pieces, pattern.block_size, grid, found)
+    pieces = partial(_pieces, pattern.block_size, grid, found, laid_out.first_block(call) * size)
     blocks = sorted_key_blocks(pattern, grid)
     q, k, v = laid_out.q, laid_out.k, laid_out.v
-    return laid_out.rows(tiles.attend(engine, q, k, v, key_cap, blocks, pieces, compute), call)
+    bias = call.get("distance_bias")
+    out = tiles.attend(engine, q, k, v, key_cap, blocks, pieces, compute, None, bias)
+    return laid_out.rows(out, call)
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,15 @@ class Gathered:
     first: its first row
     shape: blocks of rows, rows of each, keys of each
     chosen: the blocks of keys, those of every block of rows one after the other
+    caps: what hides some of the keys
+    origin: where row 0 stands, in the positions of the keys
     """
 
     first: int
     shape: tuple[int, int, int]
     chosen: Tensor
     caps: tuple[Cap, ...]
+    origin: int
 
     def rows(self, x: Tensor) -> Tensor:
         parts, size, _ = self.shape
@@ -72,13 +77,20 @@ class Gathered:
         size, width = self.shape[1], total.shape[1]
         total.view(-1, size, width).index_add_(0, self.chosen, gradient.view(-1, size, width))
 
+    def bias(self, table: Tensor) -> Tensor:
+        parts, size, keys = self.shape
+        places = self.origin + self.first + torch.arange(parts * size).view(parts, size, 1)
+        starts = self.chosen.view(parts, 1, -1) * size - places + len(table) // 2
+        return table.unfold(0, size, 1)[starts].view(parts, size, keys)
+
 
 def _pieces(
-    size: int, grid: Grid, found: list[Run], q: Tensor, blocks: Tensor | None
+    size: int, grid: Grid, found: list[Run], origin: int, q: Tensor, blocks: Tensor | None
 ) -> list[list[Piece]]:
     """The pieces of every head; heads that draw nothing of their own share theirs.
 
     size: positions of a block
+    origin: where row 0 stands
     blocks: (heads or 1, query_blocks, width), the key blocks of each query block
     """
     assert blocks is not None
@@ -92,13 +104,15 @@ def _pieces(
             for start in range(run.first, run.end, together):
                 end = min(start + together, run.end)
                 if run.sees_all or not keys:
-                    yield Slices(start * size, (1, (end - start) * size, keys), 0)
+                    shape = (1, (end - start) * size, keys)
+                    yield Slices(start * size, shape, 0, origin=origin)
                 else:
                     yield Gathered(
                         start * size,
                         (end - start, size, keys),
                         blocks[start:end, : run.width].flatten(),
                         caps,
+                        origin,
                     )
 
     pieces = [list(of_head(own)) for own in blocks]

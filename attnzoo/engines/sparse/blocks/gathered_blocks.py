@@ -11,9 +11,16 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.piece_by_piece import at_a_time, join
+from attnzoo.engines.softmax.distance_bias import bias_between, bias_of_rows
 from attnzoo.engines.softmax.reference import SoftmaxReference
-from attnzoo.engines.softmax.sdpa import sdpa
-from attnzoo.engines.sparse.blocks.block_layout import LaidOut, Run, runs, sorted_key_blocks
+from attnzoo.engines.softmax.sdpa import attend_rows
+from attnzoo.engines.sparse.blocks.block_layout import (
+    LaidOut,
+    Run,
+    positions_in,
+    runs,
+    sorted_key_blocks,
+)
 from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
 from attnzoo.engines.sparse.patterns.grid import grid_of
 
@@ -36,6 +43,8 @@ def head_by_head(
     found: the query blocks in runs
     """
     q, k, v = (x.unflatten(2, (-1, laid_out.size)) for x in (laid_out.q, laid_out.k, laid_out.v))
+    table = call.get("distance_bias")
+    numbers = torch.arange(q.shape[2], device=q.device) + laid_out.first_block(call)
 
     def rows() -> Iterator[Tensor]:
         # Not k[:, head]: the gradient of that is as large as k, once for every head.
@@ -43,12 +52,14 @@ def head_by_head(
         for head, queries in enumerate(q.unbind(1)):
             kv_head, own = head // call.group, blocks[head % blocks.shape[0]]
             parts = queries.split([run.end - run.first for run in found], 1)
+            bias = None if table is None else table[head : head + 1]
             for run, part in zip(found, parts, strict=True):
+                numbered = numbers[run.first : run.end]
                 if run.sees_all:
-                    yield _attend_to_all(engine, part, call, kv_head)
+                    yield _attend_to_all(engine, part, call, kv_head, bias, numbered)
                 else:
                     yield from _gathered(
-                        engine, run, part, keys[kv_head], values[kv_head], own, call
+                        engine, run, part, keys[kv_head], values[kv_head], own, call, bias, numbered
                     )
 
     heads, query_blocks = q.shape[1:3]
@@ -56,20 +67,38 @@ def head_by_head(
     return out.unflatten(1, (heads, query_blocks)).flatten(2, 3)
 
 
-def _attend_to_all(engine: SoftmaxReference, q: Tensor, call: Call, kv_head: int) -> Tensor:
+def _attend_to_all(
+    engine: SoftmaxReference,
+    q: Tensor,
+    call: Call,
+    kv_head: int,
+    bias: Tensor | None,
+    numbers: Tensor,
+) -> Tensor:
     """A·v of query blocks of one head that see every key, shaped as q.
 
     q: (batch, query_blocks, size, head_dim)
+    bias, numbers: as in `_gathered`
     """
     mask = None if call.key_mask is None else call.key_mask[:, None, None, :]
-    one = slice(kv_head, kv_head + 1)
-    return sdpa(engine, q.flatten(1, 2)[:, None], call.k[:, one], call.v[:, one], mask)[
-        :, 0
-    ].unflatten(1, q.shape[1:3])
+    if bias is not None:
+        rows = positions_in(numbers, q.shape[2]).flatten()
+        bias = bias_of_rows(bias, rows[None], call)
+    k, v = (x[:, kv_head : kv_head + 1] for x in (call.k, call.v))
+    out = attend_rows(engine, q.flatten(1, 2)[:, None], k, v, mask, None, bias)
+    return out[:, 0].unflatten(1, q.shape[1:3])
 
 
 def _gathered(
-    engine: SoftmaxReference, run: Run, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, call: Call
+    engine: SoftmaxReference,
+    run: Run,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    call: Call,
+    bias: Tensor | None,
+    numbers: Tensor,
 ) -> Iterator[Tensor]:
     """A·v of a run of one head, (batch, query_blocks, size, value_dim) each. Where no gradient will
     be asked for, a few query blocks at a time, so that their keys are still in cache when they are
@@ -78,6 +107,8 @@ def _gathered(
     q: (batch, query_blocks of the run, size, head_dim)
     k, v: (batch, key_blocks, size, d)
     blocks: (query_blocks, width), the key blocks of each query block of the head
+    bias: (1, 2 · reach + 1), what distances add to the scores of the head; None: nothing
+    numbers: (query_blocks of the run,), where these blocks stand
     """
     if run.width == 0:
         yield q.new_zeros(*q.shape[:3], v.shape[3])
@@ -97,13 +128,13 @@ def _gathered(
             _gather(v, chosen),
             _mask(run, chosen, call, size, spare),
         )
-        yield sdpa(
-            engine,
-            q[:, start : start + together],
-            keys,
-            values,
-            mask,
-            every_row_sees=call.key_mask is None,
+        added = None
+        if bias is not None:
+            rows_of = positions_in(numbers[start : start + together], size)[..., None]
+            added = bias_between(bias, rows_of, positions_in(chosen, size).flatten(1)[:, None])
+        some, every_row_sees = q[:, start : start + together], call.key_mask is None
+        yield attend_rows(
+            engine, some, keys, values, mask, None, added, every_row_sees=every_row_sees
         )
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.piece_by_piece import join
+from attnzoo.engines.softmax.distance_bias import bias_between, bias_of_rows
 from attnzoo.engines.softmax.reference import SoftmaxReference
-from attnzoo.engines.softmax.sdpa import sdpa
-from attnzoo.engines.sparse.blocks.block_layout import LaidOut, sorted_key_blocks
+from attnzoo.engines.softmax.sdpa import attend_rows
+from attnzoo.engines.sparse.blocks.block_layout import LaidOut, positions_in, sorted_key_blocks
 from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
 from attnzoo.engines.sparse.patterns.grid import PaddedGrid, grid_of
 from attnzoo.sequences.padding import ends, fetched, slots_of
@@ -30,6 +31,9 @@ def in_tables_of_samples(engine: SoftmaxReference, pattern: BlockPattern, call: 
     # Not len(table): a trace serves any batch.
     samples = torch.arange(table.shape[0], device=table.device)[:, None, None]
 
+    bias = call.get("distance_bias")
+    numbers = torch.arange(table.shape[2], device=table.device) + laid_out.first_block(call)
+
     def rows() -> Iterator[Tensor]:
         keys, values = (x.unflatten(2, (-1, size)).unbind(1) for x in (laid_out.k, laid_out.v))
         for head, queries in enumerate(laid_out.q.unflatten(2, (-1, size)).unbind(1)):
@@ -38,7 +42,13 @@ def in_tables_of_samples(engine: SoftmaxReference, pattern: BlockPattern, call: 
             own_k, own_v = (
                 x[head // call.group][samples, chosen].flatten(2, 3) for x in (keys, values)
             )
-            yield sdpa(engine, queries, own_k, own_v, seen).flatten(1, 2)[:, None]
+            added = None
+            if bias is not None:
+                keys_of = positions_in(chosen, size).flatten(2)[:, :, None]
+                rows_of = positions_in(numbers, size)[None, ..., None]
+                added = bias_between(bias[head : head + 1], rows_of, keys_of)[0]
+            out = attend_rows(engine, queries, own_k, own_v, seen, None, added)
+            yield out.flatten(1, 2)[:, None]
 
     out = laid_out.rows(join(rows(), call.q.shape[1], 1), call)
     return _with_rows_that_see_all(engine, pattern, call, out, padded)
@@ -56,6 +66,9 @@ def _with_rows_that_see_all(
     mask = pattern.sees_all(grid)[:, 0, blocks - grid.offset // pattern.block_size]
     count = min(pattern.most_blocks * pattern.block_size, grid.query_length)
     rows = slots_of(mask, count)
-    made = sdpa(engine, fetched(call.q, rows), call.k, call.v, call.key_mask[:, None, None])
+    bias = call.get("distance_bias")
+    bias = None if bias is None else bias_of_rows(bias, rows + call.offset, call)
+    q, mask_of_keys = fetched(call.q, rows), call.key_mask[:, None, None]
+    made = attend_rows(engine, q, call.k, call.v, mask_of_keys, None, bias)
     made = torch.where(mask.gather(1, rows)[:, None, :, None], made, fetched(out, rows))
     return out.scatter(2, rows[:, None, :, None].expand_as(made), made)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attnzoo.call import Call, kv_heads_of
 from attnzoo.engines.engine import Shape
+from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, every
 from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.windows import window_plan
@@ -134,12 +135,19 @@ def of_one_dilation(pattern: Window, call: Call, attend_window: AttendWindow) ->
         return attend_window(plain, call)
     if call.query_length == 1:  # decoding: the last position sees its own class alone
         own = slice((call.key_length - 1) % dilation, None, dilation)
-        return attend_window(plain, call.select(keys=own))
+        return attend_window(plain, _with_distances(call.select(keys=own), dilation))
     fold = Fold.of(dilation, call.query_length, call.key_length)
     folded = call.over(
         fold.queries(call.q), fold.keys(call.k), fold.keys(call.v), fold.key_mask(call)
     )
+    folded = _with_distances(folded, dilation)
     return fold.rows(attend_window(plain, folded), call.query_length)
+
+
+def _with_distances(folded: Call, dilation: int) -> Call:
+    """The call of one class or of all, in which a place is `dilation` positions."""
+    bias = folded.get(DISTANCE_BIAS.name)
+    return folded if bias is None else folded.giving(DISTANCE_BIAS, every(dilation, bias))
 
 
 def plain_shapes(pattern: Window, shape: Shape) -> list[Shape]:

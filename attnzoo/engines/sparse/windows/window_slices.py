@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.piece_by_piece import at_a_time, join, mask_of_heads, samples_at_a_time
+from attnzoo.engines.softmax.distance_bias import bias_between
 from attnzoo.engines.softmax.reference import (
     SINK_LOGITS,
     SoftmaxReference,
@@ -87,6 +88,10 @@ def _edge(
     q, k, v, logits = call.q, call.k, call.v, call.get("sink_logits")
     if low == high:
         return q.new_zeros(*q.shape[:3], v.shape[3])
+    positions = torch.arange(grid.offset + first, grid.offset + end, device=q.device)
+    keys = torch.arange(low, high, device=q.device)
+    bias = call.get("distance_bias")
+    bias = None if bias is None else bias_between(bias, positions[:, None], keys)[None]
     key_mask = None if call.key_mask is None else call.key_mask[:, None, None, low:high]
     if ids is not None and call.segments is not None:
         same = ids[:, None, first:end, None] == call.segments[:, None, None, low:high]
@@ -94,18 +99,14 @@ def _edge(
     seen_by_first = grid.offset + first + (1 if grid.is_causal else pattern.window) >= high
     seen_by_last = grid.offset + end - 1 - pattern.window < low
     if seen_by_first and seen_by_last:
-        return attend_rows(engine, q, k, v, key_mask, logits)
+        return attend_rows(engine, q, k, v, key_mask, logits, bias)
     square = grid.offset + first == low and end - first == high - low
-    if grid.is_causal and square and seen_by_last and key_mask is None and logits is None:
+    plain = key_mask is None and logits is None and bias is None and engine.softcap is None
+    if grid.is_causal and square and seen_by_last and plain:
         return sdpa(engine, q, k, v, is_causal=True)
-    mask = band(
-        pattern,
-        grid,
-        torch.arange(grid.offset + first, grid.offset + end, device=q.device),
-        torch.arange(low, high, device=q.device),
-    )
+    mask = band(pattern, grid, positions, keys)
     mask = mask[None, None] if key_mask is None else mask & key_mask
-    return attend_rows(engine, q, k, v, mask, logits)
+    return attend_rows(engine, q, k, v, mask, logits, bias)
 
 
 def _middle(
@@ -123,23 +124,19 @@ def _middle(
     ids: segments of all queries, (batch, query_length)
     """
     found, q, k, v = plan(pattern, grid), call.q, call.k, call.v
-    near = band(
-        pattern,
-        grid,
-        torch.arange(BLOCK, device=q.device) + found.before,
-        torch.arange(found.slice_length, device=q.device),
-    )
+    rows = torch.arange(BLOCK, device=q.device) + found.before
+    near = band(pattern, grid, rows, torch.arange(found.slice_length, device=q.device))
     near = near.repeat(call.group, 1)[None, None]
     masks = _shown(call, rectangle, found.slice_length, ids)
     if masks is None:
-        return _slices(engine, call, near, found.slice_length)
+        return _slices(engine, call, near, found)
     if masks.shape[2] > 1:
         masks = masks.repeat(1, 1, call.group, 1)
     outs = []
     for some in samples_at_a_time(q.shape[0]):
         mask = mask_of_heads(near & masks[some], k.shape[1])
         part = replace(call, q=q[some], k=k[some], v=v[some])
-        outs.append(_slices(engine, part, mask, found.slice_length))
+        outs.append(_slices(engine, part, mask, found))
     return torch.cat(outs)
 
 
@@ -160,17 +157,31 @@ def _shown(
     return masks
 
 
-def _slices(engine: SoftmaxReference, call: Call, mask: Tensor, slice_length: int) -> Tensor:
+def _slices(engine: SoftmaxReference, call: Call, mask: Tensor, found: Plan) -> Tensor:
     """A·v of whole blocks under `mask`, broadcastable to (batch · kv_heads, blocks, group · BLOCK,
     slice_length)."""
     batch, heads, rows, head_dim = call.q.shape
     kv_heads, group = call.k.shape[1], call.group
     q = call.q.reshape(batch * kv_heads, group, -1, BLOCK, head_dim).transpose(1, 2).flatten(2, 3)
-    k, v = (slices_of(x.flatten(0, 1), slice_length) for x in (call.k, call.v))
-    logits = logits_of_rows(call, BLOCK)
-    out = attend_rows(engine, q, k, v, mask, logits, every_row_sees=call.key_mask is None)
+    k, v = (slices_of(x.flatten(0, 1), found.slice_length) for x in (call.k, call.v))
+    logits, every_row_sees = logits_of_rows(call, BLOCK), call.key_mask is None
+    bias = bias_of_slices(call, BLOCK, found.slice_length, found.before)
+    out = attend_rows(engine, q, k, v, mask, logits, bias, every_row_sees=every_row_sees)
     out = out.unflatten(2, (group, BLOCK)).transpose(1, 2)
     return out.reshape(batch, heads, rows, call.v.shape[3])
+
+
+def bias_of_slices(call: Call, size: int, slice_length: int, before: int) -> Tensor | None:
+    """The call's bias of `size` rows, of every head that shares a key head, with a slice of the
+    keys that begins `before` positions ahead of them, (batch · kv_heads, 1, group · size,
+    slice_length); None where the call has none."""
+    bias = call.get("distance_bias")
+    if bias is None:
+        return None
+    rows = torch.arange(size, device=bias.device)[:, None] + before
+    of_heads = bias_between(bias, rows, torch.arange(slice_length, device=bias.device))
+    of_heads = of_heads.unflatten(0, (-1, call.group)).flatten(1, 2)[:, None]
+    return of_heads.repeat(call.q.shape[0], 1, 1, 1)
 
 
 def with_logits(call: Call, logits: Tensor | None) -> Call:

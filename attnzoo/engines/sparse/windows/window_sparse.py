@@ -20,18 +20,26 @@ from attnzoo.engines.sparse.global_cache import GlobalCache
 from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.sparse import Sparse
-from attnzoo.engines.sparse.windows import columns, dilated, window_slices, window_tiles
-from attnzoo.engines.sparse.windows.columns import Columns
-from attnzoo.sequences.padding import fetched, first_real, slots_of
+from attnzoo.engines.sparse.windows import (
+    columns,
+    columns_in_slices,
+    columns_in_tiles,
+    dilated,
+    window_slices,
+    window_tiles,
+)
+from attnzoo.engines.sparse.windows.columns import Columns, bias_of_columns
+from attnzoo.engines.tried_on_gpu import untried
+from attnzoo.sequences.padding import first_real, slots_of
 
 
 class WindowSparse(Sparse):
     """Softmax attention over a window.
 
-    Its backends in order: `dense`, one SDPA call, where the window hides nothing; `tiles`, a few
-    rows at a time in memory that stays in a CPU's cache; `windows`, SDPA on a slice of the keys for
-    every block of queries; `columns`, the same with keys beside each slice that every row sees;
-    `flex`, FlexAttention on CUDA; the reference.
+    Its backends in order: `dense`, one SDPA call, where the window hides nothing; `flex`,
+    FlexAttention on CUDA; `tiles`, a few rows at a time in memory that stays in a CPU's cache;
+    `windows`, SDPA on a slice of the keys for every block of queries; `columns`, the same with keys
+    beside each slice that every row sees; the reference.
 
     pattern: the window
     scale: factor of the scores, 1/sqrt(head_dim) by default
@@ -39,6 +47,7 @@ class WindowSparse(Sparse):
     sink_logits: how many logits to learn, one for each head, or 0 for none; each is one more score
         of every row, that counts in the row's sum and weighs no value, so that a row of A may sum
         to less than 1
+    softcap: keeps scores within ±softcap; None: they are as they are
     """
 
     pattern: Window
@@ -50,8 +59,9 @@ class WindowSparse(Sparse):
         dropout: float = 0.0,
         *,
         sink_logits: int = 0,
+        softcap: float | None = None,
     ) -> None:
-        super().__init__(pattern, scale, dropout)
+        super().__init__(pattern, scale, dropout, softcap=softcap)
         self.sink_logits = nn.Parameter(torch.zeros(sink_logits)) if sink_logits else None
 
     def reset_parameters(self) -> None:
@@ -61,6 +71,10 @@ class WindowSparse(Sparse):
 
     def completed(self, call: Call) -> Call:
         return call if self.sink_logits is None else call.giving(SINK_LOGITS, self.sink_logits)
+
+    def farthest(self, call: Call) -> int:
+        farthest = super().farthest(call)
+        return farthest if self.has_columns(call) else min(farthest, self.pattern.near - 1)
 
     def has_columns(self, call: Call) -> bool:
         """Whether some keys of the call are seen by every row, wherever it stands."""
@@ -76,6 +90,10 @@ class WindowSparse(Sparse):
         """`out` with the rows that see more than the window and the columns."""
         return out
 
+    @property
+    def state_type(self) -> type | None:
+        return GlobalCache if self.pattern.sinks else KeyValueCache
+
     def init_state(self, sizes: StateSizes) -> Any:
         cache = KeyValueCache.empty(sizes, self.pattern.near - 1)
         return GlobalCache.around(cache, self.pattern.sinks) if self.pattern.sinks else cache
@@ -89,7 +107,8 @@ class WindowSparse(Sparse):
         return self.completed(whole), state.append(call, mask)
 
     def is_dense(self, grid: Grid) -> bool:
-        return self.sink_logits is None and super().is_dense(grid)
+        plain = self.sink_logits is None and self.softcap is None
+        return plain and super().is_dense(grid)
 
     def sparse_cost(self, shape: Shape, grid: Grid) -> Cost:
         sinks = min(self.pattern.sinks, shape.key_length)
@@ -118,14 +137,18 @@ def with_sinks(call: Call, count: int) -> tuple[Call, Columns]:
     if call.key_mask is not None:
         first = first_real(call.key_mask, count)
         slots = slots_of(first, count)
-        return replace(call, key_mask=call.key_mask & ~first), Columns(
-            fetched(call.k, slots), fetched(call.v, slots), first.gather(1, slots), slots
-        )
+        columns = Columns.at(call, slots, first.gather(1, slots))
+        return replace(call, key_mask=call.key_mask & ~first), columns
     slots = torch.arange(call.key_length, device=call.q.device).expand(call.k.shape[0], -1)
-    behind = slots >= count
-    return replace(call, key_mask=behind), Columns(
-        call.k[:, :, :count], call.v[:, :, :count], ~behind[:, :count], slots[:, :count]
+    behind, first = slots >= count, slots[:, :count]
+    columns = Columns(
+        call.k[:, :, :count],
+        call.v[:, :, :count],
+        ~behind[:, :count],
+        first,
+        bias_of_columns(call, first),
     )
+    return replace(call, key_mask=behind), columns
 
 
 def _in_tiles(engine: WindowSparse, call: Call) -> Tensor:
@@ -133,9 +156,15 @@ def _in_tiles(engine: WindowSparse, call: Call) -> Tensor:
         near, beside = engine.columns_of(part)
         if beside is None:
             return dilated.of_one_dilation(window, near, partial(window_tiles.in_tiles, engine))
-        return columns.attend_dilated(engine, window, near, beside, columns.in_tiles)
+        return columns.attend_dilated(engine, window, near, beside, columns_in_tiles.in_tiles)
 
     return engine.finished(call, dilated.by_dilation(engine.pattern, call, attend_heads))
+
+
+def _tiles_why_not(engine: WindowSparse, call: Call) -> str | None:
+    if engine.has_columns(call) and "distance_bias" in call.inputs:
+        return "it has no distance_bias beside keys that every row sees; `columns` has"
+    return tiles.why_not(engine, call)
 
 
 def _in_slices(engine: WindowSparse, call: Call) -> Tensor:
@@ -148,6 +177,10 @@ def _in_slices(engine: WindowSparse, call: Call) -> Tensor:
 def _slices_why_not(engine: WindowSparse, call: Call) -> str | None:
     if engine.has_columns(call):
         return "it has no keys that every row sees (sinks, global tokens); `columns` has"
+    return _mixes_pieces(engine, call)
+
+
+def _mixes_pieces(engine: WindowSparse, call: Call) -> str | None:
     if call.segments is not None and max(engine.pattern.dilations) > 1:
         return "residue classes of a dilated window would mix the pieces of packed rows"
     return None
@@ -163,7 +196,7 @@ def _with_columns(engine: WindowSparse, call: Call) -> Tensor:
     def attend_heads(window: Window, part: Call) -> Tensor:
         near, beside = engine.columns_of(part)
         assert beside is not None
-        return columns.attend_dilated(engine, window, near, beside, columns.in_slices)
+        return columns.attend_dilated(engine, window, near, beside, columns_in_slices.in_slices)
 
     return engine.finished(call, dilated.by_dilation(engine.pattern, call, attend_heads))
 
@@ -185,14 +218,14 @@ def _flex_why_not(engine: WindowSparse, call: Call) -> str | None:
     reason = flex.why_not(engine, call, max(engine.pattern.dilations))
     if reason is None and (engine.has_columns(call) or "sink_logits" in call.inputs):
         return "its tables have no keys that every row sees, and its softmax no sink logits"
-    return reason
+    return reason or _mixes_pieces(engine, call)
 
 
 WindowSparse.backends = (
     Backend("dense", dense.attend, dense.why_not),
-    Backend("tiles", _in_tiles, tiles.why_not),
+    Backend("flex", _by_flex, _flex_why_not, packs=True, untried=untried),
+    Backend("tiles", _in_tiles, _tiles_why_not),
     Backend("windows", _in_slices, _slices_why_not, packs=True),
     Backend("columns", _with_columns, _columns_why_not),
-    Backend("flex", _by_flex, _flex_why_not),  # by name only, until it has run on a GPU
     Backend("reference", reference, _reference_why_not, packs=True),
 )

@@ -29,9 +29,14 @@ def in_tiles(engine: SoftmaxReference, pattern: Window, call: Call) -> Tensor:
     def of_heads(q: Tensor, _: Tensor | None) -> list[list[Slices]]:
         return [pieces_of_head(pattern, grid, q)] * grid.heads
 
-    return tiles.attend(
-        engine, call.q, call.k, call.v, key_cap, None, of_heads, compute, call.get("sink_logits")
+    q, k, v, logits, bias = (
+        call.q,
+        call.k,
+        call.v,
+        call.get("sink_logits"),
+        call.get("distance_bias"),
     )
+    return tiles.attend(engine, q, k, v, key_cap, None, of_heads, compute, logits, bias)
 
 
 def pieces_of_head(pattern: Window, grid: Grid, q: Tensor, more: int = 0) -> list[Slices]:
@@ -46,14 +51,13 @@ def pieces_of_head(pattern: Window, grid: Grid, q: Tensor, more: int = 0) -> lis
         for start in range(first, end, rows):
             stop = min(start + rows, end)
             caps = _caps(pattern, grid, (offset + start, offset + stop), (low, high), q)
-            slices.append(Slices(start, (1, stop - start, high - low), low, caps))
+            slices.append(Slices(start, (1, stop - start, high - low), low, caps, offset))
     caps = _caps(pattern, grid, (found.before, found.before + BLOCK), (0, found.slice_length), q)
     together = parts_at_a_time(BLOCK, found.slice_length + more)
     for block in range(0, found.blocks, together):
         first, blocks = found.start + block * BLOCK, min(together, found.blocks - block)
-        slices.append(
-            Slices(first, (blocks, BLOCK, found.slice_length), offset + first - found.before, caps)
-        )
+        shape, low = (blocks, BLOCK, found.slice_length), offset + first - found.before
+        slices.append(Slices(first, shape, low, caps, offset))
     return slices
 
 
