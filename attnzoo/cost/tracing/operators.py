@@ -59,7 +59,7 @@ lt mT masked_fill_ matrix_H max_pool2d maximum mean meshgrid min minimum movedim
 new_ones norm numel numpy_T one_hot ones_like pad pow rand rand_like randn randn_like repeat
 repeat_interleave resolve_conj round rsub scalar_tensor scatter scatter_ searchsorted sign sort
 square sub sub_ sum take_along_dim tensor_split tile topk tril tril_ triu type unflatten unfold
-view_as where zero_
+nan_to_num view_as where zero_
 """
 
 # The zoo's own autograd functions whose forward is a view.

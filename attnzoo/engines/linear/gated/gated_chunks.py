@@ -82,6 +82,7 @@ class Tokens:
     beta: (length,); None: 1
     removed, turned: (length, width), what is removed, and the same by its rates; None: nothing
     fading: what is left of a token at later ones
+    short: whether keys are known to be no longer than 1
     """
 
     q: Tensor
@@ -92,6 +93,7 @@ class Tokens:
     removed: Tensor | None
     turned: Tensor | None
     fading: Fading
+    short: bool
 
     @classmethod
     def of(cls, rule: Rule, call: Call, chunk: int) -> Tokens:
@@ -113,7 +115,7 @@ class Tokens:
             turned = removed * rates
         fading = fading_of(None if log_decay is None else laid(log_decay), k)
         q = q.unflatten(3, (call.group, chunk))
-        return cls(q, k, v, stronger, beta, removed, turned, fading)
+        return cls(q, k, v, stronger, beta, removed, turned, fading, rule.l2_norm)
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class Inside:
     values: (length, value_dim), what each token writes, if there is no delta rule
     erases: (length, width), what it erases of the state before the chunk; None without delta rule
     below: N, (length, length), what it erases of earlier tokens' writes; None without delta rule
+    short: whether keys are known to be no longer than 1, so that no write grows beyond its values
     """
 
     scores: Tensor
@@ -140,6 +143,7 @@ class Inside:
     values: Tensor
     erases: Tensor | None
     below: Tensor | None
+    short: bool = False
 
     @classmethod
     def of(cls, tokens: Tokens) -> Inside:
@@ -155,7 +159,9 @@ class Inside:
             below = below.tril_(-1) if may_overwrite(below) else below.tril(-1)
         v = tokens.v if tokens.beta is None else tokens.v * tokens.beta[..., None]
         reads, handed_on = fading.carried(q).flatten(3, 4), fading.handed_on(k)
-        return cls(scores.flatten(3, 4), reads, handed_on, fading.kept, v, erases, below)
+        return cls(
+            scores.flatten(3, 4), reads, handed_on, fading.kept, v, erases, below, tokens.short
+        )
 
     @classmethod
     def _removing(cls, tokens: Tokens) -> Inside:
@@ -181,7 +187,7 @@ class Inside:
 
     def detached(self) -> Inside:
         """The same numbers, which autograd does not follow."""
-        own = {name: x.detach() for name, x in vars(self).items() if x is not None}
+        own = {name: x.detach() for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **own)
 
     def solved(self) -> Tensor | None:
@@ -190,7 +196,11 @@ class Inside:
 
     def rows(self, states: States) -> Tensor:
         """(batch, kv_heads, chunks, rows, value_dim)."""
-        rows = self.scores @ states.writes
+        writes = states.writes
+        if self.below is not None and not self.short:
+            # A write that overflows must not reach earlier rows, whose scores of it are 0.
+            writes = writes.nan_to_num()
+        rows = self.scores @ writes
         if may_overwrite(rows, states.before):
             return add_product_(rows, self.reads, states.before)
         return add_product(rows, self.reads, states.before)

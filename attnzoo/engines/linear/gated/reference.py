@@ -63,8 +63,12 @@ class GatedReference(Engine):
             )
             turned = removed * rates
             below, written = (products(removed, x, gates, own=False).tril(-1) for x in (turned, k))
-            taken = torch.linalg.solve_triangular(below, written, upper=False, unitriangular=True)
-            return (scores - products(q, turned, gates) @ taken).masked_fill(~mask, 0.0)
+            taken = torch.linalg.solve_triangular(
+                below.double(), written.double(), upper=False, unitriangular=True
+            )
+            # What is written and what is removed again may be large beside what is left.
+            left = scores.double() - products(q, turned, gates).double() @ taken
+            return left.to(k.dtype).masked_fill(~mask, 0.0)
         if not self.rule.delta:
             return scores.masked_fill(~mask, 0.0)
         overlaps = products(k, k, gates).tril(-1)
