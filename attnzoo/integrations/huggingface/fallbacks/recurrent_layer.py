@@ -1,0 +1,161 @@
+"""A recurrent layer of transformers with this library's engine under it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.call import UnsupportedError
+from attnzoo.conventions.gated_delta import gated_delta_rule
+from attnzoo.integrations.huggingface.fallbacks.short_convolution import convolve, remembered
+from attnzoo.sequences.segments import from_cu_seqlens, from_seq_idx
+
+
+@dataclass(frozen=True)
+class Projected:
+    """What a layer makes of its hidden states; all tensors begin with (batch, length).
+
+    mixed: (channels,), what the convolution reads: queries, keys and values of all heads
+    log_decay: (heads,) or (heads, width). beta: (heads,)
+    gate: (heads, value_dim), of the output
+    """
+
+    mixed: Tensor
+    log_decay: Tensor
+    beta: Tensor
+    gate: Tensor
+
+
+@dataclass(frozen=True)
+class RealTokens:
+    """The real tokens of padded rows, moved to the front in their order.
+
+    order: (batch, length), the slot that each place takes from
+    mask: (batch, length) bool, which places hold a token
+    """
+
+    order: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> RealTokens:
+        """mask: (batch, length), not 0 = a token."""
+        real = mask.bool()
+        order = (~real).long().argsort(1, stable=True)
+        return cls(order, real.gather(1, order))
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """(batch, length, width) with the tokens in front and zeros behind them."""
+        moved = torch.take_along_dim(x, self.order[..., None], 1)
+        return moved.masked_fill(~self.mask[..., None], 0.0)
+
+    def scattered(self, x: Tensor) -> Tensor:
+        """What `gathered` came from, with zeros in padded slots."""
+        kept = x.masked_fill(~self.mask[..., None], 0.0)
+        return torch.take_along_dim(kept, self.order.argsort(1)[..., None], 1)
+
+
+class GatedDeltaLayer:
+    """A gated delta rule behind a short convolution; a family says what it projects, and how the
+    output is normed, gated and projected."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As transformers' own. Padding is absent, packed rows are kept apart, and a cached state
+        goes on by any number of tokens."""
+        segments = told_pieces(hidden_states, kwargs)
+        # A single new token is never padding: the mask of transformers says the same
+        real = None
+        if attention_mask is not None and hidden_states.shape[1] > 1:
+            real = RealTokens.of(attention_mask)
+            hidden_states = real.gathered(hidden_states)
+        if segments is not None and (real is not None or self._continues(cache_params)):
+            raise UnsupportedError(
+                f"{type(self).__name__} was given packed rows beside "
+                f"{'attention_mask' if real is not None else 'cached tokens'}; give packed rows "
+                "whole, without attention_mask and with no tokens cached before them"
+            )
+        made = self.project(hidden_states)
+        q, k, v = self._convolved(made.mixed, cache_params, real, segments)
+        state = None
+        if cache_params is not None:
+            state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
+        rows, state = gated_delta_rule(
+            q,
+            k,
+            v,
+            made.log_decay,
+            made.beta,
+            initial_state=state,
+            output_final_state=cache_params is not None,
+            use_qk_l2norm_in_kernel=True,
+            key_mask=None if real is None else real.mask,
+            segments=segments,
+        )
+        if cache_params is not None:
+            cache_params.update_recurrent_state(state, self.layer_idx)
+        out = self.finish(rows, made.gate)
+        return out if real is None else real.scattered(out)
+
+    def project(self: Any, hidden_states: Tensor) -> Projected: ...
+
+    def heads_of(self: Any) -> list[tuple[int, int]]:
+        """Count and width of the heads of q, k and v."""
+        keys = (self.num_k_heads, self.head_k_dim)
+        return [keys, keys, (self.num_v_heads, self.head_v_dim)]
+
+    def finish(self: Any, rows: Tensor, gate: Tensor) -> Tensor:
+        """Rows and gates, (batch, length, heads, value_dim), as hidden states."""
+        ...
+
+    def _continues(self: Any, cache: Any) -> bool:
+        return cache is not None and cache.get_conv_state(self.layer_idx, state_idx=0) is not None
+
+    def _convolved(
+        self: Any, mixed: Tensor, cache: Any, real: RealTokens | None, segments: Tensor | None
+    ) -> list[Tensor]:
+        """q, k and v, (batch, length, heads, width)."""
+        from transformers.activations import ACT2FN
+
+        x, before, weight = mixed.transpose(1, 2), None, self.conv1d.weight
+        if cache is not None:
+            before = cache.get_conv_state(self.layer_idx, state_idx=0)
+        out = convolve(x.to(weight.dtype), weight, self.conv1d.bias, before, segments)
+        if cache is not None:
+            taps, counts = self.conv_kernel_size, None if real is None else real.mask.sum(1)
+            if cache.is_recording_past(self.layer_idx):
+                last = x  # which `crop` cuts
+            else:
+                last = remembered(x, taps, before, counts, segments)
+            cache.update_conv_state(last, self.layer_idx, conv_kernel_size=taps)
+        out = ACT2FN[self.activation](out).to(mixed.dtype).transpose(1, 2)
+        heads = self.heads_of()
+        parts = out.split([count * width for count, width in heads], -1)
+        return [
+            part.unflatten(-1, (count, width))
+            for part, (count, width) in zip(parts, heads, strict=True)
+        ]
+
+
+def told_pieces(hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """The segments of packed rows, (batch, length), as the model was told of them."""
+    ends, numbers = kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
+    batch_size, length = hidden_states.shape[:2]
+    if numbers is not None:
+        return from_seq_idx(numbers, batch_size)
+    if ends is None:
+        return None
+    if batch_size != 1:
+        raise UnsupportedError(
+            f"cu_seq_lens_q came with {batch_size} rows; it tells of one flattened row, so give "
+            "tensors of (1, total length)"
+        )
+    return from_cu_seqlens(ends, length)
