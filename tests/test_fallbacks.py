@@ -132,8 +132,8 @@ def test_padding_is_absence(replaced: Any, form: str) -> None:
         for row, real in enumerate(mask.bool()):
             alone = torch.cat([tokens[row][real], more[row]])
             expected = replaced(alone[None], use_cache=False).logits[0]
-            close(first.logits[row][real], expected[:-3], 1e-10, "rows of the prompt")
-            close(then.logits[row], expected[-3:], 1e-10, "rows behind it")
+            close(first.logits[row][real], expected[:-3], 1e-6, "rows of the prompt")
+            close(then.logits[row], expected[-3:], 1e-6, "rows behind it")
 
 
 def test_padding_within_new_tokens(replaced: Any) -> None:
@@ -150,7 +150,7 @@ def test_padding_within_new_tokens(replaced: Any) -> None:
         ).logits
         for row, real in enumerate(mask.bool()):
             expected = replaced(tokens[row][real][None], use_cache=False).logits[0]
-            close(found[row][real[6:]], expected[6:], 1e-10, "rows")
+            close(found[row][real[6:]], expected[6:], 1e-6, "rows")
 
 
 @pytest.mark.parametrize("told", ["position_ids", "cu_seq_lens", "seq_idx"])
@@ -173,8 +173,8 @@ def test_packed_rows_are_apart(replaced: Any, told: str) -> None:
     (found,) = torch.autograd.grad(packed.square().sum(), weight)
     apart = [replaced(part, use_cache=False).logits for part in tokens.split(lengths, 1)]
     expected = torch.cat(apart, 1)
-    close(packed, expected, 1e-10, "rows")
-    close(found, torch.autograd.grad(expected.square().sum(), weight)[0], 1e-10, "gradients")
+    close(packed, expected, 1e-6, "rows")
+    close(found, torch.autograd.grad(expected.square().sum(), weight)[0], 1e-6, "gradients")
 
 
 def test_a_state_goes_on_by_any_number_of_tokens(replaced: Any) -> None:
@@ -186,7 +186,7 @@ def test_a_state_goes_on_by_any_number_of_tokens(replaced: Any) -> None:
             out = replaced(part, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             rows.append(out.logits)
-    close(torch.cat(rows, 1), expected, 1e-10, "rows")
+    close(torch.cat(rows, 1), expected, 1e-6, "rows")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -44,7 +44,7 @@ class RealTokens:
     def of(cls, mask: Tensor) -> RealTokens:
         """mask: (batch, length), not 0 = a token."""
         real = mask.bool()
-        order = (~real).long().argsort(1, stable=True)
+        order = (~real).long().argsort(dim=1, stable=True)
         return cls(order, real.gather(1, order))
 
     def gathered(self, x: Tensor) -> Tensor:

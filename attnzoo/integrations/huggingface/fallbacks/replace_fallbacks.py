@@ -80,7 +80,7 @@ def restore_fallbacks(model: nn.Module) -> nn.Module:
             "attnzoo.replace_fallbacks(model) replaces them"
         )
     for module in found:
-        change_class(module, type(module).__mro__[2])  # `class_over` makes it of two
+        change_class(module, type(module).__bases__[1])  # `class_over` makes it of two
     for part in model.modules():
         for key, hook in list(part._forward_pre_hooks.items()):
             if hook is tell_pieces:
