@@ -108,8 +108,7 @@ def passes(contender: Contender, learns: bool) -> Callable[[], list[Tensor]]:
 def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """The largest ||ours - theirs|| / ||theirs||."""
     return max(
-        float((x - y).norm() / y.norm().clamp(min=1e-30))
-        for x, y in zip(ours, theirs, strict=True)
+        float((x - y).norm() / y.norm().clamp(min=1e-30)) for x, y in zip(ours, theirs, strict=True)
     )
 
 

@@ -224,9 +224,7 @@ def test_bfloat16_follows_the_state_in_float32() -> None:
     attnzoo.replace_fallbacks(model)
     found = model(tokens, use_cache=True)
     close(found.logits.float(), expected.logits.float(), 2e-2, "logits")
-    states = [
-        out.past_key_values.get_recurrent_state(0, state_idx=0) for out in (found, expected)
-    ]
+    states = [out.past_key_values.get_recurrent_state(0, state_idx=0) for out in (found, expected)]
     assert states[0].dtype == states[1].dtype == torch.float32
     close(states[0], states[1], 2e-2, "states")
 

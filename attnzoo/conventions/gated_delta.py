@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 
-import torch
 from torch import Tensor
 
 from attnzoo.attention import Attention
-from attnzoo.autocast import without_autocast
+from attnzoo.conventions.recurrence import run
 from attnzoo.engines.engine import accumulation_dtype
-from attnzoo.engines.linear.state import LinearState
-from attnzoo.engines.linear.sums import Past
 from attnzoo.registry import build
 
 #: By the dimensions of g: a number for each head, or one for each channel of the keys too.
@@ -58,44 +55,20 @@ def gated_delta_rule(
     if v.shape[1] > k.shape[1]:  # consecutive value heads share a query and a key
         q, k = (x.repeat_interleave(v.shape[1] // k.shape[1], 1) for x in (q, k))
     attention = _attention(VARIANTS[g.dim()], q.shape[1], q.shape[3], use_qk_l2norm_in_kernel)
-    with without_autocast(query.device):
-        if initial_state is None and not output_final_state:
-            rows = attention(
-                q,
-                k,
-                v,
-                key_mask=key_mask,
-                segments=segments,
-                is_causal=True,
-                log_decay=log_decay,
-                beta=beta,
-            )
-            return rows.transpose(1, 2).to(query.dtype), None
-        if segments is not None:
-            log_decay = _closed_between(segments, log_decay)
-        state = _state(attention, q, initial_state)
-        rows, state = attention.step(
-            q, k, v, state, key_mask=key_mask, log_decay=log_decay, beta=beta
-        )
-    last = state.past.sums if output_final_state else None
-    return rows.transpose(1, 2).to(query.dtype), last
+    rows, state = run(
+        attention,
+        q,
+        k,
+        v,
+        {"log_decay": log_decay, "beta": beta},
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        key_mask=key_mask,
+        segments=segments,
+    )
+    return rows.transpose(1, 2).to(query.dtype), state
 
 
 @cache
 def _attention(name: str, heads: int, width: int, l2_norm: bool) -> Attention:
     return build(name, heads=heads, head_dim=width, l2_norm=l2_norm)
-
-
-def _state(attention: Attention, q: Tensor, initial: Tensor | None) -> LinearState:
-    empty = LinearState(q.shape[0], attention.heads)
-    if initial is None:
-        return empty
-    return LinearState(q.shape[0], attention.heads, seen=1, past=Past(initial.to(q.dtype), None))
-
-
-def _closed_between(segments: Tensor, log_decay: Tensor) -> Tensor:
-    """Gates that let nothing pass to the first token of a piece from the one before."""
-    begins = torch.zeros_like(segments, dtype=torch.bool)
-    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    begins = begins[:, None] if log_decay.dim() == 3 else begins[:, None, :, None]
-    return log_decay.masked_fill(begins, float("-inf"))

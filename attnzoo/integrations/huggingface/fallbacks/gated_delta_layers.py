@@ -8,7 +8,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.integrations.huggingface.fallbacks.recurrent_layer import GatedDeltaLayer, Projected
+from attnzoo.conventions.gated_delta import gated_delta_rule
+from attnzoo.integrations.huggingface.fallbacks.recurrent_layer import Projected, RecurrentLayer
+
+
+class GatedDeltaLayer(RecurrentLayer):
+    """A gated delta rule, whose gates are g and beta."""
+
+    def heads_of(self: Any) -> list[tuple[int, int]]:
+        keys = (self.num_k_heads, self.head_k_dim)
+        return [keys, keys, (self.num_v_heads, self.head_v_dim)]
+
+    def recur(
+        self: Any,
+        mixed: list[Tensor],
+        gates: tuple[Tensor, ...],
+        state: Tensor | None,
+        returns_state: bool,
+        **pieces: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        return gated_delta_rule(
+            *mixed,
+            *gates,
+            initial_state=state,
+            output_final_state=returns_state,
+            use_qk_l2norm_in_kernel=True,
+            **pieces,
+        )
 
 
 def _log_decay(layer: Any, a: Tensor) -> Tensor:
@@ -24,7 +50,7 @@ class Qwen3NextLayer(GatedDeltaLayer):
             self.in_proj_qkvz(hidden_states), self.in_proj_ba(hidden_states)
         )
         mixed = torch.cat([x.flatten(2) for x in (q, k, v)], -1)
-        return Projected(mixed, _log_decay(self, a), b.sigmoid(), z)
+        return Projected(mixed, (_log_decay(self, a), b.sigmoid()), z)
 
     def finish(self: Any, rows: Tensor, gate: Tensor) -> Tensor:
         width = rows.shape[-1]
@@ -38,8 +64,10 @@ class Qwen35Layer(Qwen3NextLayer):
     def project(self: Any, hidden_states: Tensor) -> Projected:
         return Projected(
             self.in_proj_qkv(hidden_states),
-            _log_decay(self, self.in_proj_a(hidden_states)),
-            self.in_proj_b(hidden_states).sigmoid(),
+            (
+                _log_decay(self, self.in_proj_a(hidden_states)),
+                self.in_proj_b(hidden_states).sigmoid(),
+            ),
             self.in_proj_z(hidden_states).unflatten(-1, (-1, self.head_v_dim)),
         )
 
@@ -51,8 +79,10 @@ class OlmoHybridLayer(GatedDeltaLayer):
         beta = self.b_proj(hidden_states).sigmoid()
         return Projected(
             torch.cat([one(hidden_states) for one in (self.q_proj, self.k_proj, self.v_proj)], -1),
-            _log_decay(self, self.a_proj(hidden_states)),
-            beta * 2 if self.allow_neg_eigval else beta,
+            (
+                _log_decay(self, self.a_proj(hidden_states)),
+                beta * 2 if self.allow_neg_eigval else beta,
+            ),
             self.g_proj(hidden_states).unflatten(-1, (-1, self.head_v_dim)),
         )
 
@@ -68,8 +98,7 @@ class KimiLinearLayer(GatedDeltaLayer):
     def project(self: Any, hidden_states: Tensor) -> Projected:
         return Projected(
             torch.cat([one(hidden_states) for one in (self.q_proj, self.k_proj, self.v_proj)], -1),
-            self.forget_gate(hidden_states),
-            self.b_proj(hidden_states).sigmoid(),
+            (self.forget_gate(hidden_states), self.b_proj(hidden_states).sigmoid()),
             self.g_b_proj(self.g_a_proj(hidden_states)).unflatten(-1, (-1, self.head_dim)),
         )
 

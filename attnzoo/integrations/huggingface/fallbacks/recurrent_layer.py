@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import UnsupportedError
-from attnzoo.conventions.gated_delta import gated_delta_rule
 from attnzoo.integrations.huggingface.fallbacks.short_convolution import convolve, remembered
 from attnzoo.sequences.segments import from_cu_seqlens, from_seq_idx
 
@@ -18,14 +17,13 @@ from attnzoo.sequences.segments import from_cu_seqlens, from_seq_idx
 class Projected:
     """What a layer makes of its hidden states; all tensors begin with (batch, length).
 
-    mixed: (channels,), what the convolution reads: queries, keys and values of all heads
-    log_decay: (heads,) or (heads, width). beta: (heads,)
-    gate: (heads, value_dim), of the output
+    mixed: (channels,), what the convolution reads: all that `heads_of` lists
+    gates: what else the recurrence reads
+    gate: of the output
     """
 
     mixed: Tensor
-    log_decay: Tensor
-    beta: Tensor
+    gates: tuple[Tensor, ...]
     gate: Tensor
 
 
@@ -58,9 +56,9 @@ class RealTokens:
         return torch.take_along_dim(kept, self.order.argsort(1)[..., None], 1)
 
 
-class GatedDeltaLayer:
-    """A gated delta rule behind a short convolution; a family says what it projects, and how the
-    output is normed, gated and projected."""
+class RecurrentLayer:
+    """A gated state behind a short convolution. A family says what it projects, how the state goes
+    on, and how the output is normed, gated and projected."""
 
     def forward(
         self: Any,
@@ -84,19 +82,15 @@ class GatedDeltaLayer:
                 "whole, without attention_mask and with no tokens cached before them"
             )
         made = self.project(hidden_states)
-        q, k, v = self._convolved(made.mixed, cache_params, real, segments)
+        mixed = self._convolved(made.mixed, cache_params, real, segments)
         state = None
         if cache_params is not None:
             state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
-        rows, state = gated_delta_rule(
-            q,
-            k,
-            v,
-            made.log_decay,
-            made.beta,
-            initial_state=state,
-            output_final_state=cache_params is not None,
-            use_qk_l2norm_in_kernel=True,
+        rows, state = self.recur(
+            mixed,
+            made.gates,
+            state,
+            cache_params is not None,
             key_mask=None if real is None else real.mask,
             segments=segments,
         )
@@ -108,12 +102,28 @@ class GatedDeltaLayer:
     def project(self: Any, hidden_states: Tensor) -> Projected: ...
 
     def heads_of(self: Any) -> list[tuple[int, int]]:
-        """Count and width of the heads of q, k and v."""
-        keys = (self.num_k_heads, self.head_k_dim)
-        return [keys, keys, (self.num_v_heads, self.head_v_dim)]
+        """Count and width of the heads that come out of the convolution, in order."""
+        ...
+
+    def recur(
+        self: Any,
+        mixed: list[Tensor],
+        gates: tuple[Tensor, ...],
+        state: Tensor | None,
+        returns_state: bool,
+        **pieces: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows, (batch, length, heads, value_dim), and the state after them.
+
+        mixed: what `heads_of` lists, (batch, length, heads, width)
+        gates: of `project`
+        state: before, as transformers lays it out
+        pieces: key_mask and segments, of the conventions
+        """
+        ...
 
     def finish(self: Any, rows: Tensor, gate: Tensor) -> Tensor:
-        """Rows and gates, (batch, length, heads, value_dim), as hidden states."""
+        """Rows and the gate as hidden states."""
         ...
 
     def _continues(self: Any, cache: Any) -> bool:
@@ -122,7 +132,7 @@ class GatedDeltaLayer:
     def _convolved(
         self: Any, mixed: Tensor, cache: Any, real: RealTokens | None, segments: Tensor | None
     ) -> list[Tensor]:
-        """q, k and v, (batch, length, heads, width)."""
+        """What `heads_of` lists, (batch, length, heads, width)."""
         from transformers.activations import ACT2FN
 
         x, before, weight = mixed.transpose(1, 2), None, self.conv1d.weight

@@ -19,18 +19,25 @@ from attnzoo.integrations.huggingface.fallbacks.gated_delta_layers import (
     Qwen3NextLayer,
     Qwen35Layer,
 )
-from attnzoo.integrations.huggingface.fallbacks.recurrent_layer import GatedDeltaLayer
+from attnzoo.integrations.huggingface.fallbacks.mamba2_layers import FalconH1Layer, Mamba2Layer
+from attnzoo.integrations.huggingface.fallbacks.recurrent_layer import RecurrentLayer
 from attnzoo.integrations.huggingface.packed_rows import refuse_unseen_packing
 from attnzoo.integrations.replacing import change_class, class_over
 from attnzoo.sequences.segments import from_position_ids
 
 #: By the name of transformers' class: the one that a layer gets.
-KINDS: dict[str, type[GatedDeltaLayer]] = {
+KINDS: dict[str, type[RecurrentLayer]] = {
+    "BambaMixer": Mamba2Layer,
+    "FalconH1Mixer": FalconH1Layer,
+    "GraniteMoeHybridMambaLayer": Mamba2Layer,
     "KimiLinearDeltaAttention": KimiLinearLayer,
+    "Mamba2Mixer": Mamba2Layer,
+    "NemotronHMamba2Mixer": Mamba2Layer,
     "OlmoHybridGatedDeltaNet": OlmoHybridLayer,
     "Qwen3NextGatedDeltaNet": Qwen3NextLayer,
     "Qwen3_5GatedDeltaNet": Qwen35Layer,
     "Qwen3_5MoeGatedDeltaNet": Qwen35Layer,
+    "Zamba2MambaMixer": Mamba2Layer,
 }
 
 
@@ -111,14 +118,14 @@ def tell_pieces(model: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     return args, {**kwargs, "seq_idx": segments}
 
 
-def _kind(module: nn.Module) -> type[GatedDeltaLayer] | None:
+def _kind(module: nn.Module) -> type[RecurrentLayer] | None:
     own = type(module)
     is_theirs = own.__module__.startswith("transformers.models.")
     return KINDS.get(own.__name__) if is_theirs else None
 
 
 def _replaced(model: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in model.modules() if isinstance(module, GatedDeltaLayer))
+    return (module for module in model.modules() if isinstance(module, RecurrentLayer))
 
 
 def _parts_around(model: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:
