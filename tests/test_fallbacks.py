@@ -15,7 +15,11 @@ import attnzoo
 
 hf = pytest.importorskip("transformers")
 
-FAMILIES = ("qwen3_next", "qwen3_5", "olmo_hybrid", "kimi_linear")
+DELTA = ("qwen3_next", "qwen3_5", "olmo_hybrid", "kimi_linear")
+MAMBA = ("mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2")
+FAMILIES = DELTA + MAMBA
+#: One for each way that rows are made; what a layer does around these all families share.
+KINDS = ("qwen3_next", "kimi_linear", "bamba", "falcon_h1")
 SIZES: dict[str, Any] = {
     "vocab_size": 50,
     "hidden_size": 32,
@@ -50,6 +54,8 @@ def make(family: str, **options: Any) -> Any:
         model = hf.OlmoHybridForCausalLM(
             hf.OlmoHybridConfig(**sizes, **GATED, linear_allow_neg_eigval=True)
         )
+    elif family in MAMBA:
+        model = mamba(family, sizes)
     else:
         latent = {"q_lora_rank": None, "kv_lora_rank": 8, "qk_nope_head_dim": 8}
         rest = {"qk_rope_head_dim": 4, "v_head_dim": 8, "mlp_layer_types": ["dense"] * 2}
@@ -57,11 +63,58 @@ def make(family: str, **options: Any) -> Any:
         sizes["num_key_value_heads"] = 4
         model = hf.KimiLinearForCausalLM(hf.KimiLinearConfig(**sizes, **latent, **rest, **delta))
     for name, x in model.named_parameters():  # gates that differ, and rows that reach the logits
-        if name.endswith(("A_log", "dt_bias")):
+        if name.endswith(("A_log", "dt_bias", ".D")):
             torch.nn.init.normal_(x, std=0.5)
         elif x.dim() > 1:
-            torch.nn.init.normal_(x, std=0.2)
+            torch.nn.init.normal_(x, std=0.1)
     return model.eval()
+
+
+def mamba(family: str, sizes: dict[str, Any]) -> Any:
+    """A model with layers of Mamba-2: 4 heads of 16 in 2 groups, states of 8."""
+    mixer = {"n_heads": 4, "d_head": 16, "n_groups": 2, "d_state": 8, "d_conv": 4}
+    own = {f"mamba_{name}": number for name, number in mixer.items()}
+    if family == "mamba2":
+        plain = {"num_heads": 4, "head_dim": 16, "n_groups": 2, "state_size": 8}
+        names = ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id")
+        plain |= {name: sizes[name] for name in names}
+        return hf.Mamba2ForCausalLM(
+            hf.Mamba2Config(**plain, bos_token_id=None, eos_token_id=None, chunk_size=16)
+        )
+    if family == "bamba":
+        del sizes["layer_types"]
+        return hf.BambaForCausalLM(hf.BambaConfig(**sizes, **own, attn_layer_indices=[1]))
+    if family == "falcon_h1":
+        del sizes["layer_types"], sizes["attn_implementation"]  # eager gives NaN to left padding
+        multipliers = {"ssm_in_multiplier": 0.7, "ssm_multipliers": [0.5, 0.9, 1.1, 0.8, 1.2]}
+        return hf.FalconH1ForCausalLM(
+            hf.FalconH1Config(**sizes, **own, **multipliers, mamba_d_ssm=64, mamba_rms_norm=False)
+        )
+    if family == "granitemoehybrid":
+        experts = {"num_local_experts": 0, "shared_intermediate_size": 48}
+        return hf.GraniteMoeHybridForCausalLM(hf.GraniteMoeHybridConfig(**sizes, **own, **experts))
+    if family == "nemotron_h":
+        return hf.NemotronHForCausalLM(
+            hf.NemotronHConfig(
+                **{**sizes, "layer_types": ["linear_attention", "full_attention"]},
+                mamba_num_heads=4,
+                mamba_head_dim=16,
+                n_groups=2,
+                ssm_state_size=8,
+                head_dim=8,
+            )
+        )
+    del sizes["layer_types"]
+    return hf.Zamba2ForCausalLM(
+        hf.Zamba2Config(
+            **sizes,
+            layers_block_type=["linear_attention", "hybrid"],
+            mamba_ngroups=2,
+            mamba_d_state=8,
+            n_mamba_heads=4,
+            mamba_headdim=16,
+        )
+    )
 
 
 def ids(batch_size: int, length: int) -> Tensor:
@@ -77,22 +130,26 @@ def close(found: Tensor, expected: Tensor, limit: float, what: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_logits_and_gradients(family: str) -> None:
     model = make(family)
-    other = copy.deepcopy(model)
-    assert attnzoo.replace_fallbacks(other) == [
-        "model.layers.0." + ("self_attn" if family == "kimi_linear" else "linear_attn")
-    ]
+    other, whole = copy.deepcopy(model), copy.deepcopy(model)
+    names = attnzoo.replace_fallbacks(other)
+    assert names == [name for name, x in model.named_modules() if hasattr(x, "conv1d")]
+    attnzoo.replace_fallbacks(whole.double())
     tokens = ids(2, 70)
-    for one in (model, other):
+    for one in (model, other, whole):
         one(tokens, labels=tokens).loss.backward()
     close(other(tokens).logits, model(tokens).logits, 1e-5, "logits")
-    found, expected = dict(other.named_parameters()), dict(model.named_parameters())
-    assert found.keys() == expected.keys()
-    for name, x in expected.items():
-        assert x.grad is not None and found[name].grad is not None
-        close(found[name].grad / x.grad.abs().max(), x.grad / x.grad.abs().max(), 1e-5, name)
+    found, exact = dict(other.named_parameters()), dict(whole.named_parameters())
+    assert found.keys() == dict(model.named_parameters()).keys()
+    for name, x in model.named_parameters():
+        theirs, ours, exactly = x.grad, found[name].grad, exact[name].grad
+        assert theirs is not None and ours is not None and exactly is not None
+        size = exactly.norm().clamp(min=1e-6)
+        assert (ours - exactly).norm() / size < 1e-5, f"{name}, beside itself in float64"
+        # transformers' own are off by up to 2.3e-5, where the sums of many tokens cancel
+        assert (ours - theirs).norm() / size < 3e-5, name
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=KINDS)
 def replaced(request: pytest.FixtureRequest) -> Any:
     model = make(request.param).double()
     attnzoo.replace_fallbacks(model)
@@ -181,9 +238,11 @@ def test_a_state_goes_on_by_any_number_of_tokens(replaced: Any) -> None:
     tokens = ids(2, 80)
     with torch.no_grad():
         expected = replaced(tokens, use_cache=False).logits
-        cache, rows = None, []
-        for part in tokens.split((2, 1, 70, 1, 6), 1):
-            out = replaced(part, past_key_values=cache, use_cache=True)
+        cache, rows, lengths = None, [], (2, 1, 70, 1, 6)
+        # Bamba's own positions do not go on behind a cache
+        places = torch.arange(80)[None].split(lengths, 1)
+        for part, place in zip(tokens.split(lengths, 1), places, strict=True):
+            out = replaced(part, position_ids=place, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             rows.append(out.logits)
     close(torch.cat(rows, 1), expected, 1e-6, "rows")
@@ -236,7 +295,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="no recurrent layer of this model is replaced"):
         attnzoo.restore_fallbacks(model)
     attnzoo.replace_fallbacks(model)
-    with pytest.raises(ValueError, match="replaced already; call attnzoo.restore_fallbacks"):
+    with pytest.raises(ValueError, match="replaced already; call"):
         attnzoo.replace_fallbacks(model)
     tokens, again = ids(1, 6), torch.tensor([[0, 1, 2, 0, 1, 2]])
     for given in ({"use_cache": True}, {"attention_mask": torch.ones(1, 6), "use_cache": False}):

@@ -1,1 +1,1 @@
-"""How other libraries spell the same: their layouts, argument orders and states, over this one's."""
+"""How other libraries spell the same: layouts, argument orders and states, over this one's."""

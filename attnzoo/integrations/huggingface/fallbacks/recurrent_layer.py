@@ -99,11 +99,12 @@ class RecurrentLayer:
         out = self.finish(rows, made.gate)
         return out if real is None else real.scattered(out)
 
-    def project(self: Any, hidden_states: Tensor) -> Projected: ...
+    def project(self: Any, hidden_states: Tensor) -> Projected:
+        raise NotImplementedError
 
     def heads_of(self: Any) -> list[tuple[int, int]]:
         """Count and width of the heads that come out of the convolution, in order."""
-        ...
+        raise NotImplementedError
 
     def recur(
         self: Any,
@@ -120,11 +121,11 @@ class RecurrentLayer:
         state: before, as transformers lays it out
         pieces: key_mask and segments, of the conventions
         """
-        ...
+        raise NotImplementedError
 
     def finish(self: Any, rows: Tensor, gate: Tensor) -> Tensor:
         """Rows and the gate as hidden states."""
-        ...
+        raise NotImplementedError
 
     def _continues(self: Any, cache: Any) -> bool:
         return cache is not None and cache.get_conv_state(self.layer_idx, state_idx=0) is not None
