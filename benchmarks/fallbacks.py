@@ -71,7 +71,7 @@ def layers(length: int) -> Iterator[tuple[str, dict[str, Contender]]]:
     """Whole layers, by the family's name."""
     sizes: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": 1}
     sizes["layer_types"] = ["linear_attention"]
-    heads = {
+    heads: dict[str, Any] = {
         f"linear_{kind}": number
         for kind, number in (
             ("num_key_heads", HEADS),

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.conventions.mamba2 import mamba2_chunk_scan
+from attnzoo.conventions.mamba2_scan import mamba2_chunk_scan
 from attnzoo.integrations.huggingface.fallbacks.recurrent_layer import Projected, RecurrentLayer
 
 
@@ -35,9 +35,10 @@ class Mamba2Layer(RecurrentLayer):
         **pieces: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         values, keys, queries = mixed
+        (dt,) = gates
         return mamba2_chunk_scan(
             values,
-            *gates,
+            dt,
             -self.A_log.float().exp(),
             keys,
             queries,

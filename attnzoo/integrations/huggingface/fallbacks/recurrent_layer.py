@@ -56,7 +56,11 @@ class RealTokens:
         return torch.take_along_dim(kept, self.order.argsort(1)[..., None], 1)
 
 
-class RecurrentLayer:
+class ReplacedLayer:
+    """A layer of another class than transformers gave it."""
+
+
+class RecurrentLayer(ReplacedLayer):
     """A gated state behind a short convolution. A family says what it projects, how the state goes
     on, and how the output is normed, gated and projected."""
 
@@ -75,12 +79,7 @@ class RecurrentLayer:
         if attention_mask is not None and hidden_states.shape[1] > 1:
             real = RealTokens.of(attention_mask)
             hidden_states = real.gathered(hidden_states)
-        if segments is not None and (real is not None or self._continues(cache_params)):
-            raise UnsupportedError(
-                f"{type(self).__name__} was given packed rows beside "
-                f"{'attention_mask' if real is not None else 'cached tokens'}; give packed rows "
-                "whole, without attention_mask and with no tokens cached before them"
-            )
+        refuse_packed_beside(self, segments, real is not None, self._continues(cache_params))
         made = self.project(hidden_states)
         mixed = self._convolved(made.mixed, cache_params, real, segments)
         state = None
@@ -154,6 +153,18 @@ class RecurrentLayer:
             part.unflatten(-1, (count, width))
             for part, (count, width) in zip(parts, heads, strict=True)
         ]
+
+
+def refuse_packed_beside(
+    layer: Any, segments: Tensor | None, padded: bool, continues: bool
+) -> None:
+    """Raise UnsupportedError on packed rows with padding or with tokens cached before them."""
+    if segments is not None and (padded or continues):
+        raise UnsupportedError(
+            f"{type(layer).__name__} was given packed rows beside "
+            f"{'attention_mask' if padded else 'cached tokens'}; give packed rows whole, without "
+            "attention_mask and with no tokens cached before them"
+        )
 
 
 def told_pieces(hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor | None:

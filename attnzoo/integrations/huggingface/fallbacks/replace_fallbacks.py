@@ -19,19 +19,21 @@ from attnzoo.integrations.huggingface.fallbacks.gated_delta_layers import (
     Qwen3NextLayer,
     Qwen35Layer,
 )
+from attnzoo.integrations.huggingface.fallbacks.lightning_layer import LightningLayer
 from attnzoo.integrations.huggingface.fallbacks.mamba2_layers import FalconH1Layer, Mamba2Layer
-from attnzoo.integrations.huggingface.fallbacks.recurrent_layer import RecurrentLayer
+from attnzoo.integrations.huggingface.fallbacks.recurrent_layer import ReplacedLayer
 from attnzoo.integrations.huggingface.packed_rows import refuse_unseen_packing
 from attnzoo.integrations.replacing import change_class, class_over
 from attnzoo.sequences.segments import from_position_ids
 
 #: By the name of transformers' class: the one that a layer gets.
-KINDS: dict[str, type[RecurrentLayer]] = {
+KINDS: dict[str, type[ReplacedLayer]] = {
     "BambaMixer": Mamba2Layer,
     "FalconH1Mixer": FalconH1Layer,
     "GraniteMoeHybridMambaLayer": Mamba2Layer,
     "KimiLinearDeltaAttention": KimiLinearLayer,
     "Mamba2Mixer": Mamba2Layer,
+    "MiniMaxLightningAttention": LightningLayer,
     "NemotronHMamba2Mixer": Mamba2Layer,
     "OlmoHybridGatedDeltaNet": OlmoHybridLayer,
     "Qwen3NextGatedDeltaNet": Qwen3NextLayer,
@@ -48,7 +50,8 @@ def replace_fallbacks(model: nn.Module) -> list[str]:
     The weights are the same and so are the results, to rounding; padding is absent wherever it
     stands, and packed rows are kept apart. `restore_fallbacks` takes it back.
 
-    model: with layers of Qwen3-Next, Qwen3.5, OLMo Hybrid or Kimi Linear
+    model: with layers of Qwen3-Next, Qwen3.5, OLMo Hybrid, Kimi Linear, MiniMax, or Mamba-2, as
+        Bamba, Falcon-H1, Granite, Nemotron-H and Zamba2 have them
     returns: the names of the layers
     raises: ValueError on a model without such layers, and on one whose layers are replaced already
     """
@@ -118,14 +121,14 @@ def tell_pieces(model: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     return args, {**kwargs, "seq_idx": segments}
 
 
-def _kind(module: nn.Module) -> type[RecurrentLayer] | None:
+def _kind(module: nn.Module) -> type[ReplacedLayer] | None:
     own = type(module)
     is_theirs = own.__module__.startswith("transformers.models.")
     return KINDS.get(own.__name__) if is_theirs else None
 
 
 def _replaced(model: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in model.modules() if isinstance(module, RecurrentLayer))
+    return (module for module in model.modules() if isinstance(module, ReplacedLayer))
 
 
 def _parts_around(model: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:

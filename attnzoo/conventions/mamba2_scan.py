@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.attention import Attention
-from attnzoo.conventions.recurrence import run
+from attnzoo.conventions.continued import run
 from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.registry import build
 
