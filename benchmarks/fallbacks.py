@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.kimi_linear import modeling_kimi_linear as kimi_linear
+from transformers.models.mamba2 import modeling_mamba2 as mamba2
+from transformers.models.minimax import modeling_minimax as minimax
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 import attnzoo
@@ -33,6 +35,7 @@ from attnzoo.bench.environment import environment
 from attnzoo.bench.peak_memory import peak_bytes
 from attnzoo.bench.timing import interleave
 from attnzoo.conventions.gated_delta import gated_delta_rule
+from attnzoo.conventions.mamba2_scan import mamba2_chunk_scan
 
 HEADS, HEAD_DIM = 8, 64
 WIDTH = HEADS * HEAD_DIM
@@ -53,18 +56,32 @@ def rules(length: int) -> Iterator[tuple[str, dict[str, Contender]]]:
         shape = (1, length, HEADS)
         given = [torch.randn(*shape, HEAD_DIM) for _ in range(3)]
         given += [F.logsigmoid(torch.randn(*shape, *channels) + 3), torch.rand(shape)]
+        normed = {"use_qk_l2norm_in_kernel": True}
         yield (
             name,
             {
-                THEIRS: _rule(theirs, given),
-                OURS: _rule(gated_delta_rule, given),
+                THEIRS: _rule(theirs, given, **normed),
+                OURS: _rule(gated_delta_rule, given, **normed),
             },
         )
+    torch.manual_seed(0)
+    given = [torch.randn(1, length, HEADS, HEAD_DIM), torch.rand(1, length, HEADS)]
+    given += [-torch.rand(HEADS), *(torch.randn(1, length, 1, HEAD_DIM) for _ in range(2))]
+    states = {"return_final_states": True}  # without them transformers' function gives no tuple
+    yield (
+        "mamba2",
+        {
+            THEIRS: _rule(mamba2.mamba2_chunk_scan, given, chunk_size=256, **states),
+            OURS: _rule(mamba2_chunk_scan, given),
+        },
+    )
 
 
-def _rule(function: Callable[..., tuple[Tensor, Any]], given: list[Tensor]) -> Contender:
+def _rule(
+    function: Callable[..., tuple[Tensor, Any]], given: list[Tensor], **options: Any
+) -> Contender:
     own = [x.clone().requires_grad_() for x in given]
-    return own, lambda: function(*own, use_qk_l2norm_in_kernel=True)[0]
+    return own, lambda: function(*own, **options)[0]
 
 
 def layers(length: int) -> Iterator[tuple[str, dict[str, Contender]]]:
@@ -86,11 +103,29 @@ def layers(length: int) -> Iterator[tuple[str, dict[str, Contender]]]:
     theirs, ours = layer, copy.deepcopy(layer)
     attnzoo.replace_fallbacks(ours)
     yield "qwen3_next", {THEIRS: _layer(theirs, x), OURS: _layer(ours, x)}
+    layer = minimax.MiniMaxLightningAttention(
+        minimax.MiniMaxConfig(
+            hidden_size=WIDTH,
+            num_hidden_layers=1,
+            num_attention_heads=HEADS,
+            layer_types=["linear_attention"],
+        ),
+        0,
+    )
+    theirs, ours = layer, copy.deepcopy(layer)
+    attnzoo.replace_fallbacks(ours)
+    yield "minimax", {THEIRS: _layer(theirs, x, lightning), OURS: _layer(ours, x, lightning)}
 
 
-def _layer(layer: nn.Module, x: Tensor) -> Contender:
+def lightning(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x, position_embeddings=None, attention_mask=None)[0]
+
+
+def _layer(
+    layer: nn.Module, x: Tensor, call: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__
+) -> Contender:
     own = x.clone().requires_grad_()
-    return [own, *layer.parameters()], lambda: layer(own)
+    return [own, *layer.parameters()], lambda: call(layer, own)
 
 
 def passes(contender: Contender, learns: bool) -> Callable[[], list[Tensor]]:
