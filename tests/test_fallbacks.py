@@ -247,6 +247,22 @@ def test_packed_rows_are_apart(replaced: Any, told: str) -> None:
     close(found, torch.autograd.grad(expected.square().sum(), weight)[0], 1e-6, "gradients")
 
 
+@pytest.mark.parametrize("family", ["qwen3_next", "bamba"])
+def test_a_state_is_that_of_the_last_piece(family: str) -> None:
+    """What a layer's cache hands on of packed rows. The last piece is shorter than the
+    convolution."""
+    model = make(family).double()
+    (name,) = attnzoo.replace_fallbacks(model)
+    layer = model.get_submodule(name)
+    x = torch.randn(1, 76, 32, dtype=torch.float64)
+    pieces = torch.repeat_interleave(torch.arange(2), torch.tensor([71, 2]))[None]
+    with torch.no_grad():
+        cache = hf.DynamicCache(config=model.config)
+        layer(x[:, :73], cache_params=cache, seq_idx=pieces)
+        found = layer(x[:, 73:], cache_params=cache)
+        close(found, layer(x[:, 71:])[:, 2:], 1e-6, "rows")
+
+
 def test_a_state_goes_on_by_any_number_of_tokens(replaced: Any) -> None:
     tokens = ids(2, 80)
     with torch.no_grad():
@@ -319,3 +335,7 @@ def test_refusals() -> None:
     cache = model(tokens, use_cache=True).past_key_values
     with pytest.raises(attnzoo.UnsupportedError, match="packed rows beside cached tokens"):
         model(tokens, past_key_values=cache, seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]]))
+    mamba = make("mamba2")
+    attnzoo.replace_fallbacks(mamba)
+    with pytest.raises(attnzoo.UnsupportedError, match="seq_idx does not reach the layers"):
+        mamba(tokens, seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]]))

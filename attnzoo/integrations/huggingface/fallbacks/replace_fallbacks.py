@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from attnzoo.call import UnsupportedError
 from attnzoo.eager import holds_anywhere, may_branch
 from attnzoo.integrations.huggingface.fallbacks.gated_delta_layers import (
     KimiLinearLayer,
@@ -42,6 +43,9 @@ KINDS: dict[str, type[ReplacedLayer]] = {
     "Zamba2MambaMixer": Mamba2Layer,
 }
 
+#: Models that do not hand their layers what tells of packed rows.
+LOSES_PIECES = ("Mamba2ForCausalLM",)
+
 
 def replace_fallbacks(model: nn.Module) -> list[str]:
     """Run the recurrent layers of a transformers model by this library's engine, in place of the
@@ -69,6 +73,9 @@ def replace_fallbacks(model: nn.Module) -> list[str]:
     _check_version()
     for part in _parts_around(model, list(found.values())):
         part.register_forward_pre_hook(tell_pieces, with_kwargs=True)
+    for part in model.modules():
+        if type(part).__name__ in LOSES_PIECES:
+            part.register_forward_pre_hook(refuse_lost_pieces, with_kwargs=True)
     for module in found.values():
         kind = _kind(module)
         assert kind is not None
@@ -93,7 +100,7 @@ def restore_fallbacks(model: nn.Module) -> nn.Module:
         change_class(module, type(module).__bases__[1])  # `class_over` makes it of two
     for part in model.modules():
         for key, hook in list(part._forward_pre_hooks.items()):
-            if hook is tell_pieces:
+            if hook in (tell_pieces, refuse_lost_pieces):
                 del part._forward_pre_hooks[key]
                 part._forward_pre_hooks_with_kwargs.pop(key, None)
     return model
@@ -119,6 +126,16 @@ def tell_pieces(model: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     if may_branch(positions) and not holds_anywhere(segments > 0):
         return None
     return args, {**kwargs, "seq_idx": segments}
+
+
+def refuse_lost_pieces(model: Any, args: Any, kwargs: Any) -> None:
+    """A hook before the forward of a model that drops what tells of packed rows."""
+    for name in ("position_ids", "seq_idx", "cu_seq_lens_q"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(
+                f"{name} does not reach the layers of {type(model).__name__}, which drops it; give "
+                "packed rows to the model inside, model.backbone, or every piece as a sample"
+            )
 
 
 def _kind(module: nn.Module) -> type[ReplacedLayer] | None:
