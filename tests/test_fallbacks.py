@@ -339,3 +339,8 @@ def test_refusals() -> None:
     attnzoo.replace_fallbacks(mamba)
     with pytest.raises(attnzoo.UnsupportedError, match="seq_idx does not reach the layers"):
         mamba(tokens, seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]]))
+    granite = make("granitemoehybrid")
+    attnzoo.replace_fallbacks(granite)
+    for given in ({"position_ids": again}, {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]])}):
+        with pytest.raises(attnzoo.UnsupportedError, match="softmax layers do not keep apart"):
+            granite(tokens, use_cache=False, **given)

@@ -45,6 +45,8 @@ KINDS: dict[str, type[ReplacedLayer]] = {
 
 #: Models that do not hand their layers what tells of packed rows.
 LOSES_PIECES = ("Mamba2ForCausalLM",)
+#: Models whose softmax layers let packed rows leak into each other.
+LEAKS = ("GraniteMoeHybridModel",)
 
 
 def replace_fallbacks(model: nn.Module) -> list[str]:
@@ -116,6 +118,8 @@ def tell_pieces(model: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     if isinstance(positions, Tensor) and positions.dim() == 3 and positions.shape[0] == 4:
         positions = positions[0]  # of text, before those of time, height and width
     told = any(given.get(name) is not None for name in ("seq_idx", "cu_seq_lens_q"))
+    if told:
+        _check_keeps_apart(model)
     if told or isinstance(mask, dict) or not isinstance(positions, Tensor) or positions.dim() != 2:
         return None
     refuse_unseen_packing(model, (), {**given, "position_ids": positions})
@@ -125,7 +129,16 @@ def tell_pieces(model: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     segments = from_position_ids(positions)
     if may_branch(positions) and not holds_anywhere(segments > 0):
         return None
+    _check_keeps_apart(model)
     return args, {**kwargs, "seq_idx": segments}
+
+
+def _check_keeps_apart(model: Any) -> None:
+    if type(model).__name__ in LEAKS:
+        raise UnsupportedError(
+            f"{type(model).__name__} was given packed rows, which its softmax layers do not keep "
+            "apart; give every piece as a sample, with attention_mask"
+        )
 
 
 def refuse_lost_pieces(model: Any, args: Any, kwargs: Any) -> None:
