@@ -7,6 +7,10 @@ from attnzoo.call import UnsupportedError
 from attnzoo.cost.memory.memory import Memory, memory
 from attnzoo.cost.tracing.counting import FlopReport, count_flops
 from attnzoo.engines.engine import Cost
+from attnzoo.integrations.huggingface.fallbacks.replace_fallbacks import (
+    replace_fallbacks,
+    restore_fallbacks,
+)
 from attnzoo.integrations.huggingface.generation import state_cache
 from attnzoo.integrations.sidecar import load, save
 from attnzoo.integrations.swapping import swap, unswap
@@ -37,6 +41,8 @@ __all__ = [
     "oracles",
     "packed",
     "register",
+    "replace_fallbacks",
+    "restore_fallbacks",
     "save",
     "state_cache",
     "swap",

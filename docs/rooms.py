@@ -35,6 +35,7 @@ ROOMS = (
     "attention",
     "registry",
     "variants",
+    "conventions",
     "layers",
     "integrations",
     "cost",

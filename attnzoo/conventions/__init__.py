@@ -1,0 +1,1 @@
+"""How other libraries spell the same: layouts, argument orders and states, over this one's."""

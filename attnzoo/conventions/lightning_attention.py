@@ -1,0 +1,55 @@
+"""Lightning attention as MiniMax's layers compute it."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from torch import Tensor
+
+from attnzoo.attention import Attention
+from attnzoo.conventions.continued import run
+from attnzoo.engines.engine import accumulation_dtype
+from attnzoo.registry import build
+
+
+def lightning_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slope_rate: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    key_mask: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Rows and state of a head that fades by its own slope at each token, without a scale.
+
+    query, key, value: (batch, heads, length, head_dim)
+    slope_rate: (heads, 1, 1), at least 0
+    initial_state: (batch, heads, head_dim, head_dim), before the first token
+    output_final_state: whether the state after the last token is wanted
+    key_mask: (batch, length) bool, True = a token, False = padding, which changes no state
+    segments: (batch, length) integer, the piece of a packed row that every token belongs to; the
+        state is that of the first piece before, and of the last piece after
+    returns: rows, as query, and the state in float32 at least, or None
+    """
+    dtype = accumulation_dtype(query.dtype)
+    q, k, v = (x.to(dtype) for x in (query, key, value))
+    rows, state = run(
+        _attention(q.shape[1], q.shape[3]),
+        q,
+        k,
+        v,
+        {"log_decay": -slope_rate.to(dtype)[:, 0].expand(q.shape[:3])},
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        key_mask=key_mask,
+        segments=segments,
+    )
+    return rows.to(query.dtype), state
+
+
+@cache
+def _attention(heads: int, width: int) -> Attention:
+    return build("mamba2", heads=heads, head_dim=width)  # `lightning` with slopes of a tensor

@@ -1,0 +1,1 @@
+"""This library's engine under the recurrent layers of transformers' hybrid models."""
