@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from attnzoo import execution
 from attnzoo.arguments import check_count, check_kv_heads, check_positive
 from attnzoo.autocast import autocast_inputs_only
-from attnzoo.call import Call, UnsupportedError
+from attnzoo.call import Call, UnsupportedError, spread_keys
 from attnzoo.call_checks import check, check_new_tokens
 from attnzoo.eager import loses_values
 from attnzoo.engines.engine import Cost, Engine, Shape, StateSizes
@@ -316,4 +316,5 @@ class Attention(nn.Module):
         given = self.with_own_inputs(inputs, k, seen)
         if given:
             given = {name: x for name, x in given.items() if x is not None}
-        return Call(q, k, v, key_mask, attn_mask, is_causal, given, self.spec.inputs, segments)
+        call = Call(q, k, v, key_mask, attn_mask, is_causal, given, self.spec.inputs, segments)
+        return spread_keys(call) if self.spec.value_heads else call

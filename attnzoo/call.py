@@ -240,3 +240,19 @@ def repeat_heads(x: Tensor, group: int) -> Tensor:
     """Give every query head its own copy of the key-value head that its group shares: (batch,
     kv_heads, ...) -> (batch, kv_heads · group, ...)."""
     return x if group == 1 else x.repeat_interleave(group, dim=1)
+
+
+def spread_keys(call: Call) -> Call:
+    """The call, not yet checked, with every key head repeated for the value heads that share it.
+    Where v is k itself, which stands for it in `weights`, the inputs tell how many these are."""
+    k, v, alike = call.k, call.v, call.v is call.k
+    if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (k, v)) or k.shape[1] == 0:
+        return call
+    wanted = v.shape[1]
+    for one, x in call.given() if alike else ():
+        if "kv_heads" in one.names and isinstance(x, Tensor) and x.dim() == len(one.names):
+            wanted = x.shape[one.names.index("kv_heads")]
+    if wanted <= k.shape[1] or wanted % k.shape[1]:
+        return call
+    k = repeat_heads(k, wanted // k.shape[1])
+    return replace(call, k=k, v=k if alike else v)

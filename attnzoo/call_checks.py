@@ -74,7 +74,7 @@ def check(call: Call, spec: Spec, heads: int, head_dim: int) -> None:
         )
     _check_key_mask(call)
     _check_attn_mask(call)
-    _check_segments(call)
+    check_segments(call)
     if call.inputs or spec.inputs:
         _check_inputs(call, spec)
 
@@ -110,7 +110,8 @@ def _check_key_mask(call: Call) -> None:
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def _check_segments(call: Call) -> None:
+def check_segments(call: Call) -> None:
+    """Raise a ValueError where the ids of pieces do not fit the call's keys."""
     ids = call.segments
     if ids is None:
         return

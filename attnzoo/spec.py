@@ -104,7 +104,8 @@ class Spec:
 
     equation: one line, row by row. complexity: time and memory in the sequence length n.
     exact: A is softmax's own on its support. bidirectional: runs without is_causal. cross:
-    query_length may differ from key_length.
+    query_length may differ from key_length. value_heads: v may have a multiple of k's heads, and
+    consecutive heads of v, of which each has its own inputs, share one of k.
     inputs: what a call may or must bring beside q, k and v.
     data_dependent: which keys a row sees depends on the queries and keys; `Cost.support_macs` is
     then the most that it can be.
@@ -124,6 +125,7 @@ class Spec:
     dropout: bool = False
     decodes: bool = True
     needs_max_length: bool = False
+    value_heads: bool = False
     data_dependent: bool = False
     inputs: tuple[Input, ...] = ()
 

@@ -186,6 +186,11 @@ CASES: dict[str, list[Case]] = {
     ],
     "cosformer": [Case("cosformer", shift=0.5), Case("cosformer", {"max_length": 1000}, shift=0.5)],
     "retention": [Case("retention"), Case("retention", {"scale": 0.5})],
+    "mamba2": [Case("mamba2"), Case("mamba2", {"scale": None})],
+    "lightning": [
+        Case("lightning"),
+        Case("lightning", {"slopes": "fla", "layer": 1, "num_layers": 3, "scale": None}),
+    ],
     "flash": [
         Case("flash", {"block_size": 100}),
         Case("flash", {"block_size": 64, "scale": 0.7}),

@@ -27,14 +27,19 @@ def test_state_bytes_and_growth_are_what_decoding_carries(case: Case, dtype: tor
         assert after.state_bytes - now.state_bytes == now.state_growth
 
 
+GATES = {"mamba2": 1, "deltanet": 1, "gated_deltanet": 2, "gla": 8, "kda": 9, "rwkv7": 24}
+
+
 @pytest.mark.parametrize("name", attnzoo.names())
 def test_moved_bytes_and_parameters_by_hand(name: str):
     """q and out of 4 heads, k and v of 2; Linformer reads the used rows of E and F of 4 heads, rank
-    16; Performer 24 directions and Reformer 3 rotations to 3 directions in float32."""
+    16; Performer 24 directions and Reformer 3 rotations to 3 directions in float32; gates are a
+    number, or 8, for every key and head, and so is the strength of a write."""
     case = next(case for case in usual_cases() if case.variant == name)
     attn, n = case.build(), 100
     more = {
         "linformer": 2 * 4 * n * 16 * 2,
+        **{one: 3 * 2 * n * 2 * numbers for one, numbers in GATES.items()},
         "performer": 24 * 8 * 4,
         "reformer": 3 * 8 * 3 * 4,
     }.get(name, 0)

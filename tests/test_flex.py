@@ -164,12 +164,27 @@ def test_only_what_counts_no_positions_packs() -> None:
 
 @pytest.mark.parametrize("name", ["sliding_window", "bigbird"])
 def test_auto_takes_it_where_it_does_not_refuse(name: str) -> None:
-    """On CUDA it is first, but for calls in which the pattern hides nothing."""
+    """On CUDA it is first, but for calls in which the pattern hides nothing; and of those, but for
+    what has not run on a GPU, which it takes when asked for by name."""
     engine = attnzoo.build(name, heads=4, head_dim=16).engine
+    plain, short = (
+        call_of(Situation(length, length, kv_heads=4), True, torch.bfloat16) for length in (700, 60)
+    )
     with patch.object(flex, "why_not", lambda *_: None):
-        assert engine.choose(call_of(Situation(700, 700), True), "auto").name == "flex"
-        assert engine.choose(call_of(Situation(60, 60), True), "auto").name == "dense"
-    assert engine.choose(call_of(Situation(700, 700), True), "auto").name != "flex"
+        assert engine.choose(plain, "auto").name == "flex"
+        assert engine.choose(short, "auto").name == "dense"
+        for untried in (
+            replace(plain, q=plain.q.clone().requires_grad_()),
+            replace(plain, q=plain.q.float(), k=plain.k.float(), v=plain.v.float()),
+            replace(plain, k=plain.k[:, :2], v=plain.v[:, :2]),
+            replace(plain, key_mask=torch.ones(2, 700, dtype=torch.bool)),
+            plain.giving(DISTANCE_BIAS, torch.zeros(4, 1401)),
+        ):
+            assert engine.choose(untried, "auto").name != "flex"
+            assert engine.choose(untried, "flex").name == "flex"
+        with patch.object(engine, "softcap", 5.0):
+            assert engine.choose(plain, "auto").name != "flex"
+    assert engine.choose(plain, "auto").name != "flex"
 
 
 def test_it_is_kept_out_of_what_cannot_hold_it() -> None:

@@ -45,6 +45,8 @@ def inputs_for(
     made = {}
     for one in declared:
         x = torch.randn([sizes[axis] for axis in one.names], generator=generator, dtype=q.dtype)
+        if one.activation is not None:
+            x = one.activation(x)  # a gate has a range
         made[one.name] = x > 1.2 if one.dtype == "bool" else x.abs() if one.required else x
     return made
 

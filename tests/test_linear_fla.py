@@ -87,9 +87,12 @@ def test_auto_takes_it_for_whole_sequences_alone(monkeypatch: pytest.MonkeyPatch
     first, *others = Linear.backends
     ready = replace(first, run=lambda _, call: call.q, why_not=lambda *_: None)
     monkeypatch.setattr(Linear, "backends", (ready, *others))
-    attn = Case("linear").build(dtype=torch.float32)
-    q, k, v, _ = (x.float() for x in tensors(Situation(6, 6)))
+    attn = Case("linear").build(dtype=torch.bfloat16)
+    q, k, v, _ = (x.bfloat16() for x in tensors(Situation(6, 6, kv_heads=4)))
     assert torch.equal(attn(q, k, v, is_causal=True), q) and attn.last_backend == "fla"
+    attn(q.requires_grad_(), k, v, is_causal=True)
+    assert attn.last_backend == "chunked"  # its backward pass has not run on a GPU
+    q = q.detach()
     out, _ = attn.step(q, k, v, attn.init_state(2, kv_heads=k.shape[1]))
     assert attn.last_backend == "chunked"
     attn.backend = "chunked"

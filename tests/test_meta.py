@@ -61,6 +61,7 @@ def test_a_plain_checkpoint_in_a_model_swapped_on_meta(name: str) -> None:
             )
             < 0.7
         )
+    if any(one.is_projected for one in spec_of(name).inputs) or name == "linformer":
         model.load_state_dict(swapped.state_dict())
     x, masks = torch.randn(2, LENGTH, 16), layer_masks(spec_of(name), LENGTH)
     if masks:

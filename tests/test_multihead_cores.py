@@ -3,6 +3,7 @@ refuses what it cannot do."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 import attnzoo
 from attnzoo import MultiheadAttention, UnsupportedError
+from attnzoo.layers.input_projections import project_inputs
 
 MASKLESS_CASES = [case for case in CAUSAL_CASES if not case.spec.attn_mask]
 
@@ -46,6 +48,9 @@ def by_hand(
         return F.linear(x, weight, bias).unflatten(-1, (HEADS, SIZE // HEADS)).transpose(1, 2)
 
     q, k, v = (project(x, i) for i, x in enumerate((query, key, value)))
+    by_batch = copy.copy(module)
+    by_batch.batch_first = True  # as the tensors here are
+    call |= project_inputs(by_batch, query, key, call)
     own: Any = None
     if (packed := getattr(module.attention, "global_projection", None)) is not None:
         assert isinstance(packed, nn.Linear)

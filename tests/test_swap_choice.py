@@ -70,7 +70,7 @@ def test_a_config_that_others_changed_does_not_pass_a_swap_by() -> None:
         with pytest.raises(
             ValueError,
             match="config of this swapped BertModel was set to the attention implementation "
-            "'sdpa', by another model",
+            "'sdpa', which passes its swap by",
         ):
             model(tokens())
         model.set_attn_implementation("attnzoo")
@@ -105,3 +105,16 @@ def test_what_belongs_to_a_swap_is_refused_while_another_runs_and_the_other_way_
         model(tokens(), past_key_values=cache)
     capture_tensors(model, tokens(), [0], is_causal=True)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_modules_that_are_of_another_class_while_swapped_follow_no_other_choice() -> None:
+    model = make("t5")
+    exact = answer_of("t5", model)
+    swapped = answer_of("t5", attnzoo.swap(model, "sliding_window", window=3))
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=r"call attnzoo\.unswap.* to run the swap$"):
+        answer_of("t5", model)
+    model.set_attn_implementation("attnzoo")
+    assert torch.equal(answer_of("t5", model), swapped)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(answer_of("t5", attnzoo.unswap(model)), exact)

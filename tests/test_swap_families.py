@@ -21,7 +21,9 @@ ROUNDING: Any = {"rtol": 0.0, "atol": 5e-6}
 SPECS = {name: attnzoo.describe(name).spec for name in attnzoo.names()}
 UNWINDOWED = [name for name in SPECS if name != "sliding_window"]
 WITHOUT_BIAS = {
-    name: "adds a position_bias to its scores" for name, spec in SPECS.items() if not spec.attn_mask
+    name: "adds a position_bias to its scores"
+    for name, spec in SPECS.items()
+    if not spec.attn_mask and not spec.takes("distance_bias")
 }
 
 
@@ -117,11 +119,6 @@ def test_it_runs_or_is_refused(family: str, name: str, tmp_path: Path) -> None:
     ("family", "options", "sentence"),
     [
         (
-            "gemma2",
-            {"attn_logit_softcapping": 50.0},
-            "Gemma2Attention uses softcap, which a swapped attention would drop",
-        ),
-        (
             "splinter",
             {"question_token_id": 1},
             "SplinterSelfAttention says is_causal=True and is given a mask that is not causal",
@@ -201,12 +198,16 @@ def test_local_and_global_layers_of_modernbert() -> None:
     assert torch.equal(answer_of("modernbert", model), exact)
 
 
-def test_layers_of_gemma2_in_turn() -> None:
-    model = make("gemma2")
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_layers_of_gemma2_in_turn(softcap: float | None) -> None:
+    """All of them, and some: a layer left alone keeps its window and its softcap."""
+    model = make("gemma2", attn_logit_softcapping=softcap)
     exact = answer_of("gemma2", model)
-    attnzoo.swap(model, {"0,2": ("sliding_window", {"window": 6}), 1: "standard"})
-    torch.testing.assert_close(answer_of("gemma2", model), exact, **ROUNDING)
-    assert len(cores(model)) == 3
+    for mix in ({"0,2": ("sliding_window", {"window": 6}), 1: "standard"}, {1: "standard"}):
+        attnzoo.swap(model, mix)
+        torch.testing.assert_close(answer_of("gemma2", model), exact, **ROUNDING)
+        assert len(cores(model)) == (3 if len(mix) == 2 else 1)
+        attnzoo.unswap(model)
 
 
 @pytest.mark.parametrize(

@@ -260,9 +260,9 @@ def test_linformer_in_a_decoder_is_refused() -> None:
 def test_a_family_that_stays_eager_is_refused() -> None:
     import transformers as hf
 
-    model = hf.BloomModel(hf.BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4))
+    model = hf.XLMModel(hf.XLMConfig(vocab_size=50, emb_dim=32, n_layers=2, n_heads=4))
     before = model.config._attn_implementation
-    with pytest.raises(UnsupportedError, match="BloomModel does not let its attention be replaced"):
+    with pytest.raises(UnsupportedError, match="XLMModel does not let its attention be replaced"):
         attnzoo.swap(model, "standard")
     assert model.config._attn_implementation == before
 

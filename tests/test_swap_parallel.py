@@ -210,6 +210,9 @@ def refusals() -> list[str]:
         "belong to no process's heads": lambda: parallelize_module(
             attnzoo.MultiheadAttention(6, 2, add_zero_attn=True), mesh, HeadParallel()
         ),
+        "divides by a mean over all heads": lambda: parallelize_module(
+            attnzoo.MultiheadAttention(6, 2, qk_norm="all_heads"), mesh, HeadParallel()
+        ),
         "not Linear; swap the model first": lambda: parallelize_module(
             nn.Linear(2, 2), mesh, HeadParallel()
         ),
@@ -228,10 +231,38 @@ def refusals() -> list[str]:
     return wrong
 
 
+def normalised_and_turned() -> list[str]:
+    """The norm that all heads share gets the sum of their gradients."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from attnzoo.integrations.tensor_parallel import HeadParallel
+
+    torch.manual_seed(0)
+    layer = attnzoo.MultiheadAttention(
+        SIZE, HEADS, batch_first=True, qk_norm="per_head", rotary=True
+    ).double()
+    split = copy.deepcopy(layer)
+    parallelize_module(split, init_device_mesh("cpu", (PROCESSES,)), HeadParallel())
+    x, padding, upstream = inputs()
+    found = []
+    for one in (layer, split):
+        out = one(x, x, x, padding, need_weights=False)[0]
+        (out * upstream).sum().backward()
+        found.append(out.detach())
+    wrong = differs("output", found[1], found[0])
+    own = gradients(split)
+    for name in ("q_norm.weight", "k_norm.weight"):
+        wrong += differs(f"gradient of {name}", own[name], gradients(layer)[name])
+    return wrong
+
+
 def every_way() -> list[str]:
-    return [
-        f"{way.__name__}, {case}: {line}" for way in WAYS for case in CASES for line in way(case)
-    ] + refusals()
+    return (
+        [f"{way.__name__}, {case}: {line}" for way in WAYS for case in CASES for line in way(case)]
+        + normalised_and_turned()
+        + refusals()
+    )
 
 
 def test_two_processes_say_what_one_says() -> None:

@@ -20,12 +20,16 @@ class Backend:
 
     packs: whether it keeps the pieces of a packed row apart where nobody may read their ids, in a
         graph or transform; elsewhere they are cut apart before.
+    untried: why backend="auto" passes over it for a call that it takes when asked for by name,
+        since no such call has been seen to run right on the device that it is for; None where it
+        has.
     """
 
     name: str
     run: Callable[[Any, Call], Tensor]
     why_not: Callable[[Any, Call], str | None]
     packs: bool = False
+    untried: Callable[[Any, Call], str | None] = lambda engine, call: None
 
     def reason(self, engine: Any, call: Call) -> str | None:
         """Why it refuses the call; None when it takes it."""
@@ -203,6 +207,8 @@ class Engine(nn.Module):
         for backend in self.backends:
             if requested in ("auto", backend.name):
                 reason = backend.reason(self, call)
+                if reason is None and requested == "auto":
+                    reason = backend.untried(self, call)
                 if reason is None:
                     return backend
         if reason is None:

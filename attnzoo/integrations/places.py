@@ -12,7 +12,8 @@ from torch import nn
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
-from attnzoo.registry import Choice, options_of, spec_of
+from attnzoo.registry import Choice, names, options_of, spec_of
+from attnzoo.spec import Spec, with_spec
 from attnzoo.spec_checks import check_causality
 
 #: In which attention computes; other floating dtypes, such as float8, only store.
@@ -27,6 +28,8 @@ class Site:
     is_causal: None where only the call tells.
     window: keys its own sliding window shows, itself included (None: all).
     has_bias: it adds a bias of positions to its scores.
+    bias_by_distance: which depends on how far apart they are.
+    softcap: what its scores are kept within.
     has_sink_logits: it has one more score a head, which counts in the sum of every row.
     dropout: of the entries of A while training.
     place: device and dtype of its queries, where a trial told them.
@@ -42,6 +45,8 @@ class Site:
     is_causal: bool | None = None
     window: int | None = None
     has_bias: bool = False
+    bias_by_distance: bool = False
+    softcap: float | None = None
     has_sink_logits: bool = False
     dropout: float = 0.0
     place: tuple[torch.device, torch.dtype] | None = None
@@ -71,7 +76,8 @@ def build_attentions(
             if site.is_causal is not None:
                 check_causality(spec_of(choice.name), site.is_causal)
             own = Choice(choice.name, _options(choice, layer, site))
-            attention = Choice(own.name, {**own.options, **more}).build(site.heads, site.head_dim)
+            options = {**own.options, **more, **_softcap(choice.name, site)}
+            attention = Choice(own.name, options).build(site.heads, site.head_dim)
             place = site.place or place_of(site.module, model)
             _check_fits(attention, site, place[0])
         except UnsupportedError as error:
@@ -83,7 +89,7 @@ def build_attentions(
 
 
 def _options(choice: Choice, layer: int, site: Site) -> dict[str, Any]:
-    for option in ("heads", "head_dim", "scale", "dropout"):
+    for option in ("heads", "head_dim", "scale", "dropout", "softcap"):
         if option in choice.options:
             raise ValueError(f"swap does not take {option!r}: it follows from the model")
     options = dict(choice.options)
@@ -100,6 +106,19 @@ def _options(choice: Choice, layer: int, site: Site) -> dict[str, Any]:
             )
         options["max_length"] = site.max_length
     return options
+
+
+def _softcap(name: str, site: Site) -> dict[str, Any]:
+    """The option that caps scores as the layer does."""
+    if site.softcap is None:
+        return {}
+    able = [one for one in names() if any(option.name == "softcap" for option in options_of(one))]
+    if name not in able:
+        raise UnsupportedError(
+            f"{type(site.module).__name__} caps its scores (softcap={site.softcap}), which {name} "
+            f"would drop; use one of {', '.join(able)}"
+        )
+    return {"softcap": site.softcap}
 
 
 def no_dropout(module: str, dropout: float, name: str) -> str:
@@ -134,10 +153,11 @@ def _check_fits(attention: Attention, site: Site, device: torch.device) -> None:
             f"the model projects queries and keys apart, which {attention.spec.name} with shared "
             "ones cannot take"
         )
-    if site.has_bias and not attention.spec.attn_mask:
+    able = with_spec(lambda spec: _adds_bias(spec, site))
+    if site.has_bias and attention.spec.name not in able:
         raise UnsupportedError(
             f"{type(site.module).__name__} adds a position_bias to its scores, which "
-            f"{attention.spec.name} would drop; use standard"
+            f"{attention.spec.name} would drop; use one of {', '.join(able)}"
         )
     if site.has_sink_logits and not attention.spec.takes("sink_logits"):
         raise UnsupportedError(
@@ -159,6 +179,10 @@ def _check_fits(attention: Attention, site: Site, device: torch.device) -> None:
             f"window={site.window} or less, or switch the model's window off first (Mistral: "
             "model.config.sliding_window = None)"
         )
+
+
+def _adds_bias(spec: Spec, site: Site) -> bool:
+    return spec.attn_mask or (site.bias_by_distance and spec.takes("distance_bias"))
 
 
 def place_of(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:

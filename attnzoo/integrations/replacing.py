@@ -56,12 +56,12 @@ def replace_forwards(
     for layer, attention in attentions.items():
         module = sites[layer].module
         swapped[sites[layer].path] = (module, type(module), kind)
-        _change_class(module, class_over(kind, type(module)))
+        change_class(module, class_over(kind, type(module)))
         take(module, attention, places[layer])
-    return Undo([partial(_check_classes, swapped)], [partial(_give_classes_back, swapped)])
+    return Undo([partial(check_classes, swapped)], [partial(_give_classes_back, swapped)])
 
 
-def _check_classes(swapped: Swapped, model: nn.Module) -> None:
+def check_classes(swapped: Swapped, model: nn.Module) -> None:
     """Raise ValueError where something that was put on a module since would not outlive the
     undoing."""
     for path, (module, own, kind) in swapped.items():
@@ -82,7 +82,7 @@ def _give_classes_back(swapped: Swapped, model: nn.Module) -> None:
     for module, own, _ in swapped.values():
         delattr(module, CORE)
         vars(module).pop("__module__", None)
-        _change_class(module, own)
+        change_class(module, own)
 
 
 def has_other_forward(module: nn.Module) -> bool:
@@ -94,7 +94,8 @@ def has_other_forward(module: nn.Module) -> bool:
     )
 
 
-def _change_class(module: nn.Module, other: type) -> None:
+def change_class(module: nn.Module, other: type) -> None:
+    """Make a module one of another class, also where accelerate calls its forward."""
     module.__class__ = other
     if "_old_forward" in vars(module):  # accelerate's hook calls it
         vars(module)["_old_forward"] = MethodType(other.forward, module)  # pyright: ignore[reportAttributeAccessIssue]

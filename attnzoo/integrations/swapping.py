@@ -30,11 +30,11 @@ def swap(
 ) -> Model:
     """Give a model another attention, in place, keeping its weights. Returns the model.
 
-    model: a Hugging Face transformers model whose attention goes through `AttentionInterface`; one
-    made of nn.MultiheadAttention, in torch's Transformer layers or alone; one made of timm's
-    Attention; or a wrapper of one (PEFT, DDP, torch.compile, Lightning). A part of a composite
-    model can be swapped alone (`model.get_encoder()`, `clip.vision_model`): save, load and unswap
-    that part then.
+    model: a Hugging Face transformers model whose attention goes through `AttentionInterface`, or
+    is BLOOM's, MPT's or Falcon's; one made of nn.MultiheadAttention, in torch's Transformer layers
+    or alone; one made of timm's Attention; or a wrapper of one (PEFT, DDP, torch.compile,
+    Lightning). A part of a composite model can be swapped alone (`model.get_encoder()`,
+    `clip.vision_model`): save, load and unswap that part then.
     name: a name in `attnzoo.names()`, or a mapping from layers to a name or a pair (name, options):
     {"0-3": "sliding_window", "4": ("performer", {"num_features": 64})}. Layers that are not named
     keep exact attention.
@@ -46,10 +46,10 @@ def swap(
     options: of the attention, for every layer. An option `seed` is the first layer's, later layers
     count up from it; `max_length` is the model's own where it tells one.
     Raises UnsupportedError when the swap would be ignored or would drop part of the model's
-    attention (soft-capping, sink logits where the attention takes none, packed sequences, a window
-    of its own, a bias of positions where the attention takes no attn_mask), or when the attention
-    cannot do what the model needs; ValueError on a model without attention, on one swapped already,
-    whole or in part, and on layers outside it. The model is then as it was.
+    attention (soft-capping, sink logits and a bias by distance where the attention takes none,
+    another bias of positions where it takes no attn_mask, packed sequences, a window of its own),
+    or when the attention cannot do what the model needs; ValueError on a model without attention,
+    on one swapped already, whole or in part, and on layers outside it. The model is then as it was.
 
     Only self-attention is swapped, unless another is named: torch's decoder layers keep their
     `multihead_attn`, and so does an encoder-decoder of transformers, whose layers count on from its

@@ -4,7 +4,7 @@ Megatron-LM (Shoeybi et al. 2019, section 3)."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from attnzoo.call import UnsupportedError
 from attnzoo.integrations.swapping import record_of
 from attnzoo.layers.input_projections import INPUT_PROJECTIONS
 from attnzoo.layers.multihead import MultiheadAttention
+from attnzoo.layers.qk_norm import NORMS
 
 
 class HeadParallel(ParallelStyle):
@@ -46,7 +47,7 @@ class HeadParallel(ParallelStyle):
     those of the whole attention.
 
     Raises ValueError where the heads cannot be split evenly and on other modules, UnsupportedError
-    on add_bias_kv and add_zero_attn.
+    on add_bias_kv, add_zero_attn and qk_norm="all_heads".
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -97,10 +98,14 @@ def _split_core(core: Attention, mesh: DeviceMesh) -> None:
     )  # kept, since a parameter made meanwhile could take the id of one that is gone
     count = core.heads // processes
     core.keep_heads(mesh.get_local_rank() * count, count)
-    for parameter in core.parameters():
-        if any(parameter is one for one in whole) and not getattr(
-            parameter, "sums_over_heads", False
-        ):  # layers may share one too
+    shared = [one for one in core.parameters() if any(one is other for other in whole)]
+    _sum_gradients(shared, group)
+
+
+def _sum_gradients(shared: Iterable[nn.Parameter], group: Any) -> None:
+    """Let the gradients of what all heads share be sums over the processes."""
+    for parameter in shared:
+        if not getattr(parameter, "sums_over_heads", False):  # layers may share one too
             parameter.register_hook(lambda gradient: _sum(gradient, group))
             parameter.sums_over_heads = True  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -116,6 +121,11 @@ def _split_module(module: MultiheadAttention, mesh: DeviceMesh) -> None:
         raise UnsupportedError(
             "add_bias_kv and add_zero_attn belong to no process's heads; build the module without "
             "them"
+        )
+    if module.qk_norm == "all_heads":
+        raise UnsupportedError(
+            "qk_norm='all_heads' divides by a mean over all heads, which no process's heads have "
+            "alone; use qk_norm='per_head', or FSDP or DDP for this model"
         )
     core = module.attention
     names = core.projected
@@ -154,6 +164,9 @@ def _split_module(module: MultiheadAttention, mesh: DeviceMesh) -> None:
     ):
         module.register_parameter(name, None)
     module.num_heads = module.attention.heads
+    for name in NORMS:
+        if name in module._modules:
+            _sum_gradients(module.get_submodule(name).parameters(), mesh.get_group())
     parallelize_module(module.projections, mesh, {"*": ColwiseParallel()})
     parallelize_module(module.out_proj, mesh, RowwiseParallel())
     module.register_forward_pre_hook(_refuse_weights, with_kwargs=True)

@@ -3,11 +3,13 @@ declares."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from attnzoo.layers.layer import Layer
+from attnzoo.layers.projections import project_apart, project_together
 from attnzoo.spec import Input
 
 #: Where they live: with the attention, as all that a state_dict of torch's lacks.
@@ -26,6 +28,58 @@ def add_projections(layer: Layer) -> None:
             )
     if made:
         setattr(layer.attention, INPUT_PROJECTIONS, made)
+
+
+def add_own_projection(layer: Layer) -> None:
+    """Give the layer's attention the packed projection of its inputs that are `like` q, k and v,
+    a copy of the layer's own."""
+    if layer.attention.own_projection is None or layer.in_proj_weight is None:
+        return
+    plain = {"weight": layer.in_proj_weight, "bias": layer.in_proj_bias}
+    projection = nn.Linear(
+        layer.embed_dim, 3 * layer.embed_dim, plain["bias"] is not None, device="meta"
+    )
+    for name, parameter in plain.items():
+        if parameter is not None:
+            setattr(projection, name, nn.Parameter(parameter.detach().clone()))
+    setattr(layer.attention, layer.attention.own_projection, projection)
+
+
+def inputs_of(
+    layer: Layer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    given: Mapping[str, Tensor | None],
+    pattern: str,
+    placed: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> dict[str, Tensor]:
+    """What a call of the layer's attention takes beside q, k and v: the inputs that are given, and
+    those that are projected.
+
+    query, key, value, pattern: as `project` takes them
+    given: by name; without the axis of samples where query has none
+    placed: what the layer does to projected queries and keys, which is done to these inputs too
+    returns: by name
+    """
+    core: Any = layer.attention
+    if not core.spec.inputs and not given:
+        return {}
+    batched = {one.name for one in core.spec.inputs if "batch" in one.names}
+    made = {
+        name: x[None] if query.dim() == 2 and name in batched else x
+        for name, x in given.items()
+        if x is not None
+    }
+    packed = core.own_projection and core._modules.get(core.own_projection)
+    if packed and core.wants_own_projection(made):
+        by = project_apart if isinstance(packed, nn.ModuleDict) else project_together
+        q, k, v = by(layer, packed, query, key, value, pattern)
+        own = dict(zip("qkv", (*placed(q, k), v), strict=True))
+        for one in core.spec.inputs:
+            if one.like is not None:
+                made.setdefault(one.name, own[one.like])
+    return {**project_inputs(layer, query, key, made), **made}
 
 
 def project_inputs(

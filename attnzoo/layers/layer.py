@@ -22,6 +22,7 @@ class Layer(Protocol):
     batch_first: Any
     training: bool
     segments: Any
+    qk_norm: Any
     bias_k: Any
     add_zero_attn: Any
     in_proj_weight: Any
@@ -30,6 +31,7 @@ class Layer(Protocol):
     k_proj_weight: Any
     v_proj_weight: Any
     _modules: Any
+    _placed: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 

@@ -4,7 +4,8 @@ zoo between the projections."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -13,12 +14,20 @@ from torch import Tensor, nn
 from attnzoo.arguments import check_options, check_positive
 from attnzoo.attention import LEAF, Attention
 from attnzoo.call import UnsupportedError
-from attnzoo.layers.input_projections import add_projections, project_inputs
+from attnzoo.layers.decoding import LayerState, first_state, step_layer
+from attnzoo.layers.input_projections import (
+    add_own_projection,
+    add_projections,
+    inputs_of,
+)
 from attnzoo.layers.layer import shares_qk
 from attnzoo.layers.layer_checks import check_call, core_options
 from attnzoo.layers.nested_sequences import forward_nested
 from attnzoo.layers.packed_model import segments_of
-from attnzoo.layers.projections import project, project_apart, project_together
+from attnzoo.layers.positions import positions_of
+from attnzoo.layers.projections import project, with_end_keys
+from attnzoo.layers.qk_norm import NORMS, add_qk_norm, check_qk_norm, normalised
+from attnzoo.layers.rotary import rotary_of
 from attnzoo.layers.torch_masks import translate
 from attnzoo.registry import build, spec_of
 from attnzoo.sequences.segments import joined
@@ -56,12 +65,19 @@ class MultiheadAttention(nn.MultiheadAttention):
         keys (the standard core)
     attention: a name in `attnzoo.names()`
     attention_options: its further options, e.g. {"num_features": 128}
+    qk_norm: queries and keys are divided by their root mean square and weighted by `q_norm` and
+        `k_norm`: "per_head" (Qwen3), or "all_heads" as one (OLMo 2)
+    rotary: queries and keys are then turned by their positions, see `RotaryEmbedding`: True, or
+        its options, e.g. {"base": 1e6, "width": 32, "interleaved": True}. Positions count from the
+        first real token of a sample, or of a piece of a packed row; query i of L stands at the key
+        S - L + i.
     raises: ValueError on a malformed option, UnsupportedError on one that the core excludes
         (dropout > 0 among them)
     """
 
     #: Segments of calls that bring none, see `attnzoo.packed`.
     segments: Tensor | None = None
+    qk_norm: str | None = None
 
     def __init__(
         self,
@@ -79,28 +95,22 @@ class MultiheadAttention(nn.MultiheadAttention):
         *,
         attention: str = "standard",
         attention_options: Mapping[str, Any] | None = None,
+        qk_norm: Literal["per_head", "all_heads"] | None = None,
+        rotary: bool | Mapping[str, Any] = False,
     ) -> None:
         if check_positive("embed_dim", embed_dim) % check_positive("num_heads", num_heads):
             raise ValueError(f"embed_dim={embed_dim} must be a multiple of num_heads={num_heads}")
+        extra_keys = add_bias_kv or add_zero_attn
         options = core_options(
             spec_of(attention),
             dropout,
-            add_bias_kv or add_zero_attn,
+            extra_keys,
             check_options("attention_options", attention_options),
         )
-        super().__init__(
-            embed_dim,
-            num_heads,
-            dropout,
-            bias,
-            add_bias_kv,
-            add_zero_attn,
-            kdim,
-            vdim,
-            batch_first,
-            device,
-            dtype,
-        )
+        embedding = rotary_of(embed_dim // num_heads, rotary, extra_keys)
+        check_qk_norm(qk_norm)
+        ends = (add_bias_kv, add_zero_attn, kdim, vdim)
+        super().__init__(embed_dim, num_heads, dropout, bias, *ends, batch_first, device, dtype)
         # After torch's own parameters, so that a seed gives those the values that it gives them in
         # torch.
         self._take(
@@ -110,6 +120,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
         if shares_qk(self):
             self._share_projection()
+        if qk_norm is not None:
+            self.qk_norm = qk_norm
+            add_qk_norm(self)
+        if embedding is not None:
+            self.rotary = embedding
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what `attnzoo.packed` has told: a copy is of the model, and not of a call."""
@@ -120,7 +135,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         self.attention = core
         self.__module__ = LEAF
         self.register_forward_pre_hook(is_called)
-        self._add_own_projection()
+        add_own_projection(self)
         add_projections(self)
 
     @staticmethod
@@ -134,18 +149,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         self._qkv_same_embed_dim = self.in_proj_weight is not None
         super()._reset_parameters()
         self._qkv_same_embed_dim = same
-
-    def _add_own_projection(self) -> None:
-        if self.attention.own_projection is None or self.in_proj_weight is None:
-            return
-        plain = {"weight": self.in_proj_weight, "bias": self.in_proj_bias}
-        projection = nn.Linear(
-            self.embed_dim, 3 * self.embed_dim, plain["bias"] is not None, device="meta"
-        )
-        for name, parameter in plain.items():
-            if parameter is not None:
-                setattr(projection, name, nn.Parameter(parameter.detach().clone()))
-        setattr(self.attention, self.attention.own_projection, projection)
+        for name in NORMS:
+            if (norm := self._modules.get(name)) is not None:
+                norm.reset_parameters()  # pyright: ignore[reportCallIssue]
 
     def _share_projection(self) -> None:
         if self.in_proj_weight is None:
@@ -247,14 +253,20 @@ class MultiheadAttention(nn.MultiheadAttention):
         segments = segments_of(self, query, key, segments)
         q, k, v = project(self, query, key, value, pattern)
         translated = translate(self.attention.spec, q, k, key_padding_mask, attn_mask, is_causal)
+        segments = joined(segments, translated.segments)
+        positions = None
+        if "rotary" in self._modules:
+            positions = positions_of(q, k, translated.key_mask, segments)
+        placed = partial(self._placed, positions)
+        q, k = placed(q, k)
         translated = translated.with_end_keys((self.bias_k is not None) + self.add_zero_attn, q, k)
-        k, v = self._with_end_keys(k, self.bias_k), self._with_end_keys(v, self.bias_v)
+        k, v = with_end_keys(self, k, self.bias_k), with_end_keys(self, v, self.bias_v)
         how: dict[str, Any] = {
             "key_mask": translated.key_mask,
             "attn_mask": translated.attn_mask,
             "is_causal": translated.is_causal,
-            "segments": joined(segments, translated.segments),
-            **self._inputs(query, key, value, inputs, pattern),
+            "segments": segments,
+            **inputs_of(self, query, key, value, inputs, pattern, placed),
         }
         weights = translated.checked(self.attention.weights(q, k, **how)) if need_weights else None
         out = self.attention(q, k, v, **how)
@@ -263,43 +275,36 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights = weights.mean(1)
         return out, weights if weights is None or batched else weights.squeeze(0)
 
-    def _inputs(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        inputs: Mapping[str, Tensor | None],
-        pattern: str,
-    ) -> dict[str, Tensor]:
-        """The core's inputs: those given, and those that are projected. pattern: as `project`."""
-        core = self.attention
-        if not core.spec.inputs and not inputs:
-            return {}
-        batched = {one.name for one in core.spec.inputs if "batch" in one.names}
-        made = {
-            name: x[None] if query.dim() == 2 and name in batched else x
-            for name, x in inputs.items()
-            if x is not None
-        }
-        packed = core.own_projection and core._modules.get(core.own_projection)
-        if packed and core.wants_own_projection(made):
-            by = project_apart if isinstance(packed, nn.ModuleDict) else project_together
-            own = dict(zip("qkv", by(self, packed, query, key, value, pattern), strict=True))
-            for one in core.spec.inputs:
-                if one.like is not None:
-                    made.setdefault(one.name, own[one.like])
-        return {**project_inputs(self, query, key, made), **made}
+    def init_state(self, batch_size: int, max_length: int | None = None) -> LayerState:
+        """An empty state for `step`. max_length: tokens that it will take; None: any number."""
+        return first_state(self, batch_size, max_length)
 
-    def _with_end_keys(self, x: Tensor, learned: Tensor | None) -> Tensor:
-        """x, (batch, heads, length, head_dim), and behind it the learned slot of add_bias_kv and
-        the zero slot of add_zero_attn."""
-        shape = (1, self.num_heads, 1, self.head_dim)
-        ends = [] if learned is None else [learned.to(x.dtype).view(shape)]
-        if self.add_zero_attn:
-            ends.append(x.new_zeros(shape))
-        return (
-            torch.cat([x, *(end.expand(x.shape[0], -1, -1, -1) for end in ends)], 2) if ends else x
-        )
+    def step(
+        self,
+        x: Tensor,
+        state: LayerState,
+        key_padding_mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        **inputs: Tensor | None,
+    ) -> tuple[Tensor, LayerState]:
+        """Attend to the tokens in `state` and to the new ones, causally: rows equal those of one
+        `forward` with is_causal=True, and positions go on.
+
+        x: the new tokens, in the layout of `forward`'s query
+        state: of `init_state` or of the step before; it stays valid
+        key_padding_mask: (N, new_tokens) bool, True hides
+        segments: (N, new_tokens), as `Attention.step` takes them
+        inputs: as in `forward`, of the new tokens
+        returns: the new rows in x's layout, and the new state
+        raises: ValueError on tensors that do not fit, UnsupportedError on what the core cannot do
+        """
+        return step_layer(self, x, state, key_padding_mask, segments, inputs)
+
+    def _placed(self, positions: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected queries and keys, (batch, heads, length, head_dim), normalised and turned."""
+        q, k = normalised(self, q, k)
+        rotary = self._modules.get("rotary")
+        return (q, k) if rotary is None else rotary(q, k, positions)
 
 
 def is_called(module: nn.Module, args: tuple[Any, ...]) -> None:

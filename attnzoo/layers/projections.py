@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -112,3 +113,13 @@ def is_plain(layer: nn.Module) -> bool:
         layer._backward_pre_hooks,
     )
     return type(layer) is nn.Linear and "forward" not in vars(layer) and not any(hooks)
+
+
+def with_end_keys(layer: Layer, x: Tensor, learned: Tensor | None) -> Tensor:
+    """x, (batch, heads, length, head_dim), and behind it the learned slot of add_bias_kv and the
+    zero slot of add_zero_attn."""
+    shape = (1, layer.num_heads, 1, layer.head_dim)
+    ends = [] if learned is None else [learned.to(x.dtype).view(shape)]
+    if layer.add_zero_attn:
+        ends.append(x.new_zeros(shape))
+    return torch.cat([x, *(end.expand(x.shape[0], -1, -1, -1) for end in ends)], 2) if ends else x

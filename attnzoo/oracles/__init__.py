@@ -14,6 +14,13 @@ from pkgutil import iter_modules
 from attnzoo.oracles.bigbird import bigbird
 from attnzoo.oracles.cosformer import cosformer
 from attnzoo.oracles.flash import flash
+from attnzoo.oracles.gated.deltanet import deltanet
+from attnzoo.oracles.gated.gated_deltanet import gated_deltanet
+from attnzoo.oracles.gated.gla import gla
+from attnzoo.oracles.gated.kda import kda
+from attnzoo.oracles.gated.lightning import lightning
+from attnzoo.oracles.gated.mamba2 import mamba2
+from attnzoo.oracles.gated.rwkv7 import rwkv7
 from attnzoo.oracles.linear import linear
 from attnzoo.oracles.linformer import linformer
 from attnzoo.oracles.longformer import longformer
@@ -31,15 +38,22 @@ __all__ = [
     "Oracle",
     "bigbird",
     "cosformer",
+    "deltanet",
     "flash",
+    "gated_deltanet",
+    "gla",
+    "kda",
+    "lightning",
     "linear",
     "linformer",
     "longformer",
+    "mamba2",
     "nystromformer",
     "oracle",
     "performer",
     "reformer",
     "retention",
+    "rwkv7",
     "sliding_window",
     "sparse_transformer",
     "standard",

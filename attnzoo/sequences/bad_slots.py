@@ -66,10 +66,13 @@ def shield_past(call: Call, *, may_stall: bool = False) -> tuple[Call, Tensor | 
         return call, None
     largest = torch.maximum(_largest(k, KEYS), _largest(v, KEYS))
     for one, x in read:
-        largest = torch.maximum(largest, _largest(x, one.names))
+        largest = torch.maximum(largest, _largest(x, one.names, closes=one.like is None))
     reached = _reached(~(largest < math.inf), call)
     rows = reached[:, call.offset :] if call.offset >= 0 else F.pad(reached, (-call.offset, 0))
-    inputs = {one.name: _only_numbers(x, float(one.padded or 0)) for one, x in read}
+    inputs = {
+        one.name: _only_numbers(x, float(one.padded or 0), closes=one.like is None)
+        for one, x in read
+    }
     inputs = {**call.inputs, **inputs}
     return replace(call, k=_only_numbers(k), v=_only_numbers(v), inputs=inputs), rows
 
@@ -79,31 +82,38 @@ def poison(out: Tensor, rows: Tensor) -> Tensor:
     return torch.where(rows[:, None, :, None], math.nan, out)  # one pass, where masked_fill has two
 
 
-def _largest(x: Tensor, axes: tuple[str, ...]) -> Tensor:
+def _largest(x: Tensor, axes: tuple[str, ...], *, closes: bool = False) -> Tensor:
     """The largest size of a number in every slot, (batch, key_length): NaN where one is NaN. A sum
-    would tell too, but could overflow."""
+    would tell too, but could overflow.
+
+    closes: whether -inf is a number like others: the logarithm of a gate that closes
+    """
     others = [dim for dim, axis in enumerate(axes) if axis not in ("batch", "keys")]
     x = x.detach()
+    if closes:
+        return x.amax(others) if others else x
     return torch.linalg.vector_norm(x, math.inf, others) if others else x.abs()
 
 
-def _only_numbers(x: Tensor, value: float = 0.0) -> Tensor:
-    """x with `value` in place of every NaN and inf: one pass over memory, and none backward."""
+def _only_numbers(x: Tensor, value: float = 0.0, *, closes: bool = False) -> Tensor:
+    """x with `value` in place of every NaN and inf: one pass over memory, and none backward.
+    closes: as in `_largest`."""
+    lowest = -math.inf if closes else value
     if x.requires_grad and only_autograd_looks(x):
-        return _OnlyNumbers.apply(x, value)  # pyright: ignore[reportReturnType]
-    return x.nan_to_num(value, value, value)
+        return _OnlyNumbers.apply(x, value, lowest)  # pyright: ignore[reportReturnType]
+    return x.nan_to_num(value, value, lowest)
 
 
 class _OnlyNumbers(torch.autograd.Function):
     """As `_only_numbers`. The gradient passes as it is: no row that sees a bad slot sends one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: float) -> Tensor:
-        return x.nan_to_num(value, value, value)
+    def forward(ctx: Any, x: Tensor, value: float, lowest: float) -> Tensor:
+        return x.nan_to_num(value, value, lowest)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None
 
 
 def _reached(bad: Tensor, call: Call) -> Tensor:

@@ -54,7 +54,8 @@ def apart(call: Call, run: Run) -> Tensor:
     call = _with_whole_mask(call)
     if call.offset < 0:
         return _behind_blind_rows(call, lambda seeing: apart(seeing, run))
-    if (order := _order(call)) is not None:
+    assert call.segments is not None
+    if (order := order_of(call.segments)) is not None:
         whole = _ordered(squared(call), order)
         back = order.argsort(1)[:, call.offset :]
         return fetched(apart(whole, run), back)
@@ -73,7 +74,8 @@ def weights_apart(call: Call, matrix: Run) -> Tensor:
     call = _with_whole_mask(call)
     if call.offset < 0:
         return _behind_blind_rows(call, lambda seeing: weights_apart(seeing, matrix))
-    if (order := _order(call)) is not None:
+    assert call.segments is not None
+    if (order := order_of(call.segments)) is not None:
         back = order.argsort(1)
         found = weights_apart(_ordered(squared(call), order), matrix)
         return fetched(fetched(found, back[:, call.offset :]), back, 3)
@@ -149,12 +151,11 @@ def _behind_blind_rows(call: Call, of: Run) -> Tensor:
     return F.pad(found, (0, 0, -call.offset, 0))
 
 
-def _order(call: Call) -> Tensor | None:
+def order_of(segments: Tensor) -> Tensor | None:
     """What brings the tokens of every piece together, (batch, key_length); None where they stand
-    together."""
-    assert call.segments is not None
-    together = all(len(ids.unique_consecutive()) == len(ids.unique()) for ids in call.segments)
-    return None if together else torch.argsort(call.segments, dim=1, stable=True)
+    together. segments: (batch, key_length) integer, whose values can be read."""
+    together = all(len(ids.unique_consecutive()) == len(ids.unique()) for ids in segments)
+    return None if together else torch.argsort(segments, dim=1, stable=True)
 
 
 def _ordered(call: Call, order: Tensor) -> Call:

@@ -6,11 +6,12 @@ what tracing costs grows faster than the number of operators, and engines that r
 operators on the same shapes are traced once.
 
 The linear engine walks over the tokens in chunks: over the keys and then over the queries, or
-causally over the keys that every query sees and then over both at once. The first chunk of a walk
-has no past and the last may be short or need not be remembered; every chunk between runs the same
-operators on the same shapes. So with the remainders held fixed the cost of a forward is affine in
-the number of chunks of each walk, from two full ones on, and three short forwards give the cost of
-any long one exactly. So do three of attention in tiles.
+causally over the keys that every query sees and then over both at once; a gated state walks over
+all keys alike. The first chunk of a walk has no past and the last may be short or need not be
+remembered; every chunk between runs the same operators on the same shapes. So with the remainders
+held fixed the cost of a forward is affine in the number of chunks of each walk, from two full ones
+on, and three short forwards give the cost of any long one exactly. So do three of attention in
+tiles.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from attnzoo.call import Call
 from attnzoo.engines.engine import Engine
 from attnzoo.engines.linear.chunks import CAUSAL_CHUNK
+from attnzoo.engines.linear.gated.gated_linear import GatedLinear
 from attnzoo.engines.linear.linear import Linear
 from attnzoo.engines.linear.sums import CHUNK
 
@@ -73,7 +75,10 @@ class _Forward:
         side = self.engine.square_tiles
         if side is not None and self.q[2] == self.k[2] >= 4 * side:
             return self._in_square_tiles(count, side)
-        if not isinstance(self.engine, Linear) or max(self.q[2], self.k[2]) < FOLDED_FROM:
+        if (
+            not isinstance(self.engine, Linear | GatedLinear)
+            or max(self.q[2], self.k[2]) < FOLDED_FROM
+        ):
             return count(_OneForward(self), *self._tensors(self.q[2], self.k[2]))
         walks = self._walks()
         short = [
@@ -113,6 +118,8 @@ class _Forward:
         """Tokens and chunk of both walks: queries and keys, or causally the tokens seen side by
         side and the keys before them."""
         queries, keys = self.q[2], self.k[2]
+        if isinstance(self.engine, GatedLinear):  # before the first query as behind it
+            return (keys, CAUSAL_CHUNK), (0, CHUNK)
         if self.is_causal:
             return (min(queries, keys), CAUSAL_CHUNK), (max(0, keys - queries), CHUNK)
         return (queries, CHUNK), (keys, CHUNK)

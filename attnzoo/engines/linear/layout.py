@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnzoo.eager import only_autograd_looks
+
 
 def grouped(x: Tensor, kv_heads: int, chunks: int) -> Tensor:
     """Bring rows together that are multiplied by the same matrix.
@@ -35,12 +37,21 @@ def with_ones(v: Tensor) -> Tensor:
     return torch.cat([v, v.new_ones(1).expand(*v.shape[:-1], 1)], -1)
 
 
-def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x + a @ b by one operator, all with the same leading dimensions."""
-    return torch.baddbmm(x.flatten(0, -3), a.flatten(0, -3), b.flatten(0, -3)).view(x.shape)
+def add_product(x: Tensor, a: Tensor, b: Tensor, factor: float = 1) -> Tensor:
+    """x + factor · a @ b by one operator, all with the same leading dimensions."""
+    found = torch.baddbmm(x.flatten(0, -3), a.flatten(0, -3), b.flatten(0, -3), alpha=factor)
+    return found.view(x.shape)
 
 
-def add_product_(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x += a @ b by one operator, x contiguous, all with the same leading dimensions."""
-    x.view(-1, *x.shape[-2:]).baddbmm_(a.flatten(0, -3), b.flatten(0, -3))
+def add_product_(x: Tensor, a: Tensor, b: Tensor, factor: float = 1) -> Tensor:
+    """x += factor · a @ b by one operator, x in one piece but for its first dimensions, which all
+    share."""
+    x.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3), alpha=factor)
     return x
+
+
+def may_overwrite(*tensors: Tensor) -> bool:
+    """Whether a tensor that was just made of these may be written over, since nothing else will
+    read it: no autograd, no transform, and no counter of operations."""
+    looked_at = torch.is_grad_enabled() or any(x.is_meta for x in tensors)
+    return not looked_at and only_autograd_looks(*tensors)

@@ -21,6 +21,7 @@ from attnzoo.engines.linear.reference import REFERENCE, LinearReference
 from attnzoo.engines.linear.state import LinearState, Recent, early_and_late
 from attnzoo.engines.linear.sums import Past, absorb, read_all
 from attnzoo.engines.piece_by_piece import join
+from attnzoo.engines.tried_on_gpu import untried
 
 
 class Linear(LinearReference):
@@ -53,7 +54,7 @@ class Linear(LinearReference):
             name = next(one.name for one in self.backends[1:] if one.reason(self, call) is None)
         one_by_one = name == "reference" or call.key_length == 1  # one token has no chunk to share
         walk = _recur if one_by_one else _scan
-        before = past = state.summed(self.feature_map)
+        before = past = state.summed(self._after)
         parts = early_and_late(call)
 
         def pieces() -> Iterator[Tensor]:
@@ -67,6 +68,10 @@ class Linear(LinearReference):
         out = join(pieces(), call.key_length, 2)
         assert past is not None
         return out, name, state.after(call, past, Recent.of(parts[-1], before))
+
+    def _after(self, call: Call, past: Past | None) -> Past:
+        """The past with the keys of a call."""
+        return absorb(self.feature_map, call.k, call.v, call.key_mask, past, chunks.CAUSAL_CHUNK)
 
     def cost(self, shape: Shape) -> Cost:
         return linear_cost.cost(self.feature_map, shape)
@@ -134,7 +139,7 @@ def _recur(
 
 
 Linear.backends = (
-    Backend("fla", fla_kernel.run, fla_kernel.why_not),
+    Backend("fla", fla_kernel.run, fla_kernel.why_not, untried=untried),
     Backend("chunked", _chunked, _chunked_why_not),
     Backend("open", _open, _open_why_not, packs=True),
     replace(REFERENCE, packs=True),

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
 from torch import Tensor
 
-from attnzoo.call import Call
+from attnzoo.call import KEYS, Call
 from attnzoo.engines.linear.chunks import CAUSAL_CHUNK
-from attnzoo.engines.linear.feature_maps import FeatureMap
-from attnzoo.engines.linear.sums import Past, absorb
+from attnzoo.engines.linear.sums import Past
 from attnzoo.engines.softmax.cache import GOES_BACK, check_crop, check_rows, check_state
+
+#: Adds the keys of a call to the sums before them; None: there are none.
+Add = Callable[[Call, Past | None], Past]
 
 
 @dataclass(frozen=True)
 class Recent:
     """The last tokens, and the sums before them: what is added again when some of them go.
 
-    before: None where no token came before them. k, v: (batch, kv_heads, tokens, head_dim),
-    key_mask: (batch, tokens), of all but the last, which is never added again. length: tokens
-    behind `before`. croppable: how many of these can be taken back.
+    before: None where no token came before them. call: keys, values, key_mask and inputs of all but
+    the last token, which is never added again; its queries are its keys, since none are read.
+    length: tokens behind `before`. croppable: how many of these can be taken back.
     """
 
     before: Past | None
-    k: Tensor
-    v: Tensor
-    key_mask: Tensor | None
+    call: Call
     length: int
     croppable: int
 
@@ -34,25 +35,34 @@ class Recent:
     def of(cls, call: Call, before: Past | None) -> Self:
         """call: the tokens behind `before`. They are copied: a caller may write over its own."""
         length = call.key_length
-        k, v = (x[:, :, : length - 1].clone() for x in (call.k, call.v))
+
+        def copied(x: Tensor, axes: tuple[str, ...]) -> Tensor:
+            return x.narrow(axes.index("keys"), 0, length - 1) if "keys" in axes else x
+
+        k, v = copied(call.k, KEYS).clone(), copied(call.v, KEYS).clone()
         mask = call.key_mask
         mask = None if mask is None else mask[:, : length - 1].clone()
-        return cls(before, k, v, mask, length, min(length, GOES_BACK))
+        kept = call.over(k, k, v, mask)
+        if call.inputs:
+            inputs = {one.name: copied(x, one.names).clone() for one, x in call.given()}
+            kept = replace(kept, inputs=inputs)
+        return cls(before, kept, length, min(length, GOES_BACK))
 
     def tensors(self) -> list[Tensor]:
-        held = (self.k, self.v, self.key_mask, *_tensors(self.before))
+        call = self.call
+        held = (call.k, call.v, call.key_mask, *call.inputs.values(), *_tensors(self.before))
         return [x for x in held if x is not None]
 
     def select(self, rows: Tensor) -> Self:
-        k, v = self.k.index_select(0, rows), self.v.index_select(0, rows)
-        mask = None if self.key_mask is None else self.key_mask.index_select(0, rows)
-        return replace(self, before=_selected(self.before, rows), k=k, v=v, key_mask=mask)
+        call = self.call.select(batch=rows)
+        call = replace(call, q=call.k)
+        return replace(self, before=_selected(self.before, rows), call=call)
 
-    def summed(self, feature_map: FeatureMap) -> Past:
+    def summed(self, add: Add) -> Past:
         """The sums behind these tokens."""
-        k, v = self.k[:, :, : self.length], self.v[:, :, : self.length]
-        mask = None if self.key_mask is None else self.key_mask[:, : self.length]
-        return absorb(feature_map, k, v, mask, self.before, CAUSAL_CHUNK)
+        left = slice(None, self.length)
+        call = self.call.select(queries=left, keys=left)
+        return add(replace(call, q=call.k), self.before)
 
 
 @dataclass(frozen=True)
@@ -105,11 +115,11 @@ class LinearState:
         recent = replace(recent, length=left, croppable=recent.croppable - n)
         return replace(self, seen=seen, past=None, recent=recent)
 
-    def summed(self, feature_map: FeatureMap) -> Past | None:
+    def summed(self, add: Add) -> Past | None:
         """The sums of all tokens so far."""
         if self.past is not None or self.recent is None:
             return self.past
-        return self.recent.summed(feature_map)
+        return self.recent.summed(add)
 
     def after(self, call: Call, past: Past, recent: Recent) -> LinearState:
         """The state behind the call's tokens."""

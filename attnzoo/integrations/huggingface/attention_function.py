@@ -10,22 +10,25 @@ from torch import Tensor
 
 from attnzoo.attention import Attention
 from attnzoo.call import Call, UnsupportedError
-from attnzoo.eager import is_learned, is_recorded, may_branch
+from attnzoo.eager import holds_anywhere, is_learned, is_recorded, may_branch
+from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, bias_between
 from attnzoo.engines.softmax.reference import SINK_LOGITS
 from attnzoo.engines.softmax.softmax import Softmax
-from attnzoo.integrations.huggingface.interface_masks import filled_slots, mask_function_of
+from attnzoo.integrations.huggingface.interface_masks import (
+    SUBMODULE,
+    filled_slots,
+    mask_function_of,
+)
 from attnzoo.integrations.huggingface.packed_rows import ALWAYS_PACKED, check_positions, told_apart
 from attnzoo.integrations.huggingface.read_once import read_once
 from attnzoo.integrations.places import no_dropout
 from attnzoo.sequences.masks import ReadMask, read_mask, visible_keys
 from attnzoo.sequences.segments import joined
 
-#: Where in a model's own attention module the zoo's attention lives.
-SUBMODULE = "attention_core"
 #: Attribute of the keys that a `StateCache` hands on: its layer, which has a state to step.
 STATE_LAYER = "attnzoo_state_layer"
 #: Arguments of a model's attention that change A and that no `Attention` takes.
-CHANGES_WEIGHTS = ("softcap", "sinks", "head_mask", "indices", "block_indices")
+CHANGES_WEIGHTS = ("sinks", "head_mask", "indices", "block_indices")
 
 
 def attend(
@@ -40,16 +43,23 @@ def attend(
     sliding_window: int | None = None,
     position_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: transformers' arguments, the answer as (batch, length, heads,
     head_dim).
 
+    position_bias: (batch or 1, heads, query_length, key_length), or (heads, 2 · reach + 1) by
+        distance.
     s_aux: (heads,), sink logits.
+    softcap: what scores are kept within.
     """
     refuse_other_attention(module, kwargs)
     causal = call_is_causal(module, is_causal)
     state_layer = getattr(key, STATE_LAYER, None)
+    distance_bias = None
+    if position_bias is not None and position_bias.dim() == 2:
+        position_bias, distance_bias = None, position_bias
     if attention_mask is not None and attention_mask.dtype == torch.int8:
         key, value, attention_mask, position_bias = filled_slots(
             key, value, attention_mask, position_bias
@@ -58,6 +68,9 @@ def attend(
     attention = getattr(module, SUBMODULE, None)
     if state_layer is not None:
         state_layer.check_reader(attention, causal)
+    takes_distances = attention is not None and attention.spec.takes(DISTANCE_BIAS.name)
+    if distance_bias is not None and not takes_distances:
+        position_bias, distance_bias = _of_all_pairs(distance_bias, query, key), None
     if attention is None:
         out = _attend_exactly(
             module,
@@ -71,13 +84,16 @@ def attend(
             sliding_window,
             position_bias,
             s_aux,
+            softcap,
             segments,
         )
     else:
+        _check_softcap(module, attention, softcap)
         _set_dropout(module, attention, dropout)
         if scaling is not None and scaling != query.shape[-1] ** -0.5:
             query = query * (scaling * query.shape[-1] ** 0.5)
-        inputs = {} if s_aux is None else {SINK_LOGITS.name: s_aux}
+        given = {SINK_LOGITS.name: s_aux, DISTANCE_BIAS.name: distance_bias}
+        inputs = {name: x for name, x in given.items() if x is not None}
         try:
             if state_layer is not None:
                 out = state_layer.step(query, key, value, attention_mask, segments, inputs)
@@ -89,7 +105,7 @@ def attend(
                     causal,
                     sliding_window,
                     segments,
-                    query.shape[0],
+                    query,
                 )
                 out = attention(query, key, value, **masks, **inputs)
         except UnsupportedError as error:
@@ -108,7 +124,7 @@ def _masks(
     is_causal: bool,
     window: int | None,
     segments: Tensor | None,
-    batch_size: int,
+    query: Tensor,
 ) -> dict[str, Any]:
     """The masks of a call of an attention of the zoo. A 4-D mask, which says itself what is causal,
     is read where the attention cannot apply it."""
@@ -117,7 +133,9 @@ def _masks(
         return {**masks, "segments": segments}
     if attention.spec.attn_mask:
         return {"attn_mask": _with_bias(mask, position_bias), "segments": segments}
-    read = _read(mask, batch_size, window) if may_branch(mask) and not is_learned(mask) else None
+    read = None
+    if may_branch(mask) and not is_learned(mask):
+        read = _read(mask, query.shape[0], query.shape[2], window)
     if read is None:
         raise UnsupportedError(
             f"{attention.spec.name} cannot apply a 4-D attention_mask that is more than causality, "
@@ -132,16 +150,20 @@ def _masks(
     }
 
 
-def _read(mask: Tensor, batch_size: int, window: int | None) -> ReadMask | None:
-    """What a 4-D mask says."""
+def _read(mask: Tensor, batch_size: int, query_length: int, window: int | None) -> ReadMask | None:
+    """What a 4-D mask says; one row for all queries is of the padding alone."""
 
     def find() -> ReadMask | None:
         visible = visible_keys(mask)
-        return (
-            None if visible is None else read_mask(visible.expand(batch_size, -1, -1, -1), window)
-        )
+        if visible is None:
+            return None
+        visible = visible.expand(batch_size, -1, -1, -1)
+        if visible.shape[2] == query_length:
+            return read_mask(visible, window)
+        differs = holds_anywhere(visible != visible[:, :1])
+        return None if differs else ReadMask(visible[:, 0, 0], False, None)
 
-    return read_once(mask, None, (batch_size, window), find)
+    return read_once(mask, None, (batch_size, query_length, window), find)
 
 
 def call_is_causal(module: Any, given: bool | None) -> bool:
@@ -186,10 +208,12 @@ def _attend_exactly(
     window: int | None,
     position_bias: Tensor | None,
     s_aux: Tensor | None,
+    softcap: float | None,
     segments: Tensor | None,
 ) -> Tensor:
     """transformers' own SDPA, for a layer that was not swapped in a model that was; ours where
-    there are sink logits, which theirs drops. Returns (batch, heads, length, head_dim)."""
+    there are sink logits or soft-capping, which theirs drops. Returns (batch, heads, length,
+    head_dim)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
@@ -209,13 +233,13 @@ def _attend_exactly(
         )
     elif segments is not None:
         mask = _with_bias(segments[:, None, :, None] == segments[:, None, None], mask)
-    if s_aux is not None:
+    if s_aux is not None or softcap is not None:
         both, only_causal = (
             (position_bias, is_causal) if mask is None else (_with_bias(mask, position_bias), False)
         )
         call = Call(query, key, value, attn_mask=both, is_causal=only_causal)
-        out, _, _ = Softmax(scaling, dropout)(call.giving(SINK_LOGITS, s_aux))
-        return out
+        call = call if s_aux is None else call.giving(SINK_LOGITS, s_aux)
+        return Softmax(scaling, dropout, softcap=softcap)(call)[0]
     out, _ = sdpa_attention_forward(
         module,
         query,
@@ -237,6 +261,24 @@ def _with_bias(mask: Tensor, other: Tensor | None) -> Tensor:
     if mask.dtype == torch.bool:
         return mask & other if other.dtype == torch.bool else other.masked_fill(~mask, -torch.inf)
     return mask + other
+
+
+def _of_all_pairs(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A bias by distance as one of all queries and keys, (1, heads, query_length, key_length)."""
+    first, length = key.shape[2] - query.shape[2], key.shape[2]
+    queries, keys = (torch.arange(start, length, device=bias.device) for start in (first, 0))
+    return bias_between(bias, queries[:, None], keys)[None]
+
+
+def _check_softcap(module: Any, attention: Attention, softcap: float | None) -> None:
+    """Raise UnsupportedError where the model caps its scores otherwise than at the swap."""
+    engine: Any = attention.engine
+    built = getattr(engine, "softcap", None)
+    if built != softcap:
+        raise UnsupportedError(
+            f"{type(module).__name__} caps its scores with softcap={softcap} now, and the "
+            f"attention that was swapped in has softcap={built}; unswap, and swap again"
+        )
 
 
 def _set_dropout(module: Any, attention: Attention, dropout: float) -> None:

@@ -19,16 +19,20 @@ class Choice:
     """Which implementation was chosen by `set_attn_implementation`, for parts that share a config.
 
     A config that names another was changed by somebody else, such as another model made of it.
+
+    can_follow: whether the modules can run another while they are swapped; `changed_families`
+    cannot.
     """
 
+    can_follow: bool
     name: str = IMPLEMENTATION
 
 
-def give_choices(parts: list[Any]) -> None:
+def give_choices(parts: list[Any], can_follow: bool) -> None:
     """Let these parts of a model keep what is chosen for them."""
     by_config: dict[int, Choice] = {}
     for part in parts:
-        setattr(part, CHOICE, by_config.setdefault(id(part.config), Choice()))
+        setattr(part, CHOICE, by_config.setdefault(id(part.config), Choice(can_follow)))
 
 
 def take_choices(model: Any) -> None:
@@ -42,15 +46,15 @@ def runs_its_swap(part: Any) -> bool:
 
     Raises ValueError where its config names one that was not chosen.
     """
-    chosen, named = getattr(part, CHOICE).name, part.config._attn_implementation
-    if named != chosen:
+    choice, named = getattr(part, CHOICE), part.config._attn_implementation
+    if named != choice.name:
+        without = f", or with {named!r} to run without it" if choice.can_follow else ""
         raise ValueError(
             f"the config of this swapped {type(part).__name__} was set to the attention "
-            f"implementation {named!r}, by another model that shares it or by hand, which passes "
-            f"the swap by; call attnzoo.unswap(model), or model.set_attn_implementation("
-            f"{IMPLEMENTATION!r}) to run the swap, or with {named!r} to run without it"
+            f"implementation {named!r}, which passes its swap by; call attnzoo.unswap(model), or "
+            f"model.set_attn_implementation({IMPLEMENTATION!r}) to run the swap{without}"
         )
-    return chosen == IMPLEMENTATION
+    return choice.name == IMPLEMENTATION
 
 
 def holds_running_swap(model: Any) -> bool:
@@ -72,8 +76,9 @@ def watch_choices() -> None:
     def set_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> None:
         choose(self, *args, **kwargs)
         for part in self.modules():
-            if CHOICE in vars(part):
-                vars(part)[CHOICE].name = str(part.config._attn_implementation)
+            choice = vars(part).get(CHOICE)
+            if choice is not None and choice.can_follow:
+                choice.name = str(part.config._attn_implementation)
 
     setattr(set_attn_implementation, CHOICE, True)
     base.set_attn_implementation = set_attn_implementation

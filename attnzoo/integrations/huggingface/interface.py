@@ -13,9 +13,12 @@ from torch.utils.hooks import RemovableHandle
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
-from attnzoo.integrations.huggingface.attention_function import (
-    SUBMODULE,
-    refuse_weights,
+from attnzoo.integrations.huggingface.attention_function import refuse_weights
+from attnzoo.integrations.huggingface.changed_families import (
+    change_families,
+    give_classes_back,
+    give_configs_back,
+    tell_reach,
 )
 from attnzoo.integrations.huggingface.choice import (
     give_choices,
@@ -29,11 +32,13 @@ from attnzoo.integrations.huggingface.configs import (
     mark,
     release,
 )
+from attnzoo.integrations.huggingface.interface_masks import SUBMODULE
 from attnzoo.integrations.huggingface.packed_rows import refuse_unseen_packing
 from attnzoo.integrations.huggingface.probe import find_sites as find_sites
 from attnzoo.integrations.huggingface.probe import set_implementation
 from attnzoo.integrations.huggingface.trial import trial_of
 from attnzoo.integrations.places import Site
+from attnzoo.integrations.replacing import check_classes
 from attnzoo.integrations.undo import Undo
 
 
@@ -53,9 +58,11 @@ def insert(
     them runs. The answer undoes it."""
     names = {layer: attention.spec.name for layer, attention in attentions.items()}
     modules = [sites[layer].module for layer in attentions]
+    change = change_families(model)
     claims = claim(model, names)
     for layer, attention in attentions.items():
         sites[layer].module.add_module(SUBMODULE, attention)
+    tell_reach(change, model, [site.module for site in sites])
     repeated = _repeated_keys(model)
     model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | repeated
     untold = any(site.is_causal and not site.reads_positions for site in sites)
@@ -64,10 +71,17 @@ def insert(
         part.register_forward_pre_hook(partial(_check_forward, untold), with_kwargs=True)
         for part in holders
     ]
-    give_choices(holders)
-    undo = Undo(steps=[partial(_take_out, modules, claims, repeated, hooks)])
+    give_choices(holders, can_follow=not change.swapped)
+    undo = Undo(
+        [partial(check_classes, change.swapped)],
+        [
+            partial(give_configs_back, change),
+            partial(give_classes_back, change),
+            partial(_take_out, modules, claims, repeated, hooks),
+        ],
+    )
     try:
-        set_implementation(model, IMPLEMENTATION)
+        set_implementation(model, IMPLEMENTATION, change)
         mark(model, claims)
         trial_of(model, example_inputs).read()
         idle = [layer for layer, attention in attentions.items() if attention.last_backend is None]

@@ -3,12 +3,14 @@ itself."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attnzoo.call import UnsupportedError
 from attnzoo.eager import can_look
 from attnzoo.integrations.huggingface.packed_rows import (
     PIECES,
@@ -19,6 +21,11 @@ from attnzoo.integrations.huggingface.packed_rows import (
 #: What the mask of a static cache holds where no token has been written yet; elsewhere 1 is attend
 #: and 0 is padding.
 UNFILLED = -1
+#: Families that make masks by the implementation that their config names, and whose attention does
+#: not go by it.
+WITHOUT_INTERFACE = ("bloom", "falcon", "mpt")
+#: Where in a model's own attention module the zoo's attention lives.
+SUBMODULE = "attention_core"
 
 
 def padding_mask(
@@ -44,8 +51,16 @@ def padding_mask(
         return pieces.to(PIECES)
     filled = q_offset + q_length - kv_offset if causal else kv_length
     whole = not isinstance(filled, Tensor) and filled == kv_length
+    _refuse_unswapped(kwargs.get("config"))
+    is_turned = _turns_into_bool(kwargs.get("config"))
+    # In a trace every length is a tensor.
+    if is_turned and not whole and not torch.jit.is_tracing():
+        raise UnsupportedError(
+            "this model makes a bool of every mask, which cannot tell of slots of a static cache "
+            "that are not filled yet; use another cache"
+        )
     if attention_mask is None:
-        if whole:
+        if whole and not is_turned:
             return None
         attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     if attention_mask.shape[1] != kv_length:  # not cut to these slots before
@@ -58,9 +73,36 @@ def padding_mask(
         return attention_mask.to(torch.int8).masked_fill(unfilled, UNFILLED)
     return (
         None
-        if can_look(attention_mask, may_stall=True) and bool(attention_mask.all())
+        if not is_turned and can_look(attention_mask, may_stall=True) and bool(attention_mask.all())
         else attention_mask
     )
+
+
+def _refuse_unswapped(config: Any) -> None:
+    """Raise UnsupportedError on a model whose own attention would read a mask of ours: one that was
+    built with the config of a swapped model, or a copy of it.
+
+    A mask function is told of no model, so it looks for the one whose forward asks.
+    """
+    family = getattr(config, "model_type", None)
+    if family not in WITHOUT_INTERFACE or torch.compiler.is_compiling():
+        return
+    frame = inspect.currentframe()
+    while frame is not None:
+        model: Any = frame.f_locals.get("self")
+        if frame.f_code.co_name == "forward" and hasattr(model, "base_model_prefix"):
+            if any(SUBMODULE in part._modules for part in model.modules()):
+                return
+            raise UnsupportedError(
+                f"this {family} model is not swapped and has the config of one that is; build it "
+                "with another config, or set config._attn_implementation = 'eager' first"
+            )
+        frame = frame.f_back
+
+
+def _turns_into_bool(config: Any) -> bool:
+    """Whether a model calls `.to(torch.bool)` on its mask, which must be a tensor then."""
+    return getattr(config, "model_type", None) == "mpt"
 
 
 def _read(

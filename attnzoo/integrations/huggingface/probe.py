@@ -14,14 +14,17 @@ from torch import Tensor, nn
 from attnzoo.call import UnsupportedError
 from attnzoo.eager import can_look
 from attnzoo.integrations.huggingface.attention_function import (
-    SUBMODULE,
     call_is_causal,
     refuse_other_attention,
 )
-from attnzoo.integrations.huggingface.configs import (
-    configs_of,
-    register,
+from attnzoo.integrations.huggingface.changed_families import (
+    Change,
+    change_families,
+    give_classes_back,
+    give_configs_back,
 )
+from attnzoo.integrations.huggingface.configs import configs_of, register
+from attnzoo.integrations.huggingface.interface_masks import SUBMODULE
 from attnzoo.integrations.huggingface.packed_rows import read_mask_function
 from attnzoo.integrations.huggingface.trial import EXAMPLE, Trial, longest_sequence, trial_of
 from attnzoo.integrations.places import Site
@@ -78,22 +81,25 @@ def find_sites(model: Any, example_inputs: Mapping[str, Any] | None = None) -> l
         )
     trial = trial_of(model, example_inputs)
     probe = _Probe(model, trial)
+    change = change_families(model)
     configs = [(config, config._attn_implementation_internal) for config in configs_of(model)]
     token = _probe.set(probe)
     try:
-        set_implementation(model, PROBE)
+        set_implementation(model, PROBE, change)
         trial.read()
         trial.read(training=list(probe.sites))  # only then do they tell of their dropout
+        _refuse_unread(model, probe, trial)
     finally:
         _probe.reset(token)
         for config, implementation in configs:
             config._attn_implementation_internal = implementation
+        give_classes_back(change, model)
+        give_configs_back(change, model)
     if not probe.sites:
         raise UnsupportedError(
             f"{name} never consulted the attention interface, so a swap would be ignored"
         )
     sites = list(probe.sites.values())
-    _refuse_unread(model, probe, trial)
     if (
         trial.given
         and len(probe.lengths) == 1
@@ -120,6 +126,8 @@ def _refuse_unread(model: Any, probe: _Probe, trial: Trial) -> None:
     anyway.
     """
     read = [site.path for site in probe.sites.values()]
+    if not read:
+        return
     for module, path in probe.paths.items():
         tower = (
             None
@@ -169,12 +177,14 @@ def _register_probe() -> None:
     AttentionMaskInterface.register(PROBE, _note_mask)
 
 
-def set_implementation(model: Any, name: str) -> None:
-    """Switch a model to the attention implementation of that name.
+def set_implementation(model: Any, name: str, change: Change) -> None:
+    """Switch a model to the attention implementation of that name. change: what was changed in it
+    for that.
 
     Raises UnsupportedError where the model only warns and keeps its own.
     """
-    model.set_attn_implementation(name)
+    if not change.set_implementation(model, name):
+        model.set_attn_implementation(name)
     if model.config._attn_implementation != name:  # some families only warn
         raise UnsupportedError(
             f"{type(model).__name__} does not let its attention be replaced, so a swap would be "
@@ -200,7 +210,7 @@ def _note(
     probe.note_window(attention_mask)
     if query.shape[2] == key.shape[2]:
         probe.lengths.add(query.shape[2])
-        bias, sinks = (kwargs.get(name) is not None for name in ("position_bias", "s_aux"))
+        bias, sinks = kwargs.get("position_bias"), kwargs.get("s_aux") is not None
         causal, window, dropout = (
             call_is_causal(module, kwargs.get("is_causal")),
             kwargs.get("sliding_window"),
@@ -208,7 +218,16 @@ def _note(
         )
         _refuse_other_causality(module, causal, attention_mask)
         site = probe.sites.get(module) or Site(
-            probe.paths[module], module, query.shape[1], query.shape[3], causal, window, bias, sinks
+            probe.paths[module],
+            module,
+            query.shape[1],
+            query.shape[3],
+            causal,
+            window,
+            has_bias=bias is not None,
+            bias_by_distance=bias is not None and bias.dim() == 2,
+            softcap=kwargs.get("softcap"),
+            has_sink_logits=sinks,
         )
         longest = longest_sequence(module, causal, query.shape[2] if probe.trial.is_whole else None)
         place = (query.device, query.dtype)
@@ -216,6 +235,8 @@ def _note(
         probe.sites[module] = replace(
             site, dropout=dropout, place=place, max_length=longest, reads_positions=told
         )
+    # What it answers does not matter, and SDPA has no place for all of it.
+    kwargs = {name: x for name, x in kwargs.items() if name not in ("position_bias", "softcap")}
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -12,8 +12,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
 from attnzoo.engines.engine import State
-from attnzoo.integrations.huggingface.attention_function import STATE_LAYER, SUBMODULE
+from attnzoo.integrations.huggingface.attention_function import STATE_LAYER
 from attnzoo.integrations.huggingface.choice import IMPLEMENTATION
+from attnzoo.integrations.huggingface.interface_masks import SUBMODULE
 
 NEW_CACHE = "make a new cache with attnzoo.state_cache(model)"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from attnzoo.engines.sparse.blocks import (
 from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
 from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.sparse import Sparse, from_first_real
+from attnzoo.engines.tried_on_gpu import untried
 from attnzoo.sequences.padding import fills_slots
 
 
@@ -96,7 +98,7 @@ def _flex_why_not(engine: BlockSparse, call: Call) -> str | None:
 
 BlockSparse.backends = (
     from_first_real("dense", dense.attend, dense.why_not),
-    from_first_real("flex", _flex, _flex_why_not),
+    replace(from_first_real("flex", _flex, _flex_why_not), untried=untried),
     from_first_real("tiles", _in_tiles, _tiles_why_not),
     from_first_real("blocks", _in_gathered, _one_table_why_not),
     from_first_real("ragged", _in_tables_of_samples, _ragged_why_not),

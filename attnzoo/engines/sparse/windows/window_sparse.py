@@ -29,6 +29,7 @@ from attnzoo.engines.sparse.windows import (
     window_tiles,
 )
 from attnzoo.engines.sparse.windows.columns import Columns, bias_of_columns
+from attnzoo.engines.tried_on_gpu import untried
 from attnzoo.sequences.padding import first_real, slots_of
 
 
@@ -222,7 +223,7 @@ def _flex_why_not(engine: WindowSparse, call: Call) -> str | None:
 
 WindowSparse.backends = (
     Backend("dense", dense.attend, dense.why_not),
-    Backend("flex", _by_flex, _flex_why_not, packs=True),
+    Backend("flex", _by_flex, _flex_why_not, packs=True, untried=untried),
     Backend("tiles", _in_tiles, _tiles_why_not),
     Backend("windows", _in_slices, _slices_why_not, packs=True),
     Backend("columns", _with_columns, _columns_why_not),

@@ -1,0 +1,1 @@
+"""Gates and delta rules: linear attention whose state fades and is written anew, by the data."""

@@ -1,0 +1,108 @@
+"""Linear attention whose state fades, and is written by addition or by the delta rule.
+
+A head carries a state of width × value_dim numbers. A token lets it fade by its log_decay, writes
+to it as `tokens.Rule` says, and reads its row from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from attnzoo.call import Call
+from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes, never_refuses
+from attnzoo.engines.linear.gated import gated_cost, gated_gradient
+from attnzoo.engines.linear.gated.gated_chunks import scan
+from attnzoo.engines.linear.gated.recurrence import recur
+from attnzoo.engines.linear.gated.reference import REFERENCE, GatedReference
+from attnzoo.engines.linear.gated.tokens import as_square, empty_state, prepared
+from attnzoo.engines.linear.state import LinearState, Recent, early_and_late
+from attnzoo.engines.linear.sums import Past
+from attnzoo.engines.piece_by_piece import join
+
+
+class GatedLinear(GatedReference):
+    """Gates and delta rules, causal only.
+
+    Its backends in order: `chunked`, with a backward pass of its own; `open`, the same in operators
+    that graphs and transforms can follow; the reference.
+
+    rule: what a token does to the state
+    slopes: by how much the state of every head fades at each token, where that is constant
+    """
+
+    counted_apart = True
+
+    @property
+    def state_type(self) -> type | None:
+        return LinearState
+
+    def init_state(self, sizes: StateSizes) -> LinearState:
+        return LinearState(sizes.batch_size, sizes.kv_heads, sizes.max_length)
+
+    def forward(
+        self, call: Call, backend: str = "auto", state: LinearState | None = None
+    ) -> tuple[Tensor, str, Any]:
+        if state is None:
+            return super().forward(call, backend)
+        call = self.completed(call)
+        name = self.choose(call, backend).name
+        one_by_one = name == "reference" or call.key_length == 1
+        before = past = state.summed(self._after)
+        parts = early_and_late(call)
+
+        def pieces() -> Iterator[Tensor]:
+            nonlocal before, past
+            for part in parts:
+                before = past
+                for rows, sums in self._walk(part, before, one_by_one):
+                    past = _past(sums)
+                    yield rows.to(call.q.dtype)
+
+        out = join(pieces(), call.key_length, 2)
+        assert past is not None
+        return out, name, state.after(call, past, Recent.of(parts[-1], before))
+
+    def _walk(
+        self, call: Call, past: Past | None, one_by_one: bool
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Some rows at a time, and the state after them."""
+        if not one_by_one:
+            return scan(self.rule, call, past and past.sums, remember_last=True)
+        state = empty_state(call) if past is None else past.sums
+        return recur(self.rule, prepared(self.rule, call), state)
+
+    def _after(self, call: Call, past: Past | None) -> Past:
+        """The past with the keys of a call."""
+        *_, (_, sums) = self._walk(call, past, call.key_length == 1)
+        return _past(sums)
+
+    def cost(self, shape: Shape) -> Cost:
+        return gated_cost.cost(self.rule, shape, self.slopes is not None)
+
+
+def _past(sums: Tensor | None) -> Past:
+    assert sums is not None  # since it is to be remembered
+    return Past(sums, None)
+
+
+def _chunked(engine: GatedLinear, call: Call) -> Tensor:
+    return as_square(partial(gated_gradient.attend, engine.rule), call)
+
+
+def _chunked_why_not(engine: GatedLinear, call: Call) -> str | None:
+    return gated_gradient.why_not(call)
+
+
+def _open(engine: GatedLinear, call: Call) -> Tensor:
+    return as_square(partial(gated_gradient.attend_openly, engine.rule), call)
+
+
+GatedLinear.backends = (
+    Backend("chunked", _chunked, _chunked_why_not),
+    Backend("open", _open, never_refuses, packs=True),
+    REFERENCE,
+)

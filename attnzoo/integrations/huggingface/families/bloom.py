@@ -1,0 +1,54 @@
+"""BLOOM's attention: ALiBi, and the residual added inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnzoo.integrations.huggingface.families.call_interface import (
+    call_interface,
+    positions_of,
+    seen_by,
+    slopes_by_distance,
+)
+from attnzoo.layers.distance_biases import alibi_slopes
+
+
+class BloomInterfaceAttention:
+    """`BloomAttention` of transformers whose scores are the interface's."""
+
+    is_causal = True
+    most_positions: int | None = None
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        residual: Tensor,
+        alibi: Tensor,
+        attention_mask: Tensor | None,
+        layer_past: Any = None,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """As transformers' own. alibi: by position, of which the slopes by distance take the
+        place."""
+        query, key, value = self._reshape(self.query_key_value(hidden_states))
+        past = seen_by(layer_past, self.layer_idx)
+        if layer_past is not None:
+            key, value = layer_past.update(key, value, self.layer_idx)
+        positions = positions_of(self, past, query.shape[2], key.shape[2])
+        out = call_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout.p if self.training else 0.0,
+            scaling=self.inv_norm_factor,
+            position_bias=slopes_by_distance(alibi_slopes(self.num_heads), positions, query),
+            output_attentions=output_attentions,
+        )
+        out = F.dropout(self.dense(out), self.hidden_dropout, self.training)
+        return out + residual, None

@@ -1,0 +1,132 @@
+"""Decoding with a layer: the state of its attention, and the positions of the tokens to come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from attnzoo.call import UnsupportedError
+from attnzoo.layers.input_projections import inputs_of
+from attnzoo.layers.layer import Layer
+from attnzoo.layers.layer_checks import check_call
+from attnzoo.layers.positions import positions_of
+from attnzoo.layers.projections import project
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What a layer carries from step to step. It is a value, as the state of an attention is.
+
+    core: the state of the layer's attention
+    positions: (batch,) of the next token in the piece that goes on; 0 where only padding has come
+    last: (batch,) ids of these pieces; None where no ids have come
+    """
+
+    core: Any
+    positions: Tensor
+    last: Tensor | None = None
+
+    @property
+    def seen(self) -> int:
+        """Slots taken so far."""
+        return self.core.seen
+
+    def crop(self, n: int) -> LayerState:
+        """The state without its last n slots, as `state.crop` of the attention has it."""
+        core = self.core.crop(n)
+        return replace(self, core=core, positions=(self.positions - n).clamp(min=0))
+
+    def select(self, rows: Tensor) -> LayerState:
+        """The state of these rows of the batch, (new_batch,) indices."""
+        last = None if self.last is None else self.last[rows]
+        return LayerState(self.core.select(rows), self.positions[rows], last)
+
+    def held_bytes(self) -> int:
+        """Bytes that its tensors take."""
+        own = [x for x in (self.positions, self.last) if x is not None]
+        return self.core.held_bytes() + sum(x.nbytes for x in own)
+
+
+def first_state(layer: Layer, batch_size: int, max_length: int | None) -> LayerState:
+    """The state of a layer that has seen nothing."""
+    if layer.bias_k is not None or layer.add_zero_attn:
+        raise UnsupportedError(
+            "add_bias_kv and add_zero_attn append keys behind the last one, which a state has no "
+            "place for; build the layer without them"
+        )
+    weight = layer.out_proj.weight
+    core = layer.attention.init_state(
+        batch_size, max_length, dtype=weight.dtype, device=weight.device
+    )
+    return LayerState(core, torch.zeros(batch_size, dtype=torch.long, device=weight.device))
+
+
+def step_layer(
+    layer: Layer,
+    x: Tensor,
+    state: LayerState,
+    key_padding_mask: Tensor | None,
+    segments: Tensor | None,
+    inputs: Mapping[str, Tensor | None],
+) -> tuple[Tensor, LayerState]:
+    """The rows of new tokens and the state behind them, see `MultiheadAttention.step`."""
+    if not isinstance(state, LayerState):
+        raise ValueError(
+            f"state is a {type(state).__name__}; give what init_state or the step before returned"
+        )
+    check_call(layer, x, x, x, key_padding_mask, None)
+    if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
+        raise ValueError(
+            f"key_padding_mask has dtype {key_padding_mask.dtype}; a step takes a bool one (True = "
+            "ignore)"
+        )
+    axes = "l" if x.dim() == 2 else "b l" if layer.batch_first else "l b"
+    batch = "1" if x.dim() == 2 else "b"
+    pattern = f"{axes} (p h d) -> p {batch} h l d"
+    q, k, v = project(layer, x, x, x, pattern)
+    if x.dim() == 2:
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+        segments = segments[None] if segments is not None and segments.dim() == 1 else segments
+    key_mask = None if key_padding_mask is None else ~key_padding_mask
+    positions = positions_of(q, k, key_mask, segments).expand(q.shape[0], -1)
+    positions, after = _continued(state, positions, key_mask, segments)
+    placed = partial(layer._placed, positions)
+    q, k = placed(q, k)
+    more = inputs_of(layer, x, x, x, inputs, pattern, placed)
+    out, core = layer.attention.step(
+        q, k, v, state.core, key_mask=key_mask, segments=segments, **more
+    )
+    last = state.last if segments is None or not segments.shape[1] else segments[:, -1]
+    out = layer.out_proj(rearrange(out, f"{batch} h l d -> {axes} (h d)"))
+    return out, LayerState(core, after, last)
+
+
+def _continued(
+    state: LayerState, positions: Tensor, key_mask: Tensor | None, segments: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The positions of new slots, (batch, new), where the piece of the first goes on behind the
+    state, and the next ones, (batch,).
+
+    positions: as if nothing stood before them
+    """
+    length = positions.shape[1]
+    if not length:
+        return positions, state.positions
+    of_first = of_last = torch.ones_like(positions, dtype=torch.bool)
+    goes_on = state.positions > 0
+    if segments is not None:
+        of_first, of_last = segments == segments[:, :1], segments == segments[:, -1:]
+        if state.last is not None:
+            goes_on = goes_on & (segments[:, 0] == state.last)
+    continued = goes_on[:, None] & of_first
+    slots = torch.arange(length, device=positions.device)
+    positions = torch.where(continued, state.positions[:, None] + slots, positions)
+    real = of_last if key_mask is None else of_last & key_mask
+    begun = continued[:, -1] | real.any(1)
+    return positions, torch.where(begun, positions[:, -1] + 1, 0)

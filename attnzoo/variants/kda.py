@@ -1,0 +1,54 @@
+"""Kimi Delta Attention: the delta rule on a state whose rows forget each by a gate of its own."""
+
+from __future__ import annotations
+
+from attnzoo.arguments import check_scale
+from attnzoo.attention import Attention, Spec
+from attnzoo.engines.linear.gated.gated_linear import GatedLinear
+from attnzoo.engines.linear.gated.tokens import CHANNEL_GATE, STRENGTH, Rule
+from attnzoo.registry import register
+
+
+@register
+class KimiDeltaAttention(Attention):
+    """Kimi Delta Attention (Kimi Team 2025, equation 1).
+
+        S_t = (I − β_t k_t k_tᵀ) Diag(α_t) S_{t−1} + β_t k_t v_tᵀ,   out_t = s·S_tᵀ q_t,   s = 1/√d
+
+    As `gated_deltanet`, with a gate for each channel of the keys, α_t = exp(log_decay_t), so that
+    some of a state is kept long while the rest turns over. What is kept of softmax is that a row
+    can find one key among many, as long as the state has room for them; what is lost is everything
+    that a gate or a later write has taken. Causal only. Use it in models trained with it, best with
+    a softmax layer after every third; not in the place of a trained softmax.
+
+    A call may bring log_decay, (batch, kv_heads, key_length, head_dim), at most 0, and beta,
+    (batch, kv_heads, key_length), from 0 to 2. Without them α is 1 and β is 1.
+
+    l2_norm: whether q and k are divided by their length first, as the paper does
+    scale: s, the factor of the rows, 1/sqrt(head_dim) by default
+    """
+
+    spec = Spec(
+        name="kda",
+        title="Kimi Delta Attention",
+        paper="Kimi Team, Kimi Linear, 2025, arXiv:2510.26692",
+        equation="S_t = (I − β_t k_t k_tᵀ)Diag(α_t)S_{t−1} + β_t k_t v_tᵀ, row t is S_tᵀq_t/√d",
+        complexity="O(n) time and memory",
+        family="kernel",
+        exact=False,
+        bidirectional=False,
+        value_heads=True,
+        inputs=(CHANNEL_GATE, STRENGTH),
+    )
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        *,
+        l2_norm: bool = True,
+        scale: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        rule = Rule(CHANNEL_GATE, check_scale(scale), delta=True, l2_norm=l2_norm)
+        super().__init__(heads, head_dim, GatedLinear(rule), backend=backend)
