@@ -261,3 +261,21 @@ def test_a_bert_that_is_made_from_a_config(name: str) -> None:
     with pytest.warns(UserWarning, match=sentence):
         attnzoo.swap(model.eval(), name, **small(name))
     attnzoo.swap(bert(attention_probs_dropout_prob=0.0), name, **small(name))
+
+
+def test_a_model_of_multiple_choice_reads_tokens_of_its_choices() -> None:
+    kind: Any = type("Mine", (hf.BertForMultipleChoice,), {})
+    model = kind(hf.BertConfig(**SIZES)).eval()
+    ids = tokens(6, 6).view(2, 3, 6)
+    exact = model(ids).logits
+    attnzoo.swap(model, "standard")
+    torch.testing.assert_close(model(ids).logits, exact, **ROUNDING)
+
+
+@pytest.mark.parametrize("family", ["bart", "bert", "llama"])
+def test_a_model_without_numbers_is_swapped_in_part(family: str) -> None:
+    """On the meta device, where the layers that stay exact cannot look at a mask either."""
+    with torch.device("meta"):
+        model = make(family, num_hidden_layers=2)
+        attnzoo.swap(model, "standard", layers=[0])
+    assert len(cores(model)) == 1 and all(value.is_meta for value in model.parameters())

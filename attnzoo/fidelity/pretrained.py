@@ -17,6 +17,7 @@ from attnzoo.arguments import nearest
 from attnzoo.fidelity.comparison_rows import Sample
 from attnzoo.fidelity.metrics import score_std
 from attnzoo.integrations.huggingface import attention_function
+from attnzoo.integrations.huggingface.choice import holds_running_swap
 from attnzoo.packages import MissingPackageError, package_folder, require
 
 Recorder = Callable[
@@ -220,6 +221,12 @@ def _recording(model: Any, recorder: Recorder) -> Iterator[None]:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
+    if holds_running_swap(model):
+        raise ValueError(
+            f"this {type(model).__name__} is swapped, and a capture is of exact attention; call "
+            "attnzoo.unswap(model) first, or model.set_attn_implementation('sdpa') to capture past "
+            "the swap"
+        )
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
     before = model.config._attn_implementation

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnzoo.attention import Attention
 from attnzoo.call import Call, UnsupportedError
-from attnzoo.eager import holds_anywhere, is_learned, is_recorded, may_branch
+from attnzoo.eager import can_look, holds_anywhere, is_learned, is_recorded, may_branch
 from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, bias_between
 from attnzoo.engines.softmax.reference import SINK_LOGITS
 from attnzoo.engines.softmax.softmax import Softmax
@@ -218,7 +218,8 @@ def _attend_exactly(
     from transformers.masking_utils import sdpa_mask
 
     queries, keys = query.shape[2], key.shape[2]
-    is_whole = window is None and segments is None
+    may_skip = window is None and segments is None
+    may_skip &= mask is None or can_look(mask, may_stall=True)
     if mask is None or mask.dim() == 2:
         mask = sdpa_mask(
             batch_size=query.shape[0],
@@ -227,8 +228,8 @@ def _attend_exactly(
             q_offset=keys - queries,
             mask_function=mask_function_of(is_causal, window, segments),
             attention_mask=mask,
-            allow_is_causal_skip=is_causal and is_whole and queries == keys,
-            allow_is_bidirectional_skip=not is_causal and is_whole,
+            allow_is_causal_skip=is_causal and may_skip and queries == keys,
+            allow_is_bidirectional_skip=not is_causal and may_skip,
             device=query.device,
         )
     elif segments is not None:

@@ -7,11 +7,9 @@ import weakref
 from typing import Any
 
 from attnzoo.integrations.huggingface.attention_function import attend
+from attnzoo.integrations.huggingface.choice import IMPLEMENTATION, watch_choices
 from attnzoo.integrations.huggingface.interface_masks import padding_mask
 
-#: No "/" (a kernel of the hub) and no "flash" in this name: transformers would read a meaning into
-#: them.
-IMPLEMENTATION = "attnzoo"
 #: Where a config tells which models that share it are swapped: a list of entries, saved with it as
 #: plain data.
 ENTRIES = "attnzoo_swaps"
@@ -50,6 +48,7 @@ def register() -> None:
 
     AttentionInterface.register(IMPLEMENTATION, attend)
     AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
+    watch_choices()
 
 
 def configs_of(model: Any) -> list[Any]:

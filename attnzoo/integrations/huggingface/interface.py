@@ -20,6 +20,11 @@ from attnzoo.integrations.huggingface.changed_families import (
     give_configs_back,
     tell_reach,
 )
+from attnzoo.integrations.huggingface.choice import (
+    give_choices,
+    runs_its_swap,
+    take_choices,
+)
 from attnzoo.integrations.huggingface.configs import (
     IMPLEMENTATION,
     Claim,
@@ -61,10 +66,12 @@ def insert(
     repeated = _repeated_keys(model)
     model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | repeated
     untold = any(site.is_causal and not site.reads_positions for site in sites)
+    holders = _holders(model, [sites[layer].path for layer in attentions])
     hooks = [
         part.register_forward_pre_hook(partial(_check_forward, untold), with_kwargs=True)
-        for part in _holders(model, [sites[layer].path for layer in attentions])
+        for part in holders
     ]
+    give_choices(holders, can_follow=not change.swapped)
     undo = Undo(
         [partial(check_classes, change.swapped)],
         [
@@ -101,6 +108,7 @@ def _take_out(
     """Take the attentions out again, and give every config its own implementation back."""
     for hook in hooks:
         hook.remove()
+    take_choices(model)
     for module in modules:
         delattr(module, SUBMODULE)
     model._keys_to_ignore_on_save = model._keys_to_ignore_on_save - repeated
@@ -134,18 +142,11 @@ def _holders(model: Any, paths: list[str]) -> list[Any]:
 
 def _check_forward(untold: bool, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A forward pre-hook that refuses arguments and settings by which the swapped attentions would
-    be skipped, and packed rows that a causal one is not told of (`untold`).
+    be skipped unasked, and packed rows that a causal one is not told of (`untold`).
 
     Every part has it, since a part may be called alone and its attention set alone.
     """
-    refuse_weights(kwargs)
-    if untold:
-        refuse_unseen_packing(model, args, kwargs)
-    implementation = model.config._attn_implementation
-    if implementation != IMPLEMENTATION:
-        raise ValueError(
-            f"the attention implementation of this swapped {type(model).__name__} was set to "
-            f"{implementation!r}, which passes its swap by; "
-            f"call attnzoo.unswap(model), or model.set_attn_implementation({IMPLEMENTATION!r}) to "
-            "run the swap again"
-        )
+    if runs_its_swap(model):
+        refuse_weights(kwargs)
+        if untold:
+            refuse_unseen_packing(model, args, kwargs)

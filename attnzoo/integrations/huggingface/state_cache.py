@@ -13,7 +13,7 @@ from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
 from attnzoo.engines.engine import State
 from attnzoo.integrations.huggingface.attention_function import STATE_LAYER
-from attnzoo.integrations.huggingface.configs import IMPLEMENTATION
+from attnzoo.integrations.huggingface.choice import IMPLEMENTATION
 from attnzoo.integrations.huggingface.interface_masks import SUBMODULE
 
 NEW_CACHE = "make a new cache with attnzoo.state_cache(model)"

@@ -125,9 +125,8 @@ def _candidates(model: Any) -> Iterator[tuple[Inputs, bool]]:
             inputs["decoder_input_ids"] = _tokens(model, _rows(model, main), DECODER_LENGTH)
         if name == "input_ids" and "attention_mask" in arguments:
             # The last slot is padding: some families have a use of their own for the mask.
-            inputs["attention_mask"] = torch.tensor(
-                [[1] * (LENGTH - 1) + [0]] * BATCH_SIZE, device=place_of(model)[0]
-            )
+            mask = torch.tensor([1] * (LENGTH - 1) + [0], device=place_of(model)[0])
+            inputs["attention_mask"] = mask.repeat(BATCH_SIZE, *[1] * (main.dim() - 1))
         yield inputs, is_whole
         vision = getattr(model.config, "vision_config", None)
         if vision is not None and "pixel_values" in arguments and name != "pixel_values":
@@ -138,7 +137,9 @@ def _candidates(model: Any) -> Iterator[tuple[Inputs, bool]]:
 def _main_inputs(model: Any, name: str) -> Iterator[tuple[Tensor, bool]]:
     """Values of the main input, and whether they are as long as they get; none where the config
     does not tell their sizes."""
-    if name == "input_ids":
+    if name == "input_ids" and _is_of_choices(model):
+        yield _tokens(model, BATCH_SIZE, LENGTH)[:, None], False
+    elif name == "input_ids":
         for rows in dict.fromkeys((BATCH_SIZE * _codebooks(model.config), BATCH_SIZE)):
             yield _tokens(model, rows, LENGTH), False
     for shape, is_whole in SHAPES.get(name, ()):
@@ -217,6 +218,14 @@ def _codebooks(config: Any) -> int:
         or getattr(getattr(config, "decoder", None), "num_codebooks", None)
         or 1
     )
+
+
+def _is_of_choices(model: Any) -> bool:
+    """Whether a model reads (batch, choices, length)."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
+
+    known = set(MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values())
+    return any(kind.__name__ in known for kind in type(model).__mro__)
 
 
 def _rows(model: Any, main: Tensor) -> int:
