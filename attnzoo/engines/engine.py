@@ -284,6 +284,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 SOFTMAX_OPERATIONS = 3  # a score: exponential, sum, division
+SOFTCAP_OPERATIONS = 2  # a score: division, tanh; its factor is a product with a constant
 
 
 def causal_pairs(query_length: int, key_length: int) -> int:

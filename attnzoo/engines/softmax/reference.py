@@ -8,6 +8,8 @@ Memory is quadratic in the length.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from einops import einsum
@@ -15,7 +17,15 @@ from torch import Tensor
 
 from attnzoo.arguments import check_dropout, check_scale, check_softcap
 from attnzoo.call import Call, repeat_heads
-from attnzoo.engines.engine import Backend, Engine, accumulation_dtype, never_refuses
+from attnzoo.engines.engine import (
+    SOFTCAP_OPERATIONS,
+    Backend,
+    Cost,
+    Engine,
+    Shape,
+    accumulation_dtype,
+    never_refuses,
+)
 from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, bias_of, check_reach
 from attnzoo.spec import Input
 
@@ -46,6 +56,13 @@ class SoftmaxReference(Engine):
     def capped(self, scores: Tensor) -> Tensor:
         """The scores kept within ±softcap (Gemma team 2024, section 2)."""
         return scores if self.softcap is None else (scores / self.softcap).tanh() * self.softcap
+
+    def with_softcap(self, cost: Cost, shape: Shape) -> Cost:
+        """A cost whose MACs are those of scores and of their values, with what a softcap takes."""
+        if self.softcap is None:
+            return cost
+        scores = cost.macs // (2 * shape.head_dim)
+        return replace(cost, elementwise=cost.elementwise + SOFTCAP_OPERATIONS * scores)
 
     def farthest(self, call: Call) -> int:
         """How many positions at most a key stands from a query that sees it."""

@@ -53,7 +53,8 @@ class Softmax(SoftmaxReference):
         pairs = shape.query_length * shape.key_length
         support = causal_pairs(shape.query_length, shape.key_length) if shape.is_causal else pairs
         cost = softmax_cost(shape, shape.heads * pairs, shape.heads * support, None)
-        return replace(cost, skipped_macs=cost.macs - cost.support_macs)
+        cost = replace(cost, skipped_macs=cost.macs - cost.support_macs)
+        return self.with_softcap(cost, shape)
 
 
 def softmax_cost(shape: Shape, pairs: int, support: int, reach: int | None) -> Cost:

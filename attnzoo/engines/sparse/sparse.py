@@ -52,17 +52,18 @@ class Sparse(SparseReference, Softmax):
     def cost(self, shape: Shape) -> Cost:
         grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
         if not self.is_dense(grid):
-            return self.sparse_cost(shape, grid)
+            return self.with_softcap(self.sparse_cost(shape, grid), shape)
         executed = support = shape.heads * shape.query_length * shape.key_length
         if shape.is_causal:
             support = shape.heads * causal_pairs(shape.query_length, shape.key_length)
         cost = softmax_cost(shape, executed, support, self.pattern.remembers)
-        return replace(cost, skipped_macs=cost.macs - cost.support_macs)
+        cost = replace(cost, skipped_macs=cost.macs - cost.support_macs)
+        return self.with_softcap(cost, shape)
 
     def is_dense(self, grid: Grid) -> bool:
         """Whether backend="auto" takes the backend `dense` for a call of this size without
         masks."""
-        return dense.is_whole(self.pattern, grid)
+        return self.softcap is None and dense.is_whole(self.pattern, grid)
 
     def sparse_cost(self, shape: Shape, grid: Grid) -> Cost:
         """The cost of a call in which the pattern hides keys.

@@ -62,7 +62,7 @@ class FlashAlgorithm(Softmax):
         heads = shape.batch_size * shape.heads
         rescaled = sum(rows * -(-keys // self.block_size) for rows, keys in spans)
         whole = super().cost(shape)
-        return Cost(
+        cost = Cost(
             macs=2 * heads * pairs * shape.head_dim,
             support_macs=2 * heads * support * shape.head_dim,
             skipped_macs=2 * heads * (pairs - support) * shape.head_dim,
@@ -72,6 +72,7 @@ class FlashAlgorithm(Softmax):
             state_bytes=whole.state_bytes,
             state_growth=whole.state_growth,
         )
+        return self.with_softcap(cost, shape)
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,8 @@ class WindowAndGlobals(WindowSparse):
         executed = dilated.count_executed(self.pattern, shape, keys)
         executed += shape.heads * queries * shape.key_length
         support = dilated.count_support(self.pattern, grid, keys)
-        return softmax_cost(shape, executed, support, self.pattern.near + self.global_tokens)
+        cost = softmax_cost(shape, executed, support, self.pattern.near + self.global_tokens)
+        return self.with_softcap(cost, shape)
 
 
 def _most(mask: Tensor, bound: int | None = None) -> int:

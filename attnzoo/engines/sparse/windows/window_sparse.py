@@ -107,8 +107,7 @@ class WindowSparse(Sparse):
         return self.completed(whole), state.append(call, mask)
 
     def is_dense(self, grid: Grid) -> bool:
-        plain = self.sink_logits is None and self.softcap is None
-        return plain and super().is_dense(grid)
+        return self.sink_logits is None and super().is_dense(grid)
 
     def sparse_cost(self, shape: Shape, grid: Grid) -> Cost:
         sinks = min(self.pattern.sinks, shape.key_length)
