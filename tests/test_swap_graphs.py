@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from small import small
-from swap_layers import HEADS, LENGTH, NAMES, SIZE, gradients, layer, masks, padding, tokens
+from small import in_models, small
+from swap_layers import HEADS, LENGTH, SIZE, gradients, layer, masks, padding, tokens
 from torch import Tensor
 from torch._dynamo.exc import UserError
 from torch.export import Dim
@@ -49,13 +49,13 @@ def compiled_is_eager(name: str, backend: str) -> None:
         agree(gradient, expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", in_models())
 def test_a_swapped_layer_compiles_in_one_graph(name: str) -> None:
     compiled_is_eager(name, "aot_eager")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", in_models())
 def test_inductor_compiles_a_swapped_layer_in_one_graph(name: str) -> None:
     compiled_is_eager(name, "inductor")
 
@@ -112,7 +112,7 @@ class Calls(torch.nn.Module):
         )[0]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", in_models())
 def test_multihead_attention_is_exported_with_a_dynamic_batch(name: str) -> None:
     """Masks are inputs of the graph."""
     model = Calls(name).eval()
