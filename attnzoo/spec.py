@@ -145,6 +145,12 @@ class Spec:
         """is_causal of every kind of call inside the spec."""
         return tuple(is_causal for is_causal in (False, True) if self.runs(is_causal))
 
+    @property
+    def has_gates(self) -> bool:
+        """Whether a layer around it projects inputs for it. Without them it is another attention,
+        and with them it must be trained, so that q and k alone do not say what it is."""
+        return any(one.is_projected for one in self.inputs)
+
     def takes(self, name: str) -> bool:
         """Whether a call may bring the input of this name."""
         return any(one.name == name for one in self.inputs)

@@ -25,6 +25,7 @@ from attnzoo.commands.command import (
 from attnzoo.commands.output import check_folder, write_text
 from attnzoo.commands.progress import Progress, progress_on
 from attnzoo.commands.variants import parse_variant
+from attnzoo.registry import Choice, names, spec_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,8 +77,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         type=str,
         metavar="NAME[:OPTION=VALUE,...]",
-        help="such as performer:num_features=64 (default: the whole zoo; with --model those of the "
-        "study)",
+        help="such as performer:num_features=64 (default: the whole zoo, but for attentions with "
+        "gates, which must be trained first; with --model those of the study)",
     )
     parser.add_argument(
         "--lengths",
@@ -145,9 +146,10 @@ def _compare(settings: Namespace) -> int:
 
     started = time.monotonic()
     device, dtype = fidelity.check_device(settings.device), check_dtype(settings.dtype)
-    variants = (
-        None if settings.variants is None else [parse_variant(text) for text in settings.variants]
-    )
+    if settings.variants is None:
+        variants = [Choice(name) for name in names() if not spec_of(name).has_gates]
+    else:
+        variants = [parse_variant(text) for text in settings.variants]
     models = list(MODELS) if settings.models is None else settings.models
     lengths = check_lengths(LENGTHS if settings.lengths is None else settings.lengths, models)
     check_seed(settings.seed)
