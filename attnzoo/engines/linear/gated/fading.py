@@ -1,7 +1,7 @@
 """What is left, inside chunks of tokens, of keys and of the state before: none fading, by a number
 for each token and head, or by one for each channel of the keys.
 
-All tensors begin with (batch, kv_heads, chunks). Only sums of gates that lie between two tokens are
+All tensors begin with (chunks, batch, kv_heads). Only sums of gates that lie between two tokens are
 ever raised to a power, so no exponent is above 0, nothing overflows where a gate closes, and a
 closed gate, -inf, costs no digits of what follows it.
 """

@@ -3,9 +3,13 @@
 Inside a chunk rows weigh what its tokens write through a small matrix of scores; what lies before
 the chunk they read from the state. Under the delta rule the writes u solve (1 + N) u = values -
 erases · S, a triangular system whose inverse does not depend on the state S (Yang et al. 2024,
-arXiv:2406.06484, section 3.2, and arXiv:2412.06464, section 3.3: the WY form). So all products but
-two a chunk are done for many chunks together, and a short loop hands the state on. Written in
-operators that autograd, a compiler and a counter of operations can follow.
+arXiv:2406.06484, section 3.2, and arXiv:2412.06464, section 3.3: the WY form). So what does not
+depend on S is computed for many chunks together, and a loop solves for the writes of one chunk
+after another and hands the state on. Written in operators that autograd, a compiler and a counter
+of operations can follow.
+
+Chunks are the first dimension of every tensor here, so that a chunk of all heads is one piece of
+memory.
 """
 
 from __future__ import annotations
@@ -18,24 +22,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines.linear.chunks import CAUSAL_CHUNK, HELD
 from attnzoo.engines.linear.gated.fading import ChannelFading, Fading, fading_of
 from attnzoo.engines.linear.gated.tokens import Rule, empty_state, prepared
 from attnzoo.engines.linear.gated.triangular import unit_inverse
-from attnzoo.engines.linear.layout import (
-    add_product,
-    add_product_,
-    grouped,
-    may_overwrite,
-    ungrouped,
-)
+from attnzoo.engines.linear.layout import add_product, add_product_, may_overwrite
 from attnzoo.engines.piece_by_piece import at_a_time
+
+#: Tokens of a chunk: half as many as in `chunks`, since a chunk has more products inside and the
+#: triangular solve grows with the square.
+CHUNK = 32
+#: How many numbers may be computed side by side: about what a core's cache holds.
+HELD = 2**19
 
 
 def chunk_of(length: int) -> int:
     """Tokens of a chunk: a power of 2, for the halves of halves."""
     chunk = 1
-    while chunk < length and chunk < CAUSAL_CHUNK:
+    while chunk < length and chunk < CHUNK:
         chunk *= 2
     return chunk
 
@@ -65,16 +68,16 @@ def scan(
         state = empty_state(call)
     for place, span in enumerate(call.split(queries=lengths, keys=lengths)):
         remember = remember_last or place < len(lengths) - 1
-        inside = Inside.of(Tokens.of(rule, prepared(rule, span), chunk))
+        inside = Inside.of(Tokens.of(rule, prepared(rule, in_chunks(span, chunk))))
         states = States.of(inside, inside.solved(), state, remember)
-        rows = ungrouped(inside.rows(states), call.group)
+        rows = inside.rows(states).unflatten(3, (call.group, chunk)).flatten(2, 3)
         state = states.after
-        yield rows[:, :, : span.key_length], state if remember else None
+        yield rows.movedim(0, 2).flatten(2, 3)[:, :, : span.key_length], state if remember else None
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of chunks, with all tensors beginning with (batch, kv_heads, chunks).
+    """The tokens of chunks, with all tensors beginning with (chunks, batch, kv_heads).
 
     q: (group, length, width), the heads of a group beside each other
     k, v: (length, width) and (length, value_dim)
@@ -96,25 +99,17 @@ class Tokens:
     short: bool
 
     @classmethod
-    def of(cls, rule: Rule, call: Call, chunk: int) -> Tokens:
-        """call: as `tokens.prepared` makes it, with as many queries as keys. chunk: tokens of one;
-        the last is filled up with tokens that change nothing."""
-        chunks = len(range(0, call.key_length, chunk))
-        missing = chunks * chunk - call.key_length
-        q = grouped(filled(call.q, missing), call.k.shape[1], chunks)
-
-        def laid(x: Tensor) -> Tensor:
-            return filled(x, missing).unflatten(2, (chunks, chunk))
-
-        k, v, log_decay, beta = laid(call.k), laid(call.v), call.get("log_decay"), call.get("beta")
-        beta = None if beta is None or not rule.delta else laid(beta)
+    def of(cls, rule: Rule, call: Call) -> Tokens:
+        """call: of `in_chunks`, then as `tokens.prepared` makes it."""
+        q, k, v = call.q.unflatten(2, (call.k.shape[2], -1)), call.k, call.v
+        log_decay, beta = call.get("log_decay"), call.get("beta")
+        beta = beta if rule.delta else None
         stronger = None if not rule.delta else k if beta is None else k * beta[..., None]
         removed = turned = None
         if rule.removes:
-            removed, rates = (laid(call.inputs[one]) for one in ("removal_key", "removal_rate"))
-            turned = removed * rates
-        fading = fading_of(None if log_decay is None else laid(log_decay), k)
-        q = q.unflatten(3, (call.group, chunk))
+            removed = call.inputs["removal_key"]
+            turned = removed * call.inputs["removal_rate"]
+        fading = fading_of(log_decay, k)
         return cls(q, k, v, stronger, beta, removed, turned, fading, rule.l2_norm)
 
 
@@ -122,7 +117,7 @@ class Tokens:
 class Inside:
     """What the tokens of chunks are to each other, whatever the state.
 
-    Each tensor begins with (batch, kv_heads, chunks); the rest of its shape is given here. A chunk
+    Each tensor begins with (chunks, batch, kv_heads); the rest of its shape is given here. A chunk
     has `length` tokens, and `rows` is group · length, since a group of heads shares each key. Where
     tokens remove and write apart, `length` is twice that, but in `rows`.
 
@@ -195,7 +190,7 @@ class Inside:
         return None if self.below is None else unit_inverse(self.below)
 
     def rows(self, states: States) -> Tensor:
-        """(batch, kv_heads, chunks, rows, value_dim)."""
+        """(chunks, batch, kv_heads, rows, value_dim)."""
         writes = states.writes
         if self.below is not None and not self.short:
             # A write that overflows must not reach earlier rows, whose scores of it are 0.
@@ -210,76 +205,86 @@ class Inside:
 class States:
     """The states between chunks, and what the tokens write to them.
 
-    before: (batch, kv_heads, chunks, width, value_dim), the state before each chunk
-    writes: (batch, kv_heads, chunks, length, value_dim)
-    erased: (batch, kv_heads, chunks, length, width), what of the state before a chunk each write
-        takes away; None without delta rule
+    before: (chunks, batch, kv_heads, width, value_dim), the state before each chunk
+    writes: (chunks, batch, kv_heads, length, value_dim)
     after: (batch, kv_heads, width, value_dim), after the last chunk, or before it where no more is
         wanted
     """
 
     before: Tensor
     writes: Tensor
-    erased: Tensor | None
     after: Tensor
 
     @classmethod
     def of(cls, inside: Inside, inverse: Tensor | None, state: Tensor, remember: bool) -> States:
         """inverse: of `Inside.solved`. state: before the first chunk. remember: whether the state
         after the last is wanted."""
-        chunks = inside.values.shape[2]
+        chunks = inside.values.shape[0]
         wanted = chunks if remember else chunks - 1
-        if inverse is None:
-            more = inside.handed_on.mT[:, :, :wanted] @ inside.values[:, :, :wanted]
-            before, after = [state], state
-            for chunk in range(wanted):
-                after = _faded(after, inside.kept, chunk) + more[:, :, chunk]
-                before.append(after)
-            return cls(_stacked(before[:chunks]), inside.values, None, after)
-        assert inside.erases is not None
-        writes, erased = inverse @ inside.values, inverse @ inside.erases
-        if may_overwrite(writes, erased, state):
-            before = _write_all(inside, writes, erased, state, wanted)
-            after = before[:, :, wanted].clone()  # not to keep all of them alive
-            return cls(before[:, :, :chunks], writes, erased, after)
-        before, after, found = [state], state, []
+        if may_overwrite(inside.values, inside.handed_on, state):
+            return cls._in_place(inside, inverse, state, wanted)
+        before, found = [state], []
         for chunk in range(chunks):
-            found.append(add_product(writes[:, :, chunk], erased[:, :, chunk], after, -1))
+            here, writes = before[-1], inside.values[chunk]
+            if inverse is not None:
+                assert inside.erases is not None
+                writes = inverse[chunk] @ add_product(writes, inside.erases[chunk], here, -1)
+            found.append(writes)
             if chunk < wanted:
-                faded = _faded(after, inside.kept, chunk)
-                after = add_product(faded, inside.handed_on.mT[:, :, chunk], found[-1])
-                before.append(after)
-        return cls(_stacked(before[:chunks]), _stacked(found), erased, after)
+                faded = here if inside.kept is None else here * inside.kept[chunk]
+                before.append(add_product(faded, inside.handed_on[chunk].mT, writes))
+        return cls(torch.stack(before[:chunks]), torch.stack(found), before[-1])
+
+    @classmethod
+    def _in_place(
+        cls, inside: Inside, inverse: Tensor | None, state: Tensor, wanted: int
+    ) -> States:
+        """The same, every state and write computed where it is to stand."""
+        chunks = inside.values.shape[0]
+        before = state.new_empty(max(chunks, wanted + 1), *state.shape)
+        before[0] = state
+        found = inside.values if inverse is None else torch.empty_like(inside.values)
+        handed_on, kept = of_chunks(inside.handed_on.mT), of_chunks(inside.kept)
+        values, erases, solved = (of_chunks(x) for x in (inside.values, inside.erases, inverse))
+        states, writes = of_chunks(before), of_chunks(found)
+        left = torch.empty_like(writes[0])
+        for chunk in range(chunks):
+            here = states[chunk]
+            if solved:
+                torch.baddbmm(values[chunk], erases[chunk], here, alpha=-1, out=left)
+                torch.bmm(solved[chunk], left, out=writes[chunk])
+            if chunk < wanted:
+                after = states[chunk + 1]
+                torch.mul(here, kept[chunk], out=after) if kept else after.copy_(here)
+                after.baddbmm_(handed_on[chunk], writes[chunk])
+        return cls(before[:chunks], found, before[wanted].clone())  # not to keep them all alive
 
 
-def _write_all(
-    inside: Inside, writes: Tensor, erased: Tensor, state: Tensor, wanted: int
-) -> Tensor:
-    """The states before each chunk, and after the last where they are wanted, (batch, kv_heads,
-    chunks or one more, width, value_dim). writes: what would be written to an empty state, which is
-    overwritten by what is."""
-    chunks = writes.shape[2]
-    states = state.new_empty(*state.shape[:2], max(chunks, wanted + 1), *state.shape[2:])
-    states[:, :, 0] = state
-    handed_on = inside.handed_on.mT
-    for chunk in range(chunks):
-        here = states[:, :, chunk]
-        add_product_(writes[:, :, chunk], erased[:, :, chunk], here, -1)
-        if chunk < wanted:
-            after = states[:, :, chunk + 1]
-            after.copy_(here if inside.kept is None else here * inside.kept[:, :, chunk])
-            add_product_(after, handed_on[:, :, chunk], writes[:, :, chunk])
-    return states
+def of_chunks(x: Tensor | None) -> tuple[Tensor, ...]:
+    """Each chunk of x, (chunks, batch, kv_heads, ...), as (batch · kv_heads, ...); none of None."""
+    return () if x is None else x.flatten(1, 2).unbind()
 
 
-def _stacked(of_chunks: list[Tensor]) -> Tensor:
-    return torch.stack(of_chunks, 2)
+def in_chunks(call: Call, chunk: int) -> Call:
+    """The call with its tensors cut into chunks, (chunks, batch, heads, chunk, ...)."""
+    inputs = {name: cut(x, chunk) for name, x in call.inputs.items()}
+    q, k, v = (cut(x, chunk) for x in (call.q, call.k, call.v))
+    return replace(call, q=q, k=k, v=v, inputs=inputs, key_mask=None)
 
 
-def _faded(state: Tensor, kept: Tensor | None, chunk: int) -> Tensor:
-    return state if kept is None else state * kept[:, :, chunk]
+def cut(x: Tensor, chunk: int) -> Tensor:
+    """(chunks, batch, heads, chunk, ...) of x, (batch, heads, length, ...), in one piece. What is
+    missing in the last chunk is 0, a token that changes nothing."""
+    missing = -x.shape[2] % chunk
+    if missing:
+        x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, missing))
+    return x.unflatten(2, (-1, chunk)).movedim(2, 0).contiguous()
 
 
-def filled(x: Tensor, tokens: int) -> Tensor:
-    """x with zeros for so many more tokens, (batch, heads, length, ...)."""
-    return F.pad(x, (0, 0) * (x.dim() - 3) + (0, tokens)) if tokens else x
+def put(x: Tensor, whole: Tensor) -> None:
+    """Write x, cut as by `cut`, to its place, (batch, heads, length, ...)."""
+    length, chunk = whole.shape[2], x.shape[3]
+    if length % chunk == 0:
+        whole.unflatten(2, (-1, chunk)).movedim(2, 0).copy_(x)
+    else:
+        whole.copy_(x.movedim(0, 2).flatten(2, 3)[:, :, :length])

@@ -43,13 +43,13 @@ def _macs(rule: Rule, chunk: int, d: int, group: int) -> int:
     if rule.removes:  # what is written and what is removed, one behind the other
         both = 2 * chunk
         inverse = both * (both * both - 1) // 3
-        products = (2 * group + 2) * of_keys + 2 * both * both * d + group * (2 * pairs)
+        products = (2 * group + 2) * of_keys + both * both * d + group * (2 * pairs)
         return products + inverse + (2 * both + group * chunk) * d * d
     rows_and_state = group * (of_keys + pairs + through_state) + through_state
     if not rule.delta:
         return rows_and_state
     inverse = chunk * (chunk * chunk - 1) // 3
-    return rows_and_state + of_keys + inverse + 2 * pairs + through_state
+    return rows_and_state + of_keys + inverse + pairs + through_state
 
 
 def _elementwise(rule: Rule, shape: Shape, chunk: int, chunks: int) -> int:
@@ -63,7 +63,7 @@ def _elementwise(rule: Rule, shape: Shape, chunk: int, chunks: int) -> int:
         of_chunk = chunk * shape.head_dim * times
     elif rule.gate is not None:
         of_chunk = chunk * chunk + chunk
-    return normed * shape.key_length + shape.kv_heads * chunks * of_chunk
+    return chunks * (normed * chunk + shape.kv_heads * of_chunk)
 
 
 def _gate_bytes(rule: Rule, shape: Shape, gate_is_constant: bool) -> int:

@@ -20,7 +20,9 @@ from attnzoo.engines.linear.gated.gated_chunks import (
     Inside,
     Tokens,
     chunk_of,
-    filled,
+    cut,
+    in_chunks,
+    put,
     scan,
     spans,
 )
@@ -30,7 +32,6 @@ from attnzoo.engines.linear.gated.through_chunks import (
     through_states,
 )
 from attnzoo.engines.linear.gated.tokens import Rule, empty_state, prepared, separated
-from attnzoo.engines.linear.layout import grouped
 from attnzoo.engines.piece_by_piece import join
 from attnzoo.spec import Input
 
@@ -128,20 +129,21 @@ def _backward(rule: Rule, call: Call, gradient: Tensor, states: tuple[Tensor, ..
             own = {name: x.detach().requires_grad_() for name, x in own.items()}
             span = _call_of(call.declared, *own.values())
         with torch.set_grad_enabled(rule.removes):
-            tokens = Tokens.of(rule, prepared(rule, span), chunk)
+            span = in_chunks(span, chunk)
+            tokens = Tokens.of(rule, prepared(rule, span))
             followed = Inside.of(tokens)
         inside = followed.detached()
-        missing = tokens.k.shape[2] * chunk - lengths[place]
-        d_rows = filled(gradient[:, :, here].to(dtype), missing)
-        d_rows = grouped(d_rows, call.k.shape[1], tokens.k.shape[2]).contiguous()
+        d_rows = cut(gradient[:, :, here].to(dtype), chunk)
+        d_rows = d_rows.unflatten(2, (call.k.shape[1], call.group)).flatten(3, 4)
         state = states[place - 1] if place else empty_state(call)
         d_inside, d_state = through_states(inside, d_rows, state, d_state)
         if rule.removes:
-            made = _through_followed(followed, d_inside, own)
+            for name, x in _through_followed(followed, d_inside, own).items():
+                found[name][:, :, here] = x
         else:
             made = through_prepared(rule, span, through_inside(tokens, inside, d_inside))
-        for name, whole in found.items():
-            whole[:, :, here] = made[name]
+            for name, whole in found.items():
+                put(made[name], whole[:, :, here])
         end = here.start
     return list(found.values())
 

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.linear.gated.fading import HeadFading
-from attnzoo.engines.linear.gated.gated_chunks import Inside, States, Tokens
+from attnzoo.engines.linear.gated.gated_chunks import Inside, States, Tokens, of_chunks
 from attnzoo.engines.linear.gated.tokens import Rule, inverse_length
-from attnzoo.engines.linear.layout import add_product_, ungrouped
 
 Gradients = dict[str, Tensor]
 
@@ -29,34 +28,39 @@ def through_states(
     state: before the first chunk
     d_after: gradient of the state after the last chunk; None when nothing reads it
     """
-    inverse = inside.solved()
+    inverse, kept, chunks = inside.solved(), inside.kept, d_rows.shape[0]
     states = States.of(inside, inverse, state, remember=False)
-    before, writes, erased, kept = states.before, states.writes, states.erased, inside.kept
-    d_writes, d_before = inside.scores.mT @ d_rows, inside.reads.mT @ d_rows
-    if d_after is None:
-        d_after = torch.zeros_like(state)
-    d_later = torch.empty_like(before)  # gradients of the states after each chunk
-    for chunk in reversed(range(d_rows.shape[2])):
-        d_later[:, :, chunk] = d_after
-        add_product_(d_writes[:, :, chunk], inside.handed_on[:, :, chunk], d_after)
-        faded = d_after if kept is None else d_after * kept[:, :, chunk]
-        d_after = faded + d_before[:, :, chunk]
-        if erased is not None:
-            add_product_(d_after, erased[:, :, chunk].mT, d_writes[:, :, chunk], -1)
+    before, writes = states.before, states.writes
+    d_writes = inside.scores.mT @ d_rows
+    # Of the state before each chunk, and after the last.
+    d_states = state.new_empty(chunks + 1, *state.shape)
+    torch.matmul(inside.reads.mT, d_rows, out=d_states[:chunks])
+    d_states[chunks] = 0 if d_after is None else d_after
+    d_values = d_writes if inverse is None else torch.empty_like(d_writes)
+    handed_on, kept_ = of_chunks(inside.handed_on), of_chunks(kept)
+    erases, solved = of_chunks(inside.erases), of_chunks(inverse)
+    of_writes, of_values, of_states = (of_chunks(x) for x in (d_writes, d_values, d_states))
+    for chunk in reversed(range(chunks)):
+        d_before, d_later, d_write = of_states[chunk], of_states[chunk + 1], of_writes[chunk]
+        d_write.baddbmm_(handed_on[chunk], d_later)
+        d_before.addcmul_(d_later, kept_[chunk]) if kept_ else d_before.add_(d_later)
+        if solved:
+            torch.bmm(solved[chunk].mT, d_write, out=of_values[chunk])
+            d_before.baddbmm_(erases[chunk].mT, of_values[chunk], alpha=-1)
+    d_later = d_states[1:]
     found = {
         "scores": d_rows @ writes.mT,
         "reads": d_rows @ before.mT,
         "handed_on": writes @ d_later.mT,
-        "values": d_writes,
+        "values": d_values,
     }
     if kept is not None:
         of_kept = (before * d_later).sum(-1, keepdim=True)
         found["kept"] = of_kept if kept.shape[-2] > 1 else of_kept.sum(-2, keepdim=True)
     if inverse is not None:
-        found["values"] = d_values = inverse.mT @ d_writes
         found["erases"] = (d_values @ before.mT).neg_()
         found["below"] = (d_values @ writes.mT).neg_().tril_(-1)
-    return found, d_after
+    return found, d_states[0]
 
 
 def through_inside(tokens: Tokens, inside: Inside, found: Gradients) -> Gradients:
@@ -113,22 +117,17 @@ def _through_gates(exponents: Tensor, of_kept: Tensor, by_head: bool) -> Tensor:
 
 
 def through_prepared(rule: Rule, call: Call, made: Gradients) -> Gradients:
-    """Gradients of q, k, v, log_decay and beta of a span.
+    """Gradients of q, k, v, log_decay and beta of a span, cut as the call is.
 
-    call: the span in the precision of sums, before `tokens.prepared`
+    call: of `gated_chunks.in_chunks` in the precision of sums, before `tokens.prepared`
     made: of `through_inside`
     """
-    length, group = call.key_length, call.group
-    found = {name: x.flatten(2, 3)[:, :, :length] for name, x in made.items() if "q" not in name}
-    for name in ("q", "q·dq"):
-        x = made[name].unflatten(-1, (-1, 1)) if "·" in name else made[name]
-        found[name] = ungrouped(x.flatten(3, 4), group)[:, :, :length]
-    found["k·dk"] = found["k·dk"][..., None]
-    scale = int(call.q.shape[3]) ** -0.5 if rule.scale is None else rule.scale
+    found = {**made, **{name: made[name].flatten(2, 3) for name in ("q", "q·dq")}}
+    scale = int(call.q.shape[-1]) ** -0.5 if rule.scale is None else rule.scale
     for name, x, factor in (("q", call.q, scale), ("k", call.k, 1.0)):
         if rule.l2_norm:
             length_ = inverse_length(x)
-            along = found[f"{name}·d{name}"] * length_.square()
+            along = found[f"{name}·d{name}"][..., None] * length_.square()
             found[name] = found[name].mul(length_ * factor).addcmul_(x, along, value=-1)
         elif factor != 1:
             found[name] = found[name] * factor

@@ -71,11 +71,11 @@ class Rule:
 def prepared(rule: Rule, call: Call) -> Call:
     """The call with q, k, v and the gates as the recurrence reads them, in the precision of sums.
 
-    call: without segments, which `separated` makes gates of
+    call: without segments, which `separated` makes gates of; tensors may be cut into chunks
     """
     dtype = accumulation_dtype(call.q.dtype)
     q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
-    scale = int(q.shape[3]) ** -0.5 if rule.scale is None else rule.scale
+    scale = int(q.shape[-1]) ** -0.5 if rule.scale is None else rule.scale
     if rule.l2_norm:
         q, k = q * (inverse_length(q) * scale), k * inverse_length(k)
     elif scale != 1:
