@@ -55,20 +55,21 @@ class GatedReference(Engine):
             None if x is None else repeat_heads(x, group)
             for x in (call.get("log_decay"), call.get("beta"))
         )
-        scores, overlaps = products(q, k, gates), None
         assert mask is not None  # it is causal
         if self.rule.removes:
+            # What is written and what is removed again may be large beside what is left.
             removed, rates = (
-                repeat_heads(call.inputs[name], group) for name in ("removal_key", "removal_rate")
+                repeat_heads(call.inputs[name], group).double()
+                for name in ("removal_key", "removal_rate")
             )
+            dtype, q, k = k.dtype, q.double(), k.double()
+            gates = None if gates is None else gates.double()
             turned = removed * rates
             below, written = (products(removed, x, gates, own=False).tril(-1) for x in (turned, k))
-            taken = torch.linalg.solve_triangular(
-                below.double(), written.double(), upper=False, unitriangular=True
-            )
-            # What is written and what is removed again may be large beside what is left.
-            left = scores.double() - products(q, turned, gates).double() @ taken
-            return left.to(k.dtype).masked_fill(~mask, 0.0)
+            taken = torch.linalg.solve_triangular(below, written, upper=False, unitriangular=True)
+            left = products(q, k, gates) - products(q, turned, gates) @ taken
+            return left.to(dtype).masked_fill(~mask, 0.0)
+        scores = products(q, k, gates)
         if not self.rule.delta:
             return scores.masked_fill(~mask, 0.0)
         overlaps = products(k, k, gates).tril(-1)
