@@ -46,7 +46,9 @@ def mask_of_heads(mask: Tensor, kv_heads: int) -> Tensor:
     return mask[:, None].expand(-1, kv_heads, -1, -1, -1).flatten(0, 1) if is_recorded() else mask
 
 
-def join(pieces: Iterable[Tensor], length: int, dim: int) -> Tensor:
+def join(
+    pieces: Iterable[Tensor], length: int, dim: int, *, like: Tensor | None = None
+) -> Tensor:
     """Join pieces along a dimension, as torch.cat does.
 
     Where no gradient will be asked for, each piece is written to its place as soon as it is
@@ -56,6 +58,8 @@ def join(pieces: Iterable[Tensor], length: int, dim: int) -> Tensor:
     pieces: tensors that fill the length in order, of equal sizes in the other dimensions
     length: size of the result along `dim`
     dim: the dimension
+    like: (batch, heads, ...), a tensor after which samples and heads are laid out in memory: where
+        each head holds its samples, as it does the pieces of a packed row, so does the result
     """
     if torch.is_grad_enabled() or is_recorded():
         found = list(pieces)
@@ -67,7 +71,10 @@ def join(pieces: Iterable[Tensor], length: int, dim: int) -> Tensor:
         if out is None:
             sizes = list(piece.shape)
             sizes[dim] = length
-            out = piece.new_empty(sizes)
+            if like is not None and like.stride(0) < like.stride(1):
+                out = piece.new_empty(sizes[1], sizes[0], *sizes[2:]).transpose(0, 1)
+            else:
+                out = piece.new_empty(sizes)
         out.narrow(dim, start, piece.shape[dim]).copy_(piece)
         start += piece.shape[dim]
     assert out is not None and start == length

@@ -67,7 +67,7 @@ def _in_open_operators(feature_map: FeatureMap, call: Call) -> Tensor:
     else:
         past = absorb(feature_map, call.k, call.v, call.key_mask, None)
         rows = read_all(feature_map, call, past)
-    return join(rows, call.query_length, 2)
+    return join(rows, call.query_length, 2, like=call.q)
 
 
 def _causal_pieces(feature_map: FeatureMap, call: Call) -> Iterator[Piece]:
@@ -158,7 +158,7 @@ def _forward_causal(
             pasts.append(piece.past)
             yield piece.rows
 
-    out = join(rows(), call.query_length, 2)
+    out = join(rows(), call.query_length, 2, like=call.q)
     return out, torch.cat(divisors, 2) if divisors else None, pasts
 
 

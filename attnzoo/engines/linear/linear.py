@@ -78,7 +78,19 @@ class Linear(LinearReference):
 
 
 def _chunked(engine: Linear, call: Call) -> Tensor:
+    if _lies_inside_heads(engine.feature_map, call):
+        q, k, v = (x.transpose(0, 1) for x in (call.q, call.k, call.v))
+        return _chunked(engine, replace(call, q=q, k=k, v=v)).transpose(0, 1)
     return _behind_blind_rows(gradient.attend, engine, call)
+
+
+def _lies_inside_heads(feature_map: FeatureMap, call: Call) -> bool:
+    """Whether each head holds its samples one behind the other, as it does the pieces of a packed
+    row, and samples may take the place of heads: products then need no copies."""
+    alike = call.group == 1 and call.key_mask is None and not feature_map.decay.fades
+    return alike and all(
+        min(x.shape[:2]) > 1 and x.stride(0) < x.stride(1) for x in (call.q, call.k, call.v)
+    )
 
 
 def _chunked_why_not(engine: Linear, call: Call) -> str | None:

@@ -67,7 +67,7 @@ def attend_openly(rule: Rule, call: Call) -> Tensor:
 def _in_open_operators(rule: Rule, call: Call) -> Tensor:
     call = separated(rule, call)
     rows = (rows.to(call.q.dtype) for rows, _ in scan(rule, call, None))
-    return join(rows, call.query_length, 2)
+    return join(rows, call.query_length, 2, like=call.q)
 
 
 def _call_of(declared: tuple[Input, ...], q: Tensor, k: Tensor, v: Tensor, *given: Tensor) -> Call:
@@ -89,7 +89,7 @@ class _Attend(torch.autograd.Function):
                     states.append(state)
                 yield rows.to(call.q.dtype)
 
-        out = join(rows(), call.query_length, 2)
+        out = join(rows(), call.query_length, 2, like=call.q)
         ctx.save_for_backward(*tensors, *states)
         ctx.rule, ctx.declared = rule, declared
         return out
