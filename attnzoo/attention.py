@@ -70,6 +70,11 @@ class Attention(nn.Module):
         return True
 
     @property
+    def input_sizes(self) -> Mapping[str, int]:
+        """How many numbers a layer projects along the axes of inputs that a call may choose."""
+        return {}
+
+    @property
     def packs(self) -> bool:
         """Whether nothing but the engine mixes tokens or counts positions, so that its backends
         that pack can keep the pieces of a packed row apart in a graph."""

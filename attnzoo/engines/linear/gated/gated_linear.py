@@ -58,8 +58,8 @@ class GatedLinear(GatedReference):
             nonlocal before, past
             for part in parts:
                 before = past
-                for rows, sums in self._walk(part, before, one_by_one):
-                    past = _past(sums)
+                for found in self._walk(part, before, one_by_one):
+                    rows, past = found
                     yield rows.to(call.q.dtype)
 
         out = join(pieces(), call.key_length, 2)
@@ -68,25 +68,24 @@ class GatedLinear(GatedReference):
 
     def _walk(
         self, call: Call, past: Past | None, one_by_one: bool
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Some rows at a time, and the state after them."""
-        if not one_by_one:
-            return scan(self.rule, call, past and past.sums, remember_last=True)
+    ) -> Iterator[tuple[Tensor, Past]]:
+        """Some rows at a time, and the past after them."""
         state = empty_state(call) if past is None else past.sums
-        return recur(self.rule, prepared(self.rule, call), state)
+        if one_by_one:
+            found = recur(self.rule, prepared(self.rule, call), state)
+        else:
+            found = scan(self.rule, call, state, remember_last=True)
+        for rows, sums in found:
+            assert sums is not None  # since it is to be remembered
+            yield rows, Past(sums, None)
 
     def _after(self, call: Call, past: Past | None) -> Past:
         """The past with the keys of a call."""
-        *_, (_, sums) = self._walk(call, past, call.key_length == 1)
-        return _past(sums)
+        *_, (_, after) = self._walk(call, past, call.key_length == 1)
+        return after
 
     def cost(self, shape: Shape) -> Cost:
         return gated_cost.cost(self.rule, shape, self.slopes is not None)
-
-
-def _past(sums: Tensor | None) -> Past:
-    assert sums is not None  # since it is to be remembered
-    return Past(sums, None)
 
 
 def _chunked(engine: GatedLinear, call: Call) -> Tensor:
