@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from attnzoo.call import Call
+from attnzoo.call import Call, UnsupportedError
 from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes, never_refuses
-from attnzoo.engines.linear.gated import gated_cost, gated_gradient
+from attnzoo.engines.linear.gated import fla_kernels, gated_cost, gated_gradient
 from attnzoo.engines.linear.gated.gated_chunks import scan
 from attnzoo.engines.linear.gated.recurrence import recur
 from attnzoo.engines.linear.gated.reference import REFERENCE, GatedReference
@@ -22,13 +22,15 @@ from attnzoo.engines.linear.gated.tokens import as_square, empty_state, prepared
 from attnzoo.engines.linear.state import LinearState, Recent, early_and_late
 from attnzoo.engines.linear.sums import Past
 from attnzoo.engines.piece_by_piece import join
+from attnzoo.engines.tried_on_gpu import never_ran
 
 
 class GatedLinear(GatedReference):
     """Gates and delta rules, causal only.
 
-    Its backends in order: `chunked`, with a backward pass of its own; `open`, the same in operators
-    that graphs and transforms can follow; the reference.
+    Its backends in order: `fla`, flash-linear-attention on CUDA, asked for by name; `chunked`, with
+    a backward pass of its own; `open`, the same in operators that graphs and transforms can follow;
+    the reference.
 
     rule: what a token does to the state
     slopes: by how much the state of every head fades at each token, where that is constant
@@ -48,6 +50,8 @@ class GatedLinear(GatedReference):
     ) -> tuple[Tensor, str, Any]:
         if state is None:
             return super().forward(call, backend)
+        if backend == "fla":
+            raise UnsupportedError("backend='fla' does not decode; use backend='auto'")
         call = self.completed(call)
         name = self.choose(call, backend).name
         one_by_one = name == "reference" or call.key_length == 1
@@ -101,6 +105,7 @@ def _open(engine: GatedLinear, call: Call) -> Tensor:
 
 
 GatedLinear.backends = (
+    Backend("fla", fla_kernels.run, fla_kernels.why_not, untried=never_ran),
     Backend("chunked", _chunked, _chunked_why_not),
     Backend("open", _open, never_refuses, packs=True),
     REFERENCE,

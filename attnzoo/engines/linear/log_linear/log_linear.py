@@ -1,6 +1,6 @@
 """Log-linear attention: the engine of gates with a Fenwick tree of states in the place of one.
 
-    A = A of the gates and the delta rule ∘ levels, by how many bits the places of two tokens differ
+A = A of the gates and the delta rule ∘ levels, by how many bits the places of two tokens differ
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class LogLinear(GatedLinear):
         tree = no_tokens(call) if past is None else past
         assert isinstance(tree, Tree)
         walk = one_by_one if one_token else in_chunks
-        return walk(self.rule, call, given_levels(call, tree.slots + call.key_length), tree)
+        levels = given_levels(call, tree.slots + call.key_length)
+        return walk(self.rule, call.giving(LEVELS, levels), tree)
 
     def cost(self, shape: Shape) -> Cost:
         return tree_cost.cost(self.rule, shape)
@@ -104,12 +105,13 @@ def _in_order(engine: LogLinear, call: Call) -> Tensor:
     """Rows of a call with as many queries as keys: real tokens are brought together, in order, so
     that places count these alone, and their rows back to where they stood."""
     mask, dtype = call.key_mask, call.q.dtype
+    call = call.giving(LEVELS, given_levels(call, call.key_length))
     if mask is None or (can_look(mask) and bool(mask.all())):
-        return attend(engine.rule, call, given_levels(call, call.key_length)).to(dtype)
+        return attend(engine.rule, replace(call, key_mask=None)).to(dtype)
     order = true_first(mask, call.key_length)
     ordered = call.mapped(dict.fromkeys(("queries", "keys"), lambda x, dim: fetched(x, order, dim)))
     ordered = replace(ordered, key_mask=None)
-    rows = attend(engine.rule, ordered, given_levels(ordered, call.key_length)).to(dtype)
+    rows = attend(engine.rule, ordered).to(dtype)
     return fetched(rows, positions(call)).masked_fill(~mask[:, None, :, None], 0.0)
 
 

@@ -21,12 +21,15 @@ LEVELS = Input("levels", "batch heads queries levels", activation=torch.nn.funct
 
 def levels_of(tokens: int) -> int:
     """How many levels a row of so many tokens, itself included, has at most."""
-    return (tokens - 1).bit_length() + 1
+    return buckets_of(tokens - 1) + 1
 
 
 def buckets_of(tokens: int) -> int:
     """How many buckets, full and empty, hold so many tokens: those of 1, 2, 4 ... tokens."""
-    return tokens.bit_length()
+    count = 0
+    while 1 << count <= tokens:  # in comparisons, which lengths of a graph can take part in
+        count += 1
+    return count
 
 
 def positions(call: Call) -> Tensor:
@@ -36,8 +39,8 @@ def positions(call: Call) -> Tensor:
     real = torch.ones(k.shape[0], k.shape[2], device=k.device).bool() if real is None else real
     count = real.long().cumsum(1)
     if call.segments is not None:
-        begins = torch.ones_like(real)
-        begins[:, 1:] = call.segments[:, 1:] != call.segments[:, :-1]
+        ids = call.segments
+        begins = torch.cat([torch.ones_like(real[:, :1]), ids[:, 1:] != ids[:, :-1]], 1)
         count = count - running_maximum((count - real.long()).masked_fill(~begins, 0))
     return (count - 1).clamp(min=0)
 
@@ -57,7 +60,7 @@ def level_between(places: Tensor, count: int) -> Tensor:
 
 def given_levels(call: Call, tokens: int) -> Tensor:
     """The weights of levels of every row, (batch, heads, query_length, L), in the precision of the
-    input; all 1 where the call brings none.
+    input; all 1 where the call brings none, and 0 on padding, where rows have no place.
 
     tokens: of the longest row
     raises: ValueError where there are too few levels for so many tokens
@@ -71,4 +74,7 @@ def given_levels(call: Call, tokens: int) -> Tensor:
             f"levels has {levels.shape[3]} of them, enough for {most} tokens, and there are "
             f"{tokens}: give {wanted}, one more for every doubling of the length"
         )
-    return levels[..., :wanted]
+    levels = levels[..., :wanted]
+    if call.key_mask is None or call.offset:
+        return levels
+    return levels.masked_fill(~call.key_mask[:, None, :, None], 0.0)

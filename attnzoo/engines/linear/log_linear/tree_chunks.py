@@ -19,7 +19,7 @@ from attnzoo.engines.linear.chunks import CAUSAL_CHUNK
 from attnzoo.engines.linear.gated.gated_chunks import Inside, Tokens, chunk_of, filled, spans
 from attnzoo.engines.linear.gated.tokens import Rule, prepared
 from attnzoo.engines.linear.layout import grouped, ungrouped
-from attnzoo.engines.linear.log_linear.tree import level_between, levels_of
+from attnzoo.engines.linear.log_linear.tree import LEVELS, level_between, levels_of
 from attnzoo.engines.piece_by_piece import join
 
 #: States of buckets, (batch, kv_heads, width, value_dim), by the bit that is their number of
@@ -27,39 +27,29 @@ from attnzoo.engines.piece_by_piece import join
 Buckets = dict[int, Tensor]
 
 
-def attend(rule: Rule, call: Call, levels: Tensor) -> Tensor:
-    """A·v of a call without padding and segments, with as many queries as keys. levels: of
-    `tree.given_levels`."""
+def attend(rule: Rule, call: Call) -> Tensor:
+    """A·v of a call without padding and segments, with as many queries as keys and with levels."""
     buckets: Buckets = {}
-    lengths, chunk, start = spans(call), chunk_of(call.key_length), 0
+    lengths, chunk = spans(call), chunk_of(call.key_length)
 
     def rows() -> Iterator[Tensor]:
-        nonlocal start
-        for length in lengths:
-            here = slice(start, start + length)
-            span = call.select(queries=here, keys=here)
-            last = start + length == call.key_length
-            yield _span(rule, span, levels[:, :, here], chunk, start, buckets, remember=not last)
-            start += length
+        seen = 0
+        for place, span in enumerate(call.split(queries=lengths, keys=lengths)):
+            remember = place < len(lengths) - 1
+            yield _span(rule, span, chunk, seen, buckets, remember=remember)
+            seen += lengths[place]
 
     return join(rows(), call.query_length, 2)
 
 
-def walk(
-    rule: Rule, call: Call, levels: Tensor, seen: int, buckets: Buckets
-) -> Iterator[tuple[Tensor, int]]:
+def walk(rule: Rule, call: Call, seen: int, buckets: Buckets) -> Iterator[tuple[Tensor, int]]:
     """Some rows at a time, and how many tokens they are, behind `seen` tokens in `buckets`, which
-    become those behind these rows.
-
-    call: without padding and segments, with as many queries as keys
-    levels: of `tree.given_levels`
-    """
+    become those behind these rows. call: as in `attend`."""
     start = 0
     for length, chunk in _whole_chunks(seen, call.key_length):
         here = slice(start, start + length)
         span = call.select(queries=here, keys=here)
-        rows = _span(rule, span, levels[:, :, here], chunk, seen + start, buckets, remember=True)
-        yield rows, length
+        yield _span(rule, span, chunk, seen + start, buckets, remember=True), length
         start += length
 
 
@@ -78,7 +68,6 @@ def _whole_chunks(seen: int, length: int) -> Iterator[tuple[int, int]]:
 def _span(
     rule: Rule,
     call: Call,
-    levels: Tensor,
     chunk: int,
     seen: int,
     buckets: Buckets,
@@ -89,47 +78,25 @@ def _span(
     become those behind the run, if they are to be remembered."""
     inside = Inside.of(Tokens.of(rule, prepared(rule, call), chunk))
     chunks, kv_heads = inside.values.shape[2], call.k.shape[1]
-    levels = filled(levels.to(inside.scores.dtype), chunks * chunk - call.key_length)
+    levels = call.inputs[LEVELS.name].to(inside.scores.dtype)
+    levels = filled(levels, chunks * chunk - call.key_length)
     levels = grouped(levels, kv_heads, chunks)
-    found = _Solved.of(inside)
-    rows = (found.own * _inside_levels(chunk, call.group, levels)) @ inside.values
+    inverse = inside.solved()
+    own = inside.scores if inverse is None else inside.scores @ inverse
+    rows = (own * _inside_levels(chunk, call.group, levels)) @ inside.values
     wanted = chunks if remember else chunks - 1
-    more = inside.handed_on.mT[:, :, :wanted] @ found.writes[:, :, :wanted]
-    whole = []
-    for number, row in enumerate(rows.unbind(2)):
-        if buckets:
-            row = row + _read(found.reads[:, :, number], levels[:, :, number], buckets)
-        whole.append(row)
-        if number < wanted:
-            _pass_through(inside, found.erased, number, buckets)
-            _add(more[:, :, number], chunk, seen // chunk + number, buckets)
-    return ungrouped(torch.stack(whole, 2), call.group)[:, :, : call.key_length]
-
-
-@dataclass(frozen=True)
-class _Solved:
-    """What `Inside` comes to where the delta rule is solved; shapes as there.
-
-    own: (rows, length), what each row reads of each token's value
-    reads: (rows, width), what it reads of a state before the chunk
-    writes: (length, value_dim), what each token writes to an empty state
-    erased: (length, width), what each takes of a state before the chunk; None: nothing
-    """
-
-    own: Tensor
-    reads: Tensor
-    writes: Tensor
-    erased: Tensor | None
-
-    @classmethod
-    def of(cls, inside: Inside) -> _Solved:
-        inverse = inside.solved()
-        if inverse is None:
-            return cls(inside.scores, inside.reads, inside.values, None)
-        assert inside.erases is not None
-        erased = inverse @ inside.erases
-        reads = inside.reads - inside.scores @ erased
-        return cls(inside.scores @ inverse, reads, inverse @ inside.values, erased)
+    if buckets or wanted:
+        passing = _Passing.of(inside, inverse, wanted)
+        whole = []
+        for number, row in enumerate(rows.unbind(2)):
+            if buckets:
+                row = row + passing.read(number, levels[:, :, number], buckets)
+            whole.append(row)
+            if number < wanted:
+                passing.leave(number, buckets)
+                _add(passing.more[:, :, number], chunk, seen // chunk + number, buckets)
+        rows = torch.stack(whole, 2)
+    return ungrouped(rows, call.group)[:, :, : call.key_length]
 
 
 def _inside_levels(chunk: int, group: int, levels: Tensor) -> Tensor:
@@ -140,23 +107,51 @@ def _inside_levels(chunk: int, group: int, levels: Tensor) -> Tensor:
     return levels.gather(-1, index.expand(*levels.shape[:4], chunk))
 
 
-def _read(reads: Tensor, levels: Tensor, buckets: Buckets) -> Tensor:
-    """What rows read of the buckets, each times its level, in one product."""
-    weighted = [reads * levels[..., bit + 1, None] for bit in buckets]
-    return torch.cat(weighted, -1) @ torch.cat(list(buckets.values()), -2)
+@dataclass(frozen=True)
+class _Passing:
+    """What chunks read of the states before them, and what they make of these.
 
+    reads: (batch, kv_heads, chunks, rows, width), what each row reads of such a state
+    kept: (..., width or 1, 1), by how much it fades; None: not
+    erased: (..., length, width), what each token takes of it; None: nothing
+    handed_on: (..., length, width), where in the state behind the chunk each token's write stands
+    more: (..., width, value_dim), the state that a chunk would make of an empty one
+    """
 
-def _pass_through(inside: Inside, erased: Tensor | None, chunk: int, buckets: Buckets) -> None:
-    """What a chunk leaves of the buckets before it."""
-    if not buckets:
-        return
-    states = torch.cat(list(buckets.values()), -1)
-    left = states if inside.kept is None else states * inside.kept[:, :, chunk]
-    if erased is not None:
-        taken = inside.handed_on[:, :, chunk].mT @ (erased[:, :, chunk] @ states)
-        left = left - taken
-    for bit, state in zip(list(buckets), left.chunk(len(buckets), -1), strict=True):
-        buckets[bit] = state
+    reads: Tensor
+    kept: Tensor | None
+    erased: Tensor | None
+    handed_on: Tensor
+    more: Tensor
+
+    @classmethod
+    def of(cls, inside: Inside, inverse: Tensor | None, wanted: int) -> _Passing:
+        """inverse: of `Inside.solved`. wanted: how many chunks have one behind them."""
+        reads, erased, writes = inside.reads, None, inside.values
+        if inverse is not None:
+            assert inside.erases is not None
+            erased, writes = inverse @ inside.erases, inverse @ writes
+            reads = reads - inside.scores @ erased
+        more = inside.handed_on.mT[:, :, :wanted] @ writes[:, :, :wanted]
+        return cls(reads, inside.kept, erased, inside.handed_on, more)
+
+    def read(self, chunk: int, levels: Tensor, buckets: Buckets) -> Tensor:
+        """What the rows of a chunk read of the buckets, each times its level, in one product."""
+        reads = self.reads[:, :, chunk]
+        weighted = [reads * levels[..., bit + 1, None] for bit in buckets]
+        return torch.cat(weighted, -1) @ torch.cat(list(buckets.values()), -2)
+
+    def leave(self, chunk: int, buckets: Buckets) -> None:
+        """Let the chunk change the buckets before it."""
+        if not buckets:
+            return
+        states = torch.cat(list(buckets.values()), -1)
+        left = states if self.kept is None else states * self.kept[:, :, chunk]
+        if self.erased is not None:
+            taken = self.handed_on[:, :, chunk].mT @ (self.erased[:, :, chunk] @ states)
+            left = left - taken
+        for bit, state in zip(list(buckets), left.chunk(len(buckets), -1), strict=True):
+            buckets[bit] = state
 
 
 def _add(state: Tensor, size: int, number: int, buckets: Buckets) -> None:

@@ -18,11 +18,14 @@ def cost(rule: Rule, shape: Shape) -> Cost:
     shape: the sizes of the call; a row is computed at every key, before the first query too
     """
     one_state = gated_cost.cost(rule, shape, gate_is_constant=False)
+    chunk = chunk_of(shape.key_length)
     levels = shape.batch_size * shape.heads * shape.query_length * levels_of(shape.key_length)
+    unread = shape.batch_size * shape.kv_heads * chunk if chunk >= shape.key_length else 0
     now, later = (buckets_of(shape.key_length + more) for more in (0, 1))
     return replace(
         one_state,
         macs=shape.batch_size * shape.kv_heads * _macs(rule, shape),
+        elementwise=one_state.elementwise - unread,
         moved_bytes=one_state.moved_bytes + levels * shape.dtype.itemsize,
         state_elements=one_state.state_elements * now,
         state_bytes=one_state.state_bytes * now,
@@ -38,14 +41,18 @@ def _macs(rule: Rule, shape: Shape) -> int:
     rows, state = group * chunk, chunk * d * d
     of_chunk = 2 * rows * chunk * d
     if rule.delta:
-        inverse = chunk * (chunk * chunk - 1) // 3
-        of_chunk += 3 * chunk * chunk * d + inverse + rows * chunk * (chunk + d)
-    read, left = (_buckets_before(count) for count in (chunks, chunks - 1))
-    passed = 2 * left * state if rule.delta else 0
-    return chunks * of_chunk + (chunks - 1) * state + read * group * state + passed
+        of_chunk += chunk * chunk * d + chunk * (chunk * chunk - 1) // 3 + rows * chunk * chunk
+    if chunks == 1:
+        return of_chunk
+    passed = 0
+    if rule.delta:
+        of_chunk += (2 * chunk + rows) * chunk * d
+        passed = 2 * buckets_before(chunks - 1) * state
+    read = group * buckets_before(chunks) * state
+    return chunks * of_chunk + (chunks - 1) * state + read + passed
 
 
-def _buckets_before(chunks: int) -> int:
+def buckets_before(chunks: int) -> int:
     """How many buckets stand before each of so many chunks, in all: the bits of 0 to chunks - 1."""
     found = 0
     for bit in range(chunks.bit_length()):

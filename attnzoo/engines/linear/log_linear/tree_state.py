@@ -15,7 +15,7 @@ from attnzoo.call import Call, repeat_heads
 from attnzoo.eager import can_look
 from attnzoo.engines.linear.gated.recurrence import advance
 from attnzoo.engines.linear.gated.tokens import Rule, empty_state, prepared
-from attnzoo.engines.linear.log_linear.tree import buckets_of
+from attnzoo.engines.linear.log_linear.tree import LEVELS, buckets_of
 from attnzoo.engines.linear.log_linear.tree_chunks import Buckets, walk
 from attnzoo.engines.linear.sums import Past
 
@@ -46,23 +46,18 @@ def no_tokens(call: Call) -> Tree:
     return Tree(empty_state(call)[:, :, None][:, :, :0], None)
 
 
-def one_by_one(
-    rule: Rule, call: Call, levels: Tensor, tree: Tree
-) -> Iterator[tuple[Tensor, Tree]]:
-    """A row, (batch, heads, 1, value_dim), and the tree after each token. Padded tokens leave it as
-    it is, and their rows are 0.
-
-    levels: of `tree.given_levels`
-    """
+def one_by_one(rule: Rule, call: Call, tree: Tree) -> Iterator[tuple[Tensor, Tree]]:
+    """A row, (batch, heads, 1, value_dim), and the tree after each token of a call with levels.
+    Padded tokens leave it as it is, and their rows are 0."""
     ready = prepared(rule, call)
     for token in range(call.key_length):
         here = slice(token, token + 1)
         one = ready if call.key_length == 1 else ready.select(queries=here, keys=here)
-        rows, tree = _step(rule, one, levels[:, :, here], tree)
+        rows, tree = _step(rule, one, tree)
         yield rows, tree
 
 
-def _step(rule: Rule, call: Call, levels: Tensor, tree: Tree) -> tuple[Tensor, Tree]:
+def _step(rule: Rule, call: Call, tree: Tree) -> tuple[Tensor, Tree]:
     """As `one_by_one`, of one prepared token."""
     kv_heads, slots = call.k.shape[1], tree.slots + 1
     # The token's own bucket, empty, stands before the others; nothing is written to these.
@@ -73,10 +68,10 @@ def _step(rule: Rule, call: Call, levels: Tensor, tree: Tree) -> tuple[Tensor, T
     spread = call.of_each(lambda x, axes: repeat_heads(x, count) if "kv_heads" in axes else x)
     spread = replace(spread, v=(call.v[:, :, None] * own).flatten(1, 2))
     states = advance(rule, spread, states.flatten(1, 2)).unflatten(1, (kv_heads, -1))
-    q, weights = (
-        x.unflatten(1, (kv_heads, -1)) for x in (call.q[:, :, 0], levels[:, :, 0, :count])
+    q, levels = (
+        x[:, :, 0].unflatten(1, (kv_heads, -1)) for x in (call.q, call.inputs[LEVELS.name])
     )
-    read = (q[:, :, None] @ states) * weights.to(q.dtype).mT[..., None]
+    read = (q[:, :, None] @ states) * levels[..., :count].mT[..., None]
     rows = read.sum(2).flatten(1, 2)[:, :, None]
     seen, real = tree.tokens, call.key_mask
     if seen is None:
@@ -87,7 +82,9 @@ def _step(rule: Rule, call: Call, levels: Tensor, tree: Tree) -> tuple[Tensor, T
         return rows, Tree(after, None, slots, None if tree.tokens is None else seen + 1)
     before, real = F.pad(tree.sums, (0, 0, 0, 0, 0, missing)), real[:, :1]
     after = torch.where(real[..., None, None, None], after, before)
-    return rows.masked_fill(~real[..., None, None], 0.0), Tree(after, None, slots, seen + real[:, 0])
+    return rows.masked_fill(~real[..., None, None], 0.0), Tree(
+        after, None, slots, seen + real[:, 0]
+    )
 
 
 def _merged(states: Tensor, seen: Tensor) -> Tensor:
@@ -105,27 +102,25 @@ def _merged(states: Tensor, seen: Tensor) -> Tensor:
     return torch.where(taken, merged, others.masked_fill(full, 0.0))
 
 
-def in_chunks(
-    rule: Rule, call: Call, levels: Tensor, tree: Tree
-) -> Iterator[tuple[Tensor, Tree]]:
+def in_chunks(rule: Rule, call: Call, tree: Tree) -> Iterator[tuple[Tensor, Tree]]:
     """As `one_by_one`, some rows at a time, where all samples have as many real tokens, or where
     Python may look how many they have."""
     if call.key_mask is None and tree.tokens is None:
-        yield from _alike(rule, call, levels, tree)
+        yield from _alike(rule, call, tree)
     elif can_look(call.k, *([] if call.key_mask is None else [call.key_mask])):
-        yield _each_apart(rule, call, levels, tree)
+        yield _each_apart(rule, call, tree)
     else:
-        yield from one_by_one(rule, call, levels, tree)
+        yield from one_by_one(rule, call, tree)
 
 
-def _alike(rule: Rule, call: Call, levels: Tensor, tree: Tree) -> Iterator[tuple[Tensor, Tree]]:
+def _alike(rule: Rule, call: Call, tree: Tree) -> Iterator[tuple[Tensor, Tree]]:
     buckets, slots = _buckets(tree.sums, tree.slots), tree.slots
-    for rows, length in walk(rule, call, levels, slots, buckets):
+    for rows, length in walk(rule, call, slots, buckets):
         slots += length
         yield rows, Tree(_stacked(buckets, slots, tree.sums), None, slots)
 
 
-def _each_apart(rule: Rule, call: Call, levels: Tensor, tree: Tree) -> tuple[Tensor, Tree]:
+def _each_apart(rule: Rule, call: Call, tree: Tree) -> tuple[Tensor, Tree]:
     """Sample by sample, without padding."""
     mask, slots = call.key_mask, tree.slots + call.key_length
     out, sums, tokens = [], [], []
@@ -139,7 +134,7 @@ def _each_apart(rule: Rule, call: Call, levels: Tensor, tree: Tree) -> tuple[Ten
         part = replace(call.select(batch=here, queries=places, keys=places), key_mask=None)
         rows = own.new_zeros(1, call.q.shape[1], call.key_length, own.shape[4])
         if len(places):
-            found = walk(rule, part, levels[here, :, places], seen, buckets)
+            found = walk(rule, part, seen, buckets)
             rows = rows.index_copy(2, places, torch.cat([some for some, _ in found], 2))
         out.append(rows)
         sums.append(_stacked(buckets, slots, own))
