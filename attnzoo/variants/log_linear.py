@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from attnzoo.arguments import check_choice, check_positive, check_scale
 from attnzoo.attention import Attention, Spec
 from attnzoo.engines.linear.gated.tokens import HEAD_GATE, STRENGTH, Rule
-from attnzoo.engines.linear.log_linear.log_linear import LogLinear
 from attnzoo.engines.linear.log_linear.tree import LEVELS, levels_of
+from attnzoo.engines.linear.log_linear.tree_linear import LogLinear
 from attnzoo.registry import register
 
 BASES = ("mamba2", "gated_deltanet")
@@ -65,8 +63,4 @@ class LogLinearAttention(Attention):
         delta = check_choice("base", base, BASES) == "gated_deltanet"
         rule = Rule(HEAD_GATE, check_scale(scale), delta=delta, l2_norm=delta)
         super().__init__(heads, head_dim, LogLinear(rule), backend=backend)
-        self.max_length = check_positive("max_length", max_length)
-
-    @property
-    def input_sizes(self) -> Mapping[str, int]:
-        return {"levels": levels_of(self.max_length)}
+        self.input_sizes = {"levels": levels_of(check_positive("max_length", max_length))}

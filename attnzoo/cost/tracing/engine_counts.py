@@ -31,8 +31,8 @@ from attnzoo.engines.engine import Engine
 from attnzoo.engines.linear.chunks import CAUSAL_CHUNK
 from attnzoo.engines.linear.gated.gated_linear import GatedLinear
 from attnzoo.engines.linear.linear import Linear
-from attnzoo.engines.linear.log_linear.log_linear import LogLinear
 from attnzoo.engines.linear.log_linear.tree_cost import buckets_before
+from attnzoo.engines.linear.log_linear.tree_linear import LogLinear
 from attnzoo.engines.linear.sums import CHUNK
 
 FOLDED_FROM = 6 * CHUNK  # tokens; below, the whole loop is traced
