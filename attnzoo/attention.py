@@ -42,6 +42,7 @@ class Attention(nn.Module):
     own_projection: ClassVar[str | None] = None
     #: What a layer around this attention projects; "qk" and "v" where one tensor is q and k.
     projected: tuple[str, ...] = ("q", "k", "v")
+    input_sizes: Mapping[str, int] = {}  # of axes in `spec.FREE`, of inputs that a layer projects
     engine: Engine
 
     def __init__(self, heads: int, head_dim: int, engine: Engine, *, backend: str = "auto") -> None:
@@ -314,7 +315,6 @@ class Attention(nn.Module):
     ) -> Call:
         """The call, not yet checked, of what a caller gave. seen: as in `with_own_inputs`."""
         given = self.with_own_inputs(inputs, k, seen)
-        if given:
-            given = {name: x for name, x in given.items() if x is not None}
+        given = given and {name: x for name, x in given.items() if x is not None}
         call = Call(q, k, v, key_mask, attn_mask, is_causal, given, self.spec.inputs, segments)
         return spread_keys(call) if self.spec.value_heads else call

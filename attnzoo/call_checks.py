@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnzoo.arguments import nearest
 from attnzoo.call import Call, UnsupportedError
-from attnzoo.spec import Input, Spec, registered, with_spec
+from attnzoo.spec import FREE, Input, Spec, registered, with_spec
 
 
 def check(call: Call, spec: Spec, heads: int, head_dim: int) -> None:
@@ -180,9 +180,9 @@ def _check_input(one: Input, x: Tensor, call: Call) -> None:
         **dict(zip(("batch", "heads", "queries", "width"), call.q.shape, strict=True)),
         **dict(zip(("kv_heads", "keys", "value_width"), call.v.shape[1:], strict=True)),
     }
-    if x.dim() == len(one.names) and "distances" in one.names:
-        sizes["distances"] = x.shape[one.names.index("distances")]
-    wanted = tuple(sizes.get(axis, "2 · reach + 1") for axis in one.names)
+    if x.dim() == len(one.names):
+        sizes |= {axis: x.shape[one.names.index(axis)] for axis in FREE if axis in one.names}
+    wanted = tuple(sizes.get(axis, FREE.get(axis)) for axis in one.names)
     if tuple(x.shape) != wanted:
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}; it must be {axes} = "

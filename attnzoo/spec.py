@@ -11,9 +11,21 @@ from torch import Tensor
 Family = Literal["exact", "sparse", "low_rank", "kernel"]
 #: Names of a call's own arguments, which no input can have.
 TAKEN = ("q", "k", "v", "key_mask", "attn_mask", "is_causal", "segments", "state")
-#: The axes that an input may have. width: of q and k; value_width: of v; distances: of any odd
-#: size, from keys that stand so far before the query to those as far after it.
-AXES = ("batch", "heads", "kv_heads", "queries", "keys", "width", "value_width", "distances")
+#: The axes that an input may have. width: of q and k; value_width: of v; and those of `FREE`.
+AXES = (
+    "batch",
+    "heads",
+    "kv_heads",
+    "queries",
+    "keys",
+    "width",
+    "value_width",
+    "distances",
+    "levels",
+)
+#: Axes whose size is a call's own choice. distances: of any odd size, from keys that stand so far
+#: before the query to those as far after it; levels: as many as the length asks for.
+FREE = {"distances": "2 · reach + 1", "levels": "any"}
 
 
 @dataclass(frozen=True)

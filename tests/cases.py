@@ -187,6 +187,10 @@ CASES: dict[str, list[Case]] = {
     "cosformer": [Case("cosformer", shift=0.5), Case("cosformer", {"max_length": 1000}, shift=0.5)],
     "retention": [Case("retention"), Case("retention", {"scale": 0.5})],
     "mamba2": [Case("mamba2"), Case("mamba2", {"scale": None})],
+    "log_linear": [
+        Case("log_linear"),
+        Case("log_linear", {"base": "gated_deltanet", "scale": None}),
+    ],
     "lightning": [
         Case("lightning"),
         Case("lightning", {"slopes": "fla", "layer": 1, "num_layers": 3, "scale": None}),

@@ -13,7 +13,7 @@ import attnzoo
 @pytest.mark.parametrize("case", [case for case in usual_cases() if case.spec.decodes], ids=str)
 def test_state_bytes_and_growth_are_what_decoding_carries(case: Case, dtype: torch.dtype):
     """Past the window of 16 a window's state stops growing; until then it grows by the token. A
-    linear state never grows."""
+    linear state never grows, a tree of states where the length doubles."""
     attn = case.build(dtype=dtype)
     state = attn.init_state(2, kv_heads=2, dtype=dtype)
     for n in range(1, 20):
@@ -34,12 +34,14 @@ GATES = {"mamba2": 1, "deltanet": 1, "gated_deltanet": 2, "gla": 8, "kda": 9, "r
 def test_moved_bytes_and_parameters_by_hand(name: str):
     """q and out of 4 heads, k and v of 2; Linformer reads the used rows of E and F of 4 heads, rank
     16; Performer 24 directions and Reformer 3 rotations to 3 directions in float32; gates are a
-    number, or 8, for every key and head, and so is the strength of a write."""
+    number, or 8, for every key and head, and so is the strength of a write; a row of 100 tokens has
+    8 levels."""
     case = next(case for case in usual_cases() if case.variant == name)
     attn, n = case.build(), 100
     more = {
         "linformer": 2 * 4 * n * 16 * 2,
         **{one: 3 * 2 * n * 2 * numbers for one, numbers in GATES.items()},
+        "log_linear": 3 * (2 * n + 4 * n * 8) * 2,
         "performer": 24 * 8 * 4,
         "reformer": 3 * 8 * 3 * 4,
     }.get(name, 0)

@@ -286,7 +286,10 @@ def test_a_window_keeps_no_more_than_the_window(window: int) -> None:
     "case", [case for case in DECODERS if case.spec.family == "kernel"], ids=str
 )
 def test_a_kernel_keeps_a_constant_state(case: Case) -> None:
-    assert len(set(sizes(case.build(2, dtype=torch.float64), 50))) == 1
+    """Or, where its state is a tree, one that grows where the length doubles."""
+    attn = case.build(2, dtype=torch.float64)
+    grows = attn.cost(1, 31, is_causal=True).state_growth > 0
+    assert len(set(sizes(attn, 50))) == (6 if grows else 1)
 
 
 @USUAL

@@ -24,8 +24,8 @@ def inputs_of(name: str) -> set[str]:
 
 NAMES = [name for name in attnzoo.names() if {"log_decay", "beta"} & inputs_of(name)]
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
+LEVELS = 9  # enough for 256 tokens
 ALL = pytest.mark.parametrize("name", NAMES)
-BACKENDS = ("chunked", "open", "reference")
 Gates = dict[str, Tensor]
 
 
@@ -33,14 +33,18 @@ def gates_of(name: str, length: int, *, closed: bool = False, seed: int = 1) -> 
     """Gates in their range. closed: some are -inf and some 0, some strengths 0, 1 and 2."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
+    sizes = {"batch": 2, "kv_heads": KV_HEADS, "heads": HEADS, "keys": length, "queries": length}
+    sizes |= {"width": WIDTH, "levels": LEVELS + length // 300}
     for one in spec_of(name).inputs:
-        shape = (2, KV_HEADS, length, *((WIDTH,) if "width" in one.names else ()))
+        shape = [sizes[axis] for axis in one.names]
         x = torch.rand(shape, generator=generator).double()
         chosen = torch.randint(12, shape, generator=generator) if closed else torch.full(shape, 3)
         if one.name == "removal_key":
             x = F.normalize(x - 0.5, dim=-1)
         elif one.name == "removal_rate":
             pass
+        elif one.name == "levels":
+            x = x.masked_fill(chosen == 0, 0.0)
         elif one.name == "beta":
             x = torch.where(chosen < 3, chosen.double(), 2 * x)
         else:
@@ -62,6 +66,15 @@ def cut(gates: Gates, start: int, end: int) -> Gates:
     return {name: x[:, :, start:end] for name, x in gates.items()}
 
 
+def backends(name: str) -> list[str]:
+    return [one for one in build(name).engine.backend_names() if one != "fla"]
+
+
+def shown(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask of tokens, with the dimensions of a gate."""
+    return mask.view(2, 1, -1, *(1,) * (x.dim() - 3))
+
+
 @pytest.mark.parametrize("kind", ["none", "left", "interior", "whole"])
 @pytest.mark.parametrize("closed", [False, True])
 @ALL
@@ -76,13 +89,10 @@ def test_rows_weights_and_gradients(name: str, closed: bool, kind: str) -> None:
     expected, a = ORACLES[name](*qkv_, **given, **masks)
     wanted = torch.autograd.grad(expected, leaves, upstream)
     names = ["q", "k", "v", *given]
-    for backend in BACKENDS:
+    for backend in backends(name):
         attn, bad = build(name, backend=backend), given
         if mask is not None:
-            bad = {
-                gate: x.masked_fill(~mask.view(2, 1, length, *(1,) * (x.dim() - 3)), torch.nan)
-                for gate, x in given.items()
-            }
+            bad = {gate: x.masked_fill(~shown(mask, x), torch.nan) for gate, x in given.items()}
         out = attn(*qkv_, **bad, **masks)
         close(out, expected, 1e-12, f"rows by {backend}")
         for what, x, y in zip(
@@ -137,8 +147,10 @@ def test_more_value_heads_than_key_heads(name: str) -> None:
 def test_fewer_and_more_queries_than_keys(name: str, queries: int) -> None:
     q, k, v, _ = qkv(20, queries)
     given = gates_of(name, 20)
+    if "levels" in given:
+        given["levels"] = gates_of(name, queries)["levels"]
     expected, a = ORACLES[name](q, k, v, is_causal=True, **given)
-    for backend in BACKENDS:
+    for backend in backends(name):
         out = build(name, backend=backend)(q, k, v, is_causal=True, **given)
         close(out, expected, 1e-12, backend)
     close(build(name).weights(q, k, is_causal=True, **given), a, 1e-12, "A")
@@ -248,6 +260,12 @@ def test_a_bad_gate_is_refused_in_one_sentence(name: str) -> None:
         refused(r"log_decay has the value 0\.25, above 0: .*softplus", log_decay=gate * 0 + 0.25)
         refused("log_decay has shape", log_decay=gate[:, :, 1:])
         refused("log_decay has dtype torch.int64; it must be floating", log_decay=gate.long())
+    if (levels := given.get("levels")) is not None:
+        refused("levels has the value -0.5, below 0: .*softplus", levels=levels * 0 - 0.5)
+        refused(
+            "levels has 3 of them, enough for 4 tokens, and there are 6: give 4",
+            levels=levels[..., :3],
+        )
     if (beta := given.get("beta")) is not None:
         refused("beta has the value -0.5, outside of 0 to 2", beta=beta * 0 - 0.5)
         refused("beta has the value 2.5, outside of 0 to 2", beta=beta * 0 + 2.5)
@@ -256,7 +274,7 @@ def test_a_bad_gate_is_refused_in_one_sentence(name: str) -> None:
     # What stands in padding is no gate
     mask = padding("left", 2, 6)
     assert mask is not None
-    bad = {gate: x + 9.0 * ~mask.view(2, 1, 6, *(1,) * (x.dim() - 3)) for gate, x in given.items()}
+    bad = {gate: x + 9.0 * ~shown(mask, x) for gate, x in given.items()}
     out = build(name)(q, k, v, is_causal=True, key_mask=mask, **bad)
     assert torch.equal(out, build(name)(q, k, v, is_causal=True, key_mask=mask, **given))
 
@@ -265,6 +283,8 @@ def test_a_bad_gate_is_refused_in_one_sentence(name: str) -> None:
 def test_a_nan_gate_spoils_no_earlier_row(name: str) -> None:
     q, k, v, _ = qkv(70)
     for gate in gates_of(name, 70):
+        if gate == "levels":
+            continue  # they are of a row alone
         given = gates_of(name, 70)
         clean = build(name)(q, k, v, is_causal=True, **given)
         given[gate][0, 1, 66] = torch.nan
@@ -295,10 +315,10 @@ def test_a_hundred_thousand_tokens_stay_exact(name: str) -> None:
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(1, 1, n, 4, generator=generator) for _ in "qkv")
     given = {}
+    sizes = {"width": 4, "levels": 18, "keys": n, "queries": n}
     for one in spec_of(name).inputs:
-        shape = (1, 1, n, *((4,) if "width" in one.names else ()))
-        x = torch.rand(shape, generator=generator)
-        kinds = {"beta": 2 * x, "log_decay": -20 * x * (x < 0.05), "removal_rate": x}
+        x = torch.rand([sizes.get(axis, 1) for axis in one.names], generator=generator)
+        kinds = {"beta": 2 * x, "levels": x, "log_decay": -20 * x * (x < 0.05), "removal_rate": x}
         given[one.name] = kinds.get(one.name, F.normalize(x - 0.5, dim=-1))
     attn = attnzoo.build(name, 1, 4)
     out = attn(q, k, v, is_causal=True, **given)

@@ -41,6 +41,7 @@ def inputs_for(
         **dict(zip(("batch", "heads", "queries", "width"), q.shape, strict=True)),
         **dict(zip(("kv_heads", "keys", "value_width"), v.shape[1:], strict=True)),
         "distances": 2 * max(q.shape[2], k.shape[2]) - 1,
+        "levels": 8,
     }
     made = {}
     for one in declared:

@@ -24,3 +24,8 @@ def untried(engine: Any, call: Call) -> str | None:
         "bias and softcap, with as many key heads as heads and as many keys as queries, and for "
         "no other calls yet: ask for it by name"
     )
+
+
+def never_ran(engine: Any, call: Call) -> str | None:
+    """As `untried`, for a backend of which no call has run on a GPU."""
+    return "it has not been compared with the reference on a GPU yet: ask for it by name"

@@ -120,7 +120,8 @@ def _features(one: Input, layer: Layer) -> int:
 
 def _sizes(layer: Layer) -> dict[str, int]:
     heads, width = layer.num_heads, layer.head_dim
-    return {"heads": heads, "kv_heads": heads, "width": width, "value_width": width}
+    sizes = {"heads": heads, "kv_heads": heads, "width": width, "value_width": width}
+    return {**sizes, **layer.attention.input_sizes}
 
 
 def _with_axes(x: Tensor, one: Input, layer: Layer) -> Tensor:

@@ -19,6 +19,7 @@ from attnzoo.oracles.gated.gated_deltanet import gated_deltanet
 from attnzoo.oracles.gated.gla import gla
 from attnzoo.oracles.gated.kda import kda
 from attnzoo.oracles.gated.lightning import lightning
+from attnzoo.oracles.gated.log_linear import log_linear
 from attnzoo.oracles.gated.mamba2 import mamba2
 from attnzoo.oracles.gated.rwkv7 import rwkv7
 from attnzoo.oracles.linear import linear
@@ -46,6 +47,7 @@ __all__ = [
     "lightning",
     "linear",
     "linformer",
+    "log_linear",
     "longformer",
     "mamba2",
     "nystromformer",

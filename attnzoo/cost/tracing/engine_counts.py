@@ -11,7 +11,8 @@ all keys alike. The first chunk of a walk has no past and the last may be short 
 remembered; every chunk between runs the same operators on the same shapes. So with the remainders
 held fixed the cost of a forward is affine in the number of chunks of each walk, from two full ones
 on, and three short forwards give the cost of any long one exactly. So do three of attention in
-tiles.
+tiles, and four of a walk over a tree of states, which is affine also in how many of these each
+chunk finds.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from attnzoo.engines.engine import Engine
 from attnzoo.engines.linear.chunks import CAUSAL_CHUNK
 from attnzoo.engines.linear.gated.gated_linear import GatedLinear
 from attnzoo.engines.linear.linear import Linear
+from attnzoo.engines.linear.log_linear.tree_cost import buckets_before
+from attnzoo.engines.linear.log_linear.tree_linear import LogLinear
 from attnzoo.engines.linear.sums import CHUNK
 
 FOLDED_FROM = 6 * CHUNK  # tokens; below, the whole loop is traced
@@ -80,6 +83,8 @@ class _Forward:
             or max(self.q[2], self.k[2]) < FOLDED_FROM
         ):
             return count(_OneForward(self), *self._tensors(self.q[2], self.k[2]))
+        if isinstance(self.engine, LogLinear):
+            return self._in_tree(count)
         walks = self._walks()
         short = [
             length if length < 3 * chunk else length % chunk + 2 * chunk for length, chunk in walks
@@ -113,6 +118,27 @@ class _Forward:
                 for name in three
             }
         )
+
+    def _in_tree(self, count: Count) -> Counter[str]:
+        """A chunk that is not the last reads the buckets before it and changes them; the last
+        reads them."""
+        chunks, rest = divmod(self.k[2], CAUSAL_CHUNK)
+        more = int(rest > 0)
+        three, four, five, nine = (
+            count(_OneForward(self), *self._walked((n - more) * CAUSAL_CHUNK + rest, 0))
+            for n in (3, 4, 5, 9)
+        )
+        chunks += more
+        read, changed = buckets_before(chunks) - 2, buckets_before(chunks - 1) - 1
+        found = Counter[str]()
+        for name in nine:
+            step = four[name] - three[name]
+            of_change = (nine[name] - five[name] - 4 * step) // 4
+            of_read = step - (five[name] - four[name]) + of_change
+            of_chunk = step - 2 * of_read - of_change
+            found[name] = three[name] + (chunks - 3) * of_chunk + read * of_read
+            found[name] += changed * of_change
+        return found
 
     def _walks(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Tokens and chunk of both walks: queries and keys, or causally the tokens seen side by

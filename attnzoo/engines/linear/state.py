@@ -44,7 +44,8 @@ class Recent:
         mask = None if mask is None else mask[:, : length - 1].clone()
         kept = call.over(k, k, v, mask)
         if call.inputs:
-            inputs = {one.name: copied(x, one.names).clone() for one, x in call.given()}
+            read = [(one, x) for one, x in call.given() if "queries" not in one.names]
+            inputs = {one.name: copied(x, one.names).clone() for one, x in read}
             kept = replace(kept, inputs=inputs)
         return cls(before, kept, length, min(length, GOES_BACK))
 
@@ -136,12 +137,8 @@ def early_and_late(call: Call) -> list[Call]:
 
 
 def _tensors(past: Past | None) -> list[Tensor]:
-    held = () if past is None else (past.sums, past.log_scale)
-    return [x for x in held if x is not None]
+    return [] if past is None else past.tensors()
 
 
 def _selected(past: Past | None, rows: Tensor) -> Past | None:
-    if past is None:
-        return None
-    scale = None if past.log_scale is None else past.log_scale.index_select(0, rows)
-    return Past(past.sums.index_select(0, rows), scale)
+    return None if past is None else past.select(rows)

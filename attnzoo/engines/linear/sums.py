@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -35,6 +36,15 @@ class Past:
 
     sums: Tensor
     log_scale: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return [self.sums] if self.log_scale is None else [self.sums, self.log_scale]
+
+    def select(self, rows: Tensor) -> Self:
+        """The past of these rows of the batch, (new_batch,) indices."""
+        scale = None if self.log_scale is None else self.log_scale.index_select(0, rows)
+        return replace(self, sums=self.sums.index_select(0, rows), log_scale=scale)
 
 
 def keys_of(

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from attnzoo.call import Call
+from attnzoo.call import Call, UnsupportedError
 from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes, never_refuses
-from attnzoo.engines.linear.gated import gated_cost, gated_gradient
+from attnzoo.engines.linear.gated import fla_kernels, gated_cost, gated_gradient
 from attnzoo.engines.linear.gated.gated_chunks import scan
 from attnzoo.engines.linear.gated.recurrence import recur
 from attnzoo.engines.linear.gated.reference import REFERENCE, GatedReference
@@ -22,13 +22,15 @@ from attnzoo.engines.linear.gated.tokens import as_square, empty_state, prepared
 from attnzoo.engines.linear.state import LinearState, Recent, early_and_late
 from attnzoo.engines.linear.sums import Past
 from attnzoo.engines.piece_by_piece import join
+from attnzoo.engines.tried_on_gpu import never_ran
 
 
 class GatedLinear(GatedReference):
     """Gates and delta rules, causal only.
 
-    Its backends in order: `chunked`, with a backward pass of its own; `open`, the same in operators
-    that graphs and transforms can follow; the reference.
+    Its backends in order: `fla`, flash-linear-attention on CUDA, asked for by name; `chunked`, with
+    a backward pass of its own; `open`, the same in operators that graphs and transforms can follow;
+    the reference.
 
     rule: what a token does to the state
     slopes: by how much the state of every head fades at each token, where that is constant
@@ -48,6 +50,8 @@ class GatedLinear(GatedReference):
     ) -> tuple[Tensor, str, Any]:
         if state is None:
             return super().forward(call, backend)
+        if backend == "fla":
+            raise UnsupportedError("backend='fla' does not decode; use backend='auto'")
         call = self.completed(call)
         name = self.choose(call, backend).name
         one_by_one = name == "reference" or call.key_length == 1
@@ -58,8 +62,8 @@ class GatedLinear(GatedReference):
             nonlocal before, past
             for part in parts:
                 before = past
-                for rows, sums in self._walk(part, before, one_by_one):
-                    past = _past(sums)
+                for found in self._walk(part, before, one_by_one):
+                    rows, past = found
                     yield rows.to(call.q.dtype)
 
         out = join(pieces(), call.key_length, 2)
@@ -68,25 +72,24 @@ class GatedLinear(GatedReference):
 
     def _walk(
         self, call: Call, past: Past | None, one_by_one: bool
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Some rows at a time, and the state after them."""
-        if not one_by_one:
-            return scan(self.rule, call, past and past.sums, remember_last=True)
+    ) -> Iterator[tuple[Tensor, Past]]:
+        """Some rows at a time, and the past after them."""
         state = empty_state(call) if past is None else past.sums
-        return recur(self.rule, prepared(self.rule, call), state)
+        if one_by_one:
+            found = recur(self.rule, prepared(self.rule, call), state)
+        else:
+            found = scan(self.rule, call, state, remember_last=True)
+        for rows, sums in found:
+            assert sums is not None  # since it is to be remembered
+            yield rows, Past(sums, None)
 
     def _after(self, call: Call, past: Past | None) -> Past:
         """The past with the keys of a call."""
-        *_, (_, sums) = self._walk(call, past, call.key_length == 1)
-        return _past(sums)
+        *_, (_, after) = self._walk(call, past, call.key_length == 1)
+        return after
 
     def cost(self, shape: Shape) -> Cost:
         return gated_cost.cost(self.rule, shape, self.slopes is not None)
-
-
-def _past(sums: Tensor | None) -> Past:
-    assert sums is not None  # since it is to be remembered
-    return Past(sums, None)
 
 
 def _chunked(engine: GatedLinear, call: Call) -> Tensor:
@@ -102,6 +105,7 @@ def _open(engine: GatedLinear, call: Call) -> Tensor:
 
 
 GatedLinear.backends = (
+    Backend("fla", fla_kernels.run, fla_kernels.why_not, untried=never_ran),
     Backend("chunked", _chunked, _chunked_why_not),
     Backend("open", _open, never_refuses, packs=True),
     REFERENCE,
