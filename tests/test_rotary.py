@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import attnzoo
 from attnzoo import MultiheadAttention
 from attnzoo.layers.input_projections import project_inputs
-from attnzoo.layers.qk_norm import NORMS
+from attnzoo.layers.options.qk_norm import NORMS
 from attnzoo.registry import spec_of
 
 NAMES = attnzoo.names()

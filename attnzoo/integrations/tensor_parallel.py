@@ -23,7 +23,12 @@ from attnzoo.call import UnsupportedError
 from attnzoo.integrations.swapping import record_of
 from attnzoo.layers.input_projections import INPUT_PROJECTIONS
 from attnzoo.layers.multihead import MultiheadAttention
-from attnzoo.layers.qk_norm import NORMS
+from attnzoo.layers.options.output_gate import GATE_PROJECTION, OUTPUT_NORM
+from attnzoo.layers.options.qk_norm import NORMS
+from attnzoo.layers.options.short_convolution import SHORT_CONVOLUTION
+
+#: What `MultiheadAttention` may have that no process could have for its heads alone.
+NOT_SPLIT = (SHORT_CONVOLUTION, GATE_PROJECTION, OUTPUT_NORM)
 
 
 class HeadParallel(ParallelStyle):
@@ -47,7 +52,8 @@ class HeadParallel(ParallelStyle):
     those of the whole attention.
 
     Raises ValueError where the heads cannot be split evenly and on other modules, UnsupportedError
-    on add_bias_kv, add_zero_attn and qk_norm="all_heads".
+    on add_bias_kv, add_zero_attn, qk_norm="all_heads", short_convolution, output_gate and
+    output_norm.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -126,6 +132,12 @@ def _split_module(module: MultiheadAttention, mesh: DeviceMesh) -> None:
         raise UnsupportedError(
             "qk_norm='all_heads' divides by a mean over all heads, which no process's heads have "
             "alone; use qk_norm='per_head', or FSDP or DDP for this model"
+        )
+    options = [name for name in NOT_SPLIT if name in module._modules]
+    if options:
+        raise UnsupportedError(
+            f"{' and '.join(options)} cannot be split by heads; build the module without "
+            "short_convolution, output_gate and output_norm, or use FSDP or DDP for this model"
         )
     core = module.attention
     names = core.projected

@@ -3,17 +3,20 @@ declares."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from attnzoo.layers.layer import Layer
+from attnzoo.layers.placement import Placement
 from attnzoo.layers.projections import project_apart, project_together
 from attnzoo.spec import Input
 
 #: Where they live: with the attention, as all that a state_dict of torch's lacks.
 INPUT_PROJECTIONS = "input_projections"
+#: The kind of what `Attention.own_projection` makes.
+OWN = "own"
 
 
 def add_projections(layer: Layer) -> None:
@@ -52,14 +55,14 @@ def inputs_of(
     value: Tensor,
     given: Mapping[str, Tensor | None],
     pattern: str,
-    placed: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    placed: Placement,
 ) -> dict[str, Tensor]:
     """What a call of the layer's attention takes beside q, k and v: the inputs that are given, and
     those that are projected.
 
     query, key, value, pattern: as `project` takes them
     given: by name; without the axis of samples where query has none
-    placed: what the layer does to projected queries and keys, which is done to these inputs too
+    placed: what the layer does to what it projects, which is done to these inputs too
     returns: by name
     """
     core: Any = layer.attention
@@ -75,7 +78,7 @@ def inputs_of(
     if packed and core.wants_own_projection(made):
         by = project_apart if isinstance(packed, nn.ModuleDict) else project_together
         q, k, v = by(layer, packed, query, key, value, pattern)
-        own = dict(zip("qkv", (*placed(q, k), v), strict=True))
+        own = dict(zip("qkv", placed(q, k, v, OWN), strict=True))
         for one in core.spec.inputs:
             if one.like is not None:
                 made.setdefault(one.name, own[one.like])
