@@ -4,12 +4,14 @@ transformers' layers, and under the rules of padding and packing."""
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from small import small
 from torch import Tensor, nn
 
@@ -83,6 +85,124 @@ def test_by_hand(gate: Any, norm: bool) -> None:
     torch.testing.assert_close(out[real], wanted[real], **CLOSE)
     expected = layer.attention.weights(q, k, **inputs, **masks)
     torch.testing.assert_close(weights, expected, **CLOSE)
+
+
+def qwen3_next() -> Any:
+    return transformers.Qwen3NextConfig(
+        hidden_size=SIZE,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        head_dim=WIDTH,
+        linear_num_key_heads=HEADS,
+        linear_num_value_heads=HEADS,
+        linear_key_head_dim=WIDTH,
+        linear_value_head_dim=WIDTH,
+        linear_conv_kernel_dim=4,
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        attn_implementation="eager",
+        pad_token_id=0,
+    )
+
+
+def with_weights_of(theirs: Any, parts: dict[str, Tensor], **options: Any) -> Any:
+    """A layer with the weights of one of transformers', all of which it has."""
+    ours = MultiheadAttention(SIZE, HEADS, bias=False, batch_first=True, **options)
+    ours.load_state_dict({name: x.detach().clone() for name, x in parts.items()})
+    assert sum(x.numel() for x in ours.parameters()) == sum(x.numel() for x in theirs.parameters())
+    return ours
+
+
+def compare(ours: Any, x: Tensor, wanted: Tensor, pairs: list[Any]) -> None:
+    """Outputs and gradients. pairs: of our parameters and theirs, as ours has them"""
+    out, upstream = ours(x, x, x, **HOW)[0], torch.randn_like(wanted)
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+    expected = torch.autograd.grad(wanted, [x, *(two for _, two in pairs)], upstream)
+    found = torch.autograd.grad(out, [x, *(one for one, _ in pairs)], upstream)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_equals_qwen3_nexts_recurrent_layer() -> None:
+    """With its weights: forward, gradients, and decoding in pieces."""
+    module = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    torch.manual_seed(0)
+    config = qwen3_next()
+    theirs = module.Qwen3NextGatedDeltaNet(config, 0)
+    nn.init.normal_(theirs.norm.weight, 1.0, 0.3)
+    nn.init.normal_(theirs.dt_bias, -4.0)  # a gate that is all but closed costs theirs digits
+    by_head = theirs.in_proj_qkvz.weight.unflatten(0, (HEADS, 4, WIDTH)).transpose(0, 1)
+    strength, step = theirs.in_proj_ba.weight.unflatten(0, (HEADS, 2)).transpose(0, 1)
+    gates = "attention.input_projections"
+    ours = with_weights_of(
+        theirs,
+        {
+            "in_proj_weight": by_head[:3].flatten(0, 2),
+            "out_proj.weight": theirs.out_proj.weight,
+            "short_convolution.weight": theirs.conv1d.weight,
+            "gate_proj.weight": by_head[3].flatten(0, 1),
+            "out_norm.weight": theirs.norm.weight,
+            f"{gates}.beta.out.weight": strength,
+            f"{gates}.log_decay.out.weight": step,
+            f"{gates}.log_decay.A_log": theirs.A_log,
+            f"{gates}.log_decay.dt_bias": theirs.dt_bias,
+        },
+        attention="gated_deltanet",
+        short_convolution=4,
+        output_gate="elementwise",
+        output_norm=True,
+    )
+    x = torch.randn(2, 20, SIZE, requires_grad=True)
+    decay = ours.attention.input_projections.log_decay
+    pairs = [
+        (ours.short_convolution.weight, theirs.conv1d.weight),
+        (ours.out_norm.weight, theirs.norm.weight),
+        (ours.out_proj.weight, theirs.out_proj.weight),
+        (decay.A_log, theirs.A_log),
+        (decay.dt_bias, theirs.dt_bias),
+    ]
+    compare(ours, x, theirs(x), pairs)
+    cache, state = transformers.DynamicCache(config=config), ours.init_state(2)
+    with torch.no_grad():
+        for start, end in ((0, 9), (9, 10), (10, 11), (11, 20)):
+            wanted = theirs(x[:, start:end], cache_params=cache)
+            out, state = ours.step(x[:, start:end], state)
+            torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_equals_qwen3_nexts_softmax_layer() -> None:
+    """Whose norms weigh by one more than their weight."""
+    module = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    torch.manual_seed(0)
+    config = qwen3_next()
+    theirs = module.Qwen3NextAttention(config, 1)
+    for norm in (theirs.q_norm, theirs.k_norm):
+        nn.init.normal_(norm.weight, 0.0, 0.3)
+    queries, gate = theirs.q_proj.weight.unflatten(0, (HEADS, 2, WIDTH)).transpose(0, 1)
+    packed = [queries.flatten(0, 1), theirs.k_proj.weight, theirs.v_proj.weight]
+    ours = with_weights_of(
+        theirs,
+        {
+            "in_proj_weight": torch.cat(packed),
+            "out_proj.weight": theirs.o_proj.weight,
+            "gate_proj.weight": gate.flatten(0, 1),
+            "q_norm.weight": 1 + theirs.q_norm.weight,
+            "k_norm.weight": 1 + theirs.k_norm.weight,
+        },
+        qk_norm="per_head",
+        rotary={"base": 500.0, "width": WIDTH // 2},
+        output_gate="elementwise",
+    )
+    x, slots = torch.randn(2, 9, SIZE, requires_grad=True), torch.arange(9)
+    turns = module.Qwen3NextRotaryEmbedding(config)(x, slots[None])
+    hidden = torch.zeros(9, 9).masked_fill(slots[:, None] < slots, -torch.inf)
+    wanted = theirs(x, position_embeddings=turns, attention_mask=hidden)[0]
+    pairs = [
+        (ours.q_norm.weight, theirs.q_norm.weight),
+        (ours.out_proj.weight, theirs.o_proj.weight),
+    ]
+    compare(ours, x, wanted, pairs)
 
 
 @pytest.mark.parametrize("name", CAUSAL)

@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import (
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
+from attnzoo.engines.linear.gated.gate_projections import Gate
 from attnzoo.integrations.swapping import record_of
 from attnzoo.layers.input_projections import INPUT_PROJECTIONS
 from attnzoo.layers.multihead import MultiheadAttention
@@ -159,7 +160,7 @@ def _split_module(module: MultiheadAttention, mesh: DeviceMesh) -> None:
         parallelize_module(made, mesh, {"*": ColwiseParallel()})
     if projections is not None:
         setattr(core, INPUT_PROJECTIONS, projections)
-        parallelize_module(projections, mesh, {"*": ColwiseParallel()})
+        _split_gates(projections, core, mesh)
     packed = module.in_proj_weight
     weights = (
         (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
@@ -185,6 +186,15 @@ def _split_module(module: MultiheadAttention, mesh: DeviceMesh) -> None:
     first = mesh.get_local_rank() * core.heads
     heads = slice(first, first + core.heads)
     module.register_forward_pre_hook(partial(_own_inputs, heads=heads), with_kwargs=True)
+
+
+def _split_gates(projections: nn.Module, core: Attention, mesh: DeviceMesh) -> None:
+    """Split what makes the inputs of a core that is split already."""
+    first = mesh.get_local_rank() * core.heads
+    for made in projections.children():
+        if isinstance(made, Gate):
+            made.keep_heads(first, core.heads, mesh.size() * core.heads)
+        parallelize_module(made.out if isinstance(made, Gate) else made, mesh, ColwiseParallel())
 
 
 def _linears(names: Sequence[str], weights: Sequence[Tensor], bias: Tensor | None) -> nn.ModuleDict:

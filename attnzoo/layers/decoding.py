@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from attnzoo.call import UnsupportedError
-from attnzoo.layers.input_projections import inputs_of
+from attnzoo.layers.input_projections import inputs_of, weighed_values
 from attnzoo.layers.layer import Layer
 from attnzoo.layers.layer_checks import check_call
 from attnzoo.layers.options.output_gate import finished
@@ -109,6 +109,7 @@ def step_layer(
     placed = Placement(layer, positions, key_mask, segments, before)
     q, k, v = placed(q, k, v)
     more = inputs_of(layer, x, x, x, inputs, pattern, placed)
+    v = weighed_values(layer, v, more, inputs)
     out, core = layer.attention.step(
         q, k, v, state.core, key_mask=key_mask, segments=segments, **more
     )

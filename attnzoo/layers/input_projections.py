@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from attnzoo.engines.linear.gated.gate_projections import Gate
 from attnzoo.layers.layer import Layer
 from attnzoo.layers.placement import Placement
 from attnzoo.layers.projections import project_apart, project_together
@@ -20,15 +21,15 @@ OWN = "own"
 
 
 def add_projections(layer: Layer) -> None:
-    """Give the layer's attention a linear layer for each such input."""
+    """Give the layer's attention what makes each such input."""
     made = nn.ModuleDict()
     like = layer.out_proj.weight
     for one in layer.attention.spec.inputs:
         if one.is_projected:
             width = layer.embed_dim if "queries" in one.names else layer.kdim
-            made[one.name] = nn.Linear(
-                width, _features(one, layer), device=like.device, dtype=like.dtype
-            )
+            own = layer.attention.input_projection(one, width)
+            own = nn.Linear(width, _features(one, layer)) if own is None else own
+            made[one.name] = own.to(device=like.device, dtype=like.dtype)
     if made:
         setattr(layer.attention, INPUT_PROJECTIONS, made)
 
@@ -85,6 +86,21 @@ def inputs_of(
     return {**project_inputs(layer, query, key, made), **made}
 
 
+def weighed_values(
+    layer: Layer, v: Tensor, made: Mapping[str, Tensor], given: Mapping[str, Tensor | None]
+) -> Tensor:
+    """v as the layer's attention gets it: times the step sizes that a projected decay was made of,
+    where its projection says so.
+
+    made: what `inputs_of` returned for the inputs that are given
+    """
+    projections: Any = layer.attention._modules.get(INPUT_PROJECTIONS)
+    for name, project in () if projections is None else projections.items():
+        if getattr(project, "weighs_values", False) and given.get(name) is None:
+            v = project.weighed(v, made[name])
+    return v
+
+
 def project_inputs(
     layer: Layer, query: Tensor, key: Tensor, given: Collection[str]
 ) -> dict[str, Tensor]:
@@ -102,13 +118,16 @@ def project_inputs(
     for one in layer.attention.spec.inputs:
         if one.is_projected and one.name not in given:
             source = query if "queries" in one.names else key
-            x = projections[one.name](source)  # pyright: ignore[reportIndexIssue]
+            project = projections[one.name]  # pyright: ignore[reportIndexIssue]
+            x = project(source)
             if x.dim() == 2:
                 x = x[None]
             elif not layer.batch_first:
                 x = x.transpose(0, 1)
             x = _with_axes(x, one, layer)
-            made[one.name] = x if one.activation is None else one.activation(x)
+            if one.activation is not None and not isinstance(project, Gate):
+                x = one.activation(x)
+            made[one.name] = x
     return made
 
 

@@ -17,6 +17,7 @@ from attnzoo.layers.input_projections import (
     add_own_projection,
     add_projections,
     inputs_of,
+    weighed_values,
 )
 from attnzoo.layers.layer import shares_qk
 from attnzoo.layers.layer_checks import check_call, core_options
@@ -64,7 +65,7 @@ class MultiheadAttention(nn.MultiheadAttention):
       `state_dict` under `attention.`. A state_dict without any such key, as torch writes it, loads
       with strict=True and leaves them as they are.
 
-    - Inputs along the length that the core's spec declares are projected too, by linear layers in
+    - Inputs along the length that the core's spec declares are projected too, by modules in
       `attention.input_projections`, from query or key. Those that are `like` q, k and v (the global
       tokens of `longformer`: `attention.global_projection`) are projected by one layer, packed as
       `in_proj_weight` is and at first a copy of it, unless kdim or vdim differ; a state_dict of
@@ -279,6 +280,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             "segments": segments,
             **inputs_of(self, query, key, value, inputs, pattern, placed),
         }
+        v = weighed_values(self, v, how, inputs)
         weights = translated.checked(self.attention.weights(q, k, **how)) if need_weights else None
         out = translated.checked(self.attention(q, k, v, **how))
         out = finished(self, out, query, pattern)
@@ -305,8 +307,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         x: the new tokens, in the layout of `forward`'s query
         state: of `init_state` or of the step before; it stays valid
         key_padding_mask: (N, new_tokens) bool, True hides
-        segments: (N, new_tokens), as `Attention.step` takes them
-        inputs: as in `forward`, of the new tokens
+        segments, inputs: as in `forward`, of the new tokens
         returns: the new rows in x's layout, and the new state
         raises: ValueError on tensors that do not fit, UnsupportedError on what the core cannot do
         """

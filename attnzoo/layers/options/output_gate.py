@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.arguments import check_choice
+from attnzoo.arguments import check_choice, check_flag
 from attnzoo.layers.layer import Layer
 from attnzoo.layers.options.qk_norm import EPS
 
@@ -24,8 +24,7 @@ def check_output(gate: Any, norm: Any) -> None:
     is neither True nor False."""
     if gate is not None:
         check_choice("output_gate", gate, OUTPUT_GATES)
-    if not isinstance(norm, bool):
-        raise ValueError(f"output_norm={norm!r} must be True or False")
+    check_flag("output_norm", norm)
 
 
 def add_output(layer: Any, gate: str | None, norm: bool) -> None:
@@ -52,7 +51,7 @@ def finished(layer: Layer, out: Tensor, query: Tensor, pattern: str) -> Tensor:
 
     Source: with a norm, Yang et al., Gated Delta Networks, 2024, arXiv:2412.06464, section 3.4, and
     Sun et al., RetNet, 2023, arXiv:2307.08621, equation 8; without one, Qiu et al., Gated Attention
-    for Large Language Models, 2025, arXiv:2505.06708, equation 5.
+    for Large Language Models, 2025, arXiv:2505.06708.
     """
     norm, project = layer._modules.get(OUTPUT_NORM), layer._modules.get(GATE_PROJECTION)
     dtype = out.dtype

@@ -186,7 +186,7 @@ class _Laid:
 
 
 def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in this dtype, with the numbers of a row side by side: the kernel takes that for granted."""
+    """x in this dtype, with a row's numbers side by side, as the kernel takes for granted."""
     x = x.to(dtype)
     return x if x.stride(-1) == 1 else x.contiguous()
 
