@@ -38,6 +38,13 @@ def check_positive(name: str, value: Any) -> int:
     return value
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False")
+    return value
+
+
 def check_count(name: str, value: Any) -> int:
     """A whole number of at least 0."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:

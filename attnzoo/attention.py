@@ -16,6 +16,7 @@ from attnzoo.call import Call, UnsupportedError, spread_keys
 from attnzoo.call_checks import check, check_new_tokens
 from attnzoo.eager import loses_values
 from attnzoo.engines.engine import Cost, Engine, Shape, StateSizes
+from attnzoo.engines.linear.gated.gate_projections import Gate
 from attnzoo.sequences.bad_slots import clear_padding
 from attnzoo.spec import Input, Spec
 from attnzoo.spec_checks import check_causality, check_decodes, check_features, check_sizes
@@ -62,29 +63,31 @@ class Attention(nn.Module):
     def with_own_inputs(
         self, inputs: dict[str, Any], k: Tensor, seen: int | None
     ) -> dict[str, Any]:
-        """The inputs of a call with what this attention adds of its own. seen: tokens before the
-        call's, in a step; else None."""
+        """A call's inputs and what this attention adds. seen: tokens before a step's; else None."""
         return inputs
 
     def wants_own_projection(self, inputs: Mapping[str, Any]) -> bool:
         """Whether a call with these inputs reads what `own_projection` makes."""
         return True
 
+    def input_projection(self, one: Input, features: int) -> Gate | None:
+        """What a layer makes an input with; None: a linear layer and `one.activation`."""
+        return None
+
     @property
     def packs(self) -> bool:
         """Whether nothing but the engine mixes tokens or counts positions, so that its backends
-        that pack can keep the pieces of a packed row apart in a graph."""
+        that pack keep pieces apart in a graph."""
         own = type(self)
         return own.attend is Attention.attend and own.place is Attention.place
 
     def place(self, call: Call, seen: int) -> Call:
-        """The call with what depends on positions put into q and k; `seen` tokens stand before its
-        first key."""
+        """The call with positions put into q and k; `seen` tokens stand before its first key."""
         return call
 
     def attend(self, call: Call, backend: str, state: Any = None) -> tuple[Tensor, str, Any]:
-        """A·v, the name of the backend that ran, and the state after the call (None without one).
-        `call` is checked and its padded slots are zero."""
+        """A·v, the name of the backend that ran, and the state after the call, which is checked and
+        zero in padded slots (None without one)."""
         return self.engine(call, backend, state)
 
     @autocast_inputs_only
@@ -146,8 +149,8 @@ class Attention(nn.Module):
         return execution.weights(self, call)
 
     def matrix(self, call: Call) -> Tensor:
-        """A of a checked call whose padded slots are zero. A variant that mixes its tokens outside
-        the engine multiplies the identity, and so does one whose engine does not write A out."""
+        """A of a checked call whose padded slots are zero. A variant that mixes tokens outside its
+        engine, or whose engine does not write A out, multiplies the identity."""
         if type(self).attend is Attention.attend and type(self.engine).matrix is not Engine.matrix:
             return self.engine.weights(call)
         identity = torch.eye(call.key_length, dtype=call.k.dtype, device=call.k.device)
@@ -202,8 +205,8 @@ class Attention(nn.Module):
         k, v: (batch, kv_heads, new_tokens, head_dim)
         state: of `init_state` or of the step before
         key_mask: (batch, new_tokens) bool
-        segments: (batch, new_tokens) integer, the piece that each belongs to: a token of another id
-            than the one before begins anew. None: they go on with the last piece.
+        segments: (batch, new_tokens) integer, the piece that each belongs to; None: they go on with
+            the last one
         inputs: as in `forward`, of the new tokens; one without a length is the same in every step
         returns: the new rows and the new state; `state` itself stays valid (branching costs a copy)
         raises: ValueError when the state would pass its max_length, or a piece goes on after
@@ -265,8 +268,7 @@ class Attention(nn.Module):
         self.heads = count
 
     def reset_parameters(self) -> None:
-        """Set all that this attention draws and learns to what it begins with; draws are those of
-        their seed."""
+        """Set all that this attention draws and learns to what it begins with."""
         for module in self.modules():
             reset = None if module is self else getattr(module, "reset_parameters", None)
             if reset is not None:
@@ -285,8 +287,7 @@ class Attention(nn.Module):
         return self
 
     def shared_options(self) -> dict[str, Any]:
-        """Options that make another layer's attention share what this one learns; none unless the
-        variant shares across layers."""
+        """Options that make another layer's attention share what this one learns."""
         return {}
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -314,7 +315,7 @@ class Attention(nn.Module):
         segments: Tensor | None = None,
     ) -> Call:
         """The call, not yet checked, of what a caller gave. seen: as in `with_own_inputs`."""
-        given = self.with_own_inputs(inputs, k, seen)
-        given = given and {name: x for name, x in given.items() if x is not None}
+        own = self.with_own_inputs(inputs, k, seen)
+        given = {name: x for name, x in own.items() if x is not None}
         call = Call(q, k, v, key_mask, attn_mask, is_causal, given, self.spec.inputs, segments)
         return spread_keys(call) if self.spec.value_heads else call

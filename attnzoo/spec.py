@@ -43,8 +43,9 @@ class Input:
     required: whether every call must bring it.
     like: "q", "k" or "v", where it is another one of these: of its dtype, and made by a layer with
         a projection that begins as a copy of that one's, see `Attention.own_projection`.
-    activation: makes it of what a layer has projected, as log_sigmoid makes a decay. A layer
-        projects every floating input along the length.
+    activation: brings any number into its range, as log_sigmoid makes a decay. A layer projects
+        every floating input along the length: by a linear layer and this, or by what
+        `Attention.input_projection` says.
     """
 
     name: str

@@ -1,5 +1,5 @@
-"""Decoding with MultiheadAttention, QK-norm and rotary embedding included: rows equal those of the
-causal forward, whatever padding and packing came before."""
+"""Decoding with MultiheadAttention, every option included: rows equal those of the causal forward,
+whatever padding and packing came before."""
 
 from __future__ import annotations
 
@@ -20,10 +20,17 @@ CLOSE: Any = {"rtol": 1e-12, "atol": 1e-12}
 
 def layer_of(name: str, **more: Any) -> MultiheadAttention:
     torch.manual_seed(0)
-    options = {"qk_norm": "per_head", "rotary": {"base": 100.0}, "batch_first": True, **more}
-    return MultiheadAttention(
-        16, 4, attention=name, attention_options=small(name), **options
-    ).double()
+    options = {
+        "qk_norm": "per_head",
+        "rotary": {"base": 100.0},
+        "short_convolution": 3,
+        "output_gate": "headwise",
+        "output_norm": True,
+        "batch_first": True,
+        **more,
+    }
+    options.setdefault("attention_options", small(name))
+    return MultiheadAttention(16, 4, attention=name, **options).double()
 
 
 def stepped(layer: MultiheadAttention, x: Tensor, cuts: list[int], **masks: Tensor) -> Tensor:
@@ -76,9 +83,34 @@ def test_states_go_back_and_branch(name: str) -> None:
     for behind in (state, drafted.crop(4)):
         out, _ = layer.step(x[:, 9:], behind)
         torch.testing.assert_close(out, wanted[:, 9:], **CLOSE)
-    out, _ = layer.step(x[[1, 1, 0], 9:], state.select(torch.tensor([1, 1, 0])))
-    torch.testing.assert_close(out, wanted[[1, 1, 0], 9:], **CLOSE)
-    assert state.held_bytes() > state.core.held_bytes()
+    for rows in ([1, 1, 0], [0]):
+        out, _ = layer.step(x[rows, 9:], drafted.crop(4).select(torch.tensor(rows)))
+        torch.testing.assert_close(out, wanted[rows, 9:], **CLOSE)
+    assert state.held_bytes() > state.core.held_bytes() + 2 * (3 * 16) * (9 + 2) * 8
+    _, more = layer.step(x[:, 9:15], state)
+    out, _ = layer.step(x[:, 12:], more.crop(1).crop(2))
+    torch.testing.assert_close(out, wanted[:, 12:], **CLOSE)
+    _, one = layer.step(x[:, 9:10], state)
+    with pytest.raises(ValueError, match="n=2 must be a whole number from 0 to 1"):
+        one.crop(2)
+    _, same = layer.step(x[:, :0], one)
+    torch.testing.assert_close(layer.step(x[:, 10:], same)[0], wanted[:, 10:], **CLOSE)
+
+
+def test_a_long_step_goes_back_128() -> None:
+    layer, x = layer_of("linear"), torch.randn(1, 140, 16).double()
+    wanted = layer(x, x, x, need_weights=False, is_causal=True)[0]
+    _, state = layer.step(x, layer.init_state(1))
+    out, _ = layer.step(x[:, 12:], state.crop(128))
+    torch.testing.assert_close(out, wanted[:, 12:], **CLOSE)
+
+
+def test_a_convolution_of_global_tokens_that_come_late() -> None:
+    layer = layer_of("longformer", attention_options={"window": 4})
+    x, mask = torch.randn(2, 6, 16).double(), torch.zeros(2, 3, dtype=torch.bool)
+    _, state = layer.step(x[:, :3], layer.init_state(2))
+    with pytest.raises(ValueError, match="name global tokens from the first step on"):
+        layer.step(x[:, 3:], state, global_mask=mask)
 
 
 def test_other_layouts() -> None:

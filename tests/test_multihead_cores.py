@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import attnzoo
 from attnzoo import MultiheadAttention, UnsupportedError
-from attnzoo.layers.input_projections import project_inputs
+from attnzoo.layers.input_projections import project_inputs, weighed_values
 
 MASKLESS_CASES = [case for case in CAUSAL_CASES if not case.spec.attn_mask]
 
@@ -50,7 +50,9 @@ def by_hand(
     q, k, v = (project(x, i) for i, x in enumerate((query, key, value)))
     by_batch = copy.copy(module)
     by_batch.batch_first = True  # as the tensors here are
+    given = dict(call)
     call |= project_inputs(by_batch, query, key, call)
+    v = weighed_values(module, v, call, given)
     own: Any = None
     if (packed := getattr(module.attention, "global_projection", None)) is not None:
         assert isinstance(packed, nn.Linear)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import attnzoo
 from attnzoo import MultiheadAttention
-from attnzoo.layers.input_projections import project_inputs
-from attnzoo.layers.qk_norm import NORMS
+from attnzoo.layers.input_projections import project_inputs, weighed_values
+from attnzoo.layers.options.qk_norm import NORMS
 from attnzoo.registry import spec_of
 
 NAMES = attnzoo.names()
@@ -117,6 +117,7 @@ def test_every_core_gets_them_normalised_and_turned(name: str) -> None:
     norms: Any = layer._modules
     placed = by_hand(q, norms["q_norm"].weight, 0), by_hand(k, norms["k_norm"].weight, 0)
     inputs = project_inputs(layer, x, x, ())
+    v = weighed_values(layer, v, inputs, {})
     packed: Any = getattr(layer.attention, "global_projection", None)
     if packed is not None:
         own = (x @ packed.weight.T).chunk(3, 2)

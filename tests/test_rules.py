@@ -282,6 +282,19 @@ def test_heads_kept_alone_say_what_they_said_together(case: Case, backend: str) 
 
 
 @BACKENDS
+def test_rows_do_not_depend_on_how_tensors_lie_in_memory(case: Case, backend: str) -> None:
+    q, k, v, grad = tensors(Situation(40, 40), shift=case.shift)
+    for is_causal in kinds(case):
+        attn, found = case.build(dtype=torch.float64, prefer=backend), []
+        for lay in (Tensor.clone, lambda x: x.mT.contiguous().mT):
+            own = [lay(x).requires_grad_() for x in (q, k, v)]
+            out = attn(*own, is_causal=is_causal)
+            found.append((out, *gradients_of(out, lay(grad), *own)))
+        for one, other in zip(*found, strict=True):
+            close(other, one.detach(), 1e-12, "the length last in memory")
+
+
+@BACKENDS
 def test_rule_8_any_length(case: Case, backend: str) -> None:
     """No length must be a multiple of anything, 0 included; past max_length there is an error that
     says so."""

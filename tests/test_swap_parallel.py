@@ -213,6 +213,11 @@ def refusals() -> list[str]:
         "divides by a mean over all heads": lambda: parallelize_module(
             attnzoo.MultiheadAttention(6, 2, qk_norm="all_heads"), mesh, HeadParallel()
         ),
+        "short_convolution and gate_proj cannot be split by heads": lambda: parallelize_module(
+            attnzoo.MultiheadAttention(6, 2, short_convolution=4, output_gate="headwise"),
+            mesh,
+            HeadParallel(),
+        ),
         "not Linear; swap the model first": lambda: parallelize_module(
             nn.Linear(2, 2), mesh, HeadParallel()
         ),

@@ -20,10 +20,16 @@ from torch.distributed.tensor.parallel import (
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
+from attnzoo.engines.linear.gated.gate_projections import Gate
 from attnzoo.integrations.swapping import record_of
 from attnzoo.layers.input_projections import INPUT_PROJECTIONS
 from attnzoo.layers.multihead import MultiheadAttention
-from attnzoo.layers.qk_norm import NORMS
+from attnzoo.layers.options.output_gate import GATE_PROJECTION, OUTPUT_NORM
+from attnzoo.layers.options.qk_norm import NORMS
+from attnzoo.layers.options.short_convolution import SHORT_CONVOLUTION
+
+#: What `MultiheadAttention` may have that no process could have for its heads alone.
+NOT_SPLIT = (SHORT_CONVOLUTION, GATE_PROJECTION, OUTPUT_NORM)
 
 
 class HeadParallel(ParallelStyle):
@@ -47,7 +53,8 @@ class HeadParallel(ParallelStyle):
     those of the whole attention.
 
     Raises ValueError where the heads cannot be split evenly and on other modules, UnsupportedError
-    on add_bias_kv, add_zero_attn and qk_norm="all_heads".
+    on add_bias_kv, add_zero_attn, qk_norm="all_heads", short_convolution, output_gate and
+    output_norm.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -127,6 +134,12 @@ def _split_module(module: MultiheadAttention, mesh: DeviceMesh) -> None:
             "qk_norm='all_heads' divides by a mean over all heads, which no process's heads have "
             "alone; use qk_norm='per_head', or FSDP or DDP for this model"
         )
+    options = [name for name in NOT_SPLIT if name in module._modules]
+    if options:
+        raise UnsupportedError(
+            f"{' and '.join(options)} cannot be split by heads; build the module without "
+            "short_convolution, output_gate and output_norm, or use FSDP or DDP for this model"
+        )
     core = module.attention
     names = core.projected
     shared = [one.name for one in core.spec.inputs if one.is_projected and not one.has_heads]
@@ -147,7 +160,7 @@ def _split_module(module: MultiheadAttention, mesh: DeviceMesh) -> None:
         parallelize_module(made, mesh, {"*": ColwiseParallel()})
     if projections is not None:
         setattr(core, INPUT_PROJECTIONS, projections)
-        parallelize_module(projections, mesh, {"*": ColwiseParallel()})
+        _split_gates(projections, core, mesh)
     packed = module.in_proj_weight
     weights = (
         (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
@@ -173,6 +186,15 @@ def _split_module(module: MultiheadAttention, mesh: DeviceMesh) -> None:
     first = mesh.get_local_rank() * core.heads
     heads = slice(first, first + core.heads)
     module.register_forward_pre_hook(partial(_own_inputs, heads=heads), with_kwargs=True)
+
+
+def _split_gates(projections: nn.Module, core: Attention, mesh: DeviceMesh) -> None:
+    """Split what makes the inputs of a core that is split already."""
+    first = mesh.get_local_rank() * core.heads
+    for made in projections.children():
+        if isinstance(made, Gate):
+            made.keep_heads(first, core.heads, mesh.size() * core.heads)
+        parallelize_module(made.out if isinstance(made, Gate) else made, mesh, ColwiseParallel())
 
 
 def _linears(names: Sequence[str], weights: Sequence[Tensor], bias: Tensor | None) -> nn.ModuleDict:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,9 +11,12 @@ from einops import rearrange
 from torch import Tensor
 
 from attnzoo.call import UnsupportedError
-from attnzoo.layers.input_projections import inputs_of
+from attnzoo.layers.input_projections import inputs_of, weighed_values
 from attnzoo.layers.layer import Layer
 from attnzoo.layers.layer_checks import check_call
+from attnzoo.layers.options.output_gate import finished
+from attnzoo.layers.options.short_convolution import LastTokens
+from attnzoo.layers.placement import Placement
 from attnzoo.layers.positions import positions_of
 from attnzoo.layers.projections import project
 
@@ -26,11 +28,13 @@ class LayerState:
     core: the state of the layer's attention
     positions: (batch,) of the next token in the piece that goes on; 0 where only padding has come
     last: (batch,) ids of these pieces; None where no ids have come
+    convolved: what the short convolution reads of the tokens so far, by kind of projection
     """
 
     core: Any
     positions: Tensor
     last: Tensor | None = None
+    convolved: Mapping[str, LastTokens] = field(default_factory=dict)
 
     @property
     def seen(self) -> int:
@@ -38,18 +42,23 @@ class LayerState:
         return self.core.seen
 
     def crop(self, n: int) -> LayerState:
-        """The state without its last n slots, as `state.crop` of the attention has it."""
-        core = self.core.crop(n)
-        return replace(self, core=core, positions=(self.positions - n).clamp(min=0))
+        """The state without its last n slots, as `state.crop` of the attention has it; with a short
+        convolution, at most those of the last call, and 128."""
+        convolved = {kind: tokens.crop(n) for kind, tokens in self.convolved.items()}
+        positions = (self.positions - n).clamp(min=0)
+        return replace(self, core=self.core.crop(n), positions=positions, convolved=convolved)
 
     def select(self, rows: Tensor) -> LayerState:
         """The state of these rows of the batch, (new_batch,) indices."""
+        core = self.core.select(rows)
         last = None if self.last is None else self.last[rows]
-        return LayerState(self.core.select(rows), self.positions[rows], last)
+        convolved = {kind: tokens.select(rows) for kind, tokens in self.convolved.items()}
+        return LayerState(core, self.positions[rows], last, convolved)
 
     def held_bytes(self) -> int:
         """Bytes that its tensors take."""
         own = [x for x in (self.positions, self.last) if x is not None]
+        own += [kept.tokens for kept in self.convolved.values()]
         return self.core.held_bytes() + sum(x.nbytes for x in own)
 
 
@@ -96,15 +105,31 @@ def step_layer(
     key_mask = None if key_padding_mask is None else ~key_padding_mask
     positions = positions_of(q, k, key_mask, segments).expand(q.shape[0], -1)
     positions, after = _continued(state, positions, key_mask, segments)
-    placed = partial(layer._placed, positions)
-    q, k = placed(q, k)
+    before = _goes_on_with(state, segments)
+    placed = Placement(layer, positions, key_mask, segments, before)
+    q, k, v = placed(q, k, v)
     more = inputs_of(layer, x, x, x, inputs, pattern, placed)
+    v = weighed_values(layer, v, more, inputs)
     out, core = layer.attention.step(
         q, k, v, state.core, key_mask=key_mask, segments=segments, **more
     )
     last = state.last if segments is None or not segments.shape[1] else segments[:, -1]
+    out = finished(layer, out, x, pattern)
     out = layer.out_proj(rearrange(out, f"{batch} h l d -> {axes} (h d)"))
-    return out, LayerState(core, after, last)
+    convolved = placed.after if q.shape[2] else state.convolved
+    return out, LayerState(core, after, last, convolved)
+
+
+def _goes_on_with(state: LayerState, segments: Tensor | None) -> Mapping[str, LastTokens]:
+    """What a short convolution reads of the tokens before the new ones: nothing where these begin
+    a piece."""
+    if segments is None or state.last is None or not segments.shape[1]:
+        return state.convolved
+    begins = (segments[:, 0] != state.last)[:, None, None]
+    return {
+        kind: replace(kept, tokens=kept.tokens.masked_fill(begins, 0.0))
+        for kind, kept in state.convolved.items()
+    }
 
 
 def _continued(

@@ -3,29 +3,33 @@ declares."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from attnzoo.engines.linear.gated.gate_projections import Gate
 from attnzoo.layers.layer import Layer
+from attnzoo.layers.placement import Placement
 from attnzoo.layers.projections import project_apart, project_together
 from attnzoo.spec import Input
 
 #: Where they live: with the attention, as all that a state_dict of torch's lacks.
 INPUT_PROJECTIONS = "input_projections"
+#: The kind of what `Attention.own_projection` makes.
+OWN = "own"
 
 
 def add_projections(layer: Layer) -> None:
-    """Give the layer's attention a linear layer for each such input."""
+    """Give the layer's attention what makes each such input."""
     made = nn.ModuleDict()
     like = layer.out_proj.weight
     for one in layer.attention.spec.inputs:
         if one.is_projected:
             width = layer.embed_dim if "queries" in one.names else layer.kdim
-            made[one.name] = nn.Linear(
-                width, _features(one, layer), device=like.device, dtype=like.dtype
-            )
+            own = layer.attention.input_projection(one, width)
+            own = nn.Linear(width, _features(one, layer)) if own is None else own
+            made[one.name] = own.to(device=like.device, dtype=like.dtype)
     if made:
         setattr(layer.attention, INPUT_PROJECTIONS, made)
 
@@ -52,14 +56,14 @@ def inputs_of(
     value: Tensor,
     given: Mapping[str, Tensor | None],
     pattern: str,
-    placed: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    placed: Placement,
 ) -> dict[str, Tensor]:
     """What a call of the layer's attention takes beside q, k and v: the inputs that are given, and
     those that are projected.
 
     query, key, value, pattern: as `project` takes them
     given: by name; without the axis of samples where query has none
-    placed: what the layer does to projected queries and keys, which is done to these inputs too
+    placed: what the layer does to what it projects, which is done to these inputs too
     returns: by name
     """
     core: Any = layer.attention
@@ -75,11 +79,26 @@ def inputs_of(
     if packed and core.wants_own_projection(made):
         by = project_apart if isinstance(packed, nn.ModuleDict) else project_together
         q, k, v = by(layer, packed, query, key, value, pattern)
-        own = dict(zip("qkv", (*placed(q, k), v), strict=True))
+        own = dict(zip("qkv", placed(q, k, v, OWN), strict=True))
         for one in core.spec.inputs:
             if one.like is not None:
                 made.setdefault(one.name, own[one.like])
     return {**project_inputs(layer, query, key, made), **made}
+
+
+def weighed_values(
+    layer: Layer, v: Tensor, made: Mapping[str, Tensor], given: Mapping[str, Tensor | None]
+) -> Tensor:
+    """v as the layer's attention gets it: times the step sizes that a projected decay was made of,
+    where its projection says so.
+
+    made: what `inputs_of` returned for the inputs that are given
+    """
+    projections: Any = layer.attention._modules.get(INPUT_PROJECTIONS)
+    for name, project in () if projections is None else projections.items():
+        if getattr(project, "weighs_values", False) and given.get(name) is None:
+            v = project.weighed(v, made[name])
+    return v
 
 
 def project_inputs(
@@ -99,13 +118,16 @@ def project_inputs(
     for one in layer.attention.spec.inputs:
         if one.is_projected and one.name not in given:
             source = query if "queries" in one.names else key
-            x = projections[one.name](source)  # pyright: ignore[reportIndexIssue]
+            project = projections[one.name]  # pyright: ignore[reportIndexIssue]
+            x = project(source)
             if x.dim() == 2:
                 x = x[None]
             elif not layer.batch_first:
                 x = x.transpose(0, 1)
             x = _with_axes(x, one, layer)
-            made[one.name] = x if one.activation is None else one.activation(x)
+            if one.activation is not None and not isinstance(project, Gate):
+                x = one.activation(x)
+            made[one.name] = x
     return made
 
 

@@ -31,7 +31,7 @@ class Layer(Protocol):
     k_proj_weight: Any
     v_proj_weight: Any
     _modules: Any
-    _placed: Any
+    _qkv_same_embed_dim: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 

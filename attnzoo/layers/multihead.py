@@ -4,7 +4,6 @@ zoo between the projections."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,24 +12,41 @@ from torch import Tensor, nn
 
 from attnzoo.arguments import check_options, check_positive
 from attnzoo.attention import LEAF, Attention
-from attnzoo.call import UnsupportedError
 from attnzoo.layers.decoding import LayerState, first_state, step_layer
 from attnzoo.layers.input_projections import (
     add_own_projection,
     add_projections,
     inputs_of,
+    weighed_values,
 )
 from attnzoo.layers.layer import shares_qk
 from attnzoo.layers.layer_checks import check_call, core_options
 from attnzoo.layers.nested_sequences import forward_nested
+from attnzoo.layers.options.output_gate import (
+    GATE_PROJECTION,
+    OUTPUT_NORM,
+    add_output,
+    check_output,
+    finished,
+)
+from attnzoo.layers.options.qk_norm import NORMS, add_qk_norm, check_qk_norm
+from attnzoo.layers.options.rotary import rotary_of
+from attnzoo.layers.options.short_convolution import (
+    SHORT_CONVOLUTION,
+    add_short_convolution,
+    check_convolved_call,
+    check_short_convolution,
+)
 from attnzoo.layers.packed_model import segments_of
+from attnzoo.layers.placement import Placement
 from attnzoo.layers.positions import positions_of
-from attnzoo.layers.projections import project, with_end_keys
-from attnzoo.layers.qk_norm import NORMS, add_qk_norm, check_qk_norm, normalised
-from attnzoo.layers.rotary import rotary_of
+from attnzoo.layers.projections import project, share_projection, with_end_keys
 from attnzoo.layers.torch_masks import translate
 from attnzoo.registry import build, spec_of
 from attnzoo.sequences.segments import joined
+
+#: What options add beside the parameters of torch's module and of the core.
+OWN_MODULES = (*NORMS, SHORT_CONVOLUTION, GATE_PROJECTION, OUTPUT_NORM)
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -49,7 +65,7 @@ class MultiheadAttention(nn.MultiheadAttention):
       `state_dict` under `attention.`. A state_dict without any such key, as torch writes it, loads
       with strict=True and leaves them as they are.
 
-    - Inputs along the length that the core's spec declares are projected too, by linear layers in
+    - Inputs along the length that the core's spec declares are projected too, by modules in
       `attention.input_projections`, from query or key. Those that are `like` q, k and v (the global
       tokens of `longformer`: `attention.global_projection`) are projected by one layer, packed as
       `in_proj_weight` is and at first a copy of it, unless kdim or vdim differ; a state_dict of
@@ -71,6 +87,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         its options, e.g. {"base": 1e6, "width": 32, "interleaved": True}. Positions count from the
         first real token of a sample, or of a piece of a packed row; query i of L stands at the key
         S - L + i.
+    short_convolution: taps of a causal convolution, before these two, of every channel of queries,
+        keys and values, and SiLU, see `ShortConvolution`. For causal self-attention alone.
+    output_gate: rows are multiplied, before `out_proj`, by what `gate_proj` makes of the query:
+        "elementwise", or one number for each head, "headwise"; by its sigmoid, or with output_norm
+        by its SiLU
+    output_norm: each head's row is divided by its root mean square and weighted by `out_norm`
     raises: ValueError on a malformed option, UnsupportedError on one that the core excludes
         (dropout > 0 among them)
     """
@@ -97,18 +119,19 @@ class MultiheadAttention(nn.MultiheadAttention):
         attention_options: Mapping[str, Any] | None = None,
         qk_norm: Literal["per_head", "all_heads"] | None = None,
         rotary: bool | Mapping[str, Any] = False,
+        short_convolution: int | None = None,
+        output_gate: Literal["headwise", "elementwise"] | None = None,
+        output_norm: bool = False,
     ) -> None:
         if check_positive("embed_dim", embed_dim) % check_positive("num_heads", num_heads):
             raise ValueError(f"embed_dim={embed_dim} must be a multiple of num_heads={num_heads}")
-        extra_keys = add_bias_kv or add_zero_attn
-        options = core_options(
-            spec_of(attention),
-            dropout,
-            extra_keys,
-            check_options("attention_options", attention_options),
-        )
+        extra_keys, spec = add_bias_kv or add_zero_attn, spec_of(attention)
+        given = check_options("attention_options", attention_options)
+        options = core_options(spec, dropout, extra_keys, given)
         embedding = rotary_of(embed_dim // num_heads, rotary, extra_keys)
         check_qk_norm(qk_norm)
+        check_short_convolution(short_convolution, spec)
+        check_output(output_gate, output_norm)
         ends = (add_bias_kv, add_zero_attn, kdim, vdim)
         super().__init__(embed_dim, num_heads, dropout, bias, *ends, batch_first, device, dtype)
         # After torch's own parameters, so that a seed gives those the values that it gives them in
@@ -119,12 +142,15 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         )
         if shares_qk(self):
-            self._share_projection()
+            share_projection(self)
         if qk_norm is not None:
             self.qk_norm = qk_norm
             add_qk_norm(self)
         if embedding is not None:
             self.rotary = embedding
+        if short_convolution is not None:
+            add_short_convolution(self, short_convolution)
+        add_output(self, output_gate, output_norm)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what `attnzoo.packed` has told: a copy is of the model, and not of a call."""
@@ -149,24 +175,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         self._qkv_same_embed_dim = self.in_proj_weight is not None
         super()._reset_parameters()
         self._qkv_same_embed_dim = same
-        for name in NORMS:
-            if (norm := self._modules.get(name)) is not None:
-                norm.reset_parameters()  # pyright: ignore[reportCallIssue]
-
-    def _share_projection(self) -> None:
-        if self.in_proj_weight is None:
-            raise UnsupportedError(
-                f"kdim={self.kdim} and vdim={self.vdim} must be embed_dim={self.embed_dim}: "
-                f"{self.attention.spec.name} shares queries and keys"
-            )
-        for name in ("in_proj_weight", "in_proj_bias"):
-            packed = getattr(self, name)
-            if packed is not None:
-                of_queries, _, of_values = packed.detach().chunk(3)
-                setattr(self, name, nn.Parameter(torch.cat([of_queries, of_values])))
-        self._qkv_same_embed_dim = (
-            False  # as PEFT asks: there are not three projections in one weight
-        )
+        for name in OWN_MODULES:
+            if (module := self._modules.get(name)) is not None:
+                module.reset_parameters()  # pyright: ignore[reportCallIssue]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -254,11 +265,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         q, k, v = project(self, query, key, value, pattern)
         translated = translate(self.attention.spec, q, k, key_padding_mask, attn_mask, is_causal)
         segments = joined(segments, translated.segments)
+        check_convolved_call(self, query, key, value, translated.is_causal)
         positions = None
         if "rotary" in self._modules:
             positions = positions_of(q, k, translated.key_mask, segments)
-        placed = partial(self._placed, positions)
-        q, k = placed(q, k)
+        placed = Placement(self, positions, translated.key_mask, segments)
+        q, k, v = placed(q, k, v)
         translated = translated.with_end_keys((self.bias_k is not None) + self.add_zero_attn, q, k)
         k, v = with_end_keys(self, k, self.bias_k), with_end_keys(self, v, self.bias_v)
         how: dict[str, Any] = {
@@ -268,9 +280,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             "segments": segments,
             **inputs_of(self, query, key, value, inputs, pattern, placed),
         }
+        v = weighed_values(self, v, how, inputs)
         weights = translated.checked(self.attention.weights(q, k, **how)) if need_weights else None
-        out = self.attention(q, k, v, **how)
-        out = self.out_proj(rearrange(translated.checked(out), f"{batch} h l d -> {axes} (h d)"))
+        out = translated.checked(self.attention(q, k, v, **how))
+        out = finished(self, out, query, pattern)
+        out = self.out_proj(rearrange(out, f"{batch} h l d -> {axes} (h d)"))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         return out, weights if weights is None or batched else weights.squeeze(0)
@@ -293,18 +307,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         x: the new tokens, in the layout of `forward`'s query
         state: of `init_state` or of the step before; it stays valid
         key_padding_mask: (N, new_tokens) bool, True hides
-        segments: (N, new_tokens), as `Attention.step` takes them
-        inputs: as in `forward`, of the new tokens
+        segments, inputs: as in `forward`, of the new tokens
         returns: the new rows in x's layout, and the new state
         raises: ValueError on tensors that do not fit, UnsupportedError on what the core cannot do
         """
         return step_layer(self, x, state, key_padding_mask, segments, inputs)
-
-    def _placed(self, positions: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Projected queries and keys, (batch, heads, length, head_dim), normalised and turned."""
-        q, k = normalised(self, q, k)
-        rotary = self._modules.get("rotary")
-        return (q, k) if rotary is None else rotary(q, k, positions)
 
 
 def is_called(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -10,7 +10,24 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from attnzoo.call import UnsupportedError
 from attnzoo.layers.layer import Layer, shares_qk
+
+
+def share_projection(layer: Layer) -> None:
+    """Let one projection make queries and keys; it begins as that of the queries."""
+    if layer.in_proj_weight is None:
+        raise UnsupportedError(
+            f"kdim={layer.kdim} and vdim={layer.vdim} must be embed_dim={layer.embed_dim}: "
+            f"{layer.attention.spec.name} shares queries and keys"
+        )
+    for name in ("in_proj_weight", "in_proj_bias"):
+        packed = getattr(layer, name)
+        if packed is not None:
+            of_queries, _, of_values = packed.detach().chunk(3)
+            setattr(layer, name, nn.Parameter(torch.cat([of_queries, of_values])))
+    # as PEFT asks: there are not three projections in one weight
+    layer._qkv_same_embed_dim = False
 
 
 def project(

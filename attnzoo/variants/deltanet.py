@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from attnzoo.arguments import check_scale
-from attnzoo.attention import Attention, Spec
+from attnzoo.arguments import check_flag, check_scale
+from attnzoo.attention import Attention, Input, Spec
+from attnzoo.engines.linear.gated.gate_projections import Gate, WriteStrength
 from attnzoo.engines.linear.gated.gated_linear import GatedLinear
 from attnzoo.engines.linear.gated.tokens import STRENGTH, Rule
 from attnzoo.registry import register
@@ -27,6 +28,7 @@ class DeltaNet(Attention):
     l2_norm: whether q and k are divided by their length first. Without it keys must be short: of
         β_t |k_t|² above 2 the state grows without bound
     scale: s, the factor of the rows, 1/sqrt(head_dim) by default
+    allow_neg_eigval: whether a layer makes β up to 2, as twice a sigmoid, and not up to 1
     """
 
     spec = Spec(
@@ -50,7 +52,12 @@ class DeltaNet(Attention):
         *,
         l2_norm: bool = True,
         scale: float | None = None,
+        allow_neg_eigval: bool = False,
         backend: str = "auto",
     ) -> None:
         rule = Rule(None, check_scale(scale), delta=True, l2_norm=l2_norm)
         super().__init__(heads, head_dim, GatedLinear(rule), backend=backend)
+        self.allow_neg_eigval = check_flag("allow_neg_eigval", allow_neg_eigval)
+
+    def input_projection(self, one: Input, features: int) -> Gate:
+        return WriteStrength(features, self.heads, allow_neg_eigval=self.allow_neg_eigval)

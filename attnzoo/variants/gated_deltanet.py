@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from attnzoo.arguments import check_scale
-from attnzoo.attention import Attention, Spec
+from attnzoo.arguments import check_flag, check_scale
+from attnzoo.attention import Attention, Input, Spec
+from attnzoo.engines.linear.gated.gate_projections import Gate, StepDecay, WriteStrength
 from attnzoo.engines.linear.gated.gated_linear import GatedLinear
 from attnzoo.engines.linear.gated.tokens import HEAD_GATE, STRENGTH, Rule
 from attnzoo.registry import register
@@ -29,6 +30,7 @@ class GatedDeltaNet(Attention):
 
     l2_norm: whether q and k are divided by their length first, as the paper does
     scale: s, the factor of the rows, 1/sqrt(head_dim) by default
+    allow_neg_eigval: whether a layer makes β up to 2, as twice a sigmoid, and not up to 1
     """
 
     spec = Spec(
@@ -51,7 +53,14 @@ class GatedDeltaNet(Attention):
         *,
         l2_norm: bool = True,
         scale: float | None = None,
+        allow_neg_eigval: bool = False,
         backend: str = "auto",
     ) -> None:
         rule = Rule(HEAD_GATE, check_scale(scale), delta=True, l2_norm=l2_norm)
         super().__init__(heads, head_dim, GatedLinear(rule), backend=backend)
+        self.allow_neg_eigval = check_flag("allow_neg_eigval", allow_neg_eigval)
+
+    def input_projection(self, one: Input, features: int) -> Gate:
+        if one is HEAD_GATE:
+            return StepDecay(features, self.heads, self.heads)
+        return WriteStrength(features, self.heads, allow_neg_eigval=self.allow_neg_eigval)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
+from torch import Tensor
+
 from attnzoo.arguments import check_scale
-from attnzoo.attention import Attention, Spec
+from attnzoo.attention import Attention, Input, Spec
+from attnzoo.engines.linear.gated.gate_projections import Gate, LowRankGate
 from attnzoo.engines.linear.gated.gated_linear import GatedLinear
 from attnzoo.engines.linear.gated.tokens import CHANNEL_GATE, Rule
 from attnzoo.registry import register
+
+#: Of the paper's layer: the inner width of the gate's projection, and the root of its sigmoid.
+RANK, ROOT = 16, 16.0
 
 
 @register
@@ -45,3 +52,11 @@ class GatedLinearAttention(Attention):
     ) -> None:
         rule = Rule(CHANNEL_GATE, check_scale(scale))
         super().__init__(heads, head_dim, GatedLinear(rule), backend=backend)
+
+    def input_projection(self, one: Input, features: int) -> Gate:
+        return LowRankGate(features, self.heads * self.head_dim, RANK, slow_decay)
+
+
+def slow_decay(x: Tensor) -> Tensor:
+    """log α of the paper's layer, whose α is the 16th root of a sigmoid."""
+    return F.logsigmoid(x) / ROOT

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from attnzoo.arguments import check_scale
-from attnzoo.attention import Attention, Spec
+import math
+
+from attnzoo.arguments import check_flag, check_scale
+from attnzoo.attention import Attention, Input, Spec
+from attnzoo.engines.linear.gated.gate_projections import Gate, StepDecay, WriteStrength
 from attnzoo.engines.linear.gated.gated_linear import GatedLinear
 from attnzoo.engines.linear.gated.tokens import CHANNEL_GATE, STRENGTH, Rule
 from attnzoo.registry import register
@@ -26,6 +29,8 @@ class KimiDeltaAttention(Attention):
 
     l2_norm: whether q and k are divided by their length first, as the paper does
     scale: s, the factor of the rows, 1/sqrt(head_dim) by default
+    allow_neg_eigval: whether a layer makes β up to 2, as twice a sigmoid, and not up to 1
+    lower_bound: of the log_decay that a layer makes, such as -5; None: it has none
     """
 
     spec = Spec(
@@ -48,7 +53,23 @@ class KimiDeltaAttention(Attention):
         *,
         l2_norm: bool = True,
         scale: float | None = None,
+        allow_neg_eigval: bool = False,
+        lower_bound: float | None = None,
         backend: str = "auto",
     ) -> None:
         rule = Rule(CHANNEL_GATE, check_scale(scale), delta=True, l2_norm=l2_norm)
         super().__init__(heads, head_dim, GatedLinear(rule), backend=backend)
+        self.allow_neg_eigval = check_flag("allow_neg_eigval", allow_neg_eigval)
+        if lower_bound is not None and not -math.inf < lower_bound < 0:
+            raise ValueError(
+                f"lower_bound={lower_bound!r} must be below 0, as a log_decay is; give -5.0, or "
+                "None for none"
+            )
+        self.lower_bound = lower_bound
+
+    def input_projection(self, one: Input, features: int) -> Gate:
+        if one is CHANNEL_GATE:
+            numbers, rank = self.heads * self.head_dim, self.head_dim
+            bound = self.lower_bound
+            return StepDecay(features, self.heads, numbers, rank=rank, lower_bound=bound)
+        return WriteStrength(features, self.heads, allow_neg_eigval=self.allow_neg_eigval)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from attnzoo.arguments import check_scale
-from attnzoo.attention import Attention, Spec
+from attnzoo.attention import Attention, Input, Spec
+from attnzoo.engines.linear.gated.gate_projections import Gate, StepDecay
 from attnzoo.engines.linear.gated.gated_linear import GatedLinear
 from attnzoo.engines.linear.gated.tokens import HEAD_GATE, Rule
 from attnzoo.registry import register
@@ -45,3 +46,6 @@ class Mamba2(Attention):
     ) -> None:
         rule = Rule(HEAD_GATE, check_scale(scale))
         super().__init__(heads, head_dim, GatedLinear(rule), backend=backend)
+
+    def input_projection(self, one: Input, features: int) -> Gate:
+        return StepDecay(features, self.heads, self.heads, weighs_values=True)

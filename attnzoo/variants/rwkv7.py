@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
+from torch import Tensor
+
 from attnzoo.arguments import check_scale
-from attnzoo.attention import Attention, Spec
+from attnzoo.attention import Attention, Input, Spec
+from attnzoo.engines.linear.gated.gate_projections import Gate, LowRankGate
 from attnzoo.engines.linear.gated.gated_linear import GatedLinear
 from attnzoo.engines.linear.gated.tokens import CHANNEL_GATE, REMOVAL_KEY, REMOVAL_RATE, Rule
 from attnzoo.registry import register
@@ -48,3 +54,35 @@ class Rwkv7(Attention):
     ) -> None:
         rule = Rule(CHANNEL_GATE, check_scale(scale), removes=True)
         super().__init__(heads, head_dim, GatedLinear(rule), backend=backend)
+
+    def input_projection(self, one: Input, features: int) -> Gate | None:
+        if one is REMOVAL_KEY:
+            return None
+        numbers, rank = self.heads * self.head_dim, low_rank(features)
+        if one is REMOVAL_RATE:
+            return LowRankGate(features, numbers, rank, torch.sigmoid, start=first_rates)
+        return LowRankGate(
+            features, numbers, rank, bounded_decay, inner=torch.tanh, start=first_decays
+        )
+
+
+def low_rank(features: int) -> int:
+    """The inner width of the layer's gates: 2.5 roots of the model's width, in steps of 32."""
+    return max(32, round(2.5 * features**0.5 / 32) * 32)
+
+
+def bounded_decay(x: Tensor) -> Tensor:
+    """log w = −e^(−1/2) sigmoid(x), as the paper's decay."""
+    return -math.exp(-0.5) * x.sigmoid()
+
+
+def first_decays(numbers: int) -> Tensor:
+    """What the decays' bias begins as, as in RWKV-LM's first layer, from slow to fast
+    channels, without its zigzag over a head."""
+    place = torch.linspace(0, 1, numbers)
+    return -5.5 + 6 * place
+
+
+def first_rates(numbers: int) -> Tensor:
+    """What the rates' bias begins as, as RWKV-LM has it, without its zigzag."""
+    return -0.19 + 0.4 * (torch.linspace(0, 1, numbers) - 0.5)

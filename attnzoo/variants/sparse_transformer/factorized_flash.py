@@ -149,9 +149,8 @@ class _Laid:
     def of(cls, rows: Rows, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> _Laid:
         dtype = accumulation_dtype(q.dtype)
         visible = None if key_mask is None else rows.keys(key_mask[:, None, :, None])[:, 0]
-        return cls(
-            rows, rows.queries(q.to(dtype)), rows.keys(k.to(dtype)), rows.keys(v.to(dtype)), visible
-        )
+        q, k, v = (_readable(x, dtype) for x in (q, k, v))
+        return cls(rows, rows.queries(q), rows.keys(k), rows.keys(v), visible)
 
     def calls(
         self, heads: Heads
@@ -184,6 +183,12 @@ class _Laid:
             if seen.all()
             else self.q.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)[None]
         )
+
+
+def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in this dtype, with a row's numbers side by side, as the kernel takes for granted."""
+    x = x.to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _join(out: Tensor, log_sums: Tensor, rows: Tensor, more: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import UnsupportedError
-from attnzoo.integrations.huggingface.fallbacks.short_convolution import convolve, remembered
+from attnzoo.layers.options.short_convolution import convolve, remembered
 from attnzoo.sequences.segments import from_cu_seqlens, from_seq_idx
 
 
