@@ -14,6 +14,7 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo import Attention, Spec
+from attnzoo.engines.engine import Engine
 from attnzoo.engines.linear.gated.gated_linear import GatedLinear
 from attnzoo.registry import sized
 
@@ -43,9 +44,21 @@ def in_models() -> list[str]:
     return [name for name in attnzoo.names() if name not in gated - {"gated_deltanet"}]
 
 
+def of_each_engine() -> list[str]:
+    """One variant of each engine and kind of call: what tests run over that take seconds, of what
+    stands around an attention and not of the attention."""
+    chosen: dict[Any, str] = {}
+    for name in in_models():
+        chosen.setdefault((type(_engine(name)), attnzoo.describe(name).spec.forms), name)
+    return list(chosen.values())
+
+
 def _is_gated(name: str) -> bool:
-    attn = attnzoo.build(name, heads=1, head_dim=8, **sized(name, 8))
-    return isinstance(attn.engine, GatedLinear)
+    return isinstance(_engine(name), GatedLinear)
+
+
+def _engine(name: str) -> Engine:
+    return attnzoo.build(name, heads=1, head_dim=8, **sized(name, 8)).engine
 
 
 def small(name: str, length: int = 64) -> dict[str, Any]:

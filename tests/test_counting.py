@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, can, cases, squared_elu, usual_cases
-from small import small
+from small import in_models, small
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,7 +24,7 @@ from attnzoo.registry import Choice, sized, spec_of
 
 pytest.importorskip("fvcore")
 HEADS, HEAD_DIM = 4, 8
-LENGTHS = [(1, 1), (63, 63), (257, 257), (600, 600), (1, 65), (140, 257), (65, 18)]
+LENGTHS = [(1, 1), (600, 600), (140, 257), (65, 18), (1, 65)]
 
 
 def empty(*shape: int) -> Tensor:
@@ -79,7 +79,7 @@ def test_count_closed_form_and_torch_agree(case: Case, is_causal: bool):
 def test_every_option_agrees(case: Case):
     for is_causal in (False, True):
         if can(case.spec, is_causal):
-            for n in (1, 197) if is_causal else (128, 900):
+            for n in (1, 197) if is_causal else (600,):
                 agree(case, is_causal, n, n)
 
 
@@ -375,11 +375,11 @@ FOLDED = [  # query_length, key_length, padded, is_causal
 @pytest.mark.parametrize("place", range(len(LINEAR)), ids=[str(case) for case in LINEAR])
 def test_a_folded_loop_counts_as_the_unrolled_one(place: int, monkeypatch: pytest.MonkeyPatch):
     """Every table of the report, with a remainder, without one, under a key mask, and with other
-    queries than keys: all of these for the usual cases, two of them in turn for the others."""
+    queries than keys: all of these for the first case, two of them in turn for the others."""
     case = LINEAR[place]
     attn = case.build(HEADS, HEAD_DIM).to("meta")
     in_turn = [FOLDED[place % len(FOLDED)], FOLDED[(place + 5) % len(FOLDED)]]
-    for queries, keys, padded, is_causal in FOLDED if case in usual_cases() else in_turn:
+    for queries, keys, padded, is_causal in FOLDED if place == 0 else in_turn:
         q, k = empty(2, HEADS, queries, HEAD_DIM), empty(2, 2, keys, HEAD_DIM)
         masks = {"key_mask": torch.ones(2, keys, dtype=torch.bool, device="meta")} if padded else {}
         monkeypatch.setattr(engine_counts, "FOLDED_FROM", max(queries, keys) + 1)
@@ -400,7 +400,7 @@ MODELS = [("bert", False, 70), ("llama", True, 100)]
     ("variant", "family", "is_causal", "n"),
     [
         (name, *MODELS[place % 2 if len(spec_of(name).forms) == 2 else spec_of(name).forms[0]])
-        for place, name in enumerate(name for name in attnzoo.names() if name != "standard")
+        for place, name in enumerate(name for name in in_models() if name != "standard")
     ],
 )
 def test_engines_counted_apart_count_as_the_whole_trace(

@@ -139,11 +139,12 @@ def test_what_stands_in_a_piece_reaches_no_other(name: str) -> None:
 
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_where_no_id_can_be_read_rows_are_right_or_refused(case: Case) -> None:
-    """In a graph that cannot be broken."""
+    """In a graph that cannot be broken; forms beside the usual ones in one direction, in turn."""
     attn, segments = case.build(dtype=torch.float64), ids_of((70, 1, 9, 73), (130, 23))
     torch._dynamo.reset()
     compiled = torch.compile(attn, backend="eager", fullgraph=True)
-    for is_causal in case.spec.forms:
+    first = len(str(case)) % len(case.spec.forms)
+    for is_causal in case.spec.forms if case in usual_cases() else case.spec.forms[first:][:1]:
         q, k, v, _ = inputs_of(case, 153)
         wanted = apart(attn, segments, q, k, v, is_causal=is_causal)
         try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from functools import cache
 
 import pytest
 import torch
@@ -186,8 +187,8 @@ def test_rule_5_causal_means_causal(case: Case, backend: str, token: int) -> Non
 
     clean, gradients = rows(q, k, v)
     here = torch.arange(LONG)[:, None] == token
-    # Every change of one token, and every token with three of them
-    for change in (0.0, 50.0, *GARBAGE) if token == 128 else (50.0, float("nan"), 1e30):
+    # Every change of one token, and every token with two of them
+    for change in (0.0, 50.0, *GARBAGE) if token == 128 else (50.0, float("nan")):
         out, _ = rows(*(x.masked_fill(here, change) for x in (q, k, v)))
         same_bits(out, clean, f"rows before token {token} = {change}")
         if change == 1e30:
@@ -350,21 +351,36 @@ def test_rule_9_random_features(case: Case) -> None:
     assert all(torch.equal(second[name], value) for name, value in attn.state_dict().items())
 
 
-@BACKENDS
+@cache
+def reference_in_half(
+    case: Case, dtype: torch.dtype, is_causal: bool, mean: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k and v of 1,000 tokens, what exact numbers give of them, and what the reference does."""
+    q, k, v, _ = (
+        x.to(dtype)
+        for x in tensors(Situation(1000, 1000, heads=2, kv_heads=1, batch=1), shift=case.shift)
+    )
+    v = v + mean
+    exact = case.build(2).double()(q.double(), k.double(), v.double(), is_causal=is_causal)
+    reference = case.build(2, dtype=dtype, backend="reference")(q, k, v, is_causal=is_causal)
+    return q, k, v, exact.detach(), reference.detach()
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [
+        pytest.param(c, b, id=f"{c}-{b}")
+        for c, b in with_backends(usual_cases())
+        if b != "reference"  # which it is measured by
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_rule_10_sums_run_in_float32(case: Case, backend: str, dtype: torch.dtype) -> None:
     """Half precision errs at most twice as much as the reference does, over a length at which sums
     in half precision would be lost."""
-    n = 1000
     # A mean of 1 does not cancel.
     for is_causal, mean in ((causal, mean) for causal in kinds(case) for mean in (0.0, 1.0)):
-        q, k, v, _ = (
-            x.to(dtype)
-            for x in tensors(Situation(n, n, heads=2, kv_heads=1, batch=1), shift=case.shift)
-        )
-        v = v + mean
-        exact = case.build(2).double()(q.double(), k.double(), v.double(), is_causal=is_causal)
-        reference = case.build(2, dtype=dtype, backend="reference")(q, k, v, is_causal=is_causal)
+        q, k, v, exact, reference = reference_in_half(case, dtype, is_causal, mean)
         out = case.build(2, dtype=dtype, prefer=backend)(q, k, v, is_causal=is_causal)
         assert out.dtype == dtype
         allowed, error = reference.double() - exact, out.double() - exact

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import in_models, small
+from small import in_models, of_each_engine, small
 from swap_layers import HEADS, LENGTH, SIZE, gradients, layer, masks, padding, tokens
 from torch import Tensor
 from torch._dynamo.exc import UserError
@@ -49,7 +49,7 @@ def compiled_is_eager(name: str, backend: str) -> None:
         agree(gradient, expected)
 
 
-@pytest.mark.parametrize("name", in_models())
+@pytest.mark.parametrize("name", of_each_engine())
 def test_a_swapped_layer_compiles_in_one_graph(name: str) -> None:
     compiled_is_eager(name, "aot_eager")
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from small import in_models, small
+from small import of_each_engine, small
 from swap_models import make, padded, tokens
 from transformers import CompileConfig
 
 import attnzoo
 
-CAUSAL = [name for name in in_models() if attnzoo.describe(name).spec.causal]
+CAUSAL = [name for name in of_each_engine() if attnzoo.describe(name).spec.causal]
 NEW = 8
 SETTINGS: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
 
