@@ -278,11 +278,8 @@ class Attention(nn.Module):
         # What `to_empty` makes holds anything; a checkpoint of exact attention, loaded then, says
         # nothing of draws and tables.
         super()._apply(fn, recurse)
-        if (
-            recurse
-            and any(True for _ in (*self.parameters(), *self.buffers()))
-            and loses_values(fn)
-        ):
+        held = (*self.parameters(), *self.buffers())
+        if recurse and held and loses_values(fn):
             self.reset_parameters()
         return self
 

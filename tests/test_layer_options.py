@@ -101,7 +101,6 @@ def qwen3_next() -> Any:
         num_hidden_layers=2,
         layer_types=["linear_attention", "full_attention"],
         rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
-        attn_implementation="eager",
         pad_token_id=0,
     )
 

@@ -46,9 +46,7 @@ def mask_of_heads(mask: Tensor, kv_heads: int) -> Tensor:
     return mask[:, None].expand(-1, kv_heads, -1, -1, -1).flatten(0, 1) if is_recorded() else mask
 
 
-def join(
-    pieces: Iterable[Tensor], length: int, dim: int, *, like: Tensor | None = None
-) -> Tensor:
+def join(pieces: Iterable[Tensor], length: int, dim: int, *, like: Tensor | None = None) -> Tensor:
     """Join pieces along a dimension, as torch.cat does.
 
     Where no gradient will be asked for, each piece is written to its place as soon as it is

@@ -35,17 +35,17 @@ CHUNK = 32
 HELD = 2**19
 
 
-def chunk_of(length: int) -> int:
-    """Tokens of a chunk: a power of 2, for the halves of halves."""
+def chunk_of(length: int, most: int = CHUNK) -> int:
+    """Tokens of a chunk: a power of 2, for the halves of halves. most: the largest, another."""
     chunk = 1
-    while chunk < length and chunk < CHUNK:
+    while chunk < length and chunk < most:
         chunk *= 2
     return chunk
 
 
-def spans(call: Call) -> list[int]:
+def spans(call: Call, chunk: int) -> list[int]:
     """How many tokens are computed side by side, in order: whole chunks, but for the last."""
-    length, chunk = call.key_length, chunk_of(call.key_length)
+    length = call.key_length
     width = max(call.k.shape[3], call.v.shape[3], chunk) * (call.group + 2)
     numbers = call.k.shape[0] * call.k.shape[1] * chunk * width
     chunks = len(range(0, length, chunk))
@@ -62,17 +62,17 @@ def scan(
     state: (batch, kv_heads, width, value_dim), before the call; None: all 0
     remember_last: whether the state after the last rows is wanted, as decoding wants it
     """
-    lengths = spans(call)
     chunk = chunk_of(call.key_length)
+    lengths = spans(call, chunk)
     if state is None:
         state = empty_state(call)
     for place, span in enumerate(call.split(queries=lengths, keys=lengths)):
         remember = remember_last or place < len(lengths) - 1
         inside = Inside.of(Tokens.of(rule, prepared(rule, in_chunks(span, chunk))))
         states = States.of(inside, inside.solved(), state, remember)
-        rows = inside.rows(states).unflatten(3, (call.group, chunk)).flatten(2, 3)
+        rows = joined(inside.rows(states), call.group)
         state = states.after
-        yield rows.movedim(0, 2).flatten(2, 3)[:, :, : span.key_length], state if remember else None
+        yield rows[:, :, : span.key_length], state if remember else None
 
 
 @dataclass(frozen=True)
@@ -279,6 +279,11 @@ def cut(x: Tensor, chunk: int) -> Tensor:
     if missing:
         x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, missing))
     return x.unflatten(2, (-1, chunk)).movedim(2, 0).contiguous()
+
+
+def joined(rows: Tensor, group: int) -> Tensor:
+    """(batch, heads, length, y) of rows of chunks, (chunks, batch, kv_heads, group · chunk, y)."""
+    return rows.unflatten(3, (group, -1)).movedim(0, 3).flatten(3, 4).flatten(1, 2)
 
 
 def put(x: Tensor, whole: Tensor) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from attnzoo.engines.engine import Cost, Shape, causal_pairs
-from attnzoo.engines.linear.gated.gated_chunks import chunk_of
+from attnzoo.engines.linear.gated.gated_chunks import CHUNK, chunk_of
 from attnzoo.engines.linear.gated.tokens import Rule
 
 
-def cost(rule: Rule, shape: Shape, gate_is_constant: bool) -> Cost:
+def cost(rule: Rule, shape: Shape, gate_is_constant: bool, largest_chunk: int = CHUNK) -> Cost:
     """Cost of one forward pass by the backend `chunked`.
 
     rule: what a token does to the state
     shape: the sizes of the call; a row is computed at every key, before the first query too
     gate_is_constant: whether no call brings it
+    largest_chunk: tokens of a chunk of a long call
     """
     d, keys, group = shape.head_dim, shape.key_length, shape.heads // shape.kv_heads
-    chunk = chunk_of(keys)
+    chunk = chunk_of(keys, largest_chunk)
     chunks = len(range(0, keys, chunk))
     unread = (1 + rule.removes) * chunk * d * d  # nobody reads the last state
     numbers = shape.batch_size * shape.kv_heads * d * d

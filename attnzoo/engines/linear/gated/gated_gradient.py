@@ -117,7 +117,8 @@ class _Attend(torch.autograd.Function):
 def _backward(rule: Rule, call: Call, gradient: Tensor, states: tuple[Tensor, ...]) -> list[Tensor]:
     """Gradients of q, k, v and the gates, span by span from the end, carrying the gradient of the
     state that later spans read. states: before each span but the first."""
-    lengths, chunk, dtype = spans(call), chunk_of(call.key_length), empty_state(call).dtype
+    chunk, dtype = chunk_of(call.key_length), empty_state(call).dtype
+    lengths = spans(call, chunk)
     given = {"q": call.q, "k": call.k, "v": call.v, **call.inputs}
     found = {name: torch.empty_like(x) for name, x in given.items()}
     end, d_state = call.key_length, None

@@ -9,6 +9,7 @@ from attnzoo.engines.linear.gated import gated_cost
 from attnzoo.engines.linear.gated.gated_chunks import chunk_of
 from attnzoo.engines.linear.gated.tokens import Rule
 from attnzoo.engines.linear.log_linear.tree import buckets_of, levels_of
+from attnzoo.engines.linear.log_linear.tree_chunks import CHUNK
 
 
 def cost(rule: Rule, shape: Shape) -> Cost:
@@ -17,8 +18,8 @@ def cost(rule: Rule, shape: Shape) -> Cost:
     rule: what a token does to every bucket
     shape: the sizes of the call; a row is computed at every key, before the first query too
     """
-    one_state = gated_cost.cost(rule, shape, gate_is_constant=False)
-    chunk = chunk_of(shape.key_length)
+    one_state = gated_cost.cost(rule, shape, False, CHUNK)
+    chunk = chunk_of(shape.key_length, CHUNK)
     levels = shape.batch_size * shape.heads * shape.query_length * levels_of(shape.key_length)
     unread = shape.batch_size * shape.kv_heads * chunk if chunk >= shape.key_length else 0
     now, later = (buckets_of(shape.key_length + more) for more in (0, 1))
@@ -36,7 +37,7 @@ def cost(rule: Rule, shape: Shape) -> Cost:
 def _macs(rule: Rule, shape: Shape) -> int:
     """Of one key head, whose group of query heads computes its rows together."""
     d, keys, group = shape.head_dim, shape.key_length, shape.heads // shape.kv_heads
-    chunk = chunk_of(keys)
+    chunk = chunk_of(keys, CHUNK)
     chunks = len(range(0, keys, chunk))
     rows, state = group * chunk, chunk * d * d
     of_chunk = 2 * rows * chunk * d
