@@ -15,7 +15,8 @@ from transformers import CompileConfig
 
 import attnzoo
 
-CAUSAL = [name for name in of_each_engine() if attnzoo.describe(name).spec.causal]
+SPECS = {name: attnzoo.describe(name).spec for name in of_each_engine()}
+CAUSAL = [name for name, spec in SPECS.items() if spec.causal and not spec.has_gates]
 NEW = 8
 SETTINGS: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
 

@@ -36,6 +36,7 @@ class Site:
     is_self: False where it looks at another sequence, None where that is not known.
     max_length: of the sequences that it reads, where the model tells.
     reads_positions: its model tells it the positions of its tokens, beside what they do to q and k.
+    hidden_size: width of the hidden states that it reads, where gates can be made of them.
     """
 
     path: str
@@ -53,6 +54,7 @@ class Site:
     is_self: bool | None = True
     max_length: int | None = None
     reads_positions: bool = False
+    hidden_size: int | None = None
 
 
 def build_attentions(
@@ -141,12 +143,21 @@ def _check_fits(attention: Attention, site: Site, device: torch.device) -> None:
             "queries as keys; use standard"
         )
     if not isinstance(site.module, nn.MultiheadAttention):  # which projects, or hands on, inputs
-        required = [one.name for one in attention.spec.inputs if one.required]
-        if required:
+        missing = [
+            one.name
+            for one in attention.spec.inputs
+            if one.required and not (one.is_projected and site.hidden_size)
+        ]
+        if missing:
             raise UnsupportedError(
-                f"{attention.spec.name} needs {' and '.join(required)} in every call, which "
+                f"{attention.spec.name} needs {' and '.join(missing)} in every call, which "
                 f"{type(site.module).__name__} does not give; use an attention without required "
                 "inputs, or build a model with attnzoo.MultiheadAttention"
+            )
+        if attention.spec.has_gates and not site.hidden_size:
+            raise UnsupportedError(
+                f"{attention.spec.name} makes its gates of hidden states, whose width the config "
+                f"of {type(site.module).__name__} does not tell; use an attention without gates"
             )
     if "k" not in attention.projected:
         raise UnsupportedError(

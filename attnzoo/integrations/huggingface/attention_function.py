@@ -14,13 +14,18 @@ from attnzoo.eager import can_look, holds_anywhere, is_learned, is_recorded, may
 from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, bias_between
 from attnzoo.engines.softmax.reference import SINK_LOGITS
 from attnzoo.engines.softmax.softmax import Softmax
-from attnzoo.integrations.huggingface.interface_masks import (
+from attnzoo.integrations.huggingface.masks.interface_masks import (
     SUBMODULE,
     filled_slots,
     mask_function_of,
 )
-from attnzoo.integrations.huggingface.packed_rows import ALWAYS_PACKED, check_positions, told_apart
-from attnzoo.integrations.huggingface.read_once import read_once
+from attnzoo.integrations.huggingface.masks.packed_rows import (
+    ALWAYS_PACKED,
+    check_positions,
+    told_apart,
+)
+from attnzoo.integrations.huggingface.masks.read_once import read_once
+from attnzoo.integrations.huggingface.projected_inputs import with_gates
 from attnzoo.integrations.places import no_dropout
 from attnzoo.sequences.masks import ReadMask, read_mask, visible_keys
 from attnzoo.sequences.segments import joined
@@ -93,7 +98,8 @@ def attend(
         if scaling is not None and scaling != query.shape[-1] ** -0.5:
             query = query * (scaling * query.shape[-1] ** 0.5)
         given = {SINK_LOGITS.name: s_aux, DISTANCE_BIAS.name: distance_bias}
-        inputs = {name: x for name, x in given.items() if x is not None}
+        key, value, gates = with_gates(module, attention, key, value)
+        inputs = {**gates, **{name: x for name, x in given.items() if x is not None}}
         try:
             if state_layer is not None:
                 out = state_layer.step(query, key, value, attention_mask, segments, inputs)

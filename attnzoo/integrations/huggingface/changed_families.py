@@ -12,7 +12,7 @@ from attnzoo.integrations.huggingface.families.bloom import BloomInterfaceAttent
 from attnzoo.integrations.huggingface.families.falcon import FalconInterfaceAttention
 from attnzoo.integrations.huggingface.families.mpt import MptInterfaceAttention
 from attnzoo.integrations.huggingface.families.t5 import AttentionByDistance
-from attnzoo.integrations.huggingface.interface_masks import SUBMODULE
+from attnzoo.integrations.huggingface.masks.interface_masks import SUBMODULE
 from attnzoo.integrations.replacing import Swapped, change_class, class_over
 
 #: By the name of transformers' class: the one that a module gets.

@@ -8,7 +8,7 @@ from typing import Any
 
 from attnzoo.integrations.huggingface.attention_function import attend
 from attnzoo.integrations.huggingface.choice import IMPLEMENTATION, watch_choices
-from attnzoo.integrations.huggingface.interface_masks import padding_mask
+from attnzoo.integrations.huggingface.masks.interface_masks import padding_mask
 
 #: Where a config tells which models that share it are swapped: a list of entries, saved with it as
 #: plain data.

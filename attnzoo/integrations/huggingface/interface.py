@@ -32,10 +32,11 @@ from attnzoo.integrations.huggingface.configs import (
     mark,
     release,
 )
-from attnzoo.integrations.huggingface.interface_masks import SUBMODULE
-from attnzoo.integrations.huggingface.packed_rows import refuse_unseen_packing
+from attnzoo.integrations.huggingface.masks.interface_masks import SUBMODULE
+from attnzoo.integrations.huggingface.masks.packed_rows import refuse_unseen_packing
 from attnzoo.integrations.huggingface.probe import find_sites as find_sites
 from attnzoo.integrations.huggingface.probe import set_implementation
+from attnzoo.integrations.huggingface.projected_inputs import add_gates
 from attnzoo.integrations.huggingface.trial import trial_of
 from attnzoo.integrations.places import Site
 from attnzoo.integrations.replacing import check_classes
@@ -60,8 +61,10 @@ def insert(
     modules = [sites[layer].module for layer in attentions]
     change = change_families(model)
     claims = claim(model, names)
+    gates = []
     for layer, attention in attentions.items():
         sites[layer].module.add_module(SUBMODULE, attention)
+        gates.append(add_gates(sites[layer], attention))
     tell_reach(change, model, [site.module for site in sites])
     repeated = _repeated_keys(model)
     model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | repeated
@@ -71,6 +74,7 @@ def insert(
         part.register_forward_pre_hook(partial(_check_forward, untold), with_kwargs=True)
         for part in holders
     ]
+    hooks += [hook for hook in gates if hook is not None]
     give_choices(holders, can_follow=not change.swapped)
     undo = Undo(
         [partial(check_classes, change.swapped)],

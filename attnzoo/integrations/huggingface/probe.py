@@ -24,8 +24,8 @@ from attnzoo.integrations.huggingface.changed_families import (
     give_configs_back,
 )
 from attnzoo.integrations.huggingface.configs import configs_of, register
-from attnzoo.integrations.huggingface.interface_masks import SUBMODULE
-from attnzoo.integrations.huggingface.packed_rows import read_mask_function
+from attnzoo.integrations.huggingface.masks.interface_masks import SUBMODULE
+from attnzoo.integrations.huggingface.masks.packed_rows import read_mask_function
 from attnzoo.integrations.huggingface.trial import EXAMPLE, Trial, longest_sequence, trial_of
 from attnzoo.integrations.places import Site
 
@@ -233,7 +233,12 @@ def _note(
         place = (query.device, query.dtype)
         told = kwargs.get("position_ids") is not None
         probe.sites[module] = replace(
-            site, dropout=dropout, place=place, max_length=longest, reads_positions=told
+            site,
+            dropout=dropout,
+            place=place,
+            max_length=longest,
+            reads_positions=told,
+            hidden_size=getattr(module.config, "hidden_size", None),
         )
     # What it answers does not matter, and SDPA has no place for all of it.
     kwargs = {name: x for name, x in kwargs.items() if name not in ("position_bias", "softcap")}

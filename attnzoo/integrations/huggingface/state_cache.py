@@ -14,7 +14,8 @@ from attnzoo.call import UnsupportedError
 from attnzoo.engines.engine import State
 from attnzoo.integrations.huggingface.attention_function import STATE_LAYER
 from attnzoo.integrations.huggingface.choice import IMPLEMENTATION
-from attnzoo.integrations.huggingface.interface_masks import SUBMODULE
+from attnzoo.integrations.huggingface.masks.interface_masks import SUBMODULE
+from attnzoo.integrations.huggingface.projected_inputs import key_heads
 
 NEW_CACHE = "make a new cache with attnzoo.state_cache(model)"
 
@@ -46,7 +47,8 @@ class StateLayer(CacheLayerMixin):
         return copied
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch_size, kv_heads = key_states.shape[:2]
+        batch_size = key_states.shape[0]
+        kv_heads = key_heads(self.attention, key_states)
         self.state = self.attention.init_state(
             batch_size, kv_heads=kv_heads, dtype=key_states.dtype, device=key_states.device
         )

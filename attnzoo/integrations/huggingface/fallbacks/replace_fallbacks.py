@@ -23,7 +23,7 @@ from attnzoo.integrations.huggingface.fallbacks.gated_delta_layers import (
 from attnzoo.integrations.huggingface.fallbacks.lightning_layer import LightningLayer
 from attnzoo.integrations.huggingface.fallbacks.mamba2_layers import FalconH1Layer, Mamba2Layer
 from attnzoo.integrations.huggingface.fallbacks.recurrent_layer import ReplacedLayer
-from attnzoo.integrations.huggingface.packed_rows import refuse_unseen_packing
+from attnzoo.integrations.huggingface.masks.packed_rows import refuse_unseen_packing
 from attnzoo.integrations.replacing import change_class, class_over
 from attnzoo.sequences.segments import from_position_ids
 

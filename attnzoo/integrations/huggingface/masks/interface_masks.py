@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attnzoo.call import UnsupportedError
 from attnzoo.eager import can_look
-from attnzoo.integrations.huggingface.packed_rows import (
+from attnzoo.integrations.huggingface.masks.packed_rows import (
     PIECES,
     read_in_graph,
     read_mask_function,

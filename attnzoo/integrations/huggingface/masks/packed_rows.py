@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnzoo.call import UnsupportedError
 from attnzoo.eager import can_look, holds_anywhere, is_recorded, may_branch, refuse_later
-from attnzoo.integrations.huggingface.read_once import read_once
+from attnzoo.integrations.huggingface.masks.read_once import read_once
 from attnzoo.sequences.segments import (
     from_cu_seqlens,
     from_position_ids,

@@ -1,0 +1,1 @@
+"""What transformers says of the padding, causality, windows and packing of a call."""
