@@ -66,8 +66,9 @@ def test_the_same_tokens_with_every_cache(family: str, name: str) -> None:
     assert (
         without.shape == (2, PROMPT + 12) and len(set(without[:, PROMPT:].flatten().tolist())) > 3
     )
-    assert torch.equal(generate(model), without)
-    assert torch.equal(generate(model, cache_implementation="static"), without)
+    if not spec_of(name).has_gates:  # test_swap_gates says why
+        assert torch.equal(generate(model), without)
+        assert torch.equal(generate(model, cache_implementation="static"), without)
     cache = attnzoo.state_cache(model)
     assert torch.equal(generate(model, past_key_values=cache), without)
     assert cache.get_seq_length() == PROMPT + 11
@@ -81,7 +82,8 @@ def test_the_same_tokens_with_every_cache(family: str, name: str) -> None:
 def test_beams_and_sampling(family: str, name: str, kind: str) -> None:
     model, settings = swapped(family, name), KINDS[kind]
     without = generate(model, use_cache=False, **settings)
-    assert torch.equal(generate(model, **settings), without)
+    if not spec_of(name).has_gates:
+        assert torch.equal(generate(model, **settings), without)
     assert torch.equal(
         generate(model, past_key_values=attnzoo.state_cache(model), **settings), without
     )
@@ -125,7 +127,8 @@ def test_what_is_held_is_bounded_where_the_state_is(name: str) -> None:
     so."""
     model = attnzoo.swap(make("llama"), name, **small(name, 1024))
     attention = model.model.layers[0].self_attn.attention_core
-    held, grows = [], attention.cost(1, 1024, kv_heads=2, is_causal=True).state_growth > 0
+    kv_heads = attention.heads if attention.spec.has_gates else 2
+    held, grows = [], attention.cost(1, 1024, kv_heads=kv_heads, is_causal=True).state_growth > 0
     assert grows == {"exact": True, "kernel": False}.get(attention.spec.family, grows)
     cache = attnzoo.state_cache(model)
     with torch.no_grad():
@@ -133,7 +136,7 @@ def test_what_is_held_is_bounded_where_the_state_is(name: str) -> None:
             model(tokens(length, 1), past_key_values=cache)
             if length == 1:
                 held.append(cache.held_bytes())
-                cost = attention.cost(1, cache.get_seq_length(), kv_heads=2, is_causal=True)
+                cost = attention.cost(1, cache.get_seq_length(), kv_heads=kv_heads, is_causal=True)
                 assert {layer.state.elements() for layer in cache.layers} == {cost.state_elements}
                 assert held[-1] >= 3 * cost.state_bytes
     assert (held[0] < held[1]) == grows and (held[1] == held[2])
