@@ -19,7 +19,7 @@ from attnzoo.registry import options_of, sized, spec_of
 
 CPU_BACKENDS = {
     *("sdpa", "rows", "tiled", "dense", "tiles", "windows", "columns", "blocks", "ragged"),
-    *("one_row", "flash", "chunked", "open", "reference"),
+    *("one_row", "flash", "short", "chunked", "open", "reference"),
 }
 MAX_LENGTH = 1024
 

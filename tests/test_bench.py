@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from toys import Uniform, Wrong
 
 pytest.importorskip("jsonargparse")
@@ -226,6 +227,28 @@ def test_a_training_pass_gives_the_gradients_of_inputs_and_parameters() -> None:
         and len(gradients) == 1 + 12
         and all(gradient is not None for gradient in gradients)
     )
+
+
+def test_gates_are_brought_as_a_layer_would_project_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every phase, and their gradients are taken."""
+    asked: list[dict[str, Tensor]] = []
+    for method in ("forward", "step"):
+        whole = getattr(attnzoo.Attention, method)
+
+        def seen(self: Any, *given: Any, whole: Any = whole, **inputs: Any) -> Any:
+            asked.append({name: x for name, x in inputs.items() if isinstance(x, Tensor)})
+            return whole(self, *given, **inputs)
+
+        monkeypatch.setattr(attnzoo.Attention, method, seen)
+    contender = Contender(Choice("log_linear"), "auto")
+    shapes = {"log_decay": (1, 2, 40), "beta": (1, 2, 40), "levels": (1, 2, 40)}
+    for phase in ("forward", "forward+backward", "decode"):
+        here = cell(phase=phase, length=40, is_causal=True)
+        found: Any = prepare(contender, here, core_inputs(here, 1, CPU, 0), 0).run()
+        assert {name: tuple(x.shape[:3]) for name, x in asked[0].items()} == shapes
+        if phase == "forward+backward":
+            assert len(found) == 6 and all(bool(x.abs().sum() > 0) for x in found)
+        asked.clear()
 
 
 def test_decoding_goes_on_from_the_state_it_left() -> None:

@@ -24,6 +24,7 @@ from attnzoo.fidelity import (
 )
 from attnzoo.fidelity.measure_variant import BASELINE, DRAWS, build_for
 from attnzoo.registry import Choice, sized
+from attnzoo.report.heatmaps import heat_map_figure
 from attnzoo.texts.plays import play, titles
 
 
@@ -224,6 +225,30 @@ def test_nan_is_said_and_neither_averaged_nor_timed() -> None:
 @pytest.mark.usefixtures("toys")
 def test_parameters_that_nothing_trained_are_counted() -> None:
     assert "untrained: 5 random parameters" in one([Choice("untrained")]).note
+
+
+@torch.no_grad()
+def test_entries_below_zero_and_missing_gates_are_said() -> None:
+    """In the row, and beside the colours of the picture."""
+    sample = synthetic_sample(40, is_causal=True, spread=1.0, heads=1, kv_heads=1, head_dim=8)
+    choices = [Choice("gated_deltanet"), Choice("linear")]
+    comparison = compare([sample], choices, lengths=[40], rounds=1)
+    gated, linear = (row for row in comparison.rows if row.variant in ("gated_deltanet", "linear"))
+    a = attnzoo.build("gated_deltanet", 1, 8).weights(sample.q, sample.k, is_causal=True)
+    share = a.clamp(max=0).sum() / -a.abs().sum()
+    assert 0.05 < share < 0.95
+    assert gated.note == (
+        "without log_decay, beta, which a model learns; "
+        f"A has entries below 0: {share:.0%} of its mass"
+    )
+    assert "below 0" not in linear.note
+
+    def told(*labels: str) -> list[str]:
+        figure = heat_map_figure([one for one in comparison.heat_maps if one.label in labels])
+        return [text.get_text() for text in figure.legends[0].get_texts()]
+
+    assert told("standard", "gated_deltanet") == ["0", "below 0"]
+    assert told("standard", "linear") == ["0"]
 
 
 @pytest.mark.usefixtures("toys")

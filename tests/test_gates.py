@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Situation, close, padding, tensors
+from cases import Situation, close, padding, takes, tensors
 from torch import Tensor
 
 import attnzoo
@@ -66,8 +66,14 @@ def cut(gates: Gates, start: int, end: int) -> Gates:
     return {name: x[:, :, start:end] for name, x in gates.items()}
 
 
-def backends(name: str) -> list[str]:
-    return [one for one in build(name).engine.backend_names() if one != "fla"]
+def backends(name: str, length: int) -> list[str]:
+    """Those that take so many tokens on a CPU."""
+    attn, (q, k, v, _) = build(name), qkv(length)
+    return [
+        one
+        for one in attn.engine.backend_names()
+        if takes(attn, one, q, k, v, is_causal=True, **gates_of(name, length))
+    ]
 
 
 def shown(mask: Tensor, x: Tensor) -> Tensor:
@@ -89,7 +95,7 @@ def test_rows_weights_and_gradients(name: str, closed: bool, kind: str) -> None:
     expected, a = ORACLES[name](*qkv_, **given, **masks)
     wanted = torch.autograd.grad(expected, leaves, upstream)
     names = ["q", "k", "v", *given]
-    for backend in backends(name):
+    for backend in backends(name, length):
         attn, bad = build(name, backend=backend), given
         if mask is not None:
             bad = {gate: x.masked_fill(~shown(mask, x), torch.nan) for gate, x in given.items()}
@@ -150,7 +156,7 @@ def test_fewer_and_more_queries_than_keys(name: str, queries: int) -> None:
     if "levels" in given:
         given["levels"] = gates_of(name, queries)["levels"]
     expected, a = ORACLES[name](q, k, v, is_causal=True, **given)
-    for backend in backends(name):
+    for backend in backends(name, 20):
         out = build(name, backend=backend)(q, k, v, is_causal=True, **given)
         close(out, expected, 1e-12, backend)
     close(build(name).weights(q, k, is_causal=True, **given), a, 1e-12, "A")
@@ -212,6 +218,25 @@ def test_decoding_and_going_back(name: str, backend: str) -> None:
     swapped = [1, 0]
     out, _ = step(state.crop(4).select(torch.tensor(swapped)), 86, 110, swapped)
     close(out, expected[swapped, :, 86:], 1e-12, "rows of other samples")
+
+
+@pytest.mark.parametrize("name", ["mamba2", "lightning"])
+def test_short_inputs_run_as_a_itself(name: str) -> None:
+    """Up to 64 tokens, whole sequences alone."""
+    attn = build(name)
+    for length, backend in ((64, "short"), (65, "chunked")):
+        q, k, v, _ = qkv(length)
+        attn(q, k, v, is_causal=True)
+        assert attn.last_backend == backend
+        attn.step(q, k, v, attn.init_state(2, kv_heads=KV_HEADS, dtype=q.dtype))
+        assert attn.last_backend == "chunked"
+    attn = build(name, backend="short")
+    with pytest.raises(UnsupportedError, match="up to 64 tokens, and there are 65"):
+        attn(q, k, v, is_causal=True)
+    with pytest.raises(UnsupportedError, match="'short' does not decode.*'auto'"):
+        attn.step(q, k, v, attn.init_state(2, kv_heads=KV_HEADS, dtype=q.dtype))
+    with pytest.raises(UnsupportedError, match="no faster than chunks for a delta rule"):
+        build("kda", backend="short")(q, k, v, is_causal=True)
 
 
 @ALL

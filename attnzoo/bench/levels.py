@@ -105,6 +105,23 @@ def layer_inputs(
     return [_normal(shape, 1, cell.dtype, device, seed + number) for number in range(sets)]
 
 
+def gates_of(attention: Attention, q: Tensor, k: Tensor, seed: int) -> dict[str, Tensor]:
+    """What a layer would project for an attention beside q, k and v, made of normal numbers: by
+    name, with the axes of each, in q's dtype."""
+    sizes = {
+        **dict(zip(("batch", "heads", "queries", "width"), q.shape, strict=True)),
+        **dict(zip(("kv_heads", "keys", "value_width"), k.shape[1:], strict=True)),
+        **attention.input_sizes,
+    }
+    made = {}
+    for one in attention.spec.inputs:
+        if one.is_projected:
+            shape = tuple(sizes[axis] for axis in one.names)
+            (x,) = _normal(shape, 1, "float32", torch.device("cpu"), seed + len(made) + 1)
+            made[one.name] = (x if one.activation is None else one.activation(x)).to(q)
+    return made
+
+
 def segments_of(cell: Cell, q: Tensor) -> Tensor | None:
     """The ids of equal pieces for the rows of q, (batch, heads, length, head_dim): (batch,
     length); None where a row is one piece."""
@@ -153,16 +170,18 @@ def _core(
         )
     attention = choice_for(contender, cell, seed).build(cell.shape.heads, cell.shape.head_dim)
     attention = attention.eval().to(inputs[0][0].device, inputs[0][0].dtype)
+    q, k, v = inputs[0]
+    gates = gates_of(attention, q, k, seed)
     if cell.phase == "decode":
-        return Work(_decode(attention, *inputs[0]), attention)
-    ids = segments_of(cell, inputs[0][0])
-    run = passes(
-        cell,
-        inputs,
-        lambda q, k, v: attention(q, k, v, is_causal=cell.is_causal, segments=ids),
-        tuple(attention.parameters()),
-    )
-    return Work(run, attention)
+        return Work(_decode(attention, q, k, v, gates), attention)
+    ids = segments_of(cell, q)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *given: Tensor) -> Tensor:
+        named: dict[str, Any] = dict(zip(gates, given, strict=True))
+        return attention(q, k, v, is_causal=cell.is_causal, segments=ids, **named)
+
+    whole = [(*one, *gates.values()) for one in inputs]
+    return Work(passes(cell, whole, forward, tuple(attention.parameters())), attention)
 
 
 def _module(
@@ -212,11 +231,18 @@ def passes(
     return train
 
 
-def _decode(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Pass:
+def _decode(
+    attention: Attention, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor]
+) -> Pass:
     """One token after q.shape[2] others. Each run takes the state that the last one left, so that
     none copies it."""
     length = q.shape[2]
     one = [x[:, :, -1:].clone() for x in (q, k, v)]
+    declared = [one for one in attention.spec.inputs if one.name in gates]
+    tokens = {
+        one.name: one.names.index("keys" if "keys" in one.names else "queries") for one in declared
+    }
+    of_one = {name: gates[name].narrow(dim, length - 1, 1).clone() for name, dim in tokens.items()}
     state: Any = None
 
     def step() -> Tensor:
@@ -226,8 +252,8 @@ def _decode(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Pass:
                 state = attention.init_state(
                     q.shape[0], length + DECODE_ROOM, dtype=q.dtype, device=q.device
                 )
-                state = attention.step(q, k, v, state)[1]
-            out, state = attention.step(one[0], one[1], one[2], state)
+                state = attention.step(q, k, v, state, **gates)[1]
+            out, state = attention.step(one[0], one[1], one[2], state, **of_one)
             return out
 
     return step

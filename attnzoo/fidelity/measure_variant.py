@@ -13,6 +13,7 @@ from attnzoo.attention import Attention
 from attnzoo.bench.peak_memory import peak_bytes
 from attnzoo.fidelity.comparison_rows import Row, Sample
 from attnzoo.fidelity.metrics import (
+    WeightDistance,
     exact_output,
     mean_value_output,
     relative_error,
@@ -20,6 +21,7 @@ from attnzoo.fidelity.metrics import (
 )
 from attnzoo.registry import Choice
 
+ROUNDING = 1e-6  # of A's mass: what may be below 0 by rounding
 DRAWS = 3  # of a variant that can draw anew: its error is a mean over them
 
 
@@ -116,43 +118,36 @@ def measure(choice: Choice, subject: Subject, *, seed: int, thorough: bool) -> R
         )
     except (ValueError, torch.OutOfMemoryError) as error:
         return replace(row, note=str(error).splitlines()[0])
-    errors = torch.stack([errors for errors, _, _ in found])
+    errors = torch.stack([errors for errors, _ in found])
+    distances = [distance for _, distance in found if distance is not None]
     finite = bool(torch.isfinite(errors).all())
     row = replace(
         row,
         output_error=float(errors.mean()) if finite else None,
         output_error_spread=float(errors.std(unbiased=False)) if finite else None,
-        total_variation=_mean([variation for _, variation, _ in found])
-        if thorough and finite
-        else None,
-        top_mass_kept=_mean([kept for _, _, kept in found]) if thorough and finite else None,
+        total_variation=_mean([one.total_variation for one in distances]) if finite else None,
+        top_mass_kept=_mean([one.top_mass_kept for one in distances]) if finite else None,
         macs=macs,
         promised_speedup=subject.exact_macs / macs,
         peak_bytes=peak,
         backend=attention.last_backend,
     )
-    return replace(row, note="; ".join(_notes(attention, row)))
+    negative = _mean([one.negative for one in distances])
+    return replace(row, note="; ".join(_notes(attention, row, negative)))
 
 
 def _distances(
     attention: Attention, subject: Subject, thorough: bool
-) -> tuple[Tensor, float, float]:
-    """Output error by layer and head, total variation, kept top mass; the last two are 0 when not
-    thorough."""
+) -> tuple[Tensor, WeightDistance | None]:
+    """Output error by layer and head, and how far A is from exact A where that is wanted."""
     sample = subject.sample
     distance = (
         weight_distance(attention, sample.q, sample.k, is_causal=sample.is_causal)
         if thorough
         else None
     )
-    errors = relative_error(
-        attention(sample.q, sample.k, sample.v, is_causal=sample.is_causal), subject.exact
-    )
-    return (
-        (errors, distance.total_variation, distance.top_mass_kept)
-        if distance
-        else (errors, 0.0, 0.0)
-    )
+    out = attention(sample.q, sample.k, sample.v, is_causal=sample.is_causal)
+    return relative_error(out, subject.exact), distance
 
 
 def _draws(attention: Attention, seed: int) -> Iterator[Attention]:
@@ -174,7 +169,10 @@ def _macs(attention: Attention, sample: Sample) -> int:
     ).kernel_macs
 
 
-def _notes(attention: Attention, row: Row) -> Iterator[str]:
+def _notes(attention: Attention, row: Row, negative: float | None) -> Iterator[str]:
+    gates = [one.name for one in attention.spec.inputs if one.is_projected]
+    if gates:
+        yield f"without {', '.join(gates)}, which a model learns"
     untrained = sum(
         parameter.numel() for parameter in attention.parameters() if parameter.requires_grad
     )
@@ -182,7 +180,10 @@ def _notes(attention: Attention, row: Row) -> Iterator[str]:
         yield f"untrained: {untrained:,} random parameters"
     if row.output_error is None:
         yield "NaN or inf in the output"
+    elif negative is not None and negative > ROUNDING:
+        share = "under 1%" if negative < 0.01 else f"{negative:.0%}"
+        yield f"A has entries below 0: {share} of its mass"
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -31,11 +31,13 @@ class WeightDistance:
     total_variation: mean over rows of ½ Σ_j |A_ij - exact_ij|.
     top_mass_kept: mean over rows of Σ_T A_ij / Σ_T exact_ij within [0, 1], T the 16 keys heaviest
     in exact.
+    negative: the share of Σ |A_ij| that stands in entries below 0.
     rows: rows compared, per layer and head.
     """
 
     total_variation: float
     top_mass_kept: float
+    negative: float
     rows: int
 
 
@@ -82,6 +84,7 @@ def weight_distance(
     the whole of A.
     """
     variation, kept, count = 0.0, 0.0, 0
+    below = mass = 0.0
     for layer in range(q.shape[0]):
         for rows, weights in _weights(
             attention, q[layer : layer + 1], k[layer : layer + 1], is_causal
@@ -93,8 +96,11 @@ def weight_distance(
             weights = weights.double()
             variation += float((weights - exact).abs().sum() / 2)
             kept += float(_top_mass_kept(weights, exact).sum())
+            below += float(weights.clamp(max=0).sum().neg())
+            mass += float(weights.abs().sum())
             count += exact.shape[1] * exact.shape[2]
-    return WeightDistance(variation / count, kept / count, count // (q.shape[0] * q.shape[1]))
+    rows = count // (q.shape[0] * q.shape[1])
+    return WeightDistance(variation / count, kept / count, below / mass if mass else 0.0, rows)
 
 
 def score_std(q: Tensor, k: Tensor, *, is_causal: bool) -> float:

@@ -52,6 +52,7 @@ def inline_svg(draw: Callable[[], Figure], name: str, title: str) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*|<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' id="image[0-9a-f]+"', "", svg)  # nothing asks for it, and like images share it
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = svg.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)")

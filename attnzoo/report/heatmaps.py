@@ -47,16 +47,17 @@ def heat_map_names(groups: Iterable[MapGroup]) -> dict[MapGroup, str]:
 
 
 def heat_map_figure(maps: list[HeatMap]) -> Figure:
-    """One square per map, in their order, and one colour bar."""
+    """One square per map, in their order, one colour bar, and what the colours beside it mean."""
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap, LogNorm
+    from matplotlib.patches import Patch
 
     columns = min(len(maps), MAPS_IN_A_ROW)
     rows = -(-len(maps) // columns)
     figure = new_figure(MAP_INCHES * columns + 0.7, (MAP_INCHES + 0.1) * rows + 0.3)
     colors = colormaps["viridis"].with_extremes(bad=NOTHING)
-    image = None
+    image, told = None, [Patch(color=NOTHING, label="0")]
     for index, heat_map in enumerate(maps):
         axes = figure.add_subplot(rows, columns, index + 1)
         weights = np.array(heat_map.weights)
@@ -72,6 +73,7 @@ def heat_map_figure(maps: list[HeatMap]) -> Figure:
             interpolation="nearest",
         )
         if (weights < 0).any():
+            told[1:] = [Patch(color=NEGATIVE, label="below 0")]
             axes.imshow(
                 np.where(weights < 0, 1.0, np.nan),
                 cmap=ListedColormap([NEGATIVE]),
@@ -100,4 +102,5 @@ def heat_map_figure(maps: list[HeatMap]) -> Figure:
         bar = figure.colorbar(image, ax=figure.axes, shrink=0.7, pad=0.03)
         bar.set_label("share of a query's mass", fontsize=9.5)
         bar.ax.tick_params(labelsize=8)
+        figure.legend(handles=told, loc="outside lower right", ncols=2, fontsize=8.5, frameon=False)
     return figure

@@ -31,6 +31,7 @@ from attnzoo.engines.engine import Engine
 from attnzoo.engines.linear.chunks import CAUSAL_CHUNK
 from attnzoo.engines.linear.gated.gated_linear import GatedLinear
 from attnzoo.engines.linear.linear import Linear
+from attnzoo.engines.linear.log_linear.tree_chunks import CHUNK as TREE_CHUNK
 from attnzoo.engines.linear.log_linear.tree_cost import buckets_before
 from attnzoo.engines.linear.log_linear.tree_linear import LogLinear
 from attnzoo.engines.linear.sums import CHUNK
@@ -122,10 +123,10 @@ class _Forward:
     def _in_tree(self, count: Count) -> Counter[str]:
         """A chunk that is not the last reads the buckets before it and changes them; the last
         reads them."""
-        chunks, rest = divmod(self.k[2], CAUSAL_CHUNK)
+        chunks, rest = divmod(self.k[2], TREE_CHUNK)
         more = int(rest > 0)
         three, four, five, nine = (
-            count(_OneForward(self), *self._walked((n - more) * CAUSAL_CHUNK + rest, 0))
+            count(_OneForward(self), *self._walked((n - more) * TREE_CHUNK + rest, 0))
             for n in (3, 4, 5, 9)
         )
         chunks += more

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from attnzoo.engines.engine import Cost, Shape, causal_pairs
 from attnzoo.engines.linear.gated.gated_chunks import CHUNK, chunk_of
 from attnzoo.engines.linear.gated.tokens import Rule
@@ -34,6 +36,12 @@ def cost(rule: Rule, shape: Shape, gate_is_constant: bool, largest_chunk: int = 
         state_elements=numbers,
         state_bytes=numbers * shape.sum_bytes,
     )
+
+
+def of_short(found: Cost, shape: Shape) -> Cost:
+    """The same by the backend `short`, which lays A out for every query head."""
+    pairs = shape.batch_size * shape.heads * shape.key_length**2
+    return replace(found, macs=2 * pairs * shape.head_dim, elementwise=pairs)
 
 
 def _macs(rule: Rule, chunk: int, d: int, group: int) -> int:

@@ -17,20 +17,26 @@ from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes, never_refus
 from attnzoo.engines.linear.gated import fla_kernels, gated_cost, gated_gradient
 from attnzoo.engines.linear.gated.gated_chunks import scan
 from attnzoo.engines.linear.gated.recurrence import recur
-from attnzoo.engines.linear.gated.reference import REFERENCE, GatedReference
-from attnzoo.engines.linear.gated.tokens import as_square, empty_state, prepared
+from attnzoo.engines.linear.gated.reference import REFERENCE, GatedReference, reference
+from attnzoo.engines.linear.gated.tokens import Rule, as_square, empty_state, prepared
 from attnzoo.engines.linear.state import LinearState, Recent, early_and_late
 from attnzoo.engines.linear.sums import Past
 from attnzoo.engines.piece_by_piece import join
 from attnzoo.engines.tried_on_gpu import never_ran
 
+#: Tokens up to which A itself is faster than chunks, forward and backward: 1.3 to 5 times where a
+#: token adds its value and heads fade; not by channel, nor reliably by the delta rule.
+SHORT = 64
+#: Backends of whole sequences, which carry no state.
+WHOLE = ("fla", "short")
+
 
 class GatedLinear(GatedReference):
     """Gates and delta rules, causal only.
 
-    Its backends in order: `fla`, flash-linear-attention on CUDA, asked for by name; `chunked`, with
-    a backward pass of its own; `open`, the same in operators that graphs and transforms can follow;
-    the reference.
+    Its backends in order: `fla`, flash-linear-attention on CUDA, asked for by name; `short`, A
+    itself where it is small; `chunked`, with a backward pass of its own; `open`, the same in
+    operators that graphs and transforms can follow; the reference.
 
     rule: what a token does to the state
     slopes: by how much the state of every head fades at each token, where that is constant
@@ -50,10 +56,8 @@ class GatedLinear(GatedReference):
     ) -> tuple[Tensor, str, Any]:
         if state is None:
             return super().forward(call, backend)
-        if backend == "fla":
-            raise UnsupportedError("backend='fla' does not decode; use backend='auto'")
         call = self.completed(call)
-        name = self.choose(call, backend).name
+        name = self._decoder(call, backend)
         one_by_one = name == "reference" or call.key_length == 1
         before = past = state.summed(self._after)
         parts = early_and_late(call)
@@ -69,6 +73,15 @@ class GatedLinear(GatedReference):
         out = join(pieces(), call.key_length, 2)
         assert past is not None
         return out, name, state.after(call, past, Recent.of(parts[-1], before))
+
+    def _decoder(self, call: Call, backend: str) -> str:
+        """The backend that carries a state on."""
+        if backend in WHOLE:
+            raise UnsupportedError(f"backend={backend!r} does not decode; use backend='auto'")
+        if backend != "auto":
+            return self.choose(call, backend).name
+        decoders = [one for one in self.backends if one.name not in WHOLE]
+        return next(one.name for one in decoders if one.reason(self, call) is None)
 
     def _walk(
         self, call: Call, past: Past | None, one_by_one: bool
@@ -89,7 +102,27 @@ class GatedLinear(GatedReference):
         return after
 
     def cost(self, shape: Shape) -> Cost:
-        return gated_cost.cost(self.rule, shape, self.slopes is not None)
+        found = gated_cost.cost(self.rule, shape, self.slopes is not None)
+        if _too_long(self.rule, shape.key_length):
+            return found
+        return gated_cost.of_short(found, shape)
+
+
+def _too_long(rule: Rule, length: int) -> str | None:
+    """Why `short` does not take a call of so many tokens."""
+    if rule.delta or rule.removes or rule.by_channel:
+        return "A itself is no faster than chunks for a delta rule or gates of channels"
+    if length > SHORT:
+        return f"A itself is faster than chunks up to {SHORT} tokens, and there are {length}"
+    return None
+
+
+def _short(engine: GatedLinear, call: Call) -> Tensor:
+    return as_square(partial(reference, engine), call)
+
+
+def _short_why_not(engine: GatedLinear, call: Call) -> str | None:
+    return _too_long(engine.rule, call.key_length)
 
 
 def _chunked(engine: GatedLinear, call: Call) -> Tensor:
@@ -106,6 +139,7 @@ def _open(engine: GatedLinear, call: Call) -> Tensor:
 
 GatedLinear.backends = (
     Backend("fla", fla_kernels.run, fla_kernels.why_not, untried=never_ran),
+    Backend("short", _short, _short_why_not, packs=True),
     Backend("chunked", _chunked, _chunked_why_not),
     Backend("open", _open, never_refuses, packs=True),
     REFERENCE,
