@@ -88,7 +88,8 @@ def test_by_hand(gate: Any, norm: bool) -> None:
 
 
 def qwen3_next() -> Any:
-    return transformers.Qwen3NextConfig(
+    config: Any = transformers.Qwen3NextConfig
+    return config(
         hidden_size=SIZE,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,

@@ -3,6 +3,7 @@ gives the same examples."""
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from importlib.util import find_spec
@@ -22,6 +23,8 @@ from attnzoo.tasks.lookup import Lookup
 from attnzoo.tasks.mqar import MQAR
 from attnzoo.tasks.needle import Needle
 from attnzoo.tasks.ngram import NGram
+from attnzoo.tasks.parity import Parity
+from attnzoo.tasks.permutations import Permutations
 from attnzoo.tasks.pixels import Pixels
 from attnzoo.tasks.shakespeare import Shakespeare, plays_of
 from attnzoo.tasks.task import (
@@ -45,6 +48,8 @@ SYNTHETIC = [
     Needle(15, 6),
     Lookup(16, 4, 7),
     ListOps(24, 4, 3, 4, 200),
+    Parity(12),
+    Permutations(12, 3, 2),
 ]
 named = pytest.mark.parametrize("task", SYNTHETIC, ids=lambda task: task.name)
 
@@ -162,6 +167,26 @@ def test_induction_asks_for_what_followed_the_token_the_first_time():
         assert len(earlier) == 1 and row[earlier[0] + 1] == target
         distances.add(place - earlier[0])
     assert len(distances) > 5, "position alone must not solve it"
+
+
+def test_parity_is_whether_the_ones_so_far_are_odd():
+    for row, place, target in asked(Parity(9).training_batch(20, 0, 0)):
+        assert target == sum(row[: place + 1]) % 2
+
+
+@pytest.mark.parametrize(("things", "moved", "tokens"), [(3, 2, 4), (3, 3, 6), (5, 2, 11)])
+def test_permutations_are_multiplied_from_left_to_right(things, moved, tokens):
+    task = Permutations(8, things, moved)
+    assert task.vocabulary_size == tokens
+    orders = list(itertools.permutations(range(things)))
+    allowed = [
+        order for order in orders if sum(i != thing for i, thing in enumerate(order)) <= moved
+    ]
+    for row, place, target in asked(task.training_batch(20, 0, 0)):
+        stand = list(range(things))
+        for token in row[: place + 1]:
+            stand = [stand[source] for source in allowed[token]]
+        assert orders[target] == tuple(stand)
 
 
 def test_the_needle_is_what_stands_behind_the_only_marker():
@@ -396,6 +421,9 @@ def test_missing_packages_are_named(monkeypatch):
         ("needle", {"length": 2}, "length=2 is too small"),
         ("lookup", {"facts": 40}, "length=64 is too small: facts=40"),
         ("listops", {"arguments": 1}, "arguments=1 is too small"),
+        ("permutations", {"things": 7}, "things=7 is too large; give at most 6"),
+        ("permutations", {"moved": 4}, "moved=4 is too large; give at most 3"),
+        ("permutations", {"moved": 1}, "moved=1 is too small"),
         ("pixels", {"enlarge": "2"}, "enlarge='2' must be a whole number"),
     ],
 )

@@ -28,7 +28,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--task",
         type=str,
         required=True,
-        help="mqar, copy, induction, needle, lookup, listops, pixels or shakespeare",
+        help="mqar, copy, induction, needle, lookup, listops, pixels, shakespeare, parity or "
+        "permutations",
     )
     parser.add_argument(
         "--size",

@@ -9,13 +9,26 @@ from attnzoo.tasks.listops import ListOps
 from attnzoo.tasks.lookup import Lookup
 from attnzoo.tasks.mqar import MQAR
 from attnzoo.tasks.needle import Needle
+from attnzoo.tasks.parity import Parity
+from attnzoo.tasks.permutations import Permutations
 from attnzoo.tasks.pixels import Pixels
 from attnzoo.tasks.shakespeare import Shakespeare
 from attnzoo.tasks.task import Task
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
-    for task in (MQAR, Copy, Induction, Needle, Lookup, ListOps, Pixels, Shakespeare)
+    for task in (
+        MQAR,
+        Copy,
+        Induction,
+        Needle,
+        Lookup,
+        ListOps,
+        Pixels,
+        Shakespeare,
+        Parity,
+        Permutations,
+    )
 }
 
 

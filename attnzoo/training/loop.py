@@ -86,7 +86,7 @@ class Setup:
             "task": self.task.name,
             "problem": asdict(self.task),  # type: ignore[call-overload]  # every task is a dataclass
             "layers": [[part.name, dict(part.options)] for part in self.contender.parts],
-            "model": asdict(self.sizes),
+            "model": self.sizes.to_json(),
             "budget": asdict(self.budget),
             "held_out": self.held_out,
             "learning_rate": self.learning_rate,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnzoo.arguments import check_count, check_positive
+from attnzoo.arguments import check_count, check_flag, check_positive
 from attnzoo.call import UnsupportedError
+from attnzoo.layers.input_projections import INPUT_PROJECTIONS
 from attnzoo.layers.multihead import MultiheadAttention
+from attnzoo.layers.options.short_convolution import convolution_of
 from attnzoo.quality.mixes import resolved
 from attnzoo.registry import Choice
 from attnzoo.spec_checks import check_causality
@@ -27,6 +29,8 @@ class Sizes:
     width: of the residual stream.
     expansion: of the hidden layer of an MLP, in widths.
     convolution: taps of a causal depthwise convolution before every mixer, 0 for none.
+    short_convolution, output_norm: of every attention's layer, see `MultiheadAttention`; 0 for no
+    convolution. With the norm there is a gate, elementwise.
 
     With a convolution a token knows its neighbours whatever the attention (Zoology's models, and
     most linear-time ones, have it), so that a task measures recall and not the step before it.
@@ -37,13 +41,23 @@ class Sizes:
     heads: int = 2
     expansion: int = 4
     convolution: int = 0
+    short_convolution: int = 0
+    output_norm: bool = False
 
     def __post_init__(self) -> None:
         for name in ("width", "layers", "heads", "expansion"):
             check_positive(name, getattr(self, name))
         check_count("convolution", self.convolution)
+        check_count("short_convolution", self.short_convolution)
+        check_flag("output_norm", self.output_norm)
         if self.width % (2 * self.heads):
             raise ValueError(f"width={self.width} must be an even multiple of heads={self.heads}")
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it but what came later and is left out: rows from before it are of the same
+        runs."""
+        later = {"short_convolution": 0, "output_norm": False}
+        return {name: x for name, x in asdict(self).items() if later.get(name) != x}
 
 
 class Attending(nn.Module):
@@ -59,8 +73,16 @@ class Attending(nn.Module):
             batch_first=True,
             attention=choice.name,
             attention_options=resolved(choice, length, seed).options,
+            short_convolution=sizes.short_convolution or None,
+            output_gate="elementwise" if sizes.output_norm else None,
+            output_norm=sizes.output_norm,
         )
         check_causality(self.attention.attention.spec, is_causal)
+        if sizes.short_convolution and not is_causal:
+            raise UnsupportedError(
+                f"short_convolution={sizes.short_convolution} is causal and this task is not; "
+                "leave it out"
+            )
         self.is_causal = is_causal
 
     def forward(self, x: Tensor, memory: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -77,22 +99,36 @@ class Attending(nn.Module):
         )[0]
 
     def macs(self, length: int, memory_length: int | None) -> int:
-        """Of one sequence: the projections and the attention, as a kernel runs it that skips masked
-        scores where it can."""
+        """Of one sequence: the projections, those of inputs and of a gate among them, the short
+        convolution, and the attention, as a kernel runs it that skips masked scores where it
+        can."""
         attention, width = self.attention.attention, self.attention.embed_dim
         core = attention.cost(1, length, memory_length, is_causal=self.is_causal).kernel_macs
         sources = [memory_length if name in ("k", "v") else None for name in attention.projected]
         projected = length + sum(source or length for source in sources)  # and the way back
-        return projected * width**2 + core
+        return projected * width**2 + length * self._of_a_token() + core
+
+    def _of_a_token(self) -> int:
+        """Multiply-accumulates of a token for what this layer has beside torch's projections."""
+        gates = getattr(self.attention.attention, INPUT_PROJECTIONS, None)
+        own = [*(gates.modules() if gates else ()), *self.attention.children()]
+        return sum(
+            part.weight.numel()
+            for part in own
+            if isinstance(part, nn.Linear | nn.Conv1d) and part is not self.attention.out_proj
+        )
 
     def state_bytes(self, length: int) -> int | None:
-        """What decoding carries after `length` tokens; None when the variant does not decode."""
+        """What decoding carries after `length` tokens, the short convolution's in float32; None
+        when the variant does not decode."""
         attention = self.attention.attention
-        return (
-            attention.cost(1, length, is_causal=True).state_bytes
-            if attention.spec.decodes
-            else None
+        if not attention.spec.decodes:
+            return None
+        convolution = convolution_of(self.attention)
+        earlier = (
+            0 if convolution is None else 4 * (convolution.weight.numel() - len(convolution.weight))
         )
+        return attention.cost(1, length, is_causal=True).state_bytes + earlier
 
 
 class Recurrent(nn.Module):

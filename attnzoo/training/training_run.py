@@ -197,7 +197,7 @@ class Run:
         return Row(
             task=problem.name,
             problem=asdict(problem),  # type: ignore[call-overload]  # every task is a dataclass
-            model=asdict(sizes),
+            model=sizes.to_json(),
             budget=asdict(self.study.budget),
             held_out=self.study.held_out,
             metric=problem.metric,
