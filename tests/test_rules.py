@@ -194,8 +194,8 @@ def test_rule_5_causal_means_causal(case: Case, backend: str, token: int) -> Non
 
     clean, gradients = rows(q, k, v)
     here = torch.arange(LONG)[:, None] == token
-    # Every change of one token, and every token with two of them
-    for change in (0.0, 50.0, *GARBAGE) if token == 128 else (50.0, float("nan")):
+    # Every change of one token, and every token with three of them
+    for change in (0.0, 50.0, *GARBAGE) if token == 128 else (50.0, float("nan"), 1e30):
         out, _ = rows(*(x.masked_fill(here, change) for x in (q, k, v)))
         same_bits(out, clean, f"rows before token {token} = {change}")
         if change == 1e30:
