@@ -295,8 +295,8 @@ SITUATIONS = [
     Situation(257, 257, heads=2, kv_heads=1, batch=1),
     Situation(257, 257, "interior", heads=2, kv_heads=2, batch=1),
     Situation(140, 257, "left", heads=2, kv_heads=1, batch=1),
-    Situation(600, 600, heads=1, kv_heads=1, batch=1),
-    Situation(600, 600, "interior", heads=1, kv_heads=1, batch=1),
+    Situation(560, 560, heads=1, kv_heads=1, batch=1),
+    Situation(560, 560, "interior", heads=1, kv_heads=1, batch=1),
 ]
 FEW_SITUATIONS = [SITUATIONS[i] for i in (2, 3, 4, 7, 9, 11, 14)]
 

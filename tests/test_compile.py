@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, Situation, can, close, gradients_of, padding, tensors, usual_cases
-from small import in_models
+from small import of_each_engine
 
 import attnzoo
 from attnzoo.variants.bigbird.random_blocks import hashed_uniform
@@ -48,9 +48,9 @@ def compare(case: Case, is_causal: bool, compiler: str, situations: list[Situati
 def test_compiles_whole(case: Case, is_causal: bool) -> None:
     """Traced by dynamo and differentiated by AOTAutograd, run op by op: no graph break, padding and
     grouped heads included. A second length is compiled for causal calls alone, or where there are
-    none, of the engine of gates for one variant: `test_inductor_compiles_whole` has it for all."""
+    none, by one variant of each engine: `test_inductor_compiles_whole` has it for all."""
     situations = [Situation(150, 150, "interior"), Situation(170, 170, "left")]
-    dynamic = (is_causal or not case.spec.causal) and case.variant in in_models()
+    dynamic = (is_causal or not case.spec.causal) and case.variant in of_each_engine()
     compare(case, is_causal, "aot_eager", situations if dynamic else situations[:1])
 
 

@@ -44,7 +44,7 @@ def calls_of(case: Case) -> list[tuple[Situation, bool]]:
     directions = (False, True)
     if case == CASES.get(case.variant, [case])[0]:
         pairs = [(situation, way) for situation in SITUATIONS for way in directions]
-        longest = [situation for situation in SITUATIONS if situation.key_length == 600]
+        longest = [situation for situation in SITUATIONS if situation.key_length == 560]
         return [
             (situation, way)
             for situation, way in pairs

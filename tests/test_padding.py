@@ -22,7 +22,7 @@ from torch import Tensor
 
 from attnzoo import Attention
 
-LENGTHS = (40, 300)
+LENGTHS = (40, 200)
 TOLERANCE = 1e-11
 ALL = pytest.mark.parametrize("case", cases(), ids=str)
 SIDES = pytest.mark.parametrize("side", ["left", "right"])

@@ -15,14 +15,17 @@ from attnzoo.call import Call, UnsupportedError
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to multiply by A. `why_not` looks at static facts only (device, dtype, shape, grad)
-    and returns its reason to refuse, or None.
+    """One way to multiply by A.
 
+    name: what a call asks for it by
+    run: computes A·v, (batch, heads, query_length, value_dim)
+    why_not: looks at static facts only (device, dtype, shape, grad) and returns why the backend
+        refuses a call, or None
     packs: whether it keeps the pieces of a packed row apart where nobody may read their ids, in a
-        graph or transform; elsewhere they are cut apart before.
+        graph or transform; elsewhere they are cut apart before
     untried: why backend="auto" passes over it for a call that it takes when asked for by name,
         since no such call has been seen to run right on the device that it is for; None where it
-        has.
+        has
     """
 
     name: str
@@ -31,15 +34,19 @@ class Backend:
     packs: bool = False
     untried: Callable[[Any, Call], str | None] = lambda engine, call: None
 
-    def reason(self, engine: Any, call: Call) -> str | None:
-        """Why it refuses the call; None when it takes it."""
+    def reason(self, engine: Any, call: Call, *, by_name: bool) -> str | None:
+        """Why it does not compute the call; None when it does.
+
+        by_name: whether it is asked for by name, or has its turn among others
+        """
         if call.segments is not None and not self.packs:
             return (
                 "it cannot keep the pieces of a packed row apart in a graph or transform, where "
                 "their ids cannot be read: use standard there, or give the pieces as samples with "
                 "key_mask"
             )
-        return self.why_not(engine, call)
+        reason = self.why_not(engine, call)
+        return reason if reason is not None or by_name else self.untried(engine, call)
 
 
 @dataclass(frozen=True)
@@ -206,9 +213,7 @@ class Engine(nn.Module):
         reason = None
         for backend in self.backends:
             if requested in ("auto", backend.name):
-                reason = backend.reason(self, call)
-                if reason is None and requested == "auto":
-                    reason = backend.untried(self, call)
+                reason = backend.reason(self, call, by_name=requested != "auto")
                 if reason is None:
                     return backend
         if reason is None:

@@ -51,7 +51,11 @@ class Linear(LinearReference):
             raise UnsupportedError("backend='fla' does not decode; use backend='auto'")
         name = self.choose(call, backend).name
         if name == "fla":  # first for a whole sequence; what decodes is chunked
-            name = next(one.name for one in self.backends[1:] if one.reason(self, call) is None)
+            name = next(
+                one.name
+                for one in self.backends[1:]
+                if one.reason(self, call, by_name=True) is None
+            )
         one_by_one = name == "reference" or call.key_length == 1  # one token has no chunk to share
         walk = _recur if one_by_one else _scan
         before = past = state.summed(self._after)

@@ -18,12 +18,15 @@ from attnzoo.sequences.padding import fetched, first_real, slots_of
 class GlobalCache:
     """The keys that the next query can read: those that stay, then those of the window.
 
-    window: the last keys, in whose key_mask those that stay are hidden. global_k, global_v: keys
-    and values that stay, (batch, kv_heads, kept, head_dim); global_key_mask: (batch, kept), False
-    where a sample has fewer; None where every sample has as many. real: real tokens of every sample
-    so far, (batch,); None where all have been real. first: how many of these stay without being
-    named. all_found: every sample has had that many. seen: tokens taken so far. places: which
-    tokens stay, counted from the first one, (batch, kept); None where they are the first slots.
+    window: the last keys, in whose key_mask those that stay are hidden
+    global_k, global_v: (batch, kv_heads, kept, head_dim or value_dim), keys and values that stay
+    global_key_mask: (batch, kept) bool, False where a sample has fewer; None: all have as many
+    real: (batch,), real tokens of every sample so far; None: all have been real
+    first: how many of these stay without being named
+    all_found: whether every sample has had that many
+    seen: tokens taken so far
+    max_length: tokens that the state may take; None: any number
+    places: (batch, kept), which tokens stay, counted from the first one; None: the first slots
     """
 
     window: KeyValueCache
@@ -39,7 +42,11 @@ class GlobalCache:
 
     @classmethod
     def around(cls, window: KeyValueCache, first: int) -> GlobalCache:
-        """An empty state."""
+        """An empty state.
+
+        window: an empty cache of the keys that the window reaches
+        first: how many of the first real tokens stay
+        """
         return cls(window, window.k, window.v, None, None, first, first == 0, 0, window.max_length)
 
     @property
@@ -153,8 +160,11 @@ class GlobalCache:
         return reals & (self.real[:, None] + reals.cumsum(1) <= self.first)
 
     def joined(self, call: Call, mask: Tensor | None = None) -> tuple[Call, Tensor]:
-        """One call over all keys, and which of these are global, (batch, key_length) bool. mask:
-        those among the call's own that stay."""
+        """One call over all keys, and which of these are global, (batch, key_length) bool.
+
+        call: of the new tokens
+        mask: (batch, new_tokens) bool, those among them that stay; None: none
+        """
         window = self.window.within_reach()
         k, v = (
             _joined(self.global_k, window.k, call.k),
@@ -185,7 +195,11 @@ class GlobalCache:
         return torch.cat([ahead, slots.expand(self.batch_size, -1)], 1)
 
     def append(self, call: Call, mask: Tensor | None) -> GlobalCache:
-        """The state behind the call's tokens, of which those in `mask` stay."""
+        """The state behind the call's tokens.
+
+        call: of the new tokens
+        mask: (batch, new_tokens) bool, those among them that stay; None: none
+        """
         seen = self.seen + call.key_length
         if self._counts_slots(call):
             taken = 0 if mask is None else min(self.first - self.seen, call.key_length)

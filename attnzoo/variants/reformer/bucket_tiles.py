@@ -94,7 +94,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Part:
+class PartialSoftmax:
     """A softmax over some keys of every row, not yet divided by its sum. Weights are relative to
     2^largest.
 
@@ -106,11 +106,11 @@ class Part:
     total: Tensor
     out: Tensor
 
-    def with_more(self, other: Part) -> Part:
+    def with_more(self, other: PartialSoftmax) -> PartialSoftmax:
         """Over the keys of both; they share none."""
         largest = self.largest.maximum(other.largest)
         mine, others = (self.largest - largest).exp2(), (other.largest - largest).exp2()
-        return Part(
+        return PartialSoftmax(
             largest, self.total * mine + other.total * others, self.out * mine + other.out * others
         )
 
@@ -152,12 +152,12 @@ def attend(engine: Buckets, call: Call) -> Tensor:
     return heads_of(out / found.total.masked_fill(alone, 1.0), call).to(call.q.dtype)
 
 
-def _own_part(q: Tensor, own_key: Tensor, own_value: Tensor, seen: Tensor) -> Part:
+def _own_part(q: Tensor, own_key: Tensor, own_value: Tensor, seen: Tensor) -> PartialSoftmax:
     """Each row's own key, where it is seen."""
     score = (q * own_key).sum(-1, keepdim=True).masked_fill(~seen, torch.finfo(q.dtype).min)
     largest = score.detach()
     total = (score - largest).exp2().masked_fill(~seen, 0.0)
-    return Part(largest, total, own_value * total)
+    return PartialSoftmax(largest, total, own_value * total)
 
 
 def _round(
@@ -169,7 +169,7 @@ def _round(
     positions: Tensor,
     sizes: Sizes,
     is_causal: bool,
-) -> Part:
+) -> PartialSoftmax:
     """The part of every row over the keys that it sees in this hash round and in none before it,
     without its own.
 
@@ -199,7 +199,9 @@ def _round(
     )
     del parts  # before copies of the whole are made
     largest, total, out = (x.flatten(1, 2) for x in whole)
-    return Part(_take(largest, rows.slot, lowest), _take(total, rows.slot), _take(out, rows.slot))
+    return PartialSoftmax(
+        _take(largest, rows.slot, lowest), _take(total, rows.slot), _take(out, rows.slot)
+    )
 
 
 def _weigh(

@@ -134,7 +134,7 @@ class Near:
 
 
 @dataclass(frozen=True)
-class Columns:
+class OwnColumn:
     """Keys of the query's own column."""
 
     rows: Rows
@@ -185,17 +185,17 @@ class Last:
         return self.keys(key_mask).mT[:, :, None]
 
 
-Part = Near | Columns | Last
+FactorKeys = Near | OwnColumn | Last
 
 
-def part_of(factor: Factor, rows: Rows, is_causal: bool) -> Part:
+def keys_of_factor(factor: Factor, rows: Rows, is_causal: bool) -> FactorKeys:
     """Where the keys of a factor stand."""
     if isinstance(factor, Neighbours):
         return Near(rows, 1, 0 if is_causal else 1)
     if isinstance(factor, OwnBlock):
         return Near(rows, 0, 0)
     if isinstance(factor, Strided):
-        return Columns(rows)
+        return OwnColumn(rows)
     assert isinstance(factor, Summaries)
     return Last(rows, factor.width)
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.variants.sparse_transformer.factorized_layout import (
-    Columns,
+    FactorKeys,
     Last,
     Near,
-    Part,
+    OwnColumn,
     Rows,
-    part_of,
+    keys_of_factor,
     shown,
 )
 from attnzoo.variants.sparse_transformer.factorized_patterns import Factor
@@ -40,7 +40,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Share:
-    """A factor's part of A. Rows that share keys are a group: with `Columns` a column of queries,
+    """A factor's part of A. Rows that share keys are a group: with `OwnColumn` a column of queries,
     else a row of them.
 
     factor: shows the keys
@@ -51,7 +51,7 @@ class Share:
 
     factor: Factor
     near: Factor | None
-    part: Part
+    part: FactorKeys
     grid: Grid
 
     def fold(self, x: Tensor) -> Tensor:
@@ -59,14 +59,14 @@ class Share:
 
         x: (count, stride, ...)
         """
-        return x.transpose(0, 1) if isinstance(self.part, Columns) else x
+        return x.transpose(0, 1) if isinstance(self.part, OwnColumn) else x
 
     def keys(self, span: Span, x: Tensor) -> Tensor:
         """The keys of every group, (groups, keys, d): views, but with `Last` copies.
 
         x: (key_rows, stride, d)
         """
-        if isinstance(self.part, Columns):
+        if isinstance(self.part, OwnColumn):
             return x.transpose(0, 1)[span.first : span.end]
         if isinstance(self.part, Last):
             return self.part.keys(x[None, None])[0].expand(span.end - span.first, -1, -1)
@@ -80,7 +80,7 @@ class Share:
         gradient: (groups, keys, d)
         total: (key_rows, stride, d)
         """
-        if isinstance(self.part, Columns):
+        if isinstance(self.part, OwnColumn):
             total.transpose(0, 1)[span.first : span.end] += gradient
         elif isinstance(self.part, Last):
             total[:, total.shape[1] - self.part.columns :] += gradient.sum(0).view(
@@ -100,12 +100,12 @@ class Share:
             return
         groups, size = (
             (rows.stride, rows.count)
-            if isinstance(part, Columns)
+            if isinstance(part, OwnColumn)
             else (rows.count, 1 if self._alike else rows.stride)
         )
         together = _together(part.width, size, head_dim)
         # Columns from `ragged` on lack their last key.
-        ragged = groups - rows.spare if isinstance(part, Columns) else groups
+        ragged = groups - rows.spare if isinstance(part, OwnColumn) else groups
         for start, stop in ((0, ragged), (ragged, groups)):
             for first in range(start, stop, together):
                 yield Span(first, min(first + together, stop), 0, rows.key_rows)
@@ -141,7 +141,7 @@ class Share:
         )
         return (
             span.end - span.first,
-            rows.count if isinstance(self.part, Columns) else rows.stride,
+            rows.count if isinstance(self.part, OwnColumn) else rows.stride,
             keys,
         )
 
@@ -182,6 +182,6 @@ def shares_of(factors: tuple[Factor, ...], rows: Rows, grid: Grid) -> list[Share
     near = factors[0]
     some = [one for one in factors if one is near or one.adds(grid)]
     return [
-        Share(one, None if one is near else near, part_of(one, rows, grid.is_causal), grid)
+        Share(one, None if one is near else near, keys_of_factor(one, rows, grid.is_causal), grid)
         for one in some
     ]

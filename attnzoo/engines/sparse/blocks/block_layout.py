@@ -32,7 +32,11 @@ class Run:
 
 
 def runs(pattern: BlockPattern, grid: Grid) -> list[Run]:
-    """The query blocks of a call in runs."""
+    """The query blocks of a call in runs of equally many key blocks, in order.
+
+    pattern: which key blocks each query block sees
+    grid: the sizes of the call
+    """
     return [
         Run(*fields)
         for fields in _constant_runs(
@@ -76,13 +80,23 @@ def _fields_of_runs(pattern: BlockPattern, grid: Grid) -> tuple[tuple, ...]:
 
 
 def sorted_key_blocks(pattern: BlockPattern, grid: Grid) -> Tensor:
-    """Distinct key blocks of each query block in ascending order, (heads or 1, query_blocks,
-    width). Places without a block hold a number past every block."""
+    """Distinct key blocks of each query block, in ascending order.
+
+    pattern: which key blocks each query block sees
+    grid: the sizes of the call, or of padded samples, each with an end of its own
+
+    Returns (heads or 1, query_blocks, width), of padded samples (batch, heads or 1, query_blocks,
+    width). Places without a block hold a number past every block.
+    """
     return distinct(pattern.key_blocks(grid), block_limit(grid, pattern.block_size))
 
 
 def count_pairs(pattern: BlockPattern, grid: Grid) -> tuple[int, int]:
-    """(head, query, key) triples of one sample: those computed, and those visible."""
+    """How many (head, query, key) triples of one sample are computed, and how many are visible.
+
+    pattern: which key blocks each query block sees
+    grid: the sizes of the call
+    """
     size, computed = pattern.block_size, 0
     for run in runs(pattern, grid):
         keys = grid.key_length if run.sees_all else run.width * size
@@ -141,7 +155,10 @@ class LaidOut:
         return (int(call.key_length) - 1) // self.size + 1 - self.q.shape[2] // self.size
 
     def rows(self, out: Tensor, call: Call) -> Tensor:
-        """The rows of the call's queries."""
+        """The rows of the call's queries, (batch, heads, query_length, value_dim).
+
+        out: (batch, heads, query_blocks · size, value_dim)
+        """
         return out[:, :, self.ahead : self.ahead + int(call.query_length)]
 
 
@@ -150,5 +167,9 @@ def _pad(x: Tensor, before: int, after: int) -> Tensor:
 
 
 def positions_in(numbers: Tensor, size: int) -> Tensor:
-    """The positions in blocks of these numbers, (..., size)."""
+    """The positions in some blocks, (..., size).
+
+    numbers: (...), of the blocks
+    size: positions of a block
+    """
     return numbers[..., None] * size + torch.arange(size, device=numbers.device)

@@ -21,7 +21,14 @@ from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 
 
 def in_tiles(engine: SoftmaxReference, pattern: BlockPattern, call: Call) -> Tensor:
-    """A·v for a block pattern, (batch, heads, query_length, value_dim)."""
+    """A·v for a block pattern, a few blocks of rows at a time on the CPU.
+
+    engine: gives scale, dropout and softcap
+    pattern: which key blocks each query block sees, the same for all samples
+    call: the whole call, which may have a bias by distance
+
+    Returns (batch, heads, query_length, value_dim).
+    """
     grid, key_mask, laid_out = grid_of(call), call.key_mask, LaidOut.of(pattern, call)
     found, size = runs(pattern, grid), laid_out.size
     ahead, spare = laid_out.ahead, laid_out.spare

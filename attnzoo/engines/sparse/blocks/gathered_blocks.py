@@ -28,7 +28,14 @@ GATHERED = 2**18  # numbers of k that are gathered at a time: with as many of v 
 
 
 def in_gathered(engine: SoftmaxReference, pattern: BlockPattern, call: Call) -> Tensor:
-    """A·v for a block pattern, (batch, heads, query_length, value_dim)."""
+    """A·v for a block pattern, by SDPA on the key blocks that each query block sees.
+
+    engine: gives scale, dropout and softcap
+    pattern: which key blocks each query block sees, the same for all samples
+    call: the whole call
+
+    Returns (batch, heads, query_length, value_dim).
+    """
     laid_out, grid = LaidOut.of(pattern, call), grid_of(call)
     blocks, found = sorted_key_blocks(pattern, grid), runs(pattern, grid)
     return laid_out.rows(head_by_head(engine, call, laid_out, blocks, found), call)
@@ -39,6 +46,9 @@ def head_by_head(
 ) -> Tensor:
     """A·v of whole blocks of rows, (batch, heads, query_blocks · size, value_dim).
 
+    engine: gives scale, dropout and softcap
+    call: the whole call
+    laid_out: its q, k and v in whole blocks
     blocks: (heads or 1, query_blocks, width), the key blocks of each query block
     found: the query blocks in runs
     """

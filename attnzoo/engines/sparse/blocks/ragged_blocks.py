@@ -20,7 +20,15 @@ from attnzoo.sequences.padding import ends, fetched, slots_of
 
 
 def in_tables_of_samples(engine: SoftmaxReference, pattern: BlockPattern, call: Call) -> Tensor:
-    """A·v of a call with a key_mask, (batch, heads, query_length, value_dim)."""
+    """A·v for a block pattern whose samples end at different slots, by SDPA on the key blocks that
+    each query block sees.
+
+    engine: gives scale, dropout and softcap
+    pattern: which key blocks each query block sees, counted from the ends of a sample
+    call: the whole call, with a key_mask
+
+    Returns (batch, heads, query_length, value_dim).
+    """
     assert call.key_mask is not None
     grid, size, laid_out = grid_of(call), pattern.block_size, LaidOut.of(pattern, call)
     padded = PaddedGrid(**vars(grid), length=ends(call.key_mask))
@@ -60,6 +68,7 @@ def _with_rows_that_see_all(
     """`out` with the rows of blocks that see every key made anew.
 
     out: (batch, heads, query_length, value_dim)
+    grid: the sizes of the call, and the end of every sample
     """
     assert call.key_mask is not None
     blocks = torch.arange(grid.offset, grid.key_length, device=out.device) // pattern.block_size

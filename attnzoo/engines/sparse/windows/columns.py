@@ -44,8 +44,11 @@ class Columns:
 
     @classmethod
     def at(cls, call: Call, slots: Tensor, real: Tensor) -> Columns:
-        """The keys of a call at these slots, (batch, count), of which those in `real` are some
-        sample's."""
+        """Some keys of a call as columns.
+
+        slots: (batch, count), where they stand among the call's keys
+        real: (batch, count) bool, False where a sample has fewer than count
+        """
         k, v = fetched(call.k, slots), fetched(call.v, slots)
         return cls(k, v, real, slots, bias_of_columns(call, slots))
 
@@ -72,7 +75,12 @@ class Columns:
 
 
 def bias_of_columns(call: Call, slots: Tensor) -> Tensor | None:
-    """What the distances of keys at these slots add to the scores of a call's rows."""
+    """What the distances of some keys add to the scores of a call's rows.
+
+    slots: (batch, count), where the keys stand among the call's
+
+    Returns (batch or 1, heads, query_length, count); None where the call has no distance_bias.
+    """
     bias, positions = call.get(DISTANCE_BIAS.name), call.get(KEY_POSITIONS.name)
     if bias is None:
         return None

@@ -13,9 +13,10 @@ from attnzoo.engines.sparse.windows.window_plan import BLOCK
 
 
 def spans_of(x: Tensor, ends: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
-    """x[:, :, low:high] for each (low, high).
+    """Overlapping spans of the length, (batch, heads, high - low, d) each, as views.
 
     x: (batch, heads, length, d)
+    ends: (low, high) of every span
     """
     if len(ends) > 1 and x.requires_grad and torch.is_grad_enabled() and not _must_be_plain():
         return _Spans.apply(x, ends)
@@ -26,6 +27,7 @@ def slices_of(x: Tensor, slice_length: int) -> Tensor:
     """The keys of every block of queries as views, (batch, blocks, slice_length, d).
 
     x: (batch, length, d), from the first key of the first slice to the last of the last
+    slice_length: keys of a slice; the next one begins BLOCK keys later
     """
     return _sliced(x, slice_length) if _must_be_plain() else _Slices.apply(x, slice_length)
 

@@ -55,7 +55,11 @@ class Plan:
 
 
 def plan(pattern: Window, grid: Grid) -> Plan:
-    """The plan of a call with a plain window."""
+    """Which rows of a call are computed in whole blocks.
+
+    pattern: a window without dilation
+    grid: the sizes of the call
+    """
     after = 0 if grid.is_causal else pattern.window - 1
     before = pattern.window - 1 + -(pattern.window - 1 + BLOCK + after) % LINE
     start = min(max(0, before - grid.offset), grid.query_length)
@@ -65,8 +69,12 @@ def plan(pattern: Window, grid: Grid) -> Plan:
 
 
 def edges(pattern: Window, grid: Grid) -> list[Rectangle]:
-    """The rows outside of whole blocks. A long edge is cut: its rows together would lie in a
-    rectangle of which they see little more than a triangle."""
+    """The rows outside of whole blocks, in order. A long edge is cut: its rows together would lie
+    in a rectangle of which they see little more than a triangle.
+
+    pattern: a window without dilation
+    grid: the sizes of the call
+    """
     found = plan(pattern, grid)
     ends = (
         [(0, found.start), (found.stop, grid.query_length)]
@@ -91,7 +99,11 @@ def _cut(first: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def count_pairs(pattern: Window, grid: Grid) -> int:
-    """(query, key) pairs of one head that are computed."""
+    """How many (query, key) pairs of one head are computed.
+
+    pattern: a window without dilation
+    grid: the sizes of the call
+    """
     found = plan(pattern, grid)
     return found.blocks * BLOCK * found.slice_length + sum(
         (end - first) * (high - low) for first, end, low, high in edges(pattern, grid)
@@ -101,6 +113,8 @@ def count_pairs(pattern: Window, grid: Grid) -> int:
 def band(pattern: Window, grid: Grid, query_positions: Tensor, key_positions: Tensor) -> Tensor:
     """Which keys the window shows to which queries, (queries, keys) bool.
 
+    pattern: a window without dilation
+    grid: says whether the call is causal
     query_positions: (queries,)
     key_positions: (keys,)
     """

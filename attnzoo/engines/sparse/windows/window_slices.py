@@ -27,8 +27,14 @@ SLICED = 2**21  # numbers in the gradient of the slices that are held at a time
 
 
 def in_slices(engine: SoftmaxReference, pattern: Window, call: Call) -> Tensor:
-    """A·v for a plain window, (batch, heads, query_length, value_dim): the first edge, the whole
-    blocks, the last edge. The call may have sink logits."""
+    """A·v for a plain window, by SDPA: the first edge, the whole blocks, the last edge.
+
+    engine: gives scale, dropout and softcap
+    pattern: a window without dilation
+    call: the whole call, which may have sink logits
+
+    Returns (batch, heads, query_length, value_dim).
+    """
     grid = grid_of(call)
     found = plan(pattern, grid)
     ids = None if call.segments is None else segments_of_queries(call)
@@ -44,8 +50,15 @@ def in_slices(engine: SoftmaxReference, pattern: Window, call: Call) -> Tensor:
 
 
 def cut(pattern: Window, grid: Grid, call: Call) -> Iterator[tuple[Rectangle, Call]]:
-    """The edges and the whole blocks of a call in the order of their rows, each with the call of
-    its own q, k and v."""
+    """The edges and the whole blocks of a call in the order of their rows.
+
+    pattern: a window without dilation
+    grid: the sizes of the call
+    call: the whole call
+
+    Yields where the rows and their keys stand, and the call with their q, k and v alone; its
+    key_mask and segments stay those of all keys.
+    """
     found, rectangles = plan(pattern, grid), edges(pattern, grid)
     if found.blocks:
         rectangles = sorted([*rectangles, *_middles(found, grid, call)])
@@ -158,8 +171,12 @@ def _shown(
 
 
 def _slices(engine: SoftmaxReference, call: Call, mask: Tensor, found: Plan) -> Tensor:
-    """A·v of whole blocks under `mask`, broadcastable to (batch · kv_heads, blocks, group · BLOCK,
-    slice_length)."""
+    """A·v of whole blocks, (batch, heads, blocks · BLOCK, value_dim).
+
+    call: its q, k and v are those of the blocks
+    mask: bool, broadcastable to (batch · kv_heads, blocks, group · BLOCK, slice_length)
+    found: the plan of the whole call
+    """
     batch, heads, rows, head_dim = call.q.shape
     kv_heads, group = call.k.shape[1], call.group
     q = call.q.reshape(batch * kv_heads, group, -1, BLOCK, head_dim).transpose(1, 2).flatten(2, 3)
@@ -172,9 +189,15 @@ def _slices(engine: SoftmaxReference, call: Call, mask: Tensor, found: Plan) -> 
 
 
 def bias_of_slices(call: Call, size: int, slice_length: int, before: int) -> Tensor | None:
-    """The call's bias of `size` rows, of every head that shares a key head, with a slice of the
-    keys that begins `before` positions ahead of them, (batch · kv_heads, 1, group · size,
-    slice_length); None where the call has none."""
+    """What the call's distances add to the scores of a block of rows over its slice of the keys.
+
+    size: rows of the block
+    slice_length: keys of the slice
+    before: how many of these stand before the block's first row
+
+    Returns (batch · kv_heads, 1, group · size, slice_length), the heads of a group one after the
+    other; None where the call has no distance_bias.
+    """
     bias = call.get("distance_bias")
     if bias is None:
         return None
@@ -190,8 +213,11 @@ def with_logits(call: Call, logits: Tensor | None) -> Call:
 
 
 def logits_of_rows(call: Call, size: int) -> Tensor | None:
-    """The call's sink logits for `size` rows of every head that shares a key head,
-    (batch · kv_heads, 1, group · size, 1)."""
+    """The call's sink logits for `size` rows of every head that shares a key head.
+
+    Returns (batch · kv_heads, 1, group · size, 1), the heads of a group one after the other; None
+    where the call has no sink logits.
+    """
     logits = call.get("sink_logits")
     if logits is None:
         return None

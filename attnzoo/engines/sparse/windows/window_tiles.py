@@ -17,8 +17,14 @@ from attnzoo.engines.sparse.windows.window_slices import in_slices, with_logits
 
 
 def in_tiles(engine: SoftmaxReference, pattern: Window, call: Call) -> Tensor:
-    """A·v for a plain window, (batch, heads, query_length, value_dim). The call may have sink
-    logits."""
+    """A·v for a plain window, a few rows at a time on the CPU.
+
+    engine: gives scale, dropout and softcap
+    pattern: a window without dilation
+    call: the whole call, which may have sink logits and a bias by distance
+
+    Returns (batch, heads, query_length, value_dim).
+    """
     grid = grid_of(call)
     frame = call.frame()  # and not the call: autograd holds `compute`, which would hold its tensors
     key_cap = None if call.key_mask is None else cap(call.key_mask, call.q)
@@ -42,6 +48,8 @@ def in_tiles(engine: SoftmaxReference, pattern: Window, call: Call) -> Tensor:
 def pieces_of_head(pattern: Window, grid: Grid, q: Tensor, more: int = 0) -> list[Slices]:
     """The edges of one head, some rows at a time, and its whole blocks, some blocks at a time.
 
+    pattern: a window without dilation
+    grid: the sizes of the call
     q: of whose dtype the caps are
     more: keys that each row will get beside these
     """

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from attnzoo.integrations.huggingface.families.call_interface import (
     call_interface,
-    positions_of,
-    seen_by,
     slopes_by_distance,
+    with_cached,
 )
 from attnzoo.layers.distance_biases import alibi_slopes
 
@@ -35,10 +34,7 @@ class BloomInterfaceAttention:
         """As transformers' own. alibi: by position, of which the slopes by distance take the
         place."""
         query, key, value = self._reshape(self.query_key_value(hidden_states))
-        past = seen_by(layer_past, self.layer_idx)
-        if layer_past is not None:
-            key, value = layer_past.update(key, value, self.layer_idx)
-        positions = positions_of(self, past, query.shape[2], key.shape[2])
+        key, value, positions = with_cached(self, layer_past, query, key, value)
         out = call_interface(
             self,
             query,

@@ -37,9 +37,21 @@ def positions_of(module: Any, past: int | Tensor, length: int, key_length: int) 
     return count if module.most_positions is None else min(count, module.most_positions)
 
 
-def seen_by(cache: Any, layer: int | None) -> int | Tensor:
-    """Tokens that a model's cache has of a layer; 0 without a cache."""
-    return 0 if cache is None else cache.get_seq_length(layer)
+def with_cached(
+    module: Any, cache: Any, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, int]:
+    """The keys and values behind those that the model's cache has of the layer, and how many
+    positions a bias by distance is for.
+
+    module: the attention, which has a layer_idx
+    cache: transformers' own, which takes the new keys and values; None: no token came before
+    query, key, value: of the new tokens, (batch, heads, length, head_dim)
+    """
+    past = 0
+    if cache is not None:
+        past = cache.get_seq_length(module.layer_idx)  # before it takes the new ones
+        key, value = cache.update(key, value, module.layer_idx)
+    return key, value, positions_of(module, past, query.shape[2], key.shape[2])
 
 
 def slopes_by_distance(slopes: Tensor, positions: int, like: Tensor) -> Tensor:

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from attnzoo.integrations.huggingface.families.call_interface import (
     call_interface,
-    positions_of,
-    seen_by,
     slopes_by_distance,
+    with_cached,
 )
 from attnzoo.layers.distance_biases import alibi_slopes
 
@@ -40,10 +39,7 @@ class FalconInterfaceAttention:
         query, key, value = (x.transpose(1, 2) for x in fused)
         if alibi is None and position_embeddings is not None:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        past = seen_by(layer_past, self.layer_idx)
-        if layer_past is not None:
-            key, value = layer_past.update(key, value, self.layer_idx)
-        positions = positions_of(self, past, query.shape[2], key.shape[2])
+        key, value, positions = with_cached(self, layer_past, query, key, value)
         bias = None
         if alibi is not None:
             slopes = alibi_slopes(self.num_heads).to(torch.bfloat16).float() * self.inv_norm_factor

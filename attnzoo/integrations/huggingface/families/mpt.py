@@ -8,9 +8,8 @@ from torch import Tensor
 
 from attnzoo.integrations.huggingface.families.call_interface import (
     call_interface,
-    positions_of,
-    seen_by,
     slopes_by_distance,
+    with_cached,
 )
 from attnzoo.layers.distance_biases import alibi_slopes
 
@@ -37,10 +36,7 @@ class MptInterfaceAttention:
         query, key, value = (
             x.unflatten(2, (self.n_heads, -1)).transpose(1, 2) for x in mixed.chunk(3, 2)
         )
-        past = seen_by(past_key_values, self.layer_idx)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        positions = positions_of(self, past, query.shape[2], key.shape[2])
+        key, value, positions = with_cached(self, past_key_values, query, key, value)
         out = call_interface(
             self,
             query,
