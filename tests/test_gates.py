@@ -233,7 +233,7 @@ def test_short_inputs_run_as_a_itself(name: str) -> None:
     attn = build(name, backend="short")
     with pytest.raises(UnsupportedError, match="up to 64 tokens, and there are 65"):
         attn(q, k, v, is_causal=True)
-    with pytest.raises(UnsupportedError, match="'short' does not decode.*'auto'"):
+    with pytest.raises(UnsupportedError, match=r"'short' does not decode.*'auto'"):
         attn.step(q, k, v, attn.init_state(2, kv_heads=KV_HEADS, dtype=q.dtype))
     with pytest.raises(UnsupportedError, match="no faster than chunks for a delta rule"):
         build("kda", backend="short")(q, k, v, is_causal=True)

@@ -64,7 +64,7 @@ def test_the_same_tokens_with_every_cache(family: str, name: str) -> None:
     model = swapped(family, name)
     without = generate(model, use_cache=False)
     assert (
-        without.shape == (2, PROMPT + 12) and len(set(without[:, PROMPT:].flatten().tolist())) > 3
+        without.shape == (2, PROMPT + 12) and len(set(without[:, PROMPT:].flatten().tolist())) > 2
     )
     if not spec_of(name).has_gates:  # test_swap_gates says why
         assert torch.equal(generate(model), without)

@@ -81,7 +81,7 @@ class GatedLinear(GatedReference):
         if backend != "auto":
             return self.choose(call, backend).name
         decoders = [one for one in self.backends if one.name not in WHOLE]
-        return next(one.name for one in decoders if one.reason(self, call) is None)
+        return next(one.name for one in decoders if one.reason(self, call, by_name=False) is None)
 
     def _walk(
         self, call: Call, past: Past | None, one_by_one: bool
