@@ -439,3 +439,24 @@ def test_a_recorded_row_takes_the_place_of_the_one_before(tmp_path: Path) -> Non
     for recipe, value in [({"variant": "a"}, 1), ({"variant": "b"}, 2), ({"variant": "a"}, 3)]:
         heal_module._record(path, {"recipe": recipe, "value": value})
     assert [json.loads(line)["value"] for line in path.read_text().splitlines()] == [2, 3]
+
+
+def test_a_hybrid_keeps_the_layers_that_bear_a_swap_least(tmp_path: Path) -> None:
+    """The one whose swap alone raises the loss most stays exact; the others' gates learn."""
+    recipe = replace(WINDOW, variant="gated_deltanet", options={}, exact_share=0.3)
+    model = peaked()
+    losses = []
+    for layer in range(3):
+        attnzoo.swap(model, recipe.variant, layers=layer)
+        logits = answer(model, TRAIN[None, :16], use_cache=False)
+        losses.append(torch.nn.functional.cross_entropy(logits[0, :-1], TRAIN[1:16]).item())
+        attnzoo.unswap(model)
+    chosen = heal_module.hybrid(model, recipe, TRAIN)
+    worst = losses.index(max(losses))
+    assert chosen.layers == ",".join(str(layer) for layer in range(3) if layer != worst)
+    healed, state = heal(tmp_path, chosen, model=model)
+    assert state["step"] == recipe.steps and state["curve"][-1] < state["curve"][0]
+    learned = attention_parameters(healed)
+    assert sum("input_projections" in name for name in learned) == 2 * 4
+    with pytest.raises(ValueError, match=r"exact_share=1\.5 must be at least 0 and below 1"):
+        replace(recipe, exact_share=1.5)

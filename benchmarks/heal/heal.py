@@ -28,7 +28,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -63,12 +63,14 @@ SHAKESPEARE, PROSE = "Hamlet", "Python's reference"
 @dataclass(frozen=True)
 class Recipe:
     """What is healed and how. length: tokens of a training sequence; evaluation_sequences: as long,
-    from each held-out text."""
+    from each held-out text. exact_share: of the layers keeps exact attention, those where a swap
+    alone, before any training, raises the loss on the training text most."""
 
     variant: str
     options: dict[str, Any] = field(default_factory=dict)
     model: str = "SmolLM2-135M"
     layers: str | None = None
+    exact_share: float = 0.0
     length: int = 256
     batch_size: int = 2
     matching_steps: int = 100
@@ -108,6 +110,10 @@ class Recipe:
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f"mixed_precision={self.mixed_precision!r} must be 'no' or 'bf16'")
         check_seed(self.seed)
+        if not 0 <= self.exact_share < 1:
+            raise ValueError(
+                f"exact_share={self.exact_share!r} must be at least 0 and below 1, such as 0.25"
+            )
 
     @property
     def steps(self) -> int:
@@ -319,6 +325,26 @@ class Healing:
             return model(input_ids=ids, use_cache=False).logits.float()
 
 
+@torch.no_grad()
+def hybrid(model: Any, recipe: Recipe, train: Tensor) -> Recipe:
+    """The recipe for the layers that do not keep exact attention.
+
+    model: as in `heal`, which it is again afterwards. train: ids, of which the first sequence is
+    read once for each layer.
+    """
+    if not recipe.exact_share:
+        return recipe
+    ids, losses = train[None, : recipe.length].to(model.device), []
+    for layer in range(model.config.num_hidden_layers):
+        attnzoo.swap(model, recipe.variant, layers=layer, **recipe.options)
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        losses.append(F.cross_entropy(logits[0, :-1], ids[0, 1:]).item())
+        attnzoo.unswap(model)
+    exact = round(recipe.exact_share * len(losses))
+    order = sorted(range(len(losses)), key=lambda layer: losses[layer])
+    return replace(recipe, layers=",".join(map(str, sorted(order[: len(order) - exact]))))
+
+
 def _batch(train: Tensor, recipe: Recipe, step: int) -> Tensor:
     """(batch_size, length) ids from places drawn by seed and step alone."""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
@@ -396,6 +422,7 @@ def main() -> int:
 def _run(recipe: Recipe, folder: Path, record: Path | None) -> None:
     pretrained = load_pretrained(recipe.model)
     train, held_out = _texts(pretrained.tokenizer, recipe)
+    recipe = hybrid(pretrained.model, recipe, train)
     with progress_on(Console(stderr=True)) as progress:
         state = heal(pretrained.model, recipe, train, held_out, folder, progress)
     if record is not None:
