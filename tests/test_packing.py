@@ -151,7 +151,7 @@ def test_where_no_id_can_be_read_rows_are_right_or_refused(case: Case) -> None:
             out = compiled(q, k, v, segments=segments, is_causal=is_causal)
         except Exception as error:
             assert "packed row" in str(error), error  # noqa: PT017
-            assert case.variant not in ("standard", "linear", "retention", "performer")
+            assert case.variant not in ("standard", "linear", "retention", "performer", "cosformer")
             continue
         close(out, wanted, TOLERANCE, f"rows, {is_causal=}")
 

@@ -65,6 +65,11 @@ class Cosformer(Attention):
         super().__init__(heads, head_dim, Linear(Halves()), backend=backend)
         self.max_length = check_positive("max_length", max_length)
 
+    @property
+    def packs(self) -> bool:
+        """The cosine is of the distance of two tokens, whatever stands before their piece."""
+        return True
+
     def place(self, call: Call, seen: int) -> Call:
         length = seen + call.key_length
         check_max_length(
