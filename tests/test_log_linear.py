@@ -30,19 +30,23 @@ def test_rows_and_gradients_over_the_delta_rule(kind: str) -> None:
     masks: Any = {"key_mask": mask, "is_causal": True}
     expected, a = ORACLES["log_linear"](*qkv_, **given, **masks, **OPTIONS)
     wanted = torch.autograd.grad(expected, leaves, upstream)
-    bad = given
-    if mask is not None:
-        bad = {name: x.masked_fill(~shown(mask, x), torch.nan) for name, x in given.items()}
+
+    def told() -> dict[str, Tensor]:
+        """The gates, with anything in padding."""
+        if mask is None:
+            return given
+        return {name: x.masked_fill(~shown(mask, x), torch.nan) for name, x in given.items()}
+
     names = ["q", "k", "v", *given]
     for backend in ("open", "reference"):
         attn = build(**OPTIONS, backend=backend)
-        out = attn(*qkv_, **bad, **masks)
+        out = attn(*qkv_, **told(), **masks)
         close(out, expected, 1e-12, f"rows by {backend}")
         for what, x, y in zip(
             names, torch.autograd.grad(out, leaves, upstream), wanted, strict=True
         ):
             close(x, y, 1e-12, f"gradient of {what} by {backend}")
-    close(build(**OPTIONS).weights(*qkv_[:2], **bad, **masks), a, 1e-12, "A")
+    close(build(**OPTIONS).weights(*qkv_[:2], **told(), **masks), a, 1e-12, "A")
 
 
 @pytest.mark.parametrize("base", ["mamba2", "gated_deltanet"])
