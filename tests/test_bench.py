@@ -246,6 +246,8 @@ def test_gates_are_brought_as_a_layer_would_project_them(monkeypatch: pytest.Mon
         here = cell(phase=phase, length=40, is_causal=True)
         found: Any = prepare(contender, here, core_inputs(here, 1, CPU, 0), 0).run()
         assert {name: tuple(x.shape[:3]) for name, x in asked[0].items()} == shapes
+        if phase == "decode":
+            assert {name: x.shape[2] for name, x in asked[1].items()} == dict.fromkeys(shapes, 1)
         if phase == "forward+backward":
             assert len(found) == 6 and all(bool(x.abs().sum() > 0) for x in found)
         asked.clear()

@@ -11,6 +11,8 @@ P⁻(c, r ∘ c) u, and A = P(q, k) - P(q, r ∘ c) U where u = U v. Every backe
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -77,7 +79,12 @@ class GatedReference(Engine):
         writes = torch.linalg.solve_triangular(
             overlaps * beta[..., None], beta.diag_embed(), upper=False, unitriangular=True
         )
-        return (scores @ writes).masked_fill(~mask, 0.0)
+        if self.rule.l2_norm:
+            return (scores @ writes).masked_fill(~mask, 0.0)
+        # A write that overflows must not reach earlier rows, whose scores of it are 0.
+        reached = (~writes.isfinite().all(-1, keepdim=True)).cumsum(-2) > 0
+        left = (scores @ writes.nan_to_num()).masked_fill(reached, math.nan)
+        return left.masked_fill(~mask, 0.0)
 
 
 def products(x: Tensor, k: Tensor, log_decay: Tensor | None, *, own: bool = True) -> Tensor:

@@ -67,7 +67,7 @@ def given_levels(call: Call, tokens: int) -> Tensor:
     """
     levels, wanted = call.get(LEVELS.name), levels_of(tokens)
     if levels is None:
-        return call.q.new_ones(1).expand(*call.q.shape[:3], wanted)
+        levels = call.q.new_ones(1).expand(*call.q.shape[:3], wanted)
     if levels.shape[3] < wanted:
         most = 1 << max(0, levels.shape[3] - 1)
         raise ValueError(

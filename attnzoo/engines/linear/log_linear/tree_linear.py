@@ -68,8 +68,7 @@ class LogLinear(GatedLinear):
         levels = given_levels(call, call.key_length)
         index = level_between(positions(call), count)[:, None]
         a = self._square(call)
-        a = a * levels.to(a.dtype).gather(-1, index.expand(*a.shape))
-        return a if call.key_mask is None else a * call.key_mask[:, None, :, None]
+        return a * levels.to(a.dtype).gather(-1, index.expand(*a.shape))
 
     def _walk(
         self, call: Call, past: Past | None, one_token: bool
