@@ -90,11 +90,14 @@ def test_states_go_back_and_branch(name: str) -> None:
     _, more = layer.step(x[:, 9:15], state)
     out, _ = layer.step(x[:, 12:], more.crop(1).crop(2))
     torch.testing.assert_close(out, wanted[:, 12:], **CLOSE)
+    with pytest.raises(ValueError, match="n=3 must be a whole number from 0 to 2"):
+        more.crop(4).crop(3)
     _, one = layer.step(x[:, 9:10], state)
     with pytest.raises(ValueError, match="n=2 must be a whole number from 0 to 1"):
         one.crop(2)
     _, same = layer.step(x[:, :0], one)
     torch.testing.assert_close(layer.step(x[:, 10:], same)[0], wanted[:, 10:], **CLOSE)
+    torch.testing.assert_close(layer.step(x[:, 9:], same.crop(1))[0], wanted[:, 9:], **CLOSE)
 
 
 def test_a_long_step_goes_back_128() -> None:

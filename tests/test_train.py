@@ -13,8 +13,9 @@ import torch
 from processes import in_two_processes
 from torch import nn
 
+from attnzoo.call import UnsupportedError
 from attnzoo.commands.variants import parse_variant
-from attnzoo.registry import names, spec_of
+from attnzoo.registry import build, names, spec_of
 from attnzoo.tasks.copying import Copy
 from attnzoo.tasks.listops import ListOps
 from attnzoo.tasks.lookup import Lookup
@@ -560,3 +561,30 @@ def test_costs_are_those_of_the_cost_module():
     assert Transformer(LISTOPS, contender("standard"), sizes, 0).state_bytes() is None, (
         "nor does an encoder of what does"
     )
+
+
+def test_what_a_layers_options_and_gates_cost():
+    plain, more = (
+        Sizes(width=16, layers=2, heads=2, **options)
+        for options in ({}, {"short_convolution": 4, "output_norm": True})
+    )
+    mqar, made = TASKS[0], contender("gated_deltanet")
+    bare, whole = (Transformer(mqar, made, sizes, 0) for sizes in (plain, more))
+    core = build("gated_deltanet", 2, 8).cost(1, 16, is_causal=True)
+    assert bare.macs(16) == 2 * (16 * (4 * 16**2 + 2 * 2 * 16) + core.kernel_macs)
+    assert whole.macs(16) - bare.macs(16) == 2 * 16 * (4 * 3 * 16 + 16**2)
+    assert bare.state_bytes() == 2 * core.state_bytes
+    assert whole.state_bytes() == 2 * (core.state_bytes + 3 * 3 * 16 * 4)
+    batch = mqar.training_batch(4, 0, 0)
+    whole(batch).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in whole.parameters())
+    assert plain.to_json() == {
+        "width": 16,
+        "layers": 2,
+        "heads": 2,
+        "expansion": 4,
+        "convolution": 0,
+    }
+    assert more.to_json() == {**plain.to_json(), "short_convolution": 4, "output_norm": True}
+    with pytest.raises(UnsupportedError, match="short_convolution=4 is causal and this"):
+        Transformer(LISTOPS, contender("standard"), more, 0)

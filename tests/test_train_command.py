@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib")
 
 from attnzoo.commands import program
 from attnzoo.commands.variants import parse_variant
-from attnzoo.configuration import configs_folder
+from attnzoo.configuration import configs_folder, read_yaml
 from attnzoo.report.style import INK
 from attnzoo.report.training.train_figures import drawings, level_lines, pareto_front, turned_knob
 from attnzoo.report.training.train_page import page
@@ -227,6 +227,18 @@ def test_every_task_has_a_study_in_three_sizes(task, size):
         and len(study.learning_rates) >= 2
     )
     assert size == "quick" or len(study.seeds) >= 3
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_every_size_is_a_study_that_its_variants_can_do(task):
+    path = configs_folder() / "tasks" / f"{task}.yaml"
+    for size in read_yaml(path, task)["sizes"]:
+        study = read_study(path, size, TASKS[task], {}, parse_variant)
+        assert all(
+            sizes.short_convolution == 0 or problem.form == "decoder"
+            for sizes in study.models
+            for problem in study.problems
+        )
 
 
 def test_recall_by_state_repeats_the_cpu_study_at_its_width():

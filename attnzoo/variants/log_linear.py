@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from attnzoo.arguments import check_choice, check_positive, check_scale
-from attnzoo.attention import Attention, Spec
+from attnzoo.attention import Attention, Input, Spec
+from attnzoo.engines.linear.gated.gate_projections import Gate, StepDecay, WriteStrength
 from attnzoo.engines.linear.gated.tokens import HEAD_GATE, STRENGTH, Rule
 from attnzoo.engines.linear.log_linear.tree import LEVELS, levels_of
 from attnzoo.engines.linear.log_linear.tree_linear import LogLinear
@@ -64,3 +65,8 @@ class LogLinearAttention(Attention):
         rule = Rule(HEAD_GATE, check_scale(scale), delta=delta, l2_norm=delta)
         super().__init__(heads, head_dim, LogLinear(rule), backend=backend)
         self.input_sizes = {"levels": levels_of(check_positive("max_length", max_length))}
+
+    def input_projection(self, one: Input, features: int) -> Gate | None:
+        if one is HEAD_GATE:
+            return StepDecay(features, self.heads, self.heads)
+        return WriteStrength(features, self.heads) if one is STRENGTH else None
