@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from cases import Case, can
-from small import cannot
+from small import cannot, in_models
 
 import attnzoo
 from attnzoo.commands import program
@@ -61,7 +61,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], bool, int, int, int]] = {
     [
         (family, variant)
         for number, family in enumerate(FAMILIES)
-        for place, variant in enumerate([None, *attnzoo.names()])
+        for place, variant in enumerate([None, *in_models()])
         # The decoders, which are all but the first, in turn
         if number == 0 or variant is None or place % 2 == number % 2
     ],

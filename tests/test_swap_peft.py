@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import layer_masks, small
+from small import in_models, layer_masks, small
 from swap_models import answer, make, tokens
 from test_swap_modules import encoder, vision
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ import attnzoo
 from attnzoo.integrations.healing.imitation import attention_parameters, recorded_calls
 
 peft = pytest.importorskip("peft")
-NAMES = attnzoo.names()
+NAMES = in_models()
 X = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 # Trained numbers are of any size.
 ROUNDING: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}

@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("transformers")
 import transformers
-from small import small
+from small import in_models, small
 from swap_models import answer, make, tokens
 
 import attnzoo
@@ -29,7 +29,7 @@ SAVED = (
     r"from_pretrained gives it exact attention: swap it again with attnzoo"
 )
 
-FORMS: list[tuple[str, dict[str, Any]]] = [(name, small(name)) for name in attnzoo.names()]
+FORMS: list[tuple[str, dict[str, Any]]] = [(name, small(name)) for name in in_models()]
 FORMS += [
     ("linformer", {**small("linformer"), "sharing": sharing})
     for sharing in ("none", "key_value", "layerwise")

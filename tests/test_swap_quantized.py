@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import small
+from small import in_models, small
 from swap_models import answer_of, make
 from torch import Tensor, nn
 from torch.ao.quantization import quantize_dynamic
@@ -52,7 +52,7 @@ def in_eight_bits(model: nn.Module, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn, "quantize_dynamic"], ids=str)
 @pytest.mark.parametrize(
     ("family", "name"),
-    [("llama" if spec_of(name).causal else "bert", name) for name in attnzoo.names()],
+    [("llama" if spec_of(name).causal else "bert", name) for name in in_models()],
 )
 def test_the_dtype_of_the_queries_whatever_stores_the_weights(
     family: str, name: str, stored: Any

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, Situation, can, close, tensors, usual_cases
-from small import causal_bool, layer_masks, small
-from swap_layers import HEADS, LENGTH, NAMES, SIZE, padding, tokens
+from small import causal_bool, in_models, layer_masks, small
+from swap_layers import HEADS, LENGTH, SIZE, padding, tokens
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
@@ -70,7 +70,7 @@ def masks(name: str) -> dict[str, Any]:
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("form", [torch.bool, torch.float32])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", in_models())
 def test_gradients_of_every_sample_of_a_padded_batch(
     name: str, form: torch.dtype, training: bool
 ) -> None:
@@ -98,7 +98,7 @@ def test_gradients_of_every_sample_of_a_padded_batch(
             close(found[key][sample], expected, 1e-5, key)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", in_models())
 def test_an_ensemble_of_models_with_masks(name: str) -> None:
     models, x = [encoder(name, seed).eval() for seed in range(3)], tokens()
     more: dict[str, Any] = (
