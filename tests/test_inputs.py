@@ -11,6 +11,7 @@ import swap_models
 import torch
 from cases import Situation, close, tensors
 from small import build_small
+from test_swap_modules import TimmAttentionLike
 from torch import Tensor, nn
 from toy_with_inputs import Weighted
 
@@ -513,8 +514,16 @@ def test_a_required_input_is_asked_for_in_any_caller() -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_model_that_cannot_give_a_required_input_is_not_swapped(family: str) -> None:
-    model = swap_models.make(family)
+def test_a_swap_makes_inputs_of_hidden_states(family: str) -> None:
+    """Required ones too, in a model that knows nothing of them."""
+    model = attnzoo.swap(swap_models.make(family), "weighted")
+    model(swap_models.tokens(9), use_cache=False).logits.sum().backward()
+    made = [x for name, x in model.named_parameters() if "input_projections" in name]
+    assert len(made) == 2 * 2 * 3 and all(x.grad is not None for x in made)
+
+
+def test_a_model_that_cannot_give_a_required_input_is_not_swapped() -> None:
+    model = nn.Sequential(TimmAttentionLike())
     with pytest.raises(
         UnsupportedError,
         match=r"layer 0 .*weighted needs sharpness in every call, which .* does not",
