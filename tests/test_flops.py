@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from cases import Case, can
 from small import cannot, in_models
+from torch import nn
 
 import attnzoo
 from attnzoo.commands import program
@@ -77,16 +78,24 @@ def test_a_model_by_component(family: str, variant: str | None):
     found = breakdown(
         whole_model(family, sizes), n, None if variant is None else Choice(variant, {})
     )
-    core = elementwise = 0
+    core = elementwise = gates = 0
+    if variant is not None:  # what makes inputs of hidden states
+        module = whole_model(family, sizes).call(n, Choice(variant, {})).module
+        gates = sum(
+            project.weight.numel()
+            for name, project in module.named_modules()
+            if ".input_projections." in name and isinstance(project, nn.Linear)
+        )
     for layer in range(layers):
         options: dict[str, Any] = {"seed": layer} if variant == "bigbird" else {}
         options |= sized(variant or "standard", n)
         attention = attnzoo.build(variant or "standard", heads=4, head_dim=16, **options)
-        cost = attention.cost(1, n, kv_heads=2 if family == "llama" else 4, is_causal=is_causal)
+        shared = family == "llama" and not gates  # with gates, each head has keys of its own
+        cost = attention.cost(1, n, kv_heads=2 if shared else 4, is_causal=is_causal)
         core, elementwise = core + cost.macs, elementwise + cost.elementwise
     expected = {
         CORE: core,
-        PROJECTIONS: layers * n * projections,
+        PROJECTIONS: n * (layers * projections + gates),
         FEED_FORWARD: layers * n * feed_forward,
         HEAD: n * head,
         OTHER: 0,
@@ -94,7 +103,12 @@ def test_a_model_by_component(family: str, variant: str | None):
     assert found.macs == expected
     assert found.report.macs == sum(expected.values())
     assert found.report.elementwise == sum(found.elementwise.values())
-    assert found.elementwise[CORE] == elementwise
+    of_gates = sum(
+        count
+        for name, count in found.report.elementwise_by_module.items()
+        if name.endswith(".input_projections")
+    )
+    assert found.elementwise[CORE] == elementwise + of_gates
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -165,7 +165,8 @@ def _learned_positions(model: nn.Module) -> int | None:
 def _component(name: str, module: nn.Module, cores: list[str]) -> str:
     """Of what the module does itself, by the names that transformers gives."""
     if any(name == core or name.startswith(core + ".") for core in cores):
-        return CORE
+        of_inputs = ".input_projections." in name and type(module).__name__ in PRODUCTS
+        return PROJECTIONS if of_inputs else CORE
     in_layer, in_attention = (
         re.search(r"\.\d+(\.|$)", name),
         re.search(r"att(n|ention)", name, re.IGNORECASE),
