@@ -98,7 +98,8 @@ class StepDecay(Gate):
         rate = self._rate(x)
         if self.lower_bound is not None:
             return self.lower_bound * (rate * x).sigmoid()
-        return -rate * F.softplus(x)
+        # softplus: whose backward pass torch 2.13's compiler gives other strides than it has.
+        return rate * F.logsigmoid(-x)
 
     def weighed(self, v: Tensor, log_decay: Tensor) -> Tensor:
         """v, (batch, heads, length, value_dim), times Δ. log_decay: (batch, heads, length)."""
