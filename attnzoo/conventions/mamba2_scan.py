@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import cache
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.attention import Attention
 from attnzoo.conventions.continued import run
 from attnzoo.engines.engine import accumulation_dtype
+from attnzoo.engines.exponential import softplus
 from attnzoo.registry import build
 
 
@@ -47,7 +47,7 @@ def mamba2_chunk_scan(
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
     if dt_softplus:
-        dt = F.softplus(dt)
+        dt = softplus(dt)
     dtype = accumulation_dtype(hidden_states.dtype)
     dt = dt.clamp(*dt_limit).to(dtype)
     values, heads = hidden_states.to(dtype), hidden_states.shape[2]

@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.engines.engine import accumulation_dtype
+from attnzoo.engines.exponential import softplus
 
 #: Ranges that the papers draw from: A, and Δ with its least.
 DECAY_RATES, STEP_SIZES, LEAST_STEP = (1.0, 16.0), (1e-3, 1e-1), 1e-4
@@ -98,8 +98,7 @@ class StepDecay(Gate):
         rate = self._rate(x)
         if self.lower_bound is not None:
             return self.lower_bound * (rate * x).sigmoid()
-        # softplus: whose backward pass torch 2.13's compiler gives other strides than it has.
-        return rate * F.logsigmoid(-x)
+        return -rate * softplus(x)
 
     def weighed(self, v: Tensor, log_decay: Tensor) -> Tensor:
         """v, (batch, heads, length, value_dim), times Δ. log_decay: (batch, heads, length)."""

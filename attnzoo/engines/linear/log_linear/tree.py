@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
+from attnzoo.engines.exponential import softplus
 from attnzoo.sequences.ordering import running_maximum
 from attnzoo.spec import Input
 
 #: By how much a row weighs each level of its past.
-LEVELS = Input("levels", "batch heads queries levels", activation=torch.nn.functional.softplus)
+LEVELS = Input("levels", "batch heads queries levels", activation=softplus)
 
 
 def levels_of(tokens: int) -> int:

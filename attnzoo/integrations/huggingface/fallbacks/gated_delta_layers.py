@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.conventions.gated_delta import gated_delta_rule
+from attnzoo.engines.exponential import softplus
 from attnzoo.integrations.huggingface.fallbacks.recurrent_layer import Projected, RecurrentLayer
 
 
@@ -39,7 +39,7 @@ class GatedDeltaLayer(RecurrentLayer):
 
 def _log_decay(layer: Any, a: Tensor) -> Tensor:
     """As transformers makes it, in float32 at least: in float16 exp(A_log) might overflow."""
-    return -layer.A_log.float().exp() * F.softplus(a.float() + layer.dt_bias)
+    return -layer.A_log.float().exp() * softplus(a.float() + layer.dt_bias)
 
 
 class Qwen3NextLayer(GatedDeltaLayer):
