@@ -131,7 +131,7 @@ def test_equals_qwen3_nexts_recurrent_layer() -> None:
     config = qwen3_next()
     theirs = module.Qwen3NextGatedDeltaNet(config, 0)
     nn.init.normal_(theirs.norm.weight, 1.0, 0.3)
-    nn.init.normal_(theirs.dt_bias, -4.0)  # a gate that is all but closed costs theirs digits
+    nn.init.normal_(theirs.dt_bias, -4.0)  # an all but closed gate has a gradient of rounding
     by_head = theirs.in_proj_qkvz.weight.unflatten(0, (HEADS, 4, WIDTH)).transpose(0, 1)
     strength, step = theirs.in_proj_ba.weight.unflatten(0, (HEADS, 2)).transpose(0, 1)
     gates = "attention.input_projections"
