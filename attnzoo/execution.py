@@ -13,7 +13,13 @@ from attnzoo.call import Call, UnsupportedError
 from attnzoo.engines.engine import Engine, State, StateSizes
 from attnzoo.engines.packed_state import PackedState, step_apart
 from attnzoo.sequences.bad_slots import clear_padding, poison, shield_past
-from attnzoo.sequences.packing import apart, may_cut, refuse_scattered, weights_apart
+from attnzoo.sequences.packing import (
+    apart,
+    may_cut,
+    order_of,
+    refuse_scattered,
+    weights_apart,
+)
 from attnzoo.spec import Spec
 from attnzoo.spec_checks import check_decodes
 
@@ -47,6 +53,8 @@ def run(core: Core, call: Call) -> Tensor:
     if not may_cut(call):
         _check_packs(core)
         return refuse_scattered(_run(core, call), call.segments)
+    if _takes_uncut(core) and order_of(call.segments) is None:
+        return _run(core, call)
     ran: set[str | None] = set()
 
     def piece(part: Call) -> Tensor:
@@ -160,6 +168,11 @@ def _check_packs(core: Core) -> None:
             "reads segments; in a graph or transform, where it cannot, use standard, or give the "
             "pieces as samples with key_mask"
         )
+
+
+def _takes_uncut(core: Core) -> bool:
+    """Whether the backend that is asked for by name takes packed rows as they are."""
+    return any(one.uncut for one in core.engine.backends if one.name == core.backend)
 
 
 def _of_nothing(core: Core, call: Call) -> Tensor:

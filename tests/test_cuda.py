@@ -252,7 +252,7 @@ def test_no_backend_is_left_out() -> None:
     asked = {one.values[1] for one in combinations()}
     engines = (Case(name).build().engine for name in attnzoo.names())
     named = {name for engine in engines for name in engine.backend_names()} - {"reference"}
-    assert asked == named and asked >= {"xformers", "flex", "fla"}
+    assert asked == named and asked >= {"xformers", "varlen", "flex", "fla"}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -279,7 +279,7 @@ def test_the_comparison_can_be_made(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("backend", ["xformers", "flex", "fla"])
+@pytest.mark.parametrize("backend", ["xformers", "varlen", "flex", "fla"])
 def test_refused_on_the_cpu(case: Case, backend: str) -> None:
     """Asked for by name, a backend for CUDA says that it is one."""
     if backend not in case.build().engine.backend_names():

@@ -23,6 +23,7 @@ class Backend:
         refuses a call, or None
     packs: whether it keeps the pieces of a packed row apart where nobody may read their ids, in a
         graph or transform; elsewhere they are cut apart before
+    uncut: whether it takes packed rows uncut outside of graphs, too, when it is asked for by name
     untried: why backend="auto" passes over it for a call that it takes when asked for by name,
         since no such call has been seen to run right on the device that it is for; None where it
         has
@@ -32,6 +33,7 @@ class Backend:
     run: Callable[[Any, Call], Tensor]
     why_not: Callable[[Any, Call], str | None]
     packs: bool = False
+    uncut: bool = False
     untried: Callable[[Any, Call], str | None] = lambda engine, call: None
 
     def reason(self, engine: Any, call: Call, *, by_name: bool) -> str | None:

@@ -13,9 +13,10 @@ from attnzoo.engines.engine import (
     StateSizes,
     causal_pairs,
 )
-from attnzoo.engines.softmax import rows, sdpa, xformers_kernel
+from attnzoo.engines.softmax import rows, sdpa, varlen, xformers_kernel
 from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.softmax.reference import REFERENCE, SoftmaxReference
+from attnzoo.engines.tried_on_gpu import never_ran
 
 
 class Softmax(SoftmaxReference):
@@ -25,13 +26,14 @@ class Softmax(SoftmaxReference):
     dropout: probability that an entry of A is dropped, in training only
     softcap: keeps scores within ±softcap; None: they are as they are
 
-    Its backends in order: `sdpa`, torch's; `xformers` on CUDA; `rows`, a few rows at a time, for
-    what these have no place for; the reference.
+    Its backends in order: `sdpa`, torch's; `xformers` on CUDA; `varlen` on CUDA, which takes packed
+    rows uncut; `rows`, a few rows at a time, for what these have no place for; the reference.
     """
 
     backends = (
         Backend("sdpa", sdpa.attend, sdpa.why_not, packs=True),
         Backend("xformers", xformers_kernel.attend, xformers_kernel.why_not),
+        Backend("varlen", varlen.attend, varlen.why_not, packs=True, uncut=True, untried=never_ran),
         Backend("rows", rows.attend, rows.why_not),
         replace(REFERENCE, packs=True),
     )
