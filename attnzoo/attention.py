@@ -182,9 +182,8 @@ class Attention(nn.Module):
             check_positive("max_length", max_length)
         kv_heads = check_kv_heads(kv_heads, self.heads)
         dtype = dtype or torch.get_default_dtype()
-        return self.engine.init_state(
-            StateSizes(batch_size, kv_heads, self.head_dim, max_length, dtype, device)
-        )
+        sizes = StateSizes(batch_size, kv_heads, self.head_dim, max_length, dtype, device)
+        return execution.first_state(self, sizes)
 
     @autocast_inputs_only
     def step(

@@ -4,6 +4,7 @@ the rows before it, packed rows are cut into their pieces, and a call of nothing
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
@@ -111,12 +112,24 @@ def step(core: Core, call: Call, state: State) -> tuple[Tensor, State]:
     return out, after
 
 
+def first_state(core: Core, sizes: StateSizes) -> Any:
+    """An empty state, which tells whose it is where its kind serves several variants."""
+    state = core.engine.init_state(sizes)
+    return replace(state, variant=core.spec.name) if hasattr(state, "variant") else state
+
+
 def check_state(core: Core, state: object) -> None:
     """Raise where the variant does not decode, or the state is of another kind than its own."""
     check_decodes(core.spec)
     own = core.engine.state_type
     if own is None or isinstance(state, (own, PackedState)):
-        return
+        maker = getattr(state, "variant", None)
+        if maker in (None, core.spec.name):
+            return
+        raise ValueError(
+            f"state was made by {maker}, and {core.spec.name} reads another meaning from its sums: "
+            "give what its own init_state gives, or the step before"
+        )
     raise ValueError(
         f"state is a {type(state).__name__}; {core.spec.name} decodes with the {own.__name__} that "
         "its init_state gives, or the step before"

@@ -3,9 +3,11 @@ the oracle; decoding, packing, transforms; what makes such biases; and what is r
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from cases import Case, Situation, ask_oracle, takes, tensors
+from cases import Case, Situation, ask_oracle, close, takes, tensors
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
@@ -267,3 +269,51 @@ def test_bad_arguments_of_biases_are_refused() -> None:
         distance_biases.t5(torch.zeros(32, 2), 9, bidirectional=False, max_distance=16)
     with pytest.raises(ValueError, match="table has 4 distances; give an odd number"):
         distance_biases.clipped(torch.zeros(2, 4), 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sliding_window", {"window": 8, "sinks": 2}),
+        ("longformer", {"window": 8, "global_tokens": 2}),
+        ("sliding_window", {"window": 2, "sinks": 1}),
+    ],
+)
+def test_a_state_beside_padding_needs_no_longer_table(name: str, options: dict[str, Any]) -> None:
+    """Tokens that always stay stand in more slots than there are positions."""
+    q, k, v = (torch.randn(1, 2, 8, 4, dtype=torch.float64) for _ in range(3))
+    given: Any = {"distance_bias": torch.randn(2, 15, dtype=torch.float64)}
+    key_mask = torch.tensor([[False] + [True] * 7])
+    attn = attnzoo.build(name, heads=2, head_dim=4, **options)
+    state, rows = attn.init_state(1, dtype=torch.float64), []
+    for part in (slice(0, 4), slice(4, 5), slice(5, 8)):
+        new_q, new_k, new_v = (x[:, :, part] for x in (q, k, v))
+        out, state = attn.step(new_q, new_k, new_v, state, key_mask=key_mask[:, part], **given)
+        rows.append(out)
+    whole = attn(q, k, v, key_mask=key_mask, is_causal=True, **given)
+    close(torch.cat(rows, 2), whole, 1e-12, "rows")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("standard", {}),
+        ("flash", {}),
+        ("sliding_window", {"window": 4}),
+        ("longformer", {"window": 4}),
+        ("bigbird", {"block_size": 5, "num_random_blocks": 1}),
+    ],
+)
+def test_a_row_whose_keys_the_bias_hides_is_0(name: str, options: dict[str, Any]) -> None:
+    bias = torch.zeros(1, 79)
+    bias[:, 39] = -torch.inf  # a token's own key, the first row's only one
+    x = torch.randn(1, 1, 40, 4)
+    for backend in attnzoo.build(name, heads=1, head_dim=4, **options).engine.backend_names():
+        attn, q = attnzoo.build(name, 1, 4, backend=backend, **options), x.clone().requires_grad_()
+        try:
+            out = attn(q, x, x, is_causal=True, distance_bias=bias)
+        except UnsupportedError:
+            continue
+        assert not out[0, 0, 0].any() and bool(out.isfinite().all()), backend
+        (gradient,) = torch.autograd.grad(out.sum(), q)
+        assert bool(gradient.isfinite().all()), backend

@@ -512,3 +512,38 @@ def test_a_layer_trains_its_gates() -> None:
 def test_log_sigmoid_is_what_makes_a_gate() -> None:
     one = spec_of("gated_deltanet").inputs[0]
     assert one.activation is F.logsigmoid and one.padded == 0.0
+
+
+def test_a_state_of_another_rule_is_refused() -> None:
+    q = torch.randn(1, 2, 3, 8)
+    maker = attnzoo.build("mamba2", 2, 8)
+    _, state = maker.step(q, q, q, maker.init_state(1))
+    for name in ("gla", "log_linear", "retention", "linear"):
+        with pytest.raises(ValueError, match=f"state was made by mamba2, and {name} reads"):
+            attnzoo.build(name, 2, 8).step(q, q, q, state)
+
+
+def test_behind_an_overflow_no_row_is_a_number() -> None:
+    """Long keys without a norm let writes grow beyond float32: earlier rows are right, and later
+    ones NaN rather than finite and wrong."""
+    torch.manual_seed(4)
+    q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    attn = attnzoo.build("deltanet", 2, 16, l2_norm=False)
+    out = attn(q, 6 * k, v, is_causal=True)
+    exact = attn(*(x.double() for x in (q, 6 * k, v)), is_causal=True)
+    beyond = exact.abs() > torch.finfo(torch.float32).max
+    assert bool(beyond.any()) and not bool(out[beyond].isfinite().any())
+    early = out.isfinite().all(-1)
+    assert bool(early[:, :, :15].all())
+    close(out[early] / exact[early], torch.ones_like(out[early]), 1e-2, "rows before")
+
+
+def test_what_removes_has_a_length_of_1() -> None:
+    q = torch.randn(1, 2, 5, 8)
+    with pytest.raises(ValueError, match=r"removal_key has a vector of length .*, above 1"):
+        attnzoo.build("rwkv7", 2, 8)(
+            q, q, q, is_causal=True, removal_key=2 * F.normalize(q, dim=-1)
+        )
+    options: Any = {"l2_norm": "no"}
+    with pytest.raises(ValueError, match="l2_norm='no' must be True or False"):
+        attnzoo.build("kda", 2, 8, **options)

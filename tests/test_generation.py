@@ -319,3 +319,10 @@ def test_a_mask_or_a_batch_that_the_state_cannot_take() -> None:
     model(tokens(), past_key_values=cache)
     with pytest.raises(ValueError, match="state was made for batch_size=2"):
         model(tokens(1, 3), past_key_values=cache)
+
+
+def test_a_state_is_refused_where_every_token_comes_again() -> None:
+    """With use_cache=False `generate` passes the whole text at every step; MPT's config says so."""
+    model = swapped("llama", "standard")
+    with pytest.raises(ValueError, match=r"use_cache=False.* give use_cache=True beside it"):
+        generate(model, past_key_values=attnzoo.state_cache(model), use_cache=False)

@@ -137,3 +137,26 @@ def test_what_a_step_refuses() -> None:
     with pytest.raises(UnsupportedError, match="which a state has no place for"):
         MultiheadAttention(16, 4, add_zero_attn=True).init_state(2)
     assert layer.step(x[:, :0], state)[1].seen == 0
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "name"),
+    [
+        ({"short_convolution": 4}, {}, "short_convolution"),
+        ({}, {"short_convolution": 4}, "short_convolution"),
+        ({"short_convolution": 4}, {"short_convolution": 2}, "short_convolution"),
+        ({"rotary": True}, {}, "rotary"),
+    ],
+)
+def test_a_state_of_a_layer_with_other_options_is_refused(
+    one: dict[str, Any], other: dict[str, Any], name: str
+) -> None:
+    def layer(options: dict[str, Any]) -> attnzoo.MultiheadAttention:
+        return attnzoo.MultiheadAttention(
+            16, 2, batch_first=True, attention="gated_deltanet", **options
+        )
+
+    x, maker = torch.randn(1, 4, 16), layer(one)
+    _, state = maker.step(x, maker.init_state(1))
+    with pytest.raises(ValueError, match=f"state is of a layer with {name}="):
+        layer(other).step(x, state)

@@ -15,7 +15,7 @@ from attnzoo.layers.input_projections import inputs_of, weighed_values
 from attnzoo.layers.layer import Layer
 from attnzoo.layers.layer_checks import check_call
 from attnzoo.layers.options.output_gate import finished
-from attnzoo.layers.options.short_convolution import LastTokens
+from attnzoo.layers.options.short_convolution import SHORT_CONVOLUTION, LastTokens
 from attnzoo.layers.placement import Placement
 from attnzoo.layers.positions import positions_of
 from attnzoo.layers.projections import project
@@ -29,12 +29,14 @@ class LayerState:
     positions: (batch,) of the next token in the piece that goes on; 0 where only padding has come
     last: (batch,) ids of these pieces; None where no ids have come
     convolved: what the short convolution reads of the tokens so far, by kind of projection
+    made_by: what options of the layer are in it, by name
     """
 
     core: Any
     positions: Tensor
     last: Tensor | None = None
     convolved: Mapping[str, LastTokens] = field(default_factory=dict)
+    made_by: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def seen(self) -> int:
@@ -53,7 +55,9 @@ class LayerState:
         core = self.core.select(rows)
         last = None if self.last is None else self.last[rows]
         convolved = {kind: tokens.select(rows) for kind, tokens in self.convolved.items()}
-        return LayerState(core, self.positions[rows], last, convolved)
+        return replace(
+            self, core=core, positions=self.positions[rows], last=last, convolved=convolved
+        )
 
     def held_bytes(self) -> int:
         """Bytes that its tensors take."""
@@ -73,7 +77,18 @@ def first_state(layer: Layer, batch_size: int, max_length: int | None) -> LayerS
     core = layer.attention.init_state(
         batch_size, max_length, dtype=weight.dtype, device=weight.device
     )
-    return LayerState(core, torch.zeros(batch_size, dtype=torch.long, device=weight.device))
+    positions = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
+    return LayerState(core, positions, made_by=_in_a_state(layer))
+
+
+def _in_a_state(layer: Layer) -> dict[str, Any]:
+    """The options of a layer that change what its state holds."""
+    convolution, rotary = (layer._modules.get(name) for name in (SHORT_CONVOLUTION, "rotary"))
+    return {
+        "short_convolution": None if convolution is None else convolution.kernel_size[0],
+        "rotary": rotary is not None,
+        "qk_norm": layer.qk_norm,
+    }
 
 
 def step_layer(
@@ -89,6 +104,12 @@ def step_layer(
         raise ValueError(
             f"state is a {type(state).__name__}; give what init_state or the step before returned"
         )
+    for name, value in _in_a_state(layer).items():
+        if state.made_by.get(name) != value:
+            raise ValueError(
+                f"state is of a layer with {name}={state.made_by.get(name)!r}, and this one has "
+                f"{name}={value!r}; give what its own init_state returned, or the step before"
+            )
     check_call(layer, x, x, x, key_padding_mask, None)
     if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
         raise ValueError(
@@ -117,7 +138,7 @@ def step_layer(
     out = finished(layer, out, x, pattern)
     out = layer.out_proj(rearrange(out, f"{batch} h l d -> {axes} (h d)"))
     convolved = placed.after if q.shape[2] else state.convolved
-    return out, LayerState(core, after, last, convolved)
+    return out, replace(state, core=core, positions=after, last=last, convolved=convolved)
 
 
 def _goes_on_with(state: LayerState, segments: Tensor | None) -> Mapping[str, LastTokens]:

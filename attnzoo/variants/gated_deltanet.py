@@ -56,7 +56,9 @@ class GatedDeltaNet(Attention):
         allow_neg_eigval: bool = False,
         backend: str = "auto",
     ) -> None:
-        rule = Rule(HEAD_GATE, check_scale(scale), delta=True, l2_norm=l2_norm)
+        rule = Rule(
+            HEAD_GATE, check_scale(scale), delta=True, l2_norm=check_flag("l2_norm", l2_norm)
+        )
         super().__init__(heads, head_dim, GatedLinear(rule), backend=backend)
         self.allow_neg_eigval = check_flag("allow_neg_eigval", allow_neg_eigval)
 

@@ -57,7 +57,9 @@ class KimiDeltaAttention(Attention):
         lower_bound: float | None = None,
         backend: str = "auto",
     ) -> None:
-        rule = Rule(CHANNEL_GATE, check_scale(scale), delta=True, l2_norm=l2_norm)
+        rule = Rule(
+            CHANNEL_GATE, check_scale(scale), delta=True, l2_norm=check_flag("l2_norm", l2_norm)
+        )
         super().__init__(heads, head_dim, GatedLinear(rule), backend=backend)
         self.allow_neg_eigval = check_flag("allow_neg_eigval", allow_neg_eigval)
         if lower_bound is not None and not -math.inf < lower_bound < 0:

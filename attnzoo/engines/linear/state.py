@@ -72,7 +72,8 @@ class LinearState:
 
     past: None before the first token, and where tokens were taken back: the next step then adds
     those of `recent` that are left to the sums before them. recent: the last call's tokens, of a
-    long one the last ones, from a boundary of chunks on. numbers: of a sample's sums.
+    long one the last ones, from a boundary of chunks on. numbers: of a sample's sums. variant:
+    whose `init_state` made it, since sums of one shape mean other things to another; None: not told
     """
 
     batch_size: int
@@ -82,6 +83,7 @@ class LinearState:
     past: Past | None = None
     recent: Recent | None = None
     numbers: int = 0
+    variant: str | None = None
 
     def elements(self) -> int:
         """Numbers that the next query can read."""

@@ -26,7 +26,12 @@ from attnzoo.engines.engine import (
     accumulation_dtype,
     never_refuses,
 )
-from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, bias_of, check_reach
+from attnzoo.engines.softmax.distance_bias import (
+    DISTANCE_BIAS,
+    KEY_POSITIONS,
+    bias_of,
+    check_reach,
+)
 from attnzoo.spec import Input
 
 #: One more score of every row, a number for each head, that counts in the row's sum alone.
@@ -69,14 +74,18 @@ class SoftmaxReference(Engine):
         return max(call.query_length, call.key_length) - 1
 
     def choose(self, call: Call, requested: str) -> Backend:
-        if DISTANCE_BIAS.name in call.inputs:
-            check_reach(call, self.farthest(call))
+        self._check_reach(call)
         return super().choose(call, requested)
 
     def weights(self, call: Call) -> Tensor:
-        if DISTANCE_BIAS.name in call.inputs:
-            check_reach(call, self.farthest(call))
+        self._check_reach(call)
         return super().weights(call)
+
+    def _check_reach(self, call: Call) -> None:
+        """Raise a ValueError on a bias that does not reach all keys. A decoding state that tells
+        where its keys stand has seen to it: slots of the call say nothing of that."""
+        if DISTANCE_BIAS.name in call.inputs and KEY_POSITIONS.name not in call.inputs:
+            check_reach(call, self.farthest(call))
 
     def matrix(self, call: Call) -> Tensor:
         """A of a call, (batch, heads, query_length, key_length) in the precision of sums."""

@@ -109,7 +109,7 @@ class _Attend(torch.autograd.Function):
         compute: Compute,
     ) -> Tensor:
         out, memory = q.new_empty(*q.shape[:3], v.shape[3]), Memory(q)
-        weigh = partial(_weights, engine, memory, key_cap is not None or q.shape[2] > k.shape[2])
+        weigh = partial(_weights, engine, memory, _some_are_empty(q, k, key_cap, bias))
         for one, kv, found in _heads(q, k, pieces(q, table)):
             queries, keys, values, result = q[one], k[kv], v[kv], out[one]
             of_head = _of_head(one, key_cap, sink_logits, bias)
@@ -138,8 +138,7 @@ class _Attend(torch.autograd.Function):
         gradient, memory = gradients[0].contiguous(), Memory(q)
         dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
         to_logits = None if sink_logits is None else torch.zeros_like(sink_logits)
-        some_are_empty = key_cap is not None or q.shape[2] > k.shape[2]
-        weigh = partial(_weights, ctx.engine, memory, some_are_empty)
+        weigh = partial(_weights, ctx.engine, memory, _some_are_empty(q, k, key_cap, bias))
         for one, kv, found in _heads(q, k, ctx.pieces(q, table)):
             queries, keys, values, sent, to_queries, to_keys, to_values = (
                 q[one],
@@ -211,6 +210,12 @@ def _of_head(
     of_sample = None if key_cap is None else key_cap[sample if key_cap.shape[0] > 1 else 0]
     logit, of_distances = (None if x is None else x[head] for x in (sink_logits, bias))
     return of_sample, logit, of_distances
+
+
+def _some_are_empty(q: Tensor, k: Tensor, key_cap: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether there may be rows that see no key."""
+    hides = bias is not None and bool((bias == -torch.inf).any())
+    return key_cap is not None or q.shape[2] > k.shape[2] or hides
 
 
 def _weights(

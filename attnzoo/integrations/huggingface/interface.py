@@ -144,6 +144,18 @@ def _holders(model: Any, paths: list[str]) -> list[Any]:
     return [part for prefix, part in parts if any(path.startswith(prefix) for path in paths)]
 
 
+def _refuse_reread(model: Any, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError where a state is given to a forward that is told to use none: `generate`
+    then passes all tokens again at every step, and a state would add them again."""
+    cache = kwargs.get("past_key_values")
+    if kwargs.get("use_cache") is False and type(cache).__name__ == "StateCache":
+        raise ValueError(
+            f"{type(model).__name__} was given attnzoo.state_cache and use_cache=False, with which "
+            "generate passes every token again to a state that has it already; give "
+            "use_cache=True beside it, or no past_key_values"
+        )
+
+
 def _check_forward(untold: bool, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A forward pre-hook that refuses arguments and settings by which the swapped attentions would
     be skipped unasked, and packed rows that a causal one is not told of (`untold`).
@@ -152,5 +164,6 @@ def _check_forward(untold: bool, model: Any, args: tuple[Any, ...], kwargs: dict
     """
     if runs_its_swap(model):
         refuse_weights(kwargs)
+        _refuse_reread(model, kwargs)
         if untold:
             refuse_unseen_packing(model, args, kwargs)

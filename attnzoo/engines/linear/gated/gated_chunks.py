@@ -129,6 +129,7 @@ class Inside:
     erases: (length, width), what it erases of the state before the chunk; None without delta rule
     below: N, (length, length), what it erases of earlier tokens' writes; None without delta rule
     short: whether keys are known to be no longer than 1, so that no write grows beyond its values
+    removes: whether tokens remove and write apart
     """
 
     scores: Tensor
@@ -139,6 +140,7 @@ class Inside:
     erases: Tensor | None
     below: Tensor | None
     short: bool = False
+    removes: bool = False
 
     @classmethod
     def of(cls, tokens: Tokens) -> Inside:
@@ -178,6 +180,7 @@ class Inside:
             F.pad(v, (0, 0, 0, length)),
             F.pad(before.carried(removed), (0, 0, length, 0)),
             F.pad(below, (0, 0, length, 0)),
+            removes=True,
         )
 
     def detached(self) -> Inside:
@@ -191,10 +194,26 @@ class Inside:
 
     def rows(self, states: States) -> Tensor:
         """(chunks, batch, kv_heads, rows, value_dim)."""
-        writes = states.writes
+        writes, spoiled = states.writes, None
         if self.below is not None and not self.short:
-            # A write that overflows must not reach earlier rows, whose scores of it are 0.
+            # A write that overflows must not reach earlier rows, whose scores of it are 0; its own
+            # row and those behind it are NaN.
+            spoiled = ~writes.isfinite().all(-1)
             writes = writes.nan_to_num()
+        rows = self._read(writes, states)
+        return rows if spoiled is None else rows.masked_fill(self._behind(spoiled), torch.nan)
+
+    def _behind(self, spoiled: Tensor) -> Tensor:
+        """The rows from the first spoiled write of their chunk on, (chunks, batch, kv_heads, rows,
+        1). spoiled: (chunks, batch, kv_heads, length)."""
+        group_rows, length = self.scores.shape[-2:]
+        if self.removes:  # a token's write, and behind all of these its removal
+            spoiled = spoiled.unflatten(-1, (2, -1)).any(-2)
+            length //= 2
+        behind = spoiled.cumsum(-1) > 0
+        return behind.repeat(1, 1, 1, group_rows // length)[..., None]
+
+    def _read(self, writes: Tensor, states: States) -> Tensor:
         rows = self.scores @ writes
         if may_overwrite(rows, states.before):
             return add_product_(rows, self.reads, states.before)

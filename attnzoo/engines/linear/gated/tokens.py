@@ -18,6 +18,7 @@ from attnzoo.sequences.padding import squared
 from attnzoo.spec import Input
 
 NORM_EPSILON = 1e-6  # inside the root, as the published models have it
+LONGEST_REMOVAL = 1.01  # a length of 1, rounded in half precision
 
 
 #: A number for every token and head: what is left of the state, e^log_decay.
@@ -158,6 +159,14 @@ def check_gates(call: Call) -> Call:
                 f"{name} has the value {x[(x < 0) | (x > 2)][0].item():.6g}, outside of 0 to 2, "
                 "where a write would make the state grow without bound: take x.sigmoid(), or "
                 "2 * x.sigmoid()"
+            )
+    removed = call.get("removal_key")
+    if removed is not None and can_look(removed):
+        length = removed.detach().to(accumulation_dtype(removed.dtype)).norm(dim=-1)
+        if (length > LONGEST_REMOVAL).any():
+            raise ValueError(
+                f"removal_key has a vector of length {length.max().item():.6g}, above 1, by which "
+                "a removal would make the state grow without bound: take F.normalize(x, dim=-1)"
             )
     return call
 
