@@ -19,6 +19,7 @@ HEALED = {
     "sliding_window": "sliding_window, 32 keys",
     "linear": "linear, elu + 1",
     "performer": "performer, 256 features",
+    "gated_deltanet": "gated_deltanet, in 22 of 30 layers",
 }
 
 
