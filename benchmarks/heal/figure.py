@@ -34,8 +34,16 @@ def draw(rows: Sequence[dict[str, Any]], output: Path) -> None:
 
 
 def _label(row: dict[str, Any]) -> str:
-    options = ", ".join(f"{name}={value}" for name, value in row["recipe"]["options"].items())
-    return f"{row['recipe']['variant']} ({options})" if options else row["recipe"]["variant"]
+    told = [f"{name}={value}" for name, value in row["recipe"]["options"].items()]
+    if row["recipe"]["layers"] is not None:
+        told.append(f"{len(row['evaluations'][0]['matching_loss'])} layers")
+    return f"{row['recipe']['variant']} ({', '.join(told)})" if told else row["recipe"]["variant"]
+
+
+def _numbers(row: dict[str, Any]) -> list[int]:
+    """The layers that were swapped, in the order of their losses."""
+    layers, count = row["recipe"]["layers"], len(row["evaluations"][0]["matching_loss"])
+    return list(range(count)) if layers is None else [int(one) for one in layers.split(",")]
 
 
 def _perplexity(
@@ -71,7 +79,7 @@ def _layers(axes: Axes, labels: dict[str, dict[str, Any]], look: dict[str, Style
         ):
             losses = evaluation["matching_loss"]
             axes.plot(
-                range(len(losses)),
+                _numbers(row),
                 losses,
                 **{**look[label].line_options(), "markersize": 4, **options},
             )
