@@ -209,7 +209,7 @@ class Inside:
         group_rows, length = self.scores.shape[-2:]
         if self.removes:  # a token's write, and behind all of these its removal
             spoiled = spoiled.unflatten(-1, (2, -1)).any(-2)
-            length //= 2
+            length = length // 2
         behind = spoiled.cumsum(-1) > 0
         return behind.repeat(1, 1, 1, group_rows // length)[..., None]
 
