@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from benchmarks.readme import compared, measured, peers, swapped, trained
+from benchmarks.readme import compared, gates, measured, peers, swapped, trained
 from benchmarks.readme.files import ROOT
 from benchmarks.readme.regions import Table, rewritten
 
@@ -13,6 +13,7 @@ TABLES: dict[str, Table] = {
     **trained.TABLES,
     **swapped.TABLES,
     **measured.TABLES,
+    **gates.TABLES,
     **peers.TABLES,
 }
 
