@@ -31,7 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str,
         default="quick",
         metavar="FILE",
-        help="a YAML file of sweeps, or quick, cpu or cuda of the shipped configs/bench",
+        help="a YAML file of sweeps, or quick, cpu, gates or cuda of the shipped configs/bench",
     )
     parser.add_argument(
         "--output",
