@@ -835,7 +835,7 @@ def test_bad_files_and_options_are_one_sentence_and_lose_nothing(capsys) -> None
     assert "did you mean '--against'" in refused(capsys, "bench", "--agianst", "x")
     assert (
         "'quikc' is no file (did you mean 'quick'?); give a YAML file of sweeps, or one of cpu, "
-        "cuda, quick" in refused(capsys, "bench", "--config", "quikc")
+        "cuda, gates, quick" in refused(capsys, "bench", "--config", "quikc")
     )
     assert "config missing.yaml cannot be read" in refused(
         capsys, "bench", "--config", "missing.yaml"
