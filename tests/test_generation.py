@@ -322,7 +322,13 @@ def test_a_mask_or_a_batch_that_the_state_cannot_take() -> None:
 
 
 def test_a_state_is_refused_where_every_token_comes_again() -> None:
-    """With use_cache=False `generate` passes the whole text at every step; MPT's config says so."""
+    """With use_cache=False `generate` passes the whole text at every step; MPT's config says so.
+    Inside an encoder-decoder's cache too."""
+    model = make("bart")
+    attnzoo.swap(model.get_decoder(), "standard")
+    cache = EncoderDecoderCache(attnzoo.state_cache(model.get_decoder()), DynamicCache())
+    with pytest.raises(ValueError, match=r"use_cache=False.* give use_cache=True beside it"):
+        model.generate(tokens(), max_new_tokens=3, past_key_values=cache, use_cache=False)
     model = swapped("llama", "standard")
     with pytest.raises(ValueError, match=r"use_cache=False.* give use_cache=True beside it"):
         generate(model, past_key_values=attnzoo.state_cache(model), use_cache=False)

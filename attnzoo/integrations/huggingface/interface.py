@@ -147,8 +147,13 @@ def _holders(model: Any, paths: list[str]) -> list[Any]:
 def _refuse_reread(model: Any, kwargs: dict[str, Any]) -> None:
     """Raise ValueError where a state is given to a forward that is told to use none: `generate`
     then passes all tokens again at every step, and a state would add them again."""
+    if kwargs.get("use_cache") is not False:
+        return
     cache = kwargs.get("past_key_values")
-    if kwargs.get("use_cache") is False and type(cache).__name__ == "StateCache":
+    cache = getattr(cache, "self_attention_cache", cache)  # of an encoder-decoder
+    from attnzoo.integrations.huggingface.state_cache import StateCache
+
+    if isinstance(cache, StateCache):
         raise ValueError(
             f"{type(model).__name__} was given attnzoo.state_cache and use_cache=False, with which "
             "generate passes every token again to a state that has it already; give "

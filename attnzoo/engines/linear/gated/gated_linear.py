@@ -24,8 +24,8 @@ from attnzoo.engines.linear.sums import Past
 from attnzoo.engines.piece_by_piece import join
 from attnzoo.engines.tried_on_gpu import never_ran
 
-#: Tokens up to which A itself is faster than chunks, forward and backward: 1.3 to 5 times where a
-#: token adds its value and heads fade; not by channel, nor reliably by the delta rule.
+#: Tokens up to which A itself is faster than chunks, forward and backward, where a token adds its
+#: value and heads fade; it is not by channel, nor reliably by the delta rule.
 SHORT = 64
 #: Backends of whole sequences, which carry no state.
 WHOLE = ("fla", "short")
