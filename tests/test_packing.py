@@ -351,3 +351,25 @@ def test_samples_whose_pieces_begin_apart_keep_their_places() -> None:
         _, state = attn.step(one, one, one, state, segments=torch.tensor([[piece]]))
     with pytest.raises(ValueError, match="goes on with piece 5 in sample 0"):
         attn.step(one, one, one, state, segments=torch.tensor([[5]]))
+
+
+@pytest.mark.parametrize("name", attnzoo.names())
+def test_pieces_of_one_length_run_as_views(name: str) -> None:
+    """Each head then holds them one behind the other; what differs by head stays with its head."""
+    attn = build_small(name, 4, 8).double()
+    q, k, v = (torch.randn(1, 4, 24, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    k = q if getattr(attn.engine, "share_qk", False) else k
+    segments, upstream = ids_of((8, 8, 8)), torch.randn(1, 4, 24, 8, dtype=torch.float64)
+    for is_causal in attn.spec.forms:
+        out = attn(q, k, v, segments=segments, is_causal=is_causal)
+        wanted = torch.cat(
+            [
+                attn(*(x[:, :, start : start + 8] for x in (q, k, v)), is_causal=is_causal)
+                for start in (0, 8, 16)
+            ],
+            2,
+        )
+        close(out, wanted, TOLERANCE, f"rows, {is_causal=}")
+        found = torch.autograd.grad(out, (q, v), upstream)
+        for one, other in zip(found, torch.autograd.grad(wanted, (q, v), upstream), strict=True):
+            close(one, other, TOLERANCE, f"gradients, {is_causal=}")
