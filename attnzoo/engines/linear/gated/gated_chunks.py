@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines.linear.gated.fading import ChannelFading, Fading, fading_of
+from attnzoo.engines.linear.gated.channel_fading import ChannelFading, fading_of
+from attnzoo.engines.linear.gated.fading import Fading
 from attnzoo.engines.linear.gated.tokens import Rule, empty_state, prepared
 from attnzoo.engines.linear.gated.triangular import unit_inverse
 from attnzoo.engines.linear.layout import add_product, add_product_, may_overwrite
@@ -146,19 +147,15 @@ class Inside:
     def of(cls, tokens: Tokens) -> Inside:
         if tokens.removed is not None:
             return cls._removing(tokens)
-        q, k, stronger, fading = tokens.q, tokens.k, tokens.stronger, tokens.fading
-        erases = below = None
-        if stronger is None:
-            (scores,) = fading.products([q], k)
-        else:
-            scores, below = fading.products([q, stronger[..., None, :, :]], k)
-            erases, below = fading.carried(stronger), below[:, :, :, 0]
+        stronger, erases, below = tokens.stronger, None, None
+        rows = [tokens.q] if stronger is None else [tokens.q, stronger[..., None, :, :]]
+        products, carried, handed_on, kept = tokens.fading.faded(rows, tokens.k)
+        if stronger is not None:
+            erases, below = carried[1][:, :, :, 0], products[1][:, :, :, 0]
             below = below.tril_(-1) if may_overwrite(below) else below.tril(-1)
         v = tokens.v if tokens.beta is None else tokens.v * tokens.beta[..., None]
-        reads, handed_on = fading.carried(q).flatten(3, 4), fading.handed_on(k)
-        return cls(
-            scores.flatten(3, 4), reads, handed_on, fading.kept, v, erases, below, tokens.short
-        )
+        scores, reads = products[0].flatten(3, 4), carried[0].flatten(3, 4)
+        return cls(scores, reads, handed_on, kept, v, erases, below, tokens.short)
 
     @classmethod
     def _removing(cls, tokens: Tokens) -> Inside:
@@ -168,17 +165,17 @@ class Inside:
         q, k, v, removed, turned = tokens.q, tokens.k, tokens.v, tokens.removed, tokens.turned
         fading, length = tokens.fading, k.shape[-2]
         assert removed is not None and turned is not None and isinstance(fading, ChannelFading)
-        before, both = fading.before_own(), torch.stack([k, turned])
-        (scores,) = fading.products([q], both)
-        (below,) = before.products([removed[..., None, :, :]], both)
+        both = torch.stack([k, turned])
+        (scores,), (reads,), handed_on, kept = fading.faded([q], both)
+        (below,), (erases,), *_ = fading.before_own().faded([removed[..., None, :, :]], both)
         below = torch.cat(below[..., 0, :, :].tril(-1).unbind(), -1)
         return cls(
             torch.cat(scores.unbind(), -1).flatten(3, 4),
-            fading.carried(q).flatten(3, 4),
-            torch.cat(fading.handed_on(both).unbind(), -2),
-            fading.kept,
+            reads.flatten(3, 4),
+            torch.cat(handed_on.unbind(), -2),
+            kept,
             F.pad(v, (0, 0, 0, length)),
-            F.pad(before.carried(removed), (0, 0, length, 0)),
+            F.pad(erases[..., 0, :, :], (0, 0, length, 0)),
             F.pad(below, (0, 0, length, 0)),
             removes=True,
         )

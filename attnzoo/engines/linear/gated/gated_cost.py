@@ -66,10 +66,8 @@ def _elementwise(rule: Rule, shape: Shape, chunk: int, chunks: int) -> int:
     normed = shape.heads + shape.kv_heads if rule.l2_norm else 0
     normed += shape.kv_heads if rule.removes else 0
     of_chunk = 0
-    if rule.by_channel:  # since the start, until the end, and to the middle of halves
-        handed_on, halvings = int(chunks > 1), chunk.bit_length() - 1
-        times = (1 + rule.removes) * (1 + halvings) + handed_on
-        of_chunk = chunk * shape.head_dim * times
+    if rule.by_channel:  # of blocks of 1, 2, 4 ... tokens, and of the chunk, if it is handed on
+        of_chunk = max(1, 2 * chunk - 2 + int(chunks > 1)) * shape.head_dim
     elif rule.gate is not None:
         of_chunk = chunk * chunk + chunk
     return chunks * (normed * chunk + shape.kv_heads * of_chunk)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Backend, Engine, never_refuses
-from attnzoo.engines.linear.gated.fading import ChannelFading, fading_of
+from attnzoo.engines.linear.gated.channel_fading import ChannelFading, fading_of
 from attnzoo.engines.linear.gated.tokens import (
     Rule,
     as_square,
@@ -95,7 +95,7 @@ def products(x: Tensor, k: Tensor, log_decay: Tensor | None, *, own: bool = True
     if not own:
         assert isinstance(fading, ChannelFading)
         fading = fading.before_own()
-    return fading.products([x[:, :, None]], k)[0][:, :, 0]
+    return fading.faded([x[:, :, None]], k).products[0][:, :, 0]
 
 
 def reference(engine: GatedReference, call: Call) -> Tensor:

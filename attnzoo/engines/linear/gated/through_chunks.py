@@ -71,19 +71,19 @@ def through_inside(tokens: Tokens, inside: Inside, found: Gradients) -> Gradient
     """
     q, k, v, beta, fading = tokens.q, tokens.k, tokens.v, tokens.beta, tokens.fading
     counts = q.shape[3:5]
-    rows, gradients = [q], [found["scores"].unflatten(3, counts)]
+    rows, d_products = [q], [found["scores"].unflatten(3, counts)]
+    d_carried = [found["reads"].unflatten(3, counts)]
     if tokens.stronger is not None:
         rows.append(tokens.stronger[..., None, :, :])
-        gradients.append(found["below"][:, :, :, None])
-    d_rows, d_k = fading.through_products(rows, k, gradients)
-    d_q = d_rows[0].add_(fading.carried(found["reads"].unflatten(3, counts)))
-    d_k.add_(fading.handed_on(found["handed_on"]))
+        d_products.append(found["below"][:, :, :, None])
+        d_carried.append(found["erases"][:, :, :, None])
+    (d_q, *others), d_k = fading.through(rows, k, d_products, d_carried, found["handed_on"])
     of_q, of_k = q * d_q, k * d_k
     exponents = of_q.sum(3).sub_(of_k)  # of every channel, by token
     made = {"q": d_q, "k": d_k, "v": found["values"], "q·dq": of_q.sum(-1)}
     made["k·dk"] = of_k.sum(-1)
     if tokens.stronger is not None:
-        d_stronger = d_rows[1][:, :, :, 0].add_(fading.carried(found["erases"]))
+        d_stronger = others[0][:, :, :, 0]
         of_stronger = k * d_stronger
         if beta is None:
             made["k"], made["k·dk"] = d_k.add_(d_stronger), made["k·dk"] + of_stronger.sum(-1)
