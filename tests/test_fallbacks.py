@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import attnzoo
+from attnzoo.conventions import continued
 
 hf = pytest.importorskip("transformers")
 
@@ -315,6 +316,25 @@ def test_bfloat16_follows_the_state_in_float32() -> None:
     states = [out.past_key_values.get_recurrent_state(0, state_idx=0) for out in (found, expected)]
     assert states[0].dtype == states[1].dtype == torch.float32
     close(states[0], states[1], 2e-2, "states")
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_what_a_compiler_looks_up_is_there(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(continued, "_built", {})
+    model = make(family)
+    attnzoo.replace_fallbacks(model)
+    built = list(continued._built)
+    model(ids(1, 5))
+    assert list(continued._built) == built != []
+
+
+def test_one_graph() -> None:
+    model = make("mamba2", num_hidden_layers=1)
+    attnzoo.replace_fallbacks(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = model(ids(2, 20), use_cache=False).logits
+    found = compiled(ids(2, 20), use_cache=False).logits
+    close(found, expected, 1e-6, "rows of a graph")
 
 
 def test_refusals() -> None:

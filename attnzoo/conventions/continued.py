@@ -9,6 +9,22 @@ from attnzoo.attention import Attention
 from attnzoo.autocast import without_autocast
 from attnzoo.engines.linear.state import LinearState
 from attnzoo.engines.linear.sums import Past
+from attnzoo.registry import build
+
+_built: dict[tuple[str, int, int, bool | None], Attention] = {}
+
+
+def built(name: str, heads: int, width: int, l2_norm: bool | None = None) -> Attention:
+    """The attention of this name and of these sizes, the same one for every call. A compiler finds
+    it where it was built before, and cannot follow how.
+
+    l2_norm: its option, where it has one
+    """
+    key = (name, heads, width, l2_norm)
+    if key not in _built:
+        options = {} if l2_norm is None else {"l2_norm": l2_norm}
+        _built[key] = build(name, heads=heads, head_dim=width, **options)
+    return _built[key]
 
 
 def run(

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 from torch import Tensor
 
-from attnzoo.attention import Attention
-from attnzoo.conventions.continued import run
+from attnzoo.conventions.continued import built, run
 from attnzoo.engines.engine import accumulation_dtype
-from attnzoo.registry import build
 
 #: By the dimensions of g: a number for each head, or one for each channel of the keys too.
 VARIANTS = {3: "gated_deltanet", 4: "kda"}
@@ -54,7 +50,7 @@ def gated_delta_rule(
     q, k, v, log_decay, beta = (x.transpose(1, 2).to(dtype) for x in (query, key, value, g, beta))
     if v.shape[1] > k.shape[1]:  # consecutive value heads share a query and a key
         q, k = (x.repeat_interleave(v.shape[1] // k.shape[1], 1) for x in (q, k))
-    attention = _attention(VARIANTS[g.dim()], q.shape[1], q.shape[3], use_qk_l2norm_in_kernel)
+    attention = built(VARIANTS[g.dim()], q.shape[1], q.shape[3], use_qk_l2norm_in_kernel)
     rows, state = run(
         attention,
         q,
@@ -67,8 +63,3 @@ def gated_delta_rule(
         segments=segments,
     )
     return rows.transpose(1, 2).to(query.dtype), state
-
-
-@cache
-def _attention(name: str, heads: int, width: int, l2_norm: bool) -> Attention:
-    return build(name, heads=heads, head_dim=width, l2_norm=l2_norm)

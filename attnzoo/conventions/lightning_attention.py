@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 from torch import Tensor
 
-from attnzoo.attention import Attention
-from attnzoo.conventions.continued import run
+from attnzoo.conventions.continued import built, run
 from attnzoo.engines.engine import accumulation_dtype
-from attnzoo.registry import build
 
 
 def lightning_attention(
@@ -37,7 +33,7 @@ def lightning_attention(
     dtype = accumulation_dtype(query.dtype)
     q, k, v = (x.to(dtype) for x in (query, key, value))
     rows, state = run(
-        _attention(q.shape[1], q.shape[3]),
+        built("mamba2", q.shape[1], q.shape[3]),  # `lightning` with slopes of a tensor
         q,
         k,
         v,
@@ -48,8 +44,3 @@ def lightning_attention(
         segments=segments,
     )
     return rows.to(query.dtype), state
-
-
-@cache
-def _attention(heads: int, width: int) -> Attention:
-    return build("mamba2", heads=heads, head_dim=width)  # `lightning` with slopes of a tensor

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 from torch import Tensor
 
-from attnzoo.attention import Attention
-from attnzoo.conventions.continued import run
+from attnzoo.conventions.continued import built, run
 from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.exponential import softplus
-from attnzoo.registry import build
 
 
 def mamba2_chunk_scan(
@@ -53,7 +49,7 @@ def mamba2_chunk_scan(
     values, heads = hidden_states.to(dtype), hidden_states.shape[2]
     q, k = (x.transpose(1, 2).to(dtype).repeat_interleave(heads // x.shape[2], 1) for x in (C, B))
     rows, state = run(
-        _attention(heads, q.shape[3]),
+        built("mamba2", heads, q.shape[3]),
         q,
         k,
         (values * dt[..., None]).transpose(1, 2),
@@ -67,8 +63,3 @@ def mamba2_chunk_scan(
     if D is not None:
         rows = rows + D[:, None] * values
     return rows, None if state is None else state.mT
-
-
-@cache
-def _attention(heads: int, width: int) -> Attention:
-    return build("mamba2", heads=heads, head_dim=width)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnzoo.conventions.continued import built
 from attnzoo.conventions.gated_delta import gated_delta_rule
 from attnzoo.engines.exponential import softplus
 from attnzoo.integrations.huggingface.fallbacks.recurrent_layer import Projected, RecurrentLayer
@@ -14,6 +15,12 @@ from attnzoo.integrations.huggingface.fallbacks.recurrent_layer import Projected
 
 class GatedDeltaLayer(RecurrentLayer):
     """A gated delta rule, whose gates are g and beta."""
+
+    variant = "gated_deltanet"
+
+    def build(self) -> None:
+        _, (_, width), (heads, _) = self.heads_of()
+        built(self.variant, heads, width, l2_norm=True)
 
     def heads_of(self: Any) -> list[tuple[int, int]]:
         keys = (self.num_k_heads, self.head_k_dim)
@@ -94,6 +101,8 @@ class OlmoHybridLayer(GatedDeltaLayer):
 
 class KimiLinearLayer(GatedDeltaLayer):
     """`KimiLinearDeltaAttention`, whose gates are by channel."""
+
+    variant = "kda"
 
     def project(self: Any, hidden_states: Tensor) -> Projected:
         return Projected(

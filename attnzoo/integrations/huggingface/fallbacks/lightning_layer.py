@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from attnzoo.conventions.continued import built
 from attnzoo.conventions.lightning_attention import lightning_attention
 from attnzoo.integrations.huggingface.fallbacks.recurrent_layer import (
     ReplacedLayer,
@@ -16,6 +17,9 @@ from attnzoo.integrations.huggingface.fallbacks.recurrent_layer import (
 
 class LightningLayer(ReplacedLayer):
     """`MiniMaxLightningAttention`, which has no convolution and a cache of its own."""
+
+    def build(self: Any) -> None:
+        built("mamba2", self.num_attention_heads, self.head_dim)
 
     def forward(
         self: Any,

@@ -7,12 +7,16 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.conventions.continued import built
 from attnzoo.conventions.mamba2_scan import mamba2_chunk_scan
 from attnzoo.integrations.huggingface.fallbacks.recurrent_layer import Projected, RecurrentLayer
 
 
 class Mamba2Layer(RecurrentLayer):
     """`Mamba2Mixer`, and those of Bamba, Granite, Nemotron-H and Zamba2, whose gate is dt."""
+
+    def build(self: Any) -> None:
+        built("mamba2", self.num_heads, self.ssm_state_size)
 
     def project(self: Any, hidden_states: Tensor) -> Projected:
         return self._split(self.in_proj(hidden_states))

@@ -59,6 +59,10 @@ class RealTokens:
 class ReplacedLayer:
     """A layer of another class than transformers gave it."""
 
+    def build(self) -> None:
+        """Build the attention that its rows are made by, for a compiler to find."""
+        raise NotImplementedError
+
 
 class RecurrentLayer(ReplacedLayer):
     """A gated state behind a short convolution. A family says what it projects, how the state goes

@@ -82,6 +82,8 @@ def replace_fallbacks(model: nn.Module) -> list[str]:
         kind = _kind(module)
         assert kind is not None
         change_class(module, class_over(kind, type(module)))
+        assert isinstance(module, ReplacedLayer)
+        module.build()
     return list(found)
 
 
