@@ -8,7 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
-Family = Literal["exact", "sparse", "low_rank", "kernel"]
+#: exact: softmax itself. dense: every visible key weighs something, in rows of another kind.
+Family = Literal["exact", "dense", "sparse", "low_rank", "kernel"]
 #: Names of a call's own arguments, which no input can have.
 TAKEN = ("q", "k", "v", "key_mask", "attn_mask", "is_causal", "segments", "state")
 #: The axes that an input may have. width: of q and k; value_width: of v; and those of `FREE`.
@@ -116,9 +117,9 @@ class Spec:
     """What a variant is and what it can do. A call outside it raises `UnsupportedError`.
 
     equation: one line, row by row. complexity: time and memory in the sequence length n.
-    exact: A is softmax's own on its support. bidirectional: runs without is_causal. cross:
-    query_length may differ from key_length. value_heads: v may have a multiple of k's heads, and
-    consecutive heads of v, of which each has its own inputs, share one of k.
+    exact: without the inputs, A is softmax's own on its support. bidirectional: runs without
+    is_causal. cross: query_length may differ from key_length. value_heads: v may have a multiple of
+    k's heads, and consecutive heads of v, of which each has its own inputs, share one of k.
     inputs: what a call may or must bring beside q, k and v.
     data_dependent: which keys a row sees depends on the queries and keys; `Cost.support_macs` is
     then the most that it can be.

@@ -131,7 +131,7 @@ def test_many_chunks_in_low_precision(name: str, dtype: torch.dtype) -> None:
         close(x, y, tolerance, f"gradient of {what}")
 
 
-@ALL
+@pytest.mark.parametrize("name", [name for name in NAMES if spec_of(name).value_heads])
 def test_more_value_heads_than_key_heads(name: str) -> None:
     """Consecutive value heads share a key head, each with gates of its own."""
     q, k, v, _ = qkv(20)
@@ -156,7 +156,10 @@ def test_fewer_and_more_queries_than_keys(name: str, queries: int) -> None:
     if "levels" in given:
         given["levels"] = gates_of(name, queries)["levels"]
     expected, a = ORACLES[name](q, k, v, is_causal=True, **given)
+    masks: Any = {"is_causal": True, **given}
     for backend in backends(name, 20):
+        if not takes(build(name), backend, q, k, v, **masks):
+            continue  # that takes as many queries as keys
         out = build(name, backend=backend)(q, k, v, is_causal=True, **given)
         close(out, expected, 1e-12, backend)
     close(build(name).weights(q, k, is_causal=True, **given), a, 1e-12, "A")

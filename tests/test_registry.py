@@ -192,15 +192,15 @@ def test_exact_means_softmax_on_its_own_support(case: Case) -> None:
 
 @VARIANTS
 def test_family(case: Case) -> None:
-    """exact: every key weighs something. sparse: most weigh nothing. kernel and low_rank: the rank
-    of A is that of features or mixtures."""
+    """exact, dense: every key weighs something. sparse: most weigh nothing. kernel and low_rank:
+    the rank of A is that of features or mixtures."""
     attn = case.build(1, dtype=torch.float64)
     q, k, _, _ = tensors(Situation(120, 120, heads=1, kv_heads=1, batch=1), shift=case.shift)
     if not case.spec.bidirectional:
         pytest.skip("a causal A is a triangle, of full rank and half zeros whatever its family")
     a = attn.weights(q, k)[0, 0]
     zeros, rank = (a == 0).double().mean().item(), int(torch.linalg.matrix_rank(a, rtol=1e-9))
-    found = "sparse" if zeros > 0.4 else "low_rank or kernel" if rank < 60 else "exact"
+    found = "sparse" if zeros > 0.4 else "low_rank or kernel" if rank < 60 else "exact or dense"
     assert case.spec.family in found
 
 

@@ -30,6 +30,7 @@ from attnzoo.oracles.nystromformer import nystromformer
 from attnzoo.oracles.performer import performer
 from attnzoo.oracles.reformer import reformer
 from attnzoo.oracles.retention import retention
+from attnzoo.oracles.rows.forgetting import forgetting
 from attnzoo.oracles.sliding_window import sliding_window
 from attnzoo.oracles.sparse_transformer import sparse_transformer
 from attnzoo.oracles.standard import standard
@@ -41,6 +42,7 @@ __all__ = [
     "cosformer",
     "deltanet",
     "flash",
+    "forgetting",
     "gated_deltanet",
     "gla",
     "kda",

@@ -3,7 +3,9 @@ survives branching and going back."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakSet
 
@@ -14,6 +16,7 @@ from attnzoo.call import Call
 from attnzoo.eager import can_look
 from attnzoo.engines.engine import StateSizes
 
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 #: How many tokens of a long last call a bounded state can take back; of a shorter one, all.
 GOES_BACK = 128
 
@@ -23,12 +26,15 @@ class _Buffer:
     """Storage that several states may share: a slot may be written while no other state that is
     still alive reads it.
 
+    inputs: what the attention reads of every key beside k and v, by name, (batch, heads, slots,
+        ...)
     recorded: autograd may have saved it, so that no slot may be written.
     """
 
     k: Tensor
     v: Tensor
     mask: Tensor | None
+    inputs: dict[str, Tensor] = field(default_factory=dict)
     recorded: bool = False
     readers: WeakSet[KeyValueCache] = field(default_factory=WeakSet, repr=False)
 
@@ -83,6 +89,12 @@ class KeyValueCache:
         return None if self.buffer.mask is None else self.buffer.mask[:, self.start : self.end]
 
     @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What is kept of every key beside k and v."""
+        held = self.buffer.inputs
+        return {name: x[:, :, self.start : self.end] for name, x in held.items()}
+
+    @property
     def batch_size(self) -> int:
         return self.buffer.k.shape[0]
 
@@ -105,11 +117,12 @@ class KeyValueCache:
         """Numbers that the last query could read, which are as many as the next one can."""
         read = self.kept if self.reach is None else min(self.kept, self.reach + 1)
         k, v = self.buffer.k, self.buffer.v
-        return k.shape[0] * k.shape[1] * read * (k.shape[3] + v.shape[3])
+        of_inputs = sum(x[:, :, :read].numel() for x in self.buffer.inputs.values())
+        return k.shape[0] * k.shape[1] * read * (k.shape[3] + v.shape[3]) + of_inputs
 
     def held_bytes(self) -> int:
         """Bytes of the buffer, with what it holds in reserve and for going back."""
-        held = (self.buffer.k, self.buffer.v, self.buffer.mask)
+        held = (self.buffer.k, self.buffer.v, self.buffer.mask, *self.buffer.inputs.values())
         return sum(x.nbytes for x in held if x is not None)
 
     def select(self, rows: Tensor) -> KeyValueCache:
@@ -118,7 +131,8 @@ class KeyValueCache:
         check_rows(rows, self.batch_size)
         old = self.buffer
         mask = None if old.mask is None else old.mask.index_select(0, rows)
-        buffer = _Buffer(old.k.index_select(0, rows), old.v.index_select(0, rows), mask)
+        inputs = {name: x.index_select(0, rows) for name, x in old.inputs.items()}
+        buffer = _Buffer(old.k.index_select(0, rows), old.v.index_select(0, rows), mask, inputs)
         return replace(self, buffer=buffer)
 
     def crop(self, n: int) -> KeyValueCache:
@@ -130,21 +144,28 @@ class KeyValueCache:
     def check_room(self, call: Call) -> None:
         check_state(call, self.batch_size, self.buffer.k.shape[1], self.seen, self.max_length)
 
-    def append(self, call: Call) -> KeyValueCache:
-        """The cache with the call's keys and values behind it."""
+    def append(self, call: Call, inputs: Mapping[str, Tensor] = NOTHING) -> KeyValueCache:
+        """The cache with the call's keys and values behind it.
+
+        inputs: what is to be kept of them besides, (batch, heads, new_tokens, ...), of the same
+            names in every call
+        """
         new = call.k.shape[2]
-        state = self.within_reach()
+        state, held = self.within_reach(), self.buffer
+        more = (*inputs.values(), *held.inputs.values())
         if torch.is_grad_enabled() and any(
-            x.requires_grad for x in (call.q, call.k, call.v, self.buffer.k, self.buffer.v)
+            x.requires_grad for x in (call.q, call.k, call.v, held.k, held.v, *more)
         ):
-            return state._joined(call)
-        if state._must_move(call):
-            state = state._moved(state._room_with(new), call)
+            return state._joined(call, inputs)
+        if state._must_move(call, inputs):
+            state = state._moved(state._room_with(new), call, inputs)
         buffer, stop = state.buffer, state.end + new
         buffer.k[:, :, state.end : stop] = call.k
         buffer.v[:, :, state.end : stop] = call.v
         if buffer.mask is not None:
             buffer.mask[:, state.end : stop] = True if call.key_mask is None else call.key_mask
+        for name, x in inputs.items():
+            buffer.inputs[name][:, :, state.end : stop] = x
         return replace(state, end=stop, seen=state.seen + new)
 
     def without_excess(self) -> KeyValueCache:
@@ -155,7 +176,8 @@ class KeyValueCache:
             return state
         k, v, mask = state.k, state.v, state.key_mask
         mask = None if mask is None else mask.clone()
-        buffer = _Buffer(k.clone(), v.clone(), mask, self.buffer.recorded)
+        inputs = {name: x.clone() for name, x in state.inputs.items()}
+        buffer = _Buffer(k.clone(), v.clone(), mask, inputs, self.buffer.recorded)
         return replace(state, buffer=buffer, start=0, end=state.kept)
 
     def within_reach(self, more: int = 0) -> KeyValueCache:
@@ -168,7 +190,7 @@ class KeyValueCache:
         """Whether the buffer is a long prefill's, of which a window shows little."""
         return self.buffer.k.shape[2] > 2 * self._room_with(new)
 
-    def _must_move(self, call: Call) -> bool:
+    def _must_move(self, call: Call, inputs: Mapping[str, Tensor]) -> bool:
         buffer, new = self.buffer, call.k.shape[2]
         branched = buffer.recorded or any(other.end > self.end for other in buffer.readers)
         full = self.end + new > buffer.k.shape[2]
@@ -178,13 +200,17 @@ class KeyValueCache:
             or buffer.k.device != call.k.device
             or buffer.k.shape[3] != call.k.shape[3]
             or buffer.v.shape[3] != call.v.shape[3]
+            or any(
+                name not in buffer.inputs or buffer.inputs[name].dtype != x.dtype
+                for name, x in inputs.items()
+            )
         )
         return branched or full or self._oversized(new) or first_mask or other
 
     def _room_with(self, new: int) -> int:
         return _room(self.kept, new, self.max_length, self.reach)
 
-    def _moved(self, room: int, call: Call) -> KeyValueCache:
+    def _moved(self, room: int, call: Call, inputs: Mapping[str, Tensor]) -> KeyValueCache:
         kept = self.kept
         k = call.k.new_zeros(*call.k.shape[:2], room, call.k.shape[3])
         v = call.v.new_zeros(*call.v.shape[:2], room, call.v.shape[3])
@@ -195,9 +221,14 @@ class KeyValueCache:
             mask = torch.ones(k.shape[0], room, dtype=torch.bool, device=k.device)
             if self.key_mask is not None:
                 mask[:, :kept] = self.key_mask
-        return replace(self, buffer=_Buffer(k, v, mask), start=0, end=kept)
+        old, more = self.inputs, {}
+        for name, x in inputs.items():
+            more[name] = x.new_zeros(*x.shape[:2], room, *x.shape[3:])
+            if kept:
+                more[name][:, :, :kept] = old[name]
+        return replace(self, buffer=_Buffer(k, v, mask, more), start=0, end=kept)
 
-    def _joined(self, call: Call) -> KeyValueCache:
+    def _joined(self, call: Call, inputs: Mapping[str, Tensor]) -> KeyValueCache:
         """As `append`, by concatenation, so that autograd can follow."""
         past = self.end > self.start
         # Copies: the caller may change its own afterwards.
@@ -210,10 +241,13 @@ class KeyValueCache:
             mask = torch.cat(
                 [old, ones[:, : call.k.shape[2]] if call.key_mask is None else call.key_mask], 1
             )
-        length = k.shape[2]
+        old, length = self.inputs, k.shape[2]
+        more = {
+            name: torch.cat([old[name], x], 2) if past else x.clone() for name, x in inputs.items()
+        }
         return replace(
             self,
-            buffer=_Buffer(k, v, mask, recorded=True),
+            buffer=_Buffer(k, v, mask, more, recorded=True),
             start=0,
             end=length,
             seen=self.seen + call.k.shape[2],

@@ -26,6 +26,7 @@ from attnzoo.engines.engine import (
     accumulation_dtype,
     never_refuses,
 )
+from attnzoo.engines.softmax.decay_bias import decay_bias_of
 from attnzoo.engines.softmax.distance_bias import (
     DISTANCE_BIAS,
     KEY_POSITIONS,
@@ -61,6 +62,16 @@ class SoftmaxReference(Engine):
     def capped(self, scores: Tensor) -> Tensor:
         """The scores kept within ±softcap (Gemma team 2024, section 2)."""
         return scores if self.softcap is None else (scores / self.softcap).tanh() * self.softcap
+
+    def weigh_(self, scores: Tensor) -> None:
+        """Write A's entries in the place of the scores of whole rows, (..., keys)."""
+        torch.softmax(scores, -1, out=scores)
+
+    def through_weights_(self, slopes: Tensor, weights: Tensor) -> None:
+        """Write the gradients of the scores in the place of those of A, `slopes`."""
+        torch.ops.aten._softmax_backward_data.out(
+            slopes, weights, -1, slopes.dtype, grad_input=slopes
+        )
 
     def with_softcap(self, cost: Cost, shape: Shape) -> Cost:
         """A cost whose MACs are those of scores and of their values, with what a softcap takes."""
@@ -159,11 +170,11 @@ def _and(a: Tensor | None, b: Tensor) -> Tensor:
 
 
 def additive(call: Call) -> Tensor | None:
-    """What is added to the scores, by an attn_mask and by the distances of keys."""
-    mask, bias = call.attn_mask, bias_of(call)
-    if mask is None or not mask.is_floating_point():
-        return bias
-    return mask if bias is None else mask + bias
+    """What is added to the scores, by an attn_mask, by the distances of keys and by gates."""
+    mask = call.attn_mask
+    of_mask = mask if mask is not None and mask.is_floating_point() else None
+    found = [x for x in (of_mask, bias_of(call), decay_bias_of(call)) if x is not None]
+    return sum(found[1:], found[0]) if found else None
 
 
 REFERENCE = Backend("reference", reference, never_refuses)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.call import Call, repeat_heads
-from attnzoo.eager import is_open, only_autograd_looks
+from attnzoo.eager import is_learned, is_open, only_autograd_looks
 from attnzoo.engines.differentiable import followed
 from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.softmax.distance_bias import last_query_first
@@ -61,6 +61,8 @@ def why_not(engine: SoftmaxReference, call: Call) -> str | None:
         return "SDPA makes scores of products, and scale=0 leaves none to make sink_logits of"
     if engine.softcap is not None:
         return "SDPA has no softcap"
+    if "log_decay" in call.inputs and call.q.dtype in (torch.float16, torch.bfloat16):
+        return f"it would round the sums of log_decay to {call.q.dtype}"
     for name, x in (("attn_mask", call.attn_mask), ("distance_bias", call.get("distance_bias"))):
         if x is not None and x.is_floating_point() and x.dtype != call.q.dtype:
             return f"SDPA wants an additive {name} of q's dtype {call.q.dtype}, got {x.dtype}"
@@ -73,7 +75,8 @@ def _masks(call: Call) -> tuple[Tensor | None, Tensor | None]:
     Both are None for a causal call without other masks if it is square, where SDPA's own is_causal
     serves, or has one query, which sees every key.
     """
-    given = (call.key_mask, call.attn_mask, call.segments, call.get("distance_bias"))
+    given = (call.key_mask, call.attn_mask, call.segments)
+    given += (call.get("distance_bias"), call.get("log_decay"))
     plain = all(x is None for x in given)
     if plain and (not call.is_causal or call.query_length in (1, call.key_length)):
         return None, None
@@ -142,7 +145,7 @@ def _kernel(
 ) -> Tensor:
     """torch's SDPA. Its fused kernels have no second derivative; inside `eager.openly`, which asks
     for one, torch's own version in plain operators runs instead."""
-    if is_open():
+    if is_open() or _is_learned_in_transform(mask):
         # This operator would add a bool mask as 0 and 1, hence `_additive`.
         attend = torch.ops.aten._scaled_dot_product_attention_math
         return attend(
@@ -160,6 +163,17 @@ def _kernel(
         is_causal=is_causal,
         scale=scale,
         enable_gqa=grouped,
+    )
+
+
+def _is_learned_in_transform(mask: Tensor | None) -> bool:
+    """Whether a mask asks for a gradient that torch cannot see inside torch.func, so that it would
+    choose a kernel that has none."""
+    return (
+        mask is not None
+        and not torch.compiler.is_compiling()
+        and torch._C._are_functorch_transforms_active()
+        and is_learned(mask)
     )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from attnzoo.call import Call
+from torch import Tensor
+
+from attnzoo.call import KEYS, QUERIES, Call
 from attnzoo.engines.engine import (
     SOFTMAX_OPERATIONS,
     Backend,
@@ -17,6 +19,7 @@ from attnzoo.engines.softmax import rows, sdpa, varlen, xformers_kernel
 from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.softmax.reference import REFERENCE, SoftmaxReference
 from attnzoo.engines.tried_on_gpu import never_ran
+from attnzoo.spec import Input
 
 
 class Softmax(SoftmaxReference):
@@ -38,6 +41,9 @@ class Softmax(SoftmaxReference):
         replace(REFERENCE, packs=True),
     )
 
+    #: Inputs along the keys that later queries read again, with the keys third among their axes.
+    remembered: tuple[Input, ...] = ()
+
     @property
     def state_type(self) -> type | None:
         return KeyValueCache
@@ -47,8 +53,11 @@ class Softmax(SoftmaxReference):
 
     def with_past(self, call: Call, state: KeyValueCache) -> tuple[Call, KeyValueCache]:
         """The call over the keys of the state and its own, and the state after it."""
-        state = state.append(call)
+        remembered = {one.name: _given(one, call, state) for one in self.remembered}
+        state = state.append(call, remembered)
         whole = call.over(call.q, state.k, state.v, state.key_mask)
+        for one in self.remembered:
+            whole = whole.giving(one, state.inputs[one.name])
         return whole, state.without_excess()
 
     def cost(self, shape: Shape) -> Cost:
@@ -57,6 +66,17 @@ class Softmax(SoftmaxReference):
         cost = softmax_cost(shape, shape.heads * pairs, shape.heads * support, None)
         cost = replace(cost, skipped_macs=cost.macs - cost.support_macs)
         return self.with_softcap(cost, shape)
+
+
+def _given(one: Input, call: Call, state: KeyValueCache) -> Tensor:
+    """The input of the call's tokens, or what padding holds where the call does not have it."""
+    x = call.get(one.name)
+    if x is not None:
+        return x
+    sizes: dict[str, int] = dict(zip(QUERIES, call.q.shape, strict=True))
+    sizes |= dict(zip(KEYS, call.k.shape, strict=True))
+    like = state.inputs.get(one.name, call.q)
+    return like.new_full([sizes[axis] for axis in one.names], one.padded or 0.0)
 
 
 def softmax_cost(shape: Shape, pairs: int, support: int, reach: int | None) -> Cost:

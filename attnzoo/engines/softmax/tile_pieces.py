@@ -84,9 +84,9 @@ class Piece(Protocol):
         (key_length, d)."""
         ...
 
-    def bias(self, table: Tensor) -> Tensor:
-        """What a table of distances, (2 · reach + 1,), adds to the piece's scores, (parts or 1,
-        rows, keys)."""
+    def add_bias(self, bias: Tensor, scores: Tensor) -> None:
+        """Add to the piece's scores, (parts, rows, keys), what a head's bias says: a table of
+        distances, (2 · reach + 1,)."""
         ...
 
 
@@ -166,11 +166,11 @@ class Slices:
                 0, index.flatten(), gradient.view(-1, unit, width)
             )
 
-    def bias(self, table: Tensor) -> Tensor:
+    def add_bias(self, bias: Tensor, scores: Tensor) -> None:
         _, size, keys = self.shape
         # The entries of a row begin one before those of the row above it.
-        last = len(table) // 2 + self.low - (self.origin + self.first) - size + 1
-        return table.unfold(0, keys, 1)[last : last + size].flip(0)[None]
+        last = len(bias) // 2 + self.low - (self.origin + self.first) - size + 1
+        scores.add_(bias.unfold(0, keys, 1)[last : last + size].flip(0)[None])
 
     def _span(self, x: Tensor) -> Tensor:
         parts, size, keys = self.shape

@@ -17,6 +17,7 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.eager import only_autograd_looks
 from attnzoo.engines.differentiable import Compute, is_followed, open_gradients
+from attnzoo.engines.softmax.decay_bias import CLOSED, summed
 from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, reaching
 from attnzoo.engines.softmax.reference import SoftmaxReference
 from attnzoo.engines.softmax.tile_pieces import Memory, Piece, Pieces
@@ -60,6 +61,7 @@ def attend(
     compute: Compute,
     sink_logits: Tensor | None = None,
     bias: Tensor | None = None,
+    log_decay: Tensor | None = None,
 ) -> Tensor:
     """A·v by pieces, each of which is some rows of one head with their keys.
 
@@ -69,10 +71,11 @@ def attend(
         key is hidden
     table: a tensor that `pieces` is called with beside q, if it needs one
     pieces: makes the pieces, which hold every row of a head once
-    compute: the same function of q, k, v and sink_logits in operators that autograd can follow, for
-        second derivatives
+    compute: the same function of q, k, v, sink_logits and, if it is given, log_decay in operators
+        that autograd can follow, for second derivatives
     sink_logits: (heads,), one more score of every row, which counts in the row's sum alone
     bias: (heads, 2 · reach + 1), what is added to scores by distance, without a gradient
+    log_decay: (batch, heads, key_length), gates by which scores fade, in the place of a bias
 
     Returns (batch, heads, query_length, value_dim).
     """
@@ -86,6 +89,7 @@ def attend(
         table,
         None if sink_logits is None else sink_logits.to(q.dtype),
         bias,
+        log_decay,
         pieces,
         engine,
         compute,
@@ -104,15 +108,17 @@ class _Attend(torch.autograd.Function):
         table: Tensor | None,
         sink_logits: Tensor | None,
         bias: Tensor | None,
+        log_decay: Tensor | None,
         pieces: Pieces,
         engine: SoftmaxReference,
         compute: Compute,
     ) -> Tensor:
         out, memory = q.new_empty(*q.shape[:3], v.shape[3]), Memory(q)
+        sums = None if log_decay is None else summed(log_decay)[0]
         weigh = partial(_weights, engine, memory, _some_are_empty(q, k, key_cap, bias))
         for one, kv, found in _heads(q, k, pieces(q, table)):
             queries, keys, values, result = q[one], k[kv], v[kv], out[one]
-            of_head = _of_head(one, key_cap, sink_logits, bias)
+            of_head = _of_head(one, key_cap, sink_logits, bias, sums)
             for piece in found:
                 rows = piece.rows(result)
                 if not piece.shape[2]:
@@ -130,15 +136,22 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, key_cap, table, sink_logits, bias = ctx.saved_tensors
+        q, k, v, key_cap, table, sink_logits, bias, log_decay = ctx.saved_tensors
         if is_followed(gradients[0]):
-            *to_qkv, to_logits = open_gradients(ctx.compute, (q, k, v, sink_logits), gradients[0])
-            return *to_qkv, None, None, to_logits, *[None] * 4
-        scale, cap = ctx.engine.scale_of(q), ctx.engine.softcap
+            given = (q, k, v, sink_logits, *([] if log_decay is None else [log_decay]))
+            *to_qkv, to_logits, to_decay = (
+                *open_gradients(ctx.compute, given, gradients[0]),
+                *([None] if log_decay is None else []),
+            )
+            return *to_qkv, None, None, to_logits, None, to_decay, *[None] * 3
+        engine = ctx.engine
+        scale, cap = engine.scale_of(q), engine.softcap
         gradient, memory = gradients[0].contiguous(), Memory(q)
         dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
         to_logits = None if sink_logits is None else torch.zeros_like(sink_logits)
-        weigh = partial(_weights, ctx.engine, memory, _some_are_empty(q, k, key_cap, bias))
+        sums = None if log_decay is None else summed(log_decay)[0]
+        from_sums = None if sums is None else torch.zeros_like(sums)
+        weigh = partial(_weights, engine, memory, _some_are_empty(q, k, key_cap, bias))
         for one, kv, found in _heads(q, k, ctx.pieces(q, table)):
             queries, keys, values, sent, to_queries, to_keys, to_values = (
                 q[one],
@@ -149,7 +162,7 @@ class _Attend(torch.autograd.Function):
                 dk[kv],
                 dv[kv],
             )
-            of_head = _of_head(one, key_cap, sink_logits, bias)
+            of_head = _of_head(one, key_cap, sink_logits, bias, sums)
             for piece in found:
                 to_rows = piece.rows(to_queries)
                 parts, _, count = piece.shape
@@ -169,20 +182,26 @@ class _Attend(torch.autograd.Function):
                     weights.mT, sent_rows, out=memory("gradient", parts, count, v.shape[3])
                 )
                 piece.add(part, to_values)
-                torch.ops.aten._softmax_backward_data.out(
-                    slopes, weights, -1, slopes.dtype, grad_input=slopes
-                )
+                engine.through_weights_(slopes, weights)
                 if to_logits is not None:
                     # The slopes of a row and of its logit sum to 0: one number added to all of its
                     # scores changes nothing.
                     to_logits[one[1]] -= slopes.sum()
+                if from_sums is not None:
+                    piece.add(slopes.sum(-2)[..., None], from_sums[one][:, None])
                 if capped is not None and cap is not None:
                     slopes.addcmul_(slopes, capped.div_(cap).square_(), value=-1)
                 torch.baddbmm(to_rows, slopes, its_keys, beta=0, alpha=scale, out=to_rows)
                 part = memory("gradient", parts, count, k.shape[3])
                 torch.baddbmm(part, slopes.mT, rows, beta=0, alpha=scale, out=part)
                 piece.add(part, to_keys)
-        return dq, dk, dv, None, None, to_logits, *[None] * 4
+        to_decay = None
+        if log_decay is not None and from_sums is not None:
+            # A sum is taken off the scores of its key, and added to those of its row, whose slopes
+            # sum to 0; a gate that is closed stays closed.
+            to_decay = from_sums.neg_().flip(-1).cumsum(-1).flip(-1)
+            to_decay = to_decay.masked_fill_(log_decay <= CLOSED, 0.0).to(log_decay.dtype)
+        return dq, dk, dv, None, None, to_logits, None, to_decay, *[None] * 3
 
 
 def _heads(
@@ -203,13 +222,18 @@ def _heads(
 
 
 def _of_head(
-    one: tuple[int, int], key_cap: Tensor | None, sink_logits: Tensor | None, bias: Tensor | None
+    one: tuple[int, int],
+    key_cap: Tensor | None,
+    sink_logits: Tensor | None,
+    bias: Tensor | None,
+    sums: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The cap of the sample's keys, and the head's sink logit and bias."""
+    """The cap of the sample's keys, the head's sink logit, and what its bias is made of: a table of
+    distances, or the sums of its gates."""
     sample, head = one
     of_sample = None if key_cap is None else key_cap[sample if key_cap.shape[0] > 1 else 0]
     logit, of_distances = (None if x is None else x[head] for x in (sink_logits, bias))
-    return of_sample, logit, of_distances
+    return of_sample, logit, of_distances if sums is None else sums[one]
 
 
 def _some_are_empty(q: Tensor, k: Tensor, key_cap: Tensor | None, bias: Tensor | None) -> bool:
@@ -243,7 +267,7 @@ def _weights(
     key_cap: (key_length,), of the sample, -inf for hidden keys and inf for others; None: no key is
         hidden
     sink_logit: the head's one more score of every row, a tensor without dimensions
-    bias: (2 · reach + 1,), what is added to the head's scores by distance
+    bias: what the piece adds to the head's scores is made of
     """
     scores, capped = memory("scores", *piece.shape), None
     torch.baddbmm(scores, q, k.mT, beta=0, alpha=engine.scale_of(q), out=scores)
@@ -252,7 +276,7 @@ def _weights(
         if keep:
             capped = memory("capped", *piece.shape).copy_(scores)
     if bias is not None:
-        scores.add_(piece.bias(bias))
+        piece.add_bias(bias, scores)
     for part in piece.caps:
         some = scores.narrow(2, part.start, part.stop - part.start)
         torch.minimum(some, part.largest, out=some)
@@ -260,7 +284,7 @@ def _weights(
         torch.minimum(scores, piece.keys(key_cap[:, None], "cap", memory).mT, out=scores)
     largest = scores.amax(-1, keepdim=True) if some_are_empty or sink_logit is not None else None
     empty = largest == -torch.inf if some_are_empty and largest is not None else None
-    torch.softmax(scores, -1, out=scores)
+    engine.weigh_(scores)
     if sink_logit is not None and largest is not None:
         log_sum = largest - scores.amax(-1, keepdim=True).log()
         scores.mul_(torch.sigmoid(log_sum - sink_logit))

@@ -61,8 +61,8 @@ def why_not(engine: SoftmaxReference, call: Call) -> str | None:
         return f"it has no {call.q.dtype} kernel: use float16, bfloat16 or float32"
     if call.key_mask is not None or call.attn_mask is not None:
         return "a key_mask or attn_mask would have to be laid out as a dense bias: leave it to sdpa"
-    if "sink_logits" in call.inputs or "distance_bias" in call.inputs:
-        return "it has no place for sink_logits and distance_bias: leave them to sdpa"
+    if call.inputs:
+        return f"it has no place for {' and '.join(call.inputs)}: leave them to sdpa"
     if engine.softcap is not None:
         return "it has no softcap"
     if call.is_causal and call.offset < 0:

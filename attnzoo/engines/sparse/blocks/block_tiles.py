@@ -84,11 +84,11 @@ class Gathered:
         size, width = self.shape[1], total.shape[1]
         total.view(-1, size, width).index_add_(0, self.chosen, gradient.view(-1, size, width))
 
-    def bias(self, table: Tensor) -> Tensor:
+    def add_bias(self, bias: Tensor, scores: Tensor) -> None:
         parts, size, keys = self.shape
         places = self.origin + self.first + torch.arange(parts * size).view(parts, size, 1)
-        starts = self.chosen.view(parts, 1, -1) * size - places + len(table) // 2
-        return table.unfold(0, size, 1)[starts].view(parts, size, keys)
+        starts = self.chosen.view(parts, 1, -1) * size - places + len(bias) // 2
+        scores.add_(bias.unfold(0, size, 1)[starts].view(parts, size, keys))
 
 
 def _pieces(

@@ -101,7 +101,7 @@ class _WithColumns:
         self.slices.add(gradient[:, :keys], total)
         total[len(total) - self.count :] += gradient[:, keys:].sum(0)
 
-    def bias(self, table: Tensor) -> Tensor:
+    def add_bias(self, bias: Tensor, scores: Tensor) -> None:
         raise NotImplementedError  # the backend refuses it
 
 

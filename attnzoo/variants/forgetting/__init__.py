@@ -1,0 +1,1 @@
+"""Forgetting attention, and what of the past it need not read."""
