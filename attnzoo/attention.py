@@ -256,8 +256,8 @@ class Attention(nn.Module):
         """Become the attention of heads `first` to `first + count - 1` alone, in place: for a
         process that holds only these heads.
 
-        What a variant has for each head is cut, into new parameters; what its heads share stays the
-        same object. Raises ValueError on heads that this attention does not have.
+        What each head has is cut, into new parameters; what heads share stays the same object.
+        Raises ValueError on heads that this attention does not have.
         """
         if check_count("first", first) + check_positive("count", count) > self.heads:
             raise ValueError(
@@ -274,13 +274,16 @@ class Attention(nn.Module):
                 reset()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # What `to_empty` makes holds anything; a checkpoint of exact attention, loaded then, says
-        # nothing of draws and tables.
+        # What `to_empty` makes holds anything, and a checkpoint of exact attention has no draws.
         super()._apply(fn, recurse)
         held = (*self.parameters(), *self.buffers())
         if recurse and held and loses_values(fn):
             self.reset_parameters()
         return self
+
+    def oracle_arguments(self, queries: int, keys: int, is_causal: bool) -> dict[str, Any]:
+        """What the oracle needs beside options: what is learned and drawn, for these lengths."""
+        return {}
 
     def shared_options(self) -> dict[str, Any]:
         """Options that make another layer's attention share what this one learns."""

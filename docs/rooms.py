@@ -45,6 +45,7 @@ ROOMS = (
     "quality",
     "tasks",
     "training",
+    "conformance",
     "report",
     "attnzoo",
     "commands",

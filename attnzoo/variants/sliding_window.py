@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -107,3 +108,7 @@ class SlidingWindow(Attention):
             self.engine.sink_logits = nn.Parameter(
                 logits.detach()[first : first + count].clone(), logits.requires_grad
             )
+
+    def oracle_arguments(self, queries: int, keys: int, is_causal: bool) -> dict[str, Any]:
+        logits = self.engine.sink_logits
+        return {} if logits is None else {"logits": logits}

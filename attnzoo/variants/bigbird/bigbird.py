@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,6 +94,13 @@ class BigBird(Attention):
     def _draw(self, random: RandomBlocks) -> None:
         self.random = random
         self.engine.pattern = BlockUnion(random.outside, random)
+
+    def oracle_arguments(self, queries: int, keys: int, is_causal: bool) -> dict[str, Any]:
+        return {
+            "random_blocks": lambda real: self.random_blocks(queries, keys, is_causal, real[None])[
+                0
+            ]
+        }
 
     def random_blocks(
         self, query_length: int, key_length: int, is_causal: bool, key_mask: Tensor | None = None

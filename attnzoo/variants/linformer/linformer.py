@@ -112,3 +112,9 @@ class Linformer(Attention):
             self.engine.cost(whole.projected),
             projections=1 if self.value_projection is self.key_projection else 2,
         )
+
+    def oracle_arguments(self, queries: int, keys: int, is_causal: bool) -> dict[str, Any]:
+        return {
+            "key_projection": self.key_projection.weight,
+            "value_projection": self.value_projection.weight,
+        }

@@ -118,3 +118,6 @@ class Nystromformer(Attention):
         kernel_size = 0 if self.convolution is None else self.convolution.kernel_size[0]
         segments = min(self.num_landmarks, shape.key_length)
         return landmark_cost(shape, segments, self.iterations, kernel_size)
+
+    def oracle_arguments(self, queries: int, keys: int, is_causal: bool) -> dict[str, Any]:
+        return {} if self.convolution is None else {"convolution_weight": self.convolution.weight}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from attnzoo.arguments import check_positive
@@ -69,3 +71,6 @@ class Performer(Attention):
         feature_map = self.engine.feature_map
         assert isinstance(feature_map, RandomFeatures)
         feature_map.redraw(int(torch.randint(2**31, ())) if seed is None else seed)
+
+    def oracle_arguments(self, queries: int, keys: int, is_causal: bool) -> dict[str, Any]:
+        return {"projection": self.engine.feature_map.projection}

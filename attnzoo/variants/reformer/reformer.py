@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -99,3 +100,6 @@ class Reformer(Attention):
         """Draw new rotations, in place. seed=None takes one from torch's global generator, so
         torch.manual_seed repeats it."""
         self.engine.hashing.redraw(int(torch.randint(2**31, ())) if seed is None else seed)
+
+    def oracle_arguments(self, queries: int, keys: int, is_causal: bool) -> dict[str, Any]:
+        return {"rotations": self.engine.hashing.rotations}

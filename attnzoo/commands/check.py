@@ -1,0 +1,150 @@
+"""attnzoo check: whether a callable of yours is the attention that it should be, rule by rule."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from attnzoo.arguments import nearest
+from attnzoo.commands import BROKEN
+from attnzoo.commands.command import Command, check_seed, messages, screen
+from attnzoo.commands.output import check_folder, write_text
+from attnzoo.commands.variants import parse_variant
+
+if TYPE_CHECKING:
+    from attnzoo.conformance import Report
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """What is checked, against what, and where the findings go."""
+    parser.add_argument(
+        "callable",
+        type=str,
+        help="MODULE:NAME or FILE.py:NAME of a function or a module instance, such as "
+        "torch.nn.functional:scaled_dot_product_attention",
+    )
+    parser.add_argument(
+        "--like",
+        type=str,
+        metavar="NAME[:OPTION=VALUE,...]",
+        help="the variant that it should equal; without it only what every attention holds to is "
+        "asked",
+    )
+    parser.add_argument(
+        "--dialect",
+        type=str,
+        default="attnzoo",
+        help="how it is called: attnzoo, sdpa, transformers, fla, fla_head_first or flash_attn",
+    )
+    parser.add_argument(
+        "--rules", nargs="+", type=str, metavar="RULE", help="the rules to ask (default: all)"
+    )
+    parser.add_argument("--heads", type=int, help="of a callable that takes no other number")
+    parser.add_argument("--head_dim", type=int, help="of a callable that takes no other width")
+    parser.add_argument("--device", type=str, default="cpu", help="where its tensors are")
+    parser.add_argument("--seed", type=int, default=0, help="draws the tensors")
+    parser.add_argument("--json", type=str, metavar="FILE", help="gets the findings as JSON")
+    parser.add_argument("--junit", type=str, metavar="FILE", help="gets them as a JUnit test suite")
+
+
+def run(settings: Namespace) -> int:
+    """Check, print, write; 4 where a rule fails or none holds."""
+    from attnzoo.conformance import check
+    from attnzoo.fidelity import check_device
+
+    check_seed(settings.seed)
+    check_device(settings.device)
+    files = {name: settings[name] for name in ("json", "junit") if settings[name] is not None}
+    for path in files.values():
+        check_folder(Path(path).parent)
+    choice = None if settings.like is None else parse_variant(settings.like)
+    function = find_callable(settings.callable)
+    console = messages()
+    report = check(
+        function,
+        None if choice is None else choice.name,
+        dialect=settings.dialect,
+        rules=settings.rules,
+        heads=settings.heads,
+        head_dim=settings.head_dim,
+        device=settings.device,
+        seed=settings.seed,
+        progress=lambda rule: console.print(f"attnzoo: {rule}", soft_wrap=True),
+        **({} if choice is None else choice.options),
+    )
+    for name, path in files.items():
+        write_text(Path(path), report.to_json() if name == "json" else report.to_junit())
+    show(report)
+    return 0 if report.holds else BROKEN
+
+
+def show(report: Report) -> None:
+    """The table, and in a sentence what it comes to."""
+    from attnzoo.report.tables import rich_table
+
+    console = screen()
+    console.print(rich_table(report.table()))
+    failing = [one.rule for one in report.findings if one.status == "fails"]
+    if failing:
+        console.print(f"{len(failing)} of {len(report.findings)} rules fail: {', '.join(failing)}")
+    elif report.holds:
+        console.print("every rule that applies holds")
+    else:
+        reason = report.findings[0].found
+        console.print(f"nothing could be checked, since every call was refused: {reason}")
+
+
+def find_callable(text: str) -> Callable[..., Any]:
+    """What MODULE:NAME or FILE.py:NAME names; the folder of the call is searched first.
+
+    Raises ValueError, one sentence, on another form, a module that cannot be imported, and a name
+    that it does not have.
+    """
+    module_name, colon, name = text.rpartition(":")
+    if not (colon and module_name and name):
+        raise ValueError(
+            f"{text!r} is not of the form MODULE:NAME or FILE.py:NAME; write "
+            "my_kernels:attention, or kernels/mine.py:attention"
+        )
+    module = _imported(module_name)
+    found: Any = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            public = [one for one in dir(found) if not one.startswith("_")]
+            raise ValueError(f"{module_name} has no {name!r}{nearest(part, public)}")
+        found = getattr(found, part)
+    return found
+
+
+def _imported(name: str) -> Any:
+    path = Path(name)
+    here = str(Path.cwd() if path.suffix != ".py" else path.parent)
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        if path.suffix != ".py":
+            return importlib.import_module(name)
+        if not path.is_file():
+            raise ValueError(f"{name} is no file")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None  # of a name that ends in .py
+        module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(path.stem, module)
+        spec.loader.exec_module(module)
+        return module
+    except ValueError:
+        raise
+    except BaseException as error:  # whatever a stranger's module raises as it is imported
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        text = " ".join(str(error).split())
+        raise ValueError(f"{name} cannot be imported: {type(error).__name__}: {text}") from None
+
+
+CHECK = Command("check", "Check any attention against rules and an oracle.", add_arguments, run)

@@ -1,0 +1,157 @@
+"""The callable that is judged, and what it is judged by."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.attention import Attention
+from attnzoo.conformance.trial_call import Given, Trial
+from attnzoo.conventions.dialects.dialect import Dialect, NotExpressible
+from attnzoo.oracles import ORACLES
+from attnzoo.registry import Choice, options_of
+from attnzoo.spec import Spec
+
+#: Float64 carries 2e-16; sums of a thousand terms and quotients by small sums lose four digits.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 64 * 2**-24}
+MAX_LENGTH = 4096  # of variants that need to know one
+
+
+class Refused(Exception):
+    """The callable raised an error instead of answering."""
+
+
+class NotApplicable(Exception):
+    """The rule says nothing of this callable."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A callable, how it is called, and what it should be.
+
+    function: the callable
+    dialect: how it is called
+    like: the variant that it should equal; None: only what every attention holds to is asked
+    heads, head_dim: where it takes no other; None: any
+    device: where its tensors are
+    """
+
+    function: Callable[..., Any]
+    dialect: Dialect
+    like: Choice | None = None
+    heads: int | None = None
+    head_dim: int | None = None
+    device: str = "cpu"
+
+    @property
+    def spec(self) -> Spec | None:
+        return None if self.like is None else self._built(1, 4).spec
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The most precise dtype that it takes and computes in."""
+        if self.dialect.widest != torch.float64:
+            return self.dialect.widest
+        for is_causal in self.forms:
+            try:
+                rows = self.rows(self.given(self.fitting(Trial(is_causal=is_causal))))
+            except Refused:
+                continue
+            return torch.float64 if rows.dtype == torch.float64 else torch.float32
+        return torch.float32
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCES[self.dtype]
+
+    @property
+    def forms(self) -> tuple[bool, ...]:
+        """The values of is_causal to ask for."""
+        return (False, True) if self.spec is None else self.spec.forms
+
+    def fitting(self, trial: Trial) -> Trial:
+        """The trial with heads and widths that the callable takes."""
+        heads = self.heads or trial.heads
+        kv_heads = heads if trial.kv_heads == trial.heads else max(1, heads // 2)
+        return replace(
+            trial, heads=heads, kv_heads=kv_heads, head_dim=self.head_dim or trial.head_dim
+        )
+
+    def given(self, trial: Trial) -> Given:
+        return Given.of(trial, self.spec)
+
+    def rows(self, given: Given) -> Tensor:
+        """What the callable answers, (batch, heads, query_length, head_dim) on the CPU.
+
+        Raises `Refused` when it raises anything, and `NotApplicable` when its dialect has no words
+        for such a call.
+        """
+        moved = given.mapped(lambda _, x: x.to(self.device))
+        try:
+            rows = self.dialect.call(self.function, moved)
+        except NotExpressible as error:
+            raise NotApplicable(str(error)) from None
+        except Exception as error:  # whatever a stranger's code raises
+            raise Refused(_first_line(error)) from error
+        expected = (*given.q.shape[:3], given.v.shape[3])
+        if not isinstance(rows, Tensor) or tuple(rows.shape) != expected:
+            found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise Refused(f"it returned {found} where rows of {expected} belong")
+        return rows.cpu()
+
+    def expected(self, given: Given) -> Tensor:
+        """The rows of the oracle, in float64 and with gradients. Raises `NotApplicable` where
+        nothing says what the callable should be."""
+        if self.like is None:
+            raise NotApplicable("nothing says which attention it should be (like=)")
+        double = given.mapped(lambda _, x: x.double())
+        attn = self._built(given.q.shape[1], given.q.shape[3]).double()
+        arguments = attn.oracle_arguments(given.q.shape[2], given.k.shape[2], given.is_causal)
+        oracle = ORACLES[self.like.name]
+        wanted = inspect.signature(oracle).parameters
+        options = {one.name: one.default for one in options_of(self.like.name)}
+        options |= self.like.completed(max_length=MAX_LENGTH).options
+        out, _ = oracle(
+            double.q,
+            double.k,
+            double.v,
+            **{name: value for name, value in options.items() if name in wanted},
+            **arguments,
+            **masks(double),
+            **double.inputs,
+        )
+        return out
+
+    def reference(self, given: Given) -> Tensor:
+        """The rows of this library's reference in the dtype of the call."""
+        if self.like is None:
+            raise NotApplicable("nothing says which attention it should be (like=)")
+        attn = self._built(given.q.shape[1], given.q.shape[3], backend="reference")
+        attn = attn.to(given.q.dtype)
+        return attn(given.q, given.k, given.v, **masks(given), **given.inputs).detach()
+
+    def _built(self, heads: int, head_dim: int, **more: Any) -> Attention:
+        assert self.like is not None
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return self.like.completed(**more).build(heads, head_dim, max_length=MAX_LENGTH)
+
+
+def masks(given: Given) -> dict[str, Any]:
+    """The masks that a call has, by this library's names."""
+    found = {"key_mask": given.key_mask, "segments": given.segments}
+    return {
+        "is_causal": given.is_causal,
+        **{name: x for name, x in found.items() if x is not None},
+    }
+
+
+def _first_line(error: Exception) -> str:
+    text = " ".join((str(error).strip().splitlines() or [""])[0].split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,1 @@
+"""What every attention holds to, a function each."""
