@@ -15,6 +15,7 @@ from attnzoo.integrations.huggingface.generation import state_cache
 from attnzoo.integrations.sidecar import load, save
 from attnzoo.integrations.swapping import swap, unswap
 from attnzoo.layers import distance_biases
+from attnzoo.layers.latent.latent_attention import LatentAttention
 from attnzoo.layers.multihead import MultiheadAttention
 from attnzoo.layers.packed_model import packed
 from attnzoo.registry import build, describe, names, register
@@ -26,6 +27,7 @@ __all__ = [
     "Cost",
     "FlopReport",
     "Input",
+    "LatentAttention",
     "Memory",
     "MultiheadAttention",
     "Spec",

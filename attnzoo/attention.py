@@ -81,6 +81,10 @@ class Attention(nn.Module):
         own = type(self)
         return own.attend is Attention.attend and own.place is Attention.place
 
+    def value_width(self, call: Call) -> int:
+        """Numbers of a row of A·v."""
+        return call.v.shape[3]
+
     def place(self, call: Call, seen: int) -> Call:
         """The call with positions put into q and k; `seen` tokens stand before its first key."""
         return call
