@@ -12,6 +12,7 @@ from attnzoo.integrations.huggingface.fallbacks.replace_fallbacks import (
     restore_fallbacks,
 )
 from attnzoo.integrations.huggingface.generation import state_cache
+from attnzoo.integrations.huggingface.latent.latent_layer import latent_layer
 from attnzoo.integrations.sidecar import load, save
 from attnzoo.integrations.swapping import swap, unswap
 from attnzoo.layers import distance_biases
@@ -37,6 +38,7 @@ __all__ = [
     "describe",
     "distance_biases",
     "global_mask",
+    "latent_layer",
     "load",
     "memory",
     "names",

@@ -11,9 +11,7 @@ from attnzoo.call import Call, UnsupportedError
 from attnzoo.spec import FREE, Input, Spec, registered, with_spec
 
 
-def check(
-    call: Call, spec: Spec, heads: int, head_dim: int, key_width: int | None = None
-) -> None:
+def check(call: Call, spec: Spec, heads: int, head_dim: int, key_width: int | None = None) -> None:
     """Raise a ValueError that names the argument, its value and what is allowed.
 
     call: not yet checked; what it brings that spec does not declare is among its inputs

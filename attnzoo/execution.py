@@ -157,7 +157,8 @@ class Steps:
 
     def empty_state(self, call: Call) -> State:
         batch_size, kv_heads, _, head_dim = call.k.shape
-        sizes = StateSizes(batch_size, kv_heads, head_dim, None, call.k.dtype, call.k.device)
+        like, value_dim = call.k, call.v.shape[3]
+        sizes = StateSizes(batch_size, kv_heads, head_dim, None, like.dtype, like.device, value_dim)
         return self.core.engine.init_state(sizes)
 
 

@@ -53,9 +53,7 @@ def call_layer(
     check_call(layer, query, key, value, key_padding_mask, attn_mask)
     batched = query.dim() == 3
     # The names of an input's leading axes, for einops; "1" is the batch that a 2-D input lacks.
-    axes, batch = (
-        ("l", "1") if not batched else ("b l", "b") if layer.batch_first else ("l b", "b")
-    )
+    axes, batch = ("l", "1") if not batched else ("b l", "b") if layer.batch_first else ("l b", "b")
     pattern = f"{axes} (p h d) -> p {batch} h l d"
     segments = segments_of(layer, query, key, segments)
     q, k, v = project(layer, query, key, value, pattern)

@@ -162,8 +162,9 @@ class LatentAttention(nn.Module):
                 "key and value must be one tensor, of which latent attention makes both; leave "
                 "value out"
             )
+        layer: Any = self
         return call_layer(
-            self,
+            layer,
             query,
             key,
             value,
@@ -177,7 +178,8 @@ class LatentAttention(nn.Module):
 
     def init_state(self, batch_size: int, max_length: int | None = None) -> LayerState:
         """An empty state for `step`. max_length: tokens that it will take; None: any number."""
-        return first_state(self, batch_size, max_length)
+        layer: Any = self
+        return first_state(layer, batch_size, max_length)
 
     def step(
         self,
@@ -188,7 +190,8 @@ class LatentAttention(nn.Module):
         **inputs: Tensor | None,
     ) -> tuple[Tensor, LayerState]:
         """As `MultiheadAttention.step`: new tokens, and the state after them."""
-        return step_layer(self, x, state, key_padding_mask, segments, inputs)
+        layer: Any = self
+        return step_layer(layer, x, state, key_padding_mask, segments, inputs)
 
     def cost(
         self,

@@ -148,8 +148,9 @@ class LatentCore(Attention):
         if max_length is not None:
             check_positive("max_length", max_length)
         dtype = dtype or torch.get_default_dtype()
-        sizes = StateSizes(batch_size, 1, self.kept_width, max_length, dtype, device)
-        return execution.first_state(self, sizes)
+        sizes = StateSizes(batch_size, 1, self.kept_width, max_length, dtype, device, value_dim=0)
+        core: Any = self
+        return execution.first_state(core, sizes)
 
     def attend(self, call: Call, backend: str, state: Any = None) -> tuple[Tensor, str, Any]:
         engine = self.core.engine
@@ -196,9 +197,12 @@ class LatentCore(Attention):
             raise ValueError(
                 f"kv_heads={kv_heads} is no choice here: all heads share one latent; leave it out"
             )
-        return super().cost(
-            batch_size, query_length, key_length, is_causal=is_causal, dtype=dtype
-        )
+        if not self.absorbs and self.value_dim != self.head_dim:
+            raise UnsupportedError(
+                f"{self.spec.name} has a closed form for values as wide as keys, and v_head_dim is "
+                f"{self.value_dim} beside {self.head_dim}; count with attnzoo.count_flops instead"
+            )
+        return super().cost(batch_size, query_length, key_length, is_causal=is_causal, dtype=dtype)
 
     def count(self, shape: Shape) -> Cost:
         return cost_of(self, shape)
@@ -216,8 +220,9 @@ class LatentCore(Attention):
             return replace(call, q=self._absorbed(call.q), k=call.k, v=call.k)
         k, v = self._expanded(call.k)
         width = max(k.shape[3], v.shape[3])
-        q, k, v = (F.pad(x, (0, width - x.shape[3])) if x.shape[3] < width else x
-                   for x in (call.q, k, v))
+        q, k, v = (
+            F.pad(x, (0, width - x.shape[3])) if x.shape[3] < width else x for x in (call.q, k, v)
+        )
         return replace(call, q=q, k=k, v=v)
 
     def _rows(self, out: Tensor, form: str) -> Tensor:

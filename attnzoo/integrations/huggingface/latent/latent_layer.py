@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attnzoo.call import UnsupportedError
 from attnzoo.layers.latent.latent_attention import LatentAttention
+from attnzoo.registry import spec_of
 
 #: Whether the turned features are pairs of neighbours; None: as the config's rope_interleave says.
 #: A layer without rotary embedding is not turned at all.
@@ -59,12 +60,12 @@ def latent_layer(module: nn.Module, **options: Any) -> LatentAttention:
         qk_rope_head_dim=theirs.qk_rope_head_dim,
         v_head_dim=theirs.v_head_dim,
         rotary=False if name in NOT_TURNED else _rotary(theirs.config, INTERLEAVED[name]),
-        scale=float(theirs.scaling),
+        scale=float(theirs.scaling)
+        if spec_of(options.get("attention", "standard")).exact
+        else None,
         **options,
     )
-    core = {
-        f"attention.core.{key}": x for key, x in layer.attention.core.state_dict().items()
-    }
+    core = {f"attention.core.{key}": x for key, x in layer.attention.core.state_dict().items()}
     layer.load_state_dict({**core, **_weights(theirs, layer.num_heads)})
     for norm, its in (("q_norm", "q_a_layernorm"), ("kv_norm", "kv_a_layernorm")):
         if getattr(theirs, its, None) is not None:
