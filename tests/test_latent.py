@@ -198,6 +198,9 @@ def test_padding_and_packing_do_not_reach_it(name: str) -> None:
         held = F.pad(x, (0, 0, ahead, behind), value=math.nan)
         out = layer(held, key_padding_mask=padding, **how)[0][:, ahead : ahead + 16]
         torch.testing.assert_close(out, wanted, **CLOSE)
+        _, weights = layer(held, key_padding_mask=padding, is_causal=how["is_causal"])
+        assert weights is not None
+        assert not weights[:, ahead : ahead + 16][:, :, padding[0]].any()
     lengths = (5, 11)
     ids = torch.arange(2).repeat_interleave(torch.tensor(lengths)).expand(2, -1)
     wanted = torch.cat([layer(one, **how)[0] for one in x.split(lengths, 1)], 1)

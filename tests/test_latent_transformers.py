@@ -62,6 +62,7 @@ class Theirs:
         self.layer: Any = getattr(module, f"{prefix}Attention")(config, 0)
         for parameter in self.layer.parameters():
             nn.init.normal_(parameter, float(parameter.dim() == 1), 0.3)
+        self.layer.kv_a_layernorm.variance_epsilon = 0.05
         rotary = getattr(module, f"{prefix}RotaryEmbedding", None)
         self.rotary = None if rotary is None else rotary(config)
 
@@ -125,7 +126,7 @@ def test_a_cache_with_padding_ahead() -> None:
     cache: Any = transformers.DynamicCache()
     theirs(x[:1, 3:9], 0, cache)
     padded = [
-        nn.functional.pad(part, (0, 0, 3, 0), value=7.0)
+        nn.functional.pad(part, (0, 0, 3, 0), value=torch.nan)
         for part in (cache.layers[0].keys, cache.layers[0].values)
     ]
     real = torch.arange(9)[None] >= 3
