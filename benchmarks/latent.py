@@ -2,7 +2,7 @@
 beside the same weights with a cache of expanded keys and values, and transformers' own layer.
 
     OMP_PROC_BIND=true python benchmarks/latent.py [--output FILE] [--sizes lite v3]
-        [--lengths 4096 32768]
+        [--lengths 4096 32768] [--contenders expanded]
 
 One layer, batch 1, float32, CPU, random weights, at the sizes of DeepSeek-V2-Lite (16 heads) and
 DeepSeek-V3 (128 heads). Every contender decodes one token in turn, so that a slow moment of the
@@ -39,18 +39,20 @@ SIZES: dict[str, dict[str, Any]] = {
     "lite": {"hidden_size": 2048, "num_attention_heads": 16, "q_lora_rank": None},
     "v3": {"hidden_size": 7168, "num_attention_heads": 128, "q_lora_rank": 1536},
 }
-ROUNDS, WARMUPS = 9, 2
+ROUNDS, WARMUPS, CHUNK = 9, 2, 1024
 MIB = 2**20
 
 
 class Expanded:
     """Decoding of a `LatentAttention` with keys and values of every head in the cache."""
 
-    def __init__(self, layer: Any, kept: Tensor, room: int, by_sdpa: bool) -> None:
+    def __init__(self, layer: Any, kept: Tensor, held: tuple[Tensor, Tensor], by_sdpa: bool):
+        """held: memory for the keys and values of all heads, which contenders may share"""
         self.layer, self.core, self.by_sdpa = layer, layer.attention, by_sdpa
-        self.length = kept.shape[2]
-        k, v = self.core._expanded(kept)
-        self.k, self.v = (F.pad(x, (0, 0, 0, room)) for x in (k, v))
+        self.length, (self.k, self.v) = kept.shape[2], held
+        for start in range(0, self.length, CHUNK):
+            part = slice(start, min(start + CHUNK, self.length))
+            self.k[:, :, part], self.v[:, :, part] = self.core._expanded(kept[:, :, part])
 
     def __call__(self, x: Tensor) -> Tensor:
         layer, end = self.layer, self.length + 1
@@ -122,11 +124,13 @@ def contenders(sizes: dict[str, Any], length: int) -> dict[str, Any]:
     keys, values = torch.randn(1, 1, length, layer.attention.rank), torch.randn(1, 1, length, 64)
     cache.update(keys, values, 0)
     kept = from_cache(keys, values, interleaved=True)
-    room = ROUNDS + WARMUPS + 2
+    core = layer.attention
+    slots = (1, core.heads, length + ROUNDS + WARMUPS + 2)
+    both = torch.zeros(*slots, core.head_dim), torch.zeros(*slots, core.value_dim)
     return {
         "absorbed": Absorbed(layer, latent_state(layer, keys, values)),
-        "expanded": Expanded(layer, kept, room, by_sdpa=False),
-        "expanded_sdpa": Expanded(layer, kept, room, by_sdpa=True),
+        "expanded": Expanded(layer, kept, both, by_sdpa=False),
+        "expanded_sdpa": Expanded(layer, kept, both, by_sdpa=True),
         "transformers": Transformers(module, theirs.DeepseekV3RotaryEmbedding(config), cache),
     }
 
@@ -139,9 +143,13 @@ def ratio(of: Timing, to: Timing) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def rows(name: str, length: int) -> Iterator[dict[str, Any]]:
-    """One for each contender."""
-    found = contenders(SIZES[name], length)
+def rows(name: str, length: int, wanted: list[str] | None) -> Iterator[dict[str, Any]]:
+    """One for each contender. wanted: their names beside "absorbed"; None: all."""
+    found = {
+        label: one
+        for label, one in contenders(SIZES[name], length).items()
+        if wanted is None or label in ("absorbed", *wanted)
+    }
     x = torch.randn(1, 1, SIZES[name]["hidden_size"])
     first = {label: one(x) for label, one in found.items()}
     calls: dict[str, Callable[[], Any]] = {
@@ -153,6 +161,7 @@ def rows(name: str, length: int) -> Iterator[dict[str, Any]]:
             "sizes": name,
             "length": length,
             "contender": label,
+            "ran": one.layer.attention.last_backend if label == "absorbed" else label,
             "median_ms": round(1e3 * timings[label].median, 2),
             "over_absorbed": ratio(timings[label], timings["absorbed"]),
             "held_mib": round(one.held_bytes / MIB, 1),
@@ -168,13 +177,14 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/latent.jsonl"))
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["lite"])
+    parser.add_argument("--contenders", nargs="+", help="others are left out; default: all")
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
     given = parser.parse_args()
     where = environment(seed=0, device=torch.device("cpu"), dtype=torch.float32)
     with given.output.open("a", encoding="utf-8") as file:
         for name in given.sizes:
             for length in given.lengths:
-                for row in rows(name, length):
+                for row in rows(name, length, given.contenders):
                     print(row, flush=True)
                     file.write(json.dumps({**row, "environment": where}) + "\n")
 
