@@ -12,9 +12,11 @@ from attnzoo.integrations.huggingface.fallbacks.replace_fallbacks import (
     restore_fallbacks,
 )
 from attnzoo.integrations.huggingface.generation import state_cache
+from attnzoo.integrations.huggingface.latent.latent_layer import latent_layer
 from attnzoo.integrations.sidecar import load, save
 from attnzoo.integrations.swapping import swap, unswap
 from attnzoo.layers import distance_biases
+from attnzoo.layers.latent.latent_attention import LatentAttention
 from attnzoo.layers.multihead import MultiheadAttention
 from attnzoo.layers.packed_model import packed
 from attnzoo.registry import build, describe, names, register
@@ -26,6 +28,7 @@ __all__ = [
     "Cost",
     "FlopReport",
     "Input",
+    "LatentAttention",
     "Memory",
     "MultiheadAttention",
     "Spec",
@@ -35,6 +38,7 @@ __all__ = [
     "describe",
     "distance_biases",
     "global_mask",
+    "latent_layer",
     "load",
     "memory",
     "names",

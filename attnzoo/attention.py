@@ -81,6 +81,10 @@ class Attention(nn.Module):
         own = type(self)
         return own.attend is Attention.attend and own.place is Attention.place
 
+    def value_width(self, call: Call) -> int:
+        """Numbers of a row of A·v."""
+        return call.v.shape[3]
+
     def place(self, call: Call, seen: int) -> Call:
         """The call with positions put into q and k; `seen` tokens stand before its first key."""
         return call
@@ -231,8 +235,7 @@ class Attention(nn.Module):
         """Closed-form cost of one forward at these sizes (see `Cost`). key_length defaults to
         query_length, kv_heads to heads.
 
-        dtype: of q, k and v. Raises ValueError on a size below 1 and on a dtype that is not
-        floating.
+        dtype: of q, k and v. Raises ValueError on a size below 1 and a dtype that is not floating.
         """
         check_sizes(batch_size, query_length, key_length, dtype)
         check_causality(self.spec, is_causal)

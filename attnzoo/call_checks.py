@@ -11,13 +11,14 @@ from attnzoo.call import Call, UnsupportedError
 from attnzoo.spec import FREE, Input, Spec, registered, with_spec
 
 
-def check(call: Call, spec: Spec, heads: int, head_dim: int) -> None:
+def check(call: Call, spec: Spec, heads: int, head_dim: int, key_width: int | None = None) -> None:
     """Raise a ValueError that names the argument, its value and what is allowed.
 
     call: not yet checked; what it brings that spec does not declare is among its inputs
     spec: of the variant, for its inputs and its name
     heads: of q
-    head_dim: of q and k
+    head_dim: of q, and of k
+    key_width: of k, where it is another
     raises: ValueError on a malformed tensor and on an input that nobody takes, UnsupportedError on
         one that only other variants take
     """
@@ -59,10 +60,11 @@ def check(call: Call, spec: Spec, heads: int, head_dim: int) -> None:
             f"k and v have {k.shape[1]} heads; that must divide heads={heads} (grouped-query "
             "attention)"
         )
-    if q.shape[3] != head_dim or k.shape[3] != head_dim:
+    if q.shape[3] != head_dim or k.shape[3] != (key_width or head_dim):
+        more = f" and keys of {key_width}" if key_width else ""
         raise ValueError(
             f"q and k have head_dim {q.shape[3]} and {k.shape[3]}; this attention was built with "
-            f"head_dim={head_dim}"
+            f"head_dim={head_dim}{more}"
         )
     if k.shape[2] != v.shape[2]:
         raise ValueError(

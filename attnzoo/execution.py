@@ -40,6 +40,8 @@ class Core(Protocol):
 
     def place(self, call: Call, seen: int) -> Call: ...
 
+    def value_width(self, call: Call) -> int: ...
+
     def matrix(self, call: Call) -> Tensor: ...
 
     def attend(self, call: Call, backend: str, state: Any = None) -> tuple[Tensor, str, Any]: ...
@@ -47,7 +49,7 @@ class Core(Protocol):
 
 def run(core: Core, call: Call) -> Tensor:
     """A·v. `core.last_backend` becomes the backend that ran, or several with "and" between."""
-    if 0 in (call.q.shape[0], call.query_length, call.key_length, call.v.shape[3]):
+    if 0 in (call.q.shape[0], call.query_length, call.key_length, core.value_width(call)):
         return _of_nothing(core, call)
     if call.segments is None:
         return _run(core, call)
@@ -155,7 +157,8 @@ class Steps:
 
     def empty_state(self, call: Call) -> State:
         batch_size, kv_heads, _, head_dim = call.k.shape
-        sizes = StateSizes(batch_size, kv_heads, head_dim, None, call.k.dtype, call.k.device)
+        like, value_dim = call.k, call.v.shape[3]
+        sizes = StateSizes(batch_size, kv_heads, head_dim, None, like.dtype, like.device, value_dim)
         return self.core.engine.init_state(sizes)
 
 
@@ -193,6 +196,6 @@ def _of_nothing(core: Core, call: Call) -> Tensor:
     core.last_backend = "reference"
     given = (call.q, call.k, call.v, *call.inputs.values(), *core.parameters())
     empty = (x.flatten()[:0].sum() for x in given)
-    return call.q.new_zeros(*call.q.shape[:3], call.v.shape[3]) + sum(
+    return call.q.new_zeros(*call.q.shape[:3], core.value_width(call)) + sum(
         x.to(call.q.dtype) for x in empty
     )

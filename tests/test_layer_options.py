@@ -172,7 +172,8 @@ def test_equals_qwen3_nexts_recurrent_layer() -> None:
 
 
 def test_equals_qwen3_nexts_softmax_layer() -> None:
-    """Whose norms weigh by one more than their weight."""
+    """Forward, gradients, and decoding in pieces. Its norms weigh by one more than their weight,
+    and its doubled projection makes a query and its gate head by head."""
     module = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
     torch.manual_seed(0)
     config = qwen3_next()
@@ -200,9 +201,30 @@ def test_equals_qwen3_nexts_softmax_layer() -> None:
     wanted = theirs(x, position_embeddings=turns, attention_mask=hidden)[0]
     pairs = [
         (ours.q_norm.weight, theirs.q_norm.weight),
+        (ours.k_norm.weight, theirs.k_norm.weight),
         (ours.out_proj.weight, theirs.o_proj.weight),
     ]
     compare(ours, x, wanted, pairs)
+    upstream = torch.randn_like(wanted)
+    (expected,) = torch.autograd.grad(
+        theirs(x, position_embeddings=turns, attention_mask=hidden)[0],
+        theirs.q_proj.weight,
+        upstream,
+    )
+    to_all, to_gate = torch.autograd.grad(
+        ours(x, x, x, **HOW)[0], [ours.in_proj_weight, ours.gate_proj.weight], upstream
+    )
+    found = [one.unflatten(0, (HEADS, 1, WIDTH)) for one in (to_all[:SIZE], to_gate)]
+    torch.testing.assert_close(torch.cat(found, 1).flatten(0, 2), expected, rtol=1e-4, atol=1e-5)
+    cache: Any = transformers.DynamicCache(config=config)
+    state = ours.init_state(2)
+    with torch.no_grad():
+        for start, end in ((0, 4), (4, 5), (5, 9)):
+            own = tuple(turn[:, start:end] for turn in turns)
+            how = {"attention_mask": hidden[start:end, :end], "past_key_values": cache}
+            wanted = theirs(x[:, start:end], position_embeddings=own, **how)[0]
+            out, state = ours.step(x[:, start:end], state)
+            torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CAUSAL)

@@ -137,6 +137,7 @@ class StateSizes:
     """What an empty decoding state is made for: the keys and values to come.
 
     max_length: tokens that it will take; None: any number.
+    value_dim: width of the values; None: head_dim.
     """
 
     batch_size: int
@@ -145,6 +146,7 @@ class StateSizes:
     max_length: int | None
     dtype: torch.dtype
     device: Any
+    value_dim: int | None = None
 
 
 class State(Protocol):

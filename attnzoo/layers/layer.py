@@ -24,6 +24,7 @@ class Layer(Protocol):
     segments: Any
     qk_norm: Any
     bias_k: Any
+    bias_v: Any
     add_zero_attn: Any
     in_proj_weight: Any
     in_proj_bias: Any

@@ -7,43 +7,30 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.arguments import check_options, check_positive
 from attnzoo.attention import LEAF, Attention
+from attnzoo.layers.calling import call_layer
 from attnzoo.layers.decoding import LayerState, first_state, step_layer
-from attnzoo.layers.input_projections import (
-    add_own_projection,
-    add_projections,
-    inputs_of,
-    weighed_values,
-)
+from attnzoo.layers.input_projections import add_own_projection, add_projections
 from attnzoo.layers.layer import shares_qk
-from attnzoo.layers.layer_checks import check_call, core_options
-from attnzoo.layers.nested_sequences import forward_nested
+from attnzoo.layers.layer_checks import core_options
 from attnzoo.layers.options.output_gate import (
     GATE_PROJECTION,
     OUTPUT_NORM,
     add_output,
     check_output,
-    finished,
 )
 from attnzoo.layers.options.qk_norm import NORMS, add_qk_norm, check_qk_norm
 from attnzoo.layers.options.rotary import rotary_of
 from attnzoo.layers.options.short_convolution import (
     SHORT_CONVOLUTION,
     add_short_convolution,
-    check_convolved_call,
     check_short_convolution,
 )
-from attnzoo.layers.packed_model import segments_of
-from attnzoo.layers.placement import Placement
-from attnzoo.layers.positions import positions_of
-from attnzoo.layers.projections import project, share_projection, with_end_keys
-from attnzoo.layers.torch_masks import translate
+from attnzoo.layers.projections import share_projection
 from attnzoo.registry import build, spec_of
-from attnzoo.sequences.segments import joined
 
 #: What options add beside the parameters of torch's module and of the core.
 OWN_MODULES = (*NORMS, SHORT_CONVOLUTION, GATE_PROJECTION, OUTPUT_NORM)
@@ -241,53 +228,18 @@ class MultiheadAttention(nn.MultiheadAttention):
         (torch.jit.trace, ONNX, torch.func). For the other cores, is_causal=True beside a square
         attn_mask adds causality to it; beside another shape the mask alone rules.
         """
-        if query.is_nested or key.is_nested or value.is_nested:
-            given = [name for name, x in inputs.items() if x is not None]
-            if segments is not None or self.segments is not None:
-                given.append("segments")
-            if given:
-                raise ValueError(
-                    f"a nested tensor takes no {' and no '.join(given)}; pass padded tensors and "
-                    "masks instead"
-                )
-            masks = (key_padding_mask, attn_mask)
-            return forward_nested(
-                self, query, key, value, masks, need_weights, average_attn_weights, is_causal
-            )
-        check_call(self, query, key, value, key_padding_mask, attn_mask)
-        batched = query.dim() == 3
-        # The names of an input's leading axes, for einops; "1" is the batch that a 2-D input lacks.
-        axes, batch = (
-            ("l", "1") if not batched else ("b l", "b") if self.batch_first else ("l b", "b")
+        return call_layer(
+            self,
+            query,
+            key,
+            value,
+            (key_padding_mask, attn_mask),
+            need_weights,
+            average_attn_weights,
+            is_causal,
+            segments,
+            inputs,
         )
-        pattern = f"{axes} (p h d) -> p {batch} h l d"
-        segments = segments_of(self, query, key, segments)
-        q, k, v = project(self, query, key, value, pattern)
-        translated = translate(self.attention.spec, q, k, key_padding_mask, attn_mask, is_causal)
-        segments = joined(segments, translated.segments)
-        check_convolved_call(self, query, key, value, translated.is_causal)
-        positions = None
-        if "rotary" in self._modules:
-            positions = positions_of(q, k, translated.key_mask, segments)
-        placed = Placement(self, positions, translated.key_mask, segments)
-        q, k, v = placed(q, k, v)
-        translated = translated.with_end_keys((self.bias_k is not None) + self.add_zero_attn, q, k)
-        k, v = with_end_keys(self, k, self.bias_k), with_end_keys(self, v, self.bias_v)
-        how: dict[str, Any] = {
-            "key_mask": translated.key_mask,
-            "attn_mask": translated.attn_mask,
-            "is_causal": translated.is_causal,
-            "segments": segments,
-            **inputs_of(self, query, key, value, inputs, pattern, placed),
-        }
-        v = weighed_values(self, v, how, inputs)
-        weights = translated.checked(self.attention.weights(q, k, **how)) if need_weights else None
-        out = translated.checked(self.attention(q, k, v, **how))
-        out = finished(self, out, query, pattern)
-        out = self.out_proj(rearrange(out, f"{batch} h l d -> {axes} (h d)"))
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(1)
-        return out, weights if weights is None or batched else weights.squeeze(0)
 
     def init_state(self, batch_size: int, max_length: int | None = None) -> LayerState:
         """An empty state for `step`. max_length: tokens that it will take; None: any number."""

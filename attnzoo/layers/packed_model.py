@@ -15,8 +15,8 @@ from attnzoo.layers.layer import Layer
 
 @contextmanager
 def packed(model: nn.Module, segments: Tensor) -> Iterator[None]:
-    """Inside, every `attnzoo.MultiheadAttention` of the model keeps the pieces of packed rows
-    apart, where its call brings no segments.
+    """Inside, every `attnzoo.MultiheadAttention` and `attnzoo.LatentAttention` of the model keeps
+    the pieces of packed rows apart, where its call brings no segments.
 
     model: whose layers attend to the tokens themselves, as an encoder's and a decoder-only model's
     segments: (batch, length) integer, the piece that a token belongs to
@@ -37,9 +37,12 @@ def packed(model: nn.Module, segments: Tensor) -> Iterator[None]:
         )
         raise ValueError(f"segments is {found}; give an integer tensor of shape (batch, length)")
     layers: list[Any] = [
-        module for module in model.modules() if isinstance(module, nn.MultiheadAttention)
+        module
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention) or hasattr(type(module), "segments")
     ]
-    cores = {id(layer.attention) for layer in layers if hasattr(layer, "segments")}
+    listening = [layer for layer in layers if hasattr(layer, "segments")]
+    cores = {id(part) for layer in listening for part in layer.attention.modules()}
     bare = [one for one in model.modules() if isinstance(one, Attention) and id(one) not in cores]
     if bare:
         raise ValueError(

@@ -34,7 +34,10 @@ def project(
     layer: Layer, query: Tensor, key: Tensor, value: Tensor, pattern: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v as views of (batch, heads, length, head_dim): one matmul for self-attention, two
-    when key is value."""
+    when key is value. Of a latent layer k is what its values are made of, too, and v is empty."""
+    latent = layer._modules.get("latent")
+    if latent is not None:
+        return latent(query, key, pattern)
     heads, bias = layer.num_heads, layer.in_proj_bias
     separate = layer._modules.get("projections")
     if separate is not None:

@@ -64,7 +64,9 @@ def shield_past(call: Call, *, may_stall: bool = False) -> tuple[Call, Tensor | 
         and all(math.isfinite(x.detach().sum(dtype=_summed_in(x)).item()) for _, x in read)
     ):
         return call, None
-    largest = torch.maximum(_largest(k, KEYS), _largest(v, KEYS))
+    largest = _largest(k, KEYS)
+    if v.shape[3] and v is not k:
+        largest = torch.maximum(largest, _largest(v, KEYS))
     for one, x in read:
         largest = torch.maximum(largest, _largest(x, one.names, closes=one.like is None))
     reached = _reached(~(largest < math.inf), call)

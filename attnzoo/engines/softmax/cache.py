@@ -72,9 +72,11 @@ class KeyValueCache:
     @classmethod
     def empty(cls, sizes: StateSizes, reach: int | None) -> KeyValueCache:
         room = _room(0, 1, sizes.max_length, reach)
-        shape = (sizes.batch_size, sizes.kv_heads, room, sizes.head_dim)
-        k = torch.zeros(shape, dtype=sizes.dtype, device=sizes.device)
-        return cls(_Buffer(k, torch.zeros_like(k), None), 0, 0, 0, sizes.max_length, reach)
+        shape = (sizes.batch_size, sizes.kv_heads, room)
+        width = sizes.head_dim if sizes.value_dim is None else sizes.value_dim
+        k = torch.zeros(*shape, sizes.head_dim, dtype=sizes.dtype, device=sizes.device)
+        v = k.new_zeros(*shape, width)
+        return cls(_Buffer(k, v, None), 0, 0, 0, sizes.max_length, reach)
 
     @property
     def k(self) -> Tensor:

@@ -15,7 +15,14 @@ from attnzoo.engines.engine import (
     StateSizes,
     causal_pairs,
 )
-from attnzoo.engines.softmax import rows, sdpa, varlen, xformers_kernel
+from attnzoo.engines.softmax import (
+    rows,
+    sdpa,
+    shared_keys,
+    split_keys,
+    varlen,
+    xformers_kernel,
+)
 from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.softmax.reference import REFERENCE, SoftmaxReference
 from attnzoo.engines.tried_on_gpu import never_ran
@@ -29,11 +36,15 @@ class Softmax(SoftmaxReference):
     dropout: probability that an entry of A is dropped, in training only
     softcap: keeps scores within ±softcap; None: they are as they are
 
-    Its backends in order: `sdpa`, torch's; `xformers` on CUDA; `varlen` on CUDA, which takes packed
-    rows uncut; `rows`, a few rows at a time, for what these have no place for; the reference.
+    Its backends in order: `split_keys` and `shared_keys`, for one query and for fewer queries than
+    heads that all share one head of keys; `sdpa`, torch's; `xformers` on CUDA; `varlen` on CUDA,
+    which takes packed rows uncut; `rows`, a few rows at a time, for what these have no place for;
+    the reference.
     """
 
     backends = (
+        Backend("split_keys", split_keys.attend, split_keys.why_not),
+        Backend("shared_keys", shared_keys.attend, shared_keys.why_not, packs=True),
         Backend("sdpa", sdpa.attend, sdpa.why_not, packs=True),
         Backend("xformers", xformers_kernel.attend, xformers_kernel.why_not),
         Backend("varlen", varlen.attend, varlen.why_not, packs=True, uncut=True, untried=never_ran),

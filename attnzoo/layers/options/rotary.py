@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.arguments import check_positive, nearest
+from attnzoo.layers.options.yarn import yarn_of
 
 
 class RotaryEmbedding(nn.Module):
@@ -21,6 +22,8 @@ class RotaryEmbedding(nn.Module):
     width: how many features of a head are turned, the first ones; None: all of them
     interleaved: whether a pair is two neighbours (GPT-J, GLM) or a feature of the first half of
         the width and one of the second (Llama, Qwen, GPT-NeoX)
+    yarn: options of `Yarn`, which slows the turns down for sequences longer than those of training,
+        such as {"factor": 40.0, "original_length": 4096}; None: the turns are as they are
     raises: ValueError on a width that is odd or wider than a head, and on a base that is not above
         1
 
@@ -34,6 +37,7 @@ class RotaryEmbedding(nn.Module):
         base: float = 10_000.0,
         width: int | None = None,
         interleaved: bool = False,
+        yarn: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.base = _check_base(base)
@@ -46,6 +50,7 @@ class RotaryEmbedding(nn.Module):
         if not isinstance(interleaved, bool):
             raise ValueError(f"rotary interleaved={interleaved!r} must be True or False")
         self.interleaved = interleaved
+        self.yarn = yarn_of(yarn)
 
     def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """q and k turned.
@@ -64,9 +69,15 @@ class RotaryEmbedding(nn.Module):
         """Cosines and sines, (length, width/2) or (batch, 1, length, width/2)."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         pairs = torch.arange(0, self.width, 2, device=positions.device, dtype=dtype) / self.width
-        angles = positions.to(dtype)[..., None] * (1.0 / self.base**pairs)
+        rates = 1.0 / self.base**pairs
+        if self.yarn is not None:
+            rates = self.yarn.slowed(rates, self.base)
+        angles = positions.to(dtype)[..., None] * rates
         angles = angles if positions.dim() == 1 else angles[:, None]
-        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if self.yarn is not None:
+            cos, sin = cos * self.yarn.amplitude, sin * self.yarn.amplitude
+        return cos.to(like.dtype), sin.to(like.dtype)
 
     def _turned(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
         length = x.shape[2]
@@ -81,7 +92,8 @@ class RotaryEmbedding(nn.Module):
         return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
     def extra_repr(self) -> str:
-        return f"base={self.base}, width={self.width}, interleaved={self.interleaved}"
+        sizes = f"base={self.base}, width={self.width}, interleaved={self.interleaved}"
+        return sizes if self.yarn is None else f"{sizes}, yarn={self.yarn}"
 
 
 def rotary_of(head_dim: int, options: Any, extra_keys: bool) -> RotaryEmbedding | None:
@@ -106,7 +118,7 @@ def rotary_of(head_dim: int, options: Any, extra_keys: bool) -> RotaryEmbedding 
             f"rotary={options!r} must be True, False or a mapping of options, such as "
             "{'base': 500_000.0}"
         )
-    known = ("base", "width", "interleaved")
+    known = ("base", "width", "interleaved", "yarn")
     for name in options:
         if name not in known:
             raise ValueError(

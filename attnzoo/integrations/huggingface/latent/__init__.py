@@ -1,0 +1,1 @@
+"""transformers' latent attention layers and their caches as this library's."""
