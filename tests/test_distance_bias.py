@@ -29,6 +29,7 @@ CASES = [
     Case("longformer", {"window": 5, "dilation": 2, "global_tokens": 2, "softcap": 2.0}),
     Case("bigbird", {"block_size": 8, "num_random_blocks": 2}),
     Case("bigbird", {"block_size": 5, "num_random_blocks": 1, "softcap": 2.0}),
+    Case("sigmoid"),
 ]
 USUAL = [CASES[i] for i in (0, 2, 4, 7, 9, 11)]
 SITUATIONS = [

@@ -231,9 +231,9 @@ def test_parameters_that_nothing_trained_are_counted() -> None:
 def test_entries_below_zero_and_missing_gates_are_said() -> None:
     """In the row, and beside the colours of the picture."""
     sample = synthetic_sample(40, is_causal=True, spread=1.0, heads=1, kv_heads=1, head_dim=8)
-    choices = [Choice("gated_deltanet"), Choice("linear")]
-    comparison = compare([sample], choices, lengths=[40], rounds=1)
-    gated, linear = (row for row in comparison.rows if row.variant in ("gated_deltanet", "linear"))
+    names = ("gated_deltanet", "linear", "sigmoid")
+    comparison = compare([sample], [Choice(name) for name in names], lengths=[40], rounds=1)
+    gated, linear, sigmoid = (row for row in comparison.rows if row.variant in names)
     a = attnzoo.build("gated_deltanet", 1, 8).weights(sample.q, sample.k, is_causal=True)
     share = a.clamp(max=0).sum() / -a.abs().sum()
     assert 0.05 < share < 0.95
@@ -241,7 +241,10 @@ def test_entries_below_zero_and_missing_gates_are_said() -> None:
         "without log_decay, beta, which a model learns; "
         f"A has entries below 0: {share:.0%} of its mass"
     )
-    assert "below 0" not in linear.note
+    assert not linear.note
+    row_sum = attnzoo.build("sigmoid", 1, 8).weights(sample.q, sample.k, is_causal=True).sum(-1)
+    assert abs(row_sum.mean() - 1) > 0.1
+    assert sigmoid.note == f"rows of A sum to {row_sum.mean():.2g} on average, not to 1"
 
     def told(*labels: str) -> list[str]:
         figure = heat_map_figure([one for one in comparison.heat_maps if one.label in labels])

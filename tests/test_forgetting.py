@@ -1,5 +1,5 @@
 """Forgetting attention with its gates, beside what `test_gates` asks of all gates: tiles, what they
-leave unread, sums over long inputs, and memory."""
+leave unread, and sums over long inputs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from cases import Situation, close, gradients_of, padding, tensors
 from torch import Tensor
 
 import attnzoo
-from attnzoo.bench.peak_memory import peak_bytes
-from attnzoo.engines.softmax import row_tiles
-from attnzoo.engines.softmax.tile_pieces import SCORES
 from attnzoo.oracles import ORACLES
 from attnzoo.variants.forgetting import fading_tiles
 
@@ -120,24 +117,6 @@ def test_many_faded_keys_still_count() -> None:
     how: Any = {"log_decay": log_decay, "key_mask": mask, "is_causal": True}
     expected, _ = ORACLES["forgetting"](q, k, v, scale=1.0, **how)
     close(attn(q, k, v, **how), expected, 1e-12, "rows")
-
-
-def test_memory_grows_with_the_length() -> None:
-    def peak(length: int) -> int:
-        q, k, v = (torch.randn(1, 1, length, 16, requires_grad=True) for _ in "qkv")
-        slope = torch.full((1, 1, length), -0.001, requires_grad=True)
-        attn = attnzoo.build("forgetting", 1, 16)
-
-        def train() -> None:
-            attn(q, k, v, log_decay=slope, is_causal=True).sum().backward()
-
-        train()
-        assert attn.last_backend == "tiles"
-        return peak_bytes(train)
-
-    # Tiles have as many scores at every length until they have the fewest rows.
-    assert SCORES * 2 // 8192 > row_tiles.LEAST_ROWS
-    assert peak(8192) < 2 * peak(4096) < 4096**2
 
 
 def test_sums_of_a_million_tokens() -> None:

@@ -124,6 +124,7 @@ def test_output_gradients_and_weights(case: Case, situation: Situation, is_causa
 SCALE = st.sampled_from([None, 0.1, 1.0])
 OPTIONS: dict[str, st.SearchStrategy[dict]] = {
     "standard": st.fixed_dictionaries({"scale": SCALE}),
+    "sigmoid": st.fixed_dictionaries({"scale": SCALE, "bias": st.sampled_from([None, -2.0, 0.5])}),
     "linformer": st.fixed_dictionaries(
         {
             "rank": st.integers(1, 40),

@@ -22,6 +22,7 @@ from attnzoo.fidelity.metrics import (
 from attnzoo.registry import Choice
 
 ROUNDING = 1e-6  # of A's mass: what may be below 0 by rounding
+UNEVEN = 1e-3  # from 1: what the sum of a row may be by rounding, in half precision too
 DRAWS = 3  # of a variant that can draw anew: its error is a mean over them
 
 
@@ -132,8 +133,7 @@ def measure(choice: Choice, subject: Subject, *, seed: int, thorough: bool) -> R
         peak_bytes=peak,
         backend=attention.last_backend,
     )
-    negative = _mean([one.negative for one in distances])
-    return replace(row, note="; ".join(_notes(attention, row, negative)))
+    return replace(row, note="; ".join(_notes(attention, row, distances)))
 
 
 def _distances(
@@ -169,7 +169,10 @@ def _macs(attention: Attention, sample: Sample) -> int:
     ).kernel_macs
 
 
-def _notes(attention: Attention, row: Row, negative: float | None) -> Iterator[str]:
+def _notes(attention: Attention, row: Row, distances: list[WeightDistance]) -> Iterator[str]:
+    negative, row_sum = (
+        _mean([getattr(one, name) for one in distances]) for name in ("negative", "row_sum")
+    )
     gates = [one.name for one in attention.spec.inputs if one.is_projected]
     if gates:
         yield f"without {', '.join(gates)}, which a model learns"
@@ -183,6 +186,8 @@ def _notes(attention: Attention, row: Row, negative: float | None) -> Iterator[s
     elif negative is not None and negative > ROUNDING:
         share = "under 1%" if negative < 0.01 else f"{negative:.0%}"
         yield f"A has entries below 0: {share} of its mass"
+    elif row_sum is not None and abs(row_sum - 1) > UNEVEN:
+        yield f"rows of A sum to {row_sum:.2g} on average, not to 1"
 
 
 def _mean(values: list[float]) -> float | None:

@@ -32,12 +32,14 @@ class WeightDistance:
     top_mass_kept: mean over rows of Σ_T A_ij / Σ_T exact_ij within [0, 1], T the 16 keys heaviest
     in exact.
     negative: the share of Σ |A_ij| that stands in entries below 0.
+    row_sum: mean over rows of Σ_j |A_ij|, 1 in softmax.
     rows: rows compared, per layer and head.
     """
 
     total_variation: float
     top_mass_kept: float
     negative: float
+    row_sum: float
     rows: int
 
 
@@ -100,7 +102,8 @@ def weight_distance(
             mass += float(weights.abs().sum())
             count += exact.shape[1] * exact.shape[2]
     rows = count // (q.shape[0] * q.shape[1])
-    return WeightDistance(variation / count, kept / count, below / mass if mass else 0.0, rows)
+    negative = below / mass if mass else 0.0
+    return WeightDistance(variation / count, kept / count, negative, mass / count, rows)
 
 
 def score_std(q: Tensor, k: Tensor, *, is_causal: bool) -> float:

@@ -31,6 +31,7 @@ from attnzoo.oracles.performer import performer
 from attnzoo.oracles.reformer import reformer
 from attnzoo.oracles.retention import retention
 from attnzoo.oracles.rows.forgetting import forgetting
+from attnzoo.oracles.rows.sigmoid import sigmoid
 from attnzoo.oracles.sliding_window import sliding_window
 from attnzoo.oracles.sparse_transformer import sparse_transformer
 from attnzoo.oracles.standard import standard
@@ -58,6 +59,7 @@ __all__ = [
     "reformer",
     "retention",
     "rwkv7",
+    "sigmoid",
     "sliding_window",
     "sparse_transformer",
     "standard",

@@ -19,18 +19,22 @@ SCORES = 2**22  # numbers of a few rows that are held at a time
 def attend(engine: SoftmaxReference, call: Call) -> Tensor:
     """A·v, (batch, heads, query_length, value_dim), of a call that `why_not` accepts. Only with
     gradients are all scores held, by autograd."""
-    return join(_rows(engine, call), call.query_length, 2)
+    rows = (
+        attend_rows(
+            engine, part.q, part.k, part.v, visible(part), part.get("sink_logits"), additive(part)
+        )
+        for part in parts(call)
+    )
+    return join(rows, call.query_length, 2)
 
 
-def _rows(engine: SoftmaxReference, call: Call) -> Iterator[Tensor]:
+def parts(call: Call) -> Iterator[Call]:
+    """The calls of a few rows at a time."""
     length = int(call.query_length)
     scores_of_a_row = call.q.shape[0] * call.q.shape[1] * int(call.key_length)
     together = at_a_time(length, scores_of_a_row, SCORES, call.q)
     for first in range(0, length, together):
-        part = _part(call, first, min(first + together, length))
-        yield attend_rows(
-            engine, part.q, part.k, part.v, visible(part), part.get("sink_logits"), additive(part)
-        )
+        yield _part(call, first, min(first + together, length))
 
 
 def _part(call: Call, first: int, end: int) -> Call:

@@ -62,6 +62,7 @@ def attend(
     sink_logits: Tensor | None = None,
     bias: Tensor | None = None,
     log_decay: Tensor | None = None,
+    row_bias: Tensor | None = None,
 ) -> Tensor:
     """A·v by pieces, each of which is some rows of one head with their keys.
 
@@ -76,6 +77,8 @@ def attend(
     sink_logits: (heads,), one more score of every row, which counts in the row's sum alone
     bias: (heads, 2 · reach + 1), what is added to scores by distance, without a gradient
     log_decay: (batch, heads, key_length), gates by which scores fade, in the place of a bias
+    row_bias: (batch or 1, query_length), what is added to every score of a row, without a gradient;
+        softmax would not see it
 
     Returns (batch, heads, query_length, value_dim).
     """
@@ -90,6 +93,7 @@ def attend(
         None if sink_logits is None else sink_logits.to(q.dtype),
         bias,
         log_decay,
+        row_bias,
         pieces,
         engine,
         compute,
@@ -109,6 +113,7 @@ class _Attend(torch.autograd.Function):
         sink_logits: Tensor | None,
         bias: Tensor | None,
         log_decay: Tensor | None,
+        row_bias: Tensor | None,
         pieces: Pieces,
         engine: SoftmaxReference,
         compute: Compute,
@@ -118,7 +123,7 @@ class _Attend(torch.autograd.Function):
         weigh = partial(_weights, engine, memory, _some_are_empty(q, k, key_cap, bias))
         for one, kv, found in _heads(q, k, pieces(q, table)):
             queries, keys, values, result = q[one], k[kv], v[kv], out[one]
-            of_head = _of_head(one, key_cap, sink_logits, bias, sums)
+            of_head = _of_head(one, key_cap, sink_logits, bias, sums, row_bias)
             for piece in found:
                 rows = piece.rows(result)
                 if not piece.shape[2]:
@@ -136,14 +141,14 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, key_cap, table, sink_logits, bias, log_decay = ctx.saved_tensors
+        q, k, v, key_cap, table, sink_logits, bias, log_decay, row_bias = ctx.saved_tensors
         if is_followed(gradients[0]):
             given = (q, k, v, sink_logits, *([] if log_decay is None else [log_decay]))
             *to_qkv, to_logits, to_decay = (
                 *open_gradients(ctx.compute, given, gradients[0]),
                 *([None] if log_decay is None else []),
             )
-            return *to_qkv, None, None, to_logits, None, to_decay, *[None] * 3
+            return *to_qkv, None, None, to_logits, None, to_decay, *[None] * 4
         engine = ctx.engine
         scale, cap = engine.scale_of(q), engine.softcap
         gradient, memory = gradients[0].contiguous(), Memory(q)
@@ -162,7 +167,7 @@ class _Attend(torch.autograd.Function):
                 dk[kv],
                 dv[kv],
             )
-            of_head = _of_head(one, key_cap, sink_logits, bias, sums)
+            of_head = _of_head(one, key_cap, sink_logits, bias, sums, row_bias)
             for piece in found:
                 to_rows = piece.rows(to_queries)
                 parts, _, count = piece.shape
@@ -201,7 +206,7 @@ class _Attend(torch.autograd.Function):
             # sum to 0; a gate that is closed stays closed.
             to_decay = from_sums.neg_().flip(-1).cumsum(-1).flip(-1)
             to_decay = to_decay.masked_fill_(log_decay <= CLOSED, 0.0).to(log_decay.dtype)
-        return dq, dk, dv, None, None, to_logits, None, to_decay, *[None] * 3
+        return dq, dk, dv, None, None, to_logits, None, to_decay, *[None] * 4
 
 
 def _heads(
@@ -227,13 +232,16 @@ def _of_head(
     sink_logits: Tensor | None,
     bias: Tensor | None,
     sums: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The cap of the sample's keys, the head's sink logit, and what its bias is made of: a table of
-    distances, or the sums of its gates."""
+    row_bias: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The cap of the sample's keys, the head's sink logit, what its bias is made of, a table of
+    distances or the sums of its gates, and the bias of the sample's rows."""
     sample, head = one
-    of_sample = None if key_cap is None else key_cap[sample if key_cap.shape[0] > 1 else 0]
+    of_keys, of_rows = (
+        None if x is None else x[sample if x.shape[0] > 1 else 0] for x in (key_cap, row_bias)
+    )
     logit, of_distances = (None if x is None else x[head] for x in (sink_logits, bias))
-    return of_sample, logit, of_distances if sums is None else sums[one]
+    return of_keys, logit, of_distances if sums is None else sums[one], of_rows
 
 
 def _some_are_empty(q: Tensor, k: Tensor, key_cap: Tensor | None, bias: Tensor | None) -> bool:
@@ -252,6 +260,7 @@ def _weights(
     key_cap: Tensor | None,
     sink_logit: Tensor | None,
     bias: Tensor | None,
+    row_bias: Tensor | None,
     *,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -268,6 +277,7 @@ def _weights(
         hidden
     sink_logit: the head's one more score of every row, a tensor without dimensions
     bias: what the piece adds to the head's scores is made of
+    row_bias: (query_length,), of the sample
     """
     scores, capped = memory("scores", *piece.shape), None
     torch.baddbmm(scores, q, k.mT, beta=0, alpha=engine.scale_of(q), out=scores)
@@ -277,6 +287,8 @@ def _weights(
             capped = memory("capped", *piece.shape).copy_(scores)
     if bias is not None:
         piece.add_bias(bias, scores)
+    if row_bias is not None:
+        scores.add_(piece.rows(row_bias[:, None]))
     for part in piece.caps:
         some = scores.narrow(2, part.start, part.stop - part.start)
         torch.minimum(some, part.largest, out=some)

@@ -1,0 +1,1 @@
+"""Sigmoid attention, whose rows have no sum."""
