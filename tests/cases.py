@@ -4,7 +4,6 @@ to each."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -344,37 +343,10 @@ def tensors(
     )
 
 
-LEARNED: dict[str, Callable[[Attention], dict[str, Tensor]]] = {
-    "sliding_window": lambda attn: (
-        {} if attn.engine.sink_logits is None else {"logits": attn.engine.sink_logits}
-    ),  # type: ignore[union-attr]
-    "linformer": lambda attn: {
-        "key_projection": _parameter(attn, "key_projection"),
-        "value_projection": _parameter(attn, "value_projection"),
-    },
-    "nystromformer": lambda attn: (
-        {} if attn.convolution is None else {"convolution_weight": _parameter(attn, "convolution")}
-    ),
-}
-"""What the oracle needs of a variant's parameters, by the name of the oracle's argument."""
-
-DRAWN: dict[str, Callable[[Any, int, int, bool], dict[str, Any]]] = {
-    "performer": lambda attn, *_: {"projection": attn.engine.feature_map.projection},
-    "bigbird": lambda attn, *call: {
-        "random_blocks": lambda real: attn.random_blocks(*call, real[None])[0]
-    },
-    "reformer": lambda attn, *_: {"rotations": attn.engine.hashing.rotations},
-}
-"""What an oracle needs of random choices, given (query_length, key_length, is_causal)."""
-
-
-def _parameter(attn: Attention, name: str) -> Tensor:
-    return getattr(attn, name).weight
-
-
 def learned(attn: Attention) -> dict[str, Tensor]:
     """The parameters that the oracle reads."""
-    return LEARNED.get(attn.spec.name, lambda _: {})(attn)
+    told = attn.oracle_arguments(1, 1, attn.spec.forms[0])
+    return {name: x for name, x in told.items() if isinstance(x, torch.nn.Parameter)}
 
 
 def ask_oracle(
@@ -397,15 +369,9 @@ def ask_oracle(
         | sized(name, MAX_LENGTH)
         | (options or {})
     )
-    drawn = (
-        DRAWN[name](attn, q.shape[2], k.shape[2], masks.get("is_causal", False))
-        if name in DRAWN
-        else {}
-    )
+    told = attn.oracle_arguments(q.shape[2], k.shape[2], masks.get("is_causal", False))
     given = {option: value for option, value in values.items() if option in wanted}
-    return function(
-        q, k, v, **given, **(learned(attn) if parameters is None else parameters), **drawn, **masks
-    )
+    return function(q, k, v, **given, **{**told, **(parameters or {})}, **masks)
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,10 @@ class Trial:
     seed: int = 0
 
     def __str__(self) -> str:
-        lengths = f"{self.key_length} tokens"
+        lengths = "1 token" if self.key_length == 1 else f"{self.key_length} tokens"
         if self.query_length != self.key_length:
-            lengths = f"{self.query_length} queries and {self.key_length} keys"
+            queries = "1 query" if self.query_length == 1 else f"{self.query_length} queries"
+            lengths = f"{queries} and {self.key_length} keys"
         heads = "1 head" if self.heads == 1 else f"{self.heads} heads"
         if self.kv_heads != self.heads:
             heads += f" over {self.kv_heads}"
@@ -55,7 +56,7 @@ class Trial:
         """The same with one thing less, in the order in which they are worth trying."""
         found = []
         if self.batch_size > 1 and self.padding != "all":
-            found.append(replace(self, batch_size=1))
+            found += [replace(self, batch_size=size) for size in (1, self.batch_size - 1)]
         if self.heads > 1:
             found.append(replace(self, heads=1, kv_heads=1))
             group = self.heads // self.kv_heads
@@ -65,6 +66,8 @@ class Trial:
         for length in (self.key_length // 2, self.key_length - 1):
             if length >= max(1, gone + 1, self.pieces):
                 found.append(replace(self, key_length=length, query_length=length - gone))
+        if gone > 1:
+            found.append(replace(self, key_length=self.query_length + 1))
         if self.pieces > 2:
             found.append(replace(self, pieces=2))
         found += [replace(self, head_dim=d) for d in (1, 2) if d < self.head_dim]

@@ -96,23 +96,31 @@ def styles(variants: Iterable[tuple[str, str]]) -> dict[str, Style]:
     pairs = list(dict.fromkeys(variants))
     order = {name: index for index, name in enumerate(names())}
     shown = {variant for variant, _ in pairs}
-    free = [index for name, index in order.items() if name not in shown and index > 0]
+    drawn = [_look(order[name]) for name in shown if name in order]
     for number, variant in enumerate(
         dict.fromkeys(variant for variant, _ in pairs if variant not in order)
     ):
-        order[variant] = free.pop() if free else len(names()) + number
+        taken = {order[name] for name in shown if name in order}
+        free = [place for place in range(1, len(names())) if place not in taken]
+        alike = {i: sum(len({*look} & {*_look(i)}) for look in drawn) for i in free}
+        order[variant] = max(free, key=lambda i: (-alike[i], i)) if free else len(names()) + number
+        shown.add(variant)
+        drawn.append(_look(order[variant]))
     found: dict[str, Style] = {}
     twins: dict[str, int] = {}
     for variant, label in pairs:
         if label in found:
             continue
         twin = twins[variant] = twins.get(variant, -1) + 1
-        index = order[variant]
-        color = INK if index == 0 else PALETTE[(index - 1) % len(PALETTE)]
-        found[label] = Style(
-            color, MARKERS[index % len(MARKERS)], LINES[twin % len(LINES)], twin % 2 == 0
-        )
+        color, marker = _look(order[variant])
+        found[label] = Style(color, marker, LINES[twin % len(LINES)], twin % 2 == 0)
     return found
+
+
+def _look(index: int) -> tuple[str, str]:
+    """Colour and marker of the variant at this place of the registry."""
+    color = INK if index == 0 else PALETTE[(index - 1) % len(PALETTE)]
+    return color, MARKERS[index % len(MARKERS)]
 
 
 def new_figure(width: float, height: float) -> Figure:

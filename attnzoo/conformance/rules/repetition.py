@@ -41,12 +41,12 @@ def double_use(subject: Subject, trial: Trial) -> str:
     own, leaves = leaves_of(given)
     before = {name: x.detach().clone() for name, x in leaves.items()}
     once = subject.rows(own)
+    _check_unwritten(leaves, before)
     upstream = upstream_of(once)
     single = gradients(once, upstream, leaves)
     both = gradients(subject.rows(own) + subject.rows(own), upstream, leaves)
-    for name, x in leaves.items():
-        if not torch.equal(x.detach(), before[name]):
-            raise Broken(f"the call writes to {name}")
+    _check_unwritten(leaves, before)
+    for name in leaves:
         compare(
             both[name],
             2 * single[name],
@@ -54,6 +54,12 @@ def double_use(subject: Subject, trial: Trial) -> str:
             f"the gradient of {name} of two calls in one graph",
         )
     return ""
+
+
+def _check_unwritten(leaves: dict[str, Tensor], before: dict[str, Tensor]) -> None:
+    for name, x in leaves.items():
+        if not torch.equal(x.detach(), before[name]):
+            raise Broken(f"the call writes to {name}")
 
 
 def pieces_and_steps(subject: Subject, trial: Trial) -> str:

@@ -1,0 +1,287 @@
+"""Rules and oracle over any callable: the zoo passes, what is known to be wrong is found and made
+small, and every misuse is a sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import build_small, small
+from torch import Tensor
+
+import attnzoo
+from attnzoo.commands.program import main
+from attnzoo.conformance import RULES, check
+
+pytest_plugins = ["pytester"]
+QUICK = [rule.name for rule in RULES if rule.shrinks and rule.name != "odd lengths"]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    is_causal: bool = False,
+    key_mask: Tensor | None = None,
+    diagonal: int = 1,
+    fill: float = -torch.inf,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention as one writes it down, with places to go wrong at."""
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        above = torch.ones(scores.shape[-2:], dtype=torch.bool)
+        scores = scores.masked_fill(above.triu(diagonal + k.shape[2] - q.shape[2]), fill)
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None], fill)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("name", attnzoo.names())
+def test_the_zoo_holds(name: str) -> None:
+    torch.manual_seed(0)
+    attn = build_small(name, 4, 8, 4096)
+    options = {key: value for key, value in small(name, 4096).items() if key != "max_length"}
+    report = check(attn, name, heads=4, head_dim=8, rules=QUICK, **options)
+    assert report.holds, str(report)
+    refused = [one.rule for one in report.findings if one.status == "refused"]
+    assert not refused, str(report)
+
+
+def test_costs_are_told() -> None:
+    attn = attnzoo.build("sliding_window", heads=2, head_dim=8, window=16)
+    report = check(
+        attn, "sliding_window", heads=2, head_dim=8, rules=["memory growth", "MACs"], window=16
+    )
+    counted = attn.cost(1, 256, is_causal=True).macs
+    assert f"causal: {counted:,} counted, {counted:,} here" in report.of("MACs").found
+    power = float(report.of("memory growth").found.split("n^")[1][:3])
+    assert power < 1.5
+    dense = check(F.scaled_dot_product_attention, dialect="sdpa", rules=["MACs"])
+    assert dense.of("MACs").found.startswith("2,097,152 counted; ")
+
+
+def test_memory_steeper_than_that_of_a_fails() -> None:
+    def cubic(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        held = torch.zeros(q.shape[2] ** 3 // 64)
+        return attend(q, k, v) + held[0]
+
+    assert check(cubic, rules=["memory growth"]).of("memory growth").status == "fails"
+
+
+@pytest.mark.parametrize(
+    ("function", "dialect"),
+    [
+        (F.scaled_dot_product_attention, "sdpa"),
+        ("eager_attention_forward", "transformers"),
+    ],
+    ids=["sdpa", "transformers"],
+)
+def test_what_others_built_well_holds(function: Any, dialect: str) -> None:
+    if isinstance(function, str):
+        function = getattr(
+            pytest.importorskip("transformers.models.llama.modeling_llama"), function
+        )
+    report = check(function, "standard", dialect=dialect)
+    assert report.holds, str(report)
+    assert not any(one.status == "refused" for one in report.findings), str(report)
+
+
+def wrong(**how: Any) -> Any:
+    def function(q: Tensor, k: Tensor, v: Tensor, **masks: Any) -> Tensor:
+        return attend(q, k, v, **masks, **how)
+
+    return function
+
+
+def top_left(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+
+def remembers(calls: list[Tensor]) -> Any:
+    def function(q: Tensor, k: Tensor, v: Tensor, **masks: Any) -> Tensor:
+        calls.append(q)
+        return attend(q, k, v, **masks) + 1e-3 * len(calls)
+
+    return function
+
+
+def mixes_batch(q: Tensor, k: Tensor, v: Tensor, **masks: Any) -> Tensor:
+    return attend(q, k, v, **masks) + 1e-3 * q.mean()
+
+
+def in_place(q: Tensor, k: Tensor, v: Tensor, **masks: Any) -> Tensor:
+    rows = attend(q, k, v, **masks)
+    with torch.no_grad():
+        v.mul_(2)
+    return rows
+
+
+def multiples_of_four(q: Tensor, k: Tensor, v: Tensor, **masks: Any) -> Tensor:
+    missing = -k.shape[2] % 4
+    return attend(q, *(F.pad(x, (0, 0, 0, missing)) for x in (k, v)))
+
+
+def cut_off(q: Tensor, k: Tensor, v: Tensor, **masks: Any) -> Tensor:
+    return attend(q, k.detach(), v, **masks)
+
+
+def in_half(q: Tensor, k: Tensor, v: Tensor, **masks: Any) -> Tensor:
+    total = attend(q, k, v, **masks)
+    return total if q.dtype.itemsize > 2 else (total * 256).round() / 256
+
+
+@pytest.mark.parametrize(
+    ("function", "rule", "smallest"),
+    [
+        (wrong(diagonal=2), "causality", "1 x 2 tokens, 1 head of 1"),
+        (wrong(scale=1.0), "outputs", "1 x 2 tokens, 1 head of 2"),
+        (wrong(fill=-4.0), "padding", ""),
+        (wrong(fill=-1e9), "hidden rows", "mean of v"),
+        (wrong(), "NaN in the future", "1 x 2 tokens"),
+        (wrong(), "hidden rows", "not finite"),
+        (top_left, "outputs", "1 query and 2 keys"),
+        (remembers([]), "determinism", ""),
+        (mixes_batch, "batch invariance", "2 x 1 token,"),
+        (in_place, "double use", "writes to v"),
+        (multiples_of_four, "odd lengths", "1 x 1 token,"),
+        (cut_off, "gradients", "gradient of k"),
+        (in_half, "half precision", "times as much"),
+    ],
+)
+def test_what_is_wrong_is_found_and_made_small(function: Any, rule: str, smallest: str) -> None:
+    report = check(function, "standard", rules=[rule])
+    found = report.of(rule)
+    assert found.status == "fails" and not report.holds, str(report)
+    assert smallest in f"{found.found} {found.trial}", str(report)
+    assert "seed 0" in found.trial
+
+
+def test_packing_and_states_are_judged() -> None:
+    attn = attnzoo.build("standard", heads=4, head_dim=8)
+
+    class Forgetful(torch.nn.Module):
+        init_state = staticmethod(attn.init_state)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, **masks: Any) -> Tensor:
+            masks.pop("segments", None)
+            return attn(q, k, v, **masks)
+
+        def step(self, q: Tensor, k: Tensor, v: Tensor, state: Any) -> tuple[Tensor, Any]:
+            rows, after = attn.step(q, k, v, state)
+            return rows, state if k.shape[2] == 1 else after
+
+    report = check(Forgetful(), rules=["packing", "pieces and steps"], heads=4, head_dim=8)
+    assert [one.status for one in report.findings] == ["fails", "fails"], str(report)
+
+    class Lingering:
+        """Takes back one token less than it is asked to."""
+
+        def __init__(self, held: Any) -> None:
+            self.held = held
+
+        def crop(self, n: int) -> Lingering:
+            return Lingering(self.held.crop(n - 1))
+
+    class Slow(Forgetful):
+        def init_state(self, *args: Any, **kwargs: Any) -> Lingering:
+            return Lingering(attn.init_state(*args, **kwargs))
+
+        def step(self, q: Tensor, k: Tensor, v: Tensor, state: Any) -> tuple[Tensor, Any]:
+            rows, after = attn.step(q, k, v, state.held)
+            return rows, Lingering(after)
+
+    report = check(Slow(), rules=["pieces and steps", "going back"], heads=4, head_dim=8)
+    assert [one.status for one in report.findings] == ["holds", "fails"], str(report)
+
+
+def test_without_like_only_what_all_hold_to_is_asked() -> None:
+    report = check(wrong(scale=1.0), rules=["outputs", "causality", "half precision"])
+    assert [one.status for one in report.findings] == ["not applicable", "holds", "not applicable"]
+    assert report.holds and "like=" in report.of("outputs").found
+
+
+def test_a_module_keeps_its_mode() -> None:
+    attn = attnzoo.build("standard", heads=4, head_dim=8, dropout=0.5).train()
+    report = check(attn, "standard", heads=4, head_dim=8, rules=["outputs"])
+    assert report.holds and attn.training
+
+
+def test_json_and_junit() -> None:
+    report = check(wrong(diagonal=2), "standard", rules=["causality", "packing", "determinism"])
+    told = json.loads(report.to_json())
+    assert told["holds"] is False and told["like"] == "standard"
+    assert [one["status"] for one in told["findings"]] == ["fails", "refused", "holds"]
+    suite = ElementTree.fromstring(report.to_junit())
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("3", "1", "1")
+    failure = suite.find("testcase/failure")
+    assert failure is not None and "token 1" in failure.get("message", "")
+
+
+def test_misuse() -> None:
+    with pytest.raises(ValueError, match=r"give an instance of it"):
+        check(torch.nn.Identity)
+    with pytest.raises(ValueError, match=r"did you mean 'padding'"):
+        check(attend, rules=["paddin"])
+    with pytest.raises(ValueError, match=r"say which one with like="):
+        check(attend, window=3)
+    with pytest.raises(ValueError, match=r"did you mean 'sdpa'"):
+        check(attend, dialect="sdpaa")
+    with pytest.raises(ValueError, match=r"no option 'windw'.*did you mean 'window'"):
+        check(attend, "sliding_window", windw=3)
+
+
+def test_the_command(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(
+        "def attend(q, k, v, is_causal=False):\n"
+        "    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v\n"
+        "class Kind: pass\n"
+    )
+    few = ["--rules", "outputs", "causality", "--json", "out/found.json", "--junit", "found.xml"]
+    assert main(["check", "mine.py:attend", "--like", "standard", *few]) == 4
+    said = capsys.readouterr()
+    assert "2 of 2 rules fail: outputs, causality" in said.out
+    assert "attnzoo: causality" in said.err
+    assert json.loads(Path("out/found.json").read_text())["holds"] is False
+    assert ElementTree.parse("found.xml").getroot().get("failures") == "2"
+    sdpa = "torch.nn.functional:scaled_dot_product_attention"
+    assert main(["check", sdpa, "--dialect", "sdpa", "--rules", "causality"]) == 0
+    assert "every rule that applies holds" in capsys.readouterr().out
+    assert main(["check", "torch:abs", "--like", "standard", "--rules", "outputs"]) == 4
+    assert "every call was refused" in capsys.readouterr().out
+    for asked, said in {
+        "mine.py:atend": "did you mean 'attend'?",
+        "mine.py": "not of the form MODULE:NAME",
+        "nowhere:attend": "nowhere cannot be imported: ModuleNotFoundError",
+        "nowhere.py:attend": "nowhere.py is no file",
+        "mine.py:Kind": "give an instance of it",
+    }.items():
+        assert main(["check", asked]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_the_fixture(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest('pytest_plugins = ["attnzoo.conformance.pytest_plugin"]')
+    pytester.makepyfile(
+        """
+        import torch.nn.functional as F
+
+        def test_right(attnzoo_conformance):
+            attnzoo_conformance(
+                F.scaled_dot_product_attention, "standard", dialect="sdpa", rules=["outputs"]
+            )
+
+        def test_wrong(attnzoo_conformance):
+            attnzoo_conformance(lambda q, k, v: v, "standard", rules=["outputs"])
+        """
+    )
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*outputs*fails*"])
