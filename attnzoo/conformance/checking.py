@@ -101,7 +101,7 @@ def judge(rule: Rule, subject: Subject, seed: int = 0) -> Finding:
             reasons.append(str(refused))
     if status == "holds":
         if reasons:
-            measured.append(f"{len(reasons)} of {calls} calls refused: {reasons[0]}")
+            measured.append(f"{len(reasons)} of {calls} calls are left out: {reasons[0]}")
         return Finding(rule.name, rule.says, "holds", _said(measured, rule.unit), "", calls)
     reason = reasons[0] if reasons else "there is no such call"
     return Finding(rule.name, rule.says, status, reason, "", calls)

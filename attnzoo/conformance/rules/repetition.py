@@ -38,14 +38,15 @@ def batch_invariance(subject: Subject, trial: Trial) -> str:
 
 def double_use(subject: Subject, trial: Trial) -> str:
     given = subject.given(replace(trial, dtype=subject.dtype))
+    before = {name: x.clone() for name, x in given.tensors().items()}
+    subject.rows(given)
+    _check_unwritten(given.tensors(), before)
     own, leaves = leaves_of(given)
-    before = {name: x.detach().clone() for name, x in leaves.items()}
     once = subject.rows(own)
     _check_unwritten(leaves, before)
     upstream = upstream_of(once)
     single = gradients(once, upstream, leaves)
     both = gradients(subject.rows(own) + subject.rows(own), upstream, leaves)
-    _check_unwritten(leaves, before)
     for name in leaves:
         compare(
             both[name],
@@ -138,7 +139,7 @@ RULES = (
         "double use",
         "A call leaves its tensors as they are, and two calls add up their gradients.",
         double_use,
-        (Trial(),),
+        (Trial(), Trial(padding="right")),
     ),
     Rule(
         "pieces and steps",

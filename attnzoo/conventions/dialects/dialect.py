@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -36,7 +35,6 @@ class Dialect:
         query_length, value_dim). Raises `NotExpressible` on what it has no words for.
     hidden_row: what a row is that sees nothing
     isolates_nan: whether what is no number reaches no row that must not see it
-    widest: the precision that its sums have at most
     roundings: how often numbers are rounded to a half-precision dtype on their way to a row
     """
 
@@ -45,5 +43,4 @@ class Dialect:
     call: Callable[[Callable[..., Any], Any], Tensor]
     hidden_row: Literal["0", "mean of v"] = "0"
     isolates_nan: bool = False
-    widest: torch.dtype = torch.float64
     roundings: int = 1

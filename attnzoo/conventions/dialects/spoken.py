@@ -139,7 +139,7 @@ DIALECTS = {
     for one in (
         _dialect(attnzoo, isolates_nan=True),
         _dialect(sdpa),
-        _dialect(transformers, hidden_row="mean of v", widest=torch.float32, roundings=3),
+        _dialect(transformers, hidden_row="mean of v", roundings=3),
         _dialect(fla),
         _dialect(fla_head_first),
         _dialect(flash_attn),
