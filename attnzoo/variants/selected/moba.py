@@ -68,8 +68,7 @@ class BlocksByMean(Selector):
             seen = key_blocks
             if call.is_causal and not is_recorded():  # later blocks are behind all of these
                 seen = max(1, min(seen, -(-(call.offset + some.stop) // size)))
-            own = torch.div(placed.positions[:, some], size, rounding_mode="floor")
-            own = own[:, None, :, None]
+            own = (placed.positions[:, some] // size)[:, None, :, None]
             numbers = torch.arange(seen, device=means.device)
             allowed = filled[..., :seen]
             if call.is_causal:

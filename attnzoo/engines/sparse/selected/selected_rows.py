@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from attnzoo.call import Call
 from attnzoo.eager import only_autograd_looks
 from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.exponential import LOG2_E
@@ -31,7 +32,7 @@ from attnzoo.engines.sparse.selected.row_tiles import (
 )
 from attnzoo.engines.sparse.selected.selection import Placed, Selection, in_blocks
 
-LARGEST = 128  # rows of a tile: with so many, fetching its keys is little beside multiplying them
+LARGEST = 64  # rows of a tile: so many are multiplied nearly as fast as more
 SCORES = 2**22  # of tiles, held at a time
 
 
@@ -41,18 +42,44 @@ class Sizes:
 
     rows: of a tile
     tiles: how many of them each key head has
+    key_blocks: how many blocks of keys there are
     """
 
     rows: int
     tiles: int
+    key_blocks: int
 
     @classmethod
-    def of(cls, rows: int, width: int, key_blocks: int) -> Sizes:
-        """rows: of a key head. width: blocks that each sees."""
-        pairs = rows * width
+    def of(cls, pairs: int, key_blocks: int) -> Sizes:
+        """pairs: the most of a row and a block that it sees, of a key head."""
         # A quarter of what a block has on average: tiles that are partly empty are then few.
         each = min(LARGEST, max(1, pairs // (4 * key_blocks)))
-        return cls(each, most_tiles(pairs, key_blocks, each))
+        return cls(each, most_tiles(pairs, key_blocks, each), key_blocks)
+
+    @classmethod
+    def of_call(cls, call: Call, width: int, block_size: int) -> Sizes:
+        """width: the most blocks that a row sees."""
+        lengths = int(call.query_length), int(call.key_length)
+        pairs = most_pairs(*lengths, width, block_size, is_causal=call.is_causal)
+        return cls.of(int(call.group) * pairs, -(-lengths[1] // block_size))
+
+
+def most_pairs(
+    query_length: int, key_length: int, width: int, block_size: int, *, is_causal: bool
+) -> int:
+    """The most pairs of a query and a block that it sees. The first causal queries have fewer
+    blocks before them than `width`."""
+    if not is_causal:
+        return query_length * width
+    offset = key_length - query_length
+
+    def of_first(length: int) -> int:
+        blocks, rest = divmod(length, block_size)
+        filling = min(blocks, width)
+        whole = filling * (filling + 1) // 2 + (blocks - filling) * width
+        return block_size * whole + rest * min(blocks + 1, width)
+
+    return of_first(key_length) - of_first(max(0, offset))
 
 
 @dataclass(frozen=True)
@@ -90,7 +117,7 @@ def attend_selected(
     k, v = (in_blocks(x.flatten(0, 1).to(dtype), 1, block_size) for x in (call.k, call.v))
     chosen = rows_of(selection.of_heads(call.q.shape[1]), call)
     width, rows = int(chosen.shape[2]), int(chosen.shape[1])
-    sizes = Sizes.of(rows, width, int(k.shape[1]))
+    sizes = Sizes.of_call(call, width, block_size)
     laid = lay_out(torch.where(chosen < 0, NOWHERE, chosen).flatten(1), sizes.rows, sizes.tiles)
     beside = Beside(laid.at // width, laid.group.clamp(max=k.shape[1] - 1))
     weigh = partial(_weigh, placed=placed)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines.engine import Backend, Cost, Shape, causal_pairs, never_refuses
+from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
 from attnzoo.engines.softmax import sdpa
 from attnzoo.engines.softmax.reference import REFERENCE, visible, weights_of
 from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
 from attnzoo.engines.sparse.dense import LARGEST_MASK
 from attnzoo.engines.sparse.selected import selected_tiles
-from attnzoo.engines.sparse.selected.selected_rows import Sizes, attend_selected
+from attnzoo.engines.sparse.selected.selected_rows import Sizes, attend_selected, most_pairs
 from attnzoo.engines.sparse.selected.selection import Placed, Selector
 from attnzoo.sequences.padding import fetched, leading
 
@@ -45,10 +45,9 @@ class SelectedSoftmax(Softmax):
         placed, size = Placed.of(call), self.selector.block_size
         blocks = self.selector.select(placed).of_heads(call.q.shape[1])
         key_blocks = -(-call.key_length // size)
-        shown = torch.zeros(
-            *blocks.shape[:3], key_blocks + 1, dtype=torch.bool, device=blocks.device
-        )
-        shown = shown.scatter(3, torch.where(blocks < 0, key_blocks, blocks), True)
+        # Numbers, not truth values: a trace knows no scatter of these.
+        shown = blocks.new_zeros(*blocks.shape[:3], key_blocks + 1, dtype=torch.uint8)
+        shown = shown.scatter(3, torch.where(blocks < 0, key_blocks, blocks), 1) > 0
         keys = shown[..., :-1].repeat_interleave(size, 3)[..., : call.key_length]
         if call.key_mask is None or placed.call is call:
             return keys
@@ -62,39 +61,35 @@ class SelectedSoftmax(Softmax):
     def cost(self, shape: Shape) -> Cost:
         if self.selector.sees_all(shape.key_length):
             return super().cost(shape)
-        size = self.selector.block_size
+        size, group = self.selector.block_size, shape.heads // shape.kv_heads
         key_blocks = -(-shape.key_length // size)
-        rows = shape.query_length * (shape.heads // shape.kv_heads)
         width = self.selector.width(key_blocks)
-        sizes = Sizes.of(rows, width, key_blocks)
+        lengths = shape.query_length, shape.key_length
+        pairs = most_pairs(*lengths, width, size, is_causal=shape.is_causal)
+        sizes = Sizes.of(group * pairs, key_blocks)
         scores = shape.kv_heads * sizes.tiles * sizes.rows * size
-        support = shape.heads * _most_pairs(shape, width, size)
-        cost = softmax_cost(shape, scores, support, None)
-        merging = 2 * shape.batch_size * shape.kv_heads * rows * width
+        support = min(pairs * size, shape.query_length * shape.key_length)
+        if shape.is_causal:
+            support = pairs * size - _behind(*lengths, size)
+        cost = softmax_cost(shape, scores, shape.heads * support, None)
+        merging = 2 * shape.heads * shape.query_length * width
         return replace(
             cost,
             macs=cost.macs + self.selector.macs(shape),
-            elementwise=shape.batch_size * scores + merging + self.selector.elementwise(shape),
+            elementwise=shape.batch_size * (scores + merging) + self.selector.elementwise(shape),
         )
 
 
-def _most_pairs(shape: Shape, width: int, size: int) -> int:
-    """The most (query, key) pairs that a head sees where each query sees `width` blocks."""
-    if not shape.is_causal:
-        return shape.query_length * min(shape.key_length, width * size)
-    offset = shape.key_length - shape.query_length
-    past = _past_pairs(shape.key_length, width, size) - _past_pairs(max(0, offset), width, size)
-    return min(past, causal_pairs(shape.query_length, shape.key_length))
+def _behind(query_length: int, key_length: int, size: int) -> int:
+    """Slots behind causal queries in their own blocks of this size, empty ones among them."""
 
+    def places(length: int) -> int:
+        """The sum of the places of the first positions within their blocks."""
+        blocks, rest = divmod(length, size)
+        return blocks * (size * (size - 1) // 2) + rest * (rest - 1) // 2
 
-def _past_pairs(length: int, width: int, size: int) -> int:
-    """The most pairs of the first `length` causal queries: at most width - 1 whole blocks, and the
-    query's own as far as itself."""
-    blocks, rest = divmod(length, size)
-    filling = min(blocks, width - 1)  # blocks before which there are fewer than width - 1
-    whole = filling * (filling - 1) // 2 + (blocks - filling) * (width - 1)
-    own = blocks * (size * (size + 1) // 2) + rest * (rest + 1) // 2
-    return size * size * whole + rest * size * filling + own
+    first = max(0, key_length - query_length)
+    return (key_length - first) * (size - 1) - (places(key_length) - places(first))
 
 
 def _in_tiles(engine: SelectedSoftmax, call: Call) -> Tensor:
