@@ -123,7 +123,7 @@ def attend_selected(
     weigh = partial(_weigh, placed=placed)
     scores_of_a_tile = k.shape[0] * sizes.rows * block_size
     together = at_a_time(sizes.tiles, scores_of_a_tile, SCORES, q)
-    if together < sizes.tiles and torch.is_grad_enabled() and only_autograd_looks(q, k, v):
+    if torch.is_grad_enabled() and only_autograd_looks(q, k, v):  # keeps no scores
         weigh = partial(checkpoint, weigh, use_reentrant=False, preserve_rng_state=False)
     parts = [weigh(q, k, v, some) for some in beside.split(together)]
     whole = parts[0] if len(parts) == 1 else [torch.cat(x, 1) for x in zip(*parts, strict=True)]
