@@ -13,7 +13,7 @@ from attnzoo.call import Call
 from attnzoo.engines.engine import (
     accumulation_dtype,
 )
-from attnzoo.engines.sparse.selected.row_tiles import rows_of
+from attnzoo.engines.sparse.selected.grouped_rows import rows_of
 from attnzoo.variants.reformer.angular_hash import AngularHash
 from attnzoo.variants.reformer.hash_chunks import (
     Chunks,

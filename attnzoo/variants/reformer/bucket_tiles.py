@@ -19,7 +19,7 @@ from attnzoo.engines.engine import (
 )
 from attnzoo.engines.exponential import LOG2_E
 from attnzoo.engines.piece_by_piece import at_a_time
-from attnzoo.engines.sparse.selected.row_tiles import (
+from attnzoo.engines.sparse.selected.grouped_rows import (
     PartialSoftmax,
     heads_of,
     lay_out,

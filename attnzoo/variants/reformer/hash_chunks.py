@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnzoo.engines.sparse.selected.row_tiles import NOWHERE, ranks
+from attnzoo.engines.sparse.selected.grouped_rows import NOWHERE, ranks
 from attnzoo.sequences.ordering import search
 
 # Numbers of no chunk: of a padded key, and of a query whose bucket holds no key that it may see.

@@ -116,7 +116,7 @@ class MoBA(Attention):
         "arXiv:2502.13189",
         equation="A_ij = exp(q_i·k_j/√d) / Σ_{l∈S(i)} exp(q_i·k_l/√d), "
         "j ∈ S(i): own block and those of largest q_i·mean(k)",
-        complexity="O(n·k·B + n²/B) time, O(n·k) memory",
+        complexity="O(n·(k·B + n/B)) time, O(n·k) memory",
         family="sparse",
         exact=True,
         data_dependent=True,

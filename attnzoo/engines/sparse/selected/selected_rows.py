@@ -20,7 +20,7 @@ from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.exponential import LOG2_E
 from attnzoo.engines.piece_by_piece import at_a_time
 from attnzoo.engines.softmax.reference import SoftmaxReference
-from attnzoo.engines.sparse.selected.row_tiles import (
+from attnzoo.engines.sparse.selected.grouped_rows import (
     NOWHERE,
     PartialSoftmax,
     heads_of,
