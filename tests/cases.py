@@ -18,7 +18,7 @@ from attnzoo.registry import options_of, sized, spec_of
 
 CPU_BACKENDS = {
     *("sdpa", "rows", "tiled", "dense", "tiles", "windows", "columns", "blocks", "ragged"),
-    *("one_row", "flash", "short", "chunked", "open", "reference"),
+    *("one_row", "flash", "short", "chunked", "open", "selected", "reference"),
 }
 MAX_LENGTH = 1024
 
@@ -217,6 +217,12 @@ CASES: dict[str, list[Case]] = {
         ),
         Case("reformer", {"num_buckets": (4, 2, 6), "num_hashes": 2, "chunk_size": 3}),
         Case("reformer"),
+    ],
+    "moba": [
+        Case("moba", {"block_size": 4, "top_k": 3}),
+        Case("moba", {"block_size": 5, "top_k": 1, "scale": 0.7}),
+        Case("moba", {"block_size": 1, "top_k": 6}),
+        Case("moba"),
     ],
     "longformer": [
         Case("longformer", {"window": 16, "global_tokens": 3}),

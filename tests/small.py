@@ -29,6 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "linformer": {"rank": 4},
     "longformer": {"window": 4, "global_tokens": 1},
+    "moba": {"block_size": 2, "top_k": 2},
     "nystromformer": {"num_landmarks": 4},
     "performer": {"num_features": 16},
     "reformer": {"num_buckets": 4, "num_hashes": 1, "chunk_size": 4},

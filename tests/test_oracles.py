@@ -166,6 +166,9 @@ OPTIONS: dict[str, st.SearchStrategy[dict]] = {
             "scale": SCALE,
         }
     ),
+    "moba": st.fixed_dictionaries(
+        {"block_size": st.integers(1, 12), "top_k": st.integers(1, 5), "scale": SCALE}
+    ),
     "nystromformer": st.fixed_dictionaries(
         {
             "num_landmarks": st.integers(1, 12),

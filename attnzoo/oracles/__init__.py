@@ -32,6 +32,7 @@ from attnzoo.oracles.reformer import reformer
 from attnzoo.oracles.retention import retention
 from attnzoo.oracles.rows.forgetting import forgetting
 from attnzoo.oracles.rows.sigmoid import sigmoid
+from attnzoo.oracles.selected.moba import moba
 from attnzoo.oracles.sliding_window import sliding_window
 from attnzoo.oracles.sparse_transformer import sparse_transformer
 from attnzoo.oracles.standard import standard
@@ -53,6 +54,7 @@ __all__ = [
     "log_linear",
     "longformer",
     "mamba2",
+    "moba",
     "nystromformer",
     "oracle",
     "performer",

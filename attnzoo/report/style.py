@@ -91,36 +91,39 @@ def styles(variants: Iterable[tuple[str, str]]) -> dict[str, Style]:
     is drawn in ink.
 
     A label whose variant is not in the registry takes the look of a variant that is not drawn, as
-    long as there is one.
+    long as there is one; if it can, one of a colour and a marker that no other has.
     """
     pairs = list(dict.fromkeys(variants))
     order = {name: index for index, name in enumerate(names())}
     shown = {variant for variant, _ in pairs}
-    drawn = [_look(order[name]) for name in shown if name in order]
-    for number, variant in enumerate(
-        dict.fromkeys(variant for variant, _ in pairs if variant not in order)
-    ):
-        taken = {order[name] for name in shown if name in order}
-        free = [place for place in range(1, len(names())) if place not in taken]
-        alike = {i: sum(len({*look} & {*_look(i)}) for look in drawn) for i in free}
-        order[variant] = max(free, key=lambda i: (-alike[i], i)) if free else len(names()) + number
-        shown.add(variant)
-        drawn.append(_look(order[variant]))
+    free = [index for name, index in order.items() if name not in shown and index > 0]
+    order = {name: index for name, index in order.items() if name in shown}
+    unknown = dict.fromkeys(variant for variant, _ in pairs if variant not in order)
+    for number, variant in enumerate(unknown):
+        order[variant] = _least_alike(free, order.values()) if free else len(names()) + number
     found: dict[str, Style] = {}
     twins: dict[str, int] = {}
     for variant, label in pairs:
         if label in found:
             continue
         twin = twins[variant] = twins.get(variant, -1) + 1
-        color, marker = _look(order[variant])
-        found[label] = Style(color, marker, LINES[twin % len(LINES)], twin % 2 == 0)
+        index = order[variant]
+        found[label] = Style(*_look(index), LINES[twin % len(LINES)], twin % 2 == 0)
     return found
 
 
 def _look(index: int) -> tuple[str, str]:
-    """Colour and marker of the variant at this place of the registry."""
+    """Colour and marker of the variant of this place in the registry."""
     color = INK if index == 0 else PALETTE[(index - 1) % len(PALETTE)]
     return color, MARKERS[index % len(MARKERS)]
+
+
+def _least_alike(free: list[int], taken: Iterable[int]) -> int:
+    """Take one out of the free places: the last of those whose looks share least with the taken."""
+    used = {part for index in taken for part in _look(index)}
+    best = min(reversed(free), key=lambda index: len(used.intersection(_look(index))))
+    free.remove(best)
+    return best
 
 
 def new_figure(width: float, height: float) -> Figure:

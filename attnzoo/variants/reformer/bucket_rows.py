@@ -13,6 +13,7 @@ from attnzoo.call import Call
 from attnzoo.engines.engine import (
     accumulation_dtype,
 )
+from attnzoo.engines.sparse.selected.grouped_rows import rows_of
 from attnzoo.variants.reformer.angular_hash import AngularHash
 from attnzoo.variants.reformer.hash_chunks import (
     Chunks,
@@ -36,25 +37,6 @@ def chunks_of(hashing: AngularHash, chunk_size: int, call: Call) -> Chunks:
         mask,
         chunk_size,
         call.is_causal,
-    )
-
-
-def rows_of(x: Tensor, call: Call) -> Tensor:
-    """The rows of every key head, (batch · kv_heads, query_length · group, d): at every position
-    those of the heads that share its keys.
-
-    x: (batch, heads, query_length, d)
-    """
-    return x.unflatten(1, (-1, call.group)).transpose(2, 3).flatten(2, 3).flatten(0, 1)
-
-
-def heads_of(x: Tensor, call: Call) -> Tensor:
-    """What `rows_of` was made of: (batch, heads, query_length, d)."""
-    return (
-        x.unflatten(0, call.k.shape[:2])
-        .unflatten(2, (-1, call.group))
-        .transpose(2, 3)
-        .flatten(1, 2)
     )
 
 

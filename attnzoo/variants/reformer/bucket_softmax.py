@@ -18,10 +18,10 @@ from attnzoo.engines.engine import (
 )
 from attnzoo.engines.softmax.reference import reference, weights_of
 from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
+from attnzoo.engines.sparse.selected.grouped_rows import heads_of
 from attnzoo.variants.reformer.angular_hash import AngularHash
 from attnzoo.variants.reformer.bucket_rows import (
     chunks_of,
-    heads_of,
     own_is_real,
     positions_of,
     with_unit_keys,

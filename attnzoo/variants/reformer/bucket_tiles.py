@@ -19,25 +19,25 @@ from attnzoo.engines.engine import (
 )
 from attnzoo.engines.exponential import LOG2_E
 from attnzoo.engines.piece_by_piece import at_a_time
+from attnzoo.engines.sparse.selected.grouped_rows import (
+    PartialSoftmax,
+    heads_of,
+    lay_out,
+    most_tiles,
+    rows_of,
+    select,
+    take,
+)
 from attnzoo.sequences.ordering import search
 from attnzoo.variants.reformer.angular_hash import AngularHash
 from attnzoo.variants.reformer.bucket_rows import (
     chunks_of,
-    heads_of,
     own_is_real,
     own_of,
     positions_of,
-    rows_of,
     with_unit_keys,
 )
-from attnzoo.variants.reformer.hash_chunks import (
-    NO_KEY,
-    NO_QUERY,
-    Chunks,
-    lay_out,
-    most_tiles,
-    near,
-)
+from attnzoo.variants.reformer.hash_chunks import NO_KEY, NO_QUERY, Chunks, near
 
 SCORES = 2**24  # of tiles, held at a time: those of all tiles would be n · chunk_size
 
@@ -90,28 +90,6 @@ class Sizes:
             min(chunk_size, key_length),
             key_tiles,
             2 if is_causal else 3,
-        )
-
-
-@dataclass(frozen=True)
-class PartialSoftmax:
-    """A softmax over some keys of every row, not yet divided by its sum. Weights are relative to
-    2^largest.
-
-    largest, total: (heads, rows, 1)
-    out: (heads, rows, value_dim)
-    """
-
-    largest: Tensor
-    total: Tensor
-    out: Tensor
-
-    def with_more(self, other: PartialSoftmax) -> PartialSoftmax:
-        """Over the keys of both; they share none."""
-        largest = self.largest.maximum(other.largest)
-        mine, others = (self.largest - largest).exp2(), (other.largest - largest).exp2()
-        return PartialSoftmax(
-            largest, self.total * mine + other.total * others, self.out * mine + other.out * others
         )
 
 
@@ -180,7 +158,7 @@ def _round(
     rows = lay_out(chunks.queries[:, hash_round], sizes.queries, sizes.query_tiles)
     keys = lay_out(chunks.keys[:, hash_round], sizes.keys, sizes.key_tiles)
     neighbours = torch.arange(-1, sizes.seen_tiles - 1, device=q.device)
-    tiles = search(keys.chunk, rows.chunk)[..., None] + neighbours
+    tiles = search(keys.group, rows.group)[..., None] + neighbours
     # Beyond either end stands one more tile, which is empty.
     tiles = tiles.where((tiles >= 0) & (tiles < sizes.key_tiles), sizes.key_tiles)
     key_at = F.pad(keys.at, (0, 0, 0, 1), value=k.shape[1])
@@ -190,18 +168,15 @@ def _round(
         # Some tiles of the round at a time.
         weigh = partial(checkpoint, weigh, use_reentrant=False, preserve_rng_state=False)
     parts = [
-        weigh(q, k, v, row_at, _select(key_at, some).flatten(2))
+        weigh(q, k, v, row_at, select(key_at, some).flatten(2))
         for row_at, some in zip(rows.at.split(together, 1), tiles.split(together, 1), strict=True)
     ]
-    lowest = torch.finfo(q.dtype).min
     whole = (
         parts[0] if len(parts) == 1 else tuple(torch.cat(x, 1) for x in zip(*parts, strict=True))
     )
     del parts  # before copies of the whole are made
     largest, total, out = (x.flatten(1, 2) for x in whole)
-    return PartialSoftmax(
-        _take(largest, rows.slot, lowest), _take(total, rows.slot), _take(out, rows.slot)
-    )
+    return PartialSoftmax(largest, total, out).at(rows.slot)
 
 
 def _weigh(
@@ -224,34 +199,13 @@ def _weigh(
     """
     row_position = positions[:, None].expand(q.shape[0], -1, -1)
     key_position = torch.arange(k.shape[1], device=q.device)[:, None].expand(k.shape[0], -1, -1)
-    distance = _take(row_position, row_at) - _take(key_position, key_at).mT
+    distance = take(row_position, row_at) - take(key_position, key_at).mT
     seen = distance > 0 if is_causal else distance != 0
     for other in range(hash_round + 1):
-        of_row = _take(chunks.queries[:, other, :, None], row_at, NO_QUERY)
-        of_key = _take(chunks.keys[:, other, :, None], key_at, NO_KEY)
+        of_row = take(chunks.queries[:, other, :, None], row_at, NO_QUERY)
+        of_key = take(chunks.keys[:, other, :, None], key_at, NO_KEY)
         both = near(of_row.squeeze(-1), of_key.squeeze(-1), is_causal)
         seen = seen & (both if other == hash_round else ~both)
-    scores = (_take(q, row_at) @ _take(k, key_at).mT).masked_fill(~seen, float("-inf"))
-    largest = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).min)
-    weights = (scores - largest).exp2()
-    return largest, weights.sum(-1, keepdim=True), weights @ _take(v, key_at)
-
-
-def _take(x: Tensor, at: Tensor, missing: float = 0) -> Tensor:
-    """x at these indices, (heads, *m, d), and `missing` where the index is n.
-
-    x: (heads, n, d)
-    at: (heads, *m)
-    """
-    return _select(F.pad(x, (0, 0, 0, 1), value=missing), at)
-
-
-def _select(x: Tensor, at: Tensor) -> Tensor:
-    """x at these indices, (heads, *m, *rest).
-
-    x: (heads, n, *rest)
-    at: (heads, *m)
-    """
-    first = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=x.device)
-    index = at + first.view(-1, *[1] * (at.dim() - 1))
-    return x.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, at.shape)
+    scores = (take(q, row_at) @ take(k, key_at).mT).masked_fill(~seen, float("-inf"))
+    found = PartialSoftmax.of(scores, take(v, key_at))
+    return found.largest, found.total, found.out

@@ -1,4 +1,4 @@
-"""Buckets cut into chunks of consecutive keys, and tokens laid out in tiles of one chunk each."""
+"""Buckets cut into chunks of consecutive keys."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnzoo.sequences.ordering import running_maximum, search, stable_order
+from attnzoo.engines.sparse.selected.grouped_rows import NOWHERE, ranks
+from attnzoo.sequences.ordering import search
 
 # Numbers of no chunk: of a padded key, and of a query whose bucket holds no key that it may see.
 # They are far from all others and each other.
-NO_KEY, NO_QUERY = 2**60, 2**61
+NO_KEY, NO_QUERY = NOWHERE, 2 * NOWHERE
 
 
 @dataclass(frozen=True)
@@ -71,63 +72,8 @@ def _chunk_at(index: Tensor, wanted: Tensor, buckets: Tensor, numbers: Tensor) -
     return numbers.gather(-1, inside).masked_fill(~found, NO_QUERY)
 
 
-def ranks(sorted_groups: Tensor) -> Tensor:
-    """The place of every entry within its run of equal ones, (..., length) int64."""
-    index = torch.arange(sorted_groups.shape[-1], device=sorted_groups.device)
-    differs = sorted_groups[..., 1:] != sorted_groups[..., :-1]
-    begins = torch.cat([torch.ones_like(sorted_groups[..., :1], dtype=torch.bool), differs], -1)
-    return index - running_maximum(torch.where(begins, index, 0))
-
-
 def near(queries: Tensor, keys: Tensor, is_causal: bool) -> Tensor:
     """Whether a key's chunk is the query's or the one before it, or after it where that is allowed:
     (..., queries, keys) bool."""
     ahead = queries[..., :, None] - keys[..., None, :]
     return (ahead >= (0 if is_causal else -1)) & (ahead <= 1)
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Tokens laid out in tiles of one size, all those of a tile from one chunk, in order of
-    position.
-
-    at: (..., tiles, size), which token stands in a slot; the number of tokens where none does
-    chunk: (..., tiles), NO_KEY where empty
-    slot: (..., tokens), where a token stands; tiles · size where nowhere
-    """
-
-    at: Tensor
-    chunk: Tensor
-    slot: Tensor
-
-
-def lay_out(chunks: Tensor, size: int, tiles: int) -> Tiles:
-    """Tiles of the tokens that have a chunk.
-
-    chunks: (..., tokens)
-    size: slots of a tile
-    tiles: how many are laid out
-    """
-    tokens = chunks.shape[-1]
-    order = stable_order(chunks)
-    ordered = chunks.gather(-1, order)
-    rank = ranks(ordered) % size
-    tile = (rank == 0).cumsum(-1) - 1
-    nowhere = ordered >= NO_KEY
-    slot, tile = (
-        (tile * size + rank).masked_fill(nowhere, tiles * size),
-        tile.masked_fill(nowhere, tiles),
-    )
-    at = order.new_full((*order.shape[:-1], tiles * size + 1), tokens).scatter(-1, slot, order)
-    chunk = order.new_full((*order.shape[:-1], tiles + 1), NO_KEY).scatter(-1, tile, ordered)
-    return Tiles(
-        at[..., :-1].unflatten(-1, (tiles, size)),
-        chunk[..., :-1],
-        torch.zeros_like(slot).scatter(-1, order, slot),
-    )
-
-
-def most_tiles(tokens: int, groups: int, size: int) -> int:
-    """Tiles that hold any `tokens` of at most `groups` groups, when no tile mixes groups."""
-    filled = min(tokens, groups)
-    return filled + (tokens - filled) // size

@@ -1,0 +1,1 @@
+"""Sparse attention over blocks of keys that the data select, and how such rows are laid out."""

@@ -1,0 +1,122 @@
+"""The sparse engine for key blocks that the data select.
+
+    A_ij = exp(s_ij) / Σ_{l ∈ S(i)} exp(s_il) if j ∈ S(i), else 0,    s_ij = scale · q_i·k_j
+
+S(i) are the keys of the blocks that a selector names for query i and that the masks leave visible.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attnzoo.call import Call
+from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
+from attnzoo.engines.softmax import sdpa
+from attnzoo.engines.softmax.reference import REFERENCE, visible, weights_of
+from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
+from attnzoo.engines.sparse.dense import LARGEST_MASK
+from attnzoo.engines.sparse.selected import selected_tiles
+from attnzoo.engines.sparse.selected.selected_rows import Sizes, attend_selected, most_pairs
+from attnzoo.engines.sparse.selected.selection import Placed, Selector
+from attnzoo.sequences.padding import fetched, leading
+
+
+class SelectedSoftmax(Softmax):
+    """Softmax attention in which a query sees the key blocks that the data select for it.
+
+    Its backends in order: `dense`, one SDPA call, where every key is seen; `tiles`, on a CPU in
+    memory that stays in cache; `selected`, the same in operators that graphs and transforms follow;
+    the reference. Only the first and the last form a row for every key.
+
+    selector: names the key blocks that each query sees
+    scale: factor of the scores, 1/sqrt(head_dim) by default
+    """
+
+    def __init__(self, selector: Selector, scale: float | None = None) -> None:
+        super().__init__(scale)
+        self.selector = selector
+
+    def support(self, call: Call) -> Tensor:
+        """Which keys the selected blocks show, (batch, heads, query_length, key_length) bool.
+        Memory is quadratic in the length."""
+        placed, size = Placed.of(call), self.selector.block_size
+        blocks = self.selector.select(placed).of_heads(call.q.shape[1])
+        key_blocks = -(-call.key_length // size)
+        # Numbers, not truth values: a trace knows no scatter of these.
+        shown = blocks.new_zeros(*blocks.shape[:3], key_blocks + 1, dtype=torch.uint8)
+        shown = shown.scatter(3, torch.where(blocks < 0, key_blocks, blocks), 1) > 0
+        keys = shown[..., :-1].repeat_interleave(size, 3)[..., : call.key_length]
+        if call.key_mask is None or placed.call is call:
+            return keys
+        slots = torch.arange(call.key_length, device=keys.device)
+        return fetched(keys, (slots - leading(call.key_mask)[:, None]) % call.key_length, 3)
+
+    def matrix(self, call: Call) -> Tensor:
+        support, mask = self.support(call), visible(call)
+        return weights_of(self, call, support if mask is None else support & mask)
+
+    def cost(self, shape: Shape) -> Cost:
+        if self.selector.sees_all(shape.key_length):
+            return super().cost(shape)
+        size, group = self.selector.block_size, shape.heads // shape.kv_heads
+        key_blocks = -(-shape.key_length // size)
+        width = self.selector.width(key_blocks)
+        lengths = shape.query_length, shape.key_length
+        pairs = most_pairs(*lengths, width, size, is_causal=shape.is_causal)
+        sizes = Sizes.of(group * pairs, key_blocks)
+        scores = shape.kv_heads * sizes.tiles * sizes.rows * size
+        support = min(pairs * size, shape.query_length * shape.key_length)
+        if shape.is_causal:
+            support = pairs * size - _behind(*lengths, size)
+        cost = softmax_cost(shape, scores, shape.heads * support, None)
+        merging = 2 * shape.heads * shape.query_length * width
+        return replace(
+            cost,
+            macs=cost.macs + self.selector.macs(shape),
+            elementwise=shape.batch_size * (scores + merging) + self.selector.elementwise(shape),
+        )
+
+
+def _behind(query_length: int, key_length: int, size: int) -> int:
+    """Slots behind causal queries in their own blocks of this size, empty ones among them."""
+
+    def places(length: int) -> int:
+        """The sum of the places of the first positions within their blocks."""
+        blocks, rest = divmod(length, size)
+        return blocks * (size * (size - 1) // 2) + rest * (rest - 1) // 2
+
+    first = max(0, key_length - query_length)
+    return (key_length - first) * (size - 1) - (places(key_length) - places(first))
+
+
+def _in_tiles(engine: SelectedSoftmax, call: Call) -> Tensor:
+    placed = Placed.of(call)
+    selection = engine.selector.select(placed)
+    return selected_tiles.attend_in_tiles(engine, placed, selection, engine.selector.block_size)
+
+
+def _in_operators(engine: SelectedSoftmax, call: Call) -> Tensor:
+    placed = Placed.of(call)
+    selection = engine.selector.select(placed)
+    return attend_selected(engine, placed, selection, engine.selector.block_size)
+
+
+def _dense_why_not(engine: SelectedSoftmax, call: Call) -> str | None:
+    if not engine.selector.sees_all(call.key_length):
+        return "the selection may hide keys, and a dense mask of them is quadratic in the length"
+    if call.key_mask is not None and call.is_causal and call.query_length > 1:
+        entries = call.key_mask.numel() * call.query_length
+        if entries > LARGEST_MASK:
+            return f"a mask of causality and padding has {entries} entries, over {LARGEST_MASK}"
+    return sdpa.why_not(engine, call)
+
+
+SelectedSoftmax.backends = (
+    Backend("dense", sdpa.attend, _dense_why_not),
+    Backend("tiles", _in_tiles, selected_tiles.why_not),
+    Backend("selected", _in_operators, never_refuses),
+    REFERENCE,
+)

@@ -1,0 +1,1 @@
+"""Attention whose keys the data select: what each variant scores its blocks by."""
