@@ -347,7 +347,7 @@ def test_macs_are_counted() -> None:
         ({"short_convolution": True}, "short_convolution=True must be a whole number"),
         ({"attention": "linformer"}, "short_convolution=3 reads earlier.*linformer cannot be cau"),
         ({"output_gate": "head"}, "output_gate='head' is unknown .did you mean 'headwise'"),
-        ({"output_norm": 1}, "output_norm=1 must be True or False"),
+        ({"output_norm": 1}, "output_norm=1 must be True, False or 'all_heads'"),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:

@@ -24,12 +24,12 @@ from attnzoo.engines.linear.gated.gate_projections import Gate
 from attnzoo.integrations.swapping import record_of
 from attnzoo.layers.input_projections import INPUT_PROJECTIONS
 from attnzoo.layers.multihead import MultiheadAttention
-from attnzoo.layers.options.output_gate import GATE_PROJECTION, OUTPUT_NORM
+from attnzoo.layers.options.output_gate import GATE_PROJECTION, OUTPUT_NORM, SKIP
 from attnzoo.layers.options.qk_norm import NORMS
 from attnzoo.layers.options.short_convolution import SHORT_CONVOLUTION
 
 #: What `MultiheadAttention` may have that no process could have for its heads alone.
-NOT_SPLIT = (SHORT_CONVOLUTION, GATE_PROJECTION, OUTPUT_NORM)
+NOT_SPLIT = (SHORT_CONVOLUTION, GATE_PROJECTION, OUTPUT_NORM, SKIP)
 
 
 class HeadParallel(ParallelStyle):
@@ -53,8 +53,8 @@ class HeadParallel(ParallelStyle):
     those of the whole attention.
 
     Raises ValueError where the heads cannot be split evenly and on other modules, UnsupportedError
-    on add_bias_kv, add_zero_attn, qk_norm="all_heads", short_convolution, output_gate and
-    output_norm.
+    on add_bias_kv, add_zero_attn, qk_norm="all_heads", short_convolution, output_gate,
+    output_norm and skip.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -138,7 +138,8 @@ def _split_module(module: MultiheadAttention, mesh: DeviceMesh) -> None:
     if options:
         raise UnsupportedError(
             f"{' and '.join(options)} cannot be split by heads; build the module without "
-            "short_convolution, output_gate and output_norm, or use FSDP or DDP for this model"
+            "short_convolution, output_gate, output_norm and skip, or use FSDP or DDP for this "
+            "model"
         )
     core = module.attention
     names = core.projected

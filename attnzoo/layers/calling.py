@@ -13,7 +13,7 @@ from attnzoo.layers.input_projections import inputs_of, weighed_values
 from attnzoo.layers.layer import Layer
 from attnzoo.layers.layer_checks import check_call
 from attnzoo.layers.nested_sequences import forward_nested
-from attnzoo.layers.options.output_gate import finished
+from attnzoo.layers.options.output_gate import check_skip_call, finished
 from attnzoo.layers.options.short_convolution import check_convolved_call
 from attnzoo.layers.packed_model import segments_of
 from attnzoo.layers.placement import Placement
@@ -60,6 +60,7 @@ def call_layer(
     translated = translate(layer.attention.spec, q, k, key_padding_mask, attn_mask, is_causal)
     segments = joined(segments, translated.segments)
     check_convolved_call(layer, query, key, value, translated.is_causal)
+    check_skip_call(layer, query, value)
     positions = None
     if "rotary" in layer._modules:
         positions = positions_of(q, k, translated.key_mask, segments)
@@ -74,10 +75,10 @@ def call_layer(
         "segments": segments,
         **inputs_of(layer, query, key, value, inputs, pattern, placed),
     }
-    v = weighed_values(layer, v, how, inputs)
+    own, v = v, weighed_values(layer, v, how, inputs)
     weights = translated.checked(layer.attention.weights(q, k, **how)) if need_weights else None
     out = translated.checked(layer.attention(q, k, v, **how))
-    out = finished(layer, out, query, pattern)
+    out = finished(layer, out, own, query, pattern)
     out = layer.out_proj(rearrange(out, f"{batch} h l d -> {axes} (h d)"))
     if weights is not None and average_attn_weights:
         weights = weights.mean(1)

@@ -130,12 +130,12 @@ def step_layer(
     placed = Placement(layer, positions, key_mask, segments, before)
     q, k, v = placed(q, k, v)
     more = inputs_of(layer, x, x, x, inputs, pattern, placed)
-    v = weighed_values(layer, v, more, inputs)
+    own, v = v, weighed_values(layer, v, more, inputs)
     out, core = layer.attention.step(
         q, k, v, state.core, key_mask=key_mask, segments=segments, **more
     )
     last = state.last if segments is None or not segments.shape[1] else segments[:, -1]
-    out = finished(layer, out, x, pattern)
+    out = finished(layer, out, own, x, pattern)
     out = layer.out_proj(rearrange(out, f"{batch} h l d -> {axes} (h d)"))
     convolved = placed.after if q.shape[2] else state.convolved
     return out, replace(state, core=core, positions=after, last=last, convolved=convolved)

@@ -19,6 +19,7 @@ from attnzoo.layers.layer_checks import core_options
 from attnzoo.layers.options.output_gate import (
     GATE_PROJECTION,
     OUTPUT_NORM,
+    SKIP,
     add_output,
     check_output,
 )
@@ -33,7 +34,7 @@ from attnzoo.layers.projections import share_projection
 from attnzoo.registry import build, spec_of
 
 #: What options add beside the parameters of torch's module and of the core.
-OWN_MODULES = (*NORMS, SHORT_CONVOLUTION, GATE_PROJECTION, OUTPUT_NORM)
+OWN_MODULES = (*NORMS, SHORT_CONVOLUTION, GATE_PROJECTION, OUTPUT_NORM, SKIP)
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -79,7 +80,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     output_gate: rows are multiplied, before `out_proj`, by what `gate_proj` makes of the query:
         "elementwise", or one number for each head, "headwise"; by its sigmoid, or with output_norm
         by its SiLU
-    output_norm: each head's row is divided by its root mean square and weighted by `out_norm`
+    output_norm: each head's row is divided by its root mean square and weighted by `out_norm`;
+        "all_heads": all heads of a token as one, once they have been gated (Mamba-2)
+    skip: a token's own value is added to its row, times a number of each head, `skip` (Mamba-2's D)
     raises: ValueError on a malformed option, UnsupportedError on one that the core excludes
         (dropout > 0 among them)
     """
@@ -108,7 +111,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         rotary: bool | Mapping[str, Any] = False,
         short_convolution: int | None = None,
         output_gate: Literal["headwise", "elementwise"] | None = None,
-        output_norm: bool = False,
+        output_norm: bool | Literal["all_heads"] = False,
+        skip: bool = False,
     ) -> None:
         if check_positive("embed_dim", embed_dim) % check_positive("num_heads", num_heads):
             raise ValueError(f"embed_dim={embed_dim} must be a multiple of num_heads={num_heads}")
@@ -118,7 +122,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         embedding = rotary_of(embed_dim // num_heads, rotary, extra_keys)
         check_qk_norm(qk_norm)
         check_short_convolution(short_convolution, spec)
-        check_output(output_gate, output_norm)
+        check_output(output_gate, output_norm, skip, extra_keys)
         ends = (add_bias_kv, add_zero_attn, kdim, vdim)
         super().__init__(embed_dim, num_heads, dropout, bias, *ends, batch_first, device, dtype)
         # After torch's own parameters, so that a seed gives those the values that it gives them in
@@ -137,7 +141,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             self.rotary = embedding
         if short_convolution is not None:
             add_short_convolution(self, short_convolution)
-        add_output(self, output_gate, output_norm)
+        add_output(self, output_gate, output_norm, skip)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what `attnzoo.packed` has told: a copy is of the model, and not of a call."""

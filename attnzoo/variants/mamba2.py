@@ -17,7 +17,8 @@ class Mamba2(Attention):
         A_ij = s·q_i·k_j · exp(log_decay_{j+1} + … + log_decay_i) for j ≤ i,    s = 1
 
     q, k and v are the paper's C, B and x, the last times Δ; log_decay is A·Δ, which is 0 at most.
-    Its skip D, the convolution, and what makes Δ belong to the layer around this. With a constant
+    Its skip D, the convolution, and what makes Δ belong to the layer around this (`skip=True` and
+    `short_convolution=4` of `MultiheadAttention`). With a constant
     log_decay it is `retention` without its scale. What is kept of softmax is a score for every
     pair; what is lost is the normaliser, and all that a token has let fade. Causal only. Use it in
     models trained with it, for long inputs and small states; not to recall many facts word for

@@ -37,6 +37,9 @@ def attend(engine: SoftmaxReference, call: Call) -> Tensor:
 
 def why_not(engine: SoftmaxReference, call: Call) -> str | None:
     """Why this backend refuses the call; None when it takes it."""
+    given = (call.q, call.k, call.v)
+    if not only_autograd_looks(*given):
+        return "a graph or transform must see the operators inside"
     threads, heads = torch.get_num_threads(), call.q.shape[1]
     if call.q.shape[0] * call.query_length != 1 or -(-heads // ROWS) >= threads:
         return (
@@ -55,9 +58,6 @@ def why_not(engine: SoftmaxReference, call: Call) -> str | None:
         )
     if engine.dropout > 0 and engine.training:
         return f"it has no dropout, and this attention trains with dropout={engine.dropout}"
-    given = (call.q, call.k, call.v)
-    if not only_autograd_looks(*given):
-        return "a graph or transform must see the operators inside"
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
         return "it has no gradient"
     return shared_keys.why_not(engine, call)
