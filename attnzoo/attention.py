@@ -9,17 +9,16 @@ from typing import Any, ClassVar, NoReturn, Self
 import torch
 from torch import Tensor, nn
 
-from attnzoo import execution
+from attnzoo import execution, spec_checks
 from attnzoo.arguments import check_count, check_kv_heads, check_positive
 from attnzoo.autocast import autocast_inputs_only
-from attnzoo.call import Call, UnsupportedError, spread_keys
+from attnzoo.call import Call, spread_keys
 from attnzoo.call_checks import check, check_new_tokens
 from attnzoo.eager import loses_values
 from attnzoo.engines.engine import Cost, Engine, Shape, StateSizes
 from attnzoo.engines.linear.gated.gate_projections import Gate
 from attnzoo.sequences.bad_slots import clear_padding
 from attnzoo.spec import Input, Spec
-from attnzoo.spec_checks import check_causality, check_decodes, check_features, check_sizes
 
 __all__ = ["Attention", "Input", "Spec"]
 
@@ -180,7 +179,7 @@ class Attention(nn.Module):
 
         kv_heads: heads of the k and v to come (default: heads). dtype, device: theirs.
         """
-        check_decodes(self.spec)
+        spec_checks.check_decodes(self.spec)
         check_positive("batch_size", batch_size)
         if max_length is not None:
             check_positive("max_length", max_length)
@@ -237,8 +236,8 @@ class Attention(nn.Module):
 
         dtype: of q, k and v. Raises ValueError on a size below 1 and a dtype that is not floating.
         """
-        check_sizes(batch_size, query_length, key_length, dtype)
-        check_causality(self.spec, is_causal)
+        spec_checks.check_sizes(batch_size, query_length, key_length, dtype)
+        spec_checks.check_causality(self.spec, is_causal)
         kv_heads = check_kv_heads(kv_heads, self.heads)
         lengths = (query_length, key_length or query_length)
         sizes = (batch_size, self.heads, kv_heads, self.head_dim, *lengths)
@@ -253,7 +252,7 @@ class Attention(nn.Module):
     def refuse(self, call: Call) -> None:
         """Raise on a malformed call, and on a feature that the spec excludes."""
         check(call, self.spec, self.heads, self.head_dim)
-        check_features(call, self.spec)
+        spec_checks.check_features(call, self.spec)
 
     def keep_heads(self, first: int, count: int) -> None:
         """Become the attention of heads `first` to `first + count - 1` alone, in place: for a
@@ -293,11 +292,7 @@ class Attention(nn.Module):
         return {}
 
     def __prepare_scriptable__(self) -> NoReturn:
-        raise UnsupportedError(
-            f"torch.jit.script cannot compile {self.spec.name}, nor a model that holds it, since "
-            "its forward chooses a backend in Python; use torch.export.export, torch.compile or "
-            "torch.jit.trace, or attnzoo.unswap before scripting"
-        )
+        spec_checks.refuse_scripting(self.spec)
 
     def extra_repr(self) -> str:
         sizes = f"heads={self.heads}, head_dim={self.head_dim}"

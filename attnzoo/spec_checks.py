@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 
 from attnzoo.arguments import check_positive
@@ -69,4 +71,13 @@ def others(**wanted: bool) -> str:
     """Registered variants whose spec has what this one lacks, "a or b"."""
     return " or ".join(
         with_spec(lambda spec: all(getattr(spec, key) == x for key, x in wanted.items()))
+    )
+
+
+def refuse_scripting(spec: Spec) -> NoReturn:
+    """Raise UnsupportedError: a forward chooses a backend in Python."""
+    raise UnsupportedError(
+        f"torch.jit.script cannot compile {spec.name}, nor a model that holds it, since its "
+        "forward chooses a backend in Python; use torch.export.export, torch.compile or "
+        "torch.jit.trace, or attnzoo.unswap before scripting"
     )
