@@ -13,6 +13,7 @@ from attnzoo.integrations.huggingface.fallbacks.replace_fallbacks import (
 )
 from attnzoo.integrations.huggingface.generation import state_cache
 from attnzoo.integrations.huggingface.latent.latent_layer import latent_layer
+from attnzoo.integrations.maps.attention_maps import attention_maps
 from attnzoo.integrations.sidecar import load, save
 from attnzoo.integrations.swapping import swap, unswap
 from attnzoo.layers import distance_biases
@@ -33,6 +34,7 @@ __all__ = [
     "MultiheadAttention",
     "Spec",
     "UnsupportedError",
+    "attention_maps",
     "build",
     "count_flops",
     "describe",

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from attnzoo.attention import Attention
 from attnzoo.autocast import without_autocast
+from attnzoo.call import UnsupportedError
+from attnzoo.conventions.watched import show
 from attnzoo.engines.linear.state import LinearState
 from attnzoo.engines.linear.sums import Past
 from attnzoo.registry import build
@@ -51,6 +53,7 @@ def run(
         piece after
     returns: (batch, heads, length, value_dim), and as initial_state or None
     """
+    show(None, lambda: _weights(attention, q, k, inputs, initial_state, key_mask, segments))
     with without_autocast(q.device):
         if initial_state is None and not output_final_state:
             rows = attention(
@@ -64,6 +67,27 @@ def run(
         before = LinearState(q.shape[0], attention.heads, seen=int(past is not None), past=past)
         rows, after = attention.step(q, k, v, before, key_mask=key_mask, **inputs)
     return rows, after.past.sums if output_final_state else None
+
+
+def _weights(
+    attention: Attention,
+    q: Tensor,
+    k: Tensor,
+    inputs: dict[str, Tensor],
+    initial_state: Tensor | None,
+    key_mask: Tensor | None,
+    segments: Tensor | None,
+) -> Tensor:
+    """A of the call. Raises UnsupportedError behind a state, which says nothing of its tokens."""
+    if initial_state is not None:
+        raise UnsupportedError(
+            "a recurrent layer goes on from a cached state, of whose tokens no A can be formed; "
+            "give the whole text in one call"
+        )
+    with without_autocast(q.device):
+        return attention.weights(
+            q, k, key_mask=key_mask, segments=segments, is_causal=True, **inputs
+        )
 
 
 def _closed_between(segments: Tensor, log_decay: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+from torch import nn
+
 from attnzoo.call import UnsupportedError
 from attnzoo.integrations.places import Site
 from attnzoo.registry import Choice
@@ -68,6 +70,12 @@ def choose(
     return [ordered[layer] for layer in kept], {
         place: choices[layer] for place, layer in enumerate(kept) if layer in choices
     }
+
+
+def parse_layers(layers: Layers, paths: list[str]) -> list[int]:
+    """Places of layers among all that have these paths. Raises ValueError on others."""
+    sites = [Site(path, nn.Identity(), 1, 1) for path in paths]
+    return _parse("layers=", layers, sites, len(sites))
 
 
 def _refuse_unknown(sites: list[Site]) -> None:

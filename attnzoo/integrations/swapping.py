@@ -194,6 +194,19 @@ def _inside(model: nn.Module) -> nn.Module:
     return model
 
 
+def part_of(model: nn.Module) -> nn.Module:
+    """The model without wrappers, or the one inside it that is swapped or that `swap` would take.
+    Raises ValueError where there is none."""
+    whole = _inside(model) if isinstance(model, nn.Module) else model
+    if isinstance(whole, nn.Module) and (
+        interface.handles(whole) or any(_is_attention(one) for one in whole.modules())
+    ):
+        swapped = [one for one in whole.modules() if RECORD in vars(one)]
+        own = any(isinstance(one, Attention) for one in whole.modules())
+        return swapped[0] if swapped else whole if own else _integration_for(whole)[0]
+    return _integration_for(whole)[0]
+
+
 def record_of(model: nn.Module) -> Record:
     """What `swap` did to the model, as `swapped_part` finds it."""
     return swapped_part(model)[1]

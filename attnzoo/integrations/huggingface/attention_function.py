@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnzoo.attention import Attention
 from attnzoo.call import Call, UnsupportedError
+from attnzoo.conventions.watched import show
 from attnzoo.eager import can_look, holds_anywhere, is_learned, is_recorded, may_branch
 from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, bias_between
 from attnzoo.engines.softmax.reference import SINK_LOGITS
@@ -240,12 +241,13 @@ def _attend_exactly(
         )
     elif segments is not None:
         mask = _with_bias(segments[:, None, :, None] == segments[:, None, None], mask)
+    both, only_causal = (
+        (position_bias, is_causal) if mask is None else (_with_bias(mask, position_bias), False)
+    )
+    call = Call(query, key, value, attn_mask=both, is_causal=only_causal)
+    call = call if s_aux is None else call.giving(SINK_LOGITS, s_aux)
+    show(module, lambda: Softmax(scaling, softcap=softcap).weights(call))
     if s_aux is not None or softcap is not None:
-        both, only_causal = (
-            (position_bias, is_causal) if mask is None else (_with_bias(mask, position_bias), False)
-        )
-        call = Call(query, key, value, attn_mask=both, is_causal=only_causal)
-        call = call if s_aux is None else call.giving(SINK_LOGITS, s_aux)
         return Softmax(scaling, dropout, softcap=softcap)(call)[0]
     out, _ = sdpa_attention_forward(
         module,

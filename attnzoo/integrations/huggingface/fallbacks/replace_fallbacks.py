@@ -153,6 +153,11 @@ def refuse_lost_pieces(model: Any, args: Any, kwargs: Any) -> None:
             )
 
 
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether `replace_fallbacks` would replace this layer."""
+    return _kind(module) is not None and not isinstance(module, ReplacedLayer)
+
+
 def _kind(module: nn.Module) -> type[ReplacedLayer] | None:
     own = type(module)
     is_theirs = own.__module__.startswith("transformers.models.")

@@ -1,0 +1,1 @@
+"""A of every layer of a model, as it reads."""
