@@ -21,7 +21,6 @@ from attnzoo.integrations.huggingface.fallbacks.replace_fallbacks import (
     replace_fallbacks,
     restore_fallbacks,
 )
-from attnzoo.integrations.places import Site
 from attnzoo.integrations.record import RECORD
 from attnzoo.integrations.swapping import part_of, swap, unswap
 
@@ -34,9 +33,12 @@ class AttentionMaps(Mapping[int, Tensor]):
     tokens is heads · n² of them for each layer.
     """
 
-    def __init__(self, paths: list[str], chosen: list[int]) -> None:
+    def __init__(self, paths: list[str], chosen: list[int] | None) -> None:
+        """paths: of the layers; chosen: places of those that are asked for; None: all, and what
+        else shows its A, such as a decoder's look at its encoder."""
         self.paths = paths
-        self._chosen = chosen
+        self._all = chosen is None
+        self._chosen = list(range(len(paths))) if chosen is None else chosen
         self._found: dict[str, Tensor] = {}
 
     def __getitem__(self, layer: int | str) -> Tensor:
@@ -75,6 +77,9 @@ class AttentionMaps(Mapping[int, Tensor]):
 
     def keep(self, path: str, weights: Callable[[], Tensor]) -> None:
         """Form A of a layer, if it is one of those that are asked for."""
+        if self._all and path not in self.paths:
+            self._chosen.append(len(self.paths))
+            self.paths.append(path)
         if path in self.paths and self.paths.index(path) in self._chosen:
             with torch.no_grad():
                 self._found[path] = weights().detach()
@@ -104,8 +109,7 @@ def attention_maps(model: nn.Module, layers: Layers | None = None) -> Iterator[A
         paths = _in_order(part, [*sites, *_recurrent(part)])
         if not paths:
             raise ValueError(f"{type(model).__name__} has no attention that attnzoo can show")
-        chosen = range(len(paths)) if layers is None else parse_layers(layers, paths)
-        maps = AttentionMaps(paths, list(chosen))
+        maps = AttentionMaps(paths, None if layers is None else parse_layers(layers, paths))
         for hook in _hooks(part, maps):
             stack.callback(hook.remove)
         names = {id(module): path for path, module in part.named_modules()}
@@ -144,21 +148,31 @@ def _running_ours(part: nn.Module) -> Iterator[list[str]]:
             yield [path for path, *_ in vars(part)[RECORD].sites]
             return
         if interface.handles(part):
-            try:
-                sites: list[Site] = interface.find_sites(part)
-            except UnsupportedError:
-                if not recurrent:
-                    raise
-                sites = []  # it has recurrent layers alone
-            if sites:
-                stack.callback(interface.insert(part, sites, {}), part)
-            yield [site.path for site in sites]
+            yield _told_by_transformers(part, stack, recurrent)
         elif any(isinstance(module, Attention) for module in part.modules()):
             yield _holding(part)
         else:
             swap(part, "standard")
             stack.callback(unswap, part)
             yield _holding(part)
+
+
+def _told_by_transformers(part: nn.Module, stack: ExitStack, recurrent: bool) -> list[str]:
+    """Let exact layers of a transformers model run by this library; their paths."""
+    try:
+        swap(part, "standard")
+        stack.callback(unswap, part)
+        return [path for path, *_ in vars(part)[RECORD].sites]
+    except UnsupportedError:  # such as windows of its own, which are left to it
+        pass
+    try:
+        sites = interface.find_sites(part)
+    except UnsupportedError:
+        if not recurrent:
+            raise
+        return []  # it has recurrent layers alone
+    stack.callback(interface.insert(part, sites, {}), part)
+    return [site.path for site in sites]
 
 
 def _recurrent(part: nn.Module) -> list[str]:
