@@ -156,11 +156,13 @@ def test_unswap_leaves_no_trace(family: str, name: str) -> None:
         attnzoo.unswap(model)
 
 
-def test_attention_outputs_of_a_part_are_refused_as_those_of_the_whole() -> None:
-    model = attnzoo.swap(make("llama"), "linear")
-    with pytest.raises(UnsupportedError, match="output_attentions=True"):
-        model.model(tokens(), output_attentions=True)
-    attnzoo.unswap(model).model(tokens(), output_attentions=True)
+def test_a_part_returns_the_weights_of_its_swap() -> None:
+    model = attnzoo.swap(make("llama"), "sliding_window", window=2)
+    found = model.model(tokens(), output_attentions=True).attentions
+    assert len(found) == 3 and int((found[0] > 0).sum(-1).max()) == 2
+    state = attnzoo.state_cache(attnzoo.swap(attnzoo.unswap(model), "linear"))
+    with pytest.raises(UnsupportedError, match="a decoding state keeps no keys"):
+        model(tokens(), past_key_values=state, use_cache=True, output_attentions=True)
 
 
 def test_a_model_around_one_is_told_of_its_part() -> None:

@@ -3,6 +3,8 @@ gives."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +29,10 @@ from attnzoo.integrations.huggingface.masks.packed_rows import (
 )
 from attnzoo.integrations.huggingface.masks.read_once import read_once
 from attnzoo.integrations.huggingface.projected_inputs import with_gates
+from attnzoo.integrations.huggingface.returned_weights import (
+    no_weights_of_a_state,
+    wants_weights,
+)
 from attnzoo.integrations.places import no_dropout
 from attnzoo.sequences.masks import ReadMask, read_mask, visible_keys
 from attnzoo.sequences.segments import joined
@@ -51,9 +57,9 @@ def attend(
     s_aux: Tensor | None = None,
     softcap: float | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """The attention function: transformers' arguments, the answer as (batch, length, heads,
-    head_dim).
+    head_dim), and A where the model is asked for it.
 
     position_bias: (batch or 1, heads, query_length, key_length), or (heads, 2 · reach + 1) by
         distance.
@@ -78,7 +84,7 @@ def attend(
     if distance_bias is not None and not takes_distances:
         position_bias, distance_bias = _of_all_pairs(distance_bias, query, key), None
     if attention is None:
-        out = _attend_exactly(
+        out, weights = _attend_exactly(
             module,
             query,
             key,
@@ -101,6 +107,7 @@ def attend(
         given = {SINK_LOGITS.name: s_aux, DISTANCE_BIAS.name: distance_bias}
         key, value, gates = with_gates(module, attention, key, value)
         inputs = {**gates, **{name: x for name, x in given.items() if x is not None}}
+        weights = no_weights_of_a_state
         try:
             if state_layer is not None:
                 out = state_layer.step(query, key, value, attention_mask, segments, inputs)
@@ -115,13 +122,15 @@ def attend(
                     query,
                 )
                 out = attention(query, key, value, **masks, **inputs)
+                weights = partial(attention.weights, query, key, **masks, **inputs)
         except UnsupportedError as error:
             if segments is None or not is_recorded():
                 raise
             raise UnsupportedError(f"{error}. {ALWAYS_PACKED}") from None
     if segments is None and causal:
         out = check_positions(out, query, attention_mask, kwargs)
-    return out.transpose(1, 2).contiguous(), None
+    shown = weights().to(query.dtype) if wants_weights(kwargs) else None
+    return out.transpose(1, 2).contiguous(), shown
 
 
 def _masks(
@@ -191,16 +200,6 @@ def refuse_other_attention(module: Any, kwargs: dict[str, Any]) -> None:
             f"{type(module).__name__} uses {' and '.join(extra)}, which a swapped attention would "
             "drop; this model cannot be swapped"
         )
-    refuse_weights(kwargs)
-
-
-def refuse_weights(kwargs: dict[str, Any]) -> None:
-    """Raise UnsupportedError on output_attentions among the arguments of a model or of a layer."""
-    if kwargs.get("output_attentions"):
-        raise UnsupportedError(
-            "output_attentions=True: a swapped attention does not return its weights; use "
-            "attnzoo's Attention.weights on q and k"
-        )
 
 
 def _attend_exactly(
@@ -217,10 +216,10 @@ def _attend_exactly(
     s_aux: Tensor | None,
     softcap: float | None,
     segments: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Callable[[], Tensor]]:
     """transformers' own SDPA, for a layer that was not swapped in a model that was; ours where
     there are sink logits or soft-capping, which theirs drops. Returns (batch, heads, length,
-    head_dim)."""
+    head_dim), and what forms A."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
@@ -246,9 +245,10 @@ def _attend_exactly(
     )
     call = Call(query, key, value, attn_mask=both, is_causal=only_causal)
     call = call if s_aux is None else call.giving(SINK_LOGITS, s_aux)
-    show(module, lambda: Softmax(scaling, softcap=softcap).weights(call))
+    weights = partial(Softmax(scaling, softcap=softcap).weights, call)
+    show(module, weights)
     if s_aux is not None or softcap is not None:
-        return Softmax(scaling, dropout, softcap=softcap)(call)[0]
+        return Softmax(scaling, dropout, softcap=softcap)(call)[0], weights
     out, _ = sdpa_attention_forward(
         module,
         query,
@@ -260,7 +260,7 @@ def _attend_exactly(
         is_causal=is_causal,
         position_bias=position_bias,
     )
-    return out.transpose(1, 2)
+    return out.transpose(1, 2), weights
 
 
 def _with_bias(mask: Tensor, other: Tensor | None) -> Tensor:

@@ -13,7 +13,6 @@ from torch.utils.hooks import RemovableHandle
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
-from attnzoo.integrations.huggingface.attention_function import refuse_weights
 from attnzoo.integrations.huggingface.changed_families import (
     change_families,
     give_classes_back,
@@ -168,7 +167,6 @@ def _check_forward(untold: bool, model: Any, args: tuple[Any, ...], kwargs: dict
     Every part has it, since a part may be called alone and its attention set alone.
     """
     if runs_its_swap(model):
-        refuse_weights(kwargs)
         _refuse_reread(model, kwargs)
         if untold:
             refuse_unseen_packing(model, args, kwargs)

@@ -73,12 +73,6 @@ def find_sites(model: Any, example_inputs: Mapping[str, Any] | None = None) -> l
             f"{name} is part of a model that is swapped already; unswap that one first (a mapping "
             "gives each layer an attention of its own)"
         )
-    if any(getattr(config, "output_attentions", False) for config in configs_of(model)):
-        raise UnsupportedError(
-            f"{name} is configured to return its attention weights, which a swapped attention "
-            "does not; "
-            "set output_attentions = False in its config first, and in those of its parts"
-        )
     trial = trial_of(model, example_inputs)
     probe = _Probe(model, trial)
     change = change_families(model)

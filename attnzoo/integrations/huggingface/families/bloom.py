@@ -30,12 +30,12 @@ class BloomInterfaceAttention:
         layer_past: Any = None,
         output_attentions: bool = False,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """As transformers' own. alibi: by position, of which the slopes by distance take the
         place."""
         query, key, value = self._reshape(self.query_key_value(hidden_states))
         key, value, positions = with_cached(self, layer_past, query, key, value)
-        out = call_interface(
+        out, weights = call_interface(
             self,
             query,
             key,
@@ -47,4 +47,4 @@ class BloomInterfaceAttention:
             output_attentions=output_attentions,
         )
         out = F.dropout(self.dense(out), self.hidden_dropout, self.training)
-        return out + residual, None
+        return out + residual, weights

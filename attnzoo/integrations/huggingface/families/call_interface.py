@@ -11,9 +11,9 @@ from torch import Tensor
 
 def call_interface(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **how: Any
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """The output of the attention that the model's config names, (batch, length, heads ·
-    head_dim).
+    head_dim), and A where it is asked for.
 
     query, key, value: (batch, heads, length, head_dim)
     how: dropout, scaling, position_bias and what else an attention function takes
@@ -21,7 +21,8 @@ def call_interface(
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
-    return attend(module, query, key, value, mask, **how)[0].flatten(2)
+    out, weights = attend(module, query, key, value, mask, **how)
+    return out.flatten(2), weights
 
 
 def positions_of(module: Any, past: int | Tensor, length: int, key_length: int) -> int:

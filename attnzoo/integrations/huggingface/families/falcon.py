@@ -30,7 +30,7 @@ class FalconInterfaceAttention:
         output_attentions: bool = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """As transformers' own. alibi: by position, of which the slopes by distance take the
         place; they are rounded to bfloat16 as the model has them."""
         from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
@@ -44,7 +44,7 @@ class FalconInterfaceAttention:
         if alibi is not None:
             slopes = alibi_slopes(self.num_heads).to(torch.bfloat16).float() * self.inv_norm_factor
             bias = slopes_by_distance(slopes, positions, query)
-        out = call_interface(
+        out, weights = call_interface(
             self,
             query,
             key,
@@ -56,4 +56,4 @@ class FalconInterfaceAttention:
             position_ids=position_ids,
             output_attentions=output_attentions,
         )
-        return self.dense(out), None
+        return self.dense(out), weights

@@ -27,7 +27,7 @@ class MptInterfaceAttention:
         past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """As transformers' own. position_bias: by position, of which the slopes by distance take
         the place."""
         mixed = self.Wqkv(hidden_states)
@@ -37,7 +37,7 @@ class MptInterfaceAttention:
             x.unflatten(2, (self.n_heads, -1)).transpose(1, 2) for x in mixed.chunk(3, 2)
         )
         key, value, positions = with_cached(self, past_key_values, query, key, value)
-        out = call_interface(
+        out, weights = call_interface(
             self,
             query,
             key,
@@ -47,4 +47,4 @@ class MptInterfaceAttention:
             scaling=self.softmax_scale,
             position_bias=slopes_by_distance(alibi_slopes(self.n_heads), positions, query),
         )
-        return self.out_proj(out), None
+        return self.out_proj(out), weights
