@@ -47,8 +47,8 @@ class Lambda(nn.Module):
         for one in self.parameters():
             one.normal_(0, SPREAD)
 
-    def forward(self) -> Tensor:
-        dtype = accumulation_dtype(self.q1.dtype)
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """λ in the dtype of the sums."""
         q1, k1, q2, k2 = (x.to(dtype) for x in (self.q1, self.k1, self.q2, self.k2))
         return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.initial
 
@@ -90,7 +90,7 @@ class TwoMaps(Weighted, Softmax):
     def branches(self, call: Call) -> Sequence[Branch]:
         dtype, given = accumulation_dtype(call.q.dtype), call.get(SUBTRACTION.name)
         if self.learned is not None:
-            subtracted = self.learned()
+            subtracted = self.learned(dtype)
         elif given is not None:
             subtracted = given.to(dtype)[..., None]
         else:
