@@ -42,6 +42,7 @@ class Attention(nn.Module):
     own_projection: ClassVar[str | None] = None
     #: What a layer around this attention projects; "qk" and "v" where one tensor is q and k.
     projected: tuple[str, ...] = ("q", "k", "v")
+    output_scale: float = 1.0  # what the weight of a layer's norm of each row begins with
     input_sizes: Mapping[str, int] = {}  # of axes in `spec.FREE`, of inputs that a layer projects
     engine: Engine
 

@@ -108,6 +108,7 @@ CASES: dict[str, list[Case]] = {
         Case("standard", {"softcap": 2.0}),
     ],
     "sigmoid": [Case("sigmoid"), Case("sigmoid", {"bias": -3.0, "scale": 0.7})],
+    "differential": [Case("differential"), Case("differential", {"layer": 3, "scale": 0.7})],
     "forgetting": [Case("forgetting"), Case("forgetting", {"scale": 0.7})],
     "linformer": [
         Case("linformer", {"rank": 16, "sharing": "none"}),

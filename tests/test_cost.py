@@ -45,12 +45,14 @@ def test_moved_bytes_and_parameters_by_hand(name: str):
         **{one: 3 * 2 * n * 2 * numbers for one, numbers in GATES.items()},
         "log_linear": 3 * (2 * n + 4 * n * 8) * 2,
         "forgetting": 3 * 4 * n * 2,
+        "differential_v2": 3 * 4 * n * 2,
         "performer": 24 * 8 * 4,
         "reformer": 3 * 8 * 3 * 4,
     }.get(name, 0)
     cost = attn.cost(3, n, kv_heads=2, is_causal=not case.spec.bidirectional, dtype=torch.bfloat16)
     assert cost.moved_bytes == 3 * (2 * 4 + 2 * 2) * n * 8 * 2 + more
-    assert cost.parameters == (2 * 4 * 1024 * 16 if name == "linformer" else 0)
+    learned = {"linformer": 2 * 4 * 1024 * 16, "differential": 4 * 4}
+    assert cost.parameters == learned.get(name, 0)
 
 
 def test_refuses_a_dtype_without_fractions():

@@ -11,8 +11,8 @@ from cases import Situation, close, gradients_of, padding, tensors
 from torch import Tensor
 
 import attnzoo
+from attnzoo.engines.softmax import row_tiles
 from attnzoo.oracles import ORACLES
-from attnzoo.variants.forgetting import fading_tiles
 
 SITUATIONS = [
     Situation(300, 300, heads=2, kv_heads=1, batch=1),
@@ -61,14 +61,14 @@ def test_what_has_faded_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """With ALiBi's slopes a tile reads a few hundred keys, wherever it stands; a key whose score is
     high enough to come back is read, however far; what causes no gate is read whole."""
     read: list[int] = []
-    make = fading_tiles.row_tiles
+    make = row_tiles.row_tiles
 
     def noting(*given: Any) -> Any:
         for tile in make(*given):
             read.append(tile.shape[2])
             yield tile
 
-    monkeypatch.setattr(fading_tiles, "row_tiles", noting)
+    monkeypatch.setattr(row_tiles, "row_tiles", noting)
     situation = Situation(2000, 2000, heads=1, kv_heads=1, batch=1)
     *qkv, upstream = tensors(situation)
     q, k, v = qkv

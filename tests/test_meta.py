@@ -61,7 +61,8 @@ def test_a_plain_checkpoint_in_a_model_swapped_on_meta(name: str) -> None:
             )
             < 0.7
         )
-    if any(one.is_projected for one in spec_of(name).inputs) or name == "linformer":
+    drawn_anew = any(one.is_projected for one in spec_of(name).inputs)
+    if drawn_anew or name in ("linformer", "differential"):
         model.load_state_dict(swapped.state_dict())
     x, masks = torch.randn(2, LENGTH, 16), layer_masks(spec_of(name), LENGTH)
     if masks:
@@ -85,7 +86,9 @@ def test_emptied_is_as_built(name: str, options: dict[str, Any], times: int) -> 
         emptied._apply(lambda x: torch.full_like(x, 7))  # what to_empty does, with bad luck
     for key, tensor in numbers(built).items():
         found = dict(numbers(emptied))[key]
-        if isinstance(tensor, nn.Parameter) and tensor.any():
+        if isinstance(tensor, nn.Parameter) and tensor.numel() < 16:
+            assert 0 < float(found.detach().abs().max()) < 1, key  # too few to tell their spread
+        elif isinstance(tensor, nn.Parameter) and tensor.any():
             assert 0.5 < float(found.detach().std() / tensor.detach().std()) < 2.0, key
         else:
             assert torch.equal(found, tensor), key

@@ -248,7 +248,8 @@ def test_any_attn_mask(
         mask = torch.randn(shape, generator=generator, dtype=torch.float64).masked_fill(
             ~mask, float("-inf")
         )
-    masks = {"key_mask": key_mask, "attn_mask": mask, "is_causal": data.draw(st.booleans())}
+    way = data.draw(st.sampled_from(attnzoo.describe(name).spec.forms))
+    masks = {"key_mask": key_mask, "attn_mask": mask, "is_causal": way}
     q, k, v, _ = tensors(situation)
     for case, backend in with_backends([Case(name)]):
         attn = case.build(situation.heads, dtype=torch.float64, prefer=backend)

@@ -30,6 +30,7 @@ from attnzoo.oracles.nystromformer import nystromformer
 from attnzoo.oracles.performer import performer
 from attnzoo.oracles.reformer import reformer
 from attnzoo.oracles.retention import retention
+from attnzoo.oracles.rows.differential import differential, differential_v2
 from attnzoo.oracles.rows.forgetting import forgetting
 from attnzoo.oracles.rows.sigmoid import sigmoid
 from attnzoo.oracles.selected.moba import moba
@@ -43,6 +44,8 @@ __all__ = [
     "bigbird",
     "cosformer",
     "deltanet",
+    "differential",
+    "differential_v2",
     "flash",
     "forgetting",
     "gated_deltanet",

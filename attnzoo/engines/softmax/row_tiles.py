@@ -3,11 +3,16 @@ an attention without a pattern."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from attnzoo.call import Call
+from attnzoo.engines.engine import accumulation_dtype
+from attnzoo.engines.softmax import tiles
+from attnzoo.engines.softmax.reference import SoftmaxReference
 from attnzoo.engines.softmax.tile_pieces import SCORES, Cap, Slices, cap
 
 #: Rows of a tile: fewer where a row has many keys, so that a tile stays in the cache.
@@ -45,3 +50,35 @@ def row_tiles(
             hidden = diagonal[:size, size - (high - near) : size]
             caps = (Cap(near - low, high - low, hidden),)
         yield make(first, (1, size, high - low), low, caps, offset)
+
+
+def attend(
+    engine: SoftmaxReference,
+    call: Call,
+    openly: Callable[[Call], Tensor],
+    pieces: Callable[[Call], Sequence[Sequence[Slices]]] | None = None,
+    **added: Tensor | None,
+) -> Tensor:
+    """A·v by tiles of rows, (batch, heads, query_length, value_dim) in q's dtype, in the precision
+    of sums; the backward pass computes A again.
+
+    call: of which `tiles.cannot_work_alone` says nothing, without an attn_mask
+    openly: A·v of such a call in operators that autograd can follow, for second derivatives
+    pieces: of every sample and head, of the call in that precision; None: all keys, or causally all
+        up to a row's own
+    added: `log_decay`, `bias` or `row_bias`, as `tiles.attend` takes them
+    """
+    dtype = accumulation_dtype(call.q.dtype)
+    precise = replace(call, q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype))
+    frame = precise.frame()  # not the call: autograd holds `compute`, which would hold its tensors
+    gates = next((one for one, _ in call.given() if one.name == "log_decay"), None)
+
+    def compute(q: Tensor, k: Tensor, v: Tensor, _: None, *log_decay: Tensor) -> Tensor:
+        again = frame(q, k, v)
+        return openly(again.giving(gates, *log_decay) if gates and log_decay else again)
+
+    found = [list(row_tiles(precise))] if pieces is None else pieces(precise)
+    key_cap = None if call.key_mask is None else cap(call.key_mask, precise.q)
+    q, k, v = precise.q, precise.k, precise.v
+    out = tiles.attend(engine, q, k, v, key_cap, None, lambda *_: found, compute, **added)
+    return out.to(call.q.dtype)

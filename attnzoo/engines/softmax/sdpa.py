@@ -108,6 +108,12 @@ def sdpa(
 
     Returns (batch, heads, query_length, value_dim).
     """
+    if v.shape[3] != q.shape[3]:  # torch's fused kernels want one width
+        width, scale = max(q.shape[3], v.shape[3]), engine.scale_of(q) if scale is None else scale
+        q, k, whole = (F.pad(x, (0, width - x.shape[3])) for x in (q, k, v))
+        masks = {"mask": mask, "bias": bias, "is_causal": is_causal, "scale": scale}
+        out = sdpa(engine, q, k, whole, every_row_sees=every_row_sees, **masks)
+        return out[..., : v.shape[3]]
     dropout, grouped = engine.dropout if engine.training else 0.0, False
     if q.shape[1] != k.shape[1]:
         grouped = True

@@ -42,6 +42,17 @@ class Skip(nn.Module):
         return out + (self.weight[:, None, None] * v).to(out.dtype)
 
 
+class RowNorm(nn.RMSNorm):
+    """The norm of each head's rows, of which the attention says what its weight begins with."""
+
+    def __init__(self, width: int, start: float) -> None:
+        self.start = start
+        super().__init__(width, EPS)
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, self.start)
+
+
 class JoinedNorm(nn.RMSNorm):
     """Of all heads of a token as one, behind the gate, as Mamba-2 has it."""
 
@@ -85,7 +96,8 @@ def add_output(layer: Any, gate: str | None, norm: bool | str, skip: bool) -> No
     if norm == ALL_HEADS:
         setattr(layer, OUTPUT_NORM, JoinedNorm(layer.embed_dim, EPS, **place))
     elif norm:
-        setattr(layer, OUTPUT_NORM, nn.RMSNorm(layer.head_dim, EPS, **place))
+        norm_of_rows = RowNorm(layer.head_dim, layer.attention.output_scale).to(**place)
+        setattr(layer, OUTPUT_NORM, norm_of_rows)
     if skip:
         setattr(layer, SKIP, Skip(layer.num_heads, **place))
 

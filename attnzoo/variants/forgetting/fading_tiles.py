@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines.engine import accumulation_dtype
-from attnzoo.engines.softmax import tiles
+from attnzoo.engines.softmax import row_tiles, tiles
 from attnzoo.engines.softmax.decay_bias import LOG_DECAY, summed
 from attnzoo.engines.softmax.reference import SoftmaxReference, reference
-from attnzoo.engines.softmax.row_tiles import row_tiles, starts_of
 from attnzoo.engines.softmax.tile_pieces import Cap, Slices, cap
 
 FEWEST_ROWS = 8  # below, a mask of all scores is small, and one product faster than many
@@ -40,29 +39,9 @@ def why_not(engine: SoftmaxReference, call: Call) -> str | None:
 def attend(engine: SoftmaxReference, call: Call) -> Tensor:
     """A·v, (batch, heads, query_length, value_dim) in q's dtype, of a call that `why_not`
     accepts."""
-    given, dtype = call, accumulation_dtype(call.q.dtype)
-    call = replace(call, q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype))
-    frame = call.frame()  # and not the call: autograd holds `compute`, which would hold its tensors
-
-    def compute(q: Tensor, k: Tensor, v: Tensor, _: None, log_decay: Tensor) -> Tensor:
-        return reference(engine, frame(q, k, v).giving(LOG_DECAY, log_decay))
-
-    sums, closings = (x.detach() for x in summed(call.inputs[LOG_DECAY.name]))
-    visible_from = _visible_from(engine, call, sums, closings)
-    pieces = _pieces(call, visible_from, closings)
-    key_cap = None if call.key_mask is None else cap(call.key_mask, call.q)
-    out = tiles.attend(
-        engine,
-        call.q,
-        call.k,
-        call.v,
-        key_cap,
-        None,
-        lambda *_: pieces,
-        compute,
-        log_decay=call.inputs[LOG_DECAY.name],
-    )
-    return out.to(given.q.dtype)
+    log_decay = call.inputs[LOG_DECAY.name]
+    openly, pieces = partial(reference, engine), partial(_pieces, engine)
+    return row_tiles.attend(engine, call, openly, pieces, log_decay=log_decay)
 
 
 @torch.no_grad()
@@ -91,20 +70,19 @@ def _visible_from(
     positions = torch.arange(offset, keys)
     found = torch.minimum(found, positions)  # a row reads its own key, whatever its numbers
     found = torch.nn.functional.pad(found, (blind, 0))
-    starts = starts_of(call.query_length, keys)
+    starts = row_tiles.starts_of(call.query_length, keys)
     parts = found.split(starts.step, -1)
     return torch.stack([part.amin(-1) for part in parts], -1).tolist()
 
 
-def _pieces(
-    call: Call, visible_from: list[list[list[int]]], closings: Tensor
-) -> list[list[Slices]]:
-    """The tiles of every sample and head. closings: as `decay_bias.summed` gives them."""
+def _pieces(engine: SoftmaxReference, call: Call) -> list[list[Slices]]:
+    """The tiles of every sample and head."""
+    sums, closings = (x.detach() for x in summed(call.inputs[LOG_DECAY.name]))
     heads = []
-    for sample, of_sample in enumerate(visible_from):
+    for sample, of_sample in enumerate(_visible_from(engine, call, sums, closings)):
         for head, lows in enumerate(of_sample):
             own = closings[sample, head]
-            tiles_of_head = row_tiles(call, lows, FadingTile)
+            tiles_of_head = row_tiles.row_tiles(call, lows, FadingTile)
             heads.append([_with_closings(tile, own, call.q) for tile in tiles_of_head])
     return heads
 

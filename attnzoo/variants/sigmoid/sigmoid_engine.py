@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,12 +17,10 @@ from torch import Tensor
 from attnzoo.call import Call, repeat_heads
 from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype, never_refuses
 from attnzoo.engines.piece_by_piece import join
-from attnzoo.engines.softmax import rows, tiles
+from attnzoo.engines.softmax import row_tiles, rows, tiles
 from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS
 from attnzoo.engines.softmax.reference import additive, visible
-from attnzoo.engines.softmax.row_tiles import row_tiles
 from attnzoo.engines.softmax.softmax import Softmax
-from attnzoo.engines.softmax.tile_pieces import cap
 
 
 class SigmoidEngine(Softmax):
@@ -107,29 +106,10 @@ def _in_rows(engine: SigmoidEngine, call: Call) -> Tensor:
 
 
 def _in_tiles(engine: SigmoidEngine, call: Call) -> Tensor:
-    """In float32 at least; the backward pass computes A again."""
-    given, dtype = call, accumulation_dtype(call.q.dtype)
-    call = replace(call, q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype))
-    frame = call.frame()  # and not the call: autograd holds `compute`, which would hold its tensors
-
-    def compute(q: Tensor, k: Tensor, v: Tensor, _: None) -> Tensor:
-        return attend(engine, frame(q, k, v))
-
-    pieces = [list(row_tiles(call))]
+    dtype, bias = accumulation_dtype(call.q.dtype), call.get(DISTANCE_BIAS.name)
     of_rows = engine.bias_of_rows(call, dtype)[:, 0].expand(-1, call.query_length).contiguous()
-    out = tiles.attend(
-        engine,
-        call.q,
-        call.k,
-        call.v,
-        None if call.key_mask is None else cap(call.key_mask, call.q),
-        None,
-        lambda *_: pieces,
-        compute,
-        bias=call.get(DISTANCE_BIAS.name),
-        row_bias=of_rows,
-    )
-    return out.to(given.q.dtype)
+    openly = partial(attend, engine)
+    return row_tiles.attend(engine, call, openly, bias=bias, row_bias=of_rows)
 
 
 def _tiles_why_not(engine: SigmoidEngine, call: Call) -> str | None:

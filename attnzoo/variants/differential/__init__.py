@@ -1,0 +1,1 @@
+"""Differential attention, as published first and second: a softmax less a part of another."""

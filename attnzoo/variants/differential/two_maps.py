@@ -1,0 +1,120 @@
+"""The engine of differential attention: one softmax less a part of another, over the same values.
+
+    A = A_1 - λ A_2
+
+Where rows are of half precision the maps are computed in float32, since most of them cancels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.call import Call
+from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype
+from attnzoo.engines.softmax import row_tiles, tiles
+from attnzoo.engines.softmax.cache import KeyValueCache
+from attnzoo.engines.softmax.reference import SoftmaxReference, reference
+from attnzoo.engines.softmax.softmax import Softmax
+from attnzoo.engines.weighted import Branch, Weighted, of_branches
+from attnzoo.spec import Input
+
+#: λ of every row, where none is learned.
+SUBTRACTION = Input("subtraction", "batch heads queries", activation=torch.sigmoid)
+SPREAD = 0.1  # of the numbers that λ is made of, at first
+
+
+class Lambda(nn.Module):
+    """λ = exp(λ_q1·λ_k1) − exp(λ_q2·λ_k2) + λ_init,    λ_init = 0.8 − 0.6 exp(−0.3 · layer)
+
+    Source: Ye et al., Differential Transformer, 2024, arXiv:2410.05258, equations 2 and 3; layers
+    count from 0, as in its code.
+    """
+
+    def __init__(self, width: int, layer: int) -> None:
+        super().__init__()
+        self.initial = 0.8 - 0.6 * math.exp(-0.3 * layer)
+        self.q1, self.k1, self.q2, self.k2 = (nn.Parameter(torch.empty(width)) for _ in range(4))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for one in self.parameters():
+            one.normal_(0, SPREAD)
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """λ in the dtype of the sums."""
+        q1, k1, q2, k2 = (x.to(dtype) for x in (self.q1, self.k1, self.q2, self.k2))
+        return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.initial
+
+
+class OfWideValues(Softmax):
+    """Softmax attention whose values may be wider than its keys, which `tiles` takes on a CPU as
+    they are, and `sdpa` beside keys that are filled up with zeros."""
+
+
+def _tiled(engine: SoftmaxReference, call: Call) -> Tensor:
+    return row_tiles.attend(engine, call, partial(reference, engine))
+
+
+def _tiles_why_not(engine: SoftmaxReference, call: Call) -> str | None:
+    if call.v.shape[3] == call.k.shape[3]:
+        return "values are as wide as keys, which sdpa takes as they are"
+    if call.attn_mask is not None:
+        return "an attn_mask would have to be cut into tiles: leave it to sdpa"
+    return tiles.cannot_work_alone(engine, call)
+
+
+OfWideValues.backends = (Backend("tiles", _tiled, _tiles_why_not), *Softmax.backends)
+
+
+class TwoMaps(Weighted, Softmax):
+    """Two softmaxes by the halves of queries and keys.
+
+    scale: factor of the products, 1/sqrt(head_dim / 2) by default
+    learned: λ; None: a call brings it for every row, as `SUBTRACTION`, or it is 1/2
+
+    Its backends are those of the softmax engine, and before them `tiles` on a CPU.
+    """
+
+    def __init__(self, scale: float | None, learned: Lambda | None) -> None:
+        super().__init__(scale)
+        self.learned = learned
+        self.map = OfWideValues(scale)
+
+    def branches(self, call: Call) -> Sequence[Branch]:
+        dtype, given = accumulation_dtype(call.q.dtype), call.get(SUBTRACTION.name)
+        if self.learned is not None:
+            subtracted = self.learned(dtype)
+        elif given is not None:
+            subtracted = given.to(dtype)[..., None]
+        else:
+            subtracted = call.q.new_tensor(0.5, dtype=dtype)
+        q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
+        first, second = (
+            replace(call, q=one, k=other, v=v, inputs={})
+            for one, other in zip(q.chunk(2, -1), k.chunk(2, -1), strict=True)
+        )
+        return Branch(self.map, first), Branch(self.map, second, -subtracted)
+
+    def with_past(self, call: Call, state: KeyValueCache) -> tuple[Call, KeyValueCache]:
+        whole, state = super().with_past(call, state)
+        given = call.get(SUBTRACTION.name)
+        return whole if given is None else whole.giving(SUBTRACTION, given), state
+
+    def cost(self, shape: Shape) -> Cost:
+        found = super().cost(shape)
+        doubled = ("macs", "support_macs", "skipped_macs", "elementwise")
+        found = replace(found, **{name: 2 * getattr(found, name) for name in doubled})
+        if self.learned is not None:  # the exponentials of λ
+            return replace(found, elementwise=found.elementwise + 2)
+        rows = shape.batch_size * shape.heads * shape.query_length
+        return replace(found, moved_bytes=found.moved_bytes + rows * shape.dtype.itemsize)
+
+
+TwoMaps.backends = tuple(of_branches(one) for one in OfWideValues.backends)
