@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,10 +23,20 @@ AXES = (
     "value_width",
     "distances",
     "levels",
+    "index_heads",
+    "index_key_heads",
+    "index_width",
 )
 #: Axes whose size is a call's own choice. distances: of any odd size, from keys that stand so far
-#: before the query to those as far after it; levels: as many as the length asks for.
-FREE = {"distances": "2 · reach + 1", "levels": "any"}
+#: before the query to those as far after it; levels: as many as the length asks for; the others: of
+#: an indexer, which has heads and a width of its own.
+FREE = {
+    "distances": "2 · reach + 1",
+    "levels": "any",
+    "index_heads": "any",
+    "index_key_heads": "any",
+    "index_width": "any",
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,8 @@ class Input:
     activation: brings any number into its range, as log_sigmoid makes a decay. A layer projects
         every floating input along the length: by a linear layer and this, or by what
         `Attention.input_projection` says.
+    sized: whether a layer projects it only where `Attention.input_sizes` has the sizes of its free
+        axes; without it the attention does as well.
     """
 
     name: str
@@ -56,6 +68,7 @@ class Input:
     required: bool = False
     like: Literal["q", "k", "v"] | None = None
     activation: Callable[[Tensor], Tensor] | None = None
+    sized: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isidentifier() or self.name in TAKEN:
@@ -108,6 +121,15 @@ class Input:
     @property
     def is_projected(self) -> bool:
         """Whether a layer has a linear projection for it alone: of a token, not of a pair."""
+        return self._is_of_tokens and not self.sized
+
+    def is_projected_by(self, sizes: Collection[str]) -> bool:
+        """Whether a layer projects it, around an attention whose `input_sizes` have these axes."""
+        free = [axis for axis in self.names if axis in FREE]
+        return self.is_projected or (self._is_of_tokens and all(axis in sizes for axis in free))
+
+    @property
+    def _is_of_tokens(self) -> bool:
         of_pairs = "queries" in self.names and "keys" in self.names
         return self.has_length and not of_pairs and self.dtype == "float" and self.like is None
 

@@ -225,6 +225,12 @@ CASES: dict[str, list[Case]] = {
         Case("moba", {"block_size": 1, "top_k": 6}),
         Case("moba"),
     ],
+    "indexed": [
+        Case("indexed", {"top_k": 12, "block_size": 4}),
+        Case("indexed", {"top_k": 7, "scale": 0.7}),
+        Case("indexed", {"top_k": 1}),
+        Case("indexed"),
+    ],
     "longformer": [
         Case("longformer", {"window": 16, "global_tokens": 3}),
         Case("longformer", {"window": 16}),

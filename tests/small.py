@@ -27,6 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "num_global_blocks": 1,
         "num_random_blocks": 1,
     },
+    "indexed": {"top_k": 4},
     "linformer": {"rank": 4},
     "longformer": {"window": 4, "global_tokens": 1},
     "moba": {"block_size": 2, "top_k": 2},

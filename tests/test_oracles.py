@@ -166,6 +166,12 @@ OPTIONS: dict[str, st.SearchStrategy[dict]] = {
             "scale": SCALE,
         }
     ),
+    "indexed": st.one_of(
+        st.fixed_dictionaries({"top_k": st.integers(1, 12), "scale": SCALE}),
+        st.fixed_dictionaries(
+            {"top_k": st.sampled_from([12, 24]), "block_size": st.sampled_from([2, 3, 12])}
+        ),
+    ),
     "moba": st.fixed_dictionaries(
         {"block_size": st.integers(1, 12), "top_k": st.integers(1, 5), "scale": SCALE}
     ),

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Situation, close, preferring, tensors
+from cases import Situation, close, gradients_of, preferring, tensors
 from torch import Tensor
 
 import attnzoo
 from attnzoo.attention import Attention
 from attnzoo.engines.sparse.selected.selection import NONE, highest
+from attnzoo.oracles import indexed as oracle_of_index
 from attnzoo.oracles import moba
+from attnzoo.variants.selected.index_loss import index_loss
 
 BACKENDS = ["tiles", "selected", "reference"]
 
@@ -90,3 +92,152 @@ def test_each_head_of_a_group_chooses_for_itself() -> None:
 def test_bad_options(options: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         build(**options)
+
+
+def indexed(**options) -> Attention:
+    return attnzoo.build("indexed", heads=4, head_dim=8, **options).double()
+
+
+def index_inputs(
+    situation: Situation, index_heads: int = 4, key_heads: int = 1, seed: int = 1
+) -> dict[str, Tensor]:
+    """Of an indexer of width 6, rounded to float32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(situation.batch, *sizes, generator=generator).double()
+
+    return {
+        "q_index": draw(index_heads, situation.query_length, 6),
+        "k_index": draw(key_heads, situation.key_length, 6),
+        "w_index": draw(index_heads, situation.query_length),
+    }
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 6},
+        {"top_k": 6, "per_group": True},
+        {"top_k": 12, "block_size": 4},
+        {"top_k": 12, "block_size": 4, "per_group": True, "index_heads": 4, "index_dim": 6},
+    ],
+    ids=str,
+)
+def test_an_indexer_chooses(options: dict, is_causal: bool) -> None:
+    """By every backend, with one key head of the index and with two, padded and cross."""
+    for situation, key_heads in (
+        (Situation(30, 30), 1),
+        (Situation(30, 30, "left"), 2),
+        (Situation(7, 30, "interior"), 1),
+    ):
+        q, k, v, upstream = tensors(situation)
+        inputs = index_inputs(situation, key_heads=key_heads)
+        masks = {"key_mask": situation.key_mask(), "is_causal": is_causal}
+        wanted = {name: value for name, value in options.items() if "index" not in name}
+        own = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, weights = oracle_of_index(*own, **wanted, **inputs, **masks)
+        expected = gradients_of(out, upstream, *own)
+        attn = indexed(**options)
+        close(attn.weights(q, k, **masks, **inputs), weights, 1e-10, "weights")
+        for backend in attn.engine.backend_names():
+            attn = preferring(indexed(**options), backend)
+            own = [x.clone().requires_grad_() for x in (q, k, v)]
+            found = attn(*own, **masks, **inputs)
+            close(found, out, 1e-10, f"output by {backend}")
+            for actual, gradient in zip(gradients_of(found, upstream, *own), expected, strict=True):
+                close(actual, gradient, 1e-10, f"gradient by {backend}")
+
+
+def test_of_equal_index_scores_the_earlier_key_is_seen() -> None:
+    """ReLU leaves most scores of one index head 0."""
+    situation = Situation(20, 20)
+    q, k, _, _ = tensors(situation)
+    inputs = {name: -x.abs() for name, x in index_inputs(situation, 1).items()}
+    inputs["k_index"] = inputs["k_index"].abs()
+    for options in ({"top_k": 4}, {"top_k": 4, "block_size": 2}):
+        for backend in indexed(**options).engine.backend_names():
+            attn = preferring(indexed(**options), backend)
+            seen = attn(q, k, torch.eye(20).double().expand(2, 2, -1, -1), is_causal=True, **inputs)
+            first = (torch.arange(20) < 4).expand(20, -1).tril()
+            assert torch.equal(seen != 0, first.expand_as(seen)), backend
+
+
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_an_indexers_keys_are_kept_while_decoding(block_size: int) -> None:
+    situation = Situation(25, 25)
+    q, k, v, _ = tensors(situation)
+    inputs = index_inputs(situation)
+    attn = indexed(top_k=6, block_size=block_size, index_heads=4, index_dim=6)
+    whole = attn(q, k, v, is_causal=True, **inputs)
+    state, rows = attn.init_state(2, kv_heads=2, dtype=torch.float64), []
+    for start, end in ((0, 9), (9, 10), (10, 11), (11, 25)):
+        some = {name: x[:, :, start:end] for name, x in inputs.items()}
+        out, state = attn.step(*(x[:, :, start:end] for x in (q, k, v)), state, **some)
+        rows.append(out)
+    close(torch.cat(rows, 2), whole, 1e-12, "steps")
+    held = sum(x.nbytes for x in (state.k, state.v, *state.inputs.values()))
+    cost = attn.cost(2, 25, kv_heads=2, is_causal=True, dtype=torch.float64)
+    assert cost.state_bytes == held
+    with pytest.raises(ValueError, match="came with q_index, k_index and w_index and these come"):
+        indexed(top_k=6).step(q, k, v, state)
+
+
+def test_bad_index_inputs() -> None:
+    situation = Situation(9, 9)
+    q, k, v, _ = tensors(situation)
+    inputs = index_inputs(situation)
+    with pytest.raises(ValueError, match="lacks w_index; an indexer's"):
+        indexed()(q, k, v, q_index=inputs["q_index"], k_index=inputs["k_index"])
+    with pytest.raises(ValueError, match="lacks q_index and k_index and w_index"):
+        indexed(index_heads=4)(q, k, v)
+    with pytest.raises(ValueError, match="built with index_heads=2 and index_dim=6"):
+        indexed(index_heads=2, index_dim=6)(q, k, v, **inputs)
+    with pytest.raises(ValueError, match="multiple of k_index's and of 2"):
+        indexed(per_group=True)(q, k, v, **index_inputs(situation, 3))
+    with pytest.raises(ValueError, match="top_k=10 is no multiple of block_size=4"):
+        indexed(top_k=10, block_size=4)
+    with pytest.raises(ValueError, match="index_dim=4 is of no indexer"):
+        indexed(index_dim=4)
+    bad = {**inputs, "q_index": inputs["q_index"].clone()}
+    bad["q_index"][0, 1, 5, 2] = float("nan")
+    out = indexed(top_k=3)(q, k, v, is_causal=True, **bad)
+    assert out[0, :, 5].isnan().all() and out.isnan().sum() == 4 * 8
+
+
+def test_the_loss_of_an_indexer() -> None:
+    """Against a loop, its gradients, and a teacher that the scores already say."""
+    situation = Situation(12, 12)
+    q, k, _, _ = tensors(situation)
+    inputs = {name: x.requires_grad_() for name, x in index_inputs(situation).items()}
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[0, :4] = mask[1, 7:] = False
+    exact = attnzoo.build("standard", heads=4, head_dim=8)
+    teacher = exact.weights(q, k, key_mask=mask, is_causal=True).sum(1)
+    divergences = []
+    for b in range(2):
+        for t in range(12):
+            seen = [s for s in range(t + 1) if mask[b, s]]
+            if not seen or not mask[b, t]:
+                continue
+            scores = torch.stack(
+                [
+                    sum(
+                        inputs["w_index"][b, h, t]
+                        * (inputs["q_index"][b, h, t] @ inputs["k_index"][b, 0, s]).relu()
+                        for h in range(4)
+                    )
+                    for s in seen
+                ]
+            )
+            p = teacher[b, t, seen] / teacher[b, t, seen].sum()
+            divergences.append((p * (p.log() - scores.log_softmax(0))).sum())
+    expected = torch.stack(divergences).mean()
+    found = index_loss(q, k, **inputs, key_mask=mask)
+    close(found, expected, 1e-12, "loss")
+    wanted = torch.autograd.grad(expected, list(inputs.values()))
+    for one, other in zip(torch.autograd.grad(found, list(inputs.values())), wanted, strict=True):
+        close(one, other, 1e-12, "gradient of the loss")
+    own = torch.eye(12, dtype=torch.bool).expand(2, -1, -1)
+    assert index_loss(q, k, **inputs, selected=own, key_mask=mask).item() == 0

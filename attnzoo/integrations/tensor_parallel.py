@@ -143,7 +143,11 @@ def _split_module(module: MultiheadAttention, mesh: DeviceMesh) -> None:
         )
     core = module.attention
     names = core.projected
-    shared = [one.name for one in core.spec.inputs if one.is_projected and not one.has_heads]
+    shared = [
+        one.name
+        for one in core.spec.inputs
+        if one.is_projected_by(core.input_sizes) and not one.has_heads
+    ]
     if shared:
         raise UnsupportedError(
             f"{core.spec.name} has {' and '.join(shared)} in common for all heads, whose "

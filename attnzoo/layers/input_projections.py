@@ -25,7 +25,7 @@ def add_projections(layer: Layer) -> None:
     made = nn.ModuleDict()
     like = layer.out_proj.weight
     for one in layer.attention.spec.inputs:
-        if one.is_projected:
+        if one.is_projected_by(layer.attention.input_sizes):
             width = layer.embed_dim if "queries" in one.names else layer.kdim
             own = layer.attention.input_projection(one, width)
             own = nn.Linear(width, _features(one, layer)) if own is None else own
@@ -116,7 +116,7 @@ def project_inputs(
         return {}
     made = {}
     for one in layer.attention.spec.inputs:
-        if one.is_projected and one.name not in given:
+        if one.is_projected_by(layer.attention.input_sizes) and one.name not in given:
             source = query if "queries" in one.names else key
             project = projections[one.name]  # pyright: ignore[reportIndexIssue]
             x = project(source)

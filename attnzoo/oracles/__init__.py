@@ -33,6 +33,7 @@ from attnzoo.oracles.retention import retention
 from attnzoo.oracles.rows.differential import differential, differential_v2
 from attnzoo.oracles.rows.forgetting import forgetting
 from attnzoo.oracles.rows.sigmoid import sigmoid
+from attnzoo.oracles.selected.indexed import indexed
 from attnzoo.oracles.selected.moba import moba
 from attnzoo.oracles.sliding_window import sliding_window
 from attnzoo.oracles.sparse_transformer import sparse_transformer
@@ -50,6 +51,7 @@ __all__ = [
     "forgetting",
     "gated_deltanet",
     "gla",
+    "indexed",
     "kda",
     "lightning",
     "linear",

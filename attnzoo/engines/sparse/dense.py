@@ -45,11 +45,17 @@ def why_not(engine: SparseReference, call: Call) -> str | None:
         return "the pattern hides keys, and a dense mask of them is quadratic in the length"
     if engine.pattern.tied_to_end and not grid.is_causal and not fills_slots(call.key_mask):
         return "samples may begin or end at different slots, and the pattern counts from both ends"
-    if call.key_mask is not None and grid.is_causal and grid.query_length > 1:
-        entries = call.key_mask.numel() * grid.query_length
-        if entries > LARGEST_MASK:
-            return f"a mask of causality and padding has {entries} entries, over {LARGEST_MASK}"
-    return None
+    return too_large(call)
+
+
+def too_large(call: Call) -> str | None:
+    """Why no mask holds causality and padding together; None where one does, or none is needed."""
+    if call.key_mask is None or not call.is_causal or call.query_length == 1:
+        return None
+    entries = call.key_mask.numel() * call.query_length
+    if entries <= LARGEST_MASK:
+        return None
+    return f"a mask of causality and padding has {entries} entries, over {LARGEST_MASK}"
 
 
 def is_whole(pattern: Pattern, grid: Grid) -> bool:

@@ -32,6 +32,8 @@ class BlocksByMean(Selector):
     the forward selects. Of equal scores the earlier block wins.
     """
 
+    takes_own = True
+
     def __init__(self, block_size: int, top_k: int) -> None:
         self.block_size = check_positive("block_size", block_size)
         self.top_k = check_positive("top_k", top_k)

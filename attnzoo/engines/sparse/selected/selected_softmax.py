@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
+from attnzoo.engines.engine import Backend, Cost, Shape, causal_pairs, never_refuses
 from attnzoo.engines.softmax import sdpa
 from attnzoo.engines.softmax.reference import REFERENCE, visible, weights_of
 from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
-from attnzoo.engines.sparse.dense import LARGEST_MASK
+from attnzoo.engines.sparse.dense import too_large
 from attnzoo.engines.sparse.selected import selected_tiles
 from attnzoo.engines.sparse.selected.selected_rows import Sizes, attend_selected, most_pairs
 from attnzoo.engines.sparse.selected.selection import Placed, Selector
@@ -69,8 +69,11 @@ class SelectedSoftmax(Softmax):
         sizes = Sizes.of(group * pairs, key_blocks)
         scores = shape.kv_heads * sizes.tiles * sizes.rows * size
         support = min(pairs * size, shape.query_length * shape.key_length)
-        if shape.is_causal:
+        if shape.is_causal and self.selector.takes_own:
             support = pairs * size - _behind(*lengths, size)
+        elif shape.is_causal:
+            beyond = causal_pairs(lengths[0], max(0, lengths[1] - width * size))
+            support = causal_pairs(*lengths) - beyond
         cost = softmax_cost(shape, scores, shape.heads * support, None)
         merging = 2 * shape.heads * shape.query_length * width
         return replace(
@@ -107,11 +110,7 @@ def _in_operators(engine: SelectedSoftmax, call: Call) -> Tensor:
 def _dense_why_not(engine: SelectedSoftmax, call: Call) -> str | None:
     if not engine.selector.sees_all(call.key_length):
         return "the selection may hide keys, and a dense mask of them is quadratic in the length"
-    if call.key_mask is not None and call.is_causal and call.query_length > 1:
-        entries = call.key_mask.numel() * call.query_length
-        if entries > LARGEST_MASK:
-            return f"a mask of causality and padding has {entries} entries, over {LARGEST_MASK}"
-    return sdpa.why_not(engine, call)
+    return too_large(call) or sdpa.why_not(engine, call)
 
 
 SelectedSoftmax.backends = (

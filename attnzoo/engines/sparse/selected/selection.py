@@ -79,9 +79,11 @@ class Selector(ABC):
     """Selects key blocks by the data.
 
     block_size: keys of a block
+    takes_own: whether the block of a query is always among those that it sees
     """
 
     block_size: int
+    takes_own: bool = False
 
     @abstractmethod
     def select(self, placed: Placed) -> Selection:

@@ -1,0 +1,109 @@
+"""The loss that trains an indexer: how far its scores are from what attention reads."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from attnzoo.arguments import check_scale
+from attnzoo.engines.engine import accumulation_dtype
+
+SCORES = 2**24  # of attention, held at a time
+
+
+def index_loss(
+    q: Tensor,
+    k: Tensor,
+    q_index: Tensor,
+    k_index: Tensor,
+    w_index: Tensor,
+    *,
+    selected: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+) -> Tensor:
+    """Mean over the rows of KL(p_t ‖ softmax(I_t)), where p_t is exact attention's row summed over
+    its heads and divided by its sum, and I_t are the index scores (DeepSeek-AI 2025, DeepSeek-V3.2,
+    section 2.1.1, equations 3 and 4).
+
+    q: (batch, heads, query_length, head_dim)
+    k: (batch, kv_heads, key_length, head_dim)
+    q_index: (batch, index_heads, query_length, index_dim)
+    k_index: (batch, index_key_heads, key_length, index_dim), which divide index_heads
+    w_index: (batch, index_heads, query_length)
+    selected: (batch, query_length, key_length) bool, the keys over which both softmaxes run, as in
+        sparse training; None: all that a row may see, as in the warm-up
+    key_mask: (batch, key_length) bool, True for real keys
+    is_causal: whether row i sees keys up to key_length - query_length + i
+    scale: factor of the scores of attention, 1/sqrt(head_dim) by default
+    returns: a number, differentiable to the index inputs and not to q and k: attention is the
+        teacher. Rows that see nothing, and those of padded tokens where queries are as many as
+        keys, do not count. Memory is linear in the length
+    raises: ValueError on a scale that is no finite number
+    """
+    check_scale(scale)
+    q, k = q.detach(), k.detach()
+    length, pairs = q.shape[2], q.shape[0] * q.shape[1] * k.shape[2]
+    of_rows = partial(
+        _sum_of_rows,
+        q,
+        k,
+        selected,
+        key_mask,
+        is_causal,
+        q.shape[3] ** -0.5 if scale is None else scale,
+    )
+    total = torch.zeros((), dtype=accumulation_dtype(q.dtype), device=q.device)
+    count, together = 0, max(1, min(length, SCORES // max(1, pairs)))
+    for start in range(0, length, together):
+        some = slice(start, min(start + together, length))
+        inputs = (q_index, k_index, w_index)
+        more, rows = checkpoint(of_rows, some, *inputs, use_reentrant=False)  # pyright: ignore
+        total, count = total + more, count + rows
+    return total / torch.as_tensor(count, device=q.device).clamp(min=1)
+
+
+def _sum_of_rows(
+    q: Tensor,
+    k: Tensor,
+    selected: Tensor | None,
+    key_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    some: slice,
+    q_index: Tensor,
+    k_index: Tensor,
+    w_index: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The sum of some rows' divergences, and how many rows count."""
+    dtype, offset = accumulation_dtype(q.dtype), k.shape[2] - q.shape[2]
+    seen = torch.ones(1, some.stop - some.start, k.shape[2], dtype=torch.bool, device=q.device)
+    if is_causal:
+        seen = seen.tril(offset + some.start)
+    if key_mask is not None:
+        seen = seen & key_mask[:, None]
+    if selected is not None:
+        seen = seen & selected[:, some]
+    rows = seen.any(-1)
+    if key_mask is not None and offset == 0:
+        rows = rows & key_mask[:, some]
+    hidden = ~(seen & rows[..., None])
+
+    def log_softmax(scores: Tensor) -> Tensor:
+        """0 in rows that do not count, and -inf nowhere, so that no gradient is NaN."""
+        return scores.masked_fill(hidden, torch.finfo(dtype).min).log_softmax(-1)
+
+    queries = q[:, :, some].to(dtype).unflatten(1, (k.shape[1], -1))
+    scores = (queries @ k[:, :, None].to(dtype).mT).flatten(1, 2) * scale
+    teacher = scores.masked_fill(hidden[:, None], torch.finfo(dtype).min).softmax(-1).mean(1)
+    of_index = q_index[:, :, some].to(dtype).unflatten(1, (k_index.shape[1], -1))
+    products = (of_index @ k_index[:, :, None].to(dtype).mT).flatten(1, 2).relu()
+    student = log_softmax((products * w_index[:, :, some, None].to(dtype)).sum(1))
+    teacher = teacher.masked_fill(hidden, 0.0)
+    divergence = torch.xlogy(teacher, teacher) - teacher * student.masked_fill(hidden, 0.0)
+    rows = rows.expand(q.shape[0], -1)
+    return divergence.sum(), rows.sum()

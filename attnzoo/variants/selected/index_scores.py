@@ -1,0 +1,121 @@
+"""The scores by which a light indexer ranks keys, and the inputs that it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnzoo.call import Call
+from attnzoo.engines.engine import Shape
+from attnzoo.engines.softmax.cache import KeyValueCache
+from attnzoo.engines.sparse.selected.selection import Placed
+from attnzoo.spec import Input
+
+Q_INDEX = Input("q_index", "batch index_heads queries index_width", sized=True)
+K_INDEX = Input("k_index", "batch index_key_heads keys index_width", padded=0.0, sized=True)
+W_INDEX = Input("w_index", "batch index_heads queries", sized=True)
+INPUTS = (Q_INDEX, K_INDEX, W_INDEX)
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """Σ_h w_h ReLU(q_h·k) over the heads of an indexer, or without one over the attention's own.
+
+    index_heads: heads of q_index and w_index; None: a call may leave the inputs out
+    index_dim: their width
+    per_group: whether the heads of every key head choose for themselves, by an equal share of the
+        index heads; else all heads share one choice. Without an indexer they always do
+    """
+
+    index_heads: int | None
+    index_dim: int | None
+    per_group: bool
+
+    def checked(self, call: Call) -> Call:
+        """The call with NaN in every query whose index input holds a NaN or inf.
+
+        raises: ValueError on index inputs that do not belong together
+        """
+        given = [one.name for one in INPUTS if one.name in call.inputs]
+        if not given and self.index_heads is None:
+            return call
+        if len(given) < len(INPUTS):
+            missing = [one.name for one in INPUTS if one.name not in given]
+            raise ValueError(
+                f"the call brings {' and '.join(given) or 'no index inputs'} and lacks "
+                f"{' and '.join(missing)}; an indexer's q_index, k_index and w_index come together"
+            )
+        q, k, w = (call.inputs[one.name] for one in INPUTS)
+        choosers = call.k.shape[1] if self.per_group else 1
+        wrong = q.shape[1] % k.shape[1] or q.shape[1] % choosers or w.shape[1] != q.shape[1]
+        if wrong or k.shape[3] != q.shape[3]:
+            raise ValueError(
+                f"q_index has shape {tuple(q.shape)}, k_index {tuple(k.shape)} and w_index "
+                f"{tuple(w.shape)}; the heads of q_index must be those of w_index and a multiple "
+                f"of k_index's and of {choosers}, and their widths one"
+            )
+        if self.index_heads not in (None, q.shape[1]) or self.index_dim not in (None, q.shape[3]):
+            raise ValueError(
+                f"q_index has {q.shape[1]} heads of {q.shape[3]}; this attention was built with "
+                f"index_heads={self.index_heads} and index_dim={self.index_dim}"
+            )
+        bad = ~(q.detach().isfinite().all(3).all(1) & w.detach().isfinite().all(1))
+        return replace(call, q=torch.where(bad[:, None, :, None], torch.nan, call.q))
+
+    def scores(self, placed: Placed, rows: slice, length: int) -> Tensor:
+        """Of some queries and the first `length` keys, (batch, choosers, rows, length) float64.
+
+        Products of float32 numbers are exact in float64, so that decoding and any backend select
+        what the forward selects.
+        """
+        call, choosers = placed.call, self.choosers(placed.call)
+        if Q_INDEX.name in call.inputs:
+            q, k, w = (call.inputs[one.name].detach() for one in INPUTS)
+        else:
+            q, k, w = call.q.detach(), call.k.detach(), None
+        q, k = q[:, :, rows].double().unflatten(1, (k.shape[1], -1)), k[:, :, :length].double()
+        products = F.relu(q @ k[:, :, None].mT).flatten(1, 2)
+        if w is not None:
+            products = products * w[:, :, rows, None].double()
+        return products.unflatten(1, (choosers, -1)).sum(2)
+
+    def choosers(self, call: Call) -> int:
+        """How many sets of keys are chosen for a query."""
+        own = Q_INDEX.name not in call.inputs
+        return int(call.k.shape[1]) if self.per_group or own else 1
+
+    def macs(self, shape: Shape) -> int:
+        """Multiply-accumulates of all scores."""
+        width = (self.index_heads or shape.heads) * (self.index_dim or shape.head_dim)
+        return shape.batch_size * shape.query_length * shape.key_length * width
+
+    def state_elements(self, shape: Shape) -> int:
+        """Numbers that decoding keeps for the indexer."""
+        if self.index_heads is None:
+            return 0
+        return shape.batch_size * shape.key_length * (self.index_dim or shape.head_dim)
+
+
+def with_past(call: Call, state: KeyValueCache) -> tuple[Call, KeyValueCache]:
+    """The call over the keys of the state and its own, index keys too, and the state after it.
+
+    raises: ValueError where some tokens have come with index inputs and some without
+    """
+    held = {K_INDEX.name: call.inputs[K_INDEX.name]} if K_INDEX.name in call.inputs else {}
+    if state.seen and bool(held) != bool(state.inputs):
+        before, now = ("with", "without") if state.inputs else ("without", "with")
+        raise ValueError(
+            f"the tokens of the state came {before} q_index, k_index and w_index and these come "
+            f"{now}; give them in every step or in none"
+        )
+    state = state.append(call, held)
+    whole: Any = call.over(call.q, state.k, state.v, state.key_mask)
+    if held:
+        for one in (Q_INDEX, W_INDEX):
+            whole = whole.giving(one, call.inputs[one.name])
+        whole = whole.giving(K_INDEX, state.inputs[K_INDEX.name])
+    return whole, state.without_excess()
