@@ -165,6 +165,19 @@ def test_a_part_returns_the_weights_of_its_swap() -> None:
         model(tokens(), past_key_values=state, use_cache=True, output_attentions=True)
 
 
+def test_gradients_come_to_the_weights_that_are_returned() -> None:
+    exact, swapped = make("llama"), attnzoo.swap(make("llama"), "standard")
+    found = []
+    for model in (exact, swapped):
+        answer = model(tokens(), output_attentions=True)
+        for weights in answer.attentions:
+            weights.retain_grad()
+        answer.logits.square().sum().backward()
+        found.append([weights.grad for weights in answer.attentions])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_a_model_around_one_is_told_of_its_part() -> None:
     model = nn.Sequential(
         nn.Identity(),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def commands() -> tuple[Command, ...]:
     """All commands, in the order of the help."""
-    from attnzoo.commands import bench, check, compare, flops, report, scaling, train, zoo
+    from attnzoo.commands import bench, check, compare, flops, maps, report, scaling, train, zoo
 
     return (
         zoo.LIST,
@@ -34,6 +34,7 @@ def commands() -> tuple[Command, ...]:
         bench.BENCH,
         train.TRAIN,
         check.CHECK,
+        maps.MAPS,
         report.REPORT,
     )
 

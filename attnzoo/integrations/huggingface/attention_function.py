@@ -30,7 +30,9 @@ from attnzoo.integrations.huggingface.masks.packed_rows import (
 from attnzoo.integrations.huggingface.masks.read_once import read_once
 from attnzoo.integrations.huggingface.projected_inputs import with_gates
 from attnzoo.integrations.huggingface.returned_weights import (
+    has_own_values,
     no_weights_of_a_state,
+    through_weights,
     wants_weights,
 )
 from attnzoo.integrations.places import no_dropout
@@ -129,7 +131,11 @@ def attend(
             raise UnsupportedError(f"{error}. {ALWAYS_PACKED}") from None
     if segments is None and causal:
         out = check_positions(out, query, attention_mask, kwargs)
-    shown = weights().to(query.dtype) if wants_weights(kwargs) else None
+    shown = None
+    if wants_weights(kwargs):
+        shown = weights().to(query.dtype)
+        if not (dropout and module.training) and not has_own_values(attention):
+            out = through_weights(shown, value)
     return out.transpose(1, 2).contiguous(), shown
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from torch import Tensor
+
+from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
 
 
@@ -19,6 +22,20 @@ def wants_weights(kwargs: dict[str, Any]) -> bool:
 
     gathered: Any = output_capturing._active_collector.get()
     return any("attentions" in key for key in gathered or ())
+
+
+def has_own_values(attention: Attention | None) -> bool:
+    """Whether some rows of an attention read other values than the model gives it."""
+    return attention is not None and any(one.like == "v" for one in attention.spec.inputs)
+
+
+def through_weights(weights: Tensor, value: Tensor) -> Tensor:
+    """The rows as A·v, so that gradients come to the A that is returned.
+
+    weights: (batch, heads, query_length, key_length)
+    value: (batch, kv_heads, key_length, value_dim)
+    """
+    return weights @ value.repeat_interleave(weights.shape[1] // value.shape[1], 1)
 
 
 def no_weights_of_a_state() -> NoReturn:

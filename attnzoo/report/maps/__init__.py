@@ -1,0 +1,1 @@
+"""A of a model's layers as a page."""
