@@ -13,7 +13,9 @@ pytest.importorskip("transformers")
 import attnzoo
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+#: Written by scripts, from numbers alone.
+WITHOUT_CODE = {"what_a_check_finds"}
+PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.stem not in WITHOUT_CODE]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

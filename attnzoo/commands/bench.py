@@ -13,8 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 from attnzoo.arguments import nearest
 from attnzoo.commands import DEVICE_LOST, GOT_SLOWER, INTERRUPTED
 from attnzoo.commands.command import Command, messages, screen
-from attnzoo.commands.output import check_folder, open_results
-from attnzoo.commands.progress import progress_on
+from attnzoo.commands.output import check_folder, open_results, progress_on
 from attnzoo.commands.variants import parse_variant
 
 if TYPE_CHECKING:

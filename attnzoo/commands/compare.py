@@ -22,8 +22,7 @@ from attnzoo.commands.command import (
     messages,
     screen,
 )
-from attnzoo.commands.output import check_folder, write_text
-from attnzoo.commands.progress import Progress, progress_on
+from attnzoo.commands.output import Progress, check_folder, progress_on, write_text
 from attnzoo.commands.variants import parse_variant
 from attnzoo.registry import Choice, names, spec_of
 

@@ -13,8 +13,7 @@ from jsonargparse import Namespace
 
 from attnzoo.commands import INTERRUPTED
 from attnzoo.commands.command import check_dtype, check_seed, messages, screen
-from attnzoo.commands.output import check_folder, open_results, write_text
-from attnzoo.commands.progress import progress_on
+from attnzoo.commands.output import check_folder, open_results, progress_on, write_text
 from attnzoo.commands.variants import check_variant, parse_variant
 
 if TYPE_CHECKING:

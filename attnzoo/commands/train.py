@@ -12,8 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from attnzoo.commands import INTERRUPTED
 from attnzoo.commands.command import Command, messages, screen
-from attnzoo.commands.output import check_folder, open_results, write_text
-from attnzoo.commands.progress import progress_on
+from attnzoo.commands.output import check_folder, open_results, progress_on, write_text
 from attnzoo.commands.variants import parse_variant
 
 if TYPE_CHECKING:

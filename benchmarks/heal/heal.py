@@ -43,7 +43,7 @@ from torch import Tensor, nn
 import attnzoo
 from attnzoo.arguments import check_count, check_positive, check_seed, nearest
 from attnzoo.bench.environment import environment
-from attnzoo.commands.progress import Progress, progress_on
+from attnzoo.commands.output import Progress, progress_on
 from attnzoo.configuration import check_mapping, read_yaml
 from attnzoo.fidelity.pretrained import load as load_pretrained
 from attnzoo.integrations.healing.imitation import (
