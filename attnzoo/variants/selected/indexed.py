@@ -32,7 +32,7 @@ from attnzoo.engines.sparse.selected.selection import (
 from attnzoo.registry import register
 from attnzoo.variants.selected.index_scores import INPUTS, Indexer, with_past
 
-SCORES = 2**18  # of an indexer, held at a time
+SCORES = 2**19  # of an indexer, held at a time
 
 
 class TokensByIndex(TokenSelector):
