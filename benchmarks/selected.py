@@ -13,6 +13,7 @@ same rounds. Rows and gradients are compared with the reference in the same run.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 from collections.abc import Callable, Iterator
@@ -26,15 +27,18 @@ from torch import Tensor
 import attnzoo
 from attnzoo.attention import Attention
 from attnzoo.bench.environment import environment
-from attnzoo.bench.timing import Timing, interleave, mistake
+from attnzoo.bench.timing import Timing, disagreement, interleave
 from attnzoo.call import Call
 from attnzoo.engines.sparse.selected.selected_softmax import SelectedSoftmax
 from attnzoo.engines.sparse.selected.selection import Placed
 
 LENGTH, HEADS, HEAD_DIM, ROUNDS = 16384, 8, 64, 7
+CHECKED = 64  # rows at a place
 CONTENDERS: list[tuple[str, dict[str, Any]]] = [
     ("moba", {"block_size": 256, "top_k": 8}),
     ("moba", {"block_size": 512, "top_k": 4}),
+    ("indexed", {"block_size": 256, "top_k": 2048, "index_heads": 1, "index_dim": 32}),
+    ("indexed", {"block_size": 256, "top_k": 2048, "index_heads": 4, "index_dim": 32}),
 ]
 
 
@@ -61,6 +65,45 @@ def quotients(of: Timing, to: Timing) -> tuple[float, list[float]]:
     return middle, [low, high]
 
 
+def index_inputs(options: dict[str, Any], length: int) -> dict[str, Tensor]:
+    """What an indexer of these options is given."""
+    if "index_heads" not in options:
+        return {}
+    heads, width = options["index_heads"], options["index_dim"]
+    return {
+        "q_index": torch.randn(1, heads, length, width),
+        "k_index": torch.randn(1, 1, length, width),
+        "w_index": torch.randn(1, heads, length),
+    }
+
+
+def mistake(
+    attention: Attention, inputs: list[Tensor], own: dict[str, Tensor], learns: bool
+) -> str | None:
+    """What is wrong in the last and the middle rows, and their gradients, beside the reference, or
+    None."""
+    reference = copy.deepcopy(attention)
+    reference.backend, length = "reference", inputs[0].shape[2]
+    whole = Call(*inputs, is_causal=True, inputs=own, declared=attention.spec.inputs)
+    with torch.set_grad_enabled(learns):
+        out = attention(*inputs, is_causal=True, **own)
+        for end in (length // 2 + 1, length):
+            rows = slice(end - CHECKED, end)
+            part = whole.select(queries=rows, keys=slice(0, end))
+            wanted = reference(part.q, part.k, part.v, is_causal=True, **part.inputs)
+            pairs = [("rows", out[:, :, rows].detach(), wanted.detach())]
+            if learns:
+                upstream = torch.randn_like(wanted)
+                found = torch.autograd.grad(out[:, :, rows], inputs, upstream, retain_graph=True)
+                pairs += zip(
+                    "qkv", found, torch.autograd.grad(wanted, inputs, upstream), strict=True
+                )
+            for what, one, other in pairs:
+                if (wrong := disagreement(one, other)) is not None:
+                    return f"{what} off by {wrong}"
+    return None
+
+
 def promised(attention: Attention, length: int) -> float:
     """How many times as many multiply-accumulates exact attention takes."""
     standard = attnzoo.build("standard", heads=HEADS, head_dim=HEAD_DIM)
@@ -72,16 +115,20 @@ def rows(name: str, options: dict[str, Any], length: int, rounds: int) -> Iterat
     """One for each phase."""
     attention = attnzoo.build(name, heads=HEADS, head_dim=HEAD_DIM, **options)
     inputs = [torch.randn(1, HEADS, length, HEAD_DIM, requires_grad=True) for _ in range(3)]
-    assert isinstance(attention.engine, SelectedSoftmax)
+    assert isinstance(attention.engine, SelectedSoftmax)  # all are of blocks
     selector = attention.engine.selector
-    placed = Placed.of(Call(*(x.detach() for x in inputs), is_causal=True))
+    own = index_inputs(options, length)
+    declared = attention.spec.inputs
+    placed = Placed.of(
+        Call(*(x.detach() for x in inputs), is_causal=True, inputs=own, declared=declared)
+    )
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, k, v, is_causal=True)
+        return attention(q, k, v, is_causal=True, **own)
 
     for learns in (False, True):
         passes(attend, inputs, learns)()
-        wrong = mistake(attention, *inputs, is_causal=True, backward=learns)
+        wrong = mistake(attention, inputs, own, learns)
         contenders = {
             "exact": passes(exact, inputs, learns),
             "selected": passes(attend, inputs, learns),

@@ -43,6 +43,9 @@ def inputs_for(
         **dict(zip(("kv_heads", "keys", "value_width"), v.shape[1:], strict=True)),
         "distances": 2 * max(q.shape[2], k.shape[2]) - 1,
         "levels": 8,
+        "index_heads": 4,
+        "index_key_heads": 2,
+        "index_width": 6,
     }
     made = {}
     for one in declared:

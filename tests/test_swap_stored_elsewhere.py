@@ -68,7 +68,7 @@ def test_eight_bits_before_a_swap_and_after_it(kind: str, name: str) -> None:
     after = in_eight_bits(swapped(MODELS[kind](), name), PROJECTIONS)
     before = swapped(in_eight_bits(MODELS[kind](), PROJECTIONS), name)
     assert torch.equal(run(before, kind), run(after, kind))
-    if name != "reformer":  # whose buckets move
+    if not attnzoo.describe(name).spec.data_dependent:  # which sees other keys then
         assert 0 < float((run(after, kind) - exact).abs().max()) < 0.1 * float(exact.abs().max())
 
 

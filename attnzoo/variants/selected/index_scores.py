@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.call import Call
@@ -50,9 +49,10 @@ class Indexer:
                 f"{' and '.join(missing)}; an indexer's q_index, k_index and w_index come together"
             )
         q, k, w = (call.inputs[one.name] for one in INPUTS)
-        choosers = call.k.shape[1] if self.per_group else 1
-        wrong = q.shape[1] % k.shape[1] or q.shape[1] % choosers or w.shape[1] != q.shape[1]
-        if wrong or k.shape[3] != q.shape[3]:
+        choosers, key_heads = call.k.shape[1] if self.per_group else 1, k.shape[1]
+        fits = key_heads % choosers == 0 or choosers % key_heads == 0
+        fits = fits and q.shape[1] % max(key_heads, choosers) == 0 and w.shape[1] == q.shape[1]
+        if not fits or k.shape[3] != q.shape[3]:
             raise ValueError(
                 f"q_index has shape {tuple(q.shape)}, k_index {tuple(k.shape)} and w_index "
                 f"{tuple(w.shape)}; the heads of q_index must be those of w_index and a multiple "
@@ -78,10 +78,17 @@ class Indexer:
         else:
             q, k, w = call.q.detach(), call.k.detach(), None
         q, k = q[:, :, rows].double().unflatten(1, (k.shape[1], -1)), k[:, :, :length].double()
-        products = F.relu(q @ k[:, :, None].mT).flatten(1, 2)
-        if w is not None:
-            products = products * w[:, :, rows, None].double()
-        return products.unflatten(1, (choosers, -1)).sum(2)
+        weights = (
+            torch.ones_like(q[..., 0]) if w is None else w[:, :, rows].double().view_as(q[..., 0])
+        )
+        # The heads of a query side by side, so that one product sums them.
+        q, weights = q.transpose(2, 3), weights.transpose(2, 3)
+        products = (q.flatten(2, 3) @ k.mT).relu_().unflatten(2, q.shape[2:4])
+        choices = max(1, choosers // k.shape[1])  # of each key head
+        weights = weights.unflatten(3, (choices, 1, -1))
+        found = (weights @ products.unflatten(3, (choices, -1)))[..., 0, :].transpose(2, 3)
+        found = found.flatten(1, 2)
+        return found if found.shape[1] == choosers else found.unflatten(1, (choosers, -1)).sum(2)
 
     def choosers(self, call: Call) -> int:
         """How many sets of keys are chosen for a query."""
@@ -91,6 +98,7 @@ class Indexer:
     def macs(self, shape: Shape) -> int:
         """Multiply-accumulates of all scores."""
         width = (self.index_heads or shape.heads) * (self.index_dim or shape.head_dim)
+        width += self.index_heads or shape.heads
         return shape.batch_size * shape.query_length * shape.key_length * width
 
     def state_elements(self, shape: Shape) -> int:

@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.arguments import check_flag, check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call
-from attnzoo.eager import holds_anywhere, is_recorded, may_branch
-from attnzoo.engines.engine import Cost, Shape
+from attnzoo.eager import is_recorded
+from attnzoo.engines.engine import Cost, Shape, causal_pairs
 from attnzoo.engines.piece_by_piece import at_a_time
 from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.engines.sparse.selected.selected_softmax import SelectedSoftmax
@@ -27,12 +28,11 @@ from attnzoo.engines.sparse.selected.selection import (
     Selection,
     Selector,
     highest,
-    in_blocks,
 )
 from attnzoo.registry import register
 from attnzoo.variants.selected.index_scores import INPUTS, Indexer, with_past
 
-SCORES = 2**20  # of an indexer, held at a time
+SCORES = 2**19  # of an indexer, held at a time
 
 
 class TokensByIndex(TokenSelector):
@@ -54,10 +54,7 @@ class TokensByIndex(TokenSelector):
         better = ~(scores <= least) & seen  # whatever a NaN is compared with, its row shows it
         equal = (scores == least) & seen
         room = self.top_k - better.sum(-1, keepdim=True)
-        # On the meta device torch's cumsum lays out a matrix of the length by the length.
-        if scores.is_meta or (
-            may_branch(scores) and not holds_anywhere(equal.sum(-1, keepdim=True) > room)
-        ):
+        if scores.is_meta:  # where torch's cumsum lays out a matrix of the length by the length
             return better | equal
         return better | (equal & (equal.cumsum(-1) <= room))
 
@@ -97,11 +94,23 @@ class BlocksByIndex(Selector):
             if call.is_causal and not is_recorded():  # later keys are behind all of these
                 seen = max(1, min(seen, call.offset + some.stop))
             scores = self.indexer.scores(placed, some, seen)
-            scores = scores.masked_fill(~visible_of(placed, some, seen), -torch.inf)
-            spare = -seen % self.block_size
-            if spare:
-                scores = torch.nn.functional.pad(scores, (0, spare), value=-torch.inf)
-            yield highest(in_blocks(scores, 3, self.block_size).amax(-1), width)
+            yield highest(self._best_of_blocks(scores, placed, some), width)
+
+    def _best_of_blocks(self, scores: Tensor, placed: Placed, rows: slice) -> Tensor:
+        """The largest visible score of every block, (batch, choosers, rows, key_blocks)."""
+        call, length, size = placed.call, scores.shape[3], self.block_size
+        first = 0  # block from which on some keys are hidden
+        if call.key_mask is None and not is_recorded():
+            first = max(0, call.offset + rows.start) // size if call.is_causal else length // size
+        best = []
+        if first:
+            best.append(scores[..., : first * size].unflatten(3, (-1, size)).amax(-1))
+        if first * size < length:
+            hidden = ~visible_of(placed, rows, length)[..., first * size :]
+            rest = scores[..., first * size :].masked_fill(hidden, -torch.inf)
+            rest = F.pad(rest, (0, -length % size), value=-torch.inf)
+            best.append(rest.unflatten(3, (-1, size)).amax(-1))
+        return torch.cat(best, 3)
 
 
 class _ByIndexer(Softmax):
@@ -117,8 +126,14 @@ class _ByIndexer(Softmax):
 
     def cost(self, shape: Shape) -> Cost:
         found, more = super().cost(shape), self.indexer.state_elements(shape)
+        skipped = found.skipped_macs
+        if shape.is_causal and found.macs > skipped + found.support_macs:
+            pairs = shape.query_length * shape.key_length
+            each = self.indexer.macs(shape) // pairs  # of what stands behind a query, none is read
+            skipped += each * (pairs - causal_pairs(shape.query_length, shape.key_length))
         return replace(
             found,
+            skipped_macs=skipped,
             state_elements=found.state_elements + more,
             state_bytes=found.state_bytes + more * shape.dtype.itemsize,
             state_growth=found.state_growth + more // shape.key_length * shape.dtype.itemsize,
@@ -169,7 +184,7 @@ class Indexed(Attention):
     exact attention under a mask, and memory is linear. Blocks are multiplied alone. Decoding keeps
     every key and value, and index_dim numbers more of every token.
 
-    top_k: keys that a query sees
+    top_k: keys that a query sees (DeepSeek-V3.2: 2,048)
     block_size: keys are taken in blocks of so many, top_k/block_size of those whose best visible
         key has the largest score; 1: one by one, as in DeepSeek-V3.2
     per_group: the heads of each key head choose for themselves, by an equal share of the index
@@ -198,7 +213,7 @@ class Indexed(Attention):
         heads: int,
         head_dim: int,
         *,
-        top_k: int = 2048,
+        top_k: int = 512,
         block_size: int = 1,
         per_group: bool = False,
         index_heads: int | None = None,
