@@ -232,9 +232,9 @@ CASES: dict[str, list[Case]] = {
         Case("indexed"),
     ],
     "nsa": [
-        Case("nsa", {"block_size": 4, "top_k": 4, "window": 6}),
-        Case("nsa", {"block_size": 5, "top_k": 2, "window": 70, "scale": 0.7}),
-        Case("nsa", {"block_size": 1, "top_k": 6, "window": 1}),
+        Case("nsa", {"block_size": 4, "top_k": 4, "window_size": 6}),
+        Case("nsa", {"block_size": 5, "top_k": 2, "window_size": 70, "scale": 0.7}),
+        Case("nsa", {"block_size": 1, "top_k": 6, "window_size": 1}),
         Case("nsa"),
     ],
     "longformer": [

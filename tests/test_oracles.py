@@ -179,7 +179,7 @@ OPTIONS: dict[str, st.SearchStrategy[dict]] = {
         {
             "block_size": st.integers(1, 12),
             "top_k": st.integers(1, 5),
-            "window": st.integers(1, 20),
+            "window_size": st.integers(1, 20),
             "scale": SCALE,
         }
     ),

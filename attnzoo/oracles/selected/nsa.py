@@ -18,7 +18,7 @@ def nsa(
     *,
     block_size,
     top_k,
-    window,
+    window_size,
     scale=None,
     key_mask=None,
     attn_mask=None,
@@ -28,8 +28,8 @@ def nsa(
     window_gate=None,
 ) -> tuple[Tensor, Tensor]:
     """Yuan et al. 2025, equations 5 to 12 with mean pooling: gates times softmax over the means of
-    whole past blocks, over the keys of selected blocks, and over the nearest `window` keys. Gates:
-    (batch, heads, query_length); a third each where none is given."""
+    whole past blocks, over the keys of selected blocks, and over the nearest window_size keys.
+    Gates: (batch, heads, query_length); a third each where none is given."""
     assert is_causal and attn_mask is None
     batch, heads, length, width = q.shape
     n, group = k.shape[2], heads // k.shape[1]
@@ -71,15 +71,17 @@ def nsa(
             first = h // group * group
             mean = sum(shares(head, i).detach() for head in range(first, first + group)) / group
             scores = dict(zip(ended(i), mean, strict=True))
-            for c, score in ((0, FIRST), (own - 1, PREVIOUS), (own, OWN)):
-                if 0 <= c <= own and blocks[c]:
+            for c, score in ((0, FIRST), (own - 1, PREVIOUS)):
+                if 0 <= c < own and blocks[c]:
                     scores[c] = torch.tensor(score)
+            if 0 <= own < len(blocks):
+                scores[own] = torch.tensor(OWN)
             ordered = sorted(sorted(scores), key=lambda c: -float(scores[c]))
             return [j for c in ordered[:top_k] for j in blocks[c]]
 
         def near(h: int, i: int) -> list[int]:
             position = n - length + i
-            return list(range(max(0, position - window + 1), max(0, position + 1)))
+            return list(range(max(0, position - window_size + 1), max(0, position + 1)))
 
         def over(h: int, allowed) -> Tensor:
             """Softmax over the keys that a row is allowed and sees."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnzoo.arguments import check_positive, check_scale
 from attnzoo.attention import Attention, Input, Spec
 from attnzoo.eager import is_recorded
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Shape
+from attnzoo.engines.linear.gated.gate_projections import Gate
 from attnzoo.engines.piece_by_piece import at_a_time
 from attnzoo.engines.softmax.reference import masked_softmax
 from attnzoo.engines.sparse.patterns.window import Window
@@ -30,9 +31,9 @@ from attnzoo.registry import register
 SCORES = 2**20  # of queries and blocks, held at a time
 AXES = "batch heads queries"
 #: How much of each branch a row gets; a layer makes them with a sigmoid.
-COMPRESSED_GATE = Input("compressed_gate", AXES, activation=torch.sigmoid)
-SELECTED_GATE = Input("selected_gate", AXES, activation=torch.sigmoid)
-WINDOW_GATE = Input("window_gate", AXES, activation=torch.sigmoid)
+COMPRESSED_GATE = Input("compressed_gate", AXES)
+SELECTED_GATE = Input("selected_gate", AXES)
+WINDOW_GATE = Input("window_gate", AXES)
 FIRST, PREVIOUS, OWN = 2.0, 3.0, 4.0  # scores above any share of a softmax
 
 
@@ -93,8 +94,19 @@ class BlocksByImportance(Selector):
             shares = masked_softmax(scores.masked_fill(~ended, -torch.inf)).mean(2)
             for number, score in ((0, FIRST), (own - 1, PREVIOUS), (own, OWN)):
                 shares = shares.masked_fill(numbers == number, score)
-            allowed = filled[..., :seen] & (numbers <= own)
+            allowed = (filled[..., :seen] & (numbers < own)) | (numbers == own)
             yield highest(shares.masked_fill(~allowed, -torch.inf), self.width(key_blocks))
+
+
+class BranchGate(Gate):
+    """sigmoid(W x), a number of each head, as flash-linear-attention's layer makes it."""
+
+    def __init__(self, features: int, heads: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(features, heads, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x).sigmoid()
 
 
 @register
@@ -107,10 +119,10 @@ class NSA(Attention):
     weight. Selected: softmax over the keys of `top_k` blocks, those of largest compressed weight,
     averaged over the heads that share keys, which therefore share a choice; the first block, the
     query's own and the one before it are always among them and counted. Window: softmax over the
-    nearest `window` keys. Each row of each is multiplied by a gate. What is kept of softmax is the
-    detail of a few blocks and of the neighbourhood, and an outline of all else. Cost
-    n·(top_k·block_size + window) and n²/block_size for means. Causal only. Decoding keeps every key
-    and value.
+    nearest `window_size` keys. Each row of each is multiplied by a gate. What is kept of softmax is
+    the detail of a few blocks and of the neighbourhood, and an outline of all else. Cost
+    n·(top_k·block_size + window_size) and n²/block_size for means. Causal only. Decoding keeps
+    every key and value.
 
     A call may bring compressed_gate, selected_gate and window_gate, (batch, heads, query_length),
     sigmoids in the paper; a branch whose gate is not given weighs a third. A layer projects them.
@@ -125,7 +137,7 @@ class NSA(Attention):
 
     block_size: keys of a block, counted from the first real token
     top_k: blocks that a query sees in detail, the forced ones counted
-    window: nearest keys, the query's own counted
+    window_size: nearest keys, the query's own counted
     scale: factor of the scores, 1/sqrt(head_dim) by default
     """
 
@@ -150,14 +162,18 @@ class NSA(Attention):
         *,
         block_size: int = 64,
         top_k: int = 16,
-        window: int = 512,
+        window_size: int = 512,
         scale: float | None = None,
         backend: str = "auto",
     ) -> None:
+        window = Window(check_positive("window_size", window_size), 1, 0)
         selector = BlocksByImportance(block_size, top_k, scale)
         branches = (
             Branch("compressed", PooledSoftmax(block_size, scale), COMPRESSED_GATE),
             Branch("selected", SelectedSoftmax(selector, scale), SELECTED_GATE),
-            Branch("window", WindowSparse(Window(window, 1, 0), scale), WINDOW_GATE),
+            Branch("window", WindowSparse(window, scale), WINDOW_GATE),
         )
         super().__init__(heads, head_dim, Weighted(branches, absent=1 / 3), backend=backend)
+
+    def input_projection(self, one: Input, features: int) -> Gate:
+        return BranchGate(features, self.heads)
