@@ -97,8 +97,8 @@ def test_steps_take_their_own_gates() -> None:
     for start, end in ((0, 13), (13, 14), (14, 40)):
         some = slice(start, end)
         own = {name: x[:, :, some] for name, x in given.items()}
-        parts = (x[:, :, some] for x in (q, k, v))
-        out, state = attn.step(*parts, state, **own)
+        now = [x[:, :, some] for x in (q, k, v)]
+        out, state = attn.step(now[0], now[1], now[2], state, **own)
         rows.append(out)
     close(torch.cat(rows, 2), wanted, 1e-12, "rows")
     ids = torch.arange(40).expand(2, -1) // 25
