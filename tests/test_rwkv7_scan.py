@@ -16,11 +16,14 @@ SIZE = HEADS * WIDTH
 CLOSE: Any = {"rtol": 1e-10, "atol": 1e-10}
 
 
-def loop(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, state: Tensor) -> Any:
-    """The package's, token by token, of one sample: (length, SIZE) each, and (heads, V, K)."""
-    rows, shape = [], (HEADS, WIDTH)
-    for t in range(len(r)):
-        r_t, w_t, k_t, v_t, kk_t, a_t = (x[t].view(shape) for x in (r, w, k, v, kk, a))
+def loop(given: list[Tensor], state: Tensor) -> Any:
+    """The package's, token by token, of one sample.
+
+    given: r, w, k, v, kk and a, (length, SIZE) each. state: (heads, V, K)
+    """
+    rows = []
+    for t in range(LENGTH):
+        r_t, w_t, k_t, v_t, kk_t, a_t = (x[t].view(HEADS, WIDTH) for x in given)
         removed = state @ -kk_t[:, :, None] @ (kk_t * a_t)[:, None]
         state = state * w_t[:, None] + removed + v_t[:, :, None] @ k_t[:, None]
         rows.append((state @ r_t[:, :, None]).reshape(SIZE))
@@ -42,7 +45,7 @@ def test_equals_the_loop(begun: bool) -> None:
     """Rows, the state, and gradients."""
     given, state = drawn()
     start = state if begun else torch.zeros_like(state)
-    each = [loop(*(x[b] for x in given), start[b]) for b in range(2)]
+    each = [loop([x[b] for x in given], start[b]) for b in range(2)]
     wanted = [torch.stack(parts) for parts in zip(*each, strict=True)]
     by_head = [x.unflatten(2, (HEADS, WIDTH)) for x in given]
     out, after = rwkv7_scan(
