@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -52,18 +54,28 @@ def nsa(
             ends = range(block_size, (len(blocks) + 1) * block_size, block_size)
             return [c for c, end in enumerate(ends) if blocks[c] and end <= before]
 
+        @cache
+        def means(shared: int) -> Tensor:
+            """Of the keys of every block, 0 where there are none."""
+            return torch.stack(
+                [keys[b, shared, some].sum(0) / max(1, len(some)) for some in blocks]
+            )
+
+        @cache
         def shares(h: int, i: int) -> Tensor:
             """What every ended block weighs in row i of a head."""
-            means = [keys[b, h // group, blocks[c]].mean(0) for c in ended(i)]
-            scores = [factor * mean @ q[b, h, i] for mean in means]
-            return softmax(torch.stack(scores)) if scores else q.new_zeros(0)
+            past = ended(i)
+            return (
+                softmax(factor * means(h // group)[past] @ q[b, h, i]) if past else q.new_zeros(0)
+            )
 
         def compressed(h: int, i: int) -> Tensor:
-            row = q.new_zeros(n)
-            for c, share in zip(ended(i), shares(h, i), strict=True):
-                each = (share / len(blocks[c])).expand(len(blocks[c]))
-                row = row.index_add(0, torch.tensor(blocks[c]), each)
-            return row
+            past = ended(i)
+            at = [j for c in past for j in blocks[c]]
+            block = [place for place, c in enumerate(past) for _ in blocks[c]]
+            sizes = q.new_tensor([len(blocks[c]) for c in past])
+            each = shares(h, i) / sizes
+            return q.new_zeros(n).index_copy(0, torch.tensor(at).long(), each[block])
 
         def selected(h: int, i: int) -> list[int]:
             """Keys of the blocks that the heads which share keys choose together."""
