@@ -24,16 +24,11 @@ from attnzoo.engines.sparse.selected.selection import (
     block_means,
     highest,
 )
+from attnzoo.engines.sparse.selected.three_branches import GATES, ThreeBranches
 from attnzoo.engines.sparse.windows.window_sparse import WindowSparse
-from attnzoo.engines.weighted import Branch, Weighted
 from attnzoo.registry import register
 
 SCORES = 2**20  # of queries and blocks, held at a time
-AXES = "batch heads queries"
-#: How much of each branch a row gets; a layer makes them with a sigmoid.
-COMPRESSED_GATE = Input("compressed_gate", AXES)
-SELECTED_GATE = Input("selected_gate", AXES)
-WINDOW_GATE = Input("window_gate", AXES)
 FIRST, PREVIOUS, OWN = 2.0, 3.0, 4.0  # scores above any share of a softmax
 
 
@@ -152,7 +147,7 @@ class NSA(Attention):
         exact=False,
         bidirectional=False,
         data_dependent=True,
-        inputs=(COMPRESSED_GATE, SELECTED_GATE, WINDOW_GATE),
+        inputs=GATES,
     )
 
     def __init__(
@@ -161,19 +156,19 @@ class NSA(Attention):
         head_dim: int,
         *,
         block_size: int = 64,
-        top_k: int = 16,
+        top_k: int = 8,
         window_size: int = 512,
         scale: float | None = None,
         backend: str = "auto",
     ) -> None:
         window = Window(check_positive("window_size", window_size), 1, 0)
         selector = BlocksByImportance(block_size, top_k, scale)
-        branches = (
-            Branch("compressed", PooledSoftmax(block_size, scale), COMPRESSED_GATE),
-            Branch("selected", SelectedSoftmax(selector, scale), SELECTED_GATE),
-            Branch("window", WindowSparse(window, scale), WINDOW_GATE),
+        engine = ThreeBranches(
+            PooledSoftmax(block_size, scale),
+            SelectedSoftmax(selector, scale),
+            WindowSparse(window, scale),
         )
-        super().__init__(heads, head_dim, Weighted(branches, absent=1 / 3), backend=backend)
+        super().__init__(heads, head_dim, engine, backend=backend)
 
     def input_projection(self, one: Input, features: int) -> Gate:
         return BranchGate(features, self.heads)
