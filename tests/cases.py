@@ -18,7 +18,7 @@ from attnzoo.registry import options_of, sized, spec_of
 
 CPU_BACKENDS = {
     *("sdpa", "rows", "tiled", "dense", "tiles", "windows", "columns", "blocks", "ragged"),
-    *("one_row", "flash", "short", "chunked", "open", "selected", "reference"),
+    *("one_row", "flash", "short", "chunked", "open", "selected", "branches", "reference"),
 }
 MAX_LENGTH = 1024
 
@@ -230,6 +230,12 @@ CASES: dict[str, list[Case]] = {
         Case("indexed", {"top_k": 7, "scale": 0.7}),
         Case("indexed", {"top_k": 1}),
         Case("indexed"),
+    ],
+    "nsa": [
+        Case("nsa", {"block_size": 4, "top_k": 4, "window_size": 6}),
+        Case("nsa", {"block_size": 5, "top_k": 2, "window_size": 70, "scale": 0.7}),
+        Case("nsa", {"block_size": 1, "top_k": 6, "window_size": 1}),
+        Case("nsa"),
     ],
     "longformer": [
         Case("longformer", {"window": 16, "global_tokens": 3}),

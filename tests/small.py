@@ -32,6 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "longformer": {"window": 4, "global_tokens": 1},
     "moba": {"block_size": 2, "top_k": 2},
     "nystromformer": {"num_landmarks": 4},
+    "nsa": {"block_size": 2, "top_k": 3, "window_size": 4},
     "performer": {"num_features": 16},
     "reformer": {"num_buckets": 4, "num_hashes": 1, "chunk_size": 4},
     "sliding_window": {"window": 4},

@@ -36,8 +36,8 @@ GATES = {"mamba2": 1, "deltanet": 1, "gated_deltanet": 2, "gla": 8, "kda": 9, "r
 def test_moved_bytes_and_parameters_by_hand(name: str):
     """q and out of 4 heads, k and v of 2; Linformer reads the used rows of E and F of 4 heads, rank
     16; Performer 24 directions and Reformer 3 rotations to 3 directions in float32; gates are a
-    number, or 8, for every key and head (of queries, in forgetting attention), and so is the
-    strength of a write; a row of 100 tokens has 8 levels."""
+    number, or 8, for every key and head (of queries, in forgetting attention and, three of them,
+    in `nsa`), and so is the strength of a write; a row of 100 tokens has 8 levels."""
     case = next(case for case in usual_cases() if case.variant == name)
     attn, n = case.build(), 100
     more = {
@@ -46,6 +46,7 @@ def test_moved_bytes_and_parameters_by_hand(name: str):
         "log_linear": 3 * (2 * n + 4 * n * 8) * 2,
         "forgetting": 3 * 4 * n * 2,
         "differential_v2": 3 * 4 * n * 2,
+        "nsa": 3 * 3 * 4 * n * 2,
         "performer": 24 * 8 * 4,
         "reformer": 3 * 8 * 3 * 4,
     }.get(name, 0)

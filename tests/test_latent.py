@@ -300,6 +300,21 @@ def test_an_adapted_projection_is_called() -> None:
     assert layer.attention.last_backend == "expanded sdpa"
 
 
+def test_nested_and_quantised() -> None:
+    """Sequences of several lengths at once, and integers in place of weights."""
+    layer = layer_of().float()
+    sequences = [torch.randn(length, SIZE) for length in (3, 5)]
+    nested = torch.nested.nested_tensor(sequences, layout=torch.jagged)
+    out = layer(nested, **HOW)[0].unbind()
+    for found, one in zip(out, sequences, strict=True):
+        torch.testing.assert_close(found, layer(one, **HOW)[0])
+    quantise: Any = torch.ao.quantization.quantize_dynamic
+    integers = quantise(layer, {torch.nn.Linear}, dtype=torch.qint8)
+    x = torch.randn(2, 9, SIZE)
+    wanted = layer(x, **HOW)[0]
+    assert (integers(x, **HOW)[0] - wanted).abs().max() < 0.2 * wanted.abs().max()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

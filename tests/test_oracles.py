@@ -175,6 +175,14 @@ OPTIONS: dict[str, st.SearchStrategy[dict]] = {
     "moba": st.fixed_dictionaries(
         {"block_size": st.integers(1, 12), "top_k": st.integers(1, 5), "scale": SCALE}
     ),
+    "nsa": st.fixed_dictionaries(
+        {
+            "block_size": st.integers(1, 12),
+            "top_k": st.integers(1, 5),
+            "window_size": st.integers(1, 20),
+            "scale": SCALE,
+        }
+    ),
     "nystromformer": st.fixed_dictionaries(
         {
             "num_landmarks": st.integers(1, 12),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +28,7 @@ def check_mask(
             f"{name} has dtype {mask.dtype}; it must be bool (True = ignore) or floating (added to "
             f"the scores): use {name}.bool()"
         )
-    if tuple(mask.shape) not in shapes:
+    if not any(_are_equal(mask.shape, shape) for shape in shapes):
         raise ValueError(
             f"{name} has shape {tuple(mask.shape)}; it must be "
             f"{' or '.join(map(str, dict.fromkeys(shapes)))}"
@@ -36,6 +37,12 @@ def check_mask(
         raise ValueError(
             f"{name} is on {mask.device} and the module on {device}; they must be on one device"
         )
+
+
+def _are_equal(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Number by number: in a graph of symbolic lengths `shape in shapes` finds none."""
+    same = (a == b for a, b in zip(shape, other, strict=True))
+    return len(shape) == len(other) and all(same)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from attnzoo.oracles.rows.forgetting import forgetting
 from attnzoo.oracles.rows.sigmoid import sigmoid
 from attnzoo.oracles.selected.indexed import indexed
 from attnzoo.oracles.selected.moba import moba
+from attnzoo.oracles.selected.nsa import nsa
 from attnzoo.oracles.sliding_window import sliding_window
 from attnzoo.oracles.sparse_transformer import sparse_transformer
 from attnzoo.oracles.standard import standard
@@ -60,6 +61,7 @@ __all__ = [
     "longformer",
     "mamba2",
     "moba",
+    "nsa",
     "nystromformer",
     "oracle",
     "performer",

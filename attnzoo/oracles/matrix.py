@@ -73,7 +73,8 @@ def _of_piece(name: str, x: Any, one: slice, rows: list[int], keys: list[int]) -
     """What an argument of an oracle says of some rows and keys of one sample."""
     if x is not None and name in ("log_decay", "beta", "removal_key", "removal_rate"):
         return x[one][:, :, keys]
-    if x is not None and name in ("levels", "subtraction"):
+    of_rows = ("levels", "subtraction", "compressed_gate", "selected_gate", "window_gate")
+    if x is not None and name in of_rows:
         return x[one][:, :, rows]
     if x is None or name not in ("key_mask", "attn_mask", "global_mask", "global_qkv"):
         return x

@@ -68,7 +68,7 @@ class LatentAttention(nn.Module):
     #: Segments of calls that bring none, see `attnzoo.packed`.
     segments: Tensor | None = None
     # What `MultiheadAttention` can have and this layer has not.
-    qk_norm = bias_k = bias_v = None
+    qk_norm = bias_k = bias_v = q_proj_weight = None
     add_zero_attn = False
 
     def __init__(
@@ -124,9 +124,11 @@ class LatentAttention(nn.Module):
         self.reset_parameters()
 
     @property
-    def in_proj_weight(self) -> Tensor:
-        """The first weight that a key meets, which tells the device and dtype of the layer."""
-        return self.latent.kv_down.weight
+    def in_proj_weight(self) -> Tensor | None:
+        """The first weight that a key meets, which tells the device and dtype of the layer; None
+        where a quantised layer stands there."""
+        weight: Any = self.latent.kv_down.weight
+        return weight if isinstance(weight, Tensor) else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what `attnzoo.packed` has told: a copy is of the model, and not of a call."""

@@ -1,0 +1,122 @@
+"""Native sparse attention, in float64, from the paper's equations."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from attnzoo.oracles.matrix import oracle, rows, softmax, visible_keys
+
+FIRST, PREVIOUS, OWN = 2.0, 3.0, 4.0  # above any share of a softmax
+
+
+@oracle("nsa")
+def nsa(
+    q,
+    k,
+    v,
+    *,
+    block_size,
+    top_k,
+    window_size,
+    scale=None,
+    key_mask=None,
+    attn_mask=None,
+    is_causal=False,
+    compressed_gate=None,
+    selected_gate=None,
+    window_gate=None,
+) -> tuple[Tensor, Tensor]:
+    """Yuan et al. 2025, equations 5 to 12 with mean pooling: gates times softmax over the means of
+    whole past blocks, over the keys of selected blocks, and over the nearest window_size keys.
+    Gates: (batch, heads, query_length); a third each where none is given."""
+    assert is_causal and attn_mask is None
+    batch, heads, length, width = q.shape
+    n, group = k.shape[2], heads // k.shape[1]
+    factor = width**-0.5 if scale is None else scale
+    real = torch.ones(batch, n, dtype=torch.bool) if key_mask is None else key_mask
+    keys, values = (torch.where(real[:, None, :, None], x, 0.0).double() for x in (k, v))
+    q = q.double()
+
+    def of_sample(b: int) -> Tensor:
+        visible = visible_keys(length, n, real[b], True)
+        lead = int(real[b].long().argmax())
+        blocks = [
+            [j for j in range(start, min(start + block_size, n)) if bool(real[b, j])]
+            for start in range(lead, n, block_size)
+        ]
+
+        def ended(i: int) -> list[int]:
+            """Blocks with a key that end at row i or before it."""
+            before = n - length + i - lead + 1
+            ends = range(block_size, (len(blocks) + 1) * block_size, block_size)
+            return [c for c, end in enumerate(ends) if blocks[c] and end <= before]
+
+        @cache
+        def means(shared: int) -> Tensor:
+            """Of the keys of every block, 0 where there are none."""
+            return torch.stack(
+                [keys[b, shared, some].sum(0) / max(1, len(some)) for some in blocks]
+            )
+
+        @cache
+        def shares(h: int, i: int) -> Tensor:
+            """What every ended block weighs in row i of a head."""
+            past = ended(i)
+            return (
+                softmax(factor * means(h // group)[past] @ q[b, h, i]) if past else q.new_zeros(0)
+            )
+
+        def compressed(h: int, i: int) -> Tensor:
+            past = ended(i)
+            at = [j for c in past for j in blocks[c]]
+            block = [place for place, c in enumerate(past) for _ in blocks[c]]
+            sizes = q.new_tensor([len(blocks[c]) for c in past])
+            each = shares(h, i) / sizes
+            return q.new_zeros(n).index_copy(0, torch.tensor(at).long(), each[block])
+
+        def selected(h: int, i: int) -> list[int]:
+            """Keys of the blocks that the heads which share keys choose together."""
+            own = (n - length + i - lead) // block_size
+            first = h // group * group
+            mean = sum(shares(head, i).detach() for head in range(first, first + group)) / group
+            scores = dict(zip(ended(i), mean, strict=True))
+            for c, score in ((0, FIRST), (own - 1, PREVIOUS)):
+                if 0 <= c < own and blocks[c]:
+                    scores[c] = torch.tensor(score)
+            if 0 <= own < len(blocks):
+                scores[own] = torch.tensor(OWN)
+            ordered = sorted(sorted(scores), key=lambda c: -float(scores[c]))
+            return [j for c in ordered[:top_k] for j in blocks[c]]
+
+        def near(h: int, i: int) -> list[int]:
+            position = n - length + i
+            return list(range(max(0, position - window_size + 1), max(0, position + 1)))
+
+        def over(h: int, allowed) -> Tensor:
+            """Softmax over the keys that a row is allowed and sees."""
+            seen = torch.zeros_like(visible)
+            for i in range(length):
+                seen[i, allowed(h, i)] = True
+
+            def weigh(i: int, some: Tensor) -> Tensor:
+                return softmax(factor * (keys[b, h // group, some] @ q[b, h, i]))
+
+            return rows(visible & seen, weigh)
+
+        def of_head(h: int) -> Tensor:
+            branches = (
+                torch.stack([compressed(h, i) for i in range(length)]),
+                over(h, selected),
+                over(h, near),
+            )
+            gates = (compressed_gate, selected_gate, window_gate)
+            weights = [1 / 3 if gate is None else gate[b, h].double()[:, None] for gate in gates]
+            return torch.stack([w * a for w, a in zip(weights, branches, strict=True)]).sum(0)
+
+        return torch.stack([of_head(h) for h in range(heads)])
+
+    a = torch.stack([of_sample(b) for b in range(batch)])
+    return a @ values.repeat_interleave(group, 1), a

@@ -1,0 +1,174 @@
+"""Native sparse attention: block means, the blocks that these select, and a window, by gates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.arguments import check_positive, check_scale
+from attnzoo.attention import Attention, Input, Spec
+from attnzoo.eager import is_recorded
+from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Shape
+from attnzoo.engines.linear.gated.gate_projections import Gate
+from attnzoo.engines.piece_by_piece import at_a_time
+from attnzoo.engines.softmax.reference import masked_softmax
+from attnzoo.engines.sparse.patterns.window import Window
+from attnzoo.engines.sparse.selected.pooled_softmax import PooledSoftmax, ended_blocks
+from attnzoo.engines.sparse.selected.selected_softmax import SelectedSoftmax
+from attnzoo.engines.sparse.selected.selection import (
+    Placed,
+    Selection,
+    Selector,
+    block_means,
+    highest,
+)
+from attnzoo.engines.sparse.selected.three_branches import GATES, ThreeBranches
+from attnzoo.engines.sparse.windows.window_sparse import WindowSparse
+from attnzoo.registry import register
+
+SCORES = 2**20  # of queries and blocks, held at a time
+FIRST, PREVIOUS, OWN = 2.0, 3.0, 4.0  # scores above any share of a softmax
+
+
+class BlocksByImportance(Selector):
+    """The `top_k` blocks that weigh most in the softmax over block means, the mean over the heads
+    that share keys; a query's own block, the one before it, and the first before all others.
+
+    Scores are float64, in which products of float32 are exact. Of equal ones the earlier block
+    wins.
+    """
+
+    def __init__(self, block_size: int, top_k: int, scale: float | None) -> None:
+        self.block_size = check_positive("block_size", block_size)
+        self.top_k = check_positive("top_k", top_k)
+        self.scale = check_scale(scale)
+
+    def width(self, key_blocks: int) -> int:
+        return min(self.top_k, key_blocks)
+
+    def sees_all(self, key_length: int) -> bool:
+        return key_length <= self.top_k * self.block_size
+
+    def macs(self, shape: Shape) -> int:
+        return self._scores(shape) * shape.head_dim
+
+    def elementwise(self, shape: Shape) -> int:
+        key_blocks = -(-shape.key_length // self.block_size)
+        means = shape.batch_size * shape.kv_heads * key_blocks * shape.head_dim
+        return SOFTMAX_OPERATIONS * self._scores(shape) + means
+
+    def _scores(self, shape: Shape) -> int:
+        key_blocks = -(-shape.key_length // self.block_size)
+        return shape.batch_size * shape.heads * shape.query_length * key_blocks
+
+    @torch.no_grad()
+    def select(self, placed: Placed) -> Selection:
+        return Selection(torch.cat(list(self._some_rows(placed)), 2))
+
+    def _some_rows(self, placed: Placed) -> Iterator[Tensor]:
+        """The blocks of some queries after the other, (batch, kv_heads, queries, width)."""
+        call, size = placed.call, self.block_size
+        means = block_means(placed, size)
+        filled = (placed.real_keys(size) > 0)[:, None, None]
+        scale = int(call.q.shape[3]) ** -0.5 if self.scale is None else self.scale
+        key_blocks, length = int(means.shape[2]), int(call.query_length)
+        together = at_a_time(length, call.q.shape[0] * call.q.shape[1] * key_blocks, SCORES, call.q)
+        for start in range(0, length, together):
+            some = slice(start, min(start + together, length))
+            seen = key_blocks
+            if not is_recorded():  # later blocks are behind all of these
+                seen = max(1, min(seen, -(-(call.offset + some.stop) // size)))
+            own = (placed.positions[:, some] // size)[:, None, :, None]
+            numbers = torch.arange(seen, device=means.device)
+            part = Placed(call, placed.positions[:, some])
+            ended = ended_blocks(part, size)[:, None, None, :, :seen]
+            q = call.q[:, :, some].detach().double().unflatten(1, (call.k.shape[1], -1))
+            scores = (q @ means[:, :, None, :seen].mT) * scale
+            shares = masked_softmax(scores.masked_fill(~ended, -torch.inf)).mean(2)
+            for number, score in ((0, FIRST), (own - 1, PREVIOUS), (own, OWN)):
+                shares = shares.masked_fill(numbers == number, score)
+            allowed = (filled[..., :seen] & (numbers < own)) | (numbers == own)
+            yield highest(shares.masked_fill(~allowed, -torch.inf), self.width(key_blocks))
+
+
+class BranchGate(Gate):
+    """sigmoid(W x), a number of each head, as flash-linear-attention's layer makes it."""
+
+    def __init__(self, features: int, heads: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(features, heads, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x).sigmoid()
+
+
+@register
+class NSA(Attention):
+    """Native sparse attention (Yuan et al. 2025, sections 3.2 and 3.3, equations 5 to 12).
+
+        A = g_c A_compressed + g_s A_selected + g_w A_window
+
+    Compressed: softmax over the means of the blocks that have ended, whose keys share a block's
+    weight. Selected: softmax over the keys of `top_k` blocks, those of largest compressed weight,
+    averaged over the heads that share keys, which therefore share a choice; the first block, the
+    query's own and the one before it are always among them and counted. Window: softmax over the
+    nearest `window_size` keys. Each row of each is multiplied by a gate. What is kept of softmax is
+    the detail of a few blocks and of the neighbourhood, and an outline of all else. Cost
+    n·(top_k·block_size + window_size) and n²/block_size for means. Causal only. Decoding keeps
+    every key and value.
+
+    A call may bring compressed_gate, selected_gate and window_gate, (batch, heads, query_length),
+    sigmoids in the paper; a branch whose gate is not given weighs a third. A layer projects them.
+
+    Blocks do not overlap and are pooled by their mean, as in flash-linear-attention; the paper
+    compresses by a learned MLP with positions over overlapping blocks, which is not here: of values
+    it would not be linear. lucidrains' implementation averages logits over the group, has a learned
+    memory slot and forces no first block. The choice is not differentiated.
+
+    Use it in models trained with it, for long inputs; not in the place of a trained softmax, which
+    knows of no gates.
+
+    block_size: keys of a block, counted from the first real token
+    top_k: blocks that a query sees in detail, the forced ones counted
+    window_size: nearest keys, the query's own counted
+    scale: factor of the scores, 1/sqrt(head_dim) by default
+    """
+
+    spec = Spec(
+        name="nsa",
+        title="NSA (native sparse attention)",
+        paper="Yuan et al., Native Sparse Attention, 2025, arXiv:2502.11089",
+        equation="A = g_c·softmax over block means + g_s·softmax over the blocks of largest weight "
+        "+ g_w·softmax over a window",
+        complexity="O(n·(k·B + w + n/B)) time, O(n·k + n²/B) memory",
+        family="sparse",
+        exact=False,
+        bidirectional=False,
+        data_dependent=True,
+        inputs=GATES,
+    )
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        *,
+        block_size: int = 64,
+        top_k: int = 8,
+        window_size: int = 512,
+        scale: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        window = Window(check_positive("window_size", window_size), 1, 0)
+        selector = BlocksByImportance(block_size, top_k, scale)
+        engine = ThreeBranches(
+            PooledSoftmax(block_size, scale),
+            SelectedSoftmax(selector, scale),
+            WindowSparse(window, scale),
+        )
+        super().__init__(heads, head_dim, engine, backend=backend)
+
+    def input_projection(self, one: Input, features: int) -> Gate:
+        return BranchGate(features, self.heads)
