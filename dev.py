@@ -2,10 +2,12 @@
 """Everything a checkout needs, from a bare Python: sets up .venv when it must, then runs the
 command.
 
-    python3 dev.py compare [ARGS...] compare all attentions with exact attention: attnzoo compare
-        ARGS python3 dev.py test [ARGS...] run the tests: pytest -n 2 ARGS python3 dev.py check ruff
-        check, ruff format --check, pyright python3 dev.py run ARGS... any other command: attnzoo
-        ARGS python3 dev.py setup make .venv, or bring it up to date, and nothing else
+    python3 dev.py compare [ARGS...]  compare all attentions with exact attention: attnzoo compare
+    python3 dev.py test [ARGS...]     run the tests: pytest -n 2
+    python3 dev.py check              ruff check, ruff format --check, pyright
+    python3 dev.py mutate [WORDS...]  plant bugs in a copy, and say which test catches each
+    python3 dev.py run ARGS...        any other command: attnzoo ARGS
+    python3 dev.py setup              make .venv, or bring it up to date, and nothing else
 
 It needs Python 3.11 or newer and a package index that pip can reach.
 """
@@ -107,6 +109,11 @@ def check(arguments: list[str]) -> int:
     return next((code for code in codes if code), 0)
 
 
+def mutate(arguments: list[str]) -> int:
+    set_up()
+    return call([PYTHON, ROOT / "tests" / "planted_bugs.py", *arguments], folder=ROOT)
+
+
 def setup(arguments: list[str]) -> int:
     refuse_arguments("setup", arguments)
     set_up(refresh=True)
@@ -114,7 +121,14 @@ def setup(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"compare": compare, "test": test, "check": check, "run": attnzoo, "setup": setup}
+COMMANDS = {
+    "compare": compare,
+    "test": test,
+    "check": check,
+    "mutate": mutate,
+    "run": attnzoo,
+    "setup": setup,
+}
 
 
 def refuse_arguments(command: str, arguments: list[str]) -> None:
