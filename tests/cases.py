@@ -107,6 +107,7 @@ CASES: dict[str, list[Case]] = {
         Case("standard", {"scale": 0.7}),
         Case("standard", {"softcap": 2.0}),
     ],
+    "path": [Case("path"), Case("path", {"scale": 0.7})],
     "sigmoid": [Case("sigmoid"), Case("sigmoid", {"bias": -3.0, "scale": 0.7})],
     "differential": [Case("differential"), Case("differential", {"layer": 3, "scale": 0.7})],
     "forgetting": [Case("forgetting"), Case("forgetting", {"scale": 0.7})],

@@ -45,6 +45,7 @@ def test_moved_bytes_and_parameters_by_hand(name: str):
         **{one: 3 * 2 * n * 2 * numbers for one, numbers in GATES.items()},
         "log_linear": 3 * (2 * n + 4 * n * 8) * 2,
         "forgetting": 3 * 4 * n * 2,
+        "path": 3 * (2 * n * 9 + 4 * n) * 2,
         "differential_v2": 3 * 4 * n * 2,
         "nsa": 3 * 3 * 4 * n * 2,
         "performer": 24 * 8 * 4,

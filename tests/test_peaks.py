@@ -161,12 +161,13 @@ def test_peaks_are_the_allocators(name: str, options: dict[str, Any], is_causal:
         (4096, 2, torch.bfloat16, 0.1),
     ):
         usual = n == 4096 and dtype == torch.float32
-        if not usual and (options or name not in in_models() or name == "flash"):
-            continue  # flash goes tile by tile, in seconds
+        by_tiles = name in ("flash", "path")  # tile by tile, in seconds
+        if not usual and (options or name not in in_models() or by_tiles):
+            continue
         forms = spec_of(name).forms
         if not usual and is_causal != forms[n != 4096 and len(forms) > 1]:
             continue  # where there are two, padding is tried in one and half precision in the other
-        n = n // 2 if name == "flash" else n
+        n = n // 2 if by_tiles else n
         attn = attnzoo.build(name, heads=2, head_dim=64, **options, **sized(name, n)).to(dtype)
         check_peaks(attn, inputs(attn, 1, (n, n), kv_heads, dtype), is_causal, tolerance)
 

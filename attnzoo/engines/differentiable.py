@@ -17,6 +17,8 @@ from attnzoo.autocast import without_autocast
 from attnzoo.eager import is_batched, openly
 
 Compute = Callable[..., Tensor]
+#: The same of several results.
+ComputeMany = Callable[..., tuple[Tensor, ...]]
 
 
 def is_followed(gradient: Tensor) -> bool:
@@ -29,27 +31,33 @@ def is_followed(gradient: Tensor) -> bool:
 
 
 def open_gradients(
-    compute: Compute, inputs: Sequence[Tensor | None], gradient: Tensor
+    compute: Compute | ComputeMany,
+    inputs: Sequence[Tensor | None],
+    gradient: Tensor | Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the inputs of a function, which is computed once more in open operators.
 
     compute: the function
     inputs: its arguments, tensors or None
-    gradient: the gradient of its result, of the result's shape
+    gradient: the gradient of its result, of the result's shape; of several results, those of each
 
     Returns one gradient for each input; None for one that is None or needs no gradient.
     """
     again = torch.is_grad_enabled()
-    with torch.enable_grad(), openly(), without_autocast(gradient.device):
+    sent = (gradient,) if isinstance(gradient, Tensor) else tuple(gradient)
+    with torch.enable_grad(), openly(), without_autocast(sent[0].device):
         # Each input gets a view of its own, because two inputs may be the same tensor, or one may
         # be computed from the other: their gradients must not be mixed.
         apart = [None if x is None else x.view_as(x) for x in inputs]
         wanted = [x for x in apart if x is not None and x.requires_grad]
+        results = compute(*apart)
+        results = (results,) if isinstance(results, Tensor) else results
+        followed = [x.requires_grad for x in results]  # of several, some may depend on nothing
         found = iter(
             torch.autograd.grad(
-                compute(*apart),
+                [x for x, is_so in zip(results, followed, strict=True) if is_so],
                 wanted,
-                gradient,
+                [x for x, is_so in zip(sent, followed, strict=True) if is_so],
                 create_graph=again,
                 allow_unused=True,
                 materialize_grads=True,
@@ -87,3 +95,25 @@ class _Followed(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return gradient, None, *(None for _ in ctx.saved_tensors)
         return None, None, *open_gradients(ctx.compute, ctx.saved_tensors, gradient)
+
+
+def recomputed(compute: Compute | ComputeMany, *inputs: Tensor | None) -> Any:
+    """compute(*inputs), of which autograd keeps the inputs alone: the backward pass computes it
+    again. It may be differentiated any number of times.
+
+    compute: gives a tensor, or a tuple of them
+    """
+    return _Recomputed.apply(compute, *inputs)
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, compute: Compute | ComputeMany, *inputs: Any) -> Any:
+        ctx.compute = compute
+        ctx.save_for_backward(*inputs)
+        found = compute(*inputs)
+        return found if isinstance(found, Tensor) else tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *open_gradients(ctx.compute, ctx.saved_tensors, gradients)

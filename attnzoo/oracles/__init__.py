@@ -32,6 +32,7 @@ from attnzoo.oracles.reformer import reformer
 from attnzoo.oracles.retention import retention
 from attnzoo.oracles.rows.differential import differential, differential_v2
 from attnzoo.oracles.rows.forgetting import forgetting
+from attnzoo.oracles.rows.path import path
 from attnzoo.oracles.rows.sigmoid import sigmoid
 from attnzoo.oracles.selected.indexed import indexed
 from attnzoo.oracles.selected.moba import moba
@@ -64,6 +65,7 @@ __all__ = [
     "nsa",
     "nystromformer",
     "oracle",
+    "path",
     "performer",
     "reformer",
     "retention",

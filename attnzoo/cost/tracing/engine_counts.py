@@ -107,9 +107,9 @@ class _Forward:
         blocks, rest = divmod(self.q[2], size)
         one, two, three = (
             count(_OneForward(self), *self._tensors(length, length))
-            for length in (rest + n * size for n in (1, 2, 3))
+            for length in (rest + n * size for n in (2, 3, 4))
         )
-        steps = blocks - 1
+        steps = blocks - 2  # a walk through one block may be another than through several
         bends = steps * (steps - 1) // 2
         return Counter(
             {
