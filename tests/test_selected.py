@@ -3,6 +3,8 @@ formed."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from cases import Situation, close, gradients_of, preferring, tensors
@@ -134,17 +136,18 @@ def test_an_indexer_chooses(options: dict, is_causal: bool) -> None:
     ):
         q, k, v, upstream = tensors(situation)
         inputs = index_inputs(situation, key_heads=key_heads)
-        masks = {"key_mask": situation.key_mask(), "is_causal": is_causal}
+        masks: dict[str, Any] = {"key_mask": situation.key_mask(), "is_causal": is_causal}
         wanted = {name: value for name, value in options.items() if "index" not in name}
         own = [x.clone().requires_grad_() for x in (q, k, v)]
-        out, weights = oracle_of_index(*own, **wanted, **inputs, **masks)
+        out, weights = oracle_of_index(own[0], own[1], own[2], **wanted, **inputs, **masks)
         expected = gradients_of(out, upstream, *own)
         attn = indexed(**options)
         close(attn.weights(q, k, **masks, **inputs), weights, 1e-10, "weights")
         for backend in attn.engine.backend_names():
             attn = preferring(indexed(**options), backend)
             own = [x.clone().requires_grad_() for x in (q, k, v)]
-            found = attn(*own, **masks, **inputs)
+            given: dict[str, Any] = {**masks, **inputs}
+            found = attn(*own, **given)
             close(found, out, 1e-10, f"output by {backend}")
             for actual, gradient in zip(gradients_of(found, upstream, *own), expected, strict=True):
                 close(actual, gradient, 1e-10, f"gradient by {backend}")
@@ -174,7 +177,8 @@ def test_an_indexers_keys_are_kept_while_decoding(block_size: int) -> None:
     state, rows = attn.init_state(2, kv_heads=2, dtype=torch.float64), []
     for start, end in ((0, 9), (9, 10), (10, 11), (11, 25)):
         some = {name: x[:, :, start:end] for name, x in inputs.items()}
-        out, state = attn.step(*(x[:, :, start:end] for x in (q, k, v)), state, **some)
+        own = [x[:, :, start:end] for x in (q, k, v)]
+        out, state = attn.step(own[0], own[1], own[2], state, **some)
         rows.append(out)
     close(torch.cat(rows, 2), whole, 1e-12, "steps")
     held = sum(x.nbytes for x in (state.k, state.v, *state.inputs.values()))
@@ -210,7 +214,9 @@ def test_the_loss_of_an_indexer() -> None:
     """Against a loop, its gradients, and a teacher that the scores already say."""
     situation = Situation(12, 12)
     q, k, _, _ = tensors(situation)
-    inputs = {name: x.requires_grad_() for name, x in index_inputs(situation).items()}
+    inputs: dict[str, Any] = {
+        name: x.requires_grad_() for name, x in index_inputs(situation).items()
+    }
     mask = torch.ones(2, 12, dtype=torch.bool)
     mask[0, :4] = mask[1, 7:] = False
     exact = attnzoo.build("standard", heads=4, head_dim=8)
@@ -223,7 +229,7 @@ def test_the_loss_of_an_indexer() -> None:
                 continue
             scores = torch.stack(
                 [
-                    sum(
+                    sum(  # pyright: ignore[reportArgumentType]
                         inputs["w_index"][b, h, t]
                         * (inputs["q_index"][b, h, t] @ inputs["k_index"][b, 0, s]).relu()
                         for h in range(4)

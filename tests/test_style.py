@@ -76,9 +76,9 @@ def test_twenty_variants_have_looks_of_their_own() -> None:
 def test_what_is_not_in_the_registry_takes_a_look_that_is_free() -> None:
     shown = ["standard", "linear", "bigbird", "linear + standard", "gru"]
     looks = styles((name, name) for name in shown)
-    assert (
-        len({style.color for style in looks.values()})
-        == len({style.marker for style in looks.values()})
-        == len(shown)
-    )
+    assert len({(style.color, style.marker) for style in looks.values()}) == len(shown)
+    for name in ("linear + standard", "gru"):  # which share neither
+        others = [style for other, style in looks.items() if other != name]
+        assert looks[name].color not in {style.color for style in others}
+        assert looks[name].marker not in {style.marker for style in others}
     assert looks["bigbird"] == styles([("bigbird", "bigbird")])["bigbird"]
