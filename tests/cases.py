@@ -236,6 +236,7 @@ CASES: dict[str, list[Case]] = {
         Case("nsa", {"block_size": 4, "top_k": 4, "window_size": 6}),
         Case("nsa", {"block_size": 5, "top_k": 2, "window_size": 70, "scale": 0.7}),
         Case("nsa", {"block_size": 1, "top_k": 6, "window_size": 1}),
+        Case("nsa", {"block_size": 4, "compressed_size": 6, "compressed_stride": 2, "top_k": 4}),
         Case("nsa"),
     ],
     "longformer": [

@@ -126,6 +126,8 @@ def test_a_layer_makes_the_gates() -> None:
     ("options", "match"),
     [
         ({"block_size": 0}, "block_size=0 must be a whole number of at least 1"),
+        ({"compressed_size": 6}, "block_size=4 must be a multiple of compressed_stride=6"),
+        ({"compressed_stride": 3}, "compressed_stride=3 must divide compressed_size=4"),
         ({"top_k": 0}, "top_k=0 must be a whole number of at least 1"),
         ({"window_size": 0}, "window_size=0 must be a whole number of at least 1"),
         ({"scale": "a"}, "scale='a' must be a finite number"),

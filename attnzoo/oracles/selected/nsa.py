@@ -9,7 +9,8 @@ from torch import Tensor
 
 from attnzoo.oracles.matrix import oracle, rows, softmax, visible_keys
 
-FIRST, PREVIOUS, OWN = 2.0, 3.0, 4.0  # above any share of a softmax
+FIRST, PREVIOUS, OWN = 2**60, 2**61, 2**62  # above any sum of shares of a softmax
+DIGITS = 2.0**30  # to which these are compared
 
 
 @oracle("nsa")
@@ -21,6 +22,8 @@ def nsa(
     block_size,
     top_k,
     window_size,
+    compressed_size=None,
+    compressed_stride=None,
     scale=None,
     key_mask=None,
     attn_mask=None,
@@ -30,8 +33,9 @@ def nsa(
     window_gate=None,
 ) -> tuple[Tensor, Tensor]:
     """Yuan et al. 2025, equations 5 to 12 with mean pooling: gates times softmax over the means of
-    whole past blocks, over the keys of selected blocks, and over the nearest window_size keys.
-    Gates: (batch, heads, query_length); a third each where none is given."""
+    compressed_size past keys at every compressed_stride-th, over the keys of selected blocks, and
+    over the nearest window_size keys. Gates: (batch, heads, query_length); a third each where none
+    is given."""
     assert is_causal and attn_mask is None
     batch, heads, length, width = q.shape
     n, group = k.shape[2], heads // k.shape[1]
@@ -39,6 +43,8 @@ def nsa(
     real = torch.ones(batch, n, dtype=torch.bool) if key_mask is None else key_mask
     keys, values = (torch.where(real[:, None, :, None], x, 0.0).double() for x in (k, v))
     q = q.double()
+    size = block_size if compressed_size is None else compressed_size
+    stride = size if compressed_stride is None else compressed_stride
 
     def of_sample(b: int) -> Tensor:
         visible = visible_keys(length, n, real[b], True)
@@ -48,47 +54,54 @@ def nsa(
             for start in range(lead, n, block_size)
         ]
 
+        pools = [
+            [j for j in range(start, min(start + size, n)) if bool(real[b, j])]
+            for start in range(lead, n, stride)
+        ]
+
         def ended(i: int) -> list[int]:
-            """Blocks with a key that end at row i or before it."""
+            """Means of some key whose keys end at row i or before it."""
             before = n - length + i - lead + 1
-            ends = range(block_size, (len(blocks) + 1) * block_size, block_size)
-            return [c for c, end in enumerate(ends) if blocks[c] and end <= before]
+            return [c for c, pool in enumerate(pools) if pool and c * stride + size <= before]
 
         @cache
         def means(shared: int) -> Tensor:
-            """Of the keys of every block, 0 where there are none."""
-            return torch.stack(
-                [keys[b, shared, some].sum(0) / max(1, len(some)) for some in blocks]
-            )
+            """0 where there are no keys."""
+            return torch.stack([keys[b, shared, some].sum(0) / max(1, len(some)) for some in pools])
 
         @cache
         def shares(h: int, i: int) -> Tensor:
-            """What every ended block weighs in row i of a head."""
+            """What every ended mean weighs in row i of a head."""
             past = ended(i)
-            return (
-                softmax(factor * means(h // group)[past] @ q[b, h, i]) if past else q.new_zeros(0)
-            )
+            if not past:
+                return q.new_zeros(0)
+            return softmax(factor * means(h // group)[past] @ q[b, h, i])
 
         def compressed(h: int, i: int) -> Tensor:
             past = ended(i)
-            at = [j for c in past for j in blocks[c]]
-            block = [place for place, c in enumerate(past) for _ in blocks[c]]
-            sizes = q.new_tensor([len(blocks[c]) for c in past])
+            at = [j for c in past for j in pools[c]]
+            pool = [place for place, c in enumerate(past) for _ in pools[c]]
+            sizes = q.new_tensor([len(pools[c]) for c in past])
             each = shares(h, i) / sizes
-            return q.new_zeros(n).index_copy(0, torch.tensor(at).long(), each[block])
+            return q.new_zeros(n).index_add(0, torch.tensor(at).long(), each[pool])
 
         def selected(h: int, i: int) -> list[int]:
             """Keys of the blocks that the heads which share keys choose together."""
             own = (n - length + i - lead) // block_size
             first = h // group * group
             mean = sum(shares(head, i).detach() for head in range(first, first + group)) / group
-            scores = dict(zip(ended(i), mean, strict=True))
+            sums = {c: 0.0 for c in range(own) if blocks[c]}
+            for c, share in zip(ended(i), mean, strict=True):
+                for start in range(c * stride, c * stride + size, stride):
+                    if start // block_size in sums:
+                        sums[start // block_size] += float(share)
+            scores = {c: round(total * DIGITS) for c, total in sums.items()}
             for c, score in ((0, FIRST), (own - 1, PREVIOUS)):
-                if 0 <= c < own and blocks[c]:
-                    scores[c] = torch.tensor(score)
+                if c in scores:
+                    scores[c] = score
             if 0 <= own < len(blocks):
-                scores[own] = torch.tensor(OWN)
-            ordered = sorted(sorted(scores), key=lambda c: -float(scores[c]))
+                scores[own] = OWN
+            ordered = sorted(scores, key=lambda c: -scores[c])  # stable
             return [j for c in ordered[:top_k] for j in blocks[c]]
 
         def near(h: int, i: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.arguments import check_positive, check_scale
@@ -15,13 +16,13 @@ from attnzoo.engines.linear.gated.gate_projections import Gate
 from attnzoo.engines.piece_by_piece import at_a_time
 from attnzoo.engines.softmax.reference import masked_softmax
 from attnzoo.engines.sparse.patterns.window import Window
-from attnzoo.engines.sparse.selected.pooled_softmax import PooledSoftmax, ended_blocks
+from attnzoo.engines.sparse.selected.pooled_softmax import PooledSoftmax
+from attnzoo.engines.sparse.selected.pooling import Pooling
 from attnzoo.engines.sparse.selected.selected_softmax import SelectedSoftmax
 from attnzoo.engines.sparse.selected.selection import (
     Placed,
     Selection,
     Selector,
-    block_means,
     highest,
 )
 from attnzoo.engines.sparse.selected.three_branches import GATES, ThreeBranches
@@ -29,20 +30,30 @@ from attnzoo.engines.sparse.windows.window_sparse import WindowSparse
 from attnzoo.registry import register
 
 SCORES = 2**20  # of queries and blocks, held at a time
-FIRST, PREVIOUS, OWN = 2.0, 3.0, 4.0  # scores above any share of a softmax
+#: Scores above any sum of shares of a softmax, each of which counts for all strides of its mean.
+FIRST, PREVIOUS, OWN = 2.0**60, 2.0**61, 2.0**62
+#: Blocks in all of the means have equal sums but for rounding: shares are compared to 30 digits.
+DIGITS = 2.0**30
 
 
 class BlocksByImportance(Selector):
     """The `top_k` blocks that weigh most in the softmax over block means, the mean over the heads
-    that share keys; a query's own block, the one before it, and the first before all others.
+    that share keys; a query's own block, the one before it, and the first before all others. A mean
+    counts once for every stride of it that lies in a block.
 
-    Scores are float64, in which products of float32 are exact. Of equal ones the earlier block
-    wins.
+    Scores are float64, in which products of float32 are exact, and are compared to 30 binary
+    digits. Of equal ones the earlier block wins.
     """
 
-    def __init__(self, block_size: int, top_k: int, scale: float | None) -> None:
-        self.block_size = check_positive("block_size", block_size)
+    def __init__(self, block_size: int, top_k: int, scale: float | None, pooling: Pooling) -> None:
+        self.block_size = block_size
         self.top_k = check_positive("top_k", top_k)
+        self.pooling = pooling
+        if block_size % pooling.stride:
+            raise ValueError(
+                f"block_size={block_size} must be a multiple of "
+                f"compressed_stride={pooling.stride}, so that blocks begin and end together"
+            )
         self.scale = check_scale(scale)
 
     def width(self, key_blocks: int) -> int:
@@ -55,13 +66,13 @@ class BlocksByImportance(Selector):
         return self._scores(shape) * shape.head_dim
 
     def elementwise(self, shape: Shape) -> int:
-        key_blocks = -(-shape.key_length // self.block_size)
-        means = shape.batch_size * shape.kv_heads * key_blocks * shape.head_dim
+        blocks = self.pooling.blocks(shape.key_length)
+        means = shape.batch_size * shape.kv_heads * blocks * shape.head_dim
         return SOFTMAX_OPERATIONS * self._scores(shape) + means
 
     def _scores(self, shape: Shape) -> int:
-        key_blocks = -(-shape.key_length // self.block_size)
-        return shape.batch_size * shape.heads * shape.query_length * key_blocks
+        blocks = self.pooling.blocks(shape.key_length)
+        return shape.batch_size * shape.heads * shape.query_length * blocks
 
     @torch.no_grad()
     def select(self, placed: Placed) -> Selection:
@@ -69,28 +80,39 @@ class BlocksByImportance(Selector):
 
     def _some_rows(self, placed: Placed) -> Iterator[Tensor]:
         """The blocks of some queries after the other, (batch, kv_heads, queries, width)."""
-        call, size = placed.call, self.block_size
-        means = block_means(placed, size)
+        call, size, pooling = placed.call, self.block_size, self.pooling
+        means = pooling.means(call.k.detach(), placed, torch.float64)
         filled = (placed.real_keys(size) > 0)[:, None, None]
         scale = int(call.q.shape[3]) ** -0.5 if self.scale is None else self.scale
-        key_blocks, length = int(means.shape[2]), int(call.query_length)
-        together = at_a_time(length, call.q.shape[0] * call.q.shape[1] * key_blocks, SCORES, call.q)
-        for start in range(0, length, together):
-            some = slice(start, min(start + together, length))
-            seen = key_blocks
+        key_blocks, pooled, length = int(filled.shape[3]), int(means.shape[2]), call.query_length
+        together = at_a_time(
+            int(length), call.q.shape[0] * call.q.shape[1] * pooled, SCORES, call.q
+        )
+        for start in range(0, int(length), together):
+            some = slice(start, min(start + together, int(length)))
+            seen, of_means = key_blocks, pooled
             if not is_recorded():  # later blocks are behind all of these
                 seen = max(1, min(seen, -(-(call.offset + some.stop) // size)))
+                of_means = max(1, min(pooled, seen * (size // pooling.stride)))
             own = (placed.positions[:, some] // size)[:, None, :, None]
             numbers = torch.arange(seen, device=means.device)
-            part = Placed(call, placed.positions[:, some])
-            ended = ended_blocks(part, size)[:, None, None, :, :seen]
+            ended = pooling.ended(Placed(call, placed.positions[:, some]))[..., :of_means]
             q = call.q[:, :, some].detach().double().unflatten(1, (call.k.shape[1], -1))
-            scores = (q @ means[:, :, None, :seen].mT) * scale
-            shares = masked_softmax(scores.masked_fill(~ended, -torch.inf)).mean(2)
+            scores = (q @ means[:, :, None, :of_means].mT) * scale
+            scores = scores.masked_fill(~ended[:, None, None], -torch.inf)
+            shares = self._of_blocks(masked_softmax(scores).mean(2), seen)
             for number, score in ((0, FIRST), (own - 1, PREVIOUS), (own, OWN)):
                 shares = shares.masked_fill(numbers == number, score)
             allowed = (filled[..., :seen] & (numbers < own)) | (numbers == own)
             yield highest(shares.masked_fill(~allowed, -torch.inf), self.width(key_blocks))
+
+    def _of_blocks(self, shares: Tensor, key_blocks: int) -> Tensor:
+        """The shares of so many blocks, (..., key_blocks), of those of means, (..., means)."""
+        each = self.block_size // self.pooling.stride
+        stretches = self.pooling.of_stretches(shares)
+        stretches = F.pad(stretches, (0, key_blocks * each - stretches.shape[-1]))
+        shares = stretches.unflatten(-1, (key_blocks, each)).sum(-1)
+        return (shares * DIGITS).round()
 
 
 class BranchGate(Gate):
@@ -122,9 +144,10 @@ class NSA(Attention):
     A call may bring compressed_gate, selected_gate and window_gate, (batch, heads, query_length),
     sigmoids in the paper; a branch whose gate is not given weighs a third. A layer projects them.
 
-    Blocks do not overlap and are pooled by their mean, as in flash-linear-attention; the paper
-    compresses by a learned MLP with positions over overlapping blocks, which is not here: of values
-    it would not be linear. lucidrains' implementation averages logits over the group, has a learned
+    By default the means are of the blocks that are selected and do not overlap, as in
+    flash-linear-attention; in the paper they are of fewer keys and overlap, and a mean counts for
+    every block that it lies in. The paper's learned MLP in place of a mean is not here: of values
+    it would not be linear. lucidrains' implementation averages logits over the heads, has a learned
     memory slot and forces no first block. The choice is not differentiated.
 
     Use it in models trained with it, for long inputs; not in the place of a trained softmax, which
@@ -132,6 +155,9 @@ class NSA(Attention):
 
     block_size: keys of a block, counted from the first real token
     top_k: blocks that a query sees in detail, the forced ones counted
+    compressed_size: keys of a mean; None: block_size
+    compressed_stride: how many keys lie between the beginnings of two of them; None:
+        compressed_size, so that they do not overlap
     window_size: nearest keys, the query's own counted
     scale: factor of the scores, 1/sqrt(head_dim) by default
     """
@@ -157,14 +183,19 @@ class NSA(Attention):
         *,
         block_size: int = 64,
         top_k: int = 8,
+        compressed_size: int | None = None,
+        compressed_stride: int | None = None,
         window_size: int = 512,
         scale: float | None = None,
         backend: str = "auto",
     ) -> None:
         window = Window(check_positive("window_size", window_size), 1, 0)
-        selector = BlocksByImportance(block_size, top_k, scale)
+        size = check_positive("block_size", block_size)
+        size = size if compressed_size is None else compressed_size
+        pooling = Pooling(size, size if compressed_stride is None else compressed_stride)
+        selector = BlocksByImportance(block_size, top_k, scale, pooling)
         engine = ThreeBranches(
-            PooledSoftmax(block_size, scale),
+            PooledSoftmax(pooling, scale),
             SelectedSoftmax(selector, scale),
             WindowSparse(window, scale),
         )
