@@ -1,0 +1,67 @@
+"""Write docs/conventions.md from `attnzoo.conventions.dialects.facts`:
+
+python docs/conventions_page.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from attnzoo.conventions.dialects.facts import SPELLINGS
+
+PAGE = Path(__file__).with_name("conventions.md")
+HEAD = """# How libraries spell attention
+
+`docs/conventions_page.py` writes this table from `attnzoo.conventions.SPELLINGS`. *run* means that
+the row was seen to hold with this version on a CPU, by `tests/test_conventions.py` or in the
+project's notes; *read*, that the library's documentation says so.
+
+"""
+COLUMNS = (
+    *("library", "", "layout of q, k, v", "keys of a causal window of w"),
+    *("fewer queries than keys stand", "a row that sees nothing", "a mask of keys"),
+    *("decay", "state", "besides"),
+)
+TAIL = """
+`to` and `from_` turn what a call has from this library's spelling into another, and back.
+
+```python
+import torch
+from attnzoo.conventions import from_, to
+
+log_decay = -torch.rand(1, 4, 10)
+theirs = to("rwkv", log_decay=log_decay, state=torch.zeros(1, 4, 16, 32))
+assert theirs["log_decay"].shape == (1, 10, 4) and theirs["log_decay"].max() <= 1  # factors
+assert theirs["state"].shape == (1, 4, 32, 16)
+assert torch.allclose(from_("rwkv", **theirs)["log_decay"], log_decay, atol=1e-6)
+
+assert to("jax.nn", window=128) == {"window": 127}  # the query's own key comes on top there
+assert from_("transformers", window=128) == {"window": 128}
+```
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for one in SPELLINGS.values():
+        window = {None: "", 0: "w", 1: "w + 1"}[one.window_keys]
+        stands = {"first": "at the first key", "last": "at the last key", "": ""}
+        cells = (
+            f"`{one.name}` {one.version}".strip(),
+            one.known,
+            one.layout,
+            window,
+            stands.get(one.alignment, one.alignment),
+            one.hidden_row,
+            one.mask,
+            one.decay,
+            one.state,
+            one.note,
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return HEAD + "\n".join(lines) + "\n" + TAIL
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
