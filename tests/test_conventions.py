@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conventions_page import PAGE, page
 from torch import Tensor, nn
 
-import attnzoo
 from attnzoo.conventions import SPELLINGS, from_, to
-
-sys.path.insert(0, str(attnzoo.oracles.__path__[0] + "/../../docs"))
 
 
 def test_the_page_is_current() -> None:
-    from conventions_page import PAGE, page
-
     assert PAGE.read_text(encoding="utf-8") == page(), "run python docs/conventions_page.py"
 
 
