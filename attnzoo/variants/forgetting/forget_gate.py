@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,23 +12,34 @@ from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.linear.gated.gate_projections import Gate
 
 
-class ForgetGate(Gate):
-    """log_decay = log sigmoid(W x + b),    W ~ N(0, 0.02²), b = 0 at first
+def check_start(gate_bias: Any) -> float:
+    """What the bias of a gate begins with, refused where it is no number."""
+    if isinstance(gate_bias, bool) or not isinstance(gate_bias, int | float):
+        raise ValueError(
+            f"gate_bias={gate_bias!r} must be a number: 0 as published, more to begin with gates "
+            "that keep more"
+        )
+    return float(gate_bias)
 
-    Every gate begins near 1/2: a head reads the last tokens, and learns to keep more.
+
+class ForgetGate(Gate):
+    """log_decay = log sigmoid(W x + b),    W ~ N(0, 0.02²), b = start at first
+
+    With 0 every gate begins near 1/2: a head reads the last tokens, and learns to keep more.
 
     Source: Lin et al., Forgetting Transformer, 2025, arXiv:2503.02130, equation 2, and its code.
     """
 
-    def __init__(self, features: int, heads: int) -> None:
+    def __init__(self, features: int, heads: int, start: float) -> None:
         super().__init__()
+        self.start = start
         self.out = nn.Linear(features, heads)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         nn.init.normal_(self.out.weight, std=0.02)
-        nn.init.zeros_(self.out.bias)
+        nn.init.constant_(self.out.bias, self.start)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.out(x)

@@ -7,7 +7,7 @@ from attnzoo.engines.linear.gated.gate_projections import Gate
 from attnzoo.engines.softmax.decay_bias import LOG_DECAY
 from attnzoo.registry import register
 from attnzoo.variants.forgetting.fading_softmax import FadingSoftmax
-from attnzoo.variants.forgetting.forget_gate import ForgetGate
+from attnzoo.variants.forgetting.forget_gate import ForgetGate, check_start
 
 
 @register
@@ -28,6 +28,8 @@ class Forgetting(Attention):
     -1e5, closes all that stands before. Without it nothing fades, and it is `standard`.
 
     scale: factor of the products, 1/sqrt(head_dim) by default
+    gate_bias: what the bias of a layer's gate begins with: 0 as in the paper's code, where half is
+        kept at every token; 4 keeps 98%
     """
 
     spec = Spec(
@@ -44,9 +46,16 @@ class Forgetting(Attention):
     )
 
     def __init__(
-        self, heads: int, head_dim: int, *, scale: float | None = None, backend: str = "auto"
+        self,
+        heads: int,
+        head_dim: int,
+        *,
+        scale: float | None = None,
+        gate_bias: float = 0.0,
+        backend: str = "auto",
     ) -> None:
         super().__init__(heads, head_dim, FadingSoftmax(scale), backend=backend)
+        self.gate_bias = check_start(gate_bias)
 
     def input_projection(self, one: Input, features: int) -> Gate:
-        return ForgetGate(features, self.heads)
+        return ForgetGate(features, self.heads, self.gate_bias)

@@ -8,7 +8,7 @@ from attnzoo.engines.linear.gated.gate_projections import Gate, WriteStrength
 from attnzoo.engines.linear.gated.tokens import REMOVAL_KEY, STRENGTH
 from attnzoo.engines.softmax.decay_bias import LOG_DECAY
 from attnzoo.registry import register
-from attnzoo.variants.forgetting.forget_gate import ForgetGate
+from attnzoo.variants.forgetting.forget_gate import ForgetGate, check_start
 from attnzoo.variants.path.path_engine import PathEngine
 from attnzoo.variants.path.path_gates import UnitKeys
 
@@ -33,6 +33,7 @@ class Path(Attention):
     by a product of two linear layers, β as 2 · sigmoid, and the gate of forgetting attention.
 
     scale: factor of the products, 1/sqrt(head_dim) by default
+    gate_bias: what the bias of a layer's gate begins with, see `forgetting`
     """
 
     spec = Spec(
@@ -49,13 +50,20 @@ class Path(Attention):
     )
 
     def __init__(
-        self, heads: int, head_dim: int, *, scale: float | None = None, backend: str = "auto"
+        self,
+        heads: int,
+        head_dim: int,
+        *,
+        scale: float | None = None,
+        gate_bias: float = 0.0,
+        backend: str = "auto",
     ) -> None:
         super().__init__(heads, head_dim, PathEngine(check_scale(scale)), backend=backend)
+        self.gate_bias = check_start(gate_bias)
 
     def input_projection(self, one: Input, features: int) -> Gate:
         if one is REMOVAL_KEY:
             return UnitKeys(features, self.heads, self.head_dim)
         if one is STRENGTH:
             return WriteStrength(features, self.heads, allow_neg_eigval=True)
-        return ForgetGate(features, self.heads)
+        return ForgetGate(features, self.heads, self.gate_bias)
