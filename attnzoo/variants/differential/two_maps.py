@@ -10,16 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from attnzoo.call import Call
-from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype
-from attnzoo.engines.softmax import row_tiles, tiles
+from attnzoo.engines.engine import Cost, Shape, accumulation_dtype
 from attnzoo.engines.softmax.cache import KeyValueCache
-from attnzoo.engines.softmax.reference import SoftmaxReference, reference
 from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.engines.weighted import Branch, Weighted, of_branches
 from attnzoo.spec import Input
@@ -53,39 +50,21 @@ class Lambda(nn.Module):
         return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.initial
 
 
-class OfWideValues(Softmax):
-    """Softmax attention whose values may be wider than its keys, which `tiles` takes on a CPU as
-    they are, and `sdpa` beside keys that are filled up with zeros."""
-
-
-def _tiled(engine: SoftmaxReference, call: Call) -> Tensor:
-    return row_tiles.attend(engine, call, partial(reference, engine))
-
-
-def _tiles_why_not(engine: SoftmaxReference, call: Call) -> str | None:
-    if call.v.shape[3] == call.k.shape[3]:
-        return "values are as wide as keys, which sdpa takes as they are"
-    if call.attn_mask is not None:
-        return "an attn_mask would have to be cut into tiles: leave it to sdpa"
-    return tiles.cannot_work_alone(engine, call)
-
-
-OfWideValues.backends = (Backend("tiles", _tiled, _tiles_why_not), *Softmax.backends)
-
-
 class TwoMaps(Weighted, Softmax):
     """Two softmaxes by the halves of queries and keys.
 
     scale: factor of the products, 1/sqrt(head_dim / 2) by default
     learned: λ; None: a call brings it for every row, as `SUBTRACTION`, or it is 1/2
 
-    Its backends are those of the softmax engine, and before them `tiles` on a CPU.
+    Its backends are those of the softmax engine; `sdpa` takes values that are wider than keys
+    beside keys that are filled up with zeros, which was faster than tiles of the widths as they
+    are.
     """
 
     def __init__(self, scale: float | None, learned: Lambda | None) -> None:
         super().__init__(scale)
         self.learned = learned
-        self.map = OfWideValues(scale)
+        self.map = Softmax(scale)
 
     def branches(self, call: Call) -> Sequence[Branch]:
         dtype, given = accumulation_dtype(call.q.dtype), call.get(SUBTRACTION.name)
@@ -117,4 +96,4 @@ class TwoMaps(Weighted, Softmax):
         return replace(found, moved_bytes=found.moved_bytes + rows * shape.dtype.itemsize)
 
 
-TwoMaps.backends = tuple(of_branches(one) for one in OfWideValues.backends)
+TwoMaps.backends = tuple(of_branches(one) for one in Softmax.backends)
