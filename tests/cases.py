@@ -239,6 +239,11 @@ CASES: dict[str, list[Case]] = {
         Case("nsa", {"block_size": 4, "compressed_size": 6, "compressed_stride": 2, "top_k": 4}),
         Case("nsa"),
     ],
+    "xattention": [
+        Case("xattention", {"block_size": 4, "stride": 2, "threshold": 0.6, "max_blocks": 5}),
+        Case("xattention", {"block_size": 6, "stride": 3, "max_blocks": 40, "scale": 0.7}),
+        Case("xattention"),
+    ],
     "longformer": [
         Case("longformer", {"window": 16, "global_tokens": 3}),
         Case("longformer", {"window": 16}),

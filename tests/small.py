@@ -37,6 +37,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "reformer": {"num_buckets": 4, "num_hashes": 1, "chunk_size": 4},
     "sliding_window": {"window": 4},
     "sparse_transformer": {"stride": 4},
+    "xattention": {"block_size": 2, "stride": 2, "threshold": 0.5},
 }
 
 

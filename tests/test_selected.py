@@ -141,12 +141,11 @@ def test_an_indexer_chooses(options: dict, is_causal: bool) -> None:
         own = [x.clone().requires_grad_() for x in (q, k, v)]
         out, weights = oracle_of_index(own[0], own[1], own[2], **wanted, **inputs, **masks)
         expected = gradients_of(out, upstream, *own)
-        attn = indexed(**options)
-        close(attn.weights(q, k, **masks, **inputs), weights, 1e-10, "weights")
+        given: dict[str, Any] = {**masks, **inputs}
+        close(indexed(**options).weights(q, k, **given), weights, 1e-10, "weights")
         for backend in attn.engine.backend_names():
             attn = preferring(indexed(**options), backend)
             own = [x.clone().requires_grad_() for x in (q, k, v)]
-            given: dict[str, Any] = {**masks, **inputs}
             found = attn(*own, **given)
             close(found, out, 1e-10, f"output by {backend}")
             for actual, gradient in zip(gradients_of(found, upstream, *own), expected, strict=True):

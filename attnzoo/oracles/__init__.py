@@ -37,6 +37,7 @@ from attnzoo.oracles.rows.sigmoid import sigmoid
 from attnzoo.oracles.selected.indexed import indexed
 from attnzoo.oracles.selected.moba import moba
 from attnzoo.oracles.selected.nsa import nsa
+from attnzoo.oracles.selected.xattention import xattention
 from attnzoo.oracles.sliding_window import sliding_window
 from attnzoo.oracles.sparse_transformer import sparse_transformer
 from attnzoo.oracles.standard import standard
@@ -74,6 +75,7 @@ __all__ = [
     "sliding_window",
     "sparse_transformer",
     "standard",
+    "xattention",
 ]
 
 for _module in iter_modules(__path__):  # those of variants that the list above does not have yet

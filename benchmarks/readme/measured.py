@@ -133,7 +133,28 @@ def healing() -> str:
     return markdown_table(headings, rows)
 
 
+def selected() -> str:
+    """Keys chosen by the data and by position, at one budget."""
+    rows, found = [], read_lines("selected_quality.jsonl")
+    lengths = list(found[0]["needle"])
+    for row in found:
+        seen, needles = row["seen"], (row["needle"][length] for length in lengths)
+        rows.append(
+            [
+                row["attention"],
+                f"{row['macs_share']:.0%}",
+                *(("", "") if seen is None else (f"{seen['top_16']:.0%}", f"{seen['mass']:.0%}")),
+                *(_digits(value) for value in row["perplexity"].values()),
+                *(f"{one['digits']} of {one['of']} ({one['probability']:.0%})" for one in needles),
+            ]
+        )
+    texts = [f"perplexity, {text}" for text in found[0]["perplexity"]]
+    needles = [f"needle at {int(length):,}" for length in lengths]
+    return markdown_table(["attention", "MACs", "top 16 seen", "mass", *texts, *needles], rows)
+
+
 TABLES = {
+    "selected": selected,
     "recall": recall,
     "checkpointing": checkpointing,
     "generation": generation,

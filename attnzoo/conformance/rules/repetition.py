@@ -107,6 +107,9 @@ def _in_steps(subject: Subject, given: Given, lengths: list[int]) -> tuple[Tenso
     function: Any = subject.function
     if not (hasattr(function, "step") and hasattr(function, "init_state")):
         raise NotApplicable("it has no init_state and step")
+    spec = getattr(function, "spec", None)
+    if spec is not None and not spec.decodes:
+        raise NotApplicable("it does not decode")
     state = function.init_state(
         given.q.shape[0], kv_heads=given.k.shape[1], dtype=given.q.dtype, device=subject.device
     )
