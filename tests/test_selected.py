@@ -143,7 +143,7 @@ def test_an_indexer_chooses(options: dict, is_causal: bool) -> None:
         expected = gradients_of(out, upstream, *own)
         given: dict[str, Any] = {**masks, **inputs}
         close(indexed(**options).weights(q, k, **given), weights, 1e-10, "weights")
-        for backend in attn.engine.backend_names():
+        for backend in indexed(**options).engine.backend_names():
             attn = preferring(indexed(**options), backend)
             own = [x.clone().requires_grad_() for x in (q, k, v)]
             found = attn(*own, **given)
