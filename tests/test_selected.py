@@ -246,3 +246,18 @@ def test_the_loss_of_an_indexer() -> None:
         close(one, other, 1e-12, "gradient of the loss")
     own = torch.eye(12, dtype=torch.bool).expand(2, -1, -1)
     assert index_loss(q, k, **inputs, selected=own, key_mask=mask).item() == 0
+
+
+def test_the_oracle_cuts_an_indexers_inputs_as_it_cuts_pieces() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 12, 4).double() for _ in range(3))
+    inputs = {"q_index": torch.randn(2, 2, 12, 4), "k_index": torch.randn(2, 1, 12, 4)}
+    inputs["w_index"] = torch.rand(2, 2, 12)
+    segments = torch.tensor([[0] * 5 + [1] * 7, [3] * 12])
+    attn = attnzoo.build("indexed", 2, 4, top_k=3)
+    given = {name: x.double() for name, x in inputs.items()}
+    expected, _ = attnzoo.oracles.indexed(
+        q, k, v, top_k=3, segments=segments, is_causal=True, **inputs
+    )
+    found = attn(q, k, v, segments=segments, is_causal=True, **given)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

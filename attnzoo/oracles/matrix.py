@@ -71,10 +71,11 @@ def by_segments(
 
 def _of_piece(name: str, x: Any, one: slice, rows: list[int], keys: list[int]) -> Any:
     """What an argument of an oracle says of some rows and keys of one sample."""
-    if x is not None and name in ("log_decay", "beta", "removal_key", "removal_rate"):
+    of_keys = ("log_decay", "beta", "removal_key", "removal_rate", "k_index")
+    if x is not None and name in of_keys:
         return x[one][:, :, keys]
-    of_rows = ("levels", "subtraction", "compressed_gate", "selected_gate", "window_gate")
-    if x is not None and name in of_rows:
+    gates = ("compressed_gate", "selected_gate", "window_gate")
+    if x is not None and name in ("levels", "subtraction", "q_index", "w_index", *gates):
         return x[one][:, :, rows]
     if x is None or name not in ("key_mask", "attn_mask", "global_mask", "global_qkv"):
         return x

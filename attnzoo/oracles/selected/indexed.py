@@ -32,9 +32,9 @@ def indexed(
     q_index, k_index, w_index: None: q, k and 1, and each key head chooses for its own heads.
     """
     assert attn_mask is None
-    own = q_index is None
-    q_index, k_index = (q, k) if own else (q_index, k_index)
-    w_index = torch.ones(q_index.shape[:3]) if own else w_index
+    own = q_index is None or k_index is None or w_index is None
+    if q_index is None or k_index is None or w_index is None:
+        q_index, k_index, w_index = q, k, torch.ones(q.shape[:3])
     index_heads, kv_heads = q_index.shape[1], k.shape[1]
     samples = []
     for b in range(q.shape[0]):
