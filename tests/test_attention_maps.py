@@ -121,6 +121,22 @@ def test_a_recurrent_map_makes_the_rows(family: str) -> None:
     torch.testing.assert_close(maps[0] @ v, rows, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["qwen3_next", "mamba2"])  # whose first layer is recurrent
+@pytest.mark.parametrize("side", ["left", "inside", "right"])
+def test_padding_moves_no_row_of_a_recurrent_map(family: str, side: str) -> None:
+    model, given, mask = make_hybrid(family), ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, {"left": [0, 1, 2], "inside": [2, 4, 5], "right": [6, 7, 8]}[side]] = 0
+    real = mask[0].nonzero()[:, 0]
+    with attnzoo.attention_maps(model, layers=0) as maps:
+        model(given, attention_mask=mask, use_cache=False)
+        padded = maps[0][0]
+        model(given[:1, real], use_cache=False)
+        alone = maps[0][0]
+    torch.testing.assert_close(padded[:, real][..., real], alone, rtol=1e-4, atol=1e-5)
+    hidden = mask[0] == 0
+    assert not padded[..., hidden].any() and not padded[:, hidden].any()
+
+
 def test_replaced_and_swapped_hybrids_stay_so() -> None:
     model = make_hybrid("qwen3_next")
     attnzoo.replace_fallbacks(model)

@@ -19,7 +19,9 @@ from attnzoo.commands.program import main
 from attnzoo.conformance import RULES, check
 
 pytest_plugins = ["pytester"]
-QUICK = [rule.name for rule in RULES if rule.shrinks and rule.name != "odd lengths"]
+QUICK = [
+    rule.name for rule in RULES if rule.shrinks and rule.name not in ("odd lengths", "long inputs")
+]
 
 
 def attend(
@@ -65,6 +67,13 @@ def test_costs_are_told() -> None:
     assert power < 1.5
     dense = check(F.scaled_dot_product_attention, dialect="sdpa", rules=["MACs"])
     assert dense.of("MACs").found.startswith("2,097,152 counted; ")
+
+
+def test_exact_attention_is_no_window_of_128() -> None:
+    found = check(attend, "sliding_window", rules=["long inputs"], window=128).of("long inputs")
+    assert found.status == "fails" and "129 tokens" in found.trial, found
+    told = check(attend, "sliding_window", rules=["long inputs"], window=512).of("long inputs")
+    assert told.status == "holds" and "window=512 leaves no key out" in told.found, told
 
 
 def test_memory_steeper_than_that_of_a_fails() -> None:
@@ -132,6 +141,19 @@ def cut_off(q: Tensor, k: Tensor, v: Tensor, **masks: Any) -> Tensor:
     return attend(q, k.detach(), v, **masks)
 
 
+def wrong_far_on(q: Tensor, k: Tensor, v: Tensor, **masks: Any) -> Tensor:
+    return attend(q, k, v, **masks) * (1.01 if k.shape[2] >= 128 else 1.0)
+
+
+def wrong_when_wide(q: Tensor, k: Tensor, v: Tensor, **masks: Any) -> Tensor:
+    return attend(q, k, v, **masks) * (1.01 if q.shape[3] >= 64 else 1.0)
+
+
+def reads_storage(q: Tensor, k: Tensor, v: Tensor, **masks: Any) -> Tensor:
+    plain = torch.as_strided(q, q.shape, torch.empty(q.shape, device="meta").stride())
+    return attend(plain, k, v, **masks)
+
+
 def in_half(q: Tensor, k: Tensor, v: Tensor, **masks: Any) -> Tensor:
     total = attend(q, k, v, **masks)
     return total if q.dtype.itemsize > 2 else (total * 256).round() / 256
@@ -153,6 +175,9 @@ def in_half(q: Tensor, k: Tensor, v: Tensor, **masks: Any) -> Tensor:
         (multiples_of_four, "odd lengths", "1 x 1 token,"),
         (cut_off, "gradients", "gradient of k"),
         (in_half, "half precision", "times as much"),
+        (wrong_far_on, "long inputs", "1 x 128 tokens"),
+        (wrong_when_wide, "long inputs", "of 64"),
+        (reads_storage, "memory layout", ""),
     ],
 )
 def test_what_is_wrong_is_found_and_made_small(function: Any, rule: str, smallest: str) -> None:
@@ -255,7 +280,7 @@ def test_the_command(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatc
     assert main(["check", sdpa, "--dialect", "sdpa", "--rules", "causality"]) == 0
     assert "every rule that applies holds" in capsys.readouterr().out
     assert main(["check", "torch:abs", "--like", "standard", "--rules", "outputs"]) == 4
-    assert "every call was refused" in capsys.readouterr().out
+    assert "nothing could be checked: TypeError" in capsys.readouterr().out
     for asked, said in {
         "mine.py:atend": "did you mean 'attend'?",
         "mine.py": "not of the form MODULE:NAME",

@@ -53,6 +53,12 @@ def test_misuse() -> None:
         to("jax", q=torch.zeros(1, 1, 1, 1))
     with pytest.raises(ValueError, match="did you mean 'window'"):
         to("jax.nn", windw=3)
+    for wrong in (torch.zeros(2, 2), "a"):
+        with pytest.raises(ValueError, match="q must be a tensor of four axes, batch length heads"):
+            to("fla", q=wrong)
+    for turn, window in ((to, 0), (from_, -1)):
+        with pytest.raises(ValueError, match=r"window=\S+ must be a whole number of at least"):
+            turn("jax.nn", window=window)
     with pytest.raises(ValueError, match="holds no q of four axes"):
         to("onnx.LinearAttention", q=torch.zeros(1, 1, 1, 1))
 

@@ -21,7 +21,7 @@ def test_state_bytes_and_growth_are_what_decoding_carries(case: Case, dtype: tor
         _, state = attn.step(q, k, k, state)
         tensors = (state.past.sums,) if case.spec.family == "kernel" else ()
         if not tensors:
-            tensors = (state.k, state.v, *state.inputs.values())
+            tensors = (state.k, state.v, *getattr(state, "inputs", {}).values())
         now, after = (
             attn.cost(2, length, kv_heads=2, is_causal=True, dtype=dtype) for length in (n, n + 1)
         )

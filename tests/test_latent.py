@@ -358,3 +358,13 @@ def test_wrong_calls_are_named() -> None:
     narrow = layer_of("linear")
     with pytest.raises(UnsupportedError, match="linear has a closed form for values as wide"):
         narrow.cost(1, 9)
+
+
+def test_a_state_of_another_batch_is_refused() -> None:
+    sizes = {"kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+    for layer in (
+        attnzoo.LatentAttention(16, 2, batch_first=True, **sizes),
+        attnzoo.MultiheadAttention(16, 2, batch_first=True),
+    ):
+        with pytest.raises(ValueError, match="x has batch size 1 and the state was made for 2"):
+            layer.step(torch.randn(1, 2, 16), layer.init_state(2))

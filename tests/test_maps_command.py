@@ -95,6 +95,7 @@ def test_a_swapped_attention_is_drawn(folder: Path, tmp_path: Path) -> None:
         ([".", "the cat"], "cannot be read as a transformers model"),
         (["HERE", "  "], "the text is empty"),
         (["HERE", "missing.txt"], "missing.txt: No such file"),
+        (["HERE", "the cat", "--output", "."], "output='.' is a folder"),
         (["HERE", "the " * 513], "the text has 513 tokens; give one of 1 to 512"),
         (["HERE", "the cat", "--layer", "7"], "it has 3 attention layers, 0 to 2"),
         (["HERE", "the cat", "--attention", "linformer:rank=4"], "linformer cannot be causal"),
@@ -105,5 +106,6 @@ def test_misuse_is_a_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     given = [str(folder) if word == "HERE" else word for word in asked]
-    assert main(["maps", *given, "--output", "maps.html"]) == 2
+    output = [] if "--output" in given else ["--output", "maps.html"]
+    assert main(["maps", *given, *output]) == 2
     assert said in capsys.readouterr().err and not Path("maps.html").exists()

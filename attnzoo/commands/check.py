@@ -97,7 +97,7 @@ def show(report: Report) -> None:
         console.print("every rule that applies holds")
     else:
         reason = report.findings[0].found
-        console.print(f"nothing could be checked, since every call was refused: {reason}")
+        console.print(f"nothing could be checked: {reason}")
 
 
 def find_callable(text: str) -> Callable[..., Any]:

@@ -48,6 +48,8 @@ def run(settings: Namespace) -> int:
     from attnzoo.report.maps.map_page import LayerMap, map_page
 
     target = Path(settings.output)
+    if target.is_dir():
+        raise ValueError(f"output={settings.output!r} is a folder; give a file, such as maps.html")
     check_folder(target.parent)
     choice = None if settings.attention is None else parse_variant(settings.attention)
     text = read_text(settings.text)
@@ -72,14 +74,18 @@ def run(settings: Namespace) -> int:
     title = f"Attention of {Path(settings.model).name}, {kind}"
     write_text(target, map_page(title, tokens, layers))
     drawn = "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
-    screen().print(f"{drawn} over {len(tokens)} tokens: {target}", soft_wrap=True)
+    read = "1 token" if len(tokens) == 1 else f"{len(tokens)} tokens"
+    screen().print(f"{drawn} over {read}: {target}", soft_wrap=True)
     return 0
 
 
 def read_text(given: str) -> str:
     """The text itself, or what a .txt file holds. Raises ValueError on an empty one."""
     path = Path(given) if given.endswith(".txt") else None
-    text = given if path is None else path.read_text(encoding="utf-8")
+    try:
+        text = given if path is None else path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{given} is not UTF-8 text; save it as UTF-8") from None
     if not text.strip():
         raise ValueError("the text is empty; give some words, or a .txt file that has some")
     return text

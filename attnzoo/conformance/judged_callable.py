@@ -136,6 +136,17 @@ class Subject:
         )
         return out
 
+    def leaves_out(self, given: Given) -> bool:
+        """Whether the variant leaves keys out of some row, beside those that masks hide, or is none
+        that does."""
+        attn = self._built(given.q.shape[1], given.q.shape[3]).to(given.q.dtype)
+        if attn.spec.family != "sparse":
+            return True
+        told: dict[str, Any] = {**masks(given), **given.inputs}
+        weights = attn.weights(given.q, given.k, **told)
+        seen = int((weights != 0).sum(-1).amax(-1).max())
+        return seen < given.k.shape[2]
+
     def reference(self, given: Given) -> Tensor:
         """The rows of this library's reference in the dtype of the call."""
         if self.like is None:

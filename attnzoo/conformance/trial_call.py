@@ -63,7 +63,8 @@ class Trial:
             if group > 1:
                 found.append(replace(self, heads=group, kv_heads=1))
         gone = self.key_length - self.query_length
-        for length in (self.key_length // 2, self.key_length - 1):
+        for less in (self.key_length // 2, self.key_length // 4, 8, 1):
+            length = self.key_length - less
             if length >= max(1, gone + 1, self.pieces):
                 found.append(replace(self, key_length=length, query_length=length - gone))
         if gone > 1:

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from attnzoo.eager import is_recorded
+
 #: Takes the layer that attends, or None where that is not known, and gives A to be formed.
 Watcher = Callable[[Any, Callable[[], Tensor]], None]
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
@@ -20,6 +22,8 @@ def show(layer: Any, weights: Callable[[], Tensor]) -> None:
     layer: the module that attends; None: the one whose forward runs
     weights: forms A, (batch, heads, queries, keys), where somebody wants it
     """
+    if is_recorded():  # nobody watches what runs later, and a compiler cannot ask
+        return
     watcher = _watcher.get()
     if watcher is not None:
         watcher(layer, weights)

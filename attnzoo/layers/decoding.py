@@ -116,6 +116,12 @@ def step_layer(
             f"key_padding_mask has dtype {key_padding_mask.dtype}; a step takes a bool one (True = "
             "ignore)"
         )
+    samples = 1 if x.dim() == 2 else x.shape[0 if layer.batch_first else 1]
+    if samples != len(state.positions):
+        raise ValueError(
+            f"x has batch size {samples} and the state was made for {len(state.positions)}; give "
+            "init_state the batch size of x"
+        )
     axes = "l" if x.dim() == 2 else "b l" if layer.batch_first else "l b"
     batch = "1" if x.dim() == 2 else "b"
     pattern = f"{axes} (p h d) -> p {batch} h l d"

@@ -34,6 +34,27 @@ def any_length(subject: Subject, trial: Trial) -> str:
     return ""
 
 
+def long_rows_equal(subject: Subject, trial: Trial) -> str:
+    """At lengths at which chunks, windows and blocks end; says so where none leaves a key out."""
+    given = subject.given(replace(trial, dtype=subject.dtype))
+    compare(subject.rows(given), subject.expected(given), subject.tolerance, "the rows")
+    if trial.key_length < LONGEST or subject.leaves_out(given):
+        return ""
+    assert subject.like is not None  # else nothing is expected
+    return f"up to {LONGEST} tokens {subject.like.label} leaves no key out: give it smaller options"
+
+
+def any_memory_layout(subject: Subject, trial: Trial) -> str:
+    given = subject.given(replace(trial, dtype=subject.dtype))
+    compare(
+        subject.rows(given.mapped(lambda _, x: x.mT.contiguous().mT if x.dim() > 3 else x)),
+        subject.rows(given),
+        subject.tolerance,
+        "of tensors whose width is not last in memory, the rows",
+    )
+    return ""
+
+
 def gradients_equal(subject: Subject, trial: Trial) -> str:
     given = subject.given(replace(trial, dtype=subject.dtype))
     own, leaves = leaves_of(given)
@@ -89,6 +110,7 @@ def half_precision(subject: Subject, trial: Trial) -> float:
     return ratio
 
 
+LONGEST = 200  # tokens of a call that is compared with the oracle
 PLAIN = (
     Trial(),
     Trial(seed=1),
@@ -109,6 +131,21 @@ RULES = (
         "No length must be a multiple of anything.",
         any_length,
         tuple(Trial(n, n, batch_size=1, heads=2, kv_heads=2) for n in LENGTHS),
+    ),
+    Rule(
+        "long inputs",
+        "Rows are those of the oracle where chunks, windows and blocks end, and at usual widths.",
+        long_rows_equal,
+        (
+            *(Trial(n, n, batch_size=1, heads=2, kv_heads=2) for n in (64, 65, 128, LONGEST)),
+            Trial(130, 130, batch_size=1, heads=1, kv_heads=1, head_dim=64),
+        ),
+    ),
+    Rule(
+        "memory layout",
+        "Rows do not depend on how tensors lie in memory.",
+        any_memory_layout,
+        (Trial(),),
     ),
     Rule(
         "grouped heads",

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from attnzoo.arguments import check_choice
+from attnzoo.arguments import check_choice, check_count, check_positive
 
 
 @dataclass(frozen=True)
@@ -261,6 +261,9 @@ def _layout(spelling: Spelling, word: str, x: Tensor, back: bool) -> Tensor:
             f"{spelling.name} takes {spelling.layout}, which holds no {word} of four axes; bring "
             "heads and width together yourself"
         )
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        found = tuple(x.shape) if isinstance(x, Tensor) else repr(x)
+        raise ValueError(f"{word} must be a tensor of four axes, {spelling.layout}; got {found}")
     axes = _LAYOUTS[spelling.layout]
     return x if axes is None else x.transpose(*axes)
 
@@ -268,7 +271,11 @@ def _layout(spelling: Spelling, word: str, x: Tensor, back: bool) -> Tensor:
 def _window(spelling: Spelling, word: str, window: int, back: bool) -> int:
     if spelling.window_keys is None:
         raise ValueError(f"{spelling.name} has no word for a window; give it a mask")
-    return window + spelling.window_keys if back else window - spelling.window_keys
+    turned = window + spelling.window_keys if back else window - spelling.window_keys
+    ours, theirs = (turned, window) if back else (window, turned)
+    check_positive("window", ours)  # in keys, the query's own included
+    check_count("window", theirs)
+    return turned
 
 
 def _mask(spelling: Spelling, word: str, mask: Tensor, back: bool) -> Tensor:

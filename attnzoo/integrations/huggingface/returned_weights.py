@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attnzoo.attention import Attention
 from attnzoo.call import UnsupportedError
+from attnzoo.eager import is_recorded
 
 
 def wants_weights(kwargs: dict[str, Any]) -> bool:
@@ -20,7 +21,11 @@ def wants_weights(kwargs: dict[str, Any]) -> bool:
         return True
     from transformers.utils import output_capturing
 
-    gathered: Any = output_capturing._active_collector.get()
+    collector: Any = output_capturing._active_collector
+    if is_recorded():  # a compiler cannot ask a context variable, and transformers sets another
+        gathered = collector.global_var if collector.compiling else None
+    else:
+        gathered = collector.get()
     return any("attentions" in key for key in gathered or ())
 
 

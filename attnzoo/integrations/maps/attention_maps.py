@@ -15,7 +15,11 @@ from attnzoo.conventions.watched import watching
 from attnzoo.integrations.chosen_layers import Layers, parse_layers
 from attnzoo.integrations.evaluating import uncompiled
 from attnzoo.integrations.huggingface import interface
-from attnzoo.integrations.huggingface.fallbacks.recurrent_layer import ReplacedLayer
+from attnzoo.integrations.huggingface.fallbacks.recurrent_layer import (
+    RealTokens,
+    ReplacedLayer,
+    real_tokens,
+)
 from attnzoo.integrations.huggingface.fallbacks.replace_fallbacks import (
     is_recurrent,
     replace_fallbacks,
@@ -113,25 +117,32 @@ def attention_maps(model: nn.Module, layers: Layers | None = None) -> Iterator[A
         for hook in _hooks(part, maps):
             stack.callback(hook.remove)
         names = {id(module): path for path, module in part.named_modules()}
-        running: list[str] = []
+        running: list[tuple[str, RealTokens | None]] = []
         for path in _recurrent(part):
             layer = part.get_submodule(path)
-            before = layer.register_forward_pre_hook(lambda *_, path=path: running.append(path))
+
+            def begin(layer: Any, args: Any, kwargs: Any, path: str = path) -> None:
+                running.append((path, real_tokens(layer, args, kwargs)))
+
+            before = layer.register_forward_pre_hook(begin, with_kwargs=True)
             behind = layer.register_forward_hook(lambda *_: _popped(running), always_call=True)
             stack.callback(before.remove)
             stack.callback(behind.remove)
 
         def watch(layer: Any, weights: Callable[[], Tensor]) -> None:
-            path = names.get(id(layer)) if layer is not None else running[-1] if running else None
-            if path is not None:
-                maps.keep(path, weights)
+            if layer is not None:
+                if id(layer) in names:
+                    maps.keep(names[id(layer)], weights)
+            elif running:
+                path, real = running[-1]
+                maps.keep(path, weights if real is None else lambda: real.spread(weights()))
 
         stack.enter_context(watching(watch))
         stack.enter_context(uncompiled())
         yield maps
 
 
-def _popped(running: list[str]) -> None:
+def _popped(running: list[Any]) -> None:
     running.pop()
 
 

@@ -55,6 +55,28 @@ class RealTokens:
         kept = x.masked_fill(~self.mask[..., None], 0.0)
         return torch.take_along_dim(kept, self.order.argsort(1)[..., None], 1)
 
+    def spread(self, weights: Tensor) -> Tensor:
+        """A of the gathered tokens, (batch, heads, length, length), with every row and column where
+        its token stands, and 0 in padded slots."""
+        back = self.order.argsort(1)
+        rows = torch.take_along_dim(weights, back[:, None, :, None], 2)
+        both = torch.take_along_dim(rows, back[:, None, None], 3)
+        real = self.mask.gather(1, back)
+        return both.masked_fill(~(real[:, None, :, None] & real[:, None, None]), 0.0)
+
+
+def real_tokens(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RealTokens | None:
+    """The tokens that a `RecurrentLayer` moves together in such a forward; None where it moves
+    none."""
+    if not isinstance(layer, RecurrentLayer):
+        return None
+    given = {
+        **dict(zip(("hidden_states", "cache_params", "attention_mask"), args, strict=False)),
+        **kwargs,
+    }
+    mask = given.get("attention_mask")
+    return None if mask is None or given["hidden_states"].shape[1] == 1 else RealTokens.of(mask)
+
 
 class ReplacedLayer:
     """A layer of another class than transformers gave it."""

@@ -61,6 +61,8 @@ def replace_fallbacks(model: nn.Module) -> list[str]:
     returns: the names of the layers
     raises: ValueError on a model without such layers, and on one whose layers are replaced already
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"replace_fallbacks takes a transformers model; got {model!r}")
     if any(True for _ in _replaced(model)):
         raise ValueError(
             "the recurrent layers of this model are replaced already; call "
