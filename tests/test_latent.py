@@ -361,7 +361,7 @@ def test_wrong_calls_are_named() -> None:
 
 
 def test_a_state_of_another_batch_is_refused() -> None:
-    sizes = {"kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+    sizes: Any = {"kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
     for layer in (
         attnzoo.LatentAttention(16, 2, batch_first=True, **sizes),
         attnzoo.MultiheadAttention(16, 2, batch_first=True),
