@@ -6,11 +6,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.spec import Input, Spec
 
 PADDINGS = ("none", "left", "right", "inside", "all")
+OPEN, MANY = 3.0, 60  # what opens gates of calls of more tokens than that
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,11 @@ class Given:
         k = draw("batch", "kv_heads", "keys", "width")
         v = draw("batch", "kv_heads", "keys", "value_width")
         drawn = [one for one in spec.inputs if is_drawn(one)] if spec is not None else []
-        inputs = {one.name: _activated(one, draw(*one.names)) for one in drawn}
+        if any(one.name == "beta" for one in drawn):
+            k = F.normalize(k, dim=-1)  # by longer keys a delta rule grows without bound
+        # Sums of a gate that nearly closes at every token of a long call are lost in float32.
+        shift = OPEN if trial.key_length > MANY else 0.0
+        inputs = {one.name: _activated(one, draw(*one.names) + shift) for one in drawn}
         axes = {one.name: one.names for one in drawn}
         return cls(q, k, v, trial.is_causal, _key_mask(trial), _segments(trial), inputs, axes)
 
