@@ -1,7 +1,7 @@
 """attnzoo: attention variants behind one interface, tested against oracles, compared with exact
 attention, with their cost known."""
 
-from attnzoo import oracles
+from attnzoo import conformance, conventions, oracles
 from attnzoo.attention import Attention, Input, Spec
 from attnzoo.call import UnsupportedError
 from attnzoo.cost.memory.memory import Memory, memory
@@ -36,6 +36,8 @@ __all__ = [
     "UnsupportedError",
     "attention_maps",
     "build",
+    "conformance",
+    "conventions",
     "count_flops",
     "describe",
     "distance_biases",

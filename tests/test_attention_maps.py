@@ -173,6 +173,8 @@ def test_layers_and_misuse() -> None:
     with attnzoo.attention_maps(model, layers="1-2") as maps:
         model(tokens())
         assert list(maps) == [1, 2]
+    with pytest.raises(KeyError, match=r"layer -1 is none of the 3 attentions"):
+        maps[-1]
     with pytest.raises(KeyError, match=r"layer 9 is none of the 3 attentions"):
         maps[9]
     with pytest.raises(KeyError, match=r"has no attention 'here'; it has model\.layers\.0"):

@@ -17,6 +17,8 @@ from torch import Tensor
 import attnzoo
 from attnzoo.commands.program import main
 from attnzoo.conformance import RULES, check
+from attnzoo.conventions.dialects.spoken import DIALECTS
+from attnzoo.registry import Choice
 
 pytest_plugins = ["pytester"]
 QUICK = [
@@ -238,6 +240,26 @@ def test_a_module_keeps_its_mode() -> None:
     assert report.holds and attn.training
 
 
+def test_every_number_of_key_heads_is_tried() -> None:
+    groups: set[tuple[int, int]] = set()
+
+    def function(q: Tensor, k: Tensor, v: Tensor, **masks: Any) -> Tensor:
+        groups.add((q.shape[1], k.shape[1]))
+        shared = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        return attend(q, *shared, **masks)
+
+    assert check(function, rules=["grouped heads"]).holds
+    assert {(4, 2), (4, 1)} <= groups
+
+
+def test_an_option_that_is_called_as_an_argument_goes_by_choice() -> None:
+    attn = attnzoo.build("performer", 4, 8, num_features=16, seed=3)
+    right, wrong = (Choice("performer", {"num_features": 16, "seed": seed}) for seed in (3, 4))
+    for like, status in ((right, "holds"), (wrong, "fails")):
+        report = check(attn, like, rules=["outputs"], heads=4, head_dim=8)
+        assert report.of("outputs").status == status, str(report)
+
+
 def test_json_and_junit() -> None:
     report = check(wrong(diagonal=2), "standard", rules=["causality", "packing", "determinism"])
     told = json.loads(report.to_json())
@@ -281,6 +303,12 @@ def test_the_command(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatc
     assert "every rule that applies holds" in capsys.readouterr().out
     assert main(["check", "torch:abs", "--like", "standard", "--rules", "outputs"]) == 4
     assert "nothing could be checked: TypeError" in capsys.readouterr().out
+    mine = ["check", "mine.py:attend", "--like", "performer:seed=3", "--rules", "determinism"]
+    assert main(mine) == 0
+    with pytest.raises(SystemExit):
+        main(["check", "--help"])
+    helped = " ".join(capsys.readouterr().out.split())
+    assert f"{', '.join([*DIALECTS][:-1])} or {[*DIALECTS][-1]}" in helped
     for asked, said in {
         "mine.py:atend": "did you mean 'attend'?",
         "mine.py": "not of the form MODULE:NAME",

@@ -68,7 +68,7 @@ def run(settings: Namespace) -> int:
     console = messages()
     report = check(
         function,
-        None if choice is None else choice.name,
+        choice,
         dialect=settings.dialect,
         rules=settings.rules,
         heads=settings.heads,
@@ -76,7 +76,6 @@ def run(settings: Namespace) -> int:
         device=settings.device,
         seed=settings.seed,
         progress=lambda rule: console.print(f"attnzoo: {rule}", soft_wrap=True),
-        **({} if choice is None else choice.options),
     )
     for name, path in files.items():
         write_text(Path(path), report.to_json() if name == "json" else report.to_junit())

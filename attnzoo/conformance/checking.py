@@ -24,7 +24,7 @@ SHRINKINGS = 60  # calls at most that are tried to make a failing one small
 
 def check(
     function: Callable[..., Any],
-    like: str | None = None,
+    like: str | Choice | None = None,
     *,
     dialect: str = "attnzoo",
     rules: Iterable[str] | None = None,
@@ -38,15 +38,17 @@ def check(
     """Whether a callable is the attention that it should be, rule by rule.
 
     function: any callable: a function, a module, an operator of another library
-    like: the variant whose oracle says what its rows are; None: only what every attention holds to
-        is asked, such as causality and the absence of padding
+    like: the variant whose oracle says what its rows are, by name, or with its options as a
+        `attnzoo.registry.Choice`; None: only what every attention holds to is asked, such as
+        causality and the absence of padding
     dialect: how it is called, a name of `attnzoo.conventions.dialects.spoken.DIALECTS`
     rules: names of the rules to ask; None: all
     heads, head_dim: of a callable that takes no others; None: it takes any
     device: where its tensors are
     seed: draws the tensors
     progress: is told the name of each rule before it is tried
-    options: of the variant, such as window=128
+    options: of a variant given by name, such as window=128; one that has the name of an argument
+        here, as `seed` has, goes into a `Choice`
     returns: what was found, with the smallest call that shows each failure
     raises: ValueError on an unknown variant, option, dialect or rule
     """
@@ -55,14 +57,14 @@ def check(
             f"check takes a callable that attends, such as a function or a module; got {function!r}"
             + (", a class: give an instance of it" if isinstance(function, type) else "")
         )
-    if like is None and options:
+    if options and not isinstance(like, str):
         raise ValueError(
-            f"the options {', '.join(options)} belong to a variant; say which one with like="
+            f"the options {', '.join(options)} belong to a variant; say which one with like=NAME"
         )
     for name, size in (("heads", heads), ("head_dim", head_dim)):
         if size is not None:
             check_positive(name, size)
-    choice = None if like is None else Choice(like, options)
+    choice = Choice(like, options) if isinstance(like, str) else like
     if choice is not None:
         choice.build(heads or 4, head_dim or 8, max_length=64)  # whatever is wrong is said now
     asked = RULES if rules is None else [_rule(name) for name in rules]

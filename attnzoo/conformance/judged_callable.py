@@ -15,7 +15,7 @@ from attnzoo.attention import Attention
 from attnzoo.conformance.trial_call import Given, Trial
 from attnzoo.conventions.dialects.dialect import Dialect, NotExpressible
 from attnzoo.oracles import ORACLES
-from attnzoo.registry import Choice, options_of
+from attnzoo.registry import Choice, options_of, spec_of
 from attnzoo.spec import Spec
 
 #: Float64 carries 2e-16; sums of a thousand terms and quotients by small sums lose four digits.
@@ -51,7 +51,7 @@ class Subject:
 
     @property
     def spec(self) -> Spec | None:
-        return None if self.like is None else self._built(1, 4).spec
+        return None if self.like is None else spec_of(self.like.name)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -85,11 +85,12 @@ class Subject:
 
     def fitting(self, trial: Trial) -> Trial:
         """The trial with heads and widths that the callable takes."""
-        heads = self.heads or trial.heads
-        kv_heads = heads if trial.kv_heads == trial.heads else max(1, heads // 2)
-        return replace(
-            trial, heads=heads, kv_heads=kv_heads, head_dim=self.head_dim or trial.head_dim
-        )
+        trial = replace(trial, head_dim=self.head_dim or trial.head_dim)
+        if self.heads is None:
+            return trial
+        kv_heads = self.heads if trial.kv_heads == trial.heads else trial.kv_heads
+        kv_heads = kv_heads if self.heads % kv_heads == 0 else 1
+        return replace(trial, heads=self.heads, kv_heads=kv_heads)
 
     def given(self, trial: Trial) -> Given:
         return Given.of(trial, self.spec)
@@ -100,9 +101,8 @@ class Subject:
         Raises `Refused` when it raises anything, and `NotApplicable` when its dialect has no words
         for such a call.
         """
-        moved = given.mapped(lambda _, x: x.to(self.device))
         try:
-            rows = self.dialect.call(self.function, moved)
+            rows = self.dialect.call(self.function, given.on(self.device))
         except NotExpressible as error:
             raise NotApplicable(str(error)) from None
         except Exception as error:  # whatever a stranger's code raises

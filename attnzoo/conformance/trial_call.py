@@ -139,6 +139,13 @@ class Given:
         own = {name: made[name] for name in self.inputs}
         return replace(self, q=made["q"], k=made["k"], v=made["v"], inputs=own)
 
+    def on(self, device: str) -> Given:
+        """With every tensor there, masks too."""
+        moved = self.mapped(lambda _, x: x.to(device))
+        masks = (self.key_mask, self.segments)
+        key_mask, segments = (None if x is None else x.to(device) for x in masks)
+        return replace(moved, key_mask=key_mask, segments=segments)
+
     def select(self, samples: slice | None = None, keys: Any = None, queries: Any = None) -> Given:
         """Some samples, keys and queries; None: all. keys and queries are slices or lists."""
         axes = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.bench.peak_memory import peak_bytes
-from attnzoo.conformance.judged_callable import Refused, Subject
+from attnzoo.conformance.judged_callable import NotApplicable, Refused, Subject
 from attnzoo.conformance.rules.rule import Broken, Rule
 from attnzoo.conformance.trial_call import Given, Trial
 from attnzoo.cost.tracing.counting import count_flops
@@ -22,7 +22,7 @@ STEEPEST = 2.3  # powers of the length; A itself grows with the second
 def memory_growth(subject: Subject, trial: Trial) -> str:
     """Peaks at the length and at twice that; of a forward pass."""
     if subject.device != "cpu":
-        return "measured on a CPU alone"
+        raise NotApplicable("it is measured on a CPU alone")
     peaks = []
     for length in (trial.key_length // 2, trial.key_length):
         given = subject.given(replace(trial, key_length=length, query_length=length))

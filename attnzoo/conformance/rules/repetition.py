@@ -124,7 +124,7 @@ def _in_steps(subject: Subject, given: Given, lengths: list[int]) -> tuple[Tenso
 
 def _stepped(subject: Subject, given: Given, state: Any) -> tuple[Tensor, Any]:
     function: Any = subject.function
-    moved = given.mapped(lambda _, x: x.to(subject.device))
+    moved = given.on(subject.device)
     rows, state = function.step(moved.q, moved.k, moved.v, state, **moved.inputs)
     return rows.cpu(), state
 

@@ -33,8 +33,7 @@ class AttentionMaps(Mapping[int, Tensor]):
     """A of the layers of a model: by number, in the order of the layers, or by the path of one.
 
     Each is (batch, heads, queries, keys), in float32 or float64, without gradients, of the last
-    forward inside the context. Query i of several hundred keys takes that many numbers: A of n
-    tokens is heads · n² of them for each layer.
+    forward inside the context. A of n tokens takes heads · n² numbers a layer.
     """
 
     def __init__(self, paths: list[str], chosen: list[int] | None) -> None:
@@ -58,7 +57,7 @@ class AttentionMaps(Mapping[int, Tensor]):
         return self._found[path]
 
     def _path(self, layer: int) -> str:
-        if not isinstance(layer, int) or isinstance(layer, bool) or not layer < len(self.paths):
+        if not (isinstance(layer, int) and 0 <= layer < len(self.paths)):
             raise KeyError(
                 f"layer {layer!r} is none of the {len(self.paths)} attentions of the model, 0 to "
                 f"{len(self.paths) - 1}"
@@ -143,7 +142,7 @@ def attention_maps(model: nn.Module, layers: Layers | None = None) -> Iterator[A
 
 
 def _popped(running: list[Any]) -> None:
-    running.pop()
+    running.pop()  # and None, since what a forward hook returns takes the place of the output
 
 
 @contextmanager

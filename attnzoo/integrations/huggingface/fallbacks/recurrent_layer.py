@@ -45,6 +45,12 @@ class RealTokens:
         order = (~real).long().argsort(dim=1, stable=True)
         return cls(order, real.gather(1, order))
 
+    @classmethod
+    def in_call(cls, hidden_states: Tensor, mask: Tensor | None) -> RealTokens | None:
+        """Of a forward; None where it moves no token. A single new token is never padding: the mask
+        of transformers says the same."""
+        return None if mask is None or hidden_states.shape[1] == 1 else cls.of(mask)
+
     def gathered(self, x: Tensor) -> Tensor:
         """(batch, length, width) with the tokens in front and zeros behind them."""
         moved = torch.take_along_dim(x, self.order[..., None], 1)
@@ -66,16 +72,13 @@ class RealTokens:
 
 
 def real_tokens(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RealTokens | None:
-    """The tokens that a `RecurrentLayer` moves together in such a forward; None where it moves
-    none."""
+    """The tokens that a layer moves together in a forward with these arguments; None where it moves
+    none, as no layer does that is not a `RecurrentLayer`."""
     if not isinstance(layer, RecurrentLayer):
         return None
-    given = {
-        **dict(zip(("hidden_states", "cache_params", "attention_mask"), args, strict=False)),
-        **kwargs,
-    }
-    mask = given.get("attention_mask")
-    return None if mask is None or given["hidden_states"].shape[1] == 1 else RealTokens.of(mask)
+    names = ("hidden_states", "cache_params", "attention_mask")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return RealTokens.in_call(given["hidden_states"], given.get("attention_mask"))
 
 
 class ReplacedLayer:
@@ -100,10 +103,8 @@ class RecurrentLayer(ReplacedLayer):
         """As transformers' own. Padding is absent, packed rows are kept apart, and a cached state
         goes on by any number of tokens."""
         segments = told_pieces(hidden_states, kwargs)
-        # A single new token is never padding: the mask of transformers says the same
-        real = None
-        if attention_mask is not None and hidden_states.shape[1] > 1:
-            real = RealTokens.of(attention_mask)
+        real = RealTokens.in_call(hidden_states, attention_mask)
+        if real is not None:
             hidden_states = real.gathered(hidden_states)
         refuse_packed_beside(self, segments, real is not None, self._continues(cache_params))
         made = self.project(hidden_states)
