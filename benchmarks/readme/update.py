@@ -1,13 +1,28 @@
-"""Write the tables of README.md and benchmarks/README.md from the files in benchmarks/results:
+"""Write the tables of README.md and of the pages in docs/ from the files in benchmarks/results:
 `python -m benchmarks.readme.update`."""
 
 from __future__ import annotations
 
-from benchmarks.readme import compared, gates, measured, peers, swapped, trained
+from benchmarks.readme import (
+    choices,
+    compared,
+    costs,
+    gates,
+    measured,
+    peers,
+    recorded,
+    swapped,
+    trained,
+    useful,
+)
 from benchmarks.readme.files import ROOT
-from benchmarks.readme.regions import Table, rewritten
+from benchmarks.readme.regions import MARK, Table, rewritten
 
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = tuple(
+    path
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    if MARK in path.read_text(encoding="utf-8")
+)
 TABLES: dict[str, Table] = {
     **compared.TABLES,
     **trained.TABLES,
@@ -15,6 +30,10 @@ TABLES: dict[str, Table] = {
     **measured.TABLES,
     **gates.TABLES,
     **peers.TABLES,
+    **recorded.TABLES,
+    **useful.TABLES,
+    **choices.TABLES,
+    **costs.TABLES,
 }
 
 
