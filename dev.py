@@ -116,9 +116,11 @@ def docs(arguments: list[str]) -> int:
     set_up()
     builder, place = ("linkcheck", "links") if arguments else ("html", "site")
     # A link inside the site that leads nowhere is a warning, and a warning is an error.
-    strict = ("--nitpicky", "--fail-on-warning", "--keep-going", "--quiet")
+    strict = ("--nitpicky", "--fail-on-warning", "--keep-going", "--quiet", "--fresh-env")
     site = ROOT / "build" / place
-    code = call([PYTHON, "-m", "sphinx", "-b", builder, *strict, "docs", site], folder=ROOT)
+    code = call(
+        [PYTHON, "-m", "sphinx", "-b", builder, *strict, "--write-all", "docs", site], folder=ROOT
+    )
     if not code and not arguments:
         say(f"the site is in {site}: open {site / 'index.html'}")
     return code

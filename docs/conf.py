@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from pygments.lexers.special import TextLexer
 
 from attnzoo.version import __version__
-from docs import reference_pages
+from docs import example_pages, reference_pages
 
 project = "attnzoo"
 author = "The attnzoo authors"
@@ -40,6 +40,8 @@ copybutton_prompt_text = "$ "
 
 
 def setup(app: Any) -> None:
-    """Write the API reference before pages are read; a drawing in Mermaid is shown as its text."""
+    """Write the API reference and the examples before pages are read. A drawing in Mermaid is shown
+    as its text."""
     app.add_lexer("mermaid", TextLexer)
     reference_pages.write()
+    example_pages.write()

@@ -4,6 +4,7 @@ built: docs/reference/, which git ignores."""
 from __future__ import annotations
 
 import inspect
+import shutil
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
@@ -48,22 +49,18 @@ CALLED = ("forward", "weights", "init_state", "step", "cost")
 
 
 def write() -> None:
-    """Write all pages; a page that says the same already keeps its time, for builds that go on."""
-    FOLDER.mkdir(exist_ok=True)
-    written = {f"{name}.md": page(name) for name in PAGES}
+    """Write all pages, and the one that lists them."""
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir()
+    for name in PAGES:
+        (FOLDER / f"{name}.md").write_text(page(name), encoding="utf-8")
     listed = "\n".join(PAGES)
-    written["index.md"] = (
+    index = (
         "# API reference\n\nEvery public name of `attnzoo`, from its docstring. Shapes are in the "
         "order of the axes; a *source* link leads to the code.\n\n"
         f"```{{toctree}}\n:maxdepth: 2\n\n{listed}\n```\n"
     )
-    for path in FOLDER.glob("*.md"):
-        if path.name not in written:
-            path.unlink()
-    for name, text in written.items():
-        path = FOLDER / name
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
+    (FOLDER / "index.md").write_text(index, encoding="utf-8")
 
 
 def members(name: str) -> list[str]:

@@ -74,9 +74,9 @@ def _try(name: str, spec: Spec) -> Iterator[str]:
     options = ", ".join(f"{key}={value}" for key, value in sized(name, 1024).items())
     chosen = f", {options}" if options else ""
     causal = str(not spec.bidirectional)
-    layer = f'attention="{name}"'
+    layer = f'64, 4, batch_first=True, attention="{name}"'
     if options:
-        layer += f", attention_options=dict({options})"
+        layer = f"\n    {layer}, attention_options=dict({options})\n"
     yield "## Use it"
     yield "\n".join(
         [
@@ -89,7 +89,7 @@ def _try(name: str, spec: Spec) -> Iterator[str]:
             f"A = attn.weights(q, k, is_causal={causal})  # out = A @ v",
             "torch.testing.assert_close(A @ v, out, atol=1e-4, rtol=1e-4)",
             "",
-            f"layer = attnzoo.MultiheadAttention(64, 4, batch_first=True, {layer})",
+            f"layer = attnzoo.MultiheadAttention({layer})",
             "x = torch.randn(1, 100, 64)",
             f"rows, _ = layer(x, x, x, is_causal={causal}, need_weights=False)",
             "```",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -62,11 +63,12 @@ class CharacterModel(nn.Module):
     @torch.no_grad()
     def sample(self, prompt: Tensor, count: int) -> Tensor:
         """`count` characters after a prompt, (1, length), one at a time from the layers' states."""
-        states = [block.attention.init_state(1) for block in self.blocks]
+        blocks = cast(list[Block], list(self.blocks))
+        states = [block.attention.init_state(1) for block in blocks]
         drawn, new = prompt, prompt
         for _ in range(count):
             x = self.embedding(new)
-            for place, block in enumerate(self.blocks):
+            for place, block in enumerate(blocks):
                 x, states[place] = block.step(x, states[place])
             odds = (self.out(x)[:, -1] / 0.7).softmax(-1)
             new = torch.multinomial(odds, 1)

@@ -1,7 +1,8 @@
 """A kernel of your own, held against a variant's oracle and the rules of meaning.
 
 The same window, written twice: once it shows one key too many, as libraries that do not count the
-query's own key do; once it is right. The check shows the smallest call that tells them apart.
+query's own key do; once it is right. The check shows the smallest call that tells them apart. One
+rule fails for both: a NaN in a later value reaches earlier rows, since 0 · NaN is NaN.
 """
 
 from __future__ import annotations

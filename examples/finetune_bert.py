@@ -1,8 +1,8 @@
 """A pretrained BERT with a window instead of full attention, fine-tuned on passages of plays.
 
-MiniLM-L6 reads 256 tokens of Shakespeare and must tell a tragedy from a comedy. Its attention is
-swapped to a window of 64 keys on each side with a global [CLS]; two upper layers and a classifier
-are trained. Plays that are tested on are not trained on.
+MiniLM-L6 reads 192 tokens and must tell from which of four plays they are. Its attention is swapped
+to a window of 64 keys on each side with a global [CLS]; the two upper layers and a classifier are
+trained. The last fifth of each play is tested on and not trained on.
 """
 
 from __future__ import annotations
@@ -18,21 +18,31 @@ import attnzoo
 from attnzoo.fidelity.pretrained import load
 from attnzoo.texts.plays import play
 
-KINDS = (
-    ("hamlet", "macbeth", "king-lear", "romeo-and-juliet"),
-    ("twelfth-night", "as-you-like-it", "the-tempest", "much-ado-about-nothing"),
-)
-HELD_OUT = ("othello", "a-midsummer-night-s-dream")
+PLAYS = ("hamlet", "macbeth", "twelfth-night", "the-tempest")
 
 
-def passages(tokenizer, titles: tuple[str, ...], label: int, length: int) -> tuple[Tensor, Tensor]:
-    """Passages of `length` tokens that share no word, and their label, once for each."""
-    ids = [tokenizer(play(title), add_special_tokens=False)["input_ids"] for title in titles]
-    flat = torch.tensor([token for one in ids for token in one])
+def passages(tokenizer, title: str, length: int) -> Tensor:
+    """A play in passages of `length` tokens that share no word, in order: (passages, length)."""
+    flat = torch.tensor(tokenizer(play(title), add_special_tokens=False)["input_ids"])
     whole = flat[: len(flat) // (length - 2) * (length - 2)].view(-1, length - 2)
     ends = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id])
     cls, sep = (end.expand(len(whole), 1) for end in ends)
-    return torch.cat([cls, whole, sep], 1), torch.full((len(whole),), label)
+    return torch.cat([cls, whole, sep], 1)
+
+
+def split(tokenizer, length: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Passages and the number of their play: to train on, and to test on."""
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for title in PLAYS:
+        whole = passages(tokenizer, title, length)
+        last = len(whole) - len(whole) // 5
+        found[0].append(whole[:last])
+        found[1].append(whole[last:])
+    first, second = (
+        (torch.cat(part), torch.cat([torch.full((len(x),), i) for i, x in enumerate(part)]))
+        for part in found
+    )
+    return first, second
 
 
 class Classifier(nn.Module):
@@ -40,7 +50,7 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder: nn.Module, width: int) -> None:
         super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(width, 2)
+        self.encoder, self.head = encoder, nn.Linear(width, len(PLAYS))
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.head(self.encoder(input_ids=ids).last_hidden_state[:, 0])
@@ -62,10 +72,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--attention", default="longformer", help="any bidirectional variant")
     parser.add_argument("--window", type=int, default=64, help="keys on each side")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--quick", action="store_true", help="three steps on short passages")
     given = parser.parse_args(arguments)
-    length, steps, tests = (48, 3, 8) if given.quick else (256, given.steps, 64)
+    length, steps, tests = (48, 3, 16) if given.quick else (192, given.steps, 128)
     torch.manual_seed(0)
 
     pretrained = load("MiniLM-L6")
@@ -82,13 +92,9 @@ def main(arguments: list[str] | None = None) -> None:
     trained = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=5e-4)
 
-    parts = [passages(tokenizer, titles, label, length) for label, titles in enumerate(KINDS)]
-    ids, labels = (torch.cat(both) for both in zip(*parts, strict=True))
-    held = [passages(tokenizer, (title,), label, length) for label, title in enumerate(HELD_OUT)]
-    each = min(tests, *(len(x) for x, _ in held))
-    test_ids, test_labels = (
-        torch.cat(both) for both in zip(*[(x[:each], y[:each]) for x, y in held], strict=True)
-    )
+    (ids, labels), (test_ids, test_labels) = split(tokenizer, length)
+    chosen = torch.randperm(len(test_ids))[:tests]
+    test_ids, test_labels = test_ids[chosen], test_labels[chosen]
 
     started = time.monotonic()
     for step in range(steps):
@@ -102,8 +108,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"step {step:3}: loss {float(loss.detach()):.3f}")
     found = accuracy(model, test_ids, test_labels)
     print(
-        f"{given.attention}: {found:.0%} of {len(test_labels)} passages of plays that were held "
-        f"out are told right, after {steps} steps in {time.monotonic() - started:.0f} s"
+        f"{given.attention}: {found:.0%} of {len(test_labels)} passages that were held out are "
+        f"told right, after {steps} steps in {time.monotonic() - started:.0f} s"
     )
 
 

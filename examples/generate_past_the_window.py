@@ -26,10 +26,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure perplexity by windows with and without sinks, then generate."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--window", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=60, help="new ones")
+    parser.add_argument("--tokens", type=int, default=40, help="new ones")
     parser.add_argument("--quick", action="store_true", help="a short text and few tokens")
     given = parser.parse_args(arguments)
-    window, read, new = (16, 48, 4) if given.quick else (given.window, 768, given.tokens)
+    window, read, new = (16, 48, 4) if given.quick else (given.window, 512, given.tokens)
     torch.manual_seed(0)
 
     pretrained = load("SmolLM2-135M")
@@ -49,7 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=new,
-        do_sample=False,
+        do_sample=True,
+        top_p=0.9,
         past_key_values=cache,
         pad_token_id=tokenizer.eos_token_id,
     )

@@ -16,13 +16,15 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import attnzoo
 
+RATE = 1e-3
+
 
 def digits() -> tuple[Tensor, Tensor]:
     """(1797, 1, 8, 8) from -1 to 1, and their labels, in an order that was drawn."""
-    found = load_digits()
-    order = torch.randperm(len(found.target))
-    images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 8 - 1
-    return images[order], torch.tensor(found.target)[order]
+    pixels, found = load_digits(return_X_y=True)
+    order = torch.randperm(len(found))
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    return images[order], torch.tensor(found)[order]
 
 
 def train(model, images: Tensor, labels: Tensor, steps: int, rate: float) -> None:
@@ -69,17 +71,17 @@ def main(arguments: list[str] | None = None) -> None:
             num_hidden_layers=2,
             num_attention_heads=4,
             intermediate_size=128,
-            num_labels=10,
+            id2label={digit: str(digit) for digit in range(10)},
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
     )
     started = time.monotonic()
-    train(model, images[shown], labels[shown], steps, 3e-3)
+    train(model, images[shown], labels[shown], steps, RATE)
     print(f"exact attention, {steps} steps: {accuracy(model, images[held], labels[held]):.1%}")
     attnzoo.swap(model, given.attention)
     print(f"swapped to {given.attention}: {accuracy(model, images[held], labels[held]):.1%}")
-    train(model, images[shown], labels[shown], steps, 1e-3)
+    train(model, images[shown], labels[shown], steps, RATE)
     print(
         f"and fine-tuned for {steps} steps: {accuracy(model, images[held], labels[held]):.1%} "
         f"({time.monotonic() - started:.0f} s in all)"

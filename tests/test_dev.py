@@ -192,7 +192,8 @@ def test_commands_run_with_what_they_need(dev, monkeypatch):
         dev.main(["docs"]),
         dev.main(["docs", "links"]),
     ] == [3, 3, 3, 3, 3]
-    strict = ["--nitpicky", "--fail-on-warning", "--keep-going", "--quiet", "docs"]
+    strict = ["--nitpicky", "--fail-on-warning", "--keep-going", "--quiet", "--fresh-env"]
+    strict += ["--write-all", "docs"]
     assert calls == [
         (["-m", "attnzoo", "compare", "--seed", "1"], {"OMP_PROC_BIND": "true"}),
         (["-m", "attnzoo", "list"], {"OMP_PROC_BIND": "true"}),

@@ -12,13 +12,13 @@ import pytest
 
 pytest.importorskip("transformers")
 import attnzoo
-from docs import docstrings, reference_pages, zoo_pages, zoo_pictures
+from docs import docstrings, example_pages, reference_pages, zoo_pages, zoo_pictures
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
-#: Made when the site is built, from docstrings alone.
-BUILT = DOCS / "reference"
+#: Made when the site is built, from docstrings and from examples/, which have tests of their own.
+BUILT = {DOCS / "reference", DOCS / "examples"}
 #: The README promises its words, and a page of ten lines.
 MOST_WORDS = 900
 
@@ -28,7 +28,7 @@ def blocks(page: Path) -> list[str]:
 
 
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-PAGES = [page for page in PAGES if BUILT not in page.parents]
+PAGES = [page for page in PAGES if not BUILT & {*page.parents}]
 WITH_CODE = [page for page in PAGES if blocks(page)]
 
 
@@ -129,3 +129,19 @@ def test_a_docstring_becomes_a_list_of_its_arguments_and_an_equation() -> None:
         "  longer: words",
         "- **raises** ValueError on 0.",
     ]
+
+
+def test_the_pages_of_examples_show_scripts_whole_and_notebooks_with_their_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(example_pages, "FOLDER", tmp_path / "examples")
+    example_pages.write()
+    pages = {path.stem: path.read_text() for path in (tmp_path / "examples").glob("*.md")}
+    scripts = {path.stem for path in example_pages.EXAMPLES.glob("*.py")}
+    notebooks = {path.stem for path in (example_pages.EXAMPLES / "notebooks").glob("*.ipynb")}
+    assert set(pages) == {"index", *scripts, *notebooks}
+    assert all(f"({name}.md)" in pages["index"] for name in scripts | notebooks)
+    assert all(f"{{literalinclude}} ../../examples/{name}.py" in pages[name] for name in scripts)
+    for name in notebooks:
+        drawn = re.findall(r"!\[[^]]+\]\(([^)]+)\)", pages[name])
+        assert drawn and all((tmp_path / "examples" / one).stat().st_size > 5000 for one in drawn)
