@@ -68,8 +68,8 @@ def _piece(
 def spans(length: int, together: int) -> list[tuple[int, int]]:
     """Which chunks causal attention computes side by side, in order.
 
-    A short input is one chunk. The first chunk stands alone because it may have no past, and the last one because it may be
-    short and its keys need not be added to the sums.
+    A short input is one chunk. Of others the first chunk stands alone because it may have no past,
+    and the last one because it may be short and its keys need not be added to the sums.
 
     length: number of tokens
     together: how many of the chunks in between are computed side by side

@@ -40,9 +40,9 @@ def attend(engine: SparseReference, call: Call) -> Tensor:
 def why_not(engine: SparseReference, call: Call) -> str | None:
     """Why this backend refuses the call; None when it takes it."""
     grid = grid_of(call)
-    if not is_whole(engine.pattern, grid) or _ends_differ(engine, call):
-        if not engine.is_short(grid):
-            return "the pattern hides keys, and a dense mask of them is quadratic in the length"
+    hides = not is_whole(engine.pattern, grid) or _ends_differ(engine, call)
+    if hides and not engine.is_short(grid):
+        return "the pattern hides keys, and a dense mask of them is quadratic in the length"
     return cannot(engine, call)
 
 

@@ -42,7 +42,8 @@ def attend_pattern(engine: SparseReference, call: Call) -> Tensor:
     """As `attend_supported`, where the support is the engine's pattern: a mask of it is kept, and
     serves every call of these sizes."""
     pattern, grid, bias = engine.pattern, grid_of(call), additive(call)
-    if not can_look(call.q, may_stall=True) or not pattern.is_fixed(call):
+    sizes_alone = call.q.is_meta and call.key_mask is None and not torch.compiler.is_compiling()
+    if not (sizes_alone or (can_look(call.q, may_stall=True) and pattern.is_fixed(call))):
         return attend_supported(engine, call)
     tied = pattern.tied_to_end and not grid.is_causal and call.key_mask is not None
     kept = None if tied else _hidden(pattern, grid, call.q.dtype)
