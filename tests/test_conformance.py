@@ -104,6 +104,30 @@ def test_what_others_built_well_holds(function: Any, dialect: str) -> None:
     assert not any(one.status == "refused" for one in report.findings), str(report)
 
 
+def test_final_states_are_compared_where_they_come_back() -> None:
+    module = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+
+    def check_state(function: Any) -> Any:
+        how: dict[str, Any] = {"dialect": "fla", "rules": ["outputs", "final state"]}
+        return check(function, "gated_deltanet", l2_norm=False, **how).of("final state")
+
+    rule = module.torch_chunk_gated_delta_rule
+    assert check_state(rule).status == "holds"
+
+    def early(query, key, value, g, beta, output_final_state=False):
+        """The state before the last token."""
+        rows, _ = rule(query, key, value, g, beta)
+        before = (x[:, :-1] for x in (query, key, value, g, beta))
+        return rows, rule(*before, output_final_state=True)[1] if key.shape[1] > 1 else None
+
+    assert check_state(early).status == "fails" and "the final state" in check_state(early).found
+    assert check_state(lambda q, k, v, g, beta: rule(q, k, v, g, beta)).status == "not applicable"
+    assert check(wrong(), "standard", rules=["final state"]).of("final state").found == (
+        "standard is no recurrence: it has no final state but all keys and values; leave "
+        "output_final_state out"
+    )
+
+
 def wrong(**how: Any) -> Any:
     def function(q: Tensor, k: Tensor, v: Tensor, **masks: Any) -> Tensor:
         return attend(q, k, v, **masks, **how)

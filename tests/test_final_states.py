@@ -68,14 +68,14 @@ def test_the_state_of_the_oracle_is_what_decoding_carries(case: Case, kind: str)
 def test_a_packed_row_ends_with_the_state_of_its_last_piece(name: str) -> None:
     case = Case(name)
     q, k, v, _ = tensors(Situation(LENGTH, LENGTH, heads=HEADS, kv_heads=KV_HEADS), WIDTH)
-    gates = gates_of(name, LENGTH)
+    gates: dict[str, Any] = gates_of(name, LENGTH)
     segments = torch.tensor([[4] * 6 + [1] * 7, [2] * 9 + [3] * 4])
     attn = case.build(HEADS, WIDTH)
-    asked = {"is_causal": True, "output_final_state": True}
+    asked: dict[str, Any] = {"is_causal": True, "output_final_state": True}
     *_, state = ask_oracle(attn, q, k, v, segments=segments, **asked, **gates)
     for sample, first in ((0, 6), (1, 9)):
         here = (slice(sample, sample + 1), slice(None), slice(first, None))
-        own = {one: x[here] for one, x in gates.items()}
+        own: dict[str, Any] = {one: x[here] for one, x in gates.items()}
         *_, alone = ask_oracle(attn, q[here], k[here], v[here], **asked, **own)
         found = state[sample : sample + 1]
         if name == "log_linear":  # as many buckets as the whole row has
