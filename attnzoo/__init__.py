@@ -6,6 +6,7 @@ from attnzoo.attention import Attention, Input, Spec
 from attnzoo.call import UnsupportedError
 from attnzoo.cost.memory.memory import Memory, memory
 from attnzoo.cost.tracing.counting import FlopReport, count_flops
+from attnzoo.cost.tracing.flop_counters import FlopCounters, register_flop_counters
 from attnzoo.engines.engine import Cost
 from attnzoo.integrations.huggingface.fallbacks.replace_fallbacks import (
     replace_fallbacks,
@@ -27,6 +28,7 @@ from attnzoo.version import __version__ as __version__
 __all__ = [
     "Attention",
     "Cost",
+    "FlopCounters",
     "FlopReport",
     "Input",
     "LatentAttention",
@@ -49,6 +51,7 @@ __all__ = [
     "oracles",
     "packed",
     "register",
+    "register_flop_counters",
     "replace_fallbacks",
     "restore_fallbacks",
     "save",

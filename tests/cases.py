@@ -384,8 +384,8 @@ def ask_oracle(
     parameters: dict[str, Tensor] | None = None,
     options: dict[str, Any] | None = None,
     **masks: Any,
-) -> tuple[Tensor, Tensor]:
-    """(out, A) of the variant's oracle. parameters: stand-ins for `learned(attn)`. options: those
+) -> tuple[Tensor, ...]:
+    """What the variant's oracle returns. parameters: stand-ins for `learned(attn)`. options: those
     that attn was built with."""
     name = attn.spec.name
     function = ORACLES[name]

@@ -1,15 +1,16 @@
-"""Write the tables of README.md and benchmarks/README.md from the files in benchmarks/results:
-`python -m benchmarks.readme.update`."""
+"""Write the tables of README.md, benchmarks/README.md and docs/counting.md from the files in
+benchmarks/results: `python -m benchmarks.readme.update`."""
 
 from __future__ import annotations
 
-from benchmarks.readme import compared, gates, measured, peers, swapped, trained
+from benchmarks.readme import compared, counters, gates, measured, peers, swapped, trained
 from benchmarks.readme.files import ROOT
 from benchmarks.readme.regions import Table, rewritten
 
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "counting.md")
 TABLES: dict[str, Table] = {
     **compared.TABLES,
+    **counters.TABLES,
     **trained.TABLES,
     **swapped.TABLES,
     **measured.TABLES,
