@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.bench.environment import environment
+from attnzoo.benchmarking.environment import environment
 from attnzoo.call import repeat_heads
 from attnzoo.fidelity.comparison_rows import Sample
 from attnzoo.fidelity.pretrained import load

@@ -20,9 +20,9 @@ import attnzoo
 import attnzoo.fidelity
 from attnzoo.commands import program
 from attnzoo.commands.command import _console
-from attnzoo.commands.compare import MODELS
-from attnzoo.commands.variants import parse_variant
 from attnzoo.fidelity import LENGTHS, Comparison
+from attnzoo.public.run_compare import MODELS
+from attnzoo.public.variant_text import parse_variant
 from attnzoo.registry import Choice
 
 CONFIGS = Path(__file__).parent.parent / "configs"
