@@ -2,7 +2,7 @@
 states that do not.
 
     python benchmarks/generation.py [--output benchmarks/results/generation.jsonl] [--lengths 1024
-        2048 ...] [--figure docs/generation.png]
+        2048 ...] [--figure docs/figures/generation.png]
 
 A model of SmolLM2-135M's shape (30 layers, 9 heads of 64 that share 3 key-value heads), with random
 weights, since neither time nor bytes depend on them; float32, batch 1, CPU. At each length every

@@ -24,8 +24,8 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo.attention import Attention
-from attnzoo.bench.environment import environment
-from attnzoo.bench.timing import disagreement, interleave
+from attnzoo.benchmarking.environment import environment
+from attnzoo.benchmarking.timing import disagreement, interleave
 from benchmarks.selected import passes, quotients
 
 HEADS, HEAD_DIM, ROUNDS, BUDGET = 12, 64, 9, 2.0

@@ -93,7 +93,7 @@ def _report_of(paths: Sequence[str]) -> Report:
             )
             raise ValueError(
                 f"{path} cannot be drawn: {what}; give result files of one of {commands} (a study "
-                "of benchmarks/ draws its own: benchmarks/README.md)"
+                "of benchmarks/ draws its own: docs/results/index.md)"
             )
     kinds = {form: path for path, form in found.items()}
     if len(kinds) > 1:

@@ -3,7 +3,8 @@
     sh benchmarks/conformance/setup.sh FOLDER
     PYTHONPATH=FOLDER python benchmarks/conformance/others.py [--output FILE] [--page FILE]
 
-A row of the result file is one callable with its report. The page is docs/what_a_check_finds.md.
+A row of the result file is one callable with its report. The page is
+docs/results/what_a_check_finds.md.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from attnzoo.conformance import RULES, check
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/conformance.jsonl"
-PAGE = ROOT / "docs/what_a_check_finds.md"
+PAGE = ROOT / "docs/results/what_a_check_finds.md"
 #: Asked of what draws features of its own, which no oracle knows.
 WITHOUT_ORACLE = (
     *("causality", "padding", "packing", "hidden rows", "determinism", "batch invariance"),
@@ -270,9 +271,9 @@ def main() -> None:
 HEAD = """# What a check finds
 
 `attnzoo check` over attentions of other libraries, as PyPI has them, on a CPU.
-[checking.md](checking.md) says what each rule asks; one that a callable has no argument for is left
-out. `benchmarks/conformance/others.py` writes this page from what the rules measured. A convention
-that is not this library's own shows as a failure, too.
+[Checking](../guides/checking.md) says what each rule asks; one that a callable has no argument
+for is left out. `benchmarks/conformance/others.py` writes this page from what the
+rules measured. A convention that is not this library's own shows as a failure, too.
 
 | callable | checked against | hold | fail |
 |---|---|---|---|
