@@ -29,9 +29,9 @@ from typing import Any
 import torch
 
 import attnzoo
-from attnzoo.bench.bench_rows import ResultFile
-from attnzoo.bench.environment import environment
-from attnzoo.bench.timing import interleave
+from attnzoo.benchmarking.bench_rows import ResultFile
+from attnzoo.benchmarking.environment import environment
+from attnzoo.benchmarking.timing import interleave
 from attnzoo.call import Call
 from attnzoo.engines.softmax.cache import KeyValueCache
 

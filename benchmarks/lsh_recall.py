@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import attnzoo
-from attnzoo.bench.environment import environment
+from attnzoo.benchmarking.environment import environment
 from attnzoo.call import Call, repeat_heads
 from attnzoo.fidelity.comparison_rows import Sample
 from attnzoo.fidelity.pretrained import SOURCES

@@ -28,9 +28,9 @@ import torch
 from torch import nn
 
 import attnzoo
-from attnzoo.bench.environment import environment
-from attnzoo.bench.peak_memory import peak_bytes
-from attnzoo.bench.timing import Timing, interleave
+from attnzoo.benchmarking.environment import environment
+from attnzoo.benchmarking.peak_memory import peak_bytes
+from attnzoo.benchmarking.timing import Timing, interleave
 from attnzoo.report.style import RC, new_figure, styles
 
 WIDTH, HEADS = 512, 8

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from attnzoo.conventions.dialects.facts import SPELLINGS
+from attnzoo.conventions.dialects.facts import SPELLINGS, Spelling
 
 PAGE = Path(__file__).with_name("conventions.md")
 HEAD = """# How libraries spell attention
 
-`docs/conventions_page.py` writes this table from `attnzoo.conventions.SPELLINGS`. *run* means that
-the row was seen to hold with this version on a CPU, by `tests/test_conventions.py` or in the
-project's notes; *read*, that the library's documentation says so.
+`docs/conventions_page.py` writes this table from `attnzoo.conventions.SPELLINGS`. What is printed
+plainly was found by asking the library itself, in this version and on that day, on a CPU:
+`tests/test_speakers.py` does so for what is installed, and `benchmarks/conventions/setup.sh`
+installs it. What is in *italics* was read in the library's documentation.
 
 """
 COLUMNS = (
-    *("library", "", "layout of q, k, v", "keys of a causal window of w"),
+    *("library", "asked on", "layout of q, k, v", "keys of a causal window of w"),
     *("fewer queries than keys stand", "a row that sees nothing", "a mask of keys"),
     *("decay", "state", "besides"),
 )
@@ -41,22 +42,27 @@ assert from_("transformers", window=128) == {"window": 128}
 """
 
 
+FIELDS = ("layout", "window_keys", "alignment", "hidden_row", "mask", "decay", "state")
+WORDS = {
+    "window_keys": {None: "", 0: "w", 1: "w + 1"},
+    "alignment": {"first": "at the first key", "last": "at the last key"},
+}
+
+
+def _cell(one: Spelling, field: str) -> str:
+    said = getattr(one, field)
+    said = WORDS.get(field, {}).get(said, said)
+    return f"*{said}*" if said and one.name != "attnzoo" and field not in one.tested else said
+
+
 def page() -> str:
     """The whole page."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for one in SPELLINGS.values():
-        window = {None: "", 0: "w", 1: "w + 1"}[one.window_keys]
-        stands = {"first": "at the first key", "last": "at the last key", "": ""}
         cells = (
             f"`{one.name}` {one.version}".strip(),
-            one.known,
-            one.layout,
-            window,
-            stands.get(one.alignment, one.alignment),
-            one.hidden_row,
-            one.mask,
-            one.decay,
-            one.state,
+            one.date or ("" if one.name == "attnzoo" else "read"),
+            *(_cell(one, field) for field in FIELDS),
             one.note,
         )
         lines.append("| " + " | ".join(cells) + " |")

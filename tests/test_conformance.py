@@ -17,7 +17,8 @@ from torch import Tensor
 import attnzoo
 from attnzoo.commands.program import main
 from attnzoo.conformance import RULES, check
-from attnzoo.conventions.dialects.spoken import DIALECTS
+from attnzoo.conformance.judged_callable import Subject
+from attnzoo.conventions.dialects.spoken import DIALECTS, find_dialect
 from attnzoo.registry import Choice
 
 pytest_plugins = ["pytester"]
@@ -102,6 +103,40 @@ def test_what_others_built_well_holds(function: Any, dialect: str) -> None:
     report = check(function, "standard", dialect=dialect)
     assert report.holds, str(report)
     assert not any(one.status == "refused" for one in report.findings), str(report)
+
+
+def subject_of(function: Any, name: str, dialect: str = "attnzoo") -> Subject:
+    return Subject(function, find_dialect(dialect), Choice(name), heads=2, head_dim=8)
+
+
+@pytest.mark.parametrize("name", attnzoo.names())
+def test_every_variant_is_seen_to_compute_in_float64(name: str) -> None:
+    assert subject_of(build_small(name, 2, 8).double(), name).dtype == torch.float64
+
+
+def test_final_states_are_compared_where_they_come_back() -> None:
+    module = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+
+    def check_state(function: Any) -> Any:
+        how: dict[str, Any] = {"dialect": "fla", "rules": ["outputs", "final state"]}
+        return check(function, "gated_deltanet", l2_norm=False, **how).of("final state")
+
+    rule = module.torch_chunk_gated_delta_rule
+    assert subject_of(rule, "gated_deltanet", "fla").dtype == torch.float32  # whatever it is given
+    assert check_state(rule).status == "holds"
+
+    def early(query, key, value, g, beta, output_final_state=False):
+        """The state before the last token."""
+        rows, _ = rule(query, key, value, g, beta)
+        before = (x[:, :-1] for x in (query, key, value, g, beta))
+        return rows, rule(*before, output_final_state=True)[1] if key.shape[1] > 1 else None
+
+    assert check_state(early).status == "fails" and "the final state" in check_state(early).found
+    assert check_state(lambda q, k, v, g, beta: rule(q, k, v, g, beta)).status == "not applicable"
+    assert check(wrong(), "standard", rules=["final state"]).of("final state").found == (
+        "standard is no recurrence: it has no final state but all keys and values; leave "
+        "output_final_state out"
+    )
 
 
 def wrong(**how: Any) -> Any:

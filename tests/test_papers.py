@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import attnzoo
-import attnzoo.bench.peak_memory
+import attnzoo.benchmarking.peak_memory
 from attnzoo.engines.sparse.patterns.grid import Grid
 
 ROOT = Path(__file__).parent.parent
@@ -171,7 +171,7 @@ def test_a_window_needs_no_square() -> None:
     times."""
     peaks = {
         n: {
-            label: attnzoo.bench.peak_memory.peak_bytes(call)
+            label: attnzoo.benchmarking.peak_memory.peak_bytes(call)
             for label, call in longformer.calls(n, 1).items()
         }
         for n in (1024, 2048)

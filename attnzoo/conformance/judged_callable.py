@@ -65,14 +65,15 @@ class Subject:
         return torch.float32
 
     def _computes_in_float64(self, given: Given) -> bool:
-        """Whether rows answer to changes of q that are lost in float32, twice as much to twice as
-        large ones."""
+        """Whether rows answer to changes of q that are lost in float32, each twice as much to twice
+        as large ones. Rows that do not change at all are taken for float32."""
         rows = self.rows(given)
+        turned = given.q.roll(1, -1)  # since many rows do not change with the length of q
         once, twice = (
-            (self.rows(replace(given, q=given.q * (1 + change))) - rows).norm().item()
-            for change in (1e-9, 2e-9)
+            self.rows(replace(given, q=given.q + change * turned)) - rows for change in (1e-9, 2e-9)
         )
-        return rows.dtype == torch.float64 and abs(twice - 2 * once) <= 0.1 * once
+        size, bent = once.norm().item(), (twice - 2 * once).norm().item()
+        return rows.dtype == torch.float64 and size > 0 and bent <= 0.1 * size
 
     @property
     def tolerance(self) -> float:
@@ -101,21 +102,41 @@ class Subject:
         Raises `Refused` when it raises anything, and `NotApplicable` when its dialect has no words
         for such a call.
         """
+        expected = (*given.q.shape[:3], given.v.shape[3])
+        return self._answer(self.dialect.call, given, "rows", expected)
+
+    def final_state(self, given: Given, sizes: tuple[int, ...]) -> Tensor:
+        """The state after the last token that the callable answers, of these sizes, on the CPU;
+        raises as `rows` does."""
+        if self.dialect.final_state is None:
+            raise NotApplicable(f"{self.dialect.name} has no word for a final state")
+        return self._answer(self.dialect.final_state, given, "a state", sizes)
+
+    def _answer(self, call: Any, given: Given, what: str, sizes: tuple[int, ...]) -> Tensor:
         try:
-            rows = self.dialect.call(self.function, given.on(self.device))
+            found = call(self.function, given.on(self.device))
         except NotExpressible as error:
             raise NotApplicable(str(error)) from None
         except Exception as error:  # whatever a stranger's code raises
             raise Refused(_first_line(error)) from error
-        expected = (*given.q.shape[:3], given.v.shape[3])
-        if not isinstance(rows, Tensor) or tuple(rows.shape) != expected:
-            found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-            raise Refused(f"it returned {found} where rows of {expected} belong")
-        return rows.cpu()
+        if not isinstance(found, Tensor) or tuple(found.shape) != sizes:
+            told = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise Refused(f"it returned {told} where {what} of {sizes} belong")
+        return found.cpu()
 
     def expected(self, given: Given) -> Tensor:
         """The rows of the oracle, in float64 and with gradients. Raises `NotApplicable` where
         nothing says what the callable should be."""
+        return self._oracle(given)[0]
+
+    def expected_state(self, given: Given) -> Tensor:
+        """The final state of the oracle. Raises `NotApplicable` where there is none."""
+        try:
+            return self._oracle(given, output_final_state=True)[2]
+        except ValueError as error:
+            raise NotApplicable(str(error)) from None
+
+    def _oracle(self, given: Given, **told: Any) -> tuple[Tensor, ...]:
         if self.like is None:
             raise NotApplicable("nothing says which attention it should be (like=)")
         double = given.mapped(lambda _, x: x.double())
@@ -125,7 +146,7 @@ class Subject:
         wanted = inspect.signature(oracle).parameters
         options = {one.name: one.default for one in options_of(self.like.name)}
         options |= self.like.completed(max_length=MAX_LENGTH).options
-        out, _ = oracle(
+        return oracle(
             double.q,
             double.k,
             double.v,
@@ -133,8 +154,8 @@ class Subject:
             **arguments,
             **masks(double),
             **double.inputs,
+            **told,
         )
-        return out
 
     def leaves_out(self, given: Given) -> bool:
         """Whether the variant leaves keys out of some row, beside those that masks hide, or is none

@@ -20,7 +20,7 @@ def flash(
     key_mask=None,
     attn_mask=None,
     is_causal=False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Dao et al. 2022, theorem 1: the output of standard attention."""
     given = {"scale": scale, "softcap": softcap, "distance_bias": distance_bias}
     masks = {"key_mask": key_mask, "attn_mask": attn_mask, "is_causal": is_causal}

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from attnzoo.oracles.matrix import HeadMatrix, by_heads, normalised, oracle, rows
+from attnzoo.oracles.matrix import HeadMatrix, by_heads, final_state, normalised, oracle, rows
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:
@@ -65,16 +65,29 @@ def _series(normalize: bool, _: int, q: Tensor, k: Tensor, visible: Tensor) -> T
     return rows(visible, weigh)
 
 
+def _series_features(x: Tensor) -> Tensor:
+    """1, x_i and x_i·x_j for i < j, x_i²/√2, of x·d^-¼: their products are the series."""
+    d = x.shape[-1]
+    x = x * d**-0.25
+    pairs = [
+        x[..., i] * x[..., j] * (0.5**0.5 if i == j else 1) for i in range(d) for j in range(i, d)
+    ]
+    return torch.cat([torch.ones_like(x[..., :1]), x, torch.stack(pairs, -1)], -1)
+
+
 @oracle("linear")
 def linear(
     q, k, v, *, feature_map="elu", normalize=True, key_mask=None, attn_mask=None, is_causal=False
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Katharopoulos et al. 2020, equations 4 and 8; `softmax` is Shen et al. 2021. feature_map: a
     name or a callable."""
     assert attn_mask is None
     if feature_map == "softmax":
-        return by_heads(_efficient, q, k, v, key_mask, is_causal)
-    if feature_map == "taylor":
-        return by_heads(partial(_series, normalize), q, k, v, key_mask, is_causal)
-    phi = feature_map if callable(feature_map) else FEATURE_MAPS[feature_map]
-    return by_heads(kernel(phi, phi, normalize), q, k, v, key_mask, is_causal)
+        matrix, phi, normalize = _efficient, torch.exp, True
+    elif feature_map == "taylor":
+        matrix, phi = partial(_series, normalize), _series_features
+    else:
+        phi = feature_map if callable(feature_map) else FEATURE_MAPS[feature_map]
+        matrix = kernel(phi, phi, normalize)
+    state = final_state(lambda h, k_h, real: phi(k_h), k, v, key_mask, normalize)
+    return *by_heads(matrix, q, k, v, key_mask, is_causal), state

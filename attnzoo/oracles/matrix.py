@@ -6,6 +6,12 @@ what it learned or drew, and returns (out, A): out is (batch, heads, query_lengt
 (batch, heads, query_length, key_length). All are differentiable. Query i stands at position
 key_length - query_length + i; a row that sees nothing is 0. segments, (batch, key_length) integer,
 tells which piece of a packed row a token belongs to: every piece is asked about alone.
+
+With output_final_state=True a recurrence, or what can be written as one, returns (out, A, state),
+the state after the last token, of its piece in a packed row: S, (batch, kv_heads, width,
+value_dim), as the recurrence of its paper has it, without the factor of the scores. Where rows are
+normalised it is Σ_j φ(k_j) [v_j, 1]ᵀ, whose last column makes the normaliser. All others have to
+carry the keys and values themselves, and raise ValueError.
 """
 
 from __future__ import annotations
@@ -18,23 +24,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Oracle = Callable[..., tuple[Tensor, Tensor]]
+Oracle = Callable[..., tuple[Tensor, ...]]
 ORACLES: dict[str, Oracle] = {}
 HeadMatrix = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def oracle(name: str) -> Callable[[Oracle], Oracle]:
-    """Enter a function into `ORACLES` under the name of the variant it specifies, and let it take
-    `segments`."""
+    """Enter a function, which returns (out, A) or (out, A, state), into `ORACLES` under the name of
+    the variant it specifies, and let it take `segments` and `output_final_state`."""
 
     def enter(function: Oracle) -> Oracle:
         @wraps(function)
         def of_packed(
-            q: Tensor, k: Tensor, v: Tensor, *, segments: Tensor | None = None, **given: Any
-        ) -> tuple[Tensor, Tensor]:
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            *,
+            segments: Tensor | None = None,
+            output_final_state: bool = False,
+            **given: Any,
+        ) -> tuple[Tensor, ...]:
             if segments is None:
-                return function(q, k, v, **given)
-            return by_segments(function, q, k, v, segments, given)
+                found = function(q, k, v, **given)
+            else:
+                found = by_segments(function, q, k, v, segments, given)
+            if output_final_state and len(found) == 2:
+                raise ValueError(
+                    f"{name} is no recurrence: it has no final state but all keys and values; "
+                    "leave output_final_state out"
+                )
+            return found if output_final_state else found[:2]
 
         ORACLES[name] = of_packed
         return of_packed
@@ -44,9 +63,9 @@ def oracle(name: str) -> Callable[[Oracle], Oracle]:
 
 def by_segments(
     function: Oracle, q: Tensor, k: Tensor, v: Tensor, segments: Tensor, given: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """What an oracle says of every piece of every sample, put where the tokens of the piece
-    stand."""
+    stand; the state is that of the piece of the last token."""
     batch, heads, query_length, _ = q.shape
     offset = k.shape[2] - query_length
     if given.get("attn_mask") is not None:
@@ -54,6 +73,7 @@ def by_segments(
     assert segments.shape == (batch, k.shape[2]) and not segments.is_floating_point()
     out = torch.zeros(batch, heads, query_length, v.shape[3], dtype=torch.float64)
     weights = torch.zeros(batch, heads, query_length, k.shape[2], dtype=torch.float64)
+    states = []
     for b in range(batch):
         one = slice(b, b + 1)
         for piece in segments[b].unique():
@@ -61,12 +81,13 @@ def by_segments(
             rows = [j - offset for j in keys if j >= offset]
             own = {name: _of_piece(name, x, one, rows, keys) for name, x in given.items()}
             if rows:
-                found, a = function(
+                found, a, *state = function(
                     q[one][:, :, rows], k[one][:, :, keys], v[one][:, :, keys], **own
                 )
                 out[b, :, rows] = found[0].to(out)
                 weights[b, :, torch.tensor(rows)[:, None], torch.tensor(keys)] = a[0].to(weights)
-    return out, weights
+                states += state if piece == segments[b, -1] else []
+    return (out, weights, torch.cat(states)) if states else (out, weights)
 
 
 def _of_piece(name: str, x: Any, one: slice, rows: list[int], keys: list[int]) -> Any:
@@ -111,6 +132,30 @@ def by_heads(
         samples.append(torch.stack(matrices))
         outputs.append(torch.stack(rows))
     return torch.stack(outputs), torch.stack(samples)
+
+
+def final_state(
+    features: Callable[[int, Tensor, Tensor], Tensor],
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    normalize: bool = False,
+) -> Tensor:
+    """Σ_j φ(k_j) v_jᵀ of every head of keys over the real keys, (batch, kv_heads, width,
+    value_dim), or with normalize Σ_j φ(k_j) [v_j, 1]ᵀ.
+
+    features: φ of a head's number, its keys, (key_length, head_dim), and which of them are real;
+        (key_length, width)
+    """
+    states = []
+    for b in range(k.shape[0]):
+        real = torch.ones(k.shape[2], dtype=torch.bool) if key_mask is None else key_mask[b]
+        for h in range(k.shape[1]):
+            phi, values = features(h, k[b, h].double(), real), v[b, h].double()
+            if normalize:
+                values = torch.cat([values, torch.ones_like(values[:, :1])], 1)
+            states.append(phi[real].T @ values[real])
+    return torch.stack(states).unflatten(0, k.shape[:2])
 
 
 def visible_keys(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.oracles.linear import kernel
-from attnzoo.oracles.matrix import by_heads, oracle
+from attnzoo.oracles.matrix import by_heads, final_state, oracle
 
 
 def random_features(x: Tensor, projection: Tensor, features: str) -> Tensor:
@@ -45,7 +45,7 @@ def performer(
     key_mask=None,
     attn_mask=None,
     is_causal=False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Choromanski et al. 2021: linear attention with random features of q·√scale and k·√scale."""
     assert attn_mask is None
     scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -54,4 +54,5 @@ def performer(
     def phi(x: Tensor) -> Tensor:
         return random_features(x * math.sqrt(scale), projection, features)
 
-    return by_heads(kernel(phi, phi, True), q, k, v, key_mask, is_causal)
+    state = final_state(lambda h, k_h, real: phi(k_h), k, v, key_mask, normalize=True)
+    return *by_heads(kernel(phi, phi, True), q, k, v, key_mask, is_causal), state

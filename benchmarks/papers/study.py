@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnzoo.bench.environment import environment
+from attnzoo.benchmarking.environment import environment
 from attnzoo.packages import MissingPackageError
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from benchmarks.readme import (
     choices,
     compared,
     costs,
+    counters,
     gates,
     measured,
     peers,
@@ -25,6 +26,7 @@ PAGES = tuple(
 )
 TABLES: dict[str, Table] = {
     **compared.TABLES,
+    **counters.TABLES,
     **trained.TABLES,
     **swapped.TABLES,
     **measured.TABLES,

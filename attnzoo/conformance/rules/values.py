@@ -67,6 +67,14 @@ def gradients_equal(subject: Subject, trial: Trial) -> str:
     return ""
 
 
+def final_state_equals(subject: Subject, trial: Trial) -> str:
+    given = subject.given(replace(trial, dtype=subject.dtype))
+    expected = subject.expected_state(given)
+    found = subject.final_state(given, tuple(expected.shape))
+    compare(found, expected, subject.tolerance, "the final state")
+    return ""
+
+
 def grouped_heads(subject: Subject, trial: Trial) -> str:
     """Against the oracle, or where there is none, the same heads written out."""
     given = subject.given(replace(trial, dtype=subject.dtype))
@@ -125,6 +133,13 @@ RULES = (
         "The gradients of q, k, v and every input are those of the oracle.",
         gradients_equal,
         PLAIN[::2],
+    ),
+    Rule(
+        "final state",
+        "The state after the last token, where one comes back, is that of the oracle.",
+        final_state_equals,
+        (Trial(), Trial(1, 1), Trial(67, 67, batch_size=1, heads=1, kv_heads=1)),
+        causal=True,
     ),
     Rule(
         "odd lengths",

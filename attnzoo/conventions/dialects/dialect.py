@@ -33,6 +33,9 @@ class Dialect:
     meaning: the call in its own words
     call: calls a function so, and returns its rows in this library's layout, (batch, heads,
         query_length, value_dim). Raises `NotExpressible` on what it has no words for.
+    final_state: calls a function so, and returns the state after the last token in this library's
+        layout, (batch, kv_heads, width, value_dim); raises `NotExpressible` where the function
+        returns none. None: the dialect has no words for it
     hidden_row: what a row is that sees nothing
     isolates_nan: whether what is no number reaches no row that must not see it
     roundings: how often numbers are rounded to a half-precision dtype on their way to a row
@@ -41,6 +44,7 @@ class Dialect:
     name: str
     meaning: str
     call: Callable[[Callable[..., Any], Any], Tensor]
+    final_state: Callable[[Callable[..., Any], Any], Tensor] | None = None
     hidden_row: Literal["0", "mean of v"] = "0"
     isolates_nan: bool = False
     roundings: int = 1

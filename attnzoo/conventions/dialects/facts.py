@@ -22,8 +22,6 @@ class Spelling:
     """How a library spells what a call has. "" is what it has no word for, or what is not known.
 
     name, version: of the library or function
-    known: "run" where a test here or in the notes of the project ran it on a CPU, "read" where its
-        documentation says so
     layout: axes of q, k and v
     window_keys: keys that a causal window of w shows, the query's own included, beyond w
     alignment: where queries stand when there are fewer of them than keys and the call is causal
@@ -32,11 +30,13 @@ class Spelling:
     decay: the form of a gate of the state
     state: axes of a recurrent state behind batch and heads
     note: what else differs
+    tested: the fields that were found by asking the library itself, on a CPU, in this version, as
+        `tests/test_speakers.py` does; all others were read in its documentation
+    date: when, year-month-day
     """
 
     name: str
     version: str
-    known: Literal["run", "read"]
     layout: str = "batch heads length width"
     window_keys: int | None = None
     alignment: Literal["first", "last", "refused", ""] = ""
@@ -45,9 +45,14 @@ class Spelling:
     decay: Literal["natural logarithm", "logarithm to 2", "factor", ""] = ""
     state: Literal["width value_dim", "value_dim width", ""] = ""
     note: str = ""
+    tested: tuple[str, ...] = ()
+    date: str = ""
 
 
 HEADS_SECOND = "batch length heads width"
+DATE = "2026-11-30"
+SEEN = ("layout", "alignment", "hidden_row", "mask")
+WITH_WINDOW = (*SEEN, "window_keys")
 #: By name, in the order of the page.
 SPELLINGS = {
     one.name: one
@@ -55,7 +60,6 @@ SPELLINGS = {
         Spelling(
             "attnzoo",
             "",
-            "run",
             window_keys=0,
             alignment="last",
             hidden_row="0",
@@ -67,25 +71,27 @@ SPELLINGS = {
         Spelling(
             "torch.sdpa",
             "2.13.0",
-            "run",
             alignment="first",
             hidden_row="0",
             mask="True = attend",
             note="a NaN in a hidden value makes the row NaN",
+            tested=SEEN,
+            date=DATE,
         ),
         Spelling(
             "torch.MultiheadAttention",
             "2.13.0",
-            "run",
             "batch length width",
             hidden_row="NaN",
             mask="True = hidden",
-            note="key_padding_mask and attn_mask alike",
+            note="key_padding_mask and attn_mask alike; a hidden row is 0 where no weights are "
+            "asked for",
+            tested=("layout", "hidden_row", "mask"),
+            date=DATE,
         ),
         Spelling(
             "transformers",
             "5.23.0",
-            "run",
             window_keys=0,
             alignment="last",
             hidden_row="mean of v",
@@ -94,30 +100,34 @@ SPELLINGS = {
             state="width value_dim",
             note="eager; rows come back as batch length heads width; ModernBERT's "
             "local_attention=8 is 9 keys; Mamba-2's state is value_dim width",
+            tested=(*WITH_WINDOW, "decay", "state"),
+            date=DATE,
         ),
         Spelling(
             "fla",
             "0.6.0",
-            "run",
             HEADS_SECOND,
             window_keys=0,
             decay="natural logarithm",
             state="width value_dim",
             note="operators; the layers of GLA, Gated DeltaNet and KDA keep value_dim width; the "
             "recurrent naive gated delta rule takes (beta, g), the chunked one (g, beta)",
+            tested=("layout", "decay", "state"),
+            date=DATE,
         ),
         Spelling(
             "attention-gym",
             "0.0.17",
-            "run",
+            HEADS_SECOND,
             decay="logarithm to 2",
             state="value_dim width",
             note="KDA",
+            tested=("layout", "decay", "state"),
+            date=DATE,
         ),
         Spelling(
             "mamba-ssm",
             "2",
-            "read",
             HEADS_SECOND,
             decay="natural logarithm",
             state="value_dim width",
@@ -126,16 +136,16 @@ SPELLINGS = {
         Spelling(
             "rwkv",
             "0.8.32",
-            "run",
             HEADS_SECOND,
             decay="factor",
             state="value_dim width",
             note="scale 1; keys are divided by max(norm, 1e-12)",
+            tested=("state",),
+            date=DATE,
         ),
         Spelling(
             "flash-attn",
             "2.8",
-            "read",
             HEADS_SECOND,
             window_keys=1,
             alignment="last",
@@ -145,78 +155,97 @@ SPELLINGS = {
         Spelling(
             "xformers",
             "0.0.35",
-            "read",
             HEADS_SECOND,
             window_keys=0,
             alignment="first",
             mask="added",
-            note="LowerTriangularFromBottomRightMask stands at the last key",
+            note="LowerTriangularFromBottomRightMask, and its window, stand at the last key",
+            tested=("window_keys", "alignment"),
+            date=DATE,
         ),
         Spelling(
             "jax.nn",
-            "0.10",
-            "read",
+            "0.10.2",
             HEADS_SECOND,
             window_keys=1,
             mask="True = attend",
             note="local_window_size=w",
+            alignment="first",
+            hidden_row="mean of v",
+            tested=WITH_WINDOW,
+            date=DATE,
         ),
         Spelling(
             "keras",
-            "3",
-            "read",
+            "3.15.1",
             HEADS_SECOND,
             window_keys=0,
             mask="True = attend",
-            note="ops.dot_product_attention",
+            note="ops.dot_product_attention; the window is of layers.GroupQueryAttention",
+            alignment="first",
+            hidden_row="mean of v",
+            tested=WITH_WINDOW,
+            date=DATE,
         ),
         Spelling(
             "mlx",
-            "0.32",
-            "read",
+            "0.32.4",
             mask="True = attend",
             note="softmax in float32 whatever the precision",
+            alignment="last",
+            hidden_row="mean of v",
+            tested=SEEN,
+            date=DATE,
         ),
         Spelling(
             "onnx.Attention",
-            "opset 24",
-            "read",
+            "opset 25, onnx 1.23.2",
             window_keys=1,
             mask="True = attend",
-            note="left_window_size=w; torch's export of a hidden row gives the mean of v at opset "
-            "20 and 0 at 23",
+            note="asked of the reference evaluator; windows came with opset 25, "
+            "left_window_size=w; torch's export of a hidden row gives the mean of v at opset 20 "
+            "and 0 at 23",
+            alignment="first",
+            hidden_row="0",
+            tested=WITH_WINDOW,
+            date=DATE,
         ),
         Spelling(
             "onnx.LinearAttention",
-            "opset 27",
-            "read",
+            "opset 27, onnx 1.23.2",
             "batch length (heads width)",
             decay="natural logarithm",
             state="width value_dim",
+            tested=("layout", "decay", "state"),
+            date=DATE,
         ),
         Spelling(
             "onnxruntime.GroupQueryAttention",
-            "contrib",
-            "read",
+            "1.32.0",
             "batch length (heads width)",
             window_keys=0,
             note="local_window_size=w",
+            tested=("layout", "window_keys"),
+            date=DATE,
         ),
         Spelling(
             "local-attention",
             "1.11.2",
-            "run",
             window_keys=1,
             mask="True = attend",
             note="with exact_windowsize=True; without it a window of whole blocks",
+            tested=("layout", "window_keys", "mask"),
+            date=DATE,
         ),
         Spelling(
             "x-transformers",
             "2.31.10",
-            "run",
-            window_keys=1,
             mask="True = attend",
             note="query heads h and h + kv_heads share a key head, where elsewhere neighbours do",
+            alignment="last",
+            hidden_row="0",
+            tested=SEEN,
+            date=DATE,
         ),
     )
 }

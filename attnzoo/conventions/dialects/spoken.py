@@ -62,15 +62,15 @@ def transformers(function: Callable[..., Any], given: Asked) -> Tensor:
 
 
 def fla(function: Callable[..., Any], given: Asked) -> Tensor:
-    """An operator of flash-linear-attention: f(q, k, v, g=, beta=, ...), (batch, length, heads,
-    head_dim), by names, since their order is not the same everywhere; it returns rows and a
-    state."""
-    return _fla(function, given, head_first=False)
+    """An operator of flash-linear-attention: f(q=, k=, v=, g=, beta=, output_final_state=), or
+    query=, key=, value=, (batch, length, heads, head_dim), by names, since their order is not the
+    same everywhere; it returns rows and a state."""
+    return _fla_rows(function, given, head_first=False)
 
 
 def fla_head_first(function: Callable[..., Any], given: Asked) -> Tensor:
     """The same, but (batch, heads, length, head_dim), as some of its naive functions have it."""
-    return _fla(function, given, head_first=True)
+    return _fla_rows(function, given, head_first=True)
 
 
 def flash_attn(function: Callable[..., Any], given: Asked) -> Tensor:
@@ -98,7 +98,23 @@ def visible(given: Asked) -> Tensor | None:
     return None if bool(mask.all()) else mask
 
 
-def _fla(function: Callable[..., Any], given: Asked, *, head_first: bool) -> Tensor:
+def _fla_rows(function: Callable[..., Any], given: Asked, *, head_first: bool) -> Tensor:
+    answer = _fla(function, given, head_first)
+    rows = answer[0] if isinstance(answer, tuple) else answer
+    return rows if head_first else rows.transpose(1, 2)
+
+
+def _fla_state(head_first: bool) -> Callable[[Callable[..., Any], Asked], Tensor]:
+    def final_state(function: Callable[..., Any], given: Asked) -> Tensor:
+        if "output_final_state" not in inspect.signature(function).parameters:
+            raise NotExpressible("this operator has no argument output_final_state")
+        return _fla(function, given, head_first, output_final_state=True)[1]
+
+    return final_state
+
+
+def _fla(function: Callable[..., Any], given: Asked, head_first: bool, **told: Any) -> Any:
+    """All that an operator answers."""
     _refuse_masks(given, "fla")
     if not given.is_causal or given.q.shape[2] != given.k.shape[2]:
         raise NotExpressible("fla's operators are causal, with as many queries as keys")
@@ -112,11 +128,10 @@ def _fla(function: Callable[..., Any], given: Asked, *, head_first: bool) -> Ten
     q, k, v = given.q, given.k, given.v
     if q.shape[1] != k.shape[1]:
         raise NotExpressible("fla's operators have as many key heads as query heads")
-    if not head_first:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    answer = function(q=q, k=k, v=v, **named)
-    rows = answer[0] if isinstance(answer, tuple) else answer
-    return rows if head_first else rows.transpose(1, 2)
+    for names, x in zip((("q", "query"), ("k", "key"), ("v", "value")), (q, k, v), strict=True):
+        name = names[1] if names[1] in taken else names[0]
+        named[name] = x if head_first else x.transpose(1, 2)
+    return function(**named, **told)
 
 
 def _refuse_inputs(given: Asked, name: str) -> None:
@@ -140,8 +155,8 @@ DIALECTS = {
         _dialect(attnzoo, isolates_nan=True),
         _dialect(sdpa),
         _dialect(transformers, hidden_row="mean of v", roundings=3),
-        _dialect(fla),
-        _dialect(fla_head_first),
+        _dialect(fla, final_state=_fla_state(head_first=False)),
+        _dialect(fla_head_first, final_state=_fla_state(head_first=True)),
         _dialect(flash_attn),
     )
 }

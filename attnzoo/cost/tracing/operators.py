@@ -91,13 +91,18 @@ def scaled_dot_product_attention(inputs: list[Any], outputs: list[Any]) -> Count
     """Scores and their product with v for every query head, grouped keys included. is_causal counts
     in full, as torch counts it."""
     q, k, v = (shape_of(value) for value in inputs[:3])
-    scores = prod(q[:-1]) * k[-2]
     return Counter(
         {
-            "scaled_dot_product_attention": scores * (q[-1] + v[-1]),
-            "softmax": SOFTMAX_OPERATIONS * scores,
+            "scaled_dot_product_attention": attention_macs(q, k, v),
+            "softmax": SOFTMAX_OPERATIONS * prod(q[:-1]) * k[-2],
         }
     )
+
+
+def attention_macs(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> int:
+    """Scores and their product with v, of shapes (..., length, width), every query with every
+    key."""
+    return prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
 def einsum(inputs: list[Any], outputs: list[Any]) -> int:
@@ -205,9 +210,9 @@ def _nothing(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     return Counter()
 
 
-def all_handles() -> dict[str, Handle | None]:
-    """Handle of every operator by its name in the graph; None: ignored."""
-    products: dict[str, Handle | None] = {
+def products() -> dict[str, Handle]:
+    """Handle of every operator that multiplies matrices, by its name in the graph."""
+    return {
         **{
             f"aten::{name}": contraction(0)
             for name in ("matmul", "bmm", "mm", "mv", "dot", "linear")
@@ -217,6 +222,10 @@ def all_handles() -> dict[str, Handle | None]:
         "aten::einsum": einsum,
         "aten::scaled_dot_product_attention": scaled_dot_product_attention,
     }
+
+
+def all_handles() -> dict[str, Handle | None]:
+    """Handle of every operator by its name in the graph; None: ignored."""
     elementwise = {
         f"aten::{name}{in_place}": _per_output(name, rate)
         for name, rate in ELEMENTWISE.items()
@@ -226,7 +235,7 @@ def all_handles() -> dict[str, Handle | None]:
     views = {f"prim::PythonOp.{name}": _nothing for name in VIEWS}
     return {
         **dict.fromkeys(f"aten::{name}" for name in _IGNORED.split()),
-        **products,
+        **products(),
         **elementwise,
         **views,
     }

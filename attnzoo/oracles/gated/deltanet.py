@@ -21,7 +21,7 @@ def deltanet(
     attn_mask=None,
     is_causal=False,
     beta=None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Schlag et al. 2021, equation 24: what stood at a key, v̄_t = S_{t-1}ᵀ k_t, is replaced by
     β_t v_t + (1 - β_t) v̄_t. beta: (batch, kv_heads, key_length), β_t."""
     assert is_causal and attn_mask is None

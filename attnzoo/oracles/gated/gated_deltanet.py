@@ -22,7 +22,7 @@ def gated_deltanet(
     is_causal=False,
     log_decay=None,
     beta=None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Yang et al. 2024, equation 10: S_t = α_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ, in the
     state of this library, (head_dim, value_dim). log_decay, beta: (batch, kv_heads, key_length),
     log α_t and β_t."""

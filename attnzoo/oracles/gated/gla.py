@@ -11,7 +11,7 @@ from attnzoo.oracles.matrix import oracle
 @oracle("gla")
 def gla(
     q, k, v, *, scale=None, key_mask=None, attn_mask=None, is_causal=False, log_decay=None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Yang et al. 2023, equation 3: S_t = Diag(α_t) S_{t-1} + k_t v_tᵀ, o_t = S_tᵀ q_t / √d.
     log_decay: (batch, kv_heads, key_length, head_dim), log α_t."""
     assert is_causal and attn_mask is None

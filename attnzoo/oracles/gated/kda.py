@@ -22,7 +22,7 @@ def kda(
     is_causal=False,
     log_decay=None,
     beta=None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Kimi Team 2025, equation 1: S_t = (I - β_t k_t k_tᵀ) Diag(α_t) S_{t-1} + β_t k_t v_tᵀ.
     log_decay: (batch, kv_heads, key_length, head_dim), log α_t; beta: (batch, kv_heads,
     key_length), β_t."""

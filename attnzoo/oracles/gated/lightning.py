@@ -22,7 +22,7 @@ def lightning(
     key_mask=None,
     attn_mask=None,
     is_causal=False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Qin et al. 2024, equation 4: kv_t = λ kv_{t-1} + k_t v_tᵀ, o_t = kv_tᵀ q_t, with λ = e^-slope
     as MiniMax-01's modeling file has it, or flash-linear-attention's. A group of query heads has
     the slope of its first."""

@@ -11,7 +11,7 @@ from attnzoo.oracles.matrix import oracle
 @oracle("mamba2")
 def mamba2(
     q, k, v, *, scale=1.0, key_mask=None, attn_mask=None, is_causal=False, log_decay=None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Dao and Gu 2024, equation 1, A a number: h_t = a_t h_{t-1} + B_t x_tᵀ, y_t = h_tᵀ C_t.
     q, k, v are C, B and x; log_decay: (batch, kv_heads, key_length), log a_t."""
     assert is_causal and attn_mask is None

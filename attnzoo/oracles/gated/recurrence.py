@@ -19,8 +19,8 @@ Advance = Callable[[Tensor, int, Tensor], Tensor]
 
 def recurrent(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, advance: Advance
-) -> tuple[Tensor, Tensor]:
-    """(out, A) of a recurrence over the tokens. A padded token leaves the state as it is."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, A, state) of a recurrence over the tokens. A padded token leaves the state as it is."""
     batch, heads, query_length, head_dim = q.shape
     length = k.shape[2]
     values = torch.eye(length, dtype=torch.float64)
@@ -33,8 +33,8 @@ def recurrent(
         query = t - length + query_length
         if query >= 0:
             rows.append(scale * torch.einsum("bhd,bhdn->bhn", q[:, :, query].double(), state))
-    a = torch.stack(rows, 2)
-    return a @ of_heads(v, heads, key_mask), a
+    a, of_values = torch.stack(rows, 2), of_heads(v, heads, key_mask)
+    return a @ of_values, a, (state @ of_values)[:, :: heads // k.shape[1]]
 
 
 def of_heads(x: Tensor, heads: int, key_mask: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ def rwkv7(
     log_decay=None,
     removal_key=None,
     removal_rate=None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Peng et al. 2025, equation 17, in the state of this library, (head_dim, value_dim):
     S_t = (diag(w_t) - (a_t ∘ κ_t) κ_tᵀ) S_{t-1} + k_t v_tᵀ. log_decay, removal_key, removal_rate:
     (batch, kv_heads, key_length, head_dim), log w_t, κ_t and a_t."""

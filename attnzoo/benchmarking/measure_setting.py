@@ -5,19 +5,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from attnzoo.attention import Attention
-from attnzoo.bench import arithmetic
-from attnzoo.bench.bench_rows import LATE, SDPA, Key, Row
-from attnzoo.bench.cuda_timing import captured, check_answers, stopwatch_of
-from attnzoo.bench.environment import environment
-from attnzoo.bench.heap import out_of_memory, settle_heap
-from attnzoo.bench.levels import (
+from attnzoo.benchmarking import arithmetic
+from attnzoo.benchmarking.bench_rows import LATE, SDPA, Key, Row, blank_row
+from attnzoo.benchmarking.cuda_timing import captured, check_answers, stopwatch_of
+from attnzoo.benchmarking.environment import environment
+from attnzoo.benchmarking.heap import out_of_memory, settle_heap
+from attnzoo.benchmarking.levels import (
     Pass,
     Work,
     choice_for,
@@ -26,34 +26,20 @@ from attnzoo.bench.levels import (
     prepare,
     segments_of,
 )
-from attnzoo.bench.machine_limits import Limits, measure_limits
-from attnzoo.bench.peak_memory import peak_bytes
-from attnzoo.bench.plan import MOST_TOKENS, Cell, Contender
-from attnzoo.bench.timing import MINIMUM_ROUNDS, Timing, decoding_mistake, interleave, mistake
-from attnzoo.registry import Choice
+from attnzoo.benchmarking.machine_limits import Limits, measure_limits
+from attnzoo.benchmarking.peak_memory import peak_bytes
+from attnzoo.benchmarking.plan import MOST_TOKENS, Cell, Contender
+from attnzoo.benchmarking.timing import (
+    MINIMUM_ROUNDS,
+    Timing,
+    decoding_mistake,
+    interleave,
+    mistake,
+)
 
 INPUT_SETS = {"cpu": 1, "cuda": 4}  # on CUDA several, so that no run finds its inputs in a cache
 SHORT_PASS = 0.5  # seconds
 MOST_REPEATS = 64
-
-
-def blank_row(contender: Contender | None, cell: Cell) -> Row:
-    """The row of a contender (None: SDPA called directly) before anything is measured."""
-    choice = Choice(SDPA) if contender is None else contender.choice
-    backend = "auto" if contender is None else contender.backend
-    return Row(
-        cell.level,
-        cell.phase,
-        cell.is_causal,
-        choice.name,
-        dict(choice.options),
-        choice.label,
-        backend,
-        cell.length,
-        cell.dtype,
-        *astuple(cell.shape),
-        segments=cell.segments,
-    )
 
 
 @dataclass

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from attnzoo.bench.bench_rows import Key, Row
-from attnzoo.bench.measure_setting import Bench, blank_row
-from attnzoo.bench.plan import Plan
+from attnzoo.benchmarking.bench_rows import Key, Row, blank_row
+from attnzoo.benchmarking.measure_setting import Bench
+from attnzoo.benchmarking.plan import Plan
 from attnzoo.registry import ParseChoice
 
 Progress = Callable[[str, int, int], None]
@@ -43,10 +43,10 @@ def run_plan(
 
 
 def planned(plan: Plan, parse: ParseChoice) -> set[Key]:
-    """The keys of all rows of a plan, but for those of SDPA called directly."""
+    """The keys of all rows of a plan, with those of SDPA called directly."""
     return {
         blank_row(contender, cell).key
         for sweep in plan.sweeps
-        for contender in sweep.contenders(parse)
+        for contender in (None, *sweep.contenders(parse))
         for cell in sweep.cells()
     }

@@ -1,14 +1,18 @@
-"""Variants as they are written on a command line: performer:num_features=64,features=hyperbolic."""
+"""Variants as they are written: performer:num_features=64,features=hyperbolic."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jsonargparse import get_loader
-
 from attnzoo.arguments import nearest
+from attnzoo.packages import require
 from attnzoo.registry import Choice, find, options_of
+
+#: A variant as text, as a pair of its name and its options, or as a `Choice`.
+Variant = str | tuple[str, Mapping[str, Any]] | Choice
 
 HEADS, HEAD_DIM, LENGTH = 2, 64, 64  # of the trial build that finds bad values before any work
 KINDS: dict[str, tuple[type, ...]] = {
@@ -37,6 +41,42 @@ def parse_variant(text: str) -> Choice:
     return choice
 
 
+def written(variants: Variant | Iterable[Variant]) -> list[str]:
+    """One variant, or several, each as text that `parse_variant` reads.
+
+    Raises ValueError on what is none, and on an option that no text says.
+    """
+    if isinstance(variants, str | Choice) or _is_pair(variants):
+        variants = [variants]  # type: ignore[list-item]  # a pair is no iterable of variants
+    if not isinstance(variants, Iterable):
+        raise ValueError(f"variants={variants!r} must be a variant or a list of them")
+    return [_written(variant) for variant in variants]
+
+
+def _is_pair(variant: object) -> bool:
+    return isinstance(variant, tuple) and len(variant) == 2 and isinstance(variant[1], Mapping)
+
+
+def _written(variant: Any) -> str:
+    if isinstance(variant, str):
+        return variant
+    if _is_pair(variant):
+        variant = Choice(variant[0], dict(variant[1]))
+    if not isinstance(variant, Choice):
+        raise ValueError(
+            f"variants: {variant!r} must be text such as 'performer:num_features=64', a pair such "
+            "as ('performer', {'num_features': 64}), or a Choice"
+        )
+    try:
+        options = [f"{name}={json.dumps(value)}" for name, value in variant.options.items()]
+    except TypeError:
+        raise ValueError(
+            f"variants: an option of {variant.label} cannot be written as text; give numbers, "
+            "texts, truth values or lists of them"
+        ) from None
+    return ":".join([variant.name, *([",".join(options)] if options else [])])
+
+
 def split_options(text: str) -> list[str]:
     """The parts of OPTION=VALUE,OPTION=VALUE, where a list may stand as [1, 2]."""
     return re.split(r",(?![^\[]*\])", text) if text else []
@@ -44,6 +84,9 @@ def split_options(text: str) -> list[str]:
 
 def read_value(text: str) -> Any:
     """A YAML scalar, or a list of them. Raises ValueError on text that is none."""
+    require(f"an option's value ({text})", ["jsonargparse", "yaml"])
+    from jsonargparse import get_loader
+
     try:
         return get_loader("yaml")(text)
     except Exception as error:  # of yaml's many kinds

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from attnzoo.bench.timing import Stopwatch, wall_clock
+from attnzoo.benchmarking.timing import Stopwatch, wall_clock
 
 CAPTURE_WARMUPS = 3
 FLUSH_CACHES = 2  # bytes written between calls, in sizes of the L2 cache

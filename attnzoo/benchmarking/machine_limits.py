@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from attnzoo.bench.timing import Stopwatch
+from attnzoo.benchmarking.timing import Stopwatch
 
 TURNS = 7
 LONGEST_TURN = 1.0  # seconds

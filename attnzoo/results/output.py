@@ -1,24 +1,17 @@
 """Where results go: a folder that is known to be writable before the work, and files that are whole
-or not there; and how long a command still has to go, on standard error."""
+or not there."""
 
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from attnzoo.commands.command import messages
+from attnzoo.results.progress import say
 from attnzoo.results.result_file import ResultFile, ResultRow
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 Row = TypeVar("Row", bound=ResultRow)
-Progress = Callable[[str, int, int], None]
 
 
 def check_folder(path: str | Path) -> Path:
@@ -54,29 +47,5 @@ def open_results(path: Path, kind: type[Row]) -> ResultFile[Row]:
     results.rows()
     said = results.repair()
     if said is not None:
-        messages().print(f"attnzoo: {said}", soft_wrap=True)
+        say(f"attnzoo: {said}")
     return results
-
-
-@contextmanager
-def progress_on(console: Console) -> Iterator[Progress]:
-    """A bar on a terminal, a line per step elsewhere. It is drawn between steps only: a drawing
-    thread would disturb the timings."""
-    if not sys.stderr.isatty():
-        yield lambda stage, done, total: console.print(f"[{done}/{total}] {stage}", soft_wrap=True)
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        BarColumn(24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def report(stage: str, done: int, total: int) -> None:
-            bar.update(task, description=stage, completed=done, total=total, refresh=True)
-
-        yield report

@@ -3,14 +3,14 @@ its contenders."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from attnzoo.arguments import check_positive, check_seed, nearest
-from attnzoo.bench.timing import TOLERANCE
+from attnzoo.benchmarking.timing import TOLERANCE
 from attnzoo.configuration import check_mapping, read_yaml
 from attnzoo.registry import Choice, ParseChoice, names
 
@@ -37,8 +37,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting, in which all contenders run in turns. See `attnzoo.bench.bench_rows.Row` for the
-    words."""
+    """One setting, in which all contenders run in turns. `attnzoo.benchmarking.bench_rows.Row` has
+    the words."""
 
     level: str
     phase: str
@@ -169,6 +169,13 @@ class Sweep:
         ]
 
 
+#: What a file, a command line and a call of `attnzoo.bench` may set: the sizes of a shape also
+#: one by one, each with one value or a list, and dtypes also as `dtype`.
+SIZES = tuple(size.name for size in fields(Shape))
+OF_ALL = ("device", "seed")
+SETTINGS = (*(setting.name for setting in fields(Sweep)), *SIZES, "dtype")
+
+
 @dataclass(frozen=True)
 class Plan:
     """A whole benchmark.
@@ -185,30 +192,60 @@ class Plan:
         check_seed(self.seed)
 
 
-def read_plan(path: Path) -> Plan:
-    """Read a YAML file: device, seed, the settings of `Sweep`, and optionally `sweeps`, a list of
-    mappings that each override them.
+def read_plan(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Plan:
+    """Read a YAML file: device, seed, the settings of a sweep (`SETTINGS`), and optionally
+    `sweeps`, a list of mappings that each override them.
 
+    path: None for a plan of one sweep, of `overrides` and what `Sweep` says of itself.
+    overrides: settings that stand in the place of the file's, in every sweep.
     Raises ValueError, one sentence that names the file, on an unknown key or a value that is not
     allowed.
     """
+    changes = dict(overrides or {})
+    if path is None:
+        return _plan({}, [{}], changes)
     what = f"config {path}"
     found = read_yaml(path, what)
-    common = {name.name for name in fields(Sweep)}
-    check_mapping(what, found, common | {"device", "seed", "sweeps"})
-    shared = {key: value for key, value in found.items() if key in common}
-    overrides = found.get("sweeps", [{}])
-    if not isinstance(overrides, list) or not overrides:
+    check_mapping(what, found, {*SETTINGS, *OF_ALL, "sweeps"})
+    sweeps = found.pop("sweeps", None)
+    if sweeps is not None and (not isinstance(sweeps, list) or not sweeps):
         raise ValueError(f"{what}: sweeps must be a list of mappings that is not empty")
-    for override in overrides:
-        check_mapping(f"{what}, a sweep", override, common, may_be_empty="sweeps" not in found)
+    for sweep in sweeps or ():
+        check_mapping(f"{what}, a sweep", sweep, SETTINGS)
     try:
-        sweeps = tuple(_sweep({**shared, **override}) for override in overrides)
-        return Plan(
-            sweeps=sweeps, **{key: found[key] for key in ("device", "seed") if key in found}
-        )
+        plan = _plan(found, sweeps or [{}], {})
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
+    return _plan(found, sweeps or [{}], changes) if changes else plan
+
+
+def _plan(shared: dict[str, Any], sweeps: list[dict[str, Any]], changes: dict[str, Any]) -> Plan:
+    """The plan of settings that every sweep shares, of each sweep's own, and of changes to all."""
+    whole = {**shared, **changes}
+    return Plan(
+        sweeps=tuple(_sweep(_layered(shared, sweep, changes)) for sweep in sweeps),
+        **{key: whole[key] for key in OF_ALL if key in whole},
+    )
+
+
+def _layered(*layers: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a sweep, a later layer in the place of an earlier one's."""
+    found: dict[str, Any] = {}
+    for layer in layers:
+        if {"dtype", "dtypes"} <= layer.keys():
+            raise ValueError("dtype and dtypes are two names of one setting; give one of them")
+        if "shapes" in layer:  # whole shapes, beside which an earlier size says nothing
+            found = {key: value for key, value in found.items() if key not in SIZES}
+        for key, value in layer.items():
+            if key == "dtype":
+                found["dtypes"] = _listed(value)
+            elif key not in OF_ALL:
+                found[key] = value
+    return found
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
 
 
 def _backends(choice: Choice) -> list[str]:
@@ -217,6 +254,8 @@ def _backends(choice: Choice) -> list[str]:
 
 def _sweep(found: dict[str, Any]) -> Sweep:
     read: dict[str, Any] = {}
+    found = dict(found)
+    sizes = {name: _listed(found.pop(name)) for name in SIZES if name in found}
     for key, value in found.items():
         if key in ("rounds", "budget"):
             read[key] = value
@@ -230,9 +269,14 @@ def _sweep(found: dict[str, Any]) -> Sweep:
         for item in read.get(key, ()):
             if not isinstance(item, str):
                 raise ValueError(f"{key}: {item!r} must be text")
-    return Sweep(**read)
+    shapes = [
+        replace(shape, **dict(zip(sizes, chosen, strict=True)))
+        for shape in read.pop("shapes", (Shape(),))
+        for chosen in product(*sizes.values())
+    ]
+    return Sweep(shapes=tuple(dict.fromkeys(shapes)), **read)
 
 
 def _shape(found: Any) -> Shape:
-    check_mapping("shapes", found, {name.name for name in fields(Shape)})
+    check_mapping("shapes", found, SIZES)
     return Shape(**found)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 
 from attnzoo.attention import Attention
-from attnzoo.bench.levels import FEED_FORWARD
-from attnzoo.bench.plan import Cell
+from attnzoo.benchmarking.levels import FEED_FORWARD
+from attnzoo.benchmarking.plan import Cell
 from attnzoo.registry import build
 
 # MACs of forward+backward over those of forward: every product has two gradients, and nothing is

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.attention import Attention
-from attnzoo.bench.plan import DECODE_ROOM, Cell, Contender
+from attnzoo.benchmarking.plan import DECODE_ROOM, Cell, Contender
 from attnzoo.layers.multihead import MultiheadAttention
 from attnzoo.registry import Choice
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
-from attnzoo.bench.environment import MACHINE
+from attnzoo.benchmarking.environment import MACHINE
+from attnzoo.benchmarking.plan import Cell, Contender
+from attnzoo.registry import Choice
 from attnzoo.results import result_file
 
 SDPA = "sdpa"  # the variant of the rows that call torch's SDPA directly
@@ -197,6 +199,25 @@ class Row:
                 else (float(quartiles[0]), float(quartiles[1])),
             }
         )
+
+
+def blank_row(contender: Contender | None, cell: Cell) -> Row:
+    """The row of a contender (None: SDPA called directly) before anything is measured."""
+    choice = Choice(SDPA) if contender is None else contender.choice
+    backend = "auto" if contender is None else contender.backend
+    return Row(
+        cell.level,
+        cell.phase,
+        cell.is_causal,
+        choice.name,
+        dict(choice.options),
+        choice.label,
+        backend,
+        cell.length,
+        cell.dtype,
+        *astuple(cell.shape),
+        segments=cell.segments,
+    )
 
 
 RowKind = TypeVar("RowKind", bound=Row)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from attnzoo.bench.bench_rows import SDPA, Row
+from attnzoo.benchmarking.bench_rows import SDPA, Row
 
 NOTE = (
     "Crossover: the length from which on a contender needs less than exact SDPA at every longer "

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
-from attnzoo.bench.bench_rows import SDPA, Key, Row, check_one_machine
+from attnzoo.benchmarking.bench_rows import SDPA, Key, Row, check_one_machine
 
 SLOWER = 1.05
 RULE = (

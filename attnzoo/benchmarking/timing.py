@@ -71,7 +71,7 @@ def interleave(
     budget: seconds of timing after which no new round is begun, once there are 3 (or `rounds`, if
     fewer).
     stopwatch: runs one call and returns its seconds (on CUDA:
-    `attnzoo.bench.cuda_timing.EventClock`).
+    `attnzoo.benchmarking.cuda_timing.EventClock`).
     progress: called with (rounds done, rounds) after each.
     Raises ValueError when rounds is not at least 1.
     """
