@@ -1,7 +1,7 @@
 """Run `attnzoo.conformance.check` over attentions of other libraries, and write what it finds.
 
     sh benchmarks/conformance/setup.sh FOLDER
-    PYTHONPATH=FOLDER python benchmarks/conformance/others.py [--output FILE] [--page FILE]
+    PYTHONPATH=FOLDER python benchmarks/conformance/others.py
 
 A row of the result file is one callable with its report. The page is
 docs/results/what_a_check_finds.md.
@@ -9,7 +9,6 @@ docs/results/what_a_check_finds.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +25,12 @@ from attnzoo.conformance import RULES, check
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/conformance.jsonl"
+<<<<<<< HEAD
 PAGE = ROOT / "docs/results/what_a_check_finds.md"
+=======
+MODELS = ROOT / "benchmarks/results/conformance_models.jsonl"  # by models.py
+PAGE = ROOT / "docs/what_a_check_finds.md"
+>>>>>>> trust
 #: Asked of what draws features of its own, which no oracle knows.
 WITHOUT_ORACLE = (
     *("causality", "padding", "packing", "hidden rows", "determinism", "batch invariance"),
@@ -242,10 +246,6 @@ OTHERS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE)
-    settings = parser.parse_args()
     rows = []
     for other in OTHERS:
         report = check(
@@ -264,24 +264,46 @@ def main() -> None:
             **json.loads(report.to_json()),
         }
         rows.append(told)
-    settings.output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    settings.page.write_text(page(rows), encoding="utf-8")
+    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_page()
+
+
+def write_page() -> None:
+    """The page of both result files."""
+    both = (RESULTS, MODELS)
+    checked, asked = ([json.loads(line) for line in file.open(encoding="utf-8")] for file in both)
+    PAGE.write_text(page(checked, asked), encoding="utf-8")
 
 
 HEAD = """# What a check finds
 
 `attnzoo check` over attentions of other libraries, as PyPI has them, on a CPU.
+<<<<<<< HEAD
 [Checking](../guides/checking.md) says what each rule asks; one that a callable has no argument
 for is left out. `benchmarks/conformance/others.py` writes this page from what the
 rules measured. A convention that is not this library's own shows as a failure, too.
+=======
+[checking.md](checking.md) says what each rule asks; one that a callable has no argument for is left
+out. `benchmarks/conformance/others.py` writes this page from what the rules measured. A convention
+that is not this library's own shows as a failure, too. What no single call shows is
+[at the end](#in-layers-and-models).
+>>>>>>> trust
 
 | callable | checked against | hold | fail |
 |---|---|---|---|
 """
 
 
-def page(rows: list[dict[str, Any]]) -> str:
-    """What was found, in the words of the rules."""
+MODELS_HEAD = """
+## In layers and models
+
+What whole layers and small models with random weights answered to a question, by
+`benchmarks/conformance/models.py`. An error is the norm of the difference over that of the rows.
+"""
+
+
+def page(rows: list[dict[str, Any]], asked: list[dict[str, Any]]) -> str:
+    """What was found, in the words of the rules, and what was answered."""
     lines, parts = [], []
     for row in rows:
         found = row["findings"]
@@ -298,7 +320,12 @@ def page(rows: list[dict[str, Any]]) -> str:
                 parts.append(
                     f"- **{one['rule']}**: {one['found']} (smallest call: {one['trial']})."
                 )
-    return HEAD + "\n".join(lines) + "\n" + "\n".join(parts) + "\n"
+    answers = [
+        f"- {one['package']} {one['version']}, `{one['name']}`, {one['asked']}: {one['answer']}."
+        for one in asked
+    ]
+    found = [*lines, *parts, MODELS_HEAD, *answers]
+    return HEAD + "\n".join(found) + "\n"
 
 
 if __name__ == "__main__":
