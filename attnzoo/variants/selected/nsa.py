@@ -238,7 +238,7 @@ class NSA(Attention):
 
     def oracle_arguments(self, queries: int, keys: int, is_causal: bool) -> dict[str, Any]:
         learned = self.engine.get_submodule("compressed").learned
-        return {} if learned is None else dict(learned.named_parameters())
+        return dict(learned.named_parameters()) if isinstance(learned, nn.Module) else {}
 
     def input_projection(self, one: Input, features: int) -> Gate:
         return BranchGate(features, self.heads)
