@@ -22,10 +22,7 @@ def page() -> str:
     parts = [
         "# The command line",
         "`attnzoo COMMAND --help` prints these lines. " + EXIT_CODES,
-        *(
-            f"## attnzoo {one.name}\n\n{one.help}\n\n```text\n{_help(one)}\n```"
-            for one in commands()
-        ),
+        *(f"## attnzoo {one.name}\n\n```text\n{_help(one)}\n```" for one in commands()),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -35,4 +32,5 @@ def _help(command: Command) -> str:
     narrow = mock.patch.dict(os.environ, COLUMNS=COLUMNS, NO_COLOR="1")
     with narrow, redirect_stdout(told), suppress(SystemExit):
         main([command.name, "--help"])
-    return told.getvalue().rstrip()
+    # Some marks of jsonargparse's are seen by terminals alone.
+    return "".join(sign for sign in told.getvalue() if sign.isprintable() or sign == "\n").rstrip()
