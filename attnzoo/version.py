@@ -1,3 +1,3 @@
 """The version of attnzoo, which result files and saved swaps carry."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 import attnzoo
-from attnzoo.bench.bench_rows import ResultFile
-from attnzoo.bench.environment import environment
-from attnzoo.bench.peak_memory import peak_bytes
-from attnzoo.bench.timing import interleave
+from attnzoo.benchmarking.bench_rows import ResultFile
+from attnzoo.benchmarking.environment import environment
+from attnzoo.benchmarking.peak_memory import peak_bytes
+from attnzoo.benchmarking.timing import interleave
 from attnzoo.registry import sized, spec_of
 
 LENGTH, ROUNDS = 1024, 3

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import attnzoo
-from attnzoo.bench.environment import environment
+from attnzoo.benchmarking.environment import environment
 
 LENGTH = 2**20
 ONE = """

@@ -31,9 +31,9 @@ from transformers.models.minimax import modeling_minimax as minimax
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 import attnzoo
-from attnzoo.bench.environment import environment
-from attnzoo.bench.peak_memory import peak_bytes
-from attnzoo.bench.timing import interleave
+from attnzoo.benchmarking.environment import environment
+from attnzoo.benchmarking.peak_memory import peak_bytes
+from attnzoo.benchmarking.timing import interleave
 from attnzoo.conventions.gated_delta import gated_delta_rule
 from attnzoo.conventions.mamba2_scan import mamba2_chunk_scan
 

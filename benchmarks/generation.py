@@ -2,7 +2,7 @@
 states that do not.
 
     python benchmarks/generation.py [--output benchmarks/results/generation.jsonl] [--lengths 1024
-        2048 ...] [--figure docs/generation.png]
+        2048 ...] [--figure docs/figures/generation.png]
 
 A model of SmolLM2-135M's shape (30 layers, 9 heads of 64 that share 3 key-value heads), with random
 weights, since neither time nor bytes depend on them; float32, batch 1, CPU. At each length every
@@ -29,9 +29,9 @@ from typing import Any
 import torch
 
 import attnzoo
-from attnzoo.bench.bench_rows import ResultFile
-from attnzoo.bench.environment import environment
-from attnzoo.bench.timing import interleave
+from attnzoo.benchmarking.bench_rows import ResultFile
+from attnzoo.benchmarking.environment import environment
+from attnzoo.benchmarking.timing import interleave
 from attnzoo.call import Call
 from attnzoo.engines.softmax.cache import KeyValueCache
 

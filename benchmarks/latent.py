@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.bench.environment import environment
-from attnzoo.bench.timing import Timing, interleave
+from attnzoo.benchmarking.environment import environment
+from attnzoo.benchmarking.timing import Timing, interleave
 from attnzoo.conventions.latent_cache import from_cache
 from attnzoo.integrations.huggingface.latent.latent_layer import latent_layer
 from attnzoo.integrations.huggingface.latent.latent_states import latent_state

@@ -2,7 +2,7 @@
 and keys of real models.
 
     python benchmarks/lsh_recall.py [--output benchmarks/results/lsh_recall.jsonl] [--figure
-        docs/lsh-recall.png]
+        docs/figures/lsh-recall.png]
 
 SmolLM2-135M (causal, 2,048 tokens) and MiniLM-L6 (512 tokens) read Hamlet; the first, middle and
 last layers and heads. A row's top keys are those of largest q·k among those that it may see; rows
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import attnzoo
-from attnzoo.bench.environment import environment
+from attnzoo.benchmarking.environment import environment
 from attnzoo.call import Call, repeat_heads
 from attnzoo.fidelity.comparison_rows import Sample
 from attnzoo.fidelity.pretrained import SOURCES
@@ -163,7 +163,7 @@ def main() -> None:
         description="Recall of softmax's top keys by locality-sensitive hashing."
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/lsh_recall.jsonl"))
-    parser.add_argument("--figure", type=Path, default=Path("docs/lsh-recall.png"))
+    parser.add_argument("--figure", type=Path, default=Path("docs/figures/lsh-recall.png"))
     arguments = parser.parse_args()
     where = environment(seed=0, device=torch.device("cpu"), dtype=torch.float32)
     rows = []

@@ -21,8 +21,8 @@ import torch
 
 import attnzoo
 from attnzoo import Attention
-from attnzoo.bench.environment import environment
-from attnzoo.bench.peak_memory import peak_bytes
+from attnzoo.benchmarking.environment import environment
+from attnzoo.benchmarking.peak_memory import peak_bytes
 from attnzoo.registry import sized, spec_of
 
 LENGTHS = (1024, 4096, 16384, 65536)

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 import attnzoo
-from attnzoo.bench.environment import environment
-from attnzoo.bench.peak_memory import peak_bytes
+from attnzoo.benchmarking.environment import environment
+from attnzoo.benchmarking.peak_memory import peak_bytes
 from attnzoo.registry import sized, spec_of
 
 LENGTHS = (4096, 8192, 32768)

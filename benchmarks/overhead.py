@@ -28,8 +28,8 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo.attention import Attention
-from attnzoo.bench.environment import environment
-from attnzoo.bench.timing import Timing, interleave
+from attnzoo.benchmarking.environment import environment
+from attnzoo.benchmarking.timing import Timing, interleave
 from attnzoo.registry import sized, spec_of
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)

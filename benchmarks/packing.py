@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import attnzoo
-from attnzoo.bench.environment import environment
-from attnzoo.bench.timing import Timing, interleave
+from attnzoo.benchmarking.environment import environment
+from attnzoo.benchmarking.timing import Timing, interleave
 from attnzoo.registry import sized, spec_of
 
 PIECES, LENGTH, HEADS, HEAD_DIM = 16, 256, 8, 64

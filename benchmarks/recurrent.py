@@ -2,7 +2,7 @@
 width, and the length at which it gets ahead.
 
     python benchmarks/recurrent.py [--output benchmarks/results/recurrent.jsonl] [--figure
-        docs/recurrent.png] [--longest 8192]
+        docs/figures/recurrent.png] [--longest 8192]
 
 Width 512, batch 1, float32, CPU, causal. An attention layer is MultiheadAttention with 8 heads,
 projections included. Multiply-accumulates are
@@ -28,9 +28,9 @@ import torch
 from torch import nn
 
 import attnzoo
-from attnzoo.bench.environment import environment
-from attnzoo.bench.peak_memory import peak_bytes
-from attnzoo.bench.timing import Timing, interleave
+from attnzoo.benchmarking.environment import environment
+from attnzoo.benchmarking.peak_memory import peak_bytes
+from attnzoo.benchmarking.timing import Timing, interleave
 from attnzoo.report.style import RC, new_figure, styles
 
 WIDTH, HEADS = 512, 8
@@ -177,7 +177,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/recurrent.jsonl"))
-    parser.add_argument("--figure", type=Path, default=Path("docs/recurrent.png"))
+    parser.add_argument("--figure", type=Path, default=Path("docs/figures/recurrent.png"))
     parser.add_argument("--longest", type=int, default=LENGTHS[-1])
     settings = parser.parse_args()
     if settings.longest < LENGTHS[0]:

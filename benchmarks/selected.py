@@ -26,8 +26,8 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo.attention import Attention
-from attnzoo.bench.environment import environment
-from attnzoo.bench.timing import Timing, disagreement, interleave
+from attnzoo.benchmarking.environment import environment
+from attnzoo.benchmarking.timing import Timing, disagreement, interleave
 from attnzoo.call import Call
 from attnzoo.engines.sparse.selected.selected_softmax import SelectedSoftmax
 from attnzoo.engines.sparse.selected.selection import Placed

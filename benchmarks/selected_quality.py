@@ -4,9 +4,9 @@ attention swapped in every layer, nothing trained.
     python benchmarks/selected_quality.py [--output FILE] [--lengths 4096 8192] [--keys 512]
 
 All contenders show a query at most `--keys` keys: the nearest ones beside 4 sinks, BigBird's blocks
-of 64, and the blocks that MoBA selects. Of each, perplexity on both texts at the first length; the
-share of softmax's top 16 keys and of its mass that it sees, on queries and keys of the exact model
-(first, middle and last layer and head, 2,048 tokens of Hamlet); its attention's share of exact
+of 64, and the blocks that MoBA and XAttention select. Of each, perplexity on both texts at the
+first length; the share of softmax's top 16 keys and of its mass that it sees, on queries and keys
+of the exact model (first, middle and last layer and head, 2,048 tokens of Hamlet); its attention's share of exact
 attention's multiply-accumulates; and a needle: five digits in the middle of other text, asked for
 at its end, by the probability of the right ones and how many of them are the likeliest. SmolLM2
 reads up to 8,192 tokens by its config.
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.bench.environment import environment
+from attnzoo.benchmarking.environment import environment
 from attnzoo.call import repeat_heads
 from attnzoo.fidelity.comparison_rows import Sample
 from attnzoo.fidelity.pretrained import load
@@ -59,6 +59,8 @@ def contenders(keys: int) -> list[Choice | None]:
         ),
         Choice("moba", {"block_size": BLOCK, "top_k": blocks}),
         Choice("moba", {"block_size": BLOCK // 4, "top_k": 4 * blocks}),
+        Choice("xattention", {"block_size": BLOCK, "max_blocks": blocks}),
+        Choice("xattention", {"block_size": BLOCK // 4, "max_blocks": 4 * blocks}),
     ]
 
 

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import attnzoo
-from attnzoo.bench.environment import environment
-from attnzoo.bench.timing import Timing, disagreement, interleave
+from attnzoo.benchmarking.environment import environment
+from attnzoo.benchmarking.timing import Timing, disagreement, interleave
 from benchmarks.selected import exact, passes, quotients
 
 HEADS, HEAD_DIM, LENGTHS, ROUNDS, CHECKED = 8, 64, (2048, 4096), 7, 64

@@ -237,6 +237,19 @@ CASES: dict[str, list[Case]] = {
         Case("nsa", {"block_size": 5, "top_k": 2, "window_size": 70, "scale": 0.7}),
         Case("nsa", {"block_size": 1, "top_k": 6, "window_size": 1}),
         Case("nsa", {"block_size": 4, "compressed_size": 6, "compressed_stride": 2, "top_k": 4}),
+        Case("nsa", {"block_size": 4, "top_k": 3, "key_compression": "mlp"}),
+        Case(
+            "nsa",
+            {
+                "block_size": 4,
+                "compressed_size": 6,
+                "compressed_stride": 2,
+                "top_k": 3,
+                "key_compression": "mlp",
+                "importance": "logits",
+                "first_block": False,
+            },
+        ),
         Case("nsa"),
     ],
     "xattention": [

@@ -23,19 +23,19 @@ pytest.importorskip("matplotlib")
 
 import attnzoo
 from attnzoo import execution
-from attnzoo.bench import arithmetic, machine_limits, measure_setting
-from attnzoo.bench.bench_rows import ResultFile, Row, read_rows
-from attnzoo.bench.crossover import crossover
-from attnzoo.bench.heap import bounded_memory, out_of_memory
-from attnzoo.bench.levels import core_inputs, layer_inputs, prepare
-from attnzoo.bench.machine_limits import Limits
-from attnzoo.bench.measure_setting import Bench
-from attnzoo.bench.plan import LEVELS, PHASES, Cell, Contender, Plan, Shape, Sweep, read_plan
-from attnzoo.bench.regressions import compare_runs
-from attnzoo.bench.sweep import run_plan
-from attnzoo.bench.timing import decoding_mistake
+from attnzoo.benchmarking import arithmetic, machine_limits, measure_setting
+from attnzoo.benchmarking.bench_rows import ResultFile, Row, read_rows
+from attnzoo.benchmarking.crossover import crossover
+from attnzoo.benchmarking.heap import bounded_memory, out_of_memory
+from attnzoo.benchmarking.levels import core_inputs, layer_inputs, prepare
+from attnzoo.benchmarking.machine_limits import Limits
+from attnzoo.benchmarking.measure_setting import Bench
+from attnzoo.benchmarking.plan import LEVELS, PHASES, Cell, Contender, Plan, Shape, Sweep, read_plan
+from attnzoo.benchmarking.regressions import compare_runs
+from attnzoo.benchmarking.sweep import run_plan
+from attnzoo.benchmarking.timing import decoding_mistake
 from attnzoo.commands import program
-from attnzoo.commands.variants import parse_variant
+from attnzoo.public.variant_text import parse_variant
 from attnzoo.registry import Choice, _registered
 from attnzoo.report.bench.bench_figures import panel_title
 from attnzoo.results import result_file
@@ -202,7 +202,7 @@ def test_decoding_is_timed_and_causal_and_what_cannot_decode_has_a_reason() -> N
 def test_sdpa_in_the_place_of_the_module_computes_the_same(level: str) -> None:
     """With the parameters of the zoo's module, the direct baseline gives its output: so both do the
     same work."""
-    from attnzoo.bench.levels import DirectAttention, Layer, SelfAttention
+    from attnzoo.benchmarking.levels import DirectAttention, Layer, SelfAttention
 
     ours, direct = SelfAttention(16, 2, Choice("standard")), DirectAttention(16, 2)
     direct.in_proj.weight, direct.in_proj.bias = (
@@ -288,7 +288,7 @@ def test_a_wrong_backend_gets_a_row_with_its_reason_and_no_time(
 
 
 def test_a_wrong_gradient_is_found_out_only_where_it_is_timed(toy, monkeypatch) -> None:
-    from attnzoo.bench.timing import mistake
+    from attnzoo.benchmarking.timing import mistake
 
     class Lying(torch.autograd.Function):
         @staticmethod
@@ -623,7 +623,7 @@ def test_an_interrupt_right_after_a_row_counts_it(monkeypatch, capsys) -> None:
 
 
 def test_a_lost_device_is_told_and_keeps_the_rows(monkeypatch, capsys) -> None:
-    from attnzoo.bench.cuda_timing import DeviceLost
+    from attnzoo.benchmarking.cuda_timing import DeviceLost
 
     def lost(self, here, *_):
         yield replace(ROW, length=here.length)
@@ -844,7 +844,7 @@ def test_bad_files_and_options_are_one_sentence_and_lose_nothing(capsys) -> None
 
 @pytest.mark.parametrize("name", ["quick", "cpu", "cuda"])
 def test_the_shipped_configurations_can_be_read(name: str) -> None:
-    from attnzoo.commands.bench import config_path
+    from attnzoo.public.run_bench import config_path
 
     plan = read_plan(config_path(name))
     assert all(sweep.contenders(parse_variant) and list(sweep.cells()) for sweep in plan.sweeps)
@@ -854,7 +854,7 @@ def test_the_shipped_configurations_can_be_read(name: str) -> None:
 def test_a_gpu_measures_the_whole_zoo() -> None:
     """Every variant, forward and backward, in each form it has, at every length from 1k to 128k;
     the most telling rows come first."""
-    from attnzoo.commands.bench import config_path
+    from attnzoo.public.run_bench import config_path
 
     plan = read_plan(config_path("cuda"))
     planned = {
@@ -886,7 +886,7 @@ def test_a_file_holds_the_derived_numbers_too(tmp_path) -> None:
 def test_a_settled_heap_keeps_what_is_freed() -> None:
     script = """
 import ctypes, sys, torch
-from attnzoo.bench.heap import settle_heap
+from attnzoo.benchmarking.heap import settle_heap
 class Account(ctypes.Structure):  # of malloc, see mallinfo(3)
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
     _fields_ = [(name, ctypes.c_int) for name in names.split()]

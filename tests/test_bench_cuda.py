@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.bench import cuda_timing, levels, measure_setting
-from attnzoo.bench.bench_rows import Row
-from attnzoo.bench.cuda_timing import DeviceLost, EventClock, captured
-from attnzoo.bench.levels import Work, prepare
-from attnzoo.bench.machine_limits import Limits
-from attnzoo.bench.measure_setting import Bench
-from attnzoo.bench.plan import Cell, Contender, Shape
+from attnzoo.benchmarking import cuda_timing, levels, measure_setting
+from attnzoo.benchmarking.bench_rows import Row
+from attnzoo.benchmarking.cuda_timing import DeviceLost, EventClock, captured
+from attnzoo.benchmarking.levels import Work, prepare
+from attnzoo.benchmarking.machine_limits import Limits
+from attnzoo.benchmarking.measure_setting import Bench
+from attnzoo.benchmarking.plan import Cell, Contender, Shape
 from attnzoo.fidelity import check_device
 from attnzoo.registry import Choice
 

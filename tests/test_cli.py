@@ -4,9 +4,11 @@ done."""
 from __future__ import annotations
 
 import io
+import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,9 +22,9 @@ import attnzoo
 import attnzoo.fidelity
 from attnzoo.commands import program
 from attnzoo.commands.command import _console
-from attnzoo.commands.compare import MODELS
-from attnzoo.commands.variants import parse_variant
 from attnzoo.fidelity import LENGTHS, Comparison
+from attnzoo.public.run_compare import MODELS
+from attnzoo.public.variant_text import parse_variant
 from attnzoo.registry import Choice
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -112,6 +114,49 @@ def test_list_and_help_import_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("command", ["bench", "compare", "train", "scaling", "flops", "check"])
+def test_the_first_line_comes_before_torch(command):
+    """A stand-in for torch that says when it is imported."""
+    Path("torch.py").write_text("print('torch is here'); raise KeyboardInterrupt")
+    arguments = {"train": ["--task", "copy"], "flops": ["linear"], "check": ["json:dumps"]}
+    code = (
+        "import sys; sys.stderr = sys.stdout; from attnzoo.commands.program import main; "
+        f"main({[command, *arguments.get(command, [])]!r})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([".", str(CONFIGS.parent)])},
+    )
+    assert done.stdout.splitlines()[:2] == [f"attnzoo {command}: loading torch", "torch is here"]
+
+
+def test_options_may_be_written_as_in_python():
+    parsed = program.make_parser().parse_args(
+        [
+            program._dashed(text)
+            for text in ("bench", "linear", "--head_dim=16", "--batch_size", "2")
+        ]
+    )
+    assert parsed.bench.head_dim == [16] and parsed.bench.batch_size == [2]
+    assert parsed.bench.variant == ["linear"]
+
+
+def test_variants_given_twice_are_refused(capsys):
+    assert "variants are given twice" in refused(
+        capsys, "compare", "linear", "--variants", "performer"
+    )
+
+
+def test_the_help_says_the_lengths_and_models_that_are_the_default(capsys):
+    with pytest.raises(SystemExit):
+        program.main(["compare", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"(default: {' '.join(map(str, LENGTHS))};" in printed
+    assert f"(default: {' '.join(MODELS)})" in printed
+
+
 def test_compare_writes_page_json_and_figures(capsys):
     assert program.main([*SMALL, "--output", "here/deeper"]) == 0
     captured = capsys.readouterr()
@@ -167,7 +212,8 @@ def test_an_interrupt_before_any_result_writes_nothing(capsys, monkeypatch):
 
 
 def test_missing_models_are_replaced_and_said(capsys, monkeypatch):
-    monkeypatch.setattr("attnzoo.packages.find_spec", lambda module: None)
+    drawn = {"matplotlib": find_spec("matplotlib")}
+    monkeypatch.setattr("attnzoo.packages.find_spec", drawn.get)
     assert program.main(["compare", "--lengths", "32", "--variants", "standard", "linear"]) == 0
     said = capsys.readouterr().err
     assert "pip install" in said and "standard deviation 1" in said and "measured" in said

@@ -189,7 +189,11 @@ def test_commands_run_with_what_they_need(dev, monkeypatch):
         dev.main(["compare", "--seed", "1"]),
         dev.main(["run", "list"]),
         dev.main(["test", "-k", "x"]),
-    ] == [3, 3, 3]
+        dev.main(["docs"]),
+        dev.main(["docs", "links"]),
+    ] == [3, 3, 3, 3, 3]
+    strict = ["--nitpicky", "--fail-on-warning", "--keep-going", "--quiet", "--fresh-env"]
+    strict += ["--write-all", "docs"]
     assert calls == [
         (["-m", "attnzoo", "compare", "--seed", "1"], {"OMP_PROC_BIND": "true"}),
         (["-m", "attnzoo", "list"], {"OMP_PROC_BIND": "true"}),
@@ -197,7 +201,10 @@ def test_commands_run_with_what_they_need(dev, monkeypatch):
             ["-m", "pytest", "-n", "2", "--dist", "worksteal", "-k", "x"],
             {"OMP_NUM_THREADS": "1"},
         ),
+        (["-m", "sphinx", "-b", "html", *strict, str(dev.ROOT / "build" / "site")], {}),
+        (["-m", "sphinx", "-b", "linkcheck", *strict, str(dev.ROOT / "build" / "links")], {}),
     ]
+    assert dev.main(["docs", "lniks"]) == 1
 
 
 def test_call_returns_the_commands_exit_code_and_lets_the_callers_environment_win(dev, monkeypatch):

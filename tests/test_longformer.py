@@ -371,25 +371,26 @@ def test_a_state_branches_and_is_selected_with_its_globals() -> None:
     assert state.held_bytes() > 0
 
 
+@pytest.mark.parametrize("length", [300, 600])
 @CAUSALITY
-def test_counted_with_named_globals(is_causal: bool) -> None:
-    """A mask with g tokens a sample costs what global_tokens=g costs, own projections or not."""
+def test_counted_with_named_globals(is_causal: bool, length: int) -> None:
+    """A mask with g tokens a sample costs what global_tokens=g costs. Where they have projections
+    of their own, a dense mask, of a short input, computes their rows a second time."""
     pytest.importorskip("fvcore")
-    attn, q = CASE.build(), torch.randn(2, 4, 300, 8)
-    named = torch.arange(300).expand(2, -1) < 5
+    attn, q = CASE.build(), torch.randn(2, 4, length, 8)
+    named = torch.arange(length).expand(2, -1) < 5
     closed = (
         Case("longformer", {"window": 16, "global_tokens": 5})
         .build()
-        .cost(2, 300, is_causal=is_causal)
+        .cost(2, length, is_causal=is_causal)
     )
-    assert count_flops(attn, q, q, q, is_causal=is_causal, global_mask=named).macs == closed.macs
-    assert (
-        count_flops(
-            attn, q, q, q, is_causal=is_causal, global_mask=named, global_qkv=(q, q, q)
-        ).macs
-        == closed.macs
-    )
-    assert closed.macs > CASE.build().cost(2, 300, is_causal=is_causal).macs
+    call = {"is_causal": is_causal, "global_mask": named}
+    assert count_flops(attn, q, q, q, **call).macs == closed.macs
+    again = 2 * (2 * 4 * 5 * length * 8) if attn.last_backend == "dense" else 0
+    assert (length <= 512) == (again > 0)
+    own = count_flops(attn, q, q, q, **call, global_qkv=(q, q, q))
+    assert own.macs == closed.macs + again
+    assert closed.macs >= CASE.build().cost(2, length, is_causal=is_causal).macs
 
 
 def test_refusals() -> None:

@@ -3,6 +3,7 @@ keys; and sums of engines."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -136,3 +137,120 @@ def test_a_layer_makes_the_gates() -> None:
 def test_bad_options(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         build(**options)
+
+
+LEARNED: dict[str, Any] = {
+    **OPTIONS,
+    "compressed_size": 6,
+    "compressed_stride": 2,
+    "key_compression": "mlp",
+}
+
+
+def with_places(**options: Any) -> attnzoo.Attention:
+    """Whose places in a block are told apart, which they are not at the start."""
+    attn = build(**{**LEARNED, **options}).double()
+    with torch.no_grad():
+        dict(attn.named_parameters())["engine.compressed.learned.places"].normal_()
+    return attn
+
+
+@pytest.mark.parametrize(
+    "situation",
+    [Situation(40, 40, kv_heads=2), Situation(9, 40, "left"), Situation(40, 40, "interior")],
+)
+@pytest.mark.parametrize("backend", ["branches", "reference"])
+def test_learned_keys_and_their_gradients(situation: Situation, backend: str) -> None:
+    """Rows, and gradients of q, k, v and of what is learned, places in a block among them."""
+    attn = with_places(backend=backend)
+    q, k, v, upstream = tensors(situation)
+    learned = attn.oracle_arguments(1, 1, True)
+    leaves = {"q": q, "k": k, "v": v}
+    given = {name: x.requires_grad_() for name, x in leaves.items()}
+    masks: Any = {"key_mask": situation.key_mask(), "is_causal": True}
+    options = {name: x for name, x in LEARNED.items() if name != "key_compression"}
+    wanted, _ = nsa(**given, **options, **masks, **learned)
+    out = attn(**given, **masks)
+    close(out, wanted, 1e-12, "rows")
+    asked = [*given.values(), *learned.values()]
+    found, expected = (torch.autograd.grad(x, asked, upstream) for x in (out, wanted))
+    for name, one, other in zip([*given, *learned], found, expected, strict=True):
+        close(one, other, 1e-11, name)
+        assert other.abs().max() > 0, name
+
+
+def test_learned_keys_decode_pack_and_are_copied() -> None:
+    attn = with_places()
+    q, k, v, _ = tensors(Situation(40, 40))
+    whole = attn(q, k, v, is_causal=True)
+    state = attn.init_state(2, kv_heads=2, dtype=torch.float64)
+    first, state = attn.step(q[:, :, :30], k[:, :, :30], v[:, :, :30], state)
+    rest, _ = attn.step(q[:, :, 30:], k[:, :, 30:], v[:, :, 30:], state)
+    close(torch.cat([first, rest], 2), whole, 1e-12, "steps")
+    ids = (torch.arange(40) >= 15).long().expand(2, -1)
+    packed = attn(q, k, v, is_causal=True, segments=ids)
+    apart = attn(q[:, :, 15:], k[:, :, 15:], v[:, :, 15:], is_causal=True)
+    close(packed[:, :, 15:], apart, 1e-12, "a packed piece")
+    twin = copy.deepcopy(attn)
+    for weight in attn.parameters():  # the copy's choice reads the copy's own keys
+        torch.nn.init.zeros_(weight)
+    close(twin(q, k, v, is_causal=True), whole, 1e-12, "a copy")
+
+
+@pytest.mark.parametrize("importance", ["probabilities", "logits"])
+def test_the_cost_of_learned_keys_is_what_is_counted(importance: str) -> None:
+    pytest.importorskip("fvcore")
+    attn = build(**LEARNED, importance=importance)
+    cost = attn.cost(2, 40, kv_heads=2, is_causal=True)
+    q, k, v, _ = (x.float() for x in tensors(Situation(40, 40, kv_heads=2)))
+    assert cost.parameters == sum(x.numel() for x in attn.parameters())
+    found = attnzoo.count_flops(attn, q, k, v, is_causal=True)
+    assert (found.macs, found.elementwise) == (cost.macs, cost.elementwise)
+    plain = build(**{**LEARNED, "key_compression": "mean"}, importance=importance)
+    # Blocks are 18 of a head: once for the rows, once for the choice.
+    assert cost.macs - plain.cost(2, 40, kv_heads=2, is_causal=True).macs == (
+        2 * 2 * 2 * 18 * (16 * 6 * 8 + 8 * 16)
+    )
+
+
+def test_what_heads_that_share_a_choice_find_important() -> None:
+    """Two heads: one is sure of block 1, one slightly prefers block 2 by a logit that is larger."""
+    q, k = (torch.zeros(1, heads, 32, 8) for heads in (2, 1))
+    k[0, 0, 4:8, 0], k[0, 0, 8:12, 1] = 10.0, 10.0
+    k[0, 0, 12:16, 2:4] = 10.0
+    q[0, 0, -1, 0], q[0, 1, -1, :4] = 6.0, torch.tensor([-9.0, 5.0, 2.0, 2.9])
+    seen = {}
+    for importance in ("probabilities", "logits"):
+        attn = attnzoo.build(
+            "nsa",
+            heads=2,
+            head_dim=8,
+            block_size=4,
+            top_k=3,
+            window_size=1,
+            importance=importance,
+            first_block=False,
+        )
+        gates = {name: torch.ones(1, 2, 32) * (name == "selected_gate") for name in NAMES}
+        row = attn.weights(q, k, is_causal=True, **gates)[0, 0, -1]
+        seen[importance] = sorted({int(j) // 4 for j in row.nonzero()[:, 0]})
+    assert seen == {"probabilities": [1, 6, 7], "logits": [2, 6, 7]}
+
+
+def test_the_first_block_need_not_be_forced() -> None:
+    q, k, _, _ = tensors(Situation(40, 40, kv_heads=2))
+    nothing = one_branch("selected_gate", 40)
+    seen = [
+        build(top_k=3, first_block=forced).double().weights(q, k, is_causal=True, **nothing) > 0
+        for forced in (True, False)
+    ]
+    assert seen[0][:, :, 20:, 0].all() and not seen[1][:, :, 20:, 0].all()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"importance": "scores"}, {"key_compression": "MLP"}, {"first_block": 1}]
+)
+def test_options_that_are_none_are_refused(wrong: dict[str, Any]) -> None:
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        build(**wrong)

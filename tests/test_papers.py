@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import attnzoo
-import attnzoo.bench.peak_memory
+import attnzoo.benchmarking.peak_memory
 from attnzoo.engines.sparse.patterns.grid import Grid
 
 ROOT = Path(__file__).parent.parent
@@ -171,7 +171,7 @@ def test_a_window_needs_no_square() -> None:
     times."""
     peaks = {
         n: {
-            label: attnzoo.bench.peak_memory.peak_bytes(call)
+            label: attnzoo.benchmarking.peak_memory.peak_bytes(call)
             for label, call in longformer.calls(n, 1).items()
         }
         for n in (1024, 2048)
@@ -212,9 +212,9 @@ def test_every_study_is_recorded_drawn_and_on_the_page(name: str, tmp_path: Path
     module.draw(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     assert (study.FIGURES / f"{name}.png").exists()
-    page = (FOLDER / "README.md").read_text()
-    assert f"| [`{name}`]({name}.py) |" in page
-    assert f"(../../docs/papers/{name}.png)" in page
+    page = (study.ROOT / "docs" / "results" / "papers.md").read_text(encoding="utf-8")
+    assert f"| [`{name}`](../../benchmarks/papers/{name}.py) |" in page
+    assert f"(../figures/papers/{name}.png)" in page
 
 
 def test_record_keeps_the_older_file_when_a_study_stops(tmp_path: Path) -> None:

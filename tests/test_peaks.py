@@ -14,7 +14,7 @@ from torch.autograd.profiler import profile
 
 import attnzoo
 from attnzoo import Attention
-from attnzoo.bench.peak_memory import peak_bytes
+from attnzoo.benchmarking.peak_memory import peak_bytes
 from attnzoo.cost.memory.memory import kept_bytes
 from attnzoo.registry import sized, spec_of
 
@@ -343,7 +343,7 @@ def test_a_refusal_is_short() -> None:
         attnzoo.memory(Unknown(), (4, 4))
     assert str(refusal.value) == (
         "Unknown cannot be followed without values: Could not run it. Measure it instead, with "
-        "attnzoo.bench.peak_bytes"
+        "attnzoo.benchmarking.peak_bytes"
     )
 
 

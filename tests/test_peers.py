@@ -20,10 +20,10 @@ from peer_table import tables
 from run import main
 
 import attnzoo
-from attnzoo.bench import measure_setting
-from attnzoo.bench.bench_rows import SDPA, ResultFile
-from attnzoo.bench.machine_limits import Limits
-from attnzoo.bench.plan import Cell, Shape
+from attnzoo.benchmarking import measure_setting
+from attnzoo.benchmarking.bench_rows import SDPA, ResultFile
+from attnzoo.benchmarking.machine_limits import Limits
+from attnzoo.benchmarking.plan import Cell, Shape
 from attnzoo.registry import Choice
 
 CPU = torch.device("cpu")

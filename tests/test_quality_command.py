@@ -18,9 +18,9 @@ from quality_models import Letters, part
 from swap_models import make
 
 from attnzoo.commands import program
-from attnzoo.commands.variants import check_variant
 from attnzoo.configuration import configs_folder
 from attnzoo.fidelity.pretrained import Pretrained
+from attnzoo.public.variant_text import check_variant
 from attnzoo.quality import model_kinds
 from attnzoo.quality.quality_rows import Row
 from attnzoo.quality.quality_study import read_study

@@ -1,4 +1,4 @@
-"""The tables of the READMEs say what the result files say."""
+"""The tables of README.md and of the pages in docs/ say what the result files say."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.readme import compared, files, measured, peers, swapped, trained
+from benchmarks.readme import compared, files, measured, peers, recorded, swapped, trained, useful
 from benchmarks.readme.regions import markdown_table, rewritten
 from benchmarks.readme.update import PAGES, TABLES
 
@@ -193,3 +193,49 @@ def test_perplexity_and_mixes_are_of_text_that_chose_nothing(
     )
     assert "| `linear` | 128 | |" in swapped.perplexity()
     assert "| 5% | 12.5% | 40% |" in swapped.mixes()
+
+
+def test_every_page_of_results_says_when_and_where_it_was_recorded() -> None:
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in PAGES}
+    for path in (files.ROOT / "docs" / "results").glob("*.md"):
+        if path.stem not in ("index", "cuda", "what_a_check_finds"):
+            assert "<!-- table: recorded " in pages[path.stem], path
+            assert "```sh\n" in pages[path.stem] or path.stem == "papers", path
+
+
+def test_every_result_file_is_on_the_page_of_all() -> None:
+    page = (files.ROOT / "docs" / "results" / "index.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"[\w*-]+\.jsonl?", page))
+    for path in files.RESULTS.glob("**/*.json*"):
+        assert any(path.match(pattern) for pattern in named), path.name
+
+
+def test_recorded_tells_days_and_processors_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(day: str, cpu: str, **more: str) -> dict[str, Any]:
+        return {"environment": {"date": f"{day}T01:00:00", "cpu": cpu, "torch": "2.13.0", **more}}
+
+    rows = [row("2026-11-25", "AMD EPYC", threads="2"), row("2026-11-24", "Intel(R) Xeon(R)")]
+    results(tmp_path, monkeypatch, "one.jsonl", rows)
+    results(tmp_path, monkeypatch, "none.jsonl", [{"seconds": 1.0}])
+    assert recorded.recorded("o*.jsonl").splitlines()[-1] == (
+        "| `one.jsonl` | 2026-11-24 to 2026-11-25 | AMD EPYC, Intel Xeon | 2, not recorded | "
+        "2.13.0 |"
+    )
+    with pytest.raises(ValueError, match=r"no file of benchmarks/results is called 'two\.jsonl'"):
+        recorded.recorded("two.jsonl")
+    with pytest.raises(ValueError, match=r"a row of none\.jsonl does not say its environment"):
+        recorded.recorded("none.jsonl")
+
+
+def test_the_five_that_a_user_can_use_are_what_was_measured() -> None:
+    lines = useful.useful().splitlines()
+    assert len(lines) == 2 + 5
+    exact, window, blocks, kernel, delta = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]
+    )
+    assert exact[1] == "31.6" and exact[4:] == ["100%", "1.0×", "128 MiB"]
+    assert float(window[1]) < float(blocks[1]) < 40 and window[6] == "1.02 MiB"
+    assert float(delta[2]) < float(kernel[2]) and delta[3] == "92%"
+    assert kernel[6] == "130 KiB" and delta[6] == "128 KiB"

@@ -65,7 +65,10 @@ def test_a_study_of_quality_is_drawn_a_page_a_model_whatever_machine_its_rows_ar
             "one of `attnzoo bench`, ",
         ),
         ("[1]", "its rows name no format of attnzoo's"),
-        ('{"contender": "A stored"}', "a study of benchmarks/ draws its own: benchmarks/README.md"),
+        (
+            '{"contender": "A stored"}',
+            "a study of benchmarks/ draws its own: docs/results/index.md",
+        ),
         (
             '{"format": "attnzoo.peers/1"}',
             "its rows are of the format 'attnzoo.peers/1'; give result files of one of "

@@ -12,7 +12,7 @@ from cases import Case, Situation, ask_oracle, close, gradients_of, padding, ten
 from torch import Tensor
 
 import attnzoo
-from attnzoo.bench.peak_memory import peak_bytes
+from attnzoo.benchmarking.peak_memory import peak_bytes
 from attnzoo.conventions.paired_heads import pair_heads
 from attnzoo.engines.softmax import row_tiles
 from attnzoo.engines.softmax.tile_pieces import SCORES

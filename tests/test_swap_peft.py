@@ -3,6 +3,7 @@ unswap says that they are in the way."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +224,45 @@ def test_what_an_attention_learns_is_trained_beside_adapters(kind: str, tmp_path
     torch.testing.assert_close(answer(merged, tokens()), wanted, rtol=0.0, atol=5e-6)
     attnzoo.unswap(merged)
     assert torch.equal(answer(merged, tokens()), answer(make(kind), tokens()))
+
+
+GATED = {"torch": ["self_attn.attention"], "llama": ["attention_core"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("torch", "gated_deltanet"),
+        ("torch", "mamba2"),
+        ("torch", "longformer"),
+        ("llama", "gated_deltanet"),
+        ("llama", "mamba2"),
+    ],
+)
+def test_what_makes_the_inputs_of_an_attention_is_trained_beside_adapters(
+    kind: str, name: str
+) -> None:
+    """In the copy that PEFT trains, gates and the projections of global rows are found where PEFT
+    has put them: without them the attention would run as another one."""
+    torch.manual_seed(3)
+    model: nn.Module = encoder().double() if kind == "torch" else make("llama")
+    options = {"window": 4, "global_tokens": 1} if name == "longformer" else {}
+    attnzoo.swap(model, name, **options)
+    masks: dict[str, Any] = {}
+    if kind == "torch" and name != "longformer":
+        masks = {"mask": nn.Transformer.generate_square_subsequent_mask(10).double()}
+        masks["is_causal"] = True
+    run = partial(model, X, **masks) if kind == "torch" else partial(answer, model, tokens())
+    wanted = run()
+    targets = ["linear1"] if kind == "torch" else ["q_proj"]
+    config = peft.LoraConfig(target_modules=targets, r=2, modules_to_save=GATED[kind])
+    adapted: Any = peft.get_peft_model(model, config).eval()
+    found = adapted(X, **masks) if kind == "torch" else answer(adapted, tokens())
+    torch.testing.assert_close(found, wanted, rtol=0.0, atol=5e-6)
+    found.square().sum().backward()
+    made = [
+        weight
+        for path, weight in adapted.named_parameters()
+        if "modules_to_save" in path and ("input_projections" in path or "global" in path)
+    ]
+    assert made and all(weight.grad is not None for weight in made)

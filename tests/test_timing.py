@@ -12,8 +12,8 @@ from small import possible
 from toys import Uniform, Wrong
 
 import attnzoo
-from attnzoo.bench import Timing, interleave, mistake, peak_bytes
-from attnzoo.bench.timing import MINIMUM_ROUNDS
+from attnzoo.benchmarking import Timing, interleave, mistake, peak_bytes
+from attnzoo.benchmarking.timing import MINIMUM_ROUNDS
 from attnzoo.registry import sized
 
 

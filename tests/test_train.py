@@ -14,7 +14,7 @@ from processes import in_two_processes
 from torch import nn
 
 from attnzoo.call import UnsupportedError
-from attnzoo.commands.variants import parse_variant
+from attnzoo.public.variant_text import parse_variant
 from attnzoo.registry import build, names, spec_of
 from attnzoo.tasks.copying import Copy
 from attnzoo.tasks.listops import ListOps

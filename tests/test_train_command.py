@@ -16,8 +16,8 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from attnzoo.commands import program
-from attnzoo.commands.variants import parse_variant
 from attnzoo.configuration import configs_folder, read_yaml
+from attnzoo.public.variant_text import parse_variant
 from attnzoo.report.style import INK
 from attnzoo.report.training.train_figures import drawings, level_lines, pareto_front, turned_knob
 from attnzoo.report.training.train_page import page

@@ -4,34 +4,92 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from attnzoo.arguments import nearest
 from attnzoo.commands import DEVICE_LOST, GOT_SLOWER, INTERRUPTED
-from attnzoo.commands.command import Command, messages, screen
-from attnzoo.commands.output import check_folder, open_results, progress_on
-from attnzoo.commands.variants import parse_variant
+from attnzoo.commands.command import Command, add_variants, screen, variants_of
 
 if TYPE_CHECKING:
-    from attnzoo.bench.bench_rows import Row
-    from attnzoo.results.result_file import ResultFile
+    from attnzoo.benchmarking.bench_rows import Row
+    from attnzoo.public.run_bench import Bench
 
 PAGE_ONLY = ("quartiles", "rounds")  # columns that a terminal has no room for
 
 
+#: Flags that are settings of a sweep by the same name.
+SETTINGS = (
+    "lengths",
+    "dtype",
+    "batch_size",
+    "heads",
+    "head_dim",
+    "levels",
+    "phases",
+    "backends",
+    "segments",
+    "rounds",
+    "budget",
+    "device",
+    "seed",
+)
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     """What to measure, where the rows go, and what to compare them with."""
+    add_variants(parser, "those of the configuration, or the whole zoo")
     parser.add_argument(
         "--config",
         type=str,
-        default="quick",
         metavar="FILE",
-        help="a YAML file of sweeps, or quick, cpu, gates or cuda of the shipped configs/bench",
+        help="a YAML file of sweeps, or quick, cpu, gates or cuda of the shipped configs/bench; "
+        "the settings below stand in the place of its own (default: quick where no setting is "
+        "given, else one sweep of the settings)",
     )
+    sizes: dict[str, Any] = {"nargs": "+", "type": int}
+    words: dict[str, Any] = {"nargs": "+", "type": str}
+    parser.add_argument("--lengths", **sizes, metavar="TOKENS", help="default 1024")
+    parser.add_argument(
+        "--dtype", **words, help="float32 (default), float64, bfloat16 or float16; one or several"
+    )
+    parser.add_argument("--batch-size", **sizes, metavar="N", help="default 1")
+    parser.add_argument("--heads", **sizes, metavar="N", help="default 8")
+    parser.add_argument("--head-dim", **sizes, metavar="N", help="default 64")
+    parser.add_argument(
+        "--levels",
+        **words,
+        metavar="LEVEL",
+        help="core (default), multihead (with projections) or layer (a whole layer)",
+    )
+    parser.add_argument(
+        "--phases",
+        **words,
+        metavar="PHASE",
+        help="forward (default), forward+backward or decode",
+    )
+    parser.add_argument(
+        "--causal",
+        nargs="*",
+        type=str,
+        metavar="true|false",
+        help="without a value true; true false measures both (default: false)",
+    )
+    parser.add_argument(
+        "--backends", **words, metavar="NAME", help="as `attnzoo show` names them (default: auto)"
+    )
+    parser.add_argument(
+        "--segments", **sizes, metavar="N", help="equal pieces that a row is packed of (default: 1)"
+    )
+    parser.add_argument("--rounds", type=int, help="times that each is timed (default: 7)")
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="a setting's, for timing (default: 10)"
+    )
+    parser.add_argument("--device", type=str, help="cpu (default), cuda or cuda:INDEX")
+    parser.add_argument("--seed", type=int, help="of inputs and every random choice (default: 0)")
     parser.add_argument(
         "--output",
         type=str,
@@ -49,122 +107,93 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(settings: Namespace) -> int:
     """Check everything, measure what is missing, print, and compare."""
-    from attnzoo.bench.bench_rows import check_one_machine, read_rows
-    from attnzoo.bench.cuda_timing import DeviceLost
-    from attnzoo.bench.environment import environment
-    from attnzoo.bench.heap import bounded_memory
-    from attnzoo.bench.plan import read_plan
-    from attnzoo.bench.regressions import check_common
-    from attnzoo.bench.sweep import planned, run_plan
-    from attnzoo.fidelity import check_device
+    from attnzoo.public.run_bench import INTERRUPTED as CTRL_C
+    from attnzoo.public.run_bench import measure, prepare
+    from attnzoo.results.progress import say
 
-    started, console = time.monotonic(), messages()
-    plan = read_plan(config_path(settings.config))
-    device = check_device(plan.device)
-    for sweep in plan.sweeps:
-        sweep.contenders(parse_variant)  # whatever is wrong with one is said before any work
-    if (
-        settings.against is not None
-        and Path(settings.against).resolve() == Path(settings.output).resolve()
-    ):
-        raise ValueError(
-            f"against={settings.against!r} is the file that gets the rows, and says nothing about "
-            "itself; give another with --output"
+    started = time.monotonic()
+    given = {name: settings[name] for name in SETTINGS if settings[name] is not None}
+    if variants_of(settings) is not None:
+        given["variants"] = variants_of(settings)
+    if settings.causal is not None:
+        given["causal"] = [_truth(text) for text in settings.causal] or [True]
+    config = settings.config or (None if given else "quick")
+    prepared = prepare(given, config, settings.output)
+    against = None if settings.against is None else str(settings.against)
+    old = None if against is None else _read_old(prepared, against, settings.output, config)
+    _say_held(prepared)
+    result = measure(prepared)
+    assert prepared.file is not None  # --output has a default
+    path, rows = prepared.file.path, prepared.file.rows()
+    # Of the file: an interrupt may come between a row and its count.
+    fresh = len(rows) - len(prepared.held)
+    if result.interrupted:
+        say(
+            f"attnzoo: {result.interrupted}; {fresh} new rows are in {path}, and the same command "
+            "goes on from there"
         )
-    old = None if settings.against is None else read_rows(settings.against)
-    results = _open(settings.output)
-    held = results.rows()
-    facts = environment(seed=plan.seed, device=device)
-    check_one_machine([facts], [row.environment for row in held], "this run", str(results.path))
-    if old is not None:
-        check_one_machine(
-            [facts], [row.environment for row in old], "this run", str(settings.against)
-        )
-        keys = planned(plan, parse_variant) | {row.key for row in held}
-        check_common(old, keys, what=f"config {settings.config}", against=str(settings.against))
-    if held:
-        commits = sorted(
-            {(row.environment or {}).get("commit", "") for row in held}
-            - {facts.get("commit", ""), ""}
-        )
-        console.print(
-            f"attnzoo: {results.path} holds {len(held)} rows, which are kept"
-            + (f", from commit {', '.join(commits)}" if commits else "")
-        )
-        late = sum(row.is_late for row in held)
-        if late:
-            console.print(f"attnzoo: {late} of them were over the time budget and are tried again")
-    if device.type == "cpu" and "OMP_PROC_BIND" not in os.environ:
-        console.print(
-            "attnzoo: for steadier times set OMP_PROC_BIND=true before the run", soft_wrap=True
-        )
-    try:
-        finished = {row.key for row in held if not row.is_late}
-        with bounded_memory(device), progress_on(console) as progress:
-            for row in run_plan(plan, parse_variant, device, finished, progress):
-                results.append(row)
-    except (KeyboardInterrupt, DeviceLost) as error:
-        said, code = (
-            ("interrupted", INTERRUPTED)
-            if isinstance(error, KeyboardInterrupt)
-            else (f"the device was lost ({error})", DEVICE_LOST)
-        )
-        # Of the file: an interrupt may come between a row and its count.
-        fresh = len(results.rows()) - len(held)
-        console.print(
-            f"attnzoo: {said}; {fresh} new rows are in {results.path}, and the same command goes "
-            "on from there",
-            soft_wrap=True,
-        )
-        return code
-    rows = results.rows()
-    fresh = len(rows) - len(held)
-    _print(rows)
-    screen().print(
-        f"wrote {fresh} rows to {results.path}; figures: attnzoo report {results.path}",
-        soft_wrap=True,
-    )
-    console.print(f"finished in {time.monotonic() - started:.0f} s")
-    return 0 if old is None else _compare(old, rows, str(settings.against), str(results.path))
+        return INTERRUPTED if result.interrupted == CTRL_C else DEVICE_LOST
+    _print(result.rows)
+    screen().print(f"wrote {fresh} rows to {path}; figures: attnzoo report {path}", soft_wrap=True)
+    say(f"finished in {time.monotonic() - started:.0f} s")
+    return 0 if old is None or against is None else _compare(old, rows, against, str(path))
 
 
 BENCH = Command(
     "bench",
-    "Measure time and memory of attentions beside exact SDPA, from a YAML file of sweeps.",
+    "Measure time and memory of attentions beside exact SDPA: in sizes of your own, or from a YAML "
+    "file of sweeps.",
     add_arguments,
     run,
 )
 
 
-def config_path(text: str) -> Path:
-    """A file, or one of the shipped configurations by its name. Raises ValueError when it is
-    neither."""
-    from attnzoo.configuration import configs_folder
+def _truth(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError(f"causal: {text!r} must be true or false")
+    return text == "true"
 
-    folder = configs_folder() / "bench"
-    if Path(text).exists() or Path(text).suffix:
-        return Path(text)
-    shipped = sorted(path.stem for path in folder.glob("*.yaml"))
-    if text not in shipped:
+
+def _read_old(prepared: Bench, against: str, output: str, config: str | None) -> list[Row]:
+    """The rows to compare with. Raises ValueError when they say nothing about this run."""
+    from attnzoo.benchmarking.bench_rows import check_one_machine, read_rows
+    from attnzoo.benchmarking.regressions import check_common
+    from attnzoo.benchmarking.sweep import planned
+    from attnzoo.public.variant_text import parse_variant
+
+    if Path(against).resolve() == Path(output).resolve():
         raise ValueError(
-            f"config {text!r} is no file{nearest(text, shipped)}; give a YAML file of sweeps, or "
-            f"one of {', '.join(shipped)}"
+            f"against={against!r} is the file that gets the rows, and says nothing about itself; "
+            "give another with --output"
         )
-    return folder / f"{text}.yaml"
+    old = read_rows(against)
+    check_one_machine([prepared.facts], [row.environment for row in old], "this run", against)
+    keys = planned(prepared.plan, parse_variant) | {row.key for row in prepared.held}
+    what = "what was asked for" if config is None else f"config {config}"
+    check_common(old, keys, what=what, against=against)
+    return old
 
 
-def _open(path: str) -> ResultFile[Row]:
-    from attnzoo.bench.bench_rows import Row
+def _say_held(prepared: Bench) -> None:
+    """Say which rows are there already, and how times get steadier."""
+    from attnzoo.results.progress import say
 
-    if Path(path).is_dir():
-        raise ValueError(
-            f"output={path!r} is a folder; give a file such as {path}/bench.jsonl with --output"
+    held = prepared.held
+    if held and prepared.file is not None:
+        now = prepared.facts.get("commit", "")
+        commits = sorted({(row.environment or {}).get("commit", "") for row in held} - {now, ""})
+        say(
+            f"attnzoo: {prepared.file.path} holds {len(held)} rows, which are kept"
+            + (f", from commit {', '.join(commits)}" if commits else "")
         )
-    check_folder(Path(path).parent)
-    return open_results(Path(path), Row)
+        late = sum(row.is_late for row in held)
+        if late:
+            say(f"attnzoo: {late} of them were over the time budget and are tried again")
+    if prepared.device.type == "cpu" and "OMP_PROC_BIND" not in os.environ:
+        say("attnzoo: for steadier times set OMP_PROC_BIND=true before the run")
 
 
-def _print(rows: list[Row]) -> None:
+def _print(rows: Sequence[Row]) -> None:
     from attnzoo.report.bench.bench_tables import crossover_table, setting_tables
     from attnzoo.report.tables import rich_table
 
@@ -186,7 +215,7 @@ def _print(rows: list[Row]) -> None:
 
 
 def _compare(old: list[Row], new: list[Row], against: str, output: str) -> int:
-    from attnzoo.bench.regressions import RULE, compare_runs, sdpa_growth
+    from attnzoo.benchmarking.regressions import RULE, compare_runs, sdpa_growth
 
     slowdowns, compared = compare_runs(old, new, what=output, against=against)
     screen().print(

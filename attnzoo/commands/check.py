@@ -13,9 +13,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from attnzoo.arguments import nearest
 from attnzoo.commands import BROKEN
-from attnzoo.commands.command import Command, check_seed, messages, screen
-from attnzoo.commands.output import check_folder, write_text
-from attnzoo.commands.variants import parse_variant
+from attnzoo.commands.command import Command, screen
+from attnzoo.results.output import check_folder, write_text
 
 if TYPE_CHECKING:
     from attnzoo.conformance import Report
@@ -46,7 +45,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--rules", nargs="+", type=str, metavar="RULE", help="the rules to ask (default: all)"
     )
     parser.add_argument("--heads", type=int, help="of a callable that takes no other number")
-    parser.add_argument("--head_dim", type=int, help="of a callable that takes no other width")
+    parser.add_argument("--head-dim", type=int, help="of a callable that takes no other width")
     parser.add_argument("--device", type=str, default="cpu", help="where its tensors are")
     parser.add_argument("--seed", type=int, default=0, help="draws the tensors")
     parser.add_argument("--json", type=str, metavar="FILE", help="gets the findings as JSON")
@@ -57,6 +56,9 @@ def run(settings: Namespace) -> int:
     """Check, print, write; 4 where a rule fails or none holds."""
     from attnzoo.conformance import check
     from attnzoo.fidelity import check_device
+    from attnzoo.public.setting_checks import check_seed
+    from attnzoo.public.variant_text import parse_variant
+    from attnzoo.results.progress import say
 
     check_seed(settings.seed)
     check_device(settings.device)
@@ -65,7 +67,6 @@ def run(settings: Namespace) -> int:
         check_folder(Path(path).parent)
     choice = None if settings.like is None else parse_variant(settings.like)
     function = find_callable(settings.callable)
-    console = messages()
     report = check(
         function,
         choice,
@@ -75,7 +76,7 @@ def run(settings: Namespace) -> int:
         head_dim=settings.head_dim,
         device=settings.device,
         seed=settings.seed,
-        progress=lambda rule: console.print(f"attnzoo: {rule}", soft_wrap=True),
+        progress=lambda rule: say(f"attnzoo: {rule}"),
     )
     for name, path in files.items():
         write_text(Path(path), report.to_json() if name == "json" else report.to_junit())

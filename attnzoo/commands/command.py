@@ -1,12 +1,12 @@
 """What all commands share: how one is declared, a parser that raises sentences, configuration
-files, dtypes and seeds, and consoles."""
+files, variants among the arguments, and the console."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,10 +18,9 @@ from attnzoo.arguments import nearest
 from attnzoo.configuration import check_mapping, read_yaml
 
 if TYPE_CHECKING:
-    import torch
+    from attnzoo.results.table import Table
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
-SEEDS = 2**32
+CHOSEN = "variant"  # the name of the arguments without one
 PIPED_WIDTH = 120  # columns, when the output is no terminal and COLUMNS does not say
 
 
@@ -31,12 +30,14 @@ class Command:
 
     add_arguments: declares them, and imports nothing heavy.
     run: does the work and returns the exit code.
+    is_quick: it answers at once, but for loading torch, and says nothing before.
     """
 
     name: str
     help: str
     add_arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace], int]
+    is_quick: bool = False
 
 
 class Parser(ArgumentParser):
@@ -87,7 +88,7 @@ class ConfigFile(ActionConfigFile):
             {
                 action.dest: action
                 for action in parser._actions
-                if action.dest not in ("help", "config", "print_config")
+                if action.dest not in ("help", "config", "print_config", CHOSEN)
             },
         )
         super().__call__(parser, cfg, values, option_string)
@@ -106,21 +107,37 @@ def check_config(path: str, known: dict[str, Any]) -> None:
             )
 
 
-def check_dtype(text: str) -> torch.dtype:
-    """The dtype. Raises ValueError when it is none of `DTYPES`."""
-    import torch
+def add_variants(parser: ArgumentParser, default: str) -> None:
+    """The variants of a command: its first arguments, and --variants as in a YAML file.
 
-    if text not in DTYPES:
+    default: which they are when none is given.
+    """
+    parser.add_argument(
+        CHOSEN,
+        nargs="*",
+        type=str,
+        default=[],
+        help="the variants, before the options, as --variants takes them",
+    )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        type=str,
+        metavar="NAME[:OPTION=VALUE,...]",
+        help=f"such as performer:num_features=64 (default: {default})",
+    )
+
+
+def variants_of(settings: Namespace) -> list[str] | None:
+    """The variants of `add_variants`; None when none is given. Raises ValueError when they are
+    given twice."""
+    chosen, named = settings[CHOSEN], settings.variants
+    if chosen and named:
         raise ValueError(
-            f"dtype={text!r} is unknown{nearest(text, DTYPES)}; use one of {', '.join(DTYPES)}"
+            f"variants are given twice, {' '.join(chosen)} and --variants {' '.join(named)}; give "
+            "them once"
         )
-    return getattr(torch, text)
-
-
-def check_seed(seed: int) -> None:
-    """Raise ValueError on a seed that has more than 32 bits."""
-    if not 0 <= seed < SEEDS:
-        raise ValueError(f"seed={seed} is out of range; use 0 to {SEEDS - 1}")
+    return chosen or named
 
 
 def screen() -> Console:
@@ -129,9 +146,18 @@ def screen() -> Console:
     return _console(sys.stdout)
 
 
-def messages() -> Console:
-    """Standard error, for progress and remarks."""
-    return _console(sys.stderr)
+def print_tables(tables: Iterable[Table]) -> None:
+    """Tables with their notes and what their columns mean."""
+    from rich.text import Text
+
+    from attnzoo.report.tables import rich_table
+
+    for table in tables:
+        screen().print(Text(table.title, style="bold"))
+        screen().print(rich_table(table))
+        for note in filter(None, (*table.notes, table.formula)):
+            screen().print(Text(note, style="dim"))
+        screen().print()
 
 
 def _console(stream: Any) -> Console:

@@ -11,8 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from attnzoo.arguments import check_kv_heads, check_positive
 from attnzoo.commands.command import Command, ConfigFile, screen
-from attnzoo.commands.output import check_folder, write_text
-from attnzoo.commands.variants import parse_variant, read_value, split_options
+from attnzoo.results.output import check_folder, write_text
 
 if TYPE_CHECKING:
     from attnzoo.cost.model_flops import Subject
@@ -48,7 +47,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help=f"default: {' '.join(map(str, LENGTHS))}, as far as the model reads",
     )
     parser.add_argument("--heads", type=int, default=8, help="of one attention")
-    parser.add_argument("--head_dim", type=int, default=64, help="of one attention")
+    parser.add_argument("--head-dim", type=int, default=64, help="of one attention")
     parser.add_argument(
         "--kv_heads", type=int, metavar="HEADS", help="of one attention (default: heads)"
     )
@@ -124,6 +123,7 @@ def _subject(settings: Namespace) -> tuple[Subject, Choice | None]:
     from attnzoo.cost.huggingface_flops import whole_model
     from attnzoo.cost.model_flops import one_attention, one_layer
     from attnzoo.cost.model_sizes import find_model, model_presets
+    from attnzoo.public.variant_text import parse_variant
     from attnzoo.registry import names
 
     text = settings.model
@@ -157,6 +157,7 @@ def _subject(settings: Namespace) -> tuple[Subject, Choice | None]:
 
 def _split(text: str) -> tuple[str, dict[str, Any]]:
     """MODEL and the entries of MODEL:ENTRY=VALUE,ENTRY=VALUE."""
+    from attnzoo.public.variant_text import read_value, split_options
     from attnzoo.registry import names
 
     head, _, rest = text.partition(":")

@@ -8,8 +8,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from attnzoo.commands.command import Command, screen
-from attnzoo.commands.output import check_folder, write_text
-from attnzoo.commands.variants import parse_variant
+from attnzoo.results.output import check_folder, write_text
 
 MOST_TOKENS = 512  # whose squares a page can hold
 
@@ -45,6 +44,7 @@ def run(settings: Namespace) -> int:
     """Read, swap where asked, draw and write."""
     from attnzoo.integrations.maps.attention_maps import attention_maps
     from attnzoo.integrations.swapping import swap
+    from attnzoo.public.variant_text import parse_variant
     from attnzoo.report.maps.map_page import LayerMap, map_page
 
     target = Path(settings.output)

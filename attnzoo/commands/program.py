@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import attnzoo
-from attnzoo.bench.heap import out_of_memory
 from attnzoo.commands import FAILED, INTERRUPTED, REFUSED
 from attnzoo.packages import EXTRAS
 
@@ -23,9 +22,21 @@ if TYPE_CHECKING:
 
 def commands() -> tuple[Command, ...]:
     """All commands, in the order of the help."""
-    from attnzoo.commands import bench, check, compare, flops, maps, report, scaling, train, zoo
+    from attnzoo.commands import (
+        bench,
+        check,
+        compare,
+        completion,
+        doctor,
+        flops,
+        maps,
+        report,
+        scaling,
+        train,
+        zoo,
+    )
 
-    return (
+    measured = (
         zoo.LIST,
         zoo.SHOW,
         compare.COMPARE,
@@ -36,7 +47,9 @@ def commands() -> tuple[Command, ...]:
         check.CHECK,
         maps.MAPS,
         report.REPORT,
+        doctor.DOCTOR,
     )
+    return (*measured, completion.completion(measured))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,18 +73,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         return _say(_sentence(error), REFUSED)
     except Exception as error:
+        from attnzoo.benchmarking.heap import out_of_memory
+
         return _say_too_large(error) if out_of_memory(error) else _say_unexpected(error)
 
 
 def run(arguments: list[str]) -> int:
     """Parse the arguments and run the command they name. Raises what the command raises."""
     parser = make_parser()
-    settings = parser.parse_args(arguments)
+    settings = parser.parse_args([_dashed(argument) for argument in arguments])
     if settings.command is None:
         parser.print_help()
         return REFUSED
     command = next(command for command in commands() if command.name == settings.command)
+    if (
+        "torch" not in sys.modules and not command.is_quick
+    ):  # which takes longer than anyone waits without a word
+        print(f"attnzoo {settings.command}: loading torch", file=sys.stderr, flush=True)
     return command.run(settings[command.name])
+
+
+def _dashed(argument: str) -> str:
+    """An option as the parser spells it: --head_dim, as in Python and YAML, is --head-dim."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
 
 
 def make_parser() -> Parser:

@@ -12,25 +12,22 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from attnzoo.commands.command import Command, screen
-from attnzoo.commands.output import check_folder, write_text
 
 if TYPE_CHECKING:
-    from attnzoo.report.figures import Drawing
+    from attnzoo.report.result import Result
 
 
 @dataclass(frozen=True)
 class Report:
     """How rows of one kind are drawn.
 
-    pages: the rows of every page by the name of its files.
+    results: what is drawn, each with a page of its own.
     table_of: the table that a row stands in, which holds times of one machine; None: no times are
     in it.
     """
 
     kind: Any
-    pages: Callable[[Sequence[Any]], dict[str, Sequence[Any]]]
-    page: Callable[[Sequence[Any]], str]
-    drawings: Callable[[Sequence[Any]], list[Drawing]]
+    results: Callable[[Sequence[Any]], list[Result]]
     table_of: Callable[[Any], Hashable] | None = None
 
 
@@ -55,7 +52,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(settings: Namespace) -> int:
     """Read all files, then write the figures and the pages."""
-    from attnzoo.report.export import write_figures
     from attnzoo.results.result_file import read_rows
 
     report = _report_of(settings.files)
@@ -68,12 +64,8 @@ def run(settings: Namespace) -> int:
     if report.table_of is not None:
         _check_machines(lots, report.table_of)
     rows = list({row.key: row for rows in lots.values() for row in rows}.values())
-    folder = check_folder(settings.output)
-    for name, own in report.pages(rows).items():
-        for path in [
-            write_text(folder / f"{name}.html", report.page(own)),
-            *write_figures(report.drawings(own), folder, f"{name}-"),
-        ]:
+    for result in report.results(rows):
+        for path in result.save(settings.output):
             screen().print(f"wrote {path}", soft_wrap=True)
     return 0
 
@@ -101,7 +93,7 @@ def _report_of(paths: Sequence[str]) -> Report:
             )
             raise ValueError(
                 f"{path} cannot be drawn: {what}; give result files of one of {commands} (a study "
-                "of benchmarks/ draws its own: benchmarks/README.md)"
+                "of benchmarks/ draws its own: docs/results/index.md)"
             )
     kinds = {form: path for path, form in found.items()}
     if len(kinds) > 1:
@@ -143,7 +135,7 @@ def _check_machines(lots: Mapping[str, Sequence[Any]], table_of: Callable[[Any],
 
     lots: the rows by file.
     """
-    from attnzoo.bench.bench_rows import check_one_machine
+    from attnzoo.benchmarking.bench_rows import check_one_machine
 
     seen: dict[Hashable, tuple[str, list[Any]]] = {}
     for path, rows in lots.items():
@@ -156,31 +148,21 @@ def _check_machines(lots: Mapping[str, Sequence[Any]], table_of: Callable[[Any],
 
 
 def _benchmark() -> Report:
-    from attnzoo.bench.bench_rows import Row
-    from attnzoo.report.bench.bench_figures import drawings
-    from attnzoo.report.bench.bench_page import page
+    from attnzoo.benchmarking.bench_rows import Row
+    from attnzoo.report.bench.bench_page import bench_result
 
-    return Report(Row, lambda rows: {"bench": rows}, page, drawings, lambda row: None)
+    return Report(Row, lambda rows: [bench_result(rows)], lambda row: None)
 
 
 def _training() -> Report:
-    from attnzoo.report.training.train_figures import drawings
-    from attnzoo.report.training.train_page import page
-    from attnzoo.training.summary import summed_up
+    from attnzoo.report.training.train_page import training_result
     from attnzoo.training.training_rows import Row
 
-    return Report(
-        Row,
-        lambda rows: {"train": rows},
-        page,
-        lambda rows: drawings(summed_up(rows)),
-        lambda row: row.group,
-    )
+    return Report(Row, lambda rows: [training_result(rows)], lambda row: row.group)
 
 
 def _quality() -> Report:
     from attnzoo.quality.quality_rows import Row, by_page
-    from attnzoo.report.quality.quality_figures import drawings
-    from attnzoo.report.quality.quality_page import page
+    from attnzoo.report.quality.quality_page import quality_result
 
-    return Report(Row, by_page, page, drawings)
+    return Report(Row, lambda rows: [quality_result(own) for own in by_page(rows).values()])

@@ -7,19 +7,28 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from attnzoo.commands.command import Command, ConfigFile, messages, screen
-from attnzoo.commands.output import check_folder, write_text
-from attnzoo.commands.variants import parse_variant
+from attnzoo.commands.command import Command, ConfigFile, add_variants, screen, variants_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from attnzoo.report.scaling.scaling_report import Progress, Scaling
+
+#: Flags that are settings of `attnzoo.cost_table` by the same name.
+SETTINGS = (
+    "model",
+    "gpu",
+    "length",
+    "causal",
+    "share",
+    "tflops",
+    "model_presets",
+    "gpu_presets",
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -39,13 +48,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         default="h100",
         help="a preset of configs/gpus.yaml, or memory_gb=48,tflops=150,bandwidth_gb=700",
     )
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        type=str,
-        metavar="NAME[:OPTION=VALUE,...]",
-        help="such as performer:num_features=64 (default: the whole zoo)",
-    )
+    add_variants(parser, "the whole zoo")
     parser.add_argument(
         "--length", type=int, default=16384, metavar="TOKENS", help="where variants are compared"
     )
@@ -89,31 +92,24 @@ def run(settings: Namespace) -> int:
     """Check everything, then compute, print and write."""
     import matplotlib  # noqa: F401  (missing, it must be missed before the work, not after)
 
-    from attnzoo.cost.hardware import find_gpu, gpu_presets
-    from attnzoo.cost.model_sizes import find_model, model_presets
-    from attnzoo.report.scaling.scaling_report import scaling
-    from attnzoo.report.scaling.settings import Settings
+    from attnzoo.public.run_cost_table import compute_costs, one_thread
+    from attnzoo.report.scaling.scaling_page import scaling_result
+    from attnzoo.results.output import check_folder
+    from attnzoo.results.progress import say
 
     started = time.monotonic()
-    models, gpus = (
-        model_presets(_path(settings.model_presets)),
-        gpu_presets(_path(settings.gpu_presets)),
-    )
-    model, gpu = find_model(settings.model, models), find_gpu(settings.gpu, gpus)
-    chosen = Settings(model, gpu, settings.length, settings.causal, settings.share, settings.tflops)
-    variants = (
-        None if settings.variants is None else [parse_variant(text) for text in settings.variants]
-    )
-    folder = check_folder(settings.output)
-    with _one_thread(), _progress() as progress:
-        found = scaling(chosen, models, gpus, variants, progress)
+    check_folder(settings.output)
+    with _progress() as progress:
+        found = compute_costs(
+            variants_of(settings), **{name: settings[name] for name in SETTINGS}, progress=progress
+        )
     screen().print(scaling_view(found))
-    with _one_thread(), _progress() as progress:
+    with one_thread(), _progress() as progress:
         progress("figures and page")
-        written = write_results(found, folder)
+        written = scaling_result(found).save(settings.output)
     for path in written:
         screen().print(f"wrote {path}", soft_wrap=True)
-    messages().print(f"finished in {time.monotonic() - started:.0f} s")
+    say(f"finished in {time.monotonic() - started:.0f} s")
     return 0
 
 
@@ -123,22 +119,6 @@ SCALING = Command(
     add_arguments,
     run,
 )
-
-
-def write_results(found: Scaling, folder: Path) -> list[Path]:
-    """Write scaling.json, scaling.html, one CSV a table and the figures; return the paths."""
-    from attnzoo.report.export import write_figures
-    from attnzoo.report.scaling.scaling_figures import drawings
-    from attnzoo.report.scaling.scaling_page import page
-
-    written = [
-        write_text(folder / "scaling.json", found.to_json() + "\n"),
-        write_text(folder / "scaling.html", page(found)),
-    ]
-    written += [
-        write_text(folder / f"scaling-{table.name}.csv", table.to_csv()) for table in found.tables
-    ]
-    return written + write_figures(drawings(found), folder, "scaling-")
 
 
 def scaling_view(found: Scaling) -> RenderableType:
@@ -178,28 +158,13 @@ def scaling_view(found: Scaling) -> RenderableType:
     )
 
 
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The tensors here are small: waking a second thread for each costs more than it brings."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 @contextmanager
 def _progress() -> Iterator[Progress]:
     """What is being computed, on standard error when that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda stage: None
         return
-    with messages().status("starting") as status:
+    from rich.console import Console
+
+    with Console(stderr=True).status("starting") as status:
         yield lambda stage: status.update(stage)

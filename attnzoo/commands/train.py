@@ -3,22 +3,13 @@ file."""
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from attnzoo.commands import INTERRUPTED
-from attnzoo.commands.command import Command, messages, screen
-from attnzoo.commands.output import check_folder, open_results, progress_on, write_text
-from attnzoo.commands.variants import parse_variant
-
-if TYPE_CHECKING:
-    from attnzoo.tasks.task import Task
-    from attnzoo.training.training_rows import Row
-    from attnzoo.training.training_study import Study
+from attnzoo.commands.command import Command, add_variants, print_tables, screen, variants_of
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -43,13 +34,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="a YAML file in the place of the shipped configs/tasks/TASK.yaml",
     )
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        type=str,
-        metavar="NAME[:OPTION=VALUE,...]",
-        help="such as sliding_window:window=16, gru, or linear+standard for layers that take turns "
-        "(default: those of the study)",
+    add_variants(
+        parser,
+        "those of the study; gru is a recurrent network, linear+standard are layers that take "
+        "turns",
     )
     parser.add_argument(
         "--problem",
@@ -84,51 +72,38 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(settings: Namespace) -> int:
     """Check everything, train what the result file does not hold, print and write."""
-    from attnzoo.bench.bench_rows import check_one_machine
-    from attnzoo.bench.environment import environment
-    from attnzoo.fidelity import check_device
-    from attnzoo.tasks.task_names import find_task
-    from attnzoo.training.devices import Devices
-    from attnzoo.training.training_rows import Row
-    from attnzoo.training.training_run import Run
+    from attnzoo.public.run_train import overrides_of, train_study
+    from attnzoo.results.output import write_text
+    from attnzoo.results.progress import say
 
-    started, console = time.monotonic(), messages()
-    task = find_task(settings.task)
-    study = _study(settings, task)
-    devices = Devices(check_device(settings.device), study.budget.precision)
-    folder = check_folder(settings.output)
-    results = open_results(folder / f"train-{task.name}.jsonl", Row)
-    held = results.rows()
-    devices.wait()  # no process writes a row before all have read the file
-    facts = environment(seed=study.seeds[0], device=devices.device)
-    check_one_machine([facts], [row.environment for row in held], "this run", str(results.path))
-    if held and devices.is_main:
-        console.print(
-            f"attnzoo: {results.path} holds {len(held)} rows, which are kept", soft_wrap=True
+    started = time.monotonic()
+    overrides = overrides_of(
+        variants_of(settings),
+        **{name: settings[name] for name in ("problem", "steps", "learning_rates", "seeds")},
+    )
+    trained = train_study(
+        settings.task,
+        settings.size,
+        settings.config,
+        overrides,
+        settings.device,
+        settings.output,
+        progress=True,
+    )
+    result, path = trained.result, trained.file
+    if not trained.is_main:
+        return INTERRUPTED if result.interrupted else 0
+    print_tables(result.tables[:-1])
+    for name, text in result.texts.items():
+        screen().print(f"wrote {write_text(Path(settings.output) / name, text())}", soft_wrap=True)
+    if result.interrupted:
+        say(
+            f"attnzoo: interrupted; finished runs are in {path}, and the same command goes on from "
+            "there"
         )
-    work = Run(study, devices, held, results.append, folder / "checkpoints", facts)
-    try:
-        with progress_on(console) as progress:
-            rows, interrupted = work.run(progress if devices.is_main else lambda *_: None), False
-    except KeyboardInterrupt:
-        rows, interrupted = list(work.rows.values()), True
-        if not rows:
-            raise
-    if devices.is_main:
-        _show(rows, folder / f"train-{task.name}.json")
-        if interrupted:
-            console.print(
-                f"attnzoo: interrupted; finished runs are in {results.path}, and the same command "
-                "goes on from there",
-                soft_wrap=True,
-            )
-        else:
-            console.print(
-                f"finished in {time.monotonic() - started:.0f} s; figures: attnzoo report "
-                f"{results.path}",
-                soft_wrap=True,
-            )
-    return INTERRUPTED if interrupted else 0
+        return INTERRUPTED
+    say(f"finished in {time.monotonic() - started:.0f} s; figures: attnzoo report {path}")
+    return 0
 
 
 TRAIN = Command(
@@ -138,61 +113,3 @@ TRAIN = Command(
     add_arguments,
     run,
 )
-
-
-def _study(settings: Namespace, task: type[Task]) -> Study:
-    """The task's study, with what the command line says in place of its own."""
-    from attnzoo.configuration import configs_folder
-    from attnzoo.training.training_study import read_study
-
-    path = (
-        configs_folder() / "tasks" / f"{task.name}.yaml"
-        if settings.config is None
-        else Path(settings.config)
-    )
-    overrides: dict[str, Any] = {
-        name: settings[name]
-        for name in ("variants", "learning_rates", "seeds")
-        if settings[name] is not None
-    }
-    if settings.problem is not None:
-        overrides["problem"] = dict(
-            _knob(settings.problem, part) for part in settings.problem.split(",")
-        )
-    if settings.steps is not None:
-        overrides["budget"] = {"steps": settings.steps}
-    return read_study(path, settings.size, task, overrides, parse_variant)
-
-
-def _knob(text: str, part: str) -> tuple[str, int]:
-    name, _, value = part.partition("=")
-    try:
-        return name.strip(), int(value)
-    except ValueError:
-        raise ValueError(
-            f"--problem {text}: {part!r} is not of the form knob=number; write "
-            "knob=number,knob=number"
-        ) from None
-
-
-def _show(rows: list[Row], path: Path) -> None:
-    """Print the tables, and write them as JSON."""
-    from rich.text import Text
-
-    from attnzoo.report.tables import rich_table
-    from attnzoo.report.training.train_tables import problem_tables
-    from attnzoo.training.summary import summed_up
-
-    problems = summed_up(rows)
-    for table in problem_tables(problems):
-        screen().print(Text(table.title, style="bold"))
-        screen().print(rich_table(table))
-        for note in (*table.notes, table.formula):
-            screen().print(Text(note, style="dim"))
-        screen().print()
-    write_text(
-        path,
-        json.dumps([problem.to_json() for problem in problems], indent=1, ensure_ascii=False)
-        + "\n",
-    )
-    screen().print(f"wrote {path}", soft_wrap=True)

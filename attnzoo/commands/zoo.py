@@ -36,7 +36,12 @@ LIST = Command(
     "Print the zoo: every variant and what it can do, and the techniques that go with all of them.",
     _no_arguments,
     _list,
+    is_quick=True,
 )
 SHOW = Command(
-    "show", "Print one variant: equation, paper, capabilities, options and cost.", _name, _show
+    "show",
+    "Print one variant: equation, paper, capabilities, options and cost.",
+    _name,
+    _show,
+    is_quick=True,
 )

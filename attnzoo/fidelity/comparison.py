@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from attnzoo.bench.cuda_timing import stopwatch_of
-from attnzoo.bench.environment import environment
-from attnzoo.bench.timing import interleave, mistake
+from attnzoo.benchmarking.cuda_timing import stopwatch_of
+from attnzoo.benchmarking.environment import environment
+from attnzoo.benchmarking.timing import interleave, mistake
 from attnzoo.fidelity.comparison_rows import Comparison, HeatMap, Row, Sample
 from attnzoo.fidelity.measure_variant import BASELINE, Subject, build_for, measure
 from attnzoo.fidelity.metrics import pooled

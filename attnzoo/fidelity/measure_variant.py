@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention import Attention
-from attnzoo.bench.peak_memory import peak_bytes
+from attnzoo.benchmarking.peak_memory import peak_bytes
 from attnzoo.fidelity.comparison_rows import Row, Sample
 from attnzoo.fidelity.metrics import (
     WeightDistance,

@@ -75,7 +75,7 @@ def inputs_of(
         for name, x in given.items()
         if x is not None
     }
-    packed = core.own_projection and core._modules.get(core.own_projection)
+    packed = core.own_projection and getattr(core, core.own_projection, None)
     if packed and core.wants_own_projection(made):
         by = project_apart if isinstance(packed, nn.ModuleDict) else project_together
         q, k, v = by(layer, packed, query, key, value, pattern)
@@ -94,7 +94,7 @@ def weighed_values(
 
     made: what `inputs_of` returned for the inputs that are given
     """
-    projections: Any = layer.attention._modules.get(INPUT_PROJECTIONS)
+    projections: Any = getattr(layer.attention, INPUT_PROJECTIONS, None)
     for name, project in () if projections is None else projections.items():
         if getattr(project, "weighs_values", False) and given.get(name) is None:
             v = project.weighed(v, made[name])
@@ -111,14 +111,14 @@ def project_inputs(
     given: names of inputs
     returns: by name, with the axes that each declares
     """
-    projections = layer.attention._modules.get(INPUT_PROJECTIONS)
+    projections: Any = getattr(layer.attention, INPUT_PROJECTIONS, None)
     if projections is None:
         return {}
     made = {}
     for one in layer.attention.spec.inputs:
         if one.is_projected_by(layer.attention.input_sizes) and one.name not in given:
             source = query if "queries" in one.names else key
-            project = projections[one.name]  # pyright: ignore[reportIndexIssue]
+            project = projections[one.name]
             x = project(source)
             if x.dim() == 2:
                 x = x[None]

@@ -3,11 +3,14 @@ a row's number is written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from attnzoo.fidelity.comparison_rows import Row
 from attnzoo.registry import names, spec_of
+from attnzoo.results.table import Column as Cells
+from attnzoo.results.table import Table
 from attnzoo.results.units import ABSENT, count, duration, memory, number, percent, ratio
 
 # An output error below this is rounding: the row is exact attention in another order of sums
@@ -19,15 +22,28 @@ BASELINE = "baseline: average of the values"
 class Column:
     """One column of a comparison.
 
+    key: names its values in a table.
     heading: short words, each on a line of its own, so that twelve columns fit a terminal.
     meaning: one line for the reader.
-    text: the cell of a row, in ASCII.
+    value: a row's exact number or words.
+    format: writes a number in ASCII; None of a column of words.
     """
 
+    key: str
     heading: str
     meaning: str
-    text: Callable[[Row], str]
-    numeric: bool = True
+    value: Callable[[Row], Any]
+    format: Callable[[Any], str] | None = None
+
+    @property
+    def numeric(self) -> bool:
+        return self.format is not None
+
+    def text(self, row: Row) -> str:
+        """The cell of a row: a mark stands behind the error of a variant that lost."""
+        value = self.value(row)
+        told = (value or ABSENT) if self.format is None else self.format(value)
+        return f"{told} !" if self.key == "output_error" and lost(row) else told
 
 
 def lost(row: Row) -> bool:
@@ -57,78 +73,111 @@ def kept(row: Row) -> float | None:
     )
 
 
-def _error(row: Row) -> str:
-    return number(row.output_error) + (" !" if lost(row) else "")
-
-
-def _mean_value_error(row: Row) -> str:
-    return number(row.mean_value_error)
-
-
-def _total_variation(row: Row) -> str:
-    return number(row.total_variation)
-
-
 COLUMNS: tuple[Column, ...] = (
     Column(
         "variant",
+        "variant",
         "the attention and the options it was given",
         lambda row: row.label,
-        numeric=False,
     ),
     Column(
+        "output_error",
         "error",
         "relative output error, |A v - exact| / |exact|; ! marks who lost to the baseline",
-        _error,
+        lambda row: row.output_error,
+        number,
     ),
     Column(
+        "mean_value_error",
         BASELINE,
         "the same error for answering the average of the visible values",
-        _mean_value_error,
+        lambda row: row.mean_value_error,
+        number,
     ),
     Column(
+        "total_variation",
         "TV",
         "total variation: half the summed difference between a row of A and softmax's; 0: equal, "
         "1: disjoint, above 1: not a distribution",
-        _total_variation,
+        lambda row: row.total_variation,
+        number,
     ),
     Column(
+        "top_mass_kept",
         "top-16 kept",
         "share of the mass on softmax's 16 heaviest keys that the variant also puts there",
-        lambda row: percent(row.top_mass_kept),
+        lambda row: row.top_mass_kept,
+        percent,
     ),
     Column(
+        "macs",
         "MACs",
         "multiply-accumulates of one forward, by the closed form; one MAC is two FLOPs",
-        lambda row: count(row.macs),
+        lambda row: row.macs,
+        count,
     ),
     Column(
+        "promised_speedup",
         "MAC speed-up",
         "speed-up that the MACs promise: exact attention's, divided by the variant's",
-        lambda row: ratio(row.promised_speedup),
+        lambda row: row.promised_speedup,
+        ratio,
     ),
-    Column("time", "median time of one forward", lambda row: duration(row.seconds)),
+    Column("seconds", "time", "median time of one forward", lambda row: row.seconds, duration),
     Column(
+        "speedup",
         "measured speed-up",
         "speed-up by the clock: the time of exact attention (SDPA) in the same rounds, divided by "
         "the variant's",
-        lambda row: ratio(row.speedup),
+        lambda row: row.speedup,
+        ratio,
     ),
     Column(
+        "kept",
         "their ratio",
         "measured speed-up divided by MAC speed-up: how much of the saved arithmetic became saved "
         "time",
-        lambda row: percent(kept(row)),
+        kept,
+        percent,
     ),
     Column(
+        "peak_bytes",
         "peak memory",
         "highest sum of allocations of one forward beyond its inputs",
-        lambda row: memory(row.peak_bytes),
+        lambda row: row.peak_bytes,
+        memory,
     ),
-    Column(
-        "backend", "the implementation that ran", lambda row: row.backend or ABSENT, numeric=False
-    ),
+    Column("backend", "backend", "the implementation that ran", lambda row: row.backend),
 )
+#: What rows of several models and lengths have in front.
+SAMPLE = (
+    Cells("model", "model", words=True),
+    Cells("form", "form", words=True),
+    Cells("length", "n"),
+)
+
+
+def comparison_table(rows: Sequence[Row], name: str = "comparison") -> Table:
+    """All rows as one table of exact values."""
+    drawn = [Cells(c.key, c.heading, c.format or str, words=not c.numeric) for c in COLUMNS]
+    values = tuple(
+        {
+            "model": row.model,
+            "form": _form(row.is_causal),
+            "length": row.length,
+            **{column.key: column.value(row) for column in COLUMNS},
+        }
+        for row in rows
+    )
+    groups = grouped(rows)
+    return Table(
+        name,
+        f"Against exact attention: {'; '.join(map(group_title, groups))}",
+        "; ".join(f"{column.heading}: {column.meaning}" for column in COLUMNS[1:]),
+        (drawn[0], *(SAMPLE if len(groups) > 1 else ()), *drawn[1:]),
+        values,
+        notes=tuple(f"{labels}: {note}" for note, labels in notes(rows).items()),
+    )
 
 
 Group = tuple[str, bool, int]
@@ -150,7 +199,11 @@ def grouped(rows: Iterable[Row]) -> dict[Group, list[Row]]:
 def group_title(group: Group) -> str:
     """Model, form and length: "SmolLM2-135M, causal, 4,096 tokens"."""
     model, is_causal, length = group
-    return f"{model}, {'causal' if is_causal else 'bidirectional'}, {length:,} tokens"
+    return f"{model}, {_form(is_causal)}, {length:,} tokens"
+
+
+def _form(is_causal: bool) -> str:
+    return "causal" if is_causal else "bidirectional"
 
 
 def notes(rows: Iterable[Row]) -> dict[str, str]:

@@ -3,13 +3,12 @@ the facts of where it ran."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
 
 from attnzoo.report.export import inline_svg
 from attnzoo.report.figures import Drawing
-from attnzoo.results.table import Column, Table
+from attnzoo.results.table import Table
 
 STYLE = """
 :root { color-scheme: light dark;
@@ -81,7 +80,10 @@ def results_document(
 ) -> str:
     """The page of a result file: its answer (HTML), figures, every number, method (HTML, whole
     sections) and where it ran."""
-    figures, numbers = "\n".join(map(html_figure, drawings)), "\n".join(map(html_table, tables))
+    figures, numbers = (
+        "\n".join(map(html_figure, drawings)),
+        "\n".join(table.to_html() for table in tables),
+    )
     listed = "\n".join(
         f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items()
     )
@@ -118,48 +120,3 @@ def html_figure(drawing: Drawing) -> str:
         f"<h3>{escape(drawing.title)}</h3>\n<figcaption>{escape(drawing.caption)}</figcaption>"
     )
     return f'<figure>\n{heading}\n<div class="panels">{panels}</div>\n</figure>'
-
-
-def html_table(table: Table) -> str:
-    """A table's heading, formula, numbers and notes."""
-    parameters = "; ".join(
-        f"{name} = {value:,g}" if isinstance(value, int | float) else f"{name} = {value}"
-        for name, value in table.parameters.items()
-    )
-    formula = escape(table.formula + (f"; {parameters}" if parameters else ""))
-    head = "".join(
-        f'<th scope="col"{_aligned(table, column)}>{escape(column.heading)}</th>'
-        for column in table.columns
-    )
-    body = "\n".join(
-        "<tr>" + "".join(map(_cell, table.columns, row, _first(table))) + "</tr>"
-        for row in table.cells()
-    )
-    notes = f'\n<ul class="notes">{html_items(table.notes)}</ul>' if table.notes else ""
-    return (
-        f'<h3>{escape(table.title)}</h3>\n<p class="soft">{formula}</p>\n<div class="scroll" '
-        'tabindex="0">\n<table>\n'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n</div>{notes}"
-    )
-
-
-def _first(table: Table) -> Iterator[str]:
-    """The kind of each column's cells: a row's heading first, then text or numbers."""
-    for index, column in enumerate(table.columns):
-        yield "heading" if index == 0 else "text" if column.words else "number"
-
-
-def _cell(column: Column, text: str, kind: str) -> str:
-    text = "–" if text == "-" else escape(re.sub(r"(?<=\d)x$", "×", text.replace(" us", " µs")))
-    if kind == "heading":
-        return f'<th scope="row" class="text">{text}</th>'
-    return f'<td class="text">{text}</td>' if kind == "text" else f"<td>{text}</td>"
-
-
-def _aligned(table: Table, column: Column) -> str:
-    return ' class="text"' if column is table.columns[0] or column.words else ""
-
-
-def html_items(texts: Iterable[str]) -> str:
-    """The items of a list, escaped."""
-    return "".join(f"<li>{escape(text)}</li>" for text in texts)

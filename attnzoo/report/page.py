@@ -8,11 +8,20 @@ from collections.abc import Iterator
 from html import escape
 
 from attnzoo.fidelity.comparison_rows import Comparison, Row
-from attnzoo.report.comparison_columns import COLUMNS, Column, group_title, grouped, lost, notes
+from attnzoo.report.comparison_columns import (
+    COLUMNS,
+    Column,
+    comparison_table,
+    group_title,
+    grouped,
+    lost,
+    notes,
+)
 from attnzoo.report.document import document
 from attnzoo.report.export import inline_svg
 from attnzoo.report.figures import Drawing, drawings
 from attnzoo.report.headlines import headlines
+from attnzoo.report.result import Result
 from attnzoo.report.tables import describe_sample, sample_of
 
 TITLE = "Attention variants against exact attention"
@@ -22,6 +31,23 @@ LAW = (
     "values. The first question is whether a variant comes closer than the mean of the values, "
     "which looks at nothing."
 )
+
+
+def comparison_result(comparison: Comparison) -> Result:
+    """A comparison with its tables, figures, page and JSON file."""
+    cut = comparison.environment.get("interrupted", "")
+    return Result(
+        "compare",
+        comparison.rows,
+        (
+            comparison_table(comparison.rows),
+            comparison_table(comparison.by_length, "by_length"),
+        ),
+        lambda: drawings(comparison),
+        lambda: page(comparison),
+        {"compare.json": lambda: comparison.to_json() + "\n"},
+        f"interrupted {cut}" if cut else "",
+    )
 
 
 def page(comparison: Comparison) -> str:

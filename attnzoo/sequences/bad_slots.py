@@ -24,7 +24,6 @@ def clear_padding(call: Call) -> Call:
     if call.key_mask is None:
         return call
     slots = ~call.key_mask
-    at = slots[:, None, :, None]
     inputs = dict(call.inputs)
     for one, x in call.given():
         if "keys" in one.names and one.padded is not None:
@@ -32,8 +31,46 @@ def clear_padding(call: Call) -> Call:
             # A bool as a number: a trace knows no masked_fill by a bool.
             value = int(one.padded) if isinstance(one.padded, bool) else one.padded
             inputs[one.name] = x.masked_fill(slots.reshape(shown), value)
-    k, v = call.k.masked_fill(at, 0.0), call.v.masked_fill(at, 0.0)
+    k, v = _cleared(call)
     return replace(call, k=k, v=v, inputs=inputs)
+
+
+def _cleared(call: Call) -> tuple[Tensor, Tensor]:
+    """k and v of a call with zeros in padded slots."""
+    assert call.key_mask is not None
+    k, v, keep = call.k, call.v, call.key_mask[:, None, :, None]
+    if k.device.type != "cpu" or not only_autograd_looks(k, v) or not can_look(k, v):
+        return k.masked_fill(~keep, 0.0), v.masked_fill(~keep, 0.0)
+    finite, numbers = _all_finite(k.detach(), v.detach()), keep.to(k.dtype)
+    return _zeroed(k, keep, numbers, finite), _zeroed(v, keep, numbers, finite)
+
+
+def _zeroed(x: Tensor, keep: Tensor, numbers: Tensor, finite: bool) -> Tensor:
+    """x with zeros where `keep` is False, forward and backward.
+
+    keep: bool, broadcastable to x; numbers: the same as 0 and 1
+    finite: whether x holds neither NaN nor inf. A product then does, in a fifth of the time that
+        masked_fill takes on a CPU
+    """
+    if x.requires_grad:
+        return _Zeroed.apply(x, keep, numbers, finite)  # pyright: ignore[reportReturnType]
+    product = x * numbers
+    return product if finite else product.masked_fill_(~keep, 0.0)  # of the same strides
+
+
+class _Zeroed(torch.autograd.Function):
+    """As `_zeroed`, of a tensor that asks for a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor, numbers: Tensor, finite: bool) -> Tensor:
+        ctx.keep, ctx.numbers = keep, numbers
+        return _zeroed(x.detach(), keep, numbers, finite)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = grads
+        finite = can_look(grad) and _all_finite(grad.detach(), grad.detach())
+        return _zeroed(grad, ctx.keep, ctx.numbers, finite), None, None, None
 
 
 def _sizes(one: Input, x: Tensor) -> Iterator[tuple[str, int]]:

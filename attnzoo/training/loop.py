@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.arguments import check_count, check_positive
-from attnzoo.bench.peak_memory import peak_bytes
+from attnzoo.benchmarking.peak_memory import peak_bytes
 from attnzoo.tasks.task import IGNORED, STEPS, TEST, VALIDATION, Batch, Task
 from attnzoo.training import checkpoints
 from attnzoo.training.contenders import Contender

@@ -3,7 +3,8 @@
     sh benchmarks/conformance/setup.sh FOLDER
     PYTHONPATH=FOLDER python benchmarks/conformance/others.py
 
-A row of the result file is one callable with its report. The page is docs/what_a_check_finds.md.
+A row of the result file is one callable with its report. The page is
+docs/results/what_a_check_finds.md.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ from attnzoo.conformance import RULES, check
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/conformance.jsonl"
+<<<<<<< HEAD
+PAGE = ROOT / "docs/results/what_a_check_finds.md"
+=======
 MODELS = ROOT / "benchmarks/results/conformance_models.jsonl"  # by models.py
 PAGE = ROOT / "docs/what_a_check_finds.md"
+>>>>>>> trust
 #: Asked of what draws features of its own, which no oracle knows.
 WITHOUT_ORACLE = (
     *("causality", "padding", "packing", "hidden rows", "determinism", "batch invariance"),
@@ -273,10 +278,16 @@ def write_page() -> None:
 HEAD = """# What a check finds
 
 `attnzoo check` over attentions of other libraries, as PyPI has them, on a CPU.
+<<<<<<< HEAD
+[Checking](../guides/checking.md) says what each rule asks; one that a callable has no argument
+for is left out. `benchmarks/conformance/others.py` writes this page from what the
+rules measured. A convention that is not this library's own shows as a failure, too.
+=======
 [checking.md](checking.md) says what each rule asks; one that a callable has no argument for is left
 out. `benchmarks/conformance/others.py` writes this page from what the rules measured. A convention
 that is not this library's own shows as a failure, too. What no single call shows is
 [at the end](#in-layers-and-models).
+>>>>>>> trust
 
 | callable | checked against | hold | fail |
 |---|---|---|---|

@@ -18,8 +18,8 @@ from dataclasses import asdict
 from typing import Any
 
 import attnzoo
-from attnzoo.bench.arithmetic import least_bytes, macs
-from attnzoo.bench.plan import Cell, Shape
+from attnzoo.benchmarking.arithmetic import least_bytes, macs
+from attnzoo.benchmarking.plan import Cell, Shape
 from attnzoo.cost.hardware import GPU, find_gpu, gpu_presets, roofline
 from attnzoo.registry import sized
 

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import attnzoo
-from attnzoo.bench.cuda_timing import captured, stopwatch_of
-from attnzoo.bench.timing import interleave
+from attnzoo.benchmarking.cuda_timing import captured, stopwatch_of
+from attnzoo.benchmarking.timing import interleave
 from attnzoo.call import Call
 from attnzoo.sequences import bad_slots
 from attnzoo.sequences.bad_slots import poison, shield_past

@@ -1,5 +1,5 @@
 """Draw what healing recovered: python benchmarks/heal/figure.py [--results
-benchmarks/results/heal.jsonl] [--output docs/heal.png]"""
+benchmarks/results/heal.jsonl] [--output docs/figures/heal.png]"""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def main() -> None:
         description="Draw perplexity and matching loss of healed models."
     )
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/heal.jsonl"))
-    parser.add_argument("--output", type=Path, default=Path("docs/heal.png"))
+    parser.add_argument("--output", type=Path, default=Path("docs/figures/heal.png"))
     args = parser.parse_args()
     draw([json.loads(line) for line in args.results.read_text().splitlines()], args.output)
 

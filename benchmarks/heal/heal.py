@@ -37,13 +37,11 @@ import checkpoints
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from rich.console import Console
 from torch import Tensor, nn
 
 import attnzoo
 from attnzoo.arguments import check_count, check_positive, check_seed, nearest
-from attnzoo.bench.environment import environment
-from attnzoo.commands.output import Progress, progress_on
+from attnzoo.benchmarking.environment import environment
 from attnzoo.configuration import check_mapping, read_yaml
 from attnzoo.fidelity.pretrained import load as load_pretrained
 from attnzoo.integrations.healing.imitation import (
@@ -54,6 +52,7 @@ from attnzoo.integrations.healing.imitation import (
 )
 from attnzoo.integrations.healing.trained_model import load_healed
 from attnzoo.registry import spec_of
+from attnzoo.results.progress import Progress, progress_bar
 from attnzoo.texts.plays import play, titles
 
 __all__ = ["Recipe", "heal", "load_healed", "read_recipes"]
@@ -423,7 +422,7 @@ def _run(recipe: Recipe, folder: Path, record: Path | None) -> None:
     pretrained = load_pretrained(recipe.model)
     train, held_out = _texts(pretrained.tokenizer, recipe)
     recipe = hybrid(pretrained.model, recipe, train)
-    with progress_on(Console(stderr=True)) as progress:
+    with progress_bar() as progress:
         state = heal(pretrained.model, recipe, train, held_out, folder, progress)
     if record is not None:
         _record(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import attnzoo
-from attnzoo.bench.peak_memory import peak_bytes
+from attnzoo.benchmarking.peak_memory import peak_bytes
 from benchmarks.papers.study import MIB, Row, length_axis, panels, run, stored_attention
 
 NAME = "flash_memory"

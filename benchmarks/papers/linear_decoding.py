@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import attnzoo
-from attnzoo.bench.timing import interleave, wall_clock
+from attnzoo.benchmarking.timing import interleave, wall_clock
 from benchmarks.papers.study import MIB, Row, length_axis, panels, run
 
 NAME = "linear_decoding"

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import attnzoo
-from attnzoo.bench.peak_memory import peak_bytes
-from attnzoo.bench.timing import interleave
+from attnzoo.benchmarking.peak_memory import peak_bytes
+from attnzoo.benchmarking.timing import interleave
 from benchmarks.papers.study import Row, length_axis, panels, run, stored_attention
 
 NAME = "linformer_speed"

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 import attnzoo
-from attnzoo.bench.peak_memory import peak_bytes
-from attnzoo.bench.timing import interleave
+from attnzoo.benchmarking.peak_memory import peak_bytes
+from attnzoo.benchmarking.timing import interleave
 from attnzoo.registry import spec_of
 from benchmarks.papers.study import Row, length_axis, panels, run, stored_attention
 

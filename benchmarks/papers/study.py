@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnzoo.bench.environment import environment
+from attnzoo.benchmarking.environment import environment
 from attnzoo.packages import MissingPackageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ROOT = Path(__file__).parent.parent.parent
-RESULTS, FIGURES = ROOT / "benchmarks" / "results" / "papers", ROOT / "docs" / "papers"
+RESULTS, FIGURES = ROOT / "benchmarks" / "results" / "papers", ROOT / "docs" / "figures" / "papers"
 QUICK = ROOT / "report" / "papers"  # ignored by git: a quick run must not replace what was recorded
 MIB = 2**20
 

@@ -20,11 +20,11 @@ from peer_settings import OURS, Ready
 from torch import Tensor
 
 from attnzoo.attention import Attention
-from attnzoo.bench.bench_rows import Row
-from attnzoo.bench.levels import Work, passes
-from attnzoo.bench.measure_setting import Bench, Entry, blank_row
-from attnzoo.bench.plan import Cell, Contender
-from attnzoo.bench.timing import MINIMUM_ROUNDS
+from attnzoo.benchmarking.bench_rows import Row, blank_row
+from attnzoo.benchmarking.levels import Work, passes
+from attnzoo.benchmarking.measure_setting import Bench, Entry
+from attnzoo.benchmarking.plan import Cell, Contender
+from attnzoo.benchmarking.timing import MINIMUM_ROUNDS
 from attnzoo.registry import Choice, spec_of
 
 SAMPLED_ROWS = 64  # queries whose rows are compared with the formula

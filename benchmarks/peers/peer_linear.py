@@ -23,7 +23,7 @@ from peer_settings import (
 )
 from torch import Tensor, nn
 
-from attnzoo.bench.plan import Cell
+from attnzoo.benchmarking.plan import Cell
 
 
 def fast_transformers(cell: Cell) -> Ready:

@@ -26,7 +26,7 @@ from peer_sparse import (
     x_transformers,
 )
 
-from attnzoo.bench.plan import Cell
+from attnzoo.benchmarking.plan import Cell
 
 CORE = "the attention alone"
 PROJECTIONS_REPLACED = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attnzoo.bench.bench_rows import Row
+from attnzoo.benchmarking.bench_rows import Row
 
 OURS = "attnzoo"  # the package of our own rows
 

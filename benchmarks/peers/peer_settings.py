@@ -10,7 +10,7 @@ from typing import Any
 from peer_formulas import Formula
 from torch import Tensor, nn
 
-from attnzoo.bench.plan import Cell
+from attnzoo.benchmarking.plan import Cell
 from attnzoo.registry import Choice
 
 WINDOW, BLOCK_SIZE, FEATURES, RANK, LANDMARKS, PSEUDO_INVERSE_STEPS = 256, 64, 256, 256, 256, 6

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from peer_settings import BLOCK_SIZE, OURS, WINDOW, Given, Ready, width_of
 from torch import Tensor
 
-from attnzoo.bench.plan import Cell
+from attnzoo.benchmarking.plan import Cell
 from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
 from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.patterns.pattern import Pattern

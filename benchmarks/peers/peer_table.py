@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from peer_rows import PeerRow
 from peer_settings import OURS
 
-from attnzoo.bench.bench_rows import SDPA
+from attnzoo.benchmarking.bench_rows import SDPA
 from attnzoo.results.table import Column, Table
 from attnzoo.results.units import duration, ratio
 

@@ -27,7 +27,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 if TYPE_CHECKING:
     from peer_rows import PeerRow
 
-    from attnzoo.bench.bench_rows import ResultFile
+    from attnzoo.benchmarking.bench_rows import ResultFile
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 PHASES = ("forward", "forward+backward")
@@ -123,7 +123,7 @@ def run(settings: argparse.Namespace) -> int:
     """Measure what is missing, and print the tables."""
     from peer_rows import PeerRow
 
-    from attnzoo.bench.bench_rows import ResultFile
+    from attnzoo.benchmarking.bench_rows import ResultFile
 
     results = ResultFile(settings.output, PeerRow)
     if settings.table and not settings.output.exists():
@@ -153,9 +153,9 @@ def measure(
     import torch
     from peer_bench import PeerBench, entrants
 
-    from attnzoo.bench.bench_rows import check_one_machine
-    from attnzoo.bench.heap import bounded_memory
-    from attnzoo.bench.plan import Cell, Shape
+    from attnzoo.benchmarking.bench_rows import check_one_machine
+    from attnzoo.benchmarking.heap import bounded_memory
+    from attnzoo.benchmarking.plan import Cell, Shape
 
     bench = PeerBench(torch.device("cpu"), seed=0)
     check_one_machine(

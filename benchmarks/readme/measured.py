@@ -1,4 +1,4 @@
-"""Result files of single studies as the tables of benchmarks/README.md."""
+"""Result files of single studies as tables of the pages of results."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 
 Table = Callable[..., str]  # of the words after its name: the lines between the marks
+MARK = "<!-- table: "
 REGION = re.compile(
     r"(<!-- table: (?P<name>[^\n]*?) -->\n)(?P<body>.*?)(?P<end><!-- end -->|<!-- table: |\Z)",
     re.DOTALL,

@@ -1,13 +1,29 @@
-"""Write the tables of README.md, benchmarks/README.md and docs/counting.md from the files in
-benchmarks/results: `python -m benchmarks.readme.update`."""
+"""Write the tables of README.md and of the pages in docs/ from the files in benchmarks/results:
+`python -m benchmarks.readme.update`."""
 
 from __future__ import annotations
 
-from benchmarks.readme import compared, counters, gates, measured, peers, swapped, trained
+from benchmarks.readme import (
+    choices,
+    compared,
+    costs,
+    counters,
+    gates,
+    measured,
+    peers,
+    recorded,
+    swapped,
+    trained,
+    useful,
+)
 from benchmarks.readme.files import ROOT
-from benchmarks.readme.regions import Table, rewritten
+from benchmarks.readme.regions import MARK, Table, rewritten
 
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "counting.md")
+PAGES = tuple(
+    path
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    if MARK in path.read_text(encoding="utf-8")
+)
 TABLES: dict[str, Table] = {
     **compared.TABLES,
     **counters.TABLES,
@@ -16,6 +32,10 @@ TABLES: dict[str, Table] = {
     **measured.TABLES,
     **gates.TABLES,
     **peers.TABLES,
+    **recorded.TABLES,
+    **useful.TABLES,
+    **choices.TABLES,
+    **costs.TABLES,
 }
 
 

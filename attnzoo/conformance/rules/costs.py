@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.bench.peak_memory import peak_bytes
+from attnzoo.benchmarking.peak_memory import peak_bytes
 from attnzoo.conformance.judged_callable import NotApplicable, Refused, Subject
 from attnzoo.conformance.rules.rule import Broken, Rule
 from attnzoo.conformance.trial_call import Given, Trial

@@ -9,44 +9,12 @@ and a state is (batch, heads, width, value_dim).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from attnzoo.arguments import check_choice, check_count, check_positive
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """How a library spells what a call has. "" is what it has no word for, or what is not known.
-
-    name, version: of the library or function
-    layout: axes of q, k and v
-    window_keys: keys that a causal window of w shows, the query's own included, beyond w
-    alignment: where queries stand when there are fewer of them than keys and the call is causal
-    hidden_row: what a row is that sees nothing
-    mask: what a mask of keys means
-    decay: the form of a gate of the state
-    state: axes of a recurrent state behind batch and heads
-    note: what else differs
-    tested: the fields that were found by asking the library itself, on a CPU, in this version, as
-        `tests/test_speakers.py` does; all others were read in its documentation
-    date: when, year-month-day
-    """
-
-    name: str
-    version: str
-    layout: str = "batch heads length width"
-    window_keys: int | None = None
-    alignment: Literal["first", "last", "refused", ""] = ""
-    hidden_row: str = ""
-    mask: Literal["True = attend", "True = hidden", "1 = attend", "added", ""] = ""
-    decay: Literal["natural logarithm", "logarithm to 2", "factor", ""] = ""
-    state: Literal["width value_dim", "value_dim width", ""] = ""
-    note: str = ""
-    tested: tuple[str, ...] = ()
-    date: str = ""
+from attnzoo.conventions.dialects.spelling import Spelling
 
 
 HEADS_SECOND = "batch length heads width"

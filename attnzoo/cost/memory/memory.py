@@ -50,8 +50,8 @@ def memory(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> Memory:
     raises: UnsupportedError where an operator's sizes depend on values, where values leave torch
         (`numpy`, `tolist`), and where torch holds tensors inside one operator (nn.LSTM, its fused
         encoder layer and attention in evaluation mode without gradients): measure these with
-        attnzoo.bench.peak_bytes. ValueError on what is no module, and on inputs that the module
-        cannot be called with.
+        attnzoo.benchmarking.peak_bytes. ValueError on what is no module, and on inputs that the
+        module cannot be called with.
 
     Floating tensors have no values. Where Python asks for one all the same, it is 1, and none is
     masked or infinite: a module whose sizes or branches depend on values is followed for these
@@ -180,5 +180,5 @@ def _refusals(name: str, inputs: tuple[Any, ...]) -> Iterator[None]:
             ) from error
         raise UnsupportedError(
             f"{name} cannot be followed without values: {reason}. Measure it instead, with "
-            "attnzoo.bench.peak_bytes"
+            "attnzoo.benchmarking.peak_bytes"
         ) from error

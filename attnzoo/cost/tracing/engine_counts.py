@@ -9,8 +9,8 @@ The linear engine walks over the tokens in chunks: over the keys and then over t
 causally over the keys that every query sees and then over both at once; a gated state walks over
 all keys alike. The first chunk of a walk has no past and the last may be short or need not be
 remembered; every chunk between runs the same operators on the same shapes. So with the remainders
-held fixed the cost of a forward is affine in the number of chunks of each walk, from two full ones
-on, and three short forwards give the cost of any long one exactly. So do three of attention in
+held fixed the cost of a forward is affine in the number of chunks of each walk, from three full
+ones on, and three short forwards give the cost of any long one exactly. So do three of attention in
 tiles, and four of a walk over a tree of states, which is affine also in how many of these each
 chunk finds.
 """
@@ -88,7 +88,7 @@ class _Forward:
             return self._in_tree(count)
         walks = self._walks()
         short = [
-            length if length < 3 * chunk else length % chunk + 2 * chunk for length, chunk in walks
+            length if length < 4 * chunk else length % chunk + 3 * chunk for length, chunk in walks
         ]
         at_short = count(_OneForward(self), *self._walked(*short))
         counted = Counter(at_short)

@@ -25,6 +25,7 @@ from attnzoo.engines.linear.sums import Past, added, divisor, keys_of, underflow
 from attnzoo.engines.piece_by_piece import at_a_time
 
 CAUSAL_CHUNK = 64  # tokens that see each other through a small score matrix
+SHORT = 128  # tokens up to which one score matrix of all takes less time than two chunks
 # How many numbers the chunks computed side by side may have together: as many as stay in the
 # processor's cache, and as malloc hands out again without asking the system for memory.
 HELD = 2**20
@@ -67,18 +68,18 @@ def _piece(
 def spans(length: int, together: int) -> list[tuple[int, int]]:
     """Which chunks causal attention computes side by side, in order.
 
-    The first chunk stands alone because it may have no past, and the last one because it may be
-    short and its keys need not be added to the sums.
+    A short input is one chunk. Of others the first chunk stands alone because it may have no past,
+    and the last one because it may be short and its keys need not be added to the sums.
 
     length: number of tokens
     together: how many of the chunks in between are computed side by side
 
     Returns a pair (tokens, chunks) for each step.
     """
+    if length <= SHORT:
+        return [(length, 1)]
     # len(range()) is a plain number even where a compiler knows the length only as a symbol.
     chunks = len(range(0, length, CAUSAL_CHUNK))
-    if chunks == 1:
-        return [(length, 1)]
     between = [min(together, chunks - 1 - first) for first in range(1, chunks - 1, together)]
     return [(count * CAUSAL_CHUNK, count) for count in (1, *between)] + [
         (length - (chunks - 1) * CAUSAL_CHUNK, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from attnzoo.engines.engine import Cost, Shape, causal_pairs
-from attnzoo.engines.linear.chunks import CAUSAL_CHUNK
+from attnzoo.engines.linear.chunks import CAUSAL_CHUNK, SHORT
 from attnzoo.engines.linear.feature_maps import FeatureMap
 from attnzoo.engines.linear.sums import CHUNK
 
@@ -62,6 +62,8 @@ def _queries(shape: Shape) -> int:
 
 def _causal_chunks(queries: int) -> list[int]:
     """Number of tokens of each causal chunk."""
+    if queries <= SHORT:
+        return [queries]
     return [min(CAUSAL_CHUNK, queries - start) for start in range(0, queries, CAUSAL_CHUNK)]
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.call import Call, repeat_heads
-from attnzoo.eager import is_learned, is_open, only_autograd_looks
+from attnzoo.eager import is_learned, is_open, is_recorded, only_autograd_looks
 from attnzoo.engines.differentiable import followed
 from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.softmax.distance_bias import last_query_first
@@ -118,10 +118,10 @@ def sdpa(
     if q.shape[1] != k.shape[1]:
         grouped = True
     empty = None
-    if every_row_sees and bias is not None:
-        mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
-    elif not every_row_sees and not (mask is None and bias is None):
-        mask, empty = merge_masks(mask, bias)
+    if every_row_sees:
+        mask = joined(mask, bias)
+    elif not (mask is None and bias is None):
+        mask, empty = _as_sdpa_takes(mask, bias, q)
     scale = engine.scale if scale is None else scale
     # torch hides the future before it scales: a scale of 0 or less would make -inf NaN or inf.
     if is_causal and scale is not None and scale <= 0:
@@ -131,7 +131,9 @@ def sdpa(
         x is not None and x.requires_grad for x in (q, k, v, mask)
     )
     if records and not dropout and only_autograd_looks(q, k, v):
-        mask = _additive(mask, q)  # torch would convert it and hold both masks until backward
+        mask = (
+            mask if mask is None else additive_mask(mask, q)
+        )  # torch would convert it and hold both masks until backward
         out = followed(kernel(q, k, v, mask), kernel, q, k, v, mask)
     else:
         out = kernel(q, k, v, mask)
@@ -152,10 +154,18 @@ def _kernel(
     """torch's SDPA. Its fused kernels have no second derivative; inside `eager.openly`, which asks
     for one, torch's own version in plain operators runs instead."""
     if is_open() or _is_learned_in_transform(mask):
-        # This operator would add a bool mask as 0 and 1, hence `_additive`.
+        # This operator would add a bool mask as 0 and 1, hence `additive_mask`.
         attend = torch.ops.aten._scaled_dot_product_attention_math
         return attend(
-            q, k, v, _additive(mask, q), dropout, is_causal, None, scale=scale, enable_gqa=grouped
+            q,
+            k,
+            v,
+            mask if mask is None else additive_mask(mask, q),
+            dropout,
+            is_causal,
+            None,
+            scale=scale,
+            enable_gqa=grouped,
         )[0]
     # ONNX's Attention (opset 23) accepts no mask that has one row for all queries.
     if mask is not None and torch.compiler.is_exporting():
@@ -204,13 +214,32 @@ def merge_masks(mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tenso
     return bias.masked_fill(empty, 0.0), empty
 
 
-def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """A bool mask as a float one that is added to scores: 0 where visible, -inf elsewhere."""
-    return (
-        mask
-        if mask is None or mask.is_floating_point()
-        else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-    )
+def joined(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """A bool mask and an additive one as one; None where there is neither."""
+    if mask is None or bias is None:
+        return mask if bias is None else bias
+    return bias.masked_fill(~mask, float("-inf"))
+
+
+def additive_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """A bool mask as one of the dtype of `like` that is added to scores: 0 where visible, -inf
+    elsewhere. An additive mask stays as it is."""
+    if mask.is_floating_point():
+        return mask
+    # 1 - 1/1 and 1 - 1/0: on a CPU a fifth of the time of masked_fill, or of SDPA's own conversion.
+    return mask.to(like.dtype).reciprocal_().neg_().add_(1)
+
+
+def _as_sdpa_takes(
+    mask: Tensor | None, bias: Tensor | None, q: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `merge_masks`; without the second on a CPU, where SDPA itself gives 0 for a row that sees
+    no key, forward and backward. A graph may be run elsewhere."""
+    if q.device.type != "cpu" or is_recorded():
+        return merge_masks(mask, bias)
+    whole = joined(mask, bias)
+    assert whole is not None
+    return additive_mask(whole, q), None
 
 
 def _with_sink_slot(

@@ -1,4 +1,5 @@
-"""Sparse attention by an exact softmax over every key, for calls where the pattern hides none."""
+"""Sparse attention by an exact softmax over every key: where the pattern hides none, and on short
+inputs under a mask of what it hides."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from attnzoo.engines.softmax.sdpa import why_not as whole_why_not
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.pattern import Pattern
 from attnzoo.engines.sparse.reference import SparseReference
+from attnzoo.engines.sparse.support_mask import attend_pattern
 from attnzoo.sequences.padding import fills_slots
 
 LARGEST_MASK = 2**22  # entries of a mask that holds causality and padding together
@@ -19,9 +21,11 @@ LARGEST_MASK = 2**22  # entries of a mask that holds causality and padding toget
 
 def attend(engine: SparseReference, call: Call) -> Tensor:
     """A·v by one call of torch's SDPA over every key."""
+    grid = grid_of(call)
+    if not is_whole(engine.pattern, grid) or _ends_differ(engine, call):
+        return attend_pattern(engine, call)
     if "distance_bias" in call.inputs:
         return attend_whole(engine, call)
-    grid = grid_of(call)
     is_causal = False  # not one expression, as in `sdpa.attend`
     if grid.is_causal and grid.query_length > 1:
         is_causal = True
@@ -35,17 +39,24 @@ def attend(engine: SparseReference, call: Call) -> Tensor:
 
 def why_not(engine: SparseReference, call: Call) -> str | None:
     """Why this backend refuses the call; None when it takes it."""
+    grid = grid_of(call)
+    hides = not is_whole(engine.pattern, grid) or _ends_differ(engine, call)
+    if hides and not engine.is_short(grid):
+        return "the pattern hides keys, and a dense mask of them is quadratic in the length"
+    return cannot(engine, call)
+
+
+def cannot(engine: SparseReference, call: Call) -> str | None:
+    """Why SDPA does not take the call, whatever the pattern hides; None when it does."""
     if "sink_logits" in call.inputs:
         return "SDPA has no place for sink_logits"
-    reason = whole_why_not(engine, call)
-    if reason is not None:
-        return reason
-    grid = grid_of(call)
-    if not is_whole(engine.pattern, grid):
-        return "the pattern hides keys, and a dense mask of them is quadratic in the length"
-    if engine.pattern.tied_to_end and not grid.is_causal and not fills_slots(call.key_mask):
-        return "samples may begin or end at different slots, and the pattern counts from both ends"
-    return too_large(call)
+    return whole_why_not(engine, call) or too_large(call)
+
+
+def _ends_differ(engine: SparseReference, call: Call) -> bool:
+    """Whether samples may begin or end at different slots, and the pattern counts from both."""
+    tied = engine.pattern.tied_to_end and not call.is_causal
+    return tied and not fills_slots(call.key_mask)
 
 
 def too_large(call: Call) -> str | None:

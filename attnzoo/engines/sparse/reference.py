@@ -13,7 +13,10 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.softmax.reference import SoftmaxReference, visible, weights_of
+from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.patterns.pattern import Pattern
+
+SHORT = 512  # queries and keys, each, up to which skipping hidden keys takes longer than they do
 
 
 class SparseReference(SoftmaxReference):
@@ -36,6 +39,16 @@ class SparseReference(SoftmaxReference):
         super().__init__(scale, dropout, softcap=softcap)
         self.pattern = pattern
 
+    def is_short(self, grid: Grid) -> bool:
+        """Whether exact attention under a dense mask of the pattern takes less time than what skips
+        hidden keys, for a call of these sizes. Measured by `benchmarks/short_inputs.py`."""
+        return grid.query_length * grid.key_length <= SHORT**2
+
+    def support(self, call: Call) -> Tensor:
+        """Which keys a query sees before the call's masks and causality hide some, as
+        `Pattern.support` does."""
+        return self.pattern.support(call)
+
     def matrix(self, call: Call) -> Tensor:
-        support, mask = self.pattern.support(call), visible(call)
+        support, mask = self.support(call), visible(call)
         return weights_of(self, call, support if mask is None else support & mask)

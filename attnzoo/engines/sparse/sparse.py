@@ -51,9 +51,13 @@ class Sparse(SparseReference, Softmax):
 
     def cost(self, shape: Shape) -> Cost:
         grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
-        if not self.is_dense(grid):
-            return self.with_softcap(self.sparse_cost(shape, grid), shape)
         executed = support = shape.heads * shape.query_length * shape.key_length
+        if not dense.is_whole(self.pattern, grid):
+            cost = self.sparse_cost(shape, grid)
+            if self.is_dense(grid):
+                whole = softmax_cost(shape, executed, support, self.pattern.remembers)
+                cost = replace(cost, macs=whole.macs, elementwise=whole.elementwise)
+            return self.with_softcap(cost, shape)
         if shape.is_causal:
             support = shape.heads * causal_pairs(shape.query_length, shape.key_length)
         cost = softmax_cost(shape, executed, support, self.pattern.remembers)
@@ -63,7 +67,8 @@ class Sparse(SparseReference, Softmax):
     def is_dense(self, grid: Grid) -> bool:
         """Whether backend="auto" takes the backend `dense` for a call of this size without
         masks."""
-        return self.softcap is None and dense.is_whole(self.pattern, grid)
+        whole = dense.is_whole(self.pattern, grid)
+        return self.softcap is None and (whole or self.is_short(grid))
 
     def sparse_cost(self, shape: Shape, grid: Grid) -> Cost:
         """The cost of a call in which the pattern hides keys.

@@ -71,7 +71,7 @@ def _keep_hidden_states(
 def key_heads(attention: Attention, key: Tensor) -> int:
     """Heads that keys, (batch, kv_heads, ...), have where the attention gets them: with gates, as
     many as queries."""
-    return attention.heads if INPUT_PROJECTIONS in attention._modules else key.shape[1]
+    return attention.heads if hasattr(attention, INPUT_PROJECTIONS) else key.shape[1]
 
 
 def with_gates(
@@ -83,7 +83,7 @@ def with_gates(
     key, value: (batch, kv_heads, length, head_dim), which are repeated for every query head
     raises: UnsupportedError where there are keys of tokens that are not read now
     """
-    if INPUT_PROJECTIONS not in attention._modules:
+    if not hasattr(attention, INPUT_PROJECTIONS):
         return key, value, {}
     hidden = getattr(module, HIDDEN, None)
     if not isinstance(hidden, Tensor) or hidden.shape[1] != key.shape[2]:

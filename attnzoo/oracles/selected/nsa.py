@@ -24,6 +24,11 @@ def nsa(
     window_size,
     compressed_size=None,
     compressed_stride=None,
+    importance="probabilities",
+    first_block=True,
+    places=None,
+    inner=None,
+    outer=None,
     scale=None,
     key_mask=None,
     attn_mask=None,
@@ -35,7 +40,9 @@ def nsa(
     """Yuan et al. 2025, equations 5 to 12 with mean pooling: gates times softmax over the means of
     compressed_size past keys at every compressed_stride-th, over the keys of selected blocks, and
     over the nearest window_size keys. Gates: (batch, heads, query_length); a third each where none
-    is given."""
+    is given. The key of a pool is outer relu(inner [key + place, ...]) where these are given:
+    places (compressed_size, width), inner (hidden, compressed_size · width), outer (width, hidden).
+    importance: of a block, by the mean of its heads' probabilities or of their logits."""
     assert is_causal and attn_mask is None
     batch, heads, length, width = q.shape
     n, group = k.shape[2], heads // k.shape[1]
@@ -64,18 +71,27 @@ def nsa(
             before = n - length + i - lead + 1
             return [c for c, pool in enumerate(pools) if pool and c * stride + size <= before]
 
+        def of_pool(shared: int, c: int) -> Tensor:
+            """The mean, 0 where there are no keys, or what the network makes of the slots."""
+            if inner is None:
+                return keys[b, shared, pools[c]].sum(0) / max(1, len(pools[c]))
+            slots = [q.new_zeros(width)] * size
+            for j in pools[c]:
+                place = j - lead - c * stride
+                slots[place] = keys[b, shared, j] + places[place].double()
+            return outer.double() @ (inner.double() @ torch.cat(slots)).relu()
+
         @cache
         def means(shared: int) -> Tensor:
-            """0 where there are no keys."""
-            return torch.stack([keys[b, shared, some].sum(0) / max(1, len(some)) for some in pools])
+            return torch.stack([of_pool(shared, c) for c in range(len(pools))])
+
+        def logits(h: int, i: int) -> Tensor:
+            return factor * means(h // group)[ended(i)] @ q[b, h, i]
 
         @cache
         def shares(h: int, i: int) -> Tensor:
             """What every ended mean weighs in row i of a head."""
-            past = ended(i)
-            if not past:
-                return q.new_zeros(0)
-            return softmax(factor * means(h // group)[past] @ q[b, h, i])
+            return softmax(logits(h, i)) if ended(i) else q.new_zeros(0)
 
         def compressed(h: int, i: int) -> Tensor:
             past = ended(i)
@@ -89,14 +105,19 @@ def nsa(
             """Keys of the blocks that the heads which share keys choose together."""
             own = (n - length + i - lead) // block_size
             first = h // group * group
-            mean = sum(shares(head, i).detach() for head in range(first, first + group)) / group
+            together = range(first, first + group)
+            if importance == "logits" and ended(i):
+                mean = softmax(sum(logits(head, i).detach() for head in together) / group)
+            else:
+                mean = sum(shares(head, i).detach() for head in together) / group
             sums = {c: 0.0 for c in range(own) if blocks[c]}
             for c, share in zip(ended(i), mean, strict=True):
                 for start in range(c * stride, c * stride + size, stride):
                     if start // block_size in sums:
                         sums[start // block_size] += float(share)
             scores = {c: round(total * DIGITS) for c, total in sums.items()}
-            for c, score in ((0, FIRST), (own - 1, PREVIOUS)):
+            forced = ((0, FIRST),) if first_block else ()
+            for c, score in (*forced, (own - 1, PREVIOUS)):
                 if c in scores:
                     scores[c] = score
             if 0 <= own < len(blocks):

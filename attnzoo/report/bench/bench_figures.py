@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from attnzoo.bench.bench_rows import SDPA, Row
-from attnzoo.bench.plan import in_pieces
+from attnzoo.benchmarking.bench_rows import SDPA, Row
+from attnzoo.benchmarking.plan import in_pieces
 from attnzoo.report.axes import log_axis
 from attnzoo.report.figures import Drawing, Look, chart, plot, ratio_tick
 from attnzoo.report.style import INK, styles

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from attnzoo.bench.bench_rows import Row
+from attnzoo.benchmarking.bench_rows import Row
 from attnzoo.report.bench.bench_figures import drawings
-from attnzoo.report.bench.bench_tables import crossover_table, setting_tables
-from attnzoo.report.document import html_table, joined, results_document
+from attnzoo.report.bench.bench_tables import crossover_table, setting_tables, whole_table
+from attnzoo.report.document import joined, results_document
+from attnzoo.report.result import Result
 
 TITLE = "How fast attention variants are"
 LEAD = (
@@ -19,12 +20,25 @@ LEAD = (
 )
 
 
+def bench_result(rows: Sequence[Row], interrupted: str = "") -> Result:
+    """Rows with their tables, figures and page; the first table holds all of them."""
+    settings = setting_tables(rows)
+    return Result(
+        "bench",
+        tuple(rows),
+        (whole_table(rows), *(settings if len(settings) > 1 else ()), crossover_table(rows)),
+        lambda: drawings(rows),
+        lambda: page(rows),
+        interrupted=interrupted,
+    )
+
+
 def page(rows: Sequence[Row]) -> str:
     """The whole page, deterministic in `rows`."""
     return results_document(
         TITLE,
         LEAD,
-        html_table(crossover_table(rows)),
+        crossover_table(rows).to_html(),
         drawings(rows),
         setting_tables(rows),
         joined(map(_facts, rows)),

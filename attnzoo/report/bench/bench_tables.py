@@ -3,10 +3,10 @@ page."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from attnzoo.bench.bench_rows import SDPA, Row
-from attnzoo.bench.crossover import NOTE, Crossover, curves, memory_crossover, time_crossover
+from attnzoo.benchmarking.bench_rows import SDPA, Row
+from attnzoo.benchmarking.crossover import NOTE, Crossover, curves, memory_crossover, time_crossover
 from attnzoo.registry import names, spec_of
 from attnzoo.report.bench.bench_figures import panel_title, panels
 from attnzoo.results.table import Column, Table
@@ -35,35 +35,67 @@ COLUMNS = (
     Column("ran", "ran", words=True),
 )
 GPU_ONLY = ("graph_seconds",)
+#: What tells the settings of rows apart.
+SETTINGS = (
+    Column("level", "level", words=True),
+    Column("phase", "phase", words=True),
+    Column("is_causal", "causal", lambda value: "yes" if value else "no", words=True),
+    Column("dtype", "dtype", words=True),
+    Column("batch_size", "batch"),
+    Column("heads", "heads"),
+    Column("head_dim", "head_dim"),
+    Column("segments", "pieces"),
+)
+
+
+def whole_table(rows: Sequence[Row]) -> Table:
+    """All rows in one table, with those of their settings that differ; what got no time is a note
+    with its reason."""
+    told = [
+        column
+        for column in SETTINGS
+        if len({getattr(row, column.key) for row in rows if row.seconds is not None}) > 1
+    ]
+    same = next(iter(panels(rows)), "") if not told else ""
+    return _table("bench", _on_one_line(same) or "Every setting", rows, told)
 
 
 def setting_tables(rows: Iterable[Row]) -> list[Table]:
     """A table a setting, its lengths rising; what got no time is a note with its reason."""
-    return [_setting(number, found) for number, found in enumerate(panels(rows).values(), 1)]
+    return [
+        _table(f"setting-{number}", _on_one_line(title), found)
+        for number, (title, found) in enumerate(panels(rows).items(), 1)
+    ]
 
 
-def _setting(number: int, rows: list[Row]) -> Table:
+def _on_one_line(title: str) -> str:
+    return title.replace("\n", "; ")
+
+
+def _table(name: str, title: str, rows: Sequence[Row], told: Sequence[Column] = ()) -> Table:
     timed = sorted((row for row in rows if row.seconds is not None), key=lambda row: row.length)
     reasons: dict[tuple[str, str], list[int]] = {}
     for row in sorted(rows, key=lambda row: row.length):
         if row.seconds is None:
             reasons.setdefault((row.contender, row.reason), []).append(row.length)
     notes = [
-        f"{name}, n = {', '.join(f'{length:,}' for length in lengths)}: {reason}"
-        for (name, reason), lengths in reasons.items()
+        f"{contender}, n = {', '.join(f'{n:,}' for n in dict.fromkeys(lengths))}: {reason}"
+        for (contender, reason), lengths in reasons.items()
     ]
-    columns = tuple(
+    first, *others = (
         column
         for column in COLUMNS
         if column.key not in GPU_ONLY or any(row.graph_seconds for row in timed)
     )
-    title = panel_title(rows[0]).replace("\n", "; ")
     return Table(
-        f"setting-{number}",
+        name,
         title,
         FORMULA,
-        columns,
-        tuple(_numbers(row) for row in timed),
+        (first, *told, *others),
+        tuple(
+            {**{column.key: getattr(row, column.key) for column in told}, **_numbers(row)}
+            for row in timed
+        ),
         notes=tuple(notes),
     )
 
@@ -98,7 +130,7 @@ def crossover_table(rows: Iterable[Row]) -> Table:
     exact = {SDPA, *(name for name in names() if spec_of(name).family == "exact")}
     for curve in curves(rows).values():
         if curve[0].variant not in exact and time_crossover(curve) is not None:
-            setting = panel_title(curve[0]).replace("\n", "; ")
+            setting = _on_one_line(panel_title(curve[0]))
             texts = {"time": _text(time_crossover(curve)), "memory": _text(memory_crossover(curve))}
             found.append({"contender": curve[0].contender, "setting": setting, **texts})
     columns = (

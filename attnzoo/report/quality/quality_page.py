@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from attnzoo.quality.quality_rows import Row
-from attnzoo.report.document import html_items, joined, results_document
+from attnzoo.quality.quality_rows import Row, in_order, page_name
+from attnzoo.report.document import joined, results_document
 from attnzoo.report.quality.quality_figures import drawings
 from attnzoo.report.quality.quality_headlines import headlines
 from attnzoo.report.quality.quality_tables import embeds, sources, tables
+from attnzoo.report.result import Result
+from attnzoo.results.table import html_items
 from attnzoo.texts.text_parts import SAID
 
 TITLE = "Which attention can be used where"
@@ -32,6 +34,19 @@ METHOD = (
     "from the mix of the last.",
     "The numbers reported are of a third text, which chose nothing.",
 )
+
+
+def quality_result(rows: Sequence[Row], interrupted: str = "") -> Result:
+    """Rows of one model with their tables, figures and page."""
+    ordered = in_order(rows)
+    return Result(
+        page_name(ordered[0]),
+        tuple(ordered),
+        tuple(tables(ordered)),
+        lambda: drawings(ordered),
+        lambda: page(ordered),
+        interrupted=interrupted,
+    )
 
 
 def page(rows: Sequence[Row]) -> str:

@@ -5,14 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
-from attnzoo.report.document import document, html_figure, html_items, html_table
+from attnzoo.report.document import document, html_figure
+from attnzoo.report.result import Result
 from attnzoo.report.scaling.scaling_figures import drawings
 from attnzoo.report.scaling.scaling_headlines import headlines
 from attnzoo.report.scaling.scaling_report import CONVENTION, Scaling
+from attnzoo.results.table import html_items
 
 TITLE = "What an attention costs"
 SOURCE = "https://mbrenndoerfer.com/writing/attention-complexity-quadratic-scaling-memory-efficient-transformers"
 ARTICLE_FIGURES = ("pairs", "contours", "flops", "memory", "rnn", "time", "shares")
+
+
+def scaling_result(scaling: Scaling) -> Result:
+    """The tables, those of every variant first, with figures, page, and files of all numbers."""
+    first = scaling.table("variant_costs")
+    return Result(
+        "scaling",
+        (),
+        (first, *(table for table in scaling.tables if table is not first)),
+        lambda: drawings(scaling),
+        lambda: page(scaling),
+        {
+            "scaling.json": lambda: scaling.to_json() + "\n",
+            **{f"scaling-{table.name}.csv": table.to_csv for table in scaling.tables},
+        },
+    )
 
 
 def page(scaling: Scaling) -> str:
@@ -35,7 +53,7 @@ def _extension(scaling: Scaling) -> Iterator[str]:
         if drawing.name not in ARTICLE_FIGURES:
             yield html_figure(drawing)
     for table in scaling.extension:
-        yield html_table(table)
+        yield table.to_html()
     yield "</section>"
 
 
@@ -52,5 +70,5 @@ def _article(scaling: Scaling) -> Iterator[str]:
         if drawing.name in ARTICLE_FIGURES:
             yield html_figure(drawing)
     for table in scaling.article:
-        yield html_table(table)
+        yield table.to_html()
     yield "</section>"

@@ -26,6 +26,8 @@ from attnzoo.engines.sparse import dense
 from attnzoo.engines.sparse.global_cache import GlobalCache
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.window import Window
+from attnzoo.engines.sparse.sparse import Sparse
+from attnzoo.engines.sparse.support_mask import attend_supported
 from attnzoo.engines.sparse.windows import dilated
 from attnzoo.engines.sparse.windows.columns import Columns
 from attnzoo.engines.sparse.windows.window_sparse import WindowSparse
@@ -135,12 +137,17 @@ class WindowAndGlobals(WindowSparse):
             )
         return GlobalCall.of(call, mask, counts) if counts[0] else _plain(call)
 
-    def matrix(self, call: Call) -> Tensor:
+    def support(self, call: Call) -> Tensor:
         if not isinstance(call, GlobalCall):
-            return super().matrix(call)
-        mask, near = visible(call), self.pattern.mask(grid_of(call)) | call.mask[:, None, None]
-        weights = weights_of(self, call, near if mask is None else near & mask)
-        q, k, _ = call.own
+            return super().support(call)
+        seen_by_globals = call.query_mask[:, None, :, None]
+        return self.pattern.mask(grid_of(call)) | call.mask[:, None, None] | seen_by_globals
+
+    def matrix(self, call: Call) -> Tensor:
+        weights = super().matrix(call)
+        if not isinstance(call, GlobalCall) or not call.has_own:
+            return weights
+        mask, (q, k, _) = visible(call), call.own
         rows = call.query_mask[:, None, :, None]
         return torch.where(rows, weights_of(self, replace(call, q=q, k=k), mask), weights)
 
@@ -188,10 +195,13 @@ class WindowAndGlobals(WindowSparse):
         if not self.global_tokens:
             return super().cost(shape)
         grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
+        is_short = self.softcap is None and Sparse.is_short(self, grid)
         keys = min(self.global_tokens, shape.key_length)
         queries = min(max(0, keys - grid.offset), shape.query_length, keys)
         executed = dilated.count_executed(self.pattern, shape, keys)
         executed += shape.heads * queries * shape.key_length
+        if is_short:
+            executed = shape.heads * shape.query_length * shape.key_length
         support = dilated.count_support(self.pattern, grid, keys)
         cost = softmax_cost(shape, executed, support, self.pattern.near + self.global_tokens)
         return self.with_softcap(cost, shape)
@@ -243,15 +253,24 @@ def _reference(engine: WindowAndGlobals, call: Call) -> Tensor:
     return torch.where(rows, of_globals, reference(engine, plain))
 
 
+def _dense(engine: WindowAndGlobals, call: Call) -> Tensor:
+    if not isinstance(call, GlobalCall):
+        return dense.attend(engine, call)
+    out = attend_supported(engine, call)
+    return engine.finished(call, out) if call.has_own else out
+
+
 def _dense_why_not(engine: WindowAndGlobals, call: Call) -> str | None:
-    if isinstance(call, GlobalCall):
-        return "the rows of global tokens are computed apart"
-    return dense.why_not(engine, call)
+    if not isinstance(call, GlobalCall):
+        return dense.why_not(engine, call)
+    if not Sparse.is_short(engine, grid_of(call)):
+        return "a dense mask of the window and the global tokens is quadratic in the length"
+    return dense.cannot(engine, call)
 
 
 _, *_FAST, _ = WindowSparse.backends
 WindowAndGlobals.backends = (
-    Backend("dense", dense.attend, _dense_why_not),
+    Backend("dense", _dense, _dense_why_not),
     *_FAST,
     Backend("reference", _reference, never_refuses),
 )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.arguments import check_positive, check_scale
+from attnzoo.arguments import check_choice, check_flag, check_positive
 from attnzoo.attention import Attention, Input, Spec
 from attnzoo.eager import is_recorded
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Shape
@@ -16,6 +17,7 @@ from attnzoo.engines.linear.gated.gate_projections import Gate
 from attnzoo.engines.piece_by_piece import at_a_time
 from attnzoo.engines.softmax.reference import masked_softmax
 from attnzoo.engines.sparse.patterns.window import Window
+from attnzoo.engines.sparse.selected.learned_keys import LearnedKeys
 from attnzoo.engines.sparse.selected.pooled_softmax import PooledSoftmax
 from attnzoo.engines.sparse.selected.pooling import Pooling
 from attnzoo.engines.sparse.selected.selected_softmax import SelectedSoftmax
@@ -29,6 +31,8 @@ from attnzoo.engines.sparse.selected.three_branches import GATES, ThreeBranches
 from attnzoo.engines.sparse.windows.window_sparse import WindowSparse
 from attnzoo.registry import register
 
+IMPORTANCE = ("probabilities", "logits")
+KEY_COMPRESSION = ("mean", "mlp")
 SCORES = 2**20  # of queries and blocks, held at a time
 #: Scores above any sum of shares of a softmax, each of which counts for all strides of its mean.
 FIRST, PREVIOUS, OWN = 2.0**60, 2.0**61, 2.0**62
@@ -37,24 +41,35 @@ DIGITS = 2.0**30
 
 
 class BlocksByImportance(Selector):
-    """The `top_k` blocks that weigh most in the softmax over block means, the mean over the heads
-    that share keys; a query's own block, the one before it, and the first before all others. A mean
-    counts once for every stride of it that lies in a block.
+    """The `top_k` blocks that weigh most in the softmax over compressed blocks, together for the
+    heads that share keys; a query's own block, the one before it, and the first before all others.
+    A compressed block counts once for every stride of it that lies in a block.
 
     Scores are float64, in which products of float32 are exact, and are compared to 30 binary
     digits. Of equal ones the earlier block wins.
+
+    compressed: the softmax over compressed blocks
+    importance, first_block: as `NSA` has them
     """
 
-    def __init__(self, block_size: int, top_k: int, scale: float | None, pooling: Pooling) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        top_k: int,
+        compressed: PooledSoftmax,
+        importance: str,
+        first_block: bool,
+    ) -> None:
         self.block_size = block_size
         self.top_k = check_positive("top_k", top_k)
-        self.pooling = pooling
-        if block_size % pooling.stride:
+        self.compressed, self.pooling = compressed, compressed.pooling
+        if block_size % self.pooling.stride:
             raise ValueError(
                 f"block_size={block_size} must be a multiple of "
-                f"compressed_stride={pooling.stride}, so that blocks begin and end together"
+                f"compressed_stride={self.pooling.stride}, so that blocks begin and end together"
             )
-        self.scale = check_scale(scale)
+        self.importance = check_choice("importance", importance, IMPORTANCE)
+        self.first_block = check_flag("first_block", first_block)
 
     def width(self, key_blocks: int) -> int:
         return min(self.top_k, key_blocks)
@@ -63,12 +78,15 @@ class BlocksByImportance(Selector):
         return key_length <= self.top_k * self.block_size
 
     def macs(self, shape: Shape) -> int:
-        return self._scores(shape) * shape.head_dim
+        return self._scores(shape) * shape.head_dim + self.compressed.key_macs(shape)
 
     def elementwise(self, shape: Shape) -> int:
         blocks = self.pooling.blocks(shape.key_length)
         means = shape.batch_size * shape.kv_heads * blocks * shape.head_dim
-        return SOFTMAX_OPERATIONS * self._scores(shape) + means
+        rows = self._scores(shape)
+        if self.importance == "logits":
+            rows //= shape.heads // shape.kv_heads
+        return SOFTMAX_OPERATIONS * rows + (means if self.compressed.learned is None else 0)
 
     def _scores(self, shape: Shape) -> int:
         blocks = self.pooling.blocks(shape.key_length)
@@ -81,10 +99,11 @@ class BlocksByImportance(Selector):
     def _some_rows(self, placed: Placed) -> Iterator[Tensor]:
         """The blocks of some queries after the other, (batch, kv_heads, queries, width)."""
         call, size, pooling = placed.call, self.block_size, self.pooling
-        means = pooling.means(call.k.detach(), placed, torch.float64)
+        keys = self.compressed.keys(placed, torch.float64)
         filled = (placed.real_keys(size) > 0)[:, None, None]
-        scale = int(call.q.shape[3]) ** -0.5 if self.scale is None else self.scale
-        key_blocks, pooled, length = int(filled.shape[3]), int(means.shape[2]), call.query_length
+        scale = self.compressed.scale_of(call.q)
+        key_blocks, pooled, length = int(filled.shape[3]), int(keys.shape[2]), call.query_length
+        forced = ((0, FIRST),) if self.first_block else ()
         together = at_a_time(
             int(length), call.q.shape[0] * call.q.shape[1] * pooled, SCORES, call.q
         )
@@ -95,13 +114,15 @@ class BlocksByImportance(Selector):
                 seen = max(1, min(seen, -(-(call.offset + some.stop) // size)))
                 of_means = max(1, min(pooled, seen * (size // pooling.stride)))
             own = (placed.positions[:, some] // size)[:, None, :, None]
-            numbers = torch.arange(seen, device=means.device)
+            numbers = torch.arange(seen, device=keys.device)
             ended = pooling.ended(Placed(call, placed.positions[:, some]))[..., :of_means]
             q = call.q[:, :, some].detach().double().unflatten(1, (call.k.shape[1], -1))
-            scores = (q @ means[:, :, None, :of_means].mT) * scale
+            scores = (q @ keys[:, :, None, :of_means].mT) * scale
+            if self.importance == "logits":
+                scores = scores.mean(2, keepdim=True)
             scores = scores.masked_fill(~ended[:, None, None], -torch.inf)
             shares = self._of_blocks(masked_softmax(scores).mean(2), seen)
-            for number, score in ((0, FIRST), (own - 1, PREVIOUS), (own, OWN)):
+            for number, score in (*forced, (own - 1, PREVIOUS), (own, OWN)):
                 shares = shares.masked_fill(numbers == number, score)
             allowed = (filled[..., :seen] & (numbers < own)) | (numbers == own)
             yield highest(shares.masked_fill(~allowed, -torch.inf), self.width(key_blocks))
@@ -146,9 +167,13 @@ class NSA(Attention):
 
     By default the means are of the blocks that are selected and do not overlap, as in
     flash-linear-attention; in the paper they are of fewer keys and overlap, and a mean counts for
-    every block that it lies in. The paper's learned MLP in place of a mean is not here: of values
-    it would not be linear. lucidrains' implementation averages logits over the heads, has a learned
-    memory slot and forces no first block. The choice is not differentiated.
+    every block that it lies in. With key_compression="mlp" the key of a compressed block is the
+    paper's learned network of its keys and their places; the values of a block stay their mean,
+    where the paper has a second network, of which the output would not be linear in v.
+    flash-linear-attention averages probabilities over the heads that share a choice and forces the
+    first block; lucidrains' implementation averages logits and forces no first block
+    (importance="logits", first_block=False), and has a learned memory slot, which is not here. The
+    choice is not differentiated.
 
     Use it in models trained with it, for long inputs; not in the place of a trained softmax, which
     knows of no gates.
@@ -158,6 +183,10 @@ class NSA(Attention):
     compressed_size: keys of a mean; None: block_size
     compressed_stride: how many keys lie between the beginnings of two of them; None:
         compressed_size, so that they do not overlap
+    key_compression: mean, or mlp: W2·relu(W1·[keys + places]), 2·head_dim wide inside
+    importance: of a block for the heads that share a choice: the mean of their probabilities, or
+        the softmax of the mean of their logits
+    first_block: whether the first block is among the forced ones
     window_size: nearest keys, the query's own counted
     scale: factor of the scores, 1/sqrt(head_dim) by default
     """
@@ -185,6 +214,9 @@ class NSA(Attention):
         top_k: int = 8,
         compressed_size: int | None = None,
         compressed_stride: int | None = None,
+        key_compression: str = "mean",
+        importance: str = "probabilities",
+        first_block: bool = True,
         window_size: int = 512,
         scale: float | None = None,
         backend: str = "auto",
@@ -193,13 +225,20 @@ class NSA(Attention):
         size = check_positive("block_size", block_size)
         size = size if compressed_size is None else compressed_size
         pooling = Pooling(size, size if compressed_stride is None else compressed_stride)
-        selector = BlocksByImportance(block_size, top_k, scale, pooling)
+        check_choice("key_compression", key_compression, KEY_COMPRESSION)
+        learned = LearnedKeys(pooling, head_dim) if key_compression == "mlp" else None
+        compressed = PooledSoftmax(pooling, scale, learned)
+        selector = BlocksByImportance(block_size, top_k, compressed, importance, first_block)
         engine = ThreeBranches(
-            PooledSoftmax(pooling, scale),
+            compressed,
             SelectedSoftmax(selector, scale),
             WindowSparse(window, scale),
         )
         super().__init__(heads, head_dim, engine, backend=backend)
+
+    def oracle_arguments(self, queries: int, keys: int, is_causal: bool) -> dict[str, Any]:
+        learned = self.engine.get_submodule("compressed").learned
+        return {} if learned is None else dict(learned.named_parameters())
 
     def input_projection(self, one: Input, features: int) -> Gate:
         return BranchGate(features, self.heads)

@@ -26,6 +26,7 @@ from attnzoo.engines.engine import (
 from attnzoo.engines.softmax.reference import REFERENCE, masked_softmax
 from attnzoo.engines.softmax.sdpa import sdpa
 from attnzoo.engines.softmax.softmax import softmax_cost
+from attnzoo.engines.sparse import dense
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.sparse import Sparse, from_first_real
 from attnzoo.variants.sparse_transformer import factorized_flash
@@ -65,6 +66,9 @@ class Factorized(Sparse):
         if isinstance(self.pattern, ByHead):
             self.pattern = replace(self.pattern, first_head=self.pattern.first_head + first)
 
+    def is_dense(self, grid: Grid) -> bool:
+        return grid.query_length > 1 and super().is_dense(grid)
+
     def cost(self, shape: Shape) -> Cost:
         grid = Grid(shape.heads, shape.query_length, shape.key_length, shape.is_causal)
         executed = support = weighed = 0
@@ -73,6 +77,8 @@ class Factorized(Sparse):
             one = len(_keys_of_one(factors, grid)) if grid.query_length == 1 else None
             executed += len(heads) * (_count_computed(factors, grid) if one is None else one)
             weighed += len(heads) * (_count_weighed(factors, grid) if one is None else one)
+        if self.is_dense(grid):
+            executed = weighed = shape.heads * shape.query_length * shape.key_length
         cost = softmax_cost(shape, executed, support, None)
         return replace(cost, elementwise=SOFTMAX_OPERATIONS * shape.batch_size * weighed)
 
@@ -204,6 +210,7 @@ def _count_visible(factors: tuple[Factor, ...], grid: Grid) -> int:
 
 Factorized.backends = (
     from_first_real("one_row", _one_row, _one_row_why_not),
+    from_first_real("dense", dense.attend, dense.why_not),
     from_first_real("flash", _by_flash, factorized_flash.why_not),
     from_first_real("blocks", _blocks, never_refuses),
     REFERENCE,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnzoo.arguments import check_count, check_positive
 from attnzoo.eager import unrecorded
-from attnzoo.engines.sparse.patterns.grid import Grid
+from attnzoo.engines.sparse.patterns.grid import Grid, PaddedGrid
 from attnzoo.engines.sparse.patterns.pattern import BlockTable, Pattern, Union
 
 
@@ -71,14 +71,26 @@ class BlockPattern(Pattern):
         return _sees_every_block(self, replace(grid, device="cpu"))
 
     def mask(self, grid: Grid) -> Tensor:
-        seen = self.seen_blocks(grid)
-        queries, keys = (
-            x // self.block_size for x in (grid.query_positions(), grid.key_positions())
-        )
+        seen, size = self.seen_blocks(grid), self.block_size
+        if not isinstance(grid, PaddedGrid) or grid.first is None:
+            return self.spread(seen, grid)
+        queries, keys = (x // size for x in (grid.query_positions(), grid.key_positions()))
         rows = queries - grid.query_blocks(self.block_size)[0]
         ahead = [torch.arange(size, device=seen.device) for size in seen.shape[:-2]]
         ahead = [x.view(-1, *[1] * (seen.dim() - 1 - place)) for place, x in enumerate(ahead)]
         return seen[(*ahead, rows, keys.clamp(min=0))]
+
+    def spread(self, table: Tensor, grid: Grid) -> Tensor:
+        """What a table of blocks holds, at every token, where all samples begin at slot 0.
+
+        table: (..., query_blocks, key_blocks), as of `seen_blocks`
+
+        Returns (..., query_length, key_length).
+        """
+        size, first = self.block_size, grid.offset % self.block_size
+        tokens = table[..., :, None, :, None].expand(*table.shape[:-1], size, -1, size)
+        whole = tokens.flatten(-2).flatten(-3, -2)
+        return whole[..., first : first + grid.query_length, : grid.key_length]
 
     def __or__(self, other: Pattern) -> Pattern:
         if isinstance(other, BlockPattern) and other.block_size == self.block_size:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.eager import can_look
-from attnzoo.sequences.padding import ends, leading
+from attnzoo.sequences.padding import ends, leading, starts_real
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ def padded(grid: Grid, key_mask: Tensor) -> PaddedGrid:
     """
     first = leading(key_mask)
     length = (grid.key_length if grid.is_causal else ends(key_mask)) - first
+    first = None if starts_real(key_mask) else first
     return PaddedGrid(**vars(grid), length=length, first=first)
 
 

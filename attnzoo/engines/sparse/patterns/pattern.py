@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of, padded
-from attnzoo.sequences.padding import stand_on_leading
+from attnzoo.sequences.padding import stand_on_leading, starts_real
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ class Pattern:
         if call.offset:
             return seen
         return seen & ~stand_on_leading(call.key_mask)[:, None, :, None]
+
+    def is_fixed(self, call: Call) -> bool:
+        """Whether `mask`, of the sizes alone, is the support of a call whose key_mask may be read,
+        as long as each sample's end is counted where the pattern is `tied_to_end`."""
+        return not self.counts_positions or starts_real(call.key_mask)
 
     def table(self, grid: Grid) -> BlockTable:
         """The pattern as a table of blocks, causality included, for these sizes."""

@@ -95,6 +95,10 @@ class Window(Pattern):
         near = replace(self, sinks=0).mask(grid_of(call))
         return near | first_real(call.key_mask, self.sinks)[:, None, None]
 
+    def is_fixed(self, call: Call) -> bool:
+        mask = call.key_mask
+        return not self.sinks or mask is None or bool(mask[:, : self.sinks].all())
+
     def hides_nothing(self, grid: Grid) -> bool:
         # Only a causal window, which looks back alone, is continued by the sinks at the beginning.
         seen = self.window + self.sinks if grid.is_causal else self.window

@@ -51,6 +51,12 @@ class Pooling:
         total = self._joined(in_blocks(x, 2, self.stride).sum(3, dtype=dtype), 2)
         return total / self.counts(placed).clamp(min=1)[:, None, :, None]
 
+    def slots(self, x: Tensor, dim: int) -> Tensor:
+        """The slots of every block, of x of placed keys with their length at `dim`: (..., blocks,
+        size, ...); those behind the last key are 0."""
+        found = self._overlapping(in_blocks(x, dim, self.stride), dim)
+        return found.movedim(-1, dim + 1).flatten(dim + 1, dim + 2)
+
     def ended(self, placed: Placed) -> Tensor:
         """Which blocks end at a query or before it and have a key, (batch or 1, query_length,
         blocks) bool."""
@@ -74,7 +80,11 @@ class Pooling:
         """The sums of blocks of those of stretches."""
         if self.overlap == 1:
             return stretches
+        return self._overlapping(stretches, dim).sum(-1)
+
+    def _overlapping(self, stretches: Tensor, dim: int) -> Tensor:
+        """The stretches of every block, as a last dimension."""
         missing = self.overlap - stretches.shape[dim]
         if missing > 0:
             stretches = F.pad(stretches, (0, 0) * (stretches.dim() - dim - 1) + (0, missing))
-        return stretches.unfold(dim, self.overlap, 1).sum(-1)
+        return stretches.unfold(dim, self.overlap, 1)

@@ -18,9 +18,11 @@ from attnzoo.engines.softmax import sdpa
 from attnzoo.engines.softmax.reference import REFERENCE, visible, weights_of
 from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
 from attnzoo.engines.sparse.dense import too_large
+from attnzoo.engines.sparse.reference import SHORT
 from attnzoo.engines.sparse.selected import selected_tiles
 from attnzoo.engines.sparse.selected.selected_rows import Sizes, attend_selected, most_pairs
 from attnzoo.engines.sparse.selected.selection import Placed, Selector
+from attnzoo.engines.sparse.support_mask import attend_supported
 from attnzoo.sequences.padding import fetched, leading
 
 
@@ -38,6 +40,11 @@ class SelectedSoftmax(Softmax):
     def __init__(self, selector: Selector, scale: float | None = None) -> None:
         super().__init__(scale)
         self.selector = selector
+
+    def is_dense(self, query_length: int, key_length: int) -> bool:
+        """Whether exact attention, under a dense mask where the selection hides keys, takes less
+        time than what skips them. Measured by `benchmarks/short_inputs.py`."""
+        return self.selector.sees_all(key_length) or query_length * key_length <= SHORT**2
 
     def support(self, call: Call) -> Tensor:
         """Which keys the selected blocks show, (batch, heads, query_length, key_length) bool.
@@ -74,12 +81,16 @@ class SelectedSoftmax(Softmax):
         elif shape.is_causal:
             beyond = causal_pairs(lengths[0], max(0, lengths[1] - width * size))
             support = causal_pairs(*lengths) - beyond
+        is_dense = self.is_dense(*lengths)
+        if is_dense:
+            scores = shape.heads * shape.query_length * shape.key_length
         cost = softmax_cost(shape, scores, shape.heads * support, None)
-        merging = 2 * shape.heads * shape.query_length * width
+        elementwise = scores + 2 * shape.heads * shape.query_length * width
+        elementwise = cost.elementwise if is_dense else shape.batch_size * elementwise
         return replace(
             cost,
             macs=cost.macs + self.selector.macs(shape),
-            elementwise=shape.batch_size * (scores + merging) + self.selector.elementwise(shape),
+            elementwise=elementwise + self.selector.elementwise(shape),
         )
 
 
@@ -107,14 +118,20 @@ def _in_operators(engine: SelectedSoftmax, call: Call) -> Tensor:
     return attend_selected(engine, placed, selection, engine.selector.block_size)
 
 
+def _dense(engine: SelectedSoftmax, call: Call) -> Tensor:
+    if engine.selector.sees_all(call.key_length):
+        return sdpa.attend(engine, call)
+    return attend_supported(engine, call)
+
+
 def _dense_why_not(engine: SelectedSoftmax, call: Call) -> str | None:
-    if not engine.selector.sees_all(call.key_length):
+    if not engine.is_dense(call.query_length, call.key_length):
         return "the selection may hide keys, and a dense mask of them is quadratic in the length"
     return too_large(call) or sdpa.why_not(engine, call)
 
 
 SelectedSoftmax.backends = (
-    Backend("dense", sdpa.attend, _dense_why_not),
+    Backend("dense", _dense, _dense_why_not),
     Backend("tiles", _in_tiles, selected_tiles.why_not),
     Backend("selected", _in_operators, never_refuses),
     REFERENCE,

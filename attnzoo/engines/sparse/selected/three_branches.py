@@ -1,5 +1,5 @@
-"""Softmax over block means, over the blocks that these select, and over a window, each row of each
-times a gate: the engine of native sparse attention."""
+"""Softmax over blocks as wholes, over the blocks that these select, and over a window, each row of
+each times a gate: the engine of native sparse attention."""
 
 from __future__ import annotations
 
@@ -69,12 +69,16 @@ class ThreeBranches(Weighted):
         each = [engine.cost(shape) for engine in self.engines]
         gates = len(GATES) * shape.batch_size * shape.heads * shape.query_length
         a_token = 2 * shape.batch_size * shape.kv_heads * shape.head_dim
+        learned = sum(one.parameters for one in each)
         return Cost(
             macs=sum(one.macs for one in each),
             support_macs=sum(one.support_macs for one in each),
             skipped_macs=sum(one.skipped_macs for one in each),
             elementwise=sum(one.elementwise for one in each),
-            moved_bytes=shape.input_bytes + shape.query_bytes + gates * shape.dtype.itemsize,
+            parameters=learned,
+            moved_bytes=shape.input_bytes
+            + shape.query_bytes
+            + (gates + learned) * shape.dtype.itemsize,
             state_elements=a_token * shape.key_length,
             state_bytes=a_token * shape.key_length * shape.dtype.itemsize,
             state_growth=a_token * shape.dtype.itemsize,

@@ -32,6 +32,10 @@ from attnzoo.engines.sparse.windows.columns import Columns, bias_of_columns
 from attnzoo.engines.tried_on_gpu import untried
 from attnzoo.sequences.padding import first_real, slots_of
 
+#: Queries and keys, each, up to which a dense mask serves every window; beyond, one that shows a
+#: row at least so many keys for each pair of a query and a key: two fifths of 512, four of 1,024.
+ALWAYS_SHORT, SPAN = 256, 0.8 / 1024
+
 
 class WindowSparse(Sparse):
     """Softmax attention over a window.
@@ -105,6 +109,15 @@ class WindowSparse(Sparse):
         mask = state.new_globals(call)
         whole, _ = state.joined(call, mask)
         return self.completed(whole), state.append(call, mask)
+
+    def is_short(self, grid: Grid) -> bool:
+        pairs = grid.query_length * grid.key_length
+        is_short = super().is_short(grid)
+        if self.pattern.sinks or max(self.pattern.dilations) > 1 or pairs <= ALWAYS_SHORT**2:
+            return is_short
+        # A mask costs a causal call what SDPA saves by leaving out the future.
+        span = self.pattern.window * (1 if grid.is_causal else 2)
+        return span >= SPAN * pairs and (is_short or not grid.is_causal)
 
     def is_dense(self, grid: Grid) -> bool:
         return self.sink_logits is None and super().is_dense(grid)

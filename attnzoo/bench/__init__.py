@@ -1,6 +1,0 @@
-"""Measuring: time in interleaved rounds, memory by the allocator's own account."""
-
-from attnzoo.bench.peak_memory import peak_bytes
-from attnzoo.bench.timing import Timing, interleave, mistake
-
-__all__ = ["Timing", "interleave", "mistake", "peak_bytes"]
