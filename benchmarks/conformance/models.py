@@ -3,7 +3,7 @@
     sh benchmarks/conformance/setup.sh FOLDER
     PYTHONPATH=FOLDER python benchmarks/conformance/models.py
 
-A row of the result file is one question. docs/what_a_check_finds.md has the answers.
+A row of the result file is one question. docs/results/what_a_check_finds.md has the answers.
 """
 
 from __future__ import annotations

@@ -25,12 +25,8 @@ from attnzoo.conformance import RULES, check
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/conformance.jsonl"
-<<<<<<< HEAD
-PAGE = ROOT / "docs/results/what_a_check_finds.md"
-=======
 MODELS = ROOT / "benchmarks/results/conformance_models.jsonl"  # by models.py
-PAGE = ROOT / "docs/what_a_check_finds.md"
->>>>>>> trust
+PAGE = ROOT / "docs/results/what_a_check_finds.md"
 #: Asked of what draws features of its own, which no oracle knows.
 WITHOUT_ORACLE = (
     *("causality", "padding", "packing", "hidden rows", "determinism", "batch invariance"),
@@ -278,16 +274,10 @@ def write_page() -> None:
 HEAD = """# What a check finds
 
 `attnzoo check` over attentions of other libraries, as PyPI has them, on a CPU.
-<<<<<<< HEAD
 [Checking](../guides/checking.md) says what each rule asks; one that a callable has no argument
 for is left out. `benchmarks/conformance/others.py` writes this page from what the
-rules measured. A convention that is not this library's own shows as a failure, too.
-=======
-[checking.md](checking.md) says what each rule asks; one that a callable has no argument for is left
-out. `benchmarks/conformance/others.py` writes this page from what the rules measured. A convention
-that is not this library's own shows as a failure, too. What no single call shows is
-[at the end](#in-layers-and-models).
->>>>>>> trust
+rules measured. A convention that is not this library's own shows as a failure, too. What no single
+call shows is [at the end](#in-layers-and-models).
 
 | callable | checked against | hold | fail |
 |---|---|---|---|

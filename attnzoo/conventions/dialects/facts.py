@@ -16,7 +16,6 @@ from torch import Tensor
 from attnzoo.arguments import check_choice, check_count, check_positive
 from attnzoo.conventions.dialects.spelling import Spelling
 
-
 HEADS_SECOND = "batch length heads width"
 DATE = "2026-11-30"
 SEEN = ("layout", "alignment", "hidden_row", "mask")
