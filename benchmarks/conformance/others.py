@@ -25,7 +25,7 @@ from attnzoo.conformance import RULES, check
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/conformance.jsonl"
-MODELS = ROOT / "benchmarks/results/conformance_models.jsonl"
+MODELS = ROOT / "benchmarks/results/conformance_models.jsonl"  # by models.py
 PAGE = ROOT / "docs/results/what_a_check_finds.md"
 #: Asked of what draws features of its own, which no oracle knows.
 WITHOUT_ORACLE = (
@@ -276,7 +276,8 @@ HEAD = """# What a check finds
 `attnzoo check` over attentions of other libraries, as PyPI has them, on a CPU.
 [Checking](../guides/checking.md) says what each rule asks; one that a callable has no argument
 for is left out. `benchmarks/conformance/others.py` writes this page from what the
-rules measured. A convention that is not this library's own shows as a failure, too.
+rules measured. A convention that is not this library's own shows as a failure, too. What no single
+call shows is [at the end](#in-layers-and-models).
 
 | callable | checked against | hold | fail |
 |---|---|---|---|
