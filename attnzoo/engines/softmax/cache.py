@@ -145,6 +145,7 @@ class KeyValueCache:
 
     def check_room(self, call: Call) -> None:
         check_state(call, self.batch_size, self.buffer.k.shape[1], self.seen, self.max_length)
+        check_values(call, self.buffer.v if self.seen else None)
 
     def append(self, call: Call, inputs: Mapping[str, Tensor] = NOTHING) -> KeyValueCache:
         """The cache with the call's keys and values behind it.
@@ -273,6 +274,29 @@ def check_state(
         raise ValueError(
             f"the state has taken {seen} tokens and {call.k.shape[2]} more would pass its "
             f"max_length={max_length}; make one with a larger max_length"
+        )
+
+
+def check_values(call: Call, held: Tensor | None, *, of_one_dtype: bool = False) -> None:
+    """Raise a ValueError when the call's values are not as those that a state has taken.
+
+    held: some of these, (..., value_dim); None: it has taken none, and any will do
+    of_one_dtype: whether a state of wider numbers cannot take narrower ones either
+    """
+    if held is None:
+        return
+    width, dtype = held.shape[-1], held.dtype
+    if call.v.shape[3] != width:
+        raise ValueError(
+            f"v has value_dim={call.v.shape[3]} and the state holds values of {width}; go on with "
+            "those, or begin with a new state from init_state"
+        )
+    if call.v.dtype != dtype and (
+        of_one_dtype or torch.promote_types(call.v.dtype, dtype) != dtype
+    ):
+        raise ValueError(
+            f"the tokens are {call.v.dtype} and the state has taken {dtype}; convert them with "
+            f".to({dtype}), or begin with a new state from init_state"
         )
 
 
