@@ -4,12 +4,12 @@ attention swapped in every layer, nothing trained.
     python benchmarks/selected_quality.py [--output FILE] [--lengths 4096 8192] [--keys 512]
 
 All contenders show a query at most `--keys` keys: the nearest ones beside 4 sinks, BigBird's blocks
-of 64, and the blocks that MoBA and XAttention select. Of each, perplexity on both texts at the first length; the
-share of softmax's top 16 keys and of its mass that it sees, on queries and keys of the exact model
-(first, middle and last layer and head, 2,048 tokens of Hamlet); its attention's share of exact
-attention's multiply-accumulates; and a needle: five digits in the middle of other text, asked for
-at its end, by the probability of the right ones and how many of them are the likeliest. SmolLM2
-reads up to 8,192 tokens by its config.
+of 64, and the blocks that MoBA and XAttention select. Of each, perplexity on both texts at the
+first length; the share of softmax's top 16 keys and of its mass that it sees, on queries and keys
+of the exact model (first, middle and last layer and head, 2,048 tokens of Hamlet); its attention's
+share of exact attention's multiply-accumulates; and a needle: five digits in the middle of other
+text, asked for at its end, by the probability of the right ones and how many of them are the
+likeliest. SmolLM2 reads up to 8,192 tokens by its config.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.engine import State
-from attnzoo.engines.softmax.cache import check_rows, check_state
+from attnzoo.engines.state_checks import check_rows, check_state
 from attnzoo.sequences.packing import Piece, pieces_of
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from attnzoo.call import KEYS, Call
 from attnzoo.engines.linear.chunks import CAUSAL_CHUNK
 from attnzoo.engines.linear.sums import Past
-from attnzoo.engines.softmax.cache import (
+from attnzoo.engines.state_checks import (
     GOES_BACK,
     check_crop,
     check_rows,

@@ -9,14 +9,9 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call, UnsupportedError
-from attnzoo.engines.softmax.cache import (
-    KeyValueCache,
-    check_crop,
-    check_rows,
-    check_state,
-    check_values,
-)
+from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, KEY_POSITIONS, check_reach
+from attnzoo.engines.state_checks import check_crop, check_rows, check_state, check_values
 from attnzoo.sequences.padding import fetched, first_real, slots_of
 
 
