@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +43,27 @@ def test_weights_come_out_where_eager_attention_was_chosen() -> None:
     model = attnzoo.swap(make("llama"), "linear")
     model.set_attn_implementation("eager")
     assert len(model(tokens(), output_attentions=True).attentions) == 3
+
+
+def test_a_swapped_config_asks_for_weights(tmp_path: Path) -> None:
+    """As transformers' own test_attention_outputs does: in the config, and in a model made of
+    it."""
+    model = attnzoo.swap(make("llama"), "sliding_window", window=2)
+    asked = model(tokens(), output_attentions=True).attentions
+    model.config.output_attentions = True
+    for mine, theirs in zip(model(tokens()).attentions, asked, strict=True):
+        assert torch.equal(mine, theirs)
+    other = attnzoo.swap(type(model)(model.config), "linear")
+    assert len(other(tokens()).attentions) == 3
+    model.save_pretrained(tmp_path)
+    assert type(model.config).from_pretrained(tmp_path).output_attentions
+    plain = make("llama")
+    plain.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="set it to 'eager'"):
+        plain.config.output_attentions = True
+    plain.config._output_attentions = True
+    with pytest.raises(Exception, match="set it to 'eager'"):  # of huggingface_hub's own kind
+        plain.config.validate()
 
 
 def test_a_part_is_chosen_for_alone() -> None:

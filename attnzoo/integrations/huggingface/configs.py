@@ -3,11 +3,12 @@ saved one tells of a swap."""
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any
 
 from attnzoo.integrations.huggingface.attention_function import attend
-from attnzoo.integrations.huggingface.choice import IMPLEMENTATION, watch_choices
+from attnzoo.integrations.huggingface.choice import CHOICE, IMPLEMENTATION, watch_choices
 from attnzoo.integrations.huggingface.masks.interface_masks import padding_mask
 
 #: Where a config tells which models that share it are swapped: a list of entries, saved with it as
@@ -49,6 +50,46 @@ def register() -> None:
     AttentionInterface.register(IMPLEMENTATION, attend)
     AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
     watch_choices()
+    let_configs_ask_for_weights()
+
+
+def let_configs_ask_for_weights() -> None:
+    """Let the config of a swapped model say output_attentions=True: transformers takes it of its
+    own "eager" alone, since its other implementations return no A, and this one does."""
+    from transformers import PreTrainedConfig
+
+    base: Any = PreTrainedConfig
+    asked = base.output_attentions
+    if hasattr(asked.fset, CHOICE):
+        return
+
+    @functools.wraps(asked.fset)
+    def ask(self: Any, value: bool) -> None:
+        if self._attn_implementation == IMPLEMENTATION:
+            self._output_attentions = value
+        else:
+            asked.fset(self, value)
+
+    setattr(ask, CHOICE, True)
+    base.output_attentions = asked.setter(ask)
+
+
+def let_configs_be_saved(config: Any) -> None:
+    """As `let_configs_ask_for_weights`, where the config is saved: every class of configs has a
+    list of what it checks then."""
+    from transformers import PreTrainedConfig
+
+    refuse: Any = PreTrainedConfig.validate_output_attentions
+
+    @functools.wraps(refuse)
+    def validate_output_attentions(self: Any) -> None:
+        if self._attn_implementation != IMPLEMENTATION:
+            refuse(self)
+
+    for known in type(config).__mro__:
+        validators = vars(known).get("__class_validators__", [])
+        if refuse in validators:
+            validators[validators.index(refuse)] = validate_output_attentions
 
 
 def configs_of(model: Any) -> list[Any]:
@@ -83,6 +124,7 @@ def claim(model: Any, layers: dict[int, str]) -> list[Claim]:
         )
         if before == IMPLEMENTATION and told:
             before = told[0]["attn_implementation"]
+        let_configs_be_saved(config)
         names = {str(layer): name for layer, name in layers.items()}
         entry = {"model": type(model).__name__, "attn_implementation": before, "layers": names}
         setattr(config, ENTRIES, [*entries, entry])
