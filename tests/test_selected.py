@@ -274,7 +274,7 @@ def test_the_loss_of_an_indexer(lengths: tuple[int, int], is_causal: bool, packe
 def test_a_packed_loss_is_that_of_its_pieces() -> None:
     situation = Situation(12, 12)
     q, k, _, _ = tensors(situation)
-    inputs = index_inputs(situation)
+    inputs: dict[str, Any] = index_inputs(situation)
     ids = (torch.arange(12) >= 5).long().expand(2, -1)
     pieces = [
         index_loss(q[:, :, some], k[:, :, some], **{n: x[:, :, some] for n, x in inputs.items()})
