@@ -124,7 +124,8 @@ def test_what_is_handed_to_the_fla_kernel(gated: bool) -> None:
     given = gates_of("log_linear", 20, closed=True) if gated else {}
     attn = build(scale=0.3)
     engine: Any = attn.engine
-    call = engine.completed(Call(*qkv_, None, None, True, given, attn.spec.inputs))
+    q, k, v = qkv_
+    call = engine.completed(Call(q, k, v, is_causal=True, inputs=given, declared=attn.spec.inputs))
     out = tree_fla.attend(engine.rule, call, chunk_log_linear_attn)
     close(out, engine(call, "reference")[0], 1e-12, "rows by the definition of the kernel")
 
