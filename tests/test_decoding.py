@@ -372,9 +372,9 @@ def test_tokens_that_do_not_go_with_those_before_are_refused(case: Case, packed:
     """Values of another width, and tokens of more digits than a state has kept."""
     attn = case.build(dtype=torch.float32)
     q, k, v, _ = (x.float() for x in tensors(Situation(8, 8, kv_heads=4)))
-    given = {"segments": torch.tensor([[0] * 5 + [1] * 2] * 2)} if packed else {}
-    first = [x[:, :, :7] for x in (q, k, v)]
-    _, state = attn.step(*first, attn.init_state(2), **given)
+    given: Any = {"segments": torch.tensor([[0] * 5 + [1] * 2] * 2)} if packed else {}
+    first, second, third = (x[:, :, :7] for x in (q, k, v))
+    _, state = attn.step(first, second, third, attn.init_state(2), **given)
     more: Any = {"segments": torch.ones(2, 1, dtype=torch.long)} if packed else {}
     q, k, v = (x[:, :, 7:] for x in (q, k, v))
     with pytest.raises(ValueError, match="v has value_dim=11 and the state holds values of 8"):

@@ -12,9 +12,11 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo.attention import Attention
-from attnzoo.engines.sparse.selected.selection import NONE, highest
+from attnzoo.call import Call
+from attnzoo.engines.sparse.selected.selection import NONE, Placed, highest
 from attnzoo.oracles import indexed as oracle_of_index
 from attnzoo.oracles import moba
+from attnzoo.variants.selected import indexed as module_of_indexed
 from attnzoo.variants.selected.index_loss import index_loss
 
 BACKENDS = ["tiles", "selected", "reference"]
@@ -271,13 +273,17 @@ def test_the_loss_of_an_indexer(lengths: tuple[int, int], is_causal: bool, packe
         assert index_loss(q, k, **inputs, **given, selected=own).item() == 0
 
 
+def _of_tokens(inputs: dict[str, Any], some: slice) -> dict[str, Any]:
+    return {name: x[:, :, some] for name, x in inputs.items()}
+
+
 def test_a_packed_loss_is_that_of_its_pieces() -> None:
     situation = Situation(12, 12)
     q, k, _, _ = tensors(situation)
-    inputs = index_inputs(situation)
+    inputs: dict[str, Any] = index_inputs(situation)
     ids = (torch.arange(12) >= 5).long().expand(2, -1)
     pieces = [
-        index_loss(q[:, :, some], k[:, :, some], **{n: x[:, :, some] for n, x in inputs.items()})
+        index_loss(q[:, :, some], k[:, :, some], **_of_tokens(inputs, some))
         for some in (slice(0, 5), slice(5, 12))
     ]
     whole = index_loss(q, k, **inputs, segments=ids)
@@ -317,3 +323,35 @@ def test_the_oracle_cuts_an_indexers_inputs_as_it_cuts_pieces() -> None:
     )
     found = attn(q, k, v, segments=segments, is_causal=True, **given)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "closer than float32 tells", "nan"])
+@pytest.mark.parametrize("per_group", [False, True])
+def test_scores_that_are_tried_in_float32_choose_what_float64_does(
+    kind: str, per_group: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    situation = Situation(64, 64, kv_heads=2)
+    q, k, _, _ = (x.float() for x in tensors(situation))
+    inputs = {name: x.float() for name, x in index_inputs(situation, key_heads=2).items()}
+    if kind == "ties":
+        inputs = {name: x.round() for name, x in inputs.items()}
+    if kind == "closer than float32 tells":  # keys part in their last digits alone
+        inputs["k_index"] = 1 + inputs["k_index"] * 2.0**-21
+        inputs["q_index"], inputs["w_index"] = (
+            inputs[name].abs() + 1 for name in ("q_index", "w_index")
+        )
+    if kind == "nan":
+        inputs["k_index"][0, 0, 9, 2] = float("nan")
+    attn = attnzoo.build("indexed", 4, 8, block_size=8, top_k=24, per_group=per_group)
+    call = Call(q, k, k, is_causal=True, inputs=inputs)
+    chosen, tried = [], []
+    error = module_of_indexed.Indexer.error
+    monkeypatch.setattr(
+        module_of_indexed.Indexer, "error", lambda *given: tried.append(1) or error(*given)
+    )
+    for least in (2**60, 1):
+        monkeypatch.setattr(module_of_indexed, "ROUNDED", least)
+        found = attn.engine.selector.select(Placed.of(call)).blocks  # pyright: ignore
+        chosen.append(found.sort(-1).values)
+    assert tried == [1]
+    assert torch.equal(*chosen)
