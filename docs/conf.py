@@ -24,6 +24,7 @@ myst_heading_anchors = 3
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["**/README.md"]
 highlight_language = "none"
+smartquotes = False  # `--model` has two dashes
 pygments_style, pygments_dark_style = "friendly", "monokai"
 # Types of torch and others, in signatures: no page here says what they are.
 nitpick_ignore_regex = [(r"py:.*", r".*")]

@@ -12,6 +12,7 @@ from typing import Any
 
 import attnzoo
 from attnzoo.report.result import Result  # what bench, compare, train and cost_table return
+from docs import command_pages
 from docs.docstrings import markdown
 
 FOLDER = Path(__file__).with_name("reference")
@@ -55,10 +56,11 @@ def write() -> None:
     FOLDER.mkdir()
     for name in PAGES:
         (FOLDER / f"{name}.md").write_text(page(name), encoding="utf-8")
-    listed = "\n".join(PAGES)
+    (FOLDER / "commands.md").write_text(command_pages.page(), encoding="utf-8")
+    listed = "\n".join([*PAGES, "commands"])
     index = (
         "# API reference\n\nEvery public name of `attnzoo`, from its docstring. Shapes are in the "
-        "order of the axes; a *source* link leads to the code.\n\n"
+        "order of the axes; a *source* link leads to the code. Commands are on the last page.\n\n"
         f"```{{toctree}}\n:maxdepth: 2\n\n{listed}\n```\n"
     )
     (FOLDER / "index.md").write_text(index, encoding="utf-8")

@@ -145,3 +145,13 @@ def test_the_pages_of_examples_show_scripts_whole_and_notebooks_with_their_outpu
     for name in notebooks:
         drawn = re.findall(r"!\[[^]]+\]\(([^)]+)\)", pages[name])
         assert drawn and all((tmp_path / "examples" / one).stat().st_size > 5000 for one in drawn)
+
+
+def test_the_page_of_commands_has_each_with_its_help() -> None:
+    from docs import command_pages
+
+    page = command_pages.page()
+    for command in command_pages.commands():
+        part = page.split(f"## attnzoo {command.name}\n")[1].split("\n## ")[0]
+        words = " ".join(part.split())
+        assert command.help in words and "usage: attnzoo" in words and "--help" in words
