@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import attnzoo
+from attnzoo.report.result import Result  # what bench, compare, train and cost_table return
 from docs.docstrings import markdown
 
 FOLDER = Path(__file__).with_name("reference")
@@ -75,6 +76,8 @@ def page(name: str) -> str:
     title, said, _ = PAGES[name]
     parts = [f"# {title}", said]
     parts += [_described(one, getattr(attnzoo, one)) for one in members(name)]
+    if name == list(PAGES)[-1]:
+        parts += [_module_of(Result.__module__), _object(Result.__name__, Result)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -51,6 +51,7 @@ def page(name: str) -> str:
                 f"# {spec.title}",
                 f"`{name}` · {FAMILIES[spec.family]} · {escaped(spec.complexity)}",
                 f"{escaped(spec.paper)}.",
+                _in_words(name),
                 *([] if "\n    " in described.text else [f"```text\n{spec.equation}\n```"]),
                 f"![A of `{name}` beside exact attention's, the same queries and keys]"
                 f"(../figures/zoo/{name}.png)",
@@ -67,6 +68,15 @@ def page(name: str) -> str:
         )
         + "\n"
     )
+
+
+def _in_words(name: str) -> str:
+    """Its row of the page that lists the zoo: what A is and what decoding carries."""
+    text = (FOLDER / "index.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith(f"| [`{name}`]"))
+    _, _, matrix, _, _, decodes, state, _ = (cell.strip() for cell in row.split("|"))
+    carried = f"Decoding carries {state}." if decodes == "yes" else "It does not decode."
+    return f"A is {matrix}. {carried}"
 
 
 def _try(name: str, spec: Spec) -> Iterator[str]:

@@ -16,7 +16,7 @@ from small import build_small
 from torch import Tensor
 
 import attnzoo
-from attnzoo.engines.softmax.cache import GOES_BACK
+from attnzoo.engines.state_checks import GOES_BACK
 from attnzoo.registry import spec_of
 
 CASES = [

@@ -367,6 +367,26 @@ def test_samples_that_a_state_does_not_have_are_refused(case: Case, packed: bool
 
 
 @USUAL
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_tokens_that_do_not_go_with_those_before_are_refused(case: Case, packed: bool) -> None:
+    """Values of another width, and tokens of more digits than a state has kept."""
+    attn = case.build(dtype=torch.float32)
+    q, k, v, _ = (x.float() for x in tensors(Situation(8, 8, kv_heads=4)))
+    given: Any = {"segments": torch.tensor([[0] * 5 + [1] * 2] * 2)} if packed else {}
+    first, second, third = (x[:, :, :7] for x in (q, k, v))
+    _, state = attn.step(first, second, third, attn.init_state(2), **given)
+    more: Any = {"segments": torch.ones(2, 1, dtype=torch.long)} if packed else {}
+    q, k, v = (x[:, :, 7:] for x in (q, k, v))
+    with pytest.raises(ValueError, match="v has value_dim=11 and the state holds values of 8"):
+        attn.step(q, k, v.new_zeros(*v.shape[:3], 11), state, **more)
+    attn.to(torch.float64)
+    with pytest.raises(ValueError, match=r"float64 and the state has taken torch\.float32"):
+        attn.step(q.double(), k.double(), v.double(), state, **more)
+    attn.to(torch.float32)
+    attn.step(q, k, v, state, **more)
+
+
+@USUAL
 def test_the_state_of_another_variant_is_refused(case: Case) -> None:
     attn, other = case.build(), attnzoo.build("linear", heads=4, head_dim=8).init_state(2)
     if isinstance(other, type(attn.init_state(2))):

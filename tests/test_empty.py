@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, Situation, backends_of, can, cases, tensors
+from cases import Case, Situation, ask_oracle, backends_of, can, cases, tensors
 from small import layer_masks, small
 
 import attnzoo
@@ -73,3 +73,15 @@ def test_the_layer(name: str, shape: tuple[int, ...]) -> None:
         )
         assert out.shape == shape
         out.sum().backward()
+
+
+@ALL
+def test_the_oracle(case: Case) -> None:
+    attn = case.build()
+    for situation in [*NOTHING, *(CROSS if case.spec.cross else [])]:
+        q, k, v = (x.requires_grad_() for x in tensors(situation)[:3])
+        out, a = ask_oracle(attn, q, k, v, options=case.options, is_causal=case.spec.forms[0])
+        assert out.shape == (*q.shape[:3], v.shape[3]) and not out.any()
+        assert a.shape == (*q.shape[:3], k.shape[2]) and not a.any()
+        out.sum().backward()
+        assert all(x.grad is not None and not x.grad.any() for x in (q, k, v))

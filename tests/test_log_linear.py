@@ -12,6 +12,9 @@ from test_gates import HEADS, KV_HEADS, WIDTH, gates_of, qkv, shown
 from torch import Tensor
 
 import attnzoo
+from attnzoo.call import Call
+from attnzoo.engines.linear.gated import fla_kernels
+from attnzoo.engines.linear.log_linear import tree_fla
 from attnzoo.oracles import ORACLES
 
 OPTIONS: dict[str, Any] = {"base": "gated_deltanet", "scale": None}
@@ -95,3 +98,52 @@ def test_samples_whose_trees_differ(backend: str) -> None:
         q_, k_, v_ = (x[order, :, here] for x in (q, k, v))
         out, _ = attn.step(q_, k_, v_, chosen, **one)
         close(out, expected[order, :, here], 1e-12, "rows of other samples")
+
+
+def chunk_log_linear_attn(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, level_scales: Tensor, scale: float
+) -> tuple[Tensor, None]:
+    """flash-linear-attention's definition with its signature: all (batch, length, heads, ...), a
+    row weighs a token by the level of the highest bit in which their places differ."""
+    assert q.shape == k.shape and level_scales.shape[:3] == q.shape[:3] == g.shape
+    rows = []
+    for t in range(q.shape[1]):
+        row = torch.zeros_like(v[:, 0])
+        for s in range(t + 1):
+            level = level_scales[:, t, :, (t ^ s).bit_length()]
+            left = g[:, s + 1 : t + 1].sum(1).exp()
+            product = (q[:, t] * k[:, s]).sum(-1)
+            row = row + (level * left * product)[..., None] * v[:, s]
+        rows.append(scale * row)
+    return torch.stack(rows, 1), None
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_what_is_handed_to_the_fla_kernel(gated: bool) -> None:
+    *qkv_, _ = qkv(20)
+    given = gates_of("log_linear", 20, closed=True) if gated else {}
+    attn = build(scale=0.3)
+    engine: Any = attn.engine
+    q, k, v = qkv_
+    call = engine.completed(Call(q, k, v, is_causal=True, inputs=given, declared=attn.spec.inputs))
+    out = tree_fla.attend(engine.rule, call, chunk_log_linear_attn)
+    close(out, engine(call, "reference")[0], 1e-12, "rows by the definition of the kernel")
+
+
+def test_when_the_fla_kernel_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason(width: int, value_dim: int, mask: Tensor | None = None, **options: Any) -> str:
+        attn = attnzoo.build("log_linear", HEADS, width, **options)
+        q, k = (torch.randn(1, HEADS, 8, width, dtype=torch.bfloat16) for _ in range(2))
+        v = torch.randn(1, HEADS, 8, value_dim, dtype=torch.bfloat16)
+        call = Call(q, k, v, mask, None, True, {}, attn.spec.inputs)
+        engine: Any = attn.engine
+        return str(tree_fla.why_not(engine, call))
+
+    monkeypatch.setattr(fla_kernels, "missing", lambda *_: None)
+    assert "needs tensors on a CUDA device" in reason(64, 64)
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
+    assert reason(64, 64) == "None"
+    assert "a multiple of 64 wide, got head_dim=48" in reason(48, 64)
+    assert "a power of 2 wide, got value_dim=96" in reason(64, 96)
+    assert "none of delta rules" in reason(64, 64, base="gated_deltanet")
+    assert "real tokens alone count" in reason(64, 64, torch.ones(1, 8, dtype=torch.bool))

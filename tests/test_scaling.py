@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import attnzoo
 from attnzoo.commands.program import main
 from attnzoo.cost import article
 from attnzoo.cost.hardware import GPU, find_gpu, gpu_presets, roofline
@@ -33,6 +34,7 @@ from attnzoo.cost.limits import (
 from attnzoo.cost.model_sizes import TransformerModel, find_model, model_presets
 from attnzoo.cost.path_lengths import known_path, longest_path, support
 from attnzoo.registry import Choice, names
+from attnzoo.report.scaling.latent_table import latent_costs
 from attnzoo.report.scaling.scaling_figures import drawings
 from attnzoo.report.scaling.scaling_report import Scaling, scaling
 from attnzoo.report.scaling.settings import Settings
@@ -494,3 +496,32 @@ def test_command_refuses_in_one_sentence(
     assert main(["scaling", *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_the_latent_table_costs_what_the_layers_say() -> None:
+    """At Llama 3 8B's width with DeepSeek's 576 numbers a token."""
+    model, gpu = model_presets()["llama-3-8b"], gpu_presets()["h100"]
+    exact, latent = latent_costs(Settings(model, gpu, 4096, True)).rows
+    layers = model.layers
+    assert latent["state_token"] == layers * (512 + 64) * 2
+    assert exact["state_token"] == layers * 2 * model.key_width * 2
+    assert latent["state_bytes"] == 4096 * latent["state_token"]
+    with torch.device("meta"):
+        layer = attnzoo.LatentAttention(4096, 32, qk_nope_head_dim=128, bias=False)
+    core = layer.attention
+    beside = layer.cost(1, 1).macs - core.cost(1, 1).macs
+    assert latent["macs"] == layers * (
+        core.cost(1, 4096, is_causal=True).kernel_macs + 4096 * beside
+    )
+    step = core.cost(1, 1, 4096, is_causal=True, dtype=torch.bfloat16)
+    assert latent["step_macs"] == layers * (step.kernel_macs + beside)
+    assert latent["step_bytes"] == layers * (step.moved_bytes + 2 * beside)
+    # Every weight is read once in a step: those beside the core, and those that it absorbs.
+    absorbed = 32 * 512 * (128 + 128)
+    weights = sum(x.numel() for x in layer.parameters() if x.dim() == 2)
+    assert beside + absorbed == weights
+    assert latent["from_state"] == 1 and 1 < latent["from_step"] <= 2**20
+    n = latent["from_step"]
+    for m, faster in ((n, True), (n - 1, False)):
+        rows = latent_costs(Settings(model, gpu, m, True)).rows
+        assert (rows[1]["step_seconds"] < rows[0]["step_seconds"]) is faster

@@ -12,9 +12,11 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo.attention import Attention
-from attnzoo.engines.sparse.selected.selection import NONE, highest
+from attnzoo.call import Call
+from attnzoo.engines.sparse.selected.selection import NONE, Placed, highest
 from attnzoo.oracles import indexed as oracle_of_index
 from attnzoo.oracles import moba
+from attnzoo.variants.selected import indexed as module_of_indexed
 from attnzoo.variants.selected.index_loss import index_loss
 
 BACKENDS = ["tiles", "selected", "reference"]
@@ -209,22 +211,22 @@ def test_bad_index_inputs() -> None:
     assert out[0, :, 5].isnan().all() and out.isnan().sum() == 4 * 8
 
 
-def test_the_loss_of_an_indexer() -> None:
-    """Against a loop, its gradients, and a teacher that the scores already say."""
-    situation = Situation(12, 12)
-    q, k, _, _ = tensors(situation)
-    inputs: dict[str, Any] = {
-        name: x.requires_grad_() for name, x in index_inputs(situation).items()
-    }
-    mask = torch.ones(2, 12, dtype=torch.bool)
-    mask[0, :4] = mask[1, 7:] = False
-    exact = attnzoo.build("standard", heads=4, head_dim=8)
-    teacher = exact.weights(q, k, key_mask=mask, is_causal=True).sum(1)
+def loop_of_the_loss(q, k, inputs, mask, is_causal: bool, segments) -> Tensor:
+    """The mean over real rows of the divergence, a row at a time."""
+    queries, keys = q.shape[2], k.shape[2]
     divergences = []
     for b in range(2):
-        for t in range(12):
-            seen = [s for s in range(t + 1) if mask[b, s]]
-            if not seen or not mask[b, t]:
+        for t in range(queries):
+            token = keys - queries + t
+            of_tokens = is_causal or segments is not None or queries == keys
+            seen = [
+                s
+                for s in range(keys)
+                if mask[b, s]
+                and (s <= token or not is_causal)
+                and (segments is None or segments[b, s] == segments[b, token])
+            ]
+            if not seen or (of_tokens and not mask[b, token]):
                 continue
             scores = torch.stack(
                 [
@@ -236,16 +238,76 @@ def test_the_loss_of_an_indexer() -> None:
                     for s in seen
                 ]
             )
-            p = teacher[b, t, seen] / teacher[b, t, seen].sum()
+            logits = (q[b, :, t] @ k.repeat_interleave(2, 1)[b, :, seen].mT)[
+                torch.arange(4), torch.arange(4)
+            ]
+            p = (logits * 8**-0.5).softmax(-1).mean(0)
             divergences.append((p * (p.log() - scores.log_softmax(0))).sum())
-    expected = torch.stack(divergences).mean()
-    found = index_loss(q, k, **inputs, key_mask=mask)
+    return torch.stack(divergences).mean()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    ("lengths", "packed"),
+    [((12, 12), False), ((12, 12), True), ((5, 12), False), ((5, 12), True), ((15, 12), False)],
+)
+def test_the_loss_of_an_indexer(lengths: tuple[int, int], is_causal: bool, packed: bool) -> None:
+    """Against a loop, with its gradients."""
+    situation = Situation(*lengths, kv_heads=2)
+    q, k, _, _ = tensors(situation)
+    inputs: dict[str, Any] = {
+        name: x.requires_grad_() for name, x in index_inputs(situation).items()
+    }
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[0, :4] = mask[1, 9:] = False
+    segments = torch.tensor([[0] * 8 + [1] * 4, [2] * 3 + [5] * 9]) if packed else None
+    expected = loop_of_the_loss(q, k, inputs, mask, is_causal, segments)
+    given: Any = {"key_mask": mask, "is_causal": is_causal, "segments": segments}
+    found = index_loss(q, k, **inputs, **given)
     close(found, expected, 1e-12, "loss")
     wanted = torch.autograd.grad(expected, list(inputs.values()))
     for one, other in zip(torch.autograd.grad(found, list(inputs.values())), wanted, strict=True):
         close(one, other, 1e-12, "gradient of the loss")
-    own = torch.eye(12, dtype=torch.bool).expand(2, -1, -1)
-    assert index_loss(q, k, **inputs, selected=own, key_mask=mask).item() == 0
+    if lengths == (12, 12):
+        own = torch.eye(12, dtype=torch.bool).expand(2, -1, -1)
+        assert index_loss(q, k, **inputs, **given, selected=own).item() == 0
+
+
+def _of_tokens(inputs: dict[str, Any], some: slice) -> dict[str, Any]:
+    return {name: x[:, :, some] for name, x in inputs.items()}
+
+
+def test_a_packed_loss_is_that_of_its_pieces() -> None:
+    situation = Situation(12, 12)
+    q, k, _, _ = tensors(situation)
+    inputs: dict[str, Any] = index_inputs(situation)
+    ids = (torch.arange(12) >= 5).long().expand(2, -1)
+    pieces = [
+        index_loss(q[:, :, some], k[:, :, some], **_of_tokens(inputs, some))
+        for some in (slice(0, 5), slice(5, 12))
+    ]
+    whole = index_loss(q, k, **inputs, segments=ids)
+    close(whole, (5 * pieces[0] + 7 * pieces[1]) / 12, 1e-12, "packed loss")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"w_index": (2, 4, 11)}, r"w_index has shape \(2, 4, 11\).* must be \(2, 4, 12\)"),
+        ({"k_index": (2, 1, 11, 4)}, r"k_index has shape \(2, 1, 11, 4\)"),
+        ({"k_index": (2, 3, 12, 8)}, "k_index has 3 heads, which do not divide"),
+        ({"segments": (2, 11)}, r"segments has shape \(2, 11\)"),
+    ],
+)
+def test_sizes_of_a_loss_that_do_not_agree_are_one_sentence(wrong, said) -> None:
+    situation = Situation(12, 12)
+    q, k, _, _ = tensors(situation)
+    width = index_inputs(situation)["q_index"].shape[3]
+    ((name, shape),) = wrong.items()
+    shape = (*shape[:3], width) if len(shape) == 4 else shape
+    given: Any = {**index_inputs(situation), name: torch.zeros(shape).double()}
+    with pytest.raises(ValueError, match=said.replace("11, 4", f"11, {width}")):
+        index_loss(q, k, **given)
 
 
 def test_the_oracle_cuts_an_indexers_inputs_as_it_cuts_pieces() -> None:
@@ -261,3 +323,35 @@ def test_the_oracle_cuts_an_indexers_inputs_as_it_cuts_pieces() -> None:
     )
     found = attn(q, k, v, segments=segments, is_causal=True, **given)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "closer than float32 tells", "nan"])
+@pytest.mark.parametrize("per_group", [False, True])
+def test_scores_that_are_tried_in_float32_choose_what_float64_does(
+    kind: str, per_group: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    situation = Situation(64, 64, kv_heads=2)
+    q, k, _, _ = (x.float() for x in tensors(situation))
+    inputs = {name: x.float() for name, x in index_inputs(situation, key_heads=2).items()}
+    if kind == "ties":
+        inputs = {name: x.round() for name, x in inputs.items()}
+    if kind == "closer than float32 tells":  # keys part in their last digits alone
+        inputs["k_index"] = 1 + inputs["k_index"] * 2.0**-21
+        inputs["q_index"], inputs["w_index"] = (
+            inputs[name].abs() + 1 for name in ("q_index", "w_index")
+        )
+    if kind == "nan":
+        inputs["k_index"][0, 0, 9, 2] = float("nan")
+    attn = attnzoo.build("indexed", 4, 8, block_size=8, top_k=24, per_group=per_group)
+    call = Call(q, k, k, is_causal=True, inputs=inputs)
+    chosen, tried = [], []
+    error = module_of_indexed.Indexer.error
+    monkeypatch.setattr(
+        module_of_indexed.Indexer, "error", lambda *given: tried.append(1) or error(*given)
+    )
+    for least in (2**60, 1):
+        monkeypatch.setattr(module_of_indexed, "ROUNDED", least)
+        found = attn.engine.selector.select(Placed.of(call)).blocks  # pyright: ignore
+        chosen.append(found.sort(-1).values)
+    assert tried == [1]
+    assert torch.equal(*chosen)

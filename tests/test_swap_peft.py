@@ -246,7 +246,7 @@ def test_what_makes_the_inputs_of_an_attention_is_trained_beside_adapters(
     has put them: without them the attention would run as another one."""
     torch.manual_seed(3)
     model: nn.Module = encoder().double() if kind == "torch" else make("llama")
-    options = {"window": 4, "global_tokens": 1} if name == "longformer" else {}
+    options: dict[str, Any] = {"window": 4, "global_tokens": 1} if name == "longformer" else {}
     attnzoo.swap(model, name, **options)
     masks: dict[str, Any] = {}
     if kind == "torch" and name != "longformer":

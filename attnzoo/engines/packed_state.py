@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.engine import State
-from attnzoo.engines.softmax.cache import check_rows, check_state
+from attnzoo.engines.state_checks import check_rows, check_state
 from attnzoo.sequences.packing import Piece, pieces_of
 
 
@@ -80,6 +80,8 @@ class PackedState:
 
     def check_room(self, call: Call) -> None:
         check_state(call, self.batch_size, self.kv_heads, self.seen, self.max_length)
+        for group in self.groups:
+            group.state.check_room(call.select(batch=torch.tensor(group.samples)))
 
     def select(self, rows: Tensor) -> PackedState:
         """The state of these rows of the batch, (new_batch,) indices; a row may be taken more than

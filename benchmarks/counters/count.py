@@ -6,8 +6,8 @@
 
 Every question has a process of its own, since some counters put hooks into torch and leave them
 there after an error. A row of the result file is one counter asked about one attention: its number
-as it stands, its unit, and the MACs that the products of the attention take.
-docs/guides/counting.md has the tables.
+as it stands, its unit, and the MACs that the products of the attention take. The tables are in
+docs/guides/counting.md.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
 SECONDS = 300
@@ -25,10 +26,24 @@ def execute(path: Path) -> None:
     NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources=resources).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # the times of the run
+        if cell.cell_type == "code":
+            cell.outputs = joined(cell.outputs)
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}
     }
     nbformat.write(notebook, path)
+
+
+def joined(outputs: list[Any]) -> list[Any]:
+    """The outputs of a cell, what is printed in one piece."""
+    kept: list[Any] = []
+    for output in outputs:
+        before = kept[-1] if kept else {}
+        if output["output_type"] == "stream" and before.get("name") == output["name"]:
+            before["text"] += output["text"]
+        else:
+            kept.append(output)
+    return kept
 
 
 def main(names: list[str]) -> None:

@@ -11,7 +11,13 @@ from torch import Tensor
 from attnzoo.call import KEYS, Call
 from attnzoo.engines.linear.chunks import CAUSAL_CHUNK
 from attnzoo.engines.linear.sums import Past
-from attnzoo.engines.softmax.cache import GOES_BACK, check_crop, check_rows, check_state
+from attnzoo.engines.state_checks import (
+    GOES_BACK,
+    check_crop,
+    check_rows,
+    check_state,
+    check_values,
+)
 
 #: Adds the keys of a call to the sums before them; None: there are none.
 Add = Callable[[Call, Past | None], Past]
@@ -104,6 +110,7 @@ class LinearState:
 
     def check_room(self, call: Call) -> None:
         check_state(call, self.batch_size, self.kv_heads, self.seen, self.max_length)
+        check_values(call, None if self.recent is None else self.recent.call.v)
 
     def crop(self, n: int) -> LinearState:
         """The state without its last n tokens, at most `GOES_BACK` and all of the last call. Raises

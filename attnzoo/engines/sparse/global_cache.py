@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call, UnsupportedError
-from attnzoo.engines.softmax.cache import KeyValueCache, check_crop, check_rows, check_state
+from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, KEY_POSITIONS, check_reach
+from attnzoo.engines.state_checks import check_crop, check_rows, check_state, check_values
 from attnzoo.sequences.padding import fetched, first_real, slots_of
 
 
@@ -79,6 +80,7 @@ class GlobalCache:
         check_state(
             call, self.batch_size, self.window.buffer.k.shape[1], self.seen, self.max_length
         )
+        check_values(call, self.global_v if self.seen else None, of_one_dtype=True)
 
     def select(self, rows: Tensor) -> GlobalCache:
         """The state of these rows of the batch, (new_batch,) indices; a row may be taken more than

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attnzoo.arguments import check_positive
 from attnzoo.call import UnsupportedError
 from attnzoo.eager import can_look, is_recorded
-from attnzoo.engines.softmax.cache import GOES_BACK, check_crop
+from attnzoo.engines.state_checks import GOES_BACK, check_crop
 from attnzoo.layers.layer import Layer
 from attnzoo.sequences.packing import order_of
 from attnzoo.sequences.padding import fetched

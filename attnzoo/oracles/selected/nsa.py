@@ -73,8 +73,9 @@ def nsa(
 
         def of_pool(shared: int, c: int) -> Tensor:
             """The mean, 0 where there are no keys, or what the network makes of the slots."""
-            if inner is None:
+            if inner is None or outer is None or places is None:
                 return keys[b, shared, pools[c]].sum(0) / max(1, len(pools[c]))
+            assert places is not None and outer is not None
             slots = [q.new_zeros(width)] * size
             for j in pools[c]:
                 place = j - lead - c * stride

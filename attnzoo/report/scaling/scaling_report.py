@@ -14,7 +14,7 @@ from attnzoo.cost.hardware import GPU
 from attnzoo.cost.layer_costs import CountedVariant, whole_zoo
 from attnzoo.cost.model_sizes import TransformerModel
 from attnzoo.registry import Choice
-from attnzoo.report.scaling import model_tables, path_table, variant_tables
+from attnzoo.report.scaling import latent_table, model_tables, path_table, variant_tables
 from attnzoo.report.scaling.settings import Settings
 from attnzoo.results.table import Table
 
@@ -120,6 +120,7 @@ def scaling(
         ("variants", lambda: variant_tables.variant_costs(settings, counted, baseline)),
         ("longest sequences by variant", lambda: variant_tables.variant_limits(settings, counted)),
         ("crossovers", lambda: variant_tables.crossovers(settings, counted, baseline)),
+        ("latent attention", lambda: latent_table.latent_costs(settings)),
         ("paths", lambda: path_table.paths(settings, counted, baseline)),
     ]
     tables = []

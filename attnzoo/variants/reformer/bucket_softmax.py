@@ -16,8 +16,11 @@ from attnzoo.engines.engine import (
     causal_pairs,
     never_refuses,
 )
-from attnzoo.engines.softmax.reference import reference, weights_of
+from attnzoo.engines.softmax import sdpa
+from attnzoo.engines.softmax.reference import reference, visible, weights_of
 from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
+from attnzoo.engines.sparse.dense import too_large
+from attnzoo.engines.sparse.reference import SHORT
 from attnzoo.engines.sparse.selected.grouped_rows import heads_of
 from attnzoo.variants.reformer.angular_hash import AngularHash
 from attnzoo.variants.reformer.bucket_rows import (
@@ -72,6 +75,9 @@ class BucketSoftmax(Softmax):
         )
         heads, rounds = shape.batch_size * shape.kv_heads, self.hashing.num_hashes
         scores = rounds * sizes.query_tiles * sizes.queries * sizes.seen_tiles * sizes.keys
+        is_short = _is_short(shape.query_length, shape.key_length)
+        if is_short:
+            scores = rows * shape.key_length
         most = 1 + rounds * self.chunk_size * sizes.seen_tiles
         support = shape.query_length * min(most, shape.key_length)
         if shape.is_causal:
@@ -86,14 +92,35 @@ class BucketSoftmax(Softmax):
         return replace(
             cost,
             macs=cost.macs + self.hashing.macs(heads * (rows + shape.key_length)),
-            elementwise=heads * scores
-            + merging
+            elementwise=(cost.elementwise if is_short else heads * scores + merging)
             + (heads * shape.key_length if self.share_qk else 0),
             moved_bytes=cost.moved_bytes + self.hashing.rotations.nbytes,
         )
 
 
+def _dense(engine: BucketSoftmax, call: Call) -> Tensor:
+    support, masks = engine.support(call), visible(call)
+    seen = support if masks is None else support & masks
+    if not engine.share_qk:
+        return sdpa.sdpa(engine, call.q, call.k, call.v, seen)
+    k = with_unit_keys(call).k
+    return sdpa.sdpa(engine, call.q.to(k.dtype), k, call.v.to(k.dtype), seen).to(call.q.dtype)
+
+
+def _dense_why_not(engine: BucketSoftmax, call: Call) -> str | None:
+    if not _is_short(call.query_length, call.key_length):
+        return "hashes may hide keys, and a dense mask of them is quadratic in the length"
+    return too_large(call) or sdpa.why_not(engine, call)
+
+
+def _is_short(query_length: int, key_length: int) -> bool:
+    """Whether a dense mask takes less time than sorting tokens by their buckets. Measured by
+    `benchmarks/short_inputs.py`."""
+    return query_length * key_length <= SHORT**2
+
+
 BucketSoftmax.backends = (
+    Backend("dense", _dense, _dense_why_not),
     Backend("chunked", attend, never_refuses),
     Backend("reference", reference, never_refuses),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +24,7 @@ def index_loss(
     *,
     selected: Tensor | None = None,
     key_mask: Tensor | None = None,
+    segments: Tensor | None = None,
     is_causal: bool = True,
     scale: float | None = None,
 ) -> Tensor:
@@ -38,14 +40,19 @@ def index_loss(
     selected: (batch, query_length, key_length) bool, the keys over which both softmaxes run, as in
         sparse training; None: all that a row may see, as in the warm-up
     key_mask: (batch, key_length) bool, True for real keys
+    segments: (batch, key_length) integer, the piece of a packed row that every token belongs to:
+        rows see keys of their own piece
     is_causal: whether row i sees keys up to key_length - query_length + i
     scale: factor of the scores of attention, 1/sqrt(head_dim) by default
     returns: a number, differentiable to the index inputs and not to q and k: attention is the
-        teacher. Rows that see nothing, and those of padded tokens where queries are as many as
-        keys, do not count. Memory is linear in the length
-    raises: ValueError on a scale that is no finite number
+        teacher. Rows that see nothing, and those of padded tokens where row i is the token
+        key_length - query_length + i (causal, packed, or as many queries as keys), do not count.
+        Memory is linear in the length
+    raises: ValueError on a scale that is no finite number, on lengths and batch sizes that do not
+        agree, and on segments with more queries than keys
     """
     check_scale(scale)
+    _check(q, k, q_index, k_index, w_index, selected, key_mask, segments)
     q, k = q.detach(), k.detach()
     length, pairs = q.shape[2], q.shape[0] * q.shape[1] * k.shape[2]
     of_rows = partial(
@@ -54,6 +61,7 @@ def index_loss(
         k,
         selected,
         key_mask,
+        segments,
         is_causal,
         q.shape[3] ** -0.5 if scale is None else scale,
     )
@@ -72,6 +80,7 @@ def _sum_of_rows(
     k: Tensor,
     selected: Tensor | None,
     key_mask: Tensor | None,
+    segments: Tensor | None,
     is_causal: bool,
     scale: float,
     some: slice,
@@ -88,9 +97,13 @@ def _sum_of_rows(
         seen = seen & key_mask[:, None]
     if selected is not None:
         seen = seen & selected[:, some]
+    tokens = slice(offset + some.start, offset + some.stop)  # of the rows, among the keys
+    if segments is not None:
+        seen = seen & (segments[:, tokens, None] == segments[:, None])
     rows = seen.any(-1)
-    if key_mask is not None and offset == 0:
-        rows = rows & key_mask[:, some]
+    of_tokens = is_causal or segments is not None or offset == 0
+    if key_mask is not None and of_tokens:
+        rows = rows & _at(key_mask, tokens)
     hidden = ~(seen & rows[..., None])
 
     def log_softmax(scores: Tensor) -> Tensor:
@@ -107,3 +120,47 @@ def _sum_of_rows(
     divergence = torch.xlogy(teacher, teacher) - teacher * student.masked_fill(hidden, 0.0)
     rows = rows.expand(q.shape[0], -1)
     return divergence.sum(), rows.sum()
+
+
+def _at(mask: Tensor, tokens: slice) -> Tensor:
+    """The mask of some tokens; False for those before the first."""
+    before = min(max(0, -tokens.start), tokens.stop - tokens.start)
+    return F.pad(mask[:, max(0, tokens.start) : max(0, tokens.stop)], (before, 0))
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    q_index: Tensor,
+    k_index: Tensor,
+    w_index: Tensor,
+    selected: Tensor | None,
+    key_mask: Tensor | None,
+    segments: Tensor | None,
+) -> None:
+    """Raise a ValueError, one sentence, where sizes do not agree."""
+    batch, heads, queries, keys = q.shape[0], q_index.shape[1], q.shape[2], k.shape[2]
+    wanted = {
+        "k": (k, (batch, k.shape[1], keys, q.shape[3])),
+        "q_index": (q_index, (batch, heads, queries, q_index.shape[3])),
+        "k_index": (k_index, (batch, k_index.shape[1], keys, q_index.shape[3])),
+        "w_index": (w_index, (batch, heads, queries)),
+        "selected": (selected, (batch, queries, keys)),
+        "key_mask": (key_mask, (batch, keys)),
+        "segments": (segments, (batch, keys)),
+    }
+    for name, (found, shape) in wanted.items():
+        if found is not None and tuple(found.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(found.shape)}; with q of {tuple(q.shape)} and k of "
+                f"{tuple(k.shape)} it must be {shape}"
+            )
+    if heads % k_index.shape[1]:
+        raise ValueError(
+            f"k_index has {k_index.shape[1]} heads, which do not divide the {heads} of q_index"
+        )
+    if segments is not None and queries > keys:
+        raise ValueError(
+            f"segments has the pieces of {keys} keys and there are {queries} queries, more than "
+            "have a piece; give as many queries as keys, or fewer"
+        )

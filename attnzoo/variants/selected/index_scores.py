@@ -66,20 +66,25 @@ class Indexer:
         bad = ~(q.detach().isfinite().all(3).all(1) & w.detach().isfinite().all(1))
         return replace(call, q=torch.where(bad[:, None, :, None], torch.nan, call.q))
 
-    def scores(self, placed: Placed, rows: slice, length: int) -> Tensor:
-        """Of some queries and the first `length` keys, (batch, choosers, rows, length) float64.
+    def scores(
+        self,
+        placed: Placed,
+        rows: slice | Tensor,
+        length: int,
+        dtype: torch.dtype = torch.float64,
+    ) -> Tensor:
+        """Of some queries and the first `length` keys, (batch, choosers, rows, length).
 
         Products of float32 numbers are exact in float64, so that decoding and any backend select
         what the forward selects.
+
+        rows: a slice, or indices, (rows,)
         """
-        call, choosers = placed.call, self.choosers(placed.call)
-        if Q_INDEX.name in call.inputs:
-            q, k, w = (call.inputs[one.name].detach() for one in INPUTS)
-        else:
-            q, k, w = call.q.detach(), call.k.detach(), None
-        q, k = q[:, :, rows].double().unflatten(1, (k.shape[1], -1)), k[:, :, :length].double()
+        choosers = self.choosers(placed.call)
+        q, k, w = self.given(placed.call)
+        q, k = q[:, :, rows].to(dtype).unflatten(1, (k.shape[1], -1)), k[:, :, :length].to(dtype)
         weights = (
-            torch.ones_like(q[..., 0]) if w is None else w[:, :, rows].double().view_as(q[..., 0])
+            torch.ones_like(q[..., 0]) if w is None else w[:, :, rows].to(dtype).view_as(q[..., 0])
         )
         # The heads of a query side by side, so that one product sums them.
         q, weights = q.transpose(2, 3), weights.transpose(2, 3)
@@ -89,6 +94,24 @@ class Indexer:
         found = (weights @ products.unflatten(3, (choices, -1)))[..., 0, :].transpose(2, 3)
         found = found.flatten(1, 2)
         return found if found.shape[1] == choosers else found.unflatten(1, (choosers, -1)).sum(2)
+
+    def error(self, placed: Placed) -> Tensor:
+        """What float32 `scores` are off by at most, (batch, 1, query_length, 1): a bound on the
+        rounding of a sum of so many products, by the lengths of queries and keys."""
+        q, k, w = self.given(placed.call)
+        norms = q.float().norm(dim=3)
+        longest = k.float().norm(dim=3).amax(2)
+        norms = norms * longest.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., None]
+        total = (norms if w is None else norms * w.float().abs()).sum(1)
+        roundings = q.shape[3] + 2 * q.shape[1] + 8
+        return (roundings * torch.finfo(torch.float32).eps * total)[:, None, :, None]
+
+    def given(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries, keys and weights of the scores; no weights where the attention's own rank."""
+        if Q_INDEX.name not in call.inputs:
+            return call.q.detach(), call.k.detach(), None
+        q, k, w = (call.inputs[one.name].detach() for one in INPUTS)
+        return q, k, w
 
     def choosers(self, call: Call) -> int:
         """How many sets of keys are chosen for a query."""

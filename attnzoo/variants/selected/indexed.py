@@ -13,7 +13,7 @@ from torch import Tensor
 from attnzoo.arguments import check_flag, check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call
-from attnzoo.eager import is_recorded
+from attnzoo.eager import can_look, is_recorded
 from attnzoo.engines.engine import Cost, Shape, causal_pairs
 from attnzoo.engines.piece_by_piece import at_a_time
 from attnzoo.engines.softmax.softmax import Softmax
@@ -32,7 +32,8 @@ from attnzoo.engines.sparse.selected.selection import (
 from attnzoo.registry import register
 from attnzoo.variants.selected.index_scores import INPUTS, Indexer, with_past
 
-SCORES = 2**19  # of an indexer, held at a time
+SCORES = 2**20  # of an indexer, held at a time
+ROUNDED = 2**20  # queries times keys, from which on scores are tried in float32
 
 
 class TokensByIndex(TokenSelector):
@@ -89,19 +90,59 @@ class BlocksByIndex(Selector):
         scores_of_a_row = call.q.shape[0] * heads * int(call.key_length)
         together = at_a_time(length, scores_of_a_row, SCORES, call.q)
         width = self.width(-(-int(call.key_length) // self.block_size))
+        error = self.indexer.error(placed) if self._may_round(call) else None
         for start in range(0, length, together):
             some, seen = slice(start, min(start + together, length)), int(call.key_length)
             if call.is_causal and not is_recorded():  # later keys are behind all of these
                 seen = max(1, min(seen, call.offset + some.stop))
-            scores = self.indexer.scores(placed, some, seen)
-            yield highest(self._best_of_blocks(scores, placed, some), width)
+            yield highest(self._best(placed, some, seen, width, error), width)
 
-    def _best_of_blocks(self, scores: Tensor, placed: Placed, rows: slice) -> Tensor:
+    def _best(
+        self, placed: Placed, rows: slice, length: int, width: int, error: Tensor | None
+    ) -> Tensor:
+        """The largest visible score of every block, (batch, choosers, rows, key_blocks): in float64
+        wherever float32 leaves open which blocks are the first `width`.
+
+        error: of float32 scores, of all rows; None: they are not to be tried
+        """
+        if error is None:
+            return self._best_of_blocks(self.indexer.scores(placed, rows, length), placed, rows)
+        scores = self.indexer.scores(placed, rows, length, torch.float32)
+        best = self._best_of_blocks(scores, placed, rows)
+        if best.shape[3] <= width:
+            return best
+        top = best.topk(width + 1, -1).values
+        last, following = top[..., width - 1 : width], top[..., width:]
+        # A NaN, of which nothing is told by comparing, leaves it open too.
+        is_open = ~((last - following > 2 * error[:, :, rows]) | (following == -torch.inf))
+        left = is_open.any(3).any(1).any(0).nonzero()[:, 0]
+        best = best.double()
+        if left.numel():
+            some = rows.start + left
+            exact = self.indexer.scores(placed, some, length)
+            best[:, :, left] = self._best_of_blocks(exact, placed, some)
+        return best
+
+    def _may_round(self, call: Call) -> bool:
+        """Whether scores are tried in float32: on a CPU, which takes twice as long for float64,
+        where there are many and Python may look at them."""
+        q, k, w = self.indexer.given(call)
+        return (
+            q.device.type == "cpu"
+            and all(x is None or x.dtype != torch.float64 for x in (q, k, w))
+            and call.key_length * call.query_length >= ROUNDED
+            and torch.get_float32_matmul_precision() == "highest"
+            and not is_recorded()
+            and can_look(q, k)
+        )
+
+    def _best_of_blocks(self, scores: Tensor, placed: Placed, rows: slice | Tensor) -> Tensor:
         """The largest visible score of every block, (batch, choosers, rows, key_blocks)."""
         call, length, size = placed.call, scores.shape[3], self.block_size
         first = 0  # block from which on some keys are hidden
         if call.key_mask is None and not is_recorded():
-            first = max(0, call.offset + rows.start) // size if call.is_causal else length // size
+            start = rows.start if isinstance(rows, slice) else int(rows[0])
+            first = max(0, call.offset + start) // size if call.is_causal else length // size
         best = []
         if first:
             best.append(scores[..., : first * size].unflatten(3, (-1, size)).amax(-1))

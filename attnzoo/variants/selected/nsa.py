@@ -237,8 +237,7 @@ class NSA(Attention):
         super().__init__(heads, head_dim, engine, backend=backend)
 
     def oracle_arguments(self, queries: int, keys: int, is_causal: bool) -> dict[str, Any]:
-        learned = self.engine.get_submodule("compressed").learned
-        return {} if learned is None else dict(learned.named_parameters())
+        return {name.split(".")[-1]: x for name, x in self.engine.named_parameters()}
 
     def input_projection(self, one: Input, features: int) -> Gate:
         return BranchGate(features, self.heads)

@@ -18,7 +18,7 @@ from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
 from attnzoo.engines.linear.gated.gated_linear import GatedLinear
 from attnzoo.engines.linear.gated.reference import REFERENCE
 from attnzoo.engines.linear.gated.tokens import STRENGTH, as_square
-from attnzoo.engines.linear.log_linear import tree_cost
+from attnzoo.engines.linear.log_linear import tree_cost, tree_fla
 from attnzoo.engines.linear.log_linear.tree import (
     LEVELS,
     given_levels,
@@ -30,6 +30,7 @@ from attnzoo.engines.linear.log_linear.tree_chunks import attend
 from attnzoo.engines.linear.log_linear.tree_state import Tree, in_chunks, no_tokens, one_by_one
 from attnzoo.engines.linear.state import LinearState
 from attnzoo.engines.linear.sums import Past
+from attnzoo.engines.tried_on_gpu import never_ran
 from attnzoo.sequences.ordering import true_first
 from attnzoo.sequences.padding import fetched
 
@@ -37,7 +38,8 @@ from attnzoo.sequences.padding import fetched
 class LogLinear(GatedLinear):
     """Gates and delta rules over a Fenwick tree, causal only.
 
-    Its backends in order: `open`, in chunks; the reference. A row on padding is 0: it has no place
+    Its backends in order: `fla`, flash-linear-attention on CUDA, asked for by name; `open`, in
+    chunks; the reference. A row on padding is 0: it has no place
     among the tokens.
 
     rule: what a token does to every bucket
@@ -114,4 +116,8 @@ def _in_order(engine: LogLinear, call: Call) -> Tensor:
     return fetched(rows, positions(call)).masked_fill(~mask[:, None, :, None], 0.0)
 
 
-LogLinear.backends = (Backend("open", _open, never_refuses), REFERENCE)
+LogLinear.backends = (
+    Backend("fla", tree_fla.run, tree_fla.why_not, untried=never_ran),
+    Backend("open", _open, never_refuses),
+    REFERENCE,
+)

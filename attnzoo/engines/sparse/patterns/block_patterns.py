@@ -87,8 +87,9 @@ class BlockPattern(Pattern):
 
         Returns (..., query_length, key_length).
         """
-        size, first = self.block_size, grid.offset % self.block_size
-        tokens = table[..., :, None, :, None].expand(*table.shape[:-1], size, -1, size)
+        size = self.block_size
+        rows, first = (size, grid.offset % size) if grid.query_length > 1 else (1, 0)
+        tokens = table[..., :, None, :, None].expand(*table.shape[:-1], rows, -1, size)
         whole = tokens.flatten(-2).flatten(-3, -2)
         return whole[..., first : first + grid.query_length, : grid.key_length]
 

@@ -124,7 +124,7 @@ def _weigh(
     return sdpa.sdpa(engine, q[:, :, some], k[:, :, :seen], v[:, :, :seen], shown)
 
 
-def visible_of(placed: Placed, rows: slice, length: int) -> Tensor:
+def visible_of(placed: Placed, rows: slice | Tensor, length: int) -> Tensor:
     """Which of the first `length` keys the masks leave to some queries, (batch or 1, 1, rows or 1,
     length) bool."""
     call, keys = placed.call, torch.arange(length, device=placed.call.q.device)
