@@ -24,7 +24,7 @@ from attnzoo.registry import Choice, sized, spec_of
 
 pytest.importorskip("fvcore")
 HEADS, HEAD_DIM = 4, 8
-LENGTHS = [(1, 1), (600, 600), (140, 257), (65, 18), (1, 65)]
+LENGTHS = [(1, 1), (140, 257), (65, 18), (1, 65)]
 
 
 def empty(*shape: int) -> Tensor:
@@ -62,13 +62,23 @@ def agree(
     assert counted.elementwise == closed.elementwise + own
 
 
+def longest(case: Case, is_causal: bool) -> int:
+    """Tokens of which some backend takes more than two pieces: sums over all keys take CHUNK at a
+    time, whatever is causal far fewer."""
+    if is_causal:
+        return 197
+    return CHUNK + 88 if case.spec.family == "kernel" else 300
+
+
 @pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
 @pytest.mark.parametrize("case", usual_cases(), ids=str)
 def test_count_closed_form_and_torch_agree(case: Case, is_causal: bool):
     if not can(case.spec, is_causal):
         pytest.skip(f"{case.variant} cannot run so")
+    long = longest(case, is_causal)
     # One way round all lengths, the other way every second one
-    for query_length, key_length in LENGTHS[:: 1 if is_causal or not case.spec.causal else 2]:
+    in_turn = LENGTHS[:: 1 if is_causal or not case.spec.causal else 2]
+    for query_length, key_length in [*in_turn, (long, long)]:
         if query_length == key_length or case.spec.cross:
             agree(case, is_causal, query_length, key_length)
     agree(case, is_causal, 70, 70, kv_heads=1)
@@ -77,10 +87,9 @@ def test_count_closed_form_and_torch_agree(case: Case, is_causal: bool):
 
 @pytest.mark.parametrize("case", [case for case in cases() if case not in usual_cases()], ids=str)
 def test_every_option_agrees(case: Case):
-    long = CHUNK + 88 if case.spec.family == "kernel" else 300
     for is_causal in (False, True):
         if can(case.spec, is_causal):
-            agree(case, is_causal, *[197 if is_causal else long] * 2)
+            agree(case, is_causal, *[longest(case, is_causal)] * 2)
 
 
 @pytest.mark.parametrize("case", usual_cases(), ids=str)

@@ -275,9 +275,9 @@ HEAD = """# What a check finds
 
 `attnzoo check` over attentions of other libraries, as PyPI has them, on a CPU.
 [Checking](../guides/checking.md) says what each rule asks; one that a callable has no argument
-for is left out. `benchmarks/conformance/others.py` writes this page from what the rules measured. A
-convention that is not this library's own shows as a failure, too. What no single call shows is
-[at the end](#in-layers-and-models).
+for is left out. `benchmarks/conformance/others.py` writes this page from what the
+rules measured. A convention that is not this library's own shows as a failure, too. What no single
+call shows is [at the end](#in-layers-and-models).
 
 | callable | checked against | hold | fail |
 |---|---|---|---|

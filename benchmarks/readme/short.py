@@ -1,4 +1,4 @@
-"""The table of short inputs: each attention beside the faster of SDPA and SDPA under a dense mask."""
+"""The table of short inputs: each attention beside the faster of SDPA and of SDPA with a mask."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from benchmarks.readme import (
     measured,
     peers,
     recorded,
+    short,
     swapped,
     trained,
     useful,
@@ -36,6 +37,7 @@ TABLES: dict[str, Table] = {
     **useful.TABLES,
     **choices.TABLES,
     **costs.TABLES,
+    **short.TABLES,
 }
 
 
