@@ -8,6 +8,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from docutils import nodes
 from pygments.lexers.special import TextLexer
 
 from attnzoo.version import __version__
@@ -40,9 +41,20 @@ html_copy_source = False
 copybutton_prompt_text = "$ "
 
 
+def captioned(app: Any, document: nodes.document) -> None:
+    """Show what a picture that stands alone says of itself below it, too."""
+    for number, image in enumerate(list(document.findall(nodes.image))):
+        said, paragraph = image.get("alt"), image.parent
+        if said and isinstance(paragraph, nodes.paragraph) and len(paragraph.children) == 1:
+            caption = nodes.caption(said, said)
+            ids = [f"figure-{number}"]
+            paragraph.replace_self(nodes.figure("", image.deepcopy(), caption, ids=ids))
+
+
 def setup(app: Any) -> None:
     """Write the API reference and the examples before pages are read. A drawing in Mermaid is shown
     as its text."""
     app.add_lexer("mermaid", TextLexer)
+    app.connect("doctree-read", captioned)
     reference_pages.write()
     example_pages.write()

@@ -74,7 +74,7 @@ def notebook(path: Path) -> tuple[str, dict[str, bytes]]:
                     continue
                 name = f"{path.stem}-{len(pictures)}.png"
                 pictures[name] = base64.b64decode(content)
-                parts.append(f"![What the cell above draws]({name})")
+                parts.append(f"![]({name})")
     link = f"[The notebook](../../examples/notebooks/{path.name}) runs as it is."
     return "\n\n".join([*parts, link]) + "\n", pictures
 

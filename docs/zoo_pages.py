@@ -22,6 +22,7 @@ from docs.zoo_results import claims, measured
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "zoo"
 HEADS, HEAD_DIM, LENGTHS = 8, 64, (1024, 4096, 32768)
+BASELINE = "standard"
 FAMILIES = {
     "exact": "exact softmax",
     "dense": "all keys, other rows",
@@ -53,8 +54,7 @@ def page(name: str) -> str:
                 f"{escaped(spec.paper)}.",
                 _in_words(name),
                 *([] if "\n    " in described.text else [f"```text\n{spec.equation}\n```"]),
-                f"![A of `{name}` beside exact attention's, the same queries and keys]"
-                f"(../figures/zoo/{name}.png)",
+                f"![{_caption(name)}](../figures/zoo/{name}.png)",
                 markdown(described.text, [option.name for option in described.options]),
                 *_try(name, spec),
                 *_options(name, described.options),
@@ -68,6 +68,12 @@ def page(name: str) -> str:
         )
         + "\n"
     )
+
+
+def _caption(name: str) -> str:
+    """What its picture shows."""
+    what = "A of exact attention" if name == BASELINE else f"A of {name}, right, beside exact A"
+    return f"{what}: rows are queries, columns are keys; grey is 0, red is below 0."
 
 
 def _in_words(name: str) -> str:

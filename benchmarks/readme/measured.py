@@ -153,7 +153,24 @@ def selected() -> str:
     return markdown_table(["attention", "MACs", "top 16 seen", "mass", *texts, *needles], rows)
 
 
+def packing() -> str:
+    """The time of a packed row over that of its pieces as a batch, by phase, causal where it can
+    be."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in sorted(read_lines("packing.jsonl"), key=lambda row: row["is_causal"]):
+        found.setdefault(row["variant"], {})[row["phase"]] = row
+    phases = list(next(iter(found.values())))
+    return markdown_table(
+        ["attention", *phases],
+        [
+            [f"`{variant}`", *(f"{by[phase]['packed_to_batch']['ratio']:.2f}×" for phase in phases)]
+            for variant, by in found.items()
+        ],
+    )
+
+
 TABLES = {
+    "packing": packing,
     "selected": selected,
     "recall": recall,
     "checkpointing": checkpointing,
