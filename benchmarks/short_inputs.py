@@ -28,7 +28,7 @@ from attnzoo.benchmarking.environment import environment
 from attnzoo.benchmarking.timing import disagreement, interleave
 from benchmarks.selected import passes, quotients
 
-HEADS, HEAD_DIM, ROUNDS, BUDGET = 12, 64, 9, 2.0
+HEADS, HEAD_DIM, ROUNDS, BUDGET = 12, 64, 7, 1.5
 SPARSE: dict[str, dict[str, Any]] = {
     "sliding_window": {"window": 128},
     "sliding_window, sinks": {"window": 128, "sinks": 4},
@@ -48,7 +48,11 @@ KERNELS: dict[str, dict[str, Any]] = {
     "gated_deltanet": {},
     "reformer": {},
 }
-LENGTHS = {"sparse": (32, 64, 128, 256, 512, 1024, 2048), "kernels": (128, 512)}
+#: By kind and batch size.
+LENGTHS = {
+    "sparse": {1: (32, 64, 128, 256, 512, 1024, 2048), 8: (32, 128, 512)},
+    "kernels": {1: (128, 512), 8: (128, 512)},
+}
 
 
 class Setting(NamedTuple):
@@ -75,9 +79,10 @@ class Setting(NamedTuple):
         return mask if key_mask is None else mask & key_mask[:, None, None]
 
 
-def settings(lengths: tuple[int, ...], batches: list[int]) -> Iterator[Setting]:
-    for sizes in itertools.product(batches, lengths, (False, True), (False, True)):
-        yield Setting(*sizes)
+def settings(lengths: dict[int, tuple[int, ...]]) -> Iterator[Setting]:
+    for batch_size, of_batch in lengths.items():
+        for sizes in itertools.product(of_batch, (False, True), (False, True)):
+            yield Setting(batch_size, *sizes)
 
 
 def gates(attention: Attention, setting: Setting) -> dict[str, Tensor]:
@@ -164,21 +169,23 @@ def main() -> None:
         "--output", type=Path, default=Path("benchmarks/results/short_inputs.jsonl")
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--lengths", type=int, nargs="+")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--lengths", type=int, nargs="+", help="others than those recorded")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="with --lengths")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     where = environment(seed=0, device=torch.device("cpu"), dtype=torch.float32)
     with arguments.output.open("w") as file:
         for kind, contenders in (("sparse", SPARSE), ("kernels", KERNELS)):
-            lengths = tuple(arguments.lengths or LENGTHS[kind])
+            lengths = LENGTHS[kind]
+            if arguments.lengths:
+                lengths = dict.fromkeys(arguments.batches, tuple(arguments.lengths))
             for label, options in contenders.items():
                 if arguments.variants and label not in arguments.variants:
                     continue
                 spec = attnzoo.build(
                     label.split(",")[0], heads=HEADS, head_dim=HEAD_DIM, **options
                 ).spec
-                for setting in settings(lengths, arguments.batches):
+                for setting in settings(lengths):
                     if not spec.runs(setting.is_causal):
                         continue
                     for row in rows(label, options, setting, arguments.rounds):
