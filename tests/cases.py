@@ -409,7 +409,10 @@ def ask_oracle(
         | (options or {})
     )
     told = attn.oracle_arguments(q.shape[2], k.shape[2], masks.get("is_causal", False))
-    given = {option: value for option, value in values.items() if option in wanted}
+    inputs = {
+        one.name for one in attn.spec.inputs
+    }  # an option of the name says that one is learned
+    given = {name: x for name, x in values.items() if name in wanted and name not in inputs}
     return function(q, k, v, **given, **{**told, **(parameters or {})}, **masks)
 
 

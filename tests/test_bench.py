@@ -835,14 +835,14 @@ def test_bad_files_and_options_are_one_sentence_and_lose_nothing(capsys) -> None
     assert "did you mean '--against'" in refused(capsys, "bench", "--agianst", "x")
     assert (
         "'quikc' is no file (did you mean 'quick'?); give a YAML file of sweeps, or one of cpu, "
-        "cuda, gates, quick" in refused(capsys, "bench", "--config", "quikc")
+        "cuda, five, gates, quick" in refused(capsys, "bench", "--config", "quikc")
     )
     assert "config missing.yaml cannot be read" in refused(
         capsys, "bench", "--config", "missing.yaml"
     )
 
 
-@pytest.mark.parametrize("name", ["quick", "cpu", "cuda"])
+@pytest.mark.parametrize("name", ["quick", "cpu", "cuda", "five", "gates"])
 def test_the_shipped_configurations_can_be_read(name: str) -> None:
     from attnzoo.public.run_bench import config_path
 

@@ -98,3 +98,12 @@ def test_the_state_is_differentiable() -> None:
         leaf = k.clone().requires_grad_()
         *_, state = ORACLES[name](q, leaf, v, is_causal=True, output_final_state=True)
         assert torch.autograd.grad(state.sum(), leaf)[0].any()
+
+
+def test_packed_rows_whose_last_pieces_have_trees_of_other_sizes() -> None:
+    q = torch.randn(2, 1, 10, 4)
+    segments = torch.tensor([[0] * 2 + [1] * 8, [0] * 9 + [1]])
+    out, _ = ORACLES["log_linear"](q, q, q, segments=segments, is_causal=True)
+    assert out.shape == q.shape
+    with pytest.raises(ValueError, match="one sample at a time"):
+        ORACLES["log_linear"](q, q, q, segments=segments, is_causal=True, output_final_state=True)

@@ -3,6 +3,8 @@ gradients."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from cases import (
@@ -287,3 +289,19 @@ def test_a_row_whose_kernel_is_zero_everywhere_is_zero(
     assert torch.equal(out[:, :, 4], torch.zeros_like(out[:, :, 4]))
     for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
         assert bool(torch.isfinite(gradient).all())
+
+
+def test_an_oracle_refuses_a_bias_that_does_not_reach() -> None:
+    q = torch.randn(1, 1, 6, 4)
+    for name in ("standard", "sigmoid"):
+        with pytest.raises(ValueError, match=r"reaches 3 positions .* 4 away; give .heads, 9"):
+            ORACLES[name](q, q, q, distance_bias=torch.randn(1, 7), is_causal=True)
+
+
+def test_the_oracle_of_exact_attention_knows_sink_logits() -> None:
+    q, k, v = (torch.randn(2, 4, 7, 8, dtype=torch.float64) for _ in range(3))
+    given: dict[str, Any] = {"sink_logits": torch.randn(4, dtype=torch.float64), "is_causal": True}
+    expected, a = ORACLES["standard"](q, k, v, **given)
+    attn = attnzoo.build("standard", heads=4, head_dim=8)
+    close(attn(q, k, v, **given), expected, 1e-12, "rows")
+    close(attn.weights(q, k, **given), a, 1e-12, "A")

@@ -49,7 +49,9 @@ def test_equals_the_oracle(name: str, backend: str, situation: Situation, is_cau
     q, k, v, upstream = tensors(situation)
     leaves = [x.requires_grad_() for x in (q, k, v, logits_of(situation.heads))]
     masks: dict[str, Any] = {"key_mask": situation.key_mask(), "is_causal": is_causal}
-    expected, a = ORACLES["sliding_window"](q, k, v, window=WINDOW[name], logits=leaves[3], **masks)
+    expected, a = ORACLES["sliding_window"](
+        q, k, v, window=WINDOW[name], sink_logits=leaves[3], **masks
+    )
     out = attn(q, k, v, sink_logits=leaves[3], **masks)
     close(out, expected, 1e-10, "output")
     close(attn.weights(q, k, sink_logits=leaves[3], **masks), a, 1e-10, "A")
@@ -89,7 +91,7 @@ def test_any_scale(scale: float) -> None:
     q, k, v, _ = tensors(Situation(65, 65))
     attn = build("standard", scale=scale)
     expected, _ = ORACLES["sliding_window"](
-        q, k, v, window=2000, logits=logits_of(4), scale=scale, is_causal=True
+        q, k, v, window=2000, sink_logits=logits_of(4), scale=scale, is_causal=True
     )
     close(attn(q, k, v, sink_logits=logits_of(4), is_causal=True), expected, 1e-10, "output")
 

@@ -143,7 +143,8 @@ class Subject:
         attn = self._built(given.q.shape[1], given.q.shape[3]).double()
         arguments = attn.oracle_arguments(given.q.shape[2], given.k.shape[2], given.is_causal)
         oracle = ORACLES[self.like.name]
-        wanted = inspect.signature(oracle).parameters
+        # An option of an input's name says whether one is learned.
+        wanted = set(inspect.signature(oracle).parameters) - {one.name for one in attn.spec.inputs}
         options = {one.name: one.default for one in options_of(self.like.name)}
         options |= self.like.completed(max_length=MAX_LENGTH).options
         return oracle(

@@ -50,6 +50,8 @@ def oracle(name: str) -> Callable[[Oracle], Oracle]:
                 found = function(q, k, v, **given)
             else:
                 found = by_segments(function, q, k, v, segments, given)
+                if output_final_state and len(found) > 2:
+                    found = (*found[:2], of_samples(found[2:]))
             if output_final_state and len(found) == 2:
                 raise ValueError(
                     f"{name} is no recurrence: it has no final state but all keys and values; "
@@ -73,7 +75,7 @@ def by_segments(
     function: Oracle, q: Tensor, k: Tensor, v: Tensor, segments: Tensor, given: dict[str, Any]
 ) -> tuple[Tensor, ...]:
     """What an oracle says of every piece of every sample, put where the tokens of the piece
-    stand; the state is that of the piece of the last token."""
+    stand, and of recurrences the state of each sample, that of the piece of the last token."""
     batch, heads, query_length, _ = q.shape
     offset = k.shape[2] - query_length
     if given.get("attn_mask") is not None:
@@ -95,7 +97,17 @@ def by_segments(
                 out[b, :, rows] = found[0].to(out)
                 weights[b, :, torch.tensor(rows)[:, None], torch.tensor(keys)] = a[0].to(weights)
                 states += state if piece == segments[b, -1] else []
-    return (out, weights, torch.cat(states)) if states else (out, weights)
+    return out, weights, *states
+
+
+def of_samples(states: tuple[Tensor, ...]) -> Tensor:
+    """The states of all samples. Raises ValueError where they have several sizes."""
+    if len({x.shape for x in states}) > 1:
+        raise ValueError(
+            "the last pieces of the samples have states of several sizes, as trees over other "
+            "lengths have; ask for the final state of one sample at a time"
+        )
+    return torch.cat(states)
 
 
 def _of_piece(name: str, x: Any, one: slice, rows: list[int], keys: list[int]) -> Any:
@@ -217,6 +229,18 @@ def normalised(products: Tensor) -> Tensor:
     return torch.zeros_like(products) if total.item() == 0.0 else products / total
 
 
+def of_distance(bias: Tensor, distance: Tensor) -> Tensor:
+    """What a bias of a head, (2 · reach + 1,), adds at distances from -reach to reach. Raises
+    ValueError on others."""
+    reach, farthest = bias.shape[0] // 2, int(distance.abs().max()) if len(distance) else 0
+    if farthest > reach:
+        raise ValueError(
+            f"distance_bias reaches {reach} positions and a row sees a key {farthest} away; give "
+            f"(heads, {2 * farthest + 1}) numbers"
+        )
+    return bias.double()[reach + distance]
+
+
 def softmax_over(
     visible: Tensor,
     q: Tensor,
@@ -245,8 +269,7 @@ def softmax_over(
         if bias is not None:
             scores = scores + bias[i, seen]
         if by_distance is not None:
-            position, reach = k.shape[0] - q.shape[0] + i, by_distance.shape[0] // 2
-            scores = scores + by_distance.double()[reach + seen - position]
+            scores = scores + of_distance(by_distance, seen - (k.shape[0] - q.shape[0] + i))
         if one_more is not None:
             return softmax(torch.cat([scores, one_more.double()[None]]))[:-1]
         return softmax(scores)

@@ -17,7 +17,7 @@ def sliding_window(
     window,
     dilation=1,
     sinks=0,
-    logits=None,
+    sink_logits=None,
     scale=None,
     softcap=None,
     distance_bias=None,
@@ -28,8 +28,8 @@ def sliding_window(
     """Beltagy et al. 2020, section 3.1: softmax over the keys at position + t · dilation for |t| <
     window; dilation may differ by head.
 
-    sinks: and the first real keys (Xiao et al. 2023). logits: (heads,), each exponentiated in the
-    denominator of every row of its head.
+    sinks: and the first real keys (Xiao et al. 2023). sink_logits: (heads,), each exponentiated in
+    the denominator of every row of its head.
     """
     assert attn_mask is None
 
@@ -49,7 +49,7 @@ def sliding_window(
             scale,
             softcap=softcap,
             by_distance=None if distance_bias is None else distance_bias[h],
-            one_more=None if logits is None else logits[h],
+            one_more=None if sink_logits is None else sink_logits[h],
         )
 
     return by_heads(matrix, q, k, v, key_mask, is_causal)

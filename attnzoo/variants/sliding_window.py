@@ -111,4 +111,4 @@ class SlidingWindow(Attention):
 
     def oracle_arguments(self, queries: int, keys: int, is_causal: bool) -> dict[str, Any]:
         logits = self.engine.sink_logits
-        return {} if logits is None else {"logits": logits}
+        return {} if logits is None else {"sink_logits": logits}

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from attnzoo.oracles.matrix import by_heads, oracle, rows
+from attnzoo.oracles.matrix import by_heads, of_distance, oracle, rows
 
 
 @oracle("sigmoid")
@@ -41,8 +41,8 @@ def sigmoid(
                 scores = factor * (k_h[seen] @ q_h[i])
                 scores = scores + (-math.log(len(seen)) if bias is None else bias)
                 if distance_bias is not None:
-                    position, reach = k.shape[2] - q.shape[2] + i, distance_bias.shape[1] // 2
-                    scores = scores + distance_bias[h].double()[reach + seen - position]
+                    position = k.shape[2] - q.shape[2] + i
+                    scores = scores + of_distance(distance_bias[h], seen - position)
                 return 1 / (1 + (-scores - added[b, h, i, seen]).exp())
 
             return rows(visible & (added[b, h] > -math.inf), weigh)
