@@ -3,7 +3,6 @@ they cost, each from the result file that measured it."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 from attnzoo.registry import build
@@ -16,7 +15,6 @@ from benchmarks.readme.files import Row, read_lines
 from benchmarks.readme.regions import markdown_table
 
 HEADS, HEAD_DIM, LENGTH, LONG = 8, 64, 4096, 32768
-NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,6 @@ class Useful:
     swapped: in quality/full-smollm2-135m.jsonl, where every layer was swapped and nothing trained
     healed: in heal.jsonl
     trained: in tasks/mqar-gates.jsonl
-    timed: whether in gates.jsonl, else in compare.json; None where no row has these options
     """
 
     said: str
@@ -35,7 +32,6 @@ class Useful:
     swapped: str | None = None
     healed: str | None = None
     trained: str | None = None
-    timed: str | None = "compare.json"
 
 
 ROWS = (
@@ -45,10 +41,9 @@ ROWS = (
         "sliding_window",
         {"window": 256, "sinks": 4},
         "longformer window=256 global_tokens=4",
-        timed=None,
     ),
     Useful("`bigbird`, blocks of 64", "bigbird", {}, "bigbird block_size=64"),
-    Useful("`linear`", "linear", {}, "linear", "linear", "linear", timed="gates.jsonl"),
+    Useful("`linear`", "linear", {}, "linear", "linear", "linear"),
     Useful(
         "`gated_deltanet`",
         "gated_deltanet",
@@ -56,7 +51,6 @@ ROWS = (
         None,
         "gated_deltanet",
         "gated_deltanet scale=1.0",
-        timed="gates.jsonl",
     ),
 )
 HEADINGS = [
@@ -121,28 +115,12 @@ def _trained(label: str) -> str:
 
 def _speed(row: Useful) -> str:
     """The time of SDPA over its own, in one run: causal, 4,096 tokens, float32, two threads."""
-    if row.timed is None:
-        return NOT_MEASURED
-    return f"{_gates(row.variant) if row.timed == 'gates.jsonl' else _compared(row.variant):.1f}×"
-
-
-def _gates(variant: str) -> float:
     found: Row = next(
-        row
-        for row in read_lines("gates.jsonl")
-        if (row["variant"], row["length"], row["segments"], row["phase"])
-        == (variant, LENGTH, 1, "forward")
+        one
+        for one in read_lines("five.jsonl")
+        if (one["variant"], one["options"], one["length"]) == (row.variant, row.options, LENGTH)
     )
-    return found["sdpa_seconds"] / found["seconds"]
-
-
-def _compared(variant: str) -> float:
-    text = (files.RESULTS / "compare.json").read_text(encoding="utf-8")
-    return next(
-        row["speedup"]
-        for row in json.loads(text)["rows"]
-        if row["variant"] == variant and row["model"].startswith("SmolLM2") and row["speedup"]
-    )
+    return f"{found['sdpa_seconds'] / found['seconds']:.1f}×"
 
 
 def _digits(value: float) -> str:
