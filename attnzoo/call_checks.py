@@ -10,6 +10,9 @@ from attnzoo.arguments import nearest
 from attnzoo.call import Call, UnsupportedError
 from attnzoo.spec import FREE, Input, Spec, registered, with_spec
 
+#: Dtypes of q, k and v.
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def check(call: Call, spec: Spec, heads: int, head_dim: int, key_width: int | None = None) -> None:
     """Raise a ValueError that names the argument, its value and what is allowed.
@@ -32,9 +35,16 @@ def check(call: Call, spec: Spec, heads: int, head_dim: int, key_width: int | No
             )
         if not x.is_floating_point():
             raise ValueError(
-                f"{name} has dtype {x.dtype}; attention needs a floating dtype: convert it with "
-                f"{name}.float()"
+                f"{name} has dtype {x.dtype}; attention needs a real floating dtype: convert it "
+                f"with {name}.{'real' if x.is_complex() else 'float()'}"
             )
+        if x.dtype not in FLOATING:
+            raise ValueError(
+                f"{name} has dtype {x.dtype}, in which attention has no sums; convert it to one of "
+                f"{', '.join(map(str, FLOATING))}"
+            )
+        if x.layout != torch.strided:
+            raise ValueError(f"{name} is {x.layout}; give a dense tensor: {name}.to_dense()")
         if x.dtype != q.dtype:
             raise ValueError(
                 f"{name} has dtype {x.dtype} and q has {q.dtype}; they must agree: convert one of "

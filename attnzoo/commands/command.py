@@ -45,9 +45,10 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         options = [option for action in self._actions for option in action.option_strings]
-        raise ValueError(
-            f"{_plain(message, options)}; see {self.prog.replace(' [options]', '')} --help"
-        )
+        program = self.prog.replace(" [options]", "")
+        if missing := re.fullmatch(r"the following arguments are required: (\w+)\..*", message):
+            program = f"{program} {missing[1]}"
+        raise ValueError(f"{_plain(message, options)}; see {program} --help")
 
 
 def _plain(message: str, options: list[str]) -> str:
@@ -63,8 +64,9 @@ def _plain(message: str, options: list[str]) -> str:
             f"{match[1]} {match[2]!r} is unknown{nearest(match[2], allowed)}; choose one of "
             f"{', '.join(allowed)}"
         )
-    if match := re.fullmatch(r"the following arguments are required: (?:\w+\.)?(\w+)", message):
-        return f"{match[1]} is missing"
+    if match := re.fullmatch(r"the following arguments are required: (.*)", message):
+        missing = [name.rpartition(".")[2] for name in match[1].split(", ")]
+        return f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing"
     message = re.sub(r'Parser key "([^"]+)"(?: element \d+)?: ', r"\1: ", message)
     return re.sub(
         r"Expected an? <class '(\w+)'>\. Got value: (.*)",

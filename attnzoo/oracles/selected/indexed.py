@@ -51,7 +51,8 @@ def indexed(
             scores = torch.zeros(q_h.shape[0], n, dtype=torch.float64)
             for head in asked:
                 keys = k_index[b, head // (index_heads // k_index.shape[1])].detach().double()
-                products = q_index[b, head].detach().double() @ keys.T
+                # One key at a time, so that equal keys have equal scores.
+                products = (q_index[b, head].detach().double()[:, None] * keys).sum(-1)
                 scores += w_index[b, head, :, None].detach().double() * products.clamp(min=0)
             for i, row in enumerate(scores.tolist()):
                 blocks: dict[int, float] = {}
