@@ -355,3 +355,22 @@ def test_scores_that_are_tried_in_float32_choose_what_float64_does(
         chosen.append(found.sort(-1).values)
     assert tried == [1]
     assert torch.equal(*chosen)
+
+
+def test_what_stands_in_padding_reaches_no_gradient_of_the_loss() -> None:
+    situation = Situation(12, 12)
+    q, k, _, _ = tensors(situation)
+    mask = torch.arange(12).expand(2, -1) < torch.tensor([[12], [9]])
+    found = []
+    for spoiled in (False, True):
+        inputs: dict[str, Any] = index_inputs(situation)
+        with torch.no_grad():
+            for name, x in inputs.items():
+                at = ~mask[:, None] if name == "w_index" else ~mask[:, None, :, None]
+                x.masked_fill_(at & spoiled, float("nan"))
+        for x in inputs.values():
+            x.requires_grad_()
+        loss = index_loss(q, k, **inputs, key_mask=mask)
+        found.append([loss, *torch.autograd.grad(loss, list(inputs.values()))])
+    for clean, one in zip(*found, strict=True):
+        assert torch.equal(clean, one)

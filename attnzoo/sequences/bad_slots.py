@@ -63,14 +63,15 @@ class _Zeroed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, keep: Tensor, numbers: Tensor, finite: bool) -> Tensor:
-        ctx.keep, ctx.numbers = keep, numbers
+        ctx.save_for_backward(keep, numbers)
         return _zeroed(x.detach(), keep, numbers, finite)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = grads
         finite = can_look(grad) and _all_finite(grad.detach(), grad.detach())
-        return _zeroed(grad, ctx.keep, ctx.numbers, finite), None, None, None
+        keep, numbers = ctx.saved_tensors
+        return _zeroed(grad, keep, numbers, finite), None, None, None
 
 
 def _sizes(one: Input, x: Tensor) -> Iterator[tuple[str, int]]:

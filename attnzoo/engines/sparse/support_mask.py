@@ -87,14 +87,23 @@ def _sample_by_sample(
 def _hidden(pattern: Pattern, grid: Grid, dtype: torch.dtype) -> Tensor:
     """What is added to scores to hide what the pattern and causality hide, (1, heads or 1,
     query_length, key_length): 0 where a key is visible, -inf elsewhere."""
-    if grid.query_length > 1 or not isinstance(pattern, BlockPattern):
+    if not isinstance(pattern, BlockPattern):
         return _hidden_pairs(pattern, grid, dtype)
+    if grid.query_length > 1:  # each head has blocks of its own: what is kept is their table
+        hidden = pattern.spread(_hidden_blocks(pattern, grid, grid.key_length, dtype), grid)
+        return hidden + _future(grid, dtype) if grid.is_causal else hidden
     # A step of decoding: the steps of one block share a table.
     whole = replace(grid, key_length=grid.num_key_blocks(pattern.block_size) * pattern.block_size)
     return pattern.spread(_hidden_blocks(pattern, whole, whole.key_length, dtype), grid)
 
 
-@lru_cache(maxsize=32)
+def _future(grid: Grid, dtype: torch.dtype) -> Tensor:
+    """-inf where a key is behind the query, (query_length, key_length)."""
+    seen = causal_mask(grid.query_length, grid.key_length, torch.device(grid.device or "cpu"))
+    return additive_mask(seen, torch.empty((), dtype=dtype))
+
+
+@lru_cache(maxsize=8)
 def _hidden_pairs(pattern: Pattern, grid: Grid, dtype: torch.dtype) -> Tensor:
     with unrecorded(), torch.inference_mode(False):
         seen = pattern.mask(grid)

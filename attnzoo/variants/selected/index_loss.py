@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attnzoo.arguments import check_scale
+from attnzoo.call_checks import FLOATING, INTEGERS
 from attnzoo.engines.engine import accumulation_dtype
 
 SCORES = 2**24  # of attention, held at a time
@@ -48,10 +49,12 @@ def index_loss(
         teacher. Rows that see nothing, and those of padded tokens where row i is the token
         key_length - query_length + i (causal, packed, or as many queries as keys), do not count.
         Memory is linear in the length
-    raises: ValueError on a scale that is no finite number, on lengths and batch sizes that do not
+    raises: ValueError on a scale that is no finite number, on other dtypes, on lengths and batch sizes that do not
         agree, and on segments with more queries than keys
     """
     check_scale(scale)
+    if not isinstance(is_causal, bool):
+        raise ValueError(f"is_causal={is_causal!r} is a {type(is_causal).__name__}; give a bool")
     _check(q, k, q_index, k_index, w_index, selected, key_mask, segments)
     q, k = q.detach(), k.detach()
     length, pairs = q.shape[2], q.shape[0] * q.shape[1] * k.shape[2]
@@ -105,6 +108,11 @@ def _sum_of_rows(
     if key_mask is not None and of_tokens:
         rows = rows & _at(key_mask, tokens)
     hidden = ~(seen & rows[..., None])
+    # What does not count is cleared: a NaN in it would reach gradients through products with 0.
+    if key_mask is not None:
+        k_index = k_index.masked_fill(~key_mask[:, None, :, None], 0.0)
+    q_index = q_index[:, :, some].masked_fill(~rows[:, None, :, None], 0.0)
+    w_index = w_index[:, :, some].masked_fill(~rows[:, None], 0.0)
 
     def log_softmax(scores: Tensor) -> Tensor:
         """0 in rows that do not count, and -inf nowhere, so that no gradient is NaN."""
@@ -113,9 +121,9 @@ def _sum_of_rows(
     queries = q[:, :, some].to(dtype).unflatten(1, (k.shape[1], -1))
     scores = (queries @ k[:, :, None].to(dtype).mT).flatten(1, 2) * scale
     teacher = scores.masked_fill(hidden[:, None], torch.finfo(dtype).min).softmax(-1).mean(1)
-    of_index = q_index[:, :, some].to(dtype).unflatten(1, (k_index.shape[1], -1))
+    of_index = q_index.to(dtype).unflatten(1, (k_index.shape[1], -1))
     products = (of_index @ k_index[:, :, None].to(dtype).mT).flatten(1, 2).relu()
-    student = log_softmax((products * w_index[:, :, some, None].to(dtype)).sum(1))
+    student = log_softmax((products * w_index[..., None].to(dtype)).sum(1))
     teacher = teacher.masked_fill(hidden, 0.0)
     divergence = torch.xlogy(teacher, teacher) - teacher * student.masked_fill(hidden, 0.0)
     rows = rows.expand(q.shape[0], -1)
@@ -139,6 +147,13 @@ def _check(
     segments: Tensor | None,
 ) -> None:
     """Raise a ValueError, one sentence, where sizes do not agree."""
+    dimensions = {"q": (q, 4), "k": (k, 4), "q_index": (q_index, 4), "k_index": (k_index, 4)}
+    for name, (x, wanted) in {**dimensions, "w_index": (w_index, 3)}.items():
+        if not isinstance(x, Tensor) or x.dim() != wanted or x.dtype not in FLOATING:
+            found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x)
+            raise ValueError(f"{name} is {found}; give a floating tensor of {wanted} dimensions")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"k has {k.shape[1]} heads, which do not divide the {q.shape[1]} of q")
     batch, heads, queries, keys = q.shape[0], q_index.shape[1], q.shape[2], k.shape[2]
     wanted = {
         "k": (k, (batch, k.shape[1], keys, q.shape[3])),
@@ -155,6 +170,13 @@ def _check(
                 f"{name} has shape {tuple(found.shape)}; with q of {tuple(q.shape)} and k of "
                 f"{tuple(k.shape)} it must be {shape}"
             )
+    for name, x, dtypes in (
+        ("selected", selected, (torch.bool,)),
+        ("key_mask", key_mask, (torch.bool,)),
+        ("segments", segments, INTEGERS),
+    ):
+        if x is not None and x.dtype not in dtypes:
+            raise ValueError(f"{name} has dtype {x.dtype}; it must be {dtypes[0]}")
     if heads % k_index.shape[1]:
         raise ValueError(
             f"k_index has {k_index.shape[1]} heads, which do not divide the {heads} of q_index"
