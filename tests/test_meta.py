@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Case, cases
 from small import build_small, layer_masks, small
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ import attnzoo
 from attnzoo.registry import spec_of
 
 LENGTH = 20
+SIZES_OF = {"batch": 1, "heads": 2, "kv_heads": 2, "queries": 30, "keys": 30, "width": 8}
 
 
 def encoder() -> nn.TransformerEncoder:
@@ -125,3 +127,26 @@ def test_numbers_left_on_meta_are_refused(name: str, options: dict[str, Any]) ->
         attn(x, x, x)
     assert torch.isfinite(attn.to_empty(device="cpu")(x, x, x)).all()
     assert attn.to("meta")(*[x.to("meta")] * 3).is_meta
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_tensors_stay_where_they_are_under_another_default_device(case: Case) -> None:
+    """By every backend that takes the call, forward and backward."""
+    inputs: dict[str, Any] = {
+        one.name: torch.rand([SIZES_OF[axis] for axis in one.names])
+        * (-1 if one.name == "log_decay" else 1)
+        for one in case.spec.inputs
+        if one.required
+    }
+    for backend in ("auto", *case.build(2, 8).engine.backend_names()):
+        attn = case.build(2, 8)
+        attn.backend = backend
+        q, k, v = (torch.randn(1, 2, 30, 8).requires_grad_() for _ in range(3))
+        for is_causal in case.spec.forms:
+            try:
+                with torch.device("meta"):
+                    out = attn(q, k, v, is_causal=is_causal, **inputs)
+                    out.sum().backward()
+            except attnzoo.UnsupportedError:
+                continue
+            assert out.device == q.device and out.isfinite().all()

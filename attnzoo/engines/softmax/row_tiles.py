@@ -38,7 +38,7 @@ def row_tiles(
     rows, keys, offset = call.query_length, call.key_length, call.offset
     starts = starts_of(rows, keys)
     side = min(rows, starts.step)
-    diagonal = cap(torch.ones(side, side, dtype=torch.bool).tril(), call.q)
+    diagonal = cap(torch.ones(side, side, dtype=torch.bool, device="cpu").tril(), call.q)
     for place, first in enumerate(starts):
         size = min(starts.step, rows - first)
         # Rows before the first key see nothing: a tile of them has no keys.

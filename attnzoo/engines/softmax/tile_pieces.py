@@ -161,7 +161,9 @@ class Slices:
                 total.narrow(0, self.low + part * size, keys).add_(its_gradient)
         else:
             unit, width = gcd(size, keys), total.shape[1]
-            index = torch.arange(parts)[:, None] * (size // unit) + torch.arange(keys // unit)
+            index = torch.arange(parts, device="cpu")[:, None] * (size // unit) + torch.arange(
+                keys // unit, device="cpu"
+            )
             self._span(total).view(-1, unit, width).index_add_(
                 0, index.flatten(), gradient.view(-1, unit, width)
             )

@@ -67,7 +67,7 @@ def _visible_from(
         torch.searchsorted(-sums, least - sums[..., rows]),
         torch.searchsorted(closings, closings[..., rows].contiguous()),
     )
-    positions = torch.arange(offset, keys)
+    positions = torch.arange(offset, keys, device="cpu")
     found = torch.minimum(found, positions)  # a row reads its own key, whatever its numbers
     found = torch.nn.functional.pad(found, (blind, 0))
     starts = row_tiles.starts_of(call.query_length, keys)
@@ -93,7 +93,7 @@ def _with_closings(tile: Slices, closings: Tensor, like: Tensor) -> Slices:
     first = tile.origin + tile.first
     if not keys or closings[tile.low] == closings[tile.low + keys - 1]:
         return tile
-    positions = torch.arange(first, first + size).clamp(min=0)
+    positions = torch.arange(first, first + size, device="cpu").clamp(min=0)
     same = closings[positions][:, None] == closings[tile.low : tile.low + keys]
     return replace(tile, caps=(*tile.caps, Cap(0, keys, cap(same, like))))
 

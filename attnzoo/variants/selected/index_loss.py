@@ -49,8 +49,8 @@ def index_loss(
         teacher. Rows that see nothing, and those of padded tokens where row i is the token
         key_length - query_length + i (causal, packed, or as many queries as keys), do not count.
         Memory is linear in the length
-    raises: ValueError on a scale that is no finite number, on other dtypes, on lengths and batch sizes that do not
-        agree, and on segments with more queries than keys
+    raises: ValueError on a scale that is no finite number, on other dtypes, on lengths and batch
+        sizes that do not agree, and on segments with more queries than keys
     """
     check_scale(scale)
     if not isinstance(is_causal, bool):

@@ -154,10 +154,11 @@ class Share:
         """Which keys the rows of a span see, padding left out: (groups or 1, rows or 1, keys)
         bool."""
         rows, part = self.part.rows, self.part
-        queries = torch.arange(
-            rows.first * rows.stride, (rows.first + rows.count) * rows.stride
-        ).view(rows.count, rows.stride)
-        keys = torch.arange(rows.key_rows * rows.stride).view(rows.key_rows, rows.stride)
+        first, end = rows.first * rows.stride, (rows.first + rows.count) * rows.stride
+        queries = torch.arange(first, end, device="cpu").view(rows.count, rows.stride)
+        keys = torch.arange(rows.key_rows * rows.stride, device="cpu").view(
+            rows.key_rows, rows.stride
+        )
         some = self.fold(queries)[span.first : span.end, :, None]
         if isinstance(part, Last):
             return shown(

@@ -34,7 +34,7 @@ def in_tiles(engine: SoftmaxReference, pattern: BlockPattern, call: Call) -> Ten
     ahead, spare = laid_out.ahead, laid_out.spare
     filled = key_mask
     if key_mask is None and any(run.tail for run in found):
-        filled = torch.ones(1, grid.key_length, dtype=torch.bool)
+        filled = torch.ones(1, grid.key_length, dtype=torch.bool, device="cpu")
     key_cap = None
     if filled is not None:
         key_cap = cap(torch.nn.functional.pad(filled, (0, spare)), call.q)
@@ -86,7 +86,9 @@ class Gathered:
 
     def add_bias(self, bias: Tensor, scores: Tensor) -> None:
         parts, size, keys = self.shape
-        places = self.origin + self.first + torch.arange(parts * size).view(parts, size, 1)
+        places = (
+            self.origin + self.first + torch.arange(parts * size, device="cpu").view(parts, size, 1)
+        )
         starts = self.chosen.view(parts, 1, -1) * size - places + len(bias) // 2
         scores.add_(bias.unfold(0, size, 1)[starts].view(parts, size, keys))
 
@@ -101,7 +103,7 @@ def _pieces(
     blocks: (heads or 1, query_blocks, width), the key blocks of each query block
     """
     assert blocks is not None
-    diagonal = cap(torch.ones(size, size, dtype=torch.bool).tril(), q)
+    diagonal = cap(torch.ones(size, size, dtype=torch.bool, device="cpu").tril(), q)
 
     def of_head(blocks: Tensor) -> Iterator[Piece]:
         for run in found:

@@ -57,13 +57,13 @@ class RowTiles:
         key_blocks = sizes.key_blocks
         (count, width), size, slots = chosen.shape, sizes.rows, sizes.tiles * sizes.rows
         blocks, order = torch.where(chosen < 0, key_blocks, chosen).flatten().sort(stable=True)
-        ends = torch.searchsorted(blocks, torch.arange(key_blocks), right=True)
+        ends = torch.searchsorted(blocks, torch.arange(key_blocks, device="cpu"), right=True)
         begins = F.pad(ends, (1, 0))
         counts = (ends - begins[:-1] + size - 1) // size
         first = F.pad(counts.cumsum(0), (1, 0)) * size  # slot of every block
-        slot = torch.arange(len(order)) + (first - begins)[blocks]
+        slot = torch.arange(len(order), device="cpu") + (first - begins)[blocks]
         slot.masked_fill_(blocks == key_blocks, slots)
-        rows = torch.full((slots + 1,), count).scatter_(0, slot, order // width)[:-1]
+        rows = torch.full((slots + 1,), count, device="cpu").scatter_(0, slot, order // width)[:-1]
         place = torch.empty_like(slot).scatter_(0, order, slot).view_as(chosen)
         return cls(size, rows, [int(some) for some in counts], place, positions)
 
@@ -90,7 +90,7 @@ class RowTiles:
         if not count:
             return None
         some = positions[: -(-count // self.size) * self.size]
-        return some[:, None] < torch.arange(keys.start, keys.stop)
+        return some[:, None] < torch.arange(keys.start, keys.stop, device="cpu")
 
 
 def most_rows(size: int, block_size: int) -> int:
@@ -137,7 +137,7 @@ class Layout:
         """The blocks of the rows of a key head, (rows, width). Not of all heads at once: repeated
         for every query, choices are many numbers."""
         call, (blocks, choice_of) = self.call, (self.selection.blocks, self.selection.choice_of)
-        heads = torch.arange(kv_head * call.group, (kv_head + 1) * call.group)
+        heads = torch.arange(kv_head * call.group, (kv_head + 1) * call.group, device="cpu")
         own = blocks[sample, heads * blocks.shape[1] // call.q.shape[1]]
         if choice_of is not None:
             own = own[:, _of_sample(choice_of, sample)]

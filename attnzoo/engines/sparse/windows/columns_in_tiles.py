@@ -79,7 +79,9 @@ class _WithColumns:
             return self.slices.caps
         parts, size, keys = self.slices.shape
         positions = (
-            self.offset + self.slices.first + torch.arange(parts * size).view(parts, size, 1)
+            self.offset
+            + self.slices.first
+            + torch.arange(parts * size, device="cpu").view(parts, size, 1)
         )
         return (
             *self.slices.caps,

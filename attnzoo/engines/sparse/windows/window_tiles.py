@@ -88,7 +88,13 @@ def _caps(
         else [(low, high)]
     )
     bands = [
-        (a - low, b - low, band(pattern, grid, torch.arange(*rows), torch.arange(a, b)))
+        (
+            a - low,
+            b - low,
+            band(
+                pattern, grid, torch.arange(*rows, device="cpu"), torch.arange(a, b, device="cpu")
+            ),
+        )
         for a, b in spans
         if a < b
     ]
