@@ -1,5 +1,5 @@
-"""Bad slots: what stands in padding reaches nothing, and a NaN reaches no row that cannot see it
-(rules 3 to 5)."""
+"""Bad slots: what stands in padding reaches nothing, and a NaN reaches no row before it in a causal
+call and no other piece (rules 3 to 5)."""
 
 from __future__ import annotations
 
