@@ -151,9 +151,9 @@ def _cost(name: str) -> Iterator[RenderableType]:
     attention = _built(name, LENGTHS[-1])
     yield Text(f"backends, in order of preference: {', '.join(attention.engine.backend_names())}")
     yield Text(
-        f"batch 1, {HEADS} heads of {HEAD_DIM}, other options at their defaults; MAC speed-up: exact "
-        "attention's MACs on its support, divided by these (those of SDPA, which short inputs "
-        "take, have the half that causality hides)"
+        f"batch 1, {HEADS} heads of {HEAD_DIM}, other options at their defaults; MAC speed-up: "
+        "exact attention's MACs on its support, divided by these (those of SDPA, which short "
+        "inputs take, have the half that causality hides)"
     )
     table = plain_table()
     for heading in (
