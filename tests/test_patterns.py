@@ -259,15 +259,14 @@ def test_reach_of_joined_patterns() -> None:
 @DIRECTION
 @pytest.mark.parametrize("kind", ["none", "interior"])
 def test_a_pattern_of_ones_own(kind: str, is_causal: bool) -> None:
-    """The reference backend runs any pattern; `dense` says why it does not, and never falls back
-    when asked for by name."""
+    """Any pattern runs: under a dense mask where the input is short, by the reference elsewhere."""
     pattern = Window(6) | GlobalBlocks(1, 5)
     engine = Sparse(pattern)
     q, k, v, _ = tensors(Situation(40, 40, kv_heads=4))
     mask = padding(kind, 2, 40)
     call = Call(q, k, v, mask, None, is_causal)
     out, backend, _ = engine(call)
-    assert backend == "reference"
+    assert backend == "dense"
     allowed = pattern.mask(Grid(4, 40, 40, is_causal))
     if mask is not None:
         allowed = allowed & mask[:, None, None]
@@ -275,8 +274,20 @@ def test_a_pattern_of_ones_own(kind: str, is_causal: bool) -> None:
         allowed = allowed & torch.ones(40, 40, dtype=torch.bool).tril()
     expected, _ = standard(q, k, v, attn_mask=allowed)
     close(out, expected, 1e-12, "output")
+    q, k, v, _ = (x.float() for x in tensors(Situation(520, 520, kv_heads=4)))
+    call = Call(q, k, v, padding(kind, 2, 520), None, is_causal)
+    assert engine(call)[1] == "reference"
     with pytest.raises(attnzoo.UnsupportedError, match="refuses this call: the pattern hides keys"):
         engine(call, "dense")
+
+
+@DIRECTION
+@pytest.mark.parametrize("kind", ["left", "right", "interior"])
+def test_a_joined_pattern_counts_from_the_ends_of_its_samples(kind: str, is_causal: bool) -> None:
+    engine = Sparse(Window(6) | GlobalBlocks(3, 5))
+    q, k, v, _ = tensors(Situation(40, 40, kv_heads=4))
+    call = Call(q, k, v, padding(kind, 2, 40), None, is_causal)
+    close(engine(call, "dense")[0], engine(call, "reference")[0], 1e-12, "output")
 
 
 WINDOWS = pytest.mark.parametrize("window", [1, 2, 5, 16])

@@ -43,9 +43,11 @@ def attend_pattern(engine: SparseReference, call: Call) -> Tensor:
     serves every call of these sizes."""
     pattern, grid, bias = engine.pattern, grid_of(call), additive(call)
     sizes_alone = call.q.is_meta and call.key_mask is None and not torch.compiler.is_compiling()
-    if not (sizes_alone or (can_look(call.q, may_stall=True) and pattern.is_fixed(call))):
-        return attend_supported(engine, call)
     tied = pattern.tied_to_end and not grid.is_causal and call.key_mask is not None
+    if not (sizes_alone or (can_look(call.q, may_stall=True) and pattern.is_fixed(call))) or (
+        tied and not isinstance(pattern, BlockPattern)
+    ):
+        return attend_supported(engine, call)
     kept = None if tied else _hidden(pattern, grid, call.q.dtype)
     if call.key_mask is not None and (kept is None or kept.shape[1] > 1):
         return _sample_by_sample(engine, call, grid, kept)
@@ -97,10 +99,12 @@ def _hidden(pattern: Pattern, grid: Grid, dtype: torch.dtype) -> Tensor:
     return pattern.spread(_hidden_blocks(pattern, whole, whole.key_length, dtype), grid)
 
 
+@lru_cache(maxsize=8)
 def _future(grid: Grid, dtype: torch.dtype) -> Tensor:
     """-inf where a key is behind the query, (query_length, key_length)."""
-    seen = causal_mask(grid.query_length, grid.key_length, torch.device(grid.device or "cpu"))
-    return additive_mask(seen, torch.empty((), dtype=dtype))
+    with unrecorded(), torch.inference_mode(False):
+        seen = causal_mask(grid.query_length, grid.key_length, torch.device(grid.device or "cpu"))
+        return additive_mask(seen, torch.empty((), dtype=dtype))
 
 
 @lru_cache(maxsize=8)

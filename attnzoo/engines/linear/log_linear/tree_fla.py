@@ -61,6 +61,8 @@ def arguments(rule: Rule, call: Call) -> dict[str, Any]:
 
 def why_not(engine: GatedReference, call: Call) -> str | None:
     """Why this backend refuses the call, from static facts only; None when it takes it."""
+    if (reason := fla_kernels.why_not(engine, call)) is not None:
+        return reason
     if engine.rule.delta:
         return "flash-linear-attention has a tree of Mamba-2's states, and none of delta rules"
     if call.key_mask is not None:
@@ -69,4 +71,4 @@ def why_not(engine: GatedReference, call: Call) -> str | None:
         return f"its keys are a multiple of {KEY_BLOCK} wide, got head_dim={call.k.shape[3]}"
     if call.v.shape[3] & (call.v.shape[3] - 1):
         return f"its values are a power of 2 wide, got value_dim={call.v.shape[3]}"
-    return fla_kernels.why_not(engine, call)
+    return None

@@ -114,6 +114,10 @@ class Union(Pattern):
     def counts_positions(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.left.counts_positions or self.right.counts_positions
 
+    @property
+    def tied_to_end(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.left.tied_to_end or self.right.tied_to_end
+
     def mask(self, grid: Grid) -> Tensor:
         return self.left.mask(grid) | self.right.mask(grid)
 
@@ -132,6 +136,10 @@ class Intersection(Pattern):
     @property
     def counts_positions(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.left.counts_positions or self.right.counts_positions
+
+    @property
+    def tied_to_end(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.left.tied_to_end or self.right.tied_to_end
 
     def mask(self, grid: Grid) -> Tensor:
         return self.left.mask(grid) & self.right.mask(grid)
