@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from quality_models import TEXTS, causal, encoder
 
-from attnzoo.engines.sparse.windows import window_sparse
+from attnzoo.engines.sparse import reference
 from attnzoo.quality.mixes import label_of, ranges
 from attnzoo.quality.quality_rows import Row
 from attnzoo.quality.quality_run import Run
@@ -24,11 +24,10 @@ from attnzoo.results.result_file import ResultFile
 
 
 @pytest.fixture(autouse=True)
-def _windows_skip(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows skip hidden keys on these short texts too, as they do on long ones: else they would
-    cost what exact attention costs, and no mix would be cheaper."""
-    monkeypatch.setattr(window_sparse, "ALWAYS_SHORT", 0)
-    monkeypatch.setattr(window_sparse, "SPAN", 1.0)
+def _hidden_keys_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On these short texts too, as they are on long ones: else windows and blocks would cost what
+    exact attention costs, and no mix would be cheaper."""
+    monkeypatch.setattr(reference, "SHORT", 0)
 
 
 PLACE = Excerpt("hamlet", "final", 2)

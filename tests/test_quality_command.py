@@ -19,7 +19,7 @@ from swap_models import make
 
 from attnzoo.commands import program
 from attnzoo.configuration import configs_folder
-from attnzoo.engines.sparse.windows import window_sparse
+from attnzoo.engines.sparse import reference
 from attnzoo.fidelity.pretrained import Pretrained
 from attnzoo.public.variant_text import check_variant
 from attnzoo.quality import model_kinds
@@ -31,11 +31,10 @@ from attnzoo.texts.text_parts import PARTS, PROSE, read_text
 
 
 @pytest.fixture(autouse=True)
-def _windows_skip(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows skip hidden keys on these short texts too, as they do on long ones: else they would
-    cost what exact attention costs, and no mix would be cheaper."""
-    monkeypatch.setattr(window_sparse, "ALWAYS_SHORT", 0)
-    monkeypatch.setattr(window_sparse, "SPAN", 1.0)
+def _hidden_keys_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On these short texts too, as they are on long ones: else windows and blocks would cost what
+    exact attention costs, and no mix would be cheaper."""
+    monkeypatch.setattr(reference, "SHORT", 0)
 
 
 STUDY = """
