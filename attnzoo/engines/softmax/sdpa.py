@@ -226,6 +226,8 @@ def additive_mask(mask: Tensor, like: Tensor) -> Tensor:
     elsewhere. An additive mask stays as it is."""
     if mask.is_floating_point():
         return mask
+    if is_recorded():
+        return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, float("-inf"))
     # 1 - 1/1 and 1 - 1/0: on a CPU a fifth of the time of masked_fill, or of SDPA's own conversion.
     return mask.to(like.dtype).reciprocal_().neg_().add_(1)
 
