@@ -16,7 +16,14 @@ from attnzoo.engines.softmax.reference import SoftmaxReference, visible, weights
 from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.patterns.pattern import Pattern
 
-SHORT = 512  # queries and keys, each, up to which skipping hidden keys takes longer than they do
+#: Queries and keys, each, up to which one call of SDPA under a dense mask takes less time than
+#: skipping hidden keys. Measured by `benchmarks/short_inputs.py`.
+SHORT = 512
+
+
+def is_short_input(query_length: int, key_length: int) -> bool:
+    """Whether a dense mask is small enough to be the fastest way, whatever it hides."""
+    return query_length * key_length <= SHORT**2
 
 
 class SparseReference(SoftmaxReference):
@@ -41,8 +48,8 @@ class SparseReference(SoftmaxReference):
 
     def is_short(self, grid: Grid) -> bool:
         """Whether exact attention under a dense mask of the pattern takes less time than what skips
-        hidden keys, for a call of these sizes. Measured by `benchmarks/short_inputs.py`."""
-        return grid.query_length * grid.key_length <= SHORT**2
+        hidden keys, for a call of these sizes."""
+        return is_short_input(grid.query_length, grid.key_length)
 
     def support(self, call: Call) -> Tensor:
         """Which keys a query sees before the call's masks and causality hide some, as

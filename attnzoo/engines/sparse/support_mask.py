@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,18 +21,13 @@ from attnzoo.engines.sparse.reference import SparseReference
 from attnzoo.sequences.padding import ends
 
 
-class Supported(Protocol):
-    """A softmax engine that can say which keys its queries see."""
-
-    def support(self, call: Call) -> Tensor:
-        """Which keys each query sees before the call's masks and causality hide some, bool,
-        broadcastable to (batch, heads, query_length, key_length)."""
-        ...
-
-
 def attend_supported(engine: Any, call: Call) -> Tensor:
-    """A·v of softmax on the support of a `Supported` engine, (batch, heads, query_length,
-    value_dim)."""
+    """A·v of softmax on a support, (batch, heads, query_length, value_dim).
+
+    engine: a softmax engine whose `support(call)` says which keys each query sees before the call's
+        masks and causality hide some, bool, broadcastable to (batch, heads, query_length,
+        key_length)
+    """
     seen, support = visible(call), engine.support(call)
     seen = support if seen is None else support & seen
     return sdpa(engine, call.q, call.k, call.v, seen, additive(call))

@@ -20,7 +20,7 @@ from attnzoo.engines.softmax import sdpa
 from attnzoo.engines.softmax.reference import reference, visible, weights_of
 from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
 from attnzoo.engines.sparse.dense import too_large
-from attnzoo.engines.sparse.reference import SHORT
+from attnzoo.engines.sparse.reference import is_short_input
 from attnzoo.engines.sparse.selected.grouped_rows import heads_of
 from attnzoo.variants.reformer.angular_hash import AngularHash
 from attnzoo.variants.reformer.bucket_rows import (
@@ -75,7 +75,7 @@ class BucketSoftmax(Softmax):
         )
         heads, rounds = shape.batch_size * shape.kv_heads, self.hashing.num_hashes
         scores = rounds * sizes.query_tiles * sizes.queries * sizes.seen_tiles * sizes.keys
-        is_short = _is_short(shape.query_length, shape.key_length)
+        is_short = is_short_input(shape.query_length, shape.key_length)
         if is_short:
             scores = rows * shape.key_length
         most = 1 + rounds * self.chunk_size * sizes.seen_tiles
@@ -108,15 +108,9 @@ def _dense(engine: BucketSoftmax, call: Call) -> Tensor:
 
 
 def _dense_why_not(engine: BucketSoftmax, call: Call) -> str | None:
-    if not _is_short(call.query_length, call.key_length):
+    if not is_short_input(call.query_length, call.key_length):
         return "hashes may hide keys, and a dense mask of them is quadratic in the length"
     return too_large(call) or sdpa.why_not(engine, call)
-
-
-def _is_short(query_length: int, key_length: int) -> bool:
-    """Whether a dense mask takes less time than sorting tokens by their buckets. Measured by
-    `benchmarks/short_inputs.py`."""
-    return query_length * key_length <= SHORT**2
 
 
 BucketSoftmax.backends = (

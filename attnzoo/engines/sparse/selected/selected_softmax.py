@@ -18,7 +18,7 @@ from attnzoo.engines.softmax import sdpa
 from attnzoo.engines.softmax.reference import REFERENCE, visible, weights_of
 from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
 from attnzoo.engines.sparse.dense import too_large
-from attnzoo.engines.sparse.reference import SHORT
+from attnzoo.engines.sparse.reference import is_short_input
 from attnzoo.engines.sparse.selected import selected_tiles
 from attnzoo.engines.sparse.selected.selected_rows import Sizes, attend_selected, most_pairs
 from attnzoo.engines.sparse.selected.selection import Placed, Selector
@@ -43,8 +43,8 @@ class SelectedSoftmax(Softmax):
 
     def is_dense(self, query_length: int, key_length: int) -> bool:
         """Whether exact attention, under a dense mask where the selection hides keys, takes less
-        time than what skips them. Measured by `benchmarks/short_inputs.py`."""
-        return self.selector.sees_all(key_length) or query_length * key_length <= SHORT**2
+        time than what skips them."""
+        return self.selector.sees_all(key_length) or is_short_input(query_length, key_length)
 
     def support(self, call: Call) -> Tensor:
         """Which keys the selected blocks show, (batch, heads, query_length, key_length) bool.
