@@ -35,5 +35,12 @@ def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def only_native_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """backend="auto" answers as on a machine where `native` has not been compiled, whatever was
+    compiled on this one before; asked for by name, it runs."""
+    monkeypatch.setattr("attnzoo.engines.softmax.native.attend.is_compiled", lambda: False)
+
+
+@pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
