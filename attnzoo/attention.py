@@ -245,9 +245,7 @@ class Attention(nn.Module):
         shape = Shape(*sizes, is_causal=is_causal, dtype=dtype)
         parameters = sum(parameter.numel() for parameter in self.parameters())
         found = replace(self.count(shape), parameters=parameters)
-        if self.spec.decodes:
-            return found
-        return replace(found, state_elements=0, state_bytes=0, state_growth=0)
+        return found if self.spec.decodes else found.without_state()
 
     def count(self, shape: Shape) -> Cost:
         """The engine's cost; a variant that works outside its engine adds its own."""
