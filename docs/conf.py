@@ -55,7 +55,8 @@ def listed(app: Any, document: nodes.document) -> None:
     """Show a drawing in Mermaid, which needs a program from elsewhere, as a list of its arrows."""
     for drawing in list(document.findall(nodes.literal_block)):
         if drawing.get("language") == "mermaid":
-            arrows = [line.split(" --> ") for line in drawing.astext().splitlines() if "-->" in line]
+            lines = drawing.astext().splitlines()
+            arrows = [line.split(" --> ") for line in lines if "-->" in line]
             said = [f"{one} → {others.replace(' & ', ', ')}" for one, others in arrows]
             items = [nodes.list_item("", nodes.paragraph(line, line)) for line in said]
             drawing.replace_self(nodes.bullet_list("", *items))
