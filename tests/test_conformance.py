@@ -150,6 +150,22 @@ def top_left(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Ten
     return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
 
 
+def top_left_mask(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tensor:
+    """Aligned to the last key, until there are more queries than keys."""
+    if q.shape[2] > k.shape[2]:
+        return top_left(q, k, v, is_causal=is_causal)
+    return attend(q, k, v, is_causal=is_causal)
+
+
+def before_its_block(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tensor:
+    """Causal rows that read the blocks of two before their own alone."""
+    if not is_causal:
+        return attend(q, k, v)
+    places = torch.arange(k.shape[2])
+    seen = places // 2 < places[-q.shape[2] :, None] // 2
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+
 def remembers(calls: list[Tensor]) -> Any:
     def function(q: Tensor, k: Tensor, v: Tensor, **masks: Any) -> Tensor:
         calls.append(q)
@@ -206,6 +222,10 @@ def in_half(q: Tensor, k: Tensor, v: Tensor, **masks: Any) -> Tensor:
         (wrong(), "NaN in the future", "1 x 2 tokens"),
         (wrong(), "hidden rows", "not finite"),
         (top_left, "outputs", "1 query and 2 keys"),
+        (top_left, "alignment", "1 query and 2 keys"),
+        (top_left_mask, "alignment", "before the first token, reads token 0, where it should"),
+        (before_its_block, "alignment", "reads no token, and not its own"),
+        (wrong(diagonal=2), "alignment", "reads tokens 0, 1, some of which come after it"),
         (remembers([]), "determinism", ""),
         (mixes_batch, "batch invariance", "2 x 1 token,"),
         (in_place, "double use", "writes to v"),

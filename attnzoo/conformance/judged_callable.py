@@ -20,6 +20,7 @@ from attnzoo.spec import Spec
 
 #: Float64 carries 2e-16; sums of a thousand terms and quotients by small sums lose four digits.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 64 * 2**-24}
+SEEN = 1e-3  # least weight of a token that a row must be seen to read
 MAX_LENGTH = 4096  # of variants that need to know one
 
 
@@ -128,6 +129,14 @@ class Subject:
         """The rows of the oracle, in float64 and with gradients. Raises `NotApplicable` where
         nothing says what the callable should be."""
         return self._oracle(given)[0]
+
+    def reads_itself(self, given: Given, row: int) -> bool:
+        """Whether A of the oracle has a weight, in every head, where query `row` stands; without an
+        oracle, that it has."""
+        if self.like is None:
+            return True
+        own = given.k.shape[2] - given.q.shape[2] + row
+        return bool((self._oracle(given)[1][:, :, row, own].abs() > SEEN).all())
 
     def expected_state(self, given: Given) -> Tensor:
         """The final state of the oracle. Raises `NotApplicable` where there is none."""
