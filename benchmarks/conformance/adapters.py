@@ -21,6 +21,22 @@ def of(path: str) -> Any:
     return getattr(import_module(module), name)
 
 
+def llama_layer() -> Any:
+    """A layer of 4 heads over 2, by SDPA."""
+    config = of("transformers:LlamaConfig")(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=2, attn_implementation="sdpa"
+    )
+    return of("transformers.models.llama.modeling_llama:LlamaAttention")(config, 0)
+
+
+def bert_layer() -> Any:
+    """A layer of 4 heads, by its eager attention."""
+    config = of("transformers:BertConfig")(
+        hidden_size=32, num_attention_heads=4, attn_implementation="eager"
+    )
+    return of("transformers.models.bert.modeling_bert:BertSelfAttention")(config)
+
+
 def performer() -> Callable[..., Any]:
     """FAVOR+ of performer-pytorch, causal where it is asked to be."""
 

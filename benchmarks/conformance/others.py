@@ -19,7 +19,9 @@ from typing import Any
 import torch.nn.functional as F
 from adapters import (
     FEATURES,
+    bert_layer,
     efficient,
+    llama_layer,
     local_window,
     of,
     performer,
@@ -83,6 +85,8 @@ OTHERS = (
         "standard",
         "transformers",
     ),
+    Other("transformers", "LlamaAttention", llama_layer, "standard", "transformers_layer"),
+    Other("transformers", "BertSelfAttention", bert_layer, "standard", "transformers_layer"),
     Other(
         "fla-core",
         "naive_recurrent_gated_delta_rule",

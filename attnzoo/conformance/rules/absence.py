@@ -47,14 +47,14 @@ def alignment(subject: Subject, trial: Trial) -> str:
     first = trial.key_length - trial.query_length
     columns = [subject.rows(_value_of(given, token)) for token in range(trial.key_length)]
     weights = torch.stack([column[..., 0] for column in columns], -1)
-    if not bool(weights.isfinite().all()):
-        raise Broken(f"{place(~weights.isfinite())} of A is not finite")
     read = (weights.abs() > subject.tolerance).flatten(0, 1)  # of each head, (queries, keys)
     for row in range(trial.query_length):
         own, tokens = first + row, read[:, row].any(0).nonzero()[:, 0].tolist()
         stands = f"row {row} of {trial.query_length}, which stands "
         stands += f"at token {own}," if own >= 0 else "before the first token,"
         told = f"{stands} reads {_listed(tokens)}"
+        if not bool(weights[:, :, row].isfinite().all()):
+            raise Broken(f"{stands} is not finite")
         if own < 0 and tokens and subject.dialect.hidden_row == "0":
             raise Broken(f"{told}, where it should read none")
         if own < 0:
