@@ -12,7 +12,7 @@ from attnzoo.engines.softmax.tile_pieces import Piece
 
 
 class Plan(NamedTuple):
-    """What `native_attention` takes; all of int32 but the limits.
+    """What `native_attention` takes; all of int32 but the limits, which have the dtype of the call.
 
     tiles: (tiles, 6), of each its first row, its rows, its first run and the end of its runs, its
         first cap and the end of its caps
@@ -21,7 +21,7 @@ class Plan(NamedTuple):
         their limits and of their spans
     spans: (spans, 2), of each capped key the first row of the tile that sees it, and the end of
         those
-    limits: float32, of each cap (keys, rows of the tile) one after the other
+    limits: of each cap (keys, rows of the tile) one after the other
     starts: (heads + 1,), the first tile of each head
     """
 
@@ -33,11 +33,12 @@ class Plan(NamedTuple):
     starts: Tensor
 
 
-def plan_of(heads: Sequence[Sequence[Piece]], key_length: int) -> Plan:
+def plan_of(heads: Sequence[Sequence[Piece]], key_length: int, like: Tensor) -> Plan:
     """The plan of the pieces of every head, or of every sample and head.
 
     heads: where all heads share their pieces, the plan has one head
     key_length: number of keys of the call
+    like: of whose dtype the limits are
     """
     if all(pieces is heads[0] for pieces in heads):
         heads = heads[:1]
@@ -47,7 +48,7 @@ def plan_of(heads: Sequence[Sequence[Piece]], key_length: int) -> Plan:
         for piece in pieces:
             parts.take(piece)
         starts.append(parts.tile_count)
-    return parts.plan(starts)
+    return parts.plan(starts, like)
 
 
 class _Parts:
@@ -87,10 +88,11 @@ class _Parts:
         self._run_count += parts * runs.shape[1]
         self._cap_count += parts * caps.shape[1]
 
-    def plan(self, starts: list[int]) -> Plan:
+    def plan(self, starts: list[int], like: Tensor) -> Plan:
         """The plan of all pieces taken.
 
         starts: the first tile of each head, and the number of tiles
+        like: of whose dtype the limits are
         """
 
         def joined(parts: list[Tensor], width: int) -> Tensor:
@@ -101,7 +103,7 @@ class _Parts:
             joined(self._runs, 2),
             joined(self._caps, 4),
             joined(self._spans, 2),
-            torch.cat([torch.empty(0), *self._limits]),
+            torch.cat([like.new_empty(0), *self._limits]),
             torch.tensor(starts, dtype=torch.int32),
         )
 
