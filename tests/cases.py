@@ -17,7 +17,18 @@ from attnzoo.oracles import ORACLES
 from attnzoo.registry import options_of, sized, spec_of
 
 CPU_BACKENDS = {
-    *("sdpa", "rows", "tiled", "dense", "tiles", "windows", "columns", "blocks", "ragged"),
+    *(
+        "sdpa",
+        "rows",
+        "tiled",
+        "dense",
+        "native",
+        "tiles",
+        "windows",
+        "columns",
+        "blocks",
+        "ragged",
+    ),
     *("one_row", "flash", "short", "chunked", "open", "selected", "branches", "reference"),
 }
 MAX_LENGTH = 1024
