@@ -60,6 +60,17 @@ def of_each_engine() -> list[str]:
 
 
 @cache
+def of_each_folder() -> list[str]:
+    """One variant of each folder of engines: what the first stage runs of tests that take long."""
+    chosen: dict[str, str] = {}
+    for name in in_models():
+        folder = type(_engine(name)).__module__.rpartition(".")[0]
+        if folder.startswith("attnzoo.engines."):
+            chosen.setdefault(folder, name)
+    return list(chosen.values())
+
+
+@cache
 def of_each_family() -> list[str]:
     """One variant of each family, with inputs of its own and without: what the first stage runs
     where the second runs over more."""
