@@ -106,8 +106,8 @@ class Case:
         is the first choice: a call that it refuses goes to the next that does not."""
         options = {**sized(self.variant, MAX_LENGTH), **self.options, **more}
         backend = options.pop("prefer", "auto")
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(1)  # `conftest.fixed_seed` says why
             attn = attnzoo.build(self.variant, heads=heads, head_dim=head_dim, **options).to(dtype)
         return attn if backend == "auto" else preferring(attn, backend)
 

@@ -43,4 +43,8 @@ def only_native_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
-    torch.manual_seed(0)
+    """The CPU's generator alone where there is no GPU: torch.manual_seed also notes the call, with
+    the whole stack as text, for devices that may appear, which takes longer than a small test."""
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
