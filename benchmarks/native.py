@@ -1,5 +1,5 @@
-"""The backend `native`, compiled tiles, beside `tiles` and exact attention; 12 heads of 64, float32,
-CPU.
+"""The backend `native`, compiled tiles, beside `tiles` and exact attention; 12 heads of 64,
+float32, CPU.
 
     OMP_PROC_BIND=true python -m benchmarks.native [--output FILE] [--rounds N] [VARIANT ...]
 

@@ -238,6 +238,11 @@ from attnzoo.tasks.pixels import Pixels
 from attnzoo.tasks.task import TEST
 Pixels().held_out(TEST, 1)
 """,
+    ("native",): """
+from attnzoo.engines.softmax.native import library
+assert library.cannot_compile() is None or "ninja" not in str(library.cannot_compile())
+import ninja, setuptools
+""",
     ("docs",): """
 import furo, myst_parser, sphinx, sphinx_copybutton
 from docs import reference_pages

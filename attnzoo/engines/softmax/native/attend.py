@@ -29,12 +29,16 @@ def why_not(engine: SoftmaxReference, call: Call) -> str | None:
     return tiles.cannot_work_alone(engine, call) or cannot_compile()
 
 
-def not_compiled(engine: Any, call: Call) -> str | None:
-    """Why backend="auto" passes over it: nobody asked for it by name yet on this machine, which
-    would compile it."""
-    if is_compiled():
-        return None
-    return "it is not compiled on this machine yet: the first call with backend='native' does that"
+def passed_over(call: Call, fewest_rows: int) -> str | None:
+    """Why backend="auto" passes over it; None where it does not.
+
+    fewest_rows: from how many rows on it is faster than one call of SDPA under a dense mask
+    """
+    if not is_compiled():
+        return "it is not compiled on this machine: the first call with backend='native' does that"
+    if call.query_length < fewest_rows:
+        return f"{call.query_length} rows are fewer than the {fewest_rows} from which on it is fast"
+    return None
 
 
 def attend(
@@ -53,7 +57,7 @@ def attend(
 
     bias: None, since `why_not` refuses one
     """
-    plan = plan_of(pieces(q, table), k.shape[2], q)
+    plan = plan_of(pieces(q, table), k.shape[2], q.dtype)
     return _Attend.apply(q, k, v, key_cap, sink_logits, plan, engine.scale_of(q), compute)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,22 +34,39 @@ class Plan(NamedTuple):
     starts: Tensor
 
 
-def plan_of(heads: Sequence[Sequence[Piece]], key_length: int, like: Tensor) -> Plan:
+def plan_of(heads: Sequence[Sequence[Piece]], key_length: int, dtype: torch.dtype) -> Plan:
     """The plan of the pieces of every head, or of every sample and head.
 
     heads: where all heads share their pieces, the plan has one head
     key_length: number of keys of the call
-    like: of whose dtype the limits are
+    dtype: of the limits
     """
-    if all(pieces is heads[0] for pieces in heads):
-        heads = heads[:1]
-    parts = _Parts(key_length)
-    starts = [0]
-    for pieces in heads:
-        for piece in pieces:
-            parts.take(piece)
-        starts.append(parts.tile_count)
-    return parts.plan(starts, like)
+    shared = all(pieces is heads[0] for pieces in heads)
+    return _plan_of(_Same(heads[0] if shared else heads), shared, key_length, dtype)
+
+
+class _Same:
+    """Pieces that equal themselves alone: those that are kept for many calls have one plan."""
+
+    def __init__(self, pieces: Sequence[Any]) -> None:
+        self.pieces = pieces
+
+    def __hash__(self) -> int:
+        return id(self.pieces)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.pieces is self.pieces
+
+
+@lru_cache(maxsize=32)
+def _plan_of(same: _Same, shared: bool, key_length: int, dtype: torch.dtype) -> Plan:
+    with torch.inference_mode(False):
+        parts, starts = _Parts(key_length), [0]
+        for pieces in [same.pieces] if shared else same.pieces:
+            for piece in pieces:
+                parts.take(piece)
+            starts.append(parts.tile_count)
+        return parts.plan(starts, torch.empty(0, dtype=dtype))
 
 
 class _Parts:
