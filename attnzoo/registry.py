@@ -47,6 +47,15 @@ class Description:
     options: tuple[Option, ...]
     text: str
 
+    def __str__(self) -> str:
+        """Name, paper, docstring and options, to be read."""
+        spec = self.spec
+        options = ", ".join(
+            one.name if one.required else f"{one.name}={one.default!r}" for one in self.options
+        )
+        head = f"{spec.name}: {spec.title}\n{spec.paper}"
+        return f"{head}\n\n{self.text}\n\nattnzoo.build({spec.name!r}, {options})"
+
 
 @dataclass(frozen=True)
 class Choice:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # pyright: ignore[reportPrivateImportUsage]
 from rich.console import Console
 
-from attnzoo.arguments import nearest
+from attnzoo.arguments import check_list, nearest
 from attnzoo.configuration import check_mapping, read_yaml
 
 if TYPE_CHECKING:
@@ -102,11 +102,8 @@ def check_config(path: str, known: dict[str, Any]) -> None:
     found = read_yaml(Path(path), f"--config {path}")
     check_mapping(f"--config {path}", found, known)
     for key, value in found.items():
-        if known[key].nargs == "+" and (not isinstance(value, list) or not value):
-            raise ValueError(
-                f"--config {path}: {key} must be a list that is not empty, such as "
-                f"[{value if value else '...'}]"
-            )
+        if known[key].nargs == "+":
+            check_list(f"--config {path}: {key}", value)
 
 
 def add_variants(parser: ArgumentParser, default: str) -> None:
