@@ -44,7 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         type=int,
         metavar="TOKENS",
-        help=f"default: {' '.join(map(str, LENGTHS))}, as far as the model reads)",
+        help=f"of a sequence (default: {' '.join(map(str, LENGTHS))}, as far as the model reads)",
     )
     parser.add_argument("--heads", type=int, default=8, help="of one attention")
     parser.add_argument("--head-dim", type=int, default=64, help="of one attention")
