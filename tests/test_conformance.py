@@ -105,6 +105,39 @@ def test_what_others_built_well_holds(function: Any, dialect: str) -> None:
     assert not any(one.status == "refused" for one in report.findings), str(report)
 
 
+def layer_of(kind: str, implementation: str, **options: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    from importlib import import_module
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "attn_implementation": implementation}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **options)
+    module = import_module(f"transformers.models.{kind.lower()}.modeling_{kind.lower()}")
+    if kind == "Bert":
+        return module.BertSelfAttention(config)
+    return getattr(module, f"{kind}Attention")(config, 0)
+
+
+LAYER_RULES = ["outputs", "gradients", "grouped heads", "causality", "alignment", "padding"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "implementation", "options"),
+    [("Llama", "eager", {"num_key_value_heads": 2}), ("Bert", "sdpa", {})],
+)
+def test_layers_of_transformers_hold(kind: str, implementation: str, options: Any) -> None:
+    layer = layer_of(kind, implementation, **options)
+    before = dict(layer.named_modules())
+    how: dict[str, Any] = {"dialect": "transformers_layer", "rules": LAYER_RULES}
+    report = check(layer, "standard", **how)
+    assert report.holds and not any(one.status == "refused" for one in report.findings), str(report)
+    assert report.of("grouped heads").status == ("holds" if options else "not applicable")
+    assert dict(layer.named_modules()) == before
+    layer.scaling *= 2
+    found = check(layer, "standard", **how).of("outputs")
+    heads = "4 heads over 2 of 8" if options else "4 heads of 8"
+    assert found.status == "fails" and f"1 x 2 tokens, {heads}" in found.trial, found
+
+
 def subject_of(function: Any, name: str, dialect: str = "attnzoo") -> Subject:
     return Subject(function, find_dialect(dialect), Choice(name), heads=2, head_dim=8)
 
@@ -148,6 +181,22 @@ def wrong(**how: Any) -> Any:
 
 def top_left(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+
+def top_left_mask(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tensor:
+    """Aligned to the last key, until there are more queries than keys."""
+    if q.shape[2] > k.shape[2]:
+        return top_left(q, k, v, is_causal=is_causal)
+    return attend(q, k, v, is_causal=is_causal)
+
+
+def before_its_block(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tensor:
+    """Causal rows that read the blocks of two before their own alone."""
+    if not is_causal:
+        return attend(q, k, v)
+    places = torch.arange(k.shape[2])
+    seen = places // 2 < places[-q.shape[2] :, None] // 2
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
 
 def remembers(calls: list[Tensor]) -> Any:
@@ -206,6 +255,10 @@ def in_half(q: Tensor, k: Tensor, v: Tensor, **masks: Any) -> Tensor:
         (wrong(), "NaN in the future", "1 x 2 tokens"),
         (wrong(), "hidden rows", "not finite"),
         (top_left, "outputs", "1 query and 2 keys"),
+        (top_left, "alignment", "1 query and 2 keys"),
+        (top_left_mask, "alignment", "before the first token, reads token 0, where it should"),
+        (before_its_block, "alignment", "reads no token, and not its own"),
+        (wrong(diagonal=2), "alignment", "reads tokens 0, 1, some of which come after it"),
         (remembers([]), "determinism", ""),
         (mixes_batch, "batch invariance", "2 x 1 token,"),
         (in_place, "double use", "writes to v"),
@@ -315,6 +368,8 @@ def test_misuse() -> None:
         check(attend, window=3)
     with pytest.raises(ValueError, match=r"did you mean 'sdpa'"):
         check(attend, dialect="sdpaa")
+    with pytest.raises(ValueError, match=r"takes an attention layer .* got Identity: give"):
+        check(torch.nn.Identity(), dialect="transformers_layer")
     with pytest.raises(ValueError, match=r"no option 'windw'.*did you mean 'window'"):
         check(attend, "sliding_window", windw=3)
 
@@ -337,7 +392,14 @@ def test_the_command(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatc
     assert main(["check", sdpa, "--dialect", "sdpa", "--rules", "causality"]) == 0
     assert "every rule that applies holds" in capsys.readouterr().out
     assert main(["check", "torch:abs", "--like", "standard", "--rules", "outputs"]) == 4
-    assert "nothing could be checked: TypeError" in capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
+    assert (
+        told.startswith("nothing could be checked: TypeError: abs()") and told.count(": Type") == 1
+    )
+    assert "it was called as attnzoo (f(q, k, v, is_causal=," in told and "--dialect" in told
+    Path("taken").write_text("")
+    assert main(["check", "mine.py:attend", "--json", "taken/found.json"]) == 2
+    assert "json='taken' is a file; give a folder with --json" in capsys.readouterr().err
     mine = ["check", "mine.py:attend", "--like", "performer:seed=3", "--rules", "determinism"]
     assert main(mine) == 0
     with pytest.raises(SystemExit):

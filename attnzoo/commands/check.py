@@ -39,7 +39,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--dialect",
         type=str,
         default="attnzoo",
-        help="how it is called: attnzoo, sdpa, transformers, fla, fla_head_first or flash_attn",
+        help="how it is called: attnzoo, sdpa, transformers, "
+        "transformers_layer, fla, fla_head_first or flash_attn",
     )
     parser.add_argument(
         "--rules", nargs="+", type=str, metavar="RULE", help="the rules to ask (default: all)"
@@ -65,8 +66,8 @@ def run(settings: Namespace) -> int:
     check_seed(settings.seed)
     check_device(settings.device)
     files = {name: settings[name] for name in ("json", "junit") if settings[name] is not None}
-    for path in files.values():
-        check_folder(Path(path).parent)
+    for name, path in files.items():
+        check_folder(Path(path).parent, f"--{name}")
     choice = None if settings.like is None else parse_variant(settings.like)
     function = find_callable(settings.callable)
     report = check(
@@ -91,15 +92,28 @@ def show(report: Report) -> None:
     from attnzoo.report.tables import rich_table
 
     console = screen()
-    console.print(rich_table(report.table()))
     failing = [one.rule for one in report.findings if one.status == "fails"]
+    if not (failing or report.holds):
+        console.print(refusal(report))
+        return
+    console.print(rich_table(report.table()))
     if failing:
         console.print(f"{len(failing)} of {len(report.findings)} rules fail: {', '.join(failing)}")
-    elif report.holds:
-        console.print("every rule that applies holds")
     else:
-        reason = report.findings[0].found
-        console.print(f"nothing could be checked: {reason}")
+        console.print("every rule that applies holds")
+
+
+def refusal(report: Report) -> str:
+    """Why nothing could be checked, in a sentence."""
+    from attnzoo.conventions.dialects.spoken import find_dialect
+
+    refused = [one.found for one in report.findings if one.status == "refused"]
+    reason = (refused or [report.findings[0].found])[0]
+    called = find_dialect(report.dialect).meaning.split(". ")[0]
+    return (
+        f"nothing could be checked: {reason}; it was called as {report.dialect} ({called}): name "
+        "another dialect with --dialect, or a function of yours that calls it so"
+    )
 
 
 def find_callable(text: str) -> Callable[..., Any]:

@@ -50,7 +50,8 @@ def check(
     options: of a variant given by name, such as window=128; one that has the name of an argument
         here, as `seed` has, goes into a `Choice`
     returns: what was found, with the smallest call that shows each failure
-    raises: ValueError on an unknown variant, option, dialect or rule
+    raises: ValueError on an unknown variant, option, dialect or rule, and on a callable that the
+        dialect cannot call
     """
     if not callable(function) or (isinstance(function, type)):
         raise ValueError(
@@ -64,11 +65,14 @@ def check(
     for name, size in (("heads", heads), ("head_dim", head_dim)):
         if size is not None:
             check_positive(name, size)
+    spoken = find_dialect(dialect)
+    if spoken.sizes is not None:
+        spoken.sizes(function)  # whatever is wrong is said now
     choice = Choice(like, options) if isinstance(like, str) else like
     if choice is not None:
-        choice.build(heads or 4, head_dim or 8, max_length=64)  # whatever is wrong is said now
+        choice.build(heads or 4, head_dim or 8, max_length=64)
     asked = RULES if rules is None else [_rule(name) for name in rules]
-    subject = Subject(function, find_dialect(dialect), choice, heads, head_dim, device)
+    subject = Subject(function, spoken, choice, heads, head_dim, device)
     training = isinstance(function, nn.Module) and function.training
     if isinstance(function, nn.Module):
         function.eval()
@@ -126,14 +130,16 @@ def shrunk(rule: Rule, subject: Subject, trial: Trial, why: str) -> tuple[Trial,
     """The smallest call found that still breaks the rule, and how."""
     left = SHRINKINGS
     while True:
-        for smaller in trial.smaller():
+        for smaller in map(subject.fitting, trial.smaller()):
+            if smaller == trial:
+                continue
             if left == 0:
                 return trial, why
             left -= 1
             try:
-                rule.judge(subject, subject.fitting(smaller))
+                rule.judge(subject, smaller)
             except Broken as broken:
-                trial, why = subject.fitting(smaller), str(broken)
+                trial, why = smaller, str(broken)
                 break
             except (Refused, NotApplicable):
                 continue

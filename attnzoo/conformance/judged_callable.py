@@ -20,6 +20,7 @@ from attnzoo.spec import Spec
 
 #: Float64 carries 2e-16; sums of a thousand terms and quotients by small sums lose four digits.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 64 * 2**-24}
+SEEN = 1e-3  # least weight of a token that a row must be seen to read
 MAX_LENGTH = 4096  # of variants that need to know one
 
 
@@ -86,6 +87,9 @@ class Subject:
 
     def fitting(self, trial: Trial) -> Trial:
         """The trial with heads and widths that the callable takes."""
+        if self.dialect.sizes is not None:
+            heads, kv_heads, head_dim = self.dialect.sizes(self.function)
+            return replace(trial, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
         trial = replace(trial, head_dim=self.head_dim or trial.head_dim)
         if self.heads is None:
             return trial
@@ -113,12 +117,7 @@ class Subject:
         return self._answer(self.dialect.final_state, given, "a state", sizes)
 
     def _answer(self, call: Any, given: Given, what: str, sizes: tuple[int, ...]) -> Tensor:
-        try:
-            found = call(self.function, given.on(self.device))
-        except NotExpressible as error:
-            raise NotApplicable(str(error)) from None
-        except Exception as error:  # whatever a stranger's code raises
-            raise Refused(_first_line(error)) from error
+        found = asked(call, self.function, given.on(self.device))
         if not isinstance(found, Tensor) or tuple(found.shape) != sizes:
             told = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise Refused(f"it returned {told} where {what} of {sizes} belong")
@@ -128,6 +127,14 @@ class Subject:
         """The rows of the oracle, in float64 and with gradients. Raises `NotApplicable` where
         nothing says what the callable should be."""
         return self._oracle(given)[0]
+
+    def reads_itself(self, given: Given, row: int) -> bool:
+        """Whether A of the oracle has a weight, in every head, where query `row` stands; without an
+        oracle, that it has."""
+        if self.like is None:
+            return True
+        own = given.k.shape[2] - given.q.shape[2] + row
+        return bool((self._oracle(given)[1][:, :, row, own].abs() > SEEN).all())
 
     def expected_state(self, given: Given) -> Tensor:
         """The final state of the oracle. Raises `NotApplicable` where there is none."""
@@ -182,6 +189,17 @@ class Subject:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return self.like.completed(**more).build(heads, head_dim, max_length=MAX_LENGTH)
+
+
+def asked(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """What a stranger's code answers. Raises `Refused` when it raises anything, and `NotApplicable`
+    when a dialect has no words for the call."""
+    try:
+        return call(*arguments, **named)
+    except NotExpressible as error:
+        raise NotApplicable(str(error)) from None
+    except Exception as error:  # whatever it raises
+        raise Refused(_first_line(error)) from error
 
 
 def masks(given: Given) -> dict[str, Any]:

@@ -44,7 +44,8 @@ class Trial:
         lengths = "1 token" if self.key_length == 1 else f"{self.key_length} tokens"
         if self.query_length != self.key_length:
             queries = "1 query" if self.query_length == 1 else f"{self.query_length} queries"
-            lengths = f"{queries} and {self.key_length} keys"
+            keys = "1 key" if self.key_length == 1 else f"{self.key_length} keys"
+            lengths = f"{queries} and {keys}"
         heads = "1 head" if self.heads == 1 else f"{self.heads} heads"
         if self.kv_heads != self.heads:
             heads += f" over {self.kv_heads}"
@@ -71,6 +72,8 @@ class Trial:
                 found.append(replace(self, key_length=length, query_length=length - gone))
         if gone > 1:
             found.append(replace(self, key_length=self.query_length + 1))
+        if gone < -1:
+            found.append(replace(self, query_length=self.key_length + 1))
         if self.pieces > 2:
             found.append(replace(self, pieces=2))
         found += [replace(self, head_dim=d) for d in (1, 2) if d < self.head_dim]

@@ -14,20 +14,23 @@ from attnzoo.results.result_file import ResultFile, ResultRow
 Row = TypeVar("Row", bound=ResultRow)
 
 
-def check_folder(path: str | Path) -> Path:
+def check_folder(path: str | Path, option: str = "--output") -> Path:
     """Make the folder if need be and try to write into it. Raises ValueError, one sentence, when
-    that fails."""
-    folder = Path(path)
+    that fails.
+
+    option: of the command that gave it
+    """
+    folder, name = Path(path), option.removeprefix("--")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except FileExistsError:
-        raise ValueError(f"output={str(folder)!r} is a file; give a folder with --output") from None
+        raise ValueError(f"{name}={str(folder)!r} is a file; give a folder with {option}") from None
     except OSError as error:
         raise ValueError(
-            f"output={str(folder)!r} cannot be written ({error.strerror}); give another folder "
-            "with --output"
+            f"{name}={str(folder)!r} cannot be written ({error.strerror}); give another folder "
+            f"with {option}"
         ) from None
     return folder
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 import transformers
-from others import MODELS, of, write_page
+from adapters import of
+from page import MODELS, write_page
 from torch import Tensor, nn
 
 SIZES: dict[str, Any] = {
@@ -177,6 +178,50 @@ def landmarks_of_a_batch() -> str:
         return f"beside its run alone, the rows of one are {far(layer(x)[:1], layer(x[:1]))}"
 
 
+def eps_of_features() -> str:
+    """Rows of random features with their eps beside those without it, and the keys' weights."""
+    module = "performer_pytorch.performer_pytorch"
+    kernel, product = of(f"{module}:softmax_kernel"), of(f"{module}:linear_attention")
+    told = []
+    for size in (0.5, 1.0):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(1, 1, 1024, 64, dtype=torch.float64) for _ in "qkv")
+        projection = of(f"{module}:gaussian_orthogonal_random_matrix")(256, 64).double()
+        rows = []
+        for eps in (1e-4, 0.0):
+            made = {"projection_matrix": projection, "eps": eps}
+            features = (
+                kernel(size * q, is_query=True, **made),
+                kernel(size * k, is_query=False, **made),
+            )
+            rows.append(product(*features, v))
+        told.append(f"{far(*rows)} at numbers of size {size:g}")
+    return "beside those with eps=0, rows of 1,024 tokens of 64 are " + ", and ".join(told)
+
+
+def read_by_rows(attend: Callable[..., Tensor], queries: int, keys: int) -> list[list[int]]:
+    """The tokens of which each row reads the values."""
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 1, queries, keys), torch.randn(1, 1, keys, keys)
+    weights = attend(q, k, torch.eye(keys)[None, None])[0, 0]
+    return [row.nonzero()[:, 0].tolist() for row in weights]
+
+
+def hidden_bucket() -> str:
+    causal = of("linear_attention_transformer.linear_attention_transformer:causal_linear_attn")
+    rows = read_by_rows(lambda q, k, v: causal(q, k, v, bucket_size=4), 12, 12)
+    return f"with bucket_size=4, rows 3, 4 and 7 of 12 read tokens {rows[3]}, {rows[4]}, {rows[7]}"
+
+
+def moving_diagonal() -> str:
+    told = []
+    for flash in (False, True):
+        attend = of("x_transformers.attend:Attend")(causal=True, heads=1, flash=flash)
+        rows = read_by_rows(lambda q, k, v, attend=attend: attend(q, k, v)[0], 4, 2)
+        told.append(f"{', '.join(map(str, rows))} with flash={flash}")
+    return f"causal rows of 4 queries over 2 keys read keys {'; '.join(told)}"
+
+
 PACKED = "two texts in one row, told apart by position_ids that begin again"
 CONTINUED = "a cached sequence goes on by several tokens"
 NEXT = {
@@ -214,6 +259,16 @@ MAMBA = {"num_hidden_layers": 2, "state_size": 8}
 MAMBA2 = {"num_hidden_layers": 2, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1}
 LLAMA = {"num_hidden_layers": 2}
 QUESTIONS = (
+    Question("performer-pytorch", "softmax_kernel", "what its eps=1e-4 adds", eps_of_features),
+    Question(
+        "linear-attention-transformer",
+        "causal_linear_attn",
+        "whether a row reads its own bucket",
+        hidden_bucket,
+    ),
+    Question(
+        "x-transformers", "Attend", "where the diagonal of more queries lies", moving_diagonal
+    ),
     Question(
         "nystrom-attention",
         "NystromAttention",

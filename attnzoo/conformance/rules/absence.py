@@ -1,4 +1,5 @@
-"""What must not be seen: the future, padding, other pieces of a packed row, and NaN in these."""
+"""What must not be seen, and what must: the future, padding, other pieces of a packed row, and NaN
+in these; the own token."""
 
 from __future__ import annotations
 
@@ -38,6 +39,44 @@ def causality(subject: Subject, trial: Trial) -> str:
             raise Broken(f"rows before token {token} send a gradient to {name} from it on")
     exact = torch.equal(changed[:, :, :before], clean[:, :, :before])
     return "bit for bit" if exact else "to rounding"
+
+
+def alignment(subject: Subject, trial: Trial) -> str:
+    """By A, a column at a time: the rows of values that are 1 at one token and 0 at all others."""
+    given = subject.given(replace(trial, dtype=subject.dtype))
+    first = trial.key_length - trial.query_length
+    columns = [subject.rows(_value_of(given, token)) for token in range(trial.key_length)]
+    weights = torch.stack([column[..., 0] for column in columns], -1)
+    read = (weights.abs() > subject.tolerance).flatten(0, 1)  # of each head, (queries, keys)
+    for row in range(trial.query_length):
+        own, tokens = first + row, read[:, row].any(0).nonzero()[:, 0].tolist()
+        stands = f"row {row} of {trial.query_length}, which stands "
+        stands += f"at token {own}," if own >= 0 else "before the first token,"
+        told = f"{stands} reads {_listed(tokens)}"
+        if not bool(weights[:, :, row].isfinite().all()):
+            raise Broken(f"{stands} is not finite")
+        if own < 0 and tokens and subject.dialect.hidden_row == "0":
+            raise Broken(f"{told}, where it should read none")
+        if own < 0:
+            continue
+        if tokens and tokens[-1] > own:
+            raise Broken(f"{told}, some of which come after it")
+        if not bool(read[:, row, own].all()) and subject.reads_itself(given, row):
+            raise Broken(f"{told}, and not its own")
+    return ""
+
+
+def _value_of(given: Given, token: int) -> Given:
+    def change(name: str, x: Tensor) -> Tensor:
+        return (torch.arange(x.shape[2])[:, None] == token).expand_as(x).to(x) if name == "v" else x
+
+    return given.mapped(change)
+
+
+def _listed(tokens: list[int]) -> str:
+    if not tokens:
+        return "no token"
+    return f"token{'s' if len(tokens) > 1 else ''} {', '.join(map(str, tokens))}"
 
 
 def padding(subject: Subject, trial: Trial) -> str:
@@ -160,6 +199,17 @@ RULES = (
             Trial(is_causal=True),
             Trial(19, 19, is_causal=True, seed=1),
             Trial(6, 13, is_causal=True),
+        ),
+        causal=True,
+    ),
+    Rule(
+        "alignment",
+        "The last query stands at the last key: a causal row reads its own token, and none after.",
+        alignment,
+        (
+            Trial(is_causal=True),
+            Trial(4, 7, is_causal=True),
+            Trial(5, 3, is_causal=True),
         ),
         causal=True,
     ),

@@ -81,7 +81,7 @@ def grouped_heads(subject: Subject, trial: Trial) -> str:
     group = trial.heads // trial.kv_heads
     what = f"the rows of {group} query heads on each key head"
     if group == 1:
-        raise NotApplicable("it has one head")
+        raise NotApplicable("it has as many key heads as query heads")
     if subject.like is not None:
         compare(subject.rows(given), subject.expected(given), subject.tolerance, what)
         return ""

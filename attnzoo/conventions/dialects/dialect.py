@@ -8,6 +8,8 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+Sizes = tuple[int, int, int]  # heads, kv_heads, head_dim
+
 
 class NotExpressible(Exception):
     """A dialect has no words for such a call."""
@@ -36,6 +38,8 @@ class Dialect:
     final_state: calls a function so, and returns the state after the last token in this library's
         layout, (batch, kv_heads, width, value_dim); raises `NotExpressible` where the function
         returns none. None: the dialect has no words for it
+    sizes: tells what sizes a function takes alone; raises ValueError on what cannot be called so.
+        None: it takes any
     hidden_row: what a row is that sees nothing
     isolates_nan: whether what is no number reaches no row that must not see it
     roundings: how often numbers are rounded to a half-precision dtype on their way to a row
@@ -45,6 +49,7 @@ class Dialect:
     meaning: str
     call: Callable[[Callable[..., Any], Any], Tensor]
     final_state: Callable[[Callable[..., Any], Any], Tensor] | None = None
+    sizes: Callable[[Any], Sizes] | None = None
     hidden_row: Literal["0", "mean of v"] = "0"
     isolates_nan: bool = False
     roundings: int = 1

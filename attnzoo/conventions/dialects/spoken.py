@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnzoo.arguments import check_choice
 from attnzoo.conventions.dialects.dialect import Asked, Dialect, NotExpressible
+from attnzoo.conventions.dialects.layers import layer_rows, layer_sizes
 
 #: By this library's name of an input: what flash-linear-attention's operators call it.
 FLA_NAMES = {"log_decay": ("g", "gk", "w"), "beta": ("beta",)}
@@ -51,14 +52,22 @@ def transformers(function: Callable[..., Any], given: Asked) -> Tensor:
         config=SimpleNamespace(_attn_implementation="eager"),
         layer_idx=0,
     )
-    additive = None
-    if mask is not None:
-        lowest = torch.finfo(given.q.dtype).min
-        additive = torch.zeros_like(mask, dtype=given.q.dtype).masked_fill(~mask, lowest)
+    additive = None if mask is None else _additive(mask, given.q.dtype)
     scaling = given.q.shape[3] ** -0.5
     answer = function(module, given.q, given.k, given.v, additive, scaling=scaling, dropout=0.0)
     rows = answer[0] if isinstance(answer, tuple) else answer
     return rows.transpose(1, 2)
+
+
+def transformers_layer(function: Callable[..., Any], given: Asked) -> Tensor:
+    """An attention layer of transformers: layer(hidden_states, attention_mask=,
+    position_embeddings=), whose projections give q, k and v as they are, at position 0."""
+    _refuse_inputs(given, "transformers_layer")
+    mask = visible(given)
+    if mask is None:  # else the layer makes one, causal or not, as its model has it
+        shape = (given.q.shape[0], 1, given.q.shape[2], given.k.shape[2])
+        mask = torch.ones(shape, dtype=torch.bool, device=given.q.device)
+    return layer_rows(function, given, _additive(mask, given.q.dtype))
 
 
 def fla(function: Callable[..., Any], given: Asked) -> Tensor:
@@ -69,7 +78,8 @@ def fla(function: Callable[..., Any], given: Asked) -> Tensor:
 
 
 def fla_head_first(function: Callable[..., Any], given: Asked) -> Tensor:
-    """The same, but (batch, heads, length, head_dim), as some of its naive functions have it."""
+    """An operator of flash-linear-attention that is called so, but with (batch, heads, length,
+    head_dim), as some of its naive functions are."""
     return _fla_rows(function, given, head_first=True)
 
 
@@ -96,6 +106,12 @@ def visible(given: Asked) -> Tensor | None:
         of_queries = given.segments[:, keys - queries :]
         mask = mask & (of_queries[:, None, :, None] == given.segments[:, None, None])
     return None if bool(mask.all()) else mask
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores, as transformers has it."""
+    lowest = torch.finfo(dtype).min
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, lowest)
 
 
 def _fla_rows(function: Callable[..., Any], given: Asked, *, head_first: bool) -> Tensor:
@@ -155,6 +171,7 @@ DIALECTS = {
         _dialect(attnzoo, isolates_nan=True),
         _dialect(sdpa),
         _dialect(transformers, hidden_row="mean of v", roundings=3),
+        _dialect(transformers_layer, sizes=layer_sizes, hidden_row="mean of v", roundings=3),
         _dialect(fla, final_state=_fla_state(head_first=False)),
         _dialect(fla_head_first, final_state=_fla_state(head_first=True)),
         _dialect(flash_attn),

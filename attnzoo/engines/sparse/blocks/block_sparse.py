@@ -10,6 +10,7 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.engine import Cost, Shape
 from attnzoo.engines.softmax import tiles
+from attnzoo.engines.softmax.native import attend as native
 from attnzoo.engines.softmax.reference import REFERENCE
 from attnzoo.engines.softmax.softmax import softmax_cost
 from attnzoo.engines.sparse import dense, flex
@@ -25,14 +26,16 @@ from attnzoo.engines.sparse.sparse import Sparse, from_first_real
 from attnzoo.engines.tried_on_gpu import untried
 from attnzoo.sequences.padding import fills_slots
 
+ROWS = 128  # from how many on `native` is faster than a dense mask
+
 
 class BlockSparse(Sparse):
     """Softmax attention in which a block of queries sees blocks of keys.
 
-    Its backends in order: `dense`, one SDPA call, where the pattern hides nothing; `flex`,
-    FlexAttention on CUDA; `tiles`, a few rows at a time in memory that stays in a CPU's cache;
-    `blocks`, SDPA on gathered blocks of keys; `ragged`, the same for padded samples whose blocks
-    count from their own ends; the reference.
+    Its backends in order: `native`, `tiles` in C++, where that has been compiled; `dense`, one SDPA
+    call, where the pattern hides nothing; `flex`, FlexAttention on CUDA; `tiles`, a few rows at a
+    time in memory that stays in a CPU's cache; `blocks`, SDPA on gathered blocks of keys; `ragged`,
+    the same for padded samples whose blocks count from their own ends; the reference.
 
     pattern: which blocks of keys each block of queries sees
     scale: factor of the scores, 1/sqrt(head_dim) by default
@@ -54,6 +57,18 @@ class BlockSparse(Sparse):
 
 def _in_tiles(engine: BlockSparse, call: Call) -> Tensor:
     return block_tiles.in_tiles(engine, engine.pattern, call)
+
+
+def _compiled(engine: BlockSparse, call: Call) -> Tensor:
+    return block_tiles.in_tiles(engine, engine.pattern, call, native.COMPILED)
+
+
+def _native_why_not(engine: BlockSparse, call: Call) -> str | None:
+    return _one_table_why_not(engine, call) or native.why_not(engine, call)
+
+
+def _native_passed_over(engine: BlockSparse, call: Call) -> str | None:
+    return native.passed_over(call, ROWS) or dense.serves_whole(engine, call)
 
 
 def _tiles_why_not(engine: BlockSparse, call: Call) -> str | None:
@@ -97,6 +112,7 @@ def _flex_why_not(engine: BlockSparse, call: Call) -> str | None:
 
 
 BlockSparse.backends = (
+    replace(from_first_real("native", _compiled, _native_why_not), untried=_native_passed_over),
     from_first_real("dense", dense.attend, dense.why_not),
     replace(from_first_real("flex", _flex, _flex_why_not), untried=untried),
     from_first_real("tiles", _in_tiles, _tiles_why_not),

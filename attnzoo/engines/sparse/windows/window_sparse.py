@@ -13,8 +13,10 @@ from attnzoo.call import Call
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Shape, StateSizes
 from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.cache import KeyValueCache
+from attnzoo.engines.softmax.native import attend as native
 from attnzoo.engines.softmax.reference import SINK_LOGITS, reference
 from attnzoo.engines.softmax.softmax import softmax_cost
+from attnzoo.engines.softmax.tile_pieces import Way
 from attnzoo.engines.sparse import dense, flex
 from attnzoo.engines.sparse.global_cache import GlobalCache
 from attnzoo.engines.sparse.patterns.grid import Grid
@@ -35,13 +37,16 @@ from attnzoo.sequences.padding import first_real, slots_of
 #: Queries and keys, each, up to which a dense mask serves every window; beyond, one that shows a
 #: row at least so many keys for each pair of a query and a key: two fifths of 512, four of 1,024.
 ALWAYS_SHORT, SPAN = 256, 0.8 / 1024
+#: From how many rows on `native` is faster than a dense mask, alone and with columns.
+ROWS, ROWS_WITH_COLUMNS = 128, 512
 
 
 class WindowSparse(Sparse):
     """Softmax attention over a window.
 
-    Its backends in order: `dense`, one SDPA call, where the window hides nothing; `flex`,
-    FlexAttention on CUDA; `tiles`, a few rows at a time in memory that stays in a CPU's cache;
+    Its backends in order: `native`, `tiles` in C++, where that has been compiled; `dense`, one SDPA
+    call, where the window hides nothing; `flex`, FlexAttention on CUDA; `tiles`, a few rows at a
+    time in memory that stays in a CPU's cache;
     `windows`, SDPA on a slice of the keys for every block of queries; `columns`, the same with keys
     beside each slice that every row sees; the reference.
 
@@ -163,12 +168,14 @@ def with_sinks(call: Call, count: int) -> tuple[Call, Columns]:
     return replace(call, key_mask=behind), columns
 
 
-def _in_tiles(engine: WindowSparse, call: Call) -> Tensor:
+def _in_tiles(engine: WindowSparse, call: Call, way: Way = tiles.IN_CACHE) -> Tensor:
     def attend_heads(window: Window, part: Call) -> Tensor:
         near, beside = engine.columns_of(part)
         if beside is None:
-            return dilated.of_one_dilation(window, near, partial(window_tiles.in_tiles, engine))
-        return columns.attend_dilated(engine, window, near, beside, columns_in_tiles.in_tiles)
+            plain = partial(window_tiles.in_tiles, engine, way=way)
+            return dilated.of_one_dilation(window, near, plain)
+        with_columns = partial(columns_in_tiles.in_tiles, way=way)
+        return columns.attend_dilated(engine, window, near, beside, with_columns)
 
     return engine.finished(call, dilated.by_dilation(engine.pattern, call, attend_heads))
 
@@ -177,6 +184,11 @@ def _tiles_why_not(engine: WindowSparse, call: Call) -> str | None:
     if engine.has_columns(call) and "distance_bias" in call.inputs:
         return "it has no distance_bias beside keys that every row sees; `columns` has"
     return tiles.why_not(engine, call)
+
+
+def _native_passed_over(engine: WindowSparse, call: Call) -> str | None:
+    rows = ROWS_WITH_COLUMNS if engine.has_columns(call) else ROWS
+    return native.passed_over(call, rows) or dense.serves_whole(engine, call)
 
 
 def _in_slices(engine: WindowSparse, call: Call) -> Tensor:
@@ -234,6 +246,12 @@ def _flex_why_not(engine: WindowSparse, call: Call) -> str | None:
 
 
 WindowSparse.backends = (
+    Backend(
+        "native",
+        partial(_in_tiles, way=native.COMPILED),
+        native.why_not,
+        untried=_native_passed_over,
+    ),
     Backend("dense", dense.attend, dense.why_not),
     Backend("flex", _by_flex, _flex_why_not, packs=True, untried=untried),
     Backend("tiles", _in_tiles, _tiles_why_not),
