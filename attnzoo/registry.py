@@ -124,10 +124,11 @@ def names() -> list[str]:
 
 
 def build(name: str, /, *sizes: int, **options: Any) -> Attention:
-    """Build a variant by name.
+    """A variant, such as `attnzoo.build("performer", heads=8, head_dim=64, num_features=256)`.
 
-    sizes: heads and head_dim, which may stand without their names.
-    options: the variant's own, by name.
+    name: one of `attnzoo.names()`.
+    sizes: heads and head_dim, where they are given without their names.
+    options: the variant's own, by name, as `attnzoo.describe(name)` explains them.
     Raises ValueError on an unknown name (with the nearest one), an unknown option (with those that
     exist), a missing one, and one given twice.
     """
@@ -193,7 +194,11 @@ def sized(name: str, length: int) -> dict[str, Any]:
 
 
 def describe(name: str) -> Description:
-    """Everything the zoo knows of a variant without building it."""
+    """Everything the zoo knows of a variant without building it; print it to read it.
+
+    name: one of `attnzoo.names()`.
+    Raises ValueError on an unknown name, with the nearest one.
+    """
     cls = find(name)
     return Description(cls.spec, options_of(name), inspect.getdoc(cls) or "")
 
