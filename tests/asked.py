@@ -28,7 +28,7 @@ DECAYS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 NORMS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "x / √(Σx² + 1e-6)": lambda x: x / ((x * x).sum(-1, keepdim=True) + 1e-6).sqrt(),
-    "x / max(|x|, 1e-12)": lambda x: x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12),
+    "x / max(‖x‖, 1e-12)": lambda x: x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12),
     "x / (‖x‖ + 1e-6)": lambda x: x / (x.norm(dim=-1, keepdim=True) + 1e-6),
 }
 MASKS: Mapping[str, Callable[[Tensor], Tensor]] = {

@@ -143,7 +143,7 @@ SPELLINGS = {
             HEADS_SECOND,
             scale="1",
             state_dtype="float32",
-            l2_norm="of keys, x / max(|x|, 1e-12)",
+            l2_norm="of keys, x / max(‖x‖, 1e-12)",
             decay="factor",
             state="value_dim width",
             tested=("state", "state_dtype"),
