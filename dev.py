@@ -3,7 +3,7 @@
 command.
 
     python3 dev.py compare [ARGS...]  compare all attentions with exact attention: attnzoo compare
-    python3 dev.py test [ARGS...]     run the tests: pytest -n 2
+    python3 dev.py test [ARGS...]     run the tests: pytest -n 2; -m thorough: the second stage
     python3 dev.py check              ruff check, ruff format --check, pyright
     python3 dev.py docs [links]       build the site into build/site; links: try its outside links
     python3 dev.py mutate [WORDS...]  plant bugs in a copy, and say which test catches each

@@ -244,7 +244,8 @@ class Attention(nn.Module):
         sizes = (batch_size, self.heads, kv_heads, self.head_dim, *lengths)
         shape = Shape(*sizes, is_causal=is_causal, dtype=dtype)
         parameters = sum(parameter.numel() for parameter in self.parameters())
-        return replace(self.count(shape), parameters=parameters)
+        found = replace(self.count(shape), parameters=parameters)
+        return found if self.spec.decodes else found.without_state()
 
     def count(self, shape: Shape) -> Cost:
         """The engine's cost; a variant that works outside its engine adds its own."""

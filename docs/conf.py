@@ -51,10 +51,21 @@ def captioned(app: Any, document: nodes.document) -> None:
             paragraph.replace_self(nodes.figure("", image.deepcopy(), caption, ids=ids))
 
 
+def listed(app: Any, document: nodes.document) -> None:
+    """Show a drawing in Mermaid, which needs a program from elsewhere, as a list of its arrows."""
+    for drawing in list(document.findall(nodes.literal_block)):
+        if drawing.get("language") == "mermaid":
+            lines = drawing.astext().splitlines()
+            arrows = [line.split(" --> ") for line in lines if "-->" in line]
+            said = [f"{one} → {others.replace(' & ', ', ')}" for one, others in arrows]
+            items = [nodes.list_item("", nodes.paragraph(line, line)) for line in said]
+            drawing.replace_self(nodes.bullet_list("", *items))
+
+
 def setup(app: Any) -> None:
-    """Write the API reference and the examples before pages are read. A drawing in Mermaid is shown
-    as its text."""
+    """Write the API reference and the examples before pages are read."""
     app.add_lexer("mermaid", TextLexer)
     app.connect("doctree-read", captioned)
+    app.connect("doctree-read", listed)
     reference_pages.write()
     example_pages.write()

@@ -16,6 +16,8 @@ from docs.docstrings import markdown
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "examples"
 EXAMPLES = ROOT / "examples"
+#: Where the name of a file is not how its title is spelt.
+TITLES = {"finetune_bert": "Fine-tune BERT"}
 
 
 def write() -> None:
@@ -45,7 +47,7 @@ def index(names: list[str]) -> str:
 def script(path: Path) -> str:
     """A script under what it says of itself."""
     said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    title = path.stem.replace("_", " ").capitalize()
+    title = TITLES.get(path.stem, path.stem.replace("_", " ").capitalize())
     command = f"python examples/{path.name}"
     return "\n\n".join(
         [

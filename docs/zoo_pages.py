@@ -17,6 +17,7 @@ from attnzoo.results.units import count, memory, ratio
 from attnzoo.spec import Spec
 from benchmarks.readme.regions import markdown_table
 from docs.docstrings import escaped, markdown
+from docs.zoo_formulas import formulas
 from docs.zoo_results import claims, measured
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +38,7 @@ ABLE = {
     "cross": "fewer or more queries than keys",
     "attn_mask": "an arbitrary `attn_mask`",
     "dropout": "dropout on the entries of A",
-    "decodes": "decoding, `init_state` and `step`",
+    "decodes": "decoding by `init_state` and `step`",
     "value_heads": "more heads of values than of keys",
 }
 
@@ -151,7 +152,9 @@ def _abilities(name: str, spec: Spec) -> Iterator[str]:
     options = sized(name, LENGTHS[0])
     engine = build(name, heads=HEADS, head_dim=HEAD_DIM, **options).engine
     yield "## What it can do"
-    yield f"It takes {_listed(able)}." + (f" It does not take {_listed(unable)}." if unable else "")
+    yield f"It takes {_listed(able, 'and')}." + (
+        f" It does not take {_listed(unable, 'or')}." if unable else ""
+    )
     backends = ", ".join(f"`{one}`" for one in engine.backend_names())
     yield (
         "Every variant takes padding, packed rows, grouped-query heads and any length. Backends, "
@@ -159,8 +162,11 @@ def _abilities(name: str, spec: Spec) -> Iterator[str]:
     )
 
 
-def _listed(said: list[str]) -> str:
-    return said[0] if len(said) == 1 else f"{', '.join(said[:-1])} and {said[-1]}"
+def _listed(said: list[str], last: str) -> str:
+    """In one line, with a word before the last: "a", "a and b", "a, b, and c"."""
+    if len(said) < 3:
+        return f" {last} ".join(said)
+    return f"{', '.join(said[:-1])}, {last} {said[-1]}"
 
 
 def _costs(name: str, spec: Spec) -> Iterator[str]:
@@ -194,6 +200,7 @@ def _costs(name: str, spec: Spec) -> Iterator[str]:
     )
     headings = ["length", "MACs", "MAC speed-up", "MACs on A's support", "state", "its growth"]
     yield markdown_table(headings, rows)
+    yield from formulas(name)
 
 
 def _code(name: str) -> Iterator[str]:

@@ -35,5 +35,16 @@ def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def only_native_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """backend="auto" answers as on a machine where `native` has not been compiled, whatever was
+    compiled on this one before; asked for by name, it runs."""
+    monkeypatch.setattr("attnzoo.engines.softmax.native.attend.is_compiled", lambda: False)
+
+
+@pytest.fixture(autouse=True)
 def fixed_seed() -> None:
-    torch.manual_seed(0)
+    """The CPU's generator alone where there is no GPU: torch.manual_seed also notes the call, with
+    the whole stack as text, for devices that may appear, which takes longer than a small test."""
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)

@@ -7,6 +7,7 @@ here.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,12 +49,35 @@ def in_models() -> list[str]:
     return [name for name in attnzoo.names() if name not in gated - {"gated_deltanet"}]
 
 
+@cache
 def of_each_engine() -> list[str]:
     """One variant of each engine and kind of call: what tests run over that take seconds, of what
     stands around an attention and not of the attention."""
     chosen: dict[Any, str] = {}
     for name in in_models():
         chosen.setdefault((type(_engine(name)), attnzoo.describe(name).spec.forms), name)
+    return list(chosen.values())
+
+
+@cache
+def of_each_folder() -> list[str]:
+    """One variant of each folder of engines: what the first stage runs of tests that take long."""
+    chosen: dict[str, str] = {}
+    for name in in_models():
+        folder = type(_engine(name)).__module__.rpartition(".")[0]
+        if folder.startswith("attnzoo.engines."):
+            chosen.setdefault(folder, name)
+    return list(chosen.values())
+
+
+@cache
+def of_each_family() -> list[str]:
+    """One variant of each family, with inputs of its own and without: what the first stage runs
+    where the second runs over more."""
+    chosen: dict[Any, str] = {}
+    for name in in_models():
+        spec = attnzoo.describe(name).spec
+        chosen.setdefault((spec.family, spec.has_gates), name)
     return list(chosen.values())
 
 

@@ -72,7 +72,10 @@ CONTRACT = [
 
 @pytest.mark.parametrize(
     ("files", "least"),
-    [(CONTRACT, 100), pytest.param([], 300, marks=pytest.mark.slow)],
+    [
+        pytest.param(CONTRACT, 100, marks=pytest.mark.thorough),
+        pytest.param([], 300, marks=pytest.mark.slow),
+    ],
     ids=["contract", "everything"],
 )
 def test_the_worked_example_passes_its_own_command(
@@ -132,6 +135,7 @@ def package(folder: Path, entries: str) -> None:
 ENTRY = '[project.entry-points."attnzoo.variants"]\nmean = "mypackage.mean"'
 
 
+@pytest.mark.thorough
 def test_a_variant_of_another_package_is_known_everywhere(tmp_path: Path) -> None:
     assert ENTRY in (TESTS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
     package(tmp_path, "[attnzoo.variants]\nmean = mypackage.mean\n")

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, can, cases, squared_elu, usual_cases
-from small import in_models, small
+from small import in_models, of_each_family, small
+from stages import each_way, only, staged, thorough
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -70,29 +71,35 @@ def longest(case: Case, is_causal: bool) -> int:
     return CHUNK + 88 if case.spec.family == "kernel" else 300
 
 
-@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
-@pytest.mark.parametrize("case", usual_cases(), ids=str)
+BOTH_WAYS = [(case, way) for case in usual_cases() for way in case.spec.forms]
+ONE_WAY = [(case, case.spec.forms[-1]) for case in usual_cases()]
+FAMILIES = [case for case in usual_cases() if case.variant in of_each_family()]
+OPTIONS = [case for case in cases() if case not in usual_cases()]
+
+
+@pytest.mark.parametrize(("case", "is_causal"), only(ONE_WAY, BOTH_WAYS))
 def test_count_closed_form_and_torch_agree(case: Case, is_causal: bool):
-    if not can(case.spec, is_causal):
-        pytest.skip(f"{case.variant} cannot run so")
     long = longest(case, is_causal)
-    # One way round all lengths, the other way every second one
-    in_turn = LENGTHS[:: 1 if is_causal or not case.spec.causal else 2]
-    for query_length, key_length in [*in_turn, (long, long)]:
+    agree(case, is_causal, long, long, kv_heads=1)
+    if case.spec.cross:
+        agree(case, is_causal, 65, 18)
+
+
+@thorough
+@pytest.mark.parametrize(("case", "is_causal"), BOTH_WAYS, ids=str)
+def test_every_length_agrees(case: Case, is_causal: bool):
+    for query_length, key_length in LENGTHS:
         if query_length == key_length or case.spec.cross:
             agree(case, is_causal, query_length, key_length)
-    agree(case, is_causal, 70, 70, kv_heads=1)
     agree(case, is_causal, 70, 70, kv_heads=4, batch=1)
 
 
-@pytest.mark.parametrize("case", [case for case in cases() if case not in usual_cases()], ids=str)
-def test_every_option_agrees(case: Case):
-    for is_causal in (False, True):
-        if can(case.spec, is_causal):
-            agree(case, is_causal, *[longest(case, is_causal)] * 2)
+@pytest.mark.parametrize(("case", "is_causal"), each_way(OPTIONS))
+def test_every_option_agrees(case: Case, is_causal: bool):
+    agree(case, is_causal, *[longest(case, is_causal)] * 2)
 
 
-@pytest.mark.parametrize("case", usual_cases(), ids=str)
+@pytest.mark.parametrize("case", only(FAMILIES, usual_cases()))
 def test_padding_changes_no_count(case: Case):
     """A key mask is traced as an input; the products keep their sizes."""
     attn = case.build(HEADS, HEAD_DIM).to("meta")
@@ -105,7 +112,7 @@ def test_padding_changes_no_count(case: Case):
     assert count_flops(attn, q, q, q, **masks).macs == torch_macs(attn, q, q, q, **masks) == closed
 
 
-@pytest.mark.parametrize("case", usual_cases(), ids=str)
+@pytest.mark.parametrize("case", only(FAMILIES, usual_cases()))
 def test_multihead_is_its_core_and_its_projections(case: Case):
     options = sized(case.variant, 64)
     width, n, batch = HEADS * HEAD_DIM, 40, 3
@@ -383,7 +390,7 @@ FOLDED = [  # query_length, key_length, padded, is_causal
 ]
 
 
-@pytest.mark.parametrize("place", range(len(LINEAR)), ids=[str(case) for case in LINEAR])
+@pytest.mark.parametrize("place", only([1, len(LINEAR) - 1], range(len(LINEAR))))
 def test_a_folded_loop_counts_as_the_unrolled_one(place: int, monkeypatch: pytest.MonkeyPatch):
     """Every table of the report, with a remainder, without one, under a key mask, and with other
     queries than keys: all of these for the first case, two of them in turn for the others."""
@@ -410,7 +417,11 @@ MODELS = [("bert", False, 70), ("llama", True, 100)]
 @pytest.mark.parametrize(
     ("variant", "family", "is_causal", "n"),
     [
-        (name, *MODELS[place % 2 if len(spec_of(name).forms) == 2 else spec_of(name).forms[0]])
+        staged(
+            name,
+            *MODELS[place % 2 if len(spec_of(name).forms) == 2 else spec_of(name).forms[0]],
+            first=name in of_each_family(),
+        )
         for place, name in enumerate(name for name in in_models() if name != "standard")
     ],
 )
@@ -458,8 +469,9 @@ def test_layers_that_compute_the_same_are_traced_once(monkeypatch: pytest.Monkey
     assert counted.macs == sum(layer.cost(1, 600).macs for layer in layers)
 
 
-@pytest.mark.parametrize("case", [Case(name) for name in attnzoo.names()], ids=str)
-def test_a_million_tokens(case: Case):
+@pytest.mark.parametrize("name", only(of_each_family(), attnzoo.names()))
+def test_a_million_tokens(name: str):
+    case = Case(name)
     n = 2**20
     with torch.device("meta"):
         attn = case.build(heads=8, head_dim=64, **sized(case.variant, n))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import Case, Situation, close, padding, tensors, usual_cases
 from small import build_small
+from stages import in_turn
 from torch import Tensor
 
 import attnzoo
@@ -62,9 +63,13 @@ def span(start: int, end: int) -> list[int]:
     return list(range(start, end))
 
 
-@ALL
-@pytest.mark.parametrize("kind", ["none", "left", "right", "interior"])
-@pytest.mark.parametrize("prompt", [2, 30])
+@pytest.mark.parametrize(
+    ("case", "prompt", "kind"),
+    in_turn(
+        [(case, prompt) for case in CASES for prompt in (2, 30)],
+        ["none", "left", "right", "interior"],
+    ),
+)
 def test_the_run_without_the_tokens(case: Case, kind: str, prompt: int) -> None:
     """Every number of tokens of a call, in one go and in two, then several steps; both the cropped
     and the old state go on, and each crop is of the state as it was."""

@@ -19,6 +19,7 @@ from cases import (
     usual_cases,
     with_backends,
 )
+from stages import in_turn, staged
 from torch import Tensor
 
 import attnzoo
@@ -26,7 +27,6 @@ from attnzoo import Attention
 from attnzoo.registry import sized
 
 DECODERS = [case for case in cases() if case.spec.decodes]
-ALL = pytest.mark.parametrize("case", DECODERS, ids=str)
 USUAL = pytest.mark.parametrize(
     "case", [case for case in usual_cases() if case.spec.decodes], ids=str
 )
@@ -74,8 +74,8 @@ def random_lengths(total: int, seed: int) -> list[int]:
 @pytest.mark.parametrize(
     ("case", "kv_heads"),
     [
-        pytest.param(case, kv_heads, id=f"{kv_heads}-{case}")
-        for case in DECODERS
+        staged(case, kv_heads, first=case in usual_cases() and kv_heads == (4, 1)[place % 2])
+        for place, case in enumerate(DECODERS)
         for kv_heads in ((4, 1) if case in usual_cases() else (1,))
     ],
 )
@@ -87,8 +87,9 @@ def test_token_by_token(case: Case, kv_heads: int) -> None:
     assert state.elements() > 0
 
 
-@ALL
-@pytest.mark.parametrize("kind", ["none", "left", "right", "interior", "whole"])
+@pytest.mark.parametrize(
+    ("case", "kind"), in_turn(DECODERS, ["none", "left", "right", "interior", "whole"])
+)
 def test_random_pieces_with_padding(case: Case, kind: str) -> None:
     """Any cut into pieces; padding, left padding of a prefill above all, is told once and
     remembered."""
@@ -101,9 +102,9 @@ def test_random_pieces_with_padding(case: Case, kind: str) -> None:
         close(rows, expected, TOLERANCE, f"rows in pieces {seed}")
 
 
-@ALL
 @pytest.mark.parametrize(
-    ("kind", "piece"), [("left", 40), ("left", 13), ("right", 13), ("interior", 13)]
+    ("case", "kind", "piece"),
+    in_turn(DECODERS, [("left", 40), ("left", 13), ("right", 13), ("interior", 13)]),
 )
 def test_a_padded_prompt_in_chunks_then_tokens_without_a_mask(
     case: Case, kind: str, piece: int
@@ -233,8 +234,10 @@ def test_past_max_length_is_an_error(case: Case) -> None:
         attn.step(q[:, :, :1], k[:, :, :1], v[:, :, :1], state)
 
 
-@USUAL
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    in_turn([case for case in usual_cases() if case.spec.decodes], [torch.float16, torch.bfloat16]),
+)
 def test_half_precision_decoding_keeps_its_sums_in_float32(case: Case, dtype: torch.dtype) -> None:
     n = 600
     q, k, v, _ = (

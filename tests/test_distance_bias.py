@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, Situation, ask_oracle, close, takes, tensors
+from stages import in_turn, only
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
@@ -53,11 +54,12 @@ def backends(attn: attnzoo.Attention, *qkv: Tensor, **call: object) -> list[str]
     return found
 
 
-@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize("situation", SITUATIONS, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("is_causal", "case", "situation"),
+    in_turn([(way, case) for way in (True, False) for case in CASES], SITUATIONS),
+)
 def test_outputs_weights_and_gradients_are_the_oracles(
-    case: Case, situation: Situation, is_causal: bool
+    is_causal: bool, case: Case, situation: Situation
 ) -> None:
     q, k, v, upstream = tensors(situation)
     bias, masks = table(4, 160), {"key_mask": situation.key_mask(), "is_causal": is_causal}
@@ -138,7 +140,7 @@ def test_transforms_and_graphs_follow_the_bias(case: Case) -> None:
     torch.testing.assert_close(compiled(biases[1]), total(biases[1]))
 
 
-@pytest.mark.parametrize("case", USUAL, ids=str)
+@pytest.mark.parametrize("case", only(USUAL[::3], USUAL))
 def test_gradients_twice(case: Case) -> None:
     q, k, v, _ = (x[:1, :2, :9, :3].clone().requires_grad_() for x in tensors(Situation(9, 9)))
     bias = table(2, 8).requires_grad_()

@@ -32,7 +32,17 @@ PAGES = [page for page in PAGES if not BUILT & {*page.parents}]
 WITH_CODE = [page for page in PAGES if blocks(page)]
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: f"{page.parent.name}-{page.stem}")
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(
+            page,
+            id=f"{page.parent.name}-{page.stem}",
+            marks=pytest.mark.thorough if page.parent.name == "guides" else (),
+        )
+        for page in WITH_CODE
+    ],
+)
 def test_the_code_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from cases import Case, usual_cases
 from multihead_cases import HEADS, SIZE, options_of
-from small import causal_bool
+from small import causal_bool, of_each_folder
+from stages import only
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -21,6 +22,7 @@ from attnzoo.eager import can_look
 
 LENGTH = 9
 CASES = pytest.mark.parametrize("case", usual_cases(), ids=str)
+FEW = [case for case in usual_cases() if case.variant in of_each_folder()]
 quiet = pytest.mark.filterwarnings(
     "ignore::torch.jit.TracerWarning",
     "ignore:.*is deprecated:DeprecationWarning",
@@ -69,7 +71,7 @@ def test_nobody_looks_where_values_are_not_to_be_had() -> None:
 
 
 @quiet
-@CASES
+@pytest.mark.parametrize("case", only(FEW, usual_cases()))
 def test_masks_of_a_traced_layer_are_its_inputs(case: Case) -> None:
     """Traced with the causal mask and a padding of zeros, which eager code recognises by their
     values."""

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,20 @@ def distributions(requirements: list[str]) -> set[str]:
     return {canonicalize_name(name) for name, _ in seen}
 
 
+def requirements(*extras: str) -> Iterator[str]:
+    """What extras ask for, those of attnzoo itself that they name included."""
+    for extra in extras:
+        for text in PROJECT["optional-dependencies"][extra]:
+            one = Requirement(text)
+            if one.name == PROJECT["name"]:
+                yield from requirements(*one.extras)
+            else:
+                yield text
+
+
 def environment(folder: Path, *extras: str) -> dict[str, str]:
     """Variables of a Python that finds attnzoo and what these extras install, and nothing else."""
-    requirements = [*PROJECT["dependencies"]]
-    for extra in extras:
-        requirements += PROJECT["optional-dependencies"][extra]
-    for name in distributions(requirements):
+    for name in distributions([*PROJECT["dependencies"], *requirements(*extras)]):
         try:
             found = metadata.distribution(name)
         except metadata.PackageNotFoundError:
@@ -156,7 +165,19 @@ COMMANDS: dict[tuple[str, ...], list[tuple[list[str], str]]] = {
 }
 
 
-@pytest.mark.parametrize("extras", COMMANDS, ids=lambda extras: "+".join(extras) or "none")
+def one_by_one(wanted: Mapping[tuple[str, ...], Any], *first: tuple[str, ...]) -> list[Any]:
+    """Each is a Python of its own, with torch: a few are in the first stage."""
+    return [
+        pytest.param(
+            extras,
+            id="+".join(extras) or "none",
+            marks=() if extras in first else pytest.mark.thorough,
+        )
+        for extras in wanted
+    ]
+
+
+@pytest.mark.parametrize("extras", one_by_one(COMMANDS, (), ("cli",)))
 def test_every_command_works_or_says_what_to_install(
     extras: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -217,10 +238,27 @@ from attnzoo.tasks.pixels import Pixels
 from attnzoo.tasks.task import TEST
 Pixels().held_out(TEST, 1)
 """,
+    ("docs",): """
+import furo, myst_parser, sphinx, sphinx_copybutton
+from docs import reference_pages
+assert all(reference_pages.page(name) for name in reference_pages.PAGES)
+""",
+    ("test",): f"""
+import os, pytest
+os.chdir({str(ROOT)!r})
+assert pytest.main(["-q", "-p", "no:cacheprovider", "tests/test_style.py"]) == 0
+""",
 }
 
 
-@pytest.mark.parametrize("extras", LIBRARY, ids=lambda extras: "+".join(extras) or "none")
+def test_no_extra_is_left_out() -> None:
+    alone = {extra for extras in (*COMMANDS, *LIBRARY) for extra in extras}
+    # cuda is for GPU machines; dev joins the others.
+    assert alone == {*PROJECT["optional-dependencies"]} - {"cuda", "dev"}
+    assert set(requirements("dev")) == set(requirements(*alone))
+
+
+@pytest.mark.parametrize("extras", one_by_one(LIBRARY, ()))
 def test_the_library_works_with_one_extra_alone(extras: tuple[str, ...], tmp_path: Path) -> None:
     packages = tmp_path / "packages"
     packages.mkdir()

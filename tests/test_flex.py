@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._functorch.config as functorch
 from cases import CASES, Case, Situation, close, tensors
+from stages import in_turn
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -273,9 +274,13 @@ def test_the_backward_tables_are_the_transposed_ones(pattern: Pattern, is_causal
         assert torch.equal(listed.expand(4, -1, -1).mT, table)
 
 
-@pytest.mark.parametrize("pattern", DILATED, ids=str)
-@CAUSAL
-@pytest.mark.parametrize("padding", ["none", "interior", "whole"])
+@pytest.mark.parametrize(
+    ("pattern", "is_causal", "padding"),
+    in_turn(
+        [(pattern, is_causal) for pattern in DILATED for is_causal in (False, True)],
+        ["none", "interior", "whole"],
+    ),
+)
 def test_entries_of_dilated_windows(pattern: Window, is_causal: bool, padding: str) -> None:
     """A dilated window has tables for each of its residue classes, so its entries are read off A
     itself: A·I."""
@@ -349,8 +354,7 @@ NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize("case", SPARSE, ids=str)
-@CAUSAL
+@pytest.mark.parametrize(("case", "is_causal"), in_turn(SPARSE, [False, True]))
 def test_numbers(case: Case, is_causal: bool) -> None:
     """In each direction half of the situations, in turn."""
     for situation in NUMBERS[(SPARSE.index(case) + is_causal) % 2 :: 2]:
@@ -374,16 +378,17 @@ def test_numbers_compiled(case: Case, is_causal: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "case",
-    [
-        Case("sliding_window", {"window": 9}),
-        Case("sliding_window", {"window": 20, "softcap": 2.0}),
-        Case("sliding_window", {"window": 9, "dilation": 2}),
-        Case("bigbird", {"block_size": 8, "num_random_blocks": 1}),
-    ],
-    ids=str,
+    ("case", "is_causal"),
+    in_turn(
+        [
+            Case("sliding_window", {"window": 9}),
+            Case("sliding_window", {"window": 20, "softcap": 2.0}),
+            Case("sliding_window", {"window": 9, "dilation": 2}),
+            Case("bigbird", {"block_size": 8, "num_random_blocks": 1}),
+        ],
+        [False, True],
+    ),
 )
-@CAUSAL
 def test_biases_by_distance(case: Case, is_causal: bool) -> None:
     generator = torch.Generator().manual_seed(3)
     bias = torch.randn(4, 2 * 300 + 1, generator=generator)

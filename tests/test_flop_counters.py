@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Case, can, usual_cases
+from small import of_each_family
+from stages import only
 from torch import Tensor, nn
 from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
@@ -72,7 +74,10 @@ def pairs(case: Case) -> list[tuple[bool, int, int]]:
     ]
 
 
-@pytest.mark.parametrize("case", usual_cases(), ids=str)
+FEW = [case for case in usual_cases() if case.variant in of_each_family()]
+
+
+@pytest.mark.parametrize("case", only(FEW, usual_cases()))
 def test_both_count_a_variant_as_its_closed_form(case: Case, taught: attnzoo.FlopCounters) -> None:
     """On numbers on the CPU, by the backend that the closed form counts, which is the one of the
     meta device."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Situation, close, padding, takes, tensors
+from stages import in_turn, only
 from torch import Tensor
 
 import attnzoo
@@ -81,9 +82,13 @@ def shown(mask: Tensor, x: Tensor) -> Tensor:
     return mask.view(2, 1, -1, *(1,) * (x.dim() - 3))
 
 
-@pytest.mark.parametrize("kind", ["none", "left", "interior", "whole"])
-@pytest.mark.parametrize("closed", [False, True])
-@ALL
+@pytest.mark.parametrize(
+    ("name", "closed", "kind"),
+    in_turn(
+        [(name, closed) for name in NAMES for closed in (False, True)],
+        ["none", "left", "interior", "whole"],
+    ),
+)
 def test_rows_weights_and_gradients(name: str, closed: bool, kind: str) -> None:
     """By every backend, with gates that are open, closed and in between, and with padding in which
     anything stands."""
@@ -108,8 +113,7 @@ def test_rows_weights_and_gradients(name: str, closed: bool, kind: str) -> None:
     close(build(name).weights(qkv_[0], qkv_[1], **given, **masks), a, 1e-12, "A")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@ALL
+@pytest.mark.parametrize(("name", "dtype"), in_turn(NAMES, [torch.float32, torch.bfloat16]))
 def test_many_chunks_in_low_precision(name: str, dtype: torch.dtype) -> None:
     """Several spans of chunks, and no more than float32's and the dtype's own error."""
     *qkv_, upstream = (x.to(dtype) for x in qkv(300))
@@ -337,7 +341,7 @@ def test_a_write_that_overflows_reaches_no_earlier_row(name: str, backend: str) 
         assert not bool(out[:, :, -1].isfinite().all())
 
 
-@ALL
+@pytest.mark.parametrize("name", only(["mamba2", "gated_deltanet", "forgetting"], NAMES))
 def test_a_hundred_thousand_tokens_stay_exact(name: str) -> None:
     """Of float32 and of float64 the last rows agree."""
     n, late = 3_000 if name == "path" else 100_000, 400  # it reads all keys

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from small import in_models, small
+from small import in_models, of_each_family, of_each_folder, small
+from stages import in_turn, only, staged
 from swap_models import DECODERS, answer, make, padded, tokens
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
@@ -59,7 +60,14 @@ FAMILIES = [("llama", name) for name in VARIANTS] + [
 ]
 
 
-@pytest.mark.parametrize(("family", "name"), FAMILIES)
+#: Every family with one variant, and one of each family of variants.
+FEW = [
+    (family, name) for family, name in FAMILIES if family == "llama" and name in of_each_family()
+]
+FEW += [next(pair for pair in FAMILIES if pair[0] == family) for family in dict(FAMILIES)]
+
+
+@pytest.mark.parametrize(("family", "name"), only(FEW, FAMILIES))
 def test_the_same_tokens_with_every_cache(family: str, name: str) -> None:
     model = swapped(family, name)
     without = generate(model, use_cache=False)
@@ -76,8 +84,11 @@ def test_the_same_tokens_with_every_cache(family: str, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "name", "kind"),
-    [("llama", name, "sampled beams") for name in VARIANTS]
-    + [("gpt2", name, ("beams", "sampling")[i % 2]) for i, name in enumerate(VARIANTS)],
+    [staged("llama", name, "sampled beams", first=name in of_each_folder()) for name in VARIANTS]
+    + [
+        staged("gpt2", name, ("beams", "sampling")[i % 2], first=name in of_each_family())
+        for i, name in enumerate(VARIANTS)
+    ],
 )
 def test_beams_and_sampling(family: str, name: str, kind: str) -> None:
     model, settings = swapped(family, name), KINDS[kind]
@@ -89,7 +100,7 @@ def test_beams_and_sampling(family: str, name: str, kind: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", only(of_each_family(), VARIANTS))
 def test_a_prompt_in_chunks(name: str) -> None:
     model = swapped("llama", name)
     expected = generate(model, use_cache=False)
@@ -99,8 +110,7 @@ def test_a_prompt_in_chunks(name: str) -> None:
         assert torch.equal(found, expected), f"{chunk} tokens at a time"
 
 
-@pytest.mark.parametrize("side", ["none", "left"])
-@pytest.mark.parametrize(("family", "name"), FAMILIES)
+@pytest.mark.parametrize(("family", "name", "side"), in_turn(FAMILIES, ["left", "none"]))
 def test_logits_in_pieces_are_those_of_one_forward(family: str, name: str, side: str) -> None:
     model, ids, mask = swapped(family, name), tokens(), padded(side)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -200,7 +210,7 @@ def test_layers_of_two_kinds() -> None:
         assert torch.equal(generate(model, past_key_values=attnzoo.state_cache(model)), exact)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", only(of_each_family(), VARIANTS))
 def test_one_prompt_gone_on_from_twice(name: str) -> None:
     model, ids = swapped("llama", name), tokens(20)
     root = attnzoo.state_cache(model)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from stages import only
 from torch import Tensor
 
 pytest.importorskip("transformers")
@@ -127,7 +128,7 @@ def test_a_model_with_a_cache_is_not_recorded() -> None:
         pass
 
 
-@pytest.mark.parametrize("variant", ["sliding_window", "linear", "performer"])
+@pytest.mark.parametrize("variant", only(["linear"], ["sliding_window", "linear", "performer"]))
 def test_matching_comes_closer_to_exact_attention(variant: str, tmp_path: Path) -> None:
     options = {"sliding_window": {"window": 3}, "performer": {"num_features": 16}}.get(variant, {})
     recipe = replace(
@@ -155,7 +156,7 @@ def test_only_the_chosen_layers_attention_changes(tmp_path: Path) -> None:
     } == blocks
 
 
-@pytest.mark.parametrize("stop_after", [1, 4, 6, 7, 9])
+@pytest.mark.parametrize("stop_after", only([4, 7], [1, 4, 6, 7, 9]))
 def test_an_interrupted_run_goes_on_to_the_same_curve(stop_after: int, tmp_path: Path) -> None:
     recipe = replace(WINDOW, variant="performer", options={"num_features": 8})
     model, whole = heal(tmp_path / "whole", recipe)

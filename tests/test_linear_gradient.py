@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, Situation, cases, close, gradients_of, padding, tensors
+from stages import in_turn
 from torch import Tensor
 
 import attnzoo
@@ -23,13 +24,10 @@ def has_vjp(case: Case) -> bool:
 
 
 KNOWN = [case for case in cases() if case.spec.family == "kernel" and has_vjp(case)]
+FORMS = [(case, form) for case in KNOWN for form in case.spec.forms]
 KINDS = pytest.mark.parametrize(
     ("case", "is_causal"),
-    [
-        pytest.param(case, form, id=f"{case}-{'causal' if form else 'all'}")
-        for case in KNOWN
-        for form in case.spec.forms
-    ],
+    [pytest.param(*one, id=f"{one[0]}-{'causal' if one[1] else 'all'}") for one in FORMS],
 )
 SITUATIONS = [
     Situation(1100, 1100, "interior"),
@@ -39,8 +37,7 @@ SITUATIONS = [
 ]
 
 
-@pytest.mark.parametrize("whole_heads", [True, False])
-@KINDS
+@pytest.mark.parametrize(("case", "is_causal", "whole_heads"), in_turn(FORMS, [True, False]))
 def test_own_backward_is_autograds(
     case: Case, is_causal: bool, whole_heads: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

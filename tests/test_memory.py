@@ -79,7 +79,10 @@ def test_every_variant_but_the_exact_one_is_subquadratic() -> None:
 
 @pytest.mark.parametrize(
     ("length", "limit"),
-    [(32_768, 2**30), pytest.param(65_536, 2**31, marks=pytest.mark.slow)],
+    [
+        pytest.param(32_768, 2**30, marks=pytest.mark.thorough),
+        pytest.param(65_536, 2**31, marks=pytest.mark.slow),
+    ],
 )
 def test_tokens_in_little_memory(length: int, limit: int) -> None:
     """Defaults of every variant, one head of 64. Linformer's reference is n × rank, so it passes

@@ -182,5 +182,6 @@ def by_heads() -> list[str]:
     ]
 
 
+@pytest.mark.thorough
 def test_split_by_heads_over_two_processes() -> None:
     assert in_two_processes(by_heads) == []

@@ -27,6 +27,7 @@ from cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stages import staged, thorough
 
 import attnzoo
 from attnzoo.oracles import ORACLES
@@ -44,7 +45,7 @@ def calls_of(case: Case) -> list[tuple[Situation, bool]]:
     inputs, which have one direction each; for another form each situation in one direction, in
     turn."""
     directions = (False, True)
-    if case == CASES.get(case.variant, [case])[0]:
+    if _is_usual(case):
         pairs = [(situation, way) for situation in SITUATIONS for way in directions]
         longest = [situation for situation in SITUATIONS if situation.key_length == 560]
         return [
@@ -63,13 +64,23 @@ def calls_of(case: Case) -> list[tuple[Situation, bool]]:
     ]
 
 
+def first_calls_of(case: Case) -> list[tuple[Situation, bool]]:
+    """Those of the first stage: for the usual form the few situations, in one direction each, in
+    turn; for another form two of them, one with padding in between."""
+    turn = len(str(case))
+    few = [
+        (situation, bool((turn + place) % 2) if len(case.spec.forms) == 2 else case.spec.forms[0])
+        for place, situation in enumerate(FEW_SITUATIONS)
+    ]
+    return few if _is_usual(case) else [few[2], few[(3, 4, 5, 0, 1)[turn // 2 % 5]]]
+
+
+def _is_usual(case: Case) -> bool:
+    return case == CASES.get(case.variant, [case])[0]
+
+
 EVERYTHING = [
-    pytest.param(
-        case,
-        situation,
-        is_causal,
-        id=f"{case}-{situation}-{'causal' if is_causal else 'full'}",
-    )
+    staged(case, situation, is_causal, first=(situation, is_causal) in first_calls_of(case))
     for case in cases()
     for situation, is_causal in calls_of(case)
 ]
@@ -214,11 +225,31 @@ def calls(draw: st.DrawFn) -> tuple[Situation, torch.Tensor | None]:
     return situation, torch.tensor(bits).view(batch, key_length)
 
 
-@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+BOTH_WAYS = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("name", attnzoo.names())
+@settings(max_examples=5)
+@given(call=calls(), data=st.data())
+def test_any_shape_mask_and_option(
+    name: str, is_causal: bool, call: tuple[Situation, torch.Tensor | None], data: st.DataObject
+) -> None:
+    check_any_shape(name, is_causal, call, data)
+
+
+@thorough
+@BOTH_WAYS
 @pytest.mark.parametrize("name", attnzoo.names())
 @settings(max_examples=25)
 @given(call=calls(), data=st.data())
-def test_any_shape_mask_and_option(
+def test_many_shapes_masks_and_options(
+    name: str, is_causal: bool, call: tuple[Situation, torch.Tensor | None], data: st.DataObject
+) -> None:
+    check_any_shape(name, is_causal, call, data)
+
+
+def check_any_shape(
     name: str, is_causal: bool, call: tuple[Situation, torch.Tensor | None], data: st.DataObject
 ) -> None:
     situation, key_mask = call

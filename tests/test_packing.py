@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 from cases import Case, Situation, ask_oracle, cases, close, gradients_of, tensors, usual_cases
-from small import build_small
+from small import build_small, of_each_family
+from stages import in_turn, only
 from torch import Tensor
 
 import attnzoo
@@ -17,7 +18,11 @@ from attnzoo import Attention, UnsupportedError
 TOLERANCE = 1e-12
 #: Lengths of the pieces of two samples: alike and of one length; short, in other numbers; and long
 #: ones beside short ones.
-ROWS = [((16,) * 4, (16,) * 4), ((20, 1, 3, 30), (7, 40, 7)), ((70, 9, 2, 73), (64, 90))]
+ROWS = {
+    "alike": ((16,) * 4, (16,) * 4),
+    "short": ((20, 1, 3, 30), (7, 40, 7)),
+    "long": ((70, 9, 2, 73), (64, 90)),
+}
 
 
 def ids_of(*rows: tuple[int, ...]) -> Tensor:
@@ -52,11 +57,10 @@ def inputs_of(case: Case, length: int, queries: int | None = None) -> tuple[Tens
     return q, (q if case.options.get("share_qk") else k), v, upstream
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
-@pytest.mark.parametrize("rows", ROWS, ids=["alike", "short", "long"])
-def test_packed_equals_its_pieces(case: Case, rows: tuple[tuple[int, ...], ...]) -> None:
+@pytest.mark.parametrize(("case", "rows"), in_turn(cases(), [*ROWS], whole=usual_cases()))
+def test_packed_equals_its_pieces(case: Case, rows: str) -> None:
     """Rows, A and gradients, of parameters too."""
-    attn, segments = case.build(dtype=torch.float64), ids_of(*rows)
+    attn, segments = case.build(dtype=torch.float64), ids_of(*ROWS[rows])
     for is_causal in case.spec.forms:
         q, k, v, upstream = inputs_of(case, segments.shape[1])
         leaves = [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), *attn.parameters()]
@@ -137,7 +141,10 @@ def test_what_stands_in_a_piece_reaches_no_other(name: str) -> None:
             assert torch.equal(clean, one)
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
+IN_GRAPHS = [case for case in usual_cases() if case.variant in of_each_family()]
+
+
+@pytest.mark.parametrize("case", only(IN_GRAPHS, cases()))
 def test_where_no_id_can_be_read_rows_are_right_or_refused(case: Case) -> None:
     """In a graph that cannot be broken; forms beside the usual ones in one direction, in turn."""
     attn, segments = case.build(dtype=torch.float64), ids_of((70, 1, 9, 73), (130, 23))

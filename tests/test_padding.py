@@ -18,14 +18,13 @@ from cases import (
     tensors,
     usual_cases,
 )
+from stages import in_turn, staged
 from torch import Tensor
 
 from attnzoo import Attention
 
 LENGTHS = (40, 200)
 TOLERANCE = 1e-11
-ALL = pytest.mark.parametrize("case", cases(), ids=str)
-SIDES = pytest.mark.parametrize("side", ["left", "right"])
 
 
 def alone(attn: Attention, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, **kind: bool) -> Tensor:
@@ -47,7 +46,15 @@ def alone(attn: Attention, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, **kind
 @pytest.mark.parametrize(
     ("case", "side", "length"),
     [
-        pytest.param(case, side, length, id=f"{length}-{side}-{case}")
+        staged(
+            case,
+            side,
+            length,
+            # The usual forms short on one side and long on the other, in turn
+            first=(length == LENGTHS[0]) == (place % 2 == number)
+            if case in usual_cases()
+            else length == LENGTHS[0] and place % 2 == number,
+        )
         for place, case in enumerate(cases())
         for number, side in enumerate(("left", "right"))
         for length in LENGTHS
@@ -84,10 +91,15 @@ def test_padded_equals_alone(case: Case, side: str, length: int) -> None:
                 close(one, other, TOLERANCE, f"gradient of {name}, {how}")
 
 
-@pytest.mark.parametrize("case", [case for case in cases() if case.spec.decodes], ids=str)
-@SIDES
+PROMPT, PIECES = (150, *[1] * 10), (3, 60, 1, 1, 90, 1, 4)
+
+
 @pytest.mark.parametrize(
-    "pieces", [(150, *[1] * 10), (3, 60, 1, 1, 90, 1, 4)], ids=["prompt", "pieces"]
+    ("case", "side", "pieces"),
+    in_turn(
+        [case for case in cases() if case.spec.decodes],
+        [("left", PROMPT), ("right", PIECES), ("left", PIECES), ("right", PROMPT)],
+    ),
 )
 def test_padded_decoding_equals_alone(case: Case, side: str, pieces: tuple[int, ...]) -> None:
     """Rows of a padded prompt and of the tokens behind it, told in pieces."""
@@ -167,9 +179,13 @@ ALL_BUT_SEEN = Case("bigbird", {"block_size": 3, "num_random_blocks": 1})
 
 
 @pytest.mark.parametrize(
-    "case", [*(case for case in cases() if case.spec.cross), ALL_BUT_SEEN], ids=str
+    ("case", "queries"),
+    in_turn(
+        [*(case for case in cases() if case.spec.cross), ALL_BUT_SEEN],
+        [1, 6, 10, 30],
+        whole=[ALL_BUT_SEEN],
+    ),
 )
-@pytest.mark.parametrize("queries", [1, 6, 10, 30])
 def test_queries_of_their_own_and_padded_keys(case: Case, queries: int) -> None:
     """Keys padded on the left change no row of other queries; by every backend, padded on the right
     as by the reference."""

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CPU_BACKENDS, Case, can, cases, takes, usual_cases
-from small import in_models
+from cases import CPU_BACKENDS, Case, cases, takes, usual_cases
+from small import in_models, of_each_family
+from stages import each_way, only, staged
 from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
@@ -78,14 +79,13 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
-@pytest.mark.parametrize("case", cases() + MIXED, ids=str)
+@pytest.mark.parametrize(
+    ("case", "is_causal"), each_way(cases() + MIXED, few=usual_cases() + MIXED)
+)
 def test_kept_bytes_are_what_a_forward_leaves(case: Case, is_causal: bool) -> None:
     """To the byte: what autograd saves, and what a Function of our own holds beside it, such as
     indices, by which alone the two may differ. The allocator may count one number more, and with a
     softcap three, with three branches four: the constants by which scores are multiplied."""
-    if not can(case.spec, is_causal):
-        pytest.skip(f"{case.variant} cannot run so")
     shared = "share_qk" in case.options
     ways = (
         (2, 4 if shared else 2, torch.float32),
@@ -150,7 +150,10 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "is_causal"), LONG)
+@pytest.mark.parametrize(
+    ("name", "options", "is_causal"),
+    only([(name, {}, spec_of(name).forms[-1]) for name in of_each_family()], LONG),
+)
 def test_peaks_are_the_allocators(name: str, options: dict[str, Any], is_causal: bool) -> None:
     """5,000 tokens need padding. In half precision what oneDNN packs depends on the machine. Both
     with the default options, which take the longest ways, and of the engine of gates for one
@@ -186,7 +189,13 @@ BACKENDS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "backend", "is_causal"), BACKENDS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "options", "backend", "is_causal"),
+    [
+        staged(*one, first=one[0] in of_each_family() and one[3] == spec_of(one[0]).forms[-1])
+        for one in BACKENDS
+    ],
+)
 def test_peaks_of_every_backend(
     name: str, options: dict[str, Any], backend: str, is_causal: bool
 ) -> None:

@@ -67,6 +67,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(release: Release) -> None:
     assert {name for name in names if name.startswith("attnzoo/")} == here | {"attnzoo/py.typed"}
 
 
+@pytest.mark.thorough
 def test_the_source_archive_builds_the_same_wheel(release: Release, tmp_path: Path) -> None:
     with tarfile.open(release.source) as archive:
         archive.extractall(tmp_path, filter="data")
@@ -90,6 +91,18 @@ def test_version_changelog_and_metadata_agree(release: Release) -> None:
         assert f"\nProvides-Extra: {extra}\n" in metadata
 
 
+def test_the_description_is_the_readme_without_links_into_the_checkout(release: Release) -> None:
+    metadata = files_of(release.wheel)[f"attnzoo-{attnzoo.__version__}.dist-info/METADATA"].decode()
+    assert "\nDescription-Content-Type: text/markdown\n" in metadata
+    told = metadata.split("\n\n", 1)[1]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "](" in readme and "](" not in told and "<!--" not in told
+    assert "| exact softmax | `standard` `flash` |" in told
+    for line in readme.splitlines():
+        assert "](" in line or line.startswith("<!--") or line in told
+
+
+@pytest.mark.thorough
 def test_an_installed_wheel_works_without_the_checkout(release: Release, tmp_path: Path) -> None:
     """Torch and the other packages come from here, by a path file: attnzoo from the wheel alone."""
     venv.create(tmp_path / "env", with_pip=False)

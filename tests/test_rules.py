@@ -24,6 +24,7 @@ from cases import (
     with_backends,
 )
 from small import possible
+from stages import in_turn, staged
 from torch import Tensor
 
 import attnzoo
@@ -36,6 +37,7 @@ BACKENDS = pytest.mark.parametrize(
 )
 PADDINGS = ("left", "right", "interior", "whole")
 GARBAGE = (float("nan"), float("inf"), -float("inf"), 1e30)
+TOKENS = (1, 100, 128, 170, 299)
 LONG = 300  # more than two chunks or blocks of any backend
 
 
@@ -140,8 +142,9 @@ def test_rule_3_a_row_with_nothing_to_see_is_zero(case: Case, backend: str) -> N
             ].any()
 
 
-@BACKENDS
-@pytest.mark.parametrize("kind", PADDINGS)
+@pytest.mark.parametrize(
+    ("case", "backend", "kind"), in_turn(with_backends(usual_cases()), PADDINGS)
+)
 def test_rule_4_padding_reaches_nothing(case: Case, backend: str, kind: str) -> None:
     """Whatever sits in padded slots, output and gradients keep every bit. (`test_padding.py`: a
     padded run equals the run without padding.)"""
@@ -170,12 +173,9 @@ def test_rule_4_padding_reaches_nothing(case: Case, backend: str, kind: str) -> 
 
 @pytest.mark.parametrize(
     ("case", "backend", "token"),
-    [
-        pytest.param(c, b, token, id=f"{token}-{c}-{b}")
-        for token in (1, 100, 128, 170, LONG - 1)
-        for c, b in with_backends(usual_cases())
-        if b != "reference" or token == 128  # it has no chunks or blocks at whose ends to look
-    ],
+    # The reference has no chunks or blocks at whose ends to look
+    in_turn([pair for pair in with_backends(usual_cases()) if pair[1] != "reference"], TOKENS)
+    + [staged(c, b, 128, first=True) for c, b in with_backends(usual_cases()) if b == "reference"],
 )
 def test_rule_5_causal_means_causal(case: Case, backend: str, token: int) -> None:
     """Changing token j changes no bit of a row before j, nor of what those rows send back, though
@@ -374,14 +374,15 @@ def reference_in_half(
 
 
 @pytest.mark.parametrize(
-    ("case", "backend"),
+    ("case", "backend", "dtype"),
     [
-        pytest.param(c, b, id=f"{c}-{b}")
-        for c, b in with_backends(usual_cases())
+        staged(c, b, dtype, first=place % 2 == number)
+        for place, case in enumerate(usual_cases())
+        for number, dtype in enumerate((torch.float16, torch.bfloat16))
+        for c, b in with_backends([case])
         if b != "reference"  # which it is measured by
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_rule_10_sums_run_in_float32(case: Case, backend: str, dtype: torch.dtype) -> None:
     """Half precision errs at most twice as much as the reference does, over a length at which sums
     in half precision would be lost."""

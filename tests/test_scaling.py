@@ -16,6 +16,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import of_each_family
+from stages import staged, thorough
 
 import attnzoo
 from attnzoo.commands.program import main
@@ -68,12 +70,10 @@ OPTIONED = [
         TINY,
     ),
 ]
-WAYS = [
-    pytest.param(variant, way, id=f"{variant.label}-{way}")
-    for variant in ZOO + OPTIONED
-    for way in (False, True)
-    if variant.runs(way)
+EVERY_WAY = [
+    (variant, way) for variant in ZOO + OPTIONED for way in (False, True) if variant.runs(way)
 ]
+WAYS = [pytest.param(*one, id=f"{one[0].label}-{one[1]}") for one in EVERY_WAY]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,13 @@ def test_standard_keeps_what_flash_attention_keeps(name: str, is_causal: bool):
     )
 
 
-@pytest.mark.parametrize(("variant", "is_causal"), WAYS)
+@pytest.mark.parametrize(
+    ("variant", "is_causal"),
+    [
+        staged(variant, way, first=variant.choice.name in of_each_family())
+        for variant, way in EVERY_WAY
+    ],
+)
 def test_what_is_kept_beyond_counting_lies_on_the_line(variant: CountedVariant, is_causal: bool):
     """Within 5% of the count where blocks are whole. A ragged end costs up to a block of some
     tensors, and joining it a copy of one, which the line leaves out where windows are of one
@@ -142,6 +148,7 @@ def test_what_grows_faster_is_known_as_far_as_it_is_counted():
     assert row["checkpointed"] == "> 4,096"
 
 
+@thorough
 @pytest.mark.parametrize(
     ("name", "is_causal"), [("llama-3-8b", True), ("smollm2-135m", True), ("gpt2", False)]
 )

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from small import in_models, of_each_engine, small
+from small import in_models, of_each_engine, of_each_folder, small
+from stages import only
 from swap_layers import HEADS, LENGTH, SIZE, gradients, layer, masks, padding, tokens
 from torch import Tensor
 from torch._dynamo.exc import UserError
@@ -49,7 +50,7 @@ def compiled_is_eager(name: str, backend: str) -> None:
         agree(gradient, expected)
 
 
-@pytest.mark.parametrize("name", of_each_engine())
+@pytest.mark.parametrize("name", only(of_each_folder(), of_each_engine()))
 def test_a_swapped_layer_compiles_in_one_graph(name: str) -> None:
     compiled_is_eager(name, "aot_eager")
 
@@ -66,7 +67,9 @@ def exported(model: torch.nn.Module, *inputs: Any, **options: Any) -> Any:
         return torch.export.export(model, inputs, **options).module()
 
 
-@pytest.mark.parametrize("name", ["standard", "linear", "retention", *LAID_OUT])
+@pytest.mark.parametrize(
+    "name", only(["linear", "sliding_window"], ["standard", "linear", "retention", *LAID_OUT])
+)
 def test_a_swapped_layer_is_exported_with_a_dynamic_batch(name: str) -> None:
     """As torch's layer; the attention in it is exported for every variant below."""
     model, shapes = layer(name), {"src": {0: BATCH_DIM}, **dict.fromkeys(masks(name))}
@@ -77,7 +80,7 @@ def test_a_swapped_layer_is_exported_with_a_dynamic_batch(name: str) -> None:
         graph(tokens(3, LENGTH + 1), **masks(name))
 
 
-@pytest.mark.parametrize("name", [*ANY_LENGTH, "sliding_window"])
+@pytest.mark.parametrize("name", only(["standard", "linear"], [*ANY_LENGTH, "sliding_window"]))
 def test_a_dynamic_length_is_exported_where_no_blocks_are_laid_out(name: str) -> None:
     model = layer(name, backend=ANY_LENGTH.get(name, "auto"))
     known: dict[str, Any] = {"src_mask": {0: LENGTH_DIM, 1: LENGTH_DIM}, "is_causal": None}
@@ -112,7 +115,7 @@ class Calls(torch.nn.Module):
         )[0]
 
 
-@pytest.mark.parametrize("name", in_models())
+@pytest.mark.parametrize("name", only(of_each_folder(), in_models()))
 def test_multihead_attention_is_exported_with_a_dynamic_batch(name: str) -> None:
     """Masks are inputs of the graph."""
     model = Calls(name).eval()

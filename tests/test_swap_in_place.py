@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from small import layer_masks, small
+from stages import in_turn
 from swap_models import make, tokens
 from test_swap_modules import ROUNDING, TimmAttentionLike, encoder, vision
 from torch import Tensor, nn
@@ -61,8 +62,7 @@ HEARD = {
 }
 
 
-@pytest.mark.parametrize("name", attnzoo.names())
-@pytest.mark.parametrize("kind", ["torch", "timm", "llama"])
+@pytest.mark.parametrize(("name", "kind"), in_turn(attnzoo.names(), ["torch", "timm", "llama"]))
 def test_hooks_and_attributes_stay(kind: str, name: str) -> None:
     spec = attnzoo.describe(name).spec
     if kind == "llama":

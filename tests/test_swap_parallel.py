@@ -270,6 +270,7 @@ def every_way() -> list[str]:
     )
 
 
+@pytest.mark.thorough
 def test_two_processes_say_what_one_says() -> None:
     assert in_two_processes(every_way) == []
 

@@ -70,6 +70,7 @@ def _answer_in_worker(model: Any, ids: torch.Tensor, path: str) -> None:
         torch.save(model(ids)[0], path)
 
 
+@pytest.mark.thorough
 def test_a_spawned_worker_runs_a_swapped_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +88,7 @@ def test_a_spawned_worker_runs_a_swapped_model(
     torch.testing.assert_close(torch.load(path), answer(model))
 
 
+@pytest.mark.thorough
 def test_a_copied_config_builds_models_of_its_own(tmp_path: Path) -> None:
     model = make("llama").eval()
     attnzoo.swap(model, "sliding_window", window=4)

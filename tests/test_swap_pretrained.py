@@ -17,7 +17,8 @@ import torch
 
 pytest.importorskip("transformers")
 import transformers
-from small import in_models, small
+from small import in_models, of_each_family, small
+from stages import only
 from swap_models import answer, make, tokens
 
 import attnzoo
@@ -49,7 +50,9 @@ def trained(name: str, options: dict[str, Any]) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize(("name", "options"), FORMS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"), only([one for one in FORMS if one[0] in of_each_family()], FORMS)
+)
 def test_the_whole_recipe(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     model = trained(name, options)
     wanted = answer(model, tokens())
@@ -147,6 +150,7 @@ def test_a_copy_is_undone_apart_from_its_model(duplicate: Any) -> None:
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("first", ["attnzoo", "transformers"])
 def test_the_warning_does_not_depend_on_what_is_imported_first(first: str, tmp_path: Path) -> None:
     attnzoo.swap(make("bert"), "linear").save_pretrained(tmp_path)

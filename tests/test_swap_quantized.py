@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from small import in_models, small
+from stages import in_turn
 from swap_models import answer_of, make
 from torch import Tensor, nn
 from torch.ao.quantization import quantize_dynamic
@@ -49,10 +50,12 @@ def in_eight_bits(model: nn.Module, dtype: torch.dtype) -> None:
             in_eight_bits(part, dtype)
 
 
-@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn, "quantize_dynamic"], ids=str)
 @pytest.mark.parametrize(
-    ("family", "name"),
-    [("llama" if spec_of(name).causal else "bert", name) for name in in_models()],
+    ("family", "name", "stored"),
+    in_turn(
+        [("llama" if spec_of(name).causal else "bert", name) for name in in_models()],
+        [torch.int8, torch.float8_e4m3fn, "quantize_dynamic"],
+    ),
 )
 def test_the_dtype_of_the_queries_whatever_stores_the_weights(
     family: str, name: str, stored: Any

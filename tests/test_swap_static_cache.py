@@ -9,7 +9,8 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from small import of_each_engine, small
+from small import of_each_engine, of_each_folder, small
+from stages import only
 from swap_models import make, padded, tokens
 from transformers import CompileConfig
 
@@ -37,7 +38,7 @@ def graphs(model: Any, ids: torch.Tensor, **settings: Any) -> tuple[torch.Tensor
     return out, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", only(of_each_folder(), CAUSAL))
 def test_a_static_cache(name: str) -> None:
     """Left-padded: compiled, the slots that are not filled yet are such padding too."""
     model = attnzoo.swap(make("llama", num_hidden_layers=1), name, **small(name))
@@ -48,9 +49,10 @@ def test_a_static_cache(name: str) -> None:
     assert torch.equal(out, wanted) and count == 1
 
 
-@pytest.mark.parametrize(
-    ("family", "mix"), [("t5_whole", "standard"), ("bart", {3: ("sliding_window", {"window": 3})})]
-)
+MIXED = ("bart", {3: ("sliding_window", {"window": 3})})
+
+
+@pytest.mark.parametrize(("family", "mix"), only([MIXED], [("t5_whole", "standard"), MIXED]))
 def test_a_static_cache_of_an_encoder_decoder(family: str, mix: Any) -> None:
     """With T5's bias of positions, and beside a decoder layer that was not swapped."""
     model = attnzoo.swap(make(family), mix)

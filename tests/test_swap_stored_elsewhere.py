@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from small import small
+from stages import in_turn
 from swap_models import answer, make, tokens
 from test_swap_modules import encoder, vision
 from torch import Tensor, nn
@@ -61,8 +62,7 @@ def in_eight_bits(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
 PROJECTIONS = ("out_proj", "qkv", "proj", "query", "key", "value")
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("name", "kind"), in_turn(NAMES, [*MODELS]))
 def test_eight_bits_before_a_swap_and_after_it(kind: str, name: str) -> None:
     exact = run(swapped(MODELS[kind](), name), kind)
     after = in_eight_bits(swapped(MODELS[kind](), name), PROJECTIONS)
@@ -85,9 +85,10 @@ def test_torchs_own_eight_bits(kind: str) -> None:
     torch.testing.assert_close(run(again, kind), with_eight, rtol=0.0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("first", ["swap", "offload"])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    ("name", "first", "kind"),
+    in_turn(NAMES, [(first, kind) for first in ("swap", "offload") for kind in MODELS]),
+)
 def test_weights_that_are_brought_for_a_call(kind: str, first: str, name: str) -> None:
     if kind == "torch" and first == "offload" and attnzoo.describe(name).spec.takes("global_mask"):
         return  # refused: test_copies_of_weights_that_are_elsewhere

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from small import cannot, in_models, small
+from small import cannot, in_models, of_each_family, small
+from stages import in_turn, only
 
 import attnzoo
 from attnzoo import UnsupportedError
@@ -82,8 +83,7 @@ def read(model: Any) -> torch.Tensor:
         )
 
 
-@pytest.mark.parametrize("name", in_models())
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(("name", "family"), in_turn(in_models(), [*MODELS]))
 def test_it_runs(family: str, name: str, tmp_path: Path) -> None:
     model = make(family, **MODELS[family])
     if not attnzoo.describe(name).spec.bidirectional:
@@ -171,7 +171,7 @@ def test_symbolic_traces_and_scripting(family: str) -> None:
         torch.jit.script(model)
 
 
-@pytest.mark.parametrize("name", in_models())
+@pytest.mark.parametrize("name", only(of_each_family(), in_models()))
 def test_torchvisions_feature_extractor(name: str) -> None:
     """Of its vision transformer, made of nn.MultiheadAttention, which it takes as a leaf."""
     vision = importlib.import_module("torchvision.models.vision_transformer")

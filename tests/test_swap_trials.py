@@ -10,7 +10,8 @@ import torch
 
 pytest.importorskip("transformers")
 import transformers as hf
-from small import SMALL, in_models, small
+from small import SMALL, in_models, of_each_family, small
+from stages import only
 from swap_models import SIZES, answer, answer_of, inputs_of, make, tokens
 from torch import nn
 
@@ -194,7 +195,7 @@ def test_lengths_of_both_halves_of_whisper() -> None:
     assert [core.max_length for core in cores(model)] == [16, 16, 24, 24]
 
 
-@pytest.mark.parametrize("name", in_models())
+@pytest.mark.parametrize("name", only(of_each_family(), in_models()))
 def test_models_that_are_made_from_one_config(name: str) -> None:
     """In a loop, with the one before gone or not: each is swapped, and the config is its own again
     behind them."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from stages import in_turn
 from swap_models import answer, make, tokens
 from test_swap_modules import Wrapper, encoder, vision
 from torch import Tensor, nn
@@ -139,9 +140,11 @@ def test_every_entry_takes_a_wrapper(kind: str, wrapper: str, first: str, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "wrapper", ["DDP", "DataParallel", "compiled", "checkpointed", "accelerate", "Lightning"]
+    ("wrapper", "kind"),
+    in_turn(
+        ["DDP", "DataParallel", "compiled", "checkpointed", "accelerate", "Lightning"], [*MODELS]
+    ),
 )
-@pytest.mark.parametrize("kind", MODELS)
 def test_what_a_wrapper_calls_is_counted(kind: str, wrapper: str) -> None:
     model = attnzoo.swap(MODELS[kind](), "linear")
     given: dict[str, Any] = (

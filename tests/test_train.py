@@ -244,6 +244,7 @@ def in_parts(folder: str, wanted: list[float]) -> list[str]:
     )
 
 
+@pytest.mark.thorough
 def test_two_processes_train_what_one_does(tmp_path):
     pytest.importorskip("accelerate")
     assert (

@@ -4,7 +4,7 @@ decoding, and a cost."""
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -130,6 +130,10 @@ class Cost:
     def kernel_macs(self) -> int:
         """What a good kernel executes: macs without those it skips."""
         return self.macs - self.skipped_macs
+
+    def without_state(self) -> Cost:
+        """The same of a variant that does not decode."""
+        return replace(self, state_elements=0, state_bytes=0, state_growth=0)
 
 
 @dataclass(frozen=True)

@@ -165,15 +165,20 @@ def _cost(name: str) -> Iterator[RenderableType]:
         "decoding state, numbers",
     ):
         table.add_column(heading, justify="left" if heading == "" else "right")
+    exact = _built("standard", LENGTHS[-1])
     for is_causal in attention.spec.forms:
         for length in LENGTHS:
-            table.add_row(*_cost_cells(name, length, is_causal))
+            # Drawing features takes long, and only a longest length makes another attention of it.
+            own = _built(name, length) if attention.spec.needs_max_length else attention
+            table.add_row(*_cost_cells(own, exact, length, is_causal))
     yield table
 
 
-def _cost_cells(name: str, length: int, is_causal: bool) -> list[str]:
-    cost = _built(name, length).cost(1, length, is_causal=is_causal)
-    exact = _built("standard", length).cost(1, length, is_causal=is_causal)
+def _cost_cells(
+    attention: Attention, standard: Attention, length: int, is_causal: bool
+) -> list[str]:
+    cost = attention.cost(1, length, is_causal=is_causal)
+    exact = standard.cost(1, length, is_causal=is_causal)
     state = count(cost.state_elements) if cost.state_elements else "-"
     mode = "causal" if is_causal else "bidirectional"
     return [

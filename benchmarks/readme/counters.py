@@ -12,14 +12,15 @@ def counters(*packages: str) -> str:
     names = list(dict.fromkeys(row["counter"] for row in rows))
     found = {(row["counter"], row["attention"]): row for row in rows}
     versions = {row["counter"]: row["version"] for row in rows}
-    headings = ["", *(f"{name} {versions[name]}" for name in names)]
+    headings = ["", *names]
     lines = [
         [attention, *(_part(found[name, attention]) for name in names)]
         for attention in dict.fromkeys(row["attention"] for row in rows)
     ]
     days = sorted({row["date"] for row in rows})
     asked = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    return f"{markdown_table(headings, lines)}\n\nAsked on {asked}."
+    of_versions = ", ".join(f"{name} {versions[name]}" for name in names)
+    return f"{markdown_table(headings, lines)}\n\nAsked on {asked}: {of_versions}."
 
 
 def _part(row: Row) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -66,8 +66,21 @@ class Piece(Protocol):
         ...
 
     @property
+    def first(self) -> int:
+        """Its first row."""
+        ...
+
+    @property
     def caps(self) -> Sequence[Cap]:
         """Caps that hide some of the keys from some rows."""
+        ...
+
+    def runs(self, key_length: int) -> Tensor:
+        """The keys of each part as runs of consecutive ones, (parts, runs, 2): the first key of
+        each and how many they are.
+
+        key_length: how many keys there are
+        """
         ...
 
     def rows(self, x: Tensor) -> Tensor:
@@ -107,8 +120,19 @@ def cap(visible: Tensor, like: Tensor) -> Tensor:
     return torch.where(visible, torch.inf, -torch.inf).to(like.dtype)
 
 
+class Way(NamedTuple):
+    """One way to compute pieces.
+
+    attend: A·v by pieces, as `tiles.attend`
+    together: how many parts make a piece, as `parts_at_a_time`
+    """
+
+    attend: Callable[..., Tensor]
+    together: Callable[..., int]
+
+
 def parts_at_a_time(size: int, keys: int, threads: int | None = None) -> int:
-    """How many parts make a piece.
+    """How many parts make a piece that stays in the cache.
 
     size, keys: rows and keys of each part
     threads: how many threads share a piece; None: all that torch uses
@@ -151,6 +175,11 @@ class Slices:
             (size * line, line, number),
             x.storage_offset() + self.low * line,
         )
+
+    def runs(self, key_length: int) -> Tensor:
+        parts, size, keys = self.shape
+        first = self.low + size * torch.arange(parts, device="cpu")
+        return torch.stack([first, torch.full_like(first, keys)], 1)[:, None]
 
     def add(self, gradient: Tensor, total: Tensor) -> None:
         parts, size, keys = self.shape

@@ -10,6 +10,7 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.engine import Cost, Shape
 from attnzoo.engines.softmax import tiles
+from attnzoo.engines.softmax.native import attend as native
 from attnzoo.engines.softmax.reference import REFERENCE
 from attnzoo.engines.softmax.softmax import softmax_cost
 from attnzoo.engines.sparse import dense, flex
@@ -30,9 +31,9 @@ class BlockSparse(Sparse):
     """Softmax attention in which a block of queries sees blocks of keys.
 
     Its backends in order: `dense`, one SDPA call, where the pattern hides nothing; `flex`,
-    FlexAttention on CUDA; `tiles`, a few rows at a time in memory that stays in a CPU's cache;
-    `blocks`, SDPA on gathered blocks of keys; `ragged`, the same for padded samples whose blocks
-    count from their own ends; the reference.
+    FlexAttention on CUDA; `native`, `tiles` in C++, where that has been compiled; `tiles`, a few
+    rows at a time in memory that stays in a CPU's cache; `blocks`, SDPA on gathered blocks of keys;
+    `ragged`, the same for padded samples whose blocks count from their own ends; the reference.
 
     pattern: which blocks of keys each block of queries sees
     scale: factor of the scores, 1/sqrt(head_dim) by default
@@ -54,6 +55,14 @@ class BlockSparse(Sparse):
 
 def _in_tiles(engine: BlockSparse, call: Call) -> Tensor:
     return block_tiles.in_tiles(engine, engine.pattern, call)
+
+
+def _compiled(engine: BlockSparse, call: Call) -> Tensor:
+    return block_tiles.in_tiles(engine, engine.pattern, call, native.COMPILED)
+
+
+def _native_why_not(engine: BlockSparse, call: Call) -> str | None:
+    return _one_table_why_not(engine, call) or native.why_not(engine, call)
 
 
 def _tiles_why_not(engine: BlockSparse, call: Call) -> str | None:
@@ -99,6 +108,7 @@ def _flex_why_not(engine: BlockSparse, call: Call) -> str | None:
 BlockSparse.backends = (
     from_first_real("dense", dense.attend, dense.why_not),
     replace(from_first_real("flex", _flex, _flex_why_not), untried=untried),
+    replace(from_first_real("native", _compiled, _native_why_not), untried=native.not_compiled),
     from_first_real("tiles", _in_tiles, _tiles_why_not),
     from_first_real("blocks", _in_gathered, _one_table_why_not),
     from_first_real("ragged", _in_tables_of_samples, _ragged_why_not),

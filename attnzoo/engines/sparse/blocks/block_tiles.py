@@ -13,19 +13,22 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.reference import SoftmaxReference
-from attnzoo.engines.softmax.tile_pieces import Cap, Memory, Piece, Slices, cap, parts_at_a_time
+from attnzoo.engines.softmax.tile_pieces import Cap, Memory, Piece, Slices, Way, cap
 from attnzoo.engines.sparse.blocks.block_layout import LaidOut, Run, runs, sorted_key_blocks
 from attnzoo.engines.sparse.blocks.gathered_blocks import head_by_head
 from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 
 
-def in_tiles(engine: SoftmaxReference, pattern: BlockPattern, call: Call) -> Tensor:
+def in_tiles(
+    engine: SoftmaxReference, pattern: BlockPattern, call: Call, way: Way = tiles.IN_CACHE
+) -> Tensor:
     """A·v for a block pattern, a few blocks of rows at a time on the CPU.
 
     engine: gives scale, dropout and softcap
     pattern: which key blocks each query block sees, the same for all samples
     call: the whole call, which may have a bias by distance
+    way: how pieces are computed
 
     Returns (batch, heads, query_length, value_dim).
     """
@@ -45,11 +48,12 @@ def in_tiles(engine: SoftmaxReference, pattern: BlockPattern, call: Call) -> Ten
         real = frame(q, k[:, :, : grid.key_length], v[:, :, : grid.key_length])
         return head_by_head(engine, real, LaidOut(q, k, v, size, ahead, spare), blocks, found)
 
-    pieces = partial(_pieces, pattern.block_size, grid, found, laid_out.first_block(call) * size)
+    origin = laid_out.first_block(call) * size
+    pieces = partial(_pieces, pattern.block_size, grid, found, origin, way)
     blocks = sorted_key_blocks(pattern, grid)
     q, k, v = laid_out.q, laid_out.k, laid_out.v
     bias = call.get("distance_bias")
-    out = tiles.attend(engine, q, k, v, key_cap, blocks, pieces, compute, None, bias)
+    out = way.attend(engine, q, k, v, key_cap, blocks, pieces, compute, None, bias)
     return laid_out.rows(out, call)
 
 
@@ -80,6 +84,11 @@ class Gathered:
         torch.index_select(x.view(-1, size, x.shape[1]), 0, self.chosen, out=fetched)
         return fetched.view(parts, keys, x.shape[1])
 
+    def runs(self, key_length: int) -> Tensor:
+        parts, size, _ = self.shape
+        first = size * self.chosen.view(parts, -1)
+        return torch.stack([first, torch.full_like(first, size)], 2)
+
     def add(self, gradient: Tensor, total: Tensor) -> None:
         size, width = self.shape[1], total.shape[1]
         total.view(-1, size, width).index_add_(0, self.chosen, gradient.view(-1, size, width))
@@ -94,12 +103,13 @@ class Gathered:
 
 
 def _pieces(
-    size: int, grid: Grid, found: list[Run], origin: int, q: Tensor, blocks: Tensor | None
+    size: int, grid: Grid, found: list[Run], origin: int, way: Way, q: Tensor, blocks: Tensor | None
 ) -> list[list[Piece]]:
     """The pieces of every head; heads that draw nothing of their own share theirs.
 
     size: positions of a block
     origin: where row 0 stands
+    way: how pieces are computed
     blocks: (heads or 1, query_blocks, width), the key blocks of each query block
     """
     assert blocks is not None
@@ -109,7 +119,7 @@ def _pieces(
         for run in found:
             keys = grid.key_length if run.sees_all else run.width * size
             caps = (Cap(keys - size, keys, diagonal),) if grid.is_causal and keys else ()
-            together = parts_at_a_time(size, max(1, keys), 1 if run.sees_all else None)
+            together = way.together(size, max(1, keys), 1 if run.sees_all else None)
             for start in range(run.first, run.end, together):
                 end = min(start + together, run.end)
                 if run.sees_all or not keys:

@@ -12,7 +12,7 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.reference import SoftmaxReference
-from attnzoo.engines.softmax.tile_pieces import Cap, Memory, Slices, cap
+from attnzoo.engines.softmax.tile_pieces import Cap, Memory, Slices, Way, cap
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.windows.columns import Columns
@@ -21,13 +21,20 @@ from attnzoo.engines.sparse.windows.window_slices import with_logits
 from attnzoo.engines.sparse.windows.window_tiles import pieces_of_head
 
 
-def in_tiles(engine: SoftmaxReference, pattern: Window, call: Call, columns: Columns) -> Tensor:
+def in_tiles(
+    engine: SoftmaxReference,
+    pattern: Window,
+    call: Call,
+    columns: Columns,
+    way: Way = tiles.IN_CACHE,
+) -> Tensor:
     """A·v for a plain window and columns by `tiles`, a few rows at a time on the CPU.
 
     engine: gives scale and dropout
     pattern: a window without dilation
     call: its key_mask hides the columns from the window
     columns: the keys that every row sees besides
+    way: how pieces are computed
 
     Returns (batch, heads, query_length, value_dim).
     """
@@ -45,9 +52,9 @@ def in_tiles(engine: SoftmaxReference, pattern: Window, call: Call, columns: Col
         near = with_logits(frame(q, k, v), logits)
         return in_slices(engine, pattern, near, Columns(its_k, its_v, real, slots))
 
-    of_heads = partial(_pieces, pattern, grid, columns.count)
+    of_heads = partial(_pieces, pattern, grid, columns.count, way)
     logits = call.get("sink_logits")
-    return tiles.attend(engine, call.q, k, v, key_cap, table, of_heads, compute, logits)
+    return way.attend(engine, call.q, k, v, key_cap, table, of_heads, compute, logits)
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,10 @@ class _WithColumns:
         return parts, size, keys + self.count
 
     @property
+    def first(self) -> int:
+        return self.slices.first
+
+    @property
     def caps(self) -> tuple[Cap, ...]:
         if self.slots is None:
             return self.slices.caps
@@ -98,6 +109,10 @@ class _WithColumns:
         fetched[:, keys - self.count :] = x[len(x) - self.count :]
         return fetched
 
+    def runs(self, key_length: int) -> Tensor:
+        columns = torch.tensor([key_length - self.count, self.count], device="cpu")
+        return torch.cat([self.slices.runs(key_length), columns.expand(self.shape[0], 1, 2)], 1)
+
     def add(self, gradient: Tensor, total: Tensor) -> None:
         keys = self.slices.shape[2]
         self.slices.add(gradient[:, :keys], total)
@@ -108,7 +123,7 @@ class _WithColumns:
 
 
 def _pieces(
-    pattern: Window, grid: Grid, count: int, q: Tensor, slots: Tensor | None
+    pattern: Window, grid: Grid, count: int, way: Way, q: Tensor, slots: Tensor | None
 ) -> list[list[_WithColumns]]:
     """The pieces of the window with the columns, for every head, or for every sample and head where
     `slots` is given.
@@ -116,10 +131,11 @@ def _pieces(
     pattern: a window without dilation
     grid: the sizes of the call
     count: number of columns
+    way: how pieces are computed
     q: (batch, heads, query_length, head_dim)
     slots: (batch, count), where the columns stand; None in a call that is not causal
     """
-    slices = pieces_of_head(pattern, grid, q, count)
+    slices = pieces_of_head(pattern, grid, q, way, count)
     of_samples = [None] if slots is None else slots.unbind()
     heads = []
     for its_slots in of_samples:

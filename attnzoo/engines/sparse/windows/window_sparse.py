@@ -13,8 +13,10 @@ from attnzoo.call import Call
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Shape, StateSizes
 from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.cache import KeyValueCache
+from attnzoo.engines.softmax.native import attend as native
 from attnzoo.engines.softmax.reference import SINK_LOGITS, reference
 from attnzoo.engines.softmax.softmax import softmax_cost
+from attnzoo.engines.softmax.tile_pieces import Way
 from attnzoo.engines.sparse import dense, flex
 from attnzoo.engines.sparse.global_cache import GlobalCache
 from attnzoo.engines.sparse.patterns.grid import Grid
@@ -41,7 +43,8 @@ class WindowSparse(Sparse):
     """Softmax attention over a window.
 
     Its backends in order: `dense`, one SDPA call, where the window hides nothing; `flex`,
-    FlexAttention on CUDA; `tiles`, a few rows at a time in memory that stays in a CPU's cache;
+    FlexAttention on CUDA; `native`, `tiles` in C++, where that has been compiled; `tiles`, a few
+    rows at a time in memory that stays in a CPU's cache;
     `windows`, SDPA on a slice of the keys for every block of queries; `columns`, the same with keys
     beside each slice that every row sees; the reference.
 
@@ -163,12 +166,14 @@ def with_sinks(call: Call, count: int) -> tuple[Call, Columns]:
     return replace(call, key_mask=behind), columns
 
 
-def _in_tiles(engine: WindowSparse, call: Call) -> Tensor:
+def _in_tiles(engine: WindowSparse, call: Call, way: Way = tiles.IN_CACHE) -> Tensor:
     def attend_heads(window: Window, part: Call) -> Tensor:
         near, beside = engine.columns_of(part)
         if beside is None:
-            return dilated.of_one_dilation(window, near, partial(window_tiles.in_tiles, engine))
-        return columns.attend_dilated(engine, window, near, beside, columns_in_tiles.in_tiles)
+            plain = partial(window_tiles.in_tiles, engine, way=way)
+            return dilated.of_one_dilation(window, near, plain)
+        with_columns = partial(columns_in_tiles.in_tiles, way=way)
+        return columns.attend_dilated(engine, window, near, beside, with_columns)
 
     return engine.finished(call, dilated.by_dilation(engine.pattern, call, attend_heads))
 
@@ -236,6 +241,12 @@ def _flex_why_not(engine: WindowSparse, call: Call) -> str | None:
 WindowSparse.backends = (
     Backend("dense", dense.attend, dense.why_not),
     Backend("flex", _by_flex, _flex_why_not, packs=True, untried=untried),
+    Backend(
+        "native",
+        partial(_in_tiles, way=native.COMPILED),
+        native.why_not,
+        untried=native.not_compiled,
+    ),
     Backend("tiles", _in_tiles, _tiles_why_not),
     Backend("windows", _in_slices, _slices_why_not, packs=True),
     Backend("columns", _with_columns, _columns_why_not),

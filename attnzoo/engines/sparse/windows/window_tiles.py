@@ -9,19 +9,22 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.softmax import tile_pieces, tiles
 from attnzoo.engines.softmax.reference import SoftmaxReference
-from attnzoo.engines.softmax.tile_pieces import Cap, Slices, cap, parts_at_a_time
+from attnzoo.engines.softmax.tile_pieces import Cap, Slices, Way, cap
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.windows.window_plan import BLOCK, band, edges, plan
 from attnzoo.engines.sparse.windows.window_slices import in_slices, with_logits
 
 
-def in_tiles(engine: SoftmaxReference, pattern: Window, call: Call) -> Tensor:
+def in_tiles(
+    engine: SoftmaxReference, pattern: Window, call: Call, way: Way = tiles.IN_CACHE
+) -> Tensor:
     """A·v for a plain window, a few rows at a time on the CPU.
 
     engine: gives scale, dropout and softcap
     pattern: a window without dilation
     call: the whole call, which may have sink logits and a bias by distance
+    way: how pieces are computed
 
     Returns (batch, heads, query_length, value_dim).
     """
@@ -33,7 +36,7 @@ def in_tiles(engine: SoftmaxReference, pattern: Window, call: Call) -> Tensor:
         return in_slices(engine, pattern, with_logits(frame(q, k, v), logits))
 
     def of_heads(q: Tensor, _: Tensor | None) -> list[list[Slices]]:
-        return [pieces_of_head(pattern, grid, q)] * grid.heads
+        return [pieces_of_head(pattern, grid, q, way)] * grid.heads
 
     q, k, v, logits, bias = (
         call.q,
@@ -42,15 +45,16 @@ def in_tiles(engine: SoftmaxReference, pattern: Window, call: Call) -> Tensor:
         call.get("sink_logits"),
         call.get("distance_bias"),
     )
-    return tiles.attend(engine, q, k, v, key_cap, None, of_heads, compute, logits, bias)
+    return way.attend(engine, q, k, v, key_cap, None, of_heads, compute, logits, bias)
 
 
-def pieces_of_head(pattern: Window, grid: Grid, q: Tensor, more: int = 0) -> list[Slices]:
+def pieces_of_head(pattern: Window, grid: Grid, q: Tensor, way: Way, more: int = 0) -> list[Slices]:
     """The edges of one head, some rows at a time, and its whole blocks, some blocks at a time.
 
     pattern: a window without dilation
     grid: the sizes of the call
     q: of whose dtype the caps are
+    way: how pieces are computed
     more: keys that each row will get beside these
     """
     found, slices, offset = plan(pattern, grid), [], grid.offset
@@ -61,7 +65,7 @@ def pieces_of_head(pattern: Window, grid: Grid, q: Tensor, more: int = 0) -> lis
             caps = _caps(pattern, grid, (offset + start, offset + stop), (low, high), q)
             slices.append(Slices(start, (1, stop - start, high - low), low, caps, offset))
     caps = _caps(pattern, grid, (found.before, found.before + BLOCK), (0, found.slice_length), q)
-    together = parts_at_a_time(BLOCK, found.slice_length + more)
+    together = way.together(BLOCK, found.slice_length + more)
     for block in range(0, found.blocks, together):
         first, blocks = found.start + block * BLOCK, min(together, found.blocks - block)
         shape, low = (blocks, BLOCK, found.slice_length), offset + first - found.before

@@ -1,0 +1,105 @@
+"""Backend `native`: what `tiles` does, by one compiled operator for the forward pass and one for
+the backward pass."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.call import Call
+from attnzoo.engines.differentiable import Compute, is_followed, open_gradients
+from attnzoo.engines.softmax import tiles
+from attnzoo.engines.softmax.native.library import cannot_compile, is_compiled, operators
+from attnzoo.engines.softmax.native.plan import Plan, plan_of
+from attnzoo.engines.softmax.reference import SoftmaxReference
+from attnzoo.engines.softmax.tile_pieces import Pieces, Way
+
+
+def why_not(engine: SoftmaxReference, call: Call) -> str | None:
+    """Why the compiled operators refuse the call; None when they take it."""
+    if call.q.dtype not in tiles.DTYPES:
+        return f"sums of {call.q.dtype} run in float32, and compiled tiles have one dtype"
+    if engine.softcap is not None:
+        return "it has no softcap"
+    if "distance_bias" in call.inputs:
+        return "it has no distance_bias"
+    return tiles.cannot_work_alone(engine, call) or cannot_compile()
+
+
+def not_compiled(engine: Any, call: Call) -> str | None:
+    """Why backend="auto" passes over it: nobody asked for it by name yet on this machine, which
+    would compile it."""
+    if is_compiled():
+        return None
+    return "it is not compiled on this machine yet: the first call with backend='native' does that"
+
+
+def attend(
+    engine: SoftmaxReference,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_cap: Tensor | None,
+    table: Tensor | None,
+    pieces: Pieces,
+    compute: Compute,
+    sink_logits: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """A·v by pieces, as `tiles.attend`, which tells the arguments.
+
+    bias: None, since `why_not` refuses one
+    """
+    plan = plan_of(pieces(q, table), k.shape[2], q)
+    return _Attend.apply(q, k, v, key_cap, sink_logits, plan, engine.scale_of(q), compute)
+
+
+def all_parts(size: int, keys: int, threads: int | None = None) -> int:
+    """Every part in one piece: the operator itself cuts the work."""
+    return sys.maxsize
+
+
+COMPILED = Way(attend, all_parts)
+
+
+class _Attend(torch.autograd.Function):
+    """`attend`, and its gradients by the compiled backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_cap: Tensor | None,
+        sink_logits: Tensor | None,
+        plan: Plan,
+        scale: float,
+        compute: Compute,
+    ) -> Tensor:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        logits = None if sink_logits is None else sink_logits.to(q.dtype).contiguous()
+        out, log_sums = operators().native_attention(q, k, v, key_cap, logits, list(plan), scale)
+        ctx.save_for_backward(q, k, v, key_cap, sink_logits, out, log_sums)
+        ctx.plan, ctx.scale, ctx.compute = plan, scale, compute
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, key_cap, sink_logits, out, log_sums = ctx.saved_tensors
+        if is_followed(gradients[0]):
+            *to_qkv, to_logits = open_gradients(ctx.compute, (q, k, v, sink_logits), gradients[0])
+            return *to_qkv, None, to_logits, *[None] * 3
+        sent, to_logits = gradients[0].contiguous(), None
+        found = operators().native_attention_backward(
+            sent, out, log_sums, q, k, v, key_cap, list(ctx.plan), ctx.scale
+        )
+        if sink_logits is not None:
+            # The slopes of a row and of its logit sum to 0, for one number added to all of them
+            # changes nothing; the weight of the logit is what the row's weights lack to 1.
+            share = (sink_logits.to(q.dtype)[:, None] - log_sums).exp_()
+            to_logits = -(share * (sent * out).sum(-1)).sum((0, 2)).to(sink_logits.dtype)
+        return *found, None, to_logits, *[None] * 3

@@ -1,0 +1,118 @@
+"""The C++ of this folder: compiled once on a machine, kept in a folder of the user, and loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.call import UnsupportedError
+
+SOURCES = ("attention.cpp", "scores.h", "plan.h", "products.h")
+#: What a compiler is told for each kind of processor that torch knows and the code is made for.
+INSTRUCTIONS = {
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
+}
+
+
+def cannot_compile() -> str | None:
+    """Why the code is not compiled here and cannot be; None where it is or can be."""
+    return _found_missing()
+
+
+# What torch.compiler.assume_constant_result sets: a compiled graph takes the answer as a constant.
+cannot_compile._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@lru_cache(maxsize=1)
+def _found_missing() -> str | None:
+    kind = torch.backends.cpu.get_cpu_capability()
+    if sys.platform != "linux" or kind not in INSTRUCTIONS:
+        return f"it is for Linux and AVX2 or AVX-512, got {sys.platform} and {kind}"
+    if is_compiled():
+        return None
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        return (
+            "it is compiled at first use, and there is no C++ compiler (c++, or the one CXX names)"
+        )
+    if shutil.which("ninja") is None:
+        return "it is compiled at first use, which needs ninja (pip install 'attnzoo[native]')"
+    return None
+
+
+def is_compiled() -> bool:
+    """Whether the code has been compiled on this machine, for this torch and this processor."""
+    return compiled_file().exists()
+
+
+@lru_cache(maxsize=1)
+def compiled_file() -> Path:
+    """Where the compiled code is kept: below TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions, by
+    a name that tells torch's version, the processor and the source."""
+    texts = [(Path(__file__).parent / name).read_bytes() for name in SOURCES]
+    kind = torch.backends.cpu.get_cpu_capability()
+    digest = hashlib.sha256(b"\0".join([*texts, torch.__version__.encode(), kind.encode()]))
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
+    return Path(root).expanduser() / f"attnzoo_native_{digest.hexdigest()[:16]}.so"
+
+
+@lru_cache(maxsize=1)
+def operators() -> Any:
+    """The namespace of torch.ops that holds `native_attention` and `native_attention_backward`.
+
+    Compiles the code where that has not been done, some 15 seconds; raises UnsupportedError where
+    the compiler fails.
+    """
+    if is_compiled():
+        torch.ops.load_library(compiled_file())
+    else:
+        _compile_and_load(compiled_file())
+    torch.library.register_fake("attnzoo::native_attention", _shapes)
+    torch.library.register_fake("attnzoo::native_attention_backward", _shapes_backward)
+    return torch.ops.attnzoo
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3])
+
+
+def _shapes_backward(
+    sent: Tensor, out: Tensor, log_sums: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _compile_and_load(file: Path) -> None:
+    from torch.utils import cpp_extension  # slow to import, and needs setuptools
+
+    kind = torch.backends.cpu.get_cpu_capability()
+    capability = (f"-DCPU_CAPABILITY={kind}", f"-DCPU_CAPABILITY_{kind}", *INSTRUCTIONS[kind])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Compiled in a folder of its own and moved in one step: an interrupted compiler leaves nothing
+    # that others would wait for or load.
+    with tempfile.TemporaryDirectory(prefix="attnzoo_native_", dir=file.parent) as folder:
+        try:
+            cpp_extension.load(
+                file.stem,
+                [str(Path(__file__).parent / SOURCES[0])],
+                extra_cflags=["-O3", "-fopenmp", *capability],
+                extra_ldflags=["-fopenmp"],
+                build_directory=folder,
+                is_python_module=False,
+            )
+        except (RuntimeError, OSError, ImportError) as error:
+            first = next((line for line in str(error).splitlines() if "error" in line), str(error))
+            raise UnsupportedError(
+                f"backend='native' could not be compiled: {first.strip()}; use backend='auto', "
+                "which does without it"
+            ) from error
+        os.replace(Path(folder) / file.name, file)

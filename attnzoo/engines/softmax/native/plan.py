@@ -1,0 +1,137 @@
+"""The pieces of `tiles` as tensors that the C++ reads: tiles of rows, runs of keys, and caps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnzoo.engines.softmax.tile_pieces import Piece
+
+
+class Plan(NamedTuple):
+    """What `native_attention` takes; all of int32 but the limits, which have the dtype of the call.
+
+    tiles: (tiles, 6), of each its first row, its rows, its first run and the end of its runs, its
+        first cap and the end of its caps
+    runs: (runs, 2), first key and number of keys
+    caps: (caps, 4), first and end of the capped keys among those of the tile, and the places of
+        their limits and of their spans
+    spans: (spans, 2), of each capped key the first row of the tile that sees it, and the end of
+        those
+    limits: of each cap (keys, rows of the tile) one after the other
+    starts: (heads + 1,), the first tile of each head
+    """
+
+    tiles: Tensor
+    runs: Tensor
+    caps: Tensor
+    spans: Tensor
+    limits: Tensor
+    starts: Tensor
+
+
+def plan_of(heads: Sequence[Sequence[Piece]], key_length: int, like: Tensor) -> Plan:
+    """The plan of the pieces of every head, or of every sample and head.
+
+    heads: where all heads share their pieces, the plan has one head
+    key_length: number of keys of the call
+    like: of whose dtype the limits are
+    """
+    if all(pieces is heads[0] for pieces in heads):
+        heads = heads[:1]
+    parts = _Parts(key_length)
+    starts = [0]
+    for pieces in heads:
+        for piece in pieces:
+            parts.take(piece)
+        starts.append(parts.tile_count)
+    return parts.plan(starts, like)
+
+
+class _Parts:
+    """The tensors of a plan, as far as pieces have been taken."""
+
+    def __init__(self, key_length: int) -> None:
+        self.key_length = key_length
+        self.tile_count = self._run_count = self._cap_count = self._limit_count = (
+            self._span_count
+        ) = 0
+        self._tiles: list[Tensor] = []
+        self._runs: list[Tensor] = []
+        self._caps: list[Tensor] = []
+        self._spans: list[Tensor] = []
+        self._limits: list[Tensor] = []
+        self._places: dict[int, tuple[Tensor, int, int]] = {}
+
+    def take(self, piece: Piece) -> None:
+        """Add the tiles of a piece, one for each part."""
+        parts, size, _ = piece.shape
+        runs, caps = piece.runs(self.key_length), self._caps_of(piece)
+        number = torch.arange(parts)
+        first_run = self._run_count + number * runs.shape[1]
+        first_cap = self._cap_count + number * caps.shape[1]
+        columns = (
+            piece.first + number * size,
+            torch.full((parts,), size),
+            first_run,
+            first_run + runs.shape[1],
+            first_cap,
+            first_cap + caps.shape[1],
+        )
+        self._tiles.append(torch.stack(columns, 1))
+        self._runs.append(runs.flatten(0, 1))
+        self._caps.append(caps.flatten(0, 1))
+        self.tile_count += parts
+        self._run_count += parts * runs.shape[1]
+        self._cap_count += parts * caps.shape[1]
+
+    def plan(self, starts: list[int], like: Tensor) -> Plan:
+        """The plan of all pieces taken.
+
+        starts: the first tile of each head, and the number of tiles
+        like: of whose dtype the limits are
+        """
+
+        def joined(parts: list[Tensor], width: int) -> Tensor:
+            return torch.cat([torch.empty(0, width, dtype=torch.long), *parts]).int()
+
+        return Plan(
+            joined(self._tiles, 6),
+            joined(self._runs, 2),
+            joined(self._caps, 4),
+            joined(self._spans, 2),
+            torch.cat([like.new_empty(0), *self._limits]),
+            torch.tensor(starts, dtype=torch.int32),
+        )
+
+    def _caps_of(self, piece: Piece) -> Tensor:
+        """(parts, caps, 4)"""
+        parts, size, _ = piece.shape
+        found = torch.empty(parts, len(piece.caps), 4, dtype=torch.long)
+        for number, cap in enumerate(piece.caps):
+            keys = cap.stop - cap.start
+            limits, spans = self._places_of(cap.largest, size, keys)
+            own = keys if cap.largest.dim() > 2 and len(cap.largest) > 1 else 0
+            found[:, number, 0], found[:, number, 1] = cap.start, cap.stop
+            found[:, number, 2] = limits + own * size * torch.arange(parts)
+            found[:, number, 3] = spans + own * torch.arange(parts)
+        return found
+
+    def _places_of(self, largest: Tensor, size: int, keys: int) -> tuple[int, int]:
+        """Where the limits and the spans of a cap stand; pieces share caps, which are kept once."""
+        known = self._places.get(id(largest))
+        if known is None:
+            whole = largest if largest.dim() > 2 else largest[None]
+            limits = whole.mT.expand(-1, keys, size)
+            seen = (limits > -torch.inf).int()
+            first, behind = seen.argmax(-1), seen.flip(-1).argmax(-1)
+            end = torch.where(seen.any(-1), size - behind, 0)
+            known = self._places[id(largest)] = (largest, self._limit_count, self._span_count)
+            self._limits.append(limits.flatten())
+            self._spans.append(torch.stack([first, end], -1).flatten(0, 1))
+            self._limit_count += limits.numel()
+            self._span_count += first.numel()
+        return known[1], known[2]
