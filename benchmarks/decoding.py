@@ -52,7 +52,7 @@ def drawn(attention: Attention, length: int) -> dict[str, Tensor]:
         found["k"] = torch.nn.functional.normalize(found["k"], dim=-1)
     for one in attention.spec.inputs:
         own = any(axis in attention.input_sizes for axis in one.names)
-        if one.dtype == "float" and (one.required or own):
+        if one.dtype == "float" and (one.required or one.is_projected or own):
             x = torch.randn([sizes[name] for name in one.names])
             found[one.name] = x if one.activation is None else one.activation(x + 3)
     return found
