@@ -263,6 +263,7 @@ def test_one_graph_of_ends_of_pieces() -> None:
     agree(compiled(model)(**inputs, use_cache=False).logits, model(**inputs).logits)
 
 
+@pytest.mark.thorough
 def test_one_graph_with_a_window_of_the_models_own() -> None:
     own = {1: ("sliding_window", {"window": 4})}
     model = swapped("mistral", own, sliding_window=4, num_hidden_layers=2)
