@@ -304,6 +304,7 @@ def test_encoder_layer_compiles_into_one_graph(name: str) -> None:
         torch.testing.assert_close(compiled(x, **call), layer(x, **call), **SINGLE)
 
 
+@pytest.mark.thorough
 def test_a_compiled_graph_checks_the_masks_that_it_cannot_read() -> None:
     torch._dynamo.reset()
     module = MultiheadAttention(SIZE, HEADS, batch_first=True, attention="linear")
@@ -317,6 +318,7 @@ def test_a_compiled_graph_checks_the_masks_that_it_cannot_read() -> None:
         compiled(x, x, x, attn_mask=causal_bool(9), need_weights=False)
 
 
+@pytest.mark.thorough
 def test_a_compiled_standard_core_honours_a_float_padding_mask() -> None:
     torch._dynamo.reset()
     _, ours = pair(batch_first=True)

@@ -80,6 +80,7 @@ def test_a_swapped_layer_is_exported_with_a_dynamic_batch(name: str) -> None:
         graph(tokens(3, LENGTH + 1), **masks(name))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", only(["standard", "linear"], [*ANY_LENGTH, "sliding_window"]))
 def test_a_dynamic_length_is_exported_where_no_blocks_are_laid_out(name: str) -> None:
     model = layer(name, backend=ANY_LENGTH.get(name, "auto"))
@@ -133,6 +134,7 @@ def test_multihead_attention_is_exported_with_a_dynamic_batch(name: str) -> None
         agree(graph(x, ignore), model(x, ignore))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -240,6 +240,7 @@ def compiled(model: Any) -> Any:
     return torch.compile(model, fullgraph=True, backend="aot_eager")
 
 
+@pytest.mark.thorough
 def test_one_graph() -> None:
     """Without a mask, packed or not; beside a mask, a graph cannot read the positions and refuses
     those that start again."""
@@ -256,6 +257,7 @@ def test_one_graph() -> None:
         graph(**inputs, **mask)
 
 
+@pytest.mark.thorough
 def test_one_graph_of_ends_of_pieces() -> None:
     model = swapped("llama", "standard", num_hidden_layers=1)
     inputs = {**collated(return_flash_attn_kwargs=True), **WAYS["a mask of ones"]}
