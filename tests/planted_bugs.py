@@ -135,8 +135,9 @@ def _copy_to(folder: Path) -> None:
 def _fingerprint(bug: Bug) -> str:
     found = hashlib.sha256(repr(bug).encode())
     for folder in ("attnzoo", "tests"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            found.update(path.read_bytes())
+        for path in sorted((ROOT / folder).rglob("*.*")):
+            if path.suffix in (".py", ".cpp", ".h"):
+                found.update(path.read_bytes())
     return found.hexdigest()[:16]
 
 

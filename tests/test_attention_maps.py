@@ -137,6 +137,50 @@ def test_padding_moves_no_row_of_a_recurrent_map(family: str, side: str) -> None
     assert not padded[..., hidden].any() and not padded[:, hidden].any()
 
 
+def mamba(kind: str) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    own = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 1} | {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts_per_tok": 1,
+        "intermediate_size": 24, "mamba_d_state": 4, "use_mamba_kernels": False,
+    }  # fmt: skip
+    more = own if kind == "Jamba" else {"state_size": 4}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 50}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **more)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    for name, weight in model.named_parameters():
+        if "proj" in name:
+            weight.data.normal_(0, 0.3)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "FalconMamba", "Jamba"])
+def test_the_map_of_a_scan_makes_the_rows(kind: str) -> None:
+    model = mamba(kind)
+    path = "layers.0.mamba" if kind == "Jamba" else "layers.0.mixer"
+    layer, seen = model.get_submodule(path), {}
+    layer.x_proj.register_forward_pre_hook(lambda _, given: seen.update(u=given[0]))
+    layer.in_proj.register_forward_hook(lambda _, __, out: seen.update(gate=out.chunk(2, -1)[1]))
+    layer.out_proj.register_forward_pre_hook(lambda _, given: seen.update(rows=given[0]))
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 7:] = 0
+    with attnzoo.attention_maps(model) as maps, torch.no_grad():
+        model(ids(2, 9), attention_mask=mask)  # though a cache is filled
+    channels, u = maps[0].shape[1], seen["u"].transpose(1, 2)
+    assert maps.paths[0] == path and maps[0].shape == (2, channels, 9, 9) and channels == u.shape[1]
+    rows = (maps[0] @ u[..., None])[..., 0] + layer.D[:, None] * u
+    made = rows.transpose(1, 2) * nn.functional.silu(seen["gate"])
+    torch.testing.assert_close(made[0], seen["rows"][0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(made[1, :7], seen["rows"][1, :7], rtol=1e-4, atol=1e-6)
+    assert not maps[0][1, :, 7:].any() and not maps[0][1, ..., 7:].any()
+    cache = model(ids(2, 9), use_cache=True)
+    name = "cache_params" if "cache_params" in cache else "past_key_values"
+    with attnzoo.attention_maps(model) as maps, torch.no_grad():
+        model(ids(2, 1), use_cache=True, **{name: cache[name]})
+    assert path not in [maps.paths[layer] for layer in maps]
+
+
 def test_replaced_and_swapped_hybrids_stay_so() -> None:
     model = make_hybrid("qwen3_next")
     attnzoo.replace_fallbacks(model)
@@ -168,6 +212,13 @@ def layer_weights(layer: Any, x: Tensor) -> Tensor:
         return layer.self_attn(x, x, x)[1]
 
 
+def convolutions() -> nn.Module:
+    from transformers import ResNetConfig, ResNetModel
+
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], num_channels=3)
+    return ResNetModel(config)
+
+
 def test_layers_and_misuse() -> None:
     model = make("llama")
     with attnzoo.attention_maps(model, layers="1-2") as maps:
@@ -184,6 +235,7 @@ def test_layers_and_misuse() -> None:
     for wrong, asked, sentence in (
         (model, 7, r"it has 3 attention layers, 0 to 2"),
         (nn.Linear(2, 2), None, r"has no attention"),
+        (convolutions(), None, r"ResNetModel has no attention that attnzoo can show"),
     ):
         with pytest.raises(ValueError, match=sentence), attnzoo.attention_maps(wrong, asked):
             pass

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -59,12 +59,20 @@ def distributions(requirements: list[str]) -> set[str]:
     return {canonicalize_name(name) for name, _ in seen}
 
 
+def requirements(*extras: str) -> Iterator[str]:
+    """What extras ask for, those of attnzoo itself that they name included."""
+    for extra in extras:
+        for text in PROJECT["optional-dependencies"][extra]:
+            one = Requirement(text)
+            if one.name == PROJECT["name"]:
+                yield from requirements(*one.extras)
+            else:
+                yield text
+
+
 def environment(folder: Path, *extras: str) -> dict[str, str]:
     """Variables of a Python that finds attnzoo and what these extras install, and nothing else."""
-    requirements = [*PROJECT["dependencies"]]
-    for extra in extras:
-        requirements += PROJECT["optional-dependencies"][extra]
-    for name in distributions(requirements):
+    for name in distributions([*PROJECT["dependencies"], *requirements(*extras)]):
         try:
             found = metadata.distribution(name)
         except metadata.PackageNotFoundError:
@@ -230,7 +238,29 @@ from attnzoo.tasks.pixels import Pixels
 from attnzoo.tasks.task import TEST
 Pixels().held_out(TEST, 1)
 """,
+    ("native",): """
+from attnzoo.engines.softmax.native import library
+assert library.cannot_compile() is None or "ninja" not in str(library.cannot_compile())
+import ninja, setuptools
+""",
+    ("docs",): """
+import furo, myst_parser, sphinx, sphinx_copybutton
+from docs import reference_pages
+assert all(reference_pages.page(name) for name in reference_pages.PAGES)
+""",
+    ("test",): f"""
+import os, pytest
+os.chdir({str(ROOT)!r})
+assert pytest.main(["-q", "-p", "no:cacheprovider", "tests/test_style.py"]) == 0
+""",
 }
+
+
+def test_no_extra_is_left_out() -> None:
+    alone = {extra for extras in (*COMMANDS, *LIBRARY) for extra in extras}
+    # cuda is for GPU machines; dev joins the others.
+    assert alone == {*PROJECT["optional-dependencies"]} - {"cuda", "dev"}
+    assert set(requirements("dev")) == set(requirements(*alone))
 
 
 @pytest.mark.parametrize("extras", one_by_one(LIBRARY))

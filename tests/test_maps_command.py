@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import re
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,31 @@ def test_misuse_is_a_sentence(
     output = [] if "--output" in given else ["--output", "maps.html"]
     assert main(["maps", *given, *output]) == 2
     assert said in capsys.readouterr().err and not Path("maps.html").exists()
+
+
+def test_a_text_that_the_model_cannot_read_is_a_sentence(
+    folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"vocab_size": 8, "intermediate_size": 8, "max_position_embeddings": 4}
+    config = hf.BertConfig(**sizes)
+    hf.BertModel(config).save_pretrained(tmp_path)
+    hf.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    asked = ["maps", str(tmp_path), "the cat that ran ."]
+    assert main(asked) == 2
+    assert "the text has 5 tokens; the model takes 4" in capsys.readouterr().err
+
+    def read(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise IndexError("index out of range\nin self")
+
+    asked[2] = "the cat"
+    monkeypatch.setattr(hf.BertModel, "forward", read)
+    monkeypatch.setattr("attnzoo.integrations.maps.attention_maps._running_ours", _nothing)
+    assert main(asked) == 2
+    assert "cannot read the text of 2 tokens: index out of range in self" in capsys.readouterr().err
+
+
+@contextmanager
+def _nothing(part: Any) -> Any:
+    yield ["encoder.layer.0.attention.self"]

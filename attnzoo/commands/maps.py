@@ -54,20 +54,23 @@ def run(settings: Namespace) -> int:
     choice = None if settings.attention is None else parse_variant(settings.attention)
     text = read_text(settings.text)
     model, tokenizer = load_model(settings.model)
-    given = tokenizer(text, return_tensors="pt")
+    given = tokenizer(text, return_tensors="pt", verbose=False)
     ids = given["input_ids"]
-    if not 1 <= ids.shape[1] <= MOST_TOKENS:
-        raise ValueError(
-            f"the text has {ids.shape[1]} tokens; give one of 1 to {MOST_TOKENS}, since a page "
-            "holds a square for every two of them"
-        )
+    check_length(ids.shape[1], model, tokenizer)
     if choice is not None:
         swap(model, choice.name, **choice.options)
     import torch
 
     chosen = None if settings.layer == "all" else settings.layer
     with attention_maps(model, chosen) as maps, torch.no_grad():
-        model(**given)
+        try:
+            model(**given)
+        except (IndexError, RuntimeError) as error:  # such as positions that it does not have
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{settings.model} cannot read the text of {ids.shape[1]} tokens: {reason}; give "
+                "another text, or try the model itself"
+            ) from None
     kind = "exact" if choice is None else choice.label
     layers = [LayerMap(f"{layer}: {maps.paths[layer]}", maps[layer][0]) for layer in maps]
     tokens = [_spelled(tokenizer, int(token)) for token in ids[0]]
@@ -77,6 +80,19 @@ def run(settings: Namespace) -> int:
     read = "1 token" if len(tokens) == 1 else f"{len(tokens)} tokens"
     screen().print(f"{drawn} over {read}: {target}", soft_wrap=True)
     return 0
+
+
+def check_length(count: int, model: Any, tokenizer: Any) -> None:
+    """Raise ValueError where the text has more tokens than a page holds or the model takes."""
+    if not 1 <= count <= MOST_TOKENS:
+        raise ValueError(
+            f"the text has {count} tokens; give one of 1 to {MOST_TOKENS}, since a page "
+            "holds a square for every two of them"
+        )
+    longest = getattr(model.config, "max_position_embeddings", None)
+    most = min(tokenizer.model_max_length, longest or MOST_TOKENS)
+    if count > most:
+        raise ValueError(f"the text has {count} tokens; the model takes {most}: give a shorter one")
 
 
 def read_text(given: str) -> str:

@@ -19,7 +19,7 @@ MINILM = "quality/full-minilm-l6.jsonl"
 
 def encoders() -> str:
     """MiniLM at 512 tokens: error and speed of what saves multiply-accumulates."""
-    rows = [row for row in _compared("MiniLM-L6", 512) if row["output_error"] is not None]
+    rows = [row for row in compared("MiniLM-L6", 512) if row["output_error"] is not None]
     better = [row for row in rows if row["output_error"] < row["mean_value_error"]]
     shown = sorted(better, key=lambda row: row["output_error"])
     return markdown_table(
@@ -42,7 +42,7 @@ def documents() -> str:
     rows = [
         row
         for row in rows
-        if row["cosine"] is not None and row["length"] == 256 and _macs_saved(row) >= 0.1
+        if row["cosine"] is not None and row["length"] == 256 and macs_saved(row) >= 0.1
     ]
     best = sorted(rows, key=lambda row: -row["cosine"])[:6]
     return markdown_table(
@@ -52,7 +52,7 @@ def documents() -> str:
                 f"`{row['label']}`",
                 f"{row['cosine']:.2f}",
                 f"{row['top1']:.0%}",
-                f"{_macs_saved(row):.0%}",
+                f"{macs_saved(row):.0%}",
             ]
             for row in best
         ],
@@ -71,13 +71,13 @@ def decoders() -> str:
     }
     rows = []
     for label, generator in labels.items():
-        found = _swapped(label)
+        found = swapped(label)
         rows.append(
             [
                 f"`{label}`",
                 *(f"{found[text]['perplexity']:,.1f}" for text in ("shakespeare", "prose")),
-                f"{_macs_saved(found['shakespeare']):.0%}",
-                "" if generator is None else f"{_token_time(generator) * 1e3:.0f} ms",
+                f"{macs_saved(found['shakespeare']):.0%}",
+                "" if generator is None else f"{token_time(generator) * 1e3:.0f} ms",
             ]
         )
     headings = ["every layer", "perplexity, Shakespeare", "prose", "MACs saved"]
@@ -101,7 +101,7 @@ def trained(file: str) -> str:
 
 def speeds(model: str, length: str) -> str:
     """What of the MAC speed-up a CPU gives, fastest first."""
-    rows = [row for row in _compared(model, int(length)) if row["speedup"]]
+    rows = [row for row in compared(model, int(length)) if row["speedup"]]
     fastest = sorted(rows, key=lambda row: -row["speedup"])
     return markdown_table(
         ["attention", "measured speed-up", "MAC speed-up", "output error", "baseline"],
@@ -118,21 +118,13 @@ def speeds(model: str, length: str) -> str:
     )
 
 
-TABLES: dict[str, Any] = {
-    "encoders": encoders,
-    "documents": documents,
-    "decoders": decoders,
-    "trained": trained,
-    "speeds": speeds,
-}
-
-
-def _compared(model: str, length: int) -> list[Row]:
+def compared(model: str, length: int) -> list[Row]:
+    """The rows of the comparison with exact attention, of one model."""
     rows = json.loads((files.RESULTS / "compare.json").read_text(encoding="utf-8"))["rows"]
     return [row for row in rows if row["model"] == model and row["length"] == length]
 
 
-def _swapped(label: str) -> dict[str, Row]:
+def swapped(label: str) -> dict[str, Row]:
     """The rows of 4,096 tokens, by their text."""
     found = {
         row["text"]: row
@@ -144,14 +136,24 @@ def _swapped(label: str) -> dict[str, Row]:
     return found
 
 
-def _macs_saved(row: Row) -> float:
+def macs_saved(row: Row) -> float:
+    """Which part of the attentions' MACs a mix saves."""
     return 1 - row["attention_macs"] / row["exact_attention_macs"]
 
 
-def _token_time(contender: str) -> float:
+def token_time(contender: str) -> float:
     """Seconds of a token after 32,768, the better of the passes, in SmolLM2-135M's shape."""
     return min(
         row["median_seconds"]
         for row in read_lines("generation.jsonl")
         if (row["contender"], row["length"]) == (contender, 32768)
     )
+
+
+TABLES: dict[str, Any] = {
+    "encoders": encoders,
+    "documents": documents,
+    "decoders": decoders,
+    "trained": trained,
+    "speeds": speeds,
+}

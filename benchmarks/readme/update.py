@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from benchmarks.readme import (
+    answers,
     choices,
     compared,
     costs,
@@ -36,6 +37,7 @@ TABLES: dict[str, Table] = {
     **recorded.TABLES,
     **useful.TABLES,
     **choices.TABLES,
+    **answers.TABLES,
     **costs.TABLES,
     **short.TABLES,
 }

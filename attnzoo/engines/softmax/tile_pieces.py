@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, wraps
 from math import gcd
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from attnzoo.eager import can_look
 
 #: How many scores a thread computes at a time: so few stay in its cache with their keys and values.
 SCORES = 3 * 2**16
@@ -118,6 +121,25 @@ def cap(visible: Tensor, like: Tensor) -> Tensor:
     like: a tensor of the dtype that the result will have
     """
     return torch.where(visible, torch.inf, -torch.inf).to(like.dtype)
+
+
+def kept(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that makes pieces of sizes alone, whose last results serve the next calls.
+
+    make: its arguments are hashable; of the first, a tensor, it reads the dtype alone
+    """
+
+    @lru_cache(maxsize=32)
+    def keep(dtype: torch.dtype, *sizes: Any) -> Any:
+        with torch.inference_mode(False):
+            return make(torch.empty(0, dtype=dtype, device="cpu"), *sizes)
+
+    @wraps(make)
+    def made(like: Tensor, *sizes: Any) -> Any:
+        # What is made in a mode, of tensors without values, belongs to it.
+        return keep(like.dtype, *sizes) if can_look(like) else make(like, *sizes)
+
+    return made
 
 
 class Way(NamedTuple):

@@ -25,6 +25,7 @@ from attnzoo.integrations.huggingface.fallbacks.replace_fallbacks import (
     replace_fallbacks,
     restore_fallbacks,
 )
+from attnzoo.integrations.maps.selective_scan import scans, watch_scans
 from attnzoo.integrations.record import RECORD
 from attnzoo.integrations.swapping import part_of, swap, unswap
 
@@ -97,8 +98,8 @@ def attention_maps(model: nn.Module, layers: Layers | None = None) -> Iterator[A
         maps[2]  # (batch, heads, queries, keys)
 
     model: as `swap` takes it, swapped or not: its attention is exact, or what was put there; and
-        the recurrent layers of transformers' hybrids that `replace_fallbacks` knows, whose entries
-        may be negative
+        the recurrent layers of transformers' hybrids that `replace_fallbacks` knows and the scans
+        of Mamba, Falcon Mamba and Jamba, whose heads are channels; entries of both may be negative
     layers: which, as `swap` takes them, recurrent ones counted too; default: all
     raises: ValueError on a model without such layers, and on layers that it does not have;
         UnsupportedError where a layer's attention cannot be had
@@ -109,11 +110,11 @@ def attention_maps(model: nn.Module, layers: Layers | None = None) -> Iterator[A
     part = part_of(model)
     with ExitStack() as stack:
         sites = stack.enter_context(_running_ours(part))
-        paths = _in_order(part, [*sites, *_recurrent(part)])
+        paths = _in_order(part, [*sites, *_recurrent(part), *scans(part)])
         if not paths:
             raise ValueError(f"{type(model).__name__} has no attention that attnzoo can show")
         maps = AttentionMaps(paths, None if layers is None else parse_layers(layers, paths))
-        for hook in _hooks(part, maps):
+        for hook in (*_hooks(part, maps), *watch_scans(part, maps.keep)):
             stack.callback(hook.remove)
         names = {id(module): path for path, module in part.named_modules()}
         running: list[tuple[str, RealTokens | None]] = []
@@ -153,7 +154,7 @@ def _running_ours(part: nn.Module) -> Iterator[list[str]]:
         if interface.handles(part) and any(is_recurrent(module) for module in part.modules()):
             replace_fallbacks(part)
             stack.callback(restore_fallbacks, part)
-        recurrent = bool(_recurrent(part))
+        recurrent = bool(_recurrent(part) or scans(part))
         if RECORD in vars(part):
             yield [path for path, *_ in vars(part)[RECORD].sites]
             return
@@ -178,9 +179,9 @@ def _told_by_transformers(part: nn.Module, stack: ExitStack, recurrent: bool) ->
     try:
         sites = interface.find_sites(part)
     except UnsupportedError:
-        if not recurrent:
+        if not recurrent and any("Attention" in type(one).__name__ for one in part.modules()):
             raise
-        return []  # it has recurrent layers alone
+        return []  # it has recurrent layers alone, or none
     stack.callback(interface.insert(part, sites, {}), part)
     return [site.path for site in sites]
 

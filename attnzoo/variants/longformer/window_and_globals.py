@@ -268,8 +268,9 @@ def _dense_why_not(engine: WindowAndGlobals, call: Call) -> str | None:
     return dense.cannot(engine, call)
 
 
-_, *_FAST, _ = WindowSparse.backends
+_NATIVE, _, *_FAST, _ = WindowSparse.backends
 WindowAndGlobals.backends = (
+    _NATIVE,
     Backend("dense", _dense, _dense_why_not),
     *_FAST,
     Backend("reference", _reference, never_refuses),

@@ -20,8 +20,8 @@ from attnzoo.engines.softmax.tile_pieces import Pieces, Way
 
 def why_not(engine: SoftmaxReference, call: Call) -> str | None:
     """Why the compiled operators refuse the call; None when they take it."""
-    if call.q.dtype != torch.float32:
-        return f"it is for float32, got {call.q.dtype}"
+    if call.q.dtype not in tiles.DTYPES:
+        return f"sums of {call.q.dtype} run in float32, and compiled tiles have one dtype"
     if engine.softcap is not None:
         return "it has no softcap"
     if "distance_bias" in call.inputs:
@@ -29,12 +29,16 @@ def why_not(engine: SoftmaxReference, call: Call) -> str | None:
     return tiles.cannot_work_alone(engine, call) or cannot_compile()
 
 
-def not_compiled(engine: Any, call: Call) -> str | None:
-    """Why backend="auto" passes over it: nobody asked for it by name yet on this machine, which
-    would compile it."""
-    if is_compiled():
-        return None
-    return "it is not compiled on this machine yet: the first call with backend='native' does that"
+def passed_over(call: Call, fewest_rows: int) -> str | None:
+    """Why backend="auto" passes over it; None where it does not.
+
+    fewest_rows: from how many rows on it is faster than one call of SDPA under a dense mask
+    """
+    if not is_compiled():
+        return "it is not compiled on this machine: the first call with backend='native' does that"
+    if call.query_length < fewest_rows:
+        return f"{call.query_length} rows are fewer than the {fewest_rows} from which on it is fast"
+    return None
 
 
 def attend(
@@ -53,7 +57,7 @@ def attend(
 
     bias: None, since `why_not` refuses one
     """
-    plan = plan_of(pieces(q, table), k.shape[2])
+    plan = plan_of(pieces(q, table), k.shape[2], q.dtype)
     return _Attend.apply(q, k, v, key_cap, sink_logits, plan, engine.scale_of(q), compute)
 
 
@@ -81,8 +85,8 @@ class _Attend(torch.autograd.Function):
         compute: Compute,
     ) -> Tensor:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        logits = None if sink_logits is None else sink_logits.float().contiguous()
-        out, log_sums = operators().native_attention(q, k, v, key_cap, logits, *plan, scale)
+        logits = None if sink_logits is None else sink_logits.to(q.dtype).contiguous()
+        out, log_sums = operators().native_attention(q, k, v, key_cap, logits, list(plan), scale)
         ctx.save_for_backward(q, k, v, key_cap, sink_logits, out, log_sums)
         ctx.plan, ctx.scale, ctx.compute = plan, scale, compute
         return out
@@ -95,11 +99,11 @@ class _Attend(torch.autograd.Function):
             return *to_qkv, None, to_logits, *[None] * 3
         sent, to_logits = gradients[0].contiguous(), None
         found = operators().native_attention_backward(
-            sent, out, log_sums, q, k, v, key_cap, *ctx.plan, ctx.scale
+            sent, out, log_sums, q, k, v, key_cap, list(ctx.plan), ctx.scale
         )
         if sink_logits is not None:
             # The slopes of a row and of its logit sum to 0, for one number added to all of them
             # changes nothing; the weight of the logit is what the row's weights lack to 1.
-            share = (sink_logits.float()[:, None] - log_sums).exp_()
+            share = (sink_logits.to(q.dtype)[:, None] - log_sums).exp_()
             to_logits = -(share * (sent * out).sum(-1)).sum((0, 2)).to(sink_logits.dtype)
         return *found, None, to_logits, *[None] * 3

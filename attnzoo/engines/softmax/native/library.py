@@ -5,9 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,7 @@ from torch import Tensor
 
 from attnzoo.call import UnsupportedError
 
-SOURCES = ("attention.cpp", "plan.h", "products.h")
+SOURCES = ("attention.cpp", "scores.h", "plan.h", "products.h")
 #: What a compiler is told for each kind of processor that torch knows and the code is made for.
 INSTRUCTIONS = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
@@ -44,7 +49,7 @@ def _found_missing() -> str | None:
         return (
             "it is compiled at first use, and there is no C++ compiler (c++, or the one CXX names)"
         )
-    if shutil.which("ninja") is None:
+    if shutil.which("ninja") is None and find_spec("ninja") is None:
         return "it is compiled at first use, which needs ninja (pip install 'attnzoo[native]')"
     return None
 
@@ -96,11 +101,15 @@ def _compile_and_load(file: Path) -> None:
 
     kind = torch.backends.cpu.get_cpu_capability()
     capability = (f"-DCPU_CAPABILITY={kind}", f"-DCPU_CAPABILITY_{kind}", *INSTRUCTIONS[kind])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Compiled in a folder of its own and moved in one step: an interrupted compiler leaves nothing
-    # that others would wait for or load.
-    with tempfile.TemporaryDirectory(prefix="attnzoo_native_", dir=file.parent) as folder:
-        try:
+    warnings.warn(
+        "backend='native' is compiled once on this machine, which takes some 15 seconds",
+        stacklevel=2,
+    )
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Compiled in a folder of its own and moved in one step: an interrupted compiler leaves
+        # nothing that others would wait for or load.
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder, _ninja_found():
             cpp_extension.load(
                 file.stem,
                 [str(Path(__file__).parent / SOURCES[0])],
@@ -109,10 +118,25 @@ def _compile_and_load(file: Path) -> None:
                 build_directory=folder,
                 is_python_module=False,
             )
-        except (RuntimeError, OSError, ImportError) as error:
-            first = next((line for line in str(error).splitlines() if "error" in line), str(error))
-            raise UnsupportedError(
-                f"backend='native' could not be compiled: {first.strip()}; use backend='auto', "
-                "which does without it"
-            ) from error
-        os.replace(Path(folder) / file.name, file)
+            os.replace(Path(folder) / file.name, file)
+    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        first = next((line for line in str(error).splitlines() if "error" in line), str(error))
+        raise UnsupportedError(
+            f"backend='native' could not be compiled: {first.strip()}; use backend='auto', which "
+            "does without it"
+        ) from error
+
+
+@contextmanager
+def _ninja_found() -> Iterator[None]:
+    """Inside, torch finds ninja where pip put it, which is on PATH only in an environment that has
+    been activated."""
+    before = os.environ.get("PATH", "")
+    if shutil.which("ninja") is None:
+        import ninja  # pyright: ignore[reportMissingImports]
+
+        os.environ["PATH"] = os.pathsep.join([before, ninja.BIN_DIR])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from attnzoo.engines.softmax.tile_pieces import Piece
 
 
 class Plan(NamedTuple):
-    """What `native_attention` takes; all of int32 but the limits.
+    """What `native_attention` takes; all of int32 but the limits, which have the dtype of the call.
 
     tiles: (tiles, 6), of each its first row, its rows, its first run and the end of its runs, its
         first cap and the end of its caps
@@ -21,7 +22,7 @@ class Plan(NamedTuple):
         their limits and of their spans
     spans: (spans, 2), of each capped key the first row of the tile that sees it, and the end of
         those
-    limits: float32, of each cap (keys, rows of the tile) one after the other
+    limits: of each cap (keys, rows of the tile) one after the other
     starts: (heads + 1,), the first tile of each head
     """
 
@@ -33,21 +34,39 @@ class Plan(NamedTuple):
     starts: Tensor
 
 
-def plan_of(heads: Sequence[Sequence[Piece]], key_length: int) -> Plan:
+def plan_of(heads: Sequence[Sequence[Piece]], key_length: int, dtype: torch.dtype) -> Plan:
     """The plan of the pieces of every head, or of every sample and head.
 
     heads: where all heads share their pieces, the plan has one head
     key_length: number of keys of the call
+    dtype: of the limits
     """
-    if all(pieces is heads[0] for pieces in heads):
-        heads = heads[:1]
-    parts = _Parts(key_length)
-    starts = [0]
-    for pieces in heads:
-        for piece in pieces:
-            parts.take(piece)
-        starts.append(parts.tile_count)
-    return parts.plan(starts)
+    shared = all(pieces is heads[0] for pieces in heads)
+    return _plan_of(_Same(heads[0] if shared else heads), shared, key_length, dtype)
+
+
+class _Same:
+    """Pieces that equal themselves alone: those that are kept for many calls have one plan."""
+
+    def __init__(self, pieces: Sequence[Any]) -> None:
+        self.pieces = pieces
+
+    def __hash__(self) -> int:
+        return id(self.pieces)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.pieces is self.pieces
+
+
+@lru_cache(maxsize=32)
+def _plan_of(same: _Same, shared: bool, key_length: int, dtype: torch.dtype) -> Plan:
+    with torch.inference_mode(False):
+        parts, starts = _Parts(key_length), [0]
+        for pieces in [same.pieces] if shared else same.pieces:
+            for piece in pieces:
+                parts.take(piece)
+            starts.append(parts.tile_count)
+        return parts.plan(starts, torch.empty(0, dtype=dtype))
 
 
 class _Parts:
@@ -87,10 +106,11 @@ class _Parts:
         self._run_count += parts * runs.shape[1]
         self._cap_count += parts * caps.shape[1]
 
-    def plan(self, starts: list[int]) -> Plan:
+    def plan(self, starts: list[int], like: Tensor) -> Plan:
         """The plan of all pieces taken.
 
         starts: the first tile of each head, and the number of tiles
+        like: of whose dtype the limits are
         """
 
         def joined(parts: list[Tensor], width: int) -> Tensor:
@@ -101,7 +121,7 @@ class _Parts:
             joined(self._runs, 2),
             joined(self._caps, 4),
             joined(self._spans, 2),
-            torch.cat([torch.empty(0), *self._limits]),
+            torch.cat([like.new_empty(0), *self._limits]),
             torch.tensor(starts, dtype=torch.int32),
         )
 

@@ -26,14 +26,16 @@ from attnzoo.engines.sparse.sparse import Sparse, from_first_real
 from attnzoo.engines.tried_on_gpu import untried
 from attnzoo.sequences.padding import fills_slots
 
+ROWS = 128  # from how many on `native` is faster than a dense mask
+
 
 class BlockSparse(Sparse):
     """Softmax attention in which a block of queries sees blocks of keys.
 
-    Its backends in order: `dense`, one SDPA call, where the pattern hides nothing; `flex`,
-    FlexAttention on CUDA; `native`, `tiles` in C++, where that has been compiled; `tiles`, a few
-    rows at a time in memory that stays in a CPU's cache; `blocks`, SDPA on gathered blocks of keys;
-    `ragged`, the same for padded samples whose blocks count from their own ends; the reference.
+    Its backends in order: `native`, `tiles` in C++, where that has been compiled; `dense`, one SDPA
+    call, where the pattern hides nothing; `flex`, FlexAttention on CUDA; `tiles`, a few rows at a
+    time in memory that stays in a CPU's cache; `blocks`, SDPA on gathered blocks of keys; `ragged`,
+    the same for padded samples whose blocks count from their own ends; the reference.
 
     pattern: which blocks of keys each block of queries sees
     scale: factor of the scores, 1/sqrt(head_dim) by default
@@ -63,6 +65,10 @@ def _compiled(engine: BlockSparse, call: Call) -> Tensor:
 
 def _native_why_not(engine: BlockSparse, call: Call) -> str | None:
     return _one_table_why_not(engine, call) or native.why_not(engine, call)
+
+
+def _native_passed_over(engine: BlockSparse, call: Call) -> str | None:
+    return native.passed_over(call, ROWS) or dense.serves_whole(engine, call)
 
 
 def _tiles_why_not(engine: BlockSparse, call: Call) -> str | None:
@@ -106,9 +112,9 @@ def _flex_why_not(engine: BlockSparse, call: Call) -> str | None:
 
 
 BlockSparse.backends = (
+    replace(from_first_real("native", _compiled, _native_why_not), untried=_native_passed_over),
     from_first_real("dense", dense.attend, dense.why_not),
     replace(from_first_real("flex", _flex, _flex_why_not), untried=untried),
-    replace(from_first_real("native", _compiled, _native_why_not), untried=native.not_compiled),
     from_first_real("tiles", _in_tiles, _tiles_why_not),
     from_first_real("blocks", _in_gathered, _one_table_why_not),
     from_first_real("ragged", _in_tables_of_samples, _ragged_why_not),

@@ -13,8 +13,8 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.reference import SoftmaxReference
-from attnzoo.engines.softmax.tile_pieces import Cap, Memory, Piece, Slices, Way, cap
-from attnzoo.engines.sparse.blocks.block_layout import LaidOut, Run, runs, sorted_key_blocks
+from attnzoo.engines.softmax.tile_pieces import Cap, Memory, Piece, Slices, Way, cap, kept
+from attnzoo.engines.sparse.blocks.block_layout import LaidOut, runs, sorted_key_blocks
 from attnzoo.engines.sparse.blocks.gathered_blocks import head_by_head
 from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
@@ -46,14 +46,17 @@ def in_tiles(
 
     def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
         real = frame(q, k[:, :, : grid.key_length], v[:, :, : grid.key_length])
-        return head_by_head(engine, real, LaidOut(q, k, v, size, ahead, spare), blocks, found)
+        return head_by_head(engine, real, LaidOut(q, k, v, size, ahead, spare), blocks(), found)
 
     origin = laid_out.first_block(call) * size
-    pieces = partial(_pieces, pattern.block_size, grid, found, origin, way)
-    blocks = sorted_key_blocks(pattern, grid)
+    blocks = partial(sorted_key_blocks, pattern, grid)
+
+    def pieces(q: Tensor, _: Tensor | None) -> list[list[Piece]]:
+        return _pieces(q, pattern, grid, origin, way)
+
     q, k, v = laid_out.q, laid_out.k, laid_out.v
     bias = call.get("distance_bias")
-    out = way.attend(engine, q, k, v, key_cap, blocks, pieces, compute, None, bias)
+    out = way.attend(engine, q, k, v, key_cap, None, pieces, compute, None, bias)
     return laid_out.rows(out, call)
 
 
@@ -102,18 +105,18 @@ class Gathered:
         scores.add_(bias.unfold(0, size, 1)[starts].view(parts, size, keys))
 
 
+@kept
 def _pieces(
-    size: int, grid: Grid, found: list[Run], origin: int, way: Way, q: Tensor, blocks: Tensor | None
+    like: Tensor, pattern: BlockPattern, grid: Grid, origin: int, way: Way
 ) -> list[list[Piece]]:
     """The pieces of every head; heads that draw nothing of their own share theirs.
 
-    size: positions of a block
+    like: of whose dtype the caps are
     origin: where row 0 stands
     way: how pieces are computed
-    blocks: (heads or 1, query_blocks, width), the key blocks of each query block
     """
-    assert blocks is not None
-    diagonal = cap(torch.ones(size, size, dtype=torch.bool, device="cpu").tril(), q)
+    size, found = pattern.block_size, runs(pattern, grid)
+    diagonal = cap(torch.ones(size, size, dtype=torch.bool, device="cpu").tril(), like)
 
     def of_head(blocks: Tensor) -> Iterator[Piece]:
         for run in found:
@@ -134,5 +137,5 @@ def _pieces(
                         origin,
                     )
 
-    pieces = [list(of_head(own)) for own in blocks]
+    pieces = [list(of_head(own)) for own in sorted_key_blocks(pattern, grid)]
     return pieces if len(pieces) == grid.heads else pieces * grid.heads

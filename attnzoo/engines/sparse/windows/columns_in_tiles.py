@@ -135,7 +135,7 @@ def _pieces(
     q: (batch, heads, query_length, head_dim)
     slots: (batch, count), where the columns stand; None in a call that is not causal
     """
-    slices = pieces_of_head(pattern, grid, q, way, count)
+    slices = pieces_of_head(q, pattern, grid, way, count)
     of_samples = [None] if slots is None else slots.unbind()
     heads = []
     for its_slots in of_samples:

@@ -37,14 +37,16 @@ from attnzoo.sequences.padding import first_real, slots_of
 #: Queries and keys, each, up to which a dense mask serves every window; beyond, one that shows a
 #: row at least so many keys for each pair of a query and a key: two fifths of 512, four of 1,024.
 ALWAYS_SHORT, SPAN = 256, 0.8 / 1024
+#: From how many rows on `native` is faster than a dense mask, alone and with columns.
+ROWS, ROWS_WITH_COLUMNS = 128, 512
 
 
 class WindowSparse(Sparse):
     """Softmax attention over a window.
 
-    Its backends in order: `dense`, one SDPA call, where the window hides nothing; `flex`,
-    FlexAttention on CUDA; `native`, `tiles` in C++, where that has been compiled; `tiles`, a few
-    rows at a time in memory that stays in a CPU's cache;
+    Its backends in order: `native`, `tiles` in C++, where that has been compiled; `dense`, one SDPA
+    call, where the window hides nothing; `flex`, FlexAttention on CUDA; `tiles`, a few rows at a
+    time in memory that stays in a CPU's cache;
     `windows`, SDPA on a slice of the keys for every block of queries; `columns`, the same with keys
     beside each slice that every row sees; the reference.
 
@@ -184,6 +186,11 @@ def _tiles_why_not(engine: WindowSparse, call: Call) -> str | None:
     return tiles.why_not(engine, call)
 
 
+def _native_passed_over(engine: WindowSparse, call: Call) -> str | None:
+    rows = ROWS_WITH_COLUMNS if engine.has_columns(call) else ROWS
+    return native.passed_over(call, rows) or dense.serves_whole(engine, call)
+
+
 def _in_slices(engine: WindowSparse, call: Call) -> Tensor:
     def attend_heads(window: Window, part: Call) -> Tensor:
         return dilated.of_one_dilation(window, part, partial(window_slices.in_slices, engine))
@@ -239,14 +246,14 @@ def _flex_why_not(engine: WindowSparse, call: Call) -> str | None:
 
 
 WindowSparse.backends = (
-    Backend("dense", dense.attend, dense.why_not),
-    Backend("flex", _by_flex, _flex_why_not, packs=True, untried=untried),
     Backend(
         "native",
         partial(_in_tiles, way=native.COMPILED),
         native.why_not,
-        untried=native.not_compiled,
+        untried=_native_passed_over,
     ),
+    Backend("dense", dense.attend, dense.why_not),
+    Backend("flex", _by_flex, _flex_why_not, packs=True, untried=untried),
     Backend("tiles", _in_tiles, _tiles_why_not),
     Backend("windows", _in_slices, _slices_why_not, packs=True),
     Backend("columns", _with_columns, _columns_why_not),

@@ -9,7 +9,7 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.softmax import tile_pieces, tiles
 from attnzoo.engines.softmax.reference import SoftmaxReference
-from attnzoo.engines.softmax.tile_pieces import Cap, Slices, Way, cap
+from attnzoo.engines.softmax.tile_pieces import Cap, Slices, Way, cap, kept
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.windows.window_plan import BLOCK, band, edges, plan
@@ -36,7 +36,7 @@ def in_tiles(
         return in_slices(engine, pattern, with_logits(frame(q, k, v), logits))
 
     def of_heads(q: Tensor, _: Tensor | None) -> list[list[Slices]]:
-        return [pieces_of_head(pattern, grid, q, way)] * grid.heads
+        return [pieces_of_head(q, pattern, grid, way)] * grid.heads
 
     q, k, v, logits, bias = (
         call.q,
@@ -48,12 +48,15 @@ def in_tiles(
     return way.attend(engine, q, k, v, key_cap, None, of_heads, compute, logits, bias)
 
 
-def pieces_of_head(pattern: Window, grid: Grid, q: Tensor, way: Way, more: int = 0) -> list[Slices]:
+@kept
+def pieces_of_head(
+    like: Tensor, pattern: Window, grid: Grid, way: Way, more: int = 0
+) -> list[Slices]:
     """The edges of one head, some rows at a time, and its whole blocks, some blocks at a time.
 
+    like: of whose dtype the caps are
     pattern: a window without dilation
     grid: the sizes of the call
-    q: of whose dtype the caps are
     way: how pieces are computed
     more: keys that each row will get beside these
     """
@@ -62,9 +65,9 @@ def pieces_of_head(pattern: Window, grid: Grid, q: Tensor, way: Way, more: int =
         rows = max(BLOCK, tile_pieces.SCORES // max(1, high - low + more))
         for start in range(first, end, rows):
             stop = min(start + rows, end)
-            caps = _caps(pattern, grid, (offset + start, offset + stop), (low, high), q)
+            caps = _caps(pattern, grid, (offset + start, offset + stop), (low, high), like)
             slices.append(Slices(start, (1, stop - start, high - low), low, caps, offset))
-    caps = _caps(pattern, grid, (found.before, found.before + BLOCK), (0, found.slice_length), q)
+    caps = _caps(pattern, grid, (found.before, found.before + BLOCK), (0, found.slice_length), like)
     together = way.together(BLOCK, found.slice_length + more)
     for block in range(0, found.blocks, together):
         first, blocks = found.start + block * BLOCK, min(together, found.blocks - block)
