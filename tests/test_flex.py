@@ -461,11 +461,11 @@ def test_the_backend_itself_on_a_cpu() -> None:
     """Two lengths, each compiled."""
     attn = attnzoo.build("sliding_window", heads=4, head_dim=16, window=50, backend="flex")
     for length in (300, 430):
-        q, k, v = (x.float() for x in tensors(Situation(length, length))[:3])
+        call = call_of(Situation(length, length), True)
         with torch.no_grad():
-            out = attn(q, k, v, is_causal=True)
+            out = attn(call.q, call.k, call.v, is_causal=True)
         attn.backend = "reference"
-        close(out, attn(q, k, v, is_causal=True), 2e-6, f"{length} tokens")
+        close(out, attn(call.q, call.k, call.v, is_causal=True), 2e-6, f"{length} tokens")
         attn.backend = "flex"
 
 
