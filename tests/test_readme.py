@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import figures
+from benchmarks import draw_results
 from benchmarks.readme import (
     compared,
     files,
@@ -223,20 +223,22 @@ def test_every_study_has_a_figure_that_is_there() -> None:
 
 
 def test_figures_show_what_the_tables_say() -> None:
-    speeds = figures.gates_speed()["linear"]
+    speeds = draw_results.gates_speed()["linear"]
     table = gates.speeds().split("| `linear` |")[1].splitlines()[0]
     assert f"| {speeds['forward']:.2f}× |" in table
     assert f"| {speeds['forward+backward']:.2f}× |" in table
     assert f"| {speeds['forward'] / speeds['by MACs']:.0%} |" in table
-    others = figures.peers_speed()["window of 256"]
+    others = draw_results.peers_speed()["window of 256"]
     assert f"| {others['forward']:.2f} / " in peers.others("peers", "4096", "16384")
-    parity = figures.scores("parity-study")()["deltanet allow_neg_eigval=True"]
+    parity = draw_results.scores("parity-study")()["deltanet allow_neg_eigval=True"]
     assert min(parity.values()) > 0.999
 
 
 def test_bars_and_lines_are_drawn(tmp_path: Path) -> None:
-    figures.draw_bars({"a": {"x": 2.0, "y": 0.5}}, "times", tmp_path / "b.png", are_ratios=True)
-    figures.draw_lines({"linear": {8: 1.0, 64: 3.0}}, "ratio", tmp_path / "l.png", str, 1)
+    draw_results.draw_bars(
+        {"a": {"x": 2.0, "y": 0.5}}, "times", tmp_path / "b.png", are_ratios=True
+    )
+    draw_results.draw_lines({"linear": {8: 1.0, 64: 3.0}}, "ratio", tmp_path / "l.png", str, 1)
     assert all((tmp_path / name).stat().st_size > 2000 for name in ("b.png", "l.png"))
 
 

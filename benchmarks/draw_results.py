@@ -1,7 +1,7 @@
 """Draw the figures of the pages of results that have no script of their own, from the recorded
 rows:
 
-    python -m benchmarks.figures
+    python -m benchmarks.draw_results
 """
 
 from __future__ import annotations
