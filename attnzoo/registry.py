@@ -181,7 +181,12 @@ def spec_of(name: str) -> Spec:
 
 def options_of(name: str) -> tuple[Option, ...]:
     """The constructor arguments of a variant, in order, heads and head_dim included."""
-    constructor = find(name).__init__
+    return _options_of(find(name))
+
+
+@cache  # reading annotations takes longer than building most variants
+def _options_of(cls: type[Attention]) -> tuple[Option, ...]:
+    constructor = cls.__init__
     hints = get_type_hints(constructor)
     parameters = list(inspect.signature(constructor).parameters.values())[1:]
     return tuple(Option(p.name, _type_name(hints.get(p.name, Any)), p.default) for p in parameters)

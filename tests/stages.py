@@ -14,8 +14,7 @@ thorough = pytest.mark.thorough
 
 def staged(*values: Any, first: bool) -> Any:
     """A parameter set of the first stage, or of the second."""
-    said = "-".join(str(getattr(value, "__name__", value)) for value in values)
-    return pytest.param(*values, id=said, marks=() if first else thorough)
+    return pytest.param(*values, id="-".join(map(_said, values)), marks=() if first else thorough)
 
 
 def only(first: Collection[Any], values: Sequence[Any]) -> list[Any]:
@@ -53,3 +52,9 @@ def each_way(cases: Sequence[Case], few: Collection[Case] | None = None) -> list
 
 def _several(one: Any) -> tuple[Any, ...]:
     return one if isinstance(one, tuple) else (one,)
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={one}" for name, one in value.items()) or "none"
+    return str(getattr(value, "__name__", value))

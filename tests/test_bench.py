@@ -880,6 +880,7 @@ def test_a_file_holds_the_derived_numbers_too(tmp_path) -> None:
     assert json.loads(file.path.read_text())["kept_speedup"] == 0.5
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="other allocators keep what they like"
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from stages import in_turn
 
 import attnzoo
 from attnzoo.benchmarking import cuda_timing, levels, measure_setting
@@ -237,8 +238,9 @@ def test_a_lost_device_ends_the_sweep_behind_the_row_that_lost_it(
     assert [row.label for row in rows] == ["linear"] and "illegal memory access" in rows[0].reason
 
 
-@pytest.mark.parametrize("name", attnzoo.names())
-@pytest.mark.parametrize("phase", ["forward", "forward+backward"])
+@pytest.mark.parametrize(
+    ("name", "phase"), in_turn(attnzoo.names(), ["forward+backward", "forward"])
+)
 def test_no_pass_waits_for_the_device_or_copies_to_it(name: str, phase: str) -> None:
     """What a CUDA graph cannot hold. On the meta device reading a number fails, and a copy shows as
     an operation on two devices."""

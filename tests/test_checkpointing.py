@@ -10,7 +10,7 @@ import torch
 from cases import Case, usual_cases
 from multihead_cases import options_of
 from small import in_models, layer_masks, small
-from stages import staged
+from stages import in_turn, staged
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,11 +18,8 @@ import attnzoo
 from attnzoo import Attention, MultiheadAttention
 from attnzoo.registry import spec_of
 
-CASES = pytest.mark.parametrize("case", usual_cases(), ids=str)
+TWO_WAYS = pytest.mark.parametrize(("case", "use_reentrant"), in_turn(usual_cases(), [False, True]))
 FAMILIES = ["bert", "gpt2", "llama", "mistral", "qwen2"]
-REENTRANT = pytest.mark.parametrize(
-    "use_reentrant", [False, True], ids=["not reentrant", "reentrant"]
-)
 
 
 def count_calls(model: nn.Module) -> list[int]:
@@ -45,8 +42,7 @@ def gradients(model: nn.Module, x: Tensor, run: Callable[[], Tensor]) -> list[Te
     return [parameter.grad for parameter in (x, *model.parameters()) if parameter.grad is not None]
 
 
-@CASES
-@REENTRANT
+@TWO_WAYS
 def test_checkpointing_a_multihead_attention(case: Case, use_reentrant: bool) -> None:
     length = 60 if case.spec.needs_max_length else 150
     mha = MultiheadAttention(32, 4, batch_first=True, **options_of(case))
@@ -67,8 +63,7 @@ def test_checkpointing_a_multihead_attention(case: Case, use_reentrant: bool) ->
     assert len(plain) >= 5 and all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
 
 
-@CASES
-@REENTRANT
+@TWO_WAYS
 def test_checkpointing_torchs_layer(case: Case, use_reentrant: bool) -> None:
     """Dropout inside the layer draws the same numbers in the second forward."""
     layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, dropout=0.2)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, Situation, can, close, gradients_of, padding, tensors, usual_cases
-from small import of_each_engine, of_each_family
-from stages import only
+from small import of_each_engine, of_each_folder
+from stages import only, staged
 from torch import Tensor
 
 import attnzoo
@@ -27,8 +27,8 @@ KINDS = pytest.mark.parametrize(
 )
 #: In the first stage in one direction: that in which most can go wrong.
 ONE_WAY = [(case, case.spec.forms[-1]) for case in usual_cases()]
-#: And by one variant of each family.
-FEW = [(case, is_causal) for case, is_causal in ONE_WAY if case.variant in of_each_family()]
+#: And by one variant of each folder of engines.
+FEW = [(case, is_causal) for case, is_causal in ONE_WAY if case.variant in of_each_folder()]
 
 
 def compare(case: Case, is_causal: bool, compiler: str, situations: list[Situation]) -> None:
@@ -68,20 +68,27 @@ def shields_the_past(
     )
 
 
+def of_two_lengths(case: Case, is_causal: bool) -> bool:
+    """Whether a second length is compiled: for causal calls alone, or where there are none, by one
+    variant of each engine. `test_inductor_compiles_whole` has it for all."""
+    return (is_causal or not case.spec.causal) and case.variant in of_each_engine()
+
+
 @pytest.mark.parametrize(("case", "is_causal"), only(ONE_WAY, RUNS))
 def test_traced_whole(case: Case, is_causal: bool) -> None:
     """By dynamo, and differentiated op by op: no graph break, with padding and grouped heads."""
     compare(case, is_causal, "eager", [Situation(150, 150, "interior")])
 
 
-@pytest.mark.parametrize(("case", "is_causal"), only(FEW, RUNS))
-def test_compiles_whole(case: Case, is_causal: bool) -> None:
-    """Traced by dynamo and differentiated by AOTAutograd, run op by op. A second length is compiled
-    for causal calls alone, or where there are none, by one variant of each engine:
-    `test_inductor_compiles_whole` has it for all."""
+@pytest.mark.parametrize(
+    ("case", "is_causal", "lengths"),
+    [staged(*run, 1, first=run in FEW) for run in RUNS if run in FEW or not of_two_lengths(*run)]
+    + [staged(*run, 2, first=False) for run in RUNS if of_two_lengths(*run)],
+)
+def test_compiles_whole(case: Case, is_causal: bool, lengths: int) -> None:
+    """Traced by dynamo and differentiated by AOTAutograd, run op by op."""
     situations = [Situation(150, 150, "interior"), Situation(170, 170, "left")]
-    dynamic = (is_causal or not case.spec.causal) and case.variant in of_each_engine()
-    compare(case, is_causal, "aot_eager", situations if dynamic else situations[:1])
+    compare(case, is_causal, "aot_eager", situations[:lengths])
 
 
 @pytest.mark.parametrize(("case", "is_causal"), only(FEW, RUNS))

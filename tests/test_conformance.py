@@ -72,6 +72,7 @@ def test_costs_are_told() -> None:
     assert dense.of("MACs").found.startswith("2,097,152 counted; ")
 
 
+@pytest.mark.thorough
 def test_exact_attention_is_no_window_of_128() -> None:
     found = check(attend, "sliding_window", rules=["long inputs"], window=128).of("long inputs")
     assert found.status == "fails" and "129 tokens" in found.trial, found

@@ -150,6 +150,7 @@ for command in (["show", "mean"], ["list"], compare):
     assert run_beside(tmp_path, program).count("Mean attention") >= 2
 
 
+@pytest.mark.thorough
 def test_a_variant_that_cannot_be_loaded_is_left_out_and_said(tmp_path: Path) -> None:
     package(tmp_path, "[attnzoo.variants]\nbroken = mypackage.absent\nmean = mypackage.mean\n")
     said = run_beside(tmp_path, "import attnzoo; print(attnzoo.names())")

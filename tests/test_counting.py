@@ -81,8 +81,6 @@ OPTIONS = [case for case in cases() if case not in usual_cases()]
 def test_count_closed_form_and_torch_agree(case: Case, is_causal: bool):
     long = longest(case, is_causal)
     agree(case, is_causal, long, long, kv_heads=1)
-    if case.spec.cross:
-        agree(case, is_causal, 65, 18)
 
 
 @thorough
@@ -94,7 +92,7 @@ def test_every_length_agrees(case: Case, is_causal: bool):
     agree(case, is_causal, 70, 70, kv_heads=4, batch=1)
 
 
-@pytest.mark.parametrize(("case", "is_causal"), each_way(OPTIONS))
+@pytest.mark.parametrize(("case", "is_causal"), each_way(OPTIONS, few=OPTIONS[::2]))
 def test_every_option_agrees(case: Case, is_causal: bool):
     agree(case, is_causal, *[longest(case, is_causal)] * 2)
 

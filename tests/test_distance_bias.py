@@ -123,7 +123,7 @@ def test_distances_in_a_packed_row_are_those_in_the_pieces(case: Case, is_causal
     torch.testing.assert_close(found, out, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", USUAL, ids=str)
+@pytest.mark.parametrize("case", only(USUAL[::2], USUAL))
 def test_transforms_and_graphs_follow_the_bias(case: Case) -> None:
     q, k, v, _ = tensors(Situation(40, 40))
     biases, attn = torch.stack([table(4, 39), -table(4, 39)]), case.build(dtype=torch.float64)

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, Situation, ask_oracle, backends_of, can, cases, tensors
+from cases import Case, Situation, ask_oracle, backends_of, can, cases, tensors, usual_cases
 from small import layer_masks, small
+from stages import only
 
 import attnzoo
 
-ALL = pytest.mark.parametrize("case", cases(), ids=str)
+ALL = pytest.mark.parametrize("case", only(usual_cases(), cases()))
 NOTHING = [
     Situation(5, 5, batch=0),
     Situation(80, 80, batch=0),

@@ -177,7 +177,7 @@ def one_by_one(wanted: Mapping[tuple[str, ...], Any], *first: tuple[str, ...]) -
     ]
 
 
-@pytest.mark.parametrize("extras", one_by_one(COMMANDS, (), ("cli",)))
+@pytest.mark.parametrize("extras", one_by_one(COMMANDS, ("cli",)))
 def test_every_command_works_or_says_what_to_install(
     extras: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -263,7 +263,7 @@ def test_no_extra_is_left_out() -> None:
     assert set(requirements("dev")) == set(requirements(*alone))
 
 
-@pytest.mark.parametrize("extras", one_by_one(LIBRARY, ()))
+@pytest.mark.parametrize("extras", one_by_one(LIBRARY))
 def test_the_library_works_with_one_extra_alone(extras: tuple[str, ...], tmp_path: Path) -> None:
     packages = tmp_path / "packages"
     packages.mkdir()

@@ -328,6 +328,7 @@ def test_what_a_compiler_looks_up_is_there(family: str, monkeypatch: pytest.Monk
     assert list(continued._built) == built != []
 
 
+@pytest.mark.thorough
 def test_one_graph() -> None:
     model = make("mamba2", num_hidden_layers=1)
     attnzoo.replace_fallbacks(model)

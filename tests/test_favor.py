@@ -10,6 +10,7 @@ from functools import lru_cache
 import pytest
 import torch
 from cases import Case, Situation, gradients_of, tensors
+from stages import in_turn
 from torch import Tensor
 
 from attnzoo.variants.performer.random_features import RandomFeatures, draw_projection
@@ -64,8 +65,7 @@ def mean_squared_error(kind: str, x: Tensor, y: Tensor) -> Tensor:
     return variance[kind] / FEATURES
 
 
-@pytest.mark.parametrize("orthogonal", [False, True], ids=["iid", "orthogonal"])
-@pytest.mark.parametrize("kind", UNBIASED)
+@pytest.mark.parametrize(("kind", "orthogonal"), in_turn([*UNBIASED], [False, True]))
 def test_unbiased(kind: str, orthogonal: bool) -> None:
     """The mean over draws reaches exp(scale · x·y) within five standard errors."""
     x, y = pairs()
@@ -159,9 +159,17 @@ def test_redraw() -> None:
     assert torch.equal(attn(q, k, v), before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("features", RandomFeatures.KINDS)
-@pytest.mark.parametrize("scale", [16, 64])
+@pytest.mark.parametrize(
+    ("dtype", "features", "scale"),
+    in_turn(
+        [
+            (dtype, features)
+            for dtype in (torch.float32, torch.bfloat16)
+            for features in RandomFeatures.KINDS
+        ],
+        [16, 64],
+    ),
+)
 def test_large_scores_stay_finite(features: str, scale: int, dtype: torch.dtype) -> None:
     """Scores of standard deviation 16 and 64: the estimate is poor there, but it is a number,
     forward and backward."""

@@ -349,6 +349,7 @@ def other_precision() -> Iterator[None]:
     AcceleratorState._reset_state()
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("other_precision")
 @pytest.mark.parametrize("variant", ["sliding_window", "linear", "performer"])
 def test_the_recipe_for_a_gpu_takes_a_step_of_each_stage(variant: str, tmp_path: Path) -> None:

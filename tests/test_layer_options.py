@@ -283,6 +283,7 @@ def test_the_rest_begins_as_without_them() -> None:
     ]
 
 
+@pytest.mark.thorough
 def test_in_torchs_layers_and_one_graph() -> None:
     encoder: Any = nn.TransformerEncoderLayer(SIZE, HEADS, 32, 0.0, batch_first=True).double()
     encoder.self_attn = layer = layer_of("gated_deltanet")

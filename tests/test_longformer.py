@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, Situation, ask_oracle, close, gradients_of, padding, tensors, with_backends
+from stages import staged
 from torch import Tensor, nn
 
 import attnzoo
@@ -53,13 +54,7 @@ def own_projections(situation: Situation) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("situation", "case", "own", "is_causal"),
     [
-        pytest.param(
-            situation,
-            case,
-            own,
-            is_causal,
-            id=f"{situation}-{case}-{own=}-{is_causal=}",
-        )
+        staged(situation, case, own, is_causal, first=is_causal == bool((i + j) // 2 % 2))
         for i, situation in enumerate(SITUATIONS)
         for j, case in enumerate([CASE, FIRST, DILATED])
         for is_causal in (False, True)

@@ -160,6 +160,7 @@ def test_what_is_refused() -> None:
         layer_of(output_norm="all")
 
 
+@pytest.mark.thorough
 def test_it_begins_as_published_and_lives_on() -> None:
     layer = layer_of(**PUBLISHED)
     layer._reset_parameters()

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, cases
+from cases import Case, cases, usual_cases
 from small import build_small, layer_masks, small
+from stages import only
 from torch import Tensor, nn
 
 import attnzoo
@@ -129,7 +130,7 @@ def test_numbers_left_on_meta_are_refused(name: str, options: dict[str, Any]) ->
     assert attn.to("meta")(*[x.to("meta")] * 3).is_meta
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.parametrize("case", only(usual_cases(), cases()))
 def test_tensors_stay_where_they_are_under_another_default_device(case: Case) -> None:
     """By every backend that takes the call, forward and backward."""
     inputs: dict[str, Any] = {

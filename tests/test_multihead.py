@@ -25,6 +25,7 @@ from multihead_cases import (
     pair,
 )
 from small import causal_bool, layer_masks, possible
+from stages import in_turn
 from torch import Tensor, nn
 
 from attnzoo import MultiheadAttention
@@ -97,8 +98,10 @@ def name_of(value: Any) -> str | None:
     )
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=name_of)
-@pytest.mark.parametrize("widths", [{}, {"kdim": 6, "vdim": 10}, {"vdim": 8}], ids=name_of)
+@pytest.mark.parametrize(
+    ("configuration", "widths"),
+    in_turn(CONFIGURATIONS, [{}, {"kdim": 6, "vdim": 10}, {"vdim": 8}]),
+)
 def test_cross_attention_is_torchs(configuration: dict[str, bool], widths: dict[str, int]) -> None:
     theirs, ours = pair(**configuration, **widths)
     lengths = (QUERIES, KEYS, KEYS)
@@ -112,8 +115,10 @@ def test_cross_attention_is_torchs(configuration: dict[str, bool], widths: dict[
         assert_same(theirs, ours, inputs, DOUBLE, key_padding_mask=padding, attn_mask=mask, **form)
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=name_of)
-@pytest.mark.parametrize("shared", ["query is key is value", "key is value"])
+@pytest.mark.parametrize(
+    ("configuration", "shared"),
+    in_turn(CONFIGURATIONS, ["query is key is value", "key is value"]),
+)
 def test_shared_inputs_are_torchs(configuration: dict[str, bool], shared: str) -> None:
     theirs, ours = pair(**configuration)
     x, y = (

@@ -24,6 +24,7 @@ from multihead_cases import (
     options_of,
 )
 from small import causal_bool
+from stages import in_turn
 from torch import Tensor, nn
 
 import attnzoo
@@ -80,11 +81,17 @@ def core(
     return made
 
 
+def bool_form(mask: Tensor) -> Tensor:
+    return mask
+
+
 @pytest.mark.parametrize(
-    "padding_form", [None, lambda m: m, as_float], ids=["unpadded", "bool", "float"]
+    ("case", "batch_first", "padding_form"),
+    in_turn(
+        usual_cases(),
+        [(first, form) for first in (True, False) for form in (as_float, bool_form, None)],
+    ),
 )
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("case", usual_cases(), ids=str)
 def test_every_core_runs_on_the_projected_inputs(
     case: Case, batch_first: bool, padding_form: Callable[[Tensor], Tensor] | None
 ) -> None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from cases import Case, Situation, ask_oracle, cases, close, gradients_of, tensors, usual_cases
-from small import build_small, of_each_family
+from small import build_small, of_each_folder
 from stages import in_turn, only
 from torch import Tensor
 
@@ -57,7 +57,7 @@ def inputs_of(case: Case, length: int, queries: int | None = None) -> tuple[Tens
     return q, (q if case.options.get("share_qk") else k), v, upstream
 
 
-@pytest.mark.parametrize(("case", "rows"), in_turn(cases(), [*ROWS], whole=usual_cases()))
+@pytest.mark.parametrize(("case", "rows"), in_turn(cases(), [*ROWS]))
 def test_packed_equals_its_pieces(case: Case, rows: str) -> None:
     """Rows, A and gradients, of parameters too."""
     attn, segments = case.build(dtype=torch.float64), ids_of(*ROWS[rows])
@@ -141,7 +141,7 @@ def test_what_stands_in_a_piece_reaches_no_other(name: str) -> None:
             assert torch.equal(clean, one)
 
 
-IN_GRAPHS = [case for case in usual_cases() if case.variant in of_each_family()]
+IN_GRAPHS = [case for case in usual_cases() if case.variant in of_each_folder()]
 
 
 @pytest.mark.parametrize("case", only(IN_GRAPHS, cases()))

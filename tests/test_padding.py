@@ -50,10 +50,9 @@ def alone(attn: Attention, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, **kind
             case,
             side,
             length,
-            # The usual forms short on one side and long on the other, in turn
-            first=(length == LENGTHS[0]) == (place % 2 == number)
-            if case in usual_cases()
-            else length == LENGTHS[0] and place % 2 == number,
+            # The usual forms short or long, all on one side, in turn
+            first=length == LENGTHS[place // 2 % 2 if case in usual_cases() else 0]
+            and place % 2 == number,
         )
         for place, case in enumerate(cases())
         for number, side in enumerate(("left", "right"))

@@ -177,6 +177,7 @@ def test_a_variant_is_written_and_read_back(choice) -> None:
         assert parse_variant(text) == choice
 
 
+@pytest.mark.thorough
 def test_compare_returns_tables_figures_and_files() -> None:
     result = attnzoo.compare(
         ["linear", "sliding_window:window=8"], models="synthetic", lengths=[16, 32], progress=False

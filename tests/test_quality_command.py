@@ -137,6 +137,7 @@ def test_the_same_command_again_measures_nothing_and_writes_the_same(capsys, mon
     assert Path("report/quality-smollm2-135m.jsonl").read_text() == rows
 
 
+@pytest.mark.thorough
 def test_an_interrupt_keeps_the_finished_rows_and_the_next_run_goes_on(capsys, monkeypatch):
     from attnzoo.quality.perplexity import CausalSubject
 

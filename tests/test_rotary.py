@@ -206,6 +206,7 @@ def test_a_layer_lives_on(qk_norm: Any) -> None:
         fresh.load_state_dict(nn.MultiheadAttention(SIZE, HEADS).state_dict())
 
 
+@pytest.mark.thorough
 def test_in_torchs_layers_and_one_graph() -> None:
     encoder = nn.TransformerEncoderLayer(SIZE, HEADS, 32, 0.0, batch_first=True).double()
     encoder.self_attn = layer_of("standard")
@@ -224,6 +225,7 @@ def test_in_torchs_layers_and_one_graph() -> None:
         torch.testing.assert_close(graph(x, x, x, **how)[0], layer(x, x, x, **how)[0])
 
 
+@pytest.mark.thorough
 def test_exports() -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     layer = layer_of("standard").float().eval()

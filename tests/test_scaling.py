@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import of_each_family
+from small import of_each_folder
 from stages import staged, thorough
 
 import attnzoo
@@ -115,7 +115,7 @@ def test_standard_keeps_what_flash_attention_keeps(name: str, is_causal: bool):
 @pytest.mark.parametrize(
     ("variant", "is_causal"),
     [
-        staged(variant, way, first=variant.choice.name in of_each_family())
+        staged(variant, way, first=variant.choice.name in of_each_folder())
         for variant, way in EVERY_WAY
     ],
 )
@@ -419,12 +419,14 @@ def test_refuses_options_that_come_from_the_model():
 # ---- the whole -----------------------------------------------------------------------------------
 
 
+@thorough
 def test_every_variant_of_the_zoo_is_there(found: Scaling):
     for name in ("variant_costs", "variant_limits", "paths"):
         assert set(names()) <= set(found.table(name).values("variant"))
     assert set(found.table("crossovers").values("variant")) == set(names()) - {"standard"}
 
 
+@thorough
 def test_json_and_csv_hold_the_exact_values(found: Scaling):
     content = json.loads(found.to_json())
     assert set(content["tables"]) == {table.name for table in found.tables}
@@ -438,6 +440,7 @@ def test_json_and_csv_hold_the_exact_values(found: Scaling):
     assert "two FLOPs" in content["convention"]
 
 
+@thorough
 def test_figures_have_labelled_axes(found: Scaling):
     drawn = drawings(found)
     assert [drawing.name for drawing in drawn] == [

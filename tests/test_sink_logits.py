@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import FEW_SITUATIONS, Case, Situation, close, gradients_of, tensors
 from small import small
+from stages import in_turn
 
 import attnzoo
 from attnzoo import UnsupportedError
@@ -16,7 +17,6 @@ from attnzoo.oracles import ORACLES
 from attnzoo.registry import names, spec_of
 
 TAKE_THEM = [name for name in names() if spec_of(name).takes("sink_logits")]
-DIRECTION = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 WINDOW = {"standard": 300, "sliding_window": 7}  # for the oracle of windows
 
 
@@ -33,16 +33,17 @@ def test_who_takes_them() -> None:
     assert set(WINDOW) == set(TAKE_THEM)
 
 
-@DIRECTION
-@pytest.mark.parametrize("situation", FEW_SITUATIONS, ids=str)
 @pytest.mark.parametrize(
-    ("name", "backend"),
-    [
-        ("standard", "sdpa"),
-        ("standard", "reference"),
-        ("sliding_window", "tiles"),
-        ("sliding_window", "windows"),
-    ],
+    ("situation", "is_causal", "name", "backend"),
+    in_turn(
+        [(situation, way) for way in (False, True) for situation in FEW_SITUATIONS],
+        [
+            ("standard", "sdpa"),
+            ("standard", "reference"),
+            ("sliding_window", "tiles"),
+            ("sliding_window", "windows"),
+        ],
+    ),
 )
 def test_equals_the_oracle(name: str, backend: str, situation: Situation, is_causal: bool) -> None:
     attn = build(name, situation.heads, backend=backend)

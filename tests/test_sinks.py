@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import FEW_SITUATIONS, Case, Situation, ask_oracle, close, gradients_of, tensors
+from stages import in_turn
 from torch import Tensor
 
 import attnzoo
@@ -35,8 +36,10 @@ def with_logits(
 
 
 @DIRECTION
-@pytest.mark.parametrize("situation", [one for one in FEW_SITUATIONS if one.heads == 4], ids=str)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "situation"),
+    in_turn(OPTIONS, [one for one in FEW_SITUATIONS if one.heads == 4]),
+)
 def test_equals_the_oracle(options: dict[str, Any], situation: Situation, is_causal: bool) -> None:
     """By every backend, and by operators, as where a transform looks in, without the function that
     computes in cache."""
@@ -84,9 +87,13 @@ def test_support_is_counted(
     assert attn.cost(2, *lengths, kv_heads=2, is_causal=is_causal).support_macs == 2 * 8 * seen
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("tokens", [1, 4])
-@pytest.mark.parametrize("padding", ["none", "left", "interior"])
+@pytest.mark.parametrize(
+    ("options", "tokens", "padding"),
+    in_turn(
+        [(options, tokens) for options in OPTIONS for tokens in (1, 4)],
+        ["none", "left", "interior"],
+    ),
+)
 def test_decoding_is_bounded(options: dict[str, Any], tokens: int, padding: str) -> None:
     attn, situation = with_logits(options), Situation(64, 64, padding)
     q, k, v, _ = tensors(situation)

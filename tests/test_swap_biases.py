@@ -277,6 +277,7 @@ def test_falcon_without_alibi() -> None:
     assert not torch.allclose(answer("falcon", model, "left"), wanted, **CLOSE)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["t5", "bloom"])
 def test_one_graph(family: str) -> None:
     model = attnzoo.swap(make(family), "sliding_window", window=4)

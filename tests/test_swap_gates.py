@@ -132,6 +132,7 @@ def test_saved_loaded_copied_and_taken_out(tmp_path: Path) -> None:
     assert torch.equal(logits(model, ids), trained)
 
 
+@pytest.mark.thorough
 def test_checkpointed_and_in_one_graph() -> None:
     model, ids = model_of("gated_deltanet"), tokens(2, 8)
     plain = logits(model, ids)

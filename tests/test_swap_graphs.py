@@ -50,7 +50,7 @@ def compiled_is_eager(name: str, backend: str) -> None:
         agree(gradient, expected)
 
 
-@pytest.mark.parametrize("name", only(of_each_folder(), of_each_engine()))
+@pytest.mark.parametrize("name", only(of_each_folder()[1::2], of_each_engine()))
 def test_a_swapped_layer_compiles_in_one_graph(name: str) -> None:
     compiled_is_eager(name, "aot_eager")
 
@@ -80,6 +80,7 @@ def test_a_swapped_layer_is_exported_with_a_dynamic_batch(name: str) -> None:
         graph(tokens(3, LENGTH + 1), **masks(name))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", only(["standard", "linear"], [*ANY_LENGTH, "sliding_window"]))
 def test_a_dynamic_length_is_exported_where_no_blocks_are_laid_out(name: str) -> None:
     model = layer(name, backend=ANY_LENGTH.get(name, "auto"))
@@ -115,7 +116,7 @@ class Calls(torch.nn.Module):
         )[0]
 
 
-@pytest.mark.parametrize("name", only(of_each_folder(), in_models()))
+@pytest.mark.parametrize("name", only(of_each_folder()[::2], in_models()))
 def test_multihead_attention_is_exported_with_a_dynamic_batch(name: str) -> None:
     """Masks are inputs of the graph."""
     model = Calls(name).eval()
@@ -133,6 +134,7 @@ def test_multihead_attention_is_exported_with_a_dynamic_batch(name: str) -> None
         agree(graph(x, ignore), model(x, ignore))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from stages import only
 from swap_models import DECODERS, ENCODERS, answer, make, padded, tokens
 from torch import Tensor, nn
 
@@ -380,7 +379,8 @@ def test_a_layer_left_alone_keeps_its_own_window() -> None:
     )
 
 
-@pytest.mark.parametrize("name", only(["bigbird"], ["standard", "bigbird"]))
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["standard", "bigbird"])
 def test_a_swapped_encoder_compiles_in_one_graph(name: str) -> None:
     model, mask = attnzoo.swap(make("bert"), name), padded("right")
     expected = answer(model, tokens(), attention_mask=mask)

@@ -240,6 +240,7 @@ def compiled(model: Any) -> Any:
     return torch.compile(model, fullgraph=True, backend="aot_eager")
 
 
+@pytest.mark.thorough
 def test_one_graph() -> None:
     """Without a mask, packed or not; beside a mask, a graph cannot read the positions and refuses
     those that start again."""
@@ -256,6 +257,7 @@ def test_one_graph() -> None:
         graph(**inputs, **mask)
 
 
+@pytest.mark.thorough
 def test_one_graph_of_ends_of_pieces() -> None:
     model = swapped("llama", "standard", num_hidden_layers=1)
     inputs = {**collated(return_flash_attn_kwargs=True), **WAYS["a mask of ones"]}
@@ -263,6 +265,7 @@ def test_one_graph_of_ends_of_pieces() -> None:
     agree(compiled(model)(**inputs, use_cache=False).logits, model(**inputs).logits)
 
 
+@pytest.mark.thorough
 def test_one_graph_with_a_window_of_the_models_own() -> None:
     own = {1: ("sliding_window", {"window": 4})}
     model = swapped("mistral", own, sliding_window=4, num_hidden_layers=2)

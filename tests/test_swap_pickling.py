@@ -53,6 +53,7 @@ def answer(model: Any) -> torch.Tensor:
         return model(tokens())[0]
 
 
+@pytest.mark.thorough
 def test_a_saved_model_its_copy_and_a_part_of_it_run_in_a_fresh_process(tmp_path: Path) -> None:
     first, second = make("llama").eval(), make("llama").eval()
     exact = answer(first)

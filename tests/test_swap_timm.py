@@ -139,6 +139,7 @@ def test_models_without_such_an_attention() -> None:
             attnzoo.swap(timm.create_model(family), "linear")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", MODELS)
 def test_symbolic_traces_and_scripting(family: str) -> None:
     """timm's own feature extraction by torch.fx: the names of before, but for the attention

@@ -519,6 +519,7 @@ def test_no_point_of_the_front_is_beaten_in_both():
     assert pareto_front(points, lower_is_better=True) == [(1, 0.2), (2, 0.1)]
 
 
+@pytest.mark.thorough
 def test_report_makes_a_page_that_needs_nothing_else():
     assert program.main([*TRAIN, "--variants", "standard", "gru"]) == 0
     assert program.main(["report", str(FILE), "--output", "out"]) == 0

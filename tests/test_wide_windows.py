@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, Situation, close, gradients_of, padding, tensors
+from stages import in_turn
 
 import attnzoo
 from attnzoo.engines.sparse import dense
@@ -23,10 +24,13 @@ WIDTHS = [300, 512, 650, N - 1, N, 2 * N]
 DIRECTION = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 
 
-@DIRECTION
-@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-@pytest.mark.parametrize("window", WIDTHS)
-@pytest.mark.parametrize("options", [{}, {"sinks": 3}, {"sink_logits": True}], ids=str)
+@pytest.mark.parametrize(
+    ("window", "padded", "is_causal", "options"),
+    in_turn(
+        [(width, padded, way) for width in WIDTHS for padded in (0, 1) for way in (False, True)],
+        [{}, {"sinks": 3}, {"sink_logits": True}],
+    ),
+)
 def test_equals_the_reference(
     options: dict[str, object], window: int, padded: bool, is_causal: bool
 ) -> None:

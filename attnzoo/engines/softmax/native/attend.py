@@ -86,6 +86,7 @@ class _Attend(torch.autograd.Function):
     ) -> Tensor:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         logits = None if sink_logits is None else sink_logits.to(q.dtype).contiguous()
+        key_cap = None if key_cap is None else key_cap.contiguous()
         out, log_sums = operators().native_attention(q, k, v, key_cap, logits, list(plan), scale)
         ctx.save_for_backward(q, k, v, key_cap, sink_logits, out, log_sums)
         ctx.plan, ctx.scale, ctx.compute = plan, scale, compute

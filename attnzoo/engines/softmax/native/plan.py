@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnzoo.engines.softmax.tile_pieces import Piece
+from attnzoo.eager import unrecorded
+from attnzoo.engines.softmax.tile_pieces import Kept, Piece
 
 
 class Plan(NamedTuple):
@@ -42,31 +43,26 @@ def plan_of(heads: Sequence[Sequence[Piece]], key_length: int, dtype: torch.dtyp
     dtype: of the limits
     """
     shared = all(pieces is heads[0] for pieces in heads)
-    return _plan_of(_Same(heads[0] if shared else heads), shared, key_length, dtype)
+    found = heads[0] if shared else heads
+    if isinstance(found, Kept):
+        return _kept_plan(found, shared, key_length, dtype)
+    return _plan_of(found, shared, key_length, dtype)
 
 
-class _Same:
-    """Pieces that equal themselves alone: those that are kept for many calls have one plan."""
-
-    def __init__(self, pieces: Sequence[Any]) -> None:
-        self.pieces = pieces
-
-    def __hash__(self) -> int:
-        return id(self.pieces)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.pieces is self.pieces
+def _plan_of(found: Sequence[Any], shared: bool, key_length: int, dtype: torch.dtype) -> Plan:
+    """found: the pieces of one head, which all share, or of every one"""
+    parts, starts = _Parts(key_length), [0]
+    for pieces in [found] if shared else found:
+        for piece in pieces:
+            parts.take(piece)
+        starts.append(parts.tile_count)
+    return parts.plan(starts, torch.empty(0, dtype=dtype))
 
 
 @lru_cache(maxsize=32)
-def _plan_of(same: _Same, shared: bool, key_length: int, dtype: torch.dtype) -> Plan:
-    with torch.inference_mode(False):
-        parts, starts = _Parts(key_length), [0]
-        for pieces in [same.pieces] if shared else same.pieces:
-            for piece in pieces:
-                parts.take(piece)
-            starts.append(parts.tile_count)
-        return parts.plan(starts, torch.empty(0, dtype=dtype))
+def _kept_plan(found: Kept, shared: bool, key_length: int, dtype: torch.dtype) -> Plan:
+    with unrecorded(), torch.inference_mode(False):
+        return _plan_of(found, shared, key_length, dtype)
 
 
 class _Parts:
