@@ -62,8 +62,7 @@ def of_branches(like: Backend) -> Backend:
 
     def why_not(engine: Weighted, call: Call) -> str | None:
         reasons = (
-            _own(one.engine, like.name).why_not(one.engine, one.call)
-            for one in engine.asked(call)
+            _own(one.engine, like.name).why_not(one.engine, one.call) for one in engine.asked(call)
         )
         return next((reason for reason in reasons if reason is not None), None)
 
