@@ -143,7 +143,7 @@ def test_what_stands_in_a_piece_reaches_no_other(name: str) -> None:
             assert torch.equal(clean, one)
 
 
-IN_GRAPHS = [case for case in usual_cases() if case.variant in of_each_folder()]
+IN_GRAPHS = [case for case in usual_cases() if case.variant in of_each_folder()[::2]]
 
 
 @pytest.mark.parametrize("case", only(IN_GRAPHS, cases()))
