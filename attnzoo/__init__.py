@@ -22,7 +22,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"{__name__}.{name}")
     public = importlib.import_module(f"{__name__}.public")
     if not hasattr(public, name):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        close = importlib.import_module(f"{__name__}.arguments").nearest(name, public.__all__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{close}")
     globals()[name] = getattr(public, name)
     return globals()[name]
 

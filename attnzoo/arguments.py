@@ -32,6 +32,15 @@ def nearest(word: Any, known: Iterable[Any]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def check_list(name: str, value: Any) -> list[Any]:
+    """A list of at least one value."""
+    if isinstance(value, list) and value:
+        return value
+    if value is None or value == []:
+        raise ValueError(f"{name} is empty; list at least one value")
+    raise ValueError(f"{name}={value!r} must be a list, such as [{value}]")
+
+
 def check_positive(name: str, value: Any) -> int:
     """A whole number of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo import execution, spec_checks
-from attnzoo.arguments import check_count, check_kv_heads, check_positive
+from attnzoo.arguments import check_choice, check_count, check_kv_heads, check_positive
 from attnzoo.autocast import autocast_inputs_only
 from attnzoo.call import Call, spread_keys
 from attnzoo.call_checks import check, check_new_tokens
@@ -52,11 +52,7 @@ class Attention(nn.Module):
         self.heads = check_positive("heads", heads)
         self.head_dim = check_positive("head_dim", head_dim)
         allowed = ["auto", *engine.backend_names()]
-        if backend not in allowed:
-            raise ValueError(
-                f"backend={backend!r} is unknown to {self.spec.name}; choose one of {allowed}"
-            )
-        self.backend = backend
+        self.backend = check_choice(f"{self.spec.name}: backend", backend, allowed)
         self.engine = engine
         self.last_backend: str | None = None
 

@@ -47,6 +47,15 @@ class Description:
     options: tuple[Option, ...]
     text: str
 
+    def __str__(self) -> str:
+        """Name, paper, docstring and options, to be read."""
+        spec = self.spec
+        options = ", ".join(
+            one.name if one.required else f"{one.name}={one.default!r}" for one in self.options
+        )
+        head = f"{spec.name}: {spec.title}\n{spec.paper}"
+        return f"{head}\n\n{self.text}\n\nattnzoo.build({spec.name!r}, {options})"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -115,10 +124,11 @@ def names() -> list[str]:
 
 
 def build(name: str, /, *sizes: int, **options: Any) -> Attention:
-    """Build a variant by name.
+    """A variant, such as `attnzoo.build("performer", heads=8, head_dim=64, num_features=256)`.
 
-    sizes: heads and head_dim, which may stand without their names.
-    options: the variant's own, by name.
+    name: one of `attnzoo.names()`.
+    sizes: heads and head_dim, where they are given without their names.
+    options: the variant's own, by name, as `attnzoo.describe(name)` explains them.
     Raises ValueError on an unknown name (with the nearest one), an unknown option (with those that
     exist), a missing one, and one given twice.
     """
@@ -189,7 +199,11 @@ def sized(name: str, length: int) -> dict[str, Any]:
 
 
 def describe(name: str) -> Description:
-    """Everything the zoo knows of a variant without building it."""
+    """Everything the zoo knows of a variant without building it; print it to read it.
+
+    name: one of `attnzoo.names()`.
+    Raises ValueError on an unknown name, with the nearest one.
+    """
     cls = find(name)
     return Description(cls.spec, options_of(name), inspect.getdoc(cls) or "")
 

@@ -19,9 +19,10 @@ installs it. What is in *italics* was read in the library's documentation.
 
 """
 COLUMNS = (
-    *("library", "asked on", "layout of q, k, v", "keys of a causal window of w"),
-    *("fewer queries than keys stand", "a row that sees nothing", "a mask of keys"),
-    *("decay", "state", "besides"),
+    *("library", "asked on", "arguments, in order", "scale", "layout of q, k, v"),
+    *("keys of a causal window of w", "fewer queries than keys stand", "a row that sees nothing"),
+    *("a mask of keys", "L2 norm of q and k", "decay", "state", "its dtype, of half precision"),
+    *("besides",),
 )
 TAIL = """
 `to` and `from_` turn what a call has from this library's spelling into another, and back.
@@ -42,7 +43,10 @@ assert from_("transformers", window=128) == {"window": 128}
 """
 
 
-FIELDS = ("layout", "window_keys", "alignment", "hidden_row", "mask", "decay", "state")
+FIELDS = (
+    *("arguments", "scale", "layout", "window_keys", "alignment", "hidden_row", "mask"),
+    *("l2_norm", "decay", "state", "state_dtype"),
+)
 WORDS = {
     "window_keys": {None: "", 0: "w", 1: "w + 1"},
     "alignment": {"first": "at the first key", "last": "at the last key"},

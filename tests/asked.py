@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from speakers import Speaker
+from speakers import Speaker, of
 from torch import Tensor
 
 import attnzoo
@@ -25,6 +25,11 @@ DECAYS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "natural logarithm": lambda g: g,
     "logarithm to 2": lambda g: g / math.log(2),
     "factor": torch.exp,
+}
+NORMS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "x / √(Σx² + 1e-6)": lambda x: x / ((x * x).sum(-1, keepdim=True) + 1e-6).sqrt(),
+    "x / max(‖x‖, 1e-12)": lambda x: x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12),
+    "x / (‖x‖ + 1e-6)": lambda x: x / (x.norm(dim=-1, keepdim=True) + 1e-6),
 }
 MASKS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "True = attend": lambda m: m,
@@ -120,6 +125,79 @@ def mask(speaker: Speaker, said: str, form: str) -> str:
     return form if bool((rows == seen[0]).all()) else ""
 
 
+def parameters(path: str) -> list[str]:
+    """What a function takes, in its order, with its default where it has one: of Python, of what
+    tells of itself in its first line alone, or of an operator of onnx."""
+    if path.startswith("onnx "):
+        from onnx.defs import get_schema
+
+        _, name, opset = path.split()
+        return [one.name for one in get_schema(name, int(opset)).inputs]
+    function = of(path)
+    try:
+        told = [str(one) for one in inspect.signature(function).parameters.values()]
+    except ValueError:
+        words = " ".join(function.__doc__.split(" ->")[0].split())
+        told = words[words.index("(") + 1 : words.rindex(")")].split(", ")
+    return [one for one in told if one not in ("self", "*")]
+
+
+def arguments(speaker: Speaker, said: str) -> str:
+    """As many first arguments as are claimed, in their order."""
+    names = [one.split(":")[0].split("=")[0].strip() for one in parameters(speaker.function)]
+    return ", ".join(names[: said.count(",") + 1])
+
+
+def scale(speaker: Speaker, said: str) -> str:
+    """The factor of the scores: given, where it has no default; else that which makes the rows."""
+    for one in parameters(speaker.function) if speaker.function else ():
+        if one.split(":")[0] in ("scale", "scaling") and "=" not in one:
+            return "given"
+    heads = 1 if said in ONE_HEAD else 2
+    q, k, v = (draw(heads, LENGTH, seed) for seed in range(3))
+    turn = layouts(said)[said]
+    if speaker.attend is None:
+        assert speaker.recur is not None
+        k, open_gate = F.normalize(k, dim=-1), torch.zeros(2, heads, LENGTH, WIDTH)
+        rows = speaker.recur(turn(q), turn(k), turn(v), decay=turn(open_gate))[0]
+
+        def wanted(factor: float) -> Tensor:  # a recurrence is linear in its queries
+            return of_oracle(speaker, q * factor * WIDTH**0.5, k, v, open_gate)[0]
+    else:
+        words = {"causal"} & set(inspect.signature(speaker.attend).parameters)
+        rows = speaker.attend(turn(q), turn(k), turn(v), **dict.fromkeys(words, True))
+
+        def wanted(factor: float) -> Tensor:
+            causal = bool(words)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=factor)
+
+    factors = {"1/√width": WIDTH**-0.5, "1": 1.0}
+    return only([one for one, factor in factors.items() if agrees(rows, turn(wanted(factor)))])
+
+
+def state_dtype(speaker: Speaker, said: str) -> str:
+    """Of the state of tensors in half precision."""
+    assert speaker.recur is not None
+    turn, heads = LAYOUTS[said], 1 if speaker.oracle == "rwkv7" else 2
+    q, k, v = (draw(heads, LENGTH, seed).half() for seed in range(3))
+    gate = -0.1 - 0.4 * torch.rand(2, heads, LENGTH, WIDTH)
+    gate = gate[..., 0] if speaker.oracle == "gated_deltanet" else gate
+    if speaker.oracle == "rwkv7":
+        q = k = v = k[:1].float()
+        gate = gate[:1, :, :1].expand(1, 1, LENGTH, -1).float().exp()
+    state = speaker.recur(turn(q), turn(k), turn(v), decay=turn(gate.to(q.dtype)))[1]
+    return "as q" if state.dtype == torch.float16 else str(state.dtype)[6:]
+
+
+def l2_norm(speaker: Speaker, said: str) -> str:
+    """What divides by the norm, by vectors of all sizes down to next to nothing; in the words of
+    what is claimed where these hold it."""
+    x = draw(1, LENGTH, 0) * torch.logspace(-8, 0, LENGTH)[:, None]
+    own = of(speaker.norm)(x)
+    found = only([one for one, norm in NORMS.items() if torch.allclose(own, norm(x), atol=1e-7)])
+    return said if found and found in said else found
+
+
 def hidden_row(speaker: Speaker, said: str, polarity: str) -> str:
     """What a row is whose keys are all hidden."""
     assert speaker.attend is not None
@@ -132,6 +210,9 @@ def hidden_row(speaker: Speaker, said: str, polarity: str) -> str:
         return "NaN"
     if not rows.any():
         return "0"
+    # What is added to every score takes digits of it away.
+    if bool((rows - F.scaled_dot_product_attention(q, k, v)).abs().max() < 1e-2):
+        return "as without a mask"
     return "mean of v" if agrees(rows, v.mean(2, keepdim=True).expand(v.shape)) else ""
 
 

@@ -4,7 +4,7 @@ to each."""
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -36,7 +36,11 @@ MAX_LENGTH = 1024
 
 def preferring(attn: Attention, backend: str) -> Attention:
     """The attention whose calls go to this backend wherever it does not refuse them."""
-    first = [one for one in attn.engine.backends if one.name == backend]
+    first = [
+        replace(one, untried=lambda engine, call: None)
+        for one in attn.engine.backends
+        if one.name == backend
+    ]
     assert first, f"{backend} is none of {attn.engine.backend_names()}"
     others = [one for one in attn.engine.backends if one.name != backend]
     attn.engine.backends = (*first, *others)  # pyright: ignore[reportAttributeAccessIssue]

@@ -28,6 +28,8 @@ class Speaker:
     attend: f(q, k, v, window=, causal=, mask=) -> rows
     recur: f(q, k, v, decay=) -> rows (or None), state
     oracle: the variant that `recur` is
+    function: MODULE:NAME of what the arguments are of; of onnx DOMAIN OPERATOR
+    norm: MODULE:NAME of what divides queries and keys by their L2 norm
     claims: what it can be asked, names of fields of a `Spelling`
     """
 
@@ -36,17 +38,35 @@ class Speaker:
     attend: Callable[..., Tensor] | None = None
     recur: Callable[..., Any] | None = None
     oracle: str = "gla"
+    function: str = ""
+    norm: str = ""
 
 
 def of(path: str) -> Any:
     """What MODULE:NAME names."""
-    module, name = path.split(":")
-    return getattr(import_module(module), name)
+    module, names = path.split(":")
+    found = import_module(module)
+    for name in names.split("."):
+        found = getattr(found, name)
+    return found
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Any = None) -> Tensor:
     mask = None if mask is None else mask[:, None, None].expand(-1, -1, q.shape[2], -1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    sizes = (q.shape[0], None, q.shape[2], k.shape[2])
+    told = (
+        None
+        if mask is None
+        else create_block_mask(lambda b, h, i, j: mask[b, j], *sizes, device="cpu")
+    )
+    rows: Any = flex_attention(q, k, v, block_mask=told)
+    return rows
 
 
 def torch_layer(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -264,6 +284,29 @@ def group_query(
     return torch.tensor(session.run(None, given)[0]).view(q.shape)
 
 
+def multi_head(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None
+) -> Tensor:
+    """onnxruntime's MultiHeadAttention."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    names = ["q", "k", "v", "", *([] if mask is None else ["mask"])]
+    told: dict[str, Any] = {"num_heads": q.shape[2], "unidirectional": int(causal)}
+    node = helper.make_node("MultiHeadAttention", names, ["rows"], domain="com.microsoft", **told)
+    given = {one: x.flatten(2).numpy() for one, x in (("q", q), ("k", k), ("v", v))}
+    kinds = dict.fromkeys(given, TensorProto.FLOAT)
+    if mask is not None:
+        given["mask"], kinds["mask"] = mask.int().numpy(), TensorProto.INT32
+    inputs = [helper.make_tensor_value_info(one, kinds[one], x.shape) for one, x in given.items()]
+    rows = helper.make_tensor_value_info("rows", TensorProto.FLOAT, None)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    graph = helper.make_graph([node], "one", inputs, [rows])
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    return torch.tensor(session.run(None, given)[0]).view(q.shape)
+
+
 def local_attention(
     q: Tensor,
     k: Tensor,
@@ -307,32 +350,90 @@ def xformers(
 
 
 SEEN = ("layout", "alignment", "hidden_row", "mask")
-GATED = ("layout", "decay", "state")
+GATED = ("layout", "decay", "state", "state_dtype")
+CALLED = ("arguments", "scale")
+TORCH = "torch.nn.functional"
 #: By the name of the spelling.
 SPEAKERS = {
-    "torch.sdpa": Speaker("torch", SEEN, sdpa),
-    "torch.MultiheadAttention": Speaker("torch", ("layout", "hidden_row", "mask"), torch_layer),
+    "torch.sdpa": Speaker(
+        "torch", (*SEEN, *CALLED), sdpa, function=f"{TORCH}:scaled_dot_product_attention"
+    ),
+    "torch.MultiheadAttention": Speaker(
+        "torch",
+        ("layout", "hidden_row", "mask", *CALLED),
+        torch_layer,
+        function="torch.nn:MultiheadAttention.forward",
+    ),
+    "torch.flex_attention": Speaker(
+        "torch",
+        ("layout", "hidden_row", "mask", *CALLED),
+        flex,
+        function="torch.nn.attention.flex_attention:flex_attention",
+    ),
+    "torch.varlen_attn": Speaker(
+        "torch", ("arguments",), function="torch.nn.attention.varlen:varlen_attn"
+    ),
     "transformers": Speaker(
         "transformers",
-        (*SEEN, "window_keys", "decay", "state"),
+        (*SEEN, "window_keys", "decay", "state", "state_dtype", "l2_norm", *CALLED),
         transformers,
         of_transformers,
         "gated_deltanet",
+        "transformers.models.llama.modeling_llama:eager_attention_forward",
+        "transformers.models.qwen3_next.modeling_qwen3_next:l2norm",
     ),
-    "fla": Speaker("fla-core", GATED, recur=fla),
-    "attention-gym": Speaker("attn-gym", GATED, recur=attention_gym, oracle="kda"),
-    "rwkv": Speaker("rwkv", ("state",), recur=rwkv, oracle="rwkv7"),
-    "xformers": Speaker("xformers", ("window_keys", "alignment"), xformers),
-    "jax.nn": Speaker("jax", (*SEEN, "window_keys"), jax),
-    "keras": Speaker("keras", (*SEEN, "window_keys"), keras),
-    "mlx": Speaker("mlx", SEEN, mlx),
-    "onnx.Attention": Speaker("onnx", (*SEEN, "window_keys"), onnx),
-    "onnx.LinearAttention": Speaker("onnx", GATED, recur=onnx_linear),
+    "fla": Speaker(
+        "fla-core",
+        (*GATED, *CALLED),
+        recur=fla,
+        function="fla.ops.gla.naive:naive_recurrent_gla",
+    ),
+    "attention-gym": Speaker(
+        "attn-gym",
+        (*GATED, *CALLED),
+        recur=attention_gym,
+        oracle="kda",
+        function="attn_gym.linear.kda.naive:naive_recurrent_kda",
+    ),
+    "rwkv": Speaker("rwkv", ("state", "state_dtype"), recur=rwkv, oracle="rwkv7"),
+    "xformers": Speaker(
+        "xformers",
+        ("window_keys", "alignment", "arguments"),
+        xformers,
+        function="xformers.ops:memory_efficient_attention",
+    ),
+    "jax.nn": Speaker(
+        "jax", (*SEEN, "window_keys", *CALLED), jax, function="jax.nn:dot_product_attention"
+    ),
+    "keras": Speaker(
+        "keras",
+        (*SEEN, "window_keys", *CALLED),
+        keras,
+        function="keras.ops:dot_product_attention",
+    ),
+    "mlx": Speaker(
+        "mlx", (*SEEN, *CALLED), mlx, function="mlx.core:fast.scaled_dot_product_attention"
+    ),
+    "onnx.Attention": Speaker(
+        "onnx", (*SEEN, "window_keys", *CALLED), onnx, function="onnx Attention 25"
+    ),
+    "onnx.LinearAttention": Speaker(
+        "onnx", (*GATED, *CALLED), recur=onnx_linear, function="onnx LinearAttention 27"
+    ),
     "onnxruntime.GroupQueryAttention": Speaker(
-        "onnxruntime", ("layout", "window_keys"), group_query
+        "onnxruntime", ("layout", "window_keys", "scale"), group_query
     ),
+    "onnxruntime.MultiHeadAttention": Speaker("onnxruntime", (*SEEN, "scale"), multi_head),
     "local-attention": Speaker(
-        "local-attention", ("layout", "window_keys", "mask"), local_attention
+        "local-attention",
+        ("layout", "window_keys", "mask", *CALLED),
+        local_attention,
+        function="local_attention:LocalAttention.forward",
     ),
-    "x-transformers": Speaker("x-transformers", SEEN, x_transformers),
+    "x-transformers": Speaker(
+        "x-transformers",
+        (*SEEN, *CALLED),
+        x_transformers,
+        function="x_transformers.attend:Attend.forward",
+    ),
 }

@@ -796,7 +796,7 @@ def test_report_writes_figures_and_one_page(capsys) -> None:
         ("lenghts: [8]", "unknown key 'lenghts' (did you mean 'lengths'?)"),
         ("sweeps: [{phase: [forward]}]", "unknown key 'phase' (did you mean 'phases'?)"),
         ("shapes: [{batch: 2}]", "unknown key 'batch'"),
-        ("lengths: 8", "lengths must be a list that is not empty, such as [8]"),
+        ("lengths: 8", "lengths=8 must be a list, such as [8]"),
         ("lengths: [0]", "lengths=0 must be a whole number of at least 1"),
         ("phases: [backward]", "phases: 'backward' is unknown"),
         ("levels: [layer]\nphases: [decode]", "decode is a matter of the core"),

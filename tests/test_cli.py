@@ -418,3 +418,33 @@ def test_the_models_limits_are_those_of_the_models(name):
     except MissingPackageError as error:
         pytest.skip(str(error))
     assert pretrained.max_length == MODELS[name].max_length
+
+
+def test_every_option_of_the_help_can_be_given_with_either_mark(capsys):
+    for command in program.commands():
+        with pytest.raises(SystemExit):
+            program.main([command.name, "--help"])
+        told = re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.MULTILINE)
+        parser = program.make_parser()._subcommands_action.choices[command.name]  # pyright: ignore
+        known = {name for action in parser._actions for name in action.option_strings}
+        for option in told:
+            for spelt in (option, "--" + option[2:].replace("-", "_")):
+                assert program._dashed(spelt) in known, (command.name, spelt)
+
+
+@pytest.mark.parametrize("option", ["--print_config", "--print-config"])
+def test_the_configuration_is_printed(option, capsys):
+    with pytest.raises(SystemExit):
+        program.main(["compare", "--lengths", "64", "--seed=3", option])
+    assert "seed: 3" in capsys.readouterr().out
+
+
+def test_a_default_is_told_once(capsys):
+    with pytest.raises(SystemExit):
+        program.main(["bench", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "null" not in told and "type: " not in told
+    assert "--rounds ROUNDS how often each attention is timed (default: 7) --budget" in told
+    with pytest.raises(SystemExit):
+        program.main(["check", "--help"])
+    assert "of all random numbers (default: 0) --json" in " ".join(capsys.readouterr().out.split())

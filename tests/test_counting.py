@@ -489,3 +489,12 @@ def test_modules_are_left_as_they_were():
     count_flops(attn, q, q, q)
     assert "forward" not in vars(attn.engine)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in attn.modules())
+
+
+def test_a_report_is_read_at_a_glance() -> None:
+    linear = nn.Linear(8, 4).to("meta")
+    report = count_flops(nn.Sequential(linear, nn.Softmax(-1)), empty(1000, 8))
+    assert str(report) == (
+        "32.0 k MACs: linear 32.0 k\n12.0 k elementwise operations: softmax 12.0 k"
+    )
+    assert str(count_flops(linear, empty(1, 8))).splitlines()[1] == "0 elementwise operations"

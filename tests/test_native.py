@@ -121,6 +121,7 @@ def test_what_is_missing_is_said_in_a_sentence(
 ) -> None:
     attn = attnzoo.build("sliding_window", heads=4, head_dim=20, window=9, backend="native")
     monkeypatch.setattr(library, "is_compiled", lambda: False)
+    monkeypatch.setattr(library, "find_spec", lambda name: None)
     monkeypatch.setattr(library.torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     for path, said in (("", "no C\\+\\+ compiler"), (str(tmp_path), "pip install 'attnzoo\\[nat")):
         compiler = tmp_path / "c++"

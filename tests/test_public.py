@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -257,3 +258,32 @@ def test_every_public_name_is_there() -> None:
         assert getattr(attnzoo, name) is getattr(attnzoo.public, name)
     with pytest.raises(AttributeError, match="no attribute 'biuld'"):
         attnzoo.biuld  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        attnzoo.bench,
+        attnzoo.compare,
+        attnzoo.cost_table,
+        lambda variants: attnzoo.train("mqar", variants),
+    ],
+)
+def test_an_attention_that_is_unknown_or_missing_is_told_in_the_same_words(run) -> None:
+    known = r"^unknown attention 'perfomer' \(did you mean 'performer'\?\); the zoo has standard, "
+    with pytest.raises(ValueError, match=known):
+        run("perfomer")
+    with pytest.raises(ValueError, match=r"^variants is empty; give at least one, such as 'perf"):
+        run([])
+
+
+@pytest.mark.parametrize("name", ["lengths", "models", "layers", "heads"])
+def test_an_empty_list_is_refused_before_any_work(name: str) -> None:
+    nothing: dict[str, Any] = {name: []}
+    with pytest.raises(ValueError, match=f"^{name} is empty; list at least one value$"):
+        attnzoo.compare("linear", **nothing)
+
+
+def test_a_name_that_the_library_lacks_gets_the_nearest() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'buld' \(did you mean 'build'\?\)"):
+        attnzoo.buld  # noqa: B018

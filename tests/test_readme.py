@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 
-from benchmarks.readme import compared, files, measured, peers, recorded, swapped, trained, useful
+from benchmarks import draw_results
+from benchmarks.readme import (
+    compared,
+    files,
+    gates,
+    measured,
+    peers,
+    recorded,
+    swapped,
+    trained,
+    useful,
+)
 from benchmarks.readme.regions import markdown_table, rewritten
 from benchmarks.readme.update import PAGES, TABLES
 
@@ -201,6 +212,34 @@ def test_every_page_of_results_says_when_and_where_it_was_recorded() -> None:
         if path.stem not in ("index", "cuda", "what_a_check_finds"):
             assert "<!-- table: recorded " in pages[path.stem], path
             assert "```sh\n" in pages[path.stem] or path.stem == "papers", path
+
+
+def test_every_study_has_a_figure_that_is_there() -> None:
+    for path in (files.ROOT / "docs" / "results").glob("*.md"):
+        if path.stem not in ("index", "cuda", "what_a_check_finds"):
+            shown = re.findall(r"!\[[^\]]{30,}\]\(([^)]+)\)", path.read_text(encoding="utf-8"))
+            assert shown, path
+            assert all((path.parent / one).is_file() for one in shown), path
+
+
+def test_figures_show_what_the_tables_say() -> None:
+    speeds = draw_results.gates_speed()["linear"]
+    table = gates.speeds().split("| `linear` |")[1].splitlines()[0]
+    assert f"| {speeds['forward']:.2f}× |" in table
+    assert f"| {speeds['forward+backward']:.2f}× |" in table
+    assert f"| {speeds['forward'] / speeds['by MACs']:.0%} |" in table
+    others = draw_results.peers_speed()["window of 256"]
+    assert f"| {others['forward']:.2f} / " in peers.others("peers", "4096", "16384")
+    parity = draw_results.scores("parity-study")()["deltanet allow_neg_eigval=True"]
+    assert min(parity.values()) > 0.999
+
+
+def test_bars_and_lines_are_drawn(tmp_path: Path) -> None:
+    draw_results.draw_bars(
+        {"a": {"x": 2.0, "y": 0.5}}, "times", tmp_path / "b.png", are_ratios=True
+    )
+    draw_results.draw_lines({"linear": {8: 1.0, 64: 3.0}}, "ratio", tmp_path / "l.png", str, 1)
+    assert all((tmp_path / name).stat().st_size > 2000 for name in ("b.png", "l.png"))
 
 
 def test_every_result_file_is_on_the_page_of_all() -> None:

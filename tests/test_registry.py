@@ -87,6 +87,8 @@ def test_describe(case: Case) -> None:
         str(year) in description.spec.paper for year in range(2014, 2030)
     )
     assert len(description.text) > 200
+    assert str(description).startswith(f"{case.variant}: {description.spec.title}\n")
+    assert f"attnzoo.build('{case.variant}', heads, head_dim" in str(description)
     signature = inspect.signature(type(case.build()))
     assert [option.name for option in description.options] == list(signature.parameters)
     for option in description.options:

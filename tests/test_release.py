@@ -62,7 +62,11 @@ def test_the_wheel_holds_the_library_and_nothing_else(release: Release) -> None:
     names = set(files_of(release.wheel))
     folders = {name.split("/")[0] for name in names}
     assert folders == {"attnzoo", f"attnzoo-{attnzoo.__version__}.dist-info"}
-    here = {str(path.relative_to(ROOT)) for path in (ROOT / "attnzoo").rglob("*.py")}
+    here = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "attnzoo").rglob("*")
+        if path.suffix in (".py", ".cpp", ".h")
+    }
     here |= {f"attnzoo/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert {name for name in names if name.startswith("attnzoo/")} == here | {"attnzoo/py.typed"}
 

@@ -29,6 +29,8 @@ def found(name: str) -> dict[str, Any]:
     for claim in speaker.claims:
         if claim in ("decay", "state"):
             answers["decay"], answers["state"] = asked.gates(speaker, said)
+        elif claim in ("arguments", "l2_norm"):
+            answers[claim] = getattr(asked, claim)(speaker, getattr(one, claim))
         elif claim in ("mask", "hidden_row"):
             answers[claim] = getattr(asked, claim)(speaker, said, one.mask)
         else:

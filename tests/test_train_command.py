@@ -143,7 +143,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(capsys, monkeypatch):
     ("changes", "said"),
     [
         (("--task", "mquar"), "unknown task 'mquar' (did you mean 'mqar'?)"),
-        (("--variants", "linaer"), "unknown variant 'linaer' (did you mean 'linear'?)"),
+        (("--variants", "linaer"), "unknown attention 'linaer' (did you mean 'linear'?)"),
         (("--variants", "linear:heads=2"), "heads comes from the model"),
         (("--variants", "gru:width=2"), "gru has no options"),
         (("--variants", "linear", "linear"), "variants names the same one twice"),

@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from attnzoo.arguments import check_positive, check_seed, nearest
+from attnzoo.arguments import check_list, check_positive, check_seed, nearest
 from attnzoo.benchmarking.timing import TOLERANCE
 from attnzoo.configuration import check_mapping, read_yaml
 from attnzoo.registry import Choice, ParseChoice, names
@@ -102,7 +102,7 @@ class Sweep:
             for value in getattr(self, name):
                 if value not in allowed:
                     raise ValueError(
-                        f"{name}: {value!r} is unknown{nearest(value, allowed)}; choose of "
+                        f"{name}: {value!r} is unknown{nearest(value, allowed)}; choose one of "
                         f"{', '.join(allowed)}"
                     )
         for value in self.causal:
@@ -159,7 +159,7 @@ class Sweep:
             if backend not in known:
                 raise ValueError(
                     f"backends: none of the variants has {backend!r}{nearest(backend, known)}; "
-                    f"choose of {', '.join(known)}"
+                    f"choose one of {', '.join(known)}"
                 )
         return [
             Contender(choice, backend)
@@ -209,7 +209,7 @@ def read_plan(path: Path | None, overrides: Mapping[str, Any] | None = None) -> 
     check_mapping(what, found, {*SETTINGS, *OF_ALL, "sweeps"})
     sweeps = found.pop("sweeps", None)
     if sweeps is not None and (not isinstance(sweeps, list) or not sweeps):
-        raise ValueError(f"{what}: sweeps must be a list of mappings that is not empty")
+        raise ValueError(f"{what}: sweeps must be a list of at least one mapping")
     for sweep in sweeps or ():
         check_mapping(f"{what}, a sweep", sweep, SETTINGS)
     try:
@@ -260,11 +260,8 @@ def _sweep(found: dict[str, Any]) -> Sweep:
         if key in ("rounds", "budget"):
             read[key] = value
             continue
-        if not isinstance(value, list) or not value:
-            raise ValueError(
-                f"{key} must be a list that is not empty, such as [{value if value else '...'}]"
-            )
-        read[key] = tuple(_shape(item) if key == "shapes" else item for item in value)
+        listed = check_list(key, value)
+        read[key] = tuple(_shape(item) if key == "shapes" else item for item in listed)
     for key in ("variants", "backends", "levels", "phases", "dtypes"):
         for item in read.get(key, ()):
             if not isinstance(item, str):

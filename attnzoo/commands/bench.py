@@ -52,13 +52,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     sizes: dict[str, Any] = {"nargs": "+", "type": int}
     words: dict[str, Any] = {"nargs": "+", "type": str}
-    parser.add_argument("--lengths", **sizes, metavar="TOKENS", help="default 1024")
     parser.add_argument(
-        "--dtype", **words, help="float32 (default), float64, bfloat16 or float16; one or several"
+        "--lengths", **sizes, metavar="TOKENS", help="of a sequence (default: 1024)"
     )
-    parser.add_argument("--batch-size", **sizes, metavar="N", help="default 1")
-    parser.add_argument("--heads", **sizes, metavar="N", help="default 8")
-    parser.add_argument("--head-dim", **sizes, metavar="N", help="default 64")
+    parser.add_argument(
+        "--dtype",
+        **words,
+        help="float32 (default), float64, bfloat16 or float16, or several of them",
+    )
+    parser.add_argument("--batch-size", **sizes, metavar="N", help="samples (default: 1)")
+    parser.add_argument("--heads", **sizes, metavar="N", help="heads (default: 8)")
+    parser.add_argument("--head-dim", **sizes, metavar="N", help="width of a head (default: 64)")
     parser.add_argument(
         "--levels",
         **words,
@@ -82,14 +86,17 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--backends", **words, metavar="NAME", help="as `attnzoo show` names them (default: auto)"
     )
     parser.add_argument(
-        "--segments", **sizes, metavar="N", help="equal pieces that a row is packed of (default: 1)"
+        "--segments",
+        **sizes,
+        metavar="N",
+        help="equal pieces that are packed into a row (default: 1)",
     )
-    parser.add_argument("--rounds", type=int, help="times that each is timed (default: 7)")
+    parser.add_argument("--rounds", type=int, help="how often each attention is timed (default: 7)")
     parser.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="a setting's, for timing (default: 10)"
+        "--budget", type=float, metavar="SECONDS", help="for timing one setting (default: 10)"
     )
     parser.add_argument("--device", type=str, help="cpu (default), cuda or cuda:INDEX")
-    parser.add_argument("--seed", type=int, help="of inputs and every random choice (default: 0)")
+    parser.add_argument("--seed", type=int, help="of all random numbers (default: 0)")
     parser.add_argument(
         "--output",
         type=str,

@@ -32,8 +32,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--like",
         type=str,
         metavar="NAME[:OPTION=VALUE,...]",
-        help="the variant that it should equal; without it only what every attention holds to is "
-        "asked",
+        help="the variant that it should equal; without it, only the rules that hold for every "
+        "attention are asked",
     )
     parser.add_argument(
         "--dialect",
@@ -45,12 +45,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--rules", nargs="+", type=str, metavar="RULE", help="the rules to ask (default: all)"
     )
-    parser.add_argument("--heads", type=int, help="of a callable that takes no other number")
-    parser.add_argument("--head-dim", type=int, help="of a callable that takes no other width")
-    parser.add_argument("--device", type=str, default="cpu", help="where its tensors are")
-    parser.add_argument("--seed", type=int, default=0, help="draws the tensors")
+    parser.add_argument("--heads", type=int, help="where the callable takes this number alone")
+    parser.add_argument("--head-dim", type=int, help="where the callable takes this width alone")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda or cuda:INDEX")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     parser.add_argument("--json", type=str, metavar="FILE", help="gets the findings as JSON")
-    parser.add_argument("--junit", type=str, metavar="FILE", help="gets them as a JUnit test suite")
+    parser.add_argument(
+        "--junit", type=str, metavar="FILE", help="gets the findings as a JUnit test suite"
+    )
 
 
 def run(settings: Namespace) -> int:

@@ -6,15 +6,21 @@ from __future__ import annotations
 import os
 import re
 import sys
+from argparse import SUPPRESS, Action
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # pyright: ignore[reportPrivateImportUsage]
+from jsonargparse import (  # pyright: ignore[reportPrivateImportUsage]
+    ActionConfigFile,
+    ArgumentParser,
+    DefaultHelpFormatter,
+    Namespace,
+)
 from rich.console import Console
 
-from attnzoo.arguments import nearest
+from attnzoo.arguments import check_list, nearest
 from attnzoo.configuration import check_mapping, read_yaml
 
 if TYPE_CHECKING:
@@ -40,8 +46,24 @@ class Command:
     is_quick: bool = False
 
 
+class HelpFormatter(DefaultHelpFormatter):
+    """Says the default of an option once, and that there is none by saying nothing."""
+
+    def _get_help_string(self, action: Action) -> str:
+        said = action.help or ""
+        if not action.option_strings or isinstance(action, ActionConfigFile):
+            return said
+        if action.required:
+            return f"{said} (required)"
+        has_default = not any(action.default is one for one in (None, False, SUPPRESS))
+        return f"{said} (default: %(default)s)" if has_default and "default" not in said else said
+
+
 class Parser(ArgumentParser):
     """A parser whose complaints are ValueErrors of one sentence."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=HelpFormatter, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         options = [option for action in self._actions for option in action.option_strings]
@@ -102,11 +124,8 @@ def check_config(path: str, known: dict[str, Any]) -> None:
     found = read_yaml(Path(path), f"--config {path}")
     check_mapping(f"--config {path}", found, known)
     for key, value in found.items():
-        if known[key].nargs == "+" and (not isinstance(value, list) or not value):
-            raise ValueError(
-                f"--config {path}: {key} must be a list that is not empty, such as "
-                f"[{value if value else '...'}]"
-            )
+        if known[key].nargs == "+":
+            check_list(f"--config {path}: {key}", value)
 
 
 def add_variants(parser: ArgumentParser, default: str) -> None:

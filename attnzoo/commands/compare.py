@@ -49,15 +49,15 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         type=int,
         metavar="TOKENS",
-        help="the longest in full, the others for their error (default: 128 256 512 1024 2048 "
-        "4096; with --model those of the study)",
+        help="the longest is measured in full, the others for their error (default: 128 256 512 "
+        "1024 2048 4096; with --model those of the study)",
     )
     parser.add_argument(
         "--models",
         nargs="+",
         type=str,
         metavar="MODEL",
-        help="of smollm2, minilm, synthetic (default: smollm2 minilm)",
+        help="smollm2, minilm or synthetic, or several (default: smollm2 minilm)",
     )
     parser.add_argument(
         "--layers",
@@ -81,7 +81,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="DTYPE",
         help="float32, float64, bfloat16 or float16",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of every random choice")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     parser.add_argument(
         "--output",
         type=str,

@@ -44,12 +44,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         type=int,
         metavar="TOKENS",
-        help=f"default: {' '.join(map(str, LENGTHS))}, as far as the model reads",
+        help=f"of a sequence (default: {' '.join(map(str, LENGTHS))}, as far as the model reads)",
     )
     parser.add_argument("--heads", type=int, default=8, help="of one attention")
     parser.add_argument("--head-dim", type=int, default=64, help="of one attention")
     parser.add_argument(
-        "--kv_heads", type=int, metavar="HEADS", help="of one attention (default: heads)"
+        "--kv-heads", type=int, metavar="HEADS", help="of one attention (default: heads)"
     )
     parser.add_argument(
         "--causal",

@@ -19,6 +19,9 @@ from attnzoo.packages import EXTRAS
 if TYPE_CHECKING:
     from attnzoo.commands.command import Command, Parser
 
+#: The one option with an underscore, which jsonargparse adds beside --config.
+PRINT_CONFIG = "--print_config"
+
 
 def commands() -> tuple[Command, ...]:
     """All commands, in the order of the help."""
@@ -96,7 +99,10 @@ def run(arguments: list[str]) -> int:
 def _dashed(argument: str) -> str:
     """An option as the parser spells it: --head_dim, as in Python and YAML, is --head-dim."""
     name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
+    if not name.startswith("--"):
+        return argument
+    name = name.replace("_", "-")
+    return (PRINT_CONFIG if name == "--print-config" else name) + equals + value
 
 
 def make_parser() -> Parser:

@@ -26,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str,
         default="quick",
         help="quick (under 5 minutes on 2 cores), cpu or gpu of the task's study; mqar has state "
-        "too: what more state buys",
+        "too: recall against the size of the state",
     )
     parser.add_argument(
         "--config",

@@ -39,6 +39,10 @@ class Weighted(Engine):
         """What is summed for a call that is complete."""
         raise NotImplementedError
 
+    def asked(self, call: Call) -> Sequence[Branch]:
+        """As `branches`, of which no factor is read: who is asked for what."""
+        return self.branches(call)
+
     def matrix(self, call: Call) -> Tensor:
         found = [one.weighed(one.engine.matrix(one.call)) for one in self.branches(call)]
         return sum(found[1:], found[0])
@@ -58,8 +62,7 @@ def of_branches(like: Backend) -> Backend:
 
     def why_not(engine: Weighted, call: Call) -> str | None:
         reasons = (
-            _own(one.engine, like.name).why_not(one.engine, one.call)
-            for one in engine.branches(call)
+            _own(one.engine, like.name).why_not(one.engine, one.call) for one in engine.asked(call)
         )
         return next((reason for reason in reasons if reason is not None), None)
 

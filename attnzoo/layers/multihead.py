@@ -71,7 +71,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     attention_options: its further options, e.g. {"num_features": 128}
     qk_norm: queries and keys are divided by their root mean square and weighted by `q_norm` and
         `k_norm`: "per_head" (Qwen3), or "all_heads" as one (OLMo 2)
-    rotary: queries and keys are then turned by their positions, see `RotaryEmbedding`: True, or
+    rotary: queries and keys are then rotated by position, see `RotaryEmbedding`: True, or
         its options, e.g. {"base": 1e6, "width": 32, "interleaved": True}. Positions count from the
         first real token of a sample, or of a piece of a packed row; query i of L stands at the key
         S - L + i.

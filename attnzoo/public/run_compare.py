@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnzoo.arguments import check_positive, nearest
+from attnzoo.arguments import check_list, check_positive, nearest
 from attnzoo.public.run_quality import measure_quality
 from attnzoo.public.setting_checks import check_dtype, check_seed, listed
 from attnzoo.public.variant_text import Variant, parse_variant, written
@@ -77,9 +77,9 @@ def compare(
     which says what to install, where a whole model's package is missing.
     """
     texts = None if variants is None else written(variants)
-    chosen = None if lengths is None else listed(lengths)
+    chosen = None if lengths is None else check_list("lengths", listed(lengths))
     sampled = {
-        name: None if value is None else listed(value)
+        name: None if value is None else check_list(name, listed(value))
         for name, value in (("models", models), ("layers", layers), ("heads", heads))
     }
     if model is not None:
@@ -182,7 +182,8 @@ def check_lengths(lengths: Sequence[int], models: Sequence[str]) -> list[int]:
     for model in models:
         if model not in choices:
             raise ValueError(
-                f"unknown model {model!r}{nearest(model, choices)}; choose of {', '.join(choices)}"
+                f"unknown model {model!r}{nearest(model, choices)}; choose one of "
+                f"{', '.join(choices)}"
             )
     for length in lengths:
         check_positive("length", length)

@@ -50,7 +50,13 @@ def written(variants: Variant | Iterable[Variant]) -> list[str]:
         variants = [variants]  # type: ignore[list-item]  # a pair is no iterable of variants
     if not isinstance(variants, Iterable):
         raise ValueError(f"variants={variants!r} must be a variant or a list of them")
-    return [_written(variant) for variant in variants]
+    texts = [_written(variant) for variant in variants]
+    if not texts:
+        raise ValueError(
+            "variants is empty; give at least one, such as 'performer:num_features=64', or leave "
+            "variants out for the default"
+        )
+    return texts
 
 
 def _is_pair(variant: object) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from attnzoo.arguments import check_positive
+from attnzoo.arguments import check_list, check_positive
 from attnzoo.configuration import check_mapping, read_yaml
 from attnzoo.quality.mixes import resolved
 from attnzoo.registry import Choice, find, names
@@ -176,16 +176,13 @@ def _mixes(found: Any) -> Mixes:
 
 
 def _lengths(what: str, found: Any) -> tuple[int, ...]:
-    if not isinstance(found, list) or not found:
-        raise ValueError(f"{what} must be a list of tokens that is not empty, such as [512, 1024]")
-    return tuple(sorted({check_positive(what, length) for length in found}))
+    return tuple(sorted({check_positive(what, length) for length in check_list(what, found)}))
 
 
 def _texts(found: Any) -> tuple[str, ...]:
-    if not isinstance(found, list) or not found or not all(isinstance(name, str) for name in found):
-        raise ValueError(
-            "texts must be a list of names or files that is not empty, such as [shakespeare, prose]"
-        )
+    for name in check_list("texts", found):
+        if not isinstance(name, str):
+            raise ValueError(f"texts: {name!r} must be the name of a text, or a file")
     return tuple(dict.fromkeys(found))
 
 

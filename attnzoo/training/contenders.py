@@ -49,6 +49,7 @@ def _part(text: str, parse_variant: ParseChoice) -> Choice:
     if name not in names():
         known = [*names(), GRU]
         raise ValueError(
-            f"unknown variant {name!r}{nearest(name, known)}; there are {', '.join(known)}"
+            f"unknown attention {name!r}{nearest(name, known)}; the zoo has "
+            f"{', '.join(names())}, and beside it there is {GRU}"
         )
     return parse_variant(text)

@@ -4,12 +4,11 @@ with small overrides for each size."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from attnzoo.arguments import check_count, check_positive, nearest
+from attnzoo.arguments import check_count, check_list, check_positive, nearest
 from attnzoo.configuration import check_mapping, read_yaml
 from attnzoo.registry import ParseChoice
 from attnzoo.tasks.task import SEED_LIMIT, Task
@@ -103,7 +102,8 @@ def make_study(found: dict[str, Any], task: type[Task], parse_variant: ParseChoi
         _section("model", Sizes, sizes) for sizes in _combinations(found.get("model") or {})
     )
     contenders = tuple(
-        parse_contender(_text(text), parse_variant) for text in _list("variants", found["variants"])
+        parse_contender(_text(text), parse_variant)
+        for text in check_list("variants", found["variants"])
     )
     for sizes, contender in itertools.product(models, contenders):
         contender.layers(sizes.layers)
@@ -115,9 +115,9 @@ def make_study(found: dict[str, Any], task: type[Task], parse_variant: ParseChoi
         budget=_section("budget", Budget, found["budget"]),
         held_out=check_positive("held_out", found["held_out"]),
         learning_rates=tuple(
-            sorted({_rate(rate) for rate in _list("learning_rates", found["learning_rates"])})
+            sorted({_rate(rate) for rate in check_list("learning_rates", found["learning_rates"])})
         ),
-        seeds=tuple(dict.fromkeys(_seed(seed) for seed in _list("seeds", found["seeds"]))),
+        seeds=tuple(dict.fromkeys(_seed(seed) for seed in check_list("seeds", found["seeds"]))),
         contenders=contenders,
     )
 
@@ -143,12 +143,6 @@ def _combinations(settings: Any) -> list[Any]:
 def _section(name: str, kind: type[T], found: Any) -> T:
     check_mapping(name, found, [field.name for field in fields(kind)], may_be_empty=True)
     return kind(**(found or {}))
-
-
-def _list(name: str, found: Any) -> Sequence[Any]:
-    if not isinstance(found, list) or not found:
-        raise ValueError(f"{name}={found!r} must be a list that is not empty")
-    return found
 
 
 def _text(text: Any) -> str:

@@ -56,7 +56,7 @@ def _cells(group: str, rows: list[Row]) -> list[str]:
     settings = [
         [row for row in own if (row["phase"], row["is_causal"]) == setting] for setting in PASSES
     ]
-    fastest = [_fastest(found) for found in settings]
+    fastest = [fastest_others(found) for found in settings]
     names = dict.fromkeys(
         _short(row["label"], group)
         for found in fastest
@@ -78,7 +78,7 @@ def _cells(group: str, rows: list[Row]) -> list[str]:
     ]
 
 
-def _fastest(rows: list[Row]) -> dict[int, Row | None]:
+def fastest_others(rows: list[Row]) -> dict[int, Row | None]:
     """By length the row of another library with the least time; None where none has one."""
     found: dict[int, Row | None] = {row["length"]: None for row in _by_length(rows)}
     for row in rows:

@@ -21,6 +21,7 @@ from attnzoo.cost.tracing.engine_counts import engines_apart
 from attnzoo.cost.tracing.operators import ELEMENTWISE, Handle, all_handles
 from attnzoo.eager import only_counted
 from attnzoo.integrations.wrappers import called_by
+from attnzoo.results.units import count
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,17 @@ class FlopReport:
     def flops(self) -> int:
         """One MAC is two FLOPs: a multiplication and an addition."""
         return 2 * self.macs
+
+    def __str__(self) -> str:
+        """The sums and their operators; the dictionaries have the modules."""
+        kinds = (("MACs", self.macs, self.by_operator),)
+        kinds += (("elementwise operations", self.elementwise, self.elementwise_by_operator),)
+        lines = []
+        for name, total, by_operator in kinds:
+            parts = sorted(by_operator.items(), key=lambda item: -item[1])
+            told = ", ".join(f"{operator} {count(value)}" for operator, value in parts if value)
+            lines.append(f"{count(total)} {name}" + (f": {told}" if told else ""))
+        return "\n".join(lines)
 
 
 def count_flops(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> FlopReport:

@@ -74,7 +74,7 @@ class Decay:
         like: (batch, kv_heads, ..., length, width), features of its keys
         count: (batch or 1, 1, length), see `counted`
 
-        Returns (batch or 1, kv_heads, 1, length) and (batch or 1, kv_heads, 1).
+        Returns (batch or 1, kv_heads, 1, length) and (batch or 1, kv_heads, 1); None stands for 1.
         """
         return None, None
 
@@ -128,7 +128,8 @@ class ConstantDecay(Decay):
     def of_keys(self, like: Tensor, count: Tensor) -> tuple[Tensor | None, Tensor | None]:
         base = self.gamma(like.shape[1], like.dtype, like.device)[:, None, None]
         last = count[:, None, :, -1:]
-        return base ** (last - count[:, None]), (base**last)[..., 0]
+        fresh = None if count.shape[-1] == 1 else base ** (last - count[:, None])
+        return fresh, (base**last)[..., 0]
 
     def of_rows(self, call: Call, dtype: torch.dtype) -> Tensor | None:
         gamma = self.gamma(call.k.shape[1], dtype, call.k.device).repeat_interleave(call.group)

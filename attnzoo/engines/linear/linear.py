@@ -56,9 +56,12 @@ class Linear(LinearReference):
                 for one in self.backends[1:]
                 if one.reason(self, call, by_name=True) is None
             )
-        one_by_one = name == "reference" or call.key_length == 1  # one token has no chunk to share
-        walk = _recur if one_by_one else _scan
         before = past = state.summed(self._after)
+        if call.key_length == 1:
+            past = absorb(self.feature_map, call.k, call.v, call.key_mask, before)
+            (out,) = read_all(self.feature_map, call, past)
+            return out, name, state.after(call, past, Recent.of(call, before))
+        walk = _recur if name == "reference" else _scan
         parts = early_and_late(call)
 
         def pieces() -> Iterator[Tensor]:

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.call import Call
+from attnzoo.call_checks import FLOATING
 from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.linear.decay import counted, product
 from attnzoo.engines.linear.feature_maps import FeatureMap
@@ -23,6 +25,10 @@ from attnzoo.engines.linear.layout import grouped, ungrouped
 
 # Tokens whose features are held at a time, where all keys are summed before any row reads the sums.
 CHUNK = 512
+#: Rows up to which one product makes them and what they are divided by.
+FEW_ROWS = 4
+#: By dtype: the size below which a normaliser is taken for what underflow left of it.
+UNDERFLOW = {dtype: torch.finfo(dtype).tiny ** 0.8 for dtype in FLOATING}
 
 
 @dataclass(frozen=True)
@@ -86,29 +92,45 @@ def absorb(
     past: the sums so far; None when there are none
     tokens: how many tokens to take at a time
     """
-    dtype = accumulation_dtype(k.dtype)
+    if k.shape[2] <= tokens:
+        return _absorbed(feature_map, k, v, key_mask, past)
     for start, keys, values in zip(
         range(0, k.shape[2], tokens), k.split(tokens, 2), v.split(tokens, 2), strict=True
     ):
         mask = None if key_mask is None else key_mask[:, start : start + tokens]
-        features, log_scale = keys_of(feature_map, keys.to(dtype), mask)
-        weights, shrink, largest = write_keys(log_scale, None if past is None else past.log_scale)
-        if feature_map.decay.fades:
-            count = counted(keys.shape[2], mask, keys.device)
-            fresh, faded = feature_map.decay.of_keys(features, count)
-            assert fresh is not None and faded is not None
-            weights, shrink = product(weights, fresh[:, :, 0]), product(shrink, faded[:, :, 0])
-        past = Past(
-            added(
-                None if past is None else past.sums,
-                shrink,
-                summed(features, weights, values.to(dtype)),
-            ),
-            largest,
-        )
-        del features  # so that they and the next ones are never held together
+        past = _absorbed(feature_map, keys, values, mask, past)
     assert past is not None
     return past
+
+
+def _absorbed(
+    feature_map: FeatureMap, k: Tensor, v: Tensor, key_mask: Tensor | None, past: Past | None
+) -> Past:
+    """As `absorb`, of keys that are taken at a time."""
+    dtype = accumulation_dtype(k.dtype)
+    features, log_scale = keys_of(feature_map, k.to(dtype), key_mask)
+    weights, shrink, largest = write_keys(log_scale, None if past is None else past.log_scale)
+    if feature_map.decay.fades:
+        count = counted(k.shape[2], key_mask, k.device)
+        fresh, faded = feature_map.decay.of_keys(features, count)
+        weights = weights if fresh is None else product(weights, fresh[:, :, 0])
+        shrink = shrink if faded is None else product(shrink, faded[:, :, 0])
+    sums = None if past is None else past.sums
+    if sums is not None and k.shape[2] == 1:
+        keys = features if weights is None else features * weights[..., None]
+        return Past(_written(sums, shrink, keys.mT, with_ones(v.to(dtype))), largest)
+    return Past(added(sums, shrink, summed(features, weights, v.to(dtype))), largest)
+
+
+def _written(sums: Tensor, shrink: Tensor | None, key: Tensor, value: Tensor) -> Tensor:
+    """sums · shrink + key · value of one token, as column and row."""
+    sums = sums if shrink is None else sums * shrink[..., None, None]
+    return torch.addcmul(sums, key, value)
+
+
+def with_ones(v: Tensor) -> Tensor:
+    """[v_j, 1]: (..., value_dim) -> (..., value_dim + 1)."""
+    return F.pad(v, (0, 1), value=1.0)
 
 
 def summed(features: Tensor, weights: Tensor | None, v: Tensor) -> Tensor:
@@ -146,7 +168,7 @@ def divisor(normalizer: Tensor) -> Tensor:
 
 def underflow(x: Tensor) -> float:
     """The size below which a normaliser of x's dtype is taken for what underflow left of it."""
-    return torch.finfo(x.dtype).tiny ** 0.8
+    return UNDERFLOW[x.dtype]
 
 
 def read_sums(feature_map: FeatureMap, sums: Tensor) -> Tensor:
@@ -178,6 +200,11 @@ def read(
     """
     features, group = feature_map.query(of_key_heads(call.q, call)), call.group
     normalizes = feature_map.normalizer == "row"
+    if out is None and normalizes and features.shape[2] <= FEW_ROWS:
+        both = features @ sums
+        divided_by = divisor(both[..., -1:])
+        rows = _of_heads(both[..., :-1] / divided_by, group).to(call.q.dtype)
+        return rows, _of_heads(divided_by, group)
     divided_by = divisor(features @ sums[..., -1:]) if normalizes else None
     values = sums[..., :-1] if normalizes else sums
     if out is None:
@@ -195,6 +222,9 @@ def read_all(feature_map: FeatureMap, call: Call, past: Past) -> Iterator[Tensor
     past: the sums over all keys
     """
     sums = read_sums(feature_map, past.sums)
+    if call.query_length <= CHUNK:
+        yield read(feature_map, call, sums)[0]
+        return
     for queries in call.q.split(CHUNK, 2):
         yield read(feature_map, replace(call, q=queries), sums)[0]
 

@@ -25,6 +25,7 @@ from attnzoo.engines.softmax.reference import (
     visible,
 )
 
+FEW_ROWS = 4  # of which the scores are written out sooner than all keys are copied
 LANES = 8  # kernels want heads whose width is a multiple of so many features
 
 
@@ -61,12 +62,22 @@ def why_not(engine: SoftmaxReference, call: Call) -> str | None:
         return "SDPA makes scores of products, and scale=0 leaves none to make sink_logits of"
     if engine.softcap is not None:
         return "SDPA has no softcap"
+    if _fills_up(call.q, call.k, call.v):
+        return (
+            f"SDPA wants one width, and filling up {call.key_length} keys costs more than the "
+            f"scores of {call.query_length} queries: leave it to rows"
+        )
     if "log_decay" in call.inputs and call.q.dtype in (torch.float16, torch.bfloat16):
         return f"it would round the sums of log_decay to {call.q.dtype}"
     for name, x in (("attn_mask", call.attn_mask), ("distance_bias", call.get("distance_bias"))):
         if x is not None and x.is_floating_point() and x.dtype != call.q.dtype:
             return f"SDPA wants an additive {name} of q's dtype {call.q.dtype}, got {x.dtype}"
     return None
+
+
+def _fills_up(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether all keys or values would be copied for a few queries."""
+    return v.shape[3] != q.shape[3] and q.shape[2] <= FEW_ROWS < k.shape[2]
 
 
 def _masks(call: Call) -> tuple[Tensor | None, Tensor | None]:
@@ -293,7 +304,7 @@ def attend_rows(
     Returns (batch, heads, rows, value_dim).
     """
     takes_bias = bias is None or bias.dtype == q.dtype
-    if sink_logits is None and engine.softcap is None and takes_bias:
+    if sink_logits is None and engine.softcap is None and takes_bias and not _fills_up(q, k, v):
         return sdpa(engine, q, k, v, mask, bias, every_row_sees=every_row_sees)
     if sink_logits is not None and sink_logits.dim() == 1:
         sink_logits = sink_logits[:, None, None]
@@ -304,5 +315,6 @@ def attend_rows(
         scores = scores + bias.to(dtype)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    attention = masked_softmax(scores, sink_logits)
+    plain = mask is None and bias is None and sink_logits is None
+    attention = scores.softmax(-1) if plain else masked_softmax(scores, sink_logits)
     return (F.dropout(attention, engine.dropout, engine.training) @ v).to(q.dtype)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from attnzoo.eager import can_look
+from attnzoo.eager import unrecorded
 
 #: How many scores a thread computes at a time: so few stay in its cache with their keys and values.
 SCORES = 3 * 2**16
@@ -123,21 +123,30 @@ def cap(visible: Tensor, like: Tensor) -> Tensor:
     return torch.where(visible, torch.inf, -torch.inf).to(like.dtype)
 
 
-def kept(make: Callable[..., Any]) -> Callable[..., Any]:
+class Kept(list[Any]):
+    """Pieces that serve many calls; they equal themselves alone."""
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def kept(make: Callable[..., list[Any]]) -> Callable[..., Kept]:
     """A function that makes pieces of sizes alone, whose last results serve the next calls.
 
     make: its arguments are hashable; of the first, a tensor, it reads the dtype alone
     """
 
     @lru_cache(maxsize=32)
-    def keep(dtype: torch.dtype, *sizes: Any) -> Any:
-        with torch.inference_mode(False):
-            return make(torch.empty(0, dtype=dtype, device="cpu"), *sizes)
+    def keep(dtype: torch.dtype, *sizes: Any) -> Kept:
+        with unrecorded(), torch.inference_mode(False):
+            return Kept(make(torch.empty(0, dtype=dtype, device="cpu"), *sizes))
 
     @wraps(make)
-    def made(like: Tensor, *sizes: Any) -> Any:
-        # What is made in a mode, of tensors without values, belongs to it.
-        return keep(like.dtype, *sizes) if can_look(like) else make(like, *sizes)
+    def made(like: Tensor, *sizes: Any) -> Kept:
+        return keep(like.dtype, *sizes)
 
     return made
 

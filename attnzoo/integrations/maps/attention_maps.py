@@ -104,7 +104,7 @@ def attention_maps(model: nn.Module, layers: Layers | None = None) -> Iterator[A
     raises: ValueError on a model without such layers, and on layers that it does not have;
         UnsupportedError where a layer's attention cannot be had
 
-    Inside, the model runs this library's attention of the same rows, uncompiled; behind it, it is
+    Inside, the model runs this library's attention of the same rows, uncompiled; afterwards it is
     what it was. A swapped layer that reads from a decoding state forms no A and shows none.
     """
     part = part_of(model)

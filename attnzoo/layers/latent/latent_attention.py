@@ -44,11 +44,11 @@ class LatentAttention(nn.Module):
     q_lora_rank: width of a latent of the queries; None: they are projected at once
     qk_nope_head_dim: features of a query and key head without positions; None: embed_dim /
         num_heads
-    qk_rope_head_dim: features that are turned by position, whose keys all heads share; None: half
+    qk_rope_head_dim: features that are rotated by position, whose keys all heads share; None: half
         as many
     v_head_dim: features of a value head; None: qk_nope_head_dim
-    rotary: how they are turned: True, or options of `RotaryEmbedding` but for its width; False: not
-        at all, as in Kimi Linear
+    rotary: how they are rotated: True, or options of `RotaryEmbedding` but for its width; False:
+        not at all, as in Kimi Linear
     scale: factor of the scores; None: 1/sqrt(qk_nope_head_dim + qk_rope_head_dim). With YaRN
         DeepSeek multiplies that by its mscale squared.
     attention: a name in `attnzoo.names()` whose inputs are q, k and v alone. Only those that are
@@ -58,7 +58,7 @@ class LatentAttention(nn.Module):
     form: "expanded" or "absorbed" for all calls; "auto": by their lengths
     raises: ValueError on a malformed option, UnsupportedError on one that the core excludes
 
-    In the parameters, the turned features of a query head come before the others, and of `kv_down`
+    In the parameters, the rotated features of a query head come before the others, and of `kv_down`
     before the latent; `attnzoo.latent_layer` takes transformers' layers.
 
     Source: DeepSeek-AI, DeepSeek-V2, 2024, arXiv:2405.04434, section 2.1; DeepSeek-V3, 2024,

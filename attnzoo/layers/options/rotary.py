@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoPE): queries and keys turned by their positions, so that a score
+"""Rotary position embedding (RoPE): queries and keys rotated by their positions, so that a score
 depends on how far apart they are."""
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from attnzoo.layers.options.yarn import yarn_of
 
 
 class RotaryEmbedding(nn.Module):
-    """Pairs of features turned by the angle position · base^(−2i/width), i counting the pairs.
+    """Pairs of features rotated by the angle position · base^(−2i/width), i counting the pairs.
 
     head_dim: width of a head
     base: above 1; pairs turn once in 2π tokens, the first, up to almost 2π · base, the last
-    width: how many features of a head are turned, the first ones; None: all of them
+    width: how many features of a head are rotated, the first ones; None: all of them
     interleaved: whether a pair is two neighbours (GPT-J, GLM) or a feature of the first half of
         the width and one of the second (Llama, Qwen, GPT-NeoX)
     yarn: options of `Yarn`, which slows the turns down for sequences longer than those of training,
@@ -45,7 +45,7 @@ class RotaryEmbedding(nn.Module):
         if self.width % 2 or self.width > head_dim:
             raise ValueError(
                 f"rotary width={self.width} must be even and at most head_dim={head_dim}, since "
-                "features are turned in pairs; give a smaller even width"
+                "features are rotated in pairs; give a smaller even width"
             )
         if not isinstance(interleaved, bool):
             raise ValueError(f"rotary interleaved={interleaved!r} must be True or False")

@@ -119,7 +119,7 @@ def _from(latent: Callable[[int], float], exact: Layer, by: Settings | str) -> i
 
 
 def _turned(model: TransformerModel) -> int:
-    """Features that are turned by position: half of a head, in pairs."""
+    """Features that are rotated by position: half of a head, in pairs."""
     return max(2, model.head_dim // 4 * 2)
 
 

@@ -26,7 +26,7 @@ class BigBird(Attention):
     A query block sees its window, the global blocks, and random blocks of its own, per head; global
     blocks see everything, so any two tokens are two steps apart. Cost n·(w + g + r) instead of n².
     What is kept is softmax itself, on S; what lies outside S is lost in one layer. S is a set: a
-    block counts once, and on a short input a row simply sees everything. Causal form (ours):
+    block counts once, and on a short input a row simply sees everything. In the causal form (ours)
     globals are the first blocks and random ones are earlier ones, so that no row changes as the
     sequence grows. Use it for long documents of which the beginning says much, in place of exact
     attention that was trained; not where one row must read one far token directly.

@@ -74,12 +74,17 @@ class TwoMaps(Weighted, Softmax):
             subtracted = given.to(dtype)[..., None]
         else:
             subtracted = call.q.new_tensor(0.5, dtype=dtype)
+        first, second = self.asked(call)
+        return first, replace(second, factor=-subtracted)
+
+    def asked(self, call: Call) -> Sequence[Branch]:
+        dtype = accumulation_dtype(call.q.dtype)
         q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
         first, second = (
             replace(call, q=one, k=other, v=v, inputs={})
             for one, other in zip(q.chunk(2, -1), k.chunk(2, -1), strict=True)
         )
-        return Branch(self.map, first), Branch(self.map, second, -subtracted)
+        return Branch(self.map, first), Branch(self.map, second)
 
     def with_past(self, call: Call, state: KeyValueCache) -> tuple[Call, KeyValueCache]:
         whole, state = super().with_past(call, state)

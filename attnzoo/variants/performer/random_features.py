@@ -119,19 +119,25 @@ class RandomFeatures(FeatureMap):
         """ω, scaled so that its products with unscaled vectors are those of ω with scaled ones."""
         return self.projection.to(dtype) * self.scale**0.5
 
+    def _projected(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        """factor · √scale · ωx. The smaller of the two is multiplied by the factors."""
+        directions, factor = self.projection.to(x.dtype), factor * self.scale**0.5
+        if x.numel() < directions.numel():
+            return (x * factor) @ directions.mT
+        return x @ (directions * factor).mT
+
     def _features(self, x: Tensor) -> Features:
         """And the largest exponent of each token where it has left the features. Exponents are of
         2, whose power is the fastest on a CPU."""
         check_set("the directions of its features", self.projection, x)
-        directions = self._directions(x.dtype).mT
         if self.kind == "relu":
-            return F.relu_(x @ (directions * self.num_features**-0.5)), None
+            return F.relu_(self._projected(x, self.num_features**-0.5)), None
         if self.kind == "trigonometric":
-            projected = x @ directions
+            projected = self._projected(x)
             return torch.cat([projected.sin(), projected.cos()], -1).mul_(
                 self.num_features**-0.5
             ), None
-        projected = x @ (directions * LOG2_E)
+        projected = self._projected(x, LOG2_E)
         if self.kind == "hyperbolic":
             projected = torch.cat([projected, -projected], -1)
         # The largest exponent of the token leaves the features; what it is does not change φ, so no

@@ -83,19 +83,27 @@ class AngularHash(nn.Module):
         x = x.detach().double()
         tokens = x.shape[-2]
         if not is_recorded():
-            tokens = max(1, PROJECTED // max(1, x.shape[:-2].numel() * max(self.factors)))
+            tokens = max(1, PROJECTED // max(1, x.shape[:-2].numel() * sum(self.factors)))
+        if x.shape[-2] == 1:  # one product serves all rounds
+            directions = self.rotations.double().transpose(0, 1).flatten(1)
+            projected = (x @ directions).unflatten(-1, (self.num_hashes, -1)).transpose(-2, -3)
+            return self._named(projected)
         rounds = []
         for rotation in self.rotations.double():
             rounds.append(
-                torch.cat([self._buckets(some, rotation) for some in x.split(tokens, -2)], -1)
+                torch.cat([self._named(some @ rotation) for some in x.split(tokens, -2)], -1)
             )
         return torch.stack(rounds, -2)
 
-    def _buckets(self, x: Tensor, rotation: Tensor) -> Tensor:
-        bucket = x.new_zeros(x.shape[:-1], dtype=torch.int64)
-        directions = rotation.split([factor // 2 for factor in self.factors], -1)
-        for factor, some in zip(self.factors, directions, strict=True):
-            if factor > 1:
-                projected = x @ some
-                bucket = bucket * factor + torch.cat([projected, -projected], -1).argmax(-1)
-        return bucket
+    def _named(self, projected: Tensor) -> Tensor:
+        """Buckets of tokens by what they are in each direction, (..., directions)."""
+        bucket = None
+        for some in projected.split([factor // 2 for factor in self.factors], -1):
+            if some.shape[-1]:
+                more = torch.cat([some, -some], -1).argmax(-1)
+                bucket = more if bucket is None else bucket * (2 * some.shape[-1]) + more
+        return (
+            projected.new_zeros(projected.shape[:-1], dtype=torch.int64)
+            if bucket is None
+            else bucket
+        )

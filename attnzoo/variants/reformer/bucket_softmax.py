@@ -17,12 +17,14 @@ from attnzoo.engines.engine import (
     never_refuses,
 )
 from attnzoo.engines.softmax import sdpa
+from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.softmax.reference import reference, visible, weights_of
 from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
 from attnzoo.engines.sparse.dense import too_large
 from attnzoo.engines.sparse.reference import is_short_input
 from attnzoo.engines.sparse.selected.grouped_rows import heads_of
 from attnzoo.variants.reformer.angular_hash import AngularHash
+from attnzoo.variants.reformer.bucket_codes import CODES, codes_of_new, seen_by_one
 from attnzoo.variants.reformer.bucket_rows import (
     chunks_of,
     own_is_real,
@@ -65,6 +67,15 @@ class BucketSoftmax(Softmax):
         seen = seen & (distance > 0 if call.is_causal else distance != 0)
         return heads_of(seen | (own & ~seen.any(-1, keepdim=True) if self.share_qk else own), call)
 
+    def with_past(self, call: Call, state: KeyValueCache) -> tuple[Call, KeyValueCache]:
+        before = state.inputs.get(CODES.name) if state.kept else None
+        codes = codes_of_new(self.hashing, call, before)
+        state = state.append(call, {CODES.name: codes})
+        whole = call.over(call.q, state.k, state.v, state.key_mask)
+        if call.query_length == 1:
+            whole = whole.giving(CODES, state.inputs[CODES.name])
+        return whole, state.without_excess()
+
     def matrix(self, call: Call) -> Tensor:
         return weights_of(self, with_unit_keys(call) if self.share_qk else call, self.support(call))
 
@@ -88,6 +99,7 @@ class BucketSoftmax(Softmax):
             )
             support = causal_pairs(shape.query_length, shape.key_length) - hidden
         cost = softmax_cost(shape, shape.kv_heads * scores, shape.heads * support, None)
+        codes = heads * rounds  # that a token brings to the state, of 8 bytes
         merging = heads * rows * (2 * rounds + shape.head_dim + (0 if self.share_qk else 1))
         return replace(
             cost,
@@ -95,11 +107,15 @@ class BucketSoftmax(Softmax):
             elementwise=(cost.elementwise if is_short else heads * scores + merging)
             + (heads * shape.key_length if self.share_qk else 0),
             moved_bytes=cost.moved_bytes + self.hashing.rotations.nbytes,
+            state_elements=cost.state_elements + codes * shape.key_length,
+            state_bytes=cost.state_bytes + 8 * codes * shape.key_length,
+            state_growth=cost.state_growth + 8 * codes,
         )
 
 
 def _dense(engine: BucketSoftmax, call: Call) -> Tensor:
-    support, masks = engine.support(call), visible(call)
+    one_row = CODES.name in call.inputs
+    support, masks = (_of_one if one_row else BucketSoftmax.support)(engine, call), visible(call)
     seen = support if masks is None else support & masks
     if not engine.share_qk:
         return sdpa.sdpa(engine, call.q, call.k, call.v, seen)
@@ -107,7 +123,20 @@ def _dense(engine: BucketSoftmax, call: Call) -> Tensor:
     return sdpa.sdpa(engine, call.q.to(k.dtype), k, call.v.to(k.dtype), seen).to(call.q.dtype)
 
 
+def _of_one(engine: BucketSoftmax, call: Call) -> Tensor:
+    """The support of the one query of a step, which stands at the last key."""
+    seen = seen_by_one(engine.hashing, engine.chunk_size, call)
+    if not engine.share_qk:
+        seen[..., -1] = True
+        return seen
+    seen[..., -1] = False
+    seen[..., -1] = ~seen.any(-1)
+    return seen
+
+
 def _dense_why_not(engine: BucketSoftmax, call: Call) -> str | None:
+    if CODES.name in call.inputs:
+        return sdpa.why_not(engine, call)
     if not is_short_input(call.query_length, call.key_length):
         return "hashes may hide keys, and a dense mask of them is quadratic in the length"
     return too_large(call) or sdpa.why_not(engine, call)

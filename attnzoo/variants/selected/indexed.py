@@ -212,18 +212,18 @@ class Indexed(Attention):
     A call brings q_index (batch, index_heads, query_length, index_dim), k_index (batch, 1 or more,
     key_length, index_dim), of which consecutive index heads share one, and w_index (batch,
     index_heads, query_length). Only the order of the scores matters: the constants that models
-    multiply them with (transformers: 1/√index_dim and 1/√index_heads) change nothing. Rotary turns
-    and norms belong to what makes the inputs; DeepSeek-V3.2's indexer turns halves and GLM's pairs.
-    A `MultiheadAttention` that is told index_heads projects all three. Without them the heads of
-    each key head choose by their own products, with weights of 1, which ranks well and saves
-    nothing: a bound for what an indexer can find.
+    multiply them with (transformers: 1/√index_dim and 1/√index_heads) change nothing. Rotations and
+    norms belong to what makes the inputs; DeepSeek-V3.2's indexer rotates halves, GLM's pairs. A
+    `MultiheadAttention` that is told index_heads projects all three. Without them the heads of each
+    key head choose by their own products, with weights of 1, which ranks well and saves nothing: a
+    bound for what an indexer can find.
 
     Scores of exactly 0 are common with few index heads (ReLU): of equal scores the earlier key is
     taken, where torch.topk takes any.
 
     Single keys leave nothing to gather in matrix products: with block_size=1 the time is that of
-    exact attention under a mask, and memory is linear. Blocks are multiplied alone. Decoding keeps
-    every key and value, and index_dim numbers more of every token.
+    exact attention under a mask, and memory is linear. Of larger blocks only the chosen ones are
+    multiplied. Decoding keeps every key and value, and index_dim numbers more of every token.
 
     top_k: keys that a query sees (DeepSeek-V3.2: 2,048)
     block_size: keys are taken in blocks of so many, top_k/block_size of those whose best visible

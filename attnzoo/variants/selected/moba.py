@@ -96,19 +96,19 @@ class MoBA(Attention):
     Nothing is learned beside the projections, so that a pretrained model can be run with it.
 
     The choice is not differentiated: the gradient is that of softmax on the keys selected. Scores
-    are compared in float64; of equal ones the earlier block is taken. Not causal (ours), all blocks
-    are candidates. Decoding keeps every key and value.
+    are compared in float64; of equal ones the earlier block is taken. In a call that is not causal
+    (our form) all blocks are candidates. Decoding keeps every key and value.
 
     Implementations disagree about top_k=1: here, in the paper and in MoonshotAI's plain version it
     is the own block alone; in flash-linear-attention and MoonshotAI's efficient kernel it means
-    exact attention, for which `standard` is.
+    exact attention, which is `standard`.
 
-    Use it for long contexts that few places decide, in models trained or tuned with it. Not where
-    every token matters a little, nor for blocks so long that a mean says nothing of them.
+    Use it for long contexts that few places decide, in models trained or tuned with it; not where
+    every token matters a little, nor with blocks so long that a mean says nothing of them.
 
     block_size: keys of a block
     top_k: blocks that a query sees, its own counted
-    scale: factor of the scores of keys, 1/sqrt(head_dim) by default; blocks are scored without
+    scale: factor of the scores of keys, 1/sqrt(head_dim) by default; those of blocks have none
     """
 
     spec = Spec(

@@ -138,9 +138,9 @@ class XAttention(Attention):
     The paper chooses for a block of queries by all queries of that block, so that a row depends on
     later queries. Here a causal choice is made for every `stride` queries by the `block_size`
     queries before them, and changing a token changes no earlier row; the first of a sequence see
-    their own block and the first one alone. Not causal, it is the paper's. A choice reads other
-    queries than the row's own, so that there must be as many queries as keys, and it does not
-    decode; the paper, too, is for prompts.
+    their own block and the first one alone. A call that is not causal has the paper's choice. A
+    choice reads other queries than the row's own, so that there must be as many queries as keys,
+    and it does not decode; the paper, too, is for prompts.
 
     block_size: queries and keys of a block, a multiple of stride
     stride: side of a square

@@ -14,12 +14,12 @@ class Sigmoid(Attention):
 
         A_ij = σ(scale · q_i·k_j + b_i),    σ(x) = 1 / (1 + e^−x)
 
-    A key's weight depends on no other key, so that rows need no sum and tiles of A no second look.
-    The bias keeps the sum of a row near softmax's 1 at first: the paper sets it to −log n, n the
-    length of the sequence; apple's modules take it as an argument, x-transformers has none. Here
-    b_i is −log of how many keys row i sees, which without causality is the paper's; with it, it is
-    what keeps a row independent of the tokens behind it and of padding. A number is the same for
-    every row: −log of the length trained with, as the paper's causal models have it.
+    A key's weight depends on no other key, so that rows need no sum, and a tile of A is final at
+    once. The bias keeps the sum of a row near softmax's 1 at first: the paper sets it to −log n, n
+    the length of the sequence; apple's modules take it as an argument, x-transformers has none.
+    Here b_i is −log of how many keys row i sees, which without causality is the paper's; with it,
+    it is what keeps a row independent of the tokens behind it and of padding. A number is the same
+    for every row: −log of the length trained with, as the paper's causal models have it.
 
     What is kept of softmax is a positive weight for every pair; what is lost is the competition:
     rows do not sum to 1, and a row may weigh all keys, or none. Use it in models trained with it; a

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call, repeat_heads
+from attnzoo.eager import is_recorded
 from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype, never_refuses
 from attnzoo.engines.piece_by_piece import join
 from attnzoo.engines.softmax import row_tiles, rows, tiles
 from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS
 from attnzoo.engines.softmax.reference import additive, visible
+from attnzoo.engines.softmax.sdpa import FEW_ROWS
 from attnzoo.engines.softmax.softmax import Softmax
 
 
@@ -64,6 +66,9 @@ class SigmoidEngine(Softmax):
         """b of every row, broadcastable to (batch, heads, query_length)."""
         if self.bias is not None:
             return call.q.new_tensor(self.bias, dtype=dtype)[None, None, None]
+        plain = call.key_mask is None and call.attn_mask is None and call.segments is None
+        if plain and call.query_length == 1 and not is_recorded():
+            return call.q.new_full((1, 1, 1), -math.log(max(1, call.key_length)), dtype=dtype)
         counts = torch.arange(call.key_length + 1, device=call.q.device).clamp(min=1)
         return -counts.to(dtype).log()[seen_keys(call)]  # one table, whatever is padded
 
@@ -113,6 +118,8 @@ def _in_tiles(engine: SigmoidEngine, call: Call) -> Tensor:
 
 
 def _tiles_why_not(engine: SigmoidEngine, call: Call) -> str | None:
+    if call.query_length <= FEW_ROWS < call.key_length:
+        return f"{call.query_length} queries make no tile: leave them to rows"
     if call.attn_mask is not None:
         return "an attn_mask would have to be cut into tiles: leave it to rows"
     bias = call.get(DISTANCE_BIAS.name)

@@ -32,9 +32,9 @@ class SparseTransformer(Attention):
     these two patterns down; nothing about them is learned.
 
     Use strided where data has a period, such as the rows of an image or bars of music, with that
-    period as its stride; fixed for text, where the strided one fails (section 4.3). Not where one
-    layer must find any token by its content. The paper's form is causal; without is_causal, ours
-    drops j <= i and changes nothing else. Decoding keeps every key and reads those in S.
+    period as its stride; fixed for text, where the strided one fails (section 4.3); neither where
+    one layer must find any token by its content. The paper's form is causal; without is_causal,
+    ours drops j <= i and changes nothing else. Decoding keeps every key and reads those in S.
 
     pattern: "strided" or "fixed"
     stride: in tokens, see S₁ and S₂

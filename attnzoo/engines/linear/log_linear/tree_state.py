@@ -50,11 +50,33 @@ def one_by_one(rule: Rule, call: Call, tree: Tree) -> Iterator[tuple[Tensor, Tre
     """A row, (batch, heads, 1, value_dim), and the tree after each token of a call with levels.
     Padded tokens leave it as it is, and their rows are 0."""
     ready = prepared(rule, call)
+    step = _step_of_all if tree.tokens is None and call.key_mask is None else _step
     for token in range(call.key_length):
         here = slice(token, token + 1)
         one = ready if call.key_length == 1 else ready.select(queries=here, keys=here)
-        rows, tree = _step(rule, one, tree)
+        rows, tree = step(rule, one, tree)
         yield rows, tree
+
+
+def _step_of_all(rule: Rule, call: Call, tree: Tree) -> tuple[Tensor, Tree]:
+    """As `_step`, where all samples have as many tokens: full buckets alone are touched. They stand
+    side by side as values of one state, the token's own, still empty, last."""
+    slots, width, kv_heads = tree.slots, call.v.shape[3], call.k.shape[1]
+    full = _buckets(tree.sums, slots)
+    empty = tree.sums.new_zeros(*tree.sums.shape[:2], *tree.sums.shape[3:])
+    written = replace(call, v=F.pad(call.v, (len(full) * width, 0)))
+    state = advance(rule, written, torch.cat([*full.values(), empty], -1))
+    q, levels = (
+        x[:, :, 0].unflatten(1, (kv_heads, -1)) for x in (call.q, call.inputs[LEVELS.name])
+    )
+    read = [levels[..., bit + 1, None] for bit in full] + [levels[..., 0, None]]
+    rows = ((q @ state).unflatten(-1, (-1, width)) * torch.stack(read, -2)).sum(-2)
+    *others, own = state.split(width, -1)
+    after, bit = dict(zip(full, others, strict=True)), 0
+    while bit in after:  # it merges with those of 1, 2, 4 ... tokens that are full
+        own, bit = own + after.pop(bit), bit + 1
+    after[bit] = own
+    return rows.flatten(1, 2)[:, :, None], Tree(_stacked(after, slots + 1, empty), None, slots + 1)
 
 
 def _step(rule: Rule, call: Call, tree: Tree) -> tuple[Tensor, Tree]:
@@ -149,5 +171,5 @@ def _buckets(sums: Tensor, tokens: int) -> Buckets:
 
 def _stacked(buckets: Buckets, slots: int, like: Tensor) -> Tensor:
     """The buckets of so many tokens or fewer, as `Tree.sums`."""
-    empty = like.new_zeros(*like.shape[:2], *like.shape[3:])
+    empty = like.new_zeros(*like.shape[:2], *like.shape[-2:])
     return torch.stack([buckets.get(bit, empty) for bit in range(buckets_of(slots))], 2)

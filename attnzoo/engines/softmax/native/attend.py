@@ -13,7 +13,7 @@ from attnzoo.call import Call
 from attnzoo.engines.differentiable import Compute, is_followed, open_gradients
 from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.native.library import cannot_compile, is_compiled, operators
-from attnzoo.engines.softmax.native.plan import Plan, plan_of
+from attnzoo.engines.softmax.native.tile_plan import TilePlan, plan_of
 from attnzoo.engines.softmax.reference import SoftmaxReference
 from attnzoo.engines.softmax.tile_pieces import Pieces, Way
 
@@ -80,12 +80,13 @@ class _Attend(torch.autograd.Function):
         v: Tensor,
         key_cap: Tensor | None,
         sink_logits: Tensor | None,
-        plan: Plan,
+        plan: TilePlan,
         scale: float,
         compute: Compute,
     ) -> Tensor:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         logits = None if sink_logits is None else sink_logits.to(q.dtype).contiguous()
+        key_cap = None if key_cap is None else key_cap.contiguous()
         out, log_sums = operators().native_attention(q, k, v, key_cap, logits, list(plan), scale)
         ctx.save_for_backward(q, k, v, key_cap, sink_logits, out, log_sums)
         ctx.plan, ctx.scale, ctx.compute = plan, scale, compute

@@ -31,7 +31,6 @@ from attnzoo.engines.sparse.windows import (
     window_tiles,
 )
 from attnzoo.engines.sparse.windows.columns import Columns, bias_of_columns
-from attnzoo.engines.tried_on_gpu import untried
 from attnzoo.sequences.padding import first_real, slots_of
 
 #: Queries and keys, each, up to which a dense mask serves every window; beyond, one that shows a
@@ -45,7 +44,7 @@ class WindowSparse(Sparse):
     """Softmax attention over a window.
 
     Its backends in order: `native`, `tiles` in C++, where that has been compiled; `dense`, one SDPA
-    call, where the window hides nothing; `flex`, FlexAttention on CUDA; `tiles`, a few rows at a
+    call, where the window hides nothing; `flex`, FlexAttention; `tiles`, a few rows at a
     time in memory that stays in a CPU's cache;
     `windows`, SDPA on a slice of the keys for every block of queries; `columns`, the same with keys
     beside each slice that every row sees; the reference.
@@ -253,7 +252,7 @@ WindowSparse.backends = (
         untried=_native_passed_over,
     ),
     Backend("dense", dense.attend, dense.why_not),
-    Backend("flex", _by_flex, _flex_why_not, packs=True, untried=untried),
+    Backend("flex", _by_flex, _flex_why_not, packs=True, untried=flex.untried),
     Backend("tiles", _in_tiles, _tiles_why_not),
     Backend("windows", _in_slices, _slices_why_not, packs=True),
     Backend("columns", _with_columns, _columns_why_not),

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnzoo.engines.softmax.tile_pieces import Piece
+from attnzoo.eager import unrecorded
+from attnzoo.engines.softmax.tile_pieces import Kept, Piece
 
 
-class Plan(NamedTuple):
+class TilePlan(NamedTuple):
     """What `native_attention` takes; all of int32 but the limits, which have the dtype of the call.
 
     tiles: (tiles, 6), of each its first row, its rows, its first run and the end of its runs, its
@@ -34,7 +35,7 @@ class Plan(NamedTuple):
     starts: Tensor
 
 
-def plan_of(heads: Sequence[Sequence[Piece]], key_length: int, dtype: torch.dtype) -> Plan:
+def plan_of(heads: Sequence[Sequence[Piece]], key_length: int, dtype: torch.dtype) -> TilePlan:
     """The plan of the pieces of every head, or of every sample and head.
 
     heads: where all heads share their pieces, the plan has one head
@@ -42,31 +43,26 @@ def plan_of(heads: Sequence[Sequence[Piece]], key_length: int, dtype: torch.dtyp
     dtype: of the limits
     """
     shared = all(pieces is heads[0] for pieces in heads)
-    return _plan_of(_Same(heads[0] if shared else heads), shared, key_length, dtype)
+    found = heads[0] if shared else heads
+    if isinstance(found, Kept):
+        return _kept_plan(found, shared, key_length, dtype)
+    return _plan_of(found, shared, key_length, dtype)
 
 
-class _Same:
-    """Pieces that equal themselves alone: those that are kept for many calls have one plan."""
-
-    def __init__(self, pieces: Sequence[Any]) -> None:
-        self.pieces = pieces
-
-    def __hash__(self) -> int:
-        return id(self.pieces)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.pieces is self.pieces
+def _plan_of(found: Sequence[Any], shared: bool, key_length: int, dtype: torch.dtype) -> TilePlan:
+    """found: the pieces of one head, which all share, or of every one"""
+    parts, starts = _Parts(key_length), [0]
+    for pieces in [found] if shared else found:
+        for piece in pieces:
+            parts.take(piece)
+        starts.append(parts.tile_count)
+    return parts.plan(starts, torch.empty(0, dtype=dtype, device="cpu"))
 
 
 @lru_cache(maxsize=32)
-def _plan_of(same: _Same, shared: bool, key_length: int, dtype: torch.dtype) -> Plan:
-    with torch.inference_mode(False):
-        parts, starts = _Parts(key_length), [0]
-        for pieces in [same.pieces] if shared else same.pieces:
-            for piece in pieces:
-                parts.take(piece)
-            starts.append(parts.tile_count)
-        return parts.plan(starts, torch.empty(0, dtype=dtype))
+def _kept_plan(found: Kept, shared: bool, key_length: int, dtype: torch.dtype) -> TilePlan:
+    with unrecorded(), torch.inference_mode(False):
+        return _plan_of(found, shared, key_length, dtype)
 
 
 class _Parts:
@@ -88,12 +84,12 @@ class _Parts:
         """Add the tiles of a piece, one for each part."""
         parts, size, _ = piece.shape
         runs, caps = piece.runs(self.key_length), self._caps_of(piece)
-        number = torch.arange(parts)
+        number = torch.arange(parts, device="cpu")
         first_run = self._run_count + number * runs.shape[1]
         first_cap = self._cap_count + number * caps.shape[1]
         columns = (
             piece.first + number * size,
-            torch.full((parts,), size),
+            torch.full((parts,), size, device="cpu"),
             first_run,
             first_run + runs.shape[1],
             first_cap,
@@ -106,7 +102,7 @@ class _Parts:
         self._run_count += parts * runs.shape[1]
         self._cap_count += parts * caps.shape[1]
 
-    def plan(self, starts: list[int], like: Tensor) -> Plan:
+    def plan(self, starts: list[int], like: Tensor) -> TilePlan:
         """The plan of all pieces taken.
 
         starts: the first tile of each head, and the number of tiles
@@ -114,28 +110,28 @@ class _Parts:
         """
 
         def joined(parts: list[Tensor], width: int) -> Tensor:
-            return torch.cat([torch.empty(0, width, dtype=torch.long), *parts]).int()
+            return torch.cat([torch.empty(0, width, dtype=torch.long, device="cpu"), *parts]).int()
 
-        return Plan(
+        return TilePlan(
             joined(self._tiles, 6),
             joined(self._runs, 2),
             joined(self._caps, 4),
             joined(self._spans, 2),
             torch.cat([like.new_empty(0), *self._limits]),
-            torch.tensor(starts, dtype=torch.int32),
+            torch.tensor(starts, dtype=torch.int32, device="cpu"),
         )
 
     def _caps_of(self, piece: Piece) -> Tensor:
         """(parts, caps, 4)"""
         parts, size, _ = piece.shape
-        found = torch.empty(parts, len(piece.caps), 4, dtype=torch.long)
+        found = torch.empty(parts, len(piece.caps), 4, dtype=torch.long, device="cpu")
         for number, cap in enumerate(piece.caps):
             keys = cap.stop - cap.start
             limits, spans = self._places_of(cap.largest, size, keys)
             own = keys if cap.largest.dim() > 2 and len(cap.largest) > 1 else 0
             found[:, number, 0], found[:, number, 1] = cap.start, cap.stop
-            found[:, number, 2] = limits + own * size * torch.arange(parts)
-            found[:, number, 3] = spans + own * torch.arange(parts)
+            found[:, number, 2] = limits + own * size * torch.arange(parts, device="cpu")
+            found[:, number, 3] = spans + own * torch.arange(parts, device="cpu")
         return found
 
     def _places_of(self, largest: Tensor, size: int, keys: int) -> tuple[int, int]:
