@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import Case, Situation, close, padding, tensors, usual_cases
 from small import build_small
-from stages import in_turn
+from stages import in_turn, only
 from torch import Tensor
 
 import attnzoo
@@ -107,7 +107,7 @@ def test_speculative_decoding(case: Case) -> None:
     assert state.seen == len(taken)
 
 
-@ALL
+@pytest.mark.parametrize("case", only([*CASES[::3], *CASES[-3:]], CASES))
 def test_a_long_call_keeps_its_end_alone(case: Case) -> None:
     """A bounded state holds as much after a prefill of 900 tokens as after one of 400, a tree of
     states one more, and both take back as many of either."""

@@ -357,11 +357,12 @@ NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize(("case", "is_causal"), in_turn(SPARSE, [False, True]))
-def test_numbers(case: Case, is_causal: bool) -> None:
-    """In each direction half of the situations, in turn."""
-    for situation in NUMBERS[(SPARSE.index(case) + is_causal) % 2 :: 2]:
-        numbers(case, situation, is_causal, compiled=False)
+@pytest.mark.parametrize(
+    ("case", "is_causal", "situation"),
+    in_turn([(case, is_causal) for case in SPARSE for is_causal in (False, True)], NUMBERS),
+)
+def test_numbers(case: Case, is_causal: bool, situation: Situation) -> None:
+    numbers(case, situation, is_causal, compiled=False)
 
 
 @pytest.mark.slow
