@@ -14,7 +14,6 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.engine import StateSizes
-from attnzoo.engines.softmax.stretch_sums import StretchSums, sums_of
 from attnzoo.engines.state_checks import (
     GOES_BACK,
     check_crop,
@@ -22,6 +21,7 @@ from attnzoo.engines.state_checks import (
     check_state,
     check_values,
 )
+from attnzoo.engines.stretch_sums import StretchSums, sums_of
 
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 

@@ -16,10 +16,10 @@ from attnzoo.engines.engine import (
 )
 from attnzoo.engines.softmax import sdpa
 from attnzoo.engines.softmax.reference import REFERENCE, SoftmaxReference, masked_softmax
-from attnzoo.engines.softmax.stretch_sums import KEY_SUMS, VALUE_SUMS
 from attnzoo.engines.sparse.selected.learned_keys import LearnedKeys
 from attnzoo.engines.sparse.selected.pooling import Pooling
 from attnzoo.engines.sparse.selected.selection import Placed
+from attnzoo.engines.stretch_sums import KEY_SUMS, VALUE_SUMS
 from attnzoo.sequences.padding import leading
 
 

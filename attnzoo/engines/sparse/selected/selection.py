@@ -17,7 +17,7 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.eager import holds_anywhere, may_branch
 from attnzoo.engines.engine import Shape
-from attnzoo.engines.softmax.stretch_sums import KEY_SUMS
+from attnzoo.engines.stretch_sums import KEY_SUMS
 from attnzoo.sequences.padding import ahead_behind, leading, starts_real
 
 NONE = -1  # stands for no block

@@ -11,10 +11,10 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes, never_refuses
 from attnzoo.engines.softmax.cache import KeyValueCache
-from attnzoo.engines.softmax.stretch_sums import KEY_SUMS, VALUE_SUMS
 from attnzoo.engines.sparse.selected.pooled_softmax import PooledSoftmax
 from attnzoo.engines.sparse.selected.selected_softmax import SelectedSoftmax, with_sums
 from attnzoo.engines.sparse.windows.window_sparse import WindowSparse
+from attnzoo.engines.stretch_sums import KEY_SUMS, VALUE_SUMS
 from attnzoo.engines.weighted import Branch, Weighted
 from attnzoo.spec import Input
 
