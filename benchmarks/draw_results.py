@@ -87,6 +87,16 @@ def short_inputs() -> Lines:
     }
 
 
+def compiled_gain() -> Bars:
+    """The time of `tiles` over that of `native`, 4,096 tokens, causal and not."""
+    found: dict[str, dict[str, float]] = {}
+    for row in read_lines("native.jsonl"):
+        if row["length"] == 4096:
+            said = f"{row['phase']}, causal" if row["is_causal"] else row["phase"]
+            found.setdefault(row["variant"], {})[said] = row["gain"][0]
+    return found
+
+
 def memory_slope() -> Lines:
     """Peak bytes of a forward by the fast backend, causal where the variant can be."""
     rows = [row for row in read_lines("memory_slope.jsonl") if row["backend"] == "auto"]
@@ -148,6 +158,8 @@ def write(folder: Path = FOLDER) -> None:
     draw_bars(gates_speed(), faster, folder / "gates.png", are_ratios=True)
     others = "times as long as this library takes, the fastest other, 4,096 tokens"
     draw_bars(peers_speed(), others, folder / "peers.png", are_ratios=True)
+    compiled = "times as fast as `tiles`, 4,096 tokens"
+    draw_bars(compiled_gain(), compiled, folder / "compiled.png", are_ratios=True)
     parity = scores("parity-study")
     draw_bars(parity(), "accuracy on parity of 64 bits", folder / "parity.png")
     characters = scores("shakespeare-cpu")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import attnzoo
+from attnzoo.commands import program
 from attnzoo.engines.softmax.native import attend, library
 
 compiled = pytest.mark.skipif(
@@ -137,6 +138,19 @@ def test_what_is_missing_is_said_in_a_sentence(
         attn(*qkv(300))
     monkeypatch.undo()
     library._found_missing.cache_clear()
+
+
+@compiled
+def test_doctor_compiles_or_says_why_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert program.main(["doctor", "--compile"]) == 0
+    assert library.is_compiled()
+    monkeypatch.setattr(library, "cannot_compile", lambda: "there is no compiler")
+    capsys.readouterr()
+    assert program.main(["doctor", "--compile"]) != 0
+    said = capsys.readouterr().err
+    assert "cannot be compiled here: there is no compiler" in said and "Traceback" not in said
 
 
 @compiled

@@ -7,12 +7,20 @@ from jsonargparse import ArgumentParser, Namespace
 from attnzoo.commands.command import Command, print_tables
 
 
-def _no_arguments(parser: ArgumentParser) -> None:
-    pass
+def _arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="first compile the backend `native` of windows and BigBird for this machine",
+    )
 
 
 def run(settings: Namespace) -> int:
-    """Look around and print."""
+    """Compile, if that is asked for, look around and print."""
+    if settings.compile:
+        from attnzoo.engines.softmax.native.library import compile_native
+
+        compile_native()
     from attnzoo.report.doctor.doctor_tables import doctor_tables
 
     print_tables(doctor_tables())
@@ -22,6 +30,6 @@ def run(settings: Namespace) -> int:
 DOCTOR = Command(
     "doctor",
     "Print versions, devices, what is installed or missing, and which backends run here.",
-    _no_arguments,
+    _arguments,
     run,
 )

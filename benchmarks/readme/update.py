@@ -7,6 +7,7 @@ from benchmarks.readme import (
     answers,
     choices,
     compared,
+    compiled,
     costs,
     counters,
     gates,
@@ -28,6 +29,7 @@ PAGES = tuple(
 )
 TABLES: dict[str, Table] = {
     **compared.TABLES,
+    **compiled.TABLES,
     **counters.TABLES,
     **trained.TABLES,
     **swapped.TABLES,

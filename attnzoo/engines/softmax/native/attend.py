@@ -35,7 +35,7 @@ def passed_over(call: Call, fewest_rows: int) -> str | None:
     fewest_rows: from how many rows on it is faster than one call of SDPA under a dense mask
     """
     if not is_compiled():
-        return "it is not compiled on this machine: the first call with backend='native' does that"
+        return "it is not compiled on this machine: attnzoo doctor --compile does that"
     if call.query_length < fewest_rows:
         return f"{call.query_length} rows are fewer than the {fewest_rows} from which on it is fast"
     return None

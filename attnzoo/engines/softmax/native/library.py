@@ -70,6 +70,17 @@ def compiled_file() -> Path:
     return Path(root).expanduser() / f"attnzoo_native_{digest.hexdigest()[:16]}.so"
 
 
+def compile_native() -> None:
+    """Compile the code for this machine, unless that has been done.
+
+    Raises UnsupportedError where it cannot be compiled.
+    """
+    reason = cannot_compile()
+    if reason is not None:
+        raise UnsupportedError(f"the backend native cannot be compiled here: {reason}")
+    operators()
+
+
 @lru_cache(maxsize=1)
 def operators() -> Any:
     """The namespace of torch.ops that holds `native_attention` and `native_attention_backward`.
