@@ -27,6 +27,7 @@ RUNS = [
     for way, is_causal in enumerate(case.spec.forms)
     for number, kind in enumerate(("none", "whole"))
 ]
+FEW = [case for case in usual_cases() if case.variant in of_each_family()]
 EVERYWHERE = pytest.mark.parametrize(("case", "is_causal", "kind"), RUNS)
 LENGTH = 70
 
@@ -101,7 +102,7 @@ def test_queries_and_keys_that_are_related_count_once(
     close(second(run.fast), second(run.reference), 1e-9, "second derivative")
 
 
-@pytest.mark.parametrize("case", usual_cases(), ids=str)
+@pytest.mark.parametrize("case", only(FEW, usual_cases()))
 def test_forward_mode_and_nested_gradients(case: Case) -> None:
     run = Run(case, case.spec.forms[-1], "none")
     direction = run.q.flip(2)
@@ -153,9 +154,6 @@ def test_a_trace_with_gradients_on_serves_other_batches_and_masks(
         out = call(*leaves) if mask is None else call(*leaves, mask)
         results.append([out, *torch.autograd.grad(out, leaves, upstream)])
     agree(results[0], results[1], "result")
-
-
-FEW = [case for case in usual_cases() if case.variant in of_each_family()]
 
 
 @pytest.mark.parametrize("case", only(FEW, usual_cases()))

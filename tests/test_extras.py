@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -166,19 +166,8 @@ COMMANDS: dict[tuple[str, ...], list[tuple[list[str], str]]] = {
 }
 
 
-def one_by_one(wanted: Mapping[tuple[str, ...], Any], *first: tuple[str, ...]) -> list[Any]:
-    """Each is a Python of its own, with torch: a few are in the first stage."""
-    return [
-        pytest.param(
-            extras,
-            id="+".join(extras) or "none",
-            marks=() if extras in first else pytest.mark.thorough,
-        )
-        for extras in wanted
-    ]
-
-
-@pytest.mark.parametrize("extras", one_by_one(COMMANDS, ("cli",)))
+@pytest.mark.thorough  # each is a Python of its own, with torch
+@pytest.mark.parametrize("extras", COMMANDS, ids=lambda extras: "+".join(extras) or "none")
 def test_every_command_works_or_says_what_to_install(
     extras: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -274,7 +263,8 @@ def test_no_extra_is_left_out() -> None:
     assert set(requirements("dev")) == set(requirements(*alone))
 
 
-@pytest.mark.parametrize("extras", one_by_one(LIBRARY))
+@pytest.mark.thorough  # each is a Python of its own, with torch
+@pytest.mark.parametrize("extras", LIBRARY, ids=lambda extras: "+".join(extras) or "none")
 def test_the_library_works_with_one_extra_alone(extras: tuple[str, ...], tmp_path: Path) -> None:
     packages = tmp_path / "packages"
     packages.mkdir()

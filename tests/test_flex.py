@@ -171,7 +171,10 @@ def test_auto_takes_it_where_it_does_not_refuse(name: str) -> None:
     plain, short = (
         call_of(Situation(length, length, kv_heads=4), True, torch.bfloat16) for length in (700, 60)
     )
-    with patch.object(flex, "why_not", lambda *_: None):
+    with (
+        patch.object(flex, "why_not", lambda *_: None),
+        patch.object(flex, "_on_cpu", lambda _: False),
+    ):
         assert engine.choose(plain, "auto").name == "flex"
         assert engine.choose(short, "auto").name == "dense"
         for untried in (
@@ -354,11 +357,12 @@ NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize(("case", "is_causal"), in_turn(SPARSE, [False, True]))
-def test_numbers(case: Case, is_causal: bool) -> None:
-    """In each direction half of the situations, in turn."""
-    for situation in NUMBERS[(SPARSE.index(case) + is_causal) % 2 :: 2]:
-        numbers(case, situation, is_causal, compiled=False)
+@pytest.mark.parametrize(
+    ("case", "is_causal", "situation"),
+    in_turn([(case, is_causal) for case in SPARSE for is_causal in (False, True)], NUMBERS),
+)
+def test_numbers(case: Case, is_causal: bool, situation: Situation) -> None:
+    numbers(case, situation, is_causal, compiled=False)
 
 
 @pytest.mark.slow
@@ -437,9 +441,33 @@ def test_tiles_divide_the_blocks_and_spill_nothing(
     pattern: Pattern, padding: str, dtype: torch.dtype, options: dict[str, int] | None
 ) -> None:
     """What a kernel of these tiles needs on sm_90a is in benchmarks/results/sm90_compiled.jsonl."""
-    assert (
-        flex.kernel_options(pattern, call_of(Situation(256, 256, padding), True, dtype)) == options
-    )
+    call = call_of(Situation(256, 256, padding), True, dtype)
+    assert flex.kernel_options(pattern, call) is None  # those are CUDA's
+    with patch.object(flex, "_on_cpu", lambda _: False):
+        assert flex.kernel_options(pattern, call) == options
+
+
+def test_on_a_cpu_it_is_for_those_who_ask_for_it_and_do_not_train() -> None:
+    engine = attnzoo.build("sliding_window", heads=4, head_dim=16, window=9).engine
+    call = call_of(Situation(700, 700), True)
+    (backend,) = [one for one in engine.backends if one.name == "flex"]
+    assert backend.reason(engine, call, by_name=True) is None
+    assert "on a CPU it is slower" in str(backend.reason(engine, call, by_name=False))
+    learns = replace(call, q=call.q.clone().requires_grad_())
+    assert "no backward pass on a CPU" in str(backend.reason(engine, learns, by_name=True))
+
+
+@pytest.mark.slow
+def test_the_backend_itself_on_a_cpu() -> None:
+    """Two lengths, each compiled."""
+    attn = attnzoo.build("sliding_window", heads=4, head_dim=16, window=50, backend="flex")
+    for length in (300, 430):
+        call = call_of(Situation(length, length), True)
+        with torch.no_grad():
+            out = attn(call.q, call.k, call.v, is_causal=True)
+        attn.backend = "reference"
+        close(out, attn(call.q, call.k, call.v, is_causal=True), 2e-6, f"{length} tokens")
+        attn.backend = "flex"
 
 
 def test_it_is_compiled_for_many_shapes_and_for_more_than_one_backward_pass(

@@ -86,7 +86,7 @@ def test_the_same_tokens_with_every_cache(family: str, name: str) -> None:
     ("family", "name", "kind"),
     [staged("llama", name, "sampled beams", first=name in of_each_folder()) for name in VARIANTS]
     + [
-        staged("gpt2", name, ("beams", "sampling")[i % 2], first=name in of_each_family())
+        staged("gpt2", name, ("beams", "sampling")[i % 2], first=name in of_each_folder())
         for i, name in enumerate(VARIANTS)
     ],
 )

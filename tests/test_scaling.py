@@ -115,7 +115,7 @@ def test_standard_keeps_what_flash_attention_keeps(name: str, is_causal: bool):
 @pytest.mark.parametrize(
     ("variant", "is_causal"),
     [
-        staged(variant, way, first=variant.choice.name in of_each_folder())
+        staged(variant, way, first=variant.choice.name in of_each_folder()[::2])
         for variant, way in EVERY_WAY
     ],
 )

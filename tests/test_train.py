@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from processes import in_two_processes
+from small import of_each_family
+from stages import only
 from torch import nn
 
 from attnzoo.call import UnsupportedError
@@ -398,7 +400,7 @@ def test_who_cannot_do_the_task_is_a_row_with_its_reason(task, text, reason, tmp
     assert any(row.label == "standard" and row.test is not None for row in rows)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", only(of_each_family(), names()))
 def test_every_variant_trains_on_the_tasks_that_its_spec_allows(name, tmp_path):
     spec = spec_of(name)
     for task, able in zip(

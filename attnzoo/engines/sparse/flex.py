@@ -1,4 +1,4 @@
-"""Sparse attention by torch's FlexAttention (CUDA).
+"""Sparse attention by torch's FlexAttention: on CUDA, and forward only on a CPU.
 
 One fused kernel goes through a table that lists, for each block of queries, the blocks of keys that
 it sees. The tables come from the pattern's own blocks, and have (n / block)² entries a head for a
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.eager import is_open, is_recorded
+from attnzoo.engines import tried_on_gpu
 from attnzoo.engines.installed import missing
 from attnzoo.engines.softmax.reference import SoftmaxReference
 from attnzoo.engines.sparse.flex_modifiers import mask_mod, score_mod
@@ -84,6 +85,8 @@ def kernel_options(pattern: Pattern, call: Call) -> dict[str, int] | None:
     registers (kilobytes a thread) in float32, and in float16 and bfloat16 at 128 by 128 where every
     block asks a key_mask or segments. The sizes given here spill none at head_dim 64.
     """
+    if _on_cpu(call):
+        return None
     tile = largest_tile(block_size_of(pattern))
     if call.q.dtype == torch.float32:
         tile = min(tile, FLOAT32_TILE)
@@ -173,29 +176,38 @@ def _compiled(call: Call, block_size: int) -> Callable[..., Any]:
 
     if torch.compiler.is_compiling():
         return flex_attention
-    return compiled_flex(_must_tune(call, block_size))
+    # The C++ of dynamic lengths does not compile everywhere (torch 2.13): there each has its own.
+    return compiled_flex(_must_tune(call, block_size), dynamic=not _on_cpu(call))
 
 
 def _must_tune(call: Call, block_size: int) -> bool:
     """Whether a backward kernel must be searched for. Untuned, it has one configuration, whose
     tiles of up to 128 fail on smaller blocks."""
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v))
-    return learns and largest_tile(block_size) < BLOCK
+    return _learns(call) and largest_tile(block_size) < BLOCK
 
 
-@lru_cache(maxsize=2)
-def compiled_flex(tuned: bool) -> Callable[..., Any]:
-    """FlexAttention compiled for any length. Needing more than SHAPE_CLASSES graphs is an error,
+def _on_cpu(call: Call) -> bool:
+    return call.q.device.type == "cpu"
+
+
+def _learns(call: Call) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v))
+
+
+@lru_cache(maxsize=4)
+def compiled_flex(tuned: bool, dynamic: bool = True) -> Callable[..., Any]:
+    """FlexAttention compiled. Needing more than SHAPE_CLASSES graphs is an error,
     never a silent fallback to scores for every query and key.
 
     tuned: whether to search for the fastest tile sizes
+    dynamic: whether a graph serves any length
     """
     import torch._dynamo
     import torch._functorch.config as functorch_config
 
     compiled = torch.compile(
         _only_compiled,
-        dynamic=True,
+        dynamic=dynamic,
         fullgraph=True,
         options={"max_autotune": True} if tuned else None,
     )
@@ -231,8 +243,10 @@ def why_not(engine: SparseReference, call: Call, dilation: int = 1) -> str | Non
     engine: gives the pattern, and dropout
     dilation: into how many sequences the positions of the call will be split (see windows/dilated)
     """
-    if call.q.device.type != "cuda":
-        return f"FlexAttention needs tensors on a CUDA device, got {call.q.device.type}"
+    if not _on_cpu(call) and call.q.device.type != "cuda":
+        return f"FlexAttention needs a CUDA device or the CPU, got {call.q.device.type}"
+    if _on_cpu(call) and _learns(call):
+        return "FlexAttention has no backward pass on a CPU: call it under torch.no_grad()"
     if call.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"FlexAttention has no {call.q.dtype} kernel: use float16, bfloat16 or float32"
     if engine.training and engine.dropout > 0:
@@ -253,7 +267,17 @@ def why_not(engine: SparseReference, call: Call, dilation: int = 1) -> str | Non
             f"query_length={call.query_length} is below {rows}, which fill one block of {BLOCK} "
             "queries: its tables would cost more than they save"
         )
+    if _on_cpu(call):
+        return _unseen(call, block_size)
     return _unseen(call, block_size) or missing("triton", "it comes with the CUDA builds of torch")
+
+
+def untried(engine: SparseReference, call: Call) -> str | None:
+    """Why backend="auto" passes over it for a call that it takes by name; None where it does not:
+    on a CPU the backends of this library are faster."""
+    if _on_cpu(call):
+        return "on a CPU it is slower than the backends that auto takes, and compiles at first use"
+    return tried_on_gpu.untried(engine, call)
 
 
 def _unseen(call: Call, block_size: int) -> str | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from attnzoo.call import UnsupportedError
 
-SOURCES = ("attention.cpp", "scores.h", "plan.h", "products.h")
+SOURCES = ("attention.cpp", "scores.h", "tile_plan.h", "products.h")
 #: What a compiler is told for each kind of processor that torch knows and the code is made for.
 INSTRUCTIONS = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),

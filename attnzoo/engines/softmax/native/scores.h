@@ -7,7 +7,7 @@
 #include <limits>
 #include <optional>
 
-#include "plan.h"
+#include "tile_plan.h"
 
 namespace attnzoo {
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.engine import Cost, Shape
-from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.native import attend as native
 from attnzoo.engines.softmax.reference import REFERENCE
 from attnzoo.engines.softmax.softmax import softmax_cost
+from attnzoo.engines.softmax.tiles import tiles
 from attnzoo.engines.sparse import dense, flex
 from attnzoo.engines.sparse.blocks import (
     block_layout,
@@ -23,7 +23,6 @@ from attnzoo.engines.sparse.blocks import (
 from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
 from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.sparse import Sparse, from_first_real
-from attnzoo.engines.tried_on_gpu import untried
 from attnzoo.sequences.padding import fills_slots
 
 ROWS = 128  # from how many on `native` is faster than a dense mask
@@ -33,7 +32,7 @@ class BlockSparse(Sparse):
     """Softmax attention in which a block of queries sees blocks of keys.
 
     Its backends in order: `native`, `tiles` in C++, where that has been compiled; `dense`, one SDPA
-    call, where the pattern hides nothing; `flex`, FlexAttention on CUDA; `tiles`, a few rows at a
+    call, where the pattern hides nothing; `flex`, FlexAttention; `tiles`, a few rows at a
     time in memory that stays in a CPU's cache; `blocks`, SDPA on gathered blocks of keys; `ragged`,
     the same for padded samples whose blocks count from their own ends; the reference.
 
@@ -114,7 +113,7 @@ def _flex_why_not(engine: BlockSparse, call: Call) -> str | None:
 BlockSparse.backends = (
     replace(from_first_real("native", _compiled, _native_why_not), untried=_native_passed_over),
     from_first_real("dense", dense.attend, dense.why_not),
-    replace(from_first_real("flex", _flex, _flex_why_not), untried=untried),
+    replace(from_first_real("flex", _flex, _flex_why_not), untried=flex.untried),
     from_first_real("tiles", _in_tiles, _tiles_why_not),
     from_first_real("blocks", _in_gathered, _one_table_why_not),
     from_first_real("ragged", _in_tables_of_samples, _ragged_why_not),

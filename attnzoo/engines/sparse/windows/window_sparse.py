@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from attnzoo.call import Call
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Shape, StateSizes
-from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.softmax.native import attend as native
 from attnzoo.engines.softmax.reference import SINK_LOGITS, reference
 from attnzoo.engines.softmax.softmax import softmax_cost
-from attnzoo.engines.softmax.tile_pieces import Way
+from attnzoo.engines.softmax.tiles import tiles
+from attnzoo.engines.softmax.tiles.tile_pieces import Way
 from attnzoo.engines.sparse import dense, flex
 from attnzoo.engines.sparse.global_cache import GlobalCache
 from attnzoo.engines.sparse.patterns.grid import Grid
@@ -31,7 +31,6 @@ from attnzoo.engines.sparse.windows import (
     window_tiles,
 )
 from attnzoo.engines.sparse.windows.columns import Columns, bias_of_columns
-from attnzoo.engines.tried_on_gpu import untried
 from attnzoo.sequences.padding import first_real, slots_of
 
 #: Queries and keys, each, up to which a dense mask serves every window; beyond, one that shows a
@@ -45,7 +44,7 @@ class WindowSparse(Sparse):
     """Softmax attention over a window.
 
     Its backends in order: `native`, `tiles` in C++, where that has been compiled; `dense`, one SDPA
-    call, where the window hides nothing; `flex`, FlexAttention on CUDA; `tiles`, a few rows at a
+    call, where the window hides nothing; `flex`, FlexAttention; `tiles`, a few rows at a
     time in memory that stays in a CPU's cache;
     `windows`, SDPA on a slice of the keys for every block of queries; `columns`, the same with keys
     beside each slice that every row sees; the reference.
@@ -253,7 +252,7 @@ WindowSparse.backends = (
         untried=_native_passed_over,
     ),
     Backend("dense", dense.attend, dense.why_not),
-    Backend("flex", _by_flex, _flex_why_not, packs=True, untried=untried),
+    Backend("flex", _by_flex, _flex_why_not, packs=True, untried=flex.untried),
     Backend("tiles", _in_tiles, _tiles_why_not),
     Backend("windows", _in_slices, _slices_why_not, packs=True),
     Backend("columns", _with_columns, _columns_why_not),

@@ -35,7 +35,7 @@ struct Chunk {
   const Stretch* end() const { return stretches + parts; }
 };
 
-// The plan that `plan.py` makes, in its tensors.
+// The plan that `tile_plan.py` makes, in its tensors.
 template <typename Number>
 struct Plan {
   const int32_t* tiles;   // (tiles, 6): the numbers of a Tile

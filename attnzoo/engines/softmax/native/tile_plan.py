@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from attnzoo.eager import unrecorded
-from attnzoo.engines.softmax.tile_pieces import Kept, Piece
+from attnzoo.engines.softmax.tiles.tile_pieces import Kept, Piece
 
 
-class Plan(NamedTuple):
+class TilePlan(NamedTuple):
     """What `native_attention` takes; all of int32 but the limits, which have the dtype of the call.
 
     tiles: (tiles, 6), of each its first row, its rows, its first run and the end of its runs, its
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     starts: Tensor
 
 
-def plan_of(heads: Sequence[Sequence[Piece]], key_length: int, dtype: torch.dtype) -> Plan:
+def plan_of(heads: Sequence[Sequence[Piece]], key_length: int, dtype: torch.dtype) -> TilePlan:
     """The plan of the pieces of every head, or of every sample and head.
 
     heads: where all heads share their pieces, the plan has one head
@@ -49,18 +49,18 @@ def plan_of(heads: Sequence[Sequence[Piece]], key_length: int, dtype: torch.dtyp
     return _plan_of(found, shared, key_length, dtype)
 
 
-def _plan_of(found: Sequence[Any], shared: bool, key_length: int, dtype: torch.dtype) -> Plan:
+def _plan_of(found: Sequence[Any], shared: bool, key_length: int, dtype: torch.dtype) -> TilePlan:
     """found: the pieces of one head, which all share, or of every one"""
     parts, starts = _Parts(key_length), [0]
     for pieces in [found] if shared else found:
         for piece in pieces:
             parts.take(piece)
         starts.append(parts.tile_count)
-    return parts.plan(starts, torch.empty(0, dtype=dtype))
+    return parts.plan(starts, torch.empty(0, dtype=dtype, device="cpu"))
 
 
 @lru_cache(maxsize=32)
-def _kept_plan(found: Kept, shared: bool, key_length: int, dtype: torch.dtype) -> Plan:
+def _kept_plan(found: Kept, shared: bool, key_length: int, dtype: torch.dtype) -> TilePlan:
     with unrecorded(), torch.inference_mode(False):
         return _plan_of(found, shared, key_length, dtype)
 
@@ -84,12 +84,12 @@ class _Parts:
         """Add the tiles of a piece, one for each part."""
         parts, size, _ = piece.shape
         runs, caps = piece.runs(self.key_length), self._caps_of(piece)
-        number = torch.arange(parts)
+        number = torch.arange(parts, device="cpu")
         first_run = self._run_count + number * runs.shape[1]
         first_cap = self._cap_count + number * caps.shape[1]
         columns = (
             piece.first + number * size,
-            torch.full((parts,), size),
+            torch.full((parts,), size, device="cpu"),
             first_run,
             first_run + runs.shape[1],
             first_cap,
@@ -102,7 +102,7 @@ class _Parts:
         self._run_count += parts * runs.shape[1]
         self._cap_count += parts * caps.shape[1]
 
-    def plan(self, starts: list[int], like: Tensor) -> Plan:
+    def plan(self, starts: list[int], like: Tensor) -> TilePlan:
         """The plan of all pieces taken.
 
         starts: the first tile of each head, and the number of tiles
@@ -110,28 +110,28 @@ class _Parts:
         """
 
         def joined(parts: list[Tensor], width: int) -> Tensor:
-            return torch.cat([torch.empty(0, width, dtype=torch.long), *parts]).int()
+            return torch.cat([torch.empty(0, width, dtype=torch.long, device="cpu"), *parts]).int()
 
-        return Plan(
+        return TilePlan(
             joined(self._tiles, 6),
             joined(self._runs, 2),
             joined(self._caps, 4),
             joined(self._spans, 2),
             torch.cat([like.new_empty(0), *self._limits]),
-            torch.tensor(starts, dtype=torch.int32),
+            torch.tensor(starts, dtype=torch.int32, device="cpu"),
         )
 
     def _caps_of(self, piece: Piece) -> Tensor:
         """(parts, caps, 4)"""
         parts, size, _ = piece.shape
-        found = torch.empty(parts, len(piece.caps), 4, dtype=torch.long)
+        found = torch.empty(parts, len(piece.caps), 4, dtype=torch.long, device="cpu")
         for number, cap in enumerate(piece.caps):
             keys = cap.stop - cap.start
             limits, spans = self._places_of(cap.largest, size, keys)
             own = keys if cap.largest.dim() > 2 and len(cap.largest) > 1 else 0
             found[:, number, 0], found[:, number, 1] = cap.start, cap.stop
-            found[:, number, 2] = limits + own * size * torch.arange(parts)
-            found[:, number, 3] = spans + own * torch.arange(parts)
+            found[:, number, 2] = limits + own * size * torch.arange(parts, device="cpu")
+            found[:, number, 3] = spans + own * torch.arange(parts, device="cpu")
         return found
 
     def _places_of(self, largest: Tensor, size: int, keys: int) -> tuple[int, int]:
