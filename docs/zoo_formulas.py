@@ -107,7 +107,7 @@ FORMULAS: dict[str, Formulas] = {
     "reformer": Formulas(
         "d·p·(2·n − p + 1)",
         choosing="d·n·h·u",
-        state=_KEYS_AND_VALUES,
+        state="n·(2·d + h)",
         symbols={"h": "num_hashes", "u": "num_buckets", "p": "1 + 2·h·chunk_size"},
         holds="n ≥ p",
         at_most=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -243,6 +244,16 @@ os.chdir({str(ROOT)!r})
 assert pytest.main(["-q", "-p", "no:cacheprovider", "tests/test_style.py"]) == 0
 """,
 }
+
+
+def test_every_extra_that_is_named_exists() -> None:
+    folders = ("attnzoo", "docs", "examples", "benchmarks", "tests")
+    named = set()
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.[mp][dy]")):
+        for found in re.findall(r"attnzoo\[([a-z,]+)\]", path.read_text(encoding="utf-8")):
+            named |= set(found.split(","))
+    assert named >= {"cli", "cost", "models", "tasks", "cuda"}
+    assert named <= {*PROJECT["optional-dependencies"]}
 
 
 def test_no_extra_is_left_out() -> None:

@@ -43,8 +43,8 @@ def whole_model(text: str, values: dict[str, Any]) -> Subject:
     model = _build(text, config)
     if model.main_input_name != "input_ids" or config.is_encoder_decoder:
         raise UnsupportedError(
-            f"{type(model).__name__} does not read one sequence of tokens; attnzoo flops counts "
-            "encoders and decoders of text"
+            f"{type(model).__name__} does not read one sequence of tokens, as the encoders and "
+            "decoders that attnzoo flops counts do; use attnzoo.count_flops(model, *inputs)"
         )
 
     def call(n: int, chosen: Choice | None) -> Call:

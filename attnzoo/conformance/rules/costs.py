@@ -60,7 +60,7 @@ def macs(subject: Subject, trial: Trial) -> str:
     try:
         counted = count_flops(_Called(subject, given), *given.tensors().values()).macs
     except ModuleNotFoundError:
-        raise Refused("fvcore is not installed: pip install 'attnzoo[flops]'") from None
+        raise Refused("fvcore is not installed: pip install 'attnzoo[cost]'") from None
     except Exception as error:  # a tracer follows less than runs
         raise Refused(f"it cannot be traced: {str(error).splitlines()[0]}") from None
     found = "causal: " if trial.is_causal else ""
