@@ -75,13 +75,13 @@ class Cosformer(Attention):
         check_max_length(
             self.spec.name, self.max_length, key_length=length, query_length=call.query_length
         )
-        return replace(
-            call, q=self._halves(call.q, length - call.query_length), k=self._halves(call.k, seen)
-        )
+        turns = self._turns(call.k, seen)
+        same = call.query_length == call.key_length
+        of_queries = turns if same else self._turns(call.q, length - call.query_length)
+        return replace(call, q=_halves(call.q, of_queries), k=_halves(call.k, turns))
 
-    def _halves(self, x: Tensor, start: int) -> Tensor:
-        """[relu(x) cos(πi/2M), relu(x) sin(πi/2M)] for positions i from `start` on, (batch, heads,
-        length, 2 · head_dim)."""
+    def _turns(self, x: Tensor, start: int) -> Tensor:
+        """cos(πi/2M) and sin(πi/2M) for the positions i of x, from `start` on, (length, 2, 1)."""
         positions = torch.arange(
             start,
             start + x.shape[2],
@@ -89,9 +89,18 @@ class Cosformer(Attention):
             device=x.device,
         )
         angles = positions * (math.pi / (2 * self.max_length))
-        turned = torch.stack([angles.cos(), angles.sin()], -1).to(x.dtype)
-        return (F.relu(x)[..., None, :] * turned[..., None]).flatten(-2)
+        return torch.stack([angles.cos(), angles.sin()], -1).to(x.dtype)[..., None]
 
     def count(self, shape: Shape) -> Cost:
-        cost, lengths = self.engine.cost(shape), shape.query_length + shape.key_length
-        return replace(cost, elementwise=cost.elementwise + 2 * lengths)
+        cost, turned = self.engine.cost(shape), shape.key_length
+        if shape.query_length != shape.key_length:
+            turned += shape.query_length
+        return replace(cost, elementwise=cost.elementwise + 2 * turned)
+
+
+def _halves(x: Tensor, turns: Tensor) -> Tensor:
+    """[relu(x) cos(πi/2M), relu(x) sin(πi/2M)], (batch, heads, length, 2 · head_dim).
+
+    turns: (length, 2, 1)
+    """
+    return (F.relu(x)[..., None, :] * turns).flatten(-2)

@@ -58,15 +58,20 @@ def attend(engine: SoftmaxReference, call: Call) -> Tensor:
 
 def why_not(engine: SoftmaxReference, call: Call) -> str | None:
     """Why this backend refuses the call; None when it takes it."""
-    if "sink_logits" in call.inputs and engine.scale == 0:
-        return "SDPA makes scores of products, and scale=0 leaves none to make sink_logits of"
-    if engine.softcap is not None:
-        return "SDPA has no softcap"
     if _fills_up(call.q, call.k, call.v):
         return (
             f"SDPA wants one width, and filling up {call.key_length} keys costs more than the "
             f"scores of {call.query_length} queries: leave it to rows"
         )
+    return cannot(engine, call)
+
+
+def cannot(engine: SoftmaxReference, call: Call) -> str | None:
+    """Why SDPA does not take the call; None when it does."""
+    if "sink_logits" in call.inputs and engine.scale == 0:
+        return "SDPA makes scores of products, and scale=0 leaves none to make sink_logits of"
+    if engine.softcap is not None:
+        return "SDPA has no softcap"
     if "log_decay" in call.inputs and call.q.dtype in (torch.float16, torch.bfloat16):
         return f"it would round the sums of log_decay to {call.q.dtype}"
     for name, x in (("attn_mask", call.attn_mask), ("distance_bias", call.get("distance_bias"))):

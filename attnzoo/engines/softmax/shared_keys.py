@@ -8,8 +8,8 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.softmax.reference import SoftmaxReference, additive, visible
+from attnzoo.engines.softmax.sdpa import cannot as sdpa_cannot
 from attnzoo.engines.softmax.sdpa import sdpa
-from attnzoo.engines.softmax.sdpa import why_not as sdpa_why_not
 
 
 def attend(engine: SoftmaxReference, call: Call) -> Tensor:
@@ -31,7 +31,7 @@ def why_not(engine: SoftmaxReference, call: Call) -> str | None:
     for name in ("sink_logits", "distance_bias"):
         if name in call.inputs:
             return f"it has no place for {name}, which differs from head to head"
-    return sdpa_why_not(engine, call)
+    return sdpa_cannot(engine, call)
 
 
 def _mask(call: Call) -> Tensor | None:

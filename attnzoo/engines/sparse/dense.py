@@ -8,8 +8,8 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.softmax.reference import causal_mask
 from attnzoo.engines.softmax.sdpa import attend as attend_whole
+from attnzoo.engines.softmax.sdpa import cannot as whole_cannot
 from attnzoo.engines.softmax.sdpa import sdpa
-from attnzoo.engines.softmax.sdpa import why_not as whole_why_not
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.pattern import Pattern
 from attnzoo.engines.sparse.reference import SparseReference
@@ -58,7 +58,7 @@ def cannot(engine: SparseReference, call: Call) -> str | None:
     """Why SDPA does not take the call, whatever the pattern hides; None when it does."""
     if "sink_logits" in call.inputs:
         return "SDPA has no place for sink_logits"
-    return whole_why_not(engine, call) or too_large(call)
+    return whole_cannot(engine, call) or too_large(call)
 
 
 def _ends_differ(engine: SparseReference, call: Call) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from attnzoo.call import Call
 from attnzoo.engines.engine import Cost, Shape, accumulation_dtype
 from attnzoo.engines.softmax.cache import KeyValueCache
+from attnzoo.engines.softmax.sdpa import FEW_ROWS
 from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.engines.weighted import Branch, Weighted, of_branches
 from attnzoo.spec import Input
@@ -95,6 +96,9 @@ class TwoMaps(Weighted, Softmax):
         found = super().cost(shape)
         doubled = ("macs", "support_macs", "skipped_macs", "elementwise")
         found = replace(found, **{name: 2 * getattr(found, name) for name in doubled})
+        if shape.query_length <= FEW_ROWS < shape.key_length:  # whose keys are not filled up
+            of_halves = {name: getattr(found, name) * 3 // 4 for name in doubled[:3]}
+            found = replace(found, **of_halves)
         if self.learned is not None:  # the exponentials of λ
             return replace(found, elementwise=found.elementwise + 2)
         rows = shape.batch_size * shape.heads * shape.query_length

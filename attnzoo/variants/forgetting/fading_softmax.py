@@ -26,7 +26,7 @@ class FadingSoftmax(Softmax):
     remembered = (LOG_DECAY,)
     backends = (
         Backend("tiles", fading_tiles.attend, fading_tiles.why_not),
-        Backend("sdpa", sdpa.attend, sdpa.why_not, packs=True),
+        Backend("sdpa", sdpa.attend, sdpa.cannot, packs=True),
         Backend("rows", rows.attend, rows.why_not),
         replace(REFERENCE, packs=True),
     )

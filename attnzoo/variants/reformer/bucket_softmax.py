@@ -136,10 +136,10 @@ def _of_one(engine: BucketSoftmax, call: Call) -> Tensor:
 
 def _dense_why_not(engine: BucketSoftmax, call: Call) -> str | None:
     if CODES.name in call.inputs:
-        return sdpa.why_not(engine, call)
+        return sdpa.cannot(engine, call)
     if not is_short_input(call.query_length, call.key_length):
         return "hashes may hide keys, and a dense mask of them is quadratic in the length"
-    return too_large(call) or sdpa.why_not(engine, call)
+    return too_large(call) or sdpa.cannot(engine, call)
 
 
 BucketSoftmax.backends = (

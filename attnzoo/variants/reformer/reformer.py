@@ -37,9 +37,9 @@ class Reformer(Attention):
 
     Use it at lengths far above 3·rounds·chunk_size, in models trained with it. Swapped into a
     pretrained decoder, 4 rounds see about two of five heaviest keys and one of seven of the top 32,
-    which a window does better (docs/results/selection.md). Decoding keeps all keys and hashes them
-    again at every step: right, not fast. Sorting and masks outweigh the products: on a CPU SDPA was
-    faster at every length up to 16,384 causal tokens.
+    which a window does better (docs/results/selection.md). Decoding keeps all keys, and of each
+    its bucket and its rank in it, 8 bytes a round. Sorting and masks outweigh the products: on a
+    CPU SDPA was faster at every length up to 16,384 causal tokens.
 
     num_buckets: an even number, or 1; in the paper about 2·length/chunk_size, here fixed, so that
         no row changes as the sequence grows. Several such numbers are hashed one by one, for as

@@ -175,7 +175,10 @@ def check_gates(call: Call) -> Call:
 def _lies(x: Tensor, low: float, high: float) -> bool:
     """Whether no number of x is below `low` or above `high`; NaN is not. Extrema take a fraction of
     the time of comparing all, and are NaN where one is."""
-    if not x.numel() or (low <= x.amin() and x.amax() <= high):
+    if not x.numel():
+        return True
+    least, most = x.detach().aminmax()
+    if low <= least.item() and most.item() <= high:
         return True
     return not ((x < low) | (x > high)).any()
 

@@ -94,7 +94,7 @@ def _attend(engine: PooledSoftmax, call: Call) -> Tensor:
 
 
 def _why_not(engine: PooledSoftmax, call: Call) -> str | None:
-    return sdpa.why_not(engine, call)
+    return sdpa.cannot(engine, call)
 
 
 PooledSoftmax.backends = (Backend("sdpa", _attend, _why_not), REFERENCE)

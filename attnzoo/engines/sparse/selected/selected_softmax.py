@@ -145,7 +145,7 @@ def _dense(engine: SelectedSoftmax, call: Call) -> Tensor:
 def _dense_why_not(engine: SelectedSoftmax, call: Call) -> str | None:
     if not engine.is_dense(call.query_length, call.key_length):
         return "the selection may hide keys, and a dense mask of them is quadratic in the length"
-    return too_large(call) or sdpa.why_not(engine, call)
+    return too_large(call) or sdpa.cannot(engine, call)
 
 
 SelectedSoftmax.backends = (

@@ -139,7 +139,7 @@ def visible_of(placed: Placed, rows: slice | Tensor, length: int) -> Tensor:
 def _dense_why_not(engine: SelectedTokens, call: Call) -> str | None:
     if call.key_length > engine.selector.top_k:
         return "the selection may hide keys, and a dense mask of them is quadratic in the length"
-    return too_large(call) or sdpa.why_not(engine, call)
+    return too_large(call) or sdpa.cannot(engine, call)
 
 
 SelectedTokens.backends = (
