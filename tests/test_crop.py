@@ -334,3 +334,23 @@ def test_keys_that_stay_keep_their_history() -> None:
         out, _ = attn.step(q[:, :, late], k[:, :, late], v[:, :, late], state)
         gradients.append(torch.autograd.grad(out.sum(), v)[0])
     assert torch.equal(*gradients) and bool(gradients[0][:, :, :2].ne(0).any())
+
+
+@pytest.mark.parametrize("name", ["moba", "nsa"])
+def test_blocks_summed_once_are_summed_again_where_their_tokens_went(name: str) -> None:
+    attn = build_small(name, 2, 8)
+    torch.manual_seed(0)
+    q, k, v, other = (torch.randn(1, 2, 26, 8) * 3 for _ in range(4))
+    _, state = attn.step(q[:, :, :10], k[:, :, :10], v[:, :, :10], attn.init_state(1))
+    for token in range(10, 20):
+        here = slice(token, token + 1)
+        _, state = attn.step(q[:, :, here], other[:, :, here], other[:, :, here], state)
+    state, rows = state.crop(9), []
+    k[:, :, 10], v[:, :, 10] = other[:, :, 10], other[:, :, 10]
+    for token in range(11, 26):
+        here = slice(token, token + 1)
+        row, state = attn.step(q[:, :, here], k[:, :, here], v[:, :, here], state)
+        rows.append(row)
+    assert state.sums is not None and state.sums.k.shape[2] == 26 // state.sums.size
+    whole = attn(q, k, v, is_causal=True)
+    torch.testing.assert_close(torch.cat(rows, 2), whole[:, :, 11:])

@@ -11,7 +11,7 @@ from cases import Situation, close, gradients_of, padding, tensors
 from torch import Tensor
 
 import attnzoo
-from attnzoo.engines.softmax import row_tiles
+from attnzoo.engines.softmax.tiles import row_tiles
 from attnzoo.oracles import ORACLES
 
 SITUATIONS = [

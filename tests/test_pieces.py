@@ -8,7 +8,7 @@ import torch
 
 import attnzoo
 from attnzoo.engines.piece_by_piece import join
-from attnzoo.engines.softmax import tile_pieces
+from attnzoo.engines.softmax.tiles import tile_pieces
 from attnzoo.engines.sparse.blocks import gathered_blocks
 from attnzoo.engines.sparse.windows import window_slices
 

@@ -14,8 +14,8 @@ from torch import Tensor
 import attnzoo
 from attnzoo.benchmarking.peak_memory import peak_bytes
 from attnzoo.conventions.paired_heads import pair_heads
-from attnzoo.engines.softmax import row_tiles
-from attnzoo.engines.softmax.tile_pieces import SCORES
+from attnzoo.engines.softmax.tiles import row_tiles
+from attnzoo.engines.softmax.tiles.tile_pieces import SCORES
 from attnzoo.layers.options.output_gate import RowNorm
 from attnzoo.oracles import ORACLES
 

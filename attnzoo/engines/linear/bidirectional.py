@@ -275,8 +275,7 @@ def backward_absorb(
         if feature_map.decay.fades:
             count = counted(call.key_length, call.key_mask, k.device)
             fresh, _ = feature_map.decay.of_keys(features, count)
-            assert fresh is not None
-            weights = product(weights, fresh[:, :, 0, here])
+            weights = weights if fresh is None else product(weights, fresh[:, :, 0, here])
         d_log_scale = None
         if weights is None:
             write_product(d_v[:, :, here], features, d_sums[..., :-1])

@@ -21,6 +21,7 @@ from attnzoo.engines.state_checks import (
     check_state,
     check_values,
 )
+from attnzoo.engines.stretch_sums import StretchSums, sums_of
 
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -57,6 +58,7 @@ class KeyValueCache:
     window's cache is bounded.
     seen: tokens taken so far. A cache is a value: `append` and `crop` return a new one, and the old
     one stays valid, since a second continuation copies where another cache reads the slots to come.
+    sums: of stretches of its keys and values, where the attention reads these
     """
 
     buffer: _Buffer
@@ -65,6 +67,7 @@ class KeyValueCache:
     seen: int
     max_length: int | None
     reach: int | None
+    sums: StretchSums | None = None
 
     def __post_init__(self) -> None:
         self.buffer.readers.add(self)
@@ -129,7 +132,16 @@ class KeyValueCache:
     def held_bytes(self) -> int:
         """Bytes of the buffer, with what it holds in reserve and for going back."""
         held = (self.buffer.k, self.buffer.v, self.buffer.mask, *self.buffer.inputs.values())
-        return sum(x.nbytes for x in held if x is not None)
+        of_sums = 0 if self.sums is None else self.sums.nbytes()
+        return of_sums + sum(x.nbytes for x in held if x is not None)
+
+    def with_sums(self, size: int, *, of_values: bool) -> KeyValueCache:
+        """The cache with the sums of its stretches of so many tokens; as it is where samples may
+        begin elsewhere, as padded ones do, and where gradients are asked for."""
+        if self.buffer.mask is not None or self.dropped or self.buffer.recorded:
+            return self
+        found = sums_of(self.k, self.v if of_values else None, size, self.sums)
+        return self if found is self.sums else replace(self, sums=found)
 
     def select(self, rows: Tensor) -> KeyValueCache:
         """The cache of these rows of the batch, (new_batch,) indices; a row may be taken more than
@@ -139,13 +151,15 @@ class KeyValueCache:
         mask = None if old.mask is None else old.mask.index_select(0, rows)
         inputs = {name: x.index_select(0, rows) for name, x in old.inputs.items()}
         buffer = _Buffer(old.k.index_select(0, rows), old.v.index_select(0, rows), mask, inputs)
-        return replace(self, buffer=buffer)
+        sums = None if self.sums is None else self.sums.select(rows)
+        return replace(self, buffer=buffer, sums=sums)
 
     def crop(self, n: int) -> KeyValueCache:
         """The cache without its last n tokens: of the last call, at most `GOES_BACK` of it, or any
         where nothing has been dropped. Raises ValueError on more."""
         check_crop(n, self.croppable)
-        return replace(self, end=self.end - n, seen=self.seen - n) if n else self
+        sums = None if self.sums is None else self.sums.of_first(self.kept - n)
+        return replace(self, end=self.end - n, seen=self.seen - n, sums=sums) if n else self
 
     def check_room(self, call: Call) -> None:
         check_state(call, self.batch_size, self.buffer.k.shape[1], self.seen, self.max_length)

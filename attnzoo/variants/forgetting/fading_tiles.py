@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines.softmax import row_tiles, tiles
 from attnzoo.engines.softmax.decay_bias import LOG_DECAY, summed
 from attnzoo.engines.softmax.reference import SoftmaxReference, reference
-from attnzoo.engines.softmax.tile_pieces import Cap, Slices, cap
+from attnzoo.engines.softmax.tiles import row_tiles, tiles
+from attnzoo.engines.softmax.tiles.tile_pieces import Cap, Slices, cap
 
 FEWEST_ROWS = 8  # below, a mask of all scores is small, and one product faster than many
 

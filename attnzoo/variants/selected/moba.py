@@ -35,7 +35,7 @@ class BlocksByMean(Selector):
     takes_own = True
 
     def __init__(self, block_size: int, top_k: int) -> None:
-        self.block_size = check_positive("block_size", block_size)
+        self.block_size = self.summed = check_positive("block_size", block_size)
         self.top_k = check_positive("top_k", top_k)
 
     def width(self, key_blocks: int) -> int:

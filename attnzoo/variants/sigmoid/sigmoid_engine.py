@@ -18,11 +18,12 @@ from attnzoo.call import Call, repeat_heads
 from attnzoo.eager import is_recorded
 from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype, never_refuses
 from attnzoo.engines.piece_by_piece import join
-from attnzoo.engines.softmax import row_tiles, rows, tiles
+from attnzoo.engines.softmax import rows
 from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS
 from attnzoo.engines.softmax.reference import additive, visible
 from attnzoo.engines.softmax.sdpa import FEW_ROWS
 from attnzoo.engines.softmax.softmax import Softmax
+from attnzoo.engines.softmax.tiles import row_tiles, tiles
 
 
 class SigmoidEngine(Softmax):

@@ -19,7 +19,7 @@ from attnzoo.call import Call
 from attnzoo.engines.differentiable import Compute, is_followed, open_gradients
 from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.softmax.reference import SoftmaxReference
-from attnzoo.engines.softmax.tiles import cannot_work_alone
+from attnzoo.engines.softmax.tiles.tiles import cannot_work_alone
 from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.variants.sparse_transformer.factorized_layout import (
     Rows,

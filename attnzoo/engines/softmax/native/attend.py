@@ -11,11 +11,11 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.differentiable import Compute, is_followed, open_gradients
-from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.native.library import cannot_compile, is_compiled, operators
 from attnzoo.engines.softmax.native.tile_plan import TilePlan, plan_of
 from attnzoo.engines.softmax.reference import SoftmaxReference
-from attnzoo.engines.softmax.tile_pieces import Pieces, Way
+from attnzoo.engines.softmax.tiles import tiles
+from attnzoo.engines.softmax.tiles.tile_pieces import Pieces, Way
 
 
 def why_not(engine: SoftmaxReference, call: Call) -> str | None:

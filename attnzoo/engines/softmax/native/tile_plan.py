@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.eager import unrecorded
-from attnzoo.engines.softmax.tile_pieces import Kept, Piece
+from attnzoo.engines.softmax.tiles.tile_pieces import Kept, Piece
 
 
 class TilePlan(NamedTuple):

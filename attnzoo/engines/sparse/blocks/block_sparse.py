@@ -9,10 +9,10 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.engine import Cost, Shape
-from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.native import attend as native
 from attnzoo.engines.softmax.reference import REFERENCE
 from attnzoo.engines.softmax.softmax import softmax_cost
+from attnzoo.engines.softmax.tiles import tiles
 from attnzoo.engines.sparse import dense, flex
 from attnzoo.engines.sparse.blocks import (
     block_layout,

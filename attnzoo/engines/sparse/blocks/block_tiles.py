@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.reference import SoftmaxReference
-from attnzoo.engines.softmax.tile_pieces import Cap, Memory, Piece, Slices, Way, cap, kept
+from attnzoo.engines.softmax.tiles import tiles
+from attnzoo.engines.softmax.tiles.tile_pieces import Cap, Memory, Piece, Slices, Way, cap, kept
 from attnzoo.engines.sparse.blocks.block_layout import LaidOut, runs, sorted_key_blocks
 from attnzoo.engines.sparse.blocks.gathered_blocks import head_by_head
 from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines.softmax.tile_pieces import SCORES, Memory, cap
+from attnzoo.engines.softmax.tiles.tile_pieces import SCORES, Memory, cap
 from attnzoo.engines.sparse.selected.selected_rows import Sizes
 from attnzoo.engines.sparse.selected.selection import Placed, Selection
 

@@ -19,6 +19,7 @@ from attnzoo.engines.softmax.reference import REFERENCE, SoftmaxReference, maske
 from attnzoo.engines.sparse.selected.learned_keys import LearnedKeys
 from attnzoo.engines.sparse.selected.pooling import Pooling
 from attnzoo.engines.sparse.selected.selection import Placed
+from attnzoo.engines.stretch_sums import KEY_SUMS, VALUE_SUMS
 from attnzoo.sequences.padding import leading
 
 
@@ -41,7 +42,8 @@ class PooledSoftmax(SoftmaxReference):
     def keys(self, placed: Placed, dtype: torch.dtype) -> Tensor:
         """The key of every block, (batch, kv_heads, blocks, head_dim) in dtype."""
         if self.learned is None:
-            return self.pooling.means(placed.call.k, placed, dtype)
+            known = placed.call.get(KEY_SUMS.name)
+            return self.pooling.means(placed.call.k, placed, dtype, known)
         return self.learned(placed, dtype)
 
     def matrix(self, call: Call) -> Tensor:
@@ -85,7 +87,8 @@ class PooledSoftmax(SoftmaxReference):
 def _attend(engine: PooledSoftmax, call: Call) -> Tensor:
     placed, dtype = Placed.of(call), accumulation_dtype(call.q.dtype)
     k = engine.keys(placed, dtype).to(call.k.dtype)
-    v = engine.pooling.means(placed.call.v, placed, dtype).to(call.v.dtype)
+    known = placed.call.get(VALUE_SUMS.name)
+    v = engine.pooling.means(placed.call.v, placed, dtype, known).to(call.v.dtype)
     ended = engine.pooling.ended(placed)[:, None]
     return sdpa.sdpa(engine, call.q, k, v, ended, scale=engine.scale_of(call.q))
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.arguments import check_positive
-from attnzoo.engines.sparse.selected.selection import Placed, in_blocks
+from attnzoo.engines.sparse.selected.selection import Placed, in_blocks, stretch_sums
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,16 @@ class Pooling:
         """Real keys of every block, (batch or 1, blocks)."""
         return self._joined(placed.real_keys(self.stride), 1)
 
-    def means(self, x: Tensor, placed: Placed, dtype: torch.dtype) -> Tensor:
+    def means(
+        self, x: Tensor, placed: Placed, dtype: torch.dtype, known: Tensor | None = None
+    ) -> Tensor:
         """The mean over the real keys of every block, (batch, kv_heads, blocks, d) in dtype; 0
-        where a block has none. x: (batch, kv_heads, key_length, d), of placed keys"""
-        total = self._joined(in_blocks(x, 2, self.stride).sum(3, dtype=dtype), 2)
+        where a block has none.
+
+        x: (batch, kv_heads, key_length, d), of placed keys
+        known: sums of x over the first stretches; None: of none
+        """
+        total = self._joined(stretch_sums(x, known, self.stride, dtype), 2)
         return total / self.counts(placed).clamp(min=1)[:, None, :, None]
 
     def slots(self, x: Tensor, dim: int) -> Tensor:

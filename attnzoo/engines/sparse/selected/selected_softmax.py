@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
+from attnzoo.eager import is_recorded
 from attnzoo.engines.engine import Backend, Cost, Shape, causal_pairs, never_refuses
 from attnzoo.engines.softmax import sdpa
+from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.softmax.reference import REFERENCE, visible, weights_of
 from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
 from attnzoo.engines.sparse.dense import too_large
@@ -24,6 +26,17 @@ from attnzoo.engines.sparse.selected.selected_rows import Sizes, attend_selected
 from attnzoo.engines.sparse.selected.selection import Placed, Selector
 from attnzoo.engines.sparse.support_mask import attend_supported
 from attnzoo.sequences.padding import fetched, leading
+
+
+def with_sums(
+    call: Call, state: KeyValueCache, size: int, *, of_values: bool = False
+) -> tuple[Call, KeyValueCache]:
+    """A step of one token over all keys with the sums of their stretches, and the state with them;
+    both as they are where nobody would read them."""
+    if call.query_length > 1 or is_recorded():
+        return call, state
+    state = state.with_sums(size, of_values=of_values)
+    return (call if state.sums is None else state.sums.given(call)), state
 
 
 class SelectedSoftmax(Softmax):
@@ -40,6 +53,11 @@ class SelectedSoftmax(Softmax):
     def __init__(self, selector: Selector, scale: float | None = None) -> None:
         super().__init__(scale)
         self.selector = selector
+
+    def with_past(self, call: Call, state: KeyValueCache) -> tuple[Call, KeyValueCache]:
+        whole, state = super().with_past(call, state)
+        size = self.selector.summed
+        return (whole, state) if size is None else with_sums(whole, state, size)
 
     def is_dense(self, query_length: int, key_length: int) -> bool:
         """Whether exact attention, under a dense mask where the selection hides keys, takes less

@@ -19,8 +19,8 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.differentiable import is_followed, open_gradients
 from attnzoo.engines.softmax.reference import SoftmaxReference
-from attnzoo.engines.softmax.tile_pieces import Memory
-from attnzoo.engines.softmax.tiles import DTYPES, cannot_work_alone
+from attnzoo.engines.softmax.tiles.tile_pieces import Memory
+from attnzoo.engines.softmax.tiles.tiles import DTYPES, cannot_work_alone
 from attnzoo.engines.sparse.selected.gathered_rows import Layout, Piece, RowTiles
 from attnzoo.engines.sparse.selected.grouped_rows import heads_of, rows_of
 from attnzoo.engines.sparse.selected.selected_rows import attend_selected

@@ -17,6 +17,7 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.eager import holds_anywhere, may_branch
 from attnzoo.engines.engine import Shape
+from attnzoo.engines.stretch_sums import KEY_SUMS
 from attnzoo.sequences.padding import ahead_behind, leading, starts_real
 
 NONE = -1  # stands for no block
@@ -47,9 +48,10 @@ class Placed:
 
     def real_keys(self, block_size: int) -> Tensor:
         """How many real keys every block has, (batch or 1, key_blocks) int64."""
-        mask = self.call.key_mask
+        mask, length = self.call.key_mask, self.call.key_length
         if mask is None:
-            mask = torch.ones(1, self.call.key_length, dtype=torch.bool, device=self.call.k.device)
+            begins = torch.arange(0, length, block_size, device=self.call.k.device)
+            return (length - begins).clamp(max=block_size)[None]
         return in_blocks(mask, 1, block_size).sum(2)
 
 
@@ -79,10 +81,12 @@ class Selector(ABC):
     """Selects key blocks by the data.
 
     block_size: keys of a block
+    summed: of how many keys, from the first on, it reads the sums; None: of none
     takes_own: whether the block of a query is always among those that it sees
     """
 
     block_size: int
+    summed: int | None = None
     takes_own: bool = False
 
     @abstractmethod
@@ -116,10 +120,26 @@ def in_blocks(x: Tensor, dim: int, block_size: int) -> Tensor:
     return x.unflatten(dim, (-1, block_size))
 
 
+def stretch_sums(x: Tensor, known: Tensor | None, size: int, dtype: torch.dtype) -> Tensor:
+    """The sums of stretches of keys or values, the last one filled up with zeros, (batch, kv_heads,
+    stretches, d) in dtype.
+
+    x: (batch, kv_heads, key_length, d)
+    known: those of the first ones; None: of none
+    """
+    if known is None:
+        return in_blocks(x, 2, size).sum(3, dtype=dtype)
+    rest = x[:, :, known.shape[2] * size :]
+    if not rest.shape[2]:
+        return known.to(dtype)
+    return torch.cat([known.to(dtype), in_blocks(rest, 2, size).sum(3, dtype=dtype)], 2)
+
+
 def block_means(placed: Placed, block_size: int) -> Tensor:
     """The mean of the real keys of every block, (batch, kv_heads, key_blocks, head_dim) float64, 0
     where a block has none."""
-    total = in_blocks(placed.call.k.detach(), 2, block_size).sum(3, dtype=torch.float64)
+    call = placed.call
+    total = stretch_sums(call.k.detach(), call.get(KEY_SUMS.name), block_size, torch.float64)
     return total / placed.real_keys(block_size).clamp(min=1)[:, None, :, None]
 
 

@@ -12,8 +12,9 @@ from attnzoo.call import Call
 from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes, never_refuses
 from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.sparse.selected.pooled_softmax import PooledSoftmax
-from attnzoo.engines.sparse.selected.selected_softmax import SelectedSoftmax
+from attnzoo.engines.sparse.selected.selected_softmax import SelectedSoftmax, with_sums
 from attnzoo.engines.sparse.windows.window_sparse import WindowSparse
+from attnzoo.engines.stretch_sums import KEY_SUMS, VALUE_SUMS
 from attnzoo.engines.weighted import Branch, Weighted
 from attnzoo.spec import Input
 
@@ -44,7 +45,9 @@ class ThreeBranches(Weighted):
         return self.compressed, self.selected, self.window
 
     def branches(self, call: Call) -> Sequence[Branch]:
-        plain = replace(call, inputs={}, declared=())
+        kept = [one for one in (KEY_SUMS, VALUE_SUMS) if one.name in call.inputs]
+        sums = {one.name: call.inputs[one.name] for one in kept}
+        plain = replace(call, inputs=sums, declared=tuple(kept))
         gates = [call.get(gate.name) for gate in GATES]
         factors = [call.q.new_tensor(ABSENT) if x is None else x[..., None] for x in gates]
         return [
@@ -62,7 +65,8 @@ class ThreeBranches(Weighted):
     def with_past(self, call: Call, state: KeyValueCache) -> tuple[Call, KeyValueCache]:
         state = state.append(call)
         whole = call.over(call.q, state.k, state.v, state.key_mask)
-        return replace(whole, inputs=dict(call.inputs)), state
+        whole = replace(whole, inputs=dict(call.inputs))
+        return with_sums(whole, state, self.compressed.pooling.stride, of_values=True)
 
     def cost(self, shape: Shape) -> Cost:
         """The sum of the branches', with their inputs and a state of keys and values once."""

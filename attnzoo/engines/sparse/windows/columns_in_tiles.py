@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.reference import SoftmaxReference
-from attnzoo.engines.softmax.tile_pieces import Cap, Memory, Slices, Way, cap
+from attnzoo.engines.softmax.tiles import tiles
+from attnzoo.engines.softmax.tiles.tile_pieces import Cap, Memory, Slices, Way, cap
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.windows.columns import Columns

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from attnzoo.call import Call
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Backend, Cost, Shape, StateSizes
-from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.softmax.native import attend as native
 from attnzoo.engines.softmax.reference import SINK_LOGITS, reference
 from attnzoo.engines.softmax.softmax import softmax_cost
-from attnzoo.engines.softmax.tile_pieces import Way
+from attnzoo.engines.softmax.tiles import tiles
+from attnzoo.engines.softmax.tiles.tile_pieces import Way
 from attnzoo.engines.sparse import dense, flex
 from attnzoo.engines.sparse.global_cache import GlobalCache
 from attnzoo.engines.sparse.patterns.grid import Grid

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
-from attnzoo.engines.softmax import tile_pieces, tiles
 from attnzoo.engines.softmax.reference import SoftmaxReference
-from attnzoo.engines.softmax.tile_pieces import Cap, Slices, Way, cap, kept
+from attnzoo.engines.softmax.tiles import tile_pieces, tiles
+from attnzoo.engines.softmax.tiles.tile_pieces import Cap, Slices, Way, cap, kept
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.windows.window_plan import BLOCK, band, edges, plan

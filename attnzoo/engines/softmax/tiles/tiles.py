@@ -20,7 +20,7 @@ from attnzoo.engines.differentiable import Compute, is_followed, open_gradients
 from attnzoo.engines.softmax.decay_bias import CLOSED, summed
 from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, reaching
 from attnzoo.engines.softmax.reference import SoftmaxReference
-from attnzoo.engines.softmax.tile_pieces import Memory, Piece, Pieces, Way, parts_at_a_time
+from attnzoo.engines.softmax.tiles.tile_pieces import Memory, Piece, Pieces, Way, parts_at_a_time
 
 DTYPES = (torch.float32, torch.float64)  # in lower ones, sums would need a higher precision
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.engine import accumulation_dtype
-from attnzoo.engines.softmax import tiles
 from attnzoo.engines.softmax.reference import SoftmaxReference
-from attnzoo.engines.softmax.tile_pieces import SCORES, Cap, Slices, cap
+from attnzoo.engines.softmax.tiles import tiles
+from attnzoo.engines.softmax.tiles.tile_pieces import SCORES, Cap, Slices, cap
 
 #: Rows of a tile: fewer where a row has many keys, so that a tile stays in the cache.
 MOST_ROWS, LEAST_ROWS = 128, 32
