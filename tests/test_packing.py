@@ -165,7 +165,9 @@ def test_where_no_id_can_be_read_rows_are_right_or_refused(case: Case) -> None:
         close(out, wanted, TOLERANCE, f"rows, {is_causal=}")
 
 
-@pytest.mark.parametrize(("name", "queries"), in_turn(attnzoo.names(), [40, 33, 44]))
+@pytest.mark.parametrize(
+    ("name", "queries"), in_turn(attnzoo.names(), [40, 33, 44], whole=of_each_folder())
+)
 def test_transforms_of_packed_rows_are_right_or_refused(name: str, queries: int) -> None:
     """Rows and A under vmap, with padding."""
     attn, segments = build_small(name, 4, 8).double(), ids_of((10, 6, 24), (20, 20))
