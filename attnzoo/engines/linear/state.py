@@ -43,15 +43,20 @@ class Recent:
         length = call.key_length
 
         def copied(x: Tensor, axes: tuple[str, ...]) -> Tensor:
-            return x.narrow(axes.index("keys"), 0, length - 1) if "keys" in axes else x
+            if "keys" not in axes:
+                return x.clone()
+            along = axes.index("keys")
+            if length == 1:  # of which nothing is kept
+                return x.new_empty([*x.shape[:along], 0, *x.shape[along + 1 :]])
+            return x.narrow(along, 0, length - 1).clone()
 
-        k, v = copied(call.k, KEYS).clone(), copied(call.v, KEYS).clone()
+        k, v = copied(call.k, KEYS), copied(call.v, KEYS)
         mask = call.key_mask
         mask = None if mask is None else mask[:, : length - 1].clone()
         kept = call.over(k, k, v, mask)
         if call.inputs:
             read = [(one, x) for one, x in call.given() if "queries" not in one.names]
-            inputs = {one.name: copied(x, one.names).clone() for one, x in read}
+            inputs = {one.name: copied(x, one.names) for one, x in read}
             kept = replace(kept, inputs=inputs)
         return cls(before, kept, length, min(length, GOES_BACK))
 

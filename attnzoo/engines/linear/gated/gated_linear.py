@@ -58,15 +58,17 @@ class GatedLinear(GatedReference):
             return super().forward(call, backend)
         call = self.completed(call)
         name = self._decoder(call, backend)
-        one_by_one = name == "reference" or call.key_length == 1
         before = past = state.summed(self._after)
+        if call.key_length == 1:
+            ((rows, past),) = self._walk(call, before, True)
+            return rows.to(call.q.dtype), name, state.after(call, past, Recent.of(call, before))
         parts = early_and_late(call)
 
         def pieces() -> Iterator[Tensor]:
             nonlocal before, past
             for part in parts:
                 before = past
-                for found in self._walk(part, before, one_by_one):
+                for found in self._walk(part, before, name == "reference"):
                     rows, past = found
                     yield rows.to(call.q.dtype)
 
