@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import torch.nn.functional as F
-from small import build_small, of_each_engine, small
+from small import build_small, of_each_family, small
 from stages import only
 from torch import Tensor
 
@@ -49,7 +49,7 @@ def attend(
     return scores.softmax(-1) @ v
 
 
-@pytest.mark.parametrize("name", only(of_each_engine(), attnzoo.names()))
+@pytest.mark.parametrize("name", only(of_each_family(), attnzoo.names()))
 def test_the_zoo_holds(name: str) -> None:
     torch.manual_seed(0)
     attn = build_small(name, 4, 8, 4096)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from stages import in_turn
+from stages import in_turn, staged
 from swap_models import answer, make, tokens
 from test_swap_modules import Wrapper, encoder, vision
 from torch import Tensor, nn
@@ -91,7 +91,12 @@ def same(one: Tensor, other: Tensor) -> None:
 @pytest.mark.parametrize(
     ("kind", "wrapper", "first"),
     [  # every two of the three meet
-        (kind, wrapper, ("swap", "wrap")[(i + j) % 2])
+        staged(
+            kind,
+            wrapper,
+            ("swap", "wrap")[(i + j) % 2],
+            first=wrapper != "compiled" or kind == "transformers",
+        )
         for i, kind in enumerate(MODELS)
         for j, wrapper in enumerate(WRAPPERS)
     ],
