@@ -158,7 +158,7 @@ def write(folder: Path = FOLDER) -> None:
     draw_bars(gates_speed(), faster, folder / "gates.png", are_ratios=True)
     others = "times as long as this library takes, the fastest other, 4,096 tokens"
     draw_bars(peers_speed(), others, folder / "peers.png", are_ratios=True)
-    compiled = "times as fast as `tiles`, 4,096 tokens"
+    compiled = "times as fast as the backend tiles, 4,096 tokens"
     draw_bars(compiled_gain(), compiled, folder / "compiled.png", are_ratios=True)
     parity = scores("parity-study")
     draw_bars(parity(), "accuracy on parity of 64 bits", folder / "parity.png")

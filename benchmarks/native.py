@@ -30,7 +30,7 @@ from benchmarks.selected import passes, quotients
 from benchmarks.short_inputs import HEAD_DIM, HEADS, SPARSE, mistake
 
 VARIANTS = ("sliding_window", "sliding_window, sinks", "bigbird", "longformer")
-LENGTHS, ROUNDS, BUDGET = (256, 512, 1024, 4096, 16384), 9, 4.0
+LENGTHS, ROUNDS, BUDGET = (128, 256, 512, 1024, 4096, 16384), 9, 4.0
 
 
 def rows(
