@@ -5,13 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.call import Call
+from attnzoo.call import Call, repeat_heads
+from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.piece_by_piece import at_a_time, join
 from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, moved_on
-from attnzoo.engines.softmax.reference import SoftmaxReference, additive, visible
-from attnzoo.engines.softmax.sdpa import attend_rows
+from attnzoo.engines.softmax.reference import (
+    SoftmaxReference,
+    additive,
+    masked_softmax,
+    visible,
+)
+from attnzoo.engines.softmax.sdpa import fills_up, sdpa
 
 SCORES = 2**22  # numbers of a few rows that are held at a time
 
@@ -61,3 +68,43 @@ def why_not(engine: SoftmaxReference, call: Call) -> str | None:
             "call: the first rows see nothing"
         )
     return None
+
+
+def attend_rows(
+    engine: SoftmaxReference,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sink_logits: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    every_row_sees: bool = False,
+) -> Tensor:
+    """As `sdpa`, also with sink logits, a softcap, and a bias of another dtype; with these, the
+    scores are formed whole, and autograd keeps them.
+
+    q: (batch, heads, rows, head_dim)
+    k, v: (batch, kv_heads, keys, head_dim or value_dim)
+    mask: bool, True = attend, broadcastable to (batch, heads, rows, keys)
+    sink_logits: broadcastable to (batch, heads, rows, 1), or (heads,); None: there are none
+    bias: float, added to the scores, broadcastable as mask
+    every_row_sees: the caller knows that no row of `mask` is empty
+
+    Returns (batch, heads, rows, value_dim).
+    """
+    takes_bias = bias is None or bias.dtype == q.dtype
+    if sink_logits is None and engine.softcap is None and takes_bias and not fills_up(q, k, v):
+        return sdpa(engine, q, k, v, mask, bias, every_row_sees=every_row_sees)
+    if sink_logits is not None and sink_logits.dim() == 1:
+        sink_logits = sink_logits[:, None, None]
+    dtype, group = accumulation_dtype(q.dtype), q.shape[1] // k.shape[1]
+    k, v = (repeat_heads(x, group).to(dtype) for x in (k, v))
+    scores = engine.capped((q.to(dtype) @ k.mT) * engine.scale_of(q))
+    if bias is not None:
+        scores = scores + bias.to(dtype)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    plain = mask is None and bias is None and sink_logits is None
+    attention = scores.softmax(-1) if plain else masked_softmax(scores, sink_logits)
+    return (F.dropout(attention, engine.dropout, engine.training) @ v).to(q.dtype)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.call import Call, repeat_heads
+from attnzoo.call import Call
 from attnzoo.eager import is_learned, is_open, is_recorded, only_autograd_looks
 from attnzoo.engines.differentiable import followed
 from attnzoo.engines.engine import accumulation_dtype
@@ -21,7 +21,6 @@ from attnzoo.engines.softmax.distance_bias import last_query_first
 from attnzoo.engines.softmax.reference import (
     SoftmaxReference,
     additive,
-    masked_softmax,
     visible,
 )
 
@@ -58,7 +57,7 @@ def attend(engine: SoftmaxReference, call: Call) -> Tensor:
 
 def why_not(engine: SoftmaxReference, call: Call) -> str | None:
     """Why this backend refuses the call; None when it takes it."""
-    if _fills_up(call.q, call.k, call.v):
+    if fills_up(call.q, call.k, call.v):
         return (
             f"SDPA wants one width, and filling up {call.key_length} keys costs more than the "
             f"scores of {call.query_length} queries: leave it to rows"
@@ -80,7 +79,7 @@ def cannot(engine: SoftmaxReference, call: Call) -> str | None:
     return None
 
 
-def _fills_up(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def fills_up(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether all keys or values would be copied for a few queries."""
     return v.shape[3] != q.shape[3] and q.shape[2] <= FEW_ROWS < k.shape[2]
 
@@ -283,43 +282,3 @@ def _with_sink_slot(
     slot = F.pad(call.k.new_ones(*call.k.shape[:2], 1, 1), (call.k.shape[3], spare - 1))
     k = torch.cat([slot, F.pad(call.k, (0, spare))], 2)
     return F.pad(q, (0, 0, int(with_query), 0)), k, F.pad(call.v, (0, spare, 1, 0))
-
-
-def attend_rows(
-    engine: SoftmaxReference,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    sink_logits: Tensor | None,
-    bias: Tensor | None = None,
-    *,
-    every_row_sees: bool = False,
-) -> Tensor:
-    """As `sdpa`, also with sink logits, a softcap, and a bias of another dtype; with these, the
-    scores are formed whole, and autograd keeps them.
-
-    q: (batch, heads, rows, head_dim)
-    k, v: (batch, kv_heads, keys, head_dim or value_dim)
-    mask: bool, True = attend, broadcastable to (batch, heads, rows, keys)
-    sink_logits: broadcastable to (batch, heads, rows, 1), or (heads,); None: there are none
-    bias: float, added to the scores, broadcastable as mask
-    every_row_sees: the caller knows that no row of `mask` is empty
-
-    Returns (batch, heads, rows, value_dim).
-    """
-    takes_bias = bias is None or bias.dtype == q.dtype
-    if sink_logits is None and engine.softcap is None and takes_bias and not _fills_up(q, k, v):
-        return sdpa(engine, q, k, v, mask, bias, every_row_sees=every_row_sees)
-    if sink_logits is not None and sink_logits.dim() == 1:
-        sink_logits = sink_logits[:, None, None]
-    dtype, group = accumulation_dtype(q.dtype), q.shape[1] // k.shape[1]
-    k, v = (repeat_heads(x, group).to(dtype) for x in (k, v))
-    scores = engine.capped((q.to(dtype) @ k.mT) * engine.scale_of(q))
-    if bias is not None:
-        scores = scores + bias.to(dtype)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    plain = mask is None and bias is None and sink_logits is None
-    attention = scores.softmax(-1) if plain else masked_softmax(scores, sink_logits)
-    return (F.dropout(attention, engine.dropout, engine.training) @ v).to(q.dtype)

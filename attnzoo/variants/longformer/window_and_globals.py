@@ -20,7 +20,7 @@ from attnzoo.eager import can_look, is_recorded
 from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes, never_refuses
 from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, bias_of_rows
 from attnzoo.engines.softmax.reference import reference, visible, weights_of
-from attnzoo.engines.softmax.sdpa import attend_rows
+from attnzoo.engines.softmax.rows import attend_rows
 from attnzoo.engines.softmax.softmax import softmax_cost
 from attnzoo.engines.sparse import dense
 from attnzoo.engines.sparse.global_cache import GlobalCache

@@ -13,7 +13,7 @@ from attnzoo.call import Call
 from attnzoo.engines.piece_by_piece import at_a_time, join
 from attnzoo.engines.softmax.distance_bias import bias_between, bias_of_rows
 from attnzoo.engines.softmax.reference import SoftmaxReference
-from attnzoo.engines.softmax.sdpa import attend_rows
+from attnzoo.engines.softmax.rows import attend_rows
 from attnzoo.engines.sparse.blocks.block_layout import (
     LaidOut,
     Run,

@@ -12,7 +12,7 @@ from attnzoo.call import Call
 from attnzoo.engines.piece_by_piece import join
 from attnzoo.engines.softmax.distance_bias import bias_between, bias_of_rows
 from attnzoo.engines.softmax.reference import SoftmaxReference
-from attnzoo.engines.softmax.sdpa import attend_rows
+from attnzoo.engines.softmax.rows import attend_rows
 from attnzoo.engines.sparse.blocks.block_layout import LaidOut, positions_in, sorted_key_blocks
 from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
 from attnzoo.engines.sparse.patterns.grid import PaddedGrid, grid_of

@@ -12,7 +12,7 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.piece_by_piece import join, mask_of_heads, samples_at_a_time
 from attnzoo.engines.softmax.reference import SoftmaxReference
-from attnzoo.engines.softmax.sdpa import attend_rows
+from attnzoo.engines.softmax.rows import attend_rows
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.windows.columns import Columns

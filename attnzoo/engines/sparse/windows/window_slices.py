@@ -17,7 +17,8 @@ from attnzoo.engines.softmax.reference import (
     SoftmaxReference,
     segments_of_queries,
 )
-from attnzoo.engines.softmax.sdpa import attend_rows, sdpa
+from attnzoo.engines.softmax.rows import attend_rows
+from attnzoo.engines.softmax.sdpa import sdpa
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.windows.overlapping_views import slices_of, spans_of
