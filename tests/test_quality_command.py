@@ -264,7 +264,7 @@ def test_one_sentence_for_a_command_that_cannot_be_run(capsys, arguments, said):
         ("window: [4, inf]", "window: [0, inf]", "study study.yaml: .*window=0"),
         ("window: [4, inf]", "window: [wide]", "window='wide' must be int"),
         ("window: [4, inf]", "widow: 4", r"no option 'widow' \(did you mean 'window'\?\)"),
-        ("lengths: [16, 160]", "lengths: []", "lengths must be a list"),
+        ("lengths: [16, 160]", "lengths: []", "lengths is empty; list at least one value"),
         ("lengths: [16, 160]", "length: [16]", "unknown key 'length'"),
         (
             "[one.txt, two.txt]",
