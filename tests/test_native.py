@@ -154,6 +154,26 @@ def test_doctor_compiles_or_says_why_not(
 
 
 @compiled
+@pytest.mark.thorough
+def test_a_damaged_file_is_compiled_anew(tmp_path: Path) -> None:
+    code = """
+import attnzoo, torch
+from attnzoo.engines.softmax.native import library
+library.compiled_file().write_text("damaged")
+x = torch.randn(1, 2, 300, 16)
+attn = attnzoo.build("sliding_window", heads=2, head_dim=16, window=9)
+attn(x, x, x)
+print(attn.last_backend, library.compiled_file().stat().st_size > 10_000)
+"""
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, text=True, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["native", "True"]
+
+
+@compiled
 def test_a_compiler_that_fails(tmp_path: Path) -> None:
     """It leaves nothing behind, and the next call without it works."""
     compiler = tmp_path / "bin" / "c++"

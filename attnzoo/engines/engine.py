@@ -96,7 +96,8 @@ class Cost:
     flops = 2 · macs.
 
     macs: what the fast backend executes, counted as torch and fvcore count it (SDPA with is_causal
-    counts in full).
+    counts in full). It is the same on every machine: of the compiled backend `native`, which leaves
+    out keys that none of a few rows sees, it has what `tiles` executes.
     skipped_macs: of macs, those of the half that a causal mask hides and that a kernel like
     FlashAttention passes over; 0 where scores are laid out.
     support_macs: what A's support alone needs (a causal A of length n has n(n+1)/2 pairs).

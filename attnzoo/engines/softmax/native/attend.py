@@ -53,7 +53,7 @@ def attend(
     sink_logits: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """A·v by pieces, as `tiles.attend`, which tells the arguments.
+    """A·v by pieces. The arguments are those of `tiles.attend`, so that both serve as a `Way`.
 
     bias: None, since `why_not` refuses one
     """

@@ -88,9 +88,10 @@ def operators() -> Any:
     Compiles the code where that has not been done, some 15 seconds; raises UnsupportedError where
     the compiler fails.
     """
-    if is_compiled():
+    try:
         torch.ops.load_library(compiled_file())
-    else:
+    except OSError:  # it is not there, or damaged, and then must not be taken for compiled again
+        compiled_file().unlink(missing_ok=True)
         _compile_and_load(compiled_file())
     torch.library.register_fake("attnzoo::native_attention", _shapes)
     torch.library.register_fake("attnzoo::native_attention_backward", _shapes_backward)
