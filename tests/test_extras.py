@@ -229,7 +229,7 @@ from attnzoo.tasks.task import TEST
 Pixels().held_out(TEST, 1)
 """,
     ("native",): """
-from attnzoo.engines.softmax.native import library
+from attnzoo.engines.native import library
 assert library.cannot_compile() is None or "ninja" not in str(library.cannot_compile())
 import ninja, setuptools
 """,

@@ -18,7 +18,7 @@ def _arguments(parser: ArgumentParser) -> None:
 def run(settings: Namespace) -> int:
     """Compile, if that is asked for, look around and print."""
     if settings.compile:
-        from attnzoo.engines.softmax.native.library import compile_native
+        from attnzoo.engines.native.library import compile_native
 
         compile_native()
     from attnzoo.report.doctor.doctor_tables import doctor_tables

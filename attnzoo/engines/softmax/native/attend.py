@@ -11,7 +11,8 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.differentiable import Compute, is_followed, open_gradients
-from attnzoo.engines.softmax.native.library import cannot_compile, is_compiled, operators
+from attnzoo.engines.native import library
+from attnzoo.engines.native.library import cannot_compile, operators
 from attnzoo.engines.softmax.native.tile_plan import TilePlan, plan_of
 from attnzoo.engines.softmax.reference import SoftmaxReference
 from attnzoo.engines.softmax.tiles import tiles
@@ -34,8 +35,9 @@ def passed_over(call: Call, fewest_rows: int) -> str | None:
 
     fewest_rows: from how many rows on it is faster than one call of SDPA under a dense mask
     """
-    if not is_compiled():
-        return "it is not compiled on this machine: attnzoo doctor --compile does that"
+    reason = library.not_compiled()
+    if reason is not None:
+        return reason
     if call.query_length < fewest_rows:
         return f"{call.query_length} rows are fewer than the {fewest_rows} from which on it is fast"
     return None

@@ -176,7 +176,7 @@ Gradients backward(Given sent, Given out, Given log_sums, Given q, Given k, Give
 }  // namespace
 }  // namespace attnzoo
 
-TORCH_LIBRARY(attnzoo, library) {
+TORCH_LIBRARY_FRAGMENT(attnzoo, library) {
   library.def(
       "native_attention(Tensor q, Tensor k, Tensor v, Tensor? key_cap, Tensor? sink_logits, "
       "Tensor[] plan, float scale) -> (Tensor, Tensor)");

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "products.h"
+#include "native/products.h"
 
 namespace attnzoo {
 

@@ -1,4 +1,4 @@
-"""The C++ of this folder: compiled once on a machine, kept in a folder of the user, and loaded."""
+"""The C++ of the engines: compiled once on a machine, kept in a folder of the user, and loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from attnzoo.call import UnsupportedError
 
-SOURCES = ("attention.cpp", "scores.h", "tile_plan.h", "products.h")
+ENGINES = Path(__file__).parent.parent
+COMPILED = ("softmax/native/attention.cpp",)
+INCLUDED = ("native/products.h", "softmax/native/scores.h", "softmax/native/tile_plan.h")
 #: What a compiler is told for each kind of processor that torch knows and the code is made for.
 INSTRUCTIONS = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
@@ -63,11 +65,18 @@ def is_compiled() -> bool:
 def compiled_file() -> Path:
     """Where the compiled code is kept: below TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions, by
     a name that tells torch's version, the processor and the source."""
-    texts = [(Path(__file__).parent / name).read_bytes() for name in SOURCES]
+    texts = [(ENGINES / name).read_bytes() for name in (*COMPILED, *INCLUDED)]
     kind = torch.backends.cpu.get_cpu_capability()
     digest = hashlib.sha256(b"\0".join([*texts, torch.__version__.encode(), kind.encode()]))
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
     return Path(root).expanduser() / f"attnzoo_native_{digest.hexdigest()[:16]}.so"
+
+
+def not_compiled() -> str | None:
+    """Why backend="auto" passes over the code as long as nobody has asked for it."""
+    if is_compiled():
+        return None
+    return "it is not compiled on this machine: attnzoo doctor --compile does that"
 
 
 def compile_native() -> None:
@@ -124,7 +133,8 @@ def _compile_and_load(file: Path) -> None:
         with tempfile.TemporaryDirectory(dir=file.parent) as folder, _ninja_found():
             cpp_extension.load(
                 file.stem,
-                [str(Path(__file__).parent / SOURCES[0])],
+                [str(ENGINES / name) for name in COMPILED],
+                extra_include_paths=[str(ENGINES)],
                 extra_cflags=["-O3", "-fopenmp", *capability],
                 extra_ldflags=["-fopenmp"],
                 build_directory=folder,

@@ -1,0 +1,1 @@
+"""C++ for a CPU, compiled on the machine that runs it."""
