@@ -16,7 +16,6 @@ from torch import Tensor
 import attnzoo
 from attnzoo.commands import program
 from attnzoo.engines.native import library
-from attnzoo.engines.softmax.native import attend
 
 compiled = pytest.mark.skipif(
     library.cannot_compile() is not None, reason=str(library.cannot_compile())
