@@ -78,6 +78,15 @@ class Decay:
         """
         return None, None
 
+    def of_tokens(self, call: Call, dtype: torch.dtype) -> Tensor | None:
+        """The logarithm of what each token leaves of all keys before it, (batch, kv_heads,
+        length); None where it leaves them as they are.
+
+        call: whose keys are the tokens
+        dtype: of the result
+        """
+        return None
+
     def of_rows(self, call: Call, dtype: torch.dtype) -> Tensor | None:
         """What is left of every key at every row, for the reference.
 
@@ -130,6 +139,11 @@ class ConstantDecay(Decay):
         last = count[:, None, :, -1:]
         fresh = None if count.shape[-1] == 1 else base ** (last - count[:, None])
         return fresh, (base**last)[..., 0]
+
+    def of_tokens(self, call: Call, dtype: torch.dtype) -> Tensor | None:
+        gamma = self.gamma(call.k.shape[1], dtype, call.k.device)
+        faded = gamma.log()[:, None].expand(call.k.shape[0], -1, call.key_length)
+        return faded if call.key_mask is None else faded * call.key_mask[:, None]
 
     def of_rows(self, call: Call, dtype: torch.dtype) -> Tensor | None:
         gamma = self.gamma(call.k.shape[1], dtype, call.k.device).repeat_interleave(call.group)

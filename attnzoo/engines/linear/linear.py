@@ -15,8 +15,9 @@ from torch import Tensor
 
 from attnzoo.call import Call, UnsupportedError
 from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes
-from attnzoo.engines.linear import chunks, fla_kernel, gradient, linear_cost
+from attnzoo.engines.linear import chunks, feature_native, fla_kernel, gradient, linear_cost
 from attnzoo.engines.linear.feature_maps import FeatureMap
+from attnzoo.engines.linear.native import recurrence
 from attnzoo.engines.linear.reference import REFERENCE, LinearReference
 from attnzoo.engines.linear.state import LinearState, Recent, early_and_late
 from attnzoo.engines.linear.sums import Past, absorb, read_all
@@ -27,8 +28,9 @@ from attnzoo.engines.tried_on_gpu import untried
 class Linear(LinearReference):
     """Kernel attention through a feature map.
 
-    Its backends in order: `fla`, flash-linear-attention on CUDA; `chunked`, with a backward pass of
-    its own; `open`, the same in operators that graphs and transforms can follow; the reference.
+    Its backends in order: `fla`, flash-linear-attention on CUDA; `native`, in C++ for causal calls,
+    where that has been compiled; `chunked`, with a backward pass of its own; `open`, the same in
+    operators that graphs and transforms can follow; the reference.
 
     feature_map: φ of queries and keys, how A is normalised, and how keys fade
     """
@@ -104,6 +106,18 @@ def _chunked_why_not(engine: Linear, call: Call) -> str | None:
     return gradient.why_not(engine.feature_map, call)
 
 
+def _native(engine: Linear, call: Call) -> Tensor:
+    return _behind_blind_rows(feature_native.attend, engine, call)
+
+
+def _native_why_not(engine: Linear, call: Call) -> str | None:
+    return feature_native.why_not(engine.feature_map, call)
+
+
+def _native_passed_over(engine: Linear, call: Call) -> str | None:
+    return recurrence.passed_over(call)
+
+
 def _open(engine: Linear, call: Call) -> Tensor:
     return _behind_blind_rows(gradient.attend_openly, engine, call)
 
@@ -159,6 +173,7 @@ def _recur(
 
 Linear.backends = (
     Backend("fla", fla_kernel.run, fla_kernel.why_not, untried=untried),
+    Backend("native", _native, _native_why_not, untried=_native_passed_over),
     Backend("chunked", _chunked, _chunked_why_not),
     Backend("open", _open, _open_why_not, packs=True),
     replace(REFERENCE, packs=True),

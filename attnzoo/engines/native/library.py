@@ -22,8 +22,14 @@ from torch import Tensor
 from attnzoo.call import UnsupportedError
 
 ENGINES = Path(__file__).parent.parent
-COMPILED = ("softmax/native/attention.cpp",)
-INCLUDED = ("native/products.h", "softmax/native/scores.h", "softmax/native/tile_plan.h")
+COMPILED = ("softmax/native/attention.cpp", "linear/native/recurrence.cpp")
+INCLUDED = (
+    "native/products.h",
+    "softmax/native/scores.h",
+    "softmax/native/tile_plan.h",
+    "linear/native/chunk_gates.h",
+    "linear/native/chunk.h",
+)
 #: What a compiler is told for each kind of processor that torch knows and the code is made for.
 INSTRUCTIONS = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),

@@ -1,6 +1,7 @@
 // Products of small matrices whose results stay in registers until they are whole.
 #pragma once
 
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
@@ -17,7 +18,7 @@ constexpr Index LANES = Vec<Number>::size();
 // Vectors of columns and rows of a result in registers: 24 of AVX-512's 32, 12 of AVX2's 16.
 constexpr Index WIDE = LANES<float> == 16 ? 4 : 2;
 constexpr Index HIGH = 6;
-constexpr Index ROWS = 64;  // columns of what `transpose` writes
+constexpr Index ROWS = 64;  // columns of what `transpose` writes, unless told otherwise
 
 // A matrix that is read or written in place: entry (i, j) is data[i * row + j * column].
 template <typename Number>
@@ -100,37 +101,70 @@ void multiply(const Source<Number>& left, const Source<Number>& right, const Tar
     multiply_strip<1, add, true>(left, right.at(0, j), out.at(0, j), rows, depth, columns - j);
 }
 
+// Calls visit(place, lanes) for vectors that together hold `count` numbers.
+template <typename Number, typename Visit>
+inline void each_vector(Index count, const Visit& visit) {
+  Index i = 0;
+  for (; i + LANES<Number> <= count; i += LANES<Number>) visit(i, LANES<Number>);
+  if (i < count) visit(i, count - i);
+}
+
+template <typename Number>
+void scale(const Number* x, Number factor, Index count, Number* out) {
+  each_vector<Number>(count, [&](Index i, Index lanes) {
+    (Vec<Number>::loadu(x + i, lanes) * Vec<Number>(factor)).store(out + i, static_cast<int>(lanes));
+  });
+}
+
+// What follows goes over `count` numbers, a whole number of vectors.
+
+template <typename Number>
+void scale_by(Number* x, const Number* factors, Index count) {
+  for (Index i = 0; i < count; i += LANES<Number>)
+    (Vec<Number>::loadu(x + i) * Vec<Number>::loadu(factors + i)).store(x + i);
+}
+
+template <typename Number>
+void add_scaled(const Number* x, Number factor, Index count, Number* out) {
+  for (Index i = 0; i < count; i += LANES<Number>)
+    at::vec::fmadd(Vec<Number>(factor), Vec<Number>::loadu(x + i), Vec<Number>::loadu(out + i))
+        .store(out + i);
+}
+
 // So many rows in whole vectors.
 template <typename Number>
 Index whole(Index rows) {
   return (rows + LANES<Number> - 1) / LANES<Number> * LANES<Number>;
 }
 
-// out (width, ROWS) = the transpose of x (rows, width) times a factor, with 0 in spare columns.
+// out (width, columns) = the transpose of x (rows, width) times a factor, with 0 in spare columns.
 template <typename Number>
-void transpose(const Source<Number>& x, Index rows, Index width, Number factor, Number* out) {
-  if (rows < ROWS) std::fill(out, out + width * ROWS, Number(0));
+void transpose(const Source<Number>& x, Index rows, Index width, Number factor, Number* out,
+               Index columns = ROWS) {
+  if (rows < columns) std::fill(out, out + width * columns, Number(0));
   for (Index i = 0; i < rows; i += LANES<Number>)
     for (Index j = 0; j < width; j += LANES<Number>)
-      at::vec::transpose_mxn<Number>(x.at(i, j).data, x.row, out + j * ROWS + i, ROWS,
+      at::vec::transpose_mxn<Number>(x.at(i, j).data, x.row, out + j * columns + i, columns,
                                     static_cast<int>(std::min(LANES<Number>, rows - i)),
                                     static_cast<int>(std::min(LANES<Number>, width - j)));
-  if (factor == 1) return;
-  for (Index i = 0; i < width * ROWS; i += LANES<Number>)
-    (Vec<Number>::loadu(out + i) * Vec<Number>(factor)).store(out + i);
+  if (factor != 1) scale(out, factor, width * columns, out);
 }
 
 template <typename Number>
 Number dot(const Number* x, const Number* y, Index width) {
-  Vec<Number> sum(0);
+  const auto add = [](const Vec<Number>& one, const Vec<Number>& other) { return one + other; };
+  // Four sums, so that none waits for the one before.
+  Vec<Number> sums[4] = {Vec<Number>(0), Vec<Number>(0), Vec<Number>(0), Vec<Number>(0)};
   Index i = 0;
+  for (; i + 4 * LANES<Number> <= width; i += 4 * LANES<Number>)
+#pragma GCC unroll 4
+    for (Index s = 0; s < 4; ++s)
+      sums[s] = at::vec::fmadd(Vec<Number>::loadu(x + i + s * LANES<Number>),
+                               Vec<Number>::loadu(y + i + s * LANES<Number>), sums[s]);
   for (; i + LANES<Number> <= width; i += LANES<Number>)
-    sum = at::vec::fmadd(Vec<Number>::loadu(x + i), Vec<Number>::loadu(y + i), sum);
-  alignas(64) Number lanes[LANES<Number>];
-  sum.store(lanes);
-  Number total = 0;
+    sums[0] = at::vec::fmadd(Vec<Number>::loadu(x + i), Vec<Number>::loadu(y + i), sums[0]);
+  Number total = at::vec::vec_reduce_all<Number>(add, add(add(sums[0], sums[1]), add(sums[2], sums[3])));
   for (; i < width; ++i) total += x[i] * y[i];
-  for (const Number lane : lanes) total += lane;
   return total;
 }
 

@@ -14,11 +14,17 @@ from torch import Tensor
 
 from attnzoo.call import Call, UnsupportedError
 from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes, never_refuses
-from attnzoo.engines.linear.gated import fla_kernels, gated_cost, gated_gradient
+from attnzoo.engines.linear.gated import (
+    fla_kernels,
+    gated_cost,
+    gated_gradient,
+    gated_native,
+)
 from attnzoo.engines.linear.gated.gated_chunks import scan
 from attnzoo.engines.linear.gated.recurrence import recur
 from attnzoo.engines.linear.gated.reference import REFERENCE, GatedReference, reference
 from attnzoo.engines.linear.gated.tokens import Rule, as_square, empty_state, prepared
+from attnzoo.engines.linear.native import recurrence as native
 from attnzoo.engines.linear.state import LinearState, Recent, early_and_late
 from attnzoo.engines.linear.sums import Past
 from attnzoo.engines.piece_by_piece import join
@@ -34,9 +40,10 @@ WHOLE = ("fla", "short")
 class GatedLinear(GatedReference):
     """Gates and delta rules, causal only.
 
-    Its backends in order: `fla`, flash-linear-attention on CUDA, asked for by name; `short`, A
-    itself where it is small; `chunked`, with a backward pass of its own; `open`, the same in
-    operators that graphs and transforms can follow; the reference.
+    Its backends in order: `fla`, flash-linear-attention on CUDA, asked for by name; `native`, in
+    C++, where that has been compiled; `short`, A itself where it is small; `chunked`, with a
+    backward pass of its own; `open`, the same in operators that graphs and transforms can follow;
+    the reference.
 
     rule: what a token does to the state
     slopes: by how much the state of every head fades at each token, where that is constant
@@ -60,7 +67,7 @@ class GatedLinear(GatedReference):
         name = self._decoder(call, backend)
         before = past = state.summed(self._after)
         if call.key_length == 1:
-            ((rows, past),) = self._walk(call, before, True)
+            ((rows, past),) = self._walk(call, before, name)
             return rows.to(call.q.dtype), name, state.after(call, past, Recent.of(call, before))
         parts = early_and_late(call)
 
@@ -68,7 +75,7 @@ class GatedLinear(GatedReference):
             nonlocal before, past
             for part in parts:
                 before = past
-                for found in self._walk(part, before, name == "reference"):
+                for found in self._walk(part, before, name):
                     rows, past = found
                     yield rows.to(call.q.dtype)
 
@@ -85,12 +92,14 @@ class GatedLinear(GatedReference):
         decoders = [one for one in self.backends if one.name not in WHOLE]
         return next(one.name for one in decoders if one.reason(self, call, by_name=False) is None)
 
-    def _walk(
-        self, call: Call, past: Past | None, one_by_one: bool
-    ) -> Iterator[tuple[Tensor, Past]]:
+    def _walk(self, call: Call, past: Past | None, backend: str) -> Iterator[tuple[Tensor, Past]]:
         """Some rows at a time, and the past after them."""
+        if backend == "native":
+            rows, sums = gated_native.carried(self.rule, call, None if past is None else past.sums)
+            yield rows, Past(sums, None)
+            return
         state = empty_state(call) if past is None else past.sums
-        if one_by_one:
+        if backend == "reference" or call.key_length == 1:
             found = recur(self.rule, prepared(self.rule, call), state)
         else:
             found = scan(self.rule, call, state, remember_last=True)
@@ -100,7 +109,7 @@ class GatedLinear(GatedReference):
 
     def _after(self, call: Call, past: Past | None) -> Past:
         """The past with the keys of a call."""
-        *_, (_, after) = self._walk(call, past, call.key_length == 1)
+        *_, (_, after) = self._walk(call, past, "open")
         return after
 
     def cost(self, shape: Shape) -> Cost:
@@ -135,12 +144,25 @@ def _chunked_why_not(engine: GatedLinear, call: Call) -> str | None:
     return gated_gradient.why_not(call)
 
 
+def _native(engine: GatedLinear, call: Call) -> Tensor:
+    return as_square(partial(gated_native.attend, engine.rule), call)
+
+
+def _native_why_not(engine: GatedLinear, call: Call) -> str | None:
+    return native.why_not(call)
+
+
+def _native_passed_over(engine: GatedLinear, call: Call) -> str | None:
+    return native.passed_over(call)
+
+
 def _open(engine: GatedLinear, call: Call) -> Tensor:
     return as_square(partial(gated_gradient.attend_openly, engine.rule), call)
 
 
 GatedLinear.backends = (
     Backend("fla", fla_kernels.run, fla_kernels.why_not, untried=never_ran),
+    Backend("native", _native, _native_why_not, untried=_native_passed_over),
     Backend("short", _short, _short_why_not, packs=True),
     Backend("chunked", _chunked, _chunked_why_not),
     Backend("open", _open, never_refuses, packs=True),
