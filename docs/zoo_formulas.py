@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from attnzoo.engines.linear.chunks import CAUSAL_CHUNK
+from attnzoo.engines.linear.causal.chunks import CAUSAL_CHUNK
 from attnzoo.engines.linear.gated.gated_chunks import CHUNK as GATED_CHUNK
 from attnzoo.engines.linear.log_linear.tree_chunks import CHUNK as TREE_CHUNK
 from attnzoo.registry import spec_of

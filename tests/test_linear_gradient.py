@@ -13,7 +13,8 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo.call import Call
-from attnzoo.engines.linear import bidirectional, chunks, gradient
+from attnzoo.engines.linear import bidirectional, gradient
+from attnzoo.engines.linear.causal import chunks
 from attnzoo.engines.linear.feature_maps import EXPONENT, UNSCALED, SoftmaxFeatures
 from attnzoo.registry import sized
 

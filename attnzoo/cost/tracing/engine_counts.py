@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from attnzoo.call import Call
 from attnzoo.engines.engine import Engine
-from attnzoo.engines.linear.chunks import CAUSAL_CHUNK
+from attnzoo.engines.linear.causal.chunks import CAUSAL_CHUNK
 from attnzoo.engines.linear.gated.gated_linear import GatedLinear
 from attnzoo.engines.linear.linear import Linear
 from attnzoo.engines.linear.log_linear.tree_chunks import CHUNK as TREE_CHUNK

@@ -16,9 +16,10 @@ from attnzoo.autocast import without_autocast
 from attnzoo.call import Call
 from attnzoo.eager import is_recorded, only_autograd_looks
 from attnzoo.engines.differentiable import is_followed, open_gradients
-from attnzoo.engines.linear import bidirectional, causal_gradient
+from attnzoo.engines.linear import bidirectional
 from attnzoo.engines.linear.bidirectional import Rows
-from attnzoo.engines.linear.causal_gradient import causal_pieces
+from attnzoo.engines.linear.causal import causal_gradient
+from attnzoo.engines.linear.causal.causal_gradient import causal_pieces
 from attnzoo.engines.linear.feature_maps import FeatureMap
 from attnzoo.engines.linear.sums import Past, absorb, read_all
 from attnzoo.engines.piece_by_piece import join

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from attnzoo.call import Call, UnsupportedError
 from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes
-from attnzoo.engines.linear import chunks, feature_native, fla_kernel, gradient, linear_cost
+from attnzoo.engines.linear import fla_kernel, gradient, linear_cost
+from attnzoo.engines.linear.causal import chunks
 from attnzoo.engines.linear.feature_maps import FeatureMap
-from attnzoo.engines.linear.native import recurrence
+from attnzoo.engines.linear.native import compiled_recurrence, feature_native
 from attnzoo.engines.linear.reference import REFERENCE, LinearReference
 from attnzoo.engines.linear.state import LinearState, Recent, early_and_late
 from attnzoo.engines.linear.sums import Past, absorb, read_all
@@ -115,7 +116,7 @@ def _native_why_not(engine: Linear, call: Call) -> str | None:
 
 
 def _native_passed_over(engine: Linear, call: Call) -> str | None:
-    return recurrence.passed_over(call)
+    return compiled_recurrence.passed_over(call)
 
 
 def _open(engine: Linear, call: Call) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from attnzoo.engines.engine import Cost, Shape, causal_pairs
-from attnzoo.engines.linear.chunks import CAUSAL_CHUNK, SHORT
+from attnzoo.engines.linear.causal.chunks import CAUSAL_CHUNK, SHORT
 from attnzoo.engines.linear.feature_maps import FeatureMap
 from attnzoo.engines.linear.sums import CHUNK
 

@@ -9,7 +9,7 @@ from typing import Self
 from torch import Tensor
 
 from attnzoo.call import KEYS, Call
-from attnzoo.engines.linear.chunks import CAUSAL_CHUNK
+from attnzoo.engines.linear.causal.chunks import CAUSAL_CHUNK
 from attnzoo.engines.linear.sums import Past
 from attnzoo.engines.state_checks import (
     GOES_BACK,

@@ -18,13 +18,12 @@ from attnzoo.engines.linear.gated import (
     fla_kernels,
     gated_cost,
     gated_gradient,
-    gated_native,
 )
 from attnzoo.engines.linear.gated.gated_chunks import scan
 from attnzoo.engines.linear.gated.recurrence import recur
 from attnzoo.engines.linear.gated.reference import REFERENCE, GatedReference, reference
 from attnzoo.engines.linear.gated.tokens import Rule, as_square, empty_state, prepared
-from attnzoo.engines.linear.native import recurrence as native
+from attnzoo.engines.linear.native import compiled_recurrence, gated_native
 from attnzoo.engines.linear.state import LinearState, Recent, early_and_late
 from attnzoo.engines.linear.sums import Past
 from attnzoo.engines.piece_by_piece import join
@@ -149,11 +148,11 @@ def _native(engine: GatedLinear, call: Call) -> Tensor:
 
 
 def _native_why_not(engine: GatedLinear, call: Call) -> str | None:
-    return native.why_not(call)
+    return compiled_recurrence.why_not(call)
 
 
 def _native_passed_over(engine: GatedLinear, call: Call) -> str | None:
-    return native.passed_over(call)
+    return compiled_recurrence.passed_over(call)
 
 
 def _open(engine: GatedLinear, call: Call) -> Tensor:

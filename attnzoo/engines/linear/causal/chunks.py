@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnzoo.call import Call
 from attnzoo.engines.engine import accumulation_dtype
-from attnzoo.engines.linear import boundaries
+from attnzoo.engines.linear.causal import boundaries
 from attnzoo.engines.linear.decay import counted
 from attnzoo.engines.linear.feature_maps import FeatureMap
 from attnzoo.engines.linear.key_weights import write_chunks

@@ -20,12 +20,12 @@ from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.exponential import exp_
 from attnzoo.engines.linear import gradient
 from attnzoo.engines.linear.bidirectional import Rows, backward_absorb, visible
-from attnzoo.engines.linear.causal_gradient import parts_of
+from attnzoo.engines.linear.causal.causal_gradient import parts_of
 from attnzoo.engines.linear.feature_maps import FeatureMap
 from attnzoo.engines.linear.gradient import Way, is_learned, learned
 from attnzoo.engines.linear.key_weights import finite
-from attnzoo.engines.linear.native import recurrence
-from attnzoo.engines.linear.native.recurrence import SPAN, Found, Recurrence, Tokens
+from attnzoo.engines.linear.native import compiled_recurrence
+from attnzoo.engines.linear.native.compiled_recurrence import SPAN, Found, Recurrence, Tokens
 from attnzoo.engines.linear.sums import Past, absorb, keys_of
 from attnzoo.engines.piece_by_piece import join
 from attnzoo.sequences.ordering import running_maximum
@@ -40,7 +40,7 @@ def why_not(feature_map: FeatureMap, call: Call) -> str | None:
         return "it is for causal calls"
     if feature_map.normalizer == "feature":
         return "it normalises rows, not features"
-    return gradient.why_not(feature_map, call) or recurrence.why_not(call)
+    return gradient.why_not(feature_map, call) or compiled_recurrence.why_not(call)
 
 
 def attend(feature_map: FeatureMap, call: Call) -> Tensor:

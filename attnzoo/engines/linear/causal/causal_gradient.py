@@ -18,7 +18,7 @@ from attnzoo.engines.linear.bidirectional import (
     through_weighted_sums,
     visible,
 )
-from attnzoo.engines.linear.chunks import Block, Piece, causal, spans_of
+from attnzoo.engines.linear.causal.chunks import Block, Piece, causal, spans_of
 from attnzoo.engines.linear.feature_maps import FeatureMap
 from attnzoo.engines.linear.layout import add_product, grouped, ungrouped
 from attnzoo.engines.linear.sums import Past, absorb, underflow

@@ -20,7 +20,7 @@ from attnzoo.engines.linear.gated.tokens import (
     inverse_length,
     separated,
 )
-from attnzoo.engines.linear.native.recurrence import Found, Recurrence, Tokens
+from attnzoo.engines.linear.native.compiled_recurrence import Found, Recurrence, Tokens
 from attnzoo.spec import Input
 
 Declared = tuple[Input, ...]

@@ -1,0 +1,1 @@
+"""Causal kernel attention in chunks of tokens."""
