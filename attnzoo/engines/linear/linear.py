@@ -50,21 +50,13 @@ class Linear(LinearReference):
     ) -> tuple[Tensor, str, Any]:
         if state is None:
             return super().forward(call, backend)
-        if backend == "fla":
-            raise UnsupportedError("backend='fla' does not decode; use backend='auto'")
-        name = self.choose(call, backend).name
-        if name == "fla":  # first for a whole sequence; what decodes is chunked
-            name = next(
-                one.name
-                for one in self.backends[1:]
-                if one.reason(self, call, by_name=True) is None
-            )
+        name = self._decoder(call, backend)
         before = past = state.summed(self._after)
-        if call.key_length == 1:
+        if call.key_length == 1 and name != "native":
             past = absorb(self.feature_map, call.k, call.v, call.key_mask, before)
             (out,) = read_all(self.feature_map, call, past)
             return out, name, state.after(call, past, Recent.of(call, before))
-        walk = _recur if name == "reference" else _scan
+        walk = {"reference": _recur, "native": feature_native.carried}.get(name, _scan)
         parts = early_and_late(call)
 
         def pieces() -> Iterator[Tensor]:
@@ -78,6 +70,22 @@ class Linear(LinearReference):
         out = join(pieces(), call.key_length, 2)
         assert past is not None
         return out, name, state.after(call, past, Recent.of(parts[-1], before))
+
+    def _decoder(self, call: Call, backend: str) -> str:
+        """The backend that carries a state on."""
+        if backend == "fla":
+            raise UnsupportedError("backend='fla' does not decode; use backend='auto'")
+        learns = torch.is_grad_enabled()  # of a state, `native` has no backward pass
+        if backend == "native" and learns:
+            raise UnsupportedError(
+                "backend='native' decodes without gradients: call step under torch.no_grad(), or "
+                "use backend='auto'"
+            )
+        if backend != "auto":
+            return self.choose(call, backend).name
+        passed = ("fla", "native") if learns else ("fla",)
+        decoders = [one for one in self.backends if one.name not in passed]
+        return next(one.name for one in decoders if one.reason(self, call, by_name=False) is None)
 
     def _after(self, call: Call, past: Past | None) -> Past:
         """The past with the keys of a call."""

@@ -21,7 +21,7 @@ namespace attnzoo {
 struct Recurrence {
   const at::Tensor &q, &k, &v;
   const std::optional<at::Tensor>&log_decay, &beta, &removed, &turned;
-  bool delta, l2_norm, normalizes;
+  bool delta, l2_norm, normalizes, elu;
   double scale;
   Index batch = q.size(0), kv_heads = k.size(1), length = q.size(2), width = k.size(3);
   Index value_dim = v.size(3), columns = value_dim + normalizes;  // the last one: of ones
@@ -176,11 +176,24 @@ class Chunk {
       scale(from.at(i, 0).data, factor, call.width, out + i * width);
   }
 
-  // Rows, brought to length 1 where that is asked for, and times a factor. factors: of each row.
+  // exp(min(x, 0)) + max(x, 0), which keeps the digits of small values.
+  void elu_plus_one(const Number* x, Number* out) const {
+    each_vector<Number>(call.width, [&](Index c, Index lanes) {
+      const Vec<Number> one = Vec<Number>::loadu(x + c, lanes), zero(0);
+      (at::vec::minimum(one, zero).exp() + at::vec::maximum(one, zero))
+          .store(out + c, static_cast<int>(lanes));
+    });
+  }
+
+  // Rows, or their features elu + 1; else brought to length 1 where that is asked for, and times a factor. factors: of each row.
   void copy(const Source<Number>& from, Number* out, double factor, Number* factors) const {
     for (Index i = 0; i < rows; ++i) {
       const Number* row = from.at(i, 0).data;
       factors[i] = factor;
+      if (call.elu) {
+        elu_plus_one(row, out + i * width);
+        continue;
+      }
       if (call.l2_norm) factors[i] /= std::sqrt(dot(row, row, call.width) + Number(NORM_EPSILON));
       scale(row, factors[i], call.width, out + i * width);
     }

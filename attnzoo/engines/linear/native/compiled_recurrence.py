@@ -65,18 +65,20 @@ class Recurrence:
     delta: whether a token writes its value less what the state says of its key
     l2_norm: whether queries and keys are divided by their length first
     normalizes: whether each row is divided by the sum of its row of A
+    elu: whether features elu(x) + 1 of queries and keys take their place
     """
 
     scale: float = 1.0
     delta: bool = False
     l2_norm: bool = False
     normalizes: bool = False
+    elu: bool = False
 
     def forward(self, tokens: Tokens, before: Tensor | None, *, remember: bool) -> Found:
         """before: the state before the first token, as `Found.after`; None: 0. remember: whether
         the states that `backward` needs are wanted."""
         ready, underflow = _in_rows(tokens), UNDERFLOW[tokens.q.dtype]
-        settings = (self.delta, self.l2_norm, self.normalizes, self.scale, underflow, remember)
+        settings = (*self._flags(), self.scale, underflow, remember)
         before = None if before is None else before.contiguous()
         return Found(*operators().native_recurrence(*ready, before, *settings))
 
@@ -97,15 +99,16 @@ class Recurrence:
             *kept,
             d_after,
             *ready,
-            self.delta,
-            self.l2_norm,
-            self.normalizes,
+            *self._flags(),
             self.scale,
         )
         d_q, d_k, d_v, *others = gradients
         given = iter(others)
         rest = (None if x is None else next(given) for x in tokens[3:])
         return Tokens(d_q, d_k, d_v, *rest), d_before
+
+    def _flags(self) -> tuple[bool, ...]:
+        return self.delta, self.l2_norm, self.normalizes, self.elu
 
 
 def _in_rows(tokens: Tokens) -> Tokens:

@@ -7,7 +7,7 @@ above 0, and writes its key times exp(log_scale - m). Features are made for some
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +21,10 @@ from attnzoo.engines.exponential import exp_
 from attnzoo.engines.linear import gradient
 from attnzoo.engines.linear.bidirectional import Rows, backward_absorb, visible
 from attnzoo.engines.linear.causal.causal_gradient import parts_of
-from attnzoo.engines.linear.feature_maps import FeatureMap
+from attnzoo.engines.linear.feature_maps import FeatureMap, Pointwise, elu_plus_one
 from attnzoo.engines.linear.gradient import Way, is_learned, learned
 from attnzoo.engines.linear.key_weights import finite
+from attnzoo.engines.linear.layout import with_ones
 from attnzoo.engines.linear.native import compiled_recurrence
 from attnzoo.engines.linear.native.compiled_recurrence import SPAN, Found, Recurrence, Tokens
 from attnzoo.engines.linear.sums import Past, absorb, keys_of
@@ -52,6 +53,28 @@ def attend(feature_map: FeatureMap, call: Call) -> Tensor:
         return _forward(made_by, call, remember=False)[0]
 
 
+def carried(
+    feature_map: FeatureMap, call: Call, past: Past | None
+) -> Iterator[tuple[Tensor, Past]]:
+    """Some rows at a time, in q's dtype, and the past after them, without gradients.
+
+    call: as many queries as keys
+    past: the sums over the tokens before; None when there are none
+    """
+    operation, lengths = _operation(feature_map, call), _lengths(feature_map, call)
+    state, largest = (None, None) if past is None else (past.sums, past.log_scale)
+    parts = call.split(queries=lengths, keys=lengths) if len(lengths) > 1 else [call]
+    for part in parts:
+        span = Span.of(feature_map, part, largest)
+        tokens, largest = span.tokens, span.largest
+        if not operation.normalizes:  # the past has the sums of rows all the same
+            tokens = tokens._replace(v=with_ones(tokens.v))
+        found = operation.forward(tokens, state, remember=False)
+        state, rows = found.after, found.rows
+        rows = rows if operation.normalizes else rows[..., :-1]
+        yield rows.to(call.q.dtype), Past(state, largest)
+
+
 @dataclass(frozen=True)
 class Span:
     """Some tokens, as the operators take them.
@@ -73,6 +96,10 @@ class Span:
     def of(cls, feature_map: FeatureMap, call: Call, earlier: Tensor | None) -> Span:
         """earlier: the largest log_scale before the call; None where there is none."""
         dtype = accumulation_dtype(call.q.dtype)
+        faded = feature_map.decay.of_tokens(call, dtype)
+        if _has_elu_inside(feature_map, call):
+            q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
+            return cls(call, k, None, Tokens(q, k, v, faded), None)
         call = call.over(call.q.to(dtype), call.k.to(dtype), call.v.to(dtype), call.key_mask)
         features, log_scale = keys_of(feature_map, call.k, call.key_mask)
         keys, weights, largest, log_decay = features, None, None, None
@@ -85,7 +112,6 @@ class Span:
             weights = exp_(log_scale - finite(running))
             keys, largest = features * weights[..., None], running[..., -1]
             log_decay = (finite(before) - finite(running)).clamp(max=0)
-        faded = feature_map.decay.of_tokens(call, dtype)
         if faded is not None:
             log_decay = faded if log_decay is None else log_decay + faded
         tokens = Tokens(feature_map.query(call.q), keys, call.v, log_decay)
@@ -94,6 +120,8 @@ class Span:
 
 def _lengths(feature_map: FeatureMap, call: Call) -> list[int]:
     """How many tokens are taken at a time."""
+    if _has_elu_inside(feature_map, call):
+        return [call.key_length]
     k, length = call.k, call.key_length
     width = feature_map.width_of(k[:0].to(accumulation_dtype(k.dtype)))
     numbers = max(1, call.q.shape[0] * call.q.shape[1] * width)
@@ -101,8 +129,16 @@ def _lengths(feature_map: FeatureMap, call: Call) -> list[int]:
     return [min(together, length - start) for start in range(0, length, together)]
 
 
-def _operation(feature_map: FeatureMap) -> Recurrence:
-    return Recurrence(normalizes=feature_map.normalizer == "row")
+def _has_elu_inside(feature_map: FeatureMap, call: Call) -> bool:
+    """Whether the operators make the features: all but those of padded keys, which are 0."""
+    is_elu = isinstance(feature_map, Pointwise) and feature_map.function is elu_plus_one
+    return is_elu and call.key_mask is None
+
+
+def _operation(feature_map: FeatureMap, call: Call) -> Recurrence:
+    return Recurrence(
+        normalizes=feature_map.normalizer == "row", elu=_has_elu_inside(feature_map, call)
+    )
 
 
 def _forward(
@@ -111,7 +147,7 @@ def _forward(
     """A·v, what its rows were divided by (None: nothing); and, where they are to be remembered, the
     states and the largest log_scale before each span, behind the sums over the early keys."""
     early, late = parts_of(call)
-    operation, past = _operation(feature_map), None
+    operation, past = _operation(feature_map, call), None
     if early is not None:
         past = absorb(feature_map, early.k, early.v, early.key_mask, None)
     lengths = _lengths(feature_map, late)
@@ -141,7 +177,7 @@ def _backward(
     """Gradients of q, k and v, span by span from the end. pasts: of `_forward`."""
     d_q, d_k, d_v = (torch.empty_like(x) for x in (call.q, call.k, call.v))
     early, late = parts_of(call)
-    operation, d_state, end = _operation(feature_map), None, late.query_length
+    operation, d_state, end = _operation(feature_map, call), None, late.query_length
     for length, past in zip(
         reversed(_lengths(feature_map, late)), reversed(pasts[1:]), strict=True
     ):
@@ -157,8 +193,11 @@ def _backward(
         found = Found(out, divisor, past.sums, past.sums)
         sent = rows.gradient[:, :, here].to(dtype)
         made, d_state = operation.backward(span.tokens, found, sent, d_state)
-        d_q[:, :, here] = feature_map.query_vjp(span.call.q, span.tokens.q, made.q)
-        d_k[:, :, there] = _through_keys(feature_map, span, made.k)
+        if operation.elu:
+            d_q[:, :, here], d_k[:, :, there] = made.q, made.k
+        else:
+            d_q[:, :, here] = feature_map.query_vjp(span.call.q, span.tokens.q, made.q)
+            d_k[:, :, there] = _through_keys(feature_map, span, made.k)
         d_v[:, :, there] = made.v
         end = here.start
     if early is not None:

@@ -273,9 +273,17 @@ class Backward {
     }
   }
 
-  // Gradients of rows that were scaled and brought to length 1, from those of what they became.
+  // Gradients of given rows, from those of what `Chunk::copy` made of them.
   void write_scaled(const Number* rows, const Number* gradient, const Source<Number>& given,
                     Number factor, Number scaled_by, Number* to) const {
+    if (call.elu) {  // whose derivative is the feature below 0, and 1 above
+      each_vector<Number>(call.width, [&](Index c, Index lanes) {
+        const Vec<Number> slope =
+            at::vec::minimum(Vec<Number>::loadu(rows + c, lanes), Vec<Number>(1));
+        (slope * Vec<Number>::loadu(gradient + c, lanes)).store(to + c, static_cast<int>(lanes));
+      });
+      return;
+    }
     const Number length = factor / scaled_by;
     const Number along =
         call.l2_norm ? dot(rows, gradient, call.width) * length * length : Number(0);
@@ -340,10 +348,10 @@ void backward_of(const Recurrence& call, Given sent, Given out, Given divisors, 
                     : run<float, HeadGates<float>>(__VA_ARGS__);
 
 std::vector<Tensor> forward(Given q, Given k, Given v, Maybe log_decay, Maybe beta, Maybe removed,
-                            Maybe turned, Maybe before, bool delta, bool l2_norm, bool normalizes,
+                            Maybe turned, Maybe before, bool delta, bool l2_norm, bool normalizes, bool elu,
                             double scale, double underflow, bool remember) {
   const Recurrence call{q,      k,     v,       log_decay,  beta, removed,
-                        turned, delta, l2_norm, normalizes, scale};
+                        turned, delta, l2_norm, normalizes, elu,  scale};
   DISPATCH(forward_of, call, before, underflow, remember)
 }
 
@@ -356,10 +364,10 @@ void go_back(const Recurrence& call, Given sent, Given out, Given divisors, Give
 
 std::vector<Tensor> backward(Given sent, Given out, Given divisors, Given states, Maybe d_after,
                              Given q, Given k, Given v, Maybe log_decay, Maybe beta, Maybe removed,
-                             Maybe turned, bool delta, bool l2_norm, bool normalizes,
+                             Maybe turned, bool delta, bool l2_norm, bool normalizes, bool elu,
                              double scale) {
   const Recurrence call{q,      k,     v,       log_decay,  beta, removed,
-                        turned, delta, l2_norm, normalizes, scale};
+                        turned, delta, l2_norm, normalizes, elu,  scale};
   const auto like = [](Maybe x) { return x ? at::empty(x->sizes(), x->options()) : Tensor(); };
   const Gradients found{at::empty(q.sizes(), q.options()), at::empty(k.sizes(), k.options()),
                         at::empty(v.sizes(), v.options()), like(log_decay), like(beta),
@@ -379,12 +387,13 @@ std::vector<Tensor> backward(Given sent, Given out, Given divisors, Given states
 TORCH_LIBRARY_FRAGMENT(attnzoo, library) {
   library.def(
       "native_recurrence(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor? "
-      "removed, Tensor? turned, Tensor? before, bool delta, bool l2_norm, bool normalizes, float "
+      "removed, Tensor? turned, Tensor? before, bool delta, bool l2_norm, bool normalizes, bool elu, float "
       "scale, float underflow, bool remember) -> Tensor[]");
   library.def(
       "native_recurrence_backward(Tensor sent, Tensor out, Tensor divisors, Tensor states, Tensor? "
       "d_after, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor? removed, "
-      "Tensor? turned, bool delta, bool l2_norm, bool normalizes, float scale) -> Tensor[]");
+      "Tensor? turned, bool delta, bool l2_norm, bool normalizes, bool elu, float "
+      "scale) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(attnzoo, CPU, library) {
