@@ -29,9 +29,9 @@ class Rwkv7(Attention):
     cases of it: `kda` has κ = k, a = β w for its key less faded, and writes β k. What is kept of
     softmax is that a row can find one key among many, as long as the state has room for them; what
     is lost is everything that a gate or a removal has taken. Causal only. Use it in models trained
-    with it; not in the place of a trained softmax. q, w, a and κ are r, w, a and κ̂ of the paper,
-    whose token shift, bonus, norm and gate are options of the layer around this,
-    `MultiheadAttention`.
+    with it; not in the place of a trained softmax. q, w, a and κ are r, w, a and κ̂ of the paper.
+    The whole of its layer is `MultiheadAttention` with token_shift=True, bonus=True,
+    output_norm="centered", output_gate="low_rank" and bias=False around this.
 
     A call may bring log_decay (log w, at most 0), removal_key (κ, of length 1 or 0) and
     removal_rate (a, from 0 to 2), each (batch, kv_heads, key_length, head_dim). Without them w is
