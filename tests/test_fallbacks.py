@@ -16,7 +16,7 @@ from attnzoo.conventions import continued
 
 hf = pytest.importorskip("transformers")
 
-DELTA = ("qwen3_next", "qwen3_5", "olmo_hybrid", "kimi_linear")
+DELTA = ("qwen3_next", "qwen3_5", "qwen4_exp", "olmo_hybrid", "kimi_linear", "bailing_hybrid")
 MAMBA = ("mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2")
 FAMILIES = (*DELTA, "minimax", *MAMBA)
 #: One for each way that rows are made; what a layer does around these all families share.
@@ -64,18 +64,51 @@ def make(family: str, **options: Any) -> Any:
         )
     elif family in MAMBA:
         model = mamba(family, sizes)
+    elif family == "qwen4_exp":
+        model = qwen4(sizes)
     else:
-        latent = {"q_lora_rank": None, "kv_lora_rank": 8, "qk_nope_head_dim": 8}
-        rest = {"qk_rope_head_dim": 4, "v_head_dim": 8, "mlp_layer_types": ["dense"] * 2}
-        delta = {"linear_num_heads": 4, "linear_head_dim": 8}
-        sizes["num_key_value_heads"] = 4
-        model = hf.KimiLinearForCausalLM(hf.KimiLinearConfig(**sizes, **latent, **rest, **delta))
+        model = latent(family, sizes)
+    return drawn(model)
+
+
+def drawn(model: Any) -> Any:
     for name, x in model.named_parameters():  # gates that differ, and rows that reach the logits
         if name.endswith(("A_log", "dt_bias", ".D")):
             torch.nn.init.normal_(x, std=0.5)
         elif x.dim() > 1:
             torch.nn.init.normal_(x, std=0.1)
     return model.eval()
+
+
+def qwen4(sizes: dict[str, Any], **more: Any) -> Any:
+    """Recurrent and indexed layers, whose blocks of 4 keys are chosen."""
+    sizes |= {"layer_types": ["linear_attention", "indexed_attention"], "eos_token_id": 1}
+    del sizes["intermediate_size"]
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+    experts |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    indexer = {"n_heads": 2, "kv_heads": 1, "head_dim": 8, "budget": 16, "compress_ratio": 4}
+    own = {f"indexer_{name}": number for name, number in indexer.items()}
+    streams = {"hc_count": 2, "hc_lowrank": 4, "head_dim": 8, "ple_layer_ids": [], **more}
+    config = hf.Qwen4ExpTextConfig(**sizes, **GATED, **experts, **own, **streams)
+    return hf.Qwen4ExpForCausalLM(config)
+
+
+def latent(family: str, sizes: dict[str, Any]) -> Any:
+    """Gates by channel beside latent attention."""
+    own = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "qk_rope_head_dim": 4}
+    delta = {"linear_num_heads": 4, "linear_head_dim": 8}
+    sizes |= {**own, "mlp_layer_types": ["dense"] * 2, "num_key_value_heads": 4}
+    if family == "kimi_linear":
+        return hf.KimiLinearForCausalLM(hf.KimiLinearConfig(**sizes, **delta, q_lora_rank=None))
+    if family == "bailing_hybrid":
+        return hf.BailingHybridForCausalLM(hf.BailingHybridConfig(**sizes, head_dim=8))
+    sizes |= {"qk_rope_head_dim": 0, "q_lora_rank": 8, "hc_mult": 2, **delta}
+    sizes["layer_types"] = ["linear_attention", "indexed_attention"]
+    indexer = {"topk": 64, "head_dim": 8, "n_heads": 2, "kpool": 4}
+    own = {f"index_{name}": number for name, number in indexer.items()}
+    return hf.Glm5NextTextModel(
+        hf.Glm5NextTextConfig(**sizes, **own, indexer_types=["full", "full"])
+    )
 
 
 def mamba(family: str, sizes: dict[str, Any]) -> Any:
@@ -156,6 +189,9 @@ def test_the_same_logits_and_gradients(family: str) -> None:
     assert found.keys() == dict(model.named_parameters()).keys()
     for name, x in model.named_parameters():
         theirs, ours, exactly = x.grad, found[name].grad, exact[name].grad
+        if ".indexer." in name:  # it chooses, which has no gradient
+            assert theirs is None and ours is None
+            continue
         assert theirs is not None and ours is not None and exactly is not None
         size = exactly.norm().clamp(min=1e-6)
         assert (ours - exactly).norm() / size < 1e-5, f"{name}, beside itself in float64"
@@ -338,6 +374,33 @@ def test_one_graph() -> None:
     close(found, expected, 1e-6, "rows of a graph")
 
 
+def test_glms_recurrent_layers() -> None:
+    """Of the text model, which has no head of its own: rows, gradients and a cache."""
+    model, tokens = make("glm5_next"), ids(2, 70)
+    other = copy.deepcopy(model)
+    assert attnzoo.replace_fallbacks(other) == ["layers.0.self_attn"]
+    rows = [one(tokens).last_hidden_state for one in (model, other)]
+    close(rows[1], rows[0], 1e-5, "rows")
+    upstream = torch.randn_like(rows[0])
+    names = [name for name, _ in model.named_parameters() if ".0.self_attn." in name]
+    grads = [
+        torch.autograd.grad(out, [one.get_parameter(name) for name in names], upstream)
+        for one, out in zip((model, other), rows, strict=True)
+    ]
+    for name, theirs, ours in zip(names, *grads, strict=True):
+        close(ours, theirs, 3e-5, name)
+    cache, found = None, []
+    with torch.no_grad():
+        for part in tokens.split((5, 1, 60, 4), 1):
+            out = other(part, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            found.append(out.last_hidden_state)
+        close(torch.cat(found, 1), rows[0], 1e-5, "rows behind a cache")
+    again = torch.arange(70).remainder(40)[None]
+    with pytest.raises(attnzoo.UnsupportedError, match="indexed layers do not keep apart"):
+        other(tokens[:1], position_ids=again, use_cache=False)
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="Linear has no recurrent layer that attnzoo knows"):
         attnzoo.replace_fallbacks(torch.nn.Linear(2, 2))
@@ -365,3 +428,9 @@ def test_refusals() -> None:
     for given in ({"position_ids": again}, {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]])}):
         with pytest.raises(attnzoo.UnsupportedError, match="softmax layers do not keep apart"):
             granite(tokens, use_cache=False, **given)
+    ngrams = {"ngram_vocab_size_base": 97, "split_ngram_parts": 1, "heads_per_ngram": 1}
+    ngrams |= {"make_ngram_vocab_size_divisible_by": 1, "ple_embed_dim": 16}
+    with_ngrams = qwen4(dict(SIZES), **{**ngrams, "ple_layer_ids": [1]})
+    attnzoo.replace_fallbacks(with_ngrams)
+    with pytest.raises(attnzoo.UnsupportedError, match="n-gram embeddings do not keep apart"):
+        with_ngrams(tokens, position_ids=again, use_cache=False)

@@ -36,7 +36,8 @@ def test_gates_are_made_as_the_papers_make_them() -> None:
 
     def made(name: str, **options: Any) -> tuple[Any, dict[str, Tensor]]:
         layer = layer_with(name, **options)
-        return layer.attention.input_projections, project_inputs(layer, x, x, ())
+        keys = x.unflatten(2, (HEADS, width)).transpose(1, 2)
+        return layer.attention.input_projections, project_inputs(layer, x, x, keys, ())
 
     for name in ("mamba2", "gated_deltanet", "log_linear"):
         parts, found = made(name)
@@ -70,6 +71,9 @@ def test_gates_are_made_as_the_papers_make_them() -> None:
     raw = x @ gate.low.weight.T @ gate.out.weight.T + gate.out.bias
     wanted = sigmoid(raw).unflatten(2, (HEADS, width))
     close(found["removal_rate"], wanted.transpose(1, 2), 1e-12, "rwkv7's rate")
+    scaled = (x * parts.removal_key.scale).unflatten(2, (HEADS, width)).transpose(1, 2)
+    wanted = scaled / scaled.square().sum(-1, keepdim=True).sqrt()
+    close(found["removal_key"], wanted, 1e-12, "rwkv7's removal key")
 
 
 def test_gates_begin_where_the_papers_begin() -> None:

@@ -70,7 +70,7 @@ def test_by_hand(gate: Any, norm: bool) -> None:
     channels = x @ layer.in_proj_weight.T
     made = convolved(channels, layer.short_convolution.weight[:, 0], real, ids)
     q, k, v = (one.unflatten(2, (HEADS, WIDTH)).transpose(1, 2) for one in made.chunk(3, 2))
-    inputs = project_inputs(layer, x, x, ())
+    inputs = project_inputs(layer, x, x, k, ())
     masks: Any = {"key_mask": real, "segments": ids, "is_causal": True}
     rows = layer.attention(q, k, v, **inputs, **masks).transpose(1, 2)
     if norm:
@@ -348,7 +348,7 @@ def test_macs_are_counted() -> None:
         ({"short_convolution": True}, "short_convolution=True must be a whole number"),
         ({"attention": "linformer"}, "short_convolution=3 reads earlier.*linformer cannot be cau"),
         ({"output_gate": "head"}, "output_gate='head' is unknown .did you mean 'headwise'"),
-        ({"output_norm": 1}, "output_norm=1 must be True, False or 'all_heads'"),
+        ({"output_norm": 1}, "output_norm=1 must be True, False, 'all_heads'"),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:

@@ -156,7 +156,7 @@ def test_what_is_refused() -> None:
         layer_of(skip=True, add_zero_attn=True)
     with pytest.raises(ValueError, match="skip=1 must be True or False"):
         layer_of(skip=1)
-    with pytest.raises(ValueError, match="output_norm='all' must be True, False or 'all_heads'"):
+    with pytest.raises(ValueError, match="output_norm='all' must be True, False, 'all_heads'"):
         layer_of(output_norm="all")
 
 

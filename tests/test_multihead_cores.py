@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import attnzoo
 from attnzoo import MultiheadAttention, UnsupportedError
-from attnzoo.layers.input_projections import project_inputs, weighed_values
+from attnzoo.layers.input_projections import project_inputs, weighed
 
 MASKLESS_CASES = [case for case in CAUSAL_CASES if not case.spec.attn_mask]
 
@@ -52,8 +52,8 @@ def by_hand(
     by_batch = copy.copy(module)
     by_batch.batch_first = True  # as the tensors here are
     given = dict(call)
-    call |= project_inputs(by_batch, query, key, call)
-    v = weighed_values(module, v, call, given)
+    call |= project_inputs(by_batch, query, key, k, call)
+    k, v = weighed(module, k, v, call, given)
     own: Any = None
     if (packed := getattr(module.attention, "global_projection", None)) is not None:
         assert isinstance(packed, nn.Linear)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import attnzoo
 from attnzoo import MultiheadAttention
-from attnzoo.layers.input_projections import project_inputs, weighed_values
+from attnzoo.layers.input_projections import project_inputs, weighed
 from attnzoo.layers.options.qk_norm import NORMS
 from attnzoo.registry import spec_of
 
@@ -115,9 +115,9 @@ def test_every_core_gets_them_normalised_and_turned(name: str) -> None:
         for one in (x @ layer.in_proj_weight.T).chunk(3, 2)
     )
     norms: Any = layer._modules
-    placed = by_hand(q, norms["q_norm"].weight, 0), by_hand(k, norms["k_norm"].weight, 0)
-    inputs = project_inputs(layer, x, x, ())
-    v = weighed_values(layer, v, inputs, {})
+    q, k = by_hand(q, norms["q_norm"].weight, 0), by_hand(k, norms["k_norm"].weight, 0)
+    inputs = project_inputs(layer, x, x, k, ())
+    k, v = weighed(layer, k, v, inputs, {})
     packed: Any = getattr(layer.attention, "global_projection", None)
     if packed is not None:
         own = (x @ packed.weight.T).chunk(3, 2)
@@ -128,12 +128,12 @@ def test_every_core_gets_them_normalised_and_turned(name: str) -> None:
             "global_v": gv,
         }
     out, weights = layer(x, x, x, is_causal=causal(name), average_attn_weights=False)
-    wanted = layer.attention(*placed, v, is_causal=causal(name), **inputs)
+    wanted = layer.attention(q, k, v, is_causal=causal(name), **inputs)
     torch.testing.assert_close(
         out, layer.out_proj(wanted.transpose(1, 2).flatten(2)), rtol=1e-12, atol=1e-12
     )
     read = {key: value for key, value in inputs.items() if key != "global_v"}
-    expected = layer.attention.weights(*placed, is_causal=causal(name), **read)
+    expected = layer.attention.weights(q, k, is_causal=causal(name), **read)
     torch.testing.assert_close(weights, expected, rtol=1e-12, atol=1e-12)
 
 

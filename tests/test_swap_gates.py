@@ -53,13 +53,17 @@ def test_gates_are_of_the_hidden_states_and_learn(name: str) -> None:
     )
     logits(model, ids).sum().backward()
     assert seen["k"].shape == seen["q"].shape  # every query head has gates of its own
-    pairs = seen["k"].unflatten(1, (2, 2))  # of the heads that shared a key
-    assert torch.equal(pairs[:, :, 0], pairs[:, :, 1])
+    # Of RWKV-7 a key is written by its rate, as it begins
+    keys = seen["k"] / seen.get("removal_rate", 1)
+    pairs = keys.unflatten(1, (2, 2))  # of the heads that shared a key
+    torch.testing.assert_close(pairs[:, :, 0], pairs[:, :, 1], rtol=1e-12, atol=1e-12)
     assert not torch.equal(pairs[:, 0], pairs[:, 1])
     for one in core.spec.inputs:
         assert seen[one.name].shape[:3] == seen["q"].shape[:3]
         projection = core.input_projections[one.name]
-        made = projection(seen["hidden"])
+        made = projection(keys if one.name == "removal_key" else seen["hidden"])
+        if one.name == "removal_key":
+            torch.testing.assert_close(made, seen[one.name], rtol=1e-12, atol=1e-12)
         if one.name in ("log_decay", "beta"):
             made = one.activation(made) if isinstance(projection, nn.Linear) else made
             heads = seen[one.name].transpose(1, 2).flatten(2)

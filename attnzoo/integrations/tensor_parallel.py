@@ -24,12 +24,13 @@ from attnzoo.engines.linear.gated.gate_projections import Gate
 from attnzoo.integrations.swapping import record_of
 from attnzoo.layers.input_projections import INPUT_PROJECTIONS
 from attnzoo.layers.multihead import MultiheadAttention
-from attnzoo.layers.options.output_gate import GATE_PROJECTION, OUTPUT_NORM, SKIP
+from attnzoo.layers.options.output_gate import BONUS, GATE_PROJECTION, OUTPUT_NORM, SKIP
 from attnzoo.layers.options.qk_norm import NORMS
 from attnzoo.layers.options.short_convolution import SHORT_CONVOLUTION
+from attnzoo.layers.options.token_shift import TOKEN_SHIFT
 
 #: What `MultiheadAttention` may have that no process could have for its heads alone.
-NOT_SPLIT = (SHORT_CONVOLUTION, GATE_PROJECTION, OUTPUT_NORM, SKIP)
+NOT_SPLIT = (TOKEN_SHIFT, SHORT_CONVOLUTION, GATE_PROJECTION, OUTPUT_NORM, SKIP, BONUS)
 
 
 class HeadParallel(ParallelStyle):
@@ -53,8 +54,8 @@ class HeadParallel(ParallelStyle):
     those of the whole attention.
 
     Raises ValueError where the heads cannot be split evenly and on other modules, UnsupportedError
-    on add_bias_kv, add_zero_attn, qk_norm="all_heads", short_convolution, output_gate,
-    output_norm and skip.
+    on add_bias_kv, add_zero_attn, qk_norm="all_heads", token_shift, short_convolution, output_gate,
+    output_norm, skip and bonus.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -138,8 +139,8 @@ def _split_module(module: MultiheadAttention, mesh: DeviceMesh) -> None:
     if options:
         raise UnsupportedError(
             f"{' and '.join(options)} cannot be split by heads; build the module without "
-            "short_convolution, output_gate, output_norm and skip, or use FSDP or DDP for this "
-            "model"
+            "token_shift, short_convolution, output_gate, output_norm, skip and bonus, or use FSDP "
+            "or DDP for this model"
         )
     core = module.attention
     names = core.projected
@@ -199,7 +200,9 @@ def _split_gates(projections: nn.Module, core: Attention, mesh: DeviceMesh) -> N
     for made in projections.children():
         if isinstance(made, Gate):
             made.keep_heads(first, core.heads, mesh.size() * core.heads)
-        parallelize_module(made.out if isinstance(made, Gate) else made, mesh, ColwiseParallel())
+        linear = getattr(made, "out", None) if isinstance(made, Gate) else made
+        if linear is not None:
+            parallelize_module(linear, mesh, ColwiseParallel())
 
 
 def _linears(names: Sequence[str], weights: Sequence[Tensor], bias: Tensor | None) -> nn.ModuleDict:

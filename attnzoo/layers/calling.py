@@ -9,12 +9,17 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor
 
-from attnzoo.layers.input_projections import inputs_of, weighed_values
+from attnzoo.layers.input_projections import inputs_of, weighed
 from attnzoo.layers.layer import Layer
 from attnzoo.layers.layer_checks import check_call
 from attnzoo.layers.nested_sequences import forward_nested
-from attnzoo.layers.options.output_gate import check_skip_call, finished
-from attnzoo.layers.options.short_convolution import check_convolved_call
+from attnzoo.layers.options.output_gate import check_own_value_call, finished
+from attnzoo.layers.options.short_convolution import (
+    check_causal,
+    check_convolved_call,
+    check_one_sequence,
+)
+from attnzoo.layers.options.token_shift import GATE, TOKEN_SHIFT, Sources, shifted_sources
 from attnzoo.layers.packed_model import segments_of
 from attnzoo.layers.placement import Placement
 from attnzoo.layers.positions import positions_of
@@ -56,11 +61,14 @@ def call_layer(
     axes, batch = ("l", "1") if not batched else ("b l", "b") if layer.batch_first else ("l b", "b")
     pattern = f"{axes} (p h d) -> p {batch} h l d"
     segments = segments_of(layer, query, key, segments)
-    q, k, v = project(layer, query, key, value, pattern)
+    sources = Sources(query, key, value)
+    if TOKEN_SHIFT in layer._modules:
+        sources = _shifted(layer, query, key, value, masks, is_causal, segments, axes)
+    q, k, v = project(layer, sources.q, sources.k, sources.v, pattern)
     translated = translate(layer.attention.spec, q, k, key_padding_mask, attn_mask, is_causal)
     segments = joined(segments, translated.segments)
     check_convolved_call(layer, query, key, value, translated.is_causal)
-    check_skip_call(layer, query, value)
+    check_own_value_call(layer, query, key, value)
     positions = None
     if "rotary" in layer._modules:
         positions = positions_of(q, k, translated.key_mask, segments)
@@ -73,13 +81,34 @@ def call_layer(
         "attn_mask": translated.attn_mask,
         "is_causal": translated.is_causal,
         "segments": segments,
-        **inputs_of(layer, query, key, value, inputs, pattern, placed),
+        **inputs_of(layer, sources, k, inputs, pattern, placed),
     }
-    own, v = v, weighed_values(layer, v, how, inputs)
+    unweighed, (k, v) = v, weighed(layer, k, v, how, inputs)
     weights = translated.checked(layer.attention.weights(q, k, **how)) if need_weights else None
     out = translated.checked(layer.attention(q, k, v, **how))
-    out = finished(layer, out, own, query, pattern)
+    out = finished(layer, out, (q, k, unweighed), sources.others.get(GATE, query), pattern)
     out = layer.out_proj(rearrange(out, f"{batch} h l d -> {axes} (h d)"))
     if weights is not None and average_attn_weights:
         weights = weights.mean(1)
     return out, weights if weights is None or batched else weights.squeeze(0)
+
+
+def _shifted(
+    layer: Layer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    masks: tuple[Tensor | None, Tensor | None],
+    is_causal: bool,
+    segments: Tensor | None,
+    axes: str,
+) -> Sources:
+    """What the projections read by the layer's token shift, for which the masks are read before
+    there are queries and keys."""
+    what, batch = f"{TOKEN_SHIFT}=True", "b" if query.dim() == 3 else "1"
+    check_one_sequence(what, query, key, value)
+    like = rearrange(query, f"{axes} (h d) -> {batch} h l d", h=layer.num_heads)
+    translated = translate(layer.attention.spec, like, like, *masks, is_causal)
+    check_causal(what, translated.is_causal)
+    segments = joined(segments, translated.segments)
+    return shifted_sources(layer, query, axes, translated.key_mask, segments)

@@ -11,11 +11,12 @@ from einops import rearrange
 from torch import Tensor
 
 from attnzoo.call import UnsupportedError
-from attnzoo.layers.input_projections import inputs_of, weighed_values
+from attnzoo.layers.input_projections import inputs_of, weighed
 from attnzoo.layers.layer import Layer
 from attnzoo.layers.layer_checks import check_call
 from attnzoo.layers.options.output_gate import finished
 from attnzoo.layers.options.short_convolution import SHORT_CONVOLUTION, LastTokens
+from attnzoo.layers.options.token_shift import GATE, TOKEN_SHIFT, Sources, shifted_sources
 from attnzoo.layers.placement import Placement
 from attnzoo.layers.positions import positions_of
 from attnzoo.layers.projections import project
@@ -28,7 +29,8 @@ class LayerState:
     core: the state of the layer's attention
     positions: (batch,) of the next token in the piece that goes on; 0 where only padding has come
     last: (batch,) ids of these pieces; None where no ids have come
-    convolved: what the short convolution reads of the tokens so far, by kind of projection
+    convolved: what the short convolution reads of the tokens so far, by kind of projection, and
+        what the token shift reads, under its name
     made_by: what options of the layer are in it, by name
     """
 
@@ -87,6 +89,7 @@ def _in_a_state(layer: Layer) -> dict[str, Any]:
     return {
         "short_convolution": None if convolution is None else convolution.kernel_size[0],
         "rotary": rotary is not None,
+        "token_shift": TOKEN_SHIFT in layer._modules,
         "qk_norm": layer.qk_norm,
     }
 
@@ -125,31 +128,33 @@ def step_layer(
     axes = "l" if x.dim() == 2 else "b l" if layer.batch_first else "l b"
     batch = "1" if x.dim() == 2 else "b"
     pattern = f"{axes} (p h d) -> p {batch} h l d"
-    q, k, v = project(layer, x, x, x, pattern)
     if x.dim() == 2:
         key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         segments = segments[None] if segments is not None and segments.dim() == 1 else segments
     key_mask = None if key_padding_mask is None else ~key_padding_mask
+    before, sources = _goes_on_with(state, segments), Sources(x, x, x)
+    if TOKEN_SHIFT in layer._modules:
+        sources = shifted_sources(layer, x, axes, key_mask, segments, before)
+    q, k, v = project(layer, sources.q, sources.k, sources.v, pattern)
     positions = positions_of(q, k, key_mask, segments).expand(q.shape[0], -1)
     positions, after = _continued(state, positions, key_mask, segments)
-    before = _goes_on_with(state, segments)
     placed = Placement(layer, positions, key_mask, segments, before)
     q, k, v = placed(q, k, v)
-    more = inputs_of(layer, x, x, x, inputs, pattern, placed)
-    own, v = v, weighed_values(layer, v, more, inputs)
+    more = inputs_of(layer, sources, k, inputs, pattern, placed)
+    unweighed, (k, v) = v, weighed(layer, k, v, more, inputs)
     out, core = layer.attention.step(
         q, k, v, state.core, key_mask=key_mask, segments=segments, **more
     )
     last = state.last if segments is None or not segments.shape[1] else segments[:, -1]
-    out = finished(layer, out, own, x, pattern)
+    out = finished(layer, out, (q, k, unweighed), sources.others.get(GATE, x), pattern)
     out = layer.out_proj(rearrange(out, f"{batch} h l d -> {axes} (h d)"))
-    convolved = placed.after if q.shape[2] else state.convolved
+    convolved = {**placed.after, **sources.after} if q.shape[2] else state.convolved
     return out, replace(state, core=core, positions=after, last=last, convolved=convolved)
 
 
 def _goes_on_with(state: LayerState, segments: Tensor | None) -> Mapping[str, LastTokens]:
-    """What a short convolution reads of the tokens before the new ones: nothing where these begin
-    a piece."""
+    """What a short convolution or a token shift reads of the tokens before the new ones: nothing
+    where these begin a piece."""
     if segments is None or state.last is None or not segments.shape[1]:
         return state.convolved
     begins = (segments[:, 0] != state.last)[:, None, None]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attnzoo.engines.linear.gated.gate_projections import Gate
 from attnzoo.layers.layer import Layer
+from attnzoo.layers.options.token_shift import Sources
 from attnzoo.layers.placement import Placement
 from attnzoo.layers.projections import project_apart, project_together
 from attnzoo.spec import Input
@@ -34,6 +35,12 @@ def add_projections(layer: Layer) -> None:
         setattr(layer.attention, INPUT_PROJECTIONS, made)
 
 
+def made_of_hidden_states(layer: Layer) -> list[str]:
+    """The inputs that are projected from query or key, and not from projected keys."""
+    projections: Any = getattr(layer.attention, INPUT_PROJECTIONS, None) or {}
+    return [name for name, one in projections.items() if not getattr(one, "reads_keys", False)]
+
+
 def add_own_projection(layer: Layer) -> None:
     """Give the layer's attention the packed projection of its inputs that are `like` q, k and v,
     a copy of the layer's own."""
@@ -51,9 +58,8 @@ def add_own_projection(layer: Layer) -> None:
 
 def inputs_of(
     layer: Layer,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    sources: Sources,
+    k: Tensor,
     given: Mapping[str, Tensor | None],
     pattern: str,
     placed: Placement,
@@ -61,7 +67,8 @@ def inputs_of(
     """What a call of the layer's attention takes beside q, k and v: the inputs that are given, and
     those that are projected.
 
-    query, key, value, pattern: as `project` takes them
+    k: the layer's keys, (batch, heads, length, head_dim)
+    pattern: as `project` takes it
     given: by name; without the axis of samples where query has none
     placed: what the layer does to what it projects, which is done to these inputs too
     returns: by name
@@ -69,6 +76,7 @@ def inputs_of(
     core: Any = layer.attention
     if not core.spec.inputs and not given:
         return {}
+    query, key, value = sources.q, sources.k, sources.v
     batched = {one.name for one in core.spec.inputs if "batch" in one.names}
     made = {
         name: x[None] if query.dim() == 2 and name in batched else x
@@ -83,42 +91,60 @@ def inputs_of(
         for one in core.spec.inputs:
             if one.like is not None:
                 made.setdefault(one.name, own[one.like])
-    return {**project_inputs(layer, query, key, made), **made}
+    return {**project_inputs(layer, query, key, k, made, sources.others), **made}
 
 
-def weighed_values(
-    layer: Layer, v: Tensor, made: Mapping[str, Tensor], given: Mapping[str, Tensor | None]
-) -> Tensor:
-    """v as the layer's attention gets it: times the step sizes that a projected decay was made of,
-    where its projection says so.
+def weighed(
+    layer: Layer,
+    k: Tensor,
+    v: Tensor,
+    made: Mapping[str, Tensor],
+    given: Mapping[str, Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """k and v as the layer's attention gets them: values times the step sizes that a projected
+    decay was made of, or keys by the rates of a removal, where the projection says so.
 
     made: what `inputs_of` returned for the inputs that are given
     """
     projections: Any = getattr(layer.attention, INPUT_PROJECTIONS, None)
     for name, project in () if projections is None else projections.items():
-        if getattr(project, "weighs_values", False) and given.get(name) is None:
+        if given.get(name) is not None:
+            continue
+        if getattr(project, "weighs_values", False):
             v = project.weighed(v, made[name])
-    return v
+        if getattr(project, "weighs_keys", False):
+            k = project.weighed_keys(k, made[name])
+    return k, v
 
 
 def project_inputs(
-    layer: Layer, query: Tensor, key: Tensor, given: Collection[str]
+    layer: Layer,
+    query: Tensor,
+    key: Tensor,
+    k: Tensor,
+    given: Collection[str],
+    others: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The inputs that are projected, but for those that are given.
 
     layer: whose attention has the projections
     query, key: (batch, length, features), or as batch_first and a missing batch have it
+    k: the keys, (batch, heads, length, head_dim), of which some inputs are made
     given: names of inputs
+    others: by name, what is read in the place of query or key
     returns: by name, with the axes that each declares
     """
     projections: Any = getattr(layer.attention, INPUT_PROJECTIONS, None)
     if projections is None:
         return {}
-    made = {}
+    made, others = {}, others or {}
     for one in layer.attention.spec.inputs:
         if one.is_projected_by(layer.attention.input_sizes) and one.name not in given:
-            source = query if "queries" in one.names else key
+            source = others.get(one.name, query if "queries" in one.names else key)
             project = projections[one.name]
+            if getattr(project, "reads_keys", False):
+                made[one.name] = project(k)
+                continue
             x = project(source)
             if x.dim() == 2:
                 x = x[None]

@@ -13,10 +13,15 @@ from attnzoo.arguments import check_options, check_positive
 from attnzoo.attention import LEAF, Attention
 from attnzoo.layers.calling import call_layer
 from attnzoo.layers.decoding import LayerState, first_state, step_layer
-from attnzoo.layers.input_projections import add_own_projection, add_projections
+from attnzoo.layers.input_projections import (
+    add_own_projection,
+    add_projections,
+    made_of_hidden_states,
+)
 from attnzoo.layers.layer import shares_qk
 from attnzoo.layers.layer_checks import core_options
 from attnzoo.layers.options.output_gate import (
+    BONUS,
     GATE_PROJECTION,
     OUTPUT_NORM,
     SKIP,
@@ -30,11 +35,20 @@ from attnzoo.layers.options.short_convolution import (
     add_short_convolution,
     check_short_convolution,
 )
+from attnzoo.layers.options.token_shift import TOKEN_SHIFT, add_token_shift, check_token_shift
 from attnzoo.layers.projections import share_projection
 from attnzoo.registry import build, spec_of
 
 #: What options add beside the parameters of torch's module and of the core.
-OWN_MODULES = (*NORMS, SHORT_CONVOLUTION, GATE_PROJECTION, OUTPUT_NORM, SKIP)
+OWN_MODULES = (
+    *NORMS,
+    SHORT_CONVOLUTION,
+    GATE_PROJECTION,
+    OUTPUT_NORM,
+    SKIP,
+    BONUS,
+    TOKEN_SHIFT,
+)
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -77,12 +91,16 @@ class MultiheadAttention(nn.MultiheadAttention):
         S - L + i.
     short_convolution: taps of a causal convolution, before these two, of every channel of queries,
         keys and values, and SiLU, see `ShortConvolution`. For causal self-attention alone.
+    token_shift: every projection reads, in the place of a token, a mix of it and the one before,
+        see `TokenShift`. For causal self-attention alone.
     output_gate: rows are multiplied, before `out_proj`, by what `gate_proj` makes of the query:
         "elementwise", or one number for each head, "headwise"; by its sigmoid, or with output_norm
-        by its SiLU
+        by its SiLU; "low_rank": by what two matrices with a sigmoid between them make (RWKV-7)
     output_norm: each head's row is divided by its root mean square and weighted by `out_norm`;
-        "all_heads": all heads of a token as one, once they have been gated (Mamba-2)
+        "all_heads": all heads of a token as one, once they have been gated (Mamba-2); "centered":
+        each head's row around its mean, with a bias (RWKV-7)
     skip: a token's own value is added to its row, times a number of each head, `skip` (Mamba-2's D)
+    bonus: a token's own value is added to its (normed) row, times Σ q ∘ u ∘ k, `bonus` (RWKV-7)
     raises: ValueError on a malformed option, UnsupportedError on one that the core excludes
         (dropout > 0 among them)
     """
@@ -110,9 +128,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         qk_norm: Literal["per_head", "all_heads"] | None = None,
         rotary: bool | Mapping[str, Any] = False,
         short_convolution: int | None = None,
-        output_gate: Literal["headwise", "elementwise"] | None = None,
-        output_norm: bool | Literal["all_heads"] = False,
+        token_shift: bool = False,
+        output_gate: Literal["headwise", "elementwise", "low_rank"] | None = None,
+        output_norm: bool | Literal["all_heads", "centered"] = False,
         skip: bool = False,
+        bonus: bool = False,
     ) -> None:
         if check_positive("embed_dim", embed_dim) % check_positive("num_heads", num_heads):
             raise ValueError(f"embed_dim={embed_dim} must be a multiple of num_heads={num_heads}")
@@ -122,7 +142,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         embedding = rotary_of(embed_dim // num_heads, rotary, extra_keys)
         check_qk_norm(qk_norm)
         check_short_convolution(short_convolution, spec)
-        check_output(output_gate, output_norm, skip, extra_keys)
+        check_token_shift(token_shift, spec)
+        check_output(output_gate, output_norm, {SKIP: skip, BONUS: bonus}, extra_keys)
         ends = (add_bias_kv, add_zero_attn, kdim, vdim)
         super().__init__(embed_dim, num_heads, dropout, bias, *ends, batch_first, device, dtype)
         # After torch's own parameters, so that a seed gives those the values that it gives them in
@@ -141,7 +162,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             self.rotary = embedding
         if short_convolution is not None:
             add_short_convolution(self, short_convolution)
-        add_output(self, output_gate, output_norm, skip)
+        add_output(self, output_gate, output_norm, skip, bonus)
+        if token_shift:
+            add_token_shift(self, made_of_hidden_states(self))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what `attnzoo.packed` has told: a copy is of the model, and not of a call."""

@@ -17,7 +17,7 @@ from attnzoo.layers.input_projections import (
     INPUT_PROJECTIONS,
     add_projections,
     project_inputs,
-    weighed_values,
+    weighed,
 )
 from attnzoo.layers.layer import Layer
 
@@ -96,5 +96,5 @@ def with_gates(
     group = key_heads(attention, key) // key.shape[1]
     key, value = (repeat_heads(x, group) for x in (key, value))
     host = cast(Layer, _Host(attention))
-    made = project_inputs(host, hidden, hidden, ())
-    return key, weighed_values(host, value, made, {}), made
+    made = project_inputs(host, hidden, hidden, key, ())
+    return *weighed(host, key, value, made, {}), made

@@ -81,16 +81,11 @@ class ShortConvolution(nn.Conv1d):
         x = torch.cat([part.transpose(2, 3).flatten(1, 2) for part in parts], 1)
         if key_mask is not None:
             x = x.masked_fill(~key_mask[:, None], 0.0)
-        order = None
-        if segments is not None and can_look(segments, may_stall=True):
-            order = order_of(segments)
-        if segments is None or order is None:
-            out = convolve(x, self.weight, None, before, segments, self._conv_forward)
-        else:
-            together = fetched(segments, order, 1)
-            out = convolve(fetched(x, order), self.weight, None, before, together)
-            out = fetched(out, order.argsort(1))
-        out = F.silu(out).to(x.dtype)
+
+        def run(x: Tensor, ids: Tensor | None) -> Tensor:
+            return convolve(x, self.weight, None, before, ids, self._conv_forward)
+
+        out = F.silu(in_pieces(x, segments, run)).to(x.dtype)
         heads = parts[0].shape[1]
         return [
             one.unflatten(1, (heads, -1)).transpose(2, 3) for one in out.chunk(len(parts), 1)
@@ -122,26 +117,55 @@ def convolution_of(layer: Layer) -> ShortConvolution | None:
     return layer._modules.get(SHORT_CONVOLUTION)
 
 
+def check_one_sequence(what: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise UnsupportedError where an option that reads earlier tokens, such as
+    "token_shift=True", gets several sequences."""
+    one = query is key and key is value
+    if not one and (not is_recorded() or query.shape != key.shape):
+        # in a graph one tensor may come in as three
+        raise UnsupportedError(
+            f"{what} reads the tokens before each query and key, so all must be one sequence: pass "
+            "one tensor as query, key and value, or build the layer without it"
+        )
+
+
+def check_causal(what: str, is_causal: bool) -> None:
+    """Raise UnsupportedError where an option that reads earlier tokens gets a call that is not
+    causal."""
+    if not is_causal:
+        raise UnsupportedError(
+            f"{what} is causal, and this call is not: pass is_causal=True, with no attn_mask but "
+            "the causal one, or build the layer without it"
+        )
+
+
 def check_convolved_call(
     layer: Layer, query: Tensor, key: Tensor, value: Tensor, is_causal: bool
 ) -> None:
     """Raise UnsupportedError on a call that a layer's convolution cannot be part of."""
     module = convolution_of(layer)
-    if module is None:
-        return
-    taps = module.kernel_size[0]
-    one = query is key and key is value
-    if not one and (not is_recorded() or query.shape != key.shape):
-        # in a graph one tensor may come in as three
-        raise UnsupportedError(
-            f"short_convolution={taps} reads the tokens before each query and key, so all must be "
-            "one sequence: pass one tensor as query, key and value, or build the layer without it"
-        )
-    if not is_causal:
-        raise UnsupportedError(
-            f"short_convolution={taps} is causal, and this call is not: pass is_causal=True, with "
-            "no attn_mask but the causal one, or build the layer without it"
-        )
+    if module is not None:
+        what = f"{SHORT_CONVOLUTION}={module.kernel_size[0]}"
+        check_one_sequence(what, query, key, value)
+        check_causal(what, is_causal)
+
+
+def in_pieces(
+    x: Tensor, segments: Tensor | None, run: Callable[[Tensor, Tensor | None], Tensor]
+) -> Tensor:
+    """What `run` makes of x and segments in which the tokens of a piece stand together.
+
+    x: (batch, channels, length)
+    segments: (batch, length) integer; None: there is one piece
+    returns: as x
+    """
+    order = None
+    if segments is not None and can_look(segments, may_stall=True):
+        order = order_of(segments)
+    if segments is None or order is None:
+        return run(x, segments)
+    out = run(fetched(x, order), fetched(segments, order, 1))
+    return fetched(out, order.argsort(1))
 
 
 def convolve(

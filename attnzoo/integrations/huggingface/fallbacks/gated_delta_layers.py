@@ -100,7 +100,7 @@ class OlmoHybridLayer(GatedDeltaLayer):
 
 
 class KimiLinearLayer(GatedDeltaLayer):
-    """`KimiLinearDeltaAttention`, whose gates are by channel."""
+    """`KimiLinearDeltaAttention` and `Glm5NextTextLinearAttention`, whose gates are by channel."""
 
     variant = "kda"
 
@@ -108,11 +108,21 @@ class KimiLinearLayer(GatedDeltaLayer):
         return Projected(
             torch.cat([one(hidden_states) for one in (self.q_proj, self.k_proj, self.v_proj)], -1),
             (self.forget_gate(hidden_states), self.b_proj(hidden_states).sigmoid()),
-            self.g_b_proj(self.g_a_proj(hidden_states)).unflatten(-1, (-1, self.head_dim)),
+            self.output_gate(hidden_states).unflatten(-1, (-1, self.head_dim)),
         )
+
+    def output_gate(self: Any, hidden_states: Tensor) -> Tensor:
+        return self.g_b_proj(self.g_a_proj(hidden_states))
 
     def heads_of(self: Any) -> list[tuple[int, int]]:
         return [(self.num_heads, self.head_dim)] * 3
 
     def finish(self: Any, rows: Tensor, gate: Tensor) -> Tensor:
         return self.o_proj(self.o_norm(rows, gate).flatten(2))
+
+
+class BailingHybridLayer(KimiLinearLayer):
+    """`BailingHybridDeltaAttention`."""
+
+    def output_gate(self: Any, hidden_states: Tensor) -> Tensor:
+        return self.g_proj(hidden_states)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from attnzoo.call import UnsupportedError
 from attnzoo.eager import holds_anywhere, may_branch
 from attnzoo.integrations.huggingface.fallbacks.gated_delta_layers import (
+    BailingHybridLayer,
     KimiLinearLayer,
     OlmoHybridLayer,
     Qwen3NextLayer,
@@ -29,8 +30,10 @@ from attnzoo.sequences.segments import from_position_ids
 
 #: By the name of transformers' class: the one that a layer gets.
 KINDS: dict[str, type[ReplacedLayer]] = {
+    "BailingHybridDeltaAttention": BailingHybridLayer,
     "BambaMixer": Mamba2Layer,
     "FalconH1Mixer": FalconH1Layer,
+    "Glm5NextTextLinearAttention": KimiLinearLayer,
     "GraniteMoeHybridMambaLayer": Mamba2Layer,
     "KimiLinearDeltaAttention": KimiLinearLayer,
     "Mamba2Mixer": Mamba2Layer,
@@ -40,13 +43,14 @@ KINDS: dict[str, type[ReplacedLayer]] = {
     "Qwen3NextGatedDeltaNet": Qwen3NextLayer,
     "Qwen3_5GatedDeltaNet": Qwen35Layer,
     "Qwen3_5MoeGatedDeltaNet": Qwen35Layer,
+    "Qwen4ExpTextGatedDeltaNet": Qwen35Layer,
     "Zamba2MambaMixer": Mamba2Layer,
 }
 
 #: Models that do not hand their layers what tells of packed rows.
 LOSES_PIECES = ("Mamba2ForCausalLM",)
-#: Models whose softmax layers let packed rows leak into each other.
-LEAKS = ("GraniteMoeHybridModel",)
+#: Models that let packed rows leak into each other, and what of them does.
+LEAKS = {"GraniteMoeHybridModel": "softmax layers", "Glm5NextTextModel": "indexed layers"}
 
 
 def replace_fallbacks(model: nn.Module) -> list[str]:
@@ -56,8 +60,8 @@ def replace_fallbacks(model: nn.Module) -> list[str]:
     The weights are the same and so are the results, to rounding; padding is absent wherever it
     stands, and packed rows are kept apart. `restore_fallbacks` takes it back.
 
-    model: with layers of Qwen3-Next, Qwen3.5, OLMo Hybrid, Kimi Linear, MiniMax, or Mamba-2, as
-        Bamba, Falcon-H1, Granite, Nemotron-H and Zamba2 have them
+    model: with layers of Qwen3-Next, Qwen3.5, Qwen4, OLMo Hybrid, Kimi Linear, GLM-5 Next, Bailing
+        Hybrid, MiniMax, or Mamba-2, as Bamba, Falcon-H1, Granite, Nemotron-H and Zamba2 have them
     returns: the names of the layers
     raises: ValueError on a model without such layers, and on one whose layers are replaced already
     """
@@ -138,10 +142,13 @@ def tell_pieces(model: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
 
 
 def _check_keeps_apart(model: Any) -> None:
-    if type(model).__name__ in LEAKS:
+    leaks = LEAKS.get(type(model).__name__)
+    if getattr(model.config, "ple_layer_ids", None):  # of Qwen4, which look at the last tokens
+        leaks = "n-gram embeddings"
+    if leaks is not None:
         raise UnsupportedError(
-            f"{type(model).__name__} was given packed rows, which its softmax layers do not keep "
-            "apart; give every piece as a sample, with attention_mask"
+            f"{type(model).__name__} was given packed rows, which its {leaks} do not keep apart; "
+            "give every piece as a sample, with attention_mask"
         )
 
 
