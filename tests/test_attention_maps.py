@@ -13,12 +13,13 @@ pytest.importorskip("transformers")
 import biased_models
 from small import small
 from swap_models import answer_of, inputs_of, make, tokens
-from test_fallbacks import FAMILIES as HYBRIDS
-from test_fallbacks import ids
+from test_fallbacks import FAMILIES, ids
 from test_fallbacks import make as make_hybrid
 
 import attnzoo
 
+#: Qwen4's indexed layers read masks of 4 dimensions alone, which a trial does not give them.
+HYBRIDS = [family for family in FAMILIES if family != "qwen4_exp"]
 SELF = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -399,6 +400,33 @@ def test_glms_recurrent_layers() -> None:
     again = torch.arange(70).remainder(40)[None]
     with pytest.raises(attnzoo.UnsupportedError, match="indexed layers do not keep apart"):
         other(tokens[:1], position_ids=again, use_cache=False)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "bamba", "jamba"])
+def test_a_swap_says_which_layers_it_leaves(family: str) -> None:
+    """Replaced ones too; not where the layers are named, nor to a map."""
+    if family == "jamba":
+        experts = {"num_experts": 1, "num_experts_per_tok": 1, "use_mamba_kernels": False}
+        sizes = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4}
+        given = {name: x for name, x in SIZES.items() if name != "layer_types"}
+        model = hf.JambaForCausalLM(hf.JambaConfig(**given, **experts, **sizes)).eval()
+    else:
+        model = make(family)
+        attnzoo.replace_fallbacks(model)
+    kinds = {"qwen3_next": "linear_attn", "bamba": "mamba", "jamba": "mamba"}
+    said = rf"left its recurrent layers as they are: 1 \w+ \(model.layers.0.{kinds[family]}\)"
+    with pytest.warns(UserWarning, match=said):
+        attnzoo.swap(model, "sliding_window", window=4)
+    (core,) = (x for x in model.modules() if isinstance(x, attnzoo.Attention))
+    model(ids(1, 9))
+    assert core.last_backend is not None
+    attnzoo.unswap(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attnzoo.swap(model, "sliding_window", layers=0, window=4)
+        attnzoo.unswap(model)
+        with attnzoo.attention_maps(model):
+            pass
 
 
 def test_refusals() -> None:

@@ -312,6 +312,22 @@ def test_a_bad_gate_is_refused_in_one_sentence(name: str) -> None:
 
 
 @ALL
+def test_a_gate_may_be_more_precise_than_q(name: str) -> None:
+    """In rows, in A and in steps."""
+    q, k, v = (x.float() for x in qkv(6)[:3])
+    given = gates_of(name, 6)
+    attn, less = build(name), {gate: x.float() for gate, x in given.items()}
+    expected = attn(q, k, v, is_causal=True, **less)
+    found = attn(q, k, v, is_causal=True, **given)
+    a = attn.weights(q, k, is_causal=True, **given)
+    stepped, _ = attn.step(q, k, v, attn.init_state(2, kv_heads=KV_HEADS), **given)
+    for out in (found, stepped):
+        assert out.dtype == torch.float32
+        close(out, expected, 1e-6, "rows")
+    close(a, attn.weights(q, k, is_causal=True, **less), 1e-6, "A")
+
+
+@ALL
 def test_a_nan_gate_spoils_no_earlier_row(name: str) -> None:
     q, k, v, _ = qkv(70)
     for gate in gates_of(name, 70):

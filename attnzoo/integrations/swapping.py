@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -11,6 +12,8 @@ from attnzoo.attention import Attention
 from attnzoo.integrations import timm, torch_nn
 from attnzoo.integrations.chosen_layers import Layers, Mix, choose
 from attnzoo.integrations.huggingface import interface
+from attnzoo.integrations.huggingface.fallbacks.replace_fallbacks import recurrent_layers
+from attnzoo.integrations.maps.selective_scan import scans
 from attnzoo.integrations.places import build_attentions
 from attnzoo.integrations.record import RECORD, Record
 from attnzoo.integrations.wrappers import without_wrappers
@@ -65,8 +68,23 @@ def swap(
 
     A model that drops entries of A while training (torch's layers do by default), and an attention
     that never forms A, go together for evaluation only: the swap warns (UserWarning), and is
-    refused while the model is in training mode.
+    refused while the model is in training mode. Where no layers are named and a model of
+    transformers has recurrent ones too (Qwen3-Next, Jamba), it warns which of them it left.
     """
+    part = swap_in(model, name, layers, example_inputs, options)
+    if layers is None and isinstance(name, str):
+        _tell_left(part)
+    return model
+
+
+def swap_in(
+    model: nn.Module,
+    name: str | Mix,
+    layers: Layers | None,
+    example_inputs: Mapping[str, Any] | None,
+    options: dict[str, Any],
+) -> nn.Module:
+    """`swap` without a word of what it left. Returns the part whose layers were changed."""
     part, integration = _integration_for(_inside(model))
     tried = _tried_with(integration, example_inputs)
     sites, choices = choose(name, layers, options, integration.find_sites(part, **tried))
@@ -74,7 +92,25 @@ def swap(
     undo = integration.insert(part, sites, attentions, **tried)
     kind = next(kind for kind, module in INTEGRATIONS.items() if module is integration)
     vars(part)[RECORD] = Record(kind, sites, choices, attentions, undo)
-    return model
+    return part
+
+
+def _tell_left(part: nn.Module) -> None:
+    """Warn of the layers of a model whose recurrence no attention stands in for."""
+    left: dict[str, list[str]] = {}
+    for path in [*recurrent_layers(part), *scans(part)] if interface.handles(part) else ():
+        left.setdefault(type(part.get_submodule(path)).__name__, []).append(path)
+    if left:
+        said = " and ".join(
+            f"{len(paths)} {kind} ({paths[0]}{' and so on' if len(paths) > 1 else ''})"
+            for kind, paths in left.items()
+        )
+        warnings.warn(
+            f"swap changed the softmax layers of {type(part).__name__} and left its recurrent "
+            f"layers as they are: {said}; name the layers to change, layers=..., to say that this "
+            "is meant",
+            stacklevel=3,  # the caller of `swap`
+        )
 
 
 def unswap(model: Model) -> Model:

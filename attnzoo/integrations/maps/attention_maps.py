@@ -27,7 +27,7 @@ from attnzoo.integrations.huggingface.fallbacks.replace_fallbacks import (
 )
 from attnzoo.integrations.maps.selective_scan import scans, watch_scans
 from attnzoo.integrations.record import RECORD
-from attnzoo.integrations.swapping import part_of, swap, unswap
+from attnzoo.integrations.swapping import part_of, swap_in, unswap
 
 
 class AttentionMaps(Mapping[int, Tensor]):
@@ -163,7 +163,7 @@ def _running_ours(part: nn.Module) -> Iterator[list[str]]:
         elif any(isinstance(module, Attention) for module in part.modules()):
             yield _holding(part)
         else:
-            swap(part, "standard")
+            swap_in(part, "standard", None, None, {})
             stack.callback(unswap, part)
             yield _holding(part)
 
@@ -171,7 +171,7 @@ def _running_ours(part: nn.Module) -> Iterator[list[str]]:
 def _told_by_transformers(part: nn.Module, stack: ExitStack, recurrent: bool) -> list[str]:
     """Let exact layers of a transformers model run by this library; their paths."""
     try:
-        swap(part, "standard")
+        swap_in(part, "standard", None, None, {})
         stack.callback(unswap, part)
         return [path for path, *_ in vars(part)[RECORD].sites]
     except UnsupportedError:  # such as windows of its own, which are left to it

@@ -14,7 +14,7 @@ from torch import Tensor
 from attnzoo.autocast import without_autocast
 from attnzoo.call import Call
 from attnzoo.eager import can_look, is_recorded
-from attnzoo.engines.engine import Backend, Cost, Shape, never_refuses
+from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype, never_refuses
 from attnzoo.engines.linear.gated.gated_linear import GatedLinear
 from attnzoo.engines.linear.gated.reference import REFERENCE
 from attnzoo.engines.linear.gated.tokens import STRENGTH, as_square
@@ -52,7 +52,8 @@ class LogLinear(GatedLinear):
             return call
         # Where a token adds its value, its strength is a factor of its key.
         inputs = {name: x for name, x in call.inputs.items() if name != STRENGTH.name}
-        return replace(call, k=call.k * beta[..., None], inputs=inputs)
+        k = call.k * beta.to(accumulation_dtype(call.k.dtype))[..., None]
+        return replace(call, k=k, inputs=inputs)
 
     def forward(
         self, call: Call, backend: str = "auto", state: LinearState | None = None

@@ -167,6 +167,15 @@ def is_recurrent(module: nn.Module) -> bool:
     return _kind(module) is not None and not isinstance(module, ReplacedLayer)
 
 
+def recurrent_layers(model: nn.Module) -> list[str]:
+    """The paths of the layers that `replace_fallbacks` knows, as they are or replaced."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if _kind(module) is not None or isinstance(module, ReplacedLayer)
+    ]
+
+
 def _kind(module: nn.Module) -> type[ReplacedLayer] | None:
     own = type(module)
     is_theirs = own.__module__.startswith("transformers.models.")
