@@ -86,7 +86,8 @@ class Indexed(Attention):
 
     Single keys leave nothing to gather in matrix products: with block_size=1 the time is that of
     exact attention under a mask, and memory is linear. Of larger blocks only the chosen ones are
-    multiplied. Decoding keeps every key and value, and index_dim numbers more of every token.
+    multiplied, and compiled code, where there is any (`attnzoo doctor --compile`), chooses them in
+    the cache. Decoding keeps every key and value, and index_dim numbers more of every token.
 
     top_k: keys that a query sees (DeepSeek-V3.2: 2,048)
     block_size: keys are taken in blocks of so many, top_k/block_size of those whose best visible
