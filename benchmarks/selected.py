@@ -6,8 +6,9 @@
 A contender and torch's causal SDPA take turns; `speedup` is the median over the rounds of one
 round's ratio, with its quartiles. `promised` is the ratio of what both execute in
 multiply-accumulates, SDPA's without the half that causality hides; `kept` is the share of it that
-the clock shows. `selecting` is the share of a forward that choosing the keys takes, timed in the
-same rounds. Rows and gradients are compared with the reference in the same run.
+the clock shows. `selecting` is the share of a pass that choosing the keys takes, timed in the
+same rounds. Where compiled code can choose them (`native`), the same in Python (`tiles`) follows.
+Rows and gradients are compared with the reference in the same run.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from attnzoo.attention import Attention
 from attnzoo.benchmarking.environment import environment
 from attnzoo.benchmarking.timing import Timing, disagreement, interleave
 from attnzoo.call import Call
+from attnzoo.engines.native import library
 from attnzoo.engines.sparse.selected.selected_softmax import SelectedSoftmax
 from attnzoo.engines.sparse.selected.selection import Placed
 
@@ -111,12 +113,21 @@ def promised(attention: Attention, length: int) -> float:
     return costs[0].kernel_macs / costs[1].kernel_macs
 
 
-def rows(name: str, options: dict[str, Any], length: int, rounds: int) -> Iterator[dict[str, Any]]:
+def backends(name: str) -> list[str]:
+    """What a contender runs on: compiled code first, where it chooses the keys."""
+    can_choose = name == "indexed" and library.cannot_compile() is None
+    return ["native", "tiles"] if can_choose else ["tiles"]
+
+
+def rows(
+    name: str, options: dict[str, Any], backend: str, length: int, rounds: int
+) -> Iterator[dict[str, Any]]:
     """One for each phase."""
-    attention = attnzoo.build(name, heads=HEADS, head_dim=HEAD_DIM, **options)
+    attention = attnzoo.build(name, heads=HEADS, head_dim=HEAD_DIM, backend=backend, **options)
     inputs = [torch.randn(1, HEADS, length, HEAD_DIM, requires_grad=True) for _ in range(3)]
     assert isinstance(attention.engine, SelectedSoftmax)  # all are of blocks
     selector = attention.engine.selector
+    select = selector.select_natively if backend == "native" else selector.select
     own = index_inputs(options, length)
     declared = attention.spec.inputs
     placed = Placed.of(
@@ -132,7 +143,7 @@ def rows(name: str, options: dict[str, Any], length: int, rounds: int) -> Iterat
         contenders = {
             "exact": passes(exact, inputs, learns),
             "selected": passes(attend, inputs, learns),
-            "selecting": lambda: selector.select(placed),
+            "selecting": lambda: select(placed),
         }
         timings = interleave(contenders, rounds=rounds)
         speedup, quartiles = quotients(timings["exact"], timings["selected"])
@@ -167,8 +178,9 @@ def main() -> None:
         f"{'selecting':>11}  rows"
     )
     with arguments.output.open("w") as file:
-        for name, options in CONTENDERS:
-            for row in rows(name, options, arguments.length, arguments.rounds):
+        contenders = [(*one, backend) for one in CONTENDERS for backend in backends(one[0])]
+        for name, options, backend in contenders:
+            for row in rows(name, options, backend, arguments.length, arguments.rounds):
                 file.write(json.dumps({**row, "environment": where}) + "\n")
                 file.flush()
                 low, high = row["quartiles"]

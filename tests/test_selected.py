@@ -13,10 +13,11 @@ from torch import Tensor
 import attnzoo
 from attnzoo.attention import Attention
 from attnzoo.call import Call
+from attnzoo.engines.native import library
 from attnzoo.engines.sparse.selected.selection import NONE, Placed, highest
 from attnzoo.oracles import indexed as oracle_of_index
 from attnzoo.oracles import moba
-from attnzoo.variants.selected import indexed as module_of_indexed
+from attnzoo.variants.selected import index_choice
 from attnzoo.variants.selected.index_loss import index_loss
 
 BACKENDS = ["tiles", "selected", "reference"]
@@ -345,16 +346,19 @@ def test_scores_that_are_tried_in_float32_choose_what_float64_does(
     attn = attnzoo.build("indexed", 4, 8, block_size=8, top_k=24, per_group=per_group)
     call = Call(q, k, k, is_causal=True, inputs=inputs)
     chosen, tried = [], []
-    error = module_of_indexed.Indexer.error
+    error = index_choice.Indexer.error
     monkeypatch.setattr(
-        module_of_indexed.Indexer, "error", lambda *given: tried.append(1) or error(*given)
+        index_choice.Indexer, "error", lambda *given: tried.append(1) or error(*given)
     )
     for least in (2**60, 1):
-        monkeypatch.setattr(module_of_indexed, "ROUNDED", least)
+        monkeypatch.setattr(index_choice, "ROUNDED", least)
         found = attn.engine.selector.select(Placed.of(call)).blocks  # pyright: ignore
         chosen.append(found.sort(-1).values)
     assert tried == [1]
     assert torch.equal(*chosen)
+    if library.cannot_compile() is None:
+        found = attn.engine.selector.select_natively(Placed.of(call)).blocks  # pyright: ignore
+        assert torch.equal(found.sort(-1).values, chosen[0])
 
 
 def test_what_stands_in_padding_reaches_no_gradient_of_the_loss() -> None:

@@ -421,6 +421,7 @@ def test_missing_packages_are_named(monkeypatch):
         ("needle", {"length": 2}, "length=2 is too small"),
         ("lookup", {"facts": 40}, "length=64 is too small: facts=40"),
         ("listops", {"arguments": 1}, "arguments=1 is too small"),
+        ("listops", {"causal": 1}, "causal=1 must be True or False"),
         ("permutations", {"things": 7}, "things=7 is too large; give at most 6"),
         ("permutations", {"moved": 4}, "moved=4 is too large; give at most 3"),
         ("permutations", {"moved": 1}, "moved=1 is too small"),

@@ -400,6 +400,21 @@ def test_who_cannot_do_the_task_is_a_row_with_its_reason(task, text, reason, tmp
     assert any(row.label == "standard" and row.test is not None for row in rows)
 
 
+def test_causal_listops_hide_later_tokens_from_every_layer():
+    """So that what is causal only can be trained on it, and its answers stay the same."""
+    task = replace(LISTOPS, causal=True)
+    model = Transformer(task, contender("path"), TINY, 0)
+    batch = task.held_out(TEST, 20)
+    assert torch.equal(batch.targets, LISTOPS.held_out(TEST, 20).targets)
+    assert model(batch).shape == (20, 10)
+    x = torch.randn(1, task.length, TINY.width)
+    later = x.clone()
+    later[:, 9:] += 1
+    for one, sees in ((task, False), (LISTOPS, True)):
+        block = Transformer(one, contender("standard"), TINY, 0).eval().blocks[0]
+        assert torch.equal(block(x, None, None)[:, :9], block(later, None, None)[:, :9]) != sees
+
+
 @pytest.mark.parametrize("name", only(of_each_family(), names()))
 def test_every_variant_trains_on_the_tasks_that_its_spec_allows(name, tmp_path):
     spec = spec_of(name)

@@ -11,7 +11,7 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="first compile the backend `native` of windows and BigBird for this machine",
+        help="first compile the backend `native` (windows, BigBird, indexed) for this machine",
     )
 
 

@@ -9,6 +9,7 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
+from attnzoo.arguments import check_flag
 from attnzoo.tasks.task import PARTS, TEST, TRAINING, Batch, Task, at_least
 
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
@@ -29,6 +30,8 @@ class ListOps(Task):
     shortest: fewest.
     depth: most operators inside one another, the outer one included.
     arguments: most of one list (2 at least).
+    causal: whether no token sees later ones, for attentions that cannot; else all see all, as in
+    Long Range Arena. The answer is read off the mean of all tokens either way.
     expressions: different ones to train on. Long Range Arena: length 2000, shortest 500, depth 9
     (its code, lra_benchmarks/data/listops.py, counts the digits of the innermost list as the tenth
     level), arguments 10, 96,000 expressions.
@@ -39,13 +42,15 @@ class ListOps(Task):
     depth: int = 4
     arguments: int = 5
     expressions: int = 20_000
+    causal: bool = False
 
     name = "listops"
     title = "ListOps"
     form = "encoder"
 
     def __post_init__(self) -> None:
-        self._check_positive()
+        self._check_positive("causal")
+        check_flag("causal", self.causal)
         at_least(
             "shortest",
             self.shortest,
@@ -60,6 +65,10 @@ class ListOps(Task):
                 f"shortest={self.shortest} cannot be reached with depth=1 and "
                 f"arguments={self.arguments}; give a greater depth"
             )
+
+    @property
+    def is_causal(self) -> bool:
+        return self.causal
 
     @property
     def vocabulary_size(self) -> int:

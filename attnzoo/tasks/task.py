@@ -92,6 +92,11 @@ class Task(ABC):
         return self.vocabulary_size
 
     @property
+    def is_causal(self) -> bool:
+        """Whether no token may see later ones."""
+        return self.form == "decoder"
+
+    @property
     def memory_length(self) -> int | None:
         """Length of the second sequence, of a cross task."""
         return None
@@ -138,10 +143,11 @@ class Task(ABC):
         """Names of the knobs."""
         return [field.name for field in fields(cls)]  # type: ignore[arg-type]  # every task is a dataclass
 
-    def _check_positive(self) -> None:
-        """Raise ValueError unless every knob is a whole number of at least 1."""
+    def _check_positive(self, *others: str) -> None:
+        """Raise ValueError unless every knob but these is a whole number of at least 1."""
         for name in self.knobs():
-            check_positive(name, getattr(self, name))
+            if name not in others:
+                check_positive(name, getattr(self, name))
 
 
 def at_least(name: str, value: int, least: int, why: str) -> None:

@@ -291,10 +291,9 @@ class Transformer(nn.Module):
 
 def make_mixer(choice: Choice, sizes: Sizes, task: Task, seed: int) -> Attending | Recurrent:
     """What mixes the tokens in one layer."""
-    is_causal = task.form == "decoder"
     if choice.name == GRU:
-        return Recurrent(sizes, is_causal=is_causal)
-    return Attending(choice, sizes, task.length, is_causal=is_causal, seed=seed)
+        return Recurrent(sizes, is_causal=task.is_causal)
+    return Attending(choice, sizes, task.length, is_causal=task.is_causal, seed=seed)
 
 
 def _sinusoids(length: int, width: int) -> Tensor:

@@ -153,6 +153,31 @@ def selected() -> str:
     return markdown_table(["attention", "MACs", "top 16 seen", "mass", *texts, *needles], rows)
 
 
+def selecting() -> str:
+    """Time of attentions that select keys beside exact attention, and what of it the choice takes,
+    forward and with the backward pass."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in read_lines("selected.jsonl"):
+        options = (f"{key}={value}" for key, value in row["options"].items())
+        label = " ".join([row["variant"], *options])
+        found.setdefault((label, row["ran"]), {})[row["phase"]] = row
+    rows = []
+    for (label, ran), by in found.items():
+        both = by["forward"], by["forward+backward"]
+        rows.append(
+            [
+                label,
+                f"`{ran}`",
+                ", ".join(f"{row['speedup']:.2f}×" for row in both),
+                f"{both[0]['promised']:.2f}×",
+                ", ".join(f"{row['kept']:.2f}" for row in both),
+                ", ".join(f"{row['selecting']:.0%}" for row in both),
+            ]
+        )
+    headings = ["attention", "backend", "speed-up", "by MACs", "kept", "of it choosing keys"]
+    return markdown_table(headings, rows)
+
+
 def packing() -> str:
     """The time of a packed row over that of its pieces as a batch, by phase, causal where it can
     be."""
@@ -172,6 +197,7 @@ def packing() -> str:
 TABLES = {
     "packing": packing,
     "selected": selected,
+    "selecting": selecting,
     "recall": recall,
     "checkpointing": checkpointing,
     "generation": generation,

@@ -14,6 +14,8 @@ SHOWN = {  # what a row says, and its label in the file
     "window of 16": "sliding_window window=16",
     "BigBird, blocks of 64": "bigbird block_size=64",
     "BigBird, blocks of 16": "bigbird block_size=16",
+    "XAttention, 8 blocks of 64": "xattention block_size=64 max_blocks=8",
+    "XAttention, 4 blocks of 64": "xattention block_size=64 max_blocks=4",
     "`performer`, 256 features": "performer num_features=256",
     "`linear`": "linear",
 }

@@ -22,7 +22,11 @@ from torch import Tensor
 from attnzoo.call import UnsupportedError
 
 ENGINES = Path(__file__).parent.parent
-COMPILED = ("softmax/native/attention.cpp", "linear/native/recurrence.cpp")
+COMPILED = (
+    "softmax/native/attention.cpp",
+    "linear/native/recurrence.cpp",
+    "sparse/selected/native/best_blocks.cpp",
+)
 INCLUDED = (
     "native/products.h",
     "softmax/native/scores.h",
@@ -98,7 +102,7 @@ def compile_native() -> None:
 
 @lru_cache(maxsize=1)
 def operators() -> Any:
-    """The namespace of torch.ops that holds `native_attention` and `native_attention_backward`.
+    """The namespace of torch.ops that holds the operators `native_...`.
 
     Compiles the code where that has not been done, some 15 seconds; raises UnsupportedError where
     the compiler fails.
@@ -110,6 +114,7 @@ def operators() -> Any:
         _compile_and_load(compiled_file())
     torch.library.register_fake("attnzoo::native_attention", _shapes)
     torch.library.register_fake("attnzoo::native_attention_backward", _shapes_backward)
+    torch.library.register_fake("attnzoo::native_best_blocks", _shapes_of_blocks)
     return torch.ops.attnzoo
 
 
@@ -121,6 +126,13 @@ def _shapes_backward(
     sent: Tensor, out: Tensor, log_sums: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _shapes_of_blocks(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    choosers, _, width = others[-3:]
+    sizes = q.shape[0], choosers, q.shape[2], width
+    blocks = q.new_empty(sizes, dtype=torch.int64)
+    return blocks, q.new_empty((q.shape[0], q.shape[2]), dtype=torch.bool)
 
 
 def _compile_and_load(file: Path) -> None:

@@ -1,6 +1,7 @@
 // Products of small matrices whose results stay in registers until they are whole.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
@@ -34,6 +35,12 @@ template <typename Number>
 using Source = Matrix<const Number>;
 template <typename Number>
 using Target = Matrix<Number>;
+
+// The matrix of one head of x (batch, heads, rows, width), whose numbers of a row lie together.
+template <typename Number>
+Source<Number> head_of(const at::Tensor& x, Index sample, Index head) {
+  return {x.const_data_ptr<Number>() + sample * x.stride(0) + head * x.stride(1), x.stride(2)};
+}
 
 // out = left · right, or out += left · right, for `high` rows and `wide` vectors of columns; of
 // `some` columns, for the first `count`.

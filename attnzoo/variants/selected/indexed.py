@@ -2,156 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from attnzoo.arguments import check_flag, check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call
-from attnzoo.eager import can_look, is_recorded
 from attnzoo.engines.engine import Cost, Shape, causal_pairs
-from attnzoo.engines.piece_by_piece import at_a_time
 from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.engines.sparse.selected.selected_softmax import SelectedSoftmax
-from attnzoo.engines.sparse.selected.selected_tokens import (
-    SelectedTokens,
-    TokenSelector,
-    visible_of,
-)
-from attnzoo.engines.sparse.selected.selection import (
-    Placed,
-    Selection,
-    Selector,
-    highest,
-)
+from attnzoo.engines.sparse.selected.selected_tokens import SelectedTokens
 from attnzoo.registry import register
+from attnzoo.variants.selected.index_choice import BlocksByIndex, TokensByIndex
 from attnzoo.variants.selected.index_scores import INPUTS, Indexer, with_past
-
-SCORES = 2**20  # of an indexer, held at a time
-ROUNDED = 2**20  # queries times keys, from which on scores are tried in float32
-
-
-class TokensByIndex(TokenSelector):
-    """The `top_k` keys of largest index score; of equal scores the earlier keys."""
-
-    def __init__(self, indexer: Indexer, top_k: int) -> None:
-        self.indexer, self.top_k = indexer, top_k
-
-    def macs(self, shape: Shape) -> int:
-        return self.indexer.macs(shape)
-
-    @torch.no_grad()
-    def shown(self, placed: Placed, rows: slice, length: int) -> Tensor:
-        seen = visible_of(placed, rows, length)
-        scores = self.indexer.scores(placed, rows, length).masked_fill(~seen, -torch.inf)
-        if self.top_k >= length:
-            return seen.expand_as(scores)
-        least = scores.topk(self.top_k, -1, sorted=False).values.amin(-1, keepdim=True)
-        better = ~(scores <= least) & seen  # whatever a NaN is compared with, its row shows it
-        equal = (scores == least) & seen
-        room = self.top_k - better.sum(-1, keepdim=True)
-        if scores.is_meta:  # where torch's cumsum lays out a matrix of the length by the length
-            return better | equal
-        return better | (equal & (equal.cumsum(-1) <= room))
-
-
-class BlocksByIndex(Selector):
-    """The blocks whose best key has the largest index scores, `top_k` keys in all; of equal scores
-    the earlier blocks."""
-
-    def __init__(self, indexer: Indexer, top_k: int, block_size: int) -> None:
-        self.indexer, self.block_size, self.blocks = indexer, block_size, top_k // block_size
-
-    def width(self, key_blocks: int) -> int:
-        return min(self.blocks, key_blocks)
-
-    def sees_all(self, key_length: int) -> bool:
-        return key_length <= self.blocks * self.block_size
-
-    def macs(self, shape: Shape) -> int:
-        return self.indexer.macs(shape)
-
-    def elementwise(self, shape: Shape) -> int:
-        return 0
-
-    @torch.no_grad()
-    def select(self, placed: Placed) -> Selection:
-        return Selection(torch.cat(list(self._some_rows(placed)), 2))
-
-    def _some_rows(self, placed: Placed) -> Iterator[Tensor]:
-        """The blocks of some queries after the other, (batch, choosers, queries, width)."""
-        call, length = placed.call, int(placed.call.query_length)
-        heads = self.indexer.index_heads or call.q.shape[1]
-        scores_of_a_row = call.q.shape[0] * heads * int(call.key_length)
-        together = at_a_time(length, scores_of_a_row, SCORES, call.q)
-        width = self.width(-(-int(call.key_length) // self.block_size))
-        error = self.indexer.error(placed) if self._may_round(call) else None
-        for start in range(0, length, together):
-            some, seen = slice(start, min(start + together, length)), int(call.key_length)
-            if call.is_causal and not is_recorded():  # later keys are behind all of these
-                seen = max(1, min(seen, call.offset + some.stop))
-            yield highest(self._best(placed, some, seen, width, error), width)
-
-    def _best(
-        self, placed: Placed, rows: slice, length: int, width: int, error: Tensor | None
-    ) -> Tensor:
-        """The largest visible score of every block, (batch, choosers, rows, key_blocks): in float64
-        wherever float32 leaves open which blocks are the first `width`.
-
-        error: of float32 scores, of all rows; None: they are not to be tried
-        """
-        if error is None:
-            return self._best_of_blocks(self.indexer.scores(placed, rows, length), placed, rows)
-        scores = self.indexer.scores(placed, rows, length, torch.float32)
-        best = self._best_of_blocks(scores, placed, rows)
-        if best.shape[3] <= width:
-            return best
-        top = best.topk(width + 1, -1).values
-        last, following = top[..., width - 1 : width], top[..., width:]
-        # A NaN, of which nothing is told by comparing, leaves it open too.
-        is_open = ~((last - following > 2 * error[:, :, rows]) | (following == -torch.inf))
-        left = is_open.any(3).any(1).any(0).nonzero()[:, 0]
-        best = best.double()
-        if left.numel():
-            some = rows.start + left
-            exact = self.indexer.scores(placed, some, length)
-            best[:, :, left] = self._best_of_blocks(exact, placed, some)
-        return best
-
-    def _may_round(self, call: Call) -> bool:
-        """Whether scores are tried in float32: on a CPU, which takes twice as long for float64,
-        where there are many and Python may look at them."""
-        q, k, w = self.indexer.given(call)
-        return (
-            q.device.type == "cpu"
-            and all(x is None or x.dtype != torch.float64 for x in (q, k, w))
-            and call.key_length * call.query_length >= ROUNDED
-            and torch.get_float32_matmul_precision() == "highest"
-            and not is_recorded()
-            and can_look(q, k)
-        )
-
-    def _best_of_blocks(self, scores: Tensor, placed: Placed, rows: slice | Tensor) -> Tensor:
-        """The largest visible score of every block, (batch, choosers, rows, key_blocks)."""
-        call, length, size = placed.call, scores.shape[3], self.block_size
-        first = 0  # block from which on some keys are hidden
-        if call.key_mask is None and not is_recorded():
-            start = rows.start if isinstance(rows, slice) else int(rows[0])
-            first = max(0, call.offset + start) // size if call.is_causal else length // size
-        best = []
-        if first:
-            best.append(scores[..., : first * size].unflatten(3, (-1, size)).amax(-1))
-        if first * size < length:
-            hidden = ~visible_of(placed, rows, length)[..., first * size :]
-            rest = scores[..., first * size :].masked_fill(hidden, -torch.inf)
-            rest = F.pad(rest, (0, -length % size), value=-torch.inf)
-            best.append(rest.unflatten(3, (-1, size)).amax(-1))
-        return torch.cat(best, 3)
 
 
 class _ByIndexer(Softmax):
@@ -223,7 +86,8 @@ class Indexed(Attention):
 
     Single keys leave nothing to gather in matrix products: with block_size=1 the time is that of
     exact attention under a mask, and memory is linear. Of larger blocks only the chosen ones are
-    multiplied. Decoding keeps every key and value, and index_dim numbers more of every token.
+    multiplied, and compiled code, where there is any (`attnzoo doctor --compile`), chooses them in
+    the cache. Decoding keeps every key and value, and index_dim numbers more of every token.
 
     top_k: keys that a query sees (DeepSeek-V3.2: 2,048)
     block_size: keys are taken in blocks of so many, top_k/block_size of those whose best visible

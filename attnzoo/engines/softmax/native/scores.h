@@ -2,8 +2,6 @@
 // sums of rows are those of vectors.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <limits>
 #include <optional>
 
@@ -13,11 +11,6 @@ namespace attnzoo {
 
 template <typename Number>
 constexpr Number INFINITE = std::numeric_limits<Number>::infinity();
-
-template <typename Number>
-Source<Number> head_of(const at::Tensor& x, Index sample, Index head) {
-  return {x.const_data_ptr<Number>() + sample * x.stride(0) + head * x.stride(1), x.stride(2)};
-}
 
 // float32's takes NaN and inf for large numbers: rows with such scores are told apart otherwise.
 inline Vec<float> exponential(const Vec<float>& x) { return x.exp_u20(); }

@@ -124,13 +124,13 @@ def _weigh(
     return sdpa.sdpa(engine, q[:, :, some], k[:, :, :seen], v[:, :, :seen], shown)
 
 
-def visible_of(placed: Placed, rows: slice | Tensor, length: int) -> Tensor:
-    """Which of the first `length` keys the masks leave to some queries, (batch or 1, 1, rows or 1,
-    length) bool."""
-    call, keys = placed.call, torch.arange(length, device=placed.call.q.device)
+def visible_of(placed: Placed, rows: slice | Tensor, length: int, start: int = 0) -> Tensor:
+    """Which of the first `length` keys, from `start` on, the masks leave to some queries, (batch or
+    1, 1, rows or 1, length - start) bool."""
+    call, keys = placed.call, torch.arange(start, length, device=placed.call.q.device)
     seen = (keys < length)[None, None, None]
     if call.key_mask is not None:
-        seen = call.key_mask[:, None, None, :length]
+        seen = call.key_mask[:, None, None, start:length]
     if call.is_causal:
         seen = seen & (keys <= placed.positions[:, None, rows, None])
     return seen
