@@ -28,17 +28,11 @@ def attend(engine: SoftmaxReference, call: Call) -> Tensor:
     gradients are all scores held, by autograd."""
     rows = (
         attend_rows(
-            engine, part.q, part.k, part.v, _mask(part), part.get("sink_logits"), additive(part)
+            engine, part.q, part.k, part.v, visible(part), part.get("sink_logits"), additive(part)
         )
         for part in parts(call)
     )
     return join(rows, call.query_length, 2)
-
-
-def _mask(call: Call) -> Tensor | None:
-    """Which keys are seen; None where all are, as by the one query that stands at the last key."""
-    plain = call.key_mask is None and call.attn_mask is None and call.segments is None
-    return None if plain and call.query_length == 1 else visible(call)
 
 
 def parts(call: Call) -> Iterator[Call]:

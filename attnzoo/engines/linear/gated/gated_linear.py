@@ -67,7 +67,8 @@ class GatedLinear(GatedReference):
         before = past = state.summed(self._after)
         if call.key_length == 1:
             ((rows, past),) = self._walk(call, before, name)
-            return rows.to(call.q.dtype), name, state.after(call, past, Recent.of(call, before))
+            after = state.after(call, past, Recent.of(call, before, state.recent))
+            return rows.to(call.q.dtype), name, after
         parts = early_and_late(call)
 
         def pieces() -> Iterator[Tensor]:
