@@ -89,8 +89,11 @@ class GatedLinear(GatedReference):
             raise UnsupportedError(f"backend={backend!r} does not decode; use backend='auto'")
         if backend != "auto":
             return self.choose(call, backend).name
-        decoders = [one for one in self.backends if one.name not in WHOLE]
-        return next(one.name for one in decoders if one.reason(self, call, by_name=False) is None)
+        return next(
+            one.name
+            for one in self.backends
+            if one.name not in WHOLE and one.reason(self, call, by_name=False) is None
+        )
 
     def _walk(self, call: Call, past: Past | None, backend: str) -> Iterator[tuple[Tensor, Past]]:
         """Some rows at a time, and the past after them."""
