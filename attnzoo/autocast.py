@@ -24,6 +24,8 @@ def autocast_inputs_only(method: Callable[Arguments, Result]) -> Callable[Argume
 
     @wraps(method)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if not torch._C._is_any_autocast_enabled():
+            return method(*args, **kwargs)
         device = next(
             (value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor)),
             None,

@@ -85,7 +85,8 @@ class Call:
     def giving(self, one: Input, x: Tensor) -> Self:
         """The call with x as the input that `one` declares, in place of any it had."""
         declared = self.declared if one in self.declared else (*self.declared, one)
-        return replace(self, inputs={**self.inputs, one.name: x}, declared=declared)
+        changed = {"inputs": {**self.inputs, one.name: x}, "declared": declared}
+        return type(self)(**{**vars(self), **changed})
 
     def frame(self) -> Callable[..., Self]:
         """A function of q, k and v that makes this call with others; it does not keep its own."""

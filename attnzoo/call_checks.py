@@ -3,6 +3,9 @@ declares."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -33,16 +36,8 @@ def check(call: Call, spec: Spec, heads: int, head_dim: int, key_width: int | No
                 f"{name} has shape {tuple(x.shape)}; it must have 4 dimensions: (batch, heads, "
                 "length, head_dim)"
             )
-        if not x.is_floating_point():
-            raise ValueError(
-                f"{name} has dtype {x.dtype}; attention needs a real floating dtype: convert it "
-                f"with {name}.{'real' if x.is_complex() else 'float()'}"
-            )
         if x.dtype not in FLOATING:
-            raise ValueError(
-                f"{name} has dtype {x.dtype}, in which attention has no sums; convert it to one of "
-                f"{', '.join(map(str, FLOATING))}"
-            )
+            _refuse_dtype(name, x)
         if x.layout != torch.strided:
             raise ValueError(f"{name} is {x.layout}; give a dense tensor: {name}.to_dense()")
         if x.dtype != q.dtype:
@@ -54,32 +49,7 @@ def check(call: Call, spec: Spec, heads: int, head_dim: int, key_width: int | No
             raise ValueError(
                 f"{name} is on {x.device} and q is on {q.device}; they must be on one device"
             )
-        if x.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"{name} has batch size {x.shape[0]} and q has {q.shape[0]}; they must agree"
-            )
-    if q.shape[1] != heads:
-        raise ValueError(
-            f"q has {q.shape[1]} heads (shape {tuple(q.shape)}); this attention was built with "
-            f"heads={heads}"
-        )
-    if k.shape[1] != v.shape[1]:
-        raise ValueError(f"k has {k.shape[1]} heads and v has {v.shape[1]}; they must agree")
-    if k.shape[1] == 0 or heads % k.shape[1]:
-        raise ValueError(
-            f"k and v have {k.shape[1]} heads; that must divide heads={heads} (grouped-query "
-            "attention)"
-        )
-    if q.shape[3] != head_dim or k.shape[3] != (key_width or head_dim):
-        more = f" and keys of {key_width}" if key_width else ""
-        raise ValueError(
-            f"q and k have head_dim {q.shape[3]} and {k.shape[3]}; this attention was built with "
-            f"head_dim={head_dim}{more}"
-        )
-    if k.shape[2] != v.shape[2]:
-        raise ValueError(
-            f"k has length {k.shape[2]} and v has length {v.shape[2]}; they must agree"
-        )
+    _check_sizes(q.shape, k.shape, v.shape, heads, (head_dim, key_width or head_dim))
     if not isinstance(call.is_causal, bool | torch.SymBool):
         raise ValueError(
             f"is_causal={call.is_causal!r} is a {type(call.is_causal).__name__}; give True or False"
@@ -89,6 +59,45 @@ def check(call: Call, spec: Spec, heads: int, head_dim: int, key_width: int | No
     check_segments(call)
     if call.inputs or spec.inputs:
         _check_inputs(call, spec)
+
+
+def _refuse_dtype(name: str, x: Tensor) -> NoReturn:
+    if x.is_floating_point():
+        raise ValueError(
+            f"{name} has dtype {x.dtype}, in which attention has no sums; convert it to one of "
+            f"{', '.join(map(str, FLOATING))}"
+        )
+    raise ValueError(
+        f"{name} has dtype {x.dtype}; attention needs a real floating dtype: convert it "
+        f"with {name}.{'real' if x.is_complex() else 'float()'}"
+    )
+
+
+def _check_sizes(
+    q: torch.Size, k: torch.Size, v: torch.Size, heads: int, widths: tuple[int, int]
+) -> None:
+    """q, k, v: their shapes. heads: of q. widths: of q and k."""
+    for name, shape in (("k", k), ("v", v)):
+        if shape[0] != q[0]:
+            raise ValueError(f"{name} has batch size {shape[0]} and q has {q[0]}; they must agree")
+    if q[1] != heads:
+        raise ValueError(
+            f"q has {q[1]} heads (shape {tuple(q)}); this attention was built with heads={heads}"
+        )
+    if k[1] != v[1]:
+        raise ValueError(f"k has {k[1]} heads and v has {v[1]}; they must agree")
+    if k[1] == 0 or heads % k[1]:
+        raise ValueError(
+            f"k and v have {k[1]} heads; that must divide heads={heads} (grouped-query attention)"
+        )
+    if (q[3], k[3]) != widths:
+        more = f" and keys of {widths[1]}" if widths[0] != widths[1] else ""
+        raise ValueError(
+            f"q and k have head_dim {q[3]} and {k[3]}; this attention was built with "
+            f"head_dim={widths[0]}{more}"
+        )
+    if k[2] != v[2]:
+        raise ValueError(f"k has length {k[2]} and v has length {v[2]}; they must agree")
 
 
 def check_new_tokens(call: Call) -> None:
@@ -151,9 +160,13 @@ def _check_inputs(call: Call, spec: Spec) -> None:
     for name in call.inputs:
         if not spec.takes(name):
             _refuse(name, spec)
+    sizes = {
+        **dict(zip(("batch", "heads", "queries", "width"), call.q.shape, strict=True)),
+        **dict(zip(("kv_heads", "keys", "value_width"), call.v.shape[1:], strict=True)),
+    }
     for one in spec.inputs:
         if one.name in call.inputs:
-            _check_input(one, call.inputs[one.name], call)
+            _check_input(one, call.inputs[one.name], call, sizes)
         elif one.required:
             raise ValueError(
                 f"{spec.name} needs {one.name}, ({', '.join(one.names)}): give the call "
@@ -174,9 +187,11 @@ def _refuse(name: str, spec: Spec) -> None:
     raise ValueError(f"{spec.name} has no input {name!r}{near}; {takes}")
 
 
-def _check_input(one: Input, x: Tensor, call: Call) -> None:
-    name, axes = one.name, f"({', '.join(one.names)})"
-    _check_tensor(name, x, axes)
+def _check_input(one: Input, x: Tensor, call: Call, sizes: dict[str, int]) -> None:
+    """sizes: of the axes that q, k and v have."""
+    name = one.name
+    if not isinstance(x, Tensor):
+        _check_tensor(name, x, _listed(one.names))
     if one.dtype == "bool" and x.dtype != torch.bool:
         raise ValueError(f"{name} has dtype {x.dtype}; it must be bool: use {name}.bool()")
     if one.dtype == "int" and x.dtype not in INTEGERS:
@@ -188,19 +203,20 @@ def _check_input(one: Input, x: Tensor, call: Call) -> None:
             f"{name} has dtype {x.dtype} and {one.like} has {call.q.dtype}; they must agree: "
             "convert one of them"
         )
-    sizes = {
-        **dict(zip(("batch", "heads", "queries", "width"), call.q.shape, strict=True)),
-        **dict(zip(("kv_heads", "keys", "value_width"), call.v.shape[1:], strict=True)),
-    }
-    if x.dim() == len(one.names):
-        sizes |= {axis: x.shape[one.names.index(axis)] for axis in FREE if axis in one.names}
-    wanted = tuple(sizes.get(axis, FREE.get(axis)) for axis in one.names)
-    if tuple(x.shape) != wanted:
+    shape, wanted = tuple(x.shape), [sizes.get(axis) for axis in one.names]
+    if None in wanted:  # a free axis is as long as it is
+        free = shape if len(shape) == len(wanted) else [FREE.get(axis) for axis in one.names]
+        wanted = [own if size is None else size for size, own in zip(wanted, free, strict=True)]
+    if shape != tuple(wanted):
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; it must be {axes} = "
-            f"({', '.join(map(str, wanted))}{',' * (len(wanted) == 1)})"
+            f"{name} has shape {shape}; it must be {_listed(one.names)} = {_listed(wanted)}"
         )
     _check_device(name, x, call)
+
+
+def _listed(parts: Sequence[object]) -> str:
+    """As a tuple is written."""
+    return f"({', '.join(map(str, parts))}{',' * (len(parts) == 1)})"
 
 
 def _check_device(name: str, x: Tensor, call: Call) -> None:

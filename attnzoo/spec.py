@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -69,6 +69,7 @@ class Input:
     like: Literal["q", "k", "v"] | None = None
     activation: Callable[[Tensor], Tensor] | None = None
     sized: bool = False
+    names: tuple[str, ...] = field(init=False, repr=False, compare=False)  # the axes one by one
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isidentifier() or self.name in TAKEN:
@@ -81,6 +82,7 @@ class Input:
                 f"the input {self.name} has the axes {self.axes!r}; give names in one string, such "
                 'as "batch kv_heads keys"'
             )
+        object.__setattr__(self, "names", tuple(self.axes.split()))
         if self.dtype not in ("float", "bool", "int") or self.like not in (None, "q", "k", "v"):
             raise ValueError(
                 f"the input {self.name} has dtype={self.dtype!r} and like={self.like!r}; dtype is "
@@ -102,11 +104,6 @@ class Input:
             raise ValueError(
                 f"the input {self.name} has padded={self.padded} and no axis of keys to be padded"
             )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The axes one by one."""
-        return tuple(self.axes.split())
 
     @property
     def has_length(self) -> bool:

@@ -412,8 +412,8 @@ def test_bytes_held_are_those_of_the_next_token_and_a_reserve(case: Case) -> Non
         _, state = attn.step(q, k, v, attn.init_state(1))
         _, state = attn.step(q[:, :, :1], k[:, :, :1], v[:, :, :1], state)
     needed = attn.cost(1, 3001, is_causal=True).state_bytes
-    copies = getattr(state, "turned", None)  # keys as they are read, beside keys as they came
-    copied = 0 if copies is None else copies.nbytes
+    copies = getattr(state, "keys", None)  # keys as they are read, beside keys as they came
+    copied = 0 if copies is None else sum(x.nbytes for x in copies.tensors())
     sums = getattr(state, "sums", None)  # of blocks of these keys, beside them
     copied += 0 if sums is None else sums.nbytes()
     assert needed <= state.held_bytes() <= 2 * needed + copied + 70 * 2 * 4 * 8 * 4

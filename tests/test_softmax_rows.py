@@ -200,8 +200,8 @@ def test_path_trains_twice_through_many_chunks() -> None:
 
 
 def test_long_decoding_of_path_turns_keys_once() -> None:
-    """Steps that fold whole chunks into turned keys, with padding, a branch of other samples, and
-    going back before what was folded."""
+    """Steps that bring keys among those turned far back, with padding, other samples, and going
+    back before what was brought there."""
     q, k, v, _ = tensors(Situation(420, 420))
     given, mask = through(420), padding("interior", 2, 420)
     assert mask is not None
@@ -217,13 +217,14 @@ def test_long_decoding_of_path_turns_keys_once() -> None:
         close(out, expected[rows, :, start:end], 1e-12, f"rows {start} to {end}")
         return state
 
-    for start, end in ((0, 100), (100, 101), (101, 300), (300, 350), (350, 420)):
+    one_by_one = [(token, token + 1) for token in range(350, 420)]
+    for start, end in ((0, 100), (100, 101), (101, 300), (300, 350), *one_by_one):
         state = step(state, start, end)
-    assert state.turned.shape[2] == 384
+    assert state.far.shape[2] == 381
     swapped = torch.tensor([1, 0])
     step(state.crop(30).select(swapped), 390, 420, swapped)
     back = state.crop(200)
-    assert back.turned is None
+    assert back.keys is None
     step(step(back, 220, 400), 400, 420)
     q, k, v = (x[:, :, :3].detach().requires_grad_() for x in (q, k, v))
     own = {name: x[:, :, :3] for name, x in given.items()}

@@ -3,13 +3,15 @@ one sentence."""
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import attnzoo
@@ -89,11 +91,22 @@ def run(arguments: list[str]) -> int:
         parser.print_help()
         return REFUSED
     command = next(command for command in commands() if command.name == settings.command)
-    if (
-        "torch" not in sys.modules and not command.is_quick
-    ):  # which takes longer than anyone waits without a word
+    if command.is_quick:
+        with _uncollected():
+            return command.run(settings[command.name])
+    if "torch" not in sys.modules:  # which takes longer than anyone waits without a word
         print(f"attnzoo {settings.command}: loading torch", file=sys.stderr, flush=True)
     return command.run(settings[command.name])
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Inside, Python looks for no garbage, of which importing torch makes none."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _dashed(argument: str) -> str:

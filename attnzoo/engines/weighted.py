@@ -31,6 +31,13 @@ class Branch:
         return rows if self.factor is None else rows * self.factor.to(rows.dtype)
 
 
+@dataclass(frozen=True)
+class _Asked(Call):
+    """A call of which it is known who is asked for what, whatever backend is to do it."""
+
+    branches: Sequence[Branch] = ()
+
+
 class Weighted(Engine):
     """An engine whose A is a sum of others'. A subclass says which by `branches`, and lists its
     backends, each made by `of_branches`."""
@@ -42,6 +49,9 @@ class Weighted(Engine):
     def asked(self, call: Call) -> Sequence[Branch]:
         """As `branches`, of which no factor is read: who is asked for what."""
         return self.branches(call)
+
+    def choose(self, call: Call, requested: str) -> Backend:
+        return super().choose(_Asked(**vars(call), branches=self.asked(call)), requested)
 
     def matrix(self, call: Call) -> Tensor:
         found = [one.weighed(one.engine.matrix(one.call)) for one in self.branches(call)]
@@ -61,9 +71,8 @@ def of_branches(like: Backend) -> Backend:
         return total.to(call.q.dtype)
 
     def why_not(engine: Weighted, call: Call) -> str | None:
-        reasons = (
-            _own(one.engine, like.name).why_not(one.engine, one.call) for one in engine.asked(call)
-        )
+        asked = call.branches if isinstance(call, _Asked) else engine.asked(call)
+        reasons = (_own(one.engine, like.name).why_not(one.engine, one.call) for one in asked)
         return next((reason for reason in reasons if reason is not None), None)
 
     return Backend(like.name, run, why_not, packs=like.packs)

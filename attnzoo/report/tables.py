@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +23,7 @@ from attnzoo.report.comparison_columns import (
     notes,
 )
 from attnzoo.report.headlines import headlines
+from attnzoo.report.plain_table import plain_table
 from attnzoo.results.table import Table as NumberTable
 
 if TYPE_CHECKING:
@@ -116,19 +116,6 @@ class RowsTable:
             for column in columns[1:]
         ]
         return width - sum(max(map(len, texts)) + gap for texts in headed)
-
-
-def plain_table(gap: int = 2) -> Table:
-    """A table of this library: a rule below the headings and nothing else, `gap` spaces between
-    columns."""
-    return Table(
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, gap - 1, 0, 0),
-        header_style="bold",
-        safe_box=True,
-    )
 
 
 def rich_table(table: NumberTable) -> Table:

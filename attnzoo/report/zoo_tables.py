@@ -11,7 +11,7 @@ from rich.text import Text
 
 from attnzoo.attention import Attention, Spec
 from attnzoo.registry import Description, Option, build, describe, names, options_of, sized, spec_of
-from attnzoo.report.tables import plain_table
+from attnzoo.report.plain_table import plain_table
 from attnzoo.results.units import count, ratio
 
 HEADS, HEAD_DIM = 8, 64

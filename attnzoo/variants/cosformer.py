@@ -12,6 +12,7 @@ from torch import Tensor
 from attnzoo.arguments import check_max_length, check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call
+from attnzoo.eager import is_recorded
 from attnzoo.engines.engine import Cost, Shape
 from attnzoo.engines.linear.feature_maps import Pointwise, identity
 from attnzoo.engines.linear.linear import Linear
@@ -82,6 +83,11 @@ class Cosformer(Attention):
 
     def _turns(self, x: Tensor, start: int) -> Tensor:
         """cos(πi/2M) and sin(πi/2M) for the positions i of x, from `start` on, (length, 2, 1)."""
+        if x.shape[2] == 1 and not is_recorded():  # a step of decoding
+            angle = start * (math.pi / (2 * self.max_length))
+            return torch.tensor([[[math.cos(angle)], [math.sin(angle)]]], dtype=x.dtype).to(
+                x.device
+            )
         positions = torch.arange(
             start,
             start + x.shape[2],

@@ -8,6 +8,7 @@ the factors of both are multiplied.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import overload
 
 import torch
@@ -141,8 +142,9 @@ class ConstantDecay(Decay):
         return fresh, (base**last)[..., 0]
 
     def of_tokens(self, call: Call, dtype: torch.dtype) -> Tensor | None:
-        gamma = self.gamma(call.k.shape[1], dtype, call.k.device)
-        faded = gamma.log()[:, None].expand(call.k.shape[0], -1, call.key_length)
+        kv_heads, device = call.k.shape[1], call.k.device
+        faded = _logarithms(self.first, self.count, kv_heads, dtype, device)
+        faded = faded[:, None].expand(call.k.shape[0], -1, call.key_length)
         return faded if call.key_mask is None else faded * call.key_mask[:, None]
 
     def of_rows(self, call: Call, dtype: torch.dtype) -> Tensor | None:
@@ -151,6 +153,15 @@ class ConstantDecay(Decay):
         rows = F.pad(keys, (max(0, -call.offset), 0))[..., -call.query_length :]
         since = (rows[..., :, None] - keys[..., None, :]).clamp(min=0)
         return gamma[:, None, None] ** since
+
+
+@lru_cache(maxsize=8)
+def _logarithms(
+    first: int, count: int, kv_heads: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """log γ of each key head, (kv_heads,), for a step of decoding not to make again."""
+    with torch.inference_mode(False):
+        return ConstantDecay(first, count).gamma(kv_heads, dtype, device).log()
 
 
 NO_DECAY = Decay()

@@ -184,6 +184,8 @@ class Pointwise(FeatureMap):
         return head_dim if self.function is elu_plus_one else 0
 
     def query(self, q: Tensor) -> Tensor:
+        if not isinstance(self.function, nn.Module):
+            return self.function(q)
         weight = next(self.parameters(), None)  # a callable that is a module takes its own dtype
         if weight is None or weight.dtype == q.dtype or torch.is_autocast_enabled(q.device.type):
             return self.function(q)

@@ -55,7 +55,7 @@ class Linear(LinearReference):
         if call.key_length == 1 and name != "native":
             past = absorb(self.feature_map, call.k, call.v, call.key_mask, before)
             (out,) = read_all(self.feature_map, call, past)
-            return out, name, state.after(call, past, Recent.of(call, before))
+            return out, name, state.after(call, past, Recent.of(call, before, state.recent))
         walk = {"reference": _recur, "native": feature_native.carried}.get(name, _scan)
         parts = early_and_late(call)
 

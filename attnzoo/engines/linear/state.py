@@ -38,9 +38,14 @@ class Recent:
     croppable: int
 
     @classmethod
-    def of(cls, call: Call, before: Past | None) -> Self:
-        """call: the tokens behind `before`. They are copied: a caller may write over its own."""
+    def of(cls, call: Call, before: Past | None, earlier: Recent | None = None) -> Self:
+        """call: the tokens behind `before`. They are copied: a caller may write over its own.
+        earlier: the last tokens before them."""
         length = call.key_length
+        if length == 1 and earlier is not None:  # what is kept of one token is no number
+            empty = earlier.call
+            if empty.key_length == 0 and empty.v.dtype == call.v.dtype:
+                return cls(before, empty, 1, 1)
 
         def copied(x: Tensor, axes: tuple[str, ...]) -> Tensor:
             if "keys" not in axes:
@@ -138,8 +143,10 @@ class LinearState:
 
     def after(self, call: Call, past: Past, recent: Recent) -> LinearState:
         """The state behind the call's tokens."""
-        numbers, seen = past.sums[0].numel(), self.seen + call.key_length
-        return replace(self, seen=seen, past=past, recent=recent, numbers=numbers)
+        sizes = (self.batch_size, self.kv_heads, self.max_length)
+        numbers, seen = past.sums.numel() // self.batch_size, self.seen + call.key_length
+        # What `replace` does, in half the time.
+        return LinearState(*sizes, seen, past, recent, numbers, self.variant)
 
 
 def early_and_late(call: Call) -> list[Call]:

@@ -33,6 +33,7 @@ INCLUDED = (
     "softmax/native/tile_plan.h",
     "linear/native/chunk_gates.h",
     "linear/native/chunk.h",
+    "linear/native/one_token.h",
 )
 #: What a compiler is told for each kind of processor that torch knows and the code is made for.
 INSTRUCTIONS = {
@@ -68,7 +69,7 @@ def _found_missing() -> str | None:
 
 def is_compiled() -> bool:
     """Whether the code has been compiled on this machine, for this torch and this processor."""
-    return compiled_file().exists()
+    return operators.cache_info().currsize > 0 or compiled_file().exists()
 
 
 @lru_cache(maxsize=1)

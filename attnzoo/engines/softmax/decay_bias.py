@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.call import Call
+from attnzoo.eager import can_look
 from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.spec import Input
 
@@ -40,9 +41,25 @@ def decay_bias_of(call: Call) -> Tensor | None:
     log_decay = call.get(LOG_DECAY.name)
     if log_decay is None:
         return None
+    dtype, ahead, behind = (
+        accumulation_dtype(call.q.dtype),
+        max(0, -call.offset),
+        max(0, call.offset),
+    )
+
+    def of_queries(x: Tensor) -> Tensor:
+        return (F.pad(x, (ahead, 0)) if ahead else x)[..., behind:, None]
+
+    if all_open(log_decay):
+        sums = log_decay.double().cumsum(-1)
+        return (of_queries(sums) - sums[..., None, :]).to(dtype)
     sums, closings = summed(log_decay)
-    ahead, behind = max(0, -call.offset), max(0, call.offset)
-    of_queries = F.pad(sums, (ahead, 0))[..., behind:, None]
-    bias = (of_queries - sums[..., None, :]).to(accumulation_dtype(call.q.dtype))
-    apart = F.pad(closings, (ahead, 0))[..., behind:, None] > closings[..., None, :]
-    return bias.masked_fill(apart, -torch.inf)
+    bias = (of_queries(sums) - sums[..., None, :]).to(dtype)
+    return bias.masked_fill(of_queries(closings) > closings[..., None, :], -torch.inf)
+
+
+def all_open(log_decay: Tensor) -> bool:
+    """Whether no gate is closed, as far as it may be read."""
+    return (
+        log_decay.numel() > 0 and can_look(log_decay) and log_decay.detach().amin().item() > CLOSED
+    )

@@ -144,7 +144,7 @@ def visible(call: Call) -> Tensor | None:
     if call.segments is not None:
         of_queries = segments_of_queries(call)
         mask = _and(mask, of_queries[:, None, :, None] == call.segments[:, None, None])
-    if call.is_causal:
+    if call.is_causal and (call.query_length != 1 or call.offset < 0):  # a last query sees all
         mask = _and(mask, causal_mask(call.query_length, call.key_length, call.q.device))
     if call.attn_mask is not None and call.attn_mask.dtype == torch.bool:
         mask = _and(mask, call.attn_mask)

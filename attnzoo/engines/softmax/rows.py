@@ -28,17 +28,11 @@ def attend(engine: SoftmaxReference, call: Call) -> Tensor:
     gradients are all scores held, by autograd."""
     rows = (
         attend_rows(
-            engine, part.q, part.k, part.v, _mask(part), part.get("sink_logits"), additive(part)
+            engine, part.q, part.k, part.v, visible(part), part.get("sink_logits"), additive(part)
         )
         for part in parts(call)
     )
     return join(rows, call.query_length, 2)
-
-
-def _mask(call: Call) -> Tensor | None:
-    """Which keys are seen; None where all are, as by the one query that stands at the last key."""
-    plain = call.key_mask is None and call.attn_mask is None and call.segments is None
-    return None if plain and call.query_length == 1 else visible(call)
 
 
 def parts(call: Call) -> Iterator[Call]:
@@ -46,6 +40,9 @@ def parts(call: Call) -> Iterator[Call]:
     length = int(call.query_length)
     scores_of_a_row = call.q.shape[0] * call.q.shape[1] * int(call.key_length)
     together = at_a_time(length, scores_of_a_row, SCORES, call.q)
+    if together >= length:
+        yield call
+        return
     for first in range(0, length, together):
         yield _part(call, first, min(first + together, length))
 
@@ -107,4 +104,6 @@ def attend_rows(
         scores = scores.masked_fill(~mask, float("-inf"))
     plain = mask is None and bias is None and sink_logits is None
     attention = scores.softmax(-1) if plain else masked_softmax(scores, sink_logits)
-    return (F.dropout(attention, engine.dropout, engine.training) @ v).to(q.dtype)
+    if engine.dropout and engine.training:
+        attention = F.dropout(attention, engine.dropout)
+    return (attention @ v).to(q.dtype)

@@ -14,7 +14,7 @@ from attnzoo.engines.softmax.sdpa import sdpa
 
 def attend(engine: SoftmaxReference, call: Call) -> Tensor:
     """A·v, (batch, heads, query_length, value_dim), of any call that `why_not` accepts."""
-    mask, bias = (_with_queries_first(x) for x in (_mask(call), additive(call)))
+    mask, bias = (_with_queries_first(x) for x in (visible(call), additive(call)))
     return sdpa(engine, call.q.transpose(1, 2), call.k, call.v, mask, bias).transpose(1, 2)
 
 
@@ -32,13 +32,6 @@ def why_not(engine: SoftmaxReference, call: Call) -> str | None:
         if name in call.inputs:
             return f"it has no place for {name}, which differs from head to head"
     return sdpa_cannot(engine, call)
-
-
-def _mask(call: Call) -> Tensor | None:
-    """Which keys are seen; None where all are, as by the last query of a causal call."""
-    given = (call.key_mask, call.attn_mask, call.segments)
-    plain = all(x is None for x in given)
-    return None if plain and (not call.is_causal or call.query_length == 1) else visible(call)
 
 
 def _with_queries_first(x: Tensor | None) -> Tensor | None:

@@ -67,8 +67,9 @@ class Softmax(SoftmaxReference):
         remembered = {one.name: _given(one, call, state) for one in self.remembered}
         state = state.append(call, remembered)
         whole = call.over(call.q, state.k, state.v, state.key_mask)
+        held = state.inputs if self.remembered else {}
         for one in self.remembered:
-            whole = whole.giving(one, state.inputs[one.name])
+            whole = whole.giving(one, held[one.name])
         return whole, state.without_excess()
 
     def cost(self, shape: Shape) -> Cost:

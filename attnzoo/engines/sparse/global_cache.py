@@ -11,7 +11,13 @@ from torch import Tensor
 from attnzoo.call import Call, UnsupportedError
 from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, KEY_POSITIONS, check_reach
-from attnzoo.engines.state_checks import check_crop, check_rows, check_state, check_values
+from attnzoo.engines.state_checks import (
+    GOES_BACK,
+    check_crop,
+    check_rows,
+    check_state,
+    check_values,
+)
 from attnzoo.sequences.padding import fetched, first_real, slots_of
 
 
@@ -161,6 +167,12 @@ class GlobalCache:
             return first_real(reals, self.first - self.seen)
         return reals & (self.real[:, None] + reals.cumsum(1) <= self.first)
 
+    def is_window(self, call: Call) -> bool:
+        """Whether nothing has stayed and no token of the call will, so that a window of all that
+        comes is all that its queries read, and its keys lie together in the state behind it."""
+        few = call.key_length <= GOES_BACK and not self.kept
+        return few and self.all_found and self._counts_slots(call)
+
     def joined(self, call: Call, mask: Tensor | None = None) -> tuple[Call, Tensor]:
         """One call over all keys, and which of these are global, (batch, key_length) bool.
 
@@ -210,7 +222,7 @@ class GlobalCache:
                 k, v = (
                     _joined(old, x[:, :, :taken].clone()) for old, x in ((k, call.k), (v, call.v))
                 )
-            rest = call.select(keys=slice(taken, None))
+            rest = call.select(keys=slice(taken, None)) if taken else call
             window = self.window
             if taken < call.key_length:
                 window = window.append(rest).without_excess()

@@ -23,7 +23,7 @@ class Flash(Attention):
     for here it is plain torch; not to compute: torch's SDPA, which `standard` calls, is the same
     algorithm as a kernel, and faster.
 
-    block_size: number of queries, and of keys, of a tile
+    block_size: number of queries, and of keys, of a tile; one of fewer queries has more keys
     scale: factor of the scores, 1/sqrt(head_dim) by default
     softcap: keeps scores within ±softcap, see `standard`
     """

@@ -38,7 +38,7 @@ class FlashAlgorithm(Softmax):
     """Softmax attention in tiles.
 
     scale: factor of the scores, 1/sqrt(head_dim) by default
-    block_size: number of queries, and of keys, of a tile
+    block_size: number of queries, and of keys, of a tile; one of fewer queries has more keys
     softcap: keeps scores within ±softcap; None: they are as they are
     """
 
@@ -60,7 +60,7 @@ class FlashAlgorithm(Softmax):
             else shape.query_length * shape.key_length
         )
         heads = shape.batch_size * shape.heads
-        rescaled = sum(rows * -(-keys // self.block_size) for rows, keys in spans)
+        rescaled = sum(rows * -(-keys // tiles.width) for rows, keys in spans)
         whole = super().cost(shape)
         cost = Cost(
             macs=2 * heads * pairs * shape.head_dim,
@@ -77,7 +77,10 @@ class FlashAlgorithm(Softmax):
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of a call that hold a visible score."""
+    """The tiles of a call that hold a visible score.
+
+    size: queries of a tile, and keys: of fewer queries it has more keys
+    """
 
     size: int
     query_length: int
@@ -87,6 +90,11 @@ class Tiles:
     @property
     def offset(self) -> int:
         return self.key_length - self.query_length
+
+    @property
+    def width(self) -> int:
+        """Keys of a tile."""
+        return self.size * max(1, self.size // max(1, self.query_length))
 
     def rows(self) -> Iterator[slice]:
         """Blocks of queries."""
@@ -98,15 +106,16 @@ class Tiles:
     def columns(self, rows: slice) -> Iterator[slice]:
         """Blocks of keys that hold one which a block of queries sees."""
         return (
-            slice(start, min(start + self.size, self.key_length))
-            for start in range(0, self.seen(rows), self.size)
+            slice(start, min(start + self.width, self.key_length))
+            for start in range(0, self.seen(rows), self.width)
         )
 
     def seen(self, rows: slice) -> int:
         """Keys of all those blocks; causal, the last is that of the last query."""
         if not self.is_causal:
             return self.key_length
-        return min(self.key_length, max(0, -(-(self.offset + rows.stop) // self.size) * self.size))
+        tiles = -(-(self.offset + rows.stop) // self.width)
+        return min(self.key_length, max(0, tiles * self.width))
 
 
 def attend(engine: FlashAlgorithm, call: Call) -> Tensor:
@@ -134,9 +143,9 @@ def _frame(call: Call) -> Callable[..., Call]:
     return of
 
 
-def _forward(engine: FlashAlgorithm, call: Call) -> tuple[Tensor, list[Tensor]]:
-    """Algorithm 1 (Dao 2023): the output, and of each block of rows L = log Σ_j exp(s_ij), (batch,
-    heads, rows, 1), +inf for a row that sees no key.
+def _forward(engine: FlashAlgorithm, call: Call) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Algorithm 1 (Dao 2023): the output, and m and ℓ of each block of rows, (batch, heads, rows,
+    1).
 
     engine: gives the scale, the softcap, and the queries and keys of a tile
     """
@@ -146,7 +155,7 @@ def _forward(engine: FlashAlgorithm, call: Call) -> tuple[Tensor, list[Tensor]]:
         accumulation_dtype(call.q.dtype),
     )
     scale = engine.scale_of(call.q)
-    log_sums: list[Tensor] = []
+    found: list[tuple[Tensor, Tensor]] = []
 
     def outputs() -> Iterator[Tensor]:
         for rows in tiles.rows():
@@ -162,11 +171,15 @@ def _forward(engine: FlashAlgorithm, call: Call) -> tuple[Tensor, list[Tensor]]:
                 weights, shrink = exp_(scores - finite), (before - finite).exp()
                 total = total * shrink + weights.sum(-1, keepdim=True)
                 out = out * shrink + weights @ _tile(call.v, keys, call.group, dtype)
-            empty = total == 0
-            log_sums.append((largest + total.log()).masked_fill(empty, float("inf")))
-            yield (out / total.masked_fill(empty, 1.0)).to(call.q.dtype)
+            found.append((largest, total))
+            yield (out / total.masked_fill(total == 0, 1.0)).to(call.q.dtype)
 
-    return join(outputs(), tiles.query_length, 2), log_sums
+    return join(outputs(), tiles.query_length, 2), found
+
+
+def _log_sum(largest: Tensor, total: Tensor) -> Tensor:
+    """L = log Σ_j exp(s_ij) of rows, +inf for one that sees no key."""
+    return (largest + total.log()).masked_fill(total == 0, float("inf"))
 
 
 def _capped(engine: FlashAlgorithm, q: Tensor, call: Call, keys: slice) -> Tensor:
@@ -228,8 +241,9 @@ class _Flash(torch.autograd.Function):
         frame: Callable[..., Call],
         engine: FlashAlgorithm,
     ) -> Tensor:
-        out, log_sums = _forward(engine, frame(q, k, v, bias))
-        ctx.save_for_backward(q, k, v, bias, key_mask, attn_mask, out, torch.cat(log_sums, 2))
+        out, found = _forward(engine, frame(q, k, v, bias))
+        log_sums = torch.cat([_log_sum(*of_rows) for of_rows in found], 2)
+        ctx.save_for_backward(q, k, v, bias, key_mask, attn_mask, out, log_sums)
         ctx.frame, ctx.engine = frame, engine
         return out
 

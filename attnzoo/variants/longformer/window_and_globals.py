@@ -159,6 +159,9 @@ class WindowAndGlobals(WindowSparse):
         return GlobalCache.around(super().init_state(sizes), self.global_tokens)
 
     def with_past(self, call: Call, state: GlobalCache) -> tuple[Call, GlobalCache]:
+        if state.is_window(call):
+            after = state.append(call, None)
+            return call.over(call.q, after.window.k, after.window.v, None), after
         mask = state.new_globals(call)
         own = {one: call.inputs[one.name] for one in OWN if one.name in call.inputs}
         if mask is not None and own and state.seen:

@@ -101,12 +101,9 @@ def identity_less(w: Tensor, turned: Tensor) -> Tensor:
     return torch.eye(w.shape[-1], dtype=w.dtype, device=w.device) - w.mT @ turned
 
 
-def turned_keys(k: Tensor, w: Tensor, beta: Tensor, before: Tensor | None) -> Tensor:
-    """Keys turned to behind the last token, (batch, kv_heads, before + length, width).
-
-    k, w, beta: of whole chunks, as `Tokens.of` takes them
-    before: keys turned to before these tokens; None: there are none
-    """
+def turned_keys(k: Tensor, w: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys turned to behind the last token, (batch, kv_heads, length, width), and H_last … H_first,
+    (batch, kv_heads, width, width). k, w, beta: as `Tokens.of` takes them, of a token at least."""
     tokens = Tokens.of(k, w, beta)
     own = (tokens.k - tokens.taken().mT @ tokens.w).unbind(2)
     turns = identity_less(tokens.w, tokens.inverse @ tokens.stronger).unbind(2)
@@ -115,9 +112,7 @@ def turned_keys(k: Tensor, w: Tensor, beta: Tensor, before: Tensor | None) -> Te
     for keys, turn in zip(own[::-1], turns[::-1], strict=True):
         parts.append(keys @ behind.mT)
         behind = behind @ turn
-    if before is not None:
-        parts.append(before @ behind.mT)
-    return torch.cat(parts[::-1], 2)
+    return torch.cat(parts[::-1], 2)[:, :, : k.shape[2]], behind
 
 
 def products_of_all(q: Tensor, k: Tensor, w: Tensor, beta: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.softmax.decay_bias import LOG_DECAY
 from attnzoo.engines.softmax.reference import REFERENCE, additive, masked_softmax, visible
 from attnzoo.engines.softmax.softmax import Softmax
-from attnzoo.variants.path import path_rows
-from attnzoo.variants.path.householder import CHUNK, chunk_of, products_of_all, turned_keys
-from attnzoo.variants.path.path_state import PathState
+from attnzoo.variants.path import path_rows, path_step
+from attnzoo.variants.path.householder import CHUNK, chunk_of, products_of_all
+from attnzoo.variants.path.path_state import PathState, turned, with_last
 
 
 class PathEngine(Softmax):
@@ -62,8 +62,11 @@ class PathEngine(Softmax):
         chosen = self.choose(whole, backend)
         if chosen.name == "reference":
             return chosen.run(self, whole), chosen.name, PathState(cache)
-        rows = path_rows.attend(self, whole, state.turned)
-        return rows, chosen.name, PathState(cache, _turned(whole, state.turned))
+        if call.query_length > 1:
+            rows = path_rows.attend(self, whole, state.far)
+            return rows, chosen.name, PathState(cache, turned(cache, state.far))
+        keys = with_last(cache, state.keys)
+        return path_step.attend(self, whole, keys), chosen.name, PathState(cache, keys)
 
     def matrix(self, call: Call) -> Tensor:
         if call.offset < 0:
@@ -113,17 +116,3 @@ class PathEngine(Softmax):
 def _sum(first: int, end: int) -> int:
     """first + (first + 1) + … + (end - 1)."""
     return (end * (end - 1) - first * (first - 1)) // 2
-
-
-def _turned(whole: Call, turned: Tensor | None) -> Tensor | None:
-    """Turned keys for the next step: with all whole chunks that came since, once they are two."""
-    first = 0 if turned is None else turned.shape[2]
-    more = (whole.key_length - first) // CHUNK * CHUNK
-    if more < 2 * CHUNK:
-        return turned
-    dtype = accumulation_dtype(whole.k.dtype)
-    k, w, beta = (
-        x[:, :, first : first + more].to(dtype)
-        for x in (whole.k, whole.inputs[REMOVAL_KEY.name], whole.inputs[STRENGTH.name])
-    )
-    return turned_keys(k, w, beta, turned)

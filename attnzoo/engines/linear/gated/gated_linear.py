@@ -67,7 +67,8 @@ class GatedLinear(GatedReference):
         before = past = state.summed(self._after)
         if call.key_length == 1:
             ((rows, past),) = self._walk(call, before, name)
-            return rows.to(call.q.dtype), name, state.after(call, past, Recent.of(call, before))
+            after = state.after(call, past, Recent.of(call, before, state.recent))
+            return rows.to(call.q.dtype), name, after
         parts = early_and_late(call)
 
         def pieces() -> Iterator[Tensor]:
@@ -88,8 +89,11 @@ class GatedLinear(GatedReference):
             raise UnsupportedError(f"backend={backend!r} does not decode; use backend='auto'")
         if backend != "auto":
             return self.choose(call, backend).name
-        decoders = [one for one in self.backends if one.name not in WHOLE]
-        return next(one.name for one in decoders if one.reason(self, call, by_name=False) is None)
+        return next(
+            one.name
+            for one in self.backends
+            if one.name not in WHOLE and one.reason(self, call, by_name=False) is None
+        )
 
     def _walk(self, call: Call, past: Past | None, backend: str) -> Iterator[tuple[Tensor, Past]]:
         """Some rows at a time, and the past after them."""

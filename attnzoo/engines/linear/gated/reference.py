@@ -57,7 +57,8 @@ class GatedReference(Engine):
             None if x is None else repeat_heads(x, group)
             for x in (call.get("log_decay"), call.get("beta"))
         )
-        assert mask is not None  # it is causal
+        if mask is None:  # one token
+            mask = torch.ones(1, 1, dtype=torch.bool, device=q.device)
         if self.rule.removes:
             # What is written and what is removed again may be large beside what is left.
             removed, rates = (

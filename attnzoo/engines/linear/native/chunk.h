@@ -17,6 +17,8 @@
 
 namespace attnzoo {
 
+constexpr double NORM_EPSILON = 1e-6;
+
 // What a call asks for, of tensors (batch, heads or kv_heads, length, ...), and its sizes.
 struct Recurrence {
   const at::Tensor &q, &k, &v;
@@ -34,6 +36,25 @@ Source<Number> rows_of(const at::Tensor& x, Index sample, Index head, Index firs
   return {x.const_data_ptr<Number>() + sample * x.stride(0) + head * x.stride(1) +
               first * x.stride(2),
           x.stride(2)};
+}
+
+// A row of queries or keys as the call reads it: its features elu + 1, exp(min(x, 0)) + max(x, 0),
+// which keeps the digits of small values; else brought to length 1 where that is asked for, and
+// times a factor. Returns what it was multiplied by.
+template <typename Number>
+Number read_row(const Recurrence& call, const Number* row, double factor, Number* out) {
+  if (call.elu) {
+    each_vector<Number>(call.width, [&](Index c, Index lanes) {
+      const Vec<Number> one = Vec<Number>::loadu(row + c, lanes), zero(0);
+      (at::vec::minimum(one, zero).exp() + at::vec::maximum(one, zero))
+          .store(out + c, static_cast<int>(lanes));
+    });
+    return static_cast<Number>(factor);
+  }
+  Number scaled_by = factor;
+  if (call.l2_norm) scaled_by /= std::sqrt(dot(row, row, call.width) + Number(NORM_EPSILON));
+  scale(row, scaled_by, call.width, out);
+  return scaled_by;
 }
 
 // out (rows, columns) += seen (rows, TOKENS) · writes (rows, columns). A write that is no finite
@@ -169,34 +190,14 @@ class Chunk {
   Number *q_factors, *k_factors, *beta;
 
  private:
-  static constexpr double NORM_EPSILON = 1e-6;
-
   void copy_plainly(const Source<Number>& from, Number factor, Number* out) const {
     for (Index i = 0; i < rows; ++i)
       scale(from.at(i, 0).data, factor, call.width, out + i * width);
   }
 
-  // exp(min(x, 0)) + max(x, 0), which keeps the digits of small values.
-  void elu_plus_one(const Number* x, Number* out) const {
-    each_vector<Number>(call.width, [&](Index c, Index lanes) {
-      const Vec<Number> one = Vec<Number>::loadu(x + c, lanes), zero(0);
-      (at::vec::minimum(one, zero).exp() + at::vec::maximum(one, zero))
-          .store(out + c, static_cast<int>(lanes));
-    });
-  }
-
-  // Rows, or their features elu + 1; else brought to length 1 where that is asked for, and times a factor. factors: of each row.
   void copy(const Source<Number>& from, Number* out, double factor, Number* factors) const {
-    for (Index i = 0; i < rows; ++i) {
-      const Number* row = from.at(i, 0).data;
-      factors[i] = factor;
-      if (call.elu) {
-        elu_plus_one(row, out + i * width);
-        continue;
-      }
-      if (call.l2_norm) factors[i] /= std::sqrt(dot(row, row, call.width) + Number(NORM_EPSILON));
-      scale(row, factors[i], call.width, out + i * width);
-    }
+    for (Index i = 0; i < rows; ++i)
+      factors[i] = read_row(call, from.at(i, 0).data, factor, out + i * width);
   }
 };
 

@@ -117,6 +117,8 @@ def _in_rows(tokens: Tokens) -> Tokens:
     def in_rows(x: Tensor) -> Tensor:
         return x if x.dim() < 4 or x.stride(-1) == 1 else x.contiguous()
 
+    if all(x is None or x.is_contiguous() for x in tokens):
+        return tokens
     given = (None if x is None else in_rows(x) for x in tokens[3:])
     return Tokens(in_rows(tokens.q), in_rows(tokens.k), in_rows(tokens.v), *given)
 

@@ -37,16 +37,22 @@ def carried(rule: Rule, call: Call, state: Tensor | None) -> tuple[Tensor, Tenso
     call: without segments, with as many queries as keys
     state: before the call, (batch, kv_heads, width, value_dim) in the dtype of sums; None: all 0
     """
+    given = (call.q, call.k, call.v, *call.inputs.values())
     dtype = accumulation_dtype(call.q.dtype)
-    with without_autocast(call.q.device):
-        q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
-        inputs = {name: x.to(dtype) for name, x in call.inputs.items()}
-        made = replace(call, q=q, k=k, v=v, inputs=inputs)
-        if rule.removes:
-            made = _told_what_to_remove(made)
-        given = dict(made.given())
-        rows, after = _Carried.apply(rule, tuple(given), state, q, k, v, *given.values())
-    return rows.to(call.q.dtype), after
+    if any(x.dtype != dtype for x in given):
+        q, k, v, *others = (x.to(dtype) for x in given)
+        made = replace(call, q=q, k=k, v=v, inputs=dict(zip(call.inputs, others, strict=True)))
+        rows, after = carried(rule, made, state)
+        return rows.to(call.q.dtype), after
+    if rule.removes:
+        call = _told_what_to_remove(call)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*given, state)):
+        named = dict(call.given())
+        tensors = (call.q, call.k, call.v, *named.values())
+        with without_autocast(call.q.device):
+            return _Carried.apply(rule, tuple(named), state, *tensors)  # pyright: ignore[reportReturnType]
+    found = _operation(rule, call.q).forward(_tokens(rule, call), state, remember=False)
+    return found.rows, found.after
 
 
 def _told_what_to_remove(call: Call) -> Call:

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "linear/native/chunk.h"
+#include "linear/native/one_token.h"
 
 namespace attnzoo {
 namespace {
@@ -352,6 +353,9 @@ std::vector<Tensor> forward(Given q, Given k, Given v, Maybe log_decay, Maybe be
                             double scale, double underflow, bool remember) {
   const Recurrence call{q,      k,     v,       log_decay,  beta, removed,
                         turned, delta, l2_norm, normalizes, elu,  scale};
+  if (call.length == 1 && !remember)
+    return q.scalar_type() == at::kDouble ? of_one_token<double>(call, before, underflow)
+                                          : of_one_token<float>(call, before, underflow);
   DISPATCH(forward_of, call, before, underflow, remember)
 }
 

@@ -16,7 +16,7 @@ from attnzoo.engines.native.library import cannot_compile, operators
 from attnzoo.engines.softmax.native.tile_plan import TilePlan, plan_of
 from attnzoo.engines.softmax.reference import SoftmaxReference
 from attnzoo.engines.softmax.tiles import tiles
-from attnzoo.engines.softmax.tiles.tile_pieces import Pieces, Way
+from attnzoo.engines.softmax.tiles.tile_pieces import InPieces, Way
 
 
 def why_not(engine: SoftmaxReference, call: Call) -> str | None:
@@ -43,24 +43,12 @@ def passed_over(call: Call, fewest_rows: int) -> str | None:
     return None
 
 
-def attend(
-    engine: SoftmaxReference,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_cap: Tensor | None,
-    table: Tensor | None,
-    pieces: Pieces,
-    compute: Compute,
-    sink_logits: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """A·v by pieces. The arguments are those of `tiles.attend`, so that both serve as a `Way`.
-
-    bias: None, since `why_not` refuses one
-    """
-    plan = plan_of(pieces(q, table), k.shape[2], q.dtype)
-    return _Attend.apply(q, k, v, key_cap, sink_logits, plan, engine.scale_of(q), compute)
+def attend(engine: SoftmaxReference, call: InPieces) -> Tensor:
+    """A·v of a call in pieces, as `Way.attend`, without what `why_not` refuses."""
+    q, k, v = call.q, call.k, call.v
+    plan = plan_of(call.pieces(q, call.table), k.shape[2], q.dtype)
+    given = (q, k, v, call.key_cap, call.sink_logits)
+    return _Attend.apply(*given, plan, engine.scale_of(q), call.compute)
 
 
 def all_parts(size: int, keys: int, threads: int | None = None) -> int:

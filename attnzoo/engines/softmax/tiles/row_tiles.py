@@ -13,7 +13,7 @@ from attnzoo.call import Call
 from attnzoo.engines.engine import accumulation_dtype
 from attnzoo.engines.softmax.reference import SoftmaxReference
 from attnzoo.engines.softmax.tiles import tiles
-from attnzoo.engines.softmax.tiles.tile_pieces import SCORES, Cap, Slices, cap
+from attnzoo.engines.softmax.tiles.tile_pieces import SCORES, Cap, InPieces, Slices, cap
 
 #: Rows of a tile: fewer where a row has many keys, so that a tile stays in the cache.
 MOST_ROWS, LEAST_ROWS = 128, 32
@@ -66,7 +66,7 @@ def attend(
     openly: A·v of such a call in operators that autograd can follow, for second derivatives
     pieces: of every sample and head, of the call in that precision; None: all keys, or causally all
         up to a row's own
-    added: `log_decay`, `bias` or `row_bias`, as `tiles.attend` takes them
+    added: `log_decay`, `bias` or `row_bias`, as `InPieces` has them
     """
     dtype = accumulation_dtype(call.q.dtype)
     precise = replace(call, q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype))
@@ -79,6 +79,5 @@ def attend(
 
     found = [list(row_tiles(precise))] if pieces is None else pieces(precise)
     key_cap = None if call.key_mask is None else cap(call.key_mask, precise.q)
-    q, k, v = precise.q, precise.k, precise.v
-    out = tiles.attend(engine, q, k, v, key_cap, None, lambda *_: found, compute, **added)
-    return out.to(call.q.dtype)
+    given = (precise.q, precise.k, precise.v, lambda *_: found, compute, key_cap)
+    return tiles.attend(engine, InPieces(*given, **added)).to(call.q.dtype)

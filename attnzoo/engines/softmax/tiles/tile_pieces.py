@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.eager import unrecorded
+from attnzoo.engines.differentiable import Compute
 
 #: How many scores a thread computes at a time: so few stay in its cache with their keys and values.
 SCORES = 3 * 2**16
@@ -151,14 +152,46 @@ def kept(make: Callable[..., list[Any]]) -> Callable[..., Kept]:
     return made
 
 
+@dataclass(frozen=True)
+class InPieces:
+    """A call that is computed by pieces.
+
+    q, k, v: (batch, heads, query_length, head_dim), and two of (batch, kv_heads, key_length, ...)
+    pieces: makes the pieces, which hold every row of a head once
+    compute: the same call of q, k, v, sink_logits and, if it is given, log_decay in operators that
+        autograd can follow, for second derivatives
+    key_cap: (batch or 1, key_length), what `cap` makes of a mask of the keys; None: no key is
+        hidden
+    table: a tensor that `pieces` is called with beside q, if it needs one
+    sink_logits: (heads,), one more score of every row, which counts in the row's sum alone
+    bias: (heads, 2 · reach + 1), what is added to scores by distance, without a gradient
+    log_decay: (batch, heads, key_length), gates by which scores fade, in the place of a bias
+    row_bias: (batch or 1, query_length), what is added to every score of a row, without a gradient;
+        softmax would not see it
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pieces: Pieces
+    compute: Compute
+    key_cap: Tensor | None = None
+    table: Tensor | None = None
+    sink_logits: Tensor | None = None
+    bias: Tensor | None = None
+    log_decay: Tensor | None = None
+    row_bias: Tensor | None = None
+
+
 class Way(NamedTuple):
     """One way to compute pieces.
 
-    attend: A·v by pieces, as `tiles.attend`
+    attend: A·v of a call in pieces by an engine that gives the scale and the softcap, (batch,
+        heads, query_length, value_dim)
     together: how many parts make a piece, as `parts_at_a_time`
     """
 
-    attend: Callable[..., Tensor]
+    attend: Callable[[Any, InPieces], Tensor]
     together: Callable[..., int]
 
 

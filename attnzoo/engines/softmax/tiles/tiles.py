@@ -20,7 +20,14 @@ from attnzoo.engines.differentiable import Compute, is_followed, open_gradients
 from attnzoo.engines.softmax.decay_bias import CLOSED, summed
 from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, reaching
 from attnzoo.engines.softmax.reference import SoftmaxReference
-from attnzoo.engines.softmax.tiles.tile_pieces import Memory, Piece, Pieces, Way, parts_at_a_time
+from attnzoo.engines.softmax.tiles.tile_pieces import (
+    InPieces,
+    Memory,
+    Piece,
+    Pieces,
+    Way,
+    parts_at_a_time,
+)
 
 DTYPES = (torch.float32, torch.float64)  # in lower ones, sums would need a higher precision
 
@@ -50,54 +57,15 @@ def cannot_work_alone(engine: SoftmaxReference, call: Call) -> str | None:
     return None
 
 
-def attend(
-    engine: SoftmaxReference,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_cap: Tensor | None,
-    table: Tensor | None,
-    pieces: Pieces,
-    compute: Compute,
-    sink_logits: Tensor | None = None,
-    bias: Tensor | None = None,
-    log_decay: Tensor | None = None,
-    row_bias: Tensor | None = None,
-) -> Tensor:
-    """A·v by pieces, each of which is some rows of one head with their keys.
-
-    engine: gives the scale and the softcap
-    q, k, v: (batch, heads, query_length, head_dim), and two of (batch, kv_heads, key_length, ...)
-    key_cap: (batch or 1, key_length), what `tile_pieces.cap` makes of a mask of the keys; None: no
-        key is hidden
-    table: a tensor that `pieces` is called with beside q, if it needs one
-    pieces: makes the pieces, which hold every row of a head once
-    compute: the same function of q, k, v, sink_logits and, if it is given, log_decay in operators
-        that autograd can follow, for second derivatives
-    sink_logits: (heads,), one more score of every row, which counts in the row's sum alone
-    bias: (heads, 2 · reach + 1), what is added to scores by distance, without a gradient
-    log_decay: (batch, heads, key_length), gates by which scores fade, in the place of a bias
-    row_bias: (batch or 1, query_length), what is added to every score of a row, without a gradient;
-        softmax would not see it
-
-    Returns (batch, heads, query_length, value_dim).
-    """
+def attend(engine: SoftmaxReference, call: InPieces) -> Tensor:
+    """A·v of a call in pieces, as `Way.attend`."""
+    q, bias, logits = call.q, call.bias, call.sink_logits
     if bias is not None:  # pieces also have keys that none of their rows sees
-        bias = reaching(bias.detach().to(q.dtype), q.shape[2] + k.shape[2])
-    return _Attend.apply(
-        q,
-        k,
-        v,
-        key_cap,
-        table,
-        None if sink_logits is None else sink_logits.to(q.dtype),
-        bias,
-        log_decay,
-        row_bias,
-        pieces,
-        engine,
-        compute,
-    )
+        bias = reaching(bias.detach().to(q.dtype), q.shape[2] + call.k.shape[2])
+    logits = None if logits is None else logits.to(q.dtype)
+    added = (logits, bias, call.log_decay, call.row_bias)
+    tensors = (q, call.k, call.v, call.key_cap, call.table, *added)
+    return _Attend.apply(*tensors, call.pieces, engine, call.compute)
 
 
 IN_CACHE = Way(attend, parts_at_a_time)

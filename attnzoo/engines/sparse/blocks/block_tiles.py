@@ -13,7 +13,16 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.softmax.reference import SoftmaxReference
 from attnzoo.engines.softmax.tiles import tiles
-from attnzoo.engines.softmax.tiles.tile_pieces import Cap, Memory, Piece, Slices, Way, cap, kept
+from attnzoo.engines.softmax.tiles.tile_pieces import (
+    Cap,
+    InPieces,
+    Memory,
+    Piece,
+    Slices,
+    Way,
+    cap,
+    kept,
+)
 from attnzoo.engines.sparse.blocks.block_layout import LaidOut, runs, sorted_key_blocks
 from attnzoo.engines.sparse.blocks.gathered_blocks import head_by_head
 from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
@@ -55,9 +64,8 @@ def in_tiles(
         return _pieces(q, pattern, grid, origin, way)
 
     q, k, v = laid_out.q, laid_out.k, laid_out.v
-    bias = call.get("distance_bias")
-    out = way.attend(engine, q, k, v, key_cap, None, pieces, compute, None, bias)
-    return laid_out.rows(out, call)
+    whole = InPieces(q, k, v, pieces, compute, key_cap, bias=call.get("distance_bias"))
+    return laid_out.rows(way.attend(engine, whole), call)
 
 
 @dataclass(frozen=True)

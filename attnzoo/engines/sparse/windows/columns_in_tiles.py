@@ -12,7 +12,7 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.softmax.reference import SoftmaxReference
 from attnzoo.engines.softmax.tiles import tiles
-from attnzoo.engines.softmax.tiles.tile_pieces import Cap, Memory, Slices, Way, cap
+from attnzoo.engines.softmax.tiles.tile_pieces import Cap, InPieces, Memory, Slices, Way, cap
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.windows.columns import Columns
@@ -54,7 +54,7 @@ def in_tiles(
 
     of_heads = partial(_pieces, pattern, grid, columns.count, way)
     logits = call.get("sink_logits")
-    return way.attend(engine, call.q, k, v, key_cap, table, of_heads, compute, logits)
+    return way.attend(engine, InPieces(call.q, k, v, of_heads, compute, key_cap, table, logits))
 
 
 @dataclass(frozen=True)

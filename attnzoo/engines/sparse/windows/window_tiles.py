@@ -9,7 +9,7 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.softmax.reference import SoftmaxReference
 from attnzoo.engines.softmax.tiles import tile_pieces, tiles
-from attnzoo.engines.softmax.tiles.tile_pieces import Cap, Slices, Way, cap, kept
+from attnzoo.engines.softmax.tiles.tile_pieces import Cap, InPieces, Slices, Way, cap, kept
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.windows.window_plan import BLOCK, band, edges, plan
@@ -38,14 +38,9 @@ def in_tiles(
     def of_heads(q: Tensor, _: Tensor | None) -> list[list[Slices]]:
         return [pieces_of_head(q, pattern, grid, way)] * grid.heads
 
-    q, k, v, logits, bias = (
-        call.q,
-        call.k,
-        call.v,
-        call.get("sink_logits"),
-        call.get("distance_bias"),
-    )
-    return way.attend(engine, q, k, v, key_cap, None, of_heads, compute, logits, bias)
+    added = {"sink_logits": call.get("sink_logits"), "bias": call.get("distance_bias")}
+    whole = InPieces(call.q, call.k, call.v, of_heads, compute, key_cap, **added)
+    return way.attend(engine, whole)
 
 
 @kept
