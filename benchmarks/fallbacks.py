@@ -4,6 +4,8 @@ to beside this library's engine in its place.
     python benchmarks/fallbacks.py [--output benchmarks/results/fallbacks.jsonl] [--length 4096]
         [--rounds 5]
 
+"compiled" is this library's engine with its backend `native`, where that can be compiled.
+
 Batch 1, 8 heads of 64, float32, CPU. `rule` is the function alone, `layer` the whole layer of a
 model of width 512 with its projections and its short convolution. Results are compared before
 anything is timed; times are medians over interleaved rounds, peaks are the allocator's.
@@ -16,6 +18,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +39,11 @@ from attnzoo.benchmarking.peak_memory import peak_bytes
 from attnzoo.benchmarking.timing import interleave
 from attnzoo.conventions.gated_delta import gated_delta_rule
 from attnzoo.conventions.mamba2_scan import mamba2_chunk_scan
+from attnzoo.engines.native import library
 
 HEADS, HEAD_DIM = 8, 64
 WIDTH = HEADS * HEAD_DIM
-OURS, THEIRS = "attnzoo", "transformers"
+OURS, NATIVE, THEIRS = "attnzoo", "compiled", "transformers"
 LIMIT = {"forward": 1e-4, "forward+backward": 1e-3}  # of ||ours - theirs|| / ||theirs||, float32
 
 #: A call: the tensors that gradients are taken of, and what makes the output of them.
@@ -128,12 +132,23 @@ def _layer(
     return [own, *layer.parameters()], lambda: call(layer, own)
 
 
-def passes(contender: Contender, learns: bool) -> Callable[[], list[Tensor]]:
+@contextmanager
+def native(is_taken: bool) -> Iterator[None]:
+    """Inside, backend="auto" takes or leaves what is compiled."""
+    before = library.not_compiled
+    library.not_compiled = lambda: None if is_taken else "it has no turn"
+    try:
+        yield
+    finally:
+        library.not_compiled = before
+
+
+def passes(contender: Contender, learns: bool, *, compiled: bool) -> Callable[[], list[Tensor]]:
     """One pass, which returns its results."""
     inputs, call = contender
 
     def run() -> list[Tensor]:
-        with torch.set_grad_enabled(learns):
+        with torch.set_grad_enabled(learns), native(compiled):
             out = call()
         return list(torch.autograd.grad(out.square().sum(), inputs)) if learns else [out]
 
@@ -152,8 +167,13 @@ def rows(length: int, rounds: int) -> Iterator[dict[str, Any]]:
         for name, contenders in found:
             for phase in ("forward", "forward+backward"):
                 learns = phase == "forward+backward"
-                calls = {who: passes(one, learns) for who, one in contenders.items()}
-                error = distance(calls[OURS](), calls[THEIRS]())
+                calls = {
+                    who: passes(one, learns, compiled=False) for who, one in contenders.items()
+                }
+                if library.cannot_compile() is None:
+                    calls[NATIVE] = passes(contenders[OURS], learns, compiled=True)
+                wanted = calls[THEIRS]()
+                error = max(distance(calls[who](), wanted) for who in calls if who != THEIRS)
                 if error > LIMIT[phase]:
                     raise SystemExit(f"{what} {name}, {phase}: results differ by {error:.1e}")
                 timings = interleave(calls, rounds=rounds)
