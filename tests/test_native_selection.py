@@ -111,6 +111,18 @@ def test_scores_that_float32_cannot_tell_apart(
     assert torch.equal(chosen(attn, call, natively=True), wanted)
 
 
+def test_a_score_of_0_that_other_keys_of_the_block_exceed() -> None:
+    """One long key makes float32 too coarse for the scores of all others."""
+    attn, call = call_of(index_heads=1)
+    q, k, w = call.inputs.values()
+    for x in (q, k):
+        x[..., 1:] = 0
+    q[..., :2] = torch.tensor([1e-3, 1e3])
+    k[:, :, 0, 1] = 1e3
+    w.fill_(1)
+    assert torch.equal(chosen(attn, call, natively=True), chosen(attn, call, natively=False))
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 3e38])
 def test_keys_that_are_no_numbers_or_too_large(wrong: float) -> None:
     attn, call = call_of()
