@@ -126,7 +126,7 @@ def rows(
     attention = attnzoo.build(name, heads=HEADS, head_dim=HEAD_DIM, backend=backend, **options)
     inputs = [torch.randn(1, HEADS, length, HEAD_DIM, requires_grad=True) for _ in range(3)]
     assert isinstance(attention.engine, SelectedSoftmax)  # all are of blocks
-    selector = attention.engine.selector
+    selector: Any = attention.engine.selector  # compiled code is an indexer's alone
     select = selector.select_natively if backend == "native" else selector.select
     own = index_inputs(options, length)
     declared = attention.spec.inputs

@@ -13,9 +13,9 @@ import attnzoo
 from attnzoo.attention import Attention
 from attnzoo.call import Call
 from attnzoo.engines.native import library
-from attnzoo.engines.sparse.selected.selected_softmax import SelectedSoftmax
 from attnzoo.engines.sparse.selected.selection import Placed
 from attnzoo.variants.selected import index_choice
+from attnzoo.variants.selected.indexed import IndexedBlocks
 
 pytestmark = pytest.mark.skipif(
     library.cannot_compile() is not None, reason=str(library.cannot_compile())
@@ -75,7 +75,7 @@ def call_of(
 
 
 def chosen(attn: Attention, call: Call, *, natively: bool) -> Tensor:
-    assert isinstance(attn.engine, SelectedSoftmax)
+    assert isinstance(attn.engine, IndexedBlocks)
     selector, placed = attn.engine.selector, Placed.of(call)
     found = selector.select_natively(placed) if natively else selector.select(placed)
     return found.blocks.sort(-1).values
@@ -109,6 +109,18 @@ def test_scores_that_float32_cannot_tell_apart(
     wanted = chosen(attn, call, natively=False)
     monkeypatch.setattr(index_choice.BlocksByIndex, "_exactly", None)
     assert torch.equal(chosen(attn, call, natively=True), wanted)
+
+
+def test_a_score_of_0_that_other_keys_of_the_block_exceed() -> None:
+    """One long key makes float32 too coarse for the scores of all others."""
+    attn, call = call_of(index_heads=1)
+    q, k, w = call.inputs.values()
+    for x in (q, k):
+        x[..., 1:] = 0
+    q[..., :2] = torch.tensor([1e-3, 1e3])
+    k[:, :, 0, 1] = 1e3
+    w.fill_(1)
+    assert torch.equal(chosen(attn, call, natively=True), chosen(attn, call, natively=False))
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 3e38])
@@ -153,23 +165,19 @@ def test_other_strides() -> None:
 def test_auto_takes_it_where_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     library.operators()
 
-    def taken(name: str = "indexed", **options: Any) -> str | None:
+    def taken(**options: Any) -> str | None:
         attn, call = call_of(length=1100, queries=1100, **options)
-        if name != "indexed":
-            attn = attnzoo.build(name, HEADS, WIDTH, block_size=8, top_k=4)
-        attn(call.q, call.k, call.v, is_causal=True, **(call.inputs if name == "indexed" else {}))
+        attn(call.q, call.k, call.v, is_causal=True, **call.inputs)
         return attn.last_backend
 
     assert taken() == "tiles"  # the tests' machine has not compiled it
     monkeypatch.setattr(library, "not_compiled", lambda: None)
     assert taken() == "native"
     assert taken(dtype=torch.float64) == "tiles"
-    assert taken("moba") == "tiles"
 
 
 def test_why_it_refuses() -> None:
-    for name, said in (("moba", "not chosen by compiled code"), ("indexed", "of float32, got")):
-        attn = attnzoo.build(name, HEADS, WIDTH, block_size=8, backend="native", top_k=8)
-        q = torch.randn(1, HEADS, 1100, WIDTH, dtype=torch.float64)
-        with pytest.raises(attnzoo.UnsupportedError, match=said):
-            attn(q, q, q, is_causal=True)
+    attn = attnzoo.build("indexed", HEADS, WIDTH, block_size=8, backend="native", top_k=8)
+    q = torch.randn(1, HEADS, 1100, WIDTH, dtype=torch.float64)
+    with pytest.raises(attnzoo.UnsupportedError, match="of float32, got"):
+        attn(q, q, q, is_causal=True)

@@ -75,12 +75,14 @@ class BlocksByIndex(Selector):
         return Selection(torch.cat(list(self._some_rows(placed)), 2))
 
     def native_why_not(self, call: Call) -> str | None:
+        """Why the compiled operator does not choose; None where it does."""
         if any(x is not None and x.dtype == torch.float64 for x in self.indexer.given(call)):
             return "compiled index scores are of float32, got index inputs of torch.float64"
         return None
 
     @torch.no_grad()
     def select_natively(self, placed: Placed) -> Selection:
+        """As `select`, by the compiled operator, of a call that `native_why_not` accepts."""
         call, errors = placed.call, self.indexer.error(placed)[:, 0, :, 0]
         q, k, w = (None if x is None else x.float() for x in self.indexer.given(call))
         blocks, left = operators().native_best_blocks(

@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from attnzoo.arguments import check_flag, check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.call import Call
-from attnzoo.engines.engine import Cost, Shape, causal_pairs
+from attnzoo.engines.engine import Backend, Cost, Shape, causal_pairs
+from attnzoo.engines.native import library
 from attnzoo.engines.softmax.softmax import Softmax
+from attnzoo.engines.sparse.selected import selected_tiles
 from attnzoo.engines.sparse.selected.selected_softmax import SelectedSoftmax
 from attnzoo.engines.sparse.selected.selected_tokens import SelectedTokens
+from attnzoo.engines.sparse.selected.selection import Placed
 from attnzoo.registry import register
 from attnzoo.variants.selected.index_choice import BlocksByIndex, TokensByIndex
 from attnzoo.variants.selected.index_scores import INPUTS, Indexer, with_past
@@ -53,11 +58,40 @@ class IndexedTokens(_ByIndexer, SelectedTokens):
 
 
 class IndexedBlocks(_ByIndexer, SelectedSoftmax):
-    """Softmax over the blocks that an indexer ranks highest."""
+    """Softmax over the blocks that an indexer ranks highest.
+
+    Before the backend `tiles` comes `native`: tiles of blocks that compiled code chooses, where it
+    has been compiled.
+    """
+
+    selector: BlocksByIndex
 
     def __init__(self, indexer: Indexer, top_k: int, block_size: int, scale: float | None) -> None:
         super().__init__(BlocksByIndex(indexer, top_k, block_size), scale)
         self.indexer = indexer
+
+
+def _chosen_natively(engine: IndexedBlocks, call: Call) -> Tensor:
+    placed = Placed.of(call)
+    selection = engine.selector.select_natively(placed)
+    return selected_tiles.attend_in_tiles(engine, placed, selection, engine.selector.block_size)
+
+
+def _native_why_not(engine: IndexedBlocks, call: Call) -> str | None:
+    return (
+        engine.selector.native_why_not(call)
+        or selected_tiles.why_not(engine, call)
+        or library.cannot_compile()
+    )
+
+
+def _native_passed_over(engine: IndexedBlocks, call: Call) -> str | None:
+    return library.not_compiled()
+
+
+_NATIVE = Backend("native", _chosen_natively, _native_why_not, untried=_native_passed_over)
+_DENSE, *_OTHERS = SelectedSoftmax.backends
+IndexedBlocks.backends = (_DENSE, _NATIVE, *_OTHERS)
 
 
 @register

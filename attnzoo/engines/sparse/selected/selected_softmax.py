@@ -15,7 +15,6 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.eager import is_recorded
 from attnzoo.engines.engine import Backend, Cost, Shape, causal_pairs, never_refuses
-from attnzoo.engines.native import library
 from attnzoo.engines.softmax import sdpa
 from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.softmax.reference import REFERENCE, visible, weights_of
@@ -43,9 +42,8 @@ def with_sums(
 class SelectedSoftmax(Softmax):
     """Softmax attention in which a query sees the key blocks that the data select for it.
 
-    Its backends in order: `dense`, one SDPA call, where every key is seen; `native`, `tiles` of
-    keys that compiled code chooses, where that has been compiled; `tiles`, on a CPU in memory that
-    stays in cache; `selected`, the same in operators that graphs and transforms follow;
+    Its backends in order: `dense`, one SDPA call, where every key is seen; `tiles`, on a CPU in
+    memory that stays in cache; `selected`, the same in operators that graphs and transforms follow;
     the reference. Only the first and the last form a row for every key.
 
     selector: names the key blocks that each query sees
@@ -132,24 +130,6 @@ def _in_tiles(engine: SelectedSoftmax, call: Call) -> Tensor:
     return selected_tiles.attend_in_tiles(engine, placed, selection, engine.selector.block_size)
 
 
-def _chosen_natively(engine: SelectedSoftmax, call: Call) -> Tensor:
-    placed = Placed.of(call)
-    selection = engine.selector.select_natively(placed)
-    return selected_tiles.attend_in_tiles(engine, placed, selection, engine.selector.block_size)
-
-
-def _native_why_not(engine: SelectedSoftmax, call: Call) -> str | None:
-    return (
-        engine.selector.native_why_not(call)
-        or selected_tiles.why_not(engine, call)
-        or library.cannot_compile()
-    )
-
-
-def _native_passed_over(engine: SelectedSoftmax, call: Call) -> str | None:
-    return library.not_compiled()
-
-
 def _in_operators(engine: SelectedSoftmax, call: Call) -> Tensor:
     placed = Placed.of(call)
     selection = engine.selector.select(placed)
@@ -170,7 +150,6 @@ def _dense_why_not(engine: SelectedSoftmax, call: Call) -> str | None:
 
 SelectedSoftmax.backends = (
     Backend("dense", _dense, _dense_why_not),
-    Backend("native", _chosen_natively, _native_why_not, untried=_native_passed_over),
     Backend("tiles", _in_tiles, selected_tiles.why_not),
     Backend("selected", _in_operators, never_refuses),
     REFERENCE,

@@ -106,14 +106,6 @@ class Selector(ABC):
     def elementwise(self, shape: Shape) -> int:
         """Exponentials and divisions of a selection."""
 
-    def native_why_not(self, call: Call) -> str | None:
-        """Why no compiled operator makes the selection; None where one does."""
-        return "its keys are not chosen by compiled code"
-
-    def select_natively(self, placed: Placed) -> Selection:
-        """As `select`, by the compiled operator, of a call that `native_why_not` accepts."""
-        raise NotImplementedError
-
     def sees_all(self, key_length: int) -> bool:
         """Whether every query is known to see all of so many keys that the masks leave it."""
         return False
