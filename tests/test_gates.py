@@ -287,7 +287,8 @@ def test_a_bad_gate_is_refused_in_one_sentence(name: str) -> None:
     x = torch.randn(2, 6, HEADS * WIDTH, dtype=q.dtype)
 
     def refused(message: str, **wrong: Tensor) -> None:
-        attn, gates = build(name), {**given, **wrong}
+        attn: Any = build(name)
+        gates = {**given, **wrong}
         state = attn.init_state(2, kv_heads=KV_HEADS, dtype=q.dtype)
         of_layer = {gate: y.repeat_interleave(HEADS // y.shape[1], 1) for gate, y in gates.items()}
         for call in (
