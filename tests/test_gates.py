@@ -314,9 +314,10 @@ def test_a_bad_gate_is_refused_in_one_sentence(name: str) -> None:
     if (beta := given.get("beta")) is not None:
         refused("beta has the value -0.5, outside of 0 to 2", beta=beta * 0 - 0.5)
         refused("beta has the value 2.5, outside of 0 to 2", beta=beta * 0 + 2.5)
+    attn: Any = build(name)
     for call in (
-        lambda: build(name)(q, k, v, **given),
-        lambda: build(name).weights(q, k, **given),
+        lambda: attn(q, k, v, **given),
+        lambda: attn.weights(q, k, **given),
         lambda: layer(x, x, x),
     ):
         with pytest.raises(UnsupportedError, match=f"{name} is causal only"):
