@@ -278,15 +278,28 @@ def test_second_derivatives_and_transforms(name: str) -> None:
 
 @ALL
 def test_a_bad_gate_is_refused_in_one_sentence(name: str) -> None:
+    """By forward, A, a step, a layer and its step."""
     q, k, v, _ = qkv(6)
     given = gates_of(name, 6)
+    layer: Any = attnzoo.MultiheadAttention(
+        HEADS * WIDTH, HEADS, batch_first=True, attention=name, dtype=q.dtype
+    )
+    x = torch.randn(2, 6, HEADS * WIDTH, dtype=q.dtype)
 
     def refused(message: str, **wrong: Tensor) -> None:
-        state = build(name).init_state(2, kv_heads=KV_HEADS, dtype=q.dtype)
-        with pytest.raises(ValueError, match=message):
-            build(name)(q, k, v, is_causal=True, **{**given, **wrong})
-        with pytest.raises(ValueError, match=message):
-            build(name).step(q, k, v, state, **{**given, **wrong})
+        attn: Any = build(name)
+        gates = {**given, **wrong}
+        state = attn.init_state(2, kv_heads=KV_HEADS, dtype=q.dtype)
+        of_layer = {gate: y.repeat_interleave(HEADS // y.shape[1], 1) for gate, y in gates.items()}
+        for call in (
+            lambda: attn(q, k, v, is_causal=True, **gates),
+            lambda: attn.weights(q, k, is_causal=True, **gates),
+            lambda: attn.step(q, k, v, state, **gates),
+            lambda: layer(x, x, x, is_causal=True, **of_layer),
+            lambda: layer.step(x, layer.init_state(2), **of_layer),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
 
     if (gate := given.get("log_decay")) is not None:
         refused(r"log_decay has the value 0\.25, above 0: .*softplus", log_decay=gate * 0 + 0.25)
@@ -301,8 +314,14 @@ def test_a_bad_gate_is_refused_in_one_sentence(name: str) -> None:
     if (beta := given.get("beta")) is not None:
         refused("beta has the value -0.5, outside of 0 to 2", beta=beta * 0 - 0.5)
         refused("beta has the value 2.5, outside of 0 to 2", beta=beta * 0 + 2.5)
-    with pytest.raises(UnsupportedError, match=f"{name} is causal only"):
-        build(name)(q, k, v, **given)
+    attn: Any = build(name)
+    for call in (
+        lambda: attn(q, k, v, **given),
+        lambda: attn.weights(q, k, **given),
+        lambda: layer(x, x, x),
+    ):
+        with pytest.raises(UnsupportedError, match=f"{name} is causal only"):
+            call()
     # What stands in padding is no gate
     mask = padding("left", 2, 6)
     assert mask is not None
@@ -359,8 +378,19 @@ def test_a_write_that_overflows_reaches_no_earlier_row(name: str, backend: str) 
 
 @pytest.mark.parametrize("name", only(["mamba2", "gated_deltanet", "forgetting"], NAMES))
 def test_a_hundred_thousand_tokens_stay_exact(name: str) -> None:
-    """Of float32 and of float64 the last rows agree."""
-    n, late = 3_000 if name == "path" else 100_000, 400  # it reads all keys
+    last_rows_agree(name, 3_000 if name == "path" else 100_000)  # it reads all keys
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["mamba2", "gla", "deltanet", "gated_deltanet", "kda", "rwkv7"])
+def test_a_million_tokens_stay_exact(name: str) -> None:
+    last_rows_agree(name, 1_000_000)
+
+
+@torch.no_grad()
+def last_rows_agree(name: str, n: int) -> None:
+    """Of float32 and of float64, behind n tokens."""
+    late = 400
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(1, 1, n, 4, generator=generator) for _ in "qkv")
     given = {}
