@@ -48,7 +48,7 @@ class Lambda(nn.Module):
     def forward(self, dtype: torch.dtype) -> Tensor:
         """λ in the dtype of the sums."""
         q1, k1, q2, k2 = (x.to(dtype) for x in (self.q1, self.k1, self.q2, self.k2))
-        return q1.dot(k1).exp() - q2.dot(k2).exp() + self.initial
+        return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.initial
 
 
 class TwoMaps(Weighted, Softmax):
