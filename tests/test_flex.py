@@ -288,7 +288,8 @@ def test_entries_of_dilated_windows(pattern: Window, is_causal: bool, padding: s
     """A dilated window has tables for each of its residue classes, so its entries are read off A
     itself: A·I."""
     engine = WindowSparse(pattern).eval()
-    for lengths in SITUATIONS if padding == "none" else SITUATIONS[-3:]:
+    whole = [one for one in SITUATIONS if one.key_length != 256]  # 300 keys have whole blocks too
+    for lengths in whole if padding == "none" else SITUATIONS[-3:]:
         situation = Situation(lengths.query_length, lengths.key_length, padding)
         call = call_of(situation, is_causal)
         grid = grid_of(call)

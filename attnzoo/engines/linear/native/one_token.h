@@ -65,12 +65,13 @@ class OneToken {
   // What the state says of the key behind the gate, or of what is removed before it.
   void find_said(const Number* before) {
     for (Index c = 0; c < call.width; ++c) {
-      const Vec<Number> factor(removed ? removed[c] : kept[c] * key[c]);
-      each_vector<Number>(call.columns, [&](Index j, Index lanes) {
-        const Vec<Number> line = Vec<Number>::loadu(before + c * call.columns + j, lanes);
-        at::vec::fmadd(factor, line, Vec<Number>::loadu(&said[j], lanes))
-            .store(&said[j], static_cast<int>(lanes));
-      });
+      const Number factor = removed ? removed[c] : kept[c] * key[c];
+      const Number* line = before + c * call.columns;
+      for (Index j = 0; j < whole; j += LANES<Number>) {
+        const Vec<Number> sum = Vec<Number>::loadu(&said[j]);
+        at::vec::fmadd(Vec<Number>(factor), Vec<Number>::loadu(line + j), sum).store(&said[j]);
+      }
+      for (Index j = whole; j < call.columns; ++j) said[j] += factor * line[j];
     }
   }
 
@@ -81,20 +82,26 @@ class OneToken {
 
   // A row of the state, and its part in the rows that are read.
   void write(const Number* before, Index c, Number* after) {
-    const Vec<Number> left(kept[c]), own(key[c]), gone(removed ? -turned[c] : Number(0));
-    each_vector<Number>(call.columns, [&](Index j, Index lanes) {
-      const int count = static_cast<int>(lanes);
-      Vec<Number> line = own * Vec<Number>::loadu(&value[j], lanes);
-      if (before) line = at::vec::fmadd(left, Vec<Number>::loadu(before + j, lanes), line);
-      if (removed) line = at::vec::fmadd(gone, Vec<Number>::loadu(&said[j], lanes), line);
-      line.store(after + j, count);
+    const Number left = kept[c], own = key[c], gone = removed ? -turned[c] : Number(0);
+    for (Index j = 0; j < whole; j += LANES<Number>) {
+      Vec<Number> line = Vec<Number>(own) * Vec<Number>::loadu(&value[j]);
+      if (before) line = at::vec::fmadd(Vec<Number>(left), Vec<Number>::loadu(before + j), line);
+      if (removed) line = at::vec::fmadd(Vec<Number>(gone), Vec<Number>::loadu(&said[j]), line);
+      line.store(after + j);
       for (Index r = 0; r < call.group; ++r) {
         Number* row = &rows[r * call.columns + j];
-        at::vec::fmadd(Vec<Number>(queries[r * call.width + c]), line,
-                       Vec<Number>::loadu(row, lanes))
-            .store(row, count);
+        at::vec::fmadd(Vec<Number>(queries[r * call.width + c]), line, Vec<Number>::loadu(row))
+            .store(row);
       }
-    });
+    }
+    for (Index j = whole; j < call.columns; ++j) {  // one by one, which costs less than a part
+      Number line = own * value[j];
+      if (before) line += left * before[j];
+      if (removed) line += gone * said[j];
+      after[j] = line;
+      for (Index r = 0; r < call.group; ++r)
+        rows[r * call.columns + j] += queries[r * call.width + c] * line;
+    }
   }
 
   void write_row(Index r, double underflow, Number* out, Number* divisors) {
@@ -109,6 +116,7 @@ class OneToken {
   }
 
   const Recurrence& call;
+  const Index whole = call.columns / LANES<Number> * LANES<Number>;  // columns of whole vectors
   std::vector<Number> kept, key, value, said, queries, rows;
   const Number *removed = nullptr, *turned = nullptr;
   Number beta = 1;
