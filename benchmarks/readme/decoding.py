@@ -13,8 +13,9 @@ def steps() -> str:
     for row in rows:
         ratio, (low, high) = row["over_exact"]
         time = f"{row['seconds'] * 1e3:.2f} ms"
-        lines.append([f"`{row['variant']}`", time, f"{ratio:.2f} ({low:.2f} to {high:.2f})"])
-    return markdown_table(["attention", "a step", "over exact attention's"], lines)
+        times = [time, f"{ratio:.2f} ({low:.2f} to {high:.2f})"]
+        lines.append([f"`{row['variant']}`", f"`{row['backend']}`", *times])
+    return markdown_table(["attention", "backend", "a step", "over exact attention's"], lines)
 
 
 TABLES: dict[str, Table] = {"steps": steps}
