@@ -11,7 +11,8 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="first compile the backend `native` (windows, BigBird, indexed) for this machine",
+        help="first compile the backend `native` (windows, BigBird, indexed, kernels, gates) "
+        "for this machine",
     )
 
 
