@@ -126,7 +126,8 @@ def test_steps_learn(name: str) -> None:
     state, rows = attn.init_state(2, kv_heads=KV_HEADS), []
     for start, end in ((0, 23), (23, 24), (24, length)):
         tokens, given = parts(start, end)
-        out, state = attn.step(*tokens, state, **given)
+        q, k, v = tokens
+        out, state = attn.step(q, k, v, state, **given)
         rows.append(out)
     tokens, given = parts(0, length)
     whole = attn(*tokens, is_causal=True, **given)
