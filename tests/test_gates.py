@@ -382,7 +382,9 @@ def test_a_hundred_thousand_tokens_stay_exact(name: str) -> None:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["mamba2", "gla", "deltanet", "gated_deltanet", "kda", "rwkv7"])
+@pytest.mark.parametrize(
+    "name", ["mamba2", "gla", "deltanet", "gated_deltanet", "kda", "rwkv7", "log_linear"]
+)
 def test_a_million_tokens_stay_exact(name: str) -> None:
     last_rows_agree(name, 1_000_000)
 
@@ -394,7 +396,7 @@ def last_rows_agree(name: str, n: int) -> None:
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(1, 1, n, 4, generator=generator) for _ in "qkv")
     given = {}
-    sizes = {"width": 4, "levels": 18, "keys": n, "queries": n}
+    sizes = {"width": 4, "levels": n.bit_length() + 1, "keys": n, "queries": n}
     for one in spec_of(name).inputs:
         x = torch.rand([sizes.get(axis, 1) for axis in one.names], generator=generator)
         kinds = {"beta": 2 * x, "levels": x, "log_decay": -20 * x * (x < 0.05), "removal_rate": x}

@@ -45,9 +45,10 @@ def fallbacks() -> str:
     }
     lines = []
     for what, name, phase, who in rows:
-        if who == "transformers":
+        if who not in WHO:
             continue
         ours, theirs = (rows[what, name, phase, one] for one in (who, "transformers"))
+        alone = rows.get((what, name, phase, "projections"))
         lines.append(
             [
                 f"{name}, {what}",
@@ -56,11 +57,20 @@ def fallbacks() -> str:
                 WHO[who],
                 f"{ours['seconds'] * 1e3:,.1f} ms",
                 f"{theirs['seconds'] / ours['seconds']:.1f}×",
+                "" if alone is None else f"{alone['seconds'] * 1e3:,.1f} ms",
                 f"{theirs['peak_bytes'] / 2**20:,.0f} MiB",
                 f"{ours['peak_bytes'] / 2**20:,.0f} MiB",
             ]
         )
-    headings = ["", "", "transformers", "attnzoo's backend", "attnzoo", "times as fast"]
+    headings = [
+        "",
+        "",
+        "transformers",
+        "attnzoo's backend",
+        "attnzoo",
+        "times as fast",
+        "projections alone",
+    ]
     return markdown_table([*headings, "peak, transformers", "attnzoo"], lines)
 
 
