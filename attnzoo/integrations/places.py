@@ -181,7 +181,7 @@ def _check_fits(attention: Attention, site: Site, device: torch.device) -> None:
         if site.module.training:
             raise UnsupportedError(refusal)
         if device.type != "meta":
-            warnings.warn(refusal, stacklevel=4)  # the caller of `swap`
+            warnings.warn(refusal, stacklevel=5)  # the caller of `swap`
     reach = attention.engine.reach
     if site.window is not None and (reach is None or reach > site.window):
         raise UnsupportedError(

@@ -35,6 +35,7 @@ INCLUDED = (
     "linear/native/chunk.h",
     "linear/native/one_token.h",
 )
+SPAN = 128  # tokens from one state that a recurrence keeps to the next
 #: What a compiler is told for each kind of processor that torch knows and the code is made for.
 INSTRUCTIONS = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
@@ -116,6 +117,10 @@ def operators() -> Any:
     torch.library.register_fake("attnzoo::native_attention", _shapes)
     torch.library.register_fake("attnzoo::native_attention_backward", _shapes_backward)
     torch.library.register_fake("attnzoo::native_best_blocks", _shapes_of_blocks)
+    torch.library.register_fake("attnzoo::native_recurrence", _shapes_of_recurrence)
+    torch.library.register_fake(
+        "attnzoo::native_recurrence_backward", _shapes_of_recurrence_backward
+    )
     return torch.ops.attnzoo
 
 
@@ -134,6 +139,24 @@ def _shapes_of_blocks(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     sizes = q.shape[0], choosers, q.shape[2], width
     blocks = q.new_empty(sizes, dtype=torch.int64)
     return blocks, q.new_empty((q.shape[0], q.shape[2]), dtype=torch.bool)
+
+
+def _shapes_of_recurrence(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> list[Tensor]:
+    *_, normalizes, _, _, _, remember = others
+    (batch, heads, length, width), columns = q.shape, v.shape[3] + normalizes
+    spans = -(-length // SPAN) if remember else 0
+    return [
+        q.new_empty(batch, heads, length, v.shape[3]),
+        q.new_empty(batch, heads, length if normalizes else 0),
+        q.new_empty(batch, k.shape[1], spans, width, columns),
+        q.new_empty(batch, k.shape[1], width, columns),
+    ]
+
+
+def _shapes_of_recurrence_backward(*given: Any) -> list[Tensor]:
+    _, _, _, states, _, *tensors = given[:12]
+    found = [x.new_empty(x.shape) for x in tensors if x is not None]
+    return [*found, states.new_empty(*states.shape[:2], *states.shape[3:])]
 
 
 def _compile_and_load(file: Path) -> None:

@@ -18,9 +18,6 @@ from attnzoo.engines.linear.sums import UNDERFLOW
 from attnzoo.engines.native import library
 from attnzoo.engines.native.library import cannot_compile, operators
 
-#: Tokens from one state that is kept for the backward pass to the next.
-SPAN = 128
-
 
 class Tokens(NamedTuple):
     """What a pass is told of every token, all of one dtype, float32 or float64.
