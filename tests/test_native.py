@@ -153,24 +153,57 @@ def test_doctor_compiles_or_says_why_not(
     assert "cannot be compiled here: there is no compiler" in said and "Traceback" not in said
 
 
-@compiled
-@pytest.mark.thorough
-def test_a_damaged_file_is_compiled_anew(tmp_path: Path) -> None:
-    code = """
-import attnzoo, torch
-from attnzoo.engines.native import library
-library.compiled_file().write_text("damaged")
-x = torch.randn(1, 2, 300, 16)
-attn = attnzoo.build("sliding_window", heads=2, head_dim=16, window=9)
-attn(x, x, x)
-print(attn.last_backend, library.compiled_file().stat().st_size > 10_000)
-"""
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+def printed(code: str, **variables: str) -> list[str]:
+    """The words that a program of its own prints."""
+    environment = {**os.environ, **variables}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, text=True, capture_output=True, timeout=300
+        [sys.executable, "-c", CALL + code],
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["native", "True"]
+    return done.stdout.split()
+
+
+CALL = """
+import attnzoo, torch
+from attnzoo.engines.native import library
+x = torch.randn(1, 2, 300, 16)
+def taken(backend):
+    attn = attnzoo.build("sliding_window", heads=2, head_dim=16, window=9, backend=backend)
+    attn(x, x, x)
+    return attn.last_backend
+"""
+
+
+@compiled
+@pytest.mark.thorough
+def test_a_damaged_file_is_compiled_anew_by_name(tmp_path: Path) -> None:
+    code = """
+library.compiled_file().write_text("damaged")
+print(taken("auto"), library.compiled_file().stat().st_size)
+print(taken("native"), library.compiled_file().stat().st_size > 10_000, taken("auto"))
+"""
+    found = printed(code, TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert found == ["tiles", "7", "native", "True", "native"]
+
+
+@compiled
+@pytest.mark.thorough
+def test_a_folder_that_cannot_be_used_stops_no_call(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    code = """
+print(taken("auto"))
+try:
+    taken("native")
+except attnzoo.UnsupportedError as error:
+    print("refused", len(str(error).splitlines()))
+"""
+    for folder in (str(file), "~nobody-of-this-name/folder", str(tmp_path / ("long" * 80))):
+        assert printed(code, TORCH_EXTENSIONS_DIR=folder) == ["tiles", "refused", "1"]
 
 
 @compiled

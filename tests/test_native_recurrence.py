@@ -138,6 +138,17 @@ def test_steps_learn(name: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
+def test_rows_may_be_written_over() -> None:
+    """Of what normalises nothing, no gradient reads them."""
+    leaves = [x.requires_grad_() for x in qkv(30)]
+    attn = build("mamba2", {}, torch.float32, backend="native")
+    given = gates("mamba2", 30, torch.float32)
+    wanted = torch.autograd.grad((attn(*leaves, is_causal=True, **given) * 2).sum(), leaves)
+    out = attn(*leaves, is_causal=True, **given)
+    out *= 2
+    assert all(map(torch.equal, torch.autograd.grad(out.sum(), leaves), wanted))
+
+
 def test_kernels_by_name_say_that_steps_do_not_learn() -> None:
     attn = attnzoo.build("linear", HEADS, WIDTH, backend="native")
     q, k, v = qkv(1)

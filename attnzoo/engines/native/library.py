@@ -10,7 +10,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,7 +70,10 @@ def _found_missing() -> str | None:
 
 def is_compiled() -> bool:
     """Whether the code has been compiled on this machine, for this torch and this processor."""
-    return operators.cache_info().currsize > 0 or compiled_file().exists()
+    try:
+        return compiled_file().exists()
+    except (OSError, RuntimeError):  # a folder that may not be read, or that no user has
+        return False
 
 
 @lru_cache(maxsize=1)
@@ -85,10 +88,22 @@ def compiled_file() -> Path:
 
 
 def not_compiled() -> str | None:
-    """Why backend="auto" passes over the code as long as nobody has asked for it."""
-    if is_compiled():
-        return None
-    return "it is not compiled on this machine: attnzoo doctor --compile does that"
+    """Why backend="auto" passes over the code, which it never compiles."""
+    if not is_compiled():
+        return "it is not compiled on this machine: attnzoo doctor --compile does that"
+    if not _is_loaded():
+        return "its compiled file is damaged: attnzoo doctor --compile makes it anew"
+    return None
+
+
+@lru_cache(maxsize=1)
+def _is_loaded() -> bool:
+    """Whether the compiled file can be loaded, which it is then."""
+    try:
+        torch.ops.load_library(compiled_file())
+    except OSError:
+        return False
+    return True
 
 
 def compile_native() -> None:
@@ -110,10 +125,17 @@ def operators() -> Any:
     the compiler fails.
     """
     try:
-        torch.ops.load_library(compiled_file())
-    except OSError:  # it is not there, or damaged, and then must not be taken for compiled again
-        compiled_file().unlink(missing_ok=True)
-        _compile_and_load(compiled_file())
+        file = compiled_file()
+    except RuntimeError as error:  # ~ of a user that there is none of
+        raise UnsupportedError(
+            f"backend='native' has no folder to be compiled in: {error}; set TORCH_EXTENSIONS_DIR "
+            "to one, or use backend='auto', which does without it"
+        ) from error
+    if not is_compiled() or not _is_loaded():
+        with suppress(OSError):  # a damaged file must not be taken for compiled again
+            file.unlink(missing_ok=True)
+        _compile_and_load(file)
+        _is_loaded.cache_clear()
     torch.library.register_fake("attnzoo::native_attention", _shapes)
     torch.library.register_fake("attnzoo::native_attention_backward", _shapes_backward)
     torch.library.register_fake("attnzoo::native_best_blocks", _shapes_of_blocks)

@@ -17,6 +17,7 @@ from attnzoo.engines.linear.gated.tokens import (
     REMOVAL_KEY,
     REMOVAL_RATE,
     Rule,
+    empty_state,
     inverse_length,
     separated,
 )
@@ -102,7 +103,8 @@ class _Carried(torch.autograd.Function):
         remember = any(ctx.needs_input_grad)
         found = _operation(rule, call.q).forward(_tokens(rule, call), state, remember=remember)
         if remember:
-            ctx.save_for_backward(state, *tensors, *found[:3])
+            # Not the rows, which nothing divided: a caller may write over them.
+            ctx.save_for_backward(state, *tensors, found.divisors, found.states)
             ctx.rule, ctx.declared = rule, declared
             ctx.set_materialize_grads(False)
         return found.rows, found.after
@@ -110,22 +112,22 @@ class _Carried(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         state, *saved = ctx.saved_tensors
-        tensors, (rows, divisors, states) = saved[:-3], saved[-3:]
+        tensors, (divisors, states) = saved[:-2], saved[-2:]
+        call = _call_of(ctx.declared, *tensors)
         sent, d_after = gradients
         if sent is None:
-            sent = torch.zeros_like(rows)
+            sent = call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
         if is_followed(sent):
             rule, declared = ctx.rule, ctx.declared
-            after = states.new_zeros(states[:, :, 0].shape) if d_after is None else d_after
+            after = empty_state(call) if d_after is None else d_after
             found = open_gradients(
                 lambda *given: _in_open_operators(rule, declared, *given),
                 (state, *tensors),
                 (sent, after),
             )
             return None, None, *found
-        call = _call_of(ctx.declared, *tensors)
         tokens = _tokens(ctx.rule, call)
-        found = Found(rows, divisors, states, states)
+        found = Found(divisors, divisors, states, states)
         made, d_state = _operation(ctx.rule, call.q).backward(tokens, found, sent, d_after)
         by_name = {"log_decay": made.log_decay, "beta": made.beta}
         if made.removed is not None and made.turned is not None:
