@@ -207,25 +207,23 @@ def test_family(case: Case) -> None:
 
 
 IMPORT = """
-import json, sys, time
+import json, sys
 import torch, einops
-before, start = set(sys.modules), time.process_time()
+before = set(sys.modules)
 import attnzoo
 attnzoo.names()
-seconds = time.process_time() - start
-print(json.dumps([sorted(set(sys.modules) - before), seconds]))
+print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
 
 def test_import_needs_torch_and_einops_only() -> None:
-    """No other package, none of torch's compilers, and half a second of processor time at most."""
+    """No other package, and none of torch's compilers."""
     result = subprocess.run(
         [sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, timeout=120
     )
-    modules, seconds = json.loads(result.stdout)
+    modules = json.loads(result.stdout)
     packages = {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names)
     assert not [
         module for module in modules if module.startswith(("torch._dynamo", "torch._inductor"))
     ]
     assert packages <= {"attnzoo", "torch", "einops"}
-    assert seconds < 0.5
