@@ -3,7 +3,6 @@ attention, with their cost known."""
 
 from __future__ import annotations
 
-import gc
 import importlib
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -21,24 +20,12 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if find_spec(f"{__name__}.{name}") is not None:
         return importlib.import_module(f"{__name__}.{name}")
-    public = _imported(f"{__name__}.public")
+    public = importlib.import_module(f"{__name__}.public")
     if not hasattr(public, name):
         close = importlib.import_module(f"{__name__}.arguments").nearest(name, public.__all__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{close}")
     globals()[name] = getattr(public, name)
     return globals()[name]
-
-
-def _imported(name: str) -> Any:
-    """The module, imported without the garbage collector, whose walks over all of torch would take
-    a fifth of the time."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        return importlib.import_module(name)
-    finally:
-        if collects:
-            gc.enable()
 
 
 def __dir__() -> list[str]:

@@ -35,7 +35,7 @@ INCLUDED = (
     "linear/native/chunk.h",
     "linear/native/one_token.h",
 )
-SPAN = 128  # tokens from one state that a recurrence keeps to the next
+SPAN = 128  # tokens from one state that a recurrence keeps to the next, as recurrence.cpp has it
 #: What a compiler is told for each kind of processor that torch knows and the code is made for.
 INSTRUCTIONS = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
@@ -121,7 +121,7 @@ def compile_native() -> None:
 def operators() -> Any:
     """The namespace of torch.ops that holds the operators `native_...`.
 
-    Compiles the code where that has not been done, some 15 seconds; raises UnsupportedError where
+    Compiles the code where that has not been done, up to a minute; raises UnsupportedError where
     the compiler fails.
     """
     try:
@@ -187,7 +187,7 @@ def _compile_and_load(file: Path) -> None:
     kind = torch.backends.cpu.get_cpu_capability()
     capability = (f"-DCPU_CAPABILITY={kind}", f"-DCPU_CAPABILITY_{kind}", *INSTRUCTIONS[kind])
     warnings.warn(
-        "backend='native' is compiled once on this machine, which takes some 15 seconds",
+        "backend='native' is compiled once on this machine, which takes up to a minute",
         stacklevel=2,
     )
     try:
