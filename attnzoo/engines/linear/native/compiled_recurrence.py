@@ -1,7 +1,8 @@
 """The compiled operators: a pass over tokens that write to a state and read it, and the way back.
 
 Inside, 16 tokens at a time see each other through small matrices of scores, and read what lies
-before them from the state; both stay in the cache. Only sums of gates are exponentiated, none of which is above 0.
+before them from the state; both stay in the cache. Only sums of gates are exponentiated, none of
+which is above 0.
 """
 
 from __future__ import annotations
