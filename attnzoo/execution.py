@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attnzoo.call import Call, UnsupportedError
 from attnzoo.engines.engine import Engine, State, StateSizes
 from attnzoo.engines.packed_state import PackedState, step_apart
-from attnzoo.sequences.bad_slots import clear_padding, poison, shield_past
+from attnzoo.sequences.bad_slots import clear_padding, poison, shield, shield_past
 from attnzoo.sequences.packing import (
     apart,
     may_cut,
@@ -72,9 +72,17 @@ def run(core: Core, call: Call) -> Tensor:
 
 def _run(core: Core, call: Call) -> Tensor:
     """A·v of a call that is not cut."""
-    call, poisoned = shield_past(clear_padding(call))
+    call, poisoned = shield(call, reads_padding=not _skips_padding(core, call))
     out, core.last_backend, _ = core.attend(core.place(call, 0), core.backend)
     return out if poisoned is None else poison(out, poisoned)
+
+
+def _skips_padding(core: Core, call: Call) -> bool:
+    """Whether nothing will read what stands in the padded slots of a call."""
+    if call.key_mask is None or not core.packs:
+        return False
+    call = core.engine.completed(call)
+    return core.engine.choose(call, core.backend).skips_padding(core.engine, call)
 
 
 def weights(core: Core, call: Call) -> Tensor:

@@ -27,6 +27,7 @@ class Backend:
     untried: why backend="auto" passes over it for a call that it takes when asked for by name,
         since no such call has been seen to run right on the device that it is for; None where it
         has
+    skips_padding: whether it reads nothing of a call's padded slots, which need not be cleared then
     """
 
     name: str
@@ -35,6 +36,7 @@ class Backend:
     packs: bool = False
     uncut: bool = False
     untried: Callable[[Any, Call], str | None] = lambda engine, call: None
+    skips_padding: Callable[[Any, Call], bool] = lambda engine, call: False
 
     def reason(self, engine: Any, call: Call, *, by_name: bool) -> str | None:
         """Why it does not compute the call; None when it does.

@@ -78,6 +78,17 @@ def _sizes(one: Input, x: Tensor) -> Iterator[tuple[str, int]]:
     return zip(one.names, x.shape, strict=True)
 
 
+def shield(call: Call, *, reads_padding: bool) -> tuple[Call, Tensor | None]:
+    """`shield_past` of the call, whose padded slots are cleared where somebody reads them."""
+    if call.key_mask is None or reads_padding:
+        return shield_past(clear_padding(call))
+    if not (call.is_causal or call.segments is not None) or (
+        can_look(call.k, call.v) and _all_finite(call.k.detach(), call.v.detach())
+    ):
+        return call, None
+    return shield_past(clear_padding(call))
+
+
 def shield_past(call: Call, *, may_stall: bool = False) -> tuple[Call, Tensor | None]:
     """Keep a NaN or inf at slot j from the rows that do not see it, such as the earlier ones of a
     causal call: 0 · NaN is NaN in every matrix product, whatever the mask says.

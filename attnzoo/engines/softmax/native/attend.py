@@ -47,7 +47,7 @@ def attend(engine: SoftmaxReference, call: InPieces) -> Tensor:
     """A·v of a call in pieces, as `Way.attend`, without what `why_not` refuses."""
     q, k, v = call.q, call.k, call.v
     plan = plan_of(call.pieces(q, call.table), k.shape[2], q.dtype)
-    given = (q, k, v, call.key_cap, call.sink_logits)
+    given = (q, k, v, call.key_mask, call.sink_logits)
     return _Attend.apply(*given, plan, engine.scale_of(q), call.compute)
 
 
@@ -68,7 +68,7 @@ class _Attend(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        key_cap: Tensor | None,
+        key_mask: Tensor | None,
         sink_logits: Tensor | None,
         plan: TilePlan,
         scale: float,
@@ -76,21 +76,21 @@ class _Attend(torch.autograd.Function):
     ) -> Tensor:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         logits = None if sink_logits is None else sink_logits.to(q.dtype).contiguous()
-        key_cap = None if key_cap is None else key_cap.contiguous()
-        out, log_sums = operators().native_attention(q, k, v, key_cap, logits, list(plan), scale)
-        ctx.save_for_backward(q, k, v, key_cap, sink_logits, out, log_sums)
+        key_mask = None if key_mask is None else key_mask.contiguous()
+        out, log_sums = operators().native_attention(q, k, v, key_mask, logits, list(plan), scale)
+        ctx.save_for_backward(q, k, v, key_mask, sink_logits, out, log_sums)
         ctx.plan, ctx.scale, ctx.compute = plan, scale, compute
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, key_cap, sink_logits, out, log_sums = ctx.saved_tensors
+        q, k, v, key_mask, sink_logits, out, log_sums = ctx.saved_tensors
         if is_followed(gradients[0]):
             *to_qkv, to_logits = open_gradients(ctx.compute, (q, k, v, sink_logits), gradients[0])
             return *to_qkv, None, to_logits, *[None] * 3
         sent, to_logits = gradients[0].contiguous(), None
         found = operators().native_attention_backward(
-            sent, out, log_sums, q, k, v, key_cap, list(ctx.plan), ctx.scale
+            sent, out, log_sums, q, k, v, key_mask, list(ctx.plan), ctx.scale
         )
         if sink_logits is not None:
             # The slopes of a row and of its logit sum to 0, for one number added to all of them

@@ -28,15 +28,15 @@ struct Sizes {
         keys(k.size(2)), width(q.size(3)), value_width(v.size(3)),
         group(kv_heads ? heads / kv_heads : 1) {}
 
-  template <typename Number>
-  const Number* cap_of(Maybe key_cap, Index sample) const {
-    if (!key_cap) return nullptr;
-    return key_cap->const_data_ptr<Number>() + (key_cap->size(0) > 1 ? sample * keys : 0);
+  // Which keys of a sample rows may see; nullptr where they may see all.
+  const bool* real_keys(Maybe key_mask, Index sample) const {
+    if (!key_mask) return nullptr;
+    return key_mask->const_data_ptr<bool>() + (key_mask->size(0) > 1 ? sample * keys : 0);
   }
 };
 
 template <typename Number>
-std::tuple<Tensor, Tensor> forward_of(Given q, Given k, Given v, Maybe key_cap, Maybe sink_logits,
+std::tuple<Tensor, Tensor> forward_of(Given q, Given k, Given v, Maybe key_mask, Maybe sink_logits,
                                       at::TensorList tensors, double scale) {
   const Sizes size(q, k, v);
   const Plan<Number> plan(tensors);
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> forward_of(Given q, Given k, Given v, Maybe key_cap, 
       const Tile tile = plan.tile(work[one].second);
       const auto keys = head_of<Number>(k, sample, h / size.group);
       const auto values = head_of<Number>(v, sample, h / size.group);
-      const Number* cap = size.cap_of<Number>(key_cap, sample);
+      const bool* real = size.real_keys(key_mask, sample);
       const Number* logit = sink_logits ? sink_logits->const_data_ptr<Number>() + h : nullptr;
       for (Index skipped = 0; skipped < tile.rows; skipped += ROWS) {
         const Index rows = tile.together(skipped), first = tile.first + skipped;
@@ -64,8 +64,8 @@ std::tuple<Tensor, Tensor> forward_of(Given q, Given k, Given v, Maybe key_cap, 
         transpose<Number>(queries, rows, width, scale, packed);
         std::fill(sum, sum + rows * value_width, Number(0));
         Sums<Number> sums(logit);
-        plan.each_chunk(tile, skipped, [&](const Chunk& chunk) {
-          score(plan, tile, chunk, skipped, keys, packed, width, cap, scores);
+        plan.each_chunk(tile, skipped, real, [&](const Chunk& chunk) {
+          score(plan, tile, chunk, skipped, keys, packed, width, scores);
           sums.take(chunk, scores);
           if (chunk.column) scale_rows(sum, rows, value_width, sums.factor);
           add_transposed(chunk, scores, values, sum, rows, value_width);
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> forward_of(Given q, Given k, Given v, Maybe key_cap, 
 // The gradients of q, k and v. Weights are computed again from the logarithms of their sums.
 template <typename Number>
 Gradients backward_of(Given sent, Given out, Given log_sums, Given q, Given k, Given v,
-                      Maybe key_cap, at::TensorList tensors, double scale) {
+                      Maybe key_mask, at::TensorList tensors, double scale) {
   using Lanes = Vec<Number>;
   const Sizes size(q, k, v);
   const Plan<Number> plan(tensors);
@@ -105,7 +105,7 @@ Gradients backward_of(Given sent, Given out, Given log_sums, Given q, Given k, G
       const auto values = head_of<Number>(v, sample, kv_head);
       const Target<Number> to_keys{to_k + own * size.keys * width, width};
       const Target<Number> to_values{to_v + own * size.keys * value_width, value_width};
-      const Number* cap = size.cap_of<Number>(key_cap, sample);
+      const bool* real = size.real_keys(key_mask, sample);
       const auto go_through = [&](Index head, const Tile& tile, Index skipped) {
         const Index rows = tile.together(skipped), first = tile.first + skipped;
         const Index place = head * size.rows + first;
@@ -120,8 +120,8 @@ Gradients backward_of(Given sent, Given out, Given log_sums, Given q, Given k, G
         transpose<Number>(queries, rows, width, scale, packed);
         transpose<Number>(gradient, rows, value_width, 1, packed_sent);
         std::fill(sum, sum + rows * width, Number(0));
-        plan.each_chunk(tile, skipped, [&](const Chunk& chunk) {
-          score(plan, tile, chunk, skipped, keys, packed, width, cap, weights);
+        plan.each_chunk(tile, skipped, real, [&](const Chunk& chunk) {
+          score(plan, tile, chunk, skipped, keys, packed, width, weights);
           for (const Stretch& part : chunk) {
             const Index place_of = part.line * ROWS, end_of = place_of + part.count * ROWS;
             multiply<false, Number>(values.at(part.first, 0), {packed_sent + part.lane, ROWS},
@@ -161,16 +161,16 @@ Gradients backward_of(Given sent, Given out, Given log_sums, Given q, Given k, G
   return {dq, dk, dv};
 }
 
-std::tuple<Tensor, Tensor> forward(Given q, Given k, Given v, Maybe key_cap, Maybe sink_logits,
+std::tuple<Tensor, Tensor> forward(Given q, Given k, Given v, Maybe key_mask, Maybe sink_logits,
                                    at::TensorList plan, double scale) {
   const auto run = q.scalar_type() == at::kDouble ? forward_of<double> : forward_of<float>;
-  return run(q, k, v, key_cap, sink_logits, plan, scale);
+  return run(q, k, v, key_mask, sink_logits, plan, scale);
 }
 
 Gradients backward(Given sent, Given out, Given log_sums, Given q, Given k, Given v,
-                   Maybe key_cap, at::TensorList plan, double scale) {
+                   Maybe key_mask, at::TensorList plan, double scale) {
   const auto run = q.scalar_type() == at::kDouble ? backward_of<double> : backward_of<float>;
-  return run(sent, out, log_sums, q, k, v, key_cap, plan, scale);
+  return run(sent, out, log_sums, q, k, v, key_mask, plan, scale);
 }
 
 }  // namespace
@@ -178,11 +178,11 @@ Gradients backward(Given sent, Given out, Given log_sums, Given q, Given k, Give
 
 TORCH_LIBRARY_FRAGMENT(attnzoo, library) {
   library.def(
-      "native_attention(Tensor q, Tensor k, Tensor v, Tensor? key_cap, Tensor? sink_logits, "
+      "native_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? sink_logits, "
       "Tensor[] plan, float scale) -> (Tensor, Tensor)");
   library.def(
       "native_attention_backward(Tensor sent, Tensor out, Tensor log_sums, Tensor q, Tensor k, "
-      "Tensor v, Tensor? key_cap, Tensor[] plan, float scale) -> (Tensor, Tensor, Tensor)");
+      "Tensor v, Tensor? key_mask, Tensor[] plan, float scale) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(attnzoo, CPU, library) {

@@ -18,23 +18,14 @@ inline Vec<double> exponential(const Vec<double>& x) { return x.exp(); }
 
 // scores (keys of the chunk, ROWS) = keys · packed rows, -inf where a row does not see a key, in the
 // lanes of each stretch.
-// key_cap: -inf for each hidden key of the sample; nullptr where none is.
 template <typename Number>
 void score(const Plan<Number>& plan, const Tile& tile, const Chunk& chunk, Index skipped,
-           const Source<Number>& keys, const Number* packed, Index width, const Number* key_cap,
-           Number* scores) {
+           const Source<Number>& keys, const Number* packed, Index width, Number* scores) {
   for (const Stretch& part : chunk)
     multiply<false, Number>(keys.at(part.first, 0), {packed + part.lane, ROWS},
                             {scores + part.line * ROWS + part.lane, ROWS}, part.count,
                             part.lane_end - part.lane, width);
   plan.limit(tile, chunk, skipped, scores);
-  if (!key_cap) return;
-  for (const Stretch& part : chunk)
-    for (Index i = 0; i < part.count; ++i)
-      if (key_cap[part.first + i] < 0) {
-        Number* line = scores + (part.line + i) * ROWS;
-        std::fill(line + part.lane, line + part.lane_end, -INFINITE<Number>);
-      }
 }
 
 // out (rows, width) += the transpose of x (keys of the chunk, ROWS) · the chunk's keys or values.

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "native/products.h"
 
@@ -64,11 +65,14 @@ struct Plan {
   }
 
   // Calls visit(chunk) for the keys of a tile in order, against its rows from `skipped` on.
+  // real: whether each key of the sample is one that rows may see; nullptr where all are. Others
+  // are in no chunk, so that nothing reads them
   template <typename Visit>
-  void each_chunk(const Tile& tile, Index skipped, const Visit& visit) const {
+  void each_chunk(const Tile& tile, Index skipped, const bool* real, const Visit& visit) const {
     Chunk chunk;
     chunk.parts = chunk.count = chunk.column = 0;
     const auto finish = [&] {
+      if (real) leave_out(real, chunk);
       narrow(tile, skipped, chunk);
       if (chunk.parts) visit(chunk);
       chunk.column += chunk.count;
@@ -95,6 +99,20 @@ struct Plan {
       for (Index key = first; key < end; ++key)
         visit(key - cap[0], key - chunk.column, cap[2], cap[3]);
     }
+  }
+
+  // Cuts the stretches of a chunk at keys that are not real.
+  static void leave_out(const bool* real, Chunk& chunk) {
+    Stretch whole[KEYS];
+    std::copy(chunk.begin(), chunk.end(), whole);
+    const Index count = std::exchange(chunk.parts, 0);
+    for (const Stretch* part = whole; part < whole + count; ++part)
+      for (Index i = 0; i < part->count; ++i) {
+        if (!real[part->first + i]) continue;
+        const bool begins = i == 0 || !real[part->first + i - 1];
+        if (begins) chunk.stretches[chunk.parts++] = {part->first + i, 0, part->line + i, 0, 0};
+        ++chunk.stretches[chunk.parts - 1].count;
+      }
   }
 
   // Finds the lanes of the stretches of a chunk, leaves out those that no row sees, and joins what

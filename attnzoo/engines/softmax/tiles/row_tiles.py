@@ -78,6 +78,5 @@ def attend(
         return openly(again.giving(gates, *log_decay) if gates and log_decay else again)
 
     found = [list(row_tiles(precise))] if pieces is None else pieces(precise)
-    key_cap = None if call.key_mask is None else cap(call.key_mask, precise.q)
-    given = (precise.q, precise.k, precise.v, lambda *_: found, compute, key_cap)
+    given = (precise.q, precise.k, precise.v, lambda *_: found, compute, call.key_mask)
     return tiles.attend(engine, InPieces(*given, **added)).to(call.q.dtype)

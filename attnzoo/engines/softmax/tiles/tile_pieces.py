@@ -160,8 +160,7 @@ class InPieces:
     pieces: makes the pieces, which hold every row of a head once
     compute: the same call of q, k, v, sink_logits and, if it is given, log_decay in operators that
         autograd can follow, for second derivatives
-    key_cap: (batch or 1, key_length), what `cap` makes of a mask of the keys; None: no key is
-        hidden
+    key_mask: (batch or 1, key_length) bool, the keys that rows may see; None: no key is hidden
     table: a tensor that `pieces` is called with beside q, if it needs one
     sink_logits: (heads,), one more score of every row, which counts in the row's sum alone
     bias: (heads, 2 · reach + 1), what is added to scores by distance, without a gradient
@@ -175,7 +174,7 @@ class InPieces:
     v: Tensor
     pieces: Pieces
     compute: Compute
-    key_cap: Tensor | None = None
+    key_mask: Tensor | None = None
     table: Tensor | None = None
     sink_logits: Tensor | None = None
     bias: Tensor | None = None

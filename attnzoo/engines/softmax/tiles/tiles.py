@@ -26,6 +26,7 @@ from attnzoo.engines.softmax.tiles.tile_pieces import (
     Piece,
     Pieces,
     Way,
+    cap,
     parts_at_a_time,
 )
 
@@ -63,8 +64,9 @@ def attend(engine: SoftmaxReference, call: InPieces) -> Tensor:
     if bias is not None:  # pieces also have keys that none of their rows sees
         bias = reaching(bias.detach().to(q.dtype), q.shape[2] + call.k.shape[2])
     logits = None if logits is None else logits.to(q.dtype)
+    key_cap = None if call.key_mask is None else cap(call.key_mask, q)
     added = (logits, bias, call.log_decay, call.row_bias)
-    tensors = (q, call.k, call.v, call.key_cap, call.table, *added)
+    tensors = (q, call.k, call.v, key_cap, call.table, *added)
     return _Attend.apply(*tensors, call.pieces, engine, call.compute)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.eager import unrecorded
 from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern, block_limit, distinct
-from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
+from attnzoo.engines.sparse.patterns.grid import Grid, PaddedGrid, grid_of
 
 
 @dataclass(frozen=True)
@@ -31,27 +31,30 @@ class Run:
     tail: bool
 
 
-def runs(pattern: BlockPattern, grid: Grid) -> list[Run]:
+def runs(pattern: BlockPattern, grid: Grid, filled_blocks: int | None = None) -> list[Run]:
     """The query blocks of a call in runs of equally many key blocks, in order.
 
     pattern: which key blocks each query block sees
     grid: the sizes of the call
+    filled_blocks: blocks up to the last real token; None: up to the last slot
     """
-    return [
-        Run(*fields)
-        for fields in _constant_runs(
-            pattern, grid.heads, grid.query_length, grid.key_length, grid.is_causal
-        )
-    ]
+    sizes = (grid.heads, grid.query_length, grid.key_length, grid.is_causal)
+    return [Run(*fields) for fields in _constant_runs(pattern, *sizes, filled_blocks)]
 
 
 def _constant_runs(
-    pattern: BlockPattern, heads: int, query_length: int, key_length: int, is_causal: bool
+    pattern: BlockPattern,
+    heads: int,
+    query_length: int,
+    key_length: int,
+    is_causal: bool,
+    filled_blocks: int | None,
 ) -> tuple[tuple, ...]:
     """The fields of every run. A compiled or exported graph takes the answer as a constant: it
     depends on sizes and the seed only."""
     with unrecorded():
-        return _fields_of_runs(pattern, Grid(heads, query_length, key_length, is_causal, "cpu"))
+        grid = Grid(heads, query_length, key_length, is_causal, "cpu")
+        return _fields_of_runs(pattern, grid, filled_blocks)
 
 
 # What torch.compiler.assume_constant_result sets; calling it here would import the compiler, a
@@ -60,15 +63,17 @@ _constant_runs._dynamo_marked_constant = True  # pyright: ignore[reportFunctionM
 
 
 @lru_cache(maxsize=256)
-def _fields_of_runs(pattern: BlockPattern, grid: Grid) -> tuple[tuple, ...]:
-    blocks = sorted_key_blocks(pattern, grid)
+def _fields_of_runs(
+    pattern: BlockPattern, grid: Grid, filled_blocks: int | None
+) -> tuple[tuple, ...]:
+    blocks = table_of(pattern, grid, filled_blocks)
     last = grid.num_key_blocks(pattern.block_size) - 1
     # When causal, only the diagonal block meets the ragged end.
     ragged = grid.key_length % pattern.block_size > 0 and not grid.is_causal
     widths = (blocks <= last).sum(-1)[0]
-    sees_all = (
-        torch.zeros_like(widths, dtype=torch.bool) if grid.is_causal else pattern.sees_all(grid)[0]
-    )
+    sees_all = torch.zeros_like(widths, dtype=torch.bool)
+    if not grid.is_causal:
+        sees_all = pattern.sees_all(_ended(pattern, grid, filled_blocks)).flatten()
     tail = (blocks == last).any(-1).any(0).long() * int(ragged)
     fields = torch.stack([torch.where(sees_all, last + 1, widths), sees_all.long(), tail], 1)
     distinct_fields, lengths = fields.unique_consecutive(dim=0, return_counts=True)
@@ -77,6 +82,23 @@ def _fields_of_runs(pattern: BlockPattern, grid: Grid) -> tuple[tuple, ...]:
     return tuple(
         (first, end, width, bool(full), bool(tail)) for first, end, (width, full, tail) in rows
     )
+
+
+def table_of(pattern: BlockPattern, grid: Grid, filled_blocks: int | None) -> Tensor:
+    """`sorted_key_blocks` of samples that end in the same block, (heads or 1, query_blocks, width).
+
+    filled_blocks: as in `runs`
+    """
+    found = sorted_key_blocks(pattern, _ended(pattern, grid, filled_blocks))
+    return found if filled_blocks is None else found[0]
+
+
+def _ended(pattern: BlockPattern, grid: Grid, filled_blocks: int | None) -> Grid:
+    """`grid` with as many filled blocks."""
+    if filled_blocks is None:
+        return grid
+    length = torch.tensor([filled_blocks * pattern.block_size], device=grid.device)
+    return PaddedGrid(**vars(grid), length=length)
 
 
 def sorted_key_blocks(pattern: BlockPattern, grid: Grid) -> Tensor:

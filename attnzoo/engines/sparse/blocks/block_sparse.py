@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from attnzoo.call import Call
@@ -23,7 +24,7 @@ from attnzoo.engines.sparse.blocks import (
 from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
 from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.sparse import Sparse, from_first_real
-from attnzoo.sequences.padding import fills_slots
+from attnzoo.sequences.padding import ends, fills_slots
 
 ROWS = 128  # from how many on `native` is faster than a dense mask
 
@@ -59,11 +60,19 @@ def _in_tiles(engine: BlockSparse, call: Call) -> Tensor:
 
 
 def _compiled(engine: BlockSparse, call: Call) -> Tensor:
-    return block_tiles.in_tiles(engine, engine.pattern, call, native.COMPILED)
-
-
-def _native_why_not(engine: BlockSparse, call: Call) -> str | None:
-    return _one_table_why_not(engine, call) or native.why_not(engine, call)
+    pattern = engine.pattern
+    if _one_table_why_not(engine, call) is None:
+        return block_tiles.in_tiles(engine, pattern, call, native.COMPILED)
+    assert call.key_mask is not None
+    samples = call.split(batch=[1] * len(call.q))
+    return torch.cat(
+        [
+            block_tiles.in_tiles(
+                engine, pattern, one, native.COMPILED, -(-end // pattern.block_size)
+            )
+            for one, end in zip(samples, ends(call.key_mask).tolist(), strict=True)
+        ]
+    )
 
 
 def _native_passed_over(engine: BlockSparse, call: Call) -> str | None:
@@ -111,7 +120,11 @@ def _flex_why_not(engine: BlockSparse, call: Call) -> str | None:
 
 
 BlockSparse.backends = (
-    replace(from_first_real("native", _compiled, _native_why_not), untried=_native_passed_over),
+    replace(
+        from_first_real("native", _compiled, native.why_not),
+        untried=_native_passed_over,
+        skips_padding=lambda engine, call: True,
+    ),
     from_first_real("dense", dense.attend, dense.why_not),
     replace(from_first_real("flex", _flex, _flex_why_not), untried=flex.untried),
     from_first_real("tiles", _in_tiles, _tiles_why_not),

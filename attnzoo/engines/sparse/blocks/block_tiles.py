@@ -4,7 +4,7 @@ time in memory that stays in a CPU's cache."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -23,14 +23,25 @@ from attnzoo.engines.softmax.tiles.tile_pieces import (
     cap,
     kept,
 )
-from attnzoo.engines.sparse.blocks.block_layout import LaidOut, runs, sorted_key_blocks
+from attnzoo.engines.sparse.blocks.block_layout import (
+    LaidOut,
+    runs,
+    sorted_key_blocks,
+    table_of,
+)
 from attnzoo.engines.sparse.blocks.gathered_blocks import head_by_head
+from attnzoo.engines.sparse.blocks.ragged_blocks import in_tables_of_samples
 from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
+from attnzoo.sequences.bad_slots import clear_padding
 
 
 def in_tiles(
-    engine: SoftmaxReference, pattern: BlockPattern, call: Call, way: Way = tiles.IN_CACHE
+    engine: SoftmaxReference,
+    pattern: BlockPattern,
+    call: Call,
+    way: Way = tiles.IN_CACHE,
+    filled_blocks: int | None = None,
 ) -> Tensor:
     """A·v for a block pattern, a few blocks of rows at a time on the CPU.
 
@@ -38,33 +49,40 @@ def in_tiles(
     pattern: which key blocks each query block sees, the same for all samples
     call: the whole call, which may have a bias by distance
     way: how pieces are computed
+    filled_blocks: blocks up to the last real token of the samples, which end in the same block;
+        None: they are taken to end at the last slot
 
     Returns (batch, heads, query_length, value_dim).
     """
     grid, key_mask, laid_out = grid_of(call), call.key_mask, LaidOut.of(pattern, call)
-    found, size = runs(pattern, grid), laid_out.size
+    found, size = runs(pattern, grid, filled_blocks), laid_out.size
     ahead, spare = laid_out.ahead, laid_out.spare
     filled = key_mask
     if key_mask is None and any(run.tail for run in found):
         filled = torch.ones(1, grid.key_length, dtype=torch.bool, device="cpu")
-    key_cap = None
-    if filled is not None:
-        key_cap = cap(torch.nn.functional.pad(filled, (0, spare)), call.q)
+    if filled is not None and spare:
+        filled = torch.nn.functional.pad(filled, (0, spare))
 
     frame = call.frame()  # and not the call: autograd holds `compute`, which would hold its tensors
 
     def compute(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
         real = frame(q, k[:, :, : grid.key_length], v[:, :, : grid.key_length])
+        real = clear_padding(real)
+        if filled_blocks is not None:
+            rows = q[:, :, ahead : ahead + grid.query_length]
+            out = in_tables_of_samples(engine, pattern, replace(real, q=rows))
+            return torch.nn.functional.pad(out, (0, 0, ahead, q.shape[2] - ahead - out.shape[2]))
+        k, v = (torch.nn.functional.pad(x, (0, 0, 0, spare)) for x in (real.k, real.v))
         return head_by_head(engine, real, LaidOut(q, k, v, size, ahead, spare), blocks(), found)
 
     origin = laid_out.first_block(call) * size
     blocks = partial(sorted_key_blocks, pattern, grid)
 
     def pieces(q: Tensor, _: Tensor | None) -> list[list[Piece]]:
-        return _pieces(q, pattern, grid, origin, way)
+        return _pieces(q, pattern, grid, origin, way, filled_blocks)
 
     q, k, v = laid_out.q, laid_out.k, laid_out.v
-    whole = InPieces(q, k, v, pieces, compute, key_cap, bias=call.get("distance_bias"))
+    whole = InPieces(q, k, v, pieces, compute, filled, bias=call.get("distance_bias"))
     return laid_out.rows(way.attend(engine, whole), call)
 
 
@@ -115,15 +133,21 @@ class Gathered:
 
 @kept
 def _pieces(
-    like: Tensor, pattern: BlockPattern, grid: Grid, origin: int, way: Way
+    like: Tensor,
+    pattern: BlockPattern,
+    grid: Grid,
+    origin: int,
+    way: Way,
+    filled_blocks: int | None,
 ) -> list[list[Piece]]:
     """The pieces of every head; heads that draw nothing of their own share theirs.
 
     like: of whose dtype the caps are
     origin: where row 0 stands
     way: how pieces are computed
+    filled_blocks: as `in_tiles` takes it
     """
-    size, found = pattern.block_size, runs(pattern, grid)
+    size, found = pattern.block_size, runs(pattern, grid, filled_blocks)
     diagonal = cap(torch.ones(size, size, dtype=torch.bool, device="cpu").tril(), like)
 
     def of_head(blocks: Tensor) -> Iterator[Piece]:
@@ -145,5 +169,5 @@ def _pieces(
                         origin,
                     )
 
-    pieces = [list(of_head(own)) for own in sorted_key_blocks(pattern, grid)]
+    pieces = [list(of_head(own)) for own in table_of(pattern, grid, filled_blocks)]
     return pieces if len(pieces) == grid.heads else pieces * grid.heads

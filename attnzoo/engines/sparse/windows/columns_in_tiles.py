@@ -42,7 +42,7 @@ def in_tiles(
     real, slots = columns.real, columns.slots
     assert key_mask is not None
     k, v = torch.cat([call.k, columns.k], 2), torch.cat([call.v, columns.v], 2)
-    key_cap = cap(torch.cat([key_mask, real], 1), call.q)
+    whole_mask = torch.cat([key_mask, real], 1)
     table = slots if grid.is_causal else None
 
     frame = call.frame()
@@ -54,7 +54,7 @@ def in_tiles(
 
     of_heads = partial(_pieces, pattern, grid, columns.count, way)
     logits = call.get("sink_logits")
-    return way.attend(engine, InPieces(call.q, k, v, of_heads, compute, key_cap, table, logits))
+    return way.attend(engine, InPieces(call.q, k, v, of_heads, compute, whole_mask, table, logits))
 
 
 @dataclass(frozen=True)

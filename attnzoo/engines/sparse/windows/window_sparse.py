@@ -250,6 +250,7 @@ WindowSparse.backends = (
         partial(_in_tiles, way=native.COMPILED),
         native.why_not,
         untried=_native_passed_over,
+        skips_padding=lambda engine, call: not engine.has_columns(call),
     ),
     Backend("dense", dense.attend, dense.why_not),
     Backend("flex", _by_flex, _flex_why_not, packs=True, untried=flex.untried),

@@ -14,6 +14,7 @@ from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.windows.window_plan import BLOCK, band, edges, plan
 from attnzoo.engines.sparse.windows.window_slices import in_slices, with_logits
+from attnzoo.sequences.bad_slots import clear_padding
 
 
 def in_tiles(
@@ -30,16 +31,16 @@ def in_tiles(
     """
     grid = grid_of(call)
     frame = call.frame()  # and not the call: autograd holds `compute`, which would hold its tensors
-    key_cap = None if call.key_mask is None else cap(call.key_mask, call.q)
 
     def compute(q: Tensor, k: Tensor, v: Tensor, logits: Tensor | None) -> Tensor:
-        return in_slices(engine, pattern, with_logits(frame(q, k, v), logits))
+        again = clear_padding(frame(q, k, v))
+        return in_slices(engine, pattern, with_logits(again, logits))
 
     def of_heads(q: Tensor, _: Tensor | None) -> list[list[Slices]]:
         return [pieces_of_head(q, pattern, grid, way)] * grid.heads
 
     added = {"sink_logits": call.get("sink_logits"), "bias": call.get("distance_bias")}
-    whole = InPieces(call.q, call.k, call.v, of_heads, compute, key_cap, **added)
+    whole = InPieces(call.q, call.k, call.v, of_heads, compute, call.key_mask, **added)
     return way.attend(engine, whole)
 
 
