@@ -160,10 +160,10 @@ def _check_inputs(call: Call, spec: Spec) -> None:
     for name in call.inputs:
         if not spec.takes(name):
             _refuse(name, spec)
-    sizes = {
-        **dict(zip(("batch", "heads", "queries", "width"), call.q.shape, strict=True)),
-        **dict(zip(("kv_heads", "keys", "value_width"), call.v.shape[1:], strict=True)),
-    }
+    sizes: dict[str, int] = {}
+    if call.inputs:
+        sizes |= zip(("batch", "heads", "queries", "width"), call.q.shape, strict=True)
+        sizes |= zip(("kv_heads", "keys", "value_width"), call.v.shape[1:], strict=True)
     for one in spec.inputs:
         if one.name in call.inputs:
             _check_input(one, call.inputs[one.name], call, sizes)

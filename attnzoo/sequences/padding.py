@@ -70,7 +70,7 @@ def starts_real(key_mask: Tensor | None) -> bool:
     """
     if key_mask is None or key_mask.is_meta:
         return True
-    return can_look(key_mask) and not bool(leading(key_mask).any())
+    return can_look(key_mask) and (bool(key_mask[:, :1].all()) or not bool(leading(key_mask).any()))
 
 
 def ends_real(key_mask: Tensor | None) -> bool:

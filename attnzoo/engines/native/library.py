@@ -89,7 +89,8 @@ def compiled_file() -> Path:
 
 def not_compiled() -> str | None:
     """Why backend="auto" passes over the code, which it never compiles."""
-    if not is_compiled():
+    was_loaded = _is_loaded.cache_info().currsize > 0  # which spares asking for the file each time
+    if not was_loaded and not is_compiled():
         return "it is not compiled on this machine: attnzoo doctor --compile does that"
     if not _is_loaded():
         return "its compiled file is damaged: attnzoo doctor --compile makes it anew"

@@ -114,9 +114,8 @@ def from_first_real(name: str, run: Run, why_not: WhyNot) -> Backend:
 
     @wraps(why_not)
     def refuses(engine: Any, call: Call) -> str | None:
-        if _counts_otherwise(engine, call) and (
-            call.query_length == 1 or call.offset < 0 or (call.offset and not call.is_causal)
-        ):
+        fits = call.query_length > 1 and (call.offset == 0 or (call.offset > 0 and call.is_causal))
+        if not fits and _counts_otherwise(engine, call):
             return (
                 "samples may begin with padding, and there are not as many queries as keys: only "
                 "the reference counts their positions"

@@ -48,7 +48,25 @@ def attend(engine: SoftmaxReference, call: InPieces) -> Tensor:
     q, k, v = call.q, call.k, call.v
     plan = plan_of(call.pieces(q, call.table), k.shape[2], q.dtype)
     given = (q, k, v, call.key_mask, call.sink_logits)
-    return _Attend.apply(*given, plan, engine.scale_of(q), call.compute)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+        return _Attend.apply(*given, plan, engine.scale_of(q), call.compute)
+    return _computed(*given, plan, engine.scale_of(q))[0]
+
+
+def _computed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    sink_logits: Tensor | None,
+    plan: TilePlan,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """A·v, and the logarithms of the sums of rows, (batch, heads, query_length)."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    logits = None if sink_logits is None else sink_logits.to(q.dtype).contiguous()
+    key_mask = None if key_mask is None else key_mask.contiguous()
+    return operators().native_attention(q, k, v, key_mask, logits, list(plan), scale)
 
 
 def all_parts(size: int, keys: int, threads: int | None = None) -> int:
@@ -74,10 +92,7 @@ class _Attend(torch.autograd.Function):
         scale: float,
         compute: Compute,
     ) -> Tensor:
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        logits = None if sink_logits is None else sink_logits.to(q.dtype).contiguous()
-        key_mask = None if key_mask is None else key_mask.contiguous()
-        out, log_sums = operators().native_attention(q, k, v, key_mask, logits, list(plan), scale)
+        out, log_sums = _computed(q, k, v, key_mask, sink_logits, plan, scale)
         ctx.save_for_backward(q, k, v, key_mask, sink_logits, out, log_sums)
         ctx.plan, ctx.scale, ctx.compute = plan, scale, compute
         return out
@@ -88,6 +103,8 @@ class _Attend(torch.autograd.Function):
         if is_followed(gradients[0]):
             *to_qkv, to_logits = open_gradients(ctx.compute, (q, k, v, sink_logits), gradients[0])
             return *to_qkv, None, to_logits, *[None] * 3
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        key_mask = None if key_mask is None else key_mask.contiguous()
         sent, to_logits = gradients[0].contiguous(), None
         found = operators().native_attention_backward(
             sent, out, log_sums, q, k, v, key_mask, list(ctx.plan), ctx.scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -60,19 +61,14 @@ def _in_tiles(engine: BlockSparse, call: Call) -> Tensor:
 
 
 def _compiled(engine: BlockSparse, call: Call) -> Tensor:
-    pattern = engine.pattern
-    if _one_table_why_not(engine, call) is None:
-        return block_tiles.in_tiles(engine, pattern, call, native.COMPILED)
-    assert call.key_mask is not None
-    samples = call.split(batch=[1] * len(call.q))
-    return torch.cat(
-        [
-            block_tiles.in_tiles(
-                engine, pattern, one, native.COMPILED, -(-end // pattern.block_size)
-            )
-            for one, end in zip(samples, ends(call.key_mask).tolist(), strict=True)
-        ]
-    )
+    pattern, tiled = engine.pattern, partial(block_tiles.in_tiles, way=native.COMPILED)
+    if call.key_mask is None or call.is_causal or not pattern.tied_to_end:
+        return tiled(engine, pattern, call)
+    filled = [-(-end // pattern.block_size) for end in ends(call.key_mask).tolist()]
+    if len(set(filled)) == 1:
+        return tiled(engine, pattern, call, filled_blocks=filled[0])
+    samples = zip(call.split(batch=[1] * len(filled)), filled, strict=True)
+    return torch.cat([tiled(engine, pattern, one, filled_blocks=blocks) for one, blocks in samples])
 
 
 def _native_passed_over(engine: BlockSparse, call: Call) -> str | None:

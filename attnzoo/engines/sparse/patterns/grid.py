@@ -125,4 +125,6 @@ def grid_of(call: Call) -> Grid:
 def _constant(length: int) -> int:
     """The same number, as a constant where a compiler has it as a symbol, since the blocks of a
     pattern are laid out for one length. int() would leave it a symbol."""
+    if type(length) is int and not torch.compiler.is_compiling():
+        return length
     return len(range(int(length)))

@@ -49,6 +49,10 @@ class Window(Pattern):
         """The dilation of each head, or one for all heads."""
         return self.dilation if isinstance(self.dilation, tuple) else (self.dilation,)
 
+    def dilated(self, dilation: int) -> Window:
+        """The same with this dilation in every head."""
+        return self if self.dilation == dilation else replace(self, dilation=dilation)
+
     @property
     def reach(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return None if self.sinks else self.near

@@ -110,9 +110,9 @@ def by_dilation(pattern: Window, call: Call, attend_heads: AttendWindow) -> Tens
     groups = pattern.heads_by_dilation(call.q.shape[1])
     if len(groups) == 1:
         (dilation,) = groups
-        return attend_heads(replace(pattern, dilation=dilation), call)
+        return attend_heads(pattern.dilated(dilation), call)
     outs = [
-        attend_heads(replace(pattern, dilation=dilation), call.select(heads=heads))
+        attend_heads(pattern.dilated(dilation), call.select(heads=heads))
         for dilation, heads in groups.items()
     ]
     order = torch.tensor(
@@ -130,7 +130,7 @@ def of_one_dilation(pattern: Window, call: Call, attend_window: AttendWindow) ->
         the batch; a single query is not folded, and comes with the keys of its own class alone
     """
     assert isinstance(pattern.dilation, int)
-    dilation, plain = pattern.dilation, replace(pattern, dilation=1)
+    dilation, plain = pattern.dilation, pattern.dilated(1)
     if dilation == 1:
         return attend_window(plain, call)
     if call.query_length == 1:  # decoding: the last position sees its own class alone
@@ -169,7 +169,7 @@ def count_executed(pattern: Window, shape: Shape, columns: int = 0) -> int:
 
     columns: how many keys every row sees beside its window
     """
-    plain, total = replace(pattern, dilation=1), 0
+    plain, total = pattern.dilated(1), 0
     for own in plain_shapes(pattern, shape):
         grid = Grid(own.heads, own.query_length, own.key_length, shape.is_causal)
         pairs = window_plan.count_pairs(plain, grid) + grid.query_length * columns
