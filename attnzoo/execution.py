@@ -81,8 +81,7 @@ def _skips_padding(core: Core, call: Call) -> bool:
     """Whether nothing will read what stands in the padded slots of a call."""
     if call.key_mask is None or not core.packs:
         return False
-    call = core.engine.completed(call)
-    return core.engine.choose(call, core.backend).skips_padding(core.engine, call)
+    return core.engine.skips_padding(call, core.backend)
 
 
 def weights(core: Core, call: Call) -> Tensor:

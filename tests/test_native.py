@@ -109,11 +109,9 @@ def test_auto_takes_it_where_it_is_compiled_and_faster(monkeypatch: pytest.Monke
 
     assert taken(300, window=9) == "tiles"  # the tests' machine has not compiled it
     monkeypatch.setattr(library, "not_compiled", lambda: None)
-    assert taken(300, window=9) == "native"
-    assert taken(100, window=9) == "dense"
-    assert taken(300, window=300) == "dense"
-    assert taken(300, window=9, sinks=2) == "dense"
-    assert taken(600, window=9, sinks=2) == "native"
+    assert taken(300, window=9) == taken(100, window=9) == taken(300, window=300) == "native"
+    assert taken(31, window=9) == "dense"
+    assert taken(300, window=9, sinks=2) == taken(600, window=9, sinks=2) == "native"
     assert taken(600, window=9, softcap=2.0) == "tiles"
 
 

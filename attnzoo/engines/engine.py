@@ -255,6 +255,12 @@ class Engine(nn.Module):
         chosen = self.choose(call, backend)
         return chosen.run(self, call), chosen.name, state
 
+    def skips_padding(self, call: Call, requested: str) -> bool:
+        """Whether nothing will read what stands in the padded slots of a call, so that they need
+        not be cleared."""
+        call = self.completed(call)
+        return self.choose(call, requested).skips_padding(self, call)
+
     def weights(self, call: Call) -> Tensor:
         """A itself, without dropout, (batch, heads, query_length, key_length) in the precision of
         sums."""

@@ -46,14 +46,6 @@ def why_not(engine: SparseReference, call: Call) -> str | None:
     return cannot(engine, call)
 
 
-def serves_whole(engine: SparseReference, call: Call) -> str | None:
-    """Why another backend leaves the call to this one: nothing is hidden; None where it is not."""
-    whole = is_whole(engine.pattern, grid_of(call)) and not _ends_differ(engine, call)
-    if whole and why_not(engine, call) is None:
-        return "the pattern hides no key, and one call of SDPA is exact attention"
-    return None
-
-
 def cannot(engine: SparseReference, call: Call) -> str | None:
     """Why SDPA does not take the call, whatever the pattern hides; None when it does."""
     if "sink_logits" in call.inputs:

@@ -180,6 +180,11 @@ class WindowAndGlobals(WindowSparse):
     def has_columns(self, call: Call) -> bool:
         return isinstance(call, GlobalCall)
 
+    def skips_padding(self, call: Call, requested: str) -> bool:
+        if self.global_tokens or call.get(GLOBAL_MASK.name) is not None:
+            return False  # not asked of `completed`, which would look for global tokens twice
+        return super().skips_padding(call, requested)
+
     def columns_of(self, call: Call) -> tuple[Call, Columns | None]:
         if not isinstance(call, GlobalCall):
             return call, None

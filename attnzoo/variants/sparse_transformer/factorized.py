@@ -23,10 +23,11 @@ from attnzoo.engines.engine import (
     accumulation_dtype,
     never_refuses,
 )
+from attnzoo.engines.softmax.native import attend as native
 from attnzoo.engines.softmax.reference import REFERENCE, masked_softmax
 from attnzoo.engines.softmax.sdpa import sdpa
 from attnzoo.engines.softmax.softmax import softmax_cost
-from attnzoo.engines.sparse import dense
+from attnzoo.engines.sparse import dense, masked_tiles
 from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.sparse import Sparse, from_first_real
 from attnzoo.variants.sparse_transformer import factorized_flash
@@ -208,7 +209,20 @@ def _count_visible(factors: tuple[Factor, ...], grid: Grid) -> int:
     )
 
 
+def _native_why_not(engine: Factorized, call: Call) -> str | None:
+    if not masked_tiles.serves(engine, call):
+        return (
+            "it is for short inputs whose samples begin with real tokens, by one mask of all pairs"
+        )
+    return native.why_not(engine, call)
+
+
 Factorized.backends = (
+    replace(
+        from_first_real("native", masked_tiles.attend, _native_why_not),
+        untried=lambda engine, call: native.passed_over(call),
+        skips_padding=lambda engine, call: True,
+    ),
     from_first_real("one_row", _one_row, _one_row_why_not),
     from_first_real("dense", dense.attend, dense.why_not),
     from_first_real("flash", _by_flash, factorized_flash.why_not),

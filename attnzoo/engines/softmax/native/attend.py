@@ -18,6 +18,10 @@ from attnzoo.engines.softmax.reference import SoftmaxReference
 from attnzoo.engines.softmax.tiles import tiles
 from attnzoo.engines.softmax.tiles.tile_pieces import InPieces, Way
 
+#: From how many rows on it is faster than one call of SDPA under a dense mask. Measured by
+#: `benchmarks/short_inputs.py`.
+FEWEST_ROWS = 32
+
 
 def why_not(engine: SoftmaxReference, call: Call) -> str | None:
     """Why the compiled operators refuse the call; None when they take it."""
@@ -30,26 +34,39 @@ def why_not(engine: SoftmaxReference, call: Call) -> str | None:
     return tiles.cannot_work_alone(engine, call) or cannot_compile()
 
 
-def passed_over(call: Call, fewest_rows: int) -> str | None:
-    """Why backend="auto" passes over it; None where it does not.
-
-    fewest_rows: from how many rows on it is faster than one call of SDPA under a dense mask
-    """
+def passed_over(call: Call) -> str | None:
+    """Why backend="auto" passes over it; None where it does not."""
     reason = library.not_compiled()
     if reason is not None:
         return reason
-    if call.query_length < fewest_rows:
-        return f"{call.query_length} rows are fewer than the {fewest_rows} from which on it is fast"
+    if call.query_length < FEWEST_ROWS:
+        return f"{call.query_length} rows are fewer than the {FEWEST_ROWS} from which on it is fast"
     return None
 
 
 def attend(engine: SoftmaxReference, call: InPieces) -> Tensor:
     """A·v of a call in pieces, as `Way.attend`, without what `why_not` refuses."""
-    q, k, v = call.q, call.k, call.v
-    plan = plan_of(call.pieces(q, call.table), k.shape[2], q.dtype)
-    given = (q, k, v, call.key_mask, call.sink_logits)
+    plan = plan_of(call.pieces(call.q, call.table), call.k.shape[2], call.q.dtype)
+    given = (call.q, call.k, call.v, call.key_mask, call.sink_logits)
+    return by_plan(engine, given, plan, call.compute)
+
+
+def by_plan(
+    engine: SoftmaxReference,
+    given: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    plan: TilePlan,
+    compute: Compute,
+) -> Tensor:
+    """A·v, (batch, heads, query_length, value_dim).
+
+    engine: gives the scale
+    given: q, k, v, key_mask and sink_logits, as `InPieces` has them
+    plan: which rows meet which keys
+    compute: as `InPieces` has it
+    """
+    q = given[0]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
-        return _Attend.apply(*given, plan, engine.scale_of(q), call.compute)
+        return _Attend.apply(*given, plan, engine.scale_of(q), compute)
     return _computed(*given, plan, engine.scale_of(q))[0]
 
 

@@ -27,8 +27,6 @@ from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.sparse import Sparse, from_first_real
 from attnzoo.sequences.padding import ends, fills_slots
 
-ROWS = 128  # from how many on `native` is faster than a dense mask
-
 
 class BlockSparse(Sparse):
     """Softmax attention in which a block of queries sees blocks of keys.
@@ -69,10 +67,6 @@ def _compiled(engine: BlockSparse, call: Call) -> Tensor:
         return tiled(engine, pattern, call, filled_blocks=filled[0])
     samples = zip(call.split(batch=[1] * len(filled)), filled, strict=True)
     return torch.cat([tiled(engine, pattern, one, filled_blocks=blocks) for one, blocks in samples])
-
-
-def _native_passed_over(engine: BlockSparse, call: Call) -> str | None:
-    return native.passed_over(call, ROWS) or dense.serves_whole(engine, call)
 
 
 def _tiles_why_not(engine: BlockSparse, call: Call) -> str | None:
@@ -118,7 +112,7 @@ def _flex_why_not(engine: BlockSparse, call: Call) -> str | None:
 BlockSparse.backends = (
     replace(
         from_first_real("native", _compiled, native.why_not),
-        untried=_native_passed_over,
+        untried=lambda engine, call: native.passed_over(call),
         skips_padding=lambda engine, call: True,
     ),
     from_first_real("dense", dense.attend, dense.why_not),

@@ -17,7 +17,7 @@ from attnzoo.engines.softmax.reference import SINK_LOGITS, reference
 from attnzoo.engines.softmax.softmax import softmax_cost
 from attnzoo.engines.softmax.tiles import tiles
 from attnzoo.engines.softmax.tiles.tile_pieces import Way
-from attnzoo.engines.sparse import dense, flex
+from attnzoo.engines.sparse import dense, flex, masked_tiles
 from attnzoo.engines.sparse.global_cache import GlobalCache
 from attnzoo.engines.sparse.patterns.grid import Grid
 from attnzoo.engines.sparse.patterns.window import Window
@@ -36,8 +36,6 @@ from attnzoo.sequences.padding import first_real, slots_of
 #: Queries and keys, each, up to which a dense mask serves every window; beyond, one that shows a
 #: row at least so many keys for each pair of a query and a key: two fifths of 512, four of 1,024.
 ALWAYS_SHORT, SPAN = 256, 0.8 / 1024
-#: From how many rows on `native` is faster than a dense mask, alone and with columns.
-ROWS, ROWS_WITH_COLUMNS = 128, 512
 
 
 class WindowSparse(Sparse):
@@ -179,15 +177,25 @@ def _in_tiles(engine: WindowSparse, call: Call, way: Way = tiles.IN_CACHE) -> Te
     return engine.finished(call, dilated.by_dilation(engine.pattern, call, attend_heads))
 
 
+def _compiled(engine: WindowSparse, call: Call) -> Tensor:
+    if _as_mask(engine, call):
+        return masked_tiles.attend(engine, call)
+    return _in_tiles(engine, call, native.COMPILED)
+
+
+def _as_mask(engine: WindowSparse, call: Call) -> bool:
+    """Whether a short call takes less time by the mask of its pattern than by classes of a dilated
+    window, or by sinks as columns."""
+    sinks = engine.pattern.sinks > 0
+    is_plain = engine.pattern.dilation == 1 and not sinks
+    is_of_pattern = engine.has_columns(call) == sinks  # columns may also be a call's own
+    return is_of_pattern and not is_plain and masked_tiles.serves(engine, call)
+
+
 def _tiles_why_not(engine: WindowSparse, call: Call) -> str | None:
     if engine.has_columns(call) and "distance_bias" in call.inputs:
         return "it has no distance_bias beside keys that every row sees; `columns` has"
     return tiles.why_not(engine, call)
-
-
-def _native_passed_over(engine: WindowSparse, call: Call) -> str | None:
-    rows = ROWS_WITH_COLUMNS if engine.has_columns(call) else ROWS
-    return native.passed_over(call, rows) or dense.serves_whole(engine, call)
 
 
 def _in_slices(engine: WindowSparse, call: Call) -> Tensor:
@@ -247,10 +255,10 @@ def _flex_why_not(engine: WindowSparse, call: Call) -> str | None:
 WindowSparse.backends = (
     Backend(
         "native",
-        partial(_in_tiles, way=native.COMPILED),
+        _compiled,
         native.why_not,
-        untried=_native_passed_over,
-        skips_padding=lambda engine, call: not engine.has_columns(call),
+        untried=lambda engine, call: native.passed_over(call),
+        skips_padding=lambda engine, call: not engine.has_columns(call) or _as_mask(engine, call),
     ),
     Backend("dense", dense.attend, dense.why_not),
     Backend("flex", _by_flex, _flex_why_not, packs=True, untried=flex.untried),
