@@ -26,6 +26,7 @@ COMPILED = (
     "softmax/native/attention.cpp",
     "linear/native/recurrence.cpp",
     "sparse/selected/native/best_blocks.cpp",
+    "sparse/selected/native/plan_of_blocks.cpp",
 )
 INCLUDED = (
     "native/products.h",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from attnzoo.engines.softmax.native.tile_plan import TilePlan
+from attnzoo.engines.softmax.native.tile_plan import TilePlan, ranges_of
 from attnzoo.engines.softmax.tiles.tile_pieces import cap
 
 ROWS = 64  # rows of a tile, as many as the C++ computes together
@@ -37,7 +37,7 @@ def plan_of_mask(seen: Tensor, dtype: torch.dtype) -> TilePlan:
             keys = torch.cat([torch.empty(0, dtype=torch.long, device="cpu"), *places])
             for start, end in _stretches(counts[keys] < size, GAP):
                 own = rows[:, keys[start:end]].mT  # (keys, rows)
-                caps.append((start, end, limit_count, span_count))
+                caps.append((start, end, limit_count, span_count, 1))
                 limits.append(cap(own, torch.empty(0, dtype=dtype)).flatten())
                 spans.append(_spans(own))
                 limit_count, span_count = limit_count + own.numel(), span_count + len(own)
@@ -46,10 +46,10 @@ def plan_of_mask(seen: Tensor, dtype: torch.dtype) -> TilePlan:
     return TilePlan(
         _table(tiles, 6),
         _table(runs, 2),
-        _table(caps, 4),
+        _table(caps, 5),
         torch.cat([torch.empty(0, 2, dtype=torch.int32, device="cpu"), *spans]),
         torch.cat([torch.empty(0, dtype=dtype, device="cpu"), *limits]),
-        torch.tensor(starts, dtype=torch.int32, device="cpu"),
+        ranges_of(starts),
     )
 
 

@@ -41,10 +41,11 @@ template <typename Number>
 struct Plan {
   const int32_t* tiles;   // (tiles, 6): the numbers of a Tile
   const int32_t* runs;    // (runs, 2): first key, number of keys
-  const int32_t* caps;    // (caps, 4): first and end among the tile's keys, places below
+  const int32_t* caps;    // (caps, 5): first and end among the tile's keys, places below, and 1
+                          // where each key has limits of its own, 0 where all keys share them
   const int32_t* spans;   // of each cap and key, the first row that sees it and the end of those
-  const Number* limits;   // the largest scores, of each cap (its keys, rows of the tile)
-  const int32_t* starts;  // (heads + 1,): the first tile of each head
+  const Number* limits;   // the largest scores, of each cap (its keys or 1, rows of the tile)
+  const int32_t* ranges;  // (heads, 2): the first tile of each head, and the end of its tiles
   Index heads;            // 1 where all heads share their tiles, or the heads of one or all samples
 
   explicit Plan(at::TensorList tensors)
@@ -53,11 +54,11 @@ struct Plan {
         caps(tensors[2].const_data_ptr<int32_t>()),
         spans(tensors[3].const_data_ptr<int32_t>()),
         limits(tensors[4].const_data_ptr<Number>()),
-        starts(tensors[5].const_data_ptr<int32_t>()),
-        heads(tensors[5].size(0) - 1) {}
+        ranges(tensors[5].const_data_ptr<int32_t>()),
+        heads(tensors[5].size(0)) {}
 
-  Index first_tile(Index head) const { return starts[head % heads]; }
-  Index end_tile(Index head) const { return starts[head % heads + 1]; }
+  Index first_tile(Index head) const { return ranges[2 * (head % heads)]; }
+  Index end_tile(Index head) const { return ranges[2 * (head % heads) + 1]; }
 
   Tile tile(Index number) const {
     const int32_t* x = tiles + 6 * number;
@@ -89,15 +90,15 @@ struct Plan {
     if (chunk.count) finish();
   }
 
-  // Calls visit(key of the cap, key of the chunk, place of the cap's limits, place of its spans).
+  // Calls visit(key of the cap, key of the chunk, the cap) for the capped keys of a chunk.
   template <typename Visit>
   void each_capped(const Tile& tile, const Chunk& chunk, const Visit& visit) const {
     for (Index number = tile.cap; number < tile.cap_end; ++number) {
-      const int32_t* cap = caps + 4 * number;
+      const int32_t* cap = caps + 5 * number;
       const Index first = std::max<Index>(cap[0], chunk.column);
       const Index end = std::min<Index>(cap[1], chunk.column + chunk.count);
       for (Index key = first; key < end; ++key)
-        visit(key - cap[0], key - chunk.column, cap[2], cap[3]);
+        visit(key - cap[0], key - chunk.column, cap);
     }
   }
 
@@ -120,8 +121,8 @@ struct Plan {
   void narrow(const Tile& tile, Index skipped, Chunk& chunk) const {
     Index low[KEYS] = {}, high[KEYS], parts = 0;
     std::fill_n(high, chunk.count, tile.together(skipped));
-    each_capped(tile, chunk, [&](Index own, Index key, Index, Index place) {
-      const int32_t* span = spans + 2 * (place + own);
+    each_capped(tile, chunk, [&](Index own, Index key, const int32_t* cap) {
+      const int32_t* span = spans + 2 * (cap[3] + own);
       low[key] = std::max<Index>(low[key], span[0] - skipped);
       high[key] = std::min<Index>(high[key], span[1] - skipped);
     });
@@ -147,8 +148,8 @@ struct Plan {
   // Lowers scores (keys of the chunk, ROWS) to the caps of rows skipped.. of the tile.
   void limit(const Tile& tile, const Chunk& chunk, Index skipped, Number* scores) const {
     const Index rows = tile.together(skipped);
-    each_capped(tile, chunk, [&](Index own, Index key, Index place, Index) {
-      const Number* most = limits + place + own * tile.rows + skipped;
+    each_capped(tile, chunk, [&](Index own, Index key, const int32_t* cap) {
+      const Number* most = limits + cap[2] + cap[4] * own * tile.rows + skipped;
       Number* line = scores + key * ROWS;
       Index i = 0;
       for (; i + LANES<Number> <= rows; i += LANES<Number>)

@@ -19,12 +19,12 @@ class TilePlan(NamedTuple):
     tiles: (tiles, 6), of each its first row, its rows, its first run and the end of its runs, its
         first cap and the end of its caps
     runs: (runs, 2), first key and number of keys
-    caps: (caps, 4), first and end of the capped keys among those of the tile, and the places of
-        their limits and of their spans
+    caps: (caps, 5), first and end of the capped keys among those of the tile, the places of their
+        limits and of their spans, and 1 where each key has limits of its own, 0 where all share one
     spans: (spans, 2), of each capped key the first row of the tile that sees it, and the end of
         those
-    limits: of each cap (keys, rows of the tile) one after the other
-    starts: (heads + 1,), the first tile of each head
+    limits: of each cap (keys or 1, rows of the tile) one after the other
+    ranges: (heads, 2), the first tile of each head, and the end of its tiles
     """
 
     tiles: Tensor
@@ -32,7 +32,16 @@ class TilePlan(NamedTuple):
     caps: Tensor
     spans: Tensor
     limits: Tensor
-    starts: Tensor
+    ranges: Tensor
+
+
+def ranges_of(starts: Sequence[int]) -> Tensor:
+    """The `ranges` of heads whose tiles follow one another.
+
+    starts: the first tile of each head, and the number of tiles
+    """
+    edges = torch.tensor(starts, dtype=torch.int32, device="cpu")
+    return torch.stack([edges[:-1], edges[1:]], 1)
 
 
 def plan_of(heads: Sequence[Sequence[Piece]], key_length: int, dtype: torch.dtype) -> TilePlan:
@@ -115,16 +124,16 @@ class _Parts:
         return TilePlan(
             joined(self._tiles, 6),
             joined(self._runs, 2),
-            joined(self._caps, 4),
+            joined(self._caps, 5),
             joined(self._spans, 2),
             torch.cat([like.new_empty(0), *self._limits]),
-            torch.tensor(starts, dtype=torch.int32, device="cpu"),
+            ranges_of(starts),
         )
 
     def _caps_of(self, piece: Piece) -> Tensor:
-        """(parts, caps, 4)"""
+        """(parts, caps, 5)"""
         parts, size, _ = piece.shape
-        found = torch.empty(parts, len(piece.caps), 4, dtype=torch.long, device="cpu")
+        found = torch.ones(parts, len(piece.caps), 5, dtype=torch.long, device="cpu")
         for number, cap in enumerate(piece.caps):
             keys = cap.stop - cap.start
             limits, spans = self._places_of(cap.largest, size, keys)

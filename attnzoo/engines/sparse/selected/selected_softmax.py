@@ -17,11 +17,12 @@ from attnzoo.eager import is_recorded
 from attnzoo.engines.engine import Backend, Cost, Shape, causal_pairs, never_refuses
 from attnzoo.engines.softmax import sdpa
 from attnzoo.engines.softmax.cache import KeyValueCache
+from attnzoo.engines.softmax.native import attend as native
 from attnzoo.engines.softmax.reference import REFERENCE, visible, weights_of
 from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
 from attnzoo.engines.sparse.dense import too_large
 from attnzoo.engines.sparse.reference import is_short_input
-from attnzoo.engines.sparse.selected import selected_tiles
+from attnzoo.engines.sparse.selected import selected_native, selected_tiles
 from attnzoo.engines.sparse.selected.selected_rows import Sizes, attend_selected, most_pairs
 from attnzoo.engines.sparse.selected.selection import Placed, Selector
 from attnzoo.engines.sparse.support_mask import attend_supported
@@ -42,9 +43,10 @@ def with_sums(
 class SelectedSoftmax(Softmax):
     """Softmax attention in which a query sees the key blocks that the data select for it.
 
-    Its backends in order: `dense`, one SDPA call, where every key is seen; `tiles`, on a CPU in
-    memory that stays in cache; `selected`, the same in operators that graphs and transforms follow;
-    the reference. Only the first and the last form a row for every key.
+    Its backends in order: `native`, short inputs in C++, where that has been compiled; `dense`, one
+    SDPA call, where every key is seen; `tiles`, on a CPU in memory that stays in cache; `selected`,
+    the same in operators that graphs and transforms follow; the reference. Only `dense` and the
+    last form a row for every key.
 
     selector: names the key blocks that each query sees
     scale: factor of the scores, 1/sqrt(head_dim) by default
@@ -124,6 +126,18 @@ def _behind(query_length: int, key_length: int, size: int) -> int:
     return (key_length - first) * (size - 1) - (places(key_length) - places(first))
 
 
+def _compiled(engine: SelectedSoftmax, call: Call) -> Tensor:
+    placed = Placed.of(call)
+    selection = engine.selector.select(placed)
+    return selected_native.attend(engine, placed, selection, engine.selector.block_size)
+
+
+def _compiled_passed_over(engine: SelectedSoftmax, call: Call) -> str | None:
+    if engine.selector.sees_all(call.key_length):
+        return "every key is seen, and one call of SDPA is exact attention"
+    return selected_native.passed_over(call)
+
+
 def _in_tiles(engine: SelectedSoftmax, call: Call) -> Tensor:
     placed = Placed.of(call)
     selection = engine.selector.select(placed)
@@ -149,6 +163,7 @@ def _dense_why_not(engine: SelectedSoftmax, call: Call) -> str | None:
 
 
 SelectedSoftmax.backends = (
+    Backend("native", _compiled, native.why_not, untried=_compiled_passed_over),
     Backend("dense", _dense, _dense_why_not),
     Backend("tiles", _in_tiles, selected_tiles.why_not),
     Backend("selected", _in_operators, never_refuses),

@@ -41,12 +41,12 @@ def attend_in_tiles(
 ) -> Tensor:
     """As `attend_selected`, of a call that `why_not` accepts."""
     call = placed.call
-    compute = partial(_openly, engine, placed, selection, block_size)
+    compute = partial(in_open_operators, engine, placed, selection, block_size)
     layout = Layout(placed, selection, block_size, engine.scale_of(call.q))
     return _Attend.apply(call.q, call.k, call.v, layout, compute)  # pyright: ignore[reportReturnType]
 
 
-def _openly(
+def in_open_operators(
     engine: SoftmaxReference,
     placed: Placed,
     selection: Selection,
@@ -55,7 +55,7 @@ def _openly(
     k: Tensor,
     v: Tensor,
 ) -> Tensor:
-    """The same in operators that autograd can follow."""
+    """As `attend_selected` of the call with other q, k and v: operators that autograd follows."""
     call = replace(placed.call, q=q, k=k, v=v)
     return attend_selected(engine, replace(placed, call=call), selection, block_size)
 
