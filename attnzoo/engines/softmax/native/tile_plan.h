@@ -42,8 +42,8 @@ struct Plan {
   const int32_t* tiles;   // (tiles, 6): the numbers of a Tile
   const int32_t* runs;    // (runs, 2): first key, number of keys
   const int32_t* caps;    // (caps, 5): first and end among the tile's keys, places below, and 1
-                          // where each key has limits of its own, 0 where all keys share them
-  const int32_t* spans;   // of each cap and key, the first row that sees it and the end of those
+                          // where each key has its own of both, 0 where all keys share one
+  const int32_t* spans;   // of each key or cap, the first row that sees it and the end of those
   const Number* limits;   // the largest scores, of each cap (its keys or 1, rows of the tile)
   const int32_t* ranges;  // (heads, 2): the first tile of each head, and the end of its tiles
   Index heads;            // 1 where all heads share their tiles, or the heads of one or all samples
@@ -122,7 +122,7 @@ struct Plan {
     Index low[KEYS] = {}, high[KEYS], parts = 0;
     std::fill_n(high, chunk.count, tile.together(skipped));
     each_capped(tile, chunk, [&](Index own, Index key, const int32_t* cap) {
-      const int32_t* span = spans + 2 * (cap[3] + own);
+      const int32_t* span = spans + 2 * (cap[3] + cap[4] * own);
       low[key] = std::max<Index>(low[key], span[0] - skipped);
       high[key] = std::min<Index>(high[key], span[1] - skipped);
     });

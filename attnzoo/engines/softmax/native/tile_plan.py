@@ -20,8 +20,8 @@ class TilePlan(NamedTuple):
         first cap and the end of its caps
     runs: (runs, 2), first key and number of keys
     caps: (caps, 5), first and end of the capped keys among those of the tile, the places of their
-        limits and of their spans, and 1 where each key has limits of its own, 0 where all share one
-    spans: (spans, 2), of each capped key the first row of the tile that sees it, and the end of
+        limits and of their spans, and 1 where each key has its own of both, 0 where all share one
+    spans: (spans, 2), of each capped key, or of all, the first row that sees it, and the end of
         those
     limits: of each cap (keys or 1, rows of the tile) one after the other
     ranges: (heads, 2), the first tile of each head, and the end of its tiles

@@ -3,8 +3,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
+#include <map>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "softmax/native/tile_plan.h"
@@ -22,34 +25,36 @@ struct Tables {
   std::vector<int32_t> tiles, runs, caps, spans, ranges;
   std::vector<Number> limits;
 
-  Index count(const std::vector<int32_t>& table, Index width) const {
+  template <typename Table>
+  static Index count(const Table& table, Index width = 1) {
     return static_cast<Index>(table.size()) / width;
   }
 
-  // Caps a block whose keys are seen alike, by the rows for which seen(row) holds.
-  template <typename Seen>
-  void cap_block(Index first, Index end, Index rows, const Seen& seen) {
-    add_cap(first, end, 0);
+  // Caps a block whose keys are seen alike, by the rows that have a 1 in `seen`.
+  void cap_block(Index first, Index end, Index rows, const uint8_t* seen) {
+    add_cap(first, end, {count(limits), count(spans) / 2}, 0);
     Index low = rows, high = 0;
     for (Index row = 0; row < rows; ++row) {
-      const bool is_seen = seen(row);
-      limits.push_back(is_seen ? INFINITE : -INFINITE);
-      if (is_seen) low = std::min(low, row), high = row + 1;
+      limits.push_back(seen[row] ? INFINITE : -INFINITE);
+      if (seen[row]) low = std::min(low, row), high = row + 1;
     }
-    for (Index key = first; key < end; ++key) add_span(low, high);
+    add_span(low, high);
   }
 
-  // Caps keys that a row sees from its own position on: row i of the tile stands at at(i), which
-  // ascends, and key j of the block at place + j.
-  template <typename At>
-  void cap_future(Index first, Index end, Index rows, Index place, const At& at) {
-    add_cap(first, end, 1);
-    for (Index key = 0; key < end - first; ++key) {
-      Index low = 0;
-      while (low < rows && at(low) < place + key) ++low;
-      for (Index row = 0; row < rows; ++row) limits.push_back(row < low ? -INFINITE : INFINITE);
-      add_span(low, low < rows ? rows : low);
+  // Caps keys first .. end - 1 of a tile: row i sees keys 0 .. ahead + i of these. What is the same
+  // in many tiles stands once.
+  void cap_future(Index first, Index end, Index rows, Index ahead) {
+    const auto [known, is_new] = futures.try_emplace({end - first, rows, ahead}, Places{});
+    if (is_new) {
+      known->second = {count(limits), count(spans) / 2};
+      for (Index key = 0; key < end - first; ++key) {
+        const Index low = std::clamp<Index>(key - ahead, 0, rows);
+        limits.insert(limits.end(), low, -INFINITE);
+        limits.insert(limits.end(), rows - low, INFINITE);
+        add_span(low, rows);
+      }
     }
+    add_cap(first, end, known->second, 1);
   }
 
   std::vector<Tensor> tensors(Given like) const {
@@ -59,11 +64,14 @@ struct Tables {
   }
 
  private:
-  static constexpr Number INFINITE = std::numeric_limits<Number>::infinity();
+  using Places = std::array<Index, 2>;  // of the limits of a cap, and of its spans
 
-  void add_cap(Index first, Index end, Index step) {
-    const Index places[] = {first, end, static_cast<Index>(limits.size()), count(spans, 2), step};
-    for (const Index one : places) caps.push_back(static_cast<int32_t>(one));
+  static constexpr Number INFINITE = std::numeric_limits<Number>::infinity();
+  std::map<std::array<Index, 3>, Places> futures;
+
+  void add_cap(Index first, Index end, const Places& places, Index step) {
+    const Index fields[] = {first, end, places[0], places[1], step};
+    for (const Index one : fields) caps.push_back(static_cast<int32_t>(one));
   }
 
   void add_span(Index low, Index high) {
@@ -82,7 +90,8 @@ struct Tables {
 
 // blocks: (batch, choosers, choices, width) int64, negative for none
 // choice_of: (batch or 1, rows) int64, which of the choices a row takes; each its own without
-// positions: (batch or 1, rows) int64, where the rows stand, behind which they see nothing
+// positions: (batch or 1, rows) int64, where the rows stand, each one behind the row before it; a row
+// sees nothing behind itself. Without them rows see what is behind them, too
 // like: a tensor of the dtype of the limits
 template <typename Number>
 std::vector<Tensor> plan_of(Given blocks, Maybe choice_of, Maybe positions, Given like, Index rows,
@@ -95,6 +104,7 @@ std::vector<Tensor> plan_of(Given blocks, Maybe choice_of, Maybe positions, Give
   };
   Tables<Number> found;
   std::vector<uint8_t> seen(ROWS * key_blocks);
+  std::vector<Index> counts(key_blocks);  // rows of a tile that see each block
   for (Index sample = 0; sample < samples; ++sample) {
     const int64_t* choice = of_sample(choice_of, sample);
     const int64_t* position = of_sample(positions, sample);
@@ -103,30 +113,28 @@ std::vector<Tensor> plan_of(Given blocks, Maybe choice_of, Maybe positions, Give
       const int64_t* chosen = blocks.const_data_ptr<int64_t>() + own;
       found.ranges.push_back(static_cast<int32_t>(found.count(found.tiles, 6)));
       for (Index first = 0; first < rows; first += ROWS) {
-        const Index count = std::min(ROWS, rows - first);
+        const Index size = std::min(ROWS, rows - first);
         std::fill(seen.begin(), seen.end(), uint8_t(0));
-        for (Index row = 0; row < count; ++row) {
+        std::fill(counts.begin(), counts.end(), Index(0));
+        for (Index row = 0; row < size; ++row) {
           const Index which = choice ? choice[first + row] : first + row;
           for (Index i = 0; i < width; ++i)
             if (const Index block = chosen[which * width + i]; block >= 0)
-              seen[block * ROWS + row] = 1;
+              counts[block] += !std::exchange(seen[block * ROWS + row], uint8_t(1));
         }
         const Index run = found.count(found.runs, 2), cap = found.count(found.caps, 5);
         Index column = 0;
         for (Index block = 0; block < key_blocks; ++block) {
-          const uint8_t* of_rows = seen.data() + block * ROWS;
-          if (std::none_of(of_rows, of_rows + count, [](uint8_t x) { return x; })) continue;
-          const Index place = block * block_size, size = std::min(block_size, keys - place);
+          if (!counts[block]) continue;
+          const Index place = block * block_size, end = std::min(block_size, keys - place) + column;
           found.runs.push_back(static_cast<int32_t>(place));
-          found.runs.push_back(static_cast<int32_t>(size));
-          if (!std::all_of(of_rows, of_rows + count, [](uint8_t x) { return x; }))
-            found.cap_block(column, column + size, count, [&](Index row) { return of_rows[row]; });
-          if (position && position[first] < place + size - 1)
-            found.cap_future(column, column + size, count, place,
-                             [&](Index row) { return position[first + row]; });
-          column += size;
+          found.runs.push_back(static_cast<int32_t>(end - column));
+          if (counts[block] < size) found.cap_block(column, end, size, seen.data() + block * ROWS);
+          if (position && position[first] < place + end - column - 1)
+            found.cap_future(column, end, size, position[first] - place);
+          column = end;
         }
-        const Index fields[] = {first, count, run, found.count(found.runs, 2),
+        const Index fields[] = {first, size, run, found.count(found.runs, 2),
                                 cap,   found.count(found.caps, 5)};
         for (const Index one : fields) found.tiles.push_back(static_cast<int32_t>(one));
       }
