@@ -36,7 +36,6 @@ INCLUDED = (
     "linear/native/chunk.h",
     "linear/native/one_token.h",
 )
-SPAN = 128  # tokens from one state that a recurrence keeps to the next, as recurrence.cpp has it
 #: What a compiler is told for each kind of processor that torch knows and the code is made for.
 INSTRUCTIONS = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
@@ -166,9 +165,9 @@ def _shapes_of_blocks(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 
 def _shapes_of_recurrence(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> list[Tensor]:
-    *_, normalizes, _, _, _, remember = others
+    *_, normalizes, _, _, _, span = others
     (batch, heads, length, width), columns = q.shape, v.shape[3] + normalizes
-    spans = -(-length // SPAN) if remember else 0
+    spans = -(-length // span) if span else 0
     return [
         q.new_empty(batch, heads, length, v.shape[3]),
         q.new_empty(batch, heads, length if normalizes else 0),

@@ -82,15 +82,19 @@ def prepared(rule: Rule, call: Call) -> Call:
     elif scale != 1:
         q = q * scale
     inputs = {name: x.to(dtype) for name, x in call.inputs.items()}
-    made = replace(call, q=q, k=k, v=v, inputs=inputs)
-    if rule.removes:
-        if "removal_key" not in inputs:
-            made = made.giving(REMOVAL_KEY, k * inverse_length(k))
-        if "removal_rate" not in inputs:
-            made = made.giving(REMOVAL_RATE, torch.ones_like(k))
+    made = told_what_to_remove(rule, replace(call, q=q, k=k, v=v, inputs=inputs))
     if rule.gate is None or "log_decay" in inputs:
         return made
     return made.giving(rule.gate, torch.zeros_like(k if rule.by_channel else k[..., 0]))
+
+
+def told_what_to_remove(rule: Rule, call: Call) -> Call:
+    """The call with the inputs of a removal that it lacks: at the key's direction, all of it."""
+    if rule.removes and call.get(REMOVAL_KEY.name) is None:
+        call = call.giving(REMOVAL_KEY, call.k * inverse_length(call.k))
+    if rule.removes and call.get(REMOVAL_RATE.name) is None:
+        call = call.giving(REMOVAL_RATE, torch.ones_like(call.k))
+    return call
 
 
 def separated(rule: Rule, call: Call) -> Call:
@@ -105,9 +109,9 @@ def separated(rule: Rule, call: Call) -> Call:
     if log_decay is None:
         log_decay = torch.zeros_like(call.k if rule.by_channel else call.k[..., 0])
     if rule.removes:
-        removed = call.get("removal_key")
-        removed = call.k * inverse_length(call.k) if removed is None else removed
-        call = call.giving(REMOVAL_KEY, removed.masked_fill(begins[:, None, :, None], 0.0))
+        call = told_what_to_remove(rule, call)
+        removed = call.inputs[REMOVAL_KEY.name].masked_fill(begins[:, None, :, None], 0.0)
+        call = call.giving(REMOVAL_KEY, removed)
     begins = begins[:, None, :, None] if log_decay.dim() == 4 else begins[:, None]
     return replace(call.giving(gate, log_decay.masked_fill(begins, float("-inf"))), segments=None)
 

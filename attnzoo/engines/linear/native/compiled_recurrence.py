@@ -19,6 +19,9 @@ from attnzoo.engines.linear.sums import UNDERFLOW
 from attnzoo.engines.native import library
 from attnzoo.engines.native.library import cannot_compile, operators
 
+#: Tokens from one state that is kept for the way back to the next: whole chunks.
+SPAN = 128
+
 
 class Tokens(NamedTuple):
     """What a pass is told of every token, all of one dtype, float32 or float64.
@@ -76,7 +79,7 @@ class Recurrence:
         """before: the state before the first token, as `Found.after`; None: 0. remember: whether
         the states that `backward` needs are wanted."""
         ready, underflow = _in_rows(tokens), UNDERFLOW[tokens.q.dtype]
-        settings = (*self._flags(), self.scale, underflow, remember)
+        settings = (*self._flags(), self.scale, underflow, SPAN if remember else 0)
         before = None if before is None else before.contiguous()
         return Found(*operators().native_recurrence(*ready, before, *settings))
 
@@ -99,6 +102,7 @@ class Recurrence:
             *ready,
             *self._flags(),
             self.scale,
+            SPAN,
         )
         d_q, d_k, d_v, *others = gradients
         given = iter(others)

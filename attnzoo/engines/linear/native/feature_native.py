@@ -26,9 +26,8 @@ from attnzoo.engines.linear.gradient import Way, is_learned, learned
 from attnzoo.engines.linear.key_weights import finite
 from attnzoo.engines.linear.layout import with_ones
 from attnzoo.engines.linear.native import compiled_recurrence
-from attnzoo.engines.linear.native.compiled_recurrence import Found, Recurrence, Tokens
+from attnzoo.engines.linear.native.compiled_recurrence import SPAN, Found, Recurrence, Tokens
 from attnzoo.engines.linear.sums import Past, absorb, keys_of
-from attnzoo.engines.native.library import SPAN
 from attnzoo.engines.piece_by_piece import join
 from attnzoo.sequences.ordering import running_maximum
 

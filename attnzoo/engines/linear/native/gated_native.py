@@ -18,8 +18,8 @@ from attnzoo.engines.linear.gated.tokens import (
     REMOVAL_RATE,
     Rule,
     empty_state,
-    inverse_length,
     separated,
+    told_what_to_remove,
 )
 from attnzoo.engines.linear.native.compiled_recurrence import Found, Recurrence, Tokens
 from attnzoo.spec import Input
@@ -45,8 +45,7 @@ def carried(rule: Rule, call: Call, state: Tensor | None) -> tuple[Tensor, Tenso
         made = replace(call, q=q, k=k, v=v, inputs=dict(zip(call.inputs, others, strict=True)))
         rows, after = carried(rule, made, state)
         return rows.to(call.q.dtype), after
-    if rule.removes:
-        call = _told_what_to_remove(call)
+    call = told_what_to_remove(rule, call)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*given, state)):
         named = dict(call.given())
         tensors = (call.q, call.k, call.v, *named.values())
@@ -54,15 +53,6 @@ def carried(rule: Rule, call: Call, state: Tensor | None) -> tuple[Tensor, Tenso
             return _Carried.apply(rule, tuple(named), state, *tensors)  # pyright: ignore[reportReturnType]
     found = _operation(rule, call.q).forward(_tokens(rule, call), state, remember=False)
     return found.rows, found.after
-
-
-def _told_what_to_remove(call: Call) -> Call:
-    """The call with the inputs of a removal that it lacks, as `tokens.prepared` makes them."""
-    if call.get(REMOVAL_KEY.name) is None:
-        call = call.giving(REMOVAL_KEY, call.k * inverse_length(call.k))
-    if call.get(REMOVAL_RATE.name) is None:
-        call = call.giving(REMOVAL_RATE, torch.ones_like(call.k))
-    return call
 
 
 def _call_of(declared: Declared, q: Tensor, k: Tensor, v: Tensor, *given: Tensor) -> Call:

@@ -2,8 +2,6 @@
 // tokens whose state and scores stay in the cache.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "linear/native/chunk.h"
@@ -16,10 +14,11 @@ using at::Tensor;
 using Given = const Tensor&;
 using Maybe = const std::optional<Tensor>&;
 
-constexpr Index SPAN = 8;  // chunks from one state that is kept to the next
-
-Index spans_of(const Recurrence& call) {
-  return (call.length + SPAN * TOKENS - 1) / (SPAN * TOKENS);
+// How many states of a call are kept, one before every `span` tokens, which are whole chunks. 0:
+// none is.
+Index spans_of(const Recurrence& call, Index span) {
+  TORCH_CHECK(span % TOKENS == 0, "a span has whole chunks of ", TOKENS, " tokens, got ", span);
+  return span ? (call.length + span - 1) / span : 0;
 }
 
 // The states of a call: (batch, kv_heads, width, columns), or one for each span.
@@ -53,13 +52,13 @@ void find_writes(const Chunk<Number, Gates>& chunk, Index sample, Index head, co
 
 template <typename Number, typename Gates>
 std::vector<Tensor> forward_of(const Recurrence& call, Maybe before, double underflow,
-                               bool remember) {
+                               Index span) {
   const Index value_dim = call.value_dim, length = call.length;
   Tensor out = at::empty({call.batch, call.q.size(1), length, value_dim}, call.q.options());
   Tensor divisors =
       at::empty({call.batch, call.q.size(1), call.normalizes ? length : 0}, call.q.options());
-  Tensor states = at::empty({call.batch, call.kv_heads, remember ? spans_of(call) : 0,
-                             call.width, call.columns}, call.q.options());
+  Tensor states = at::empty({call.batch, call.kv_heads, spans_of(call, span), call.width,
+                             call.columns}, call.q.options());
   Tensor after = at::empty({call.batch, call.kv_heads, call.width, call.columns},
                            call.q.options());
   at::parallel_for(0, call.batch * call.kv_heads, 1, [&](Index begin, Index end) {
@@ -75,9 +74,9 @@ std::vector<Tensor> forward_of(const Recurrence& call, Maybe before, double unde
       std::fill_n(state, chunk.width * columns, Number(0));
       if (before) unpack(call, place_of<Number>(*before, sample, head), columns, state);
       for (Index first = 0; first < length; first += TOKENS) {
-        if (remember && first % (SPAN * TOKENS) == 0)
-          pack(call, state, columns, place_of<Number>(states, sample, head) +
-                                         first / (SPAN * TOKENS) * states.stride(2));
+        if (span && first % span == 0)
+          pack(call, state, columns,
+               place_of<Number>(states, sample, head) + first / span * states.stride(2));
         chunk.read(sample, head, first);
         find_writes(chunk, sample, head, state, writes, unscaled);
         for (Index r = 0; r < chunk.group; ++r) {
@@ -114,13 +113,13 @@ template <typename Number, typename Gates>
 class Backward {
  public:
   Backward(const Recurrence& call, Given sent, Given out, Given divisors, Given states,
-           Maybe d_after, const Gradients& found)
+           Maybe d_after, Index span, const Gradients& found)
       : call(call), sent(sent), out(out), divisors(divisors), states(states), d_after(d_after),
-        found(found), chunk(call, memory), columns(chunk.columns), width(chunk.width),
+        span(span), found(found), chunk(call, memory), columns(chunk.columns), width(chunk.width),
         size(width * columns), area(TOKENS * columns) {
-    replayed = memory.take((SPAN + 1) * size);
+    replayed = memory.take((span / TOKENS + 1) * size);
     d_state = memory.take(size);
-    kept_writes = memory.take(SPAN * (chunk.writers.size() + 1) * area);
+    kept_writes = memory.take(span / TOKENS * (chunk.writers.size() + 1) * area);
     sent_rows = memory.take(chunk.group * area);
     turned_sent = memory.take(area);
     turned_gradient = memory.take(TOKENS * width);
@@ -135,10 +134,9 @@ class Backward {
     sample = own / call.kv_heads, head = own % call.kv_heads;
     std::fill_n(d_state, size, Number(0));
     if (d_after) unpack(call, place_of<Number>(*d_after, sample, head), columns, d_state);
-    for (Index span = spans_of(call) - 1; span >= 0; --span) {
-      const Index begin = span * SPAN * TOKENS;
-      const Index end = std::min(call.length, begin + SPAN * TOKENS);
-      replay(span, begin, end);
+    for (Index begin = (spans_of(call, span) - 1) * span; begin >= 0; begin -= span) {
+      const Index end = std::min(call.length, begin + span);
+      replay(begin, end);
       for (Index first = begin + (end - begin - 1) / TOKENS * TOKENS; first >= begin;
            first -= TOKENS)
         go_back(first, (first - begin) / TOKENS);
@@ -156,8 +154,8 @@ class Backward {
   }
 
   // The states before each chunk of a span and behind the last, and the writes.
-  void replay(Index span, Index begin, Index end) {
-    unpack(call, place_of<Number>(states, sample, head) + span * states.stride(2), columns,
+  void replay(Index begin, Index end) {
+    unpack(call, place_of<Number>(states, sample, head) + begin / span * states.stride(2), columns,
            replayed);
     for (Index first = begin, number = 0; first < end; first += TOKENS, ++number) {
       std::vector<Number*> writes = writes_of(number);
@@ -321,6 +319,7 @@ class Backward {
   const Recurrence& call;
   Given sent, out, divisors, states;
   Maybe d_after;
+  const Index span;
   const Gradients& found;
   Memory<Number> memory;
   Chunk<Number, Gates> chunk;
@@ -332,9 +331,9 @@ class Backward {
 
 template <typename Number, typename Gates>
 void backward_of(const Recurrence& call, Given sent, Given out, Given divisors, Given states,
-                 Maybe d_after, const Gradients& found) {
+                 Maybe d_after, Index span, const Gradients& found) {
   at::parallel_for(0, call.batch * call.kv_heads, 1, [&](Index begin, Index end) {
-    Backward<Number, Gates> backward(call, sent, out, divisors, states, d_after, found);
+    Backward<Number, Gates> backward(call, sent, out, divisors, states, d_after, span, found);
     for (Index own = begin; own < end; ++own) backward.run(own);
   });
 }
@@ -349,27 +348,27 @@ void backward_of(const Recurrence& call, Given sent, Given out, Given divisors, 
                     : run<float, HeadGates<float>>(__VA_ARGS__);
 
 std::vector<Tensor> forward(Given q, Given k, Given v, Maybe log_decay, Maybe beta, Maybe removed,
-                            Maybe turned, Maybe before, bool delta, bool l2_norm, bool normalizes, bool elu,
-                            double scale, double underflow, bool remember) {
+                            Maybe turned, Maybe before, bool delta, bool l2_norm,
+                            bool normalizes, bool elu, double scale, double underflow, Index span) {
   const Recurrence call{q,      k,     v,       log_decay,  beta, removed,
                         turned, delta, l2_norm, normalizes, elu,  scale};
-  if (call.length == 1 && !remember)
+  if (call.length == 1 && !span)
     return q.scalar_type() == at::kDouble ? of_one_token<double>(call, before, underflow)
                                           : of_one_token<float>(call, before, underflow);
-  DISPATCH(forward_of, call, before, underflow, remember)
+  DISPATCH(forward_of, call, before, underflow, span)
 }
 
 void go_back(const Recurrence& call, Given sent, Given out, Given divisors, Given states,
-             Maybe d_after, const Gradients& found) {
+             Maybe d_after, Index span, const Gradients& found) {
   Given q = call.q;
   Maybe log_decay = call.log_decay;
-  DISPATCH(backward_of, call, sent, out, divisors, states, d_after, found)
+  DISPATCH(backward_of, call, sent, out, divisors, states, d_after, span, found)
 }
 
 std::vector<Tensor> backward(Given sent, Given out, Given divisors, Given states, Maybe d_after,
                              Given q, Given k, Given v, Maybe log_decay, Maybe beta, Maybe removed,
                              Maybe turned, bool delta, bool l2_norm, bool normalizes, bool elu,
-                             double scale) {
+                             double scale, Index span) {
   const Recurrence call{q,      k,     v,       log_decay,  beta, removed,
                         turned, delta, l2_norm, normalizes, elu,  scale};
   const auto like = [](Maybe x) { return x ? at::empty(x->sizes(), x->options()) : Tensor(); };
@@ -377,7 +376,7 @@ std::vector<Tensor> backward(Given sent, Given out, Given divisors, Given states
                         at::empty(v.sizes(), v.options()), like(log_decay), like(beta),
                         like(removed), like(turned),
                         at::empty({q.size(0), k.size(1), k.size(3), call.columns}, q.options())};
-  go_back(call, sent, out, divisors, states, d_after, found);
+  go_back(call, sent, out, divisors, states, d_after, span, found);
   std::vector<Tensor> all;
   for (const Tensor& x : {found.q, found.k, found.v, found.log_decay, found.beta, found.removed,
                           found.turned, found.state})
@@ -391,13 +390,13 @@ std::vector<Tensor> backward(Given sent, Given out, Given divisors, Given states
 TORCH_LIBRARY_FRAGMENT(attnzoo, library) {
   library.def(
       "native_recurrence(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor? "
-      "removed, Tensor? turned, Tensor? before, bool delta, bool l2_norm, bool normalizes, bool elu, float "
-      "scale, float underflow, bool remember) -> Tensor[]");
+      "removed, Tensor? turned, Tensor? before, bool delta, bool l2_norm, bool normalizes, bool "
+      "elu, float scale, float underflow, int span) -> Tensor[]");
   library.def(
       "native_recurrence_backward(Tensor sent, Tensor out, Tensor divisors, Tensor states, Tensor? "
       "d_after, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor? removed, "
       "Tensor? turned, bool delta, bool l2_norm, bool normalizes, bool elu, float "
-      "scale) -> Tensor[]");
+      "scale, int span) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(attnzoo, CPU, library) {
