@@ -256,9 +256,11 @@ class Engine(nn.Module):
         return chosen.run(self, call), chosen.name, state
 
     def skips_padding(self, call: Call, requested: str) -> bool:
-        """Whether nothing will read what stands in the padded slots of a call, so that they need
-        not be cleared."""
-        call = self.completed(call)
+        """Whether nothing will read what stands in the padded slots of k and v, so that they need
+        not be cleared.
+
+        call: not yet completed, for that may read its inputs
+        """
         return self.choose(call, requested).skips_padding(self, call)
 
     def weights(self, call: Call) -> Tensor:

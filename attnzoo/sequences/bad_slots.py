@@ -23,6 +23,14 @@ def clear_padding(call: Call) -> Call:
     reach a real row, forward or backward (rules 3, 4)."""
     if call.key_mask is None:
         return call
+    k, v = _cleared(call)
+    return replace(_with_clear_inputs(call), k=k, v=v)
+
+
+def _with_clear_inputs(call: Call) -> Call:
+    """The call with what its declaration says in padded slots of its inputs."""
+    if call.key_mask is None or not call.inputs:
+        return call
     slots = ~call.key_mask
     inputs = dict(call.inputs)
     for one, x in call.given():
@@ -31,8 +39,7 @@ def clear_padding(call: Call) -> Call:
             # A bool as a number: a trace knows no masked_fill by a bool.
             value = int(one.padded) if isinstance(one.padded, bool) else one.padded
             inputs[one.name] = x.masked_fill(slots.reshape(shown), value)
-    k, v = _cleared(call)
-    return replace(call, k=k, v=v, inputs=inputs)
+    return replace(call, inputs=inputs)
 
 
 def _cleared(call: Call) -> tuple[Tensor, Tensor]:
@@ -79,14 +86,15 @@ def _sizes(one: Input, x: Tensor) -> Iterator[tuple[str, int]]:
 
 
 def shield(call: Call, *, reads_padding: bool) -> tuple[Call, Tensor | None]:
-    """`shield_past` of the call, whose padded slots are cleared where somebody reads them."""
-    if call.key_mask is None or reads_padding:
-        return shield_past(clear_padding(call))
-    if not (call.is_causal or call.segments is not None) or (
-        can_look(call.k, call.v) and _all_finite(call.k.detach(), call.v.detach())
-    ):
-        return call, None
-    return shield_past(clear_padding(call))
+    """`shield_past` of the call, whose padded slots are cleared.
+
+    reads_padding: whether somebody reads those of k and v; where nobody does, they stay as they are
+    """
+    harmless = call.key_mask is not None and not reads_padding
+    if harmless and (call.is_causal or call.segments is not None):
+        # What is no number may also stand in real slots: then they are cleared to find out.
+        harmless = can_look(call.k, call.v) and _all_finite(call.k.detach(), call.v.detach())
+    return shield_past(_with_clear_inputs(call) if harmless else clear_padding(call))
 
 
 def shield_past(call: Call, *, may_stall: bool = False) -> tuple[Call, Tensor | None]:

@@ -119,6 +119,11 @@ def _native(engine: Linear, call: Call) -> Tensor:
     return _behind_blind_rows(feature_native.attend, engine, call)
 
 
+def _native_skips_padding(engine: Linear, call: Call) -> bool:
+    """Whether the operators make the features of all keys."""
+    return call.offset <= 0 and feature_native.has_elu_inside(engine.feature_map)
+
+
 def _native_why_not(engine: Linear, call: Call) -> str | None:
     return feature_native.why_not(engine.feature_map, call)
 
@@ -182,7 +187,13 @@ def _recur(
 
 Linear.backends = (
     Backend("fla", fla_kernel.run, fla_kernel.why_not, untried=untried),
-    Backend("native", _native, _native_why_not, untried=_native_passed_over),
+    Backend(
+        "native",
+        _native,
+        _native_why_not,
+        untried=_native_passed_over,
+        skips_padding=_native_skips_padding,
+    ),
     Backend("chunked", _chunked, _chunked_why_not),
     Backend("open", _open, _open_why_not, packs=True),
     replace(REFERENCE, packs=True),

@@ -177,7 +177,7 @@ def _shapes_of_recurrence(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> list
 
 
 def _shapes_of_recurrence_backward(*given: Any) -> list[Tensor]:
-    _, _, _, states, _, *tensors = given[:12]
+    _, _, _, states, _, *tensors = given[:12]  # and then the mask of keys
     found = [x.new_empty(x.shape) for x in tensors if x is not None]
     return [*found, states.new_empty(*states.shape[:2], *states.shape[3:])]
 

@@ -165,7 +165,13 @@ def _open(engine: GatedLinear, call: Call) -> Tensor:
 
 GatedLinear.backends = (
     Backend("fla", fla_kernels.run, fla_kernels.why_not, untried=never_ran),
-    Backend("native", _native, _native_why_not, untried=_native_passed_over),
+    Backend(
+        "native",
+        _native,
+        _native_why_not,
+        untried=_native_passed_over,
+        skips_padding=lambda engine, call: True,
+    ),
     Backend("short", _short, _short_why_not, packs=True),
     Backend("chunked", _chunked, _chunked_why_not),
     Backend("open", _open, never_refuses, packs=True),

@@ -22,13 +22,19 @@ constexpr double NORM_EPSILON = 1e-6;
 // What a call asks for, of tensors (batch, heads or kv_heads, length, ...), and its sizes.
 struct Recurrence {
   const at::Tensor &q, &k, &v;
-  const std::optional<at::Tensor>&log_decay, &beta, &removed, &turned;
+  const std::optional<at::Tensor>&log_decay, &beta, &removed, &turned, &key_mask;
   bool delta, l2_norm, normalizes, elu;
   double scale;
   Index batch = q.size(0), kv_heads = k.size(1), length = q.size(2), width = k.size(3);
   Index value_dim = v.size(3), columns = value_dim + normalizes;  // the last one: of ones
   Index group = kv_heads ? q.size(1) / kv_heads : 1;
   bool erases = delta || removed.has_value();
+
+  // Which tokens of a sample are real, from `first` on; nullptr where all are. Of others neither key
+  // nor value is read: they are 0.
+  const bool* real(Index sample, Index first) const {
+    return key_mask ? key_mask->const_data_ptr<bool>() + sample * length + first : nullptr;
+  }
 };
 
 template <typename Number>
@@ -97,11 +103,12 @@ class Chunk {
   void read(Index sample, Index head, Index first_token) {
     first = first_token;
     rows = std::min(TOKENS, call.length - first);
+    real = call.real(sample, first);
     for (Index r = 0; r < group; ++r) {
       const auto queries = rows_of<Number>(call.q, sample, head * group + r, first);
       copy(queries, readers[r].rows, call.scale, q_factors + r * TOKENS);
     }
-    copy(rows_of<Number>(call.k, sample, head, first), writers[0].rows, 1, k_factors);
+    copy(rows_of<Number>(call.k, sample, head, first), writers[0].rows, 1, k_factors, real);
     if (call.removed) {
       copy_plainly(rows_of<Number>(*call.turned, sample, head, first), 1, writers[1].rows);
       copy_plainly(rows_of<Number>(*call.removed, sample, head, first), -1, readers[group].rows);
@@ -126,10 +133,16 @@ class Chunk {
   void read_values(Index sample, Index head, Number* out) const {
     const auto values = rows_of<Number>(call.v, sample, head, first);
     for (Index i = 0; i < rows; ++i) {
+      if (!is_real(i)) {
+        std::fill_n(out + i * columns, columns, Number(0));
+        continue;
+      }
       std::copy_n(values.at(i, 0).data, call.value_dim, out + i * columns);
       if (call.normalizes) out[i * columns + call.value_dim] = 1;
     }
   }
+
+  bool is_real(Index i) const { return !real || real[i]; }
 
   // Solves for the writes of the last writer. writes: of each writer, (TOKENS, columns), which
   // hold the values, of a second one 0. unscaled: what they are before they are multiplied by beta.
@@ -183,6 +196,7 @@ class Chunk {
   const Recurrence& call;
   const Index group, width, columns;  // the last two filled up to whole vectors
   Index first = 0, rows = 0;
+  const bool* real = nullptr;  // of the chunk's tokens, as `Recurrence::real`
   Gates gates;
   Readers<Number> readers;  // the queries of a group, then what erases
   std::vector<Writer<Number>> writers;
@@ -195,9 +209,14 @@ class Chunk {
       scale(from.at(i, 0).data, factor, call.width, out + i * width);
   }
 
-  void copy(const Source<Number>& from, Number* out, double factor, Number* factors) const {
+  // shown: which rows there are; nullptr: all. Others become 0.
+  void copy(const Source<Number>& from, Number* out, double factor, Number* factors,
+            const bool* shown = nullptr) const {
     for (Index i = 0; i < rows; ++i)
-      factors[i] = read_row(call, from.at(i, 0).data, factor, out + i * width);
+      if (!shown || shown[i])
+        factors[i] = read_row(call, from.at(i, 0).data, factor, out + i * width);
+      else
+        std::fill_n(out + i * width, width, Number(0));
   }
 };
 

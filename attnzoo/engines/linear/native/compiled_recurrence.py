@@ -31,6 +31,7 @@ class Tokens(NamedTuple):
     log_decay: (batch, kv_heads, length), also with the width; None: nothing fades
     beta: (batch, kv_heads, length), of the delta rule; None: 1
     removed, turned: as k, what is removed, and the same by its rates; None: nothing
+    key_mask: (batch, length) bool, where a token has a key and a value; None: everywhere
     """
 
     q: Tensor
@@ -40,6 +41,7 @@ class Tokens(NamedTuple):
     beta: Tensor | None = None
     removed: Tensor | None = None
     turned: Tensor | None = None
+    key_mask: Tensor | None = None
 
 
 class Found(NamedTuple):
@@ -106,7 +108,7 @@ class Recurrence:
         )
         d_q, d_k, d_v, *others = gradients
         given = iter(others)
-        rest = (None if x is None else next(given) for x in tokens[3:])
+        rest = (None if x is None else next(given) for x in tokens[3:7])
         return Tokens(d_q, d_k, d_v, *rest), d_before
 
     def _flags(self) -> tuple[bool, ...]:
@@ -117,6 +119,8 @@ def _in_rows(tokens: Tokens) -> Tokens:
     """Tokens whose vectors lie each in one piece."""
 
     def in_rows(x: Tensor) -> Tensor:
+        if x.dtype == torch.bool:
+            return x.contiguous()
         return x if x.dim() < 4 or x.stride(-1) == 1 else x.contiguous()
 
     if all(x is None or x.is_contiguous() for x in tokens):

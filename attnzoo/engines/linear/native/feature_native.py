@@ -97,9 +97,9 @@ class Span:
         """earlier: the largest log_scale before the call; None where there is none."""
         dtype = accumulation_dtype(call.q.dtype)
         faded = feature_map.decay.of_tokens(call, dtype)
-        if _has_elu_inside(feature_map, call):
+        if has_elu_inside(feature_map):
             q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
-            return cls(call, k, None, Tokens(q, k, v, faded), None)
+            return cls(call, k, None, Tokens(q, k, v, faded, key_mask=call.key_mask), None)
         call = call.over(call.q.to(dtype), call.k.to(dtype), call.v.to(dtype), call.key_mask)
         features, log_scale = keys_of(feature_map, call.k, call.key_mask)
         keys, weights, largest, log_decay = features, None, None, None
@@ -114,13 +114,14 @@ class Span:
             log_decay = (finite(before) - finite(running)).clamp(max=0)
         if faded is not None:
             log_decay = faded if log_decay is None else log_decay + faded
-        tokens = Tokens(feature_map.query(call.q), keys, call.v, log_decay)
+        q, mask = feature_map.query(call.q), call.key_mask
+        tokens = Tokens(q, keys, call.v, log_decay, key_mask=mask)
         return cls(call, features, weights, tokens, largest)
 
 
 def _lengths(feature_map: FeatureMap, call: Call) -> list[int]:
     """How many tokens are taken at a time."""
-    if _has_elu_inside(feature_map, call):
+    if has_elu_inside(feature_map):
         return [call.key_length]
     k, length = call.k, call.key_length
     width = feature_map.width_of(k[:0].to(accumulation_dtype(k.dtype)))
@@ -129,16 +130,13 @@ def _lengths(feature_map: FeatureMap, call: Call) -> list[int]:
     return [min(together, length - start) for start in range(0, length, together)]
 
 
-def _has_elu_inside(feature_map: FeatureMap, call: Call) -> bool:
-    """Whether the operators make the features: all but those of padded keys, which are 0."""
-    is_elu = isinstance(feature_map, Pointwise) and feature_map.function is elu_plus_one
-    return is_elu and call.key_mask is None
+def has_elu_inside(feature_map: FeatureMap) -> bool:
+    """Whether the operators make the features."""
+    return isinstance(feature_map, Pointwise) and feature_map.function is elu_plus_one
 
 
 def _operation(feature_map: FeatureMap, call: Call) -> Recurrence:
-    return Recurrence(
-        normalizes=feature_map.normalizer == "row", elu=_has_elu_inside(feature_map, call)
-    )
+    return Recurrence(normalizes=feature_map.normalizer == "row", elu=has_elu_inside(feature_map))
 
 
 def _forward(

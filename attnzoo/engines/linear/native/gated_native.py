@@ -22,6 +22,7 @@ from attnzoo.engines.linear.gated.tokens import (
     told_what_to_remove,
 )
 from attnzoo.engines.linear.native.compiled_recurrence import Found, Recurrence, Tokens
+from attnzoo.sequences.bad_slots import clear_padding
 from attnzoo.spec import Input
 
 Declared = tuple[Input, ...]
@@ -50,14 +51,16 @@ def carried(rule: Rule, call: Call, state: Tensor | None) -> tuple[Tensor, Tenso
         named = dict(call.given())
         tensors = (call.q, call.k, call.v, *named.values())
         with without_autocast(call.q.device):
-            return _Carried.apply(rule, tuple(named), state, *tensors)  # pyright: ignore[reportReturnType]
+            return _Carried.apply(rule, tuple(named), call.key_mask, state, *tensors)  # pyright: ignore[reportReturnType]
     found = _operation(rule, call.q).forward(_tokens(rule, call), state, remember=False)
     return found.rows, found.after
 
 
-def _call_of(declared: Declared, q: Tensor, k: Tensor, v: Tensor, *given: Tensor) -> Call:
+def _call_of(
+    declared: Declared, key_mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *given: Tensor
+) -> Call:
     inputs = {one.name: x for one, x in zip(declared, given, strict=True)}
-    return Call(q, k, v, is_causal=True, inputs=inputs, declared=declared)
+    return Call(q, k, v, key_mask, is_causal=True, inputs=inputs, declared=declared)
 
 
 def _operation(rule: Rule, q: Tensor) -> Recurrence:
@@ -69,13 +72,18 @@ def _tokens(rule: Rule, call: Call) -> Tokens:
     removed, rate = call.get(REMOVAL_KEY.name), call.get(REMOVAL_RATE.name)
     turned = None if removed is None or rate is None else removed * rate
     beta = call.get("beta") if rule.delta else None
-    return Tokens(call.q, call.k, call.v, call.get("log_decay"), beta, removed, turned)
+    gates = (call.get("log_decay"), beta, removed, turned)
+    return Tokens(call.q, call.k, call.v, *gates, call.key_mask)
 
 
 def _in_open_operators(
-    rule: Rule, declared: Declared, state: Tensor | None, *tensors: Tensor
+    rule: Rule,
+    declared: Declared,
+    key_mask: Tensor | None,
+    state: Tensor | None,
+    *tensors: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    call = _call_of(declared, *tensors)
+    call = clear_padding(_call_of(declared, key_mask, *tensors))
     pieces = list(scan(rule, call, state, remember_last=True))
     after = pieces[-1][1]
     assert after is not None
@@ -87,23 +95,28 @@ class _Carried(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rule: Rule, declared: Declared, state: Tensor | None, *tensors: Tensor
+        ctx: Any,
+        rule: Rule,
+        declared: Declared,
+        key_mask: Tensor | None,
+        state: Tensor | None,
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        call = _call_of(declared, *tensors)
+        call = _call_of(declared, key_mask, *tensors)
         remember = any(ctx.needs_input_grad)
         found = _operation(rule, call.q).forward(_tokens(rule, call), state, remember=remember)
         if remember:
             # Not the rows, which nothing divided: a caller may write over them.
-            ctx.save_for_backward(state, *tensors, found.divisors, found.states)
+            ctx.save_for_backward(key_mask, state, *tensors, found.divisors, found.states)
             ctx.rule, ctx.declared = rule, declared
             ctx.set_materialize_grads(False)
         return found.rows, found.after
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        state, *saved = ctx.saved_tensors
+        key_mask, state, *saved = ctx.saved_tensors
         tensors, (divisors, states) = saved[:-2], saved[-2:]
-        call = _call_of(ctx.declared, *tensors)
+        call = _call_of(ctx.declared, key_mask, *tensors)
         sent, d_after = gradients
         if sent is None:
             sent = call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
@@ -111,11 +124,11 @@ class _Carried(torch.autograd.Function):
             rule, declared = ctx.rule, ctx.declared
             after = empty_state(call) if d_after is None else d_after
             found = open_gradients(
-                lambda *given: _in_open_operators(rule, declared, *given),
+                lambda *given: _in_open_operators(rule, declared, key_mask, *given),
                 (state, *tensors),
                 (sent, after),
             )
-            return None, None, *found
+            return None, None, None, *found
         tokens = _tokens(ctx.rule, call)
         found = Found(divisors, divisors, states, states)
         made, d_state = _operation(ctx.rule, call.q).backward(tokens, found, sent, d_after)
@@ -127,4 +140,4 @@ class _Carried(torch.autograd.Function):
             by_name[REMOVAL_RATE.name] = made.turned * call.inputs[REMOVAL_KEY.name]
         given = [by_name[one.name] for one in ctx.declared]
         d_state = None if state is None else d_state
-        return None, None, d_state, made.q, made.k, made.v, *given
+        return None, None, None, d_state, made.q, made.k, made.v, *given

@@ -39,12 +39,17 @@ class OneToken {
   }
 
   void read(Index sample, Index head) {
-    read_row(call, data_of(call.k, sample, head), 1, key.data());
+    const bool* real = call.real(sample, 0);
+    std::fill(key.begin(), key.end(), Number(0));
+    std::fill(value.begin(), value.end(), Number(0));
+    if (!real || *real) {
+      read_row(call, data_of(call.k, sample, head), 1, key.data());
+      std::copy_n(data_of(call.v, sample, head), call.value_dim, value.begin());
+      if (call.normalizes) value[call.value_dim] = 1;
+    }
     for (Index r = 0; r < call.group; ++r)
       read_row(call, data_of(call.q, sample, head * call.group + r), call.scale,
                queries.data() + r * call.width);
-    std::copy_n(data_of(call.v, sample, head), call.value_dim, value.begin());
-    if (call.normalizes) value[call.value_dim] = 1;
     beta = call.beta ? *data_of(*call.beta, sample, head) : Number(1);
     removed = call.removed ? data_of(*call.removed, sample, head) : nullptr;
     turned = call.removed ? data_of(*call.turned, sample, head) : nullptr;

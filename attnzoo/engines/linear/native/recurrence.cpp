@@ -309,10 +309,14 @@ class Backward {
                    rows_of<Number>(call.k, sample, head, chunk.first + i), chunk.k_factors[i], 1,
                    place(found.k, i));
       std::copy_n(d_writes[0] + i * columns, call.value_dim, place(found.v, i));
-      if (!call.removed) continue;
-      std::copy_n(chunk.writers[1].gradient + line, call.width, place(found.turned, i));
-      scale(chunk.readers[chunk.group].gradient + line, Number(-1), call.width,
-            place(found.removed, i));
+      if (call.removed) {
+        std::copy_n(chunk.writers[1].gradient + line, call.width, place(found.turned, i));
+        scale(chunk.readers[chunk.group].gradient + line, Number(-1), call.width,
+              place(found.removed, i));
+      }
+      if (chunk.is_real(i)) continue;
+      std::fill_n(place(found.k, i), call.width, Number(0));
+      std::fill_n(place(found.v, i), call.value_dim, Number(0));
     }
   }
 
@@ -348,10 +352,10 @@ void backward_of(const Recurrence& call, Given sent, Given out, Given divisors, 
                     : run<float, HeadGates<float>>(__VA_ARGS__);
 
 std::vector<Tensor> forward(Given q, Given k, Given v, Maybe log_decay, Maybe beta, Maybe removed,
-                            Maybe turned, Maybe before, bool delta, bool l2_norm,
+                            Maybe turned, Maybe key_mask, Maybe before, bool delta, bool l2_norm,
                             bool normalizes, bool elu, double scale, double underflow, Index span) {
-  const Recurrence call{q,      k,     v,       log_decay,  beta, removed,
-                        turned, delta, l2_norm, normalizes, elu,  scale};
+  const Recurrence call{q,        k,     v,       log_decay,  beta, removed, turned,
+                        key_mask, delta, l2_norm, normalizes, elu,  scale};
   if (call.length == 1 && !span)
     return q.scalar_type() == at::kDouble ? of_one_token<double>(call, before, underflow)
                                           : of_one_token<float>(call, before, underflow);
@@ -367,10 +371,10 @@ void go_back(const Recurrence& call, Given sent, Given out, Given divisors, Give
 
 std::vector<Tensor> backward(Given sent, Given out, Given divisors, Given states, Maybe d_after,
                              Given q, Given k, Given v, Maybe log_decay, Maybe beta, Maybe removed,
-                             Maybe turned, bool delta, bool l2_norm, bool normalizes, bool elu,
-                             double scale, Index span) {
-  const Recurrence call{q,      k,     v,       log_decay,  beta, removed,
-                        turned, delta, l2_norm, normalizes, elu,  scale};
+                             Maybe turned, Maybe key_mask, bool delta, bool l2_norm,
+                             bool normalizes, bool elu, double scale, Index span) {
+  const Recurrence call{q,        k,     v,       log_decay,  beta, removed, turned,
+                        key_mask, delta, l2_norm, normalizes, elu,  scale};
   const auto like = [](Maybe x) { return x ? at::empty(x->sizes(), x->options()) : Tensor(); };
   const Gradients found{at::empty(q.sizes(), q.options()), at::empty(k.sizes(), k.options()),
                         at::empty(v.sizes(), v.options()), like(log_decay), like(beta),
@@ -390,13 +394,13 @@ std::vector<Tensor> backward(Given sent, Given out, Given divisors, Given states
 TORCH_LIBRARY_FRAGMENT(attnzoo, library) {
   library.def(
       "native_recurrence(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor? "
-      "removed, Tensor? turned, Tensor? before, bool delta, bool l2_norm, bool normalizes, bool "
-      "elu, float scale, float underflow, int span) -> Tensor[]");
+      "removed, Tensor? turned, Tensor? key_mask, Tensor? before, bool delta, bool l2_norm, bool "
+      "normalizes, bool elu, float scale, float underflow, int span) -> Tensor[]");
   library.def(
       "native_recurrence_backward(Tensor sent, Tensor out, Tensor divisors, Tensor states, Tensor? "
       "d_after, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor? removed, "
-      "Tensor? turned, bool delta, bool l2_norm, bool normalizes, bool elu, float "
-      "scale, int span) -> Tensor[]");
+      "Tensor? turned, Tensor? key_mask, bool delta, bool l2_norm, bool normalizes, bool elu, "
+      "float scale, int span) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(attnzoo, CPU, library) {
