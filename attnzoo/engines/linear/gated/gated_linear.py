@@ -22,7 +22,13 @@ from attnzoo.engines.linear.gated import (
 from attnzoo.engines.linear.gated.gated_chunks import scan
 from attnzoo.engines.linear.gated.recurrence import recur
 from attnzoo.engines.linear.gated.reference import REFERENCE, GatedReference, reference
-from attnzoo.engines.linear.gated.tokens import Rule, as_square, empty_state, prepared
+from attnzoo.engines.linear.gated.tokens import (
+    REMOVAL_KEY,
+    Rule,
+    as_square,
+    empty_state,
+    prepared,
+)
 from attnzoo.engines.linear.native import compiled_recurrence, gated_native
 from attnzoo.engines.linear.state import LinearState, Recent, early_and_late
 from attnzoo.engines.linear.sums import Past
@@ -155,6 +161,11 @@ def _native_why_not(engine: GatedLinear, call: Call) -> str | None:
     return compiled_recurrence.why_not(call)
 
 
+def _native_skips_padding(engine: GatedLinear, call: Call) -> bool:
+    """Whether what is removed is not made of keys, of which padded ones would be read."""
+    return not engine.rule.removes or call.get(REMOVAL_KEY.name) is not None
+
+
 def _native_passed_over(engine: GatedLinear, call: Call) -> str | None:
     return compiled_recurrence.passed_over(call)
 
@@ -170,7 +181,7 @@ GatedLinear.backends = (
         _native,
         _native_why_not,
         untried=_native_passed_over,
-        skips_padding=lambda engine, call: True,
+        skips_padding=_native_skips_padding,
     ),
     Backend("short", _short, _short_why_not, packs=True),
     Backend("chunked", _chunked, _chunked_why_not),
