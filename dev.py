@@ -96,6 +96,8 @@ def test(arguments: list[str]) -> int:
     # Two processes of one thread each: the tests are many and small. A file's tests stay together,
     # so that what a module sets up once is not set up in both.
     command = [PYTHON, "-m", "pytest", "-n", "2", "--dist", "worksteal", *arguments]
+    # Tests start many processes of their own: what one has compiled, the others need not.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     return call(command, folder=ROOT, OMP_NUM_THREADS="1")
 
 

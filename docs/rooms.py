@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +66,7 @@ START, END = "<!-- rooms: made by docs/rooms.py -->", "<!-- end of rooms -->"
 Graph = dict[str, set[str]]
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Every module of the package by its dotted name."""
     found = {}
@@ -74,6 +76,7 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@cache
 def imports() -> Graph:
     """What each module imports of the package: at its top, inside functions, for type checkers."""
     known = modules()

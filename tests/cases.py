@@ -339,7 +339,7 @@ SITUATIONS = [
     Situation(1, 1, "whole"),
     Situation(2, 2, "left"),
     Situation(63, 63, heads=2, kv_heads=1, batch=1),
-    Situation(65, 65, "interior"),  # more heads here and in short inputs: loops walk over each
+    Situation(65, 65, "interior", heads=2, kv_heads=1),  # more heads in short inputs alone
     Situation(65, 65, "left", heads=3, kv_heads=3, batch=1),
     Situation(65, 65, "right", heads=2, kv_heads=1),
     Situation(65, 65, "whole", heads=2, kv_heads=2),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -17,6 +19,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("repeatable")
+# Hypothesis would also try the constants of all modules that happen to be loaded: seconds of
+# reading, for examples that depend on which files a process runs.
+providers._get_local_constants = lambda: providers._local_constants
 
 
 def pytest_collection_finish() -> None:
@@ -28,17 +33,24 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture
 def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures with matplotlib's default margins: to choose their own is three quarters of the time
-    of drawing them. `test_report.py` and `test_style.py` draw them whole."""
+    """Figures with matplotlib's default margins, few dots and letters that are not outlines: the
+    rest is nine tenths of the time of drawing them. `test_report.py` and `test_style.py` draw them
+    whole."""
+    from attnzoo.report.style import RC
+
     figure = pytest.importorskip("matplotlib.figure")
     monkeypatch.setattr(figure.Figure, "get_layout_engine", lambda self: None)
+    monkeypatch.setattr("attnzoo.report.export.DOTS_PER_INCH", 20)
+    monkeypatch.setitem(RC, "svg.fonttype", "none")
 
 
-@pytest.fixture(autouse=True)
-def only_native_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def only_native_by_name() -> Iterator[None]:
     """backend="auto" answers as on a machine where `native` has not been compiled, whatever was
     compiled on this one before; asked for by name, it runs."""
-    monkeypatch.setattr("attnzoo.engines.native.library.not_compiled", lambda: "as in tests")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("attnzoo.engines.native.library.not_compiled", lambda: "as in tests")
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -239,7 +239,7 @@ def test_past_max_length_is_an_error(case: Case) -> None:
     in_turn([case for case in usual_cases() if case.spec.decodes], [torch.float16, torch.bfloat16]),
 )
 def test_half_precision_decoding_keeps_its_sums_in_float32(case: Case, dtype: torch.dtype) -> None:
-    n = 600
+    n = 300
     q, k, v, _ = (
         x.to(dtype)
         for x in tensors(Situation(n, n, heads=1, kv_heads=1, batch=1), shift=case.shift)
@@ -406,12 +406,12 @@ def test_the_state_of_another_variant_is_refused(case: Case) -> None:
 @USUAL
 def test_bytes_held_are_those_of_the_next_token_and_a_reserve(case: Case) -> None:
     """A long prefill leaves no buffer behind that a window has no use for."""
-    attn = case.build(**sized(case.variant, 3001))
-    q, k, v = (torch.randn(1, 4, 3000, 8) + case.shift for _ in range(3))
+    attn = case.build(**sized(case.variant, 1201))
+    q, k, v = (torch.randn(1, 4, 1200, 8) + case.shift for _ in range(3))
     with torch.no_grad():
         _, state = attn.step(q, k, v, attn.init_state(1))
         _, state = attn.step(q[:, :, :1], k[:, :, :1], v[:, :, :1], state)
-    needed = attn.cost(1, 3001, is_causal=True).state_bytes
+    needed = attn.cost(1, 1201, is_causal=True).state_bytes
     copies = getattr(state, "keys", None)  # keys as they are read, beside keys as they came
     copied = 0 if copies is None else sum(x.nbytes for x in copies.tensors())
     sums = getattr(state, "sums", None)  # of blocks of these keys, beside them

@@ -34,9 +34,9 @@ CASES = [
 ]
 USUAL = [CASES[i] for i in (0, 2, 4, 7, 9, 11)]
 SITUATIONS = [
-    Situation(150, 150),
-    Situation(83, 83, "left"),
-    Situation(83, 83, "interior", kv_heads=4),
+    Situation(150, 150, batch=1, heads=2, kv_heads=1),
+    Situation(63, 63, "left", heads=2, kv_heads=1),
+    Situation(83, 83, "interior", heads=2, kv_heads=2),
     Situation(40, 83, "right", kv_heads=1),
     Situation(1, 40),
 ]
@@ -62,9 +62,10 @@ def test_outputs_weights_and_gradients_are_the_oracles(
     is_causal: bool, case: Case, situation: Situation
 ) -> None:
     q, k, v, upstream = tensors(situation)
-    bias, masks = table(4, 160), {"key_mask": situation.key_mask(), "is_causal": is_causal}
+    bias = table(situation.heads, 160)
+    masks = {"key_mask": situation.key_mask(), "is_causal": is_causal}
     leaves = [x.requires_grad_() for x in (q, k, v, bias)]
-    attn = case.build(dtype=torch.float64)
+    attn = case.build(situation.heads, dtype=torch.float64)
     out, weights = ask_oracle(attn, q, k, v, options=case.options, distance_bias=bias, **masks)
     expected = torch.autograd.grad(out, leaves, upstream)
     torch.testing.assert_close(attn.weights(q, k, distance_bias=bias, **masks), weights)

@@ -290,7 +290,8 @@ def test_entries_of_dilated_windows(pattern: Window, is_causal: bool, padding: s
     engine = WindowSparse(pattern).eval()
     whole = [one for one in SITUATIONS if one.key_length != 256]  # 300 keys have whole blocks too
     for lengths in whole if padding == "none" else SITUATIONS[-3:]:
-        situation = Situation(lengths.query_length, lengths.key_length, padding)
+        batch = 1 if padding == "none" else 2
+        situation = Situation(lengths.query_length, lengths.key_length, padding, batch)
         call = call_of(situation, is_causal)
         grid = grid_of(call)
         identity = torch.eye(grid.key_length).expand(*call.v.shape[:2], -1, -1)
@@ -397,7 +398,7 @@ def test_numbers_compiled(case: Case, is_causal: bool) -> None:
 def test_biases_by_distance(case: Case, is_causal: bool) -> None:
     generator = torch.Generator().manual_seed(3)
     bias = torch.randn(4, 2 * 300 + 1, generator=generator)
-    for situation in NUMBERS:
+    for situation in NUMBERS[2:5]:
         numbers(case, situation, is_causal, compiled=False, bias=bias)
 
 

@@ -116,15 +116,15 @@ def test_rows_weights_and_gradients(name: str, closed: bool, kind: str) -> None:
 @pytest.mark.parametrize(("name", "dtype"), in_turn(NAMES, [torch.float32, torch.bfloat16]))
 def test_many_chunks_in_low_precision(name: str, dtype: torch.dtype) -> None:
     """Several spans of chunks, and no more than float32's and the dtype's own error."""
-    *qkv_, upstream = (x.to(dtype) for x in qkv(300))
-    given = {gate: x.to(dtype) for gate, x in gates_of(name, 300, closed=True).items()}
+    *qkv_, upstream = (x.to(dtype) for x in qkv(160))
+    given = {gate: x.to(dtype) for gate, x in gates_of(name, 160, closed=True).items()}
     leaves = [x.requires_grad_() for x in (*qkv_, *given.values())]
     exact = [x.detach().double().requires_grad_() for x in leaves]
     expected, _ = ORACLES[name](
         *exact[:3], is_causal=True, **dict(zip(given, exact[3:], strict=True))
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gated_chunks, "HELD", 2**15)
+        patch.setattr(gated_chunks, "HELD", 2**14)
         out = build(name)(*qkv_, is_causal=True, **given)
         found = torch.autograd.grad(out, leaves, upstream)
     tolerance = 2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 64 * 2**-24
@@ -376,7 +376,7 @@ def test_a_write_that_overflows_reaches_no_earlier_row(name: str, backend: str) 
         assert not bool(out[:, :, -1].isfinite().all())
 
 
-@pytest.mark.parametrize("name", only(["mamba2", "gated_deltanet", "forgetting"], NAMES))
+@pytest.mark.parametrize("name", only(["gated_deltanet"], NAMES))
 def test_a_hundred_thousand_tokens_stay_exact(name: str) -> None:
     last_rows_agree(name, 3_000 if name == "path" else 100_000)  # it reads all keys
 

@@ -24,7 +24,7 @@ VARIANTS = [name for name in in_models() if spec_of(name).decodes]
 PROMPT = 12
 GREEDY: dict[str, Any] = {
     "attention_mask": padded("left", PROMPT),
-    "max_new_tokens": 12,
+    "max_new_tokens": 8,
     "do_sample": False,
     "pad_token_id": 0,
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, Situation, cases, close, gradients_of, padding, tensors
+from cases import Case, Situation, cases, close, gradients_of, tensors
 from stages import in_turn
 from torch import Tensor
 
@@ -32,9 +32,9 @@ KINDS = pytest.mark.parametrize(
 )
 SITUATIONS = [
     Situation(1100, 1100, "interior"),
-    Situation(1100, 1100, kv_heads=1),
-    Situation(400, 1100, "left"),
-    Situation(900, 300),
+    Situation(1100, 1100, batch=1, heads=2, kv_heads=1),
+    Situation(400, 1100, "left", heads=2, kv_heads=1),
+    Situation(900, 300, batch=1, heads=2),
 ]
 
 
@@ -45,11 +45,11 @@ def test_own_backward_is_autograds(
     """Over several chunks and several spans of them, or several heads."""
     monkeypatch.setattr(chunks, "HELD", 2 * (2 * 4 * 64 * 256))  # two chunks side by side
     monkeypatch.setattr(bidirectional, "IN_CACHE", 2**30 if whole_heads else 0)
-    attn = case.build(dtype=torch.float64, **sized(case.variant, 1100))
     for situation in SITUATIONS:
+        attn = case.build(situation.heads, dtype=torch.float64, **sized(case.variant, 1100))
         *inputs, upstream = tensors(situation, shift=case.shift)
         inputs = [x.requires_grad_() for x in inputs]
-        mask = padding(situation.padding, 2, situation.key_length)
+        mask = situation.key_mask()
         out = attn(*inputs, key_mask=mask, is_causal=is_causal)
         found = gradients_of(out, upstream, *inputs)
         with monkeypatch.context() as patch:

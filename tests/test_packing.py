@@ -143,7 +143,7 @@ def test_what_stands_in_a_piece_reaches_no_other(name: str) -> None:
             assert torch.equal(clean, one)
 
 
-IN_GRAPHS = [case for case in usual_cases() if case.variant in of_each_folder()[::2]]
+IN_GRAPHS = [case for case in usual_cases() if case.variant in of_each_folder()[:1]]
 
 
 @pytest.mark.parametrize("case", only(IN_GRAPHS, cases()))
@@ -196,7 +196,7 @@ def test_transforms_of_packed_rows_are_right_or_refused(name: str, queries: int)
             close(found, expected, TOLERANCE, f"{is_causal=}")
 
 
-@pytest.mark.parametrize("name", ["linear", "sliding_window", "standard"])
+@pytest.mark.parametrize("name", only(["linear"], ["linear", "sliding_window", "standard"]))
 def test_a_piece_that_goes_on_is_refused_in_a_graph(name: str) -> None:
     """Where transforms cannot raise, rows and A are NaN."""
     attn = build_small(name, 4, 8)

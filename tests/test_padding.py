@@ -64,13 +64,13 @@ def alone(attn: Attention, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, **kind
 def test_padded_equals_alone(case: Case, side: str, length: int) -> None:
     """Outputs and gradients of the real rows, by every backend, though the padding holds NaN. What
     the samples are alone is computed once, by the backend that auto takes."""
-    mask = padding(side, 3, length)
+    mask = padding(side, 2, length)
     assert mask is not None
     real = mask[:, None, :, None]
     attn = case.build(dtype=torch.float64)
     names = ["q", "k", "v", *(name for name, _ in attn.named_parameters())]
     for is_causal in case.spec.forms:
-        q, k, v, upstream = tensors(Situation(length, length, batch=3), shift=case.shift)
+        q, k, v, upstream = tensors(Situation(length, length), shift=case.shift)
         leaves = [x.requires_grad_() for x in (q, k, v)]
         expected = alone(attn, mask, q, k, v, is_causal=is_causal)
         wanted = gradients_of(expected, upstream * real, *leaves, *attn.parameters())
@@ -137,7 +137,7 @@ COUNTING = [
 ]
 
 
-@pytest.mark.parametrize("case", only(COUNTING[:2], COUNTING))
+@pytest.mark.parametrize("case", only(COUNTING[:1], COUNTING))
 def test_padded_equals_alone_where_no_value_may_be_looked_at(case: Case) -> None:
     """A graph that cannot be broken moves every sample, whatever its mask says: one serves both
     sides."""
