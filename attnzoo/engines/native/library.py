@@ -24,6 +24,7 @@ from attnzoo.call import UnsupportedError
 ENGINES = Path(__file__).parent.parent
 COMPILED = (
     "softmax/native/attention.cpp",
+    "softmax/native/one_row.cpp",
     "linear/native/recurrence.cpp",
     "sparse/selected/native/best_blocks.cpp",
     "sparse/selected/native/plan_of_blocks.cpp",
@@ -139,6 +140,7 @@ def operators() -> Any:
         _is_loaded.cache_clear()
     torch.library.register_fake("attnzoo::native_attention", _shapes)
     torch.library.register_fake("attnzoo::native_attention_backward", _shapes_backward)
+    torch.library.register_fake("attnzoo::native_row", _shape_of_row)
     torch.library.register_fake("attnzoo::native_best_blocks", _shapes_of_blocks)
     torch.library.register_fake("attnzoo::native_recurrence", _shapes_of_recurrence)
     torch.library.register_fake(
@@ -155,6 +157,10 @@ def _shapes_backward(
     sent: Tensor, out: Tensor, log_sums: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _shape_of_row(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(*q.shape[:3], v.shape[3])
 
 
 def _shapes_of_blocks(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
