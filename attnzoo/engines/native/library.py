@@ -28,6 +28,7 @@ COMPILED = (
     "linear/native/recurrence.cpp",
     "sparse/selected/native/best_blocks.cpp",
     "sparse/selected/native/plan_of_blocks.cpp",
+    "sparse/selected/native/of_one_row.cpp",
 )
 INCLUDED = (
     "native/products.h",
@@ -36,6 +37,7 @@ INCLUDED = (
     "linear/native/chunk_gates.h",
     "linear/native/chunk.h",
     "linear/native/one_token.h",
+    "sparse/selected/native/candidates.h",
 )
 #: What a compiler is told for each kind of processor that torch knows and the code is made for.
 INSTRUCTIONS = {
@@ -142,11 +144,19 @@ def operators() -> Any:
     torch.library.register_fake("attnzoo::native_attention_backward", _shapes_backward)
     torch.library.register_fake("attnzoo::native_row", _shape_of_row)
     torch.library.register_fake("attnzoo::native_best_blocks", _shapes_of_blocks)
+    torch.library.register_fake("attnzoo::native_best_means", _shape_of_choice)
+    torch.library.register_fake("attnzoo::native_best_keys", _shape_of_choice_of_keys)
+    torch.library.register_fake("attnzoo::native_pooled_row", _shapes_of_pooled_row)
     torch.library.register_fake("attnzoo::native_recurrence", _shapes_of_recurrence)
     torch.library.register_fake(
         "attnzoo::native_recurrence_backward", _shapes_of_recurrence_backward
     )
     return torch.ops.attnzoo
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """x with the numbers of a row in one piece, as compiled code reads them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _shapes(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -168,6 +178,21 @@ def _shapes_of_blocks(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     sizes = q.shape[0], choosers, q.shape[2], width
     blocks = q.new_empty(sizes, dtype=torch.int64)
     return blocks, q.new_empty((q.shape[0], q.shape[2]), dtype=torch.bool)
+
+
+def _shape_of_choice(q: Tensor, *others: Any) -> Tensor:
+    return q.new_empty((*q.shape[:2], others[-1]), dtype=torch.int64)
+
+
+def _shape_of_choice_of_keys(q: Tensor, *others: Any) -> Tensor:
+    choosers, _, width = others[-3:]
+    return q.new_empty((q.shape[0], choosers, width), dtype=torch.int64)
+
+
+def _shapes_of_pooled_row(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    width = others[-4]
+    blocks = q.new_empty((*k.shape[:2], width), dtype=torch.int64)
+    return q.new_empty(*q.shape[:3], v.shape[3]), blocks
 
 
 def _shapes_of_recurrence(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.engine import Backend
 from attnzoo.engines.native import library
-from attnzoo.engines.native.library import cannot_compile, operators
+from attnzoo.engines.native.library import cannot_compile, in_rows, operators
 from attnzoo.engines.softmax.decay_bias import LOG_DECAY
 from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, KEY_POSITIONS
 from attnzoo.engines.softmax.reference import SINK_LOGITS, SoftmaxReference
@@ -38,16 +38,16 @@ def attend(
         a half of the queries and keys. None: there is one map
     is_sigmoid: whether a score is weighed by itself, with `row_bias`; None: -log of the keys seen
     """
-    q, k, v = (_in_rows(x) for x in (call.q, call.k, call.v))
+    q, k, v = (in_rows(x) for x in (call.q, call.k, call.v))
     mask, logits = call.key_mask, call.get(SINK_LOGITS.name)
     log_decay = call.get(LOG_DECAY.name)
     return operators().native_row(
         q,
         k,
         v,
-        None if mask is None else _in_rows(mask),
+        None if mask is None else in_rows(mask),
         _bias_of_keys(call),
-        None if log_decay is None else _in_rows(log_decay.to(q.dtype)),
+        None if log_decay is None else in_rows(log_decay.to(q.dtype)),
         blocks,
         block_size,
         None if logits is None else logits.to(q.dtype).contiguous(),
@@ -99,9 +99,4 @@ def _bias_of_keys(call: Call) -> Tensor | None:
     if bias is None:
         return None
     first = bias.shape[1] // 2 - length + 1
-    return _in_rows(bias.to(call.q.dtype).narrow(1, first, length)[None])
-
-
-def _in_rows(x: Tensor) -> Tensor:
-    """x with the numbers of a row in one piece."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return in_rows(bias.to(call.q.dtype).narrow(1, first, length)[None])
