@@ -25,13 +25,14 @@ struct Candidate {
 // x · y of numbers of which double holds every product.
 template <typename Number>
 double exact_dot(const Number* x, const Number* y, Index width) {
-  double lanes[8] = {}, sum = 0;
+  double lanes[8] = {}, rest = 0;
   Index i = 0;
   for (; i + 8 <= width; i += 8)
     for (Index j = 0; j < 8; ++j) lanes[j] += static_cast<double>(x[i + j]) * y[i + j];
-  for (; i < width; ++i) sum += static_cast<double>(x[i]) * y[i];
-  for (const double lane : lanes) sum += lane;
-  return sum;
+  for (; i < width; ++i) rest += static_cast<double>(x[i]) * y[i];
+  for (Index half = 4; half; half /= 2)
+    for (Index j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+  return lanes[0] + rest;
 }
 
 // The best of some blocks: -inf stands for none, and what is no number comes first.

@@ -67,24 +67,56 @@ struct Pools {
   }
 };
 
-// The mean of x over the real keys of a block that has some, by its sum where that is known.
+// The means of x over the real keys of blocks that have some, each times a factor.
 template <typename Number>
-void find_mean(Given x, Maybe sums, const Sample& sample, Index head, Index block, double* mean) {
-  const Index width = x.size(3), count = sample.count(block);
-  if (sums && block < sums->size(2)) {
-    std::copy_n(head_of<double>(*sums, sample.number, head).at(block, 0).data, width, mean);
-  } else {
-    std::fill_n(mean, width, 0.0);
-    const auto rows = head_of<Number>(x, sample.number, head);
-    for (Index key = block * sample.size; key < sample.end(block); ++key)
-      if (sample.has(key))
-        for (Index c = 0; c < width; ++c) mean[c] += rows.at(key, c).data[0];
+class Means {
+ public:
+  Means(Given x, Maybe sums, const Sample& sample, Index head)
+      : x(head_of<Number>(x, sample.number, head)), width(x.size(3)), sample(sample),
+        known(sums ? sums->size(2) : 0) {
+    if (sums) sum = head_of<double>(*sums, sample.number, head);
   }
-  if ((count & (count - 1)) == 0)  // a quotient by a power of 2 is a product
-    scale(mean, 1.0 / count, width, mean);
-  else
-    for (Index c = 0; c < width; ++c) mean[c] /= count;
-}
+
+  void add(Index block) {
+    const Index count = sample.count(block);
+    if (block < known && (count & (count - 1)) == 0) {  // a quotient by a power of 2 is a product
+      found.push_back({sum.at(block, 0).data, 1.0 / count});
+      return;
+    }
+    std::vector<double>& mean = made.emplace_back(width);
+    if (block < known)
+      std::copy_n(sum.at(block, 0).data, width, mean.begin());
+    else
+      for (Index key = block * sample.size; key < sample.end(block); ++key)
+        if (sample.has(key))
+          for (Index c = 0; c < width; ++c) mean[c] += x.at(key, c).data[0];
+    for (double& number : mean) number /= count;
+    found.push_back({mean.data(), 1.0});
+  }
+
+  double dot_with(const std::vector<double>& query, Index place) const {
+    return found[place].factor * exact_dot(query.data(), found[place].data, width);
+  }
+
+  void add_to(std::vector<double>& row, double weight, Index place) const {
+    weight *= found[place].factor;
+    for (Index c = 0; c < width; ++c) row[c] += weight * found[place].data[c];
+  }
+
+ private:
+  struct Mean {
+    const double* data;
+    double factor;
+  };
+
+  const Source<Number> x;
+  const Index width;
+  const Sample& sample;
+  Source<double> sum{nullptr, 0};
+  const Index known;
+  std::vector<Mean> found;
+  std::vector<std::vector<double>> made;
+};
 
 // Its query in double.
 template <typename Number>
@@ -96,22 +128,21 @@ std::vector<double> query_of(Given q, const Sample& sample, Index head) {
 // Of every head the blocks whose means it likes best, its own before all others.
 template <typename Number>
 Tensor best_means_of(const Pools& call, Index wanted) {
-  const Index width = call.width;
   Tensor out = at::empty({call.batch, call.heads, wanted}, call.q.options().dtype(at::kLong));
   call.each_head([&](const Sample& sample, Index head) {
     const Index own = sample.own(), seen = call.is_causal ? own : call.blocks;
-    std::vector<double> means(call.blocks * width);
+    Means<Number> means(call.k, call.key_sums, sample, head);
     std::vector<Index> candidates;
     for (Index block = 0; block < seen; ++block) {
       if (block == own || !sample.count(block)) continue;
       candidates.push_back(block);
-      find_mean<Number>(call.k, call.key_sums, sample, head, block, &means[block * width]);
+      means.add(block);
     }
     Best best(call.blocks);
     for (Index row = head * call.group; row < (head + 1) * call.group; ++row) {
       const auto query = query_of<Number>(call.q, sample, row);
-      for (const Index block : candidates)
-        best.offer(block, dot(query.data(), &means[block * width], width));
+      for (size_t i = 0; i < candidates.size(); ++i)
+        best.offer(candidates[i], means.dot_with(query, i));
       if (own >= 0) best.offer(own, std::numeric_limits<double>::infinity());
       best.take(wanted, out.data_ptr<int64_t>() + (sample.number * call.heads + row) * wanted);
     }
@@ -141,15 +172,13 @@ template <typename Number>
 class PooledRow {
  public:
   PooledRow(const Pools& call, const Ranks& ranks, const Sample& sample, Index head)
-      : call(call), ranks(ranks), sample(sample), head(head) {
-    for (Index block = 0; (block + 1) * call.size <= sample.position + 1; ++block)
-      if (block < call.blocks && sample.count(block)) ended.push_back(block);
-    keys.resize(ended.size() * call.width);
-    values.resize(ended.size() * call.v.size(3));
-    for (size_t i = 0; i < ended.size(); ++i) {
-      find_mean<Number>(call.k, call.key_sums, sample, head, ended[i], &keys[i * call.width]);
-      find_mean<Number>(call.v, call.value_sums, sample, head, ended[i],
-                        &values[i * call.v.size(3)]);
+      : call(call), ranks(ranks), sample(sample), head(head),
+        keys(call.k, call.key_sums, sample, head), values(call.v, call.value_sums, sample, head) {
+    for (Index block = 0; (block + 1) * call.size <= sample.position + 1; ++block) {
+      if (block >= call.blocks || !sample.count(block)) continue;
+      ended.push_back(block);
+      keys.add(block);
+      values.add(block);
     }
   }
 
@@ -158,7 +187,7 @@ class PooledRow {
     for (Index row = 0; row < call.group; ++row) {
       const auto query = query_of<Number>(call.q, sample, head * call.group + row);
       for (size_t i = 0; i < ended.size(); ++i) {
-        scores[i] = ranks.scale * dot(query.data(), &keys[i * call.width], call.width);
+        scores[i] = ranks.scale * keys.dot_with(query, i);
         if (ranks.of_logits) shares[i] += scores[i] / call.group;
       }
       weigh(scores);
@@ -172,10 +201,8 @@ class PooledRow {
 
  private:
   void sum_values(const std::vector<double>& weights, Number* out) const {
-    const Index width = call.v.size(3);
-    std::vector<double> row(width);
-    for (size_t i = 0; i < ended.size(); ++i)
-      for (Index c = 0; c < width; ++c) row[c] += weights[i] * values[i * width + c];
+    std::vector<double> row(call.v.size(3));
+    for (size_t i = 0; i < ended.size(); ++i) values.add_to(row, weights[i], i);
     std::copy(row.begin(), row.end(), out);
   }
 
@@ -196,8 +223,8 @@ class PooledRow {
   const Ranks& ranks;
   const Sample& sample;
   const Index head;
-  std::vector<Index> ended;
-  std::vector<double> keys, values;  // means of these blocks
+  Means<Number> keys, values;
+  std::vector<Index> ended;  // blocks that have these means
 };
 
 template <typename Number>
@@ -226,41 +253,54 @@ struct Ranked {
   const Index keys = k.size(2), blocks = (keys + size - 1) / size, each = q.size(1) / choosers;
 };
 
+constexpr Index TOGETHER = 128;  // keys that a thread ranks at a time
+
+// The scores of some keys.
+template <typename Number>
+void rank(const Ranked& call, Index number, Index chooser, Index first, Index last,
+          double* scores) {
+  const Index heads = call.q.size(1), width = call.q.size(3);
+  for (Index head = chooser * call.each; head < (chooser + 1) * call.each; ++head) {
+    const auto keys = head_of<Number>(call.k, number, head * call.k.size(1) / heads);
+    const Number* query = head_of<Number>(call.q, number, head).data;
+    const double weight = call.w ? call.w->const_data_ptr<Number>()[number * heads + head] : 1.0;
+    for (Index key = first; key < last; ++key) {
+      const double product = exact_dot(query, keys.at(key, 0).data, width);
+      scores[key] += weight * (product < 0 ? 0.0 : product);
+    }
+  }
+}
+
 // Of every chooser the blocks whose best keys have the largest scores.
 template <typename Number>
 Tensor best_keys_of(const Ranked& call, Index wanted) {
-  const Index batch = call.q.size(0), heads = call.q.size(1);
+  const Index batch = call.q.size(0), rows = batch * call.choosers;
+  const Index parts = (call.keys + TOGETHER - 1) / TOGETHER;
   Tensor out = at::empty({batch, call.choosers, wanted}, call.q.options().dtype(at::kLong));
-  at::parallel_for(0, batch * call.choosers, 1, [&](Index first, Index last) {
-    Best best(call.blocks);
-    std::vector<double> scores(call.keys), tops(call.blocks);
-    for (Index one = first; one < last; ++one) {
-      const Sample sample(one / call.choosers, call.key_mask, call.positions, call.keys,
-                          call.size);
-      const Index begin = one % call.choosers * call.each;
-      const Index seen =
-          call.is_causal ? std::clamp<Index>(sample.position + 1, 0, call.keys) : call.keys;
-      std::fill(scores.begin(), scores.end(), 0.0);
-      for (Index head = begin; head < begin + call.each; ++head) {
-        const auto keys =
-            head_of<Number>(call.k, sample.number, head * call.k.size(1) / heads);
-        const Number* query = head_of<Number>(call.q, sample.number, head).data;
-        const double weight =
-            call.w ? call.w->const_data_ptr<Number>()[sample.number * heads + head] : 1.0;
-        for (Index key = 0; key < seen; ++key) {
-          const double product = exact_dot(query, keys.at(key, 0).data, call.q.size(3));
-          scores[key] += weight * (product < 0 ? 0.0 : product);
-        }
-      }
-      std::fill(tops.begin(), tops.end(), LOWEST);
-      for (Index key = 0; key < seen; ++key) {
-        double& top = tops[key / call.size];
-        if (sample.has(key) && !(scores[key] <= top)) top = scores[key];
-      }
-      for (Index block = 0; block < call.blocks; ++block) best.offer(block, tops[block]);
-      best.take(wanted, out.data_ptr<int64_t>() + one * wanted);
+  std::vector<double> scores(rows * call.keys);
+  const Index products = std::max<Index>(1, TOGETHER * call.each * call.q.size(3));
+  const Index together = std::max<Index>(1, WORTH_A_THREAD / products);
+  at::parallel_for(0, rows * parts, together, [&](Index begin, Index end) {
+    for (Index one = begin; one < end; ++one) {
+      const Index row = one / parts, first = one % parts * TOGETHER;
+      rank<Number>(call, row / call.choosers, row % call.choosers, first,
+                   std::min(first + TOGETHER, call.keys), &scores[row * call.keys]);
     }
   });
+  Best best(call.blocks);
+  std::vector<double> tops(call.blocks);
+  for (Index row = 0; row < rows; ++row) {
+    const Sample sample(row / call.choosers, call.key_mask, call.positions, call.keys, call.size);
+    const Index seen = call.is_causal ? std::min(sample.position + 1, call.keys) : call.keys;
+    std::fill(tops.begin(), tops.end(), LOWEST);
+    for (Index key = 0; key < seen; ++key) {
+      const double score = scores[row * call.keys + key];
+      double& top = tops[key / call.size];
+      if (sample.has(key) && !(score <= top)) top = score;
+    }
+    for (Index block = 0; block < call.blocks; ++block) best.offer(block, tops[block]);
+    best.take(wanted, out.data_ptr<int64_t>() + row * wanted);
+  }
   return out;
 }
 
