@@ -59,9 +59,8 @@ class TwoMaps(Weighted, Softmax):
     learned: λ; None: a call brings it for every row, as `SUBTRACTION`, or it is 1/2
 
     Its backends are `native_row`, one query in C++, where that has been compiled, and those of the
-    softmax engine; `sdpa` takes values that are wider than keys
-    beside keys that are filled up with zeros, which was faster than tiles of the widths as they
-    are.
+    softmax engine; `sdpa` takes values that are wider than keys beside keys that are filled up with
+    zeros, which was faster than tiles of the widths as they are.
     """
 
     def __init__(self, scale: float | None, learned: Lambda | None) -> None:

@@ -42,8 +42,8 @@ class FlashAlgorithm(Softmax):
     block_size: number of queries, and of keys, of a tile; one of fewer queries has more keys
     softcap: keeps scores within ±softcap; None: they are as they are
 
-    Its backends in order: `native_row`, one query in C++, which has no use for tiles, where that has
-    been compiled; `tiled`; the reference.
+    Its backends in order: `native_row`, one query in C++, which has no use for tiles, where that
+    has been compiled; `tiled`; the reference.
     """
 
     counted_apart = True

@@ -19,9 +19,9 @@ from attnzoo.variants.forgetting import fading_tiles
 class FadingSoftmax(Softmax):
     """Softmax attention whose scores fade by `log_decay`.
 
-    Its backends in order: `native_row`, one query in C++, where that has been compiled; `tiles` on a CPU, which reads only what has not faded; `sdpa`, torch's,
-    with the gates' sums as a mask of n² numbers; `rows`, a few rows of them at a time; the
-    reference.
+    Its backends in order: `native_row`, one query in C++, where that has been compiled; `tiles` on
+    a CPU, which reads only what has not faded; `sdpa`, torch's, with the gates' sums as a mask of
+    n² numbers; `rows`, a few rows of them at a time; the reference.
     """
 
     remembered = (LOG_DECAY,)

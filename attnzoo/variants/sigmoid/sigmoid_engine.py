@@ -33,8 +33,9 @@ class SigmoidEngine(Softmax):
     scale: factor of the products, 1/sqrt(head_dim) by default
     bias: b of every row; None: −log of the number of keys that the row sees
 
-    Its backends in order: `native_row`, one query in C++, where that has been compiled; `tiles` on a CPU, a few rows at a time in cache; `rows`, a few rows at a
-    time in operators that graphs and transforms can follow; the reference.
+    Its backends in order: `native_row`, one query in C++, where that has been compiled; `tiles` on
+    a CPU, a few rows at a time in cache; `rows`, a few rows at a time in operators that graphs and
+    transforms can follow; the reference.
     """
 
     def __init__(self, scale: float | None = None, bias: float | None = None) -> None:

@@ -32,10 +32,11 @@ from attnzoo.sequences.padding import ends, fills_slots
 class BlockSparse(Sparse):
     """Softmax attention in which a block of queries sees blocks of keys.
 
-    Its backends in order: `native_row`, one query in C++, and `native`, `tiles` in C++, where that has been compiled; `dense`, one SDPA
-    call, where the pattern hides nothing; `flex`, FlexAttention; `tiles`, a few rows at a
-    time in memory that stays in a CPU's cache; `blocks`, SDPA on gathered blocks of keys; `ragged`,
-    the same for padded samples whose blocks count from their own ends; the reference.
+    Its backends in order: `native_row`, one query in C++, and `native`, `tiles` in C++, where that
+    has been compiled; `dense`, one SDPA call, where the pattern hides nothing; `flex`,
+    FlexAttention; `tiles`, a few rows at a time in memory that stays in a CPU's cache; `blocks`,
+    SDPA on gathered blocks of keys; `ragged`, the same for padded samples whose blocks count from
+    their own ends; the reference.
 
     pattern: which blocks of keys each block of queries sees
     scale: factor of the scores, 1/sqrt(head_dim) by default

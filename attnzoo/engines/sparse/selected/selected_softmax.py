@@ -44,10 +44,10 @@ def with_sums(
 class SelectedSoftmax(Softmax):
     """Softmax attention in which a query sees the key blocks that the data select for it.
 
-    Its backends in order: `native_row`, one query in C++, and `native`, short inputs in C++, where that has been compiled; `dense`, one
-    SDPA call, where every key is seen; `tiles`, on a CPU in memory that stays in cache; `selected`,
-    the same in operators that graphs and transforms follow; the reference. Only `dense` and the
-    last form a row for every key.
+    Its backends in order: `native_row`, one query in C++, and `native`, short inputs in C++, where
+    that has been compiled; `dense`, one SDPA call, where every key is seen; `tiles`, on a CPU in
+    memory that stays in cache; `selected`, the same in operators that graphs and transforms follow;
+    the reference. Only `dense` and the last form a row for every key.
 
     selector: names the key blocks that each query sees
     scale: factor of the scores, 1/sqrt(head_dim) by default

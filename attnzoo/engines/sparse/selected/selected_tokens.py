@@ -59,8 +59,8 @@ class TokenSelector(ABC):
 class SelectedTokens(Softmax):
     """Softmax attention in which a query sees the keys that the data select for it.
 
-    Its backends in order: `native_row`, one query in C++, where that has been compiled; `dense`, one SDPA call, where every key is seen; `rows`, a few rows at a
-    time; the reference.
+    Its backends in order: `native_row`, one query in C++, where that has been compiled; `dense`,
+    one SDPA call, where every key is seen; `rows`, a few rows at a time; the reference.
 
     selector: names the keys that each query sees
     scale: factor of the scores, 1/sqrt(head_dim) by default

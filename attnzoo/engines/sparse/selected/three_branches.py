@@ -47,7 +47,8 @@ class ThreeBranches(Weighted):
     """The sum of three attentions to the same queries, keys and values. Decoding keeps keys and
     values once.
 
-    Its backends in order: `native_row`, one query in C++, where that has been compiled; `branches`, each branch by the backend that it chooses; the reference.
+    Its backends in order: `native_row`, one query in C++, where that has been compiled; `branches`,
+    each branch by the backend that it chooses; the reference.
     """
 
     def __init__(
