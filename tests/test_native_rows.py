@@ -56,7 +56,9 @@ def stepped(
         here = slice(start, start + length)
         some = {name: x[:, :, here] if axes[name].has_length else x for name, x in own.items()}
         out, state = attn.step(
-            *(x[:, :, here] for x in (q, k, v)),
+            q[:, :, here],
+            k[:, :, here],
+            v[:, :, here],
             state,
             key_mask=None if mask is None else mask[:, here],
             **some,

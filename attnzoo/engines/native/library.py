@@ -29,6 +29,7 @@ COMPILED = (
     "sparse/selected/native/best_blocks.cpp",
     "sparse/selected/native/plan_of_blocks.cpp",
     "sparse/selected/native/of_one_row.cpp",
+    "sparse/selected/native/hash_buckets.cpp",
 )
 INCLUDED = (
     "native/products.h",
@@ -147,6 +148,8 @@ def operators() -> Any:
     torch.library.register_fake("attnzoo::native_best_means", _shape_of_choice)
     torch.library.register_fake("attnzoo::native_best_keys", _shape_of_choice_of_keys)
     torch.library.register_fake("attnzoo::native_pooled_row", _shapes_of_pooled_row)
+    torch.library.register_fake("attnzoo::native_bucket_codes", _shape_of_codes)
+    torch.library.register_fake("attnzoo::native_bucket_keys", _shape_of_shown)
     torch.library.register_fake("attnzoo::native_recurrence", _shapes_of_recurrence)
     torch.library.register_fake(
         "attnzoo::native_recurrence_backward", _shapes_of_recurrence_backward
@@ -193,6 +196,15 @@ def _shapes_of_pooled_row(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tupl
     width = others[-4]
     blocks = q.new_empty((*k.shape[:2], width), dtype=torch.int64)
     return q.new_empty(*q.shape[:3], v.shape[3]), blocks
+
+
+def _shape_of_codes(k: Tensor, rotations: Tensor, *_: Any) -> Tensor:
+    sizes = k.shape[0], k.shape[1] * rotations.shape[0], 1
+    return k.new_empty(sizes, dtype=torch.int64)
+
+
+def _shape_of_shown(q: Tensor, codes: Tensor, *_: Any) -> Tensor:
+    return q.new_empty((*q.shape[:2], codes.shape[2]), dtype=torch.bool)
 
 
 def _shapes_of_recurrence(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> list[Tensor]:

@@ -49,7 +49,12 @@ class Lambda(nn.Module):
     def forward(self, dtype: torch.dtype) -> Tensor:
         """λ in the dtype of the sums."""
         q1, k1, q2, k2 = (x.to(dtype) for x in (self.q1, self.k1, self.q2, self.k2))
-        return q1.dot(k1).exp() - q2.dot(k2).exp() + self.initial
+        return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.initial
+
+    def number(self) -> float:
+        """λ, as of no use to autograd."""
+        first, second = self.q1.dot(self.k1).item(), self.q2.dot(self.k2).item()
+        return math.exp(first) - math.exp(second) + self.initial
 
 
 class TwoMaps(Weighted, Softmax):
@@ -110,9 +115,12 @@ class TwoMaps(Weighted, Softmax):
 
 
 def _one_row(engine: TwoMaps, call: Call) -> Tensor:
-    subtracted = engine.subtracted(call)
-    if subtracted.dim() < 2:
-        subtracted = subtracted.view(1, 1)
+    given = call.get(SUBTRACTION.name)
+    if engine.learned is not None or given is None:
+        number = 0.5 if engine.learned is None else engine.learned.number()
+        subtracted = call.q.new_full((1, 1), number)
+    else:
+        subtracted = given.to(call.q.dtype)
     return one_row.attend(engine, call, subtracted=subtracted)
 
 

@@ -24,7 +24,7 @@ constexpr Index WIDEST = 4;                   // vectors of a row of values in r
 // What is asked for. Numbers of a query, a key, a value or a head lie together.
 struct Asked {
   Given q, k, v;
-  Maybe key_mask;     // (batch, keys)
+  Maybe key_mask;     // (batch, keys), also with the heads in between
   Maybe bias;         // (batch or 1, heads, keys), added to the scores
   Maybe log_decay;    // (batch, heads, keys), gates whose sums are added to them
   Maybe blocks;       // (batch or 1, choosers, width), of keys that are seen; -1: none
@@ -73,9 +73,7 @@ class OneRow {
  private:
   // Lists the keys that are seen, and what gates add to their scores.
   void find_places(Index sample, Index head) {
-    const bool* real = call.key_mask
-                           ? call.key_mask->const_data_ptr<bool>() + sample * call.key_mask->stride(0)
-                           : nullptr;
+    const bool* real = call.key_mask ? mask_of(*call.key_mask, sample, head) : nullptr;
     Index first = 0;
     if (call.log_decay) first = add_gates(row_of<Number>(*call.log_decay, sample, head));
     count = 0;
@@ -90,6 +88,11 @@ class OneRow {
       if (chosen[i] >= 0)
         take(chosen[i] * call.block_size,
              std::min((chosen[i] + 1) * call.block_size, call.keys));
+  }
+
+  static const bool* mask_of(Given mask, Index sample, Index head) {
+    return mask.const_data_ptr<bool>() + sample * mask.stride(0) +
+           (mask.dim() == 3 ? head * mask.stride(1) : 0);
   }
 
   // Sums the gates behind every key, from the last on, and returns the first key that none of them

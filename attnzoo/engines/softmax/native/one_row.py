@@ -23,6 +23,7 @@ def attend(
     engine: SoftmaxReference,
     call: Call,
     *,
+    shown: Tensor | None = None,
     blocks: Tensor | None = None,
     block_size: int = 1,
     subtracted: Tensor | None = None,
@@ -31,6 +32,7 @@ def attend(
 ) -> Tensor:
     """A·v, (batch, heads, 1, value_dim), of a call that `why_not` accepts.
 
+    shown: (batch, heads, keys) bool, the keys that are seen beside what the call's key_mask says
     blocks: (batch or 1, choosers, width) int64, the blocks of keys that are seen, each once, and -1
         where there are fewer; consecutive heads share a chooser. None: all keys are seen
     block_size: keys of a block
@@ -40,6 +42,8 @@ def attend(
     """
     q, k, v = (in_rows(x) for x in (call.q, call.k, call.v))
     mask, logits = call.key_mask, call.get(SINK_LOGITS.name)
+    if shown is not None:
+        mask = shown if mask is None else shown & mask[:, None]
     log_decay = call.get(LOG_DECAY.name)
     return operators().native_row(
         q,
