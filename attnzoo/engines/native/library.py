@@ -26,6 +26,7 @@ COMPILED = (
     "softmax/native/attention.cpp",
     "softmax/native/one_row.cpp",
     "linear/native/recurrence.cpp",
+    "linear/native/tree.cpp",
     "sparse/selected/native/best_blocks.cpp",
     "sparse/selected/native/plan_of_blocks.cpp",
     "sparse/selected/native/of_one_row.cpp",
@@ -151,6 +152,7 @@ def operators() -> Any:
     torch.library.register_fake("attnzoo::native_bucket_codes", _shape_of_codes)
     torch.library.register_fake("attnzoo::native_bucket_keys", _shape_of_shown)
     torch.library.register_fake("attnzoo::native_recurrence", _shapes_of_recurrence)
+    torch.library.register_fake("attnzoo::native_tree_step", _shapes_of_tree_step)
     torch.library.register_fake(
         "attnzoo::native_recurrence_backward", _shapes_of_recurrence_backward
     )
@@ -205,6 +207,12 @@ def _shape_of_codes(k: Tensor, rotations: Tensor, *_: Any) -> Tensor:
 
 def _shape_of_shown(q: Tensor, codes: Tensor, *_: Any) -> Tensor:
     return q.new_empty((*q.shape[:2], codes.shape[2]), dtype=torch.bool)
+
+
+def _shapes_of_tree_step(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    buckets = (others[-5] + 1).bit_length()
+    sizes = *k.shape[:2], buckets, k.shape[3], v.shape[3]
+    return q.new_empty(*q.shape[:3], v.shape[3]), k.new_empty(sizes)
 
 
 def _shapes_of_recurrence(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> list[Tensor]:
