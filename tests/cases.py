@@ -23,6 +23,7 @@ CPU_BACKENDS = {
         "tiled",
         "dense",
         "native",
+        "native_row",
         "tiles",
         "windows",
         "columns",

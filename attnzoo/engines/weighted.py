@@ -3,8 +3,9 @@ of its rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -33,9 +34,17 @@ class Branch:
 
 @dataclass(frozen=True)
 class _Asked(Call):
-    """A call of which it is known who is asked for what, whatever backend is to do it."""
+    """A call of which it is told once who is asked for what, whatever backend is to do it.
 
-    branches: Sequence[Branch] = ()
+    ask: tells it, of the call
+    """
+
+    ask: Callable[[Call], Sequence[Branch]] | None = None
+
+    @cached_property
+    def branches(self) -> Sequence[Branch]:
+        assert self.ask is not None
+        return self.ask(self)
 
 
 class Weighted(Engine):
@@ -51,7 +60,7 @@ class Weighted(Engine):
         return self.branches(call)
 
     def choose(self, call: Call, requested: str) -> Backend:
-        return super().choose(_Asked(**vars(call), branches=self.asked(call)), requested)
+        return super().choose(_Asked(**vars(call), ask=self.asked), requested)
 
     def matrix(self, call: Call) -> Tensor:
         found = [one.weighed(one.engine.matrix(one.call)) for one in self.branches(call)]

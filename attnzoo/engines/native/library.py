@@ -24,9 +24,13 @@ from attnzoo.call import UnsupportedError
 ENGINES = Path(__file__).parent.parent
 COMPILED = (
     "softmax/native/attention.cpp",
+    "softmax/native/one_row.cpp",
     "linear/native/recurrence.cpp",
+    "linear/native/tree.cpp",
     "sparse/selected/native/best_blocks.cpp",
     "sparse/selected/native/plan_of_blocks.cpp",
+    "sparse/selected/native/of_one_row.cpp",
+    "sparse/selected/native/hash_buckets.cpp",
 )
 INCLUDED = (
     "native/products.h",
@@ -35,6 +39,7 @@ INCLUDED = (
     "linear/native/chunk_gates.h",
     "linear/native/chunk.h",
     "linear/native/one_token.h",
+    "sparse/selected/native/candidates.h",
 )
 #: What a compiler is told for each kind of processor that torch knows and the code is made for.
 INSTRUCTIONS = {
@@ -139,12 +144,24 @@ def operators() -> Any:
         _is_loaded.cache_clear()
     torch.library.register_fake("attnzoo::native_attention", _shapes)
     torch.library.register_fake("attnzoo::native_attention_backward", _shapes_backward)
+    torch.library.register_fake("attnzoo::native_row", _shape_of_row)
     torch.library.register_fake("attnzoo::native_best_blocks", _shapes_of_blocks)
+    torch.library.register_fake("attnzoo::native_best_means", _shape_of_choice)
+    torch.library.register_fake("attnzoo::native_best_keys", _shape_of_choice_of_keys)
+    torch.library.register_fake("attnzoo::native_pooled_row", _shapes_of_pooled_row)
+    torch.library.register_fake("attnzoo::native_bucket_codes", _shape_of_codes)
+    torch.library.register_fake("attnzoo::native_bucket_keys", _shape_of_shown)
     torch.library.register_fake("attnzoo::native_recurrence", _shapes_of_recurrence)
+    torch.library.register_fake("attnzoo::native_tree_step", _shapes_of_tree_step)
     torch.library.register_fake(
         "attnzoo::native_recurrence_backward", _shapes_of_recurrence_backward
     )
     return torch.ops.attnzoo
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """x with the numbers of a row in one piece, as compiled code reads them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _shapes(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -157,11 +174,45 @@ def _shapes_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _shape_of_row(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(*q.shape[:3], v.shape[3])
+
+
 def _shapes_of_blocks(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     choosers, _, width = others[-3:]
     sizes = q.shape[0], choosers, q.shape[2], width
     blocks = q.new_empty(sizes, dtype=torch.int64)
     return blocks, q.new_empty((q.shape[0], q.shape[2]), dtype=torch.bool)
+
+
+def _shape_of_choice(q: Tensor, *others: Any) -> Tensor:
+    return q.new_empty((*q.shape[:2], others[-1]), dtype=torch.int64)
+
+
+def _shape_of_choice_of_keys(q: Tensor, *others: Any) -> Tensor:
+    choosers, _, width = others[-3:]
+    return q.new_empty((q.shape[0], choosers, width), dtype=torch.int64)
+
+
+def _shapes_of_pooled_row(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    width = others[-4]
+    blocks = q.new_empty((*k.shape[:2], width), dtype=torch.int64)
+    return q.new_empty(*q.shape[:3], v.shape[3]), blocks
+
+
+def _shape_of_codes(k: Tensor, rotations: Tensor, *_: Any) -> Tensor:
+    sizes = k.shape[0], k.shape[1] * rotations.shape[0], 1
+    return k.new_empty(sizes, dtype=torch.int64)
+
+
+def _shape_of_shown(q: Tensor, codes: Tensor, *_: Any) -> Tensor:
+    return q.new_empty((*q.shape[:2], codes.shape[2]), dtype=torch.bool)
+
+
+def _shapes_of_tree_step(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    buckets = (others[-5] + 1).bit_length()
+    sizes = *k.shape[:2], buckets, k.shape[3], v.shape[3]
+    return q.new_empty(*q.shape[:3], v.shape[3]), k.new_empty(sizes)
 
 
 def _shapes_of_recurrence(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> list[Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from attnzoo.call import Call
 from attnzoo.engines.engine import Cost, Shape, accumulation_dtype
 from attnzoo.engines.softmax.cache import KeyValueCache
+from attnzoo.engines.softmax.native import one_row
 from attnzoo.engines.softmax.sdpa import FEW_ROWS
 from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.engines.weighted import Branch, Weighted, of_branches
@@ -50,6 +51,11 @@ class Lambda(nn.Module):
         q1, k1, q2, k2 = (x.to(dtype) for x in (self.q1, self.k1, self.q2, self.k2))
         return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.initial
 
+    def number(self) -> float:
+        """λ, as of no use to autograd."""
+        first, second = self.q1.dot(self.k1).item(), self.q2.dot(self.k2).item()
+        return math.exp(first) - math.exp(second) + self.initial
+
 
 class TwoMaps(Weighted, Softmax):
     """Two softmaxes by the halves of queries and keys.
@@ -57,9 +63,9 @@ class TwoMaps(Weighted, Softmax):
     scale: factor of the products, 1/sqrt(head_dim / 2) by default
     learned: λ; None: a call brings it for every row, as `SUBTRACTION`, or it is 1/2
 
-    Its backends are those of the softmax engine; `sdpa` takes values that are wider than keys
-    beside keys that are filled up with zeros, which was faster than tiles of the widths as they
-    are.
+    Its backends are `native_row`, one query in C++, where that has been compiled, and those of the
+    softmax engine; `sdpa` takes values that are wider than keys beside keys that are filled up with
+    zeros, which was faster than tiles of the widths as they are.
     """
 
     def __init__(self, scale: float | None, learned: Lambda | None) -> None:
@@ -67,16 +73,19 @@ class TwoMaps(Weighted, Softmax):
         self.learned = learned
         self.map = Softmax(scale)
 
-    def branches(self, call: Call) -> Sequence[Branch]:
+    def subtracted(self, call: Call) -> Tensor:
+        """λ in the precision of sums, a number or (batch, heads, query_length)."""
         dtype, given = accumulation_dtype(call.q.dtype), call.get(SUBTRACTION.name)
         if self.learned is not None:
-            subtracted = self.learned(dtype)
-        elif given is not None:
-            subtracted = given.to(dtype)[..., None]
-        else:
-            subtracted = call.q.new_tensor(0.5, dtype=dtype)
+            return self.learned(dtype)
+        return call.q.new_tensor(0.5, dtype=dtype) if given is None else given.to(dtype)
+
+    def branches(self, call: Call) -> Sequence[Branch]:
         first, second = self.asked(call)
-        return first, replace(second, factor=-subtracted)
+        return first, replace(second, factor=-self.subtracted(call)[..., None])
+
+    def scale_of(self, q: Tensor) -> float:
+        return self.map.scale_of(q[..., : q.shape[3] // 2])
 
     def asked(self, call: Call) -> Sequence[Branch]:
         dtype = accumulation_dtype(call.q.dtype)
@@ -105,4 +114,14 @@ class TwoMaps(Weighted, Softmax):
         return replace(found, moved_bytes=found.moved_bytes + rows * shape.dtype.itemsize)
 
 
-TwoMaps.backends = tuple(of_branches(one) for one in Softmax.backends)
+def _one_row(engine: TwoMaps, call: Call) -> Tensor:
+    given = call.get(SUBTRACTION.name)
+    if engine.learned is not None or given is None:
+        number = 0.5 if engine.learned is None else engine.learned.number()
+        subtracted = call.q.new_full((1, 1), number)
+    else:
+        subtracted = given.to(call.q.dtype)
+    return one_row.attend(engine, call, subtracted=subtracted)
+
+
+TwoMaps.backends = (one_row.backend(_one_row), *map(of_branches, Softmax.backends))

@@ -30,6 +30,7 @@ from attnzoo.engines.engine import (
 from attnzoo.engines.exponential import exp_
 from attnzoo.engines.piece_by_piece import join
 from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS, add_by_distance, bias_between
+from attnzoo.engines.softmax.native import one_row
 from attnzoo.engines.softmax.reference import reference
 from attnzoo.engines.softmax.softmax import Softmax
 
@@ -40,6 +41,9 @@ class FlashAlgorithm(Softmax):
     scale: factor of the scores, 1/sqrt(head_dim) by default
     block_size: number of queries, and of keys, of a tile; one of fewer queries has more keys
     softcap: keeps scores within ±softcap; None: they are as they are
+
+    Its backends in order: `native_row`, one query in C++, which has no use for tiles, where that
+    has been compiled; `tiled`; the reference.
     """
 
     counted_apart = True
@@ -299,6 +303,7 @@ def _why_not(engine: FlashAlgorithm, call: Call) -> str | None:
 
 
 FlashAlgorithm.backends = (
+    one_row.backend(),
     Backend("tiled", attend, _why_not),
     Backend("reference", reference, never_refuses, packs=True),
 )

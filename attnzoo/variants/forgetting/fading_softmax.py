@@ -10,6 +10,7 @@ from attnzoo.engines.engine import Backend, Cost, Shape
 from attnzoo.engines.linear.gated.tokens import check_gates
 from attnzoo.engines.softmax import rows, sdpa
 from attnzoo.engines.softmax.decay_bias import LOG_DECAY
+from attnzoo.engines.softmax.native import one_row
 from attnzoo.engines.softmax.reference import REFERENCE
 from attnzoo.engines.softmax.softmax import Softmax
 from attnzoo.variants.forgetting import fading_tiles
@@ -18,13 +19,14 @@ from attnzoo.variants.forgetting import fading_tiles
 class FadingSoftmax(Softmax):
     """Softmax attention whose scores fade by `log_decay`.
 
-    Its backends in order: `tiles` on a CPU, which reads only what has not faded; `sdpa`, torch's,
-    with the gates' sums as a mask of n² numbers; `rows`, a few rows of them at a time; the
-    reference.
+    Its backends in order: `native_row`, one query in C++, where that has been compiled; `tiles` on
+    a CPU, which reads only what has not faded; `sdpa`, torch's, with the gates' sums as a mask of
+    n² numbers; `rows`, a few rows of them at a time; the reference.
     """
 
     remembered = (LOG_DECAY,)
     backends = (
+        one_row.backend(),
         Backend("tiles", fading_tiles.attend, fading_tiles.why_not),
         Backend("sdpa", sdpa.attend, sdpa.cannot, packs=True),
         Backend("rows", rows.attend, rows.why_not),

@@ -66,6 +66,10 @@ class AngularHash(nn.Module):
         """Draw the rotations of the seed again, where they lost their values."""
         self.redraw(self.seed)
 
+    def drawn(self) -> tuple[Tensor, tuple[int, ...]]:
+        """The rotations and how many buckets each of their parts tells apart, for compiled code."""
+        return self.rotations, self.factors
+
     def macs(self, tokens: int) -> int:
         """Multiply-accumulates for the buckets of so many tokens."""
         return tokens * self.rotations.numel()

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
+from attnzoo.eager import only_autograd_looks
+from attnzoo.engines.native import library
+from attnzoo.engines.native.library import in_rows, operators
 from attnzoo.engines.sparse.selected.grouped_rows import ranks
 from attnzoo.spec import Input
 from attnzoo.variants.reformer.angular_hash import AngularHash
@@ -30,6 +33,8 @@ def codes_of_new(hashing: AngularHash, call: Call, before: Tensor | None) -> Ten
 
     before: codes of the keys before the call's; None: there are none
     """
+    if call.key_length == 1 and call.key_mask is None and is_compiled_for(call):
+        return operators().native_bucket_codes(in_rows(call.k), *hashing.drawn(), before)
     first = hashing(call.k).flatten(1, 2) * BUCKET  # of each key's bucket
     if call.key_mask is not None:
         first = first.masked_fill(~call.key_mask[:, None], NO_BUCKET)
@@ -58,6 +63,23 @@ def seen_by_one(hashing: AngularHash, size: int, call: Call) -> Tensor:
     most = BUCKET - 1 - (last // size - 1).clamp(min=0) * size
     seen = apart <= most.masked_fill(last < 0, -1)
     return reduce(torch.bitwise_or, seen.unbind(3)).flatten(1, 2)[:, :, None]
+
+
+def seen_natively(hashing: AngularHash, size: int, call: Call, *, shared: bool) -> Tensor:
+    """As `seen_by_one` by the compiled operator, (batch, heads, key_length), with the query's own
+    key: always, or of shared queries and keys where it sees nothing else."""
+    q, codes = in_rows(call.q), call.inputs[CODES.name]
+    return operators().native_bucket_keys(q, codes, *hashing.drawn(), size, shared)
+
+
+def is_compiled_for(call: Call) -> bool:
+    """Whether compiled code may hash a call's keys, with the same result."""
+    return (
+        library.not_compiled() is None
+        and call.k.device.type == "cpu"
+        and call.k.dtype in (torch.float32, torch.float64)
+        and only_autograd_looks(call.q, call.k)
+    )
 
 
 def _last_rank(apart: Tensor) -> Tensor:

@@ -18,13 +18,19 @@ from attnzoo.engines.engine import (
 )
 from attnzoo.engines.softmax import sdpa
 from attnzoo.engines.softmax.cache import KeyValueCache
+from attnzoo.engines.softmax.native import one_row
 from attnzoo.engines.softmax.reference import reference, visible, weights_of
 from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
 from attnzoo.engines.sparse.dense import too_large
 from attnzoo.engines.sparse.reference import is_short_input
 from attnzoo.engines.sparse.selected.grouped_rows import heads_of
 from attnzoo.variants.reformer.angular_hash import AngularHash
-from attnzoo.variants.reformer.bucket_codes import CODES, codes_of_new, seen_by_one
+from attnzoo.variants.reformer.bucket_codes import (
+    CODES,
+    codes_of_new,
+    seen_by_one,
+    seen_natively,
+)
 from attnzoo.variants.reformer.bucket_rows import (
     chunks_of,
     own_is_real,
@@ -142,7 +148,20 @@ def _dense_why_not(engine: BucketSoftmax, call: Call) -> str | None:
     return too_large(call) or sdpa.cannot(engine, call)
 
 
+def _one_row(engine: BucketSoftmax, call: Call) -> Tensor:
+    shown = seen_natively(engine.hashing, engine.chunk_size, call, shared=engine.share_qk)
+    call = with_unit_keys(call) if engine.share_qk else call
+    return one_row.attend(engine, call, shown=shown)
+
+
+def _one_row_why_not(engine: BucketSoftmax, call: Call) -> str | None:
+    if CODES.name not in call.inputs:
+        return "it is for a step of decoding, whose keys have been hashed"
+    return one_row.why_not(engine, call)
+
+
 BucketSoftmax.backends = (
+    one_row.backend(_one_row, _one_row_why_not),
     Backend("dense", _dense, _dense_why_not),
     Backend("chunked", attend, never_refuses),
     Backend("reference", reference, never_refuses),

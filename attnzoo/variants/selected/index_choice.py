@@ -36,6 +36,9 @@ class TokensByIndex(TokenSelector):
     def macs(self, shape: Shape) -> int:
         return self.indexer.macs(shape)
 
+    def of_one(self, placed: Placed) -> Tensor:
+        return self.indexer.best_of_one(placed, 1, self.top_k)
+
     @torch.no_grad()
     def shown(self, placed: Placed, rows: slice, length: int) -> Tensor:
         seen = visible_of(placed, rows, length)
@@ -73,6 +76,9 @@ class BlocksByIndex(Selector):
     @torch.no_grad()
     def select(self, placed: Placed) -> Selection:
         return Selection(torch.cat(list(self._some_rows(placed)), 2))
+
+    def of_one(self, placed: Placed) -> Tensor:
+        return self.indexer.best_of_one(placed, self.block_size, self._width(placed.call))
 
     def native_why_not(self, call: Call) -> str | None:
         """Why the compiled operator does not choose; None where it does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from attnzoo.call import Call
+from attnzoo.eager import can_look
 from attnzoo.engines.engine import Shape
+from attnzoo.engines.native.library import in_rows, operators
 from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.sparse.selected.selection import Placed
 from attnzoo.spec import Input
@@ -63,7 +66,10 @@ class Indexer:
                 f"q_index has {q.shape[1]} heads of {q.shape[3]}; this attention was built with "
                 f"index_heads={self.index_heads} and index_dim={self.index_dim}"
             )
-        bad = ~(q.detach().isfinite().all(3).all(1) & w.detach().isfinite().all(1))
+        q, w = q.detach(), w.detach()
+        if can_look(q, w) and math.isfinite((q.sum() + w.sum()).item()):
+            return call
+        bad = ~(q.isfinite().all(3).all(1) & w.isfinite().all(1))
         return replace(call, q=torch.where(bad[:, None, :, None], torch.nan, call.q))
 
     def scores(
@@ -94,6 +100,23 @@ class Indexer:
         found = (weights @ products.unflatten(3, (choices, -1)))[..., 0, :].transpose(2, 3)
         found = found.flatten(1, 2)
         return found if found.shape[1] == choosers else found.unflatten(1, (choosers, -1)).sum(2)
+
+    def best_of_one(self, placed: Placed, block_size: int, width: int) -> Tensor:
+        """The blocks whose best keys have the largest scores for the one query of a call, by the
+        compiled operator: (batch, choosers, width), -1 where there are fewer."""
+        call = placed.call
+        q, k, w = self.given(call)
+        dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
+        dtype = dtype if w is None else torch.promote_types(dtype, w.dtype)
+        q, k = (x.to(dtype) for x in (q, k))
+        choice = placed.positions, call.is_causal, self.choosers(call), block_size, width
+        return operators().native_best_keys(
+            in_rows(q),
+            in_rows(k),
+            None if w is None else w.to(dtype).contiguous(),
+            None if call.key_mask is None else in_rows(call.key_mask),
+            *choice,
+        )
 
     def error(self, placed: Placed) -> Tensor:
         """What float32 `scores` are off by at most, (batch, 1, query_length, 1): a bound on the

@@ -90,8 +90,8 @@ def _native_passed_over(engine: IndexedBlocks, call: Call) -> str | None:
 
 
 _NATIVE = Backend("native", _chosen_natively, _native_why_not, untried=_native_passed_over)
-_, _DENSE, *_OTHERS = SelectedSoftmax.backends
-IndexedBlocks.backends = (_DENSE, _NATIVE, *_OTHERS)
+_ROW, _, _DENSE, *_OTHERS = SelectedSoftmax.backends
+IndexedBlocks.backends = (_ROW, _DENSE, _NATIVE, *_OTHERS)
 
 
 @register

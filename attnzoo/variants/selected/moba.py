@@ -11,6 +11,7 @@ from attnzoo.arguments import check_positive
 from attnzoo.attention import Attention, Spec
 from attnzoo.eager import is_recorded
 from attnzoo.engines.engine import Shape
+from attnzoo.engines.native.library import in_rows, operators
 from attnzoo.engines.piece_by_piece import at_a_time
 from attnzoo.engines.sparse.selected.selected_softmax import SelectedSoftmax
 from attnzoo.engines.sparse.selected.selection import (
@@ -20,6 +21,7 @@ from attnzoo.engines.sparse.selected.selection import (
     block_means,
     highest,
 )
+from attnzoo.engines.stretch_sums import KEY_SUMS
 from attnzoo.registry import register
 
 SCORES = 2**20  # of queries and blocks, held at a time
@@ -56,6 +58,14 @@ class BlocksByMean(Selector):
     @torch.no_grad()
     def select(self, placed: Placed) -> Selection:
         return Selection(torch.cat(list(self._some_rows(placed)), 2))
+
+    def of_one(self, placed: Placed) -> Tensor:
+        call, sums = placed.call, placed.call.get(KEY_SUMS.name)
+        width = self.width(-(-call.key_length // self.block_size))
+        choice = placed.positions, call.is_causal, self.block_size, width
+        mask = None if call.key_mask is None else in_rows(call.key_mask)
+        q, k = in_rows(call.q), in_rows(call.k)
+        return operators().native_best_means(q, k, sums, mask, *choice)
 
     def _some_rows(self, placed: Placed) -> Iterator[Tensor]:
         """The blocks of some queries after the other, (batch, heads, queries, width)."""

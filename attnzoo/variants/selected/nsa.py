@@ -14,6 +14,7 @@ from attnzoo.attention import Attention, Input, Spec
 from attnzoo.eager import is_recorded
 from attnzoo.engines.engine import SOFTMAX_OPERATIONS, Shape
 from attnzoo.engines.linear.gated.gate_projections import Gate
+from attnzoo.engines.native.library import in_rows, operators
 from attnzoo.engines.piece_by_piece import at_a_time
 from attnzoo.engines.softmax.reference import masked_softmax
 from attnzoo.engines.sparse.patterns.window import Window
@@ -24,11 +25,11 @@ from attnzoo.engines.sparse.selected.selected_softmax import SelectedSoftmax
 from attnzoo.engines.sparse.selected.selection import (
     Placed,
     Selection,
-    Selector,
     highest,
 )
-from attnzoo.engines.sparse.selected.three_branches import GATES, ThreeBranches
+from attnzoo.engines.sparse.selected.three_branches import GATES, BranchSelector, ThreeBranches
 from attnzoo.engines.sparse.windows.window_sparse import WindowSparse
+from attnzoo.engines.stretch_sums import KEY_SUMS, VALUE_SUMS
 from attnzoo.registry import register
 
 IMPORTANCE = ("probabilities", "logits")
@@ -40,7 +41,7 @@ FIRST, PREVIOUS, OWN = 2.0**60, 2.0**61, 2.0**62
 DIGITS = 2.0**30
 
 
-class BlocksByImportance(Selector):
+class BlocksByImportance(BranchSelector):
     """The `top_k` blocks that weigh most in the softmax over compressed blocks, together for the
     heads that share keys; a query's own block, the one before it, and the first before all others.
     A compressed block counts once for every stride of it that lies in a block.
@@ -91,6 +92,29 @@ class BlocksByImportance(Selector):
     def _scores(self, shape: Shape) -> int:
         blocks = self.pooling.blocks(shape.key_length)
         return shape.batch_size * shape.heads * shape.query_length * blocks
+
+    def row_why_not(self) -> str | None:
+        if self.compressed.learned is not None:
+            return "its blocks have means for keys, and this attention learns them"
+        if self.pooling != Pooling(self.block_size, self.block_size):
+            return "its means are of the blocks that are selected, and these are of others"
+        return None
+
+    def with_row(self, placed: Placed) -> tuple[Tensor, Tensor]:
+        call = placed.call
+        width = self.width(-(-call.key_length // self.block_size))
+        return operators().native_pooled_row(
+            *(in_rows(x) for x in (call.q, call.k, call.v)),
+            call.get(KEY_SUMS.name),
+            call.get(VALUE_SUMS.name),
+            None if call.key_mask is None else in_rows(call.key_mask),
+            placed.positions,
+            self.block_size,
+            width,
+            self.compressed.scale_of(call.q),
+            self.first_block,
+            self.importance == "logits",
+        )
 
     @torch.no_grad()
     def select(self, placed: Placed) -> Selection:

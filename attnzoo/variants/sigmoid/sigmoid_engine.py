@@ -20,6 +20,7 @@ from attnzoo.engines.engine import Backend, Cost, Shape, accumulation_dtype, nev
 from attnzoo.engines.piece_by_piece import join
 from attnzoo.engines.softmax import rows
 from attnzoo.engines.softmax.distance_bias import DISTANCE_BIAS
+from attnzoo.engines.softmax.native import one_row
 from attnzoo.engines.softmax.reference import additive, visible
 from attnzoo.engines.softmax.sdpa import FEW_ROWS
 from attnzoo.engines.softmax.softmax import Softmax
@@ -32,8 +33,9 @@ class SigmoidEngine(Softmax):
     scale: factor of the products, 1/sqrt(head_dim) by default
     bias: b of every row; None: −log of the number of keys that the row sees
 
-    Its backends in order: `tiles` on a CPU, a few rows at a time in cache; `rows`, a few rows at a
-    time in operators that graphs and transforms can follow; the reference.
+    Its backends in order: `native_row`, one query in C++, where that has been compiled; `tiles` on
+    a CPU, a few rows at a time in cache; `rows`, a few rows at a time in operators that graphs and
+    transforms can follow; the reference.
     """
 
     def __init__(self, scale: float | None = None, bias: float | None = None) -> None:
@@ -129,7 +131,12 @@ def _tiles_why_not(engine: SigmoidEngine, call: Call) -> str | None:
     return tiles.cannot_work_alone(engine, call)
 
 
+def _one_row(engine: SigmoidEngine, call: Call) -> Tensor:
+    return one_row.attend(engine, call, is_sigmoid=True, row_bias=engine.bias)
+
+
 SigmoidEngine.backends = (
+    one_row.backend(_one_row),
     Backend("tiles", _in_tiles, _tiles_why_not),
     Backend("rows", _in_rows, rows.why_not),
     Backend("reference", attend, never_refuses, packs=True),

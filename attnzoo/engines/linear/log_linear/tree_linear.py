@@ -28,6 +28,7 @@ from attnzoo.engines.linear.log_linear.tree import (
 )
 from attnzoo.engines.linear.log_linear.tree_chunks import attend
 from attnzoo.engines.linear.log_linear.tree_state import Tree, in_chunks, no_tokens, one_by_one
+from attnzoo.engines.linear.native import compiled_recurrence, tree_native
 from attnzoo.engines.linear.state import LinearState
 from attnzoo.engines.linear.sums import Past
 from attnzoo.engines.tried_on_gpu import never_ran
@@ -38,9 +39,9 @@ from attnzoo.sequences.padding import fetched
 class LogLinear(GatedLinear):
     """Gates and delta rules over a Fenwick tree, causal only.
 
-    Its backends in order: `fla`, flash-linear-attention on CUDA, asked for by name; `open`, in
-    chunks; the reference. A row on padding is 0: it has no place
-    among the tokens.
+    Its backends in order: `fla`, flash-linear-attention on CUDA, asked for by name; `native_row`,
+    one token in C++, where that has been compiled; `open`, in chunks; the reference. A row on
+    padding is 0: it has no place among the tokens.
 
     rule: what a token does to every bucket
     """
@@ -73,14 +74,14 @@ class LogLinear(GatedLinear):
         a = self._square(call)
         return a * levels.to(a.dtype).gather(-1, index.expand(*a.shape))
 
-    def _walk(
-        self, call: Call, past: Past | None, one_token: bool
-    ) -> Iterator[tuple[Tensor, Past]]:
+    def _walk(self, call: Call, past: Past | None, backend: str) -> Iterator[tuple[Tensor, Past]]:
         tree = no_tokens(call) if past is None else past
         assert isinstance(tree, Tree)
-        walk = one_by_one if one_token else in_chunks
-        levels = given_levels(call, tree.slots + call.key_length)
-        return walk(self.rule, call.giving(LEVELS, levels), tree)
+        call = call.giving(LEVELS, given_levels(call, tree.slots + call.key_length))
+        if backend == "native_row":
+            return iter([tree_native.step(self.rule, call, tree)])
+        plain = backend == "reference" or call.key_length == 1
+        return (one_by_one if plain else in_chunks)(self.rule, call, tree)
 
     def cost(self, shape: Shape) -> Cost:
         return tree_cost.cost(self.rule, shape)
@@ -88,7 +89,7 @@ class LogLinear(GatedLinear):
 
 def _checked_levels(call: Call) -> Call:
     levels = call.get(LEVELS.name)
-    if levels is not None and can_look(levels) and (levels < 0).any():
+    if levels is not None and levels.numel() and can_look(levels) and levels.amin().item() < 0:
         raise ValueError(
             f"levels has the value {levels.min().item():.6g}, below 0: it says by how much a row "
             "weighs a part of its past, so take F.softplus(x)"
@@ -117,8 +118,19 @@ def _in_order(engine: LogLinear, call: Call) -> Tensor:
     return fetched(rows, positions(call)).masked_fill(~mask[:, None, :, None], 0.0)
 
 
+def _one_token(engine: LogLinear, call: Call) -> Tensor:
+    call = call.giving(LEVELS, given_levels(call, 1))
+    return tree_native.step(engine.rule, call, no_tokens(call))[0].to(call.q.dtype)
+
+
 LogLinear.backends = (
     Backend("fla", tree_fla.run, tree_fla.why_not, untried=never_ran),
+    Backend(
+        "native_row",
+        _one_token,
+        lambda engine, call: tree_native.why_not(call),
+        untried=lambda engine, call: compiled_recurrence.passed_over(call),
+    ),
     Backend("open", _open, never_refuses),
     REFERENCE,
 )

@@ -113,6 +113,21 @@ def sorted_key_blocks(pattern: BlockPattern, grid: Grid) -> Tensor:
     return distinct(pattern.key_blocks(grid), block_limit(grid, pattern.block_size))
 
 
+@lru_cache(maxsize=256)
+def blocks_of_last(pattern: BlockPattern, grid: Grid) -> Tensor | None:
+    """The key blocks that the last query sees, (1, heads or 1, width), -1 where there are fewer;
+    None: it sees all.
+
+    grid: of one query, the sizes of the call, which end with a block
+    """
+    with unrecorded(), torch.inference_mode(False):
+        if bool(pattern.sees_all(grid).any()):
+            return None
+        blocks = sorted_key_blocks(pattern, grid)
+        count = grid.num_key_blocks(pattern.block_size)
+        return blocks.masked_fill(blocks >= count, -1).transpose(0, 1).contiguous()
+
+
 def count_pairs(pattern: BlockPattern, grid: Grid) -> tuple[int, int]:
     """How many (head, query, key) triples of one sample are computed, and how many are visible.
 

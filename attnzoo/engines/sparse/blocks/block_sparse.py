@@ -12,6 +12,7 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.engine import Cost, Shape
 from attnzoo.engines.softmax.native import attend as native
+from attnzoo.engines.softmax.native import one_row
 from attnzoo.engines.softmax.reference import REFERENCE
 from attnzoo.engines.softmax.softmax import softmax_cost
 from attnzoo.engines.softmax.tiles import tiles
@@ -23,7 +24,7 @@ from attnzoo.engines.sparse.blocks import (
     ragged_blocks,
 )
 from attnzoo.engines.sparse.patterns.block_patterns import BlockPattern
-from attnzoo.engines.sparse.patterns.grid import Grid
+from attnzoo.engines.sparse.patterns.grid import Grid, grid_of
 from attnzoo.engines.sparse.sparse import Sparse, from_first_real
 from attnzoo.sequences.padding import ends, fills_slots
 
@@ -31,10 +32,11 @@ from attnzoo.sequences.padding import ends, fills_slots
 class BlockSparse(Sparse):
     """Softmax attention in which a block of queries sees blocks of keys.
 
-    Its backends in order: `native`, `tiles` in C++, where that has been compiled; `dense`, one SDPA
-    call, where the pattern hides nothing; `flex`, FlexAttention; `tiles`, a few rows at a
-    time in memory that stays in a CPU's cache; `blocks`, SDPA on gathered blocks of keys; `ragged`,
-    the same for padded samples whose blocks count from their own ends; the reference.
+    Its backends in order: `native_row`, one query in C++, and `native`, `tiles` in C++, where that
+    has been compiled; `dense`, one SDPA call, where the pattern hides nothing; `flex`,
+    FlexAttention; `tiles`, a few rows at a time in memory that stays in a CPU's cache; `blocks`,
+    SDPA on gathered blocks of keys; `ragged`, the same for padded samples whose blocks count from
+    their own ends; the reference.
 
     pattern: which blocks of keys each block of queries sees
     scale: factor of the scores, 1/sqrt(head_dim) by default
@@ -56,6 +58,17 @@ class BlockSparse(Sparse):
 
 def _in_tiles(engine: BlockSparse, call: Call) -> Tensor:
     return block_tiles.in_tiles(engine, engine.pattern, call)
+
+
+def _one_row(engine: BlockSparse, call: Call) -> Tensor:
+    size, grid = engine.pattern.block_size, grid_of(call)
+    whole = Grid(grid.heads, 1, grid.num_key_blocks(size) * size, grid.is_causal, "cpu")
+    blocks = block_layout.blocks_of_last(engine.pattern, whole)
+    return one_row.attend(engine, call, blocks=blocks, block_size=size)
+
+
+def _one_row_why_not(engine: BlockSparse, call: Call) -> str | None:
+    return _one_table_why_not(engine, call) or one_row.why_not(engine, call)
 
 
 def _compiled(engine: BlockSparse, call: Call) -> Tensor:
@@ -109,7 +122,9 @@ def _flex_why_not(engine: BlockSparse, call: Call) -> str | None:
     return None
 
 
+_ROW = one_row.backend(_one_row, _one_row_why_not)
 BlockSparse.backends = (
+    replace(from_first_real(_ROW.name, _ROW.run, _ROW.why_not), untried=_ROW.untried),
     replace(
         from_first_real("native", _compiled, native.why_not),
         untried=lambda engine, call: native.passed_over(call),

@@ -18,6 +18,7 @@ from attnzoo.engines.engine import Backend, Cost, Shape, causal_pairs, never_ref
 from attnzoo.engines.softmax import sdpa
 from attnzoo.engines.softmax.cache import KeyValueCache
 from attnzoo.engines.softmax.native import attend as native
+from attnzoo.engines.softmax.native import one_row
 from attnzoo.engines.softmax.reference import REFERENCE, visible, weights_of
 from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
 from attnzoo.engines.sparse.dense import too_large
@@ -43,10 +44,10 @@ def with_sums(
 class SelectedSoftmax(Softmax):
     """Softmax attention in which a query sees the key blocks that the data select for it.
 
-    Its backends in order: `native`, short inputs in C++, where that has been compiled; `dense`, one
-    SDPA call, where every key is seen; `tiles`, on a CPU in memory that stays in cache; `selected`,
-    the same in operators that graphs and transforms follow; the reference. Only `dense` and the
-    last form a row for every key.
+    Its backends in order: `native_row`, one query in C++, and `native`, short inputs in C++, where
+    that has been compiled; `dense`, one SDPA call, where every key is seen; `tiles`, on a CPU in
+    memory that stays in cache; `selected`, the same in operators that graphs and transforms follow;
+    the reference. Only `dense` and the last form a row for every key.
 
     selector: names the key blocks that each query sees
     scale: factor of the scores, 1/sqrt(head_dim) by default
@@ -162,7 +163,17 @@ def _dense_why_not(engine: SelectedSoftmax, call: Call) -> str | None:
     return too_large(call) or sdpa.cannot(engine, call)
 
 
+def _one_row(engine: SelectedSoftmax, call: Call) -> Tensor:
+    selector = engine.selector
+    if selector.sees_all(call.key_length):
+        return one_row.attend(engine, call)
+    placed = Placed.of(call)
+    blocks, size = selector.of_one(placed), selector.block_size
+    return one_row.attend(engine, placed.call, blocks=blocks, block_size=size)
+
+
 SelectedSoftmax.backends = (
+    one_row.backend(_one_row),
     Backend("native", _compiled, native.why_not, untried=_compiled_passed_over),
     Backend("dense", _dense, _dense_why_not),
     Backend("tiles", _in_tiles, selected_tiles.why_not),

@@ -22,6 +22,7 @@ from attnzoo.eager import is_recorded, only_autograd_looks
 from attnzoo.engines.engine import Backend, Cost, Shape, causal_pairs, never_refuses
 from attnzoo.engines.piece_by_piece import at_a_time, join
 from attnzoo.engines.softmax import sdpa
+from attnzoo.engines.softmax.native import one_row
 from attnzoo.engines.softmax.reference import REFERENCE, visible, weights_of
 from attnzoo.engines.softmax.softmax import Softmax, softmax_cost
 from attnzoo.engines.sparse.dense import too_large
@@ -46,6 +47,11 @@ class TokenSelector(ABC):
         heads share one."""
 
     @abstractmethod
+    def of_one(self, placed: Placed) -> Tensor:
+        """The keys that the one query of a call sees, (batch, choosers, top_k), -1 where there are
+        fewer: for compiled code, of a call that it takes."""
+
+    @abstractmethod
     def macs(self, shape: Shape) -> int:
         """Multiply-accumulates of a selection."""
 
@@ -53,8 +59,8 @@ class TokenSelector(ABC):
 class SelectedTokens(Softmax):
     """Softmax attention in which a query sees the keys that the data select for it.
 
-    Its backends in order: `dense`, one SDPA call, where every key is seen; `rows`, a few rows at a
-    time; the reference.
+    Its backends in order: `native_row`, one query in C++, where that has been compiled; `dense`,
+    one SDPA call, where every key is seen; `rows`, a few rows at a time; the reference.
 
     selector: names the keys that each query sees
     scale: factor of the scores, 1/sqrt(head_dim) by default
@@ -142,7 +148,15 @@ def _dense_why_not(engine: SelectedTokens, call: Call) -> str | None:
     return too_large(call) or sdpa.cannot(engine, call)
 
 
+def _one_row(engine: SelectedTokens, call: Call) -> Tensor:
+    if call.key_length <= engine.selector.top_k:
+        return one_row.attend(engine, call)
+    placed = Placed.of(call)
+    return one_row.attend(engine, placed.call, blocks=engine.selector.of_one(placed))
+
+
 SelectedTokens.backends = (
+    one_row.backend(_one_row),
     Backend("dense", sdpa.attend, _dense_why_not),
     Backend("rows", _in_rows, never_refuses),
     REFERENCE,

@@ -94,6 +94,14 @@ class Selector(ABC):
         """The blocks that each query of a call sees. In a causal call none of them begins behind
         the query; what is behind it inside a block, the engine hides."""
 
+    def of_one(self, placed: Placed) -> Tensor:
+        """The blocks that the one query of a call sees, (batch, choosers, width), -1 where there
+        are fewer: for compiled code, of a call that it takes."""
+        selection = self.select(placed)
+        if selection.choice_of is None:
+            return selection.blocks[:, :, 0]
+        return selection.of_heads(placed.call.q.shape[1])[:, :, 0]
+
     @abstractmethod
     def width(self, key_blocks: int) -> int:
         """The most blocks that a row sees of so many."""

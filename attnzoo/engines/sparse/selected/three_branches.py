@@ -3,6 +3,7 @@ each times a gate: the engine of native sparse attention."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,8 +12,10 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.engine import Backend, Cost, Shape, StateSizes, never_refuses
 from attnzoo.engines.softmax.cache import KeyValueCache
+from attnzoo.engines.softmax.native import one_row
 from attnzoo.engines.sparse.selected.pooled_softmax import PooledSoftmax
 from attnzoo.engines.sparse.selected.selected_softmax import SelectedSoftmax, with_sums
+from attnzoo.engines.sparse.selected.selection import Placed, Selector
 from attnzoo.engines.sparse.windows.window_sparse import WindowSparse
 from attnzoo.engines.stretch_sums import KEY_SUMS, VALUE_SUMS
 from attnzoo.engines.weighted import Branch, Weighted
@@ -27,11 +30,25 @@ GATES = (COMPRESSED_GATE, SELECTED_GATE, WINDOW_GATE)
 ABSENT = 1 / 3  # what a branch weighs whose gate a call does not bring
 
 
+class BranchSelector(Selector):
+    """Selects blocks by what a row weighs of the blocks as wholes."""
+
+    @abstractmethod
+    def row_why_not(self) -> str | None:
+        """Why compiled code does not do that; None where it does."""
+
+    @abstractmethod
+    def with_row(self, placed: Placed) -> tuple[Tensor, Tensor]:
+        """By compiled code, of the one query of a call: its row over the blocks as wholes, (batch,
+        heads, 1, value_dim), and the blocks that it sees, (batch, kv_heads, width)."""
+
+
 class ThreeBranches(Weighted):
     """The sum of three attentions to the same queries, keys and values. Decoding keeps keys and
     values once.
 
-    Its backends in order: `branches`, each branch by the backend that it chooses; the reference.
+    Its backends in order: `native_row`, one query in C++, where that has been compiled; `branches`,
+    each branch by the backend that it chooses; the reference.
     """
 
     def __init__(
@@ -39,6 +56,8 @@ class ThreeBranches(Weighted):
     ) -> None:
         super().__init__()
         self.compressed, self.selected, self.window = compressed, selected, window
+        assert isinstance(selected.selector, BranchSelector)
+        self.selector = selected.selector
 
     @property
     def engines(self) -> tuple[PooledSoftmax, SelectedSoftmax, WindowSparse]:
@@ -103,7 +122,39 @@ def _reference(engine: ThreeBranches, call: Call) -> Tensor:
     return (weights @ v).to(call.q.dtype)
 
 
+def _one_row(engine: ThreeBranches, call: Call) -> Tensor:
+    placed, size = Placed.of(call), engine.selector.block_size
+    compressed, blocks = engine.selector.with_row(placed)
+    parts = (
+        compressed,
+        one_row.attend(engine.selected, placed.call, blocks=blocks, block_size=size),
+        one_row.attend(engine.window, _near(call, engine.window.pattern.window)),
+    )
+    total = None
+    for gate, rows in zip(GATES, parts, strict=True):
+        factor = call.get(gate.name)
+        weighed = rows * (ABSENT if factor is None else factor[..., None])
+        total = weighed if total is None else total + weighed
+    assert total is not None
+    return total.to(call.q.dtype)
+
+
+def _near(call: Call, window: int) -> Call:
+    """The call with its last keys alone."""
+    length = call.key_length
+    if length <= window:
+        return call
+    mask = None if call.key_mask is None else call.key_mask[:, -window:]
+    k, v = (x.narrow(2, length - window, window) for x in (call.k, call.v))
+    return call.over(call.q, k, v, mask)
+
+
+def _one_row_why_not(engine: ThreeBranches, call: Call) -> str | None:
+    return engine.selector.row_why_not() or one_row.why_not(engine.window, call)
+
+
 ThreeBranches.backends = (
+    one_row.backend(_one_row, _one_row_why_not),
     Backend("branches", _each_by_its_own, never_refuses),
     Backend("reference", _reference, never_refuses),
 )

@@ -12,7 +12,7 @@
 #include <tuple>
 #include <vector>
 
-#include "native/products.h"
+#include "candidates.h"
 
 namespace attnzoo {
 namespace {
@@ -24,7 +24,6 @@ using Lanes = Vec<float>;
 
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 constexpr Index SCORED = 4 * HIGH;  // keys at a time
-constexpr Index NONE = -1;          // stands for no block
 
 // The sizes of a call, and of a choice.
 struct Sizes {
@@ -35,27 +34,6 @@ struct Sizes {
         keys(k.size(2)), width(q.size(3)), choosers(choosers), block(block),
         blocks((k.size(2) + block - 1) / block), chosen(chosen) {}
 };
-
-// A block and its best score. What is better comes first, of equals the earlier.
-struct Candidate {
-  double score;
-  Index block;
-
-  bool operator<(const Candidate& other) const {
-    return score > other.score || (score == other.score && block < other.block);
-  }
-};
-
-// x · y of numbers of which double holds every product.
-double exact_dot(const float* x, const float* y, Index width) {
-  double lanes[8] = {}, sum = 0;
-  Index i = 0;
-  for (; i + 8 <= width; i += 8)
-    for (Index j = 0; j < 8; ++j) lanes[j] += static_cast<double>(x[i + j]) * y[i + j];
-  for (; i < width; ++i) sum += static_cast<double>(x[i]) * y[i];
-  for (const double lane : lanes) sum += lane;
-  return sum;
-}
 
 // Up to ROWS queries of one sample, each in a lane, and the best score of every block for them.
 struct Tile {
