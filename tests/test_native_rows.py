@@ -36,7 +36,7 @@ def taken(only_native_by_name: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def inputs_of(attn: Attention, queries: int, heads: int, kv_heads: int) -> dict[str, Tensor]:
     """What the variant takes beside q, k and v, of as many keys as queries, in float64."""
     sizes = {"batch": 2, "heads": heads, "kv_heads": kv_heads, "queries": queries, "keys": queries}
-    sizes |= {"width": 8, "index_heads": 4, "index_key_heads": 2, "index_width": 6}
+    sizes |= {"width": 8, "levels": 8, "index_heads": 4, "index_key_heads": 2, "index_width": 6}
     found = {}
     for one in attn.spec.inputs:
         sizes["distances"] = 2 * N + 1
