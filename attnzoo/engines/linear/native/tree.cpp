@@ -92,8 +92,9 @@ std::tuple<Tensor, Tensor> tree_step(Given q, Given k, Given v, Maybe log_decay,
                                      bool delta, bool l2_norm, double scale) {
   const std::optional<Tensor> none;
   const Tensor nothing = at::zeros_like(v);
-  const Recurrence call{q, k, v, log_decay, beta, none, none, delta, l2_norm, false, false, scale};
-  const Recurrence others{q,    k,    nothing, log_decay, beta,  none,
+  const Recurrence call{q,    k,     v,       log_decay, beta,  none, none,
+                        none, delta, l2_norm, false,     false, scale};
+  const Recurrence others{q,    k,     nothing, log_decay, beta,  none, none,
                           none, delta, l2_norm, false,     false, scale};
   return q.scalar_type() == at::kDouble
              ? tree_step_of<double>(call, others, levels, tree, tokens, counts)
