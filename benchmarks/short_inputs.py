@@ -6,7 +6,8 @@ torch's SDPA and its SDPA under a dense mask; 12 heads of 64, float32, CPU.
 A contender and both of SDPA's calls take turns; a ratio is the median over the rounds of one
 round's ratio, with its quartiles: 1.1 is 10% more time than exact attention takes. SDPA's mask is
 causality, padding or both, made before the clock starts. A padded call hides the last eighth of
-every second sample. Rows are compared with the reference in the same run.
+every second sample. Rows are compared with the reference in the same run. What is compiled is
+taken; TORCH_EXTENSIONS_DIR with the name of an empty folder measures without it.
 """
 
 from __future__ import annotations

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 
 from benchmarks.readme.files import Row, read_lines
 from benchmarks.readme.regions import Table, markdown_table
 
 
-def short_inputs(phase: str) -> str:
+def short_inputs(phase: str, file: str = "short_inputs.jsonl") -> str:
     """Median and largest ratio over causal or not, padded or not, of a phase."""
     found: dict[tuple[str, int], dict[int, list[Row]]] = {}
-    for row in read_lines("short_inputs.jsonl"):
+    for row in read_lines(file):
         by_length = found.setdefault((row["variant"], row["batch_size"]), {})
         by_length.setdefault(row["length"], []).append(row)
     lengths = sorted({length for by_length in found.values() for length in by_length})
@@ -37,4 +38,7 @@ def _cell(rows: list[Row] | None, phase: str) -> str:
     return f"{statistics.median(ratios):.2f}, {max(ratios):.2f}"
 
 
-TABLES: dict[str, Table] = {"short": short_inputs}
+TABLES: dict[str, Table] = {
+    "short": short_inputs,
+    "short_python": partial(short_inputs, file="short_inputs_python.jsonl"),
+}

@@ -1,0 +1,153 @@
+"""Short and padded calls by compiled code: masks of all pairs, blocks that the data select, and
+padded slots, which nobody clears since nobody reads them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnzoo
+from attnzoo.engines.native import library
+from attnzoo.engines.softmax.native.mask_plan import plan_of_mask
+from tests.cases import close
+
+compiled = pytest.mark.skipif(
+    library.cannot_compile() is not None, reason=str(library.cannot_compile())
+)
+PATTERNS: list[tuple[str, dict[str, Any]]] = [
+    ("sliding_window", {"window": 7, "sinks": 3}),
+    ("sliding_window", {"window": 5, "dilation": 3}),
+    ("sliding_window", {"window": 200}),
+    ("sparse_transformer", {}),
+    ("bigbird", {"block_size": 8, "num_random_blocks": 1}),
+    ("longformer", {"window": 9}),
+    ("moba", {"block_size": 16, "top_k": 2}),
+    ("xattention", {"block_size": 8, "stride": 4}),
+]
+RECURRENT: list[tuple[str, dict[str, Any]]] = [
+    ("linear", {}),
+    ("cosformer", {"max_length": 128}),
+    ("retention", {}),
+    ("mamba2", {}),
+    ("gla", {}),
+    ("gated_deltanet", {}),
+    ("rwkv7", {}),
+]
+
+
+def inputs_of(attn: attnzoo.Attention, k: Tensor) -> dict[str, Tensor]:
+    """Half-open gates and write strengths."""
+    found = {}
+    for one in attn.spec.inputs:
+        x = k if one.axes.endswith("width") else k[..., 0]
+        if one.name == "log_decay":
+            found[one.name] = -torch.nn.functional.softplus(x - 2)
+        elif one.name in ("beta", "removal_rate"):
+            found[one.name] = x.sigmoid()
+        elif one.name == "removal_key":
+            found[one.name] = torch.nn.functional.normalize(x, dim=-1)
+    return found
+
+
+def run(
+    attn: attnzoo.Attention, tensors: list[Tensor], sent: Tensor, **call: Any
+) -> tuple[Tensor, ...]:
+    """A·v, and gradients of q, k and v."""
+    own = [x.detach().requires_grad_() for x in tensors]
+    out = attn(*own, **call)
+    return out, *torch.autograd.grad(out, own, sent)
+
+
+@compiled
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("name", "options"), PATTERNS + RECURRENT)
+def test_padded_slots_are_not_read(name: str, options: dict[str, Any], is_causal: bool) -> None:
+    """NaN and inf in them change no bit of any row, of no gradient, and get none."""
+    generator = torch.Generator().manual_seed(3)
+    spec = attnzoo.build(name, heads=4, head_dim=8, **options).spec
+    if not spec.runs(is_causal) or (not is_causal and (name, options) in RECURRENT):
+        pytest.skip("no such call of native")
+    q = torch.randn(3, 4, 70, 8, dtype=torch.float64, generator=generator)
+    k, v = torch.randn(2, 3, 2, 70, 8, dtype=torch.float64, generator=generator).unbind()
+    sent = torch.randn(q.shape, dtype=torch.float64, generator=generator)
+    mask = torch.ones(3, 70, dtype=torch.bool)
+    mask[0, 41:], mask[1, :13], mask[2, 20:30], mask[2, 60:] = False, False, False, False
+    hidden = ~mask[:, None, :, None]
+    attn = attnzoo.build(name, heads=4, head_dim=8, backend="native", **options).double()
+    gates = inputs_of(attn, k.masked_fill(hidden, 0))
+    call = {"key_mask": mask, "is_causal": is_causal, **gates}
+    clean = run(attn, [q, k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)], sent, **call)
+    spoilt = [q, k.masked_fill(hidden, math.nan), v.masked_fill(hidden, -math.inf)]
+    for one, x in zip(attn.spec.inputs, gates.values(), strict=False):
+        call[one.name] = x.masked_fill(hidden if x.dim() == 4 else hidden[..., 0], math.inf)
+    dirty = run(attn, spoilt, sent, **call)
+    assert all(torch.equal(x, y) for x, y in zip(clean, dirty, strict=True))
+    assert not dirty[2].masked_select(hidden).any() and not dirty[3].masked_select(hidden).any()
+    reference = attnzoo.build(name, heads=4, head_dim=8, backend="reference", **options).double()
+    reference.load_state_dict(attn.state_dict())
+    for x, y in zip(dirty, run(reference, spoilt, sent, **call), strict=True):
+        close(x, y, 1e-10, f"{name} with padding, native")
+
+
+@compiled
+@pytest.mark.parametrize(("name", "options"), [PATTERNS[0], PATTERNS[3], PATTERNS[4], PATTERNS[6]])
+def test_a_padded_call_has_second_derivatives(name: str, options: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = torch.randn(3, 2, 2, 40, 4, dtype=torch.float64, generator=generator).unbind()
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[0, 31:] = False
+    k = k.masked_fill(~mask[:, None, :, None], math.nan)
+
+    def twice(backend: str) -> Tensor:
+        attn = attnzoo.build(name, heads=2, head_dim=4, backend=backend, **options).double()
+        own = q.clone().requires_grad_()
+        (once,) = torch.autograd.grad(
+            attn(own, k, v, key_mask=mask).square().sum(), own, create_graph=True
+        )
+        return torch.autograd.grad(once.square().sum(), own)[0]
+
+    torch.manual_seed(5)
+    found = twice("native")
+    torch.manual_seed(5)
+    close(found, twice("reference"), 1e-9, f"second derivative of {name}, native")
+
+
+@compiled
+def test_a_bad_real_key_is_found_beside_padding() -> None:
+    """Where padding need not be cleared, a NaN in a real slot still reaches no row before it."""
+    q, k, v = torch.randn(3, 1, 2, 50, 8, generator=torch.Generator().manual_seed(6)).unbind()
+    mask = torch.ones(1, 50, dtype=torch.bool)
+    mask[0, 45:] = False
+    attn = attnzoo.build("sliding_window", heads=2, head_dim=8, window=9, backend="native")
+    wanted = attn(q, k, v, key_mask=mask, is_causal=True)
+    k[:, :, 30], k[:, :, 46] = math.nan, math.nan
+    found = attn(q, k, v, key_mask=mask, is_causal=True)
+    assert torch.equal(found[:, :, :30], wanted[:, :, :30])
+    assert found[:, :, 30:].isnan().all()
+
+
+def test_the_plan_of_a_mask_holds_every_pair_once() -> None:
+    """Tiles, runs and caps together say of every pair what the mask says."""
+    seen = torch.rand(2, 150, 90, generator=torch.Generator().manual_seed(7)) < 0.1
+    seen[0, :64], seen[1, 70:90] = True, False
+    plan = plan_of_mask(seen, torch.float32)
+    found = torch.zeros_like(seen)
+    for head, (begin, end) in enumerate(plan.ranges.tolist()):
+        for first, size, run_, run_end, cap, cap_end in plan.tiles[begin:end].tolist():
+            runs = plan.runs[run_:run_end].tolist()
+            keys = [key for start, count in runs for key in range(start, start + count)]
+            assert len(set(keys)) == len(keys)
+            shown = torch.ones(len(keys), size, dtype=torch.bool)
+            for start, stop, limits, spans, step in plan.caps[cap:cap_end].tolist():
+                assert step == 1
+                most = plan.limits[limits : limits + (stop - start) * size].view(-1, size)
+                shown[start:stop] &= most > 0
+                for key, (low, high) in enumerate(plan.spans[spans : spans + stop - start]):
+                    assert not shown[start + key, :low].any()
+                    assert not shown[start + key, high:].any()
+            found[head, first : first + size, keys] = shown.mT
+    assert torch.equal(found, seen)
