@@ -170,6 +170,24 @@ def test_equal_scores_take_the_earlier_block() -> None:
         close(rows, attn(q, k, v, is_causal=True), 1e-12, name)
 
 
+@pytest.mark.parametrize("features", ["positive", "hyperbolic"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_random_features_of_one_token(features: str, dtype: torch.dtype) -> None:
+    """The largest exponent so far grows and stays, behind a prompt and from the first token on."""
+    options = {"num_features": 21, "features": features}
+    q = torch.randn(2, 4, 12, 10, dtype=torch.float64).to(dtype)
+    k, v = (torch.randn(2, 2, 12, 10, dtype=torch.float64).to(dtype) for _ in "kv")
+    k *= torch.tensor([1, 0.1, 3, 0.2, 2, 0.5, 8, 0.1, 1, 20, 0.3, 1])[:, None].to(dtype)
+    for prompt in ([7], []):
+        attn = attnzoo.build("performer", heads=4, head_dim=10, **options)
+        with torch.no_grad():
+            rows, ran = stepped(attn, [*prompt, *[1] * (12 - sum(prompt))], [q, k, v], None)
+        assert ran == {"native"}
+        attn.backend = "reference"
+        wanted = attn(*(x.double() for x in (q, k, v)), is_causal=True)
+        close(rows, wanted, 1e-12 if dtype == torch.float64 else 2e-2, "rows")
+
+
 def test_what_it_refuses() -> None:
     q = torch.randn(1, 2, 9, 8)
 

@@ -94,6 +94,17 @@ class FeatureMap(nn.Module):
         None."""
         return self.query(k), None
 
+    def of_one_token(
+        self, q: Tensor, k: Tensor, earlier: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """The features of one token's queries and keys by compiled code; None where it has none.
+
+        earlier: (batch, kv_heads), the largest log_scale of a key so far; None: there was no key
+        returns: features of queries, and of keys times exp(log_scale - largest); what earlier keys
+            fade by, (batch, kv_heads, 1), and the largest log_scale now
+        """
+        return None
+
     def vjp(
         self, x: Tensor, features: Tensor, d_features: Tensor, d_log_scale: Tensor | None
     ) -> Tensor:

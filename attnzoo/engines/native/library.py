@@ -27,6 +27,7 @@ COMPILED = (
     "softmax/native/one_row.cpp",
     "linear/native/recurrence.cpp",
     "linear/native/tree.cpp",
+    "linear/native/exponential_features.cpp",
     "sparse/selected/native/best_blocks.cpp",
     "sparse/selected/native/plan_of_blocks.cpp",
     "sparse/selected/native/of_one_row.cpp",
@@ -153,6 +154,7 @@ def operators() -> Any:
     torch.library.register_fake("attnzoo::native_bucket_keys", _shape_of_shown)
     torch.library.register_fake("attnzoo::native_recurrence", _shapes_of_recurrence)
     torch.library.register_fake("attnzoo::native_tree_step", _shapes_of_tree_step)
+    torch.library.register_fake("attnzoo::native_exponential_features", _shapes_of_features)
     torch.library.register_fake(
         "attnzoo::native_recurrence_backward", _shapes_of_recurrence_backward
     )
@@ -207,6 +209,14 @@ def _shape_of_codes(k: Tensor, rotations: Tensor, *_: Any) -> Tensor:
 
 def _shape_of_shown(q: Tensor, codes: Tensor, *_: Any) -> Tensor:
     return q.new_empty((*q.shape[:2], codes.shape[2]), dtype=torch.bool)
+
+
+def _shapes_of_features(
+    q: Tensor, k: Tensor, directions: Tensor, scale: float, is_signed: bool, earlier: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    width = directions.shape[0] * (1 + is_signed)
+    of_keys = k.new_empty(*k.shape[:3], width), k.new_empty(k.shape[:3]), k.new_empty(k.shape[:2])
+    return q.new_empty(*q.shape[:3], width), *of_keys
 
 
 def _shapes_of_tree_step(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:

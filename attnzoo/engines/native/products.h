@@ -157,6 +157,30 @@ void transpose(const Source<Number>& x, Index rows, Index width, Number factor, 
   if (factor != 1) scale(out, factor, width * columns, out);
 }
 
+// The products of x with up to LANES lines times a factor, in one vector: each line has a vector of
+// sums, and these are added up together.
+template <typename Number, typename Line>
+void dot_lines(const Number* x, Index width, Index count, Number factor, const Line& line,
+               Number* out) {
+  constexpr Index L = LANES<Number>;
+  alignas(64) Number sums[L * L] = {}, turned[L * L];
+  for (Index i = 0; i < count; ++i) {
+    const Number* y = line(i);
+    Vec<Number> sum(0);
+    Index c = 0;
+    for (; c + L <= width; c += L)
+      sum = at::vec::fmadd(Vec<Number>::loadu(x + c), Vec<Number>::loadu(y + c), sum);
+    if (c < width)
+      sum = at::vec::fmadd(Vec<Number>::loadu(x + c, width - c), Vec<Number>::loadu(y + c, width - c),
+                           sum);
+    sum.store(sums + i * L);
+  }
+  at::vec::transpose_mxn<Number>(sums, L, turned, L, static_cast<int>(L), static_cast<int>(L));
+  Vec<Number> total(0);
+  for (Index lane = 0; lane < L; ++lane) total = total + Vec<Number>::loadu(turned + lane * L);
+  (total * Vec<Number>(factor)).store(out);
+}
+
 template <typename Number>
 Number dot(const Number* x, const Number* y, Index width) {
   const auto add = [](const Vec<Number>& one, const Vec<Number>& other) { return one + other; };

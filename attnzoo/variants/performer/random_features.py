@@ -11,6 +11,7 @@ from torch import Tensor
 from attnzoo.arguments import check_choice, check_scale, check_seed, check_set
 from attnzoo.engines.exponential import LN_2, LOG2_E
 from attnzoo.engines.linear.feature_maps import FeatureMap, Features
+from attnzoo.engines.native.library import in_rows, operators
 
 
 class RandomFeatures(FeatureMap):
@@ -94,6 +95,21 @@ class RandomFeatures(FeatureMap):
             return features, norm * (self.scale / 2)
         return features, largest.sub_(math.log(self.width(k.shape[-1])) / 2).sub_(
             norm, alpha=self.scale / 2
+        )
+
+    def of_one_token(
+        self, q: Tensor, k: Tensor, earlier: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        if self.kind not in ("positive", "hyperbolic"):
+            return None
+        check_set("the directions of its features", self.projection, q)
+        return operators().native_exponential_features(
+            in_rows(q),
+            in_rows(k),
+            self.projection.to(q.dtype).contiguous(),
+            self.scale,
+            self.kind == "hyperbolic",
+            None if earlier is None else earlier.contiguous(),
         )
 
     def vjp(

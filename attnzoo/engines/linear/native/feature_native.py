@@ -65,14 +65,28 @@ def carried(
     state, largest = (None, None) if past is None else (past.sums, past.log_scale)
     parts = call.split(queries=lengths, keys=lengths) if len(lengths) > 1 else [call]
     for part in parts:
-        span = Span.of(feature_map, part, largest)
-        tokens, largest = span.tokens, span.largest
+        tokens, largest = _tokens_of(feature_map, part, largest)
         if not operation.normalizes:  # the past has the sums of rows all the same
             tokens = tokens._replace(v=with_ones(tokens.v))
         found = operation.forward(tokens, state, remember=False)
         state, rows = found.after, found.rows
         rows = rows if operation.normalizes else rows[..., :-1]
         yield rows.to(call.q.dtype), Past(state, largest)
+
+
+def _tokens_of(
+    feature_map: FeatureMap, call: Call, earlier: Tensor | None
+) -> tuple[Tokens, Tensor | None]:
+    """What the operators take of some tokens without gradients, and the largest log_scale behind
+    them. earlier: as `Span.of` has it."""
+    if call.key_length == 1 and call.key_mask is None and not feature_map.decay.fades:
+        dtype = accumulation_dtype(call.q.dtype)
+        made = feature_map.of_one_token(call.q.to(dtype), call.k.to(dtype), earlier)
+        if made is not None:
+            q, k, fades, largest = made
+            return Tokens(q, k, call.v.to(dtype), fades), largest
+    span = Span.of(feature_map, call, earlier)
+    return span.tokens, span.largest
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Backend `native_row` of a Fenwick tree: one token, as decoding brings it, compiled."""
+"""Backend `native_row` of a Fenwick tree: one token, as decoding brings it, in compiled code."""
 
 from __future__ import annotations
 

@@ -116,31 +116,10 @@ class OneRow {
   void score(const Number* query, const Source<Number>& keys) {
     for (Index first = 0; first < count; first += LANES<Number>)
       for (Index map = 0; map < call.maps; ++map)
-        score_some(query + map * call.width, keys.at(0, map * call.width), first,
-                   &scores[map][first]);
-  }
-
-  // Each key has a line of sums, and the lines are added up together.
-  void score_some(const Number* query, const Source<Number>& keys, Index first,
-                  Number* found) const {
-    constexpr Index L = LANES<Number>;
-    alignas(64) Number lines[L * L] = {}, turned[L * L];
-    for (Index i = 0; i < std::min(L, count - first); ++i) {
-      const Number* key = keys.at(places[first + i], 0).data;
-      Vec<Number> sum(0);
-      each_vector<Number>(call.width, [&](Index c, Index lanes) {
-        sum = at::vec::fmadd(load(query + c, lanes), load(key + c, lanes), sum);
-      });
-      sum.store(lines + i * L);
-    }
-    at::vec::transpose_mxn<Number>(lines, L, turned, L, static_cast<int>(L), static_cast<int>(L));
-    Vec<Number> total(0);
-    for (Index lane = 0; lane < L; ++lane) total = total + Vec<Number>::loadu(turned + lane * L);
-    (total * Vec<Number>(static_cast<Number>(call.scale))).store(found);
-  }
-
-  static Vec<Number> load(const Number* x, Index lanes) {
-    return lanes == LANES<Number> ? Vec<Number>::loadu(x) : Vec<Number>::loadu(x, lanes);
+        dot_lines(query + map * call.width, call.width, std::min(LANES<Number>, count - first),
+                  static_cast<Number>(call.scale),
+                  [&](Index i) { return keys.at(places[first + i], map * call.width).data; },
+                  &scores[map][first]);
   }
 
   void add_to_scores(Index sample, Index head) {
