@@ -52,9 +52,12 @@ class Linear(LinearReference):
             return super().forward(call, backend)
         name = self._decoder(call, backend)
         before = past = state.summed(self._after)
-        if call.key_length == 1 and name != "native":
-            past = absorb(self.feature_map, call.k, call.v, call.key_mask, before)
-            (out,) = read_all(self.feature_map, call, past)
+        if call.key_length == 1:
+            if name == "native":
+                ((out, past),) = feature_native.carried(self.feature_map, call, before)
+            else:
+                past = absorb(self.feature_map, call.k, call.v, call.key_mask, before)
+                (out,) = read_all(self.feature_map, call, past)
             return out, name, state.after(call, past, Recent.of(call, before, state.recent))
         walk = {"reference": _recur, "native": feature_native.carried}.get(name, _scan)
         parts = early_and_late(call)

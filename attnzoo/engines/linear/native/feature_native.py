@@ -135,7 +135,7 @@ class Span:
 
 def _lengths(feature_map: FeatureMap, call: Call) -> list[int]:
     """How many tokens are taken at a time."""
-    if has_elu_inside(feature_map):
+    if call.key_length == 1 or has_elu_inside(feature_map):
         return [call.key_length]
     k, length = call.k, call.key_length
     width = feature_map.width_of(k[:0].to(accumulation_dtype(k.dtype)))
