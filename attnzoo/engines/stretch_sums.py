@@ -49,8 +49,9 @@ class StretchSums:
 
     def given(self, call: Call) -> Call:
         """The call with the sums."""
-        call = call.giving(KEY_SUMS, self.k)
-        return call if self.v is None else call.giving(VALUE_SUMS, self.v)
+        more = {KEY_SUMS: self.k} if self.v is None else {KEY_SUMS: self.k, VALUE_SUMS: self.v}
+        inputs = {**call.inputs, **{one.name: x for one, x in more.items()}}
+        return replace(call, inputs=inputs, declared=(*call.declared, *more))
 
 
 def sums_of(k: Tensor, v: Tensor | None, size: int, before: StretchSums | None) -> StretchSums:

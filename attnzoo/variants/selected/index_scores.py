@@ -169,7 +169,6 @@ def with_past(call: Call, state: KeyValueCache) -> tuple[Call, KeyValueCache]:
     state = state.append(call, held)
     whole: Any = call.over(call.q, state.k, state.v, state.key_mask)
     if held:
-        for one in (Q_INDEX, W_INDEX):
-            whole = whole.giving(one, call.inputs[one.name])
-        whole = whole.giving(K_INDEX, state.inputs[K_INDEX.name])
+        own = {one.name: call.inputs[one.name] for one in (Q_INDEX, W_INDEX)}
+        whole = replace(whole, inputs={**own, K_INDEX.name: state.inputs[K_INDEX.name]})
     return whole, state.without_excess()
