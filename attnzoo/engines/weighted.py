@@ -3,9 +3,8 @@ of its rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -34,17 +33,14 @@ class Branch:
 
 @dataclass(frozen=True)
 class _Asked(Call):
-    """A call of which it is told once who is asked for what, whatever backend is to do it.
+    """A call of which it is found once who is asked for what, whatever backend is to do it."""
 
-    ask: tells it, of the call
-    """
+    found: list[Sequence[Branch]] = field(default_factory=list)
 
-    ask: Callable[[Call], Sequence[Branch]] | None = None
-
-    @cached_property
-    def branches(self) -> Sequence[Branch]:
-        assert self.ask is not None
-        return self.ask(self)
+    def branches_of(self, engine: Weighted) -> Sequence[Branch]:
+        if not self.found:
+            self.found.append(engine.asked(self))
+        return self.found[0]
 
 
 class Weighted(Engine):
@@ -60,7 +56,7 @@ class Weighted(Engine):
         return self.branches(call)
 
     def choose(self, call: Call, requested: str) -> Backend:
-        return super().choose(_Asked(**vars(call), ask=self.asked), requested)
+        return super().choose(_Asked(**vars(call)), requested)
 
     def matrix(self, call: Call) -> Tensor:
         found = [one.weighed(one.engine.matrix(one.call)) for one in self.branches(call)]
@@ -80,7 +76,7 @@ def of_branches(like: Backend) -> Backend:
         return total.to(call.q.dtype)
 
     def why_not(engine: Weighted, call: Call) -> str | None:
-        asked = call.branches if isinstance(call, _Asked) else engine.asked(call)
+        asked = call.branches_of(engine) if isinstance(call, _Asked) else engine.asked(call)
         reasons = (_own(one.engine, like.name).why_not(one.engine, one.call) for one in asked)
         return next((reason for reason in reasons if reason is not None), None)
 

@@ -75,10 +75,10 @@ def seen_natively(hashing: AngularHash, size: int, call: Call, *, shared: bool) 
 def is_compiled_for(call: Call) -> bool:
     """Whether compiled code may hash a call's keys, with the same result."""
     return (
-        library.not_compiled() is None
+        only_autograd_looks(call.q, call.k)
         and call.k.device.type == "cpu"
         and call.k.dtype in (torch.float32, torch.float64)
-        and only_autograd_looks(call.q, call.k)
+        and library.not_compiled() is None
     )
 
 
