@@ -116,7 +116,7 @@ class Attention(nn.Module):
         inputs: what the variant takes beside these, as `spec.inputs` declares it; None is left out
         returns: (batch, heads, query_length, head_dim) in q's dtype; a row that sees no key is 0.
             What stands in a padded slot reaches nothing. With is_causal, a NaN or inf in k, v or an
-            input makes every later row NaN and no earlier one.
+            input makes every later row NaN and no earlier one; a gate of inf is refused.
         raises: ValueError on a malformed argument, UnsupportedError on what the spec excludes
         """
         call = self._call(q, k, v, key_mask, attn_mask, is_causal, inputs, segments=segments)

@@ -72,7 +72,8 @@ def run(core: Core, call: Call) -> Tensor:
 
 def _run(core: Core, call: Call) -> Tensor:
     """A·v of a call that is not cut."""
-    call, poisoned = shield(call, reads_padding=not _skips_padding(core, call))
+    reads_padding = not _skips_padding(core, call)
+    call, poisoned = shield(call, core.engine.check_inputs, reads_padding=reads_padding)
     out, core.last_backend, _ = core.attend(core.place(call, 0), core.backend)
     return out if poisoned is None else poison(out, poisoned)
 
@@ -99,7 +100,7 @@ def weights(core: Core, call: Call) -> Tensor:
 
 def _weights(core: Core, call: Call) -> Tensor:
     """A of a call that is not cut."""
-    call, poisoned = shield_past(clear_padding(call))
+    call, poisoned = shield(call, core.engine.check_inputs, reads_padding=True)
     found = core.matrix(core.place(call, 0)).to(call.q.dtype)
     return found if poisoned is None else poison(found, poisoned)
 
@@ -172,6 +173,7 @@ class Steps:
 def _step(core: Core, call: Call, state: State) -> tuple[Tensor, State]:
     """As `step`, of a call without segments."""
     call = clear_padding(call)
+    core.engine.check_inputs(call)
     many = call.query_length > 1
     shielded, poisoned = shield_past(call, may_stall=True) if many else (call, None)
     placed = core.place(shielded, state.seen)

@@ -33,14 +33,14 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture
 def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures with matplotlib's default margins, few dots and letters that are not outlines: the
-    rest is nine tenths of the time of drawing them. `test_report.py` and `test_style.py` draw them
+    """Figures with matplotlib's default margins, half the dots and letters that are not outlines:
+    the rest is most of the time of drawing them. `test_report.py` and `test_style.py` draw them
     whole."""
     from attnzoo.report.style import RC
 
     figure = pytest.importorskip("matplotlib.figure")
     monkeypatch.setattr(figure.Figure, "get_layout_engine", lambda self: None)
-    monkeypatch.setattr("attnzoo.report.export.DOTS_PER_INCH", 20)
+    monkeypatch.setattr("attnzoo.report.export.DOTS_PER_INCH", 80)
     monkeypatch.setitem(RC, "svg.fonttype", "none")
 
 

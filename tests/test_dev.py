@@ -4,6 +4,7 @@ network, no virtual environment made."""
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -178,6 +179,8 @@ def test_unknown_command_names_the_nearest(dev, capsys):
 def test_commands_run_with_what_they_need(dev, monkeypatch):
     calls = []
     monkeypatch.setattr(dev, "set_up", lambda: None)
+    monkeypatch.setattr(dev, "judge_links", lambda report: 0)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     monkeypatch.setattr(
         dev,
         "call",
@@ -193,7 +196,8 @@ def test_commands_run_with_what_they_need(dev, monkeypatch):
         dev.main(["docs", "links"]),
     ] == [3, 3, 3, 3, 3]
     strict = ["--nitpicky", "--fail-on-warning", "--keep-going", "--quiet", "--fresh-env"]
-    strict += ["--write-all", "docs"]
+    build, folder = ["-m", "sphinx", "--write-all", "docs"], dev.ROOT / "build"
+    site = ([*build, str(folder / "site"), "-b", "html", *strict], {})
     assert calls == [
         (["-m", "attnzoo", "compare", "--seed", "1"], {"OMP_PROC_BIND": "true"}),
         (["-m", "attnzoo", "list"], {"OMP_PROC_BIND": "true"}),
@@ -201,10 +205,40 @@ def test_commands_run_with_what_they_need(dev, monkeypatch):
             ["-m", "pytest", "-n", "2", "--dist", "worksteal", "-k", "x"],
             {"OMP_NUM_THREADS": "1"},
         ),
-        (["-m", "sphinx", "-b", "html", *strict, str(dev.ROOT / "build" / "site")], {}),
-        (["-m", "sphinx", "-b", "linkcheck", *strict, str(dev.ROOT / "build" / "links")], {}),
+        site,
+        site,
+        ([*build, str(folder / "links"), "-b", "linkcheck", "-Q"], {}),
     ]
+    assert "PYTHONDONTWRITEBYTECODE" not in os.environ
     assert dev.main(["docs", "lniks"]) == 1
+
+
+def test_outside_links_are_broken_or_could_not_be_tried(dev, tmp_path, capsys):
+    """What Sphinx 9 writes of each."""
+    pool = "HTTPSConnectionPool(host='a.org', port=443): Max retries exceeded with url: /x"
+    rows = [
+        {"status": "unchecked", "uri": "#here", "info": ""},
+        {"status": "working", "uri": "https://b.org/", "info": ""},
+        {"status": "broken", "uri": "https://a.org/x", "info": pool},
+    ]
+    report = tmp_path / "output.json"
+
+    def judged() -> tuple[int, str]:
+        place = {"filename": "index.md", "lineno": 7}
+        report.write_text("".join(json.dumps(place | row) + "\n" for row in rows))
+        return dev.judge_links(report), capsys.readouterr().err
+
+    code, said = judged()
+    assert code == 0
+    assert said == (
+        "dev.py: 1 outside links could not be tried, since a.org gave no answer; run it again "
+        "where there is a network\n"
+    )
+    info = "404 Client Error: Not Found for url: https://b.org/gone"
+    rows.append({"status": "broken", "uri": "https://b.org/gone", "info": info})
+    code, said = judged()
+    assert code == 1
+    assert said.startswith("dev.py: docs/index.md:7: https://b.org/gone leads nowhere: 404")
 
 
 def test_call_returns_the_commands_exit_code_and_lets_the_callers_environment_win(dev, monkeypatch):

@@ -303,6 +303,8 @@ def test_a_bad_gate_is_refused_in_one_sentence(name: str) -> None:
 
     if (gate := given.get("log_decay")) is not None:
         refused(r"log_decay has the value 0\.25, above 0: .*softplus", log_decay=gate * 0 + 0.25)
+        open_ = gate.index_fill(2, torch.tensor([2]), torch.inf)
+        refused(r"log_decay has the value inf, above 0: .*softplus", log_decay=open_)
         refused("log_decay has shape", log_decay=gate[:, :, 1:])
         refused("log_decay has dtype torch.int64; it must be floating", log_decay=gate.long())
     if (levels := given.get("levels")) is not None:
@@ -314,6 +316,7 @@ def test_a_bad_gate_is_refused_in_one_sentence(name: str) -> None:
     if (beta := given.get("beta")) is not None:
         refused("beta has the value -0.5, outside of 0 to 2", beta=beta * 0 - 0.5)
         refused("beta has the value 2.5, outside of 0 to 2", beta=beta * 0 + 2.5)
+        refused("beta has the value inf, outside of 0 to 2", beta=beta * 0 + torch.inf)
     attn: Any = build(name)
     for call in (
         lambda: attn(q, k, v, **given),

@@ -21,10 +21,10 @@ from attnzoo import UnsupportedError
 from attnzoo.registry import spec_of
 
 VARIANTS = [name for name in in_models() if spec_of(name).decodes]
-PROMPT = 12
+PROMPT, NEW = 12, 8
 GREEDY: dict[str, Any] = {
     "attention_mask": padded("left", PROMPT),
-    "max_new_tokens": 8,
+    "max_new_tokens": NEW,
     "do_sample": False,
     "pad_token_id": 0,
 }
@@ -72,14 +72,14 @@ def test_the_same_tokens_with_every_cache(family: str, name: str) -> None:
     model = swapped(family, name)
     without = generate(model, use_cache=False)
     assert (
-        without.shape == (2, PROMPT + 12) and len(set(without[:, PROMPT:].flatten().tolist())) > 2
+        without.shape == (2, PROMPT + NEW) and len(set(without[:, PROMPT:].flatten().tolist())) > 2
     )
     if not spec_of(name).has_gates:  # test_swap_gates says why
         assert torch.equal(generate(model), without)
         assert torch.equal(generate(model, cache_implementation="static"), without)
     cache = attnzoo.state_cache(model)
     assert torch.equal(generate(model, past_key_values=cache), without)
-    assert cache.get_seq_length() == PROMPT + 11
+    assert cache.get_seq_length() == PROMPT + NEW - 1
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_mixed_model(mix: dict[int, Any], kind: str) -> None:
         layer in mix for layer in range(3)
     ]
     own = next((layer for layer in cache.layers if type(layer).__name__ != "StateLayer"), None)
-    assert own is None or own.get_seq_length() == PROMPT + 11
+    assert own is None or own.get_seq_length() == PROMPT + NEW - 1
 
 
 @pytest.mark.parametrize("layers", [0, 1, "0-2"])

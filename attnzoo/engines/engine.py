@@ -271,6 +271,12 @@ class Engine(nn.Module):
             self.choose(call, "reference")
         return self.matrix(call)
 
+    def check_inputs(self, call: Call) -> None:
+        """Raise a ValueError where an input of a call lies outside of its range.
+
+        call: as it was given, but for padded slots, which are clear
+        """
+
     def completed(self, call: Call) -> Call:
         """The call with what the engine itself adds to it."""
         return call

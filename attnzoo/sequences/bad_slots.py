@@ -4,7 +4,7 @@ call and no other piece (rules 3 to 5)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -85,16 +85,21 @@ def _sizes(one: Input, x: Tensor) -> Iterator[tuple[str, int]]:
     return zip(one.names, x.shape, strict=True)
 
 
-def shield(call: Call, *, reads_padding: bool) -> tuple[Call, Tensor | None]:
+def shield(
+    call: Call, check: Callable[[Call], None], *, reads_padding: bool
+) -> tuple[Call, Tensor | None]:
     """`shield_past` of the call, whose padded slots are cleared.
 
+    check: refuses what is no input, before an inf is taken out of it
     reads_padding: whether somebody reads those of k and v; where nobody does, they stay as they are
     """
     harmless = call.key_mask is not None and not reads_padding
     if harmless and (call.is_causal or call.segments is not None):
         # What is no number may also stand in real slots: then they are cleared to find out.
         harmless = can_look(call.k, call.v) and _all_finite(call.k.detach(), call.v.detach())
-    return shield_past(_with_clear_inputs(call) if harmless else clear_padding(call))
+    call = _with_clear_inputs(call) if harmless else clear_padding(call)
+    check(call)
+    return shield_past(call)
 
 
 def shield_past(call: Call, *, may_stall: bool = False) -> tuple[Call, Tensor | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from attnzoo.call import Call
 from attnzoo.engines.engine import Backend, Cost, Shape
@@ -33,11 +32,8 @@ class FadingSoftmax(Softmax):
         replace(REFERENCE, packs=True),
     )
 
-    def completed(self, call: Call) -> Call:
-        return check_gates(call)
-
-    def with_past(self, call: Call, state: Any) -> tuple[Call, Any]:
-        return super().with_past(check_gates(call), state)
+    def check_inputs(self, call: Call) -> None:
+        check_gates(call)
 
     def cost(self, shape: Shape) -> Cost:
         """Of a call whose gates let nothing fade below rounding."""

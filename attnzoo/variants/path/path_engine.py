@@ -50,8 +50,11 @@ class PathEngine(Softmax):
     def init_state(self, sizes: StateSizes) -> Any:
         return PathState(KeyValueCache.empty(sizes, None))
 
+    def check_inputs(self, call: Call) -> None:
+        check_gates(call)
+
     def completed(self, call: Call) -> Call:
-        return path_rows.whole(check_gates(call))
+        return path_rows.whole(call)
 
     def forward(
         self, call: Call, backend: str = "auto", state: PathState | None = None

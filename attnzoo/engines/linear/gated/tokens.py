@@ -147,8 +147,8 @@ def constant_gates(slopes: tuple[float, ...], call: Call) -> Call:
     return call.giving(HEAD_GATE, gates)
 
 
-def check_gates(call: Call) -> Call:
-    """The call, refused where a gate lies outside of its range. Gates are read where this costs no
+def check_gates(call: Call) -> None:
+    """Raise a ValueError where a gate lies outside of its range. Gates are read where this costs no
     waiting for a device."""
     log_decay = call.get("log_decay")
     if log_decay is not None and can_look(log_decay) and not _lies(log_decay, -torch.inf, 0):
@@ -173,7 +173,6 @@ def check_gates(call: Call) -> Call:
                 f"removal_key has a vector of length {length.max().item():.6g}, above 1, by which "
                 "a removal would make the state grow without bound: take F.normalize(x, dim=-1)"
             )
-    return call
 
 
 def _lies(x: Tensor, low: float, high: float) -> bool:
