@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from cases import close
 from torch import Tensor
 
 import attnzoo
 from attnzoo.engines.native import library
 from attnzoo.engines.softmax.native.mask_plan import plan_of_mask
-from tests.cases import close
 
 compiled = pytest.mark.skipif(
     library.cannot_compile() is not None, reason=str(library.cannot_compile())
@@ -122,6 +122,18 @@ def test_a_padded_call_has_second_derivatives(name: str, options: dict[str, Any]
 
 
 @compiled
+def test_what_a_later_row_selects_changes_no_bit_of_an_earlier_one() -> None:
+    """Rows of one tile share their blocks, and only these."""
+    attn = attnzoo.build("moba", heads=4, head_dim=8, block_size=4, top_k=3, backend="native")
+    q, k, v = torch.randn(3, 2, 4, 130, 8, generator=torch.Generator().manual_seed(9)).unbind()
+    wanted = attn(q, k, v, is_causal=True)
+    for token in range(1, 130, 3):
+        changed = q.clone()
+        changed[:, :, token:] = q[:, :, token:].flip(2) * 3
+        assert torch.equal(attn(changed, k, v, is_causal=True)[:, :, :token], wanted[:, :, :token])
+
+
+@compiled
 def test_a_bad_real_key_is_found_beside_padding() -> None:
     """Where padding need not be cleared, a NaN in a real slot still reaches no row before it."""
     q, k, v = torch.randn(3, 1, 2, 50, 8, generator=torch.Generator().manual_seed(6)).unbind()
@@ -135,6 +147,25 @@ def test_a_bad_real_key_is_found_beside_padding() -> None:
     assert found[:, :, 30:].isnan().all()
 
 
+@compiled
+@pytest.mark.parametrize(("name", "options"), RECURRENT)
+def test_a_bad_query_reaches_no_gradient_of_another_sample(
+    name: str, options: dict[str, Any]
+) -> None:
+    """One thread works on one sample after the other, in the same memory."""
+    generator = torch.Generator().manual_seed(8)
+    q, k, v, sent = torch.randn(4, 3, 2, 40, 9, generator=generator).unbind()
+    attn = attnzoo.build(name, heads=2, head_dim=9, backend="native", **options)
+    call = {"is_causal": True, **inputs_of(attn, k)}
+    wanted = run(attn, [q, k, v], sent, **call)
+    for bad in (q, sent):
+        spoilt = bad.clone()
+        spoilt[:2] = math.nan
+        given = [spoilt, k, v] if bad is q else [q, k, v]
+        found = run(attn, given, sent if bad is q else spoilt, **call)
+        assert all(torch.equal(x[2], y[2]) for x, y in zip(found, wanted, strict=True))
+
+
 def test_the_plan_of_a_mask_holds_every_pair_once() -> None:
     """Tiles, runs and caps together say of every pair what the mask says."""
     seen = torch.rand(2, 150, 90, generator=torch.Generator().manual_seed(7)) < 0.1
@@ -144,7 +175,7 @@ def test_the_plan_of_a_mask_holds_every_pair_once() -> None:
     for head, (begin, end) in enumerate(plan.ranges.tolist()):
         for first, size, run_, run_end, cap, cap_end in plan.tiles[begin:end].tolist():
             runs = plan.runs[run_:run_end].tolist()
-            keys = [key for start, count in runs for key in range(start, start + count)]
+            keys = [key for start, count, _ in runs for key in range(start, start + count)]
             assert len(set(keys)) == len(keys)
             shown = torch.ones(len(keys), size, dtype=torch.bool)
             for start, stop, limits, spans, step in plan.caps[cap:cap_end].tolist():

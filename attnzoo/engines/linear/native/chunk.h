@@ -133,10 +133,8 @@ class Chunk {
   void read_values(Index sample, Index head, Number* out) const {
     const auto values = rows_of<Number>(call.v, sample, head, first);
     for (Index i = 0; i < rows; ++i) {
-      if (!is_real(i)) {
-        std::fill_n(out + i * columns, columns, Number(0));
-        continue;
-      }
+      std::fill_n(out + i * columns, columns, Number(0));
+      if (!is_real(i)) continue;
       std::copy_n(values.at(i, 0).data, call.value_dim, out + i * columns);
       if (call.normalizes) out[i * columns + call.value_dim] = 1;
     }

@@ -27,11 +27,13 @@ Number* place_of(const Tensor& states, Index sample, Index head) {
   return states.data_ptr<Number>() + sample * states.stride(0) + head * states.stride(1);
 }
 
-// A state of the call in the rows of a chunk, which are filled up to whole vectors, and back.
+// A state of the call in the rows of a chunk, which are filled up to whole vectors, and back. What
+// fills them up must be 0 each time: a NaN of another sample may have made it NaN.
 template <typename Number>
 void unpack(const Recurrence& call, const Number* from, Index columns, Number* to) {
   for (Index c = 0; c < call.width; ++c)
-    std::copy_n(from + c * call.columns, call.columns, to + c * columns);
+    std::fill(std::copy_n(from + c * call.columns, call.columns, to + c * columns),
+              to + (c + 1) * columns, Number(0));
 }
 
 template <typename Number>
@@ -206,7 +208,8 @@ class Backward {
         (sample * call.q.size(1) + head * chunk.group + r) * call.length + chunk.first;
     for (Index i = 0; i < chunk.rows; ++i) {
       Number* row = sent_rows + r * area + i * columns;
-      std::copy_n(sent.const_data_ptr<Number>() + (place + i) * value_dim, value_dim, row);
+      std::fill(std::copy_n(sent.const_data_ptr<Number>() + (place + i) * value_dim, value_dim, row),
+                row + columns, Number(0));
       if (!call.normalizes) continue;
       row[value_dim] = -dot(row, out.const_data_ptr<Number>() + (place + i) * value_dim, value_dim);
       scale(row, 1 / divisors.const_data_ptr<Number>()[place + i], columns, row);

@@ -21,7 +21,7 @@ def plan_of_mask(seen: Tensor, dtype: torch.dtype) -> TilePlan:
     dtype: of the call
     """
     tiles: list[tuple[int, ...]] = []
-    runs: list[tuple[int, int]] = []
+    runs: list[tuple[int, int, int]] = []
     caps: list[tuple[int, ...]] = []
     spans: list[Tensor] = []
     limits: list[Tensor] = []
@@ -32,7 +32,7 @@ def plan_of_mask(seen: Tensor, dtype: torch.dtype) -> TilePlan:
             counts, size = rows.sum(0), len(rows)
             first_run, first_cap = len(runs), len(caps)
             found = list(_stretches(counts > 0, GAP))
-            runs += [(start, end - start) for start, end in found]
+            runs += [(start, end - start, 0) for start, end in found]
             places = [torch.arange(start, end, device="cpu") for start, end in found]
             keys = torch.cat([torch.empty(0, dtype=torch.long, device="cpu"), *places])
             for start, end in _stretches(counts[keys] < size, GAP):
@@ -45,7 +45,7 @@ def plan_of_mask(seen: Tensor, dtype: torch.dtype) -> TilePlan:
         starts.append(len(tiles))
     return TilePlan(
         _table(tiles, 6),
-        _table(runs, 2),
+        _table(runs, 3),
         _table(caps, 5),
         torch.cat([torch.empty(0, 2, dtype=torch.int32, device="cpu"), *spans]),
         torch.cat([torch.empty(0, dtype=dtype, device="cpu"), *limits]),

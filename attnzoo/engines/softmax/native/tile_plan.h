@@ -40,7 +40,8 @@ struct Chunk {
 template <typename Number>
 struct Plan {
   const int32_t* tiles;   // (tiles, 6): the numbers of a Tile
-  const int32_t* runs;    // (runs, 2): first key, number of keys
+  const int32_t* runs;    // (runs, 3): first key, number of keys, and a number that runs share
+                          // which may be computed together
   const int32_t* caps;    // (caps, 5): first and end among the tile's keys, places below, and 1
                           // where each key has its own of both, 0 where all keys share one
   const int32_t* spans;   // of each key or cap, the first row that sees it and the end of those
@@ -79,14 +80,16 @@ struct Plan {
       chunk.column += chunk.count;
       chunk.parts = chunk.count = 0;
     };
-    for (Index run = tile.run; run < tile.run_end; ++run)
-      for (Index first = runs[2 * run], end = first + runs[2 * run + 1]; first < end;) {
+    for (Index run = tile.run; run < tile.run_end; ++run) {
+      if (chunk.count && runs[3 * run + 2] != runs[3 * run - 1]) finish();
+      for (Index first = runs[3 * run], end = first + runs[3 * run + 1]; first < end;) {
         const Index count = std::min({end - first, KEYS - chunk.count, GROUP});
         chunk.stretches[chunk.parts++] = {first, count, chunk.count, 0, 0};
         chunk.count += count;
         first += count;
         if (chunk.count == KEYS) finish();
       }
+    }
     if (chunk.count) finish();
   }
 

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.eager import unrecorded
@@ -18,7 +19,8 @@ class TilePlan(NamedTuple):
 
     tiles: (tiles, 6), of each its first row, its rows, its first run and the end of its runs, its
         first cap and the end of its caps
-    runs: (runs, 2), first key and number of keys
+    runs: (runs, 3), first key, number of keys, and a number that runs share which may be computed
+        together
     caps: (caps, 5), first and end of the capped keys among those of the tile, the places of their
         limits and of their spans, and 1 where each key has its own of both, 0 where all share one
     spans: (spans, 2), of each capped key, or of all, the first row that sees it, and the end of
@@ -123,7 +125,7 @@ class _Parts:
 
         return TilePlan(
             joined(self._tiles, 6),
-            joined(self._runs, 2),
+            F.pad(joined(self._runs, 2), (0, 1)),
             joined(self._caps, 5),
             joined(self._spans, 2),
             torch.cat([like.new_empty(0), *self._limits]),

@@ -30,6 +30,17 @@ struct Tables {
     return static_cast<Index>(table.size()) / width;
   }
 
+  // Keys first .. end - 1. A row's sums are made of stretches of KEYS keys, whatever other rows of
+  // its tile see: these may depend on later tokens.
+  void add_runs(Index first, Index end) {
+    while (first < end) {
+      const Index stretch = first / KEYS, stop = std::min(end, (stretch + 1) * KEYS);
+      for (const Index one : {first, stop - first, stretch})
+        runs.push_back(static_cast<int32_t>(one));
+      first = stop;
+    }
+  }
+
   // Caps a block whose keys are seen alike, by the rows that have a 1 in `seen`.
   void cap_block(Index first, Index end, Index rows, const uint8_t* seen) {
     add_cap(first, end, {count(limits), count(spans) / 2}, 0);
@@ -59,7 +70,7 @@ struct Tables {
 
   std::vector<Tensor> tensors(Given like) const {
     const auto ints = like.options().dtype(at::kInt);
-    return {copied(tiles, 6, ints), copied(runs, 2, ints), copied(caps, 5, ints),
+    return {copied(tiles, 6, ints), copied(runs, 3, ints), copied(caps, 5, ints),
             copied(spans, 2, ints), copied(limits, 0, like.options()), copied(ranges, 2, ints)};
   }
 
@@ -122,19 +133,18 @@ std::vector<Tensor> plan_of(Given blocks, Maybe choice_of, Maybe positions, Give
             if (const Index block = chosen[which * width + i]; block >= 0)
               counts[block] += !std::exchange(seen[block * ROWS + row], uint8_t(1));
         }
-        const Index run = found.count(found.runs, 2), cap = found.count(found.caps, 5);
+        const Index run = found.count(found.runs, 3), cap = found.count(found.caps, 5);
         Index column = 0;
         for (Index block = 0; block < key_blocks; ++block) {
           if (!counts[block]) continue;
           const Index place = block * block_size, end = std::min(block_size, keys - place) + column;
-          found.runs.push_back(static_cast<int32_t>(place));
-          found.runs.push_back(static_cast<int32_t>(end - column));
+          found.add_runs(place, place + end - column);
           if (counts[block] < size) found.cap_block(column, end, size, seen.data() + block * ROWS);
           if (position && position[first] < place + end - column - 1)
             found.cap_future(column, end, size, position[first] - place);
           column = end;
         }
-        const Index fields[] = {first, size, run, found.count(found.runs, 2),
+        const Index fields[] = {first, size, run, found.count(found.runs, 3),
                                 cap,   found.count(found.caps, 5)};
         for (const Index one : fields) found.tiles.push_back(static_cast<int32_t>(one));
       }
