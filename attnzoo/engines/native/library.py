@@ -128,7 +128,7 @@ def compile_native() -> None:
 def operators() -> Any:
     """The namespace of torch.ops that holds the operators `native_...`.
 
-    Compiles the code where that has not been done, up to a minute; raises UnsupportedError where
+    Compiles the code where that has not been done, a minute or two; raises UnsupportedError where
     the compiler fails.
     """
     try:
@@ -249,7 +249,7 @@ def _compile_and_load(file: Path) -> None:
     kind = torch.backends.cpu.get_cpu_capability()
     capability = (f"-DCPU_CAPABILITY={kind}", f"-DCPU_CAPABILITY_{kind}", *INSTRUCTIONS[kind])
     warnings.warn(
-        "backend='native' is compiled once on this machine, which takes up to a minute",
+        "backend='native' is compiled once on this machine, which takes a minute or two",
         stacklevel=2,
     )
     try:
