@@ -23,12 +23,17 @@ from attnzoo.sequences.bad_slots import clear_padding
 
 def attend(engine: Any, call: Call) -> Tensor:
     """A·v of softmax on the engine's pattern, (batch, heads, query_length, value_dim)."""
+    return attend_pattern(engine, engine.pattern, call)
+
+
+def attend_pattern(engine: Any, pattern: Pattern, call: Call) -> Tensor:
+    """The same of a pattern that shows what the engine does, without looking at positions."""
     frame = call.frame()  # and not the call: autograd holds `compute`, which would hold its tensors
 
     def compute(q: Tensor, k: Tensor, v: Tensor, logits: Tensor | None) -> Tensor:
         return reference(engine, with_logits(clear_padding(frame(q, k, v)), logits))
 
-    plan = _kept_plan(engine.pattern, grid_of(call), call.q.dtype)
+    plan = _kept_plan(pattern, grid_of(call), call.q.dtype)
     given = (call.q, call.k, call.v, call.key_mask, call.get("sink_logits"))
     return native.by_plan(engine, given, plan, compute)
 

@@ -16,6 +16,8 @@ from attnzoo.engines.native.library import operators
 from attnzoo.engines.softmax.native import attend as native
 from attnzoo.engines.softmax.native.tile_plan import TilePlan
 from attnzoo.engines.softmax.reference import SoftmaxReference
+from attnzoo.engines.sparse.masked_tiles import attend_pattern
+from attnzoo.engines.sparse.patterns.window import Window
 from attnzoo.engines.sparse.selected.selected_tiles import in_open_operators
 from attnzoo.engines.sparse.selected.selection import Placed, Selection
 
@@ -27,6 +29,12 @@ def passed_over(call: Call) -> str | None:
     if call.key_length > LONGEST:
         return f"beyond {LONGEST} keys, tiles of rows that see the same block are faster"
     return native.passed_over(call)
+
+
+def attend_all(engine: SoftmaxReference, call: Call) -> Tensor:
+    """As `attend`, where every key is seen."""
+    longest = max(call.query_length, call.key_length)
+    return attend_pattern(engine, Window(longest), call)
 
 
 def attend(

@@ -128,13 +128,21 @@ def _behind(query_length: int, key_length: int, size: int) -> int:
 
 
 def _compiled(engine: SelectedSoftmax, call: Call) -> Tensor:
+    if _sees_all(engine, call):
+        return selected_native.attend_all(engine, call)
     placed = Placed.of(call)
     selection = engine.selector.select(placed)
     return selected_native.attend(engine, placed, selection, engine.selector.block_size)
 
 
+def _sees_all(engine: SelectedSoftmax, call: Call) -> bool:
+    """Whether every key is seen, of so few that a mask of all pairs is small."""
+    is_short = is_short_input(call.query_length, call.key_length)
+    return is_short and engine.selector.sees_all(call.key_length)
+
+
 def _compiled_passed_over(engine: SelectedSoftmax, call: Call) -> str | None:
-    if engine.selector.sees_all(call.key_length):
+    if engine.selector.sees_all(call.key_length) and not _sees_all(engine, call):
         return "every key is seen, and one call of SDPA is exact attention"
     return selected_native.passed_over(call)
 
@@ -174,7 +182,13 @@ def _one_row(engine: SelectedSoftmax, call: Call) -> Tensor:
 
 SelectedSoftmax.backends = (
     one_row.backend(_one_row),
-    Backend("native", _compiled, native.why_not, untried=_compiled_passed_over),
+    Backend(
+        "native",
+        _compiled,
+        native.why_not,
+        untried=_compiled_passed_over,
+        skips_padding=_sees_all,
+    ),
     Backend("dense", _dense, _dense_why_not),
     Backend("tiles", _in_tiles, selected_tiles.why_not),
     Backend("selected", _in_operators, never_refuses),
