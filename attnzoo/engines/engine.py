@@ -256,11 +256,7 @@ class Engine(nn.Module):
         return chosen.run(self, call), chosen.name, state
 
     def skips_padding(self, call: Call, requested: str) -> bool:
-        """Whether nothing will read what stands in the padded slots of k and v, so that they need
-        not be cleared.
-
-        call: not yet completed, for that may read its inputs
-        """
+        """Whether nothing will read the padded slots of k and v of a call, not yet completed."""
         return self.choose(call, requested).skips_padding(self, call)
 
     def weights(self, call: Call) -> Tensor:
@@ -272,10 +268,7 @@ class Engine(nn.Module):
         return self.matrix(call)
 
     def check_inputs(self, call: Call) -> None:
-        """Raise a ValueError where an input of a call lies outside of its range.
-
-        call: as it was given, but for padded slots, which are clear
-        """
+        """Raise a ValueError where an input lies outside of its range; padded slots are clear."""
 
     def completed(self, call: Call) -> Call:
         """The call with what the engine itself adds to it."""

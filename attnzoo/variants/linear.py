@@ -14,9 +14,9 @@ from attnzoo.engines.linear.feature_maps import (
     FeatureMap,
     Pointwise,
     SoftmaxFeatures,
-    TaylorFeatures,
 )
 from attnzoo.engines.linear.linear import Linear
+from attnzoo.engines.linear.taylor_features import TaylorFeatures
 from attnzoo.registry import register
 
 
