@@ -103,6 +103,24 @@ def test_padded_slots_are_not_read(
 
 
 @compiled
+@pytest.mark.parametrize(("name", "options"), PATTERNS + RECURRENT)
+def test_padded_slots_have_no_gradient_of_bad_rows(name: str, options: dict[str, Any]) -> None:
+    """Not even where a query, or what is sent back to its row, is NaN."""
+    generator = torch.Generator().manual_seed(10)
+    q, k, v, sent = torch.randn(4, 1, 2, 40, 8, generator=generator).unbind()
+    mask = torch.ones(1, 40, dtype=torch.bool)
+    mask[:, 5:8] = False
+    attn = attnzoo.build(name, heads=2, head_dim=8, backend="native", **options)
+    for bad in (q, sent):
+        spoilt = bad.clone()
+        spoilt[:, 0, 20, 0] = math.nan
+        given = [spoilt, k, v] if bad is q else [q, k, v]
+        call = {"key_mask": mask, "is_causal": True, **inputs_of(attn, k)}
+        *_, d_k, d_v = run(attn, given, sent if bad is q else spoilt, **call)
+        assert not d_k[:, :, 5:8].any() and not d_v[:, :, 5:8].any()
+
+
+@compiled
 @pytest.mark.parametrize(("name", "options"), [PATTERNS[0], PATTERNS[3], PATTERNS[4], PATTERNS[6]])
 def test_a_padded_call_has_second_derivatives(name: str, options: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(4)

@@ -312,10 +312,14 @@ class Backward {
                    rows_of<Number>(call.k, sample, head, chunk.first + i), chunk.k_factors[i], 1,
                    place(found.k, i));
       std::copy_n(d_writes[0] + i * columns, call.value_dim, place(found.v, i));
-      if (!call.removed) continue;
-      std::copy_n(chunk.writers[1].gradient + line, call.width, place(found.turned, i));
-      scale(chunk.readers[chunk.group].gradient + line, Number(-1), call.width,
-            place(found.removed, i));
+      if (call.removed) {
+        std::copy_n(chunk.writers[1].gradient + line, call.width, place(found.turned, i));
+        scale(chunk.readers[chunk.group].gradient + line, Number(-1), call.width,
+              place(found.removed, i));
+      }
+      if (chunk.is_real(i)) continue;  // 0 by itself, unless a row is no number
+      std::fill_n(place(found.k, i), call.width, Number(0));
+      std::fill_n(place(found.v, i), call.value_dim, Number(0));
     }
   }
 
