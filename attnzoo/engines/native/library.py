@@ -147,6 +147,7 @@ def operators() -> Any:
     torch.library.register_fake("attnzoo::native_attention_backward", _shapes_backward)
     torch.library.register_fake("attnzoo::native_row", _shape_of_row)
     torch.library.register_fake("attnzoo::native_best_blocks", _shapes_of_blocks)
+    torch.library.register_fake("attnzoo::native_plan_of_blocks", _shapes_of_plan)
     torch.library.register_fake("attnzoo::native_best_means", _shape_of_choice)
     torch.library.register_fake("attnzoo::native_best_keys", _shape_of_choice_of_keys)
     torch.library.register_fake("attnzoo::native_pooled_row", _shapes_of_pooled_row)
@@ -185,6 +186,25 @@ def _shapes_of_blocks(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     sizes = q.shape[0], choosers, q.shape[2], width
     blocks = q.new_empty(sizes, dtype=torch.int64)
     return blocks, q.new_empty((q.shape[0], q.shape[2]), dtype=torch.bool)
+
+
+def _shapes_of_plan(
+    blocks: Tensor,
+    choice_of: Tensor | None,
+    positions: Tensor | None,
+    like: Tensor,
+    rows: int,
+    keys: int,
+    block_size: int,
+) -> list[Tensor]:
+    """As where every tile of 64 rows meets each block, and no two tiles share a cap."""
+    samples, choosers = blocks.shape[:2]
+    tiles = samples * choosers * -(-rows // 64)
+    met = tiles * -(-keys // block_size)
+    sizes = ((tiles, 6), (met, 3), (met, 5), (met, 2))
+    tables = [like.new_empty(size, dtype=torch.int32) for size in sizes]
+    ranges = like.new_empty((samples * choosers, 2), dtype=torch.int32)
+    return [*tables, like.new_empty(met * 64), ranges]
 
 
 def _shape_of_choice(q: Tensor, *others: Any) -> Tensor:
