@@ -12,7 +12,7 @@ from torch import Tensor
 from attnzoo.call import Call
 from attnzoo.engines.differentiable import Compute, is_followed, open_gradients
 from attnzoo.engines.native import library
-from attnzoo.engines.native.library import cannot_compile, operators
+from attnzoo.engines.native.library import cannot_compile, in_rows, operators
 from attnzoo.engines.softmax.native.tile_plan import TilePlan, plan_of
 from attnzoo.engines.softmax.reference import SoftmaxReference
 from attnzoo.engines.softmax.tiles import tiles
@@ -80,7 +80,7 @@ def _computed(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """A·v, and the logarithms of the sums of rows, (batch, heads, query_length)."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = in_rows(q), in_rows(k), in_rows(v)
     logits = None if sink_logits is None else sink_logits.to(q.dtype).contiguous()
     key_mask = None if key_mask is None else key_mask.contiguous()
     return operators().native_attention(q, k, v, key_mask, logits, list(plan), scale)
@@ -120,7 +120,7 @@ class _Attend(torch.autograd.Function):
         if is_followed(gradients[0]):
             *to_qkv, to_logits = open_gradients(ctx.compute, (q, k, v, sink_logits), gradients[0])
             return *to_qkv, None, to_logits, *[None] * 3
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        q, k, v = in_rows(q), in_rows(k), in_rows(v)
         key_mask = None if key_mask is None else key_mask.contiguous()
         sent, to_logits = gradients[0].contiguous(), None
         found = operators().native_attention_backward(
